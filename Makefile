@@ -1,0 +1,31 @@
+# Every target makes .venv by itself. PYTHON chooses the interpreter (3.10 to 3.12).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint format clean
+
+demo: .venv/installed  ## train a small model on real text, export it, decode prompts: under ten minutes
+	$(BIN)/python -m train.demo
+
+test: .venv/installed  ## everything CI runs
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed  ## the tests that take minutes too
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Decode Flash-STU models: offline batches and, on top, servers."""

@@ -1,0 +1,1 @@
+"""Flash-STU convolutional language models: filters, convolutions, FutureFill, model."""

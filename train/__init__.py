@@ -1,0 +1,1 @@
+"""Prepare data, train and export Flash-STU models (Lightning and DeepSpeed)."""
