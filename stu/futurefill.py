@@ -1,0 +1,289 @@
+"""Online convolution: one output per token, while the inputs are still being generated.
+
+Agarwal et al., "FutureFill: Fast Generation from Convolutional Sequence Models", ICLR 2026. The
+primitive computes what a finished stretch of inputs adds to each later output. `Epoched` fills
+from the whole past once per epoch, `Continuous` from tiles that double in size, `Naive` sums
+directly. All three are exact: they order the same multiply-adds differently.
+
+Every class takes `taps [layers, N, D]`, tap j at lag `lag_step * j`, so any causal filter will do,
+and an STU-T filter, which is zero at odd lags, costs half. Time runs in phases as in
+`stu.convolution`: position t is column `t // lag_step` of phase `t % lag_step`, and phases never
+mix. Sums are in the dtype of the taps, float32 or float64.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from stu.convolution import causal_convolution, fast_fft_length
+
+CPU_BLOCK_ELEMENTS = 2**16
+"""Elements transformed at once on CPU: buffer, spectrum and result together stay in L2."""
+
+
+def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
+    """What `past [..., T]` adds to the `num_outputs` outputs after it: `[..., num_outputs]`.
+
+    taps `[..., N]` start at lag 0; those from lag `T + num_outputs` on reach no wanted output.
+    Equals `numpy.convolve(past, taps)[T : T + num_outputs]`, by one circular FFT whose wrap-around
+    falls on the first T values only (FutureFill, section 3).
+    """
+    length = past.shape[-1]
+    n = fast_fft_length(length + num_outputs)
+    spectrum = torch.fft.rfft(past, n=n) * torch.fft.rfft(taps[..., : length + num_outputs], n=n)
+    return torch.fft.irfft(spectrum, n=n)[..., length : length + num_outputs]
+
+
+class OnlineConvolution(ABC):
+    """Convolutions of several layers, for a batch of sequences decoded in step.
+
+    `prefill` each layer (and each row, where prompts differ in length), then for every token call
+    `step` on each layer in turn and `advance` once.
+    """
+
+    def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be >= 1")
+        self.taps, self.batch = taps, batch
+        self.max_new_tokens, self.lag_step = max_new_tokens, lag_step
+        self.num_columns = -(-max_new_tokens // lag_step)
+        self.position = 0
+        """Tokens stepped through since the prompt."""
+        self.multiply_adds = 0
+        """Real multiply-adds of all steps; a real FFT of length n counts n log2 n, a complex
+        product four."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes held of the past and the future of all sequences; filters are not counted."""
+
+    @abstractmethod
+    def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
+        """Take the prompts `[B, P, D]` of all rows, or `[1, P, D]` of one; return their outputs."""
+
+    @abstractmethod
+    def step(self, layer: int, inputs: Tensor) -> Tensor:
+        """Take one token's inputs `[B, D]`; return its outputs `[B, D]`."""
+
+    def advance(self) -> None:
+        """Every layer has stepped: go on to the next token."""
+        self.position += 1
+
+    def _check_room(self) -> None:
+        if self.position >= self.max_new_tokens:
+            raise ValueError(
+                f"all max_new_tokens={self.max_new_tokens} tokens are decoded: allow for more"
+            )
+
+
+class Naive(OnlineConvolution):
+    """Direct sums over the whole past: `O(L)` per token, and a cache as long as the context."""
+
+    def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
+        super().__init__(taps, batch, max_new_tokens, lag_step)
+        layers, num_taps, width = taps.shape
+        self._reversed_taps = taps.flip(1).transpose(1, 2).contiguous()[:, :, None]  # [.., D, 1, N]
+        # The first new token is column `num_taps`; prompts end just before it.
+        self._inputs = taps.new_zeros(layers, lag_step, width, batch, num_taps + self.num_columns)
+        self._prompt_columns = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        columns = self._prompt_columns + self.num_columns
+        return self._inputs[..., :columns].numel() * self._inputs.element_size()
+
+    def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
+        origin, step = self.taps.shape[1], self.lag_step
+        rows = slice(None) if row is None else slice(row, row + 1)
+        columns = -(-inputs.shape[1] // step)
+        phases = pad(inputs, (0, 0, columns * step - inputs.shape[1], 0))
+        phases = phases.unflatten(1, (columns, step)).permute(2, 3, 0, 1)  # -> [g, D, B, P/g]
+        self._inputs[layer, :, :, rows, origin - columns : origin] = phases[..., -origin:]
+        self._prompt_columns = max(self._prompt_columns, columns)
+        return causal_convolution(inputs, self.taps[layer], step)
+
+    def step(self, layer: int, inputs: Tensor) -> Tensor:
+        self._check_room()
+        num_taps, width = self.taps.shape[1:]
+        column, phase = divmod(self.position, self.lag_step)
+        count = min(num_taps, self._prompt_columns + column + 1)
+        end = num_taps + column + 1
+        streams = self._inputs[layer, phase]  # [D, B, columns]
+        streams[:, :, end - 1] = inputs.t()
+        # [D, 1, n] @ [D, n, B]: of einsum, matmul and vecdot, in any layout, the fastest.
+        taps = self._reversed_taps[layer, :, :, num_taps - count :]
+        outputs = taps @ streams[:, :, end - count : end].transpose(1, 2)
+        self.multiply_adds += count * self.batch * width
+        return outputs[:, 0].t().to(inputs.dtype)
+
+
+class _Filled(OnlineConvolution):
+    """Slots that hold the future until their token is decoded and the past afterwards.
+
+    The current page of columns lies apart, time-major, and each input is added to the outputs
+    left in its page at once. When the page is full it joins the past, and a flush fills the future
+    from it; the slots are time-contiguous, as the FFTs want them.
+    """
+
+    def __init__(
+        self,
+        taps: Tensor,
+        batch: int,
+        max_new_tokens: int,
+        lag_step: int,
+        page_columns: int,
+    ) -> None:
+        super().__init__(taps, batch, max_new_tokens, lag_step)
+        layers, num_taps, width = taps.shape
+        self.page_columns = min(page_columns, self.num_columns)
+        self._slots = taps.new_zeros(layers, lag_step, batch, width, self.num_columns)
+        self._page = taps.new_zeros(layers, lag_step, self.page_columns, batch, width)
+        self._filters = taps.transpose(1, 2).contiguous()  # [layers, D, N]
+        near = pad(taps[:, : self.page_columns], (0, 0, 0, max(0, self.page_columns - num_taps)))
+        # One view each per layer and place in the page: slicing would cost more than the sums.
+        self._views = [
+            [
+                (
+                    self._page[layer, phase, column],
+                    self._page[layer, phase, column:],
+                    near[layer, : self.page_columns - column, None],
+                )
+                for column in range(self.page_columns)
+                for phase in range(lag_step)
+            ]
+            for layer in range(layers)
+        ]
+        self._place = 0
+        """Tokens already in the current page."""
+
+    @property
+    def cache_bytes(self) -> int:
+        return (self._slots.numel() + self._page.numel()) * self._slots.element_size()
+
+    def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
+        rows = slice(None) if row is None else slice(row, row + 1)
+        length, columns = inputs.shape[1], self.num_columns
+        outputs = causal_convolution(
+            inputs, self.taps[layer], self.lag_step, length + columns * self.lag_step
+        )
+        pending = outputs[:, length:].unflatten(1, (columns, self.lag_step))
+        self._slots[layer, :, rows] = pending.permute(2, 0, 3, 1)  # [B, M, g, D] -> [g, B, D, M]
+        self._page[layer, :, :, rows] = pending.permute(2, 1, 0, 3)[:, : self.page_columns]
+        return outputs[:, :length]
+
+    def step(self, layer: int, inputs: Tensor) -> Tensor:
+        self._check_room()
+        slot, rest_of_page, near_taps = self._views[layer][self._place]
+        rest_of_page.addcmul_(near_taps, inputs)
+        outputs = slot.to(inputs.dtype, copy=True)
+        slot.copy_(inputs)
+        self.multiply_adds += rest_of_page.numel()
+        return outputs
+
+    def advance(self) -> None:
+        super().advance()
+        self._place += 1
+        if self._place < self.page_columns * self.lag_step:
+            return
+        self._place = 0
+        end = self.position // self.lag_step
+        if end >= self.num_columns:
+            return
+        self._slots[..., end - self.page_columns : end] = self._page.permute(0, 1, 3, 4, 2)
+        self._flush(end)
+        next_page = self._slots[..., end : end + self.page_columns]
+        self._page[:, :, : next_page.shape[-1]] = next_page.permute(0, 1, 4, 2, 3)
+
+    @abstractmethod
+    def _flush(self, end: int) -> None:
+        """Fill pending slots from the past, which now ends before column `end`."""
+
+
+class Epoched(_Filled):
+    """FutureFill of the whole past into the next epoch, once per epoch of `sqrt(L log L)` columns:
+    `O(L^1.5 sqrt(log L))` in all."""
+
+    def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
+        columns = -(-max_new_tokens // lag_step)
+        epoch_columns = math.ceil(math.sqrt(columns * max(1.0, math.log2(columns))))
+        super().__init__(taps, batch, max_new_tokens, lag_step, epoch_columns)
+
+    def _flush(self, end: int) -> None:
+        past, future = self._slots[..., :end], self._slots[..., end : end + self.page_columns]
+        count = future.shape[-1]
+        n = fast_fft_length(end + count)
+        for block in _channel_blocks(past, n):
+            future[..., block, :] += future_fill(
+                past[..., block, :], self._filters[:, None, None, block], count
+            )
+        self.multiply_adds += _fft_multiply_adds(n, past[..., 0].numel(), self._filters.numel() // self._filters.shape[-1])
+
+
+class Continuous(_Filled):
+    """FutureFill of tiles that double in size: after page j, the tile of `page * lowbit(j)` columns
+    into as many columns after it: `O(L log^2 L)` in all."""
+
+    def __init__(
+        self,
+        taps: Tensor,
+        batch: int,
+        max_new_tokens: int,
+        lag_step: int = 1,
+        page_columns: int = 32,
+    ) -> None:
+        super().__init__(taps, batch, max_new_tokens, lag_step, page_columns)
+        self._plans: dict[int, _TilePlan] = {}
+
+    def _flush(self, end: int) -> None:
+        pages = end // self.page_columns
+        tile = self.page_columns * (pages & -pages)
+        plan = self._plans.get(tile)
+        if plan is None:
+            plan = self._plans[tile] = _TilePlan(tile, self._slots, self._filters)
+        plan.fill(self._slots[..., end - tile : end], self._slots[..., end : end + tile])
+        self.multiply_adds += plan.multiply_adds
+
+
+class _TilePlan:
+    """The transforms of one tile size: spectra of the filters, and buffers to work in."""
+
+    def __init__(self, tile: int, slots: Tensor, filters: Tensor) -> None:
+        self.tile = tile
+        n = 2 * tile
+        self._spectra = torch.fft.rfft(filters[..., :n], n=n)[:, None, None]  # [.., D, tile + 1]
+        self._blocks = list(_channel_blocks(slots, n))
+        self._padded = slots.new_zeros(*slots[..., self._blocks[0], 0].shape, n)
+        self._spectrum = torch.fft.rfft(self._padded)
+        self._filled = torch.empty_like(self._padded)
+        rows = slots[..., 0].numel()
+        self.multiply_adds = rows * int(2 * n * math.log2(n) + 4 * (tile + 1))
+
+    def fill(self, past: Tensor, future: Tensor) -> None:
+        """Add to `future [.., D, <= tile]` what `past [.., D, tile]` contributes."""
+        tile, count = self.tile, future.shape[-1]
+        for block in self._blocks:
+            width = past[..., block, 0].shape[-1]
+            padded = self._padded[..., :width, :]
+            spectrum, filled = self._spectrum[..., :width, :], self._filled[..., :width, :]
+            padded[..., :tile] = past[..., block, :]
+            torch.fft.rfft(padded, out=spectrum)
+            spectrum *= self._spectra[..., block, :]
+            torch.fft.irfft(spectrum, n=2 * tile, out=filled)
+            future[..., block, :] += filled[..., tile : tile + count]
+
+
+def _channel_blocks(slots: Tensor, fft_length: int) -> list[slice]:
+    *rows, width, _ = slots.shape
+    step = width
+    if slots.device.type == "cpu":
+        step = min(width, max(1, CPU_BLOCK_ELEMENTS // (math.prod(rows) * fft_length)))
+    return [slice(start, start + step) for start in range(0, width, step)]
+
+
+def _fft_multiply_adds(n: int, rows: int, filter_rows: int) -> int:
+    """Transforms to and from, of the filters too, and the products between."""
+    return int((2 * rows + filter_rows) * n * math.log2(n)) + 4 * rows * (n // 2 + 1)

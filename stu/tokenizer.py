@@ -1,0 +1,144 @@
+"""A SentencePiece tokenizer that gives back exactly the text it was given."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
+TRAINING_PIECE_CHARS = 1000  # SentencePiece drops sentences of more than 4192 bytes
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `decode(encode(text)) == text` for every text that UTF-8 can hold and a model made by
+    `train_bpe`, newlines, tabs and runs of spaces included, with one exception: SentencePiece keeps
+    U+2581 for itself, and that character comes back as a space.
+
+    Raises ValueError if `path` is missing or not a SentencePiece model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"tokenizer {self.path}: no such file")
+        self.model_bytes = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(self.model_bytes)
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer {self.path}: not a SentencePiece model") from error
+        # An empty file loads without an error, as a model of no pieces.
+        if not self.model_bytes or self._processor.get_piece_size() == 0:
+            raise ValueError(f"tokenizer {self.path}: not a SentencePiece model")
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.bos_id: int = self._processor.bos_id()  # -1 if the model has none
+        self.eos_id: int = self._processor.eos_id()  # -1 if the model has none
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without BOS and EOS. Text never yields a control token.
+
+        Raises ValueError if UTF-8 cannot hold `text` (half of a surrogate pair).
+        """
+        ids: list[int] = self._processor.encode(text.encode())
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; control and unknown tokens give none, broken UTF-8 becomes U+FFFD.
+
+        Raises IndexError for an id outside the vocabulary.
+        """
+        known = [int(i) for i in ids if i != self._processor.unk_id()]
+        # SentencePiece takes an empty list for an empty batch.
+        text: str = self._processor.decode(known) if known else ""
+        return text
+
+    def bytes_per_token(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of text each token stands for: `[vocab_size]`, 0 for control and unknown ones."""
+        return np.array([self._num_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
+
+    def _num_bytes(self, token: int) -> int:
+        model = self._processor
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            return 0
+        if model.is_byte(token):
+            return 1
+        return len(model.id_to_piece(token).replace(SPACE_MARK, " ").encode())
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
+    """Train a byte-fallback BPE model on `texts` and write it to `path`.
+
+    Ids: 0 unknown (never produced), 1 BOS, 2 EOS, then newline, tab, the 256 bytes, and the learned
+    pieces. The same texts give the same file. Nothing is written if training fails.
+
+    Raises ValueError if there is no text, or naming the limit if `vocab_size` is too large or too
+    small for it.
+    """
+    path = Path(path)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_pieces(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            # Text must come back unchanged: no normalisation, no added or removed spaces.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n", "\t"],
+            pad_id=-1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_training_failure(str(error), vocab_size)) from error
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(model.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return Tokenizer(path)
+
+
+def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Lines, since no learned piece crosses a newline, cut to what the trainer accepts."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), TRAINING_PIECE_CHARS):
+                yield line[start : start + TRAINING_PIECE_CHARS]
+
+
+def _training_failure(message: str, vocab_size: int) -> str:
+    """What the user can do about SentencePiece's error `message`."""
+    if "sentences_.empty()" in message:
+        return "there is no text to train a tokenizer on"
+    if limit := re.search(r"value <= (\d+)", message):
+        return (
+            f"vocab_size {vocab_size} is too large for this text: "
+            f"the largest that works is {limit[1]}"
+        )
+    if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size {vocab_size} is too small for this text: "
+            f"the smallest that works is {limit[1]}"
+        )
+    return f"SentencePiece could not train a tokenizer of vocab_size {vocab_size}: {message}"
