@@ -17,7 +17,7 @@ class ModelConfig:
     num_layers: int = 8
     """Blocks; each is a mixer and a gated MLP."""
     layout: Literal["hybrid", "stu"] = "hybrid"
-    """`hybrid`: even blocks mix with STU, odd ones with sliding-window attention. `stu`: STU only."""
+    """`hybrid`: even blocks mix with STU, odd ones with windowed attention. `stu`: STU only."""
     stu_form: Literal["tensordot", "full"] = "tensordot"
     """`tensordot`: one filter per channel (STU-T). `full`: a D x D matrix per spectral filter."""
     num_filters: int = 24
@@ -41,9 +41,7 @@ class ModelConfig:
         for name in ("mlp_ratio", "num_heads", "window_tokens"):
             _require(self, name, _is_count(getattr(self, name)), "a whole number >= 1")
         _require(self, "layout", self.layout in ("hybrid", "stu"), "'hybrid' or 'stu'")
-        _require(
-            self, "stu_form", self.stu_form in ("tensordot", "full"), "'tensordot' or 'full'"
-        )
+        _require(self, "stu_form", self.stu_form in ("tensordot", "full"), "'tensordot' or 'full'")
         _require(self, "softcap", 0 < self.softcap < float("inf"), "a positive number")
         _require(self, "norm_eps", 0 < self.norm_eps < 1, "a positive number below 1")
         if self.num_filters > self.max_seq_len:

@@ -46,9 +46,7 @@ class _CausalConvolution(torch.autograd.Function):
     """Own gradients, because autograd through `rfft` runs full complex transforms."""
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, taps: Tensor, lag_step: int, num_outputs: int
-    ) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, taps: Tensor, lag_step: int, num_outputs: int) -> Tensor:
         ctx.save_for_backward(inputs, taps)
         ctx.lag_step, ctx.num_outputs = lag_step, num_outputs
         batch, length, width = inputs.shape
@@ -61,9 +59,7 @@ class _CausalConvolution(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         inputs, taps = ctx.saved_tensors
         lag_step = ctx.lag_step
         needs_inputs, needs_taps, _, _ = ctx.needs_input_grad
@@ -103,7 +99,8 @@ def _spectrum(sequence: Tensor, lag_step: int, fft_length: int) -> Tensor:
     for phase in range(lag_step):
         part = sequence[:, phase::lag_step]  # [B, T/g, C] -> [C, B, T/g]
         padded[:, :, phase, : part.shape[1]].copy_(part.permute(2, 0, 1))
-    return torch.fft.rfft(padded)
+    spectrum: Tensor = torch.fft.rfft(padded)
+    return spectrum
 
 
 def _store(phases: Tensor, sequence: Tensor, lag_step: int) -> None:

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 
 from stu.convolution import causal_convolution, fast_fft_length
 
-CPU_BLOCK_ELEMENTS = 2**16
-"""Elements transformed at once on CPU: buffer, spectrum and result together stay in L2."""
+CPU_BLOCK_ELEMENTS = 2**18
+"""Elements transformed at once on CPU: large enough to hide call overheads, small enough for L2."""
 
 
 def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
@@ -34,7 +34,8 @@ def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
     length = past.shape[-1]
     n = fast_fft_length(length + num_outputs)
     spectrum = torch.fft.rfft(past, n=n) * torch.fft.rfft(taps[..., : length + num_outputs], n=n)
-    return torch.fft.irfft(spectrum, n=n)[..., length : length + num_outputs]
+    filled: Tensor = torch.fft.irfft(spectrum, n=n)[..., length : length + num_outputs]
+    return filled
 
 
 class OnlineConvolution(ABC):
@@ -141,15 +142,16 @@ class _Filled(OnlineConvolution):
         layers, num_taps, width = taps.shape
         self.page_columns = min(page_columns, self.num_columns)
         self._slots = taps.new_zeros(layers, lag_step, batch, width, self.num_columns)
-        self._page = taps.new_zeros(layers, lag_step, self.page_columns, batch, width)
+        self._page = taps.new_zeros(self.page_columns, layers, lag_step, batch, width)
+        self._transposed = taps.new_zeros(layers, lag_step, batch, width, self.page_columns)
         self._filters = taps.transpose(1, 2).contiguous()  # [layers, D, N]
         near = pad(taps[:, : self.page_columns], (0, 0, 0, max(0, self.page_columns - num_taps)))
         # One view each per layer and place in the page: slicing would cost more than the sums.
         self._views = [
             [
                 (
-                    self._page[layer, phase, column],
-                    self._page[layer, phase, column:],
+                    self._page[column, layer, phase],
+                    self._page[column:, layer, phase],
                     near[layer, : self.page_columns - column, None],
                 )
                 for column in range(self.page_columns)
@@ -162,7 +164,8 @@ class _Filled(OnlineConvolution):
 
     @property
     def cache_bytes(self) -> int:
-        return (self._slots.numel() + self._page.numel()) * self._slots.element_size()
+        elements = self._slots.numel() + self._page.numel() + self._transposed.numel()
+        return elements * self._slots.element_size()
 
     def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
         rows = slice(None) if row is None else slice(row, row + 1)
@@ -172,7 +175,7 @@ class _Filled(OnlineConvolution):
         )
         pending = outputs[:, length:].unflatten(1, (columns, self.lag_step))
         self._slots[layer, :, rows] = pending.permute(2, 0, 3, 1)  # [B, M, g, D] -> [g, B, D, M]
-        self._page[layer, :, :, rows] = pending.permute(2, 1, 0, 3)[:, : self.page_columns]
+        self._page[:, layer, :, rows] = pending[:, : self.page_columns].permute(1, 2, 0, 3)
         return outputs[:, :length]
 
     def step(self, layer: int, inputs: Tensor) -> Tensor:
@@ -193,10 +196,17 @@ class _Filled(OnlineConvolution):
         end = self.position // self.lag_step
         if end >= self.num_columns:
             return
-        self._slots[..., end - self.page_columns : end] = self._page.permute(0, 1, 3, 4, 2)
+        # By way of a small contiguous copy: `copy_` blocks a transposition only of whole matrices.
+        self._transposed.view(-1, self.page_columns).copy_(
+            self._page.view(self.page_columns, -1).t()
+        )
+        self._slots[..., end - self.page_columns : end] = self._transposed
         self._flush(end)
         next_page = self._slots[..., end : end + self.page_columns]
-        self._page[:, :, : next_page.shape[-1]] = next_page.permute(0, 1, 4, 2, 3)
+        self._transposed[..., : next_page.shape[-1]] = next_page
+        self._page.view(self.page_columns, -1).copy_(
+            self._transposed.view(-1, self.page_columns).t()
+        )
 
     @abstractmethod
     def _flush(self, end: int) -> None:
@@ -220,7 +230,9 @@ class Epoched(_Filled):
             future[..., block, :] += future_fill(
                 past[..., block, :], self._filters[:, None, None, block], count
             )
-        self.multiply_adds += _fft_multiply_adds(n, past[..., 0].numel(), self._filters.numel() // self._filters.shape[-1])
+        self.multiply_adds += _fft_multiply_adds(
+            n, past[..., 0].numel(), self._filters.numel() // self._filters.shape[-1]
+        )
 
 
 class Continuous(_Filled):

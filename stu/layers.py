@@ -1,0 +1,165 @@
+"""The layers of a Flash-STU block: RMSNorm, gated MLP, the two STU forms, windowed attention."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stu.attention import alibi_slopes, sliding_window_attention
+from stu.config import ModelConfig
+from stu.convolution import causal_convolution
+
+
+class Memory(Protocol):
+    """What a decoder knows of earlier tokens. Layers ask it in place of mixing a whole sequence.
+
+    `layer` counts the layers of one kind, STU or attention, from 0.
+    """
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        """Take the convolution's inputs `[S, T, C]` at the next T positions; return its outputs."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Take `[B, T, heads, head_dim]` at the next T positions; return what attention yields."""
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`; the mean is taken in float32 (Zhang, Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class GatedMLP(nn.Module):
+    """`down(gelu_tanh(gate(x)) * up(x))` with a hidden width of `mlp_ratio * width`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_ratio * config.width
+        self.gate = nn.Linear(config.width, hidden, bias=False)
+        self.up = nn.Linear(config.width, hidden, bias=False)
+        self.down = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return gated
+
+
+class STU(nn.Module, ABC):
+    """A spectral transform unit: `[B, T, D] -> [B, T, D]`, linear and causal.
+
+    Either form (Liu et al. 2024, "Flash STU", sections 3 and 4) turns its input into streams,
+    convolves each with its own filter, and combines the results.
+    """
+
+    lag_step: int
+    """The filters' taps lie this many positions apart."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        streams = self.streams(x)
+        if memory is None:
+            mixed = causal_convolution(streams, self.taps(filters), self.lag_step)
+        else:
+            mixed = memory.convolve(self.layer, streams)
+        return self.combine(mixed, x)
+
+    @abstractmethod
+    def taps(self, filters: Tensor) -> Tensor:
+        """The convolution's taps `[N, C]`, in float32 or wider, of spectral filters `[L, K]`."""
+
+    @abstractmethod
+    def streams(self, x: Tensor) -> Tensor:
+        """What is convolved: `[B, T, D] -> [S, T, C]`."""
+
+    @abstractmethod
+    def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """The layer's output from the convolved streams: `[S, T, C] -> [B, T, D]`."""
+
+
+class TensordotSTU(STU):
+    """`y = psi * (x W)` with one filter `psi = Phi M` per channel, plus its minus branch.
+
+    The branches share M, so their sum has the filter `2 psi[i]` at even lags and 0 at odd ones.
+    """
+
+    lag_step = 2
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.input_matrix = nn.Parameter(torch.empty(config.width, config.width))
+        self.filter_matrix = nn.Parameter(torch.empty(config.num_filters, config.width))
+
+    def taps(self, filters: Tensor) -> Tensor:
+        with torch.autocast(filters.device.type, enabled=False):
+            taps = 2 * filters[::2] @ self.filter_matrix.to(filters.dtype)  # [L/2, K] @ [K, D]
+        return taps
+
+    def streams(self, x: Tensor) -> Tensor:
+        return x @ self.input_matrix
+
+    def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
+        return mixed
+
+
+class FullSTU(STU):
+    """`y[t] = sum_k M+_k U+_k[t] + M-_k U-_k[t]`, `U±` = x convolved with `phi_k[i]` and
+    `(-1)^i phi_k[i]`."""
+
+    lag_step = 1
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        shape = config.num_filters, config.width, config.width
+        self.plus_matrices = nn.Parameter(torch.empty(shape))
+        self.minus_matrices = nn.Parameter(torch.empty(shape))
+
+    def taps(self, filters: Tensor) -> Tensor:
+        minus = filters.clone()
+        minus[1::2] *= -1
+        return torch.cat([filters, minus], dim=1)  # [L, 2 K]
+
+    def streams(self, x: Tensor) -> Tensor:
+        channels = x.transpose(1, 2).flatten(0, 1)  # [B, T, D] -> [B D, T]
+        return channels[..., None].expand(-1, -1, 2 * len(self.plus_matrices))  # -> [B D, T, 2 K]
+
+    def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
+        mixed = mixed.unflatten(0, (x.shape[0], x.shape[2]))  # -> [B, D, T, 2 K]
+        matrices = torch.cat([self.plus_matrices, self.minus_matrices])
+        return torch.einsum("bdtk,kde->bte", mixed, matrices)
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal attention to the last `window_tokens` tokens: ALiBi, softcap, fused qkv, no bias."""
+
+    slopes: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
+        heads = self.config.num_heads, self.config.head_dim
+        qkv = self.qkv(x).unflatten(-1, (3, *heads))  # [B, T, 3 D] -> [B, T, 3, heads, head_dim]
+        queries, keys, values = qkv.unbind(2)
+        if memory is None:
+            slopes = alibi_slopes(self.config.num_heads).to(x.device)
+            window, softcap = self.config.window_tokens, self.config.softcap
+            attended = sliding_window_attention(queries, keys, values, slopes, window, softcap)
+        else:
+            attended = memory.attend(self.layer, queries, keys, values)
+        projected: Tensor = self.output(attended.flatten(2))
+        return projected
