@@ -31,7 +31,7 @@ def causal_convolution(
     """
     num_outputs = inputs.shape[1] if num_outputs is None else num_outputs
     dtype = torch.promote_types(inputs.dtype, torch.float32)
-    outputs: Tensor = _CausalConvolution.apply(
+    outputs: Tensor = _CausalConvolution.apply(  # type: ignore[no-untyped-call]
         inputs.to(dtype), taps[: -(-num_outputs // lag_step)].to(dtype), lag_step, num_outputs
     )
     return outputs.to(inputs.dtype)

@@ -6,7 +6,7 @@ from the whole past once per epoch, `Continuous` from tiles that double in size,
 directly. All three are exact: they order the same multiply-adds differently.
 
 Every class takes `taps [layers, N, D]`, tap j at lag `lag_step * j`, so any causal filter will do,
-and an STU-T filter, which is zero at odd lags, costs half. Time runs in phases as in
+and an STU-T filter, which is zero at odd lags, skips half the taps. Time runs in phases as in
 `stu.convolution`: position t is column `t // lag_step` of phase `t % lag_step`, and phases never
 mix. Sums are in the dtype of the taps, float32 or float64.
 """
@@ -63,8 +63,8 @@ class OnlineConvolution(ABC):
         """Bytes held of the past and the future of all sequences; filters are not counted."""
 
     @abstractmethod
-    def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
-        """Take the prompts `[B, P, D]` of all rows, or `[1, P, D]` of one; return their outputs."""
+    def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Take the prompts `[rows, P, D]` of all rows or some; return their outputs."""
 
     @abstractmethod
     def step(self, layer: int, inputs: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ class Naive(OnlineConvolution):
         columns = self._prompt_columns + self.num_columns
         return self._inputs[..., :columns].numel() * self._inputs.element_size()
 
-    def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
-        origin, step = self.taps.shape[1], self.lag_step
-        rows = slice(None) if row is None else slice(row, row + 1)
-        columns = -(-inputs.shape[1] // step)
-        phases = pad(inputs, (0, 0, columns * step - inputs.shape[1], 0))
-        phases = phases.unflatten(1, (columns, step)).permute(2, 3, 0, 1)  # -> [g, D, B, P/g]
-        self._inputs[layer, :, :, rows, origin - columns : origin] = phases[..., -origin:]
+    def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
+        origin, step, width = self.taps.shape[1], self.lag_step, self.taps.shape[2]
+        reached = inputs[:, -origin * step :]
+        columns = -(-reached.shape[1] // step)
+        phases = pad(reached, (0, 0, columns * step - reached.shape[1], 0))
+        phases = phases.view(-1, columns, step, width).permute(2, 3, 0, 1)  # -> [g, D, B, columns]
+        self._inputs[layer, :, :, rows, origin - columns : origin] = phases
         self._prompt_columns = max(self._prompt_columns, columns)
         return causal_convolution(inputs, self.taps[layer], step)
 
@@ -167,13 +167,12 @@ class _Filled(OnlineConvolution):
         elements = self._slots.numel() + self._page.numel() + self._transposed.numel()
         return elements * self._slots.element_size()
 
-    def prefill(self, layer: int, inputs: Tensor, row: int | None = None) -> Tensor:
-        rows = slice(None) if row is None else slice(row, row + 1)
+    def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
         length, columns = inputs.shape[1], self.num_columns
         outputs = causal_convolution(
             inputs, self.taps[layer], self.lag_step, length + columns * self.lag_step
         )
-        pending = outputs[:, length:].unflatten(1, (columns, self.lag_step))
+        pending = outputs[:, length:].reshape(-1, columns, self.lag_step, outputs.shape[-1])
         self._slots[layer, :, rows] = pending.permute(2, 0, 3, 1)  # [B, M, g, D] -> [g, B, D, M]
         self._page[:, layer, :, rows] = pending[:, : self.page_columns].permute(1, 2, 0, 3)
         return outputs[:, :length]

@@ -135,7 +135,8 @@ class FullSTU(STU):
         return channels[..., None].expand(-1, -1, 2 * len(self.plus_matrices))  # -> [B D, T, 2 K]
 
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
-        mixed = mixed.unflatten(0, (x.shape[0], x.shape[2]))  # -> [B, D, T, 2 K]
+        batch, length, width = x.shape
+        mixed = mixed.view(batch, width, length, -1)  # [B D, T, 2 K] -> [B, D, T, 2 K]
         matrices = torch.cat([self.plus_matrices, self.minus_matrices])
         return torch.einsum("bdtk,kde->bte", mixed, matrices)
 
@@ -153,8 +154,8 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
         heads = self.config.num_heads, self.config.head_dim
-        qkv = self.qkv(x).unflatten(-1, (3, *heads))  # [B, T, 3 D] -> [B, T, 3, heads, head_dim]
-        queries, keys, values = qkv.unbind(2)
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+        # each [B, T, heads, head_dim]
         if memory is None:
             slopes = alibi_slopes(self.config.num_heads).to(x.device)
             window, softcap = self.config.window_tokens, self.config.softcap

@@ -75,7 +75,7 @@ class FlashSTU(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlashSTU":
         filters = self.filters
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if torch.finfo(self.filters.dtype).bits < 32:
             self.filters = filters.to(self.filters.device)
         return self

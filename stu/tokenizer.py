@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+
+from stu.atomic import new_file
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 TRAINING_PIECE_CHARS = 1000  # SentencePiece drops sentences of more than 4192 bytes
@@ -62,7 +63,7 @@ class Tokenizer:
         return text
 
     def bytes_per_token(self) -> NDArray[np.int64]:
-        """UTF-8 bytes of text each token stands for: `[vocab_size]`, 0 for control and unknown ones."""
+        """UTF-8 bytes each token stands for, 0 for control and unknown ones: `[vocab_size]`."""
         return np.array([self._num_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
 
     def _num_bytes(self, token: int) -> int:
@@ -106,16 +107,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
         )
     except RuntimeError as error:
         raise ValueError(_training_failure(str(error), vocab_size)) from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(model.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with new_file(path) as temporary:
+        temporary.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 

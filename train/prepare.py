@@ -21,8 +21,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from stu.atomic import new_directory
 from stu.tokenizer import Tokenizer, train_bpe
-from train.atomic import new_directory
 from train.encode import Encoder, encode_all, split_of, text_hash, token_dtype
 from train.shards import TOKENIZER_FILE, Index, SplitWriter
 from train.sources import Files, find_files, read_documents
@@ -127,8 +127,9 @@ def _train_tokenizer(
         num_documents[split] += 1
         if split != "train":
             continue
-        heapq.heappush(sample, (-text_hash(text, config.seed), text[:TOKENIZER_SAMPLE_BYTES]))
-        sample_bytes += len(text.encode())
+        start = text[:TOKENIZER_SAMPLE_BYTES]
+        heapq.heappush(sample, (-text_hash(text, config.seed), start))
+        sample_bytes += len(start.encode())
         while sample_bytes > TOKENIZER_SAMPLE_BYTES and len(sample) > 1:
             sample_bytes -= len(heapq.heappop(sample)[1].encode())
     _require_both_splits(config, num_documents)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.model"
+TOKEN_DTYPES = ("uint16", "uint32")
 WRITE_BUFFER_BYTES = 1 << 20
 
 
@@ -77,6 +78,8 @@ class Index:
                 raise ValueError(
                     f"format_version {data['format_version']}, this program reads {FORMAT_VERSION}"
                 )
+            if data["dtype"] not in TOKEN_DTYPES:
+                raise ValueError(f"dtype {data['dtype']!r}, expected {' or '.join(TOKEN_DTYPES)}")
             splits = {
                 name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
                 for name, split in data.pop("splits").items()

@@ -1,0 +1,1 @@
+"""Slow, obvious implementations, written straight from the formulas, to compare with."""

@@ -74,6 +74,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_control_tokens(tokenizer: Tokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.encode("\n\t") == [3, 4]
     text_that_looks_like_them = "<s></s><unk>"
     assert not {0, 1, 2} & set(tokenizer.encode(text_that_looks_like_them))
     assert tokenizer.decode([1, 0, *tokenizer.encode("fox"), 2]) == "fox"
@@ -129,10 +130,10 @@ def test_no_text_to_train_on(tmp_path: Path, texts: list[str]) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(descriptor: int) -> None:
+    def disk_full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stu.tokenizer.os.fsync", disk_full)
+    monkeypatch.setattr("stu.atomic._fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         train_bpe(TEXTS, 400, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,8 @@ from train.order import Permutation
 
 
 def _all(n: int, seed: int, epoch: int) -> list[int]:
-    return Permutation(n, seed, epoch)(np.arange(n, dtype=np.int64)).tolist()
+    order: list[int] = Permutation(n, seed, epoch)(np.arange(n, dtype=np.int64)).tolist()
+    return order
 
 
 @given(

@@ -15,7 +15,7 @@ import pytest
 
 from stu.tokenizer import Tokenizer, train_bpe
 from train import encode
-from train.encode import encode_document, split_of
+from train.encode import encode_document, split_of, token_dtype
 from train.prepare import PrepareConfig, main, prepare
 from train.shards import Index, TokenShards
 
@@ -155,6 +155,12 @@ def test_long_documents_are_encoded_in_pieces(
     assert tokenizer.decode(encode_document(tokenizer, text).tolist()) == text
 
 
+def test_tokens_take_two_bytes_while_they_can() -> None:
+    assert [token_dtype(size).name for size in (4096, 2**16, 2**16 + 1)] == ["uint16"] * 2 + [
+        "uint32"
+    ]
+
+
 def _row(text: str) -> bytes:
     return json.dumps({"text": text}).encode() + b"\n"
 
@@ -203,7 +209,7 @@ def test_a_full_disk_leaves_nothing(
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ["train.shards.SplitWriter.add", "train.shards.Index.save", "train.atomic._fsync"]:
+    for place in ["train.shards.SplitWriter.add", "train.shards.Index.save", "stu.atomic._fsync"]:
         with monkeypatch.context() as patch:
             patch.setattr(place, disk_full)
             with pytest.raises(OSError, match="No space left"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.train.token_shards import write_token_shards
@@ -41,6 +41,8 @@ def test_files_are_little_endian(tmp_path: Path) -> None:
 
 
 @given(ends=st.tuples(st.integers(0, 1000), st.integers(0, 1000)))
+@example(ends=(0, 1000))
+@example(ends=(294, 588))
 def test_any_range_is_read_across_shards(thousand: TokenShards, ends: tuple[int, int]) -> None:
     start, stop = sorted(ends)
     tokens = thousand.read(start, stop)
@@ -98,6 +100,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format_version": 2}, "format_version 2, this program reads 1"),
+        ({"dtype": "object"}, "dtype 'object', expected uint16 or uint32"),
         ({"splits": 5}, "not an index of token shards"),
         ({"surprise": 5}, "not an index of token shards.*surprise"),
     ],

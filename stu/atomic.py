@@ -1,0 +1,67 @@
+"""Files and folders that appear complete or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends, or vanishes if it raises.
+
+    Files directly inside are on disk before the name appears. Raises ValueError if `path` is there
+    already and not an empty folder, unless `overwrite`: then the old one goes last.
+    """
+    path = path.resolve()
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and not overwrite:
+        raise ValueError(f"output {path}: exists and is not empty; choose another, or delete it")
+    # Missing parents are made last, so that a failure leaves none of them either.
+    existing = next(parent for parent in path.parents if parent.exists())
+    temporary = _temporary_name(existing / path.name)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for written in [*temporary.iterdir(), temporary]:
+            _fsync(written)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if occupied:
+            old = path.rename(_temporary_name(path))
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path`, or vanishes on an error."""
+    path = path.resolve()
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
