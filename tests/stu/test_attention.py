@@ -1,0 +1,74 @@
+"""Blocked windowed attention against the whole score matrix."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stu.attention import alibi_slopes, sliding_window_attention
+from tests.reference import attention as reference
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16])
+def test_slopes(heads):
+    np.testing.assert_allclose(alibi_slopes(heads), reference.slopes(heads), rtol=1e-6)
+
+
+def test_slopes_of_eight_heads_are_the_published_ones():
+    assert alibi_slopes(8).tolist() == [0.25 * 2.0**-h for h in range(1, 9)]
+
+
+@pytest.mark.parametrize("window", [1, 5, 128, 300])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 290])
+def test_equals_reference(length, window):
+    torch.manual_seed(0)
+    # Large enough that the softcap bends the scores.
+    q, k, v = (4 * torch.randn(2, length, 3, 4, dtype=torch.float64) for _ in range(3))
+    actual = sliding_window_attention(q, k, v, alibi_slopes(3), window, 5.0)
+    expected = reference.attention(q.numpy(), k.numpy(), v.numpy(), window, 5.0)
+    np.testing.assert_allclose(actual, expected, atol=1e-7)  # slopes are float32
+
+
+def test_float32_and_bfloat16_stay_near_float64():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 200, 2, 8, dtype=torch.float64) for _ in range(3))
+    exact = sliding_window_attention(q, k, v, alibi_slopes(2), 50, 50.0)
+    single = sliding_window_attention(q.float(), k.float(), v.float(), alibi_slopes(2), 50, 50.0)
+    torch.testing.assert_close(single.double(), exact, rtol=0, atol=2e-6)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    exact = sliding_window_attention(q.double(), k.double(), v.double(), alibi_slopes(2), 50, 50.0)
+    half = sliding_window_attention(q, k, v, alibi_slopes(2), 50, 50.0)
+    assert half.dtype == torch.bfloat16
+    # One rounding, of the result: sums inside are float32.
+    assert ((half.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    slopes = alibi_slopes(2)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: sliding_window_attention(*qkv, slopes, 4, 2.0), (q, k, v)
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements any operation's result had."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+def test_memory_grows_with_length_times_window_never_squared():
+    for length in (1024, 4096):
+        q, k, v = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(3))
+        with LargestTensor() as largest:
+            sliding_window_attention(q, k, v, alibi_slopes(2), 64, 50.0).sum().backward()
+        assert largest.elements <= 2 * max(length * 4, 128 * (128 + 64))

@@ -1,0 +1,159 @@
+"""Model directories: whole or absent, and every damage named."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stu.checkpoint import load_config, load_generation, load_model, load_tokenizer, save_model
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.tokenizer import train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    text = ["def f(x):\n\treturn x + 1\n" * 20]
+    return train_bpe(text, 290, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, max_seq_len=32
+    )
+    return FlashSTU(config)
+
+
+@pytest.fixture
+def saved(tmp_path, model, tokenizer):
+    save_model(tmp_path / "model", model, tokenizer, {"temperature": 0.7})
+    return tmp_path / "model"
+
+
+def test_round_trip(saved, model, tokenizer):
+    loaded = load_model(saved)
+    tokens = torch.arange(10)[None]
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert not loaded.training
+    assert load_config(saved) == model.config
+    assert load_tokenizer(saved).sha256 == tokenizer.sha256
+    assert load_generation(saved)["temperature"] == 0.7
+    assert load_generation(saved)["top_p"] == 1.0
+    assert sorted(os.listdir(saved)) == [
+        "config.json",
+        "generation.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+
+
+def test_stored_filters_are_used(saved):
+    """Two machines may differ in the last digits of their filters; the checkpoint decides."""
+    file = saved / "model.safetensors"
+    weights = load_file(file)
+    weights["filters"] += 1
+    save_file(weights, file, {"format": "stu", "format_version": "1"})
+    assert torch.equal(load_model(saved).filters, weights["filters"])
+
+
+def test_bfloat16_weights_keep_float32_filters(tmp_path, saved, tokenizer):
+    loaded = load_model(saved, dtype=torch.bfloat16)
+    assert loaded.embedding.weight.dtype == torch.bfloat16
+    save_model(tmp_path / "half", loaded, tokenizer)
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert weights["filters"].dtype == torch.float32
+    assert weights["embedding.weight"].dtype == torch.bfloat16
+
+
+def test_existing_output_is_kept_unless_told(saved, model, tokenizer):
+    before = (saved / "config.json").stat().st_ino
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        save_model(saved, model, tokenizer)
+    assert (saved / "config.json").stat().st_ino == before
+    save_model(saved, model, tokenizer, overwrite=True)
+    assert (saved / "config.json").stat().st_ino != before
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_tokenizer_of_another_size(tmp_path, tokenizer):
+    model = FlashSTU(ModelConfig(vocab_size=17, width=16, num_heads=2, max_seq_len=32))
+    with pytest.raises(ValueError, match=r"290 tokens and the model vocab_size=17"):
+        save_model(tmp_path / "model", model, tokenizer)
+    assert os.listdir(tmp_path) == []
+
+
+def test_truncated_weights(saved):
+    file = saved / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+            load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "stu", "format_version": "2"}, "version 2, .* reads up to 1: install a newer"),
+        ({"format": "pt"}, "not written by stu-export"),
+        (None, "not written by stu-export"),
+    ],
+)
+def test_other_formats(saved, metadata, message):
+    file = saved / "model.safetensors"
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match=message):
+        load_model(saved)
+
+
+def test_weights_of_another_model(saved):
+    file = saved / "model.safetensors"
+    weights = load_file(file)
+    weights["extra"] = weights.pop("norm.weight")
+    weights["embedding.weight"] = weights["embedding.weight"][:5].clone()
+    save_file(weights, file, {"format": "stu", "format_version": "1"})
+    with pytest.raises(ValueError, match=r"norm\.weight is missing, extra is unknown, embedding"):
+        load_model(saved)
+
+
+def test_missing_and_damaged_files(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*no such file; is .* a model directory"):
+        load_model(tmp_path / "nowhere")
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"num_layer": 3}))
+    with pytest.raises(ValueError, match=r"config\.json: unknown model setting 'num_layer'"):
+        load_model(saved)
+    (saved / "config.json").write_text('{"vocab_size"')
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+        load_model(saved)
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from stu.checkpoint import load_model, load_tokenizer, save_model
+model = load_model(sys.argv[1])
+try:
+    save_model(sys.argv[2], model, load_tokenizer(sys.argv[1]))
+except OSError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
+def test_full_disk_leaves_nothing_behind(saved, tmp_path):
+    assert (saved / "model.safetensors").stat().st_size > 20_000
+    out = tmp_path / "out" / "model"
+    command = [sys.executable, "-c", FULL_DISK, saved, out]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "refused" in result.stderr
+    assert sorted(os.listdir(tmp_path)) == ["model"]

@@ -1,0 +1,181 @@
+"""The model: forms of STU, causality, casts, initial weights."""
+
+import pytest
+import torch
+
+from stu.config import ModelConfig
+from stu.layers import FullSTU, GatedMLP, RMSNorm, TensordotSTU
+from stu.model import FlashSTU
+from tests.reference import convolution as reference
+
+SMALL = {"vocab_size": 50, "width": 16, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2}
+SMALL |= {"max_seq_len": 64, "num_filters": 5, "window_tokens": 7}
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return FlashSTU(ModelConfig(**(SMALL | changes)))
+
+
+def stu_layer(form):
+    model = small(stu_form=form, layout="stu").double()
+    return model.blocks[0].mixer, model.filters
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 64])
+def test_tensordot_form_equals_plus_and_minus_branches(length):
+    stu, filters = stu_layer("tensordot")
+    assert isinstance(stu, TensordotSTU)
+    x = torch.randn(2, length, 16, dtype=torch.float64)
+    arrays = (t.detach().numpy() for t in (x, filters, stu.input_matrix, stu.filter_matrix))
+    expected = torch.from_numpy(reference.stu_tensordot(*arrays))
+    torch.testing.assert_close(stu(x, filters, None), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 64])
+def test_full_form_equals_plus_and_minus_branches(length):
+    stu, filters = stu_layer("full")
+    assert isinstance(stu, FullSTU)
+    x = torch.randn(2, length, 16, dtype=torch.float64)
+    arrays = (t.detach().numpy() for t in (x, filters, stu.plus_matrices, stu.minus_matrices))
+    expected = torch.from_numpy(reference.stu_full(*arrays))
+    torch.testing.assert_close(stu(x, filters, None), expected, rtol=0, atol=1e-13)
+
+
+def two_branches(x, filters, input_matrix, filter_matrix):
+    """STU-T by plain differentiable torch sums, both branches."""
+    psi, projected = filters @ filter_matrix, x @ input_matrix
+    sign = (-1.0) ** torch.arange(len(filters), dtype=x.dtype)[:, None]
+    return sum(
+        torch.stack(
+            [(branch[: t + 1].flip(0) * projected[:, : t + 1]).sum(1) for t in range(x.shape[1])],
+            dim=1,
+        )
+        for branch in (psi, sign * psi)
+    )
+
+
+def test_gradients_equal_those_of_the_branches():
+    stu, filters = stu_layer("tensordot")
+    x = torch.randn(2, 33, 16, dtype=torch.float64, requires_grad=True)
+    arguments = (x, stu.input_matrix, stu.filter_matrix)
+    grad = torch.randn_like(x)
+    expected = two_branches(x, filters, stu.input_matrix, stu.filter_matrix)
+    torch.testing.assert_close(
+        torch.autograd.grad(stu(x, filters, None), arguments, grad),
+        torch.autograd.grad(expected, arguments, grad),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("form", ["tensordot", "full"])
+def test_gradcheck(form):
+    stu, filters = stu_layer(form)
+    x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
+    names = dict(stu.named_parameters())
+    # A random direction in the parameters: all entries one by one would take minutes.
+    directions = [torch.randn_like(p) for p in names.values()]
+
+    def along(x, *amounts):
+        moved = {
+            n: p + a * d for (n, p), a, d in zip(names.items(), amounts, directions, strict=True)
+        }
+        return torch.func.functional_call(stu, moved, (x, filters, None))
+
+    amounts = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in names]
+    assert torch.autograd.gradcheck(along, (x, *amounts))
+
+
+@pytest.mark.parametrize("layout", ["stu", "hybrid"])
+@pytest.mark.parametrize("form", ["tensordot", "full"])
+def test_causal(layout, form):
+    model = small(layout=layout, stu_form=form).double()
+    tokens = torch.randint(50, (1, 40))
+    changed = tokens.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 50
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20], rtol=0, atol=1e-12)
+    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-3
+
+
+def test_any_length_up_to_max_seq_len():
+    model = small()
+    for length in (1, 3, 64):
+        assert model(torch.zeros(1, length, dtype=torch.long)).shape == (1, length, 50)
+    with pytest.raises(ValueError, match="65 tokens exceeds max_seq_len=64"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_filters_survive_a_cast_to_bfloat16():
+    model = small()
+    filters = model.filters.clone()
+    model.bfloat16()
+    assert model.filters.dtype == torch.float32
+    assert torch.equal(model.filters, filters)
+    assert model.blocks[0].mixer.filter_matrix.dtype == torch.bfloat16
+    assert model(torch.zeros(1, 5, dtype=torch.long)).dtype == torch.bfloat16
+    assert model.double().filters.dtype == torch.float64
+
+
+def test_taps_are_float32_under_autocast():
+    model = small()
+    stu = model.blocks[0].mixer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        taps = stu.taps(model.filters)
+    assert torch.equal(taps, stu.taps(model.filters))
+
+
+def test_float32_forward_stays_near_float64():
+    model = small()
+    tokens = torch.randint(50, (2, 64))
+    single = model(tokens)
+    exact = model.double()(tokens)
+    assert (single - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_norm_and_mlp_by_their_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    norm = RMSNorm(8, 1e-5).double()
+    torch.nn.init.normal_(norm.weight)
+    expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+    mlp = GatedMLP(ModelConfig(vocab_size=1, width=8, mlp_ratio=3)).double()
+    gate, up, down = (layer.weight for layer in (mlp.gate, mlp.up, mlp.down))
+    g = x @ gate.T
+    gelu = 0.5 * g * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)))
+    torch.testing.assert_close(mlp(x), (gelu * (x @ up.T)) @ down.T)
+
+
+def test_initial_weights():
+    """Stds as stated, output projections scaled once: the published code shrinks them per layer."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=3000, width=128, num_layers=6, mlp_ratio=4, num_filters=24)
+    model = FlashSTU(config)
+    std, scale = 128**-0.5, 12**-0.5
+
+    def check(weight, expected):
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+
+    check(model.embedding.weight, std)
+    for block in model.blocks:
+        check(block.mlp.gate.weight, std)
+        check(block.mlp.up.weight, std)
+        check(block.mlp.down.weight, std * scale)
+    stu, attention = model.blocks[4].mixer, model.blocks[5].mixer
+    check(stu.input_matrix, 128**-0.5)
+    check(stu.filter_matrix, (2 / (24 + 128)) ** 0.5)
+    check(attention.qkv.weight, (2 / (128 + 384)) ** 0.5)
+    check(attention.output.weight, 128**-0.5 * scale)
+    # A fresh model knows nothing: its loss is that of a uniform guess, to within its noise.
+    tokens = torch.randint(3000, (4, 65))
+    logits = model(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(8.006 + 0.5, abs=0.2)  # ln 3000, and half a unit variance
+
+
+def test_meta_device_costs_no_filters():
+    with torch.device("meta"):
+        model = FlashSTU(ModelConfig(vocab_size=200064, width=1024, max_seq_len=2**20))
+    assert model.filters.is_meta
