@@ -260,7 +260,10 @@ class Continuous(_Filled):
 
 
 class _TilePlan:
-    """The transforms of one tile size: spectra of the filters, and buffers to work in."""
+    """The transforms of one tile size: spectra of the filters, and a zero-padded buffer.
+
+    The transforms take no `out=`: torch would compute into a fresh tensor all the same, and copy.
+    """
 
     def __init__(self, tile: int, slots: Tensor, filters: Tensor) -> None:
         self.tile = tile
@@ -268,8 +271,6 @@ class _TilePlan:
         self._spectra = torch.fft.rfft(filters[..., :n], n=n)[:, None, None]  # [.., D, tile + 1]
         self._blocks = list(_channel_blocks(slots, n))
         self._padded = slots.new_zeros(*slots[..., self._blocks[0], 0].shape, n)
-        self._spectrum = torch.fft.rfft(self._padded)
-        self._filled = torch.empty_like(self._padded)
         rows = slots[..., 0].numel()
         self.multiply_adds = rows * int(2 * n * math.log2(n) + 4 * (tile + 1))
 
@@ -279,11 +280,10 @@ class _TilePlan:
         for block in self._blocks:
             width = past[..., block, 0].shape[-1]
             padded = self._padded[..., :width, :]
-            spectrum, filled = self._spectrum[..., :width, :], self._filled[..., :width, :]
             padded[..., :tile] = past[..., block, :]
-            torch.fft.rfft(padded, out=spectrum)
+            spectrum = torch.fft.rfft(padded)
             spectrum *= self._spectra[..., block, :]
-            torch.fft.irfft(spectrum, n=2 * tile, out=filled)
+            filled = torch.fft.irfft(spectrum, n=2 * tile)
             future[..., block, :] += filled[..., tile : tile + count]
 
 
