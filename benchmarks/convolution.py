@@ -86,7 +86,7 @@ def decoding(length: int, batch: int) -> dict[str, Any]:
 
 
 def direct_sums(num_taps: int, batch: int) -> dict[str, float]:
-    """Seconds of one token's sum over `num_taps` even lags, by operation, in the layout it likes."""
+    """Seconds of one sum over `num_taps` even lags, by operation, each in the layout it likes."""
     taps, inputs = torch.randn(512, num_taps), torch.randn(512, batch, num_taps)
     by_row = inputs.transpose(0, 1).contiguous()  # [B, D, n]
     return interleaved(

@@ -62,7 +62,8 @@ class Runner:
         """Take in the prompts, one after the other; return `[B, vocab_size]`, the logits of each
         row's first new token."""
         last = []
-        for self._prefilling, prompt in enumerate(self._prompts):
+        for row, prompt in enumerate(self._prompts):
+            self._prefilling = row
             tokens = torch.tensor([prompt], device=self._slots.device)
             last.append(self._model.hidden(tokens, self)[:, -1])  # [1, P, D] -> [1, D]
         self._prefilling = None
@@ -76,23 +77,26 @@ class Runner:
         """
         step, size = self._convolution.position, len(self._slots)
         distances = (step - self._slots) % size
-        empty = distances > self._lengths[:, None] + step  # nothing was written there yet: [B, size]
-        self._distances = distances.masked_fill(empty, -1)[:, None, None]
-        logits = self._model(tokens[:, None], self)[:, 0]  # [B, 1, vocab_size] -> [B, vocab_size]
+        empty = distances > self._lengths[:, None] + step  # not written yet: [B, size]
+        self._distances = distances.masked_fill(empty, -1)[:, None, None]  # -> [B, 1, 1, size]
+        hidden = self._model.hidden(tokens[:, None], self)[:, 0]  # [B, 1, D] -> [B, D]
         self._convolution.advance()
-        return logits
+        return self._model.logits(hidden)
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        """`Memory.convolve`: `[S, T, C] -> [S, T, C]`, of one prompt or of one token of each row."""
+        """`Memory.convolve` of one prompt, or of one token of each row: `[S, T, C]` both ways."""
+        # What a prompt adds to the future would otherwise be rounded to the model's dtype.
+        wide = streams.to(self._convolution.taps.dtype)
         if self._prefilling is None:
-            return self._convolution.step(layer, streams[:, 0])[:, None]
-        start = self._prefilling * self._streams_per_row
-        return self._convolution.prefill(
-            layer, streams, slice(start, start + self._streams_per_row)
-        )
+            mixed = self._convolution.step(layer, wide[:, 0])[:, None]
+        else:
+            start = self._prefilling * self._streams_per_row
+            rows = slice(start, start + self._streams_per_row)
+            mixed = self._convolution.prefill(layer, wide, rows)
+        return mixed.to(streams.dtype)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """`Memory.attend`: `[B, T, heads, head_dim]`, of one prompt or of one token of each row."""
+        """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""
         config, size = self._model.config, len(self._slots)
         window, softcap = config.window_tokens, config.softcap
         if self._prefilling is not None:

@@ -1,0 +1,142 @@
+"""Decoding step by step equals one forward pass over the whole sequence."""
+
+import pytest
+import torch
+
+from serve.runner import Runner
+from stu.config import ModelConfig
+from stu.futurefill import Continuous, Epoched, Naive
+from stu.model import FlashSTU
+
+VOCAB_SIZE = 40
+PROMPT_LENGTHS = 1, 2, 13, 16, 17
+NUM_NEW = 80
+WINDOW_SMALLER, WINDOW_LARGER = 7, 200  # than the sequences
+LAYOUTS = [("stu", WINDOW_SMALLER), ("hybrid", WINDOW_SMALLER), ("hybrid", WINDOW_LARGER)]
+
+
+class ShortPages(Continuous):
+    """`Continuous` with pages so short that these sequences fill tiles of many sizes."""
+
+    def __init__(self, taps, batch, max_new_tokens, lag_step=1):
+        super().__init__(taps, batch, max_new_tokens, lag_step, page_columns=4)
+
+
+def build(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    shape = {"width": 16, "num_layers": 4, "num_filters": 6, "num_heads": 2, "max_seq_len": 128}
+    config = ModelConfig(vocab_size=VOCAB_SIZE, **{**shape, **settings})
+    return FlashSTU(config).to(dtype).eval()
+
+
+def decode(model, sequences, prompt_lengths, num_new, convolution=Continuous):
+    """Logits `[B, num_new + 1, vocab]` from each prompt's last token on, the rest fed in."""
+    prompts = [row[:length].tolist() for row, length in zip(sequences, prompt_lengths, strict=True)]
+    runner = Runner(model, prompts, num_new, convolution)
+    logits = [runner.prefill()]
+    for step in range(num_new):
+        rows = zip(sequences, prompt_lengths, strict=True)
+        logits.append(runner.step(torch.stack([row[length + step] for row, length in rows])))
+    return torch.stack(logits, dim=1)
+
+
+def random_tokens(num_rows, length):
+    return torch.randint(0, VOCAB_SIZE, (num_rows, length), generator=torch.manual_seed(1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("stu_form", ["tensordot", "full"])
+@pytest.mark.parametrize(("layout", "window_tokens"), LAYOUTS)
+@pytest.mark.parametrize("convolution", [Naive, Epoched, Continuous, ShortPages])
+def test_decoding_equals_the_forward_pass(
+    convolution, layout, stu_form, window_tokens, dtype, tolerance
+):
+    model = build(dtype, layout=layout, stu_form=stu_form, window_tokens=window_tokens)
+    sequences = random_tokens(len(PROMPT_LENGTHS), max(PROMPT_LENGTHS) + NUM_NEW)
+    decoded = decode(model, sequences, PROMPT_LENGTHS, NUM_NEW, convolution)
+    with torch.inference_mode():
+        forward = model(sequences)
+    assert decoded.dtype == dtype
+    for row, length in enumerate(PROMPT_LENGTHS):
+        expected = forward[row, length - 1 : length + NUM_NEW]
+        worst = (decoded[row] - expected).abs().max() / expected.abs().max()
+        assert worst < tolerance, f"prompt of {length} tokens"
+
+
+@pytest.mark.parametrize("stu_form", ["tensordot", "full"])
+def test_a_row_does_not_depend_on_its_batch(stu_form):
+    model = build(torch.float64, stu_form=stu_form, window_tokens=WINDOW_SMALLER)
+    sequences = random_tokens(4, 60)
+    lengths = 1, 40, 8, 13
+    together = decode(model, sequences, lengths, 20)
+    for row, length in enumerate(lengths):
+        alone = decode(model, sequences[row : row + 1], [length], 20)
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-12)
+
+
+def test_a_context_can_be_filled_to_the_last_token():
+    model = build(torch.float64, max_seq_len=64)
+    sequences = random_tokens(2, 64)
+    decoded = decode(model, sequences, [63, 63], 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(decoded, model(sequences)[:, 62:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("convolution", [Naive, Epoched, Continuous])
+@pytest.mark.parametrize("layout", ["stu", "hybrid"])
+def test_bfloat16_decodes_as_it_trains(layout, convolution):
+    model = build(torch.bfloat16, layout=layout, window_tokens=WINDOW_SMALLER)
+    sequences = random_tokens(2, 60)
+    decoded = decode(model, sequences, [20, 20], 40, convolution)
+    with torch.inference_mode():
+        forward = model(sequences)[:, 19:]
+    assert decoded.dtype == torch.bfloat16
+    # Sums differ by a float32 rounding, which now and then crosses one of bfloat16.
+    assert (decoded - forward).abs().mean() < 1e-3 * forward.abs().max()
+
+
+def test_rows_may_differ_in_new_tokens():
+    model = build(torch.float64, max_seq_len=32)
+    sequences = random_tokens(2, 62)
+    runner = Runner(model, [sequences[0, :30].tolist(), sequences[1, :2].tolist()], [2, 30])
+    decoded = [runner.prefill()]
+    decoded += [runner.step(sequences[[0, 1], [30 + step, 2 + step]]) for step in range(30)]
+    with torch.inference_mode():
+        expected = model(sequences[:, :32])
+    for step in range(31):
+        torch.testing.assert_close(decoded[step][1], expected[1, 1 + step], rtol=0, atol=1e-12)
+    for step in range(3):
+        torch.testing.assert_close(decoded[step][0], expected[0, 29 + step], rtol=0, atol=1e-12)
+
+
+def test_memory_for_attention_is_bounded_by_the_window():
+    model = build(window_tokens=WINDOW_SMALLER)
+    long, short = (Runner(model, [[1] * length], 8) for length in (100, 20))
+    held = long._keys.shape[-2], short._keys.shape[-2]
+    assert held == (WINDOW_SMALLER + 1, WINDOW_SMALLER + 1)
+    assert long._convolution.cache_bytes == short._convolution.cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "message"),
+    [
+        ([], 1, "prompts is empty: give at least one"),
+        ([[1], []], 1, "prompt 1 has no tokens: start it with BOS"),
+        ([[1], [2, 40]], 1, "prompt 1 has the token id 40, and the vocabulary ids 0 to 39: use"),
+        ([[-1]], 1, "prompt 0 has the token id -1"),
+        ([[1]], 0, "max_new_tokens=0 is not allowed: it must be >= 1"),
+        ([[1] * 100], 29, "prompt 0 of 100 tokens and max_new_tokens=29 exceed max_seq_len=128: "),
+        ([[1], [2]], [1], "max_new_tokens has 1 numbers for 2 prompts"),
+    ],
+)
+def test_bad_arguments_are_refused(prompts, max_new_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        Runner(build(), prompts, max_new_tokens)
+
+
+def test_stepping_too_far_is_refused():
+    runner = Runner(build(), [[1, 2]], 1)
+    runner.prefill()
+    runner.step(torch.tensor([3]))
+    with pytest.raises(ValueError, match="all max_new_tokens=1 tokens are decoded"):
+        runner.step(torch.tensor([4]))

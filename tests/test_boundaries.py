@@ -1,0 +1,68 @@
+"""The packages' boundaries: who may import whom, and what a light command may load."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "stu": {"numpy", "platformdirs", "safetensors", "sentencepiece", "torch", "flash_attn"},
+    "train": {"stu"},
+    "serve": {"stu"},
+}
+COMMANDS = ["stu-prepare", "stu-train", "stu-export", "stu-generate"]
+
+
+def imported(package):
+    for file in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                yield file.relative_to(ROOT), name.split(".")[0]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_arrows_go_one_way(package):
+    others = set(MAY_IMPORT) - {package} - MAY_IMPORT[package]
+    wrong = [(str(file), name) for file, name in imported(package) if name in others]
+    assert wrong == []
+
+
+def test_the_model_library_stands_on_few_packages():
+    allowed = MAY_IMPORT["stu"] | sys.stdlib_module_names | {"stu"}
+    assert [(str(file), name) for file, name in imported("stu") if name not in allowed] == []
+
+
+def test_no_pickle():
+    names = {name for package in MAY_IMPORT for _, name in imported(package)}
+    assert "pickle" not in names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_in_under_a_second(command):
+    """The best of three: another process may be busy on this machine."""
+    program = Path(sys.executable).with_name(command)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+        assert command in result.stdout
+    assert min(seconds) < 1
+
+
+def test_importing_the_model_library_loads_neither_lightning_nor_deepspeed():
+    code = "import sys, stu.model, stu.checkpoint; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"lightning", "deepspeed", "tensorboard"} & set(modules)

@@ -1,0 +1,70 @@
+"""`stu-export`: from a training checkpoint to a model directory."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from stu.arguments import ArgumentParser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when done, 2 after an error, which leaves nothing behind."""
+    parser = ArgumentParser(
+        prog="stu-export",
+        description="Write a model directory, which stu-generate reads, from a checkpoint.",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a .ckpt, or a run's folder: its last")
+    add("--output", metavar="MODEL_DIR", type=Path, required=True, help="folder to write")
+    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the weights")
+    add("--overwrite", action="store_true", help="replace the output folder")
+    given = parser.parse_args(argv)
+    try:
+        export(given.checkpoint, given.output, given.dtype, given.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"stu-export: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {given.output}")
+    return 0
+
+
+def export(checkpoint: Path, output: Path, dtype: str = "float32", overwrite: bool = False) -> None:
+    """Write the model of `checkpoint`, a file or a run's folder, as the model directory `output`.
+
+    The checkpoint alone is read: it carries the model's shape and its tokenizer. Raises ValueError
+    or OSError, and then leaves nothing behind.
+    """
+    import tempfile
+
+    import torch
+
+    from stu.checkpoint import save_model
+    from stu.config import ModelConfig
+    from stu.model import FlashSTU
+    from stu.tokenizer import Tokenizer
+    from train.checkpoints import CHECKPOINT_KEY, last_checkpoint, load_checkpoint
+
+    path = last_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
+    contents = load_checkpoint(path)
+    if CHECKPOINT_KEY not in contents:
+        raise ValueError(f"checkpoint {path}: not written by stu-train")
+    carried: Mapping[str, Any] = contents[CHECKPOINT_KEY]
+    with torch.device("meta"):
+        model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
+    prefix = "model."
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in contents["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    model.load_state_dict(weights, assign=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_file = Path(folder) / "tokenizer.model"
+        tokenizer_file.write_bytes(carried["tokenizer"].numpy().tobytes())
+        tokenizer = Tokenizer(tokenizer_file)
+    save_model(output, model.to(getattr(torch, dtype)), tokenizer, overwrite=overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

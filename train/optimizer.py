@@ -1,0 +1,73 @@
+"""AdamW and its learning-rate schedule."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights are updated."""
+
+    learning_rate: float = 1e-3
+    """The highest one, reached after the warm-up."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Of matrices; norms are not decayed."""
+    warmup_steps: int = 100
+    """Optimizer steps in which the rate rises linearly from near 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine`: falls from the warm-up's end on. `wsd`: stays, and falls linearly at the end."""
+    decay_fraction: float = 0.2
+    """The share of all steps in which `wsd` falls; `cosine` does not read it."""
+    final_lr_fraction: float = 0.1
+    """The rate at the last step, as a share of `learning_rate`."""
+
+    def __post_init__(self) -> None:
+        for name, holds, allowed in [
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a positive number"),
+            ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
+            ("eps", 0 < self.eps < math.inf, "a positive number"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "a whole number >= 0"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "from 0 to 1"),
+            ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "from 0 to 1"),
+        ]:
+            if not holds:
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)!r} is not allowed: it must be {allowed}"
+                )
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over all parameters of `module`, with decay only on matrices."""
+    # The embedding is a matrix too: tied to the output, it is what turns states into scores.
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = config.beta1, config.beta2
+    return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=True)
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The share of `learning_rate` that optimizer step `step`, from 0, of `total_steps` uses."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        steps = max(1, total_steps - 1 - config.warmup_steps)
+        progress = min(1.0, (step - config.warmup_steps) / steps)
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay_steps = max(1, round(config.decay_fraction * total_steps))
+        falling = min(1.0, max(0.0, (total_steps - 1 - step) / decay_steps))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * falling

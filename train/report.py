@@ -1,0 +1,95 @@
+"""What a training run achieved: its loss curve, beside what needs no model at all."""
+
+import gzip
+import math
+from pathlib import Path
+
+import numpy as np
+
+from stu.tokenizer import Tokenizer
+from train.shards import TokenShards
+
+Curve = tuple[list[int], list[float]]
+"""Steps, and a value at each."""
+
+
+def unigram_bits_per_byte(data: Path) -> float:
+    """Cross-entropy of the validation tokens under the training tokens' frequencies.
+
+    In bits per byte of validation text; add-one smoothing, sums in float64.
+    """
+    train, validation = TokenShards(data, "train"), TokenShards(data, "validation")
+    counts = np.ones(train.index.vocab_size)
+    for start in range(0, len(train), 2**24):
+        tokens = train.read(start, min(start + 2**24, len(train)))
+        counts += np.bincount(tokens, minlength=len(counts))
+    bits = np.log2(counts.sum() / counts)  # per token
+    total_bits = float(bits[validation.read(0, len(validation))].sum())
+    return total_bits / validation.split.num_bytes
+
+
+def gzip_bits_per_byte(data: Path) -> float:
+    """Size of the validation text under gzip -9, in bits per byte of it."""
+    text = "".join(validation_documents(data)).encode()
+    return 8 * len(gzip.compress(text, 9)) / len(text)
+
+
+def validation_documents(data: Path) -> list[str]:
+    """The validation split as text again, document by document."""
+    shards = TokenShards(data, "validation")
+    tokenizer = Tokenizer(shards.tokenizer_path)
+    tokens = shards.read(0, len(shards))
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)[1:]
+    return [tokenizer.decode(document.tolist()) for document in np.split(tokens, starts)]
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """Every scalar that TensorBoard holds of the run in folder `run`, by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves: dict[str, Curve] = {}
+    for folder in sorted({events.parent for events in run.rglob("events.out.tfevents.*")}):
+        log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        log.Reload()
+        for tag in log.Tags()["scalars"]:
+            steps, values = curves.setdefault(tag, ([], []))
+            for event in log.Scalars(tag):
+                steps.append(event.step)
+                values.append(event.value)
+    return curves
+
+
+def plot_bits_per_byte(
+    curves: dict[str, Curve], bytes_per_token: float, baselines: dict[str, float], path: Path
+) -> None:
+    """Draw training and validation loss against step, baselines as dashed lines, into a PNG.
+
+    The training loss, in nats per token, is drawn in bits per byte at `bytes_per_token`.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    steps, losses = curves["train/loss"]
+    bits = [loss / math.log(2) / bytes_per_token for loss in losses]
+    axes.plot(steps, bits, color="#9ecae1", linewidth=1, label="training batches")
+    axes.plot(*curves["val/bits_per_byte"], color="#08519c", marker="o", label="validation")
+    for (name, value), color in zip(baselines.items(), ("#636363", "#d94801"), strict=False):
+        axes.axhline(value, color=color, linestyle="--", linewidth=1)
+        label = f"{name}: {value:.2f}"
+        axes.annotate(
+            label,
+            (max(steps), value),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=color,
+        )
+    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, max(steps) * 1.01))
+    axes.set_ylim(0, min(max(bits), 1.5 * max(baselines.values())))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    figure.savefig(path)
+    pyplot.close(figure)
