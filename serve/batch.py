@@ -1,7 +1,6 @@
 """`stu-generate`: a file of prompts in, a file of completions out."""
 
 import json
-import re
 import signal
 import sys
 import time
@@ -9,15 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
-import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from stu.arguments import ArgumentParser
 from stu.atomic import new_file
-from stu.config import nearest
 
 # torch takes a second to import: only `generate` does, after the command line is found valid.
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ class BatchConfig:
     seed: int | None = None
     """Default 0."""
     batch_size: int = 32
-    """Rows decoded together. Completions depend on it by the rounding of matrix products at most."""
+    """Rows decoded together. It changes completions only where rounding tips a random choice."""
     stop_at_eos: bool = True
     """End a completion at the token that ends a document."""
     device: Device = "auto"
@@ -234,18 +232,8 @@ class _Speed(ProgressColumn):
         return Text(f"{task.finished_speed or task.speed or 0:,.0f} tokens/s")
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Names the nearest option in errors about an unknown one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|Option '(.+?)'", message):
-            known = [name for action in self._actions for name in action.option_strings]
-            message += nearest("--" + (unknown[1] or unknown[2]), known)
-        super().error(message, ex)
-
-
 def _parse(argv: Sequence[str] | None) -> BatchConfig:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="stu-generate",
         description="Decode a file of prompts with the model of a model directory. Input: a JSON "
         'object a line, {"prompt": "..."}, with an "id" if you like, and any of the settings '

@@ -85,15 +85,11 @@ class Runner:
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
         """`Memory.convolve` of one prompt, or of one token of each row: `[S, T, C]` both ways."""
-        # What a prompt adds to the future would otherwise be rounded to the model's dtype.
-        wide = streams.to(self._convolution.taps.dtype)
         if self._prefilling is None:
-            mixed = self._convolution.step(layer, wide[:, 0])[:, None]
-        else:
-            start = self._prefilling * self._streams_per_row
-            rows = slice(start, start + self._streams_per_row)
-            mixed = self._convolution.prefill(layer, wide, rows)
-        return mixed.to(streams.dtype)
+            return self._convolution.step(layer, streams[:, 0])[:, None]
+        start = self._prefilling * self._streams_per_row
+        rows = slice(start, start + self._streams_per_row)
+        return self._convolution.prefill(layer, streams, rows)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""

@@ -58,6 +58,8 @@ def save_model(
             save_file(weights, folder / "model.safetensors", metadata)
         except SafetensorError as error:  # how safetensors reports a failed write
             raise OSError(f"{path}: model.safetensors could not be written: {error}") from error
+        # safetensors makes its file readable by its owner alone.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def load_model(

@@ -169,13 +169,17 @@ class _Filled(OnlineConvolution):
 
     def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
         length, columns = inputs.shape[1], self.num_columns
+        # Widened first, or the pending values would be rounded to the dtype of the inputs.
         outputs = causal_convolution(
-            inputs, self.taps[layer], self.lag_step, length + columns * self.lag_step
+            inputs.to(self.taps.dtype),
+            self.taps[layer],
+            self.lag_step,
+            length + columns * self.lag_step,
         )
         pending = outputs[:, length:].reshape(-1, columns, self.lag_step, outputs.shape[-1])
         self._slots[layer, :, rows] = pending.permute(2, 0, 3, 1)  # [B, M, g, D] -> [g, B, D, M]
         self._page[:, layer, :, rows] = pending[:, : self.page_columns].permute(1, 2, 0, 3)
-        return outputs[:, :length]
+        return outputs[:, :length].to(inputs.dtype)
 
     def step(self, layer: int, inputs: Tensor) -> Tensor:
         self._check_room()

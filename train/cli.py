@@ -31,16 +31,19 @@ COMMON_SETTINGS = {
     "--help-all": "describe all settings, and stop",
 }
 
-OWN_SETTINGS = [
-    "check_val_every_n_epoch",
-    "default_root_dir",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "logger",
-    "plugins",
-    "use_distributed_sampler",
-]
-"""Of the trainer's: what depends on the data stream and on where a run's files go."""
+# Of the trainer: the stream of samples divides itself among ranks and has no end and no epochs,
+# and a run's folder holds all its files.
+OWN_SETTINGS: dict[str, Any] = {
+    "check_val_every_n_epoch": None,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "limit_train_batches": None,
+    "max_epochs": -1,
+    "overfit_batches": 0.0,
+    "reload_dataloaders_every_n_epochs": 0,
+    "use_distributed_sampler": False,
+}
+FOLDER_SETTINGS = ["default_root_dir", "logger", "plugins"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,11 +121,7 @@ def _train(arguments: list[str]) -> None:
                 default_root_dir=run_dir,
                 logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
                 plugins=[checkpoints.DurableCheckpointIO()],
-                # The stream of samples divides itself among the ranks, and has no epochs.
-                use_distributed_sampler=False,
-                check_val_every_n_epoch=None,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+                **OWN_SETTINGS,
                 **kwargs,
             )
 
@@ -137,6 +136,7 @@ def _train(arguments: list[str]) -> None:
         trainer_defaults={"max_steps": 10_000, "gradient_clip_val": 1.0, "log_every_n_steps": 10},
     )
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    model.check(data, trainer.max_steps)
     trainer.fit(model, datamodule=data, ckpt_path=cli.resume_from, weights_only=True)
     if trainer.state.finished:
         checkpoints.save_last(trainer)
@@ -150,13 +150,15 @@ def _quiet_lightning() -> None:
     import logging
     import warnings
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
 
 
 def _refuse_own_settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    for name in OWN_SETTINGS:
+    for name in [*OWN_SETTINGS, *FOLDER_SETTINGS]:
         if given[name] != defaults[name]:
             raise ValueError(f"trainer.{name} is chosen by stu-train: leave it out")
 

@@ -39,28 +39,30 @@ class FlashSTUModule(L.LightningModule):
         data: TokenData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
-    def setup(self, stage: str) -> None:
-        """Refuse shards that this model cannot read, before the first step."""
-        if self.data.vocab_size != self.config.vocab_size:
+    def check(self, data: TokenData, max_steps: int) -> None:
+        """Raises ValueError for data or a trainer that this model cannot be trained with."""
+        if data.vocab_size != self.config.vocab_size:
             raise ValueError(
                 f"model.config.vocab_size={self.config.vocab_size}, but the token shards were made "
-                f"with {self.data.vocab_size} tokens: set it to {self.data.vocab_size}"
+                f"with {data.vocab_size} tokens: set it to {data.vocab_size}"
             )
-        if self.data.seq_len > self.config.max_seq_len:
+        if data.seq_len > self.config.max_seq_len:
             raise ValueError(
-                f"data.seq_len={self.data.seq_len} exceeds model.config.max_seq_len="
+                f"data.seq_len={data.seq_len} exceeds model.config.max_seq_len="
                 f"{self.config.max_seq_len}: lower the one or raise the other"
             )
+        if max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={max_steps} is not allowed: the schedule needs a number >= 1"
+            )
+
+    def setup(self, stage: str) -> None:
         tokenizer = Tokenizer(self.data.tokenizer_path)
         self._bytes_per_token = torch.from_numpy(tokenizer.bytes_per_token())
 
     def configure_optimizers(self) -> Any:
         # Not `estimated_stepping_batches`: reading it drops the loader's place on resume.
         total_steps = self.trainer.max_steps
-        if total_steps < 1:
-            raise ValueError(
-                "trainer.max_steps is not set: the schedule needs it, and the data has no end"
-            )
         optimizer = adamw(self.model, self.optimizer_config)
         schedule = LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)

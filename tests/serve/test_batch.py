@@ -249,8 +249,9 @@ def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--topk", "3"], "did you mean '--top-k'?"),
-        (["--max_new_tokens", "3"], "did you mean '--max-new-tokens'?"),
+        (["--top", "3"], "did you mean 'top-"),
+        (["--topk", "3"], "did you mean 'top-k'?"),
+        (["--max_new_tokens", "3"], "did you mean 'max-new-tokens'?"),
         (["--temperature", "warm"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--device", "gpu"], "'cpu'"),
@@ -269,7 +270,7 @@ def test_an_unknown_key_in_a_settings_file(run, tmp_path, capsys):
     config.write_text("topk: 4\n")
     with pytest.raises(SystemExit):
         run([{"prompt": "x"}], "--config", config)
-    assert "did you mean '--top-k'?" in capsys.readouterr().err
+    assert "did you mean 'top-k'?" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -46,6 +46,7 @@ def test_round_trip(saved, model, tokenizer):
     assert load_tokenizer(saved).sha256 == tokenizer.sha256
     assert load_generation(saved)["temperature"] == 0.7
     assert load_generation(saved)["top_p"] == 1.0
+    assert len({(saved / name).stat().st_mode for name in os.listdir(saved)}) == 1
     assert sorted(os.listdir(saved)) == [
         "config.json",
         "generation.json",

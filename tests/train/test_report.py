@@ -20,7 +20,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     for i, document in enumerate(DOCUMENTS):
         (folder / f"{i:02d}.txt").write_text(document)
-    out = folder.parent / "shards"
+    out = tmp_path_factory.mktemp("report") / "shards"
     prepare(PrepareConfig([str(folder)], out, vocab_size=300, validation_fraction=0.2, workers=1))
     return out
 
