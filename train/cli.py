@@ -140,6 +140,7 @@ def _train(arguments: list[str]) -> None:
     trainer.fit(model, datamodule=data, ckpt_path=cli.resume_from, weights_only=True)
     if trainer.state.finished:
         checkpoints.save_last(trainer)
+    if trainer.state.finished and trainer.is_global_zero:
         print(
             f"trained for {trainer.global_step} steps; everything is in {trainer.default_root_dir}"
         )
@@ -154,6 +155,8 @@ def _quiet_lightning() -> None:
         logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # What validation logs is summed over the ranks already.
+    warnings.filterwarnings("ignore", message="It is recommended to use .self.log.'val/")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
 
 

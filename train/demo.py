@@ -35,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     shutil.rmtree(output, ignore_errors=True)
     try:
-        _run("stu-prepare", "stdlib:", "--output", data, "--validation-fraction", "0.05")
+        _run("stu-prepare", "stdlib:", "--output", data, "--validation-fraction", "0.02")
         _run("stu-train", "--config", options.config, "--data.dir", data, "--run_dir", run)
         _run("stu-export", run, "--output", model)
         _write_prompts(data, prompts)
-        _run("stu-generate", model, "--input", prompts, "--output", completions)
+        decoding = ["--max-new-tokens", 120, "--temperature", 0.7, "--top-p", 0.9]
+        _run("stu-generate", model, "--input", prompts, "--output", completions, *decoding)
     except subprocess.CalledProcessError as error:
         return error.returncode
     _report(data, run, completions)

@@ -78,18 +78,11 @@ def plot_bits_per_byte(
     axes.plot(*curves["val/bits_per_byte"], color="#08519c", marker="o", label="validation")
     for (name, value), color in zip(baselines.items(), ("#636363", "#d94801"), strict=False):
         axes.axhline(value, color=color, linestyle="--", linewidth=1)
-        label = f"{name}: {value:.2f}"
-        axes.annotate(
-            label,
-            (max(steps), value),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color=color,
-        )
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, max(steps) * 1.01))
-    axes.set_ylim(0, min(max(bits), 1.5 * max(baselines.values())))
+        label, beside = f"{name}\n{value:.2f}", axes.get_yaxis_transform()
+        axes.text(1.01, value, label, color=color, va="center", transform=beside)
+    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, max(steps)))
+    axes.set_ylim(0.9 * min(bits), min(max(bits), 1.5 * max(baselines.values())))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)
     pyplot.close(figure)

@@ -1,6 +1,9 @@
 """A run that stops and goes on equals one that never stopped."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +100,24 @@ def test_a_damaged_checkpoint_is_named(train, settings, capsys, damage):
     arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=2"]
     assert cli.main(arguments) == 2
     assert "last.ckpt: cut short, or not a checkpoint" in capsys.readouterr().err
+
+
+def test_two_ranks_equal_one_and_either_goes_on_as_the_other(train, settings, tmp_path):
+    """The same global batch on other ranks: equal but for the order of float32 sums."""
+    whole = train("whole")
+    program = Path(sys.executable).with_name("stu-train")
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_size=1"]
+    common = [program, *settings, *ranks, f"--run_dir={tmp_path / 'two'}"]
+    command = [*common, f"--trainer.max_steps={STEPS}", "--checkpoint_every_steps=11"]
+    subprocess.run(command, check=True, timeout=300)
+    two = tmp_path / "two"
+    train("one", f"--resume={two / 'checkpoints' / 'step-00000033.ckpt'}")
+    for other in (two, tmp_path / "one"):
+        assert state(other)["TokenData"] == state(whole)["TokenData"]
+        for name, weight in state(whole)["state_dict"].items():
+            torch.testing.assert_close(state(other)["state_dict"][name], weight, rtol=0, atol=1e-4)
+    # Means over the whole validation on all ranks, not of one rank's share.
+    expected = report.read_curves(whole)["val/bits_per_byte"]
+    actual = report.read_curves(two)["val/bits_per_byte"]
+    assert actual[0] == expected[0]
+    assert actual[1] == pytest.approx(expected[1], rel=1e-4)
