@@ -1,111 +1,99 @@
-"""What a user sees of a run while it trains: speed and progress."""
+"""How a training run shows where it is."""
 
 import time
-from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from train.data import TokenData
+SHOWN = {
+    "train/loss": "loss {:.3f}",
+    "val/bits_per_byte": "{:.3f} bits/byte",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+}
+"""Logged metrics that the status shows, and how."""
 
 
-class Throughput(L.Callback):
-    """Logs `train/tokens_per_second`, over all ranks, time spent in validation left out."""
+class StepProgress(ProgressBar):
+    """A bar over optimizer steps on stderr; one line for each logged step if that is no terminal.
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object
-    ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        data: TokenData = trainer.datamodule  # type: ignore[attr-defined]
-        tokens = (data.position - self._position) * data.seq_len
-        seconds = time.monotonic() - self._since
-        if tokens:
-            pl_module.log("train/tokens_per_second", tokens / seconds)
-            self._start(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._paused = time.monotonic()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.training:
-            self._since += time.monotonic() - self._paused
-
-    def _start(self, trainer: L.Trainer) -> None:
-        self._position: int = trainer.datamodule.position  # type: ignore[attr-defined]
-        self._since = time.monotonic()
-
-
-class StepProgress(L.Callback):
-    """A bar over all optimizer steps, with loss, tokens per second and time left, on stderr.
-
-    The trainer's own bars count batches of an epoch, and the data has no end.
+    Lightning's own bars count the batches of an epoch, and here the data never ends.
     """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
         )
-        self._task: TaskID = self._progress.add_task(
-            "training", total=trainer.max_steps, completed=trainer.global_step, metrics=""
-        )
-        self._progress.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object
-    ) -> None:
-        if trainer.is_global_zero:
-            self._update(trainer)
+    def disable(self) -> None:
+        """Called on all ranks but the first."""
+        self._console.quiet = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        self._start_time, self._start_step, self._last_step = time.monotonic(), step, step
+        total = trainer.max_steps
+        self._task = self._bar.add_task("training", total=total, completed=step, status="")
+        if self._console.is_terminal:
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._last_step:  # gradients are still being accumulated
+            return
+        self._last_step = step
+        status = self._status(trainer)
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._console.print(f"step {step}/{trainer.max_steps}  {status}", soft_wrap=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._describe(trainer, "validating")
+        if not trainer.sanity_checking:
+            total = sum(trainer.num_val_batches)
+            self._validation: TaskID = self._bar.add_task("validating", total=total, status="")
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self._bar.advance(self._validation)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._describe(trainer, "training")
+        if not trainer.sanity_checking:
+            self._bar.remove_task(self._validation)
+            self._bar.update(self._task, status=self._status(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._update(trainer)
-            self._progress.stop()
+        self._stop()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if hasattr(self, "_progress"):
-            self._progress.stop()
+        self._stop()
 
-    def _describe(self, trainer: L.Trainer, description: str) -> None:
-        if trainer.is_global_zero and trainer.training:
-            self._progress.update(self._task, description=description)
+    def _stop(self) -> None:
+        if self._console.is_terminal:  # elsewhere it would only print an empty line
+            self._bar.stop()
 
-    def _update(self, trainer: L.Trainer) -> None:
-        logged = trainer.logged_metrics | trainer.callback_metrics
-        shown: dict[str, tuple[str, Callable[[float], str]]] = {
-            "train/loss": ("loss", "{:.3f}".format),
-            "val/bits_per_byte": ("bits/byte", "{:.3f}".format),
-            "train/tokens_per_second": ("tokens/s", "{:,.0f}".format),
-        }
-        metrics = [
-            f"{label} {style(float(logged[name]))}"
-            for name, (label, style) in shown.items()
-            if name in logged
+    def _status(self, trainer: L.Trainer) -> str:
+        metrics = trainer.callback_metrics
+        parts = [
+            form.format(float(metrics[name])) for name, form in SHOWN.items() if name in metrics
         ]
-        self._progress.update(self._task, completed=trainer.global_step, metrics=", ".join(metrics))
+        seconds = time.monotonic() - self._start_time
+        rate = (trainer.global_step - self._start_step) / seconds  # steps per second
+        timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        limits = [timer.time_remaining() for timer in timers]  # of trainer.max_time
+        left = [
+            (trainer.max_steps - trainer.global_step) / rate,
+            *(max(0.0, x or 0) for x in limits),
+        ]
+        parts += [f"{rate:.2f} steps/s", f"{timedelta(seconds=round(min(left)))} left"]
+        return "  ".join(parts)

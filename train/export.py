@@ -43,13 +43,10 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", overwrite: bo
     from stu.config import ModelConfig
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
-    from train.checkpoints import CHECKPOINT_KEY, last_checkpoint, load_checkpoint
+    from train.checkpoints import last_checkpoint, load_checkpoint
 
-    path = last_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
-    contents = load_checkpoint(path)
-    if CHECKPOINT_KEY not in contents:
-        raise ValueError(f"checkpoint {path}: not written by stu-train")
-    carried: Mapping[str, Any] = contents[CHECKPOINT_KEY]
+    contents = load_checkpoint(last_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint)
+    carried: Mapping[str, Any] = contents["stu"]
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
     prefix = "model."

@@ -37,18 +37,22 @@ class OptimizerConfig:
             ("eps", 0 < self.eps < math.inf, "a positive number"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0"),
             ("warmup_steps", self.warmup_steps >= 0, "a whole number >= 0"),
+            ("schedule", self.schedule in ("cosine", "wsd"), "'cosine' or 'wsd'"),
             ("decay_fraction", 0 <= self.decay_fraction <= 1, "from 0 to 1"),
             ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "from 0 to 1"),
         ]:
             if not holds:
                 raise ValueError(
-                    f"optimizer.{name}={getattr(self, name)!r} is not allowed: it must be {allowed}"
+                    f"model.optimizer.{name}={getattr(self, name)!r} is not allowed: "
+                    f"it must be {allowed}"
                 )
 
 
 def adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW over all parameters of `module`, with decay only on matrices."""
-    # The embedding is a matrix too: tied to the output, it is what turns states into scores.
+    # Matrices include the embedding, which is also the output layer, where decay keeps scores from
+    # growing; and an STU's filter matrix, which multiplies its input matrix: decaying only one of
+    # the two would move the scale into the other. Norm weights, near 1, have no reason to shrink.
     matrices = [p for p in module.parameters() if p.ndim >= 2]
     vectors = [p for p in module.parameters() if p.ndim < 2]
     groups = [

@@ -31,26 +31,26 @@ def test_logs_and_files_of_a_run(run, tmp_path, data):
     folder = tmp_path / "run"
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == [
         "last.ckpt",
-        "step-00000010.ckpt",
+        "step-00000012.ckpt",
     ]
     assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 12
-    config = yaml.safe_load((folder / "tensorboard" / "config.yaml").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["config"]["width"] == 16
 
     curves = report.read_curves(folder)
     steps, losses = curves["train/loss"]
-    assert steps == list(range(12))
+    assert steps == list(range(1, 13))
     assert losses[0] == pytest.approx(math.log(300), abs=0.7)
     assert losses[-1] < losses[0] - 0.3
     assert curves["train/lr"][1][:3] == pytest.approx([0.005, 0.01, 0.01])
     assert curves["data/position"][1] == [2 * (step + 1) for step in range(12)]
     assert all(0 < norm < 100 for norm in curves["train/grad_norm"][1])
     assert all(value > 0 for value in curves["train/tokens_per_second"][1])
-    assert curves["val/bits_per_byte"][0] == [4, 9]
+    assert curves["val/bits_per_byte"][0] == [5, 10, 12]  # the last one at the end
 
     # Bits per byte again, from the checkpoint at that step, in one pass over all tokens.
-    export(folder / "checkpoints" / "step-00000010.ckpt", tmp_path / "model")
-    assert curves["val/bits_per_byte"][1][1] == pytest.approx(
+    export(folder / "checkpoints" / "last.ckpt", tmp_path / "model")
+    assert curves["val/bits_per_byte"][1][-1] == pytest.approx(
         validation_bits_per_byte(tmp_path / "model", data), rel=1e-5
     )
 
@@ -88,11 +88,30 @@ def test_accumulated_micro_batches_are_one_step(run, tmp_path):
     assert run("--trainer.max_steps=4", "--data.micro_batch_size=4") == 0
     accumulate = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=10"]
     assert run("--trainer.max_steps=4", *accumulate, folder="accumulated") == 0
+    losses = report.read_curves(tmp_path / "run")["train/loss"][1]
+    accumulated = report.read_curves(tmp_path / "accumulated")["train/loss"][1]
+    assert accumulated == pytest.approx(losses, abs=1e-4)
     names = "run", "accumulated"
     a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in names)
     for name, weight in a["state_dict"].items():
         torch.testing.assert_close(weight, b["state_dict"][name], rtol=0, atol=2e-5)
     assert a["TokenData"]["position"] == b["TokenData"]["position"] == 16
+
+
+def test_vocabulary_comes_from_the_shards(settings, tmp_path):
+    others = [argument for argument in settings if "vocab_size" not in argument]
+    assert cli.main([*others, f"--run_dir={tmp_path}", "--trainer.max_steps=1"]) == 0
+    weights = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert len(weights["model.embedding.weight"]) == 300
+
+
+def test_progress_without_a_terminal(run, capsys):
+    accumulate = ["--trainer.accumulate_grad_batches=2", "--trainer.log_every_n_steps=2"]
+    assert run("--trainer.max_steps=4", *accumulate) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
+    assert re.search(r"loss \d\.\d{3}  [\d,]+ tokens/s  [\d.]+ steps/s  0:00:\d\d left$", lines[0])
+    assert lines[1].endswith("0:00:00 left")
 
 
 def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
@@ -119,7 +138,9 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
         ("--trainer.logger=false", "trainer.logger is chosen by stu-train"),
         ("--model.optimizer.beta1=2", r"optimizer.beta1=2.0 is not allowed"),
         ("--checkpoint_every_steps=0", "checkpoint_every_steps=0 is not allowed"),
-        ("--resume=/nowhere.ckpt", "resume=/nowhere.ckpt: no such file"),
+        ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such file"),
+        ("--optimizer=SGD", "unrecognized arguments"),
+        ("--trainer.max_time=00:01", "not a valid duration"),
         ("--resume=last", "no checkpoints/last.ckpt"),
         ("--config=/nowhere.yaml", "/nowhere.yaml"),
     ],

@@ -52,9 +52,11 @@ def test_existing_output(run, tmp_path, capsys):
 
 def test_mistakes(run, tmp_path, capsys):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    torch.save({"stu": ValueError("any object")}, tmp_path / "object.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
     for checkpoint, message in [
         (tmp_path / "other.ckpt", "not written by stu-train"),
+        (tmp_path / "object.ckpt", "damaged, or not written by stu-train"),
         (tmp_path / "text.ckpt", "cut short, or not a checkpoint"),
         (tmp_path / "none.ckpt", "no such file"),
         (tmp_path, "no checkpoints/last.ckpt"),

@@ -1,12 +1,15 @@
 """A run that stops and goes on equals one that never stopped."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from train import cli, report
 from train.callbacks import StepProgress
@@ -21,6 +24,8 @@ def train(settings, tmp_path):
     """Run `stu-train`; stopping early keeps the schedule, as a time limit would."""
 
     def run(folder, *arguments):
+        if (tmp_path / folder).exists():
+            time.sleep(1.1)  # TensorBoard tells a run's files apart by the second
         common = [*settings, f"--run_dir={tmp_path / folder}", f"--trainer.max_steps={STEPS}"]
         assert cli.main([*common, *map(str, arguments)]) == 0
         return tmp_path / folder
@@ -61,7 +66,7 @@ def test_losses_and_weights_are_bit_equal(train, stop):
     samples_per_epoch = state(whole)["TokenData"]["position"] / 2
     assert samples_per_epoch == STEPS
     resumed = train("resumed", f"--resume={checkpoint}")
-    expected = {step: loss for step, loss in losses(whole).items() if step >= stop}
+    expected = {step: loss for step, loss in losses(whole).items() if step > stop}
     assert losses(resumed) == expected
     assert len(expected) == STEPS - stop
     assert_same_state(state(resumed), state(whole))
@@ -80,6 +85,80 @@ def test_resume_last_in_the_same_folder(train, monkeypatch):
     assert train("parts", "--resume=last") == parts
     assert losses(parts) == losses(whole)
     assert_same_state(state(parts), state(whole))
+
+
+def test_a_time_limit_waits_for_the_end_of_an_optimizer_step(train, monkeypatch):
+    """A checkpoint between two micro-batches would lose the gradients of the first."""
+    accumulate = "--trainer.accumulate_grad_batches=3"
+    whole = train("whole", accumulate)
+
+    def time_remaining(timer, *_):
+        return 5 - timer.batches
+
+    def on_train_batch_end(timer, trainer, *_):
+        timer.batches = getattr(timer, "batches", 0) + 1
+        trainer.should_stop = timer.batches >= 5  # in the middle of the second step
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Timer, "time_remaining", time_remaining)
+        stopping.setattr(Timer, "on_train_batch_end", on_train_batch_end)
+        parts = train("parts", accumulate, "--trainer.max_time=01:00:00:00")
+    stopped = state(parts)
+    assert (stopped["global_step"], stopped["TokenData"]["position"]) == (2, 12)
+    assert report.read_curves(parts)["val/loss"][0][-1] == 2  # validated before it stopped
+    train("parts", accumulate, "--resume=last")
+    assert losses(parts) == losses(whole)
+    assert_same_state(state(parts), state(whole))
+
+
+def test_steps_that_are_done_again_are_logged_once(train):
+    run = train("run", "--checkpoint_every_steps=10", "--keep_checkpoints=9")
+    before = losses(run)
+    train("run", f"--resume={run / 'checkpoints' / 'step-00000020.ckpt'}")
+    assert report.read_curves(run)["train/loss"][0] == list(range(1, STEPS + 1))
+    assert losses(run) == before
+
+
+def test_the_saved_settings_resume_a_run(train, tmp_path):
+    run = train("run", "--trainer.max_steps=2")
+    arguments = [f"--config={run / 'config.yaml'}", "--trainer.max_steps=4", "--resume=last"]
+    with pytest.warns(match="max_steps=4, but the checkpoint was trained with 2"):
+        assert cli.main(arguments) == 0
+    assert state(run)["global_step"] == 4
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(train, settings, capsys, monkeypatch):
+    run = train("run", "--trainer.max_steps=3")
+    save = torch.save
+
+    def disk_full(contents, path):
+        save({"a": torch.zeros(9)}, path)
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=6"]
+    assert cli.main([*arguments, "--checkpoint_every_steps=1"]) == 2
+    error = capsys.readouterr().err
+    assert "step-00000004.ckpt: could not be written" in error
+    assert "Traceback" not in error
+    names = sorted(file.name for file in (run / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-00000003.ckpt"]
+    assert state(run)["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.optimizer.learning_rate=0.5", "learning_rate=0.5, .* trained with 0.01: "),
+        ("--model.config.num_heads=4", "num_heads=4, .* trained with 2: "),
+    ],
+)
+def test_other_settings_are_refused(train, settings, capsys, argument, message):
+    """An optimizer's state carries its own learning rate, so the new one would be ignored."""
+    run = train("run", "--trainer.max_steps=1")
+    arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=1", argument]
+    assert cli.main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["seed=5", "seq_len=8"])

@@ -1,0 +1,193 @@
+"""One training run: from command-line arguments to a trained model."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from stu.arguments import ArgumentParser
+from stu.atomic import new_file
+from train.callbacks import StepProgress
+from train.checkpoints import (
+    CHECKPOINTS,
+    Checkpoints,
+    DurableCheckpointIO,
+    check_settings,
+    last_checkpoint,
+    load_checkpoint,
+)
+from train.data import TokenData
+from train.module import FlashSTUModule
+from train.shards import Index
+
+DEFAULTS = {
+    "max_steps": 10_000,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 1,
+}
+"""Of the trainer's settings, where Lightning's are not fit for this."""
+FORCED: dict[str, Any] = {
+    "use_distributed_sampler": False,  # the data divides itself among the ranks
+    "check_val_every_n_epoch": None,  # the stream has no end: count batches, not epochs
+    "enable_model_summary": False,
+}
+LEFT_OUT = {
+    *FORCED,
+    *("logger", "plugins", "default_root_dir", "enable_checkpointing", "enable_progress_bar"),
+    # These count epochs, or would do nothing here.
+    *("max_epochs", "min_epochs", "min_steps", "limit_train_batches", "limit_test_batches"),
+    *("limit_predict_batches", "overfit_batches", "reload_dataloaders_every_n_epochs"),
+    *("fast_dev_run", "barebones", "sync_batchnorm", "model_registry", "enable_autolog_hparams"),
+}
+"""The trainer's settings that `stu-train` does not offer."""
+
+
+class UserError(Exception):
+    """Something that the user can mend, told in one message."""
+
+
+class Parser(ArgumentParser, LightningArgumentParser):
+    """Lightning's parser of settings, with our errors, each on one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for name in LEFT_OUT:
+            if re.search(rf"--trainer\.{name}\b|Group 'trainer' .* '{name}'", message):
+                message = f"trainer.{name} is chosen by stu-train: leave it out"
+        super().error(" ".join(message.split()), ex)
+
+
+class TrainCLI(LightningCLI):
+    """Everything a run consists of: `model`, `datamodule`, `trainer`, and what to resume."""
+
+    run_dir: Path
+    resume_from: Path | None
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(
+            L.Trainer, "trainer", instantiate=False, sub_configs=True, skip=LEFT_OUT
+        )
+        parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
+        parser.add_lightning_class_args(FlashSTUModule, "model")
+        parser.add_lightning_class_args(TokenData, "data")
+        # Users need not repeat what the shards say.
+        parser.set_defaults({"model.config.vocab_size": 0})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add = parser.add_argument
+        add("--run_dir", type=Path, default=Path("runs/train"), help="for checkpoints and logs")
+        add("--resume", type=str | None, help="`last`, or a checkpoint to go on from")
+        add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
+        add("--keep_checkpoints", type=int, default=3, help="older ones are deleted")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        shards = Index.load(Path(self.config.data.dir))
+        self.config.model.config.vocab_size = (
+            self.config.model.config.vocab_size or shards.vocab_size
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings, run_dir = self.config_init, self.config_init.run_dir
+        self.run_dir = run_dir
+        self.model.check_data(self.datamodule)
+        if settings.trainer.max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={settings.trainer.max_steps} is not allowed: it must be at "
+                "least 1, for the data has no end"
+            )
+        self.resume_from, start = self._resume()
+        folder = run_dir / CHECKPOINTS
+        self.trainer_defaults["callbacks"] = [
+            StepProgress(),
+            Checkpoints(folder, settings.checkpoint_every_steps, settings.keep_checkpoints),
+        ]
+        # Steps that the interrupted run logged after its checkpoint are about to come again.
+        logger = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=start + 1)
+        return super().instantiate_trainer(
+            default_root_dir=run_dir,
+            logger=logger,
+            plugins=[DurableCheckpointIO()],
+            **FORCED,
+            **kwargs,
+        )
+
+    def _resume(self) -> tuple[Path | None, int]:
+        """The checkpoint to go on from, if any, found to fit this run; and its step."""
+        resume, run_dir = self.config_init.resume, self.run_dir
+        if resume is None:
+            if (run_dir / CHECKPOINTS).exists():
+                raise ValueError(
+                    f"run_dir={run_dir}: a run is there already; go on with --resume last, choose "
+                    "another run_dir, or delete it"
+                )
+            return None, 0
+        path = last_checkpoint(run_dir) if resume == "last" else Path(resume)
+        contents = load_checkpoint(path)
+        max_steps = self.config_init.trainer.max_steps
+        check_settings(contents, self.model.config, self.model.optimizer_config, max_steps)
+        self.datamodule.load_state_dict(contents[type(self.datamodule).__qualname__])
+        return path, contents["global_step"]
+
+    @rank_zero_only
+    def save_settings(self) -> None:
+        """Write `config.yaml`, with which the run can be repeated, or resumed."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        settings = self.config.clone()
+        settings.resume = None
+        with new_file(self.run_dir / "config.yaml") as temporary:
+            temporary.write_text(self.parser.dump(settings), encoding="utf-8")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train as `arguments` say.
+
+    Raises UserError for what can be found wrong before the first step, OSError if a file cannot be
+    written; exits with code 2 for arguments that cannot be parsed.
+    """
+    # Lightning's hints are not for the users of this command.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
+    try:
+        cli = TrainCLI(
+            run=False,
+            args=list(arguments),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs={"prog": "stu-train"},
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(str(error)) from error
+    cli.save_settings()
+    trainer, model = cli.trainer, cli.model
+    _tell(
+        f"{model.model.num_parameters() / 1e6:,.1f} M parameters, "
+        f"{cli.datamodule.samples_per_epoch * cli.datamodule.seq_len:,} tokens in an epoch, "
+        f"{trainer.world_size} x {trainer.accelerator.name()}, everything goes to {cli.run_dir}"
+    )
+    trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    _tell(
+        f"trained to step {trainer.global_step} of {trainer.max_steps}; "
+        f"next: stu-export {cli.run_dir} --output MODEL_DIR"
+    )
+
+
+@rank_zero_only
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)
