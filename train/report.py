@@ -75,7 +75,9 @@ def plot_bits_per_byte(
     steps, losses = curves["train/loss"]
     bits = [loss / math.log(2) / bytes_per_token for loss in losses]
     axes.plot(steps, bits, color="#9ecae1", linewidth=1, label="training batches")
-    axes.plot(*curves["val/bits_per_byte"], color="#08519c", marker="o", label="validation")
+    axes.plot(
+        *curves["val/bits_per_byte"], color="#08519c", marker="o", clip_on=False, label="validation"
+    )
     for (name, value), color in zip(baselines.items(), ("#636363", "#d94801"), strict=False):
         axes.axhline(value, color=color, linestyle="--", linewidth=1)
         label, beside = f"{name}\n{value:.2f}", axes.get_yaxis_transform()
