@@ -1,7 +1,6 @@
 """`stu-generate`: a file of prompts in, a file of completions out."""
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from stu.arguments import ArgumentParser
+from stu.arguments import ArgumentParser, run_command
 from stu.atomic import new_file
 
 # torch takes a second to import: only `generate` does, after the command line is found valid.
@@ -80,18 +79,14 @@ class Totals:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. 0: done; 1: some rows have an error; 2: nothing was written."""
-    # A cancelled job, too, must unwind and remove what it has half written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+
+    def decode_rows() -> int:
         config = _parse(argv)
         totals = generate(config)
-    except (ValueError, OSError) as error:
-        print(f"stu-generate: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(f"{totals}; wrote {config.output}", file=sys.stderr)
-    return 1 if totals.num_failed else 0
+        print(f"{totals}; wrote {config.output}", file=sys.stderr)
+        return 1 if totals.num_failed else 0
+
+    return run_command("stu-generate", decode_rows)
 
 
 def generate(config: BatchConfig) -> Totals:

@@ -1,7 +1,9 @@
-"""A command line whose errors are one clear line and name the nearest valid setting."""
+"""Command lines: errors are one clear line, name the nearest valid setting, and have a code."""
 
 import re
+import signal
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -13,6 +15,22 @@ UNKNOWN = [
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.-]+)'"),
     re.compile(r"Option '(?P<key>[\w.-]+)' is not"),
 ]
+
+
+def run_command(program: str, body: Callable[[], int]) -> int:
+    """The exit code of a command: what `body` returns, or 2 after an error that a user can mend.
+
+    SIGTERM, as a cancelled job gets it, ends `body` with an exception, as Ctrl-C does, so that what
+    is half written is removed: codes 143 and 130.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return body()
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):

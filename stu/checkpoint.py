@@ -50,7 +50,9 @@ def save_model(
         )
     with new_directory(Path(path), overwrite) as folder:
         _write_json(folder / "config.json", model.config.to_dict())
-        _write_json(folder / "generation.json", {**GENERATION_DEFAULTS, **(generation or {})})
+        room = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
+        defaults = {**GENERATION_DEFAULTS, **room, **(generation or {})}
+        _write_json(folder / "generation.json", defaults)
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         metadata = {"format": "stu", "format_version": str(FORMAT_VERSION)}
@@ -85,8 +87,9 @@ def load_model(
 def load_config(path: str | Path) -> ModelConfig:
     """The configuration of a model directory."""
     file = Path(path) / "config.json"
+    values = _read_json(file)
     try:
-        return ModelConfig.from_dict(_read_json(file))
+        return ModelConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -135,9 +138,18 @@ def _check_weights(
         for name in expected
         if name in weights and weights[name].shape != expected[name].shape
     ]
+    problems += [
+        f"{name} is {weights[name].dtype}"
+        for name in expected
+        if name in weights and not _is_wide_enough(name, weights[name].dtype)
+    ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{file} does not fit config.json: {', '.join(problems[:3])}{more}")
+
+
+def _is_wide_enough(name: str, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and (name != "filters" or torch.finfo(dtype).bits >= 32)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The shape of a Flash-STU model: one frozen, validated dataclass, and its JSON form."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -42,8 +43,8 @@ class ModelConfig:
             _require(self, name, _is_count(getattr(self, name)), "a whole number >= 1")
         _require(self, "layout", self.layout in ("hybrid", "stu"), "'hybrid' or 'stu'")
         _require(self, "stu_form", self.stu_form in ("tensordot", "full"), "'tensordot' or 'full'")
-        _require(self, "softcap", 0 < self.softcap < float("inf"), "a positive number")
-        _require(self, "norm_eps", 0 < self.norm_eps < 1, "a positive number below 1")
+        _require(self, "softcap", _is_positive(self.softcap), "a positive number")
+        _require(self, "norm_eps", _is_positive(self.norm_eps), "a positive number")
         if self.num_filters > self.max_seq_len:
             raise ValueError(
                 f"num_filters={self.num_filters} is more than max_seq_len={self.max_seq_len} "
@@ -94,6 +95,11 @@ def nearest(key: str, known: list[str]) -> str:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _require(config: ModelConfig, name: str, holds: bool, allowed: str) -> None:

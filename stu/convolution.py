@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CPU_BLOCK_ELEMENTS = 2**18  # 1 MiB of float32: the best of 2^14..2^19 with 1 MiB of L2 per core
 
@@ -30,6 +31,7 @@ def causal_convolution(
     and odd positions then never mix and are transformed as separate sequences of half the length.
     """
     num_outputs = inputs.shape[1] if num_outputs is None else num_outputs
+    _check(inputs, taps, lag_step, num_outputs)
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     outputs: Tensor = _CausalConvolution.apply(  # type: ignore[no-untyped-call]
         inputs.to(dtype), taps[: -(-num_outputs // lag_step)].to(dtype), lag_step, num_outputs
@@ -40,6 +42,21 @@ def causal_convolution(
 def fast_fft_length(at_least: int) -> int:
     """The smallest `2^a * {1, 3, 5, 9, 15}` that is `>= at_least`: lengths FFTs are fast at."""
     return min(odd << max(0, (-(-at_least // odd) - 1).bit_length()) for odd in (1, 3, 5, 9, 15))
+
+
+def _check(inputs: Tensor, taps: Tensor, lag_step: int, num_outputs: int) -> None:
+    if inputs.ndim != 3 or taps.ndim != 2 or inputs.shape[2] != taps.shape[1]:
+        raise ValueError(
+            f"inputs {list(inputs.shape)} and taps {list(taps.shape)} do not fit: "
+            "[B, T, D] and [N, D] are needed"
+        )
+    if not (inputs.is_floating_point() and taps.is_floating_point()):
+        raise ValueError(f"inputs are {inputs.dtype} and taps {taps.dtype}: give floating point")
+    if min(*inputs.shape, *taps.shape, lag_step, num_outputs) < 1:
+        raise ValueError(
+            f"inputs {list(inputs.shape)}, taps {list(taps.shape)}, lag_step={lag_step} and "
+            f"num_outputs={num_outputs}: none may be 0"
+        )
 
 
 class _CausalConvolution(torch.autograd.Function):
@@ -59,6 +76,7 @@ class _CausalConvolution(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         inputs, taps = ctx.saved_tensors
         lag_step = ctx.lag_step

@@ -26,8 +26,8 @@ LARGEST_X = 40.0  # exp(-40) is below float64's resolution of Z[1, 1]
 def spectral_filters(length: int, num_filters: int) -> NDArray[np.float64]:
     """The filters `sigma_k^(1/4) phi_k`, largest eigenvalue first, cached on disk.
 
-    Returns `[length, num_filters]` float64. The first entry of each filter is positive, so every
-    machine gets the same signs. Raises ValueError unless `1 <= num_filters <= length`.
+    Returns `[length, num_filters]` float64. The first entry of each filter is positive, so two
+    machines agree on the signs. Raises ValueError unless `1 <= num_filters <= length`.
     """
     path = platformdirs.user_cache_path("stu") / f"filters-v1-{length}x{num_filters}.npy"
     cached = _read(path, (length, num_filters))

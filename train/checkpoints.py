@@ -112,11 +112,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(contents, dict) or "stu" not in contents:
         raise ValueError(f"checkpoint {path}: not written by stu-train")
-    version = contents["stu"]["format_version"]
-    if version > FORMAT_VERSION:
+    version = contents["stu"].get("format_version", 0)
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"checkpoint {path}: format version {version}, and this stu reads up to "
-            f"{FORMAT_VERSION}: install a newer stu"
+            f"checkpoint {path}: format version {version}, and this stu reads {FORMAT_VERSION}: "
+            f"install {'a newer' if version > FORMAT_VERSION else 'an older'} stu"
         )
     return contents
 

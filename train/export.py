@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from stu.arguments import ArgumentParser
+from stu.arguments import ArgumentParser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,13 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the weights")
     add("--overwrite", action="store_true", help="replace the output folder")
     given = parser.parse_args(argv)
-    try:
+
+    def write_model() -> int:
         export(given.checkpoint, given.output, given.dtype, given.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"stu-export: error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {given.output}")
-    return 0
+        print(f"wrote {given.output}")
+        return 0
+
+    return run_command("stu-export", write_model)
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "float32", overwrite: bool = False) -> None:

@@ -135,6 +135,9 @@ class FlashSTUModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_settings(checkpoint, self.config, self.optimizer_config, self.trainer.max_steps)
+        # `trainer.max_time` limits one job, not the run: each job of a chain has its own.
+        for name in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
+            del checkpoint["callbacks"][name]
 
     @property
     def _data(self) -> TokenData:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 from torch.optim import AdamW
 
@@ -60,7 +59,7 @@ def adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     betas = config.beta1, config.beta2
-    return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=True)
+    return AdamW(groups, config.learning_rate, betas, config.eps)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

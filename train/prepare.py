@@ -2,7 +2,6 @@
 
 import heapq
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from stu.arguments import ArgumentParser, run_command
 from stu.atomic import new_directory
 from stu.tokenizer import Tokenizer, train_bpe
 from train.encode import Encoder, encode_all, split_of, text_hash, token_dtype
@@ -89,21 +89,21 @@ def prepare(config: PrepareConfig) -> Index:
     return index
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with code 2 after an error of the user's or the system's."""
-    # A cancelled job, too, must unwind and remove what it has half written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        config = _parse(arguments)
-        index = prepare(config)
-    except BrokenProcessPool:
-        message = "a worker process died, perhaps for want of memory; lower --workers"
-        sys.exit(_report(message))
-    except (ValueError, OSError) as error:
-        sys.exit(_report(str(error)))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    print(_summary(index, config.output))
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when done, 2 after an error, which leaves nothing behind."""
+
+    def write_shards() -> int:
+        config = _parse(argv)
+        try:
+            index = prepare(config)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process died, perhaps for want of memory; lower --workers"
+            ) from error
+        print(_summary(index, config.output))
+        return 0
+
+    return run_command("stu-prepare", write_shards)
 
 
 def _copy_tokenizer(path: Path, folder: Path) -> Tokenizer:
@@ -215,9 +215,7 @@ def _num_cpus() -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="stu-prepare",
         description="Tokenize text into shards that stu-train reads. Sources: .txt (one document "
         "each), .jsonl, .jsonl.gz and .parquet (one document a row); a folder or glob of them; or "
@@ -247,11 +245,6 @@ def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
     return PrepareConfig(**given)
 
 
-def _report(message: str) -> int:
-    print(f"stu-prepare: error: {message}", file=sys.stderr)
-    return 2
-
-
 def _summary(index: Index, output: Path) -> str:
     lines = [
         f"{name}: {split.num_documents:,} documents, {split.num_bytes / 1e6:,.1f} MB, "
@@ -265,4 +258,4 @@ def _summary(index: Index, output: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

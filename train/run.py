@@ -51,6 +51,8 @@ LEFT_OUT = {
     *("fast_dev_run", "barebones", "sync_batchnorm", "model_registry", "enable_autolog_hparams"),
 }
 """The trainer's settings that `stu-train` does not offer."""
+COUNTS = ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
+"""The trainer's settings that must be at least 1."""
 
 
 class UserError(Exception):
@@ -103,11 +105,11 @@ class TrainCLI(LightningCLI):
         settings, run_dir = self.config_init, self.config_init.run_dir
         self.run_dir = run_dir
         self.model.check_data(self.datamodule)
-        if settings.trainer.max_steps < 1:
-            raise ValueError(
-                f"trainer.max_steps={settings.trainer.max_steps} is not allowed: it must be at "
-                "least 1, for the data has no end"
-            )
+        for name in COUNTS:
+            if settings.trainer[name] < 1:
+                raise ValueError(
+                    f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
+                )
         self.resume_from, start = self._resume()
         folder = run_dir / CHECKPOINTS
         self.trainer_defaults["callbacks"] = [
@@ -182,6 +184,8 @@ def run(arguments: Sequence[str]) -> None:
         f"{trainer.world_size} x {trainer.accelerator.name()}, everything goes to {cli.run_dir}"
     )
     trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    if not trainer.state.finished:
+        raise UserError(f"interrupted at step {trainer.global_step}: go on with --resume last")
     _tell(
         f"trained to step {trainer.global_step} of {trainer.max_steps}; "
         f"next: stu-export {cli.run_dir} --output MODEL_DIR"

@@ -46,6 +46,7 @@ def test_round_trip(saved, model, tokenizer):
     assert load_tokenizer(saved).sha256 == tokenizer.sha256
     assert load_generation(saved)["temperature"] == 0.7
     assert load_generation(saved)["top_p"] == 1.0
+    assert load_generation(saved)["max_new_tokens"] == 16  # half of what the model can hold
     assert len({(saved / name).stat().st_mode for name in os.listdir(saved)}) == 1
     assert sorted(os.listdir(saved)) == [
         "config.json",
@@ -121,6 +122,16 @@ def test_weights_of_another_model(saved):
     weights["embedding.weight"] = weights["embedding.weight"][:5].clone()
     save_file(weights, file, {"format": "stu", "format_version": "1"})
     with pytest.raises(ValueError, match=r"norm\.weight is missing, extra is unknown, embedding"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+def test_filters_that_are_too_narrow(saved, dtype):
+    file = saved / "model.safetensors"
+    weights = load_file(file)
+    weights["filters"] = weights["filters"].to(dtype)
+    save_file(weights, file, {"format": "stu", "format_version": "1"})
+    with pytest.raises(ValueError, match=f"filters is {dtype}"):
         load_model(saved)
 
 

@@ -33,6 +33,7 @@ def test_layers_alternate_from_stu():
         ("stu_form", "dense"),
         ("softcap", float("nan")),
         ("softcap", float("inf")),
+        ("softcap", "5"),
         ("norm_eps", 0.0),
     ],
 )

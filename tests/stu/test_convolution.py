@@ -75,12 +75,21 @@ def test_bfloat16_is_transformed_in_float32():
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
-def test_autocast_does_not_reach_the_transforms():
-    torch.manual_seed(0)
-    inputs, taps = random(1, 64, 4).float(), random(64, 4).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = causal_convolution(inputs, taps)
-    torch.testing.assert_close(actual, causal_convolution(inputs, taps), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("inputs", "taps", "arguments"),
+    [
+        (torch.ones(1, 4, 6), torch.ones(4, 8), ()),
+        (torch.ones(1, 4, 6), torch.ones(4, 1), ()),
+        (torch.ones(4, 6), torch.ones(4, 6), ()),
+        (torch.ones(1, 4, 2, dtype=torch.long), torch.ones(4, 2), ()),
+        (torch.ones(0, 4, 2), torch.ones(4, 2), ()),
+        (torch.ones(1, 4, 2), torch.ones(4, 2), (0,)),
+        (torch.ones(1, 4, 2), torch.ones(4, 2), (1, 0)),
+    ],
+)
+def test_what_cannot_be_convolved_is_refused(inputs, taps, arguments):
+    with pytest.raises(ValueError, match="inputs"):
+        causal_convolution(inputs, taps, *arguments)
 
 
 @given(st.integers(1, 10**7))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stu.config import ModelConfig
+from stu.convolution import causal_convolution
 from stu.layers import FullSTU, GatedMLP, RMSNorm, TensordotSTU
 from stu.model import FlashSTU
 from tests.reference import convolution as reference
@@ -123,7 +124,13 @@ def test_taps_are_float32_under_autocast():
     stu = model.blocks[0].mixer
     with torch.autocast("cpu", dtype=torch.bfloat16):
         taps = stu.taps(model.filters)
+        x = torch.randn(1, 20, 16)
+        mixed = stu(x, model.filters, None)
+        streams = stu.streams(x)
     assert torch.equal(taps, stu.taps(model.filters))
+    assert streams.dtype == torch.bfloat16  # as autocast wants its matrix products
+    expected = causal_convolution(streams.float(), taps, 2)
+    assert torch.equal(mixed, expected.bfloat16())  # rounded once, after the convolution
 
 
 def test_float32_forward_stays_near_float64():

@@ -133,6 +133,8 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
         ("--data.seq_len=64", "seq_len=64 exceeds model.config.max_seq_len=32"),
         ("--data.dir=/nowhere", "/nowhere: no index.json"),
         ("--trainer.max_steps=-1", "trainer.max_steps=-1 is not allowed"),
+        ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches=0 is not allowed"),
+        ("--trainer.val_check_interval=0", "val_check_interval=0 is not allowed"),
         ("--trainer.max_epochs=3", "trainer.max_epochs is chosen by stu-train"),
         ("--trainer.limit_train_batches=3", "trainer.limit_train_batches is chosen by stu-train"),
         ("--trainer.logger=false", "trainer.logger is chosen by stu-train"),
@@ -181,3 +183,16 @@ def test_short_help_names_real_settings(capsys):
     for name in set(cli.COMMON_SETTINGS) - {"--help-all"}:
         assert name in short
         assert re.search(rf"{re.escape(name)}\b", full), name
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_sixteen_bit_training(run, tmp_path, precision):
+    """Clipping included; the filters stay float32, and validation sums do not round."""
+    assert run("--trainer.max_steps=5", f"--trainer.precision={precision}") == 0
+    weights = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert weights["model.filters"].dtype == torch.float32
+    curves = report.read_curves(tmp_path / "run")
+    assert run("--trainer.max_steps=5", folder="single") == 0
+    single = report.read_curves(tmp_path / "single")
+    for name in ("val/loss", "val/bits_per_byte"):
+        assert curves[name][1] == pytest.approx(single[name][1], rel=0.02)
