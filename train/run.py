@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stu.arguments import ArgumentParser
 from stu.atomic import new_file
@@ -183,9 +185,11 @@ def run(arguments: Sequence[str]) -> None:
         f"{cli.datamodule.samples_per_epoch * cli.datamodule.seq_len:,} tokens in an epoch, "
         f"{trainer.world_size} x {trainer.accelerator.name()}, everything goes to {cli.run_dir}"
     )
-    trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
-    if not trainer.state.finished:
-        raise UserError(f"interrupted at step {trainer.global_step}: go on with --resume last")
+    try:
+        trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    except SIGTERMException as error:  # would exit with 0, which a scheduler takes for success
+        _tell(f"terminated at step {trainer.global_step}; checkpoints are in {cli.run_dir}")
+        raise SystemExit(128 + signal.SIGTERM) from error
     _tell(
         f"trained to step {trainer.global_step} of {trainer.max_steps}; "
         f"next: stu-export {cli.run_dir} --output MODEL_DIR"

@@ -2,6 +2,10 @@
 
 import math
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +200,16 @@ def test_sixteen_bit_training(run, tmp_path, precision):
     single = report.read_curves(tmp_path / "single")
     for name in ("val/loss", "val/bits_per_byte"):
         assert curves[name][1] == pytest.approx(single[name][1], rel=0.02)
+
+
+def test_a_terminated_run_does_not_look_finished(settings, tmp_path):
+    program = Path(sys.executable).with_name("stu-train")
+    command = [program, *settings, f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=1000000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 3/"):
+                process.terminate()
+                break
+        last_words = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "terminated at step" in last_words
