@@ -1,0 +1,143 @@
+"""Paged convolution caches against direct sums, under traffic."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve import cache
+from serve.cache import ConvolutionCache
+from serve.pages import OutOfPages, PagePool, pages_for
+from tests.reference import convolution as reference
+
+LAYERS, WIDTH = 2, 3
+
+
+def setup(page_len, lag_step, num_pages=200, dtype=torch.float32, num_taps=300):
+    taps = torch.randn(LAYERS, num_taps, WIDTH, dtype=dtype) / math.sqrt(num_taps)
+    pool = PagePool(num_pages, (LAYERS, page_len, WIDTH), dtype)
+    pool.pages.fill_(math.nan)  # what is read before it is written shows
+    return ConvolutionCache(taps, lag_step, pool), pool, taps
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(0, 40), st.integers(1, 50), st.integers(1, 120)),
+        min_size=1,
+        max_size=4,
+    ),
+    page_len=st.sampled_from([2, 4, 16]),
+    lag_step=st.integers(1, 2),
+    block_elements=st.sampled_from([1, 500, 2**18]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_sequence_equals_its_direct_sum(requests, page_len, lag_step, block_elements, seed):
+    """Requests (arrival step, prompt length, new tokens) run together, each at its own position."""
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "BLOCK_ELEMENTS", block_elements)
+        convolutions, pool, taps = setup(page_len, lag_step)
+        inputs = [torch.randn(LAYERS, p + n, WIDTH) for _, p, n in requests]
+        outputs = [torch.full_like(x, math.nan) for x in inputs]
+        running = {}
+        for step in range(max(arrival + n for arrival, _, n in requests)):
+            for owner, (arrival, prompt, new_tokens) in enumerate(requests):
+                if arrival == step:
+                    running[owner] = convolutions.admit(owner, new_tokens)
+                    for layer in range(LAYERS):
+                        given_inputs = inputs[owner][layer, None, :prompt]
+                        first = convolutions.prefill(layer, running[owner], given_inputs)
+                        outputs[owner][layer, :prompt] = first[0]
+            owners, sequences = list(running), list(running.values())
+            if not owners:
+                continue
+            places = [requests[o][1] + running[o].position for o in owners]
+            for layer in range(LAYERS):
+                tokens = torch.stack(
+                    [inputs[o][layer, at] for o, at in zip(owners, places, strict=True)]
+                )
+                stepped = convolutions.step(layer, sequences, tokens)
+                for row, (owner, at) in enumerate(zip(owners, places, strict=True)):
+                    outputs[owner][layer, at] = stepped[row]
+            convolutions.advance(sequences)
+            pool.check_integrity()
+            for owner in owners:
+                if running[owner].position == requests[owner][2]:
+                    convolutions.release(running.pop(owner))
+        assert pool.num_used == 0
+    for owner in range(len(requests)):
+        for layer in range(LAYERS):
+            filters = reference.spread(taps[layer].double().numpy(), lag_step)
+            expected = reference.causal(inputs[owner][layer, None].double().numpy(), filters)[0]
+            error = np.abs(outputs[owner][layer].numpy() - expected).max()
+            assert error <= 2e-6 * np.abs(expected).max()
+
+
+def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
+    """Every flush reads only owned pages, and what is freed early is never read again."""
+    convolutions, pool, _ = setup(page_len=4, lag_step=2)
+    sequence = convolutions.admit(0, 64)
+    used = []
+    for layer in range(LAYERS):
+        convolutions.prefill(layer, sequence, torch.randn(1, 5, WIDTH))
+    for _ in range(64):
+        for layer in range(LAYERS):
+            output = convolutions.step(layer, [sequence], torch.randn(1, WIDTH))
+            assert output.isfinite().all()
+        convolutions.advance([sequence])
+        free = sorted(set(range(1, 200)) - set(pool.pages_of(0)))
+        pool.pages[free] = math.nan
+        used.append(pool.num_used)
+    # 16 pages; after the 8th, the flush of all eight has read the first half for the last time.
+    assert used[0] == used[3 * 4 - 2] == 16
+    assert used[8 * 4 - 1] == 8
+    assert used[12 * 4 - 1] == 4
+    assert used[-1] == 1
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 15, 16, 17, 100])
+def test_cache_bytes_do_not_depend_on_the_prompt(max_new_tokens):
+    for prompt in (1, 150):
+        convolutions, pool, _ = setup(page_len=16, lag_step=2)
+        sequence = convolutions.admit(3, max_new_tokens)
+        convolutions.prefill(0, sequence, torch.randn(1, prompt, WIDTH))
+        assert pool.num_used == pages_for(max_new_tokens, 16)
+        assert pool.page_bytes == LAYERS * 16 * WIDTH * 4
+
+
+def test_spectra_beyond_the_bound_are_computed_again(monkeypatch):
+    def decode():
+        torch.manual_seed(0)
+        convolutions, _, _ = setup(page_len=4, lag_step=2, dtype=torch.float64)
+        sequence = convolutions.admit(0, 100)
+        for layer in range(LAYERS):
+            convolutions.prefill(layer, sequence, torch.randn(1, 3, WIDTH).double())
+        outputs = []
+        for _ in range(100):
+            tokens = torch.randn(LAYERS, 1, WIDTH).double()
+            outputs.append([convolutions.step(i, [sequence], tokens[i]) for i in range(LAYERS)])
+            convolutions.advance([sequence])
+        return torch.cat([torch.cat(step) for step in outputs]), convolutions._spectra_bytes
+
+    kept, kept_bytes = decode()
+    monkeypatch.setattr(cache, "SPECTRA_BYTES", 500)
+    again, again_bytes = decode()
+    assert torch.equal(kept, again)
+    assert 0 < again_bytes <= 500 < kept_bytes
+
+
+def test_no_room():
+    convolutions, pool, _ = setup(page_len=16, lag_step=2, num_pages=5)
+    with pytest.raises(OutOfPages, match="5 pages are needed and 4 of 4 free"):
+        convolutions.admit(0, 70)
+    assert pool.num_used == 0
+
+
+@pytest.mark.parametrize(("page_len", "lag_step"), [(12, 2), (1, 2), (16, 3)])
+def test_page_len_is_checked(page_len, lag_step):
+    with pytest.raises(ValueError, match=f"page_len={page_len} is not allowed"):
+        setup(page_len, lag_step)
