@@ -84,13 +84,16 @@ class ConvolutionCache:
         """One token of each sequence: inputs `[B, D]` at its position -> outputs `[B, D]`."""
         page_len, lag_step = self._page_len, self._lag_step
         columns, near = page_len // lag_step, self._near[layer]
-        outputs = torch.empty_like(inputs, dtype=self._taps.dtype)
-        for row, sequence in enumerate(sequences):
-            page, place = divmod(sequence.position, page_len)
-            rest = self._pool.pages[sequence.pages[page], layer, place::lag_step]  # [columns', D]
-            rest.addcmul_(near[: columns - place // lag_step], inputs[row])
-            outputs[row] = rest[0]
-            rest[0] = inputs[row]
+        wide = inputs.to(self._taps.dtype)
+        slots = [divmod(sequence.position, page_len) for sequence in sequences]
+        pages = [its.pages[page] for its, (page, _) in zip(sequences, slots, strict=True)]
+        places = [place for _, place in slots]
+        for page, place, row in zip(pages, places, wide.unbind(), strict=True):
+            rest = self._pool.pages[page, layer, place::lag_step]  # [columns', D]
+            rest.addcmul_(near[: columns - place // lag_step], row)
+        slot = torch.tensor(pages), layer, torch.tensor(places)
+        outputs = self._pool.pages[slot]  # [B, D]
+        self._pool.pages[slot] = wide
         return outputs.to(inputs.dtype)
 
     def advance(self, sequences: Sequence[PagedSequence]) -> None:
