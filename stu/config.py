@@ -89,8 +89,11 @@ class ModelConfig:
 
 def nearest(key: str, known: list[str]) -> str:
     """A hint that ends an error about an unknown `key`: the closest of the `known` ones."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else f": choose from {', '.join(known)}"
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f": did you mean {close[0]!r}?"
+    return (
+        f": choose from {', '.join(known)}" if len(known) <= 20 else ": --help lists what there is"
+    )
 
 
 def _is_count(value: object) -> bool:
