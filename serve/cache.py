@@ -3,7 +3,7 @@
 A page's slot holds the pending output of its position until the token is decoded, and the
 convolution's input afterwards. Inside the current page each input is added to the outputs left
 there at once; when a page is full, the tile of `page_len * lowbit(pages done)` positions that ends
-with it fills the tile after it (FutureFill, Algorithm 2, with the page as the smallest tile). A
+with it fills the tile after it (Continuous FutureFill, with the page as the smallest tile). A
 sequence owns `ceil(max_new_tokens / page_len)` pages at first, whatever its prompt's length, and
 gives each back once no later tile reads it. Sums are in the dtype of the pages, float32 or float64.
 """

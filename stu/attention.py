@@ -18,7 +18,7 @@ QUERY_BLOCK = 128
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """One slope per head, `[num_heads]` float32 (Press et al. 2022, section 3), times 0.25.
+    """One slope per head, `[num_heads]` float32 (Press et al. 2022), times 0.25.
 
     `s^1 .. s^heads` with `s = 2^(-8 / heads)` for a power of two of heads; otherwise those of the
     power of two below, then every second one of the power above.

@@ -1,7 +1,7 @@
 """Spectral filters: the top eigenvectors of a Hankel matrix, without building the matrix.
 
 The matrix is `Z[i, j] = 2 / ((i + j)^3 - (i + j))`, `i, j = 1..L` (Hazan, Singh, Zhang 2017,
-"Learning Linear Dynamical Systems via Spectral Filtering", eq. 3). It is an integral,
+"Learning Linear Dynamical Systems via Spectral Filtering"). It is an integral,
 
     Z[i, j] = integral_0^1 (1 - a)^2 a^(i + j - 2) da,
 

@@ -29,7 +29,7 @@ def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
 
     taps `[..., N]` start at lag 0; those from lag `T + num_outputs` on reach no wanted output.
     Equals `numpy.convolve(past, taps)[T : T + num_outputs]`, by one circular FFT whose wrap-around
-    falls on the first T values only (FutureFill, section 3).
+    falls on the first T values only.
     """
     length = past.shape[-1]
     n = fast_fft_length(length + num_outputs)

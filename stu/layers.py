@@ -56,7 +56,7 @@ class GatedMLP(nn.Module):
 class STU(nn.Module, ABC):
     """A spectral transform unit: `[B, T, D] -> [B, T, D]`, linear and causal.
 
-    Either form (Liu et al. 2024, "Flash STU", sections 3 and 4) turns its input into streams,
+    Either form (Liu et al. 2024, "Flash STU") turns its input into streams,
     convolves each with its own filter, and combines the results.
     """
 
@@ -143,8 +143,6 @@ class FullSTU(STU):
 
 class SlidingWindowAttention(nn.Module):
     """Causal attention to the last `window_tokens` tokens: ALiBi, softcap, fused qkv, no bias."""
-
-    slopes: Tensor
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

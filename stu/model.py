@@ -20,7 +20,7 @@ from stu.layers import (
 
 
 class FlashSTU(nn.Module):
-    """Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", section 4.
+    """Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489.
 
     Weights are initialised from torch's global generator, except on the meta device. The spectral
     filters are a buffer that stays at least float32 when the model is cast.

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
-from train.checkpoints import check_settings, training_record
+from train.checkpoints import training_record
 from train.data import Batch, TokenData, ValidationBatch
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor
 
@@ -134,7 +134,6 @@ class FlashSTUModule(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_settings(checkpoint, self.config, self.optimizer_config, self.trainer.max_steps)
         # `trainer.max_time` limits one job, not the run: each job of a chain has its own.
         for name in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
             del checkpoint["callbacks"][name]

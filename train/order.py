@@ -14,7 +14,7 @@ class Permutation:
     A Feistel network permutes the next power of four from `n` on; results outside are put through
     it again until they fall inside (cycle walking, under four times on average). So any part of the
     order costs what it is long, whatever `n` is. Source: Black and Rogaway, Ciphers with Arbitrary
-    Finite Domains, 2002, section 3.
+    Finite Domains, 2002.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:

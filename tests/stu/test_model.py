@@ -24,22 +24,19 @@ def stu_layer(form):
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 64])
-def test_tensordot_form_equals_plus_and_minus_branches(length):
-    stu, filters = stu_layer("tensordot")
-    assert isinstance(stu, TensordotSTU)
+@pytest.mark.parametrize(
+    ("form", "kind", "by_branches", "matrices"),
+    [
+        ("tensordot", TensordotSTU, reference.stu_tensordot, ("input_matrix", "filter_matrix")),
+        ("full", FullSTU, reference.stu_full, ("plus_matrices", "minus_matrices")),
+    ],
+)
+def test_each_form_equals_plus_and_minus_branches(form, kind, by_branches, matrices, length):
+    stu, filters = stu_layer(form)
+    assert isinstance(stu, kind)
     x = torch.randn(2, length, 16, dtype=torch.float64)
-    arrays = (t.detach().numpy() for t in (x, filters, stu.input_matrix, stu.filter_matrix))
-    expected = torch.from_numpy(reference.stu_tensordot(*arrays))
-    torch.testing.assert_close(stu(x, filters, None), expected, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("length", [1, 2, 33, 64])
-def test_full_form_equals_plus_and_minus_branches(length):
-    stu, filters = stu_layer("full")
-    assert isinstance(stu, FullSTU)
-    x = torch.randn(2, length, 16, dtype=torch.float64)
-    arrays = (t.detach().numpy() for t in (x, filters, stu.plus_matrices, stu.minus_matrices))
-    expected = torch.from_numpy(reference.stu_full(*arrays))
+    tensors = (x, filters, *(getattr(stu, name) for name in matrices))
+    expected = torch.from_numpy(by_branches(*(t.detach().numpy() for t in tensors)))
     torch.testing.assert_close(stu(x, filters, None), expected, rtol=0, atol=1e-13)
 
 
