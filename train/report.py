@@ -2,11 +2,9 @@
 
 import gzip
 import math
-import os
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
 from stu.tokenizer import Tokenizer
 from train.shards import TokenShards
@@ -68,8 +66,6 @@ def plot_bits_per_byte(
 
     The training loss, in nats per token, is drawn in bits per byte at `bytes_per_token`.
     """
-    # Its font list and settings belong into a cache folder, not beside the user's configuration.
-    os.environ.setdefault("MPLCONFIGDIR", str(platformdirs.user_cache_path("stu") / "matplotlib"))
     import matplotlib
 
     matplotlib.use("agg")
