@@ -1,183 +1,194 @@
 """Convolution caches in pages: FutureFill for many sequences, each at its own position.
 
 A page's slot holds the pending output of its position until the token is decoded, and the
-convolution's input afterwards. Inside the current page each input is added to the outputs left
-there at once; when a page is full, the tile of `page_len * lowbit(pages done)` positions that ends
-with it fills the tile after it (Continuous FutureFill, with the page as the smallest tile). A
-sequence owns `ceil(max_new_tokens / page_len)` pages at first, whatever its prompt's length, and
-gives each back once no later tile reads it. Sums are in the dtype of the pages, float32 or float64.
+convolution's input afterwards. A sequence owns `ceil(new tokens / page_len)` pages at first,
+whatever its prompt's length, and gives each back once no later tile reads it: every page is
+`layers * width * page_len` numbers. When a page is full, the tile of `page_len * lowbit(pages
+done)` positions that ends with it fills the tile after it (Continuous FutureFill, with the page as
+the smallest tile).
+
+The page that a running sequence is in lies in two rings of `page_len` slots besides, one for
+pending outputs and one for inputs, at the engine's time modulo `page_len`: a step then does the
+same to every row of the batch, wherever in its page each one is. All sums of less than `page_len`
+lags are made there, so a flush leaves those out. Pages are channel-major, as the transforms want
+them, and rings time-major, as a step does. Sums are in the dtype of the pages, float32 or float64.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from serve.pages import PagePool, pages_for
+from serve.tiles import TileFlush
 from stu.convolution import causal_convolution
-
-BLOCK_ELEMENTS = 2**18
-"""Elements transformed at once: with spectrum and result, what a core's cache holds."""
-SPECTRA_BYTES = 2**28
-"""Filter spectra kept from flush to flush; those of larger tiles are computed for each."""
 
 
 @dataclass
-class PagedSequence:
+class _PagedSequence:
     """One sequence's place in the cache."""
 
-    owner: int
-    max_new_tokens: int
     pages: list[int]
     """Page of each stretch of `page_len` new tokens; meaningless once given back."""
     readers: list[int]
     """For each page, how many pages are done at the last flush that reads it."""
-    position: int = 0
-    """New tokens that went through all layers."""
+    start: int = 0
+    """The engine's time at its first new token."""
 
 
 class ConvolutionCache:
-    """What the convolutions of several layers remember of every running sequence.
+    """What the convolutions of several layers remember of every sequence.
 
-    taps: `[layers, N, D]`, tap j at lag `lag_step * j`. pool: pages `[layers, page_len, D]`.
+    Sequences have numbers, their owners' in the pool. `admit` allocates, `prefill` takes a prompt
+    in, `join` makes the sequence the last row of the batch; `step` and `advance` are for all rows.
+
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`. pool: pages `[layers, W, page_len]`, W a
+    multiple of C: a sequence is W / C streams with the same filters.
     """
 
-    def __init__(self, taps: Tensor, lag_step: int, pool: PagePool) -> None:
-        layers, page_len, width = pool.pages.shape[1:]
-        assert taps.shape[::2] == (layers, width), "the pool's pages are of another model"
+    def __init__(self, taps: Tensor, lag_step: int, pool: PagePool, max_rows: int) -> None:
+        layers, width, page_len = pool.pages.shape[1:]
+        assert len(taps) == layers, "the pool's pages are of another model"
+        assert width % taps.shape[2] == 0, "the pool's pages are of another width"
         if page_len % lag_step or page_len & (page_len - 1):
             raise ValueError(
                 f"page_len={page_len} is not allowed: it must be a power of two and a multiple of "
                 f"{lag_step}"
             )
         self._taps, self._lag_step, self._pool = taps, lag_step, pool
-        self._layers, self._page_len, self._width = layers, page_len, width
+        self._page_len, self._num_filters = page_len, taps.shape[2]
         columns = page_len // lag_step
-        self._near = taps.new_zeros(layers, columns, width)
-        self._near[:, : taps.shape[1]] = taps[:, :columns]
-        self._spectra: dict[int, Tensor] = {}
-        self._spectra_bytes = 0
+        near = taps.new_zeros(layers, columns, taps.shape[2])
+        near[:, : taps.shape[1]] = taps[:, :columns]
+        self._near = near.repeat(1, 2, 1)[:, :, None]  # twice over: a slice is a rotation
+        far = taps.clone()
+        far[:, :columns] = 0
+        self._tiles = TileFlush(far, lag_step, pool.pages)
+        ring_shape = max_rows, layers, page_len, width // self._num_filters, self._num_filters
+        self._pending = taps.new_zeros(ring_shape)
+        self._inputs = taps.new_zeros(ring_shape)
+        self._time = 0
+        self._sequences: dict[int, _PagedSequence] = {}
+        self._rows: list[int] = []
 
-    def admit(self, owner: int, max_new_tokens: int) -> PagedSequence:
-        """Allocate what `owner` needs for its new tokens; raises OutOfPages."""
-        count = pages_for(max_new_tokens, self._page_len)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages and rings; filters and their spectra are not counted."""
+        numbers = self._pool.pages.numel() + self._pending.numel() + self._inputs.numel()
+        return numbers * self._pending.element_size()
+
+    def pages_needed(self, new_tokens: int) -> int:
+        """Pages that a sequence owns at first, to go through the layers with so many new tokens."""
+        return pages_for(new_tokens, self._page_len)
+
+    def admit(self, owner: int, new_tokens: int) -> None:
+        """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""
+        count = self.pages_needed(new_tokens)
         pages = self._pool.allocate(owner, count)
-        return PagedSequence(owner, max_new_tokens, pages, _last_readers(count))
+        self._sequences[owner] = _PagedSequence(pages, _last_readers(count))
 
-    def release(self, sequence: PagedSequence) -> None:
-        """Give back every page that `sequence` still owns."""
-        self._pool.free(sequence.owner, self._pool.pages_of(sequence.owner))
+    def release(self, owner: int) -> None:
+        """Forget `owner`, which is no row of the batch, and give back every page it still has."""
+        assert owner not in self._rows, f"sequence {owner} is still in the batch"
+        del self._sequences[owner]
+        self._pool.free(owner, self._pool.pages_of(owner))
 
-    def prefill(self, layer: int, sequence: PagedSequence, inputs: Tensor) -> Tensor:
-        """The outputs `[1, P, D]` of a prompt, whose effect on the new tokens goes into pages."""
-        length, page_len = inputs.shape[1], self._page_len
-        wide = inputs.to(self._taps.dtype)
+    def prefill(self, owner: int, layer: int, inputs: Tensor) -> Tensor:
+        """The outputs `[W / C, P, C]` of a prompt, whose effect on new tokens goes into pages."""
+        sequence, page_len = self._sequences[owner], self._page_len
+        length = inputs.shape[1]
         num_outputs = length + len(sequence.pages) * page_len
-        outputs = causal_convolution(wide, self._taps[layer], self._lag_step, num_outputs)[0]
+        wide = inputs.to(self._taps.dtype)
+        outputs = causal_convolution(wide, self._taps[layer], self._lag_step, num_outputs)
         for index, page in enumerate(sequence.pages):
             start = length + index * page_len
-            self._pool.pages[page, layer] = outputs[start : start + page_len]
-        return outputs[None, :length].to(inputs.dtype)
+            pending = outputs[:, start : start + page_len].transpose(1, 2)  # [W / C, C, page_len]
+            self._pool.pages[page, layer].view(pending.shape).copy_(pending)
+        return outputs[:, :length].to(inputs.dtype)
 
-    def step(self, layer: int, sequences: Sequence[PagedSequence], inputs: Tensor) -> Tensor:
-        """One token of each sequence: inputs `[B, D]` at its position -> outputs `[B, D]`."""
-        page_len, lag_step = self._page_len, self._lag_step
-        columns, near = page_len // lag_step, self._near[layer]
-        wide = inputs.to(self._taps.dtype)
-        slots = [divmod(sequence.position, page_len) for sequence in sequences]
-        pages = [its.pages[page] for its, (page, _) in zip(sequences, slots, strict=True)]
-        places = [place for _, place in slots]
-        for page, place, row in zip(pages, places, wide.unbind(), strict=True):
-            rest = self._pool.pages[page, layer, place::lag_step]  # [columns', D]
-            rest.addcmul_(near[: columns - place // lag_step], row)
-        slot = torch.tensor(pages), layer, torch.tensor(places)
-        outputs = self._pool.pages[slot]  # [B, D]
-        self._pool.pages[slot] = wide
-        return outputs.to(inputs.dtype)
+    def join(self, owner: int) -> None:
+        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
+        sequence, row = self._sequences[owner], len(self._rows)
+        self._rows.append(owner)
+        sequence.start = self._time
+        self._pending[row].zero_()
+        if sequence.pages:
+            self._load_page(row, sequence.pages[0])
 
-    def advance(self, sequences: Sequence[PagedSequence]) -> None:
-        """Every layer has stepped: flush the tiles that are done, and free what is not needed."""
-        by_tile: dict[int, list[PagedSequence]] = {}
-        for sequence in sequences:
-            sequence.position += 1
-            done, place = divmod(sequence.position, self._page_len)
-            if place == 0 and done < len(sequence.pages):
-                by_tile.setdefault(done & -done, []).append(sequence)
-        for tile_pages in sorted(by_tile):
-            self._flush(tile_pages, by_tile[tile_pages])
-        for sequence in (sequence for group in by_tile.values() for sequence in group):
-            done = sequence.position // self._page_len
-            finished = [
-                page
-                for page, at in zip(sequence.pages, sequence.readers, strict=True)
-                if at == done
-            ]
-            self._pool.free(sequence.owner, finished)
+    def leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row takes its place."""
+        last = len(self._rows) - 1
+        if row != last:
+            self._pending[row] = self._pending[last]
+            self._inputs[row] = self._inputs[last]
+            self._rows[row] = self._rows[last]
+        self._rows.pop()
 
-    def _flush(self, tile_pages: int, sequences: list[PagedSequence]) -> None:
-        """FutureFill of each sequence's last `tile_pages` pages into as many pages after them."""
-        columns = tile_pages * self._page_len // self._lag_step
-        for layer in range(self._layers):
-            spectra = self._filter_spectra(layer, columns)
-            for group, channels in self._blocks(sequences, columns):
-                self._fill(layer, group, channels, tile_pages, columns, spectra[channels])
+    def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
+        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs."""
+        streams = inputs.view(-1, *self._inputs.shape[3:])  # [B, W / C, C]
+        rows = slice(first_row, first_row + len(streams))
+        slot = self._time % self._page_len
+        column, phase = divmod(slot, self._lag_step)
+        columns = self._page_len // self._lag_step
+        taps = self._near[layer, columns - column : 2 * columns - column]  # [columns, 1, C]
+        pending = self._pending[rows, layer, phase :: self._lag_step]  # [B, columns, W / C, C]
+        now = self._inputs[rows, layer, slot]
+        now.copy_(streams)
+        pending.addcmul_(taps, now[:, None])
+        outputs = pending[:, column].to(inputs.dtype, copy=True)
+        pending[:, column] = 0
+        return outputs.view(inputs.shape)
 
-    def _fill(
-        self,
-        layer: int,
-        group: list[PagedSequence],
-        channels: slice,
-        tile_pages: int,
-        columns: int,
-        spectra: Tensor,
-    ) -> None:
-        """One batched FFT over some sequences and channels of a layer."""
-        lag_step, page_columns = self._lag_step, self._page_len // self._lag_step
-        width = len(range(*channels.indices(self._width)))
-        padded = self._taps.new_zeros(width, len(group), lag_step, 2 * columns)
-        for row, sequence in enumerate(group):
-            done = sequence.position // self._page_len
-            for index, page in enumerate(sequence.pages[done - tile_pages : done]):
-                inputs = self._pool.pages[page, layer, :, channels]
-                inputs = inputs.view(page_columns, lag_step, width)
-                start = index * page_columns
-                padded[:, row, :, start : start + page_columns] = inputs.permute(2, 1, 0)
-        spectrum = torch.fft.rfft(padded)
-        spectrum *= spectra[:, None, None]
-        filled = torch.fft.irfft(spectrum, n=2 * columns)
-        for row, sequence in enumerate(group):
-            done = sequence.position // self._page_len
-            for index, page in enumerate(sequence.pages[done : done + tile_pages]):
-                pending = self._pool.pages[page, layer, :, channels]
-                start = columns + index * page_columns
-                added = filled[:, row, :, start : start + page_columns]
-                pending.view(page_columns, lag_step, width).add_(added.permute(2, 1, 0))
+    def advance(self) -> None:
+        """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
+        self._time += 1
+        turned: list[tuple[int, int, int]] = []  # row, its sequence's number, pages done
+        by_tile: dict[int, list[tuple[list[int], list[int]]]] = {}
+        for row, owner in enumerate(self._rows):
+            sequence = self._sequences[owner]
+            done, place = divmod(self._time - sequence.start, self._page_len)
+            if place or done >= len(sequence.pages):
+                continue
+            turned.append((row, owner, done))
+            self._store_page(row, sequence.pages[done - 1])
+            tile = done & -done
+            past, future = sequence.pages[done - tile : done], sequence.pages[done : done + tile]
+            by_tile.setdefault(tile, []).append((past, future))
+        for tiles in by_tile.values():
+            self._tiles.fill([past for past, _ in tiles], [future for _, future in tiles])
+        for row, owner, done in turned:
+            sequence = self._sequences[owner]
+            self._load_page(row, sequence.pages[done])
+            pages = zip(sequence.pages, sequence.readers, strict=True)
+            self._pool.free(owner, [page for page, last in pages if last == done])
 
-    def _blocks(
-        self, sequences: list[PagedSequence], columns: int
-    ) -> Iterator[tuple[list[PagedSequence], slice]]:
-        """Groups of sequences, or of one sequence's channels, that fit into a block."""
-        elements = self._width * self._lag_step * 2 * columns  # of one sequence
-        rows = max(1, BLOCK_ELEMENTS // elements)
-        step = min(self._width, max(1, self._width * BLOCK_ELEMENTS // elements))
-        for first in range(0, len(sequences), rows):
-            for start in range(0, self._width, step):
-                yield sequences[first : first + rows], slice(start, start + step)
+    def _store_page(self, row: int, page: int) -> None:
+        """The inputs ring of a row, turned to begin with the page's first slot, into the page."""
+        layers, width, page_len = self._pool.pages.shape[1:]
+        by_slot = self._inputs[row].view(layers * page_len, width)
+        by_channel = torch.empty(
+            width, layers * page_len, dtype=by_slot.dtype, device=by_slot.device
+        )
+        by_channel.copy_(by_slot.t())
+        source = by_channel.view(width, layers, page_len).transpose(0, 1)
+        start = self._time % page_len
+        self._pool.pages[page, :, :, : page_len - start] = source[..., start:]
+        self._pool.pages[page, :, :, page_len - start :] = source[..., :start]
 
-    def _filter_spectra(self, layer: int, columns: int) -> Tensor:
-        """Spectra `[D, columns + 1]` of the taps that a tile of so many columns reaches."""
-        spectra = self._spectra.get(columns)
-        if spectra is not None:
-            return spectra[layer]
-        taps = self._taps.transpose(1, 2)[..., : 2 * columns]
-        num_bytes = 2 * self._taps.element_size() * self._layers * self._width * (columns + 1)
-        if self._spectra_bytes + num_bytes > SPECTRA_BYTES:
-            one_layer: Tensor = torch.fft.rfft(taps[layer].contiguous(), n=2 * columns)
-            return one_layer
-        self._spectra[columns] = torch.fft.rfft(taps.contiguous(), n=2 * columns)
-        self._spectra_bytes += num_bytes
-        return self._spectra[columns][layer]
+    def _load_page(self, row: int, page: int) -> None:
+        """Add a page's pending outputs to a row's ring."""
+        layers, width, page_len = self._pool.pages.shape[1:]
+        by_channel = self._pool.pages[page].view(layers * width, page_len)
+        by_slot = torch.empty(
+            page_len, layers * width, dtype=by_channel.dtype, device=by_channel.device
+        )
+        by_slot.copy_(by_channel.t())
+        pending = self._pending[row].view(layers, page_len, width)
+        source = by_slot.view(page_len, layers, width).transpose(0, 1)
+        start = self._time % page_len
+        pending[:, start:] += source[:, : page_len - start]
+        pending[:, :start] += source[:, page_len - start :]
 
 
 def _last_readers(num_pages: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve import cache
+from serve import tiles
 from serve.cache import ConvolutionCache
 from serve.pages import OutOfPages, PagePool, pages_for
 from tests.reference import convolution as reference
@@ -16,11 +16,16 @@ from tests.reference import convolution as reference
 LAYERS, WIDTH = 2, 3
 
 
-def setup(page_len, lag_step, num_pages=200, dtype=torch.float32, num_taps=300):
+def setup(
+    page_len, lag_step, num_pages=200, dtype=torch.float32, num_taps=300, groups=1, max_rows=4
+):
     taps = torch.randn(LAYERS, num_taps, WIDTH, dtype=dtype) / math.sqrt(num_taps)
-    pool = PagePool(num_pages, (LAYERS, page_len, WIDTH), dtype)
+    pool = PagePool(num_pages, (LAYERS, groups * WIDTH, page_len), dtype)
     pool.pages.fill_(math.nan)  # what is read before it is written shows
-    return ConvolutionCache(taps, lag_step, pool), pool, taps
+    convolutions = ConvolutionCache(taps, lag_step, pool, max_rows)
+    convolutions._pending.fill_(math.nan)
+    convolutions._inputs.fill_(math.nan)
+    return convolutions, pool, taps
 
 
 @given(
@@ -31,48 +36,54 @@ def setup(page_len, lag_step, num_pages=200, dtype=torch.float32, num_taps=300):
     ),
     page_len=st.sampled_from([2, 4, 16]),
     lag_step=st.integers(1, 2),
+    groups=st.integers(1, 2),
     block_elements=st.sampled_from([1, 500, 2**18]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
-def test_every_sequence_equals_its_direct_sum(requests, page_len, lag_step, block_elements, seed):
+@settings(max_examples=60, deadline=None)
+def test_every_sequence_equals_its_direct_sum(
+    requests, page_len, lag_step, groups, block_elements, seed
+):
     """Requests (arrival step, prompt length, new tokens) run together, each at its own position."""
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "BLOCK_ELEMENTS", block_elements)
-        convolutions, pool, taps = setup(page_len, lag_step)
-        inputs = [torch.randn(LAYERS, p + n, WIDTH) for _, p, n in requests]
+        patch.setattr(tiles, "CPU_BLOCK_ELEMENTS", block_elements)
+        convolutions, pool, taps = setup(page_len, lag_step, groups=groups)
+        inputs = [torch.randn(LAYERS, groups, p + n, WIDTH) for _, p, n in requests]
         outputs = [torch.full_like(x, math.nan) for x in inputs]
-        running = {}
+        rows, places = [], [prompt for _, prompt, _ in requests]
         for step in range(max(arrival + n for arrival, _, n in requests)):
             for owner, (arrival, prompt, new_tokens) in enumerate(requests):
                 if arrival == step:
-                    running[owner] = convolutions.admit(owner, new_tokens)
+                    convolutions.admit(owner, new_tokens)
                     for layer in range(LAYERS):
-                        given_inputs = inputs[owner][layer, None, :prompt]
-                        first = convolutions.prefill(layer, running[owner], given_inputs)
-                        outputs[owner][layer, :prompt] = first[0]
-            owners, sequences = list(running), list(running.values())
-            if not owners:
-                continue
-            places = [requests[o][1] + running[o].position for o in owners]
-            for layer in range(LAYERS):
-                tokens = torch.stack(
-                    [inputs[o][layer, at] for o, at in zip(owners, places, strict=True)]
-                )
-                stepped = convolutions.step(layer, sequences, tokens)
-                for row, (owner, at) in enumerate(zip(owners, places, strict=True)):
-                    outputs[owner][layer, at] = stepped[row]
-            convolutions.advance(sequences)
+                        first = convolutions.prefill(owner, layer, inputs[owner][layer, :, :prompt])
+                        outputs[owner][layer, :, :prompt] = first
+                    convolutions.join(owner)
+                    rows.append(owner)
+            for layer in range(LAYERS) if rows else ():
+                tokens = torch.cat([inputs[o][layer, :, places[o]] for o in rows])
+                # In two calls, where there is more than one row.
+                half = len(rows) // 2
+                first = convolutions.step(layer, tokens[: half * groups])
+                rest = convolutions.step(layer, tokens[half * groups :], half)
+                for row, stepped in enumerate(torch.cat([first, rest]).split(groups)):
+                    outputs[rows[row]][layer, :, places[rows[row]]] = stepped
+            convolutions.advance()
             pool.check_integrity()
-            for owner in owners:
-                if running[owner].position == requests[owner][2]:
-                    convolutions.release(running.pop(owner))
+            for row in reversed(range(len(rows))):
+                owner = rows[row]
+                places[owner] += 1
+                if places[owner] == sum(requests[owner][1:]):
+                    convolutions.leave(row)
+                    convolutions.release(owner)
+                    rows[row] = rows[-1]
+                    rows.pop()
         assert pool.num_used == 0
     for owner in range(len(requests)):
         for layer in range(LAYERS):
             filters = reference.spread(taps[layer].double().numpy(), lag_step)
-            expected = reference.causal(inputs[owner][layer, None].double().numpy(), filters)[0]
+            expected = reference.causal(inputs[owner][layer].double().numpy(), filters)
             error = np.abs(outputs[owner][layer].numpy() - expected).max()
             assert error <= 2e-6 * np.abs(expected).max()
 
@@ -80,15 +91,15 @@ def test_every_sequence_equals_its_direct_sum(requests, page_len, lag_step, bloc
 def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
     """Every flush reads only owned pages, and what is freed early is never read again."""
     convolutions, pool, _ = setup(page_len=4, lag_step=2)
-    sequence = convolutions.admit(0, 64)
+    convolutions.admit(0, 64)
     used = []
     for layer in range(LAYERS):
-        convolutions.prefill(layer, sequence, torch.randn(1, 5, WIDTH))
+        convolutions.prefill(0, layer, torch.randn(1, 5, WIDTH))
+    convolutions.join(0)
     for _ in range(64):
         for layer in range(LAYERS):
-            output = convolutions.step(layer, [sequence], torch.randn(1, WIDTH))
-            assert output.isfinite().all()
-        convolutions.advance([sequence])
+            assert convolutions.step(layer, torch.randn(1, WIDTH)).isfinite().all()
+        convolutions.advance()
         free = sorted(set(range(1, 200)) - set(pool.pages_of(0)))
         pool.pages[free] = math.nan
         used.append(pool.num_used)
@@ -99,32 +110,35 @@ def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
     assert used[-1] == 1
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 15, 16, 17, 100])
-def test_cache_bytes_do_not_depend_on_the_prompt(max_new_tokens):
+@pytest.mark.parametrize("new_tokens", [0, 1, 15, 16, 17, 100])
+def test_cache_bytes_do_not_depend_on_the_prompt(new_tokens):
     for prompt in (1, 150):
         convolutions, pool, _ = setup(page_len=16, lag_step=2)
-        sequence = convolutions.admit(3, max_new_tokens)
-        convolutions.prefill(0, sequence, torch.randn(1, prompt, WIDTH))
-        assert pool.num_used == pages_for(max_new_tokens, 16)
+        convolutions.admit(3, new_tokens)
+        convolutions.prefill(3, 0, torch.randn(1, prompt, WIDTH))
+        assert pool.num_used == pages_for(new_tokens, 16)
         assert pool.page_bytes == LAYERS * 16 * WIDTH * 4
+        rings = 2 * 4 * pool.page_bytes  # two for each of the four rows
+        assert convolutions.num_bytes == 200 * pool.page_bytes + rings
 
 
 def test_spectra_beyond_the_bound_are_computed_again(monkeypatch):
     def decode():
         torch.manual_seed(0)
         convolutions, _, _ = setup(page_len=4, lag_step=2, dtype=torch.float64)
-        sequence = convolutions.admit(0, 100)
+        convolutions.admit(0, 100)
         for layer in range(LAYERS):
-            convolutions.prefill(layer, sequence, torch.randn(1, 3, WIDTH).double())
+            convolutions.prefill(0, layer, torch.randn(1, 3, WIDTH).double())
+        convolutions.join(0)
         outputs = []
         for _ in range(100):
             tokens = torch.randn(LAYERS, 1, WIDTH).double()
-            outputs.append([convolutions.step(i, [sequence], tokens[i]) for i in range(LAYERS)])
-            convolutions.advance([sequence])
-        return torch.cat([torch.cat(step) for step in outputs]), convolutions._spectra_bytes
+            outputs.append([convolutions.step(i, tokens[i]) for i in range(LAYERS)])
+            convolutions.advance()
+        return torch.cat([torch.cat(step) for step in outputs]), convolutions._tiles._spectra_bytes
 
     kept, kept_bytes = decode()
-    monkeypatch.setattr(cache, "SPECTRA_BYTES", 500)
+    monkeypatch.setattr(tiles, "SPECTRA_BYTES", 500)
     again, again_bytes = decode()
     assert torch.equal(kept, again)
     assert 0 < again_bytes <= 500 < kept_bytes
