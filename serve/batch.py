@@ -164,7 +164,7 @@ def _decode(
     count_tokens: Callable[[int], object],
 ) -> Iterator[list[int]]:
     """Each request's new token ids, with the EOS that ended them if it came."""
-    from serve.runner import Runner
+    from serve.lockstep import Runner
     from serve.sampling import sample
 
     if not requests:

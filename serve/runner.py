@@ -1,144 +1,229 @@
-"""Decodes a batch of sequences of different lengths in step."""
+"""The model over many sequences: prompts taken in together, and a token of every running one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stu.attention import alibi_slopes, attend, sliding_window_attention
-from stu.futurefill import Continuous, OnlineConvolution
-from stu.model import FlashSTU
+from serve.attention_cache import AttentionCache
+from serve.cache import ConvolutionCache
+from serve.pages import OutOfPages
+from stu.model import Block, FlashSTU
+
+INVARIANT_ROWS = 8
+"""Rows that go through the model together where their company must not change their rounding."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sequence that is to join the batch."""
+
+    owner: int
+    tokens: Sequence[int]
+    new_tokens: int
+    """That it will step through the layers."""
+
+
+class Pages(NamedTuple):
+    """Pages of both kinds."""
+
+    convolution: int
+    attention: int
 
 
 class Runner:
-    """The memory of a batch, and the model over it: `prefill` once, then `step` by step.
+    """A model, and what it remembers of every sequence. Rows of the batch are in joining order,
+    but that the last row takes the place of one that leaves.
 
-    prompts: token ids, one sequence for each of B rows. max_new_tokens: steps to make room for, one
-    number for all rows or one for each; all rows step until the largest is reached, and what a row
-    returns beyond its own number is of no meaning. What the convolutions and the attention remember
-    is allocated here; its size does not depend on the prompts' lengths with `Epoched` and
-    `Continuous`, beyond the attention window.
-
-    Raises ValueError for no prompt, an empty one, an id outside the vocabulary, or a prompt that
-    with its new tokens exceeds `max_seq_len`.
+    batch_invariant: a row's logits do not depend on other rows to the last bit. Matrix products
+    round differently for different numbers of rows, so rows then go through the model in groups of
+    a fixed size, the last one padded, and attention and prompts run one by one.
     """
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: FlashSTU,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int | Sequence[int],
-        convolution: type[OnlineConvolution] = Continuous,
+        convolutions: ConvolutionCache,
+        attentions: AttentionCache | None,
+        batch_invariant: bool = False,
     ) -> None:
-        if isinstance(max_new_tokens, int):
-            max_new_tokens = [max_new_tokens] * len(prompts)
-        _check(model, prompts, max_new_tokens)
-        self._model, self._prompts = model, prompts
-        config, device = model.config, model.embedding.weight.device
-        taps, lag_step = model.convolution_taps()
+        self._model, self._batch_invariant = model, batch_invariant
+        self._convolutions, self._attentions = convolutions, attentions
+        self._device = model.embedding.weight.device
         # The full form convolves each channel of a row as a sequence of its own.
-        self._streams_per_row = config.width if config.stu_form == "full" else 1
-        num_streams = len(prompts) * self._streams_per_row
-        self._convolution = convolution(taps, num_streams, max(max_new_tokens), lag_step)
+        self._streams_per_row = model.config.width if model.config.stu_form == "full" else 1
+        self._num_rows = 0
 
-        longest = max(map(len, prompts)) + max(max_new_tokens)
-        size = min(config.window_tokens + 1, longest)
-        shape = 2, len(config.attention_layers), len(prompts), config.num_heads, size
-        # Attention sums in float32 at least: kept as it is read, no step converts the window.
-        dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
-        self._keys, self._values = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
-        """Rings `[attn_layers, B, heads, size, head_dim]`: new token t of every row lies in slot
-        `t % size`, and its prompt, whose last token has t = -1, just before."""
-        self._slots = torch.arange(size, device=device)
-        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self._slopes = alibi_slopes(config.num_heads).to(device)
-        self._distances = torch.empty(0)
-        self._prefilling: int | None = None
-        """The row whose prompt runs through the model; None while all rows step."""
+    def needed(self, prompt_tokens: int, new_tokens: int) -> Pages:
+        """Pages that a sequence owns, or may come to own."""
+        if self._attentions is None:
+            return Pages(self._convolutions.pages_needed(new_tokens), 0)
+        positions = prompt_tokens + new_tokens
+        return Pages(
+            self._convolutions.pages_needed(new_tokens), self._attentions.pages_needed(positions)
+        )
+
+    def admit(self, prompt: Prompt) -> None:
+        """Allocate what `prompt` needs, or nothing and raise OutOfPages."""
+        self._convolutions.admit(prompt.owner, prompt.new_tokens)
+        if self._attentions is None:
+            return
+        try:
+            self._attentions.admit(prompt.owner, len(prompt.tokens) + prompt.new_tokens)
+        except OutOfPages:
+            self._convolutions.release(prompt.owner)
+            raise
+
+    def release(self, owner: int) -> None:
+        """Forget a sequence that is no row of the batch."""
+        for cache in self._caches():
+            cache.release(owner)
+
+    def join(self, owner: int) -> None:
+        """Make a sequence whose prompt was taken in the last row of the batch."""
+        for cache in self._caches():
+            cache.join(owner)
+        self._num_rows += 1
+
+    def leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row takes its place."""
+        for cache in self._caches():
+            cache.leave(row)
+        self._num_rows -= 1
 
     @torch.inference_mode()
-    def prefill(self) -> Tensor:
-        """Take in the prompts, one after the other; return `[B, vocab_size]`, the logits of each
-        row's first new token."""
-        last = []
-        for row, prompt in enumerate(self._prompts):
-            self._prefilling = row
-            tokens = torch.tensor([prompt], device=self._slots.device)
-            last.append(self._model.hidden(tokens, self)[:, -1])  # [1, P, D] -> [1, D]
-        self._prefilling = None
-        return self._model.logits(torch.cat(last))
+    def prefill(
+        self, prompts: Sequence[Prompt], dropped: set[int], tokens_at_once: int
+    ) -> Iterator[Tensor | None]:
+        """Take prompts in, one behind the other without padding, in many small pieces of work.
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Take each row's next token `[B]`; return the logits `[B, vocab_size]` of the one after.
-
-        Raises ValueError after `max_new_tokens` steps.
+        Yields None after each piece, that of a layer's mixer or of its feed-forward part for
+        `tokens_at_once` tokens, and at last the logits `[len(prompts), vocab_size]` of each
+        prompt's first new token. Between pieces, prompts may be released: their owners go into
+        `dropped`, and their logits are of no meaning.
         """
-        step, size = self._convolution.position, len(self._slots)
-        distances = (step - self._slots) % size
-        empty = distances > self._lengths[:, None] + step  # not written yet: [B, size]
-        self._distances = distances.masked_fill(empty, -1)[:, None, None]  # -> [B, 1, 1, size]
-        hidden = self._model.hidden(tokens[:, None], self)[:, 0]  # [B, 1, D] -> [B, D]
-        self._convolution.advance()
-        return self._model.logits(hidden)
+        model = self._model
+        ids = [token for prompt in prompts for token in prompt.tokens]
+        memory = _PromptMemory(self._convolutions, self._attentions, prompts, dropped)
+        x = model.embedding(torch.tensor([ids], device=self._device))  # [1, T, D]
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            x = block.mix(x, model.filters, memory)
+            yield None
+            parts = []
+            for part in torch.split(x, tokens_at_once, dim=1):
+                parts.append(block.feed_forward(part))
+                yield None
+            x = torch.cat(parts, dim=1)
+        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts], device=self._device)
+        last = model.norm(x[0, lengths.cumsum(0) - 1])  # [len(prompts), D]
+        yield self._logits(last)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Take each row's next token; return the logits `[B, vocab_size]` of the one after."""
+        assert len(tokens) == self._num_rows, "a token of each row is needed"
+        if self._attentions is not None:
+            self._attentions.begin_step(alone=self._batch_invariant)
+        at_once = INVARIANT_ROWS if self._batch_invariant else len(tokens)
+        hidden = []
+        for first in range(0, len(tokens), at_once):
+            group = list(tokens[first : first + at_once])
+            memory = _RowMemory(
+                self._convolutions, self._attentions, first, len(group), self._streams_per_row
+            )
+            padded = torch.tensor(group + [0] * (at_once - len(group)), device=self._device)
+            hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
+        for cache in self._caches():
+            cache.advance()
+        return self._logits(torch.cat(hidden))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """`[B, D] -> [B, vocab_size]`."""
+        if not self._batch_invariant:
+            return self._model.logits(hidden)
+        groups = []
+        for group in torch.split(hidden, INVARIANT_ROWS):
+            padded = hidden.new_zeros(INVARIANT_ROWS, hidden.shape[1])
+            padded[: len(group)] = group
+            groups.append(self._model.logits(padded)[: len(group)])
+        return torch.cat(groups)
+
+    def _caches(self) -> list[ConvolutionCache | AttentionCache]:
+        if self._attentions is None:
+            return [self._convolutions]
+        return [self._convolutions, self._attentions]
+
+
+class _PromptMemory:
+    """`stu.layers.Memory` of prompts that lie one behind the other."""
+
+    def __init__(
+        self,
+        convolutions: ConvolutionCache,
+        attentions: AttentionCache | None,
+        prompts: Sequence[Prompt],
+        dropped: set[int],
+    ) -> None:
+        self._convolutions, self._attentions = convolutions, attentions
+        self._prompts, self._dropped = prompts, dropped
+        self._lengths = [len(prompt.tokens) for prompt in prompts]
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        """`Memory.convolve` of one prompt, or of one token of each row: `[S, T, C]` both ways."""
-        if self._prefilling is None:
-            return self._convolution.step(layer, streams[:, 0])[:, None]
-        start = self._prefilling * self._streams_per_row
-        rows = slice(start, start + self._streams_per_row)
-        return self._convolution.prefill(layer, streams, rows)
+        outputs = torch.zeros_like(streams)  # [S, T, C]
+        parts = zip(
+            self._prompts,
+            torch.split(streams, self._lengths, dim=1),
+            torch.split(outputs, self._lengths, dim=1),
+            strict=True,
+        )
+        for prompt, inputs, output in parts:
+            if prompt.owner not in self._dropped:
+                output.copy_(self._convolutions.prefill(prompt.owner, layer, inputs))
+        return outputs
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""
-        config, size = self._model.config, len(self._slots)
-        window, softcap = config.window_tokens, config.softcap
-        if self._prefilling is not None:
-            kept = min(size, keys.shape[1])
-            for ring, new in ((self._keys, keys), (self._values, values)):
-                ring[layer, self._prefilling, :, size - kept :] = new[0, -kept:].transpose(0, 1)
-            return sliding_window_attention(queries, keys, values, self._slopes, window, softcap)
-        slot = self._convolution.position % size
-        self._keys[layer, :, :, slot] = keys[:, 0]
-        self._values[layer, :, :, slot] = values[:, 0]
-        attended = attend(
-            queries.transpose(1, 2).to(self._keys.dtype),  # -> [B, heads, 1, head_dim]
-            self._keys[layer],
-            self._values[layer],
-            self._distances,
-            self._slopes,
-            window,
-            softcap,
+        assert self._attentions is not None, "an STU-only model has no attention"
+        outputs = torch.zeros_like(queries)  # [1, T, heads, head_dim]
+        parts = zip(
+            self._prompts,
+            *(torch.split(x, self._lengths, dim=1) for x in (queries, keys, values, outputs)),
+            strict=True,
         )
-        return attended.transpose(1, 2).to(queries.dtype)
+        for prompt, q, k, v, output in parts:
+            if prompt.owner not in self._dropped:
+                output.copy_(self._attentions.prefill(prompt.owner, layer, q, k, v))
+        return outputs
 
 
-def _check(
-    model: FlashSTU, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
-) -> None:
-    vocab_size, longest = model.config.vocab_size, model.config.max_seq_len
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    if len(max_new_tokens) != len(prompts):
-        raise ValueError(
-            f"max_new_tokens has {len(max_new_tokens)} numbers for {len(prompts)} prompts: "
-            "give one number, or one for each prompt"
+class _RowMemory:
+    """`stu.layers.Memory` of one token of some rows of the batch, and of padding after them."""
+
+    def __init__(
+        self,
+        convolutions: ConvolutionCache,
+        attentions: AttentionCache | None,
+        first_row: int,
+        num_rows: int,
+        streams_per_row: int,
+    ) -> None:
+        self._convolutions, self._attentions = convolutions, attentions
+        self._first_row, self._num_rows = first_row, num_rows
+        self._num_streams = num_rows * streams_per_row
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        outputs = torch.zeros(streams.shape, dtype=streams.dtype, device=streams.device)
+        inputs = streams[: self._num_streams, 0]
+        outputs[: self._num_streams, 0] = self._convolutions.step(layer, inputs, self._first_row)
+        return outputs
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        assert self._attentions is not None, "an STU-only model has no attention"
+        outputs = torch.zeros_like(queries)
+        rows = slice(0, self._num_rows)
+        outputs[rows] = self._attentions.step(
+            layer, queries[rows], keys[rows], values[rows], self._first_row
         )
-    for row, (prompt, num_new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
-        if not prompt:
-            raise ValueError(f"prompt {row} has no tokens: start it with BOS")
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prompt {row} has the token id {token}, and the vocabulary ids 0 to "
-                    f"{vocab_size - 1}: use the model's own tokenizer"
-                )
-        if num_new < 1:
-            raise ValueError(f"max_new_tokens={num_new} is not allowed: it must be >= 1")
-        if len(prompt) + num_new > longest:
-            raise ValueError(
-                f"prompt {row} of {len(prompt)} tokens and max_new_tokens={num_new} exceed "
-                f"max_seq_len={longest}: shorten the prompt or lower max_new_tokens"
-            )
+        return outputs

@@ -97,11 +97,19 @@ class Block(nn.Module):
             self.mixer = form(config, config.stu_layers.index(index))
 
     def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        return self.feed_forward(self.mix(x, filters, memory))
+
+    def mix(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        """The first half, in which tokens see one another: `[B, T, D]` both ways."""
         normed = self.mixer_norm(x)
         if isinstance(self.mixer, STU):
-            x = x + self.mixer(normed, filters, memory)
+            mixed: Tensor = x + self.mixer(normed, filters, memory)
         else:
-            x = x + self.mixer(normed, memory)
+            mixed = x + self.mixer(normed, memory)
+        return mixed
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half, each token for itself: `[..., D]` both ways."""
         residual: Tensor = x + self.mlp(self.mlp_norm(x))
         return residual
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve.batch import main
-from serve.runner import Runner
+from serve.lockstep import Runner
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU

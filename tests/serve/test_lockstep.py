@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from serve.runner import Runner
+from serve.lockstep import Runner
 from stu.config import ModelConfig
 from stu.futurefill import Continuous, Epoched, Naive
 from stu.model import FlashSTU

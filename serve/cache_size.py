@@ -1,0 +1,116 @@
+"""How much memory the caches get, and how convolution and attention share it.
+
+A request with N new tokens owns `ceil((N - 1) / page_len)` convolution pages, each of
+`stu_layers * width * page_len` numbers of the filters' dtype (full form: `width * 2 * num_filters`
+for `width`), whatever its prompt's length, and pages of its attention window, at most
+`ceil(window_tokens / page_len) + 1`, each of `attn_layers * 2 * page_len * width` numbers of the
+weights' dtype. Two pages more for each of `max_running` rows hold the pages that rows are in.
+"""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from serve.attention_cache import AttentionCache, window_pages
+from serve.cache import ConvolutionCache
+from serve.config import EngineConfig
+from serve.pages import PagePool, pages_for
+from serve.runner import Pages
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+
+GIB = 2**30
+DEFAULT_SHARE = 0.5
+"""Of the free memory, where no size is given."""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Both caches, and the pools they take their pages from."""
+
+    convolution: ConvolutionCache
+    attention: AttentionCache | None
+    """None for a model without attention."""
+    pools: tuple[PagePool, PagePool | None]
+
+    @property
+    def capacity(self) -> Pages:
+        """Pages that requests can own."""
+        convolution, attention = self.pools
+        return Pages(convolution.capacity, attention.capacity if attention else 0)
+
+    def free(self) -> Pages:
+        """Pages that nobody owns or was promised."""
+        convolution, attention = self.pools
+        if attention is None or self.attention is None:
+            return Pages(convolution.num_free, 0)
+        return Pages(convolution.num_free, attention.capacity - self.attention.num_promised)
+
+    def owned(self, owner: int) -> Pages:
+        """Pages that `owner` has or was promised."""
+        convolution = len(self.pools[0].pages_of(owner))
+        return Pages(convolution, self.attention.promised_to(owner) if self.attention else 0)
+
+
+def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
+    """Allocate both caches for `model`. Raises ValueError if not even a short request fits."""
+    shape, device = model.config, model.embedding.weight.device
+    taps, lag_step = model.convolution_taps()
+    layers, _, channels = taps.shape
+    width = channels * (shape.width if shape.stu_form == "full" else 1)
+    num_pages = _num_pages(shape, config, _budget_bytes(config, device), layers * width, model)
+    convolution = PagePool(
+        num_pages.convolution, (layers, width, config.page_len), taps.dtype, device
+    )
+    convolutions = ConvolutionCache(taps, lag_step, convolution, config.max_running)
+    if not shape.attention_layers:
+        return Caches(convolutions, None, (convolution, None))
+    page_shape = len(shape.attention_layers), 2, config.page_len, shape.num_heads, shape.head_dim
+    attention = PagePool(num_pages.attention, page_shape, model.embedding.weight.dtype, device)
+    return Caches(convolutions, AttentionCache(shape, attention), (convolution, attention))
+
+
+def _num_pages(
+    shape: ModelConfig, config: EngineConfig, num_bytes: int, width: int, model: FlashSTU
+) -> Pages:
+    """Pages of both kinds, null pages included, for equally many requests of the usual length."""
+    page_len = config.page_len
+    convolution_bytes = width * page_len * model.filters.element_size()
+    attention_bytes = (
+        2 * len(shape.attention_layers) * shape.width * page_len
+    ) * model.embedding.weight.element_size()
+    usual = config.expected_new_tokens or max(1, shape.max_seq_len // 2)
+    per_request = Pages(
+        pages_for(min(usual, shape.max_seq_len), page_len),
+        min(pages_for(shape.max_seq_len, page_len), window_pages(shape, page_len)),
+    )
+    rings = 2 * config.max_running * convolution_bytes
+    null_pages = convolution_bytes + attention_bytes
+    request_bytes = (
+        per_request.convolution * convolution_bytes + per_request.attention * attention_bytes
+    )
+    least = rings + null_pages + convolution_bytes + per_request.attention * attention_bytes
+    if num_bytes < least:
+        raise ValueError(
+            f"cache_gib={num_bytes / GIB:.4g} is too little: {config.max_running} rows take "
+            f"{rings / GIB:.4g} and one short request {(least - rings) / GIB:.4g}; give at least "
+            f"{least / GIB:.4g}, or lower max_running or page_len"
+        )
+    requests = (num_bytes - rings - null_pages) / request_bytes
+    attention_pages = max(per_request.attention, int(requests * per_request.attention))
+    attention_pages = min(attention_pages, config.max_running * per_request.attention)
+    left = num_bytes - rings - null_pages - attention_pages * attention_bytes
+    most = config.max_running * pages_for(shape.max_seq_len, page_len)
+    convolution_pages = max(1, min(most, left // convolution_bytes))
+    return Pages(convolution_pages + 1, attention_pages + 1)
+
+
+def _budget_bytes(config: EngineConfig, device: torch.device) -> int:
+    if config.cache_gib is not None:
+        return int(config.cache_gib * GIB)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    return int(DEFAULT_SHARE * free)

@@ -1,0 +1,264 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+A step takes a piece of the waiting prompts in and gives every running request one token. The same
+calls in the same order give the same outputs. Single-threaded; whatever is asynchronous lies
+outside.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from serve.cache_size import make_caches
+from serve.config import EngineConfig
+from serve.request import FinishReason, Output, Request
+from serve.runner import Runner
+from serve.sampling import sample
+from serve.scheduler import Job, Scheduler
+from serve.text import TextStream
+from stu.model import FlashSTU
+from stu.tokenizer import Tokenizer
+
+NOT_FINITE = (
+    "the model's logits are not finite: its weights are damaged, or too large for this dtype; try "
+    "another checkpoint, or float32"
+)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine is doing, and has done since its start."""
+
+    waiting: int
+    """Requests; those whose prompts are being taken in count as running."""
+    running: int
+    convolution_pages: int
+    convolution_pages_used: int
+    attention_pages: int
+    attention_pages_used: int
+    prompt_tokens: int
+    """Taken in; again for a request that was set back."""
+    new_tokens: int
+    preemptions: int
+    steps: int
+
+
+class Engine:
+    """Decodes requests with `model`; raises ValueError if the cache has no room for any."""
+
+    def __init__(
+        self, model: FlashSTU, tokenizer: Tokenizer, config: EngineConfig | None = None
+    ) -> None:
+        config = config or EngineConfig()
+        self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
+        self._caches = make_caches(model, config)
+        self._runner = Runner(
+            model, self._caches.convolution, self._caches.attention, config.batch_invariant
+        )
+        self._scheduler = Scheduler(config, self._runner.needed, self._caches.capacity)
+        self._texts: dict[int, TextStream] = {}
+        self._prefill: Iterator[Tensor | None] = iter(())
+        self._group: list[Job] = []
+        self._dropped: set[int] = set()
+        self._aborted: list[Output] = []
+        self._next_id = itertools.count()
+        self._prompt_tokens = self._new_tokens = self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step will do anything."""
+        return bool(self._scheduler.jobs or self._aborted)
+
+    def add(self, request: Request) -> int:
+        """Queue a request and return its number. Raises ValueError if it can never be decoded."""
+        self._check(request)
+        request_id = next(self._next_id)
+        self._scheduler.add(request_id, request)
+        self._texts[request_id] = TextStream(self._tokenizer, request.tokens, request.stop_strings)
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """End a request now; the next step returns its last output. One that ended stays ended."""
+        for job in self._scheduler.jobs:
+            if job.request_id == request_id:
+                self._aborted.append(self._finish(job, "abort"))
+
+    def step(self) -> list[Output]:
+        """Go on with every request; what that added to each."""
+        outputs, self._aborted = self._aborted, []
+        self._steps += 1
+        if not self._scheduler.prefilling:
+            self._begin_prefill()
+        outputs += self._decode()
+        outputs += self._go_on_with_prefill()
+        return outputs
+
+    def stats(self) -> Stats:
+        """Counts as of now."""
+        convolution, attention = self._caches.pools
+        return Stats(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running) + len(self._scheduler.prefilling),
+            convolution_pages=convolution.capacity,
+            convolution_pages_used=convolution.num_used,
+            attention_pages=attention.capacity if attention else 0,
+            attention_pages_used=attention.num_used if attention else 0,
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            steps=self._steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a page is lost, or owned by two or by nobody who is here."""
+        owners = {job.request_id for job in self._scheduler.prefilling + self._scheduler.running}
+        for pool in filter(None, self._caches.pools):
+            pool.check_integrity()
+            held = sum(len(pool.pages_of(owner)) for owner in owners)
+            assert held == pool.num_used, "a page belongs to a request that is not running"
+
+    def _begin_prefill(self) -> None:
+        group = self._scheduler.next_group(self._caches.free, self._caches.owned, self._set_back)
+        if not group:
+            return
+        prompts = [self._scheduler.prompt(job) for job in group]
+        for job, prompt in zip(group, prompts, strict=True):
+            self._runner.admit(prompt)
+            job.steps_left = prompt.new_tokens
+            job.replayed = 0 if self._config.batch_invariant else len(job.tokens)
+            self._prompt_tokens += len(prompt.tokens)
+        self._dropped = set()
+        self._group = group
+        self._prefill = self._runner.prefill(
+            prompts, self._dropped, self._config.prompt_tokens_per_step
+        )
+
+    def _go_on_with_prefill(self) -> list[Output]:
+        """As much of the prompts as a step may take in."""
+        if not self._scheduler.prefilling:
+            return []
+        num_tokens = sum(len(self._scheduler.prompt(job).tokens) for job in self._group)
+        at_once = self._config.prompt_tokens_per_step
+        pieces_per_layer = 1 + -(-num_tokens // at_once)
+        pieces = self._model_config.num_layers * pieces_per_layer
+        steps = max(1, num_tokens // at_once)
+        for logits in itertools.islice(self._prefill, -(-(pieces + 1) // steps)):
+            if logits is not None:
+                return self._end_prefill(logits)
+        return []
+
+    def _end_prefill(self, logits: Tensor) -> list[Output]:
+        rows = [row for row, job in enumerate(self._group) if job in self._scheduler.prefilling]
+        jobs = [self._group[row] for row in rows]
+        self._scheduler.prefilling.clear()
+        for job in jobs:
+            self._runner.join(job.request_id)
+        self._scheduler.running.extend(jobs)
+        return self._choose(jobs, logits[rows])
+
+    def _decode(self) -> list[Output]:
+        jobs = list(self._scheduler.running)
+        if not jobs:
+            return []
+        logits = self._runner.decode([job.tokens[job.replayed - 1] for job in jobs])
+        for job in jobs:
+            job.steps_left -= 1
+        return self._choose(jobs, logits)
+
+    def _choose(self, jobs: list[Job], logits: Tensor) -> list[Output]:
+        """Each running job's next token, from its row of `logits [len(jobs), vocab_size]`."""
+        rows = []
+        for row, job in enumerate(jobs):
+            if job.replayed < len(job.tokens):
+                job.replayed += 1
+            else:
+                rows.append(row)
+        chosen = [jobs[row] for row in rows]
+        outputs = []
+        if chosen:
+            params = [job.request.sampling for job in chosen]
+            places = [len(job.request.tokens) + len(job.tokens) for job in chosen]
+            finite = logits[rows].amax(-1).isfinite()
+            safe = logits[rows].masked_fill(~finite[:, None], 0)
+            tokens = sample(safe, params, places).tolist()
+            for job, token, is_finite in zip(chosen, tokens, finite.tolist(), strict=True):
+                if is_finite:
+                    outputs.append(self._append(job, token))
+                else:
+                    outputs.append(self._finish(job, "error", error=NOT_FINITE))
+        for job in jobs:
+            if job.steps_left == 0 and job in self._scheduler.running:
+                self._remove_row(job)
+                self._scheduler.extend(job)
+        return outputs
+
+    def _append(self, job: Job, token: int) -> Output:
+        """Give `job` its new token."""
+        request, text = job.request, self._texts[job.request_id]
+        job.tokens.append(token)
+        job.replayed += 1
+        self._new_tokens += 1
+        if token in request.stop_tokens:
+            return self._finish(job, "stop", [token], text.finish())
+        new_text = text.append(token)
+        if text.stopped:
+            return self._finish(job, "stop", [token], new_text)
+        if len(job.tokens) == request.max_new_tokens:
+            return self._finish(job, "length", [token], new_text + text.finish())
+        return Output(job.request_id, [token], new_text)
+
+    def _finish(
+        self,
+        job: Job,
+        reason: FinishReason,
+        tokens: Sequence[int] = (),
+        text: str = "",
+        error: str = "",
+    ) -> Output:
+        """End `job`, wherever it is, and give its pages back."""
+        if job in self._scheduler.running:
+            self._remove_row(job)
+        elif job in self._scheduler.prefilling:
+            self._scheduler.prefilling.remove(job)
+            self._dropped.add(job.request_id)
+            self._runner.release(job.request_id)
+        else:
+            self._scheduler.waiting.remove(job)
+        del self._texts[job.request_id]
+        return Output(job.request_id, tokens, text, finish_reason=reason, error=error)
+
+    def _set_back(self, job: Job) -> None:
+        self._remove_row(job)
+        self._scheduler.preempt(job)
+
+    def _remove_row(self, job: Job) -> None:
+        running = self._scheduler.running
+        row = running.index(job)
+        running[row] = running[-1]
+        running.pop()
+        self._runner.leave(row)
+        self._runner.release(job.request_id)
+
+    def _check(self, request: Request) -> None:
+        """Raises ValueError for what the model cannot decode."""
+        vocab_size, longest = self._model_config.vocab_size, self._model_config.max_seq_len
+        if not request.tokens:
+            raise ValueError("prompt has no tokens: start it with BOS")
+        for token in [*request.tokens, *request.stop_tokens]:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token id {token} is outside the vocabulary of 0 to {vocab_size - 1}: use the "
+                    "model's own tokenizer"
+                )
+        if request.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens={request.max_new_tokens} is not allowed: it must be >= 1"
+            )
+        if len(request.tokens) + request.max_new_tokens > longest:
+            raise ValueError(
+                f"prompt of {len(request.tokens)} tokens and max_new_tokens="
+                f"{request.max_new_tokens} exceed the model's max_seq_len={longest}: shorten the "
+                "prompt or lower max_new_tokens"
+            )

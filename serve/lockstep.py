@@ -1,0 +1,144 @@
+"""Decodes a batch of sequences of different lengths in step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stu.attention import alibi_slopes, attend, sliding_window_attention
+from stu.futurefill import Continuous, OnlineConvolution
+from stu.model import FlashSTU
+
+
+class Runner:
+    """The memory of a batch, and the model over it: `prefill` once, then `step` by step.
+
+    prompts: token ids, one sequence for each of B rows. max_new_tokens: steps to make room for, one
+    number for all rows or one for each; all rows step until the largest is reached, and what a row
+    returns beyond its own number is of no meaning. What the convolutions and the attention remember
+    is allocated here; its size does not depend on the prompts' lengths with `Epoched` and
+    `Continuous`, beyond the attention window.
+
+    Raises ValueError for no prompt, an empty one, an id outside the vocabulary, or a prompt that
+    with its new tokens exceeds `max_seq_len`.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: FlashSTU,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        convolution: type[OnlineConvolution] = Continuous,
+    ) -> None:
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(prompts)
+        _check(model, prompts, max_new_tokens)
+        self._model, self._prompts = model, prompts
+        config, device = model.config, model.embedding.weight.device
+        taps, lag_step = model.convolution_taps()
+        # The full form convolves each channel of a row as a sequence of its own.
+        self._streams_per_row = config.width if config.stu_form == "full" else 1
+        num_streams = len(prompts) * self._streams_per_row
+        self._convolution = convolution(taps, num_streams, max(max_new_tokens), lag_step)
+
+        longest = max(map(len, prompts)) + max(max_new_tokens)
+        size = min(config.window_tokens + 1, longest)
+        shape = 2, len(config.attention_layers), len(prompts), config.num_heads, size
+        # Attention sums in float32 at least: kept as it is read, no step converts the window.
+        dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+        self._keys, self._values = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
+        """Rings `[attn_layers, B, heads, size, head_dim]`: new token t of every row lies in slot
+        `t % size`, and its prompt, whose last token has t = -1, just before."""
+        self._slots = torch.arange(size, device=device)
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self._slopes = alibi_slopes(config.num_heads).to(device)
+        self._distances = torch.empty(0)
+        self._prefilling: int | None = None
+        """The row whose prompt runs through the model; None while all rows step."""
+
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        """Take in the prompts, one after the other; return `[B, vocab_size]`, the logits of each
+        row's first new token."""
+        last = []
+        for row, prompt in enumerate(self._prompts):
+            self._prefilling = row
+            tokens = torch.tensor([prompt], device=self._slots.device)
+            last.append(self._model.hidden(tokens, self)[:, -1])  # [1, P, D] -> [1, D]
+        self._prefilling = None
+        return self._model.logits(torch.cat(last))
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Take each row's next token `[B]`; return the logits `[B, vocab_size]` of the one after.
+
+        Raises ValueError after `max_new_tokens` steps.
+        """
+        step, size = self._convolution.position, len(self._slots)
+        distances = (step - self._slots) % size
+        empty = distances > self._lengths[:, None] + step  # not written yet: [B, size]
+        self._distances = distances.masked_fill(empty, -1)[:, None, None]  # -> [B, 1, 1, size]
+        hidden = self._model.hidden(tokens[:, None], self)[:, 0]  # [B, 1, D] -> [B, D]
+        self._convolution.advance()
+        return self._model.logits(hidden)
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        """`Memory.convolve` of one prompt, or of one token of each row: `[S, T, C]` both ways."""
+        if self._prefilling is None:
+            return self._convolution.step(layer, streams[:, 0])[:, None]
+        start = self._prefilling * self._streams_per_row
+        rows = slice(start, start + self._streams_per_row)
+        return self._convolution.prefill(layer, streams, rows)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""
+        config, size = self._model.config, len(self._slots)
+        window, softcap = config.window_tokens, config.softcap
+        if self._prefilling is not None:
+            kept = min(size, keys.shape[1])
+            for ring, new in ((self._keys, keys), (self._values, values)):
+                ring[layer, self._prefilling, :, size - kept :] = new[0, -kept:].transpose(0, 1)
+            return sliding_window_attention(queries, keys, values, self._slopes, window, softcap)
+        slot = self._convolution.position % size
+        self._keys[layer, :, :, slot] = keys[:, 0]
+        self._values[layer, :, :, slot] = values[:, 0]
+        attended = attend(
+            queries.transpose(1, 2).to(self._keys.dtype),  # -> [B, heads, 1, head_dim]
+            self._keys[layer],
+            self._values[layer],
+            self._distances,
+            self._slopes,
+            window,
+            softcap,
+        )
+        return attended.transpose(1, 2).to(queries.dtype)
+
+
+def _check(
+    model: FlashSTU, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> None:
+    vocab_size, longest = model.config.vocab_size, model.config.max_seq_len
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one")
+    if len(max_new_tokens) != len(prompts):
+        raise ValueError(
+            f"max_new_tokens has {len(max_new_tokens)} numbers for {len(prompts)} prompts: "
+            "give one number, or one for each prompt"
+        )
+    for row, (prompt, num_new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        if not prompt:
+            raise ValueError(f"prompt {row} has no tokens: start it with BOS")
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"prompt {row} has the token id {token}, and the vocabulary ids 0 to "
+                    f"{vocab_size - 1}: use the model's own tokenizer"
+                )
+        if num_new < 1:
+            raise ValueError(f"max_new_tokens={num_new} is not allowed: it must be >= 1")
+        if len(prompt) + num_new > longest:
+            raise ValueError(
+                f"prompt {row} of {len(prompt)} tokens and max_new_tokens={num_new} exceed "
+                f"max_seq_len={longest}: shorten the prompt or lower max_new_tokens"
+            )

@@ -1,0 +1,227 @@
+"""The engine under traffic against each request alone, through direct sums."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.lockstep import Runner as Lockstep
+from serve.request import Request
+from serve.sampling import SamplingParams, sample
+from stu.config import ModelConfig
+from stu.futurefill import Naive
+from stu.model import FlashSTU
+from stu.tokenizer import train_bpe
+
+CONFIGS = {
+    "stu": {"layout": "stu"},
+    "hybrid": {"layout": "hybrid", "window_tokens": 10},
+    "full": {"layout": "stu", "stu_form": "full", "num_filters": 2, "num_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = ["the cat sat on the mat\n", "a dog and a cat\n"] * 5
+    return train_bpe(texts, 280, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def build(kind):
+    torch.manual_seed(1)
+    shape = {"width": 8, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
+    config = ModelConfig(vocab_size=280, max_seq_len=256, **{**shape, **CONFIGS[kind]})
+    return FlashSTU(config).double()
+
+
+MODELS = {kind: build(kind) for kind in CONFIGS}
+
+
+def alone(model, request):
+    """The request's tokens, one after the other, by direct sums over its whole past."""
+    runner = Lockstep(model, [request.tokens], request.max_new_tokens, Naive)
+    logits, tokens = runner.prefill(), []
+    while True:
+        place = len(request.tokens) + len(tokens)
+        tokens += sample(logits, [request.sampling], [place]).tolist()
+        if tokens[-1] in request.stop_tokens or len(tokens) == request.max_new_tokens:
+            return tokens
+        logits = runner.step(torch.tensor(tokens[-1:]))
+
+
+def drain(engine, answers):
+    while engine.has_work:
+        collect(engine, answers)
+
+
+def collect(engine, answers):
+    for output in engine.step():
+        tokens, _ = answers.get(output.request_id, ([], None))
+        answers[output.request_id] = [*tokens, *output.tokens], output.finish_reason
+    engine.check_integrity()
+
+
+requests = st.builds(
+    lambda prompt, new_tokens, temperature, seed, priority, stop: Request(
+        tokens=prompt,
+        max_new_tokens=new_tokens,
+        sampling=SamplingParams(temperature=temperature, seed=seed),
+        priority=priority,
+        stop_tokens=stop,
+    ),
+    st.lists(st.integers(0, 279), min_size=1, max_size=90),
+    st.integers(1, 100),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 9),
+    st.integers(0, 1),
+    st.lists(st.integers(0, 279), max_size=2),
+)
+
+
+@given(
+    kind=st.sampled_from(sorted(CONFIGS)),
+    traffic=st.lists(st.tuples(st.integers(0, 60), requests), min_size=1, max_size=7),
+    aborts=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 6)), max_size=2),
+    page_len=st.sampled_from([2, 8, 32]),
+    prompt_tokens_per_step=st.sampled_from([5, 40, 300]),
+    expected_new_tokens=st.sampled_from([None, 1, 20]),
+    spare_bytes=st.integers(0, 30_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_under_traffic_every_request_equals_itself_alone(
+    tokenizer,
+    kind,
+    traffic,
+    aborts,
+    page_len,
+    prompt_tokens_per_step,
+    expected_new_tokens,
+    spare_bytes,
+):
+    model = MODELS[kind]
+    config = EngineConfig(
+        cache_gib=(200_000 * (8 if kind == "full" else 1) + spare_bytes) / 2**30,
+        page_len=page_len,
+        max_running=3,
+        prompt_tokens_per_step=prompt_tokens_per_step,
+        expected_new_tokens=expected_new_tokens,
+    )
+    engine = Engine(model, tokenizer, config)
+    expected, answers, refused = {}, {}, 0
+    for step in range(82):
+        for arrival, request in traffic:
+            if arrival == step:
+                try:
+                    expected[engine.add(request)] = request
+                except ValueError:
+                    refused += 1
+        for at, request_id in aborts:
+            if at == step:
+                engine.abort(request_id)
+        collect(engine, answers)
+    drain(engine, answers)
+    assert len(expected) + refused == len(traffic)
+    assert set(answers) == set(expected)
+    for request_id, request in expected.items():
+        tokens, reason = answers[request_id]
+        whole = alone(model, request)
+        if reason == "abort":
+            assert tokens == whole[: len(tokens)]
+        else:
+            assert tokens == whole
+            assert reason == ("stop" if tokens[-1] in request.stop_tokens else "length")
+    stats = engine.stats()
+    assert stats.convolution_pages_used == stats.attention_pages_used == 0
+
+
+def test_a_request_of_priority_takes_the_pages_of_others(tokenizer):
+    # 20 rows of new tokens fit, of 100 positions each one does.
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(page_len=32, max_running=1))
+    late = Request([3], 50, priority=1)
+    first = engine.add(late)
+    answers = {}
+    for _ in range(10):
+        collect(engine, answers)
+    urgent = Request([4, 5], 20, priority=0)
+    second = engine.add(urgent)
+    for _ in range(20):
+        collect(engine, answers)
+    assert answers[second] == (alone(MODELS["stu"], urgent), "length")
+    assert answers[first][1] is None
+    assert engine.stats().preemptions == 1
+    drain(engine, answers)
+    assert answers[first] == (alone(MODELS["stu"], late), "length")
+
+
+def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
+    engine = Engine(
+        MODELS["stu"], tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)
+    )
+    with pytest.raises(ValueError, match=r"need 25 convolution pages .* the cache has \d+: lower"):
+        engine.add(Request([1] * 50, 200))
+    with pytest.raises(ValueError, match="exceed the model's max_seq_len=256"):
+        engine.add(Request([1] * 200, 100))
+    with pytest.raises(ValueError, match="token id 280 is outside the vocabulary of 0 to 279"):
+        engine.add(Request([1, 280], 3))
+    with pytest.raises(ValueError, match="prompt has no tokens: start it with BOS"):
+        engine.add(Request([], 3))
+    with pytest.raises(ValueError, match="max_new_tokens=0 is not allowed"):
+        engine.add(Request([1], 0))
+    assert not engine.has_work
+    with pytest.raises(ValueError, match=r"cache_gib=.* is too little: .* give at least"):
+        Engine(MODELS["hybrid"], tokenizer, EngineConfig(cache_gib=1e-6))
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
+    model = build("hybrid")
+    with torch.no_grad():
+        model.embedding.weight[7] = math.nan  # so every logit row has a NaN unless it is masked
+        model.embedding.weight[7, 1:] = 0
+    engine = Engine(model, tokenizer, EngineConfig(page_len=8, max_running=4))
+    engine.add(Request([7, 7], 5))
+    (output,) = engine.step()
+    assert output.finish_reason == "error"
+    assert "not finite" in output.error
+
+
+@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind):
+    """In float32, alone, in company, and after giving way."""
+    model = build(kind).float()
+    config = EngineConfig(page_len=8, max_running=12, batch_invariant=True)
+    params = SamplingParams(temperature=1.0, seed=3)
+    probe = Request([5, 6, 7, 8], 60, params, priority=1)
+
+    def answer(company, urgent):
+        engine = Engine(model, tokenizer, config)
+        logits = []
+        decode = engine._runner.decode
+        request_id = engine.add(probe)
+
+        def spied(tokens):
+            result = decode(tokens)
+            for row, job in enumerate(engine._scheduler.running):
+                if job.request_id == request_id and job.replayed == len(job.tokens):
+                    logits.append(result[row].clone())
+            return result
+
+        engine._runner.decode = spied
+        for i in range(company):
+            engine.add(Request([i + 1] * (i + 1), 20 + i, priority=1))
+        answers = {}
+        for step in range(400):
+            if step == 30:
+                for i in range(urgent):
+                    engine.add(Request([i + 9] * 4, 40, priority=0))
+            collect(engine, answers)
+        assert engine.stats().preemptions >= (urgent == 12)
+        return answers[request_id][0], torch.stack(logits)
+
+    tokens, logits = answer(0, 0)
+    for company, urgent in ((10, 0), (3, 12)):
+        others_tokens, others_logits = answer(company, urgent)
+        assert others_tokens == tokens
+        assert torch.equal(others_logits, logits)
