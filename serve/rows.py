@@ -1,162 +1,160 @@
-"""The rows of a batch: one JSON object a line in, requests that can be decoded out."""
+"""The rows of a batch: what a file asks for, and what is written for it."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from serve.sampling import SamplingParams
+from serve.inputs import Source
+from serve.prompts import SETTINGS, RequestBuilder, require_unicode, show
+from serve.request import FinishReason, Request, TokenLogprobs
 from stu.config import nearest
-from stu.tokenizer import Tokenizer
 
-SETTINGS = ["max_new_tokens", *asdict(SamplingParams())]
+Json = dict[str, Any]
 FIELDS = ["prompt", "id", *SETTINGS]
 
 
 @dataclass(frozen=True)
-class Request:
-    """A prompt to decode."""
+class Row:
+    """A row that can be decoded."""
 
+    number: int
+    """Its place in the input, from 0."""
     id: str | int
-    prompt: str
-    tokens: list[int]
-    """The prompt, with BOS before it."""
-    max_new_tokens: int
-    sampling: SamplingParams
+    given: Mapping[str, Any]
+    """Its fields, as they were read."""
+    requests: Sequence[Request]
+    """One for each completion that is asked for."""
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A row that cannot be decoded."""
 
-    id: str | int
+    number: int
+    id: str | int | None
     error: str
-    """Line (from 1), field, value, what is allowed, and what to do."""
+    """Place, field, value, what is allowed, and what to do."""
+    status_code: int = 400
+    """Of HTTP: 400 if the row is at fault, 500 if the model is."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of one request."""
+
+    text: str
+    num_tokens: int
+    """Without a stop token."""
+    logprobs: Sequence[TokenLogprobs]
+    finish_reason: FinishReason
+
+
+class RowFormat(Protocol):
+    """How rows look in the input and in the output."""
+
+    name: str
+    id_field: str
+    """Names the rows, each with another string or number."""
+
+    def id_of(self, given: Mapping[str, Any], number: int) -> str | int:
+        """A row's id. Raises ValueError if it has none that is allowed."""
+
+    def row(self, number: int, row_id: str | int, given: Mapping[str, Any]) -> Row:
+        """A row with its requests. Raises ValueError if they cannot be decoded."""
+
+    def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
+        """The output row, one completion for each of the row's requests."""
+
+    def refused(self, refusal: Refusal) -> Json:
+        """The output row of a row that could not be decoded."""
+
+    def recognise(self, written: Json) -> tuple[int, bool]:
+        """Number of an output row, and whether it was refused. Raises KeyError, TypeError or
+        ValueError if it is none of this format."""
+
+
+class PromptRows:
+    """`{"prompt": text or token ids, "id": string or whole number, ...settings}`; all but the
+    prompt may be missing, and the id is then the row's number."""
+
+    name = "prompts"
+    id_field = "id"
+
+    def __init__(self, builder: RequestBuilder) -> None:
+        self._builder = builder
+
+    def id_of(self, given: Mapping[str, Any], number: int) -> str | int:
+        """`RowFormat.id_of`."""
+        row_id = given.get("id", number)
+        if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+            raise ValueError(
+                f"id={show(row_id)} is not allowed: it must be a string or whole number"
+            )
+        require_unicode("id", row_id if isinstance(row_id, str) else "")
+        return row_id
+
+    def row(self, number: int, row_id: str | int, given: Mapping[str, Any]) -> Row:
+        """`RowFormat.row`."""
+        for key in given:
+            if key not in FIELDS:
+                raise ValueError(f"unknown field {show(key)}{nearest(key, FIELDS)}")
+        if "prompt" not in given:
+            raise ValueError('field "prompt" is missing: give a string, "" to start from nothing')
+        settings = {name: given[name] for name in SETTINGS if name in given}
+        return Row(number, row_id, given, [self._builder.build(number, given["prompt"], settings)])
+
+    def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
+        """`{"id", "row", "prompt", "completion", "num_prompt_tokens", "num_completion_tokens",
+        "finish_reason"}`, and "logprobs" if they were asked for.
+
+        The prompt's tokens count BOS, the completion's not the EOS that stopped it."""
+        (request,), (completion,) = row.requests, completions
+        written = {
+            "id": row.id,
+            "row": row.number,
+            "prompt": row.given["prompt"],
+            "completion": completion.text,
+            "num_prompt_tokens": len(request.tokens),
+            "num_completion_tokens": completion.num_tokens,
+            "finish_reason": completion.finish_reason,
+        }
+        if completion.logprobs:
+            written["logprobs"] = [asdict(its) for its in completion.logprobs]
+        return written
+
+    def refused(self, refusal: Refusal) -> Json:
+        """`{"id", "row", "error"}`."""
+        row_id = refusal.number if refusal.id is None else refusal.id
+        return {"id": row_id, "row": refusal.number, "error": refusal.error}
+
+    def recognise(self, written: Json) -> tuple[int, bool]:
+        """`RowFormat.recognise`."""
+        return int(written["row"]), "error" in written
 
 
 def read_rows(
-    path: Path, tokenizer: Tokenizer, max_seq_len: int, defaults: Mapping[str, Any]
-) -> list[Request | Refusal]:
-    """Every row of the JSONL file `path` that is not blank, in order.
-
-    A row is `{"prompt": str, "id": str or int, ...}`; all but the prompt may be missing. The `id`
-    is then the number of the line, from 0; a setting is the one of `defaults`, which has all
-    `SETTINGS`; and the seed is drawn from the default one and the number of the line, so that equal
-    prompts get different completions.
-
-    Raises ValueError if `path` is not a file of UTF-8 text, or the defaults are not valid.
-    """
-    _settings(defaults)
-    rows: list[Request | Refusal] = []
-    lines_of_ids: dict[str | int, int] = {}
-    for number, line in enumerate(_read_text(path).split("\n")):
-        if not line.strip():
-            continue
-        row_id: str | int = number
+    source: Source, row_format: RowFormat, is_wanted: Callable[[int], bool]
+) -> Iterator[Row | Refusal]:
+    """The rows whose numbers are wanted, in order. The ids of all others are read as well, so that
+    a row is refused for an id that is taken whichever rows are wanted."""
+    numbers: dict[str | int, int] = {}
+    for number, given in source:
+        row: Row | Refusal | None = None
+        row_id: str | int | None = None
         try:
-            row = _parse(line)
-            row_id = _id(row, number)
-            if row_id in lines_of_ids:
+            if isinstance(given, ValueError):
+                raise given
+            row_id = row_format.id_of(given, number)
+            if row_id in numbers:
                 raise ValueError(
-                    f"id={row_id!r} is taken by line {lines_of_ids[row_id] + 1}: give another "
-                    "(a row without an id has its line's number, from 0)"
+                    f"{row_format.id_field}={row_id!r} is taken by {source.place(numbers[row_id])}"
+                    f": give another (a row without an id has its number, from 0)"
                 )
-            lines_of_ids[row_id] = number
-            settings = {**defaults, "seed": _row_seed(defaults["seed"], number), **row}
-            rows.append(_request(row_id, settings, tokenizer, max_seq_len))
+            numbers[row_id] = number
+            if is_wanted(number):
+                row = row_format.row(number, row_id, given)
         except ValueError as error:
-            rows.append(Refusal(row_id, f"line {number + 1}: {error}"))
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"input {path}: no such file")
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"input {path}: line {line} is not UTF-8; convert the file") from error
-
-
-def _parse(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not JSON ({error.msg}, column {error.colno}): write one object a line"
-        ) from error
-    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
-        raise ValueError(f"not JSON that can be read ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{_show(row)} is not a JSON object: write {{"prompt": "..."}}')
-    return row
-
-
-def _id(row: Mapping[str, Any], number: int) -> str | int:
-    row_id = row.get("id", number)
-    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise ValueError(f"id={_show(row_id)} is not allowed: it must be a string or whole number")
-    _require_unicode("id", row_id if isinstance(row_id, str) else "")
-    return row_id
-
-
-def _request(
-    row_id: str | int, row: Mapping[str, Any], tokenizer: Tokenizer, max_seq_len: int
-) -> Request:
-    for key in row:
-        if key not in FIELDS:
-            raise ValueError(f"unknown field {_show(key)}{nearest(key, FIELDS)}")
-    if "prompt" not in row:
-        raise ValueError('field "prompt" is missing: give a string, "" to start from nothing')
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt={_show(prompt)} is not allowed: it must be a string")
-    _require_unicode("prompt", prompt)
-    max_new_tokens, sampling = _settings({name: row[name] for name in SETTINGS})
-    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    if len(tokens) + max_new_tokens > max_seq_len:
-        room = max_seq_len - len(tokens)
-        lower = f"lower max_new_tokens to {room} or " if room > 0 else ""
-        raise ValueError(
-            f"prompt of {len(tokens)} tokens with BOS and max_new_tokens={max_new_tokens} exceed "
-            f"the model's max_seq_len={max_seq_len}: {lower}shorten the prompt"
-        )
-    return Request(row_id, prompt, tokens, max_new_tokens, sampling)
-
-
-def _settings(values: Mapping[str, Any]) -> tuple[int, SamplingParams]:
-    for key in values:
-        if key not in SETTINGS:
-            raise ValueError(f"unknown generation setting {key!r}{nearest(key, SETTINGS)}")
-    others = dict(values)
-    count = others.pop("max_new_tokens")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(
-            f"max_new_tokens={_show(count)} is not allowed: it must be a whole number >= 1"
-        )
-    return count, SamplingParams(**others)
-
-
-def _row_seed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
-
-
-def _require_unicode(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half of a surrogate pair at character {error.start}: "
-            "write the whole character"
-        ) from error
-
-
-def _show(value: object) -> str:
-    """`value` as JSON, shortened."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+            if is_wanted(number):
+                row = Refusal(number, row_id, f"{source.place(number)}: {error}")
+        if row is not None:
+            yield row
