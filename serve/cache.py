@@ -9,14 +9,14 @@ the smallest tile).
 
 The page that a running sequence is in lies in two rings of `page_len` slots besides, one for
 pending outputs and one for inputs, at the engine's time modulo `page_len`: a step then does the
-same to every row of the batch, wherever in its page each one is. All sums of less than `page_len`
-lags are made there, so a flush leaves those out. Pages are channel-major, as the transforms want
-them, and rings time-major, as a step does. Sums are in the dtype of the pages, float32 or float64.
+same to every row of the batch, wherever in its page each one is. It adds a token to the `page_len`
+slots that follow; those beyond its page are overwritten when the next page is loaded, into which
+a flush has put all that comes from pages before. Sums are in the dtype of the pages, float32 or
+float64.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from serve.pages import PagePool, pages_for
@@ -42,12 +42,12 @@ class ConvolutionCache:
     Sequences have numbers, their owners' in the pool. `admit` allocates, `prefill` takes a prompt
     in, `join` makes the sequence the last row of the batch; `step` and `advance` are for all rows.
 
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`. pool: pages `[layers, W, page_len]`, W a
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`. pool: pages `[layers, page_len, W]`, W a
     multiple of C: a sequence is W / C streams with the same filters.
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pool: PagePool, max_rows: int) -> None:
-        layers, width, page_len = pool.pages.shape[1:]
+        layers, page_len, width = pool.pages.shape[1:]
         assert len(taps) == layers, "the pool's pages are of another model"
         assert width % taps.shape[2] == 0, "the pool's pages are of another width"
         if page_len % lag_step or page_len & (page_len - 1):
@@ -61,9 +61,7 @@ class ConvolutionCache:
         near = taps.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
         self._near = near.repeat(1, 2, 1)[:, :, None]  # twice over: a slice is a rotation
-        far = taps.clone()
-        far[:, :columns] = 0
-        self._tiles = TileFlush(far, lag_step, pool.pages)
+        self._tiles = TileFlush(taps, lag_step, pool.pages)
         ring_shape = max_rows, layers, page_len, width // self._num_filters, self._num_filters
         self._pending = taps.new_zeros(ring_shape)
         self._inputs = taps.new_zeros(ring_shape)
@@ -85,6 +83,7 @@ class ConvolutionCache:
         """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""
         count = self.pages_needed(new_tokens)
         pages = self._pool.allocate(owner, count)
+        self._tiles.prepare(count)
         self._sequences[owner] = _PagedSequence(pages, _last_readers(count))
 
     def release(self, owner: int) -> None:
@@ -102,7 +101,7 @@ class ConvolutionCache:
         outputs = causal_convolution(wide, self._taps[layer], self._lag_step, num_outputs)
         for index, page in enumerate(sequence.pages):
             start = length + index * page_len
-            pending = outputs[:, start : start + page_len].transpose(1, 2)  # [W / C, C, page_len]
+            pending = outputs[:, start : start + page_len].transpose(0, 1)  # [page_len, W / C, C]
             self._pool.pages[page, layer].view(pending.shape).copy_(pending)
         return outputs[:, :length].to(inputs.dtype)
 
@@ -111,7 +110,6 @@ class ConvolutionCache:
         sequence, row = self._sequences[owner], len(self._rows)
         self._rows.append(owner)
         sequence.start = self._time
-        self._pending[row].zero_()
         if sequence.pages:
             self._load_page(row, sequence.pages[0])
 
@@ -143,52 +141,32 @@ class ConvolutionCache:
     def advance(self) -> None:
         """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
         self._time += 1
-        turned: list[tuple[int, int, int]] = []  # row, its sequence's number, pages done
-        by_tile: dict[int, list[tuple[list[int], list[int]]]] = {}
         for row, owner in enumerate(self._rows):
             sequence = self._sequences[owner]
             done, place = divmod(self._time - sequence.start, self._page_len)
             if place or done >= len(sequence.pages):
                 continue
-            turned.append((row, owner, done))
             self._store_page(row, sequence.pages[done - 1])
             tile = done & -done
             past, future = sequence.pages[done - tile : done], sequence.pages[done : done + tile]
-            by_tile.setdefault(tile, []).append((past, future))
-        for tiles in by_tile.values():
-            self._tiles.fill([past for past, _ in tiles], [future for _, future in tiles])
-        for row, owner, done in turned:
-            sequence = self._sequences[owner]
+            self._tiles.fill(past, future)
             self._load_page(row, sequence.pages[done])
             pages = zip(sequence.pages, sequence.readers, strict=True)
             self._pool.free(owner, [page for page, last in pages if last == done])
 
     def _store_page(self, row: int, page: int) -> None:
         """The inputs ring of a row, turned to begin with the page's first slot, into the page."""
-        layers, width, page_len = self._pool.pages.shape[1:]
-        by_slot = self._inputs[row].view(layers * page_len, width)
-        by_channel = torch.empty(
-            width, layers * page_len, dtype=by_slot.dtype, device=by_slot.device
-        )
-        by_channel.copy_(by_slot.t())
-        source = by_channel.view(width, layers, page_len).transpose(0, 1)
-        start = self._time % page_len
-        self._pool.pages[page, :, :, : page_len - start] = source[..., start:]
-        self._pool.pages[page, :, :, page_len - start :] = source[..., :start]
+        stored, start = self._pool.pages[page], self._time % self._page_len
+        inputs = self._inputs[row].view(stored.shape)
+        stored[:, : self._page_len - start] = inputs[:, start:]
+        stored[:, self._page_len - start :] = inputs[:, :start]
 
     def _load_page(self, row: int, page: int) -> None:
-        """Add a page's pending outputs to a row's ring."""
-        layers, width, page_len = self._pool.pages.shape[1:]
-        by_channel = self._pool.pages[page].view(layers * width, page_len)
-        by_slot = torch.empty(
-            page_len, layers * width, dtype=by_channel.dtype, device=by_channel.device
-        )
-        by_slot.copy_(by_channel.t())
-        pending = self._pending[row].view(layers, page_len, width)
-        source = by_slot.view(page_len, layers, width).transpose(0, 1)
-        start = self._time % page_len
-        pending[:, start:] += source[:, : page_len - start]
-        pending[:, :start] += source[:, page_len - start :]
+        """A page's pending outputs into a row's ring, in place of what is there."""
+        stored, start = self._pool.pages[page], self._time % self._page_len
+        pending = self._pending[row].view(stored.shape)
+        pending[:, start:] = stored[:, : self._page_len - start]
+        pending[:, :start] = stored[:, self._page_len - start :]
 
 
 def _last_readers(num_pages: int) -> list[int]:

@@ -11,7 +11,7 @@ class EngineConfig:
     cache_gib: float | None = None
     """GiB for what running requests remember (see `serve.cache_size`). None: half of the memory
     that is free once the model is loaded."""
-    page_len: int = 64
+    page_len: int = 32
     """Positions in a cache page, and the smallest tile of FutureFill: a power of two."""
     max_running: int = 32
     """Requests that decode together."""

@@ -128,9 +128,7 @@ def _parse(line: bytes) -> Mapping[str, Any] | ValueError:
     except UnicodeDecodeError:
         return ValueError("not UTF-8; convert the file")
     except json.JSONDecodeError as error:
-        return ValueError(
-            f"not JSON ({error.msg}, column {error.colno}): write one object a line"
-        )
+        return ValueError(f"not JSON ({error.msg}, column {error.colno}): write one object a line")
     except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
         return ValueError(f"not JSON that can be read ({error})")
     if not isinstance(row, dict):

@@ -23,9 +23,7 @@ class RequestBuilder:
     among them. Raises ValueError if they are not valid, or the tokenizer has no BOS.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, max_seq_len: int, defaults: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_seq_len: int, defaults: Mapping[str, Any]) -> None:
         if tokenizer.bos_id < 0:
             raise ValueError(f"{tokenizer.path}: has no BOS token to start prompts with")
         for key in defaults:

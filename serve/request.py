@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from serve.sampling import SamplingParams
+from serve.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -23,17 +23,6 @@ class Request:
     """Decoding ends at the first of these ids (EOS, if it is to end anything); it has no text."""
     priority: int = 0
     """Requests with a lower number go first; equal ones in the order they came."""
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of the model's own probabilities, before any sampling setting."""
-
-    token: int
-    logprob: float
-    """Of the token that was chosen."""
-    top: dict[int, float]
-    """The most probable tokens and theirs, the most probable first."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from serve.inputs import Source
 from serve.prompts import SETTINGS, RequestBuilder, require_unicode, show
-from serve.request import FinishReason, Request, TokenLogprobs
+from serve.request import FinishReason, Request
+from serve.sampling import TokenLogprobs
 from stu.config import nearest
 
 Json = dict[str, Any]

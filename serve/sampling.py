@@ -35,6 +35,17 @@ class SamplingParams:
             raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities, before any sampling setting."""
+
+    token: int
+    logprob: float
+    """Of the token that was chosen."""
+    top: dict[int, float]
+    """The most probable tokens and theirs, the most probable first."""
+
+
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
     """The next token of every row: logits `[B, vocab_size]` -> ids `[B]`.
 

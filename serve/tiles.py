@@ -1,133 +1,116 @@
 """FutureFill from finished tiles of pages into the pages after them.
 
-A tile is a power-of-two number of pages. What it adds to as many pages after it is one circular
-convolution of twice its length with the filters (Agarwal et al., ICLR 2026, Algorithm 3), of which
-the second half is kept. Where only even lags have taps, even and odd positions never mix: each pair
-of neighbours is transformed as one complex number, which a real filter keeps apart. Sums are in the
-dtype of the pages, float32 or float64.
+A tile is a power-of-two number of pages, and what it adds to as many pages after it is a Hankel
+matrix of each channel's filter (Agarwal et al., ICLR 2026, Algorithm 3). Each is a product of thin
+matrices (`serve.low_rank`), so pages are read once and added to once, in place, whatever their
+number. Where only even lags have taps, even and odd positions are channels of their own. Sums are
+in the dtype of the pages, float32 or float64.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-CPU_BLOCK_ELEMENTS = 2**17
-"""Elements transformed at once on CPU: with spectra and result, what a core's cache holds."""
-BLOCK_ELEMENTS = 2**26
-"""The same on a GPU: enough to keep it busy, few enough to bound the work space."""
-SPECTRA_BYTES = 2**28
-"""Filter spectra kept from flush to flush; those of larger tiles are computed for each."""
+from serve.low_rank import filter_basis, tile_factors
+
+CORE_BYTES = 2**30
+"""Of cores kept from flush to flush; those of larger tiles are computed for each."""
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Of the matrices of one tile size."""
+
+    inwards: Tensor
+    """From each page of the tile to the summary: `[tile pages, p, rows]`."""
+    outwards: Tensor
+    """From the summary to each page after it: `[tile pages, rows, r]`."""
+    basis_cores: Tensor
+    """`[K, r, p]` float64, of which every channel's core is a sum."""
+    cores: Tensor | None
+    """Every layer's, `[layers, p, r, 1, C]`, if there is room to keep them."""
 
 
 class TileFlush:
     """All layers' convolutions of one tile size after another.
 
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`; those that are to be left out are zero.
-    pages: `[num_pages, layers, W, page_len]`, where W is a multiple of C and channel w of a layer
-    has the filter `w % C`; read and added to in place.
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`; no sequence is longer. pages: `[num_pages, layers, page_len, W]`,
+    where W is a multiple of C and channel w has the filter `w % C`; read and added to in place.
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pages: Tensor) -> None:
-        assert lag_step in (1, 2), f"no filters have taps {lag_step} lags apart"
-        num_taps, num_filters = taps.shape[1:]
-        self._filters = taps.transpose(1, 2).reshape(-1, num_taps)  # [layers C, N]
-        self._pages = pages.flatten(1, 2)  # [num_pages, layers W, page_len]
-        self._paired = lag_step == 2
-        channel = torch.arange(self._pages.shape[1], device=taps.device)
-        layer, within = channel // pages.shape[2], channel % pages.shape[2]
-        self._filter_of = layer * num_filters + within % num_filters
-        self._each_its_own = num_filters == pages.shape[2]
-        on_cpu = taps.device.type == "cpu"
-        self._block_elements = CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS
-        self._padded: dict[int, Tensor] = {}
-        self._spectra: dict[int, Tensor] = {}
-        self._spectra_bytes = 0
+        num_pages, self._layers, page_len, _ = pages.shape
+        self._num_channels = taps.shape[2]
+        # A row is a position of each phase: [num_pages, layers, rows, lag_step W].
+        self._pages = pages.view(num_pages, self._layers, page_len // lag_step, -1)
+        self._filters = filter_basis(taps.transpose(0, 1).flatten(1))
+        self._factors: dict[int, _Factors] = {}
+        self._bytes_left = CORE_BYTES
 
-    def fill(self, past: Sequence[Sequence[int]], future: Sequence[Sequence[int]]) -> None:
-        """Add to the pages `future` of each sequence what its tile `past`, just before, leaves.
+    def prepare(self, num_pages: int) -> None:
+        """Factorize what sequences of so many pages need: up to a second for 16,384 positions."""
+        size = 1
+        while size < num_pages:
+            if size not in self._factors:
+                self._factors[size] = self._factorize(size)
+            size *= 2
 
-        Tiles of one size; of the future pages, those past the tile's length or a sequence's end are
-        not given.
+    def fill(self, past: Sequence[int], future: Sequence[int]) -> None:
+        """Add to the pages `future` of a sequence what its tile `past`, just before, leaves.
+
+        Of the future pages, those beyond the tile's length or the sequence's end are not given.
         """
-        page_len, num_channels = self._pages.shape[2], self._pages.shape[1]
-        tile_len = len(past[0]) * page_len
-        channels_at_once = min(num_channels, max(1, self._block_elements // (2 * tile_len)))
-        rows_at_once = max(1, self._block_elements // (2 * tile_len * channels_at_once))
-        device = self._pages.device
-        sources = [torch.tensor(row, device=device) for row in past]
-        for start in range(0, num_channels, channels_at_once):
-            channels = slice(start, min(start + channels_at_once, num_channels))
-            spectra = self._filter_spectra(channels, tile_len)
-            for first in range(0, len(past), rows_at_once):
-                rows = slice(first, first + rows_at_once)
-                self._fill_block(channels, spectra, sources[rows], future[rows])
+        factors = self._factors[len(past)]
+        columns = factors.inwards.shape[1]
+        summary = self._pages.new_zeros(self._layers, columns, self._pages.shape[3])
+        for page, basis in zip(past, factors.inwards, strict=True):
+            summary.baddbmm_(basis.expand(self._layers, -1, -1), self._pages[page])
+        added = self._through_cores(summary, factors)
+        for page, basis in zip(future, factors.outwards, strict=False):
+            self._pages[page].baddbmm_(basis.expand(self._layers, -1, -1), added)
 
-    def _fill_block(
-        self,
-        channels: slice,
-        spectra: Tensor,
-        sources: list[Tensor],
-        targets: Sequence[Sequence[int]],
-    ) -> None:
-        """Some channels of some sequences: one batched FFT to and from."""
-        pages, page_len = self._pages[:, channels], self._pages.shape[2]
-        tile_len = len(sources[0]) * page_len
-        padded = self._zero_padded(len(sources), pages.shape[1], tile_len)  # [B, w, 2 tile_len]
-        for row, source in zip(padded, sources, strict=True):
-            gathered = pages.index_select(0, source).transpose(0, 1)  # [w, tile_pages, page_len]
-            row[:, :tile_len].view(gathered.shape).copy_(gathered)
-        filled = self._convolve(padded, spectra)
-        for row, target in zip(filled, targets, strict=True):
-            added = row[:, tile_len:].split(page_len, dim=1)
-            # Page by page: on CPU, `index_add_` of several takes five times as long.
-            for page, its in zip(target, added, strict=False):
-                pages[page].add_(its)
+    def _through_cores(self, summary: Tensor, factors: _Factors) -> Tensor:
+        """`[layers, p, lag_step W]` of a tile -> `[layers, r, lag_step W]` of what it adds."""
+        width = summary.shape[2]
+        result = summary.new_zeros(self._layers, factors.outwards.shape[2], width)
+        if factors.cores is not None:
+            self._mix(summary, factors.cores, result)
+            return result
+        for layer in range(self._layers):
+            one = slice(layer, layer + 1)
+            self._mix(summary[one], self._cores(one, factors.basis_cores), result[one])
+        return result
 
-    def _convolve(self, padded: Tensor, spectra: Tensor) -> Tensor:
-        """Circular convolution along the last dimension of `[B, w, 2 tile_len]`."""
-        if not self._paired:
-            spectrum = torch.fft.rfft(padded)
-            spectrum *= spectra
-            filled: Tensor = torch.fft.irfft(spectrum, n=padded.shape[-1])
-            return filled
-        pairs = padded.view(*padded.shape[:2], -1, 2)
-        spectrum = torch.fft.fft(torch.view_as_complex(pairs))
-        spectrum *= spectra
-        return torch.view_as_real(torch.fft.ifft(spectrum)).flatten(-2)
+    def _mix(self, summary: Tensor, cores: Tensor, result: Tensor) -> None:
+        """Add the cores' products with the summary, channel by channel.
 
-    def _zero_padded(self, rows: int, width: int, tile_len: int) -> Tensor:
-        """A buffer `[rows, width, 2 * tile_len]` whose second half is zero."""
-        buffer = self._padded.get(tile_len)
-        if buffer is None or buffer.shape[0] < rows * width:
-            buffer = self._pages.new_zeros(rows * width, 2 * tile_len)
-            self._padded[tile_len] = buffer
-        return buffer[: rows * width].view(rows, width, 2 * tile_len)
+        Column after column of all channels at once: small matrix products, one for each channel,
+        take twice as long on CPU.
+        """
+        inputs = summary.unflatten(2, (-1, self._num_channels))  # [layers, p, lag_step W / C, C]
+        outputs = result.unflatten(2, (-1, self._num_channels))
+        for column in range(summary.shape[1]):
+            outputs.addcmul_(cores[:, column], inputs[:, column, None])
 
-    def _filter_spectra(self, channels: slice, tile_len: int) -> Tensor:
-        """Spectra of the taps that a tile reaches, one for each of the channels."""
-        spectra = self._kept_spectra(tile_len)
-        if spectra is not None:
-            return spectra[channels] if self._each_its_own else spectra[self._filter_of[channels]]
-        if self._each_its_own:
-            return self._transform(self._filters[channels], tile_len)
-        return self._transform(self._filters[self._filter_of[channels]], tile_len)
+    def _factorize(self, num_pages: int) -> _Factors:
+        rows, dtype = self._pages.shape[2], self._pages.dtype
+        outputs, inputs, basis_cores = tile_factors(self._filters, num_pages * rows)
+        padded = pad(outputs, (0, 0, 0, len(inputs) - len(outputs))).to(dtype)
+        outwards = padded.view(num_pages, rows, -1)
+        inwards = inputs.flip(0).to(dtype).view(num_pages, rows, -1).transpose(1, 2).contiguous()
+        num_cores = self._layers * self._num_channels
+        num_bytes = num_cores * basis_cores[0].numel() * self._pages.element_size()
+        if num_bytes > self._bytes_left:
+            return _Factors(inwards, outwards, basis_cores, None)
+        self._bytes_left -= num_bytes
+        cores = torch.cat([self._cores(slice(i, i + 1), basis_cores) for i in range(self._layers)])
+        return _Factors(inwards, outwards, basis_cores, cores)
 
-    def _kept_spectra(self, tile_len: int) -> Tensor | None:
-        """All filters' spectra for a tile size, or None if there is no room for them."""
-        if tile_len not in self._spectra:
-            complex_bytes = 2 * self._filters.element_size()
-            length = tile_len if self._paired else tile_len + 1
-            num_bytes = len(self._filters) * length * complex_bytes
-            if self._spectra_bytes + num_bytes > SPECTRA_BYTES:
-                return None
-            self._spectra[tile_len] = self._transform(self._filters, tile_len)
-            self._spectra_bytes += num_bytes
-        return self._spectra[tile_len]
-
-    def _transform(self, filters: Tensor, tile_len: int) -> Tensor:
-        length = tile_len if self._paired else 2 * tile_len
-        reached = filters[:, :length].contiguous()
-        transform = torch.fft.fft if self._paired else torch.fft.rfft
-        spectra: Tensor = transform(reached, n=length)
-        return spectra
+    def _cores(self, layers: slice, basis_cores: Tensor) -> Tensor:
+        """`[layers, p, r, 1, C]`."""
+        weights = self._filters.weights.view(len(basis_cores), self._layers, -1)[:, layers]
+        cores = torch.einsum("krp,klc->lprc", basis_cores, weights)
+        return cores.to(self._pages.dtype)[:, :, :, None]

@@ -20,7 +20,7 @@ def setup(
     page_len, lag_step, num_pages=200, dtype=torch.float32, num_taps=300, groups=1, max_rows=4
 ):
     taps = torch.randn(LAYERS, num_taps, WIDTH, dtype=dtype) / math.sqrt(num_taps)
-    pool = PagePool(num_pages, (LAYERS, groups * WIDTH, page_len), dtype)
+    pool = PagePool(num_pages, (LAYERS, page_len, groups * WIDTH), dtype)
     pool.pages.fill_(math.nan)  # what is read before it is written shows
     convolutions = ConvolutionCache(taps, lag_step, pool, max_rows)
     convolutions._pending.fill_(math.nan)
@@ -37,18 +37,18 @@ def setup(
     page_len=st.sampled_from([2, 4, 16]),
     lag_step=st.integers(1, 2),
     groups=st.integers(1, 2),
-    block_elements=st.sampled_from([1, 500, 2**18]),
+    core_bytes=st.sampled_from([0, 2000, 2**30]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_sequence_equals_its_direct_sum(
-    requests, page_len, lag_step, groups, block_elements, seed
+    requests, page_len, lag_step, groups, core_bytes, seed
 ):
     """Requests (arrival step, prompt length, new tokens) run together, each at its own position."""
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "CPU_BLOCK_ELEMENTS", block_elements)
-        convolutions, pool, taps = setup(page_len, lag_step, groups=groups)
+        patch.setattr(tiles, "CORE_BYTES", core_bytes)
+        convolutions, pool, taps = setup(page_len, lag_step, num_pages=250, groups=groups)
         inputs = [torch.randn(LAYERS, groups, p + n, WIDTH) for _, p, n in requests]
         outputs = [torch.full_like(x, math.nan) for x in inputs]
         rows, places = [], [prompt for _, prompt, _ in requests]
@@ -122,7 +122,7 @@ def test_cache_bytes_do_not_depend_on_the_prompt(new_tokens):
         assert convolutions.num_bytes == 200 * pool.page_bytes + rings
 
 
-def test_spectra_beyond_the_bound_are_computed_again(monkeypatch):
+def test_cores_beyond_the_bound_are_computed_again(monkeypatch):
     def decode():
         torch.manual_seed(0)
         convolutions, _, _ = setup(page_len=4, lag_step=2, dtype=torch.float64)
@@ -135,13 +135,13 @@ def test_spectra_beyond_the_bound_are_computed_again(monkeypatch):
             tokens = torch.randn(LAYERS, 1, WIDTH).double()
             outputs.append([convolutions.step(i, tokens[i]) for i in range(LAYERS)])
             convolutions.advance()
-        return torch.cat([torch.cat(step) for step in outputs]), convolutions._tiles._spectra_bytes
+        return torch.cat([torch.cat(step) for step in outputs]), convolutions._tiles._bytes_left
 
-    kept, kept_bytes = decode()
-    monkeypatch.setattr(tiles, "SPECTRA_BYTES", 500)
-    again, again_bytes = decode()
+    kept, _ = decode()
+    monkeypatch.setattr(tiles, "CORE_BYTES", 500)
+    again, bytes_left = decode()
     assert torch.equal(kept, again)
-    assert 0 < again_bytes <= 500 < kept_bytes
+    assert 0 <= bytes_left < 500
 
 
 def test_no_room():

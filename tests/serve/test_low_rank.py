@@ -1,0 +1,78 @@
+"""Thin factors of Hankel matrices against the matrices themselves."""
+
+import numpy as np
+import pytest
+import torch
+
+from serve.low_rank import filter_basis, tile_factors
+from stu.filters import spectral_filters
+
+
+def spectral(num_taps, num_channels, dtype, seed=0):
+    """Filters as a model has them: random sums of spectral filters, at even lags."""
+    filters = torch.from_numpy(spectral_filters(2 * num_taps, 24)[::2])
+    weights = torch.from_numpy(np.random.default_rng(seed).normal(size=(24, num_channels)))
+    return (filters @ weights).to(dtype)
+
+
+def hankel(taps, length):
+    """`H[q, i] = taps[q + i + 1]`, as many rows as there are taps for: the definition."""
+    num_outputs = min(length, len(taps) - length)
+    return np.array([[taps[q + i + 1] for i in range(length)] for q in range(num_outputs)])
+
+
+def factored(filters, length):
+    basis = filter_basis(filters)
+    outputs, inputs, basis_cores = tile_factors(basis, length)
+    for columns in (outputs, inputs):
+        assert torch.allclose(columns.T @ columns, torch.eye(columns.shape[1]).double())
+    cores = torch.einsum("kf,krp->frp", basis.weights, basis_cores)
+    return inputs.shape[1], outputs @ cores @ inputs.T
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 100, 150, 256, 299])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 1e-11)])
+def test_spectral_filters(length, dtype, tolerance):
+    """Channels of very different size, each to the precision of its own."""
+    filters = spectral(300, 40, dtype) * torch.logspace(-6, 6, 40).to(dtype)
+    rank, products = factored(filters, length)
+    assert rank <= (28 if dtype == torch.float32 else 36)
+    for channel in range(40):
+        expected = hankel(filters[:, channel].double().numpy(), length)
+        error = np.linalg.norm(products[channel].numpy() - expected)
+        assert error <= tolerance * np.linalg.norm(expected)
+
+
+def test_rank_hardly_grows_with_the_length():
+    filters = filter_basis(spectral(8192, 50, torch.float32))
+    assert filters.taps.shape[1] == 24
+    ranks = [tile_factors(filters, length)[1].shape[1] for length in (64, 512, 4096)]
+    assert ranks == sorted(ranks)
+    assert ranks[-1] <= 36
+
+
+@pytest.mark.parametrize(("num_taps", "num_channels"), [(2, 1), (5, 90), (300, 3), (130, 140)])
+@pytest.mark.parametrize("length", [1, 4, 90, 129])
+def test_filters_without_structure(num_taps, num_channels, length):
+    """Random taps, more or fewer than channels, and than the tile is long; a channel of zeros."""
+    filters = torch.randn(num_taps, num_channels, generator=torch.Generator().manual_seed(1))
+    filters[:, -1] *= num_channels == 1
+    if length >= num_taps:
+        with pytest.raises(AssertionError, match="do not reach"):
+            factored(filters, length)
+        return
+    _, products = factored(filters, length)
+    for channel in range(num_channels):
+        expected = hankel(filters[:, channel].double().numpy(), length)
+        error = np.linalg.norm(products[channel].numpy() - expected)
+        assert error <= 1e-6 * max(np.linalg.norm(expected), 1e-9)
+
+
+def test_filters_of_zeros():
+    _, products = factored(torch.zeros(10, 4), 8)
+    assert products.abs().max() == 0
+
+
+def test_same_factors_every_time():
+    filters = spectral(300, 7, torch.float32)
+    assert torch.equal(factored(filters, 64)[1], factored(filters, 64)[1])
