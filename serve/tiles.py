@@ -37,8 +37,9 @@ class _Factors:
 class TileFlush:
     """All layers' convolutions of one tile size after another.
 
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`; no sequence is longer. pages: `[num_pages, layers, page_len, W]`,
-    where W is a multiple of C and channel w has the filter `w % C`; read and added to in place.
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`; no sequence is longer. pages:
+    `[num_pages, layers, page_len, W]`, where W is a multiple of C and channel w has the filter
+    `w % C`; read and added to in place.
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pages: Tensor) -> None:
@@ -90,8 +91,9 @@ class TileFlush:
         Column after column of all channels at once: small matrix products, one for each channel,
         take twice as long on CPU.
         """
-        inputs = summary.unflatten(2, (-1, self._num_channels))  # [layers, p, lag_step W / C, C]
-        outputs = result.unflatten(2, (-1, self._num_channels))
+        shape = -1, self._num_channels
+        inputs = summary.view(*summary.shape[:2], *shape)  # [layers, p, lag_step W / C, C]
+        outputs = result.view(*result.shape[:2], *shape)
         for column in range(summary.shape[1]):
             outputs.addcmul_(cores[:, column], inputs[:, column, None])
 
