@@ -126,7 +126,7 @@ def make_engine(name: str, model: FlashSTU, args: argparse.Namespace) -> tuple[E
         return engine, engine._caches.convolution
     form = {"naive": Naive, "epoched": Epoched}[name]
     taps, lag_step = model.convolution_taps()
-    cache = LockstepCache(form(taps, args.batch, args.new_tokens, lag_step))
+    cache = LockstepCache(form(taps.float(), args.batch, args.new_tokens, lag_step))
     engine._runner = Runner(model, cache, engine._caches.attention)  # type: ignore[arg-type]
     engine._scheduler._capacity = engine._caches.capacity._replace(convolution=2**40)
     free = engine._caches.free

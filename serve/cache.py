@@ -42,7 +42,7 @@ class ConvolutionCache:
     Sequences have numbers, their owners' in the pool. `admit` allocates, `prefill` takes a prompt
     in, `join` makes the sequence the last row of the batch; `step` and `advance` are for all rows.
 
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`. pool: pages `[layers, page_len, W]`, W a
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64. pool: pages `[layers, page_len, W]`, W a
     multiple of C: a sequence is W / C streams with the same filters.
     """
 
@@ -55,16 +55,16 @@ class ConvolutionCache:
                 f"page_len={page_len} is not allowed: it must be a power of two and a multiple of "
                 f"{lag_step}"
             )
-        self._taps, self._lag_step, self._pool = taps, lag_step, pool
+        self._tiles = TileFlush(taps, lag_step, pool.pages)
+        self._taps, self._lag_step, self._pool = taps.to(pool.pages.dtype), lag_step, pool
         self._page_len, self._num_filters = page_len, taps.shape[2]
         columns = page_len // lag_step
-        near = taps.new_zeros(layers, columns, taps.shape[2])
+        near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
         self._near = near.repeat(1, 2, 1)[:, :, None]  # twice over: a slice is a rotation
-        self._tiles = TileFlush(taps, lag_step, pool.pages)
         ring_shape = max_rows, layers, page_len, width // self._num_filters, self._num_filters
-        self._pending = taps.new_zeros(ring_shape)
-        self._inputs = taps.new_zeros(ring_shape)
+        self._pending = pool.pages.new_zeros(ring_shape)
+        self._inputs = pool.pages.new_zeros(ring_shape)
         self._time = 0
         self._sequences: dict[int, _PagedSequence] = {}
         self._rows: list[int] = []

@@ -61,7 +61,7 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     width = channels * (shape.width if shape.stu_form == "full" else 1)
     num_pages = _num_pages(shape, config, _budget_bytes(config, device), layers * width, model)
     convolution = PagePool(
-        num_pages.convolution, (layers, config.page_len, width), taps.dtype, device
+        num_pages.convolution, (layers, config.page_len, width), model.filters.dtype, device
     )
     convolutions = ConvolutionCache(taps, lag_step, convolution, config.max_running)
     if not shape.attention_layers:

@@ -36,7 +36,8 @@ class Runner:
         _check(model, prompts, max_new_tokens)
         self._model, self._prompts = model, prompts
         config, device = model.config, model.embedding.weight.device
-        taps, lag_step = model.convolution_taps()
+        wide_taps, lag_step = model.convolution_taps()
+        taps = wide_taps.to(model.filters.dtype)
         # The full form convolves each channel of a row as a sequence of its own.
         self._streams_per_row = config.width if config.stu_form == "full" else 1
         num_streams = len(prompts) * self._streams_per_row

@@ -3,10 +3,12 @@
 A tile is a power-of-two number of pages, and what it adds to as many pages after it is a Hankel
 matrix of each channel's filter (Agarwal et al., ICLR 2026, Algorithm 3). Each is a product of thin
 matrices (`serve.low_rank`), so pages are read once and added to once, in place, whatever their
-number. Where only even lags have taps, even and odd positions are channels of their own. Sums are
-in the dtype of the pages, float32 or float64.
+number. Filters that have no such factors, unlike spectral ones, go through FFTs. Where only even
+lags have taps, even and odd positions are channels of their own. Sums are in the dtype of the
+pages, float32 or float64.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from serve.low_rank import filter_basis, tile_factors
+from serve.low_rank import FilterBasis, NotLowRank, filter_basis, tile_factors
+from stu.futurefill import future_fill
+
+logger = logging.getLogger(__name__)
 
 CORE_BYTES = 2**30
 """Of cores kept from flush to flush; those of larger tiles are computed for each."""
@@ -43,12 +48,13 @@ class TileFlush:
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pages: Tensor) -> None:
-        num_pages, self._layers, page_len, _ = pages.shape
+        num_pages, self._layers, self._page_len, _ = pages.shape
         self._num_channels = taps.shape[2]
         # A row is a position of each phase: [num_pages, layers, rows, lag_step W].
-        self._pages = pages.view(num_pages, self._layers, page_len // lag_step, -1)
-        self._filters = filter_basis(taps.transpose(0, 1).flatten(1))
-        self._factors: dict[int, _Factors] = {}
+        self._pages = pages.view(num_pages, self._layers, self._page_len // lag_step, -1)
+        self._taps = taps.to(pages.dtype).transpose(1, 2).contiguous()  # [layers, C, N]
+        self._filters = self._basis(taps)
+        self._factors: dict[int, _Factors | None] = {}
         self._bytes_left = CORE_BYTES
 
     def prepare(self, num_pages: int) -> None:
@@ -65,6 +71,9 @@ class TileFlush:
         Of the future pages, those beyond the tile's length or the sequence's end are not given.
         """
         factors = self._factors[len(past)]
+        if factors is None:
+            self._fill_by_fft(past, future)
+            return
         columns = factors.inwards.shape[1]
         summary = self._pages.new_zeros(self._layers, columns, self._pages.shape[3])
         for page, basis in zip(past, factors.inwards, strict=True):
@@ -72,6 +81,15 @@ class TileFlush:
         added = self._through_cores(summary, factors)
         for page, basis in zip(future, factors.outwards, strict=False):
             self._pages[page].baddbmm_(basis.expand(self._layers, -1, -1), added)
+
+    def _fill_by_fft(self, past: Sequence[int], future: Sequence[int]) -> None:
+        num_outputs = len(future) * self._pages.shape[2]
+        for layer, taps in enumerate(self._taps):
+            inputs = self._pages[list(past), layer].flatten(0, 1).t()  # [lag_step W, T]
+            streams = inputs.reshape(-1, *taps.shape[:1], inputs.shape[1])  # [.., C, T]
+            filled = future_fill(streams, taps, num_outputs).flatten(0, 1).t()
+            for page, added in zip(future, filled.split(self._pages.shape[2]), strict=True):
+                self._pages[page, layer] += added
 
     def _through_cores(self, summary: Tensor, factors: _Factors) -> Tensor:
         """`[layers, p, lag_step W]` of a tile -> `[layers, r, lag_step W]` of what it adds."""
@@ -97,9 +115,26 @@ class TileFlush:
         for column in range(summary.shape[1]):
             outputs.addcmul_(cores[:, column], inputs[:, column, None])
 
-    def _factorize(self, num_pages: int) -> _Factors:
+    def _basis(self, taps: Tensor) -> FilterBasis | None:
+        try:
+            return filter_basis(taps.transpose(0, 1).flatten(1), self._pages.dtype)
+        except NotLowRank as reason:
+            logger.warning("tiles flush through FFTs, which is slower: of the filters %s", reason)
+            return None
+
+    def _factorize(self, num_pages: int) -> _Factors | None:
         rows, dtype = self._pages.shape[2], self._pages.dtype
-        outputs, inputs, basis_cores = tile_factors(self._filters, num_pages * rows)
+        if self._filters is None:
+            return None
+        try:
+            outputs, inputs, basis_cores = tile_factors(self._filters, num_pages * rows)
+        except NotLowRank as reason:
+            logger.warning(
+                "tiles of %d positions flush through FFTs, which is slower: %s",
+                num_pages * self._page_len,
+                reason,
+            )
+            return None
         padded = pad(outputs, (0, 0, 0, len(inputs) - len(outputs))).to(dtype)
         outwards = padded.view(num_pages, rows, -1)
         inwards = inputs.flip(0).to(dtype).view(num_pages, rows, -1).transpose(1, 2).contiguous()
@@ -108,11 +143,13 @@ class TileFlush:
         if num_bytes > self._bytes_left:
             return _Factors(inwards, outwards, basis_cores, None)
         self._bytes_left -= num_bytes
-        cores = torch.cat([self._cores(slice(i, i + 1), basis_cores) for i in range(self._layers)])
+        layers = [self._cores(slice(i, i + 1), basis_cores) for i in range(self._layers)]
+        cores = torch.cat(layers)
         return _Factors(inwards, outwards, basis_cores, cores)
 
     def _cores(self, layers: slice, basis_cores: Tensor) -> Tensor:
         """`[layers, p, r, 1, C]`."""
+        assert self._filters is not None, "only filters with a basis have cores"
         weights = self._filters.weights.view(len(basis_cores), self._layers, -1)[:, layers]
         cores = torch.einsum("krp,klc->lprc", basis_cores, weights)
         return cores.to(self._pages.dtype)[:, :, :, None]

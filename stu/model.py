@@ -65,9 +65,13 @@ class FlashSTU(nn.Module):
         return F.linear(hidden, self.embedding.weight)
 
     def convolution_taps(self) -> tuple[Tensor, int]:
-        """What an online convolution needs: taps `[stu_layers, N, C]`, and their lag step."""
+        """What an online convolution needs: taps `[stu_layers, N, C]` float64, and their lag step.
+
+        Summed in float64, they are as smooth as the filters are.
+        """
         layers = [block.mixer for block in self.blocks if isinstance(block.mixer, STU)]
-        return torch.stack([stu.taps(self.filters) for stu in layers]), layers[0].lag_step
+        taps = torch.stack([stu.taps(self.filters.double()) for stu in layers])
+        return taps.detach(), layers[0].lag_step
 
     def num_parameters(self) -> int:
         """Trained weights; the filters are fixed and not counted."""

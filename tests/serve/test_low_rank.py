@@ -22,7 +22,7 @@ def hankel(taps, length):
 
 
 def factored(filters, length):
-    basis = filter_basis(filters)
+    basis = filter_basis(filters, filters.dtype)
     outputs, inputs, basis_cores = tile_factors(basis, length)
     for columns in (outputs, inputs):
         assert torch.allclose(columns.T @ columns, torch.eye(columns.shape[1]).double())
@@ -44,7 +44,7 @@ def test_spectral_filters(length, dtype, tolerance):
 
 
 def test_rank_hardly_grows_with_the_length():
-    filters = filter_basis(spectral(8192, 50, torch.float32))
+    filters = filter_basis(spectral(8192, 50, torch.float32), torch.float32)
     assert filters.taps.shape[1] == 24
     ranks = [tile_factors(filters, length)[1].shape[1] for length in (64, 512, 4096)]
     assert ranks == sorted(ranks)
