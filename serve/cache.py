@@ -16,6 +16,7 @@ float64.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -36,14 +37,27 @@ class _PagedSequence:
     """The engine's time at its first new token."""
 
 
+class _StepViews(NamedTuple):
+    """What one step of some rows reads and writes of a layer; slicing costs more than the sums."""
+
+    taps: Tensor
+    """One for each pending column, the first at the token's own: `[columns, 1, 1, C]`."""
+    pending: Tensor
+    """Outputs that the token may reach: `[columns, B, W / C, C]`."""
+    due: Tensor
+    """Of these the token's own: `[B, W / C, C]`."""
+    taken: Tensor
+    """Where its input goes: `[B, W / C, C]`."""
+
+
 class ConvolutionCache:
     """What the convolutions of several layers remember of every sequence.
 
     Sequences have numbers, their owners' in the pool. `admit` allocates, `prefill` takes a prompt
     in, `join` makes the sequence the last row of the batch; `step` and `advance` are for all rows.
 
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64. pool: pages `[layers, page_len, W]`, W a
-    multiple of C: a sequence is W / C streams with the same filters.
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64. pool: pages `[layers,
+    page_len, W]`, W a multiple of C: a sequence is W / C streams with the same filters.
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pool: PagePool, max_rows: int) -> None:
@@ -61,10 +75,12 @@ class ConvolutionCache:
         columns = page_len // lag_step
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
-        self._near = near.repeat(1, 2, 1)[:, :, None]  # twice over: a slice is a rotation
-        ring_shape = max_rows, layers, page_len, width // self._num_filters, self._num_filters
+        self._near = near.repeat(1, 2, 1)[:, :, None, None]  # twice over: a slice is a rotation
+        ring_shape = layers, page_len, max_rows, width // self._num_filters, self._num_filters
         self._pending = pool.pages.new_zeros(ring_shape)
         self._inputs = pool.pages.new_zeros(ring_shape)
+        self._views: dict[tuple[int, int, int], list[_StepViews]] = {}
+        """By slot, first row and number of rows, until the batch changes."""
         self._time = 0
         self._sequences: dict[int, _PagedSequence] = {}
         self._rows: list[int] = []
@@ -109,6 +125,7 @@ class ConvolutionCache:
         """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
         sequence, row = self._sequences[owner], len(self._rows)
         self._rows.append(owner)
+        self._views.clear()
         sequence.start = self._time
         if sequence.pages:
             self._load_page(row, sequence.pages[0])
@@ -116,26 +133,29 @@ class ConvolutionCache:
     def leave(self, row: int) -> None:
         """Take a row out of the batch; the last row takes its place."""
         last = len(self._rows) - 1
+        self._views.clear()
         if row != last:
-            self._pending[row] = self._pending[last]
-            self._inputs[row] = self._inputs[last]
+            self._pending[:, :, row] = self._pending[:, :, last]
+            self._inputs[:, :, row] = self._inputs[:, :, last]
             self._rows[row] = self._rows[last]
         self._rows.pop()
 
     def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
-        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs."""
+        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs.
+
+        Rows beyond the batch's are padding, and may have any finite input.
+        """
         streams = inputs.view(-1, *self._inputs.shape[3:])  # [B, W / C, C]
-        rows = slice(first_row, first_row + len(streams))
         slot = self._time % self._page_len
-        column, phase = divmod(slot, self._lag_step)
-        columns = self._page_len // self._lag_step
-        taps = self._near[layer, columns - column : 2 * columns - column]  # [columns, 1, C]
-        pending = self._pending[rows, layer, phase :: self._lag_step]  # [B, columns, W / C, C]
-        now = self._inputs[rows, layer, slot]
-        now.copy_(streams)
-        pending.addcmul_(taps, now[:, None])
-        outputs = pending[:, column].to(inputs.dtype, copy=True)
-        pending[:, column] = 0
+        key = slot, first_row, len(streams)
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = self._step_views(*key)
+        taps, pending, due, taken = views[layer]
+        taken.copy_(streams)
+        pending.addcmul_(taps, taken)
+        outputs = due.to(inputs.dtype, copy=True)
+        due.zero_()
         return outputs.view(inputs.shape)
 
     def advance(self) -> None:
@@ -154,17 +174,29 @@ class ConvolutionCache:
             pages = zip(sequence.pages, sequence.readers, strict=True)
             self._pool.free(owner, [page for page, last in pages if last == done])
 
+    def _step_views(self, slot: int, first_row: int, num_rows: int) -> list[_StepViews]:
+        rows = slice(first_row, first_row + num_rows)
+        column, phase = divmod(slot, self._lag_step)
+        columns = self._page_len // self._lag_step
+        views = []
+        for layer, near in enumerate(self._near):
+            pending = self._pending[layer, phase :: self._lag_step, rows]
+            taps = near[columns - column : 2 * columns - column]
+            taken = self._inputs[layer, slot, rows]
+            views.append(_StepViews(taps, pending, pending[column], taken))
+        return views
+
     def _store_page(self, row: int, page: int) -> None:
         """The inputs ring of a row, turned to begin with the page's first slot, into the page."""
         stored, start = self._pool.pages[page], self._time % self._page_len
-        inputs = self._inputs[row].view(stored.shape)
+        inputs = self._inputs[:, :, row].flatten(2)  # [layers, page_len, W]
         stored[:, : self._page_len - start] = inputs[:, start:]
         stored[:, self._page_len - start :] = inputs[:, :start]
 
     def _load_page(self, row: int, page: int) -> None:
         """A page's pending outputs into a row's ring, in place of what is there."""
         stored, start = self._pool.pages[page], self._time % self._page_len
-        pending = self._pending[row].view(stored.shape)
+        pending = self._pending[:, :, row].flatten(2)
         pending[:, start:] = stored[:, : self._page_len - start]
         pending[:, :start] = stored[:, self._page_len - start :]
 

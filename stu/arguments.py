@@ -4,8 +4,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, NoReturn, get_type_hints
 
+import docstring_parser
 import jsonargparse
 
 from stu.config import nearest
@@ -39,6 +41,29 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviation would take a mistyped name for another setting, silently.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_settings(self, dataclass: type) -> None:
+        """An option for each field of a dataclass, and of those in it, that has none yet; what
+        stands under the field is the help."""
+        types = get_type_hints(dataclass)
+        texts = {
+            its.arg_name: " ".join((its.description or "").split())
+            for its in docstring_parser.parse_from_object(dataclass).params
+        }
+        known = {action.dest for action in self._actions}
+        for field in fields(dataclass):
+            its_type, option = types[field.name], f"--{field.name.replace('_', '-')}"
+            text = texts[field.name].replace("None:", "null:")  # as YAML and the command line say
+            if field.name in known:
+                continue
+            if isinstance(its_type, type) and is_dataclass(its_type):
+                self.add_settings(its_type)
+            elif field.default is False:
+                self.add_argument(option, action="store_true", help=text)
+            elif field.default is MISSING:
+                self.add_argument(option, type=its_type, required=True, help=text)
+            else:
+                self.add_argument(option, type=its_type, default=field.default, help=text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for pattern in UNKNOWN:

@@ -62,6 +62,18 @@ class Tokenizer:
         text: str = self._processor.decode(known) if known else ""
         return text
 
+    def token_text(self, token: int) -> str:
+        """How one token is shown by itself: its text, `bytes:\\xe2` for a byte of a longer
+        character, or the name of a token that has no text."""
+        model = self._processor
+        piece: str = model.id_to_piece(token)
+        if model.is_byte(token):
+            byte = int(piece[3:-1], 16)  # <0xE2>
+            return chr(byte) if byte < 128 else f"bytes:\\x{byte:02x}"
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            return piece
+        return piece.replace(SPACE_MARK, " ")
+
     def bytes_per_token(self) -> NDArray[np.int64]:
         """UTF-8 bytes each token stands for, 0 for control and unknown ones: `[vocab_size]`."""
         return np.array([self._num_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)

@@ -1,22 +1,21 @@
 """`stu-generate`: its file format, its errors, and what it leaves behind."""
 
+import copy
 import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from serve.batch import main
-from serve.lockstep import Runner
 from stu.checkpoint import save_model
-from stu.config import ModelConfig
-from stu.model import FlashSTU
-from stu.tokenizer import train_bpe
+from tests.serve.conftest import generate, read_rows, write_rows
 
-MAX_SEQ_LEN = 64
 ROW_KEYS = [
     "id",
+    "row",
     "prompt",
     "completion",
     "num_prompt_tokens",
@@ -27,72 +26,25 @@ PROMPTS = ["def f(x):\n", "", "return größe + 1", "x", "\tx = 1\n\ty"]
 LONG_PROMPT = "".join(chr(ord("0") + i % 7) for i in range(100))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, path)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        width=16,
-        num_layers=4,
-        num_filters=6,
-        num_heads=2,
-        window_tokens=7,
-        max_seq_len=MAX_SEQ_LEN,
-    )
-    return FlashSTU(config).eval()
-
-
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory, model, tokenizer):
-    path = tmp_path_factory.mktemp("export") / "model"
-    save_model(path, model, tokenizer, {"max_new_tokens": 9})
-    return path
-
-
-@pytest.fixture
-def run(tmp_path, model_directory):
-    """Call with rows (or raw lines) and options: the exit code and the rows written."""
-    num_calls = 0
-
-    def call(rows, *options):
-        nonlocal num_calls
-        num_calls += 1
-        source, target = tmp_path / f"{num_calls}.in.jsonl", tmp_path / f"{num_calls}.out.jsonl"
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        source.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        arguments = [model_directory, "--input", source, "--output", target, *options]
-        code = main([str(argument) for argument in arguments])
-        written = target.read_text(encoding="utf-8") if target.exists() else ""
-        return code, [json.loads(line) for line in written.split("\n")[:-1]]
-
-    return call
-
-
 def completions(result):
     code, rows = result
     assert code == 0
     return [row["completion"] for row in rows]
 
 
-def test_greedy_completions_follow_the_forward_pass(run, model, tokenizer):
+def test_greedy_completions_follow_the_forward_pass(run, code_model, code_tokenizer):
     code, rows = run([{"prompt": prompt} for prompt in PROMPTS], "--stop-at-eos", "false")
     assert code == 0
     assert [row["prompt"] for row in rows] == PROMPTS
     assert [row["id"] for row in rows] == list(range(len(PROMPTS)))
     for row in rows:
         assert list(row) == ROW_KEYS
-        tokens = [tokenizer.bos_id, *tokenizer.encode(row["prompt"])]
+        tokens = [code_tokenizer.bos_id, *code_tokenizer.encode(row["prompt"])]
         assert row["num_prompt_tokens"] == len(tokens)
         with torch.inference_mode():
             for _ in range(9):
-                tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-        assert row["completion"] == tokenizer.decode(tokens[-9:])
+                tokens.append(code_model(torch.tensor([tokens]))[0, -1].argmax().item())
+        assert row["completion"] == code_tokenizer.decode(tokens[-9:])
         assert (row["num_completion_tokens"], row["finish_reason"]) == (9, "length")
 
 
@@ -113,7 +65,7 @@ def test_a_row_s_settings_go_before_the_command_s_and_those_before_the_model_s(r
 
 def test_settings_may_come_from_a_file(run, tmp_path):
     config = tmp_path / "settings.yaml"
-    config.write_text("max_new_tokens: 4\nbatch_size: 2\n")
+    config.write_text("max_new_tokens: 4\nmax_running: 2\nbatch_invariant: true\n")
     _, rows = run([{"prompt": "x"}] * 3, "--config", config)
     assert [row["num_completion_tokens"] for row in rows] == [4, 4, 4]
 
@@ -129,8 +81,8 @@ def test_completions_depend_on_the_seed_and_not_on_the_batch(run):
         return completions(run(rows, "--temperature", "1.5", *options))
 
     expected = with_options("--seed", "1")
-    for batch_size in ("1", "2", "3"):
-        assert with_options("--seed", "1", "--batch-size", batch_size) == expected
+    for max_running in ("1", "2", "3"):
+        assert with_options("--seed", "1", "--max-running", max_running) == expected
     others = with_options("--seed", "2")
     assert all(other != one for other, one in zip(others, expected, strict=True))
 
@@ -172,6 +124,7 @@ def test_any_text_comes_through(run):
     code, written = run(rows)
     assert code == 0
     assert [row["id"] for row in written] == ["ключ", 10**30, 4]
+    assert [row["row"] for row in written] == [0, 2, 4]
     assert [row["prompt"] for row in written] == ["日本\u2028語", 'quote " and \\', "\x00"]
 
 
@@ -180,17 +133,18 @@ def test_no_rows_give_an_empty_file(run):
 
 
 BAD_ROWS = [
+    (b'{"prompt": "gr\xf6\xdfe"}', 2, ["not UTF-8; convert the file"]),
     ('{"prompt": "x"', 2, ["not JSON", "write one object a line"]),
     ("[" * 100_000, 2, ["not JSON that can be read"]),
     ('["x"]', 2, ['["x"] is not a JSON object', '{"prompt": "..."}']),
     ("{}", 2, ['field "prompt" is missing', "give a string"]),
-    ('{"prompt": 5}', 2, ["prompt=5", "must be a string"]),
+    ('{"prompt": 5}', 2, ["prompt=5", "must be a string or a list of token ids"]),
     ('{"prompt": "\\ud800", "id": "k"}', "k", ["prompt has half of a surrogate pair"]),
     ('{"prompt": "x", "id": "\\ud800"}', 2, ["id has half of a surrogate pair"]),
     ('{"prompt": "x", "id": true}', 2, ["id=true", "a string or whole number"]),
     ('{"prompt": "x", "id": [1]}', 2, ["id=[1]", "a string or whole number"]),
     ('{"prompt": "x", "id": "a"}', "a", ["id='a' is taken by line 1", "give another"]),
-    ('{"prompt": "x", "id": 1}', 1, ["id=1 is taken by line 2", "its line's number"]),
+    ('{"prompt": "x", "id": 1}', 1, ["id=1 is taken by line 2", "its number, from 0"]),
     ('{"promt": "x"}', 2, ['unknown field "promt"', "did you mean 'prompt'?"]),
     ('{"prompt": "x", "topk": 1}', 2, ['unknown field "topk"', "did you mean 'top_k'?"]),
     ('{"prompt": "x", "temperature": NaN}', 2, ["temperature=nan", "a finite number >= 0"]),
@@ -210,25 +164,78 @@ BAD_ROWS = [
         2,
         ["prompt of 101 tokens", "max_seq_len=64", ": shorten the prompt"],
     ),
+    ('{"prompt": [1, 280]}', 2, ["token id 280 is outside the vocabulary of 0 to 279"]),
+    ('{"prompt": [1, -1]}', 2, ["token id -1 is outside the vocabulary"]),
+    ('{"prompt": "x", "stop": [""]}', 2, ["stop=", "none of them empty"]),
 ]
 
 
 @pytest.mark.parametrize(("line", "row_id", "parts"), BAD_ROWS)
 def test_a_bad_row_is_refused_and_the_others_are_not(run, line, row_id, parts):
     good = {"prompt": "def", "id": "a"}, {"prompt": "x"}, {"prompt": "f(x)", "id": "z"}
-    code, rows = run([good[0], good[1], line, good[2]], "--batch-size", "4")
+    code, rows = run([good[0], good[1], line, good[2]])
     assert code == 1
-    assert rows[2].keys() == {"id", "error"}
+    assert rows[2].keys() == {"id", "row", "error"}
     assert rows[2]["id"] == row_id
     assert rows[2]["error"].startswith("line 3: ")
     for part in parts:
         assert part in rows[2]["error"]
-    assert [rows[0], rows[1], rows[3]] == run(good)[1]
+    alone = run(good)[1]
+    alone[2]["row"] = 3
+    assert [rows[0], rows[1], rows[3]] == alone
+
+
+def test_a_row_that_needs_more_pages_than_there_are_is_refused(run):
+    rows = [{"prompt": "x", "max_new_tokens": 60}, {"prompt": "x"}]
+    few_pages = ["--cache-gib", "1.1e-5", "--max-running", "1", "--page-len", "8"]
+    code, (long, short) = run(rows, *few_pages)
+    assert code == 1
+    assert "line 1: a prompt of 2 tokens and max_new_tokens=60 need 8 convo" in long["error"]
+    assert short["num_completion_tokens"] == 9
+
+
+def test_a_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code_tokenizer, capsys):
+    damaged = copy.deepcopy(code_model)
+    with torch.no_grad():
+        damaged.embedding.weight[7] = torch.inf
+    save_model(tmp_path / "model", damaged, code_tokenizer, {"max_new_tokens": 3})
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}, {"promt": "x"}])
+    assert generate(tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 1
+    rows = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
+    assert rows[0]["error"].startswith("line 1: the model's logits are not finite")
+    assert rows[1]["error"].startswith("line 2: unknown field")
+    assert "2 rows (2 of them with an error)" in capsys.readouterr().err
 
 
 def test_a_prompt_may_fill_the_context(run):
     code, rows = run([{"prompt": "x", "max_new_tokens": 62}], "--stop-at-eos", "false")
     assert (code, rows[0]["num_completion_tokens"]) == (0, 62)
+
+
+def test_stop_strings_end_a_completion_before_them(run):
+    _, (whole,) = run([{"prompt": "x"}])
+    stop = whole["completion"][3:5]
+    _, (cut,) = run([{"prompt": "x", "stop": ["never", stop]}])
+    assert cut["completion"] == whole["completion"].split(stop)[0]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_parquet(tmp_path, model_directory, run):
+    table = pa.table({"text": ["x", None, "def"], "key": ["a", "b", "c"], "other": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "in.parquet")
+
+    def decode(*options):
+        target = tmp_path / "out.jsonl"
+        code = generate(model_directory, tmp_path / "in.parquet", target, "--overwrite", *options)
+        return code, sorted(read_rows(target), key=lambda row: row["row"])
+
+    code, rows = decode("--column", "text", "--id-column", "key")
+    assert code == 1
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
+    assert rows[1]["error"].startswith("row 1: prompt=null is not allowed")
+    completions = [row["completion"] for row in run([{"prompt": "x"}, {"prompt": "def"}])[1]]
+    assert [rows[0]["completion"], rows[2]["completion"]] == completions
+    assert [row["id"] for row in decode("--column", "text")[1]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +244,12 @@ def test_a_prompt_may_fill_the_context(run):
         (["--temperature", "-1"], "temperature=-1.0 is not allowed"),
         (["--top-p", "7"], "top_p=7.0 is not allowed"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 is not allowed"),
-        (["--batch-size", "0"], "batch_size=0 is not allowed: it must be >= 1"),
+        (["--max-running", "0"], "max_running=0 is not allowed: it must be at least 1"),
+        (["--page-len", "3"], "page_len=3 is not allowed: it must be a power of two"),
+        (["--column", "text"], "column='text' is for Parquet"),
+        (["--shard", "2/2"], "shard='2/2' is not allowed: it must be i/n with 0 <= i < n"),
+        (["--devices", "gpu"], "devices='gpu' is not allowed: it must be auto, all, or"),
+        (["--devices", "cuda:99"], "devices='cuda:99', and torch sees"),
     ],
 )
 def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
@@ -246,15 +258,22 @@ def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
     assert [path.name for path in tmp_path.iterdir()] == ["1.in.jsonl"]
 
 
+def test_a_device_named_twice_needs_a_cache_size(run, capsys):
+    assert run([{"prompt": "x"}], "--devices", "cpu,cpu", "--cache-gib", "null") == (2, [])
+    assert "devices='cpu,cpu' names one twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--top", "3"], "did you mean 'top-"),
         (["--topk", "3"], "did you mean 'top-k'?"),
         (["--max_new_tokens", "3"], "did you mean 'max-new-tokens'?"),
+        (["--batch-size", "3"], "unrecognized arguments: --batch-size"),
+        (["--device", "cpu"], "did you mean 'devices'?"),
         (["--temperature", "warm"], "temperature"),
         (["--temperature", "nan"], "temperature"),
-        (["--device", "gpu"], "'cpu'"),
+        (["--format", "chat"], "'openai'"),
     ],
 )
 def test_options_that_the_parser_refuses(run, tmp_path, capsys, options, message):
@@ -273,51 +292,26 @@ def test_an_unknown_key_in_a_settings_file(run, tmp_path, capsys):
     assert "did you mean 'top-k'?" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_not_there(run, capsys):
-    assert run([{"prompt": "x"}], "--device", "cuda") == (2, [])
-    assert "device=cuda, and torch sees no CUDA device" in capsys.readouterr().err
-
-
 def test_files_that_cannot_be_used(tmp_path, model_directory, capsys):
-    source, latin = tmp_path / "in.jsonl", tmp_path / "latin.jsonl"
-    source.write_text('{"prompt": "x"}\n')
-    latin.write_bytes('{"prompt": "x"}\n{"prompt": "größe"}\n'.encode("latin-1"))
+    source, other = tmp_path / "in.jsonl", tmp_path / "other.jsonl"
+    write_rows(source, [{"prompt": "x"}])
+    write_rows(other, [{"prompt": "x"}])
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
 
     def refused(model, source, target, *options):
-        arguments = [model, "--input", source, "--output", target, *options]
-        assert main([str(argument) for argument in arguments]) == 2
+        assert generate(model, source, target, *options) == 2
         assert sorted(tmp_path.iterdir()) == before
         return capsys.readouterr().err
 
     target = tmp_path / "out.jsonl"
     assert "no such file" in refused(model_directory, tmp_path / "none.jsonl", target)
-    assert "line 2 is not UTF-8" in refused(model_directory, latin, target)
-    assert "exists; choose another, or give --overwrite" in refused(model_directory, source, latin)
+    assert "exists, and no other.jsonl.job.json" in refused(model_directory, source, other)
     assert "is the input" in refused(model_directory, source, source, "--overwrite")
     folder = tmp_path / "folder"
     assert "is not a file" in refused(model_directory, source, folder, "--overwrite")
     assert "there is no folder" in refused(model_directory, source, tmp_path / "a" / "out.jsonl")
     assert "no such file" in refused(tmp_path / "model", source, target)
-
-
-def test_an_existing_output_can_be_replaced(run, tmp_path):
-    (tmp_path / "1.out.jsonl").write_text("old")
-    code, rows = run([{"prompt": "x"}], "--overwrite")
-    assert (code, len(rows)) == (0, 1)
-
-
-@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_run_leaves_nothing_behind(run, tmp_path, monkeypatch, error):
-    def fail(self, tokens):
-        raise error
-
-    monkeypatch.setattr(Runner, "step", fail)
-    code, rows = run([{"prompt": "x"}])
-    assert (code, rows) == (130 if isinstance(error, KeyboardInterrupt) else 2, [])
-    assert [path.name for path in tmp_path.iterdir()] == ["1.in.jsonl"]
 
 
 def test_the_last_line_says_what_was_done(run, capsys):
@@ -335,4 +329,5 @@ def test_the_command_line_is_read_before_torch_is_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "--max-new-tokens" in result.stdout
+    for option in ("--max-new-tokens", "--cache-gib", "--batch-invariant"):
+        assert option in result.stdout
