@@ -18,6 +18,7 @@ float64.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from serve.pages import PagePool, pages_for
@@ -76,9 +77,10 @@ class ConvolutionCache:
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
         self._near = near.repeat(1, 2, 1)[:, :, None, None]  # twice over: a slice is a rotation
-        ring_shape = layers, page_len, max_rows, width // self._num_filters, self._num_filters
-        self._pending = pool.pages.new_zeros(ring_shape)
-        self._inputs = pool.pages.new_zeros(ring_shape)
+        # The columns that a step adds to lie together, those of the other phases apart.
+        row_shape = max_rows, width // self._num_filters, self._num_filters
+        self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
+        self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
         self._views: dict[tuple[int, int, int], list[_StepViews]] = {}
         """By slot, first row and number of rows, until the batch changes."""
         self._time = 0
@@ -135,7 +137,7 @@ class ConvolutionCache:
         last = len(self._rows) - 1
         self._views.clear()
         if row != last:
-            self._pending[:, :, row] = self._pending[:, :, last]
+            self._pending[..., row, :, :] = self._pending[..., last, :, :]
             self._inputs[:, :, row] = self._inputs[:, :, last]
             self._rows[row] = self._rows[last]
         self._rows.pop()
@@ -180,7 +182,7 @@ class ConvolutionCache:
         columns = self._page_len // self._lag_step
         views = []
         for layer, near in enumerate(self._near):
-            pending = self._pending[layer, phase :: self._lag_step, rows]
+            pending = self._pending[layer, phase, :, rows]
             taps = near[columns - column : 2 * columns - column]
             taken = self._inputs[layer, slot, rows]
             views.append(_StepViews(taps, pending, pending[column], taken))
@@ -196,9 +198,11 @@ class ConvolutionCache:
     def _load_page(self, row: int, page: int) -> None:
         """A page's pending outputs into a row's ring, in place of what is there."""
         stored, start = self._pool.pages[page], self._time % self._page_len
-        pending = self._pending[:, :, row].flatten(2)
-        pending[:, start:] = stored[:, : self._page_len - start]
-        pending[:, :start] = stored[:, self._page_len - start :]
+        turned = torch.cat(
+            [stored[:, self._page_len - start :], stored[:, : self._page_len - start]], 1
+        )
+        pending = self._pending[..., row, :, :].transpose(1, 2)  # [layers, columns, phases, ..]
+        pending.copy_(turned.view(pending.shape))
 
 
 def _last_readers(num_pages: int) -> list[int]:

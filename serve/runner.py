@@ -9,6 +9,7 @@ from torch import Tensor
 
 from serve.attention_cache import AttentionCache
 from serve.cache import ConvolutionCache
+from serve.packing import packed_copy, packed_product
 from serve.pages import OutOfPages
 from stu.model import Block, FlashSTU
 
@@ -49,7 +50,8 @@ class Runner:
         attentions: AttentionCache | None,
         batch_invariant: bool = False,
     ) -> None:
-        self._model, self._batch_invariant = model, batch_invariant
+        self._model, self._batch_invariant = packed_copy(model), batch_invariant
+        self._unembed = packed_product(model.embedding.weight)
         self._convolutions, self._attentions = convolutions, attentions
         self._device = model.embedding.weight.device
         # The full form convolves each channel of a row as a sequence of its own.
@@ -143,12 +145,12 @@ class Runner:
     def _logits(self, hidden: Tensor) -> Tensor:
         """`[B, D] -> [B, vocab_size]`."""
         if not self._batch_invariant:
-            return self._model.logits(hidden)
+            return self._unembed(hidden)
         groups = []
         for group in torch.split(hidden, INVARIANT_ROWS):
             padded = hidden.new_zeros(INVARIANT_ROWS, hidden.shape[1])
             padded[: len(group)] = group
-            groups.append(self._model.logits(padded)[: len(group)])
+            groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
 
     def _caches(self) -> list[ConvolutionCache | AttentionCache]:

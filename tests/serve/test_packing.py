@@ -1,0 +1,56 @@
+"""Packed weights against plain ones."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from serve.packing import PackedLinear, packed_copy, packed_product, packs
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+
+needs_packing = pytest.mark.skipif(
+    not packs(torch.ones(1)), reason="torch was built without oneDNN here"
+)
+
+
+def build(dtype=torch.float32):
+    torch.manual_seed(0)
+    shape = {"width": 16, "num_layers": 2, "num_filters": 6, "num_heads": 2, "max_seq_len": 64}
+    return FlashSTU(ModelConfig(vocab_size=40, **shape)).to(dtype).eval()
+
+
+@needs_packing
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 32, 33, 100])
+def test_products_are_those_of_the_plain_weights(num_rows):
+    weight, x = torch.randn(48, 20), torch.randn(num_rows, 3, 20)
+    expected = x.double() @ weight.double().T
+    for product in (PackedLinear(weight), packed_product(weight)):
+        assert (product(x) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype):
+    model = build(dtype)
+    copied = packed_copy(model)
+    tokens = torch.arange(30)[None]
+    with torch.inference_mode():
+        expected = model(tokens)
+        error = (copied(tokens) - expected).abs().max() / expected.abs().max()
+    assert error <= (1e-5 if dtype == torch.float32 else 0)
+    assert copied.embedding.weight is model.embedding.weight
+    assert copied.filters is model.filters
+    assert packs(model.embedding.weight) == isinstance(copied.blocks[0].mlp.gate, PackedLinear)
+    assert isinstance(model.blocks[0].mlp.gate, torch.nn.Linear)
+
+
+@needs_packing
+def test_plain_weights_go_with_the_model():
+    model = build()
+    copied = packed_copy(model)
+    plain = weakref.ref(model.blocks[0].mlp.gate.weight)
+    del model
+    gc.collect()
+    assert plain() is None
+    assert copied.embedding.weight.shape == (40, 16)
