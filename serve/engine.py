@@ -13,9 +13,10 @@ from torch import Tensor
 
 from serve.cache_size import make_caches
 from serve.config import EngineConfig
+from serve.history import TokenHistory
 from serve.request import FinishReason, Output, Request
 from serve.runner import Runner
-from serve.sampling import sample
+from serve.sampling import TokenLogprobs, sample, token_logprobs
 from serve.scheduler import Job, Scheduler
 from serve.text import TextStream
 from stu.model import FlashSTU
@@ -59,6 +60,8 @@ class Engine:
         )
         self._scheduler = Scheduler(config, self._runner.needed, self._caches.capacity)
         self._texts: dict[int, TextStream] = {}
+        self._histories: dict[int, TokenHistory] = {}
+        self._device = model.embedding.weight.device
         self._prefill: Iterator[Tensor | None] = iter(())
         self._group: list[Job] = []
         self._dropped: set[int] = set()
@@ -182,10 +185,18 @@ class Engine:
             places = [len(job.request.tokens) + len(job.tokens) for job in chosen]
             finite = logits[rows].amax(-1).isfinite()
             safe = logits[rows].masked_fill(~finite[:, None], 0)
-            tokens = sample(safe, params, places).tolist()
-            for job, token, is_finite in zip(chosen, tokens, finite.tolist(), strict=True):
+            histories = {
+                row: self._history(job)
+                for row, job in enumerate(chosen)
+                if job.request.sampling.needs_history
+            }
+            tokens = sample(safe, params, places, histories).tolist()
+            logprobs = token_logprobs(safe, tokens, params)
+            for job, token, its_logprobs, is_finite in zip(
+                chosen, tokens, logprobs, finite.tolist(), strict=True
+            ):
                 if is_finite:
-                    outputs.append(self._append(job, token))
+                    outputs.append(self._append(job, token, its_logprobs))
                 else:
                     outputs.append(self._finish(job, "error", error=NOT_FINITE))
         for job in jobs:
@@ -194,27 +205,43 @@ class Engine:
                 self._scheduler.extend(job)
         return outputs
 
-    def _append(self, job: Job, token: int) -> Output:
+    def _history(self, job: Job) -> TokenHistory:
+        """Kept from the request's first new token on."""
+        request = job.request
+        if job.request_id not in self._histories:
+            self._histories[job.request_id] = TokenHistory(
+                self._model_config.vocab_size,
+                request.tokens,
+                request.sampling.logit_bias,
+                self._device,
+            )
+        return self._histories[job.request_id]
+
+    def _append(self, job: Job, token: int, logprobs: TokenLogprobs | None) -> Output:
         """Give `job` its new token."""
         request, text = job.request, self._texts[job.request_id]
+        new = [token], [] if logprobs is None else [logprobs]
         job.tokens.append(token)
+        if history := self._histories.get(job.request_id):
+            history.append(token)
         job.replayed += 1
         self._new_tokens += 1
         if token in request.stop_tokens:
-            return self._finish(job, "stop", [token], text.finish())
+            return self._finish(job, "stop", text.finish(), *new)
         new_text = text.append(token)
         if text.stopped:
-            return self._finish(job, "stop", [token], new_text)
+            return self._finish(job, "stop", new_text, *new)
         if len(job.tokens) == request.max_new_tokens:
-            return self._finish(job, "length", [token], new_text + text.finish())
-        return Output(job.request_id, [token], new_text)
+            return self._finish(job, "length", new_text + text.finish(), *new)
+        return Output(job.request_id, new[0], new_text, new[1])
 
     def _finish(
         self,
         job: Job,
         reason: FinishReason,
-        tokens: Sequence[int] = (),
         text: str = "",
+        tokens: Sequence[int] = (),
+        logprobs: Sequence[TokenLogprobs] = (),
         error: str = "",
     ) -> Output:
         """End `job`, wherever it is, and give its pages back."""
@@ -227,7 +254,8 @@ class Engine:
         else:
             self._scheduler.waiting.remove(job)
         del self._texts[job.request_id]
-        return Output(job.request_id, tokens, text, finish_reason=reason, error=error)
+        self._histories.pop(job.request_id, None)
+        return Output(job.request_id, tokens, text, logprobs, reason, error)
 
     def _set_back(self, job: Job) -> None:
         self._remove_row(job)
@@ -246,7 +274,8 @@ class Engine:
         vocab_size, longest = self._model_config.vocab_size, self._model_config.max_seq_len
         if not request.tokens:
             raise ValueError("prompt has no tokens: start it with BOS")
-        for token in [*request.tokens, *request.stop_tokens]:
+        biased = request.sampling.logit_bias
+        for token in [*request.tokens, *request.stop_tokens, *biased]:
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"token id {token} is outside the vocabulary of 0 to {vocab_size - 1}: use the "

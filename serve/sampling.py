@@ -1,13 +1,21 @@
-"""From logits to token ids, the same for a request whatever else is in its batch."""
+"""From logits to token ids, the same for a request whatever else is in its batch.
+
+The settings apply in this order: bias, penalties, temperature, top-k, top-p, min-p.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from serve.history import TokenHistory
+
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,19 @@ class SamplingParams:
     """Choose among this many most probable tokens; 0: all."""
     top_p: float = 1.0
     """Then among the fewest most probable ones that hold this share of the probability; 1: all."""
+    min_p: float = 0.0
+    """Then among those at least this share as probable as the most probable one; 0: all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the prompt or the new text are divided by it if positive, else multiplied
+    (Keskar et al. 2019); 1: none."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the new text."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the new text, once for each time they are there."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    logprobs: int | None = None
+    """Report each new token's log probability, and those of so many most probable ones."""
     seed: int = 0
     """With a token's position, all that decides its random number."""
 
@@ -28,7 +49,27 @@ class SamplingParams:
         self._require("top_k", _is_whole(self.top_k), "a whole number >= 0 (0 for all tokens)")
         is_share = _is_number(self.top_p) and 0 < self.top_p <= 1
         self._require("top_p", is_share, "above 0 and at most 1 (1 for all tokens)")
+        is_share = _is_number(self.min_p) and self.min_p <= 1
+        self._require("min_p", is_share, "from 0 (for all tokens) to 1")
+        is_factor = _is_number(self.repetition_penalty) and self.repetition_penalty > 0
+        self._require("repetition_penalty", is_factor, "a finite number above 0 (1 for none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, _is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
+        bias = self.logit_bias
+        is_bias = isinstance(bias, Mapping) and all(
+            _is_whole(token) and _is_number(value, -100, 100) for token, value in bias.items()
+        )
+        self._require("logit_bias", is_bias, "a number from -100 to 100 for each of some token ids")
+        is_count = self.logprobs is None or _is_whole(self.logprobs)
+        is_count = is_count and (self.logprobs or 0) <= MOST_LOGPROBS
+        self._require("logprobs", is_count, f"from 0 to {MOST_LOGPROBS}, or null for none")
         self._require("seed", _is_whole(self.seed) and self.seed < 2**64, "from 0 to 2**64 - 1")
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the logits depend on more than the model."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return bool(self.logit_bias) or penalties != (1, 0, 0)
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -43,14 +84,20 @@ class TokenLogprobs:
     logprob: float
     """Of the token that was chosen."""
     top: dict[int, float]
-    """The most probable tokens and theirs, the most probable first."""
+    """The most probable tokens and theirs, the most probable first, of equal ones the lower id."""
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    histories: Mapping[int, TokenHistory],
+) -> Tensor:
     """The next token of every row: logits `[B, vocab_size]` -> ids `[B]`.
 
-    positions: where in its own sequence each row's new token goes. A row's id depends on its own
-    logits, params and position alone. Of equal logits the lower id counts as more probable.
+    positions: where in its own sequence each row's new token goes. histories: by row, of those
+    whose params need one. A row's id depends on its own arguments alone. Of equal logits the lower
+    id counts as more probable.
 
     Raises ValueError if the largest logit of a row is not finite.
     """
@@ -59,12 +106,62 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
             "the model's logits are not finite: its weights are damaged, or too large for this "
             "dtype; try another checkpoint, or float32"
         )
+    logits = _adjusted(logits, params, histories)
     ids = logits.argmax(-1)
     random = [row for row, its in enumerate(params) if its.temperature > 0]
     if random:
         chosen, places = [params[row] for row in random], [positions[row] for row in random]
         ids[random] = _draw(logits[random].double(), chosen, places)
     return ids
+
+
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], params: Sequence[SamplingParams]
+) -> list[TokenLogprobs | None]:
+    """What each row's params ask for of its chosen token, from logits `[B, vocab_size]`."""
+    asked = [row for row, its in enumerate(params) if its.logprobs is not None]
+    results: list[TokenLogprobs | None] = [None] * len(params)
+    if not asked:
+        return results
+    for row, logprobs in zip(asked, logits[asked].double().log_softmax(-1), strict=True):
+        count = min(params[row].logprobs or 0, len(logprobs))
+        top = _most_probable(logprobs, count)
+        results[row] = TokenLogprobs(tokens[row], logprobs[tokens[row]].item(), top)
+    return results
+
+
+def _most_probable(logprobs: Tensor, count: int) -> dict[int, float]:
+    """The `count` largest of `logprobs [vocab_size]`, by token id, in order."""
+    if count == 0:
+        return {}
+    ids = (logprobs >= logprobs.topk(count).values[-1]).nonzero()[:, 0]  # ascending; ties too
+    order = logprobs[ids].argsort(descending=True, stable=True)[:count]
+    return dict(zip(ids[order].tolist(), logprobs[ids[order]].tolist(), strict=True))
+
+
+def _adjusted(
+    logits: Tensor, params: Sequence[SamplingParams], histories: Mapping[int, TokenHistory]
+) -> Tensor:
+    """`logits` after bias and penalties, in float32 at least."""
+    rows = [row for row, its in enumerate(params) if its.needs_history]
+    if not rows:
+        return logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+
+    chosen, past = [params[row] for row in rows], [histories[row] for row in rows]
+    adjusted = logits[rows] + torch.stack([its.bias for its in past])  # [R, vocab_size]
+    counts = torch.stack([its.new_counts for its in past])
+    seen = torch.stack([its.in_prompt for its in past]) | (counts > 0)
+    factor = column([its.repetition_penalty for its in chosen])
+    penalized = torch.where(adjusted > 0, adjusted / factor, adjusted * factor)
+    adjusted = torch.where(seen, penalized, adjusted)
+    adjusted -= column([its.presence_penalty for its in chosen]) * (counts > 0)
+    adjusted -= column([its.frequency_penalty for its in chosen]) * counts
+    logits[rows] = adjusted
+    return logits
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
@@ -77,6 +174,8 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()  # [R, vocab_size]
     if any(its.top_k or its.top_p < 1 for its in params):
         weights = _keep_most_probable(weights, params)
+    if any(its.min_p > 0 for its in params):
+        weights = weights * (weights >= column([its.min_p for its in params]))  # the largest is 1
     cumulative = weights.cumsum(-1)
     uniforms = column([_uniform(its.seed, at) for its, at in zip(params, positions, strict=True)])
     # The first token whose cumulative weight is above the target: never one of weight 0.
@@ -110,9 +209,9 @@ def _uniform(seed: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object, least: float = 0, most: float = sys.float_info.max) -> bool:
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and 0 <= value < math.inf  # type: ignore[operator]
+    return is_real and least <= value <= most  # type: ignore[operator]
 
 
 def _is_whole(value: object) -> bool:

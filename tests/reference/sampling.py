@@ -10,7 +10,22 @@ def uniform(seed, position):
     return (int(np.random.Philox(key=seed, counter=position).random_raw()) >> 11) / 2**53
 
 
-def kept(logits, temperature, top_k, top_p):
+def adjusted(logits, params, prompt, new):
+    """The logits after bias and penalties, of a row with these tokens so far."""
+    result = []
+    for i, logit in enumerate(logits):
+        logit += params.logit_bias.get(i, 0)
+        if i in prompt or i in new:
+            by = params.repetition_penalty
+            logit = logit / by if logit > 0 else logit * by
+        if i in new:
+            logit -= params.presence_penalty
+        logit -= params.frequency_penalty * new.count(i)
+        result.append(logit)
+    return result
+
+
+def kept(logits, temperature, top_k, top_p, min_p=0):
     """Probabilities `{id: p}` of the tokens that may be chosen, ids ascending, sum 1."""
     ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     if top_k:
@@ -22,17 +37,28 @@ def kept(logits, temperature, top_k, top_p):
             break
         nucleus.append(i)
         mass += weights[i]
+    nucleus = [i for i in nucleus if weights[i] >= min_p]
+    mass = sum(weights[i] for i in nucleus)
     return {i: weights[i] / mass for i in sorted(nucleus)}
 
 
-def sample(logits, params, position):
+def sample(logits, params, position, prompt=(), new=()):
     """The token id that `params` choose for `position`."""
+    logits = adjusted(logits, params, prompt, new)
     if params.temperature == 0:
         return max(range(len(logits)), key=lambda i: (logits[i], -i))
-    probabilities = kept(logits, params.temperature, params.top_k, params.top_p)
+    probabilities = kept(logits, params.temperature, params.top_k, params.top_p, params.min_p)
     target, cumulative = uniform(params.seed, position), 0.0
     for i, probability in probabilities.items():
         cumulative += probability
         if cumulative > target:
             return i
     return i
+
+
+def logprobs(logits, token, count):
+    """The token's log probability, and the `count` largest by token id, the largest first."""
+    largest = max(logits)
+    log_sum = largest + math.log(math.fsum(math.exp(x - largest) for x in logits))
+    ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:count]
+    return logits[token] - log_sum, {i: logits[i] - log_sum for i in ranked}

@@ -11,11 +11,12 @@ from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.lockstep import Runner as Lockstep
 from serve.request import Request
-from serve.sampling import SamplingParams, sample
+from serve.sampling import SamplingParams
 from stu.config import ModelConfig
 from stu.futurefill import Naive
 from stu.model import FlashSTU
 from stu.tokenizer import train_bpe
+from tests.reference import sampling as reference
 
 CONFIGS = {
     "stu": {"layout": "stu"},
@@ -41,15 +42,19 @@ MODELS = {kind: build(kind) for kind in CONFIGS}
 
 
 def alone(model, request):
-    """The request's tokens, one after the other, by direct sums over its whole past."""
+    """The request's tokens and logprobs, one by one, by direct sums over its whole past."""
     runner = Lockstep(model, [request.tokens], request.max_new_tokens, Naive)
-    logits, tokens = runner.prefill(), []
+    logits, tokens, logprobs, its = runner.prefill(), [], [], request.sampling
     while True:
+        row = logits[0].tolist()
         place = len(request.tokens) + len(tokens)
-        tokens += sample(logits, [request.sampling], [place]).tolist()
-        if tokens[-1] in request.stop_tokens or len(tokens) == request.max_new_tokens:
-            return tokens
-        logits = runner.step(torch.tensor(tokens[-1:]))
+        token = reference.sample(row, its, place, request.tokens, tokens)
+        if its.logprobs is not None:
+            logprobs.append((token, *reference.logprobs(row, token, its.logprobs)))
+        tokens.append(token)
+        if token in request.stop_tokens or len(tokens) == request.max_new_tokens:
+            return tokens, logprobs
+        logits = runner.step(torch.tensor([token]))
 
 
 def drain(engine, answers):
@@ -58,26 +63,45 @@ def drain(engine, answers):
 
 
 def collect(engine, answers):
+    """One step; an answer is a request's tokens, its finish reason, and its logprobs."""
     for output in engine.step():
-        tokens, _ = answers.get(output.request_id, ([], None))
-        answers[output.request_id] = [*tokens, *output.tokens], output.finish_reason
+        tokens, _, logprobs = answers.get(output.request_id, ([], None, []))
+        answers[output.request_id] = (
+            [*tokens, *output.tokens],
+            output.finish_reason,
+            [*logprobs, *output.logprobs],
+        )
     engine.check_integrity()
 
 
-requests = st.builds(
-    lambda prompt, new_tokens, temperature, seed, priority, stop: Request(
-        tokens=prompt,
-        max_new_tokens=new_tokens,
-        sampling=SamplingParams(temperature=temperature, seed=seed),
-        priority=priority,
-        stop_tokens=stop,
+def check_logprobs(found, expected):
+    assert len(found) == len(expected)
+    for its, (token, logprob, top) in zip(found, expected, strict=True):
+        assert its.token == token
+        assert its.logprob == pytest.approx(logprob, abs=1e-9)
+        assert its.top == pytest.approx(top, abs=1e-9)
+
+
+samplings = st.one_of(
+    st.just(SamplingParams()),
+    st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 1.0]),
+        top_p=st.sampled_from([1.0, 0.8]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        frequency_penalty=st.sampled_from([0.0, 0.5]),
+        logit_bias=st.sampled_from([{}, {7: 2.5}]),
+        logprobs=st.sampled_from([None, 2]),
+        seed=st.integers(0, 9),
     ),
-    st.lists(st.integers(0, 279), min_size=1, max_size=90),
-    st.integers(1, 100),
-    st.sampled_from([0.0, 1.0]),
-    st.integers(0, 9),
-    st.integers(0, 1),
-    st.lists(st.integers(0, 279), max_size=2),
+)
+requests = st.builds(
+    Request,
+    tokens=st.lists(st.integers(0, 279), min_size=1, max_size=90),
+    max_new_tokens=st.integers(1, 100),
+    sampling=samplings,
+    priority=st.integers(0, 1),
+    stop_tokens=st.lists(st.integers(0, 279), max_size=2),
 )
 
 
@@ -126,12 +150,14 @@ def test_under_traffic_every_request_equals_itself_alone(
     assert len(expected) + refused == len(traffic)
     assert set(answers) == set(expected)
     for request_id, request in expected.items():
-        tokens, reason = answers[request_id]
-        whole = alone(model, request)
+        tokens, reason, logprobs = answers[request_id]
+        whole, expected_logprobs = alone(model, request)
         if reason == "abort":
             assert tokens == whole[: len(tokens)]
+            check_logprobs(logprobs, expected_logprobs[: len(tokens)])
         else:
             assert tokens == whole
+            check_logprobs(logprobs, expected_logprobs)
             assert reason == ("stop" if tokens[-1] in request.stop_tokens else "length")
     stats = engine.stats()
     assert stats.convolution_pages_used == stats.attention_pages_used == 0
@@ -149,11 +175,11 @@ def test_a_request_of_priority_takes_the_pages_of_others(tokenizer):
     second = engine.add(urgent)
     for _ in range(20):
         collect(engine, answers)
-    assert answers[second] == (alone(MODELS["stu"], urgent), "length")
+    assert answers[second][:2] == (alone(MODELS["stu"], urgent)[0], "length")
     assert answers[first][1] is None
     assert engine.stats().preemptions == 1
     drain(engine, answers)
-    assert answers[first] == (alone(MODELS["stu"], late), "length")
+    assert answers[first][:2] == (alone(MODELS["stu"], late)[0], "length")
 
 
 def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
@@ -166,6 +192,8 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
         engine.add(Request([1] * 200, 100))
     with pytest.raises(ValueError, match="token id 280 is outside the vocabulary of 0 to 279"):
         engine.add(Request([1, 280], 3))
+    with pytest.raises(ValueError, match="token id 999 is outside the vocabulary"):
+        engine.add(Request([1], 3, SamplingParams(logit_bias={999: 1.0})))
     with pytest.raises(ValueError, match="prompt has no tokens: start it with BOS"):
         engine.add(Request([], 3))
     with pytest.raises(ValueError, match="max_new_tokens=0 is not allowed"):

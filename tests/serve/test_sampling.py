@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.sampling import SamplingParams, sample
+from serve.history import TokenHistory
+from serve.sampling import SamplingParams, sample, token_logprobs
 from tests.reference import sampling as reference
 
 VOCAB_SIZE = 50
@@ -17,14 +18,35 @@ params = st.builds(
     temperature=st.sampled_from([0.0, 0.05, 0.7, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 2, 7, VOCAB_SIZE, 10 * VOCAB_SIZE]),
     top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 1.7]),
+    presence_penalty=st.sampled_from([0.0, 0.0, -2, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.5, 2]),
+    logit_bias=st.dictionaries(
+        st.integers(0, VOCAB_SIZE - 1), st.sampled_from([-100, -1.25, 3, 100]), max_size=2
+    ),
     seed=st.integers(0, 2**64 - 1),
 )
-rows = st.lists(st.tuples(params, st.integers(0, 2**31)), min_size=1, max_size=6)
+tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8)
+rows = st.lists(st.tuples(params, st.integers(0, 2**31), tokens, tokens), min_size=1, max_size=6)
 
 
 def random_logits(num_rows, seed, distinct_values=None):
     logits = torch.randn(num_rows, VOCAB_SIZE, generator=torch.manual_seed(seed)) * 3
-    return logits if distinct_values is None else (logits * distinct_values).round()
+    logits = logits if distinct_values is None else (logits * distinct_values).round()
+    return logits.double()
+
+
+def history(its, prompt, new):
+    made = TokenHistory(VOCAB_SIZE, prompt, its.logit_bias)
+    for token in new:
+        made.append(token)
+    return made
+
+
+def draw(logits, params, positions):
+    """Where no params need a history."""
+    return sample(logits, params, positions, {})
 
 
 @given(rows, st.integers(0, 1000), st.sampled_from([None, 0.3, 0.0]))
@@ -32,21 +54,58 @@ def random_logits(num_rows, seed, distinct_values=None):
 def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
     """Few distinct logits make many ties; a factor of 0 makes all equal."""
     logits = random_logits(len(rows), logits_seed, distinct_values)
-    ids = sample(logits, [its for its, _ in rows], [position for _, position in rows])
+    before = logits.clone()
+    all_params, positions, prompts, texts = zip(*rows, strict=True)
+    histories = {
+        row: history(its, prompt, new)
+        for row, (its, _, prompt, new) in enumerate(rows)
+        if its.needs_history
+    }
+    ids = sample(logits, all_params, positions, histories)
     expected = [
-        reference.sample(row.tolist(), its, position)
-        for row, (its, position) in zip(logits, rows, strict=True)
+        reference.sample(row.tolist(), *arguments)
+        for row, *arguments in zip(logits, all_params, positions, prompts, texts, strict=True)
     ]
     assert ids.tolist() == expected
+    assert torch.equal(logits, before)
 
 
 @given(rows, st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
 def test_a_row_does_not_depend_on_its_batch(rows, logits_seed):
-    logits = random_logits(len(rows), logits_seed)
-    together = sample(logits, [its for its, _ in rows], [position for _, position in rows])
-    for row, (its, position) in enumerate(rows):
-        assert sample(logits[row : row + 1], [its], [position]).item() == together[row]
+    logits = random_logits(len(rows), logits_seed).float()
+    histories = [history(its, prompt, new) for its, _, prompt, new in rows]
+    all_params, positions, _, _ = zip(*rows, strict=True)
+    together = sample(logits, all_params, positions, dict(enumerate(histories)))
+    for row, (its, position, _, _) in enumerate(rows):
+        alone = sample(logits[row : row + 1], [its], [position], {0: histories[row]})
+        assert alone.item() == together[row]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([None, 0, 1, 3, 20]), st.integers(0, VOCAB_SIZE - 1)), min_size=1
+    ),
+    st.integers(0, 1000),
+    st.sampled_from([None, 0.3, 0.0]),
+)
+@settings(max_examples=50, deadline=None)
+def test_logprobs_equal_the_reference(asked, logits_seed, distinct_values):
+    """Settings of sampling change none of them; of equal ones the lower id comes first."""
+    logits = random_logits(len(asked), logits_seed, distinct_values)
+    all_params = [SamplingParams(2.0, top_k=1, logprobs=count) for count, _ in asked]
+    results = token_logprobs(logits, [token for _, token in asked], all_params)
+    for row, (count, token), result in zip(logits.tolist(), asked, results, strict=True):
+        if count is None:
+            assert result is None
+            continue
+        logprob, top = reference.logprobs(row, token, count)
+        assert result.token == token
+        assert result.logprob == pytest.approx(logprob, rel=1e-12)
+        assert list(result.top) == list(top)
+        assert result.top == pytest.approx(top, rel=1e-12)
+        if token in result.top:  # to the last bit: clients compare them
+            assert result.logprob == result.top[token]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +114,7 @@ def test_a_row_does_not_depend_on_its_batch(rows, logits_seed):
 def test_tokens_come_as_often_as_they_are_probable(its):
     num_draws = 20_000
     logits = random_logits(1, seed=4)[:, :12]
-    draws = sample(logits.expand(num_draws, -1), [its] * num_draws, range(num_draws))
+    draws = draw(logits.expand(num_draws, -1), [its] * num_draws, range(num_draws))
     counts = torch.bincount(draws, minlength=12).tolist()
     probabilities = reference.kept(logits[0].tolist(), its.temperature, its.top_k, its.top_p)
     assert len(probabilities) == {0: 12, 5: 5}.get(its.top_k, len(probabilities))
@@ -66,8 +125,8 @@ def test_tokens_come_as_often_as_they_are_probable(its):
 
 def test_seeds_and_positions_draw_apart():
     logits = torch.zeros(1000, VOCAB_SIZE)
-    by_seed = sample(logits, [SamplingParams(1.0, seed=seed) for seed in range(1000)], [0] * 1000)
-    by_position = sample(logits, [SamplingParams(1.0)] * 1000, range(1000))
+    by_seed = draw(logits, [SamplingParams(1.0, seed=seed) for seed in range(1000)], [0] * 1000)
+    by_position = draw(logits, [SamplingParams(1.0)] * 1000, range(1000))
     for ids in (by_seed, by_position):
         assert len(ids.unique()) == VOCAB_SIZE
         assert (ids[1:] == ids[:-1]).float().mean() < 3 / VOCAB_SIZE
@@ -75,7 +134,7 @@ def test_seeds_and_positions_draw_apart():
 
 def test_bfloat16_logits_are_drawn_from_wider_sums():
     logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # 1/4096 of a bfloat16 sum is nothing
-    draws = sample(logits.expand(500, -1), [SamplingParams(1.0)] * 500, range(500))
+    draws = draw(logits.expand(500, -1), [SamplingParams(1.0)] * 500, range(500))
     assert draws.max() > 3500
     assert len(draws.unique()) > 400
 
@@ -85,7 +144,7 @@ def test_impossible_tokens_are_never_drawn(monkeypatch, uniform):
     monkeypatch.setattr("serve.sampling._uniform", lambda seed, position: uniform)
     logits = torch.full((2, VOCAB_SIZE), -math.inf)
     logits[:, [3, 7]] = 1.0
-    draws = sample(logits, [SamplingParams(5.0), SamplingParams(5.0, top_k=10)], [0, 0])
+    draws = draw(logits, [SamplingParams(5.0), SamplingParams(5.0, top_k=10)], [0, 0])
     assert set(draws.tolist()) <= {3, 7}
 
 
@@ -94,7 +153,7 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
     monkeypatch.setattr("serve.sampling._uniform", lambda seed, position: 0.0)
     logits = torch.full((2, 1001), -40.0)
     logits[:, 1000] = 0.0
-    draws = sample(logits, [SamplingParams(1.0), SamplingParams(1.0, top_p=0.5)], [0, 0])
+    draws = draw(logits, [SamplingParams(1.0), SamplingParams(1.0, top_p=0.5)], [0, 0])
     assert draws.tolist() == [0, 1000]
 
 
@@ -103,7 +162,7 @@ def test_logits_that_are_not_finite(bad):
     logits = random_logits(2, seed=0)
     logits[1, 5] = bad
     with pytest.raises(ValueError, match="logits are not finite"):
-        sample(logits, [SamplingParams()] * 2, [0, 0])
+        draw(logits, [SamplingParams()] * 2, [0, 0])
 
 
 @pytest.mark.parametrize(
@@ -120,6 +179,21 @@ def test_logits_that_are_not_finite(bad):
         ("top_p", 1.01, "above 0 and at most 1"),
         ("top_p", math.nan, "above 0 and at most 1"),
         ("top_p", None, "above 0 and at most 1"),
+        ("min_p", -0.1, "from 0"),
+        ("min_p", 1.5, "from 0"),
+        ("min_p", math.nan, "from 0"),
+        ("repetition_penalty", 0, "a finite number above 0"),
+        ("repetition_penalty", math.inf, "a finite number above 0"),
+        ("presence_penalty", 2.1, "a number from -2 to 2"),
+        ("frequency_penalty", math.nan, "a number from -2 to 2"),
+        ("logit_bias", {3: 101}, "a number from -100 to 100 for each"),
+        ("logit_bias", {3: math.nan}, "a number from -100 to 100 for each"),
+        ("logit_bias", {"3": 1}, "a number from -100 to 100 for each"),
+        ("logit_bias", {-3: 1}, "a number from -100 to 100 for each"),
+        ("logit_bias", [3], "a number from -100 to 100 for each"),
+        ("logprobs", 21, "from 0 to 20"),
+        ("logprobs", True, "from 0 to 20"),
+        ("logprobs", -1, "from 0 to 20"),
         ("seed", -1, "from 0 to"),
         ("seed", 2**64, "from 0 to"),
         ("seed", 0.5, "from 0 to"),
