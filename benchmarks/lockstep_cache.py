@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from stu.futurefill import Naive, OnlineConvolution
+from stu.futurefill import Naive, OnlineConvolution, _Filled
+
+MOST_FLUSHES = 5
 
 
 class LockstepCache:
@@ -12,6 +14,7 @@ class LockstepCache:
     def __init__(self, convolution: OnlineConvolution) -> None:
         self._convolution = convolution
         self._rows: dict[int, int] = {}
+        self._is_written = False
 
     def pages_needed(self, new_tokens: int) -> int:
         """None: its memory is its own."""
@@ -41,24 +44,26 @@ class LockstepCache:
         """Go on as if so many new tokens had been decoded."""
         convolution = self._convolution
         convolution.position = position
-        if isinstance(convolution, Naive):
-            if not convolution._inputs.is_contiguous() or convolution._inputs[..., -1].sum() == 0:
-                with torch.inference_mode():  # memory that was never written reads too fast
-                    convolution._inputs[..., convolution.taps.shape[1] :].normal_()
-        else:
-            epoch = convolution.page_columns * convolution.lag_step  # type: ignore[attr-defined]
-            convolution._place = position % epoch  # type: ignore[attr-defined]
+        if isinstance(convolution, _Filled):
+            convolution._place = position % (convolution.page_columns * convolution.lag_step)
+        elif isinstance(convolution, Naive) and not self._is_written:
+            self._is_written = True
+            with torch.inference_mode():  # memory that was never written to reads too fast
+                for stream in convolution._inputs[..., convolution.taps.shape[1] :].flatten(0, 2):
+                    stream.fill_(0.1)
 
-    def flush_positions(self, most: int) -> list[tuple[int, int, int]]:
-        """Past lengths at some of the epochs' ends, the position just before each, and how many
-        ends each stands for."""
-        if isinstance(self._convolution, Naive):
-            return []
+    def flushes(self) -> list[tuple[str, int, int]]:
+        """Some of the ends of epochs: what happens there, where, and how many each stands for."""
         convolution = self._convolution
-        epoch = convolution.page_columns * convolution.lag_step  # type: ignore[attr-defined]
+        if not isinstance(convolution, _Filled):
+            return []
+        epoch = convolution.page_columns * convolution.lag_step
         ends = range(epoch, convolution.max_new_tokens, epoch)
-        chosen = ends[:: max(1, len(ends) // most)]
+        chosen = ends[len(ends) // (2 * MOST_FLUSHES) :: max(1, -(-len(ends) // MOST_FLUSHES))]
         counts = [
             len(ends) // len(chosen) + (i < len(ends) % len(chosen)) for i in range(len(chosen))
         ]
-        return [(end, end - 1, count) for end, count in zip(chosen, counts, strict=True)]
+        return [
+            (f"a fill from {end} positions", end, count)
+            for end, count in zip(chosen, counts, strict=True)
+        ]

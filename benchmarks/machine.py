@@ -2,6 +2,8 @@
 
 import os
 import platform
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +23,15 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def copy_gb_per_s() -> float:
+    """Bytes read and written a second by a copy too large for the caches, in GB."""
+    source = torch.ones(2**27)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / statistics.median(seconds) / 1e9

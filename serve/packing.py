@@ -34,7 +34,8 @@ class PackedLinear(nn.Module):
 def packs(weight: Tensor) -> bool:
     """Whether there is a layout to pack this weight into."""
     is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return is_float32_on_cpu and torch.backends.mkldnn.is_available()
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_float32_on_cpu and has_onednn
 
 
 def packed_copy(model: Model) -> Model:

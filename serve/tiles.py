@@ -88,7 +88,7 @@ class TileFlush:
             inputs = self._pages[list(past), layer].flatten(0, 1).t()  # [lag_step W, T]
             streams = inputs.reshape(-1, *taps.shape[:1], inputs.shape[1])  # [.., C, T]
             filled = future_fill(streams, taps, num_outputs).flatten(0, 1).t()
-            for page, added in zip(future, filled.split(self._pages.shape[2]), strict=True):
+            for page, added in zip(future, torch.split(filled, self._pages.shape[2]), strict=True):
                 self._pages[page, layer] += added
 
     def _through_cores(self, summary: Tensor, factors: _Factors) -> Tensor:

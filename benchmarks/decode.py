@@ -1,0 +1,292 @@
+"""`stu-bench decode`: the engine with its paged convolution cache, a naive one and an epoched one.
+
+All requests of a batch start together after prompts of 512 tokens. A run of 16,384 tokens by direct
+sums takes hours, so steps are timed at positions spread over the run, where the caches are set to
+as if the run had come there, and so is a flush of each tile size or epoch length; a run's time is
+their sum, each weighted by how often it occurs. `--whole` runs every step of the paged cache
+instead.
+
+Of a step, `convolution` is the time in the cache's `step` and `advance`, `outside` what is spent
+outside the runner: scheduler, sampling, text. Peers are `stu.futurefill.Naive`, which reads even
+lags only and makes no temporaries, and `stu.futurefill.Epoched`.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decode_plot import plot
+from benchmarks.lockstep_cache import LockstepCache
+from benchmarks.machine import copy_gb_per_s, describe
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import Request
+from serve.runner import Runner
+from stu.config import ModelConfig
+from stu.futurefill import Epoched, Naive
+from stu.model import FlashSTU
+
+VOCAB_SIZE, WIDTH, PROMPT_TOKENS = 4096, 512, 512
+POSITIONS, STEPS_AT_EACH = 10, 5
+PEERS = {"naive": Naive, "epoched": Epoched}
+PARTS = ["step", "convolution", "outside"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every combination of the settings and print one JSON object."""
+    args = parse(argv)
+    result: dict[str, Any] = {"machine": describe(), "copy_gb_per_s": copy_gb_per_s(), "runs": []}
+    for layout, mlp_ratio, new_tokens in itertools.product(
+        args.layout, args.mlp_ratio, args.new_tokens
+    ):
+        torch.manual_seed(0)
+        config = ModelConfig(
+            vocab_size=VOCAB_SIZE,
+            width=WIDTH,
+            layout=layout,
+            mlp_ratio=mlp_ratio,
+            max_seq_len=PROMPT_TOKENS + new_tokens,
+        )
+        model = FlashSTU(config).eval()
+        for batch in args.batch:
+            runs = [
+                run
+                for cache in args.caches
+                for run in measure(model, cache, batch, new_tokens, args)
+            ]
+            result["runs"] += compared(runs)
+            if args.output:
+                args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(result, args.plot)
+    json.dump(result, sys.stdout, indent=1)
+    print()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="stu-bench decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[64, 1024, 4096, 16384])
+    parser.add_argument("--mlp-ratio", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--layout", nargs="+", choices=["stu", "hybrid"], default=["stu", "hybrid"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--caches", nargs="+", default=["paged", *PEERS])
+    parser.add_argument("--page-len", type=int, default=EngineConfig().page_len)
+    parser.add_argument("--whole", action="store_true", help="time every step of the paged cache")
+    parser.add_argument("--output", type=Path, help="JSON file, written after each batch as well")
+    parser.add_argument("--plot", type=Path, help="PNG file")
+    return parser.parse_args(argv)
+
+
+def measure(
+    model: FlashSTU, cache_name: str, batch: int, new_tokens: int, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """For each number of threads, milliseconds of a step on average, and what they are spent on."""
+    engine, cache = make_engine(model, cache_name, batch, new_tokens, args.page_len)
+    torch.set_num_threads(max(args.threads))
+    for seed in range(batch):
+        engine.add(Request([seed + 1] * PROMPT_TOKENS, new_tokens))
+    while engine.stats().new_tokens < batch:
+        engine.step()
+    clock = Clock(engine, cache)
+    gc.collect()
+    gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            engine.step()
+        if args.whole:
+            samples = [(1.0, "", clock.step()) for _ in range(new_tokens - 8)]
+        else:
+            samples = sampled(clock, cache, new_tokens)
+        shape = model.config
+        setting = {
+            "layout": shape.layout,
+            "mlp_ratio": shape.mlp_ratio,
+            "new_tokens": new_tokens,
+            "batch": batch,
+            "threads": threads,
+            "cache": cache_name,
+        }
+        run = setting | summary(samples) | bandwidth(model, samples)
+        print({name: shown(value) for name, value in run.items()}, file=sys.stderr, flush=True)
+        yield run
+    gc.unfreeze()
+
+
+def sampled(
+    clock: "Clock", cache: Any, new_tokens: int
+) -> list[tuple[float, str, dict[str, float]]]:
+    """Steps, each with how many of a run's it stands for, and what it does besides a step."""
+    flushes = []
+    for what, position, count in cache_flushes(cache, new_tokens):
+        seek(cache, position - 1)
+        flushes.append((float(count), what, clock.step()))
+    num_plain = new_tokens - sum(count for count, _, _ in flushes)
+    steps = []
+    spread = range(0, max(1, new_tokens - 64), max(1, new_tokens // POSITIONS))
+    for position in spread:
+        seek(cache, position - position % 64)  # no page ends within the next steps
+        clock.step()
+        each = [clock.step() for _ in range(STEPS_AT_EACH)]
+        median = {part: statistics.median(step[part] for step in each) for part in PARTS}
+        steps.append((num_plain / len(spread), "", median | {"position": position}))
+    return steps + flushes
+
+
+def summary(samples: list[tuple[float, str, dict[str, float]]]) -> dict[str, Any]:
+    """Means, quantiles and the largest step of a run."""
+    total = sum(weight for weight, _, _ in samples)
+    result: dict[str, Any] = {
+        f"{part}_ms": sum(weight * step[part] for weight, _, step in samples) / total
+        for part in PARTS
+    }
+    for part in ("convolution", "outside"):
+        result[f"{part}_share"] = result[f"{part}_ms"] / result["step_ms"]
+    ordered = sorted(samples, key=lambda its: its[2]["step"])
+    for name, share in {"median": 0.5, "p99": 0.99}.items():
+        reached = itertools.accumulate(weight for weight, _, _ in ordered)
+        place = next(i for i, sofar in enumerate(reached) if sofar >= share * total)
+        result[f"{name}_step_ms"] = ordered[place][2]["step"]
+    result["p99_over_median"] = result["p99_step_ms"] / result["median_step_ms"]
+    result["largest_step_ms"] = ordered[-1][2]["step"]
+    result["largest_step_does"] = ordered[-1][1] or "nothing besides"
+    plain = [step for _, what, step in samples if not what and "position" in step]
+    result["step_ms_by_position"] = {int(its["position"]): its["step"] for its in plain}
+    result["step_ms_by_flush"] = {what: step["step"] for _, what, step in samples if what}
+    return result
+
+
+def bandwidth(
+    model: FlashSTU, samples: list[tuple[float, str, dict[str, float]]]
+) -> dict[str, float]:
+    """How fast the weights go through, were each read from memory once a step."""
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    steps = [step["step"] - step["convolution"] for _, _, step in samples]
+    return {"weights_gb_per_s": num_bytes / 1e6 / statistics.median(steps)}
+
+
+def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every peer's time over the paged cache's, in the same setting."""
+    paged = {run["threads"]: run for run in runs if run["cache"] == "paged"}
+    for run in runs:
+        if run["cache"] != "paged" and run["threads"] in paged:
+            reference = paged[run["threads"]]
+            for part in ("step", "convolution"):
+                run[f"{part}_over_paged"] = run[f"{part}_ms"] / reference[f"{part}_ms"]
+    return runs
+
+
+def make_engine(
+    model: FlashSTU, cache_name: str, batch: int, new_tokens: int, page_len: int
+) -> tuple[Engine, Any]:
+    """An engine whose convolutions are remembered by the cache of that name."""
+    paged = cache_name == "paged"
+    pages = batch * (new_tokens // page_len + 8) if paged else 64
+    page_bytes = model.config.num_layers * page_len * WIDTH * 4
+    config = EngineConfig(
+        cache_gib=(pages + 2 * batch) * page_bytes * 1.5 / 2**30 + 0.02 * batch + 0.1,
+        page_len=page_len,
+        max_running=batch,
+        prompt_tokens_per_step=PROMPT_TOKENS * batch,
+    )
+    engine = Engine(model, NoText(), config)  # type: ignore[arg-type]
+    if paged:
+        return engine, engine._caches.convolution
+    taps, lag_step = model.convolution_taps()
+    cache = LockstepCache(PEERS[cache_name](taps.float(), batch, new_tokens, lag_step))
+    runner = Runner(model, cache, engine._caches.attention)  # type: ignore[arg-type]
+    free = engine._caches.free
+    engine._runner, engine._scheduler._needed = runner, runner.needed
+    engine._scheduler._capacity = engine._caches.capacity._replace(convolution=2**40)
+    object.__setattr__(engine._caches, "free", lambda: free()._replace(convolution=2**40))
+    return engine, cache
+
+
+class NoText:
+    """A tokenizer for tokens of no meaning."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "x" * len(ids)
+
+
+def seek(cache: Any, position: int) -> None:
+    """Set every row of the batch to so many new tokens."""
+    if isinstance(cache, LockstepCache):
+        cache.seek(position)
+        return
+    for sequence in cache._sequences.values():
+        sequence.start = cache._time - position
+
+
+def cache_flushes(cache: Any, new_tokens: int) -> list[tuple[str, int, int]]:
+    """What flushes do, a position at which each occurs, and how many it stands for."""
+    if isinstance(cache, LockstepCache):
+        return cache.flushes()
+    page_len = cache._page_len
+    num_pages = -(-(new_tokens - 1) // page_len)
+    sizes = [2**i for i in range(num_pages.bit_length()) if 2**i < num_pages]
+    return [
+        (
+            f"a flush of {size * page_len} positions",
+            size * page_len,
+            len(range(size, num_pages, 2 * size)),
+        )
+        for size in sizes
+    ]
+
+
+def shown(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+class Clock:
+    """Milliseconds of a step, of the convolution in it, and outside the runner."""
+
+    def __init__(self, engine: Engine, cache: Any) -> None:
+        self._engine = engine
+        self._spent = {"convolution": 0.0, "runner": 0.0}
+        for owner, method, part in (
+            (cache, "step", "convolution"),
+            (cache, "advance", "convolution"),
+            (engine._runner, "decode", "runner"),
+        ):
+            setattr(owner, method, self._timed(getattr(owner, method), part))
+
+    def _timed(self, call: Any, part: str) -> Any:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args)
+            self._spent[part] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def step(self) -> dict[str, float]:
+        """One step of the engine."""
+        self._spent.update(convolution=0.0, runner=0.0)
+        start = time.perf_counter()
+        self._engine.step()
+        total = time.perf_counter() - start
+        return {
+            "step": 1e3 * total,
+            "convolution": 1e3 * self._spent["convolution"],
+            "outside": 1e3 * (total - self._spent["runner"]),
+        }
+
+
+if __name__ == "__main__":
+    main()
