@@ -230,6 +230,7 @@ def seek(cache: Any, position: int) -> None:
         return
     for sequence in cache._sequences.values():
         sequence.start = cache._time - position
+        sequence.readers = [len(sequence.pages)] * len(sequence.pages)  # it may go back: free none
 
 
 def cache_flushes(cache: Any, new_tokens: int) -> list[tuple[str, int, int]]:

@@ -48,19 +48,12 @@ def generate(config: BatchConfig) -> "Tally":
 
 def _generate(config: BatchConfig, shard: Shard, path: Path) -> "Tally":
     _check_output(config, path)
-    from serve.devices import choose_devices
     from serve.job import BatchJob
     from serve.output import OutputFile
     from serve.progress import Display, Tally
     from serve.worker import Work
 
-    devices = choose_devices(config.devices)
-    if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
-        raise ValueError(
-            f"devices={config.devices!r} names one twice, and each process would take half of its "
-            "free memory: give cache_gib"
-        )
-    job = BatchJob(config)
+    devices, job = _devices(config), BatchJob(config)
     with OutputFile(
         path, job.identity(shard), job.row_format.recognise, config.overwrite
     ) as output:
@@ -86,6 +79,18 @@ def _generate(config: BatchConfig, shard: Shard, path: Path) -> "Tally":
             raise
     print(f"{tally}; wrote {path}", file=sys.stderr)
     return tally
+
+
+def _devices(config: BatchConfig) -> list[str]:
+    from serve.devices import choose_devices
+
+    devices = choose_devices(config.devices)
+    if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
+        raise ValueError(
+            f"devices={config.devices!r} names one twice, and each process would take half of its "
+            "free memory: give cache_gib"
+        )
+    return devices
 
 
 def _reports(

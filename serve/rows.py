@@ -22,7 +22,7 @@ class Row:
     """Its place in the input, from 0."""
     id: str | int
     given: Mapping[str, Any]
-    """Its fields, as they were read; in OpenAI's format, those of its body."""
+    """Its fields, as they were read."""
     requests: Sequence[Request]
     """One for each completion that is asked for."""
 

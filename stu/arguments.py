@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn, get_type_hints
@@ -20,7 +21,8 @@ UNKNOWN = [
 
 
 def run_command(program: str, body: Callable[[], int]) -> int:
-    """The exit code of a command: what `body` returns, or 2 after an error that a user can mend.
+    """The exit code of a command: what `body` returns, 2 after an error that a user can mend, or 3
+    after a fault of the program (Python's own 1 may mean something to the command).
 
     SIGTERM, as a cancelled job gets it, ends `body` with an exception, as Ctrl-C does, so that what
     is half written is removed: codes 143 and 130.
@@ -33,6 +35,9 @@ def run_command(program: str, body: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        return 3
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
-    "stu": {"flash_attn", "jsonargparse", "numpy", "platformdirs", "safetensors"}
-    | {"sentencepiece", "torch"},
+    "stu": {"docstring_parser", "flash_attn", "jsonargparse", "numpy", "platformdirs"}
+    | {"safetensors", "sentencepiece", "torch"},
     "train": {"stu"},
     "serve": {"stu"},
 }

@@ -220,6 +220,21 @@ def test_stop_strings_end_a_completion_before_them(run):
     assert cut["finish_reason"] == "stop"
 
 
+def test_logprobs_are_those_of_the_model(run, code_model, code_tokenizer):
+    prompt = [code_tokenizer.bos_id, *code_tokenizer.encode("def")]
+    _, (row,) = run([{"prompt": prompt, "logprobs": 3, "temperature": 2, "top_k": 50}])
+    tokens = [its["token"] for its in row["logprobs"]]
+    assert len(tokens) == row["num_completion_tokens"] > 0
+    with torch.inference_mode():
+        logits = code_model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    for at, its in enumerate(row["logprobs"]):
+        assert its["logprob"] == pytest.approx(expected[at, tokens[at]].item(), abs=1e-4)
+        values, indices = expected[at].topk(3)
+        assert [int(token) for token in its["top"]] == indices.tolist()
+        assert list(its["top"].values()) == pytest.approx(values.tolist(), abs=1e-4)
+
+
 def test_parquet(tmp_path, model_directory, run):
     table = pa.table({"text": ["x", None, "def"], "key": ["a", "b", "c"], "other": [1, 2, 3]})
     pq.write_table(table, tmp_path / "in.parquet")

@@ -86,6 +86,15 @@ def test_control_tokens(tokenizer: Tokenizer) -> None:
     assert (sizes[3:] > 0).all()
 
 
+def test_tokens_are_shown_by_themselves(tokenizer: Tokenizer) -> None:
+    shown = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
+    assert shown[:5] == ["<unk>", "<s>", "</s>", "\n", "\t"]
+    assert {"bytes:\\x80", "bytes:\\xff", "z", " "} <= set(shown)
+    for token, text in enumerate(shown):
+        if token > 2 and not text.startswith("bytes:"):
+            assert tokenizer.decode([token]) == text
+
+
 def test_an_id_outside_the_vocabulary_is_an_index_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(IndexError):
         tokenizer.decode([tokenizer.vocab_size])

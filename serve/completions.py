@@ -1,0 +1,174 @@
+"""OpenAI's text completions: from the body of a request to engine requests, and back to a body."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicode, show
+from serve.request import Request
+from serve.rows import Completion, Json
+from serve.text import TextStream
+from stu.config import nearest
+from stu.tokenizer import Tokenizer
+
+DEFAULTS: Json = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}
+OWN_SETTINGS = [name for name in SETTINGS if name != "max_new_tokens"]
+FIELDS = [
+    *("model", "prompt", "max_tokens", "n", "echo", "best_of", "suffix", "stream", "user"),
+    *OWN_SETTINGS,
+]
+MOST_COMPLETIONS = 128
+MOST_PROMPTS = 128
+MOST_STOPS = 4
+MOST_LOGPROBS = 5
+CREATED = 0  # in place of the time: rows do not depend on when and how often a run was begun
+
+
+class Completions:
+    """Reads and writes bodies of completions, with this project's own settings beside OpenAI's.
+
+    `prompt` may hold several prompts; they and the `n` completions of each are choices, in their
+    order.
+    """
+
+    def __init__(self, builder: RequestBuilder, tokenizer: Tokenizer, model_name: str) -> None:
+        self._builder, self._tokenizer, self._model_name = builder, tokenizer, model_name
+
+    def requests(self, number: int, body: Mapping[str, Any]) -> list[Request]:
+        """One for each choice; `number` decides the seed if the body has none.
+
+        Raises ValueError naming field, value, what is allowed, and what to do.
+        """
+        require_known(body, FIELDS)
+        body = _without_nulls(body)
+        _require_allowed(body)
+        settings = {name: body[name] for name in OWN_SETTINGS if name in body}
+        if "max_tokens" in body:
+            settings["max_new_tokens"] = body["max_tokens"]
+        requests: list[Request] = []
+        for prompt in _prompts(body["prompt"]):
+            request = self._builder.build(number, prompt, settings)
+            requests += [request] * body.get("n", 1)
+        return _with_own_seeds(requests)
+
+    def answer(
+        self,
+        number: int,
+        body: Mapping[str, Any],
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+    ) -> Json:
+        """The body of the answer. In its `usage`, a prompt counts once, with BOS."""
+        body = _without_nulls(body)
+        prompts, num_each = _prompts(body["prompt"]), body.get("n", 1)
+        choices = []
+        for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
+            has_logprobs = request.sampling.logprobs is not None
+            before = self._text(prompts[index // num_each]) if body.get("echo") else ""
+            choices.append(
+                {
+                    "index": index,
+                    "text": before + completion.text,
+                    "logprobs": self._logprobs(request, completion) if has_logprobs else None,
+                    "finish_reason": completion.finish_reason,
+                }
+            )
+        prompt_tokens = sum(len(request.tokens) for request in requests[::num_each])
+        completion_tokens = sum(completion.num_tokens for completion in completions)
+        return {
+            "id": f"cmpl-{number}",
+            "object": "text_completion",
+            "created": CREATED,
+            "model": body.get("model", self._model_name),
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
+        }
+
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    def _logprobs(self, request: Request, completion: Completion) -> Json:
+        """Each token's, with the text it stands for and where in the completion that begins."""
+        named = self._tokenizer.token_text
+        stream, num_chars, offsets = TextStream(self._tokenizer, request.tokens), 0, []
+        for its in completion.logprobs:
+            offsets.append(min(num_chars, len(completion.text)))  # a stop string has no text
+            num_chars += len(stream.append(its.token))
+        return {
+            "tokens": [named(its.token) for its in completion.logprobs],
+            "token_logprobs": [its.logprob for its in completion.logprobs],
+            "top_logprobs": [
+                {named(token): logprob for token, logprob in its.top.items()}
+                | {named(its.token): its.logprob}
+                for its in completion.logprobs
+            ],
+            "text_offset": offsets,
+        }
+
+
+def require_known(given: Mapping[str, Any], known: list[str]) -> None:
+    """Raises ValueError for a field that is not `known`, with the nearest that is."""
+    for key in given:
+        if key not in known:
+            raise ValueError(f"unknown field {show(key)}{nearest(key, known)}")
+
+
+def require(name: str, value: object, holds: bool, allowed: str) -> None:
+    """Raises ValueError unless it `holds` that a value is allowed."""
+    if not holds:
+        raise ValueError(f"{name}={show(value)} is not allowed: it must be {allowed}")
+
+
+def _without_nulls(body: Mapping[str, Any]) -> Json:
+    """OpenAI's fields may all be null, which is as good as leaving them out."""
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """One or several: text, or token ids."""
+    is_several = isinstance(prompt, list) and any(isinstance(its, str | list) for its in prompt)
+    return prompt if is_several else [prompt]
+
+
+def _with_own_seeds(requests: Sequence[Request]) -> list[Request]:
+    """Requests with different seeds, all from that of the first, which keeps it."""
+    seed = requests[0].sampling.seed
+    seeds = [seed, *(derived_seed(seed, index) for index in range(1, len(requests)))]
+    return [
+        replace(request, sampling=replace(request.sampling, seed=own))
+        for request, own in zip(requests, seeds, strict=True)
+    ]
+
+
+def _require_allowed(body: Mapping[str, Any]) -> None:
+    """Raises ValueError for what OpenAI's body alone has; the builder sees to the rest."""
+    if "prompt" not in body:
+        raise ValueError('field "prompt" is missing: give a string, "" to start from nothing')
+    num_prompts = len(_prompts(body["prompt"]))
+    if num_prompts > MOST_PROMPTS:
+        raise ValueError(
+            f"prompt has {num_prompts} prompts, and a row may have {MOST_PROMPTS}: write more rows"
+        )
+    model, count, echo = body.get("model", ""), body.get("n", 1), body.get("echo", False)
+    require("model", model, isinstance(model, str), "a string")
+    require_unicode("model", model)
+    is_allowed = type(count) is int and 1 <= count <= MOST_COMPLETIONS
+    require("n", count, is_allowed, f"a whole number from 1 to {MOST_COMPLETIONS}")
+    require("echo", echo, type(echo) is bool, "true or false")
+    stop, logprobs = body.get("stop", []), body.get("logprobs", 0)
+    are_few = not isinstance(stop, list) or len(stop) <= MOST_STOPS
+    require("stop", stop, are_few, f"at most {MOST_STOPS} strings")
+    is_allowed = type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS
+    require("logprobs", logprobs, is_allowed, f"a whole number from 0 to {MOST_LOGPROBS}")
+    if echo and "logprobs" in body:
+        raise ValueError(
+            "echo=true cannot go with logprobs, for a prompt's tokens have none here: leave one out"
+        )
+    best_of, suffix, stream = body.get("best_of", count), body.get("suffix", ""), body.get("stream")
+    require("best_of", best_of, best_of == count, "left out, or equal to n")
+    require("suffix", suffix, suffix == "", 'left out, or ""')
+    require("stream", stream, stream in (None, False), "false")

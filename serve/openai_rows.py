@@ -1,0 +1,83 @@
+"""The rows of OpenAI's batch format."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serve.completions import Completions, require, require_known
+from serve.prompts import require_unicode, show
+from serve.rows import Completion, Json, Refusal, Row
+
+FIELDS = ["custom_id", "method", "url", "body"]
+URL = "/v1/completions"
+ID_PREFIX = "batch_req_"
+OWN_NAME = re.compile(r'\bmax_new_tokens\b(?!")')
+"""Of OpenAI's max_tokens, in errors of what builds requests and decodes them, but in no quote."""
+
+
+class OpenAiRows:
+    """`{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`; for the body see
+    `serve.completions`."""
+
+    name = "openai"
+    id_field = "custom_id"
+
+    def __init__(self, completions: Completions) -> None:
+        self._completions = completions
+
+    def id_of(self, given: Mapping[str, Any], number: int) -> str:
+        """`RowFormat.id_of`."""
+        if "custom_id" not in given:
+            raise ValueError('field "custom_id" is missing: give a string that no other row has')
+        row_id = given["custom_id"]
+        if not isinstance(row_id, str):
+            raise ValueError(f"custom_id={show(row_id)} is not allowed: it must be a string")
+        require_unicode("custom_id", row_id)
+        return row_id
+
+    def row(self, number: int, row_id: str | int, given: Mapping[str, Any]) -> Row:
+        """`RowFormat.row`."""
+        require_known(given, FIELDS)
+        method, url, body = given.get("method"), given.get("url"), given.get("body")
+        require("method", method, method == "POST", '"POST"')
+        if isinstance(url, str) and url.startswith("/v1/chat"):
+            raise ValueError(
+                f"url={show(url)} is not served, for there is no chat template: write the chat as "
+                f'a prompt, and url "{URL}"'
+            )
+        require("url", url, url == URL, f'"{URL}"')
+        if not isinstance(body, dict):
+            raise ValueError(f"body={show(body)} is not allowed: it must be a JSON object")
+        return Row(number, row_id, given, self._completions.requests(number, body))
+
+    def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
+        """`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`,
+        the body that of OpenAI's completions."""
+        body = self._completions.answer(row.number, row.given["body"], row.requests, completions)
+        return _written(row.number, row.id, 200, body, None)
+
+    def refused(self, refusal: Refusal) -> Json:
+        """Like `completed`, with OpenAI's error in place of the body and in `error`."""
+        message = OWN_NAME.sub("max_tokens", refusal.error)
+        code = "invalid_request_error" if refusal.status_code < 500 else "server_error"
+        body = {"error": {"message": message, "type": code, "param": None, "code": None}}
+        error = {"code": code, "message": message}
+        return _written(refusal.number, refusal.id, refusal.status_code, body, error)
+
+    def recognise(self, written: Json) -> tuple[int, bool]:
+        """`RowFormat.recognise`."""
+        written_id = str(written["id"])
+        if not written_id.startswith(ID_PREFIX):
+            raise ValueError(f"id={show(written_id)} does not begin with {ID_PREFIX}")
+        return int(written_id.removeprefix(ID_PREFIX)), written["error"] is not None
+
+
+def _written(
+    number: int, row_id: str | int | None, status_code: int, body: Json, error: Json | None
+) -> Json:
+    return {
+        "id": f"{ID_PREFIX}{number}",
+        "custom_id": row_id,
+        "response": {"status_code": status_code, "request_id": f"req_{number}", "body": body},
+        "error": error,
+    }

@@ -1,0 +1,119 @@
+"""One engine and its part of a batch: in this process, or as a process of its own.
+
+    python -m serve.worker
+
+takes its work as a line of JSON on stdin, and gives its reports as lines of JSON on stdout. It ends
+when its stdin does, so that it does not outlive the run that it works for, however that one ends.
+"""
+
+import gc
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+
+from serve.batch_config import BatchConfig
+from serve.decoder import Decoder, Report
+from serve.engine import Engine
+from serve.job import BatchJob
+from serve.rows import read_rows
+from serve.shard import Shard
+from stu.arguments import run_command
+from stu.checkpoint import load_model
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one engine is to decode."""
+
+    config: BatchConfig
+    device: str
+    """torch's name of it."""
+    shard: Shard
+    done: frozenset[int]
+    """Numbers of the rows in `shard` that need no decoding."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "config": self.config.to_json(),
+            "device": self.device,
+            "shard": str(self.shard),
+            "done": sorted(self.done),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Work":
+        """From what `to_json` gave."""
+        return cls(
+            BatchConfig.from_json(values["config"]),
+            values["device"],
+            Shard.parse(values["shard"]),
+            frozenset(values["done"]),
+        )
+
+
+def decode(work: Work) -> Iterator[Report]:
+    """Decode all rows of `work`, reporting now and then; the model is loaded if there are any.
+
+    Raises ValueError or OSError for what keeps all rows from being decoded.
+    """
+    job = BatchJob(work.config)
+    rows = read_rows(
+        job.source,
+        job.row_format,
+        lambda number: number in work.shard and number not in work.done,
+    )
+    first = next(rows, None)
+    if first is None:
+        return
+    try:
+        dtype = getattr(torch, work.config.dtype)
+        # The engine keeps what it needs of the model, which nobody else holds.
+        engine = Engine(
+            load_model(work.config.model, work.device, dtype), job.tokenizer, work.config.engine
+        )
+        # Or a step now and then would wait for a collection of all that was ever imported.
+        gc.collect()
+        gc.freeze()
+        most_waiting = 2 * work.config.engine.max_running
+        decoder = Decoder(engine, job.row_format, job.source, work.shard.count, most_waiting)
+        yield from decoder.decode(chain([first], rows))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{work.device} is out of memory: lower cache_gib, max_running or "
+            "prompt_tokens_per_step, or choose another device"
+        ) from error
+
+
+def main() -> int:
+    """The worker process. 0: all is reported; 2: an error, which stderr says."""
+
+    def report_all() -> int:
+        work = Work.from_json(json.loads(sys.stdin.buffer.readline()))
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+        # What a library prints must not come between the reports.
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as reports:
+            os.dup2(2, 1)
+            for report in decode(work):
+                print(json.dumps(report.to_json()), file=reports, flush=True)
+        return 0
+
+    return run_command("stu-generate worker", report_all)
+
+
+def _end_with_stdin() -> None:
+    # sys.stdin would be locked by this thread when the process ends.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The smallest model directory, and `stu-generate` on it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from serve.batch import main
+from stu.checkpoint import save_model
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.tokenizer import train_bpe
+
+torch.set_num_threads(1)  # such small tensors are slower on more
+
+MAX_SEQ_LEN = 64
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    """Tests may run in a SLURM step of their own."""
+    for name in os.environ:
+        if name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, path)
+
+
+@pytest.fixture(scope="session")
+def code_model(code_tokenizer):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=code_tokenizer.vocab_size,
+        width=16,
+        num_layers=4,
+        num_filters=6,
+        num_heads=2,
+        window_tokens=7,
+        max_seq_len=MAX_SEQ_LEN,
+    )
+    return FlashSTU(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, code_model, code_tokenizer):
+    path = tmp_path_factory.mktemp("export") / "model"
+    save_model(path, code_model, code_tokenizer, {"max_new_tokens": 9})
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, model_directory):
+    """Call with rows (or raw lines) and options: the exit code and the rows written, in the order
+    of the input."""
+    num_calls = 0
+
+    def call(rows, *options):
+        nonlocal num_calls
+        num_calls += 1
+        source, target = tmp_path / f"{num_calls}.in.jsonl", tmp_path / f"{num_calls}.out.jsonl"
+        write_rows(source, rows)
+        code = generate(model_directory, source, target, *options)
+        written = read_rows(target) if target.exists() else []
+        return code, sorted(written, key=lambda row: row.get("row", row["id"]))
+
+    return call
+
+
+def generate(*arguments):
+    """`stu-generate MODEL INPUT OUTPUT ...`, in this process: the exit code."""
+    model, source, target, *options = map(str, arguments)
+    return main([model, "--input", source, "--output", target, "--cache-gib", "0.01", *options])
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """`generate` as a process: call it, and it is killed at the end of the test with all it
+    started."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = []
+
+    def call(*arguments):
+        model, source, target, *options = map(str, arguments)
+        command = [sys.executable, "-m", "serve.batch", model, "--input", source]
+        command += ["--output", target, "--cache-gib", "0.01", *options]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            process.kill()
+        process.communicate()
+
+
+def wait_for_bytes(process, path, num_bytes):
+    """Until `path` has so many, or `process` has ended."""
+    while process.poll() is None and not (path.exists() and path.stat().st_size >= num_bytes):
+        time.sleep(0.002)
+
+
+def write_rows(path, rows):
+    """Each may be an object, or a line as text or bytes."""
+    lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def read_rows(path):
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == "", "the last line is whole"
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,278 @@
+"""`stu-generate` on OpenAI's batch format."""
+
+import pytest
+
+from serve.completions import Completions
+from serve.openai_rows import OpenAiRows
+from serve.prompts import RequestBuilder
+from serve.rows import Completion, Refusal
+from serve.sampling import TokenLogprobs
+from tests.serve.conftest import generate
+
+NO_EOS = {"stop_at_eos": False}
+
+
+def row(custom_id, **body):
+    body = {"model": "demo", **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+@pytest.fixture
+def decode(run):
+    """Call with rows and options: what was written for each."""
+
+    def call(rows, *options):
+        code, written = run(rows, *options)
+        assert code == any(its["error"] is not None for its in written)
+        return sorted(written, key=lambda its: int(its["id"].removeprefix("batch_req_")))
+
+    return call
+
+
+@pytest.fixture
+def choices(decode):
+    """Call with a body and options: its choices."""
+
+    def call(*options, **body):
+        (written,) = decode([row("a", **body)], *options)
+        return written["response"]["body"]["choices"]
+
+    return call
+
+
+def test_what_is_written(decode, run):
+    written = decode([row("x", prompt="def", max_tokens=5, temperature=0, **NO_EOS)])
+    plain = {"prompt": "def", "max_new_tokens": 5, "temperature": 0, **NO_EOS}
+    ((_, (expected,)),) = [run([plain])]
+    choice = {
+        "index": 0,
+        "text": expected["completion"],
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    num_prompt_tokens = expected["num_prompt_tokens"]
+    body = {
+        "id": "cmpl-0",
+        "object": "text_completion",
+        "created": 0,
+        "model": "demo",
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": 5,
+            "total_tokens": num_prompt_tokens + 5,
+        },
+    }
+    response = {"status_code": 200, "request_id": "req_0", "body": body}
+    assert written == [{"id": "batch_req_0", "custom_id": "x", "response": response, "error": None}]
+
+
+def test_defaults_are_openai_s_unless_the_command_line_has_others(decode, choices):
+    (written,) = decode([row("a", prompt="x", **NO_EOS)])
+    assert written["response"]["body"]["usage"]["completion_tokens"] == 16
+    drawn = choices(prompt="x", **NO_EOS)[0]["text"]
+    greedy = choices(prompt="x", temperature=0, **NO_EOS)[0]["text"]
+    assert drawn != greedy
+    assert choices("--temperature", "0", "--stop-at-eos", "false", prompt="x")[0]["text"] == greedy
+    (written,) = decode([row("a", prompt="x", **NO_EOS)], "--max-new-tokens", "3")
+    assert written["response"]["body"]["usage"]["completion_tokens"] == 3
+
+
+def test_null_is_as_good_as_nothing(choices):
+    names = "max_tokens temperature top_p n stop seed logprobs echo logit_bias presence_penalty "
+    names += "frequency_penalty best_of suffix stream user model top_k stop_at_eos"
+    assert choices(prompt="x", **dict.fromkeys(names.split())) == choices(prompt="x")
+
+
+def test_neutral_settings_change_nothing(choices):
+    neutral = {"best_of": 2, "suffix": "", "stream": False, "user": "someone", "echo": False}
+    assert choices(prompt="x", n=2, **neutral) == choices(prompt="x", n=2)
+
+
+def test_prompts_and_completions_of_a_row_are_choices_in_their_order(choices, code_tokenizer):
+    prompts = ["def", "", "x = 1"]
+    tokens = [[code_tokenizer.bos_id, *code_tokenizer.encode(prompt)] for prompt in prompts]
+    several = choices(prompt=prompts, n=2, seed=5)
+    assert [choice["index"] for choice in several] == list(range(6))
+    assert len({choice["text"] for choice in several}) == 6
+    assert choices(prompt=tokens, n=2, seed=5) == several
+    assert choices(prompt=prompts[0], seed=5) == several[:1]
+    assert choices(prompt=tokens[0], n=2, seed=5) == several[:2]
+    assert choices(prompt=prompts, n=2, seed=6) != several
+    greedy = choices(prompt=prompts, n=2, temperature=0)
+    for at, prompt in enumerate(prompts):
+        (alone,) = choices(prompt=prompt, temperature=0)
+        assert [its["text"] for its in greedy[2 * at : 2 * at + 2]] == [alone["text"]] * 2
+
+
+def test_a_prompt_counts_once(decode):
+    (written,) = decode([row("a", prompt=["x", [1, 2, 3]], n=3, max_tokens=4, **NO_EOS)])
+    usage = {"prompt_tokens": 2 + 3, "completion_tokens": 24, "total_tokens": 29}
+    assert written["response"]["body"]["usage"] == usage
+
+
+def test_rows_without_seeds_draw_differently(decode):
+    written = decode([row("a", prompt="x"), row("b", prompt="x")])
+    texts = {its["response"]["body"]["choices"][0]["text"] for its in written}
+    assert len(texts) == 2
+
+
+def test_stop_strings_and_eos_end_a_completion(choices):
+    (whole,) = choices(prompt="x", temperature=0)
+    stop = whole["text"][3:5]
+    (cut,) = choices(prompt="x", temperature=0, stop=["never", stop])
+    assert (cut["text"], cut["finish_reason"]) == (whole["text"].split(stop)[0], "stop")
+    assert choices(prompt="x", temperature=0, stop=stop) == [cut]
+
+
+def test_echo_puts_the_prompt_before_the_completion(choices, code_tokenizer):
+    tokens = [code_tokenizer.bos_id, *code_tokenizer.encode("größe\n")]
+    plain = choices(prompt="größe\n", n=2)
+    for prompt in ("größe\n", tokens):
+        echoed = choices(prompt=prompt, n=2, echo=True)
+        assert [its["text"] for its in echoed] == ["größe\n" + its["text"] for its in plain]
+    several = choices(prompt=["a", tokens], n=2, echo=True)
+    assert [its["text"][:6].rstrip("\n") for its in several[2:]] == ["größe"] * 2
+    assert [its["text"][:1] for its in several[:2]] == ["a"] * 2
+
+
+def test_logprobs_are_those_of_the_tokens(choices, run, code_tokenizer):
+    settings = {"prompt": "def", "logprobs": 3, "seed": 3, **NO_EOS}
+    (choice,) = choices(**settings, max_tokens=12)
+    _, (plain,) = run([{**settings, "max_new_tokens": 12, "temperature": 1}])
+    assert choice["text"] == plain["completion"]
+    logprobs, named = choice["logprobs"], code_tokenizer.token_text
+    assert {len(values) for values in logprobs.values()} == {12}
+    for at, expected in enumerate(plain["logprobs"]):
+        assert logprobs["tokens"][at] == named(expected["token"])
+        assert logprobs["token_logprobs"][at] == expected["logprob"]
+        top = {named(int(token)): value for token, value in expected["top"].items()}
+        top[named(expected["token"])] = expected["logprob"]
+        assert logprobs["top_logprobs"][at] == top
+
+
+def test_offsets_say_where_a_token_s_text_begins(code_tokenizer):
+    builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 40})
+    completions, text = Completions(builder, code_tokenizer, "demo"), "größe = x + 1"
+    tokens = code_tokenizer.encode(text + "STOP")
+    logprobs = [TokenLogprobs(token, -1.0, {}) for token in tokens]
+    completion = Completion(text, len(tokens), logprobs, "stop")
+    body = {"prompt": "def", "logprobs": 0}
+    requests = completions.requests(0, body)
+    (choice,) = completions.answer(0, body, requests, [completion])["choices"]
+    names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    shown = list(zip(names, offsets, strict=True))
+    assert shown[:2] == [("g", 0), ("r", 1)]
+    assert shown[2:6] == [
+        (f"bytes:\\x{byte:02x}", 2 + at // 2) for at, byte in enumerate("öß".encode())
+    ]
+    for name, offset in shown[6:-4]:
+        assert text[offset:].startswith(name)
+    assert [offset for _, offset in shown[-3:]] == [len(text)] * 3
+
+
+def test_logprobs_of_no_top_tokens_and_of_no_tokens(choices):
+    (choice,) = choices(prompt="x", logprobs=0, max_tokens=3, **NO_EOS)
+    assert [list(top) for top in choice["logprobs"]["top_logprobs"]] == [
+        [name] for name in choice["logprobs"]["tokens"]
+    ]
+    eos = {"logit_bias": {"2": 100}}
+    (choice,) = choices(prompt="x", logprobs=2, **eos)
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert set(map(len, choice["logprobs"].values())) == {0}
+
+
+PROMPT = {"prompt": "x"}
+BAD_ROWS = [
+    (
+        {**row("k", **PROMPT), "method": "GET"},
+        "k",
+        'method="GET" is not allowed: it must be "POST"',
+    ),
+    ({**row("k", **PROMPT), "url": "/v1/chat/completions"}, "k", "for there is no chat template"),
+    ({**row("k", **PROMPT), "url": "/v2"}, "k", 'url="/v2" is not allowed: it must be "/v1/compl'),
+    ({**row("k", **PROMPT), "body": []}, "k", "body=[] is not allowed: it must be a JSON object"),
+    ({**row("k", **PROMPT), "bdy": {}}, "k", "unknown field \"bdy\": did you mean 'body'?"),
+    ({"custom_id": "k"}, "k", 'method=null is not allowed: it must be "POST"'),
+    ({**row("k", **PROMPT), "custom_id": 5}, None, "custom_id=5 is not allowed: it must be a str"),
+    ({"body": {"prompt": "x"}}, None, 'field "custom_id" is missing'),
+    (row("a", **PROMPT), "a", "custom_id='a' is taken by line 1: give another"),
+    (row("\ud800", **PROMPT), None, "custom_id has half of a surrogate pair"),
+    (row("k"), "k", 'field "prompt" is missing'),
+    (row("k", prompt=5), "k", "prompt=5 is not allowed"),
+    (row("k", prompt=["x", 5]), "k", "prompt=5 is not allowed"),
+    (row("k", prompt=["x", "\ud800"]), "k", "prompt has half of a surrogate pair"),
+    (row("k", prompt=["x"] * 129), "k", "prompt has 129 prompts, and a row may have 128"),
+    (row("k", prompt=[[1, 280]]), "k", "token id 280 is outside the vocabulary"),
+    (row("k", **PROMPT, model=5), "k", "model=5 is not allowed: it must be a string"),
+    (row("k", **PROMPT, model="\ud800"), "k", "model has half of a surrogate pair"),
+    (row("k", **PROMPT, max_tokens=0), "k", "max_tokens=0 is not allowed"),
+    (row("k", **PROMPT, max_tokens=70), "k", "max_tokens=70 exceed the model's max_seq_len=64: lo"),
+    (row("k", **PROMPT, max_new_tokens=5), "k", 'unknown field "max_new_tokens": did you mean'),
+    (row("k", **PROMPT, temprature=1), "k", "did you mean 'temperature'?"),
+    (row("k", **PROMPT, n=0), "k", "n=0 is not allowed: it must be a whole number from 1 to 128"),
+    (row("k", **PROMPT, n=129), "k", "n=129 is not allowed"),
+    (row("k", **PROMPT, n=True), "k", "n=true is not allowed"),
+    (row("k", **PROMPT, best_of=2), "k", "best_of=2 is not allowed: it must be left out, or equal"),
+    (row("k", **PROMPT, suffix="y"), "k", 'suffix="y" is not allowed: it must be left out'),
+    (row("k", **PROMPT, stream=True), "k", "stream=true is not allowed: it must be false"),
+    (row("k", **PROMPT, echo=1), "k", "echo=1 is not allowed: it must be true or false"),
+    (row("k", **PROMPT, echo=True, logprobs=1), "k", "echo=true cannot go with logprobs"),
+    (row("k", **PROMPT, logprobs=6), "k", "logprobs=6 is not allowed: it must be a whole number"),
+    (row("k", **PROMPT, logprobs=True), "k", "logprobs=true is not allowed"),
+    (row("k", **PROMPT, stop=["a"] * 5), "k", "it must be at most 4 strings"),
+    (row("k", **PROMPT, stop=5), "k", "stop=5 is not allowed"),
+    (row("k", **PROMPT, temperature="1"), "k", "temperature='1' is not allowed"),
+    (row("k", **PROMPT, seed="1"), "k", "seed='1' is not allowed"),
+    (row("k", **PROMPT, presence_penalty=3), "k", "presence_penalty=3 is not allowed"),
+    (row("k", **PROMPT, logit_bias={"x": 1}), "k", "logit_bias="),
+    (row("k", **PROMPT, logit_bias={"280": 1}), "k", "280"),
+    ("nothing", None, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("bad", "custom_id", "message"), BAD_ROWS)
+def test_a_bad_row_is_refused_and_the_others_are_not(decode, bad, custom_id, message):
+    good = row("a", prompt="def"), row("z", prompt="f(x)")
+    written = decode([good[0], bad, good[1]])
+    refused = written[1]
+    assert refused["custom_id"] == custom_id
+    assert refused["response"]["status_code"] == 400
+    assert refused["error"]["code"] == "invalid_request_error"
+    assert refused["error"]["message"].startswith("line 2: ")
+    assert message in refused["error"]["message"]
+    assert refused["response"]["body"]["error"]["message"] == refused["error"]["message"]
+    blank = decode([good[0], " ", good[1]])
+    assert [written[0], written[2]] == blank
+
+
+def test_a_failure_of_the_model_s_has_another_code(code_tokenizer):
+    builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 5})
+    rows = OpenAiRows(Completions(builder, code_tokenizer, "demo"))
+    refused = rows.refused(Refusal(3, "k", "bad", 500))
+    assert refused["response"]["status_code"] == 500
+    assert refused["response"]["body"]["error"]["type"] == "server_error"
+    assert refused["error"] == {"code": "server_error", "message": "bad"}
+
+
+def test_the_format_is_that_of_the_first_row_that_can_be_read(run, decode):
+    rows = ["nothing", row("a", prompt="x"), {"prompt": "x"}]
+    written = decode(rows)
+    assert [its["error"] is None for its in written] == [False, True, False]
+    _, written = run([{"prompt": "x"}, row("a", prompt="x")])
+    assert ["error" in its for its in written] == [False, True]
+    assert decode(["nothing", row("a", prompt="x")], "--format", "openai")[1]["error"] is None
+    _, written = run([row("a", prompt="x")], "--format", "prompts")
+    assert "unknown field" in written[0]["error"]
+
+
+def test_a_run_goes_on(tmp_path, decode, model_directory):
+    rows = [row(str(number), prompt="x", logprobs=2, n=2) for number in range(20)]
+    whole = decode([*rows, "nothing"])
+    target = tmp_path / "1.out.jsonl"
+    lines = target.read_text(encoding="utf-8").splitlines(keepends=True)
+    target.write_text("".join(lines[:9]) + lines[9][:50], encoding="utf-8")
+    assert generate(model_directory, tmp_path / "1.in.jsonl", target) == 1
+    after = target.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert sorted(after) == sorted(lines)
+    assert len(whole) == 21
