@@ -18,7 +18,6 @@ float64.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from serve.pages import PagePool, pages_for
@@ -143,10 +142,8 @@ class ConvolutionCache:
         self._rows.pop()
 
     def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
-        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs.
-
-        Rows beyond the batch's are padding, and may have any finite input.
-        """
+        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs, which are
+        valid until `advance`."""
         streams = inputs.view(-1, *self._inputs.shape[3:])  # [B, W / C, C]
         slot = self._time % self._page_len
         key = slot, first_row, len(streams)
@@ -156,12 +153,12 @@ class ConvolutionCache:
         taps, pending, due, taken = views[layer]
         taken.copy_(streams)
         pending.addcmul_(taps, taken)
-        outputs = due.to(inputs.dtype, copy=True)
-        due.zero_()
-        return outputs.view(inputs.shape)
+        return due.to(inputs.dtype).view(inputs.shape)
 
     def advance(self) -> None:
         """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
+        column, phase = divmod(self._time % self._page_len, self._lag_step)
+        self._pending[:, phase, column].zero_()  # from here on, a page's length later
         self._time += 1
         for row, owner in enumerate(self._rows):
             sequence = self._sequences[owner]
@@ -197,12 +194,14 @@ class ConvolutionCache:
 
     def _load_page(self, row: int, page: int) -> None:
         """A page's pending outputs into a row's ring, in place of what is there."""
-        stored, start = self._pool.pages[page], self._time % self._page_len
-        turned = torch.cat(
-            [stored[:, self._page_len - start :], stored[:, : self._page_len - start]], 1
-        )
-        pending = self._pending[..., row, :, :].transpose(1, 2)  # [layers, columns, phases, ..]
-        pending.copy_(turned.view(pending.shape))
+        step, start = self._lag_step, self._time % self._page_len
+        for first in range(step):  # of the page's positions, those that fall on one phase
+            column, phase = divmod(start + first, step)
+            stored = self._pool.pages[page, :, first::step]  # [layers, columns, W]
+            pending = self._pending[:, phase, :, row].flatten(2)
+            before_turn = self._page_len // step - column
+            pending[:, column:] = stored[:, :before_turn]
+            pending[:, :column] = stored[:, before_turn:]
 
 
 def _last_readers(num_pages: int) -> list[int]:
