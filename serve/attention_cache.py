@@ -128,13 +128,17 @@ class AttentionCache:
     def step(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first_row: int = 0
     ) -> Tensor:
-        """One token of rows from `first_row` on: all `[B, 1, heads, head_dim]`."""
+        """One token of rows from `first_row` on: all `[B, 1, heads, head_dim]`.
+
+        Rows beyond the batch's are padding, and attend to nothing.
+        """
         config = self._config
         pages, places = (slots[first_row : first_row + len(queries)] for slots in self._slots)
-        self._pool.pages[pages, layer, 0, places] = keys[:, 0].to(self._pool.pages.dtype)
-        self._pool.pages[pages, layer, 1, places] = values[:, 0].to(self._pool.pages.dtype)
+        for which, new in enumerate((keys, values)):
+            new = new[: len(pages), 0].to(self._pool.pages.dtype)
+            self._pool.pages[pages, layer, which, places] = new
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        outputs = torch.empty_like(queries)
+        outputs = torch.zeros_like(queries)
         for rows, tables, distances in self._blocks:
             if not first_row <= rows.start < first_row + len(queries):
                 continue

@@ -143,7 +143,8 @@ class ConvolutionCache:
 
     def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
         """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs, which are
-        valid until `advance`."""
+        valid until `advance`. Rows beyond the batch's are padding, and may have any finite input.
+        """
         streams = inputs.view(-1, *self._inputs.shape[3:])  # [B, W / C, C]
         slot = self._time % self._page_len
         key = slot, first_row, len(streams)

@@ -16,7 +16,7 @@ from serve.attention_cache import AttentionCache, window_pages
 from serve.cache import ConvolutionCache
 from serve.config import EngineConfig
 from serve.pages import PagePool, pages_for
-from serve.runner import Pages
+from serve.runner import INVARIANT_ROWS, Pages
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 
@@ -63,7 +63,7 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     convolution = PagePool(
         num_pages.convolution, (layers, config.page_len, width), model.filters.dtype, device
     )
-    convolutions = ConvolutionCache(taps, lag_step, convolution, config.max_running)
+    convolutions = ConvolutionCache(taps, lag_step, convolution, _num_rows(config))
     if not shape.attention_layers:
         return Caches(convolutions, None, (convolution, None))
     page_shape = len(shape.attention_layers), 2, config.page_len, shape.num_heads, shape.head_dim
@@ -85,7 +85,7 @@ def _num_pages(
         pages_for(min(usual, shape.max_seq_len), page_len),
         min(pages_for(shape.max_seq_len, page_len), window_pages(shape, page_len)),
     )
-    rings = 2 * config.max_running * convolution_bytes
+    rings = 2 * _num_rows(config) * convolution_bytes
     null_pages = convolution_bytes + attention_bytes
     request_bytes = (
         per_request.convolution * convolution_bytes + per_request.attention * attention_bytes
@@ -104,6 +104,12 @@ def _num_pages(
     most = config.max_running * pages_for(shape.max_seq_len, page_len)
     convolution_pages = max(1, min(most, left // convolution_bytes))
     return Pages(convolution_pages + 1, attention_pages + 1)
+
+
+def _num_rows(config: EngineConfig) -> int:
+    """Of the rings: where rows go through the model in groups, the last group may be padded."""
+    at_once = INVARIANT_ROWS if config.batch_invariant else 1
+    return -(-config.max_running // at_once) * at_once
 
 
 def _budget_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -54,8 +54,6 @@ class Runner:
         self._unembed = packed_product(model.embedding.weight)
         self._convolutions, self._attentions = convolutions, attentions
         self._device = model.embedding.weight.device
-        # The full form convolves each channel of a row as a sequence of its own.
-        self._streams_per_row = model.config.width if model.config.stu_form == "full" else 1
         self._num_rows = 0
 
     def needed(self, prompt_tokens: int, new_tokens: int) -> Pages:
@@ -133,9 +131,7 @@ class Runner:
         hidden = []
         for first in range(0, len(tokens), at_once):
             group = list(tokens[first : first + at_once])
-            memory = _RowMemory(
-                self._convolutions, self._attentions, first, len(group), self._streams_per_row
-            )
+            memory = _RowMemory(self._convolutions, self._attentions, first)
             padded = torch.tensor(group + [0] * (at_once - len(group)), device=self._device)
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
         for cache in self._caches():
@@ -201,31 +197,17 @@ class _PromptMemory:
 
 
 class _RowMemory:
-    """`stu.layers.Memory` of one token of some rows of the batch, and of padding after them."""
+    """`stu.layers.Memory` of one token of rows from `first_row` on; both caches take padding."""
 
     def __init__(
-        self,
-        convolutions: ConvolutionCache,
-        attentions: AttentionCache | None,
-        first_row: int,
-        num_rows: int,
-        streams_per_row: int,
+        self, convolutions: ConvolutionCache, attentions: AttentionCache | None, first_row: int
     ) -> None:
         self._convolutions, self._attentions = convolutions, attentions
-        self._first_row, self._num_rows = first_row, num_rows
-        self._num_streams = num_rows * streams_per_row
+        self._first_row = first_row
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        outputs = torch.zeros(streams.shape, dtype=streams.dtype, device=streams.device)
-        inputs = streams[: self._num_streams, 0]
-        outputs[: self._num_streams, 0] = self._convolutions.step(layer, inputs, self._first_row)
-        return outputs
+        return self._convolutions.step(layer, streams[:, 0], self._first_row)[:, None]
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         assert self._attentions is not None, "an STU-only model has no attention"
-        outputs = torch.zeros_like(queries)
-        rows = slice(0, self._num_rows)
-        outputs[rows] = self._attentions.step(
-            layer, queries[rows], keys[rows], values[rows], self._first_row
-        )
-        return outputs
+        return self._attentions.step(layer, queries, keys, values, self._first_row)
