@@ -1,6 +1,6 @@
 """Convolutions for training and for decoding, against the ways they are usually computed.
 
-    python -m benchmarks.convolution > convolution.json
+    stu-bench convolution > convolution.json
 
 `training`: forward and backward of the fused even-lag form against the two-branch form as it is
 published: both branches stacked on a last axis and transformed along the time axis in place.
@@ -11,7 +11,6 @@ computes with; its whole run is the time compared.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -120,24 +119,18 @@ def interleaved(tasks: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def main() -> None:
-    """Measure everything and print one JSON object."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    torch.set_num_threads(parser.parse_args().threads)
-    results: dict[str, Any] = {"machine": describe(), "training": [], "decoding": []}
-    for length in (2048, 8192):
-        results["training"].append(training(length))
-        print(f"training at {length}: {results['training'][-1]['ratio']:.1f}x", file=sys.stderr)
-    for length, batch in ((8192, 1), (8192, 8), (32768, 1)):
-        results["decoding"].append(decoding(length, batch))
-        ratio = results["decoding"][-1]["ratio"]
-        print(f"decoding {length} tokens at batch {batch}: {ratio:.1f}x", file=sys.stderr)
-    json.dump(results, sys.stdout, indent=2)
-    print()
-
-
-if __name__ == "__main__":
-    main()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Training at two lengths and decoding at three settings, for each number of threads."""
+    results: dict[str, Any] = {"machine": describe(), "runs": []}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        run: dict[str, Any] = {"threads": threads, "training": [], "decoding": []}
+        for length in (2048, 8192):
+            run["training"].append(training(length))
+            print(f"training at {length}: {run['training'][-1]['ratio']:.1f}x", file=sys.stderr)
+        for length, batch in ((8192, 1), (8192, 8), (32768, 1)):
+            run["decoding"].append(decoding(length, batch))
+            ratio = run["decoding"][-1]["ratio"]
+            print(f"decoding {length} tokens at batch {batch}: {ratio:.1f}x", file=sys.stderr)
+        results["runs"].append(run)
+    return results

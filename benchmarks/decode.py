@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +40,8 @@ PEERS = {"naive": Naive, "epoched": Epoched}
 PARTS = ["step", "convolution", "outside"]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure every combination of the settings and print one JSON object."""
-    args = parse(argv)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every combination of the settings, and each peer's ratio to the paged cache."""
     result: dict[str, Any] = {"machine": describe(), "copy_gb_per_s": copy_gb_per_s(), "runs": []}
     for layout, mlp_ratio, new_tokens in itertools.product(
         args.layout, args.mlp_ratio, args.new_tokens
@@ -61,37 +59,17 @@ def main(argv: list[str] | None = None) -> None:
             runs = [
                 run
                 for cache in args.caches
-                for run in measure(model, cache, batch, new_tokens, args)
+                for run in run_cache(model, cache, batch, new_tokens, args)
             ]
             result["runs"] += compared(runs)
             if args.output:
                 args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         plot(result, args.plot)
-    json.dump(result, sys.stdout, indent=1)
-    print()
+    return result
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="stu-bench decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[64, 1024, 4096, 16384])
-    parser.add_argument("--mlp-ratio", type=int, nargs="+", default=[4, 12])
-    parser.add_argument("--layout", nargs="+", choices=["stu", "hybrid"], default=["stu", "hybrid"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--caches", nargs="+", default=["paged", *PEERS])
-    parser.add_argument("--page-len", type=int, default=EngineConfig().page_len)
-    parser.add_argument("--whole", action="store_true", help="time every step of the paged cache")
-    parser.add_argument("--output", type=Path, help="JSON file, written after each batch as well")
-    parser.add_argument("--plot", type=Path, help="PNG file")
-    return parser.parse_args(argv)
-
-
-def measure(
+def run_cache(
     model: FlashSTU, cache_name: str, batch: int, new_tokens: int, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """For each number of threads, milliseconds of a step on average, and what they are spent on."""
@@ -287,7 +265,3 @@ class Clock:
             "convolution": 1e3 * self._spent["convolution"],
             "outside": 1e3 * (total - self._spent["runner"]),
         }
-
-
-if __name__ == "__main__":
-    main()

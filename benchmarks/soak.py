@@ -8,7 +8,6 @@ the process took before it had any.
 
 import argparse
 import gc
-import json
 import random
 import sys
 import tempfile
@@ -32,25 +31,16 @@ VOCAB_SIZE, MOST_TOKENS, MOST_WAITING = 300, 1000, 8
 MIB = 2**20
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the traffic and print one JSON object."""
-    parser = argparse.ArgumentParser(
-        prog="stu-bench soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--cache-gib", type=float, default=0.5)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the traffic for `args.seconds`."""
+    torch.set_num_threads(args.threads[0])
     tokenizer = small_tokenizer()
     before = resident_bytes()
     engine, weights_bytes, cache_bytes = make_engine(tokenizer, args.cache_gib)
     samples = run(engine, args.seconds)
     known = before + weights_bytes + cache_bytes
     largest = max(sample["resident_mib"] for sample in samples)
-    result = {
+    return {
         "machine": describe(),
         "process_before_mib": before / MIB,
         "weights_mib": weights_bytes / MIB,
@@ -59,8 +49,6 @@ def main(argv: list[str] | None = None) -> None:
         "besides_mib": largest - known / MIB,
         "samples": samples,
     }
-    json.dump(result, sys.stdout, indent=1)
-    print()
 
 
 def make_engine(tokenizer: Tokenizer, cache_gib: float) -> tuple[Engine, int, int]:
@@ -151,7 +139,3 @@ def resident_bytes() -> int:
     """Of this process."""
     resident: int = psutil.Process().memory_info().rss
     return resident
-
-
-if __name__ == "__main__":
-    main()

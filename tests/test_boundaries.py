@@ -19,6 +19,7 @@ COMMANDS = {
     "stu-train": "train.cli",
     "stu-export": "train.export",
     "stu-generate": "serve.batch",
+    "stu-bench": "benchmarks.cli",
 }
 
 

@@ -79,7 +79,7 @@ def _report(data: Path, run: Path, completions: Path) -> None:
     from train.shards import TokenShards
 
     console = Console()
-    for line in completions.read_text(encoding="utf-8").splitlines():
+    for line in completions.read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
         text = Text(row["prompt"], style="dim") + Text(row["completion"], style="bold")
         console.print(Panel(text, title=row["id"], title_align="left"))

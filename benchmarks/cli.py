@@ -1,0 +1,67 @@
+"""`stu-bench`: what is measured against peers. Each benchmark prints JSON."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BATCHES, NEW_TOKENS = [1, 8, 32], [64, 1024, 4096, 16384]
+CACHES = ["paged", "naive", "epoched"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: the name of a benchmark, and its settings."""
+    args = _parse(argv)
+    # torch takes a second to import: after the command line is found valid.
+    result = importlib.import_module(f"benchmarks.{args.benchmark}").measure(args)
+    json.dump(result, sys.stdout, indent=1)
+    print()
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="stu-bench", description=__doc__)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="torch threads, one after the other"
+    )
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return benchmarks.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    add("convolution", "training and online convolutions against the usual ways")
+
+    decode = add("decode", "steps of the engine with a paged, a naive and an epoched cache")
+    decode.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="requests together")
+    decode.add_argument("--new-tokens", type=int, nargs="+", default=NEW_TOKENS, help="of each")
+    decode.add_argument("--mlp-ratio", type=int, nargs="+", default=[4, 12], help="of the model")
+    decode.add_argument("--layout", nargs="+", choices=["stu", "hybrid"], default=["stu", "hybrid"])
+    decode.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to compare")
+    decode.add_argument("--page-len", type=int, default=32, help="positions in a page")
+    decode.add_argument("--whole", action="store_true", help="time every step, not a sample")
+    decode.add_argument("--output", type=Path, help="JSON file, written after each batch as well")
+    decode.add_argument("--plot", type=Path, help="PNG file")
+
+    invariance = add("invariance", "how often company changes a request's tokens, and the cure")
+    invariance.add_argument("model", metavar="MODEL_DIR", type=Path, help="a trained model")
+    invariance.add_argument("prompts", metavar="FILE", type=Path, help="JSON lines of prompts")
+    invariance.add_argument("--new-tokens", type=int, default=256, help="of each prompt")
+    invariance.add_argument("--batch", type=int, default=32, help="the larger company")
+
+    soak = add("soak", "the engine's memory under random traffic")
+    soak.add_argument("--seconds", type=float, default=3600, help="of traffic")
+    soak.add_argument("--cache-gib", type=float, default=0.5, help="for pages")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
