@@ -11,11 +11,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 Model = TypeVar("Model", bound=nn.Module)
 
 USUAL_ROWS = 32
 """The layout is chosen for so many; others are multiplied in it too."""
+ROWS_AT_ONCE = 64
+ROWS_MULTIPLE = 8
+"""oneDNN keeps half a megabyte of code for each number of rows that it meets, so it meets few:
+these multiples up to `ROWS_AT_ONCE`, and one row alone."""
 
 
 class PackedLinear(nn.Module):
@@ -27,8 +32,16 @@ class PackedLinear(nn.Module):
         self._weight: Tensor = reorder(weight.detach(), USUAL_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
-        return product
+        parts = [self._product(rows) for rows in torch.split(x.flatten(0, -2), ROWS_AT_ONCE)]
+        products = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return products.view(*x.shape[:-1], -1)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        missing = -len(rows) % ROWS_MULTIPLE if len(rows) > 1 else 0
+        padded = pad(rows, (0, 0, 0, missing)) if missing else rows
+        product = torch.ops.mkldnn._linear_pointwise
+        products: Tensor = product(padded, self._weight, None, "none", [], "")
+        return products[: len(rows)]
 
 
 def packs(weight: Tensor) -> bool:

@@ -22,7 +22,7 @@ def build(dtype=torch.float32):
 
 
 @needs_packing
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 32, 33, 100])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 21, 22, 64, 100])
 def test_products_are_those_of_the_plain_weights(num_rows):
     weight, x = torch.randn(48, 20), torch.randn(num_rows, 3, 20)
     expected = x.double() @ weight.double().T
@@ -43,6 +43,27 @@ def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype):
     assert copied.filters is model.filters
     assert packs(model.embedding.weight) == isinstance(copied.blocks[0].mlp.gate, PackedLinear)
     assert isinstance(model.blocks[0].mlp.gate, torch.nn.Linear)
+
+
+@needs_packing
+def test_few_numbers_of_rows_reach_onednn(monkeypatch):
+    """It would keep half a megabyte for each: prompts come in all lengths."""
+    numbers = set()
+    product = torch.ops.mkldnn._linear_pointwise
+
+    class Spied:
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+        @staticmethod
+        def _linear_pointwise(x, *rest):
+            numbers.add(len(x))
+            return product(x, *rest)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Spied)
+    linear = PackedLinear(torch.randn(8, 4))
+    for num_rows in range(1, 300):
+        assert linear(torch.ones(num_rows, 4)).shape == (num_rows, 8)
+    assert numbers == {1, *range(8, 65, 8)}
 
 
 @needs_packing
