@@ -183,8 +183,10 @@ class Engine:
         if chosen:
             params = [job.request.sampling for job in chosen]
             places = [len(job.request.tokens) + len(job.tokens) for job in chosen]
-            finite = logits[rows].amax(-1).isfinite()
-            safe = logits[rows].masked_fill(~finite[:, None], 0)
+            safe = logits if len(rows) == len(jobs) else logits[rows]
+            finite = safe.amax(-1).isfinite()
+            if not finite.all():
+                safe = safe.masked_fill(~finite[:, None], 0)
             histories = {
                 row: self._history(job)
                 for row, job in enumerate(chosen)

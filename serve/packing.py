@@ -1,19 +1,20 @@
 """Weights in the layout that oneDNN multiplies by fastest: on CPU, in float32.
 
 `torch.nn.functional.linear` arranges the weights anew in every call, which costs a third to a half
-of a step of few rows; here they are arranged once. The products are the same, summed in float32.
+of a step of few rows; here they are arranged once. The
+function is the same, its sums in float32.
 """
 
 import copy
 from collections.abc import Callable
 from itertools import chain
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-Model = TypeVar("Model", bound=nn.Module)
+from stu.layers import GatedMLP, TensordotSTU
+from stu.model import FlashSTU
 
 USUAL_ROWS = 32
 """The layout is chosen for so many; others are multiplied in it too."""
@@ -24,12 +25,15 @@ these multiples up to `ROWS_AT_ONCE`, and one row alone."""
 
 
 class PackedLinear(nn.Module):
-    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference."""
+    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, tanh-GELU of that."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, gelu: bool = False) -> None:
         super().__init__()
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        self._weight: Tensor = reorder(weight.detach(), USUAL_ROWS)
+        self._weight: Tensor = reorder(weight.detach().contiguous(), USUAL_ROWS)
+        self._activation: tuple[str, list[float], str] = ("none", [], "")
+        if gelu:
+            self._activation = ("gelu", [], "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [self._product(rows) for rows in torch.split(x.flatten(0, -2), ROWS_AT_ONCE)]
@@ -40,8 +44,34 @@ class PackedLinear(nn.Module):
         missing = -len(rows) % ROWS_MULTIPLE if len(rows) > 1 else 0
         padded = pad(rows, (0, 0, 0, missing)) if missing else rows
         product = torch.ops.mkldnn._linear_pointwise
-        products: Tensor = product(padded, self._weight, None, "none", [], "")
+        products: Tensor = product(padded, self._weight, None, *self._activation)
         return products[: len(rows)]
+
+
+class PackedGatedMLP(nn.Module):
+    """`stu.layers.GatedMLP`, packed."""
+
+    def __init__(self, mlp: GatedMLP) -> None:
+        super().__init__()
+        self.gate = PackedLinear(mlp.gate.weight, gelu=True)
+        self.up, self.down = PackedLinear(mlp.up.weight), PackedLinear(mlp.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated: Tensor = self.down(self.gate(x) * self.up(x))
+        return gated
+
+
+class PackedTensordotSTU(TensordotSTU):
+    """`stu.layers.TensordotSTU`, packed."""
+
+    def __init__(self, stu: TensordotSTU) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.filter_matrix = stu.layer, stu.filter_matrix
+        self.project = PackedLinear(stu.input_matrix.T)
+
+    def streams(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.project(x)
+        return projected
 
 
 def packs(weight: Tensor) -> bool:
@@ -51,17 +81,17 @@ def packs(weight: Tensor) -> bool:
     return is_float32_on_cpu and has_onednn
 
 
-def packed_copy(model: Model) -> Model:
+def packed_copy(model: FlashSTU) -> FlashSTU:
     """`model` with its linear layers packed, where that can be, and all other tensors shared.
 
     What is packed lies in memory twice, for as long as somebody holds `model`.
     """
     shared: dict[int, object] = {id(its): its for its in chain(model.parameters(), model.buffers())}
     copied = copy.deepcopy(model, shared)
-    for module in list(copied.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and child.bias is None and packs(child.weight):
-                setattr(module, name, PackedLinear(child.weight))
+    if packs(model.embedding.weight):
+        for module in list(copied.modules()):
+            for name, child in module.named_children():
+                setattr(module, name, _packed(child))
     return copied
 
 
@@ -70,3 +100,14 @@ def packed_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     if packs(weight):
         return PackedLinear(weight)
     return lambda x: nn.functional.linear(x, weight)
+
+
+def _packed(module: nn.Module) -> nn.Module:
+    """`module`, or what takes its place."""
+    if isinstance(module, GatedMLP):
+        return PackedGatedMLP(module)
+    if isinstance(module, TensordotSTU):
+        return PackedTensordotSTU(module)
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module.weight)
+    return module

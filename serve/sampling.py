@@ -97,15 +97,8 @@ def sample(
 
     positions: where in its own sequence each row's new token goes. histories: by row, of those
     whose params need one. A row's id depends on its own arguments alone. Of equal logits the lower
-    id counts as more probable.
-
-    Raises ValueError if the largest logit of a row is not finite.
+    id counts as more probable. The largest logit of every row must be finite.
     """
-    if not logits.amax(-1).isfinite().all():
-        raise ValueError(
-            "the model's logits are not finite: its weights are damaged, or too large for this "
-            "dtype; try another checkpoint, or float32"
-        )
     logits = _adjusted(logits, params, histories)
     ids = logits.argmax(-1)
     random = [row for row, its in enumerate(params) if its.temperature > 0]

@@ -163,6 +163,30 @@ def test_under_traffic_every_request_equals_itself_alone(
     assert stats.convolution_pages_used == stats.attention_pages_used == 0
 
 
+@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+@pytest.mark.parametrize("prompt_len", [1, 16, 150])
+@pytest.mark.parametrize("new_tokens", [2, 9, 17, 100])
+def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, new_tokens):
+    """Convolution pages for its new tokens, all of them at first and never more, and attention
+    pages for what the window can see."""
+    page_len, window = 8, MODELS[kind].config.window_tokens
+    engine = Engine(MODELS[kind], tokenizer, EngineConfig(page_len=page_len, max_running=1))
+    engine.add(Request([3] * prompt_len, new_tokens))
+    convolution, attention = [], []
+    while engine.has_work:
+        engine.step()
+        convolution.append(engine.stats().convolution_pages_used)
+        attention.append(engine.stats().attention_pages_used)
+    assert convolution == sorted(convolution, reverse=True)
+    assert convolution[0] == -(-(new_tokens - 1) // page_len)
+    assert convolution[-1] == attention[-1] == 0
+    at_once = min(-(-window // page_len) + 1, -(-(prompt_len + new_tokens - 1) // page_len))
+    assert max(attention) <= (at_once if kind == "hybrid" else 0)
+    pool = engine._caches.pools[0]
+    shape = MODELS[kind].config
+    assert pool.page_bytes == len(shape.stu_layers) * shape.width * page_len * 8  # of float64
+
+
 def test_a_request_of_priority_takes_the_pages_of_others(tokenizer):
     # 20 rows of new tokens fit, of 100 positions each one does.
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(page_len=32, max_running=1))

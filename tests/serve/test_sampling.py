@@ -157,14 +157,6 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
     assert draws.tolist() == [0, 1000]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite(bad):
-    logits = random_logits(2, seed=0)
-    logits[1, 5] = bad
-    with pytest.raises(ValueError, match="logits are not finite"):
-        draw(logits, [SamplingParams()] * 2, [0, 0])
-
-
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
