@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stu.futurefill import Naive, OnlineConvolution, _Filled
 
-MOST_FLUSHES = 5
+MOST_FLUSHES = 4
 
 
 class LockstepCache:

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve import tiles
+from serve import low_rank, tiles
 from serve.cache import ConvolutionCache
 from serve.pages import OutOfPages, PagePool, pages_for
+from stu.filters import spectral_filters
 from tests.reference import convolution as reference
 
 LAYERS, WIDTH = 2, 3
@@ -38,16 +39,20 @@ def setup(
     lag_step=st.integers(1, 2),
     groups=st.integers(1, 2),
     core_bytes=st.sampled_from([0, 2000, 2**30]),
+    # Of what is to be factored: nothing, tiles of up to 32 columns, everything.
+    sample_sizes=st.sampled_from([(64, 0), (4, 40), (64, 256)]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_sequence_equals_its_direct_sum(
-    requests, page_len, lag_step, groups, core_bytes, seed
+    requests, page_len, lag_step, groups, core_bytes, sample_sizes, seed
 ):
     """Requests (arrival step, prompt length, new tokens) run together, each at its own position."""
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "CORE_BYTES", core_bytes)
+        patch.setattr(low_rank, "SMALLEST_SAMPLE", sample_sizes[0])
+        patch.setattr(low_rank, "LARGEST_SAMPLE", sample_sizes[1])
         convolutions, pool, taps = setup(page_len, lag_step, num_pages=250, groups=groups)
         inputs = [torch.randn(LAYERS, groups, p + n, WIDTH) for _, p, n in requests]
         outputs = [torch.full_like(x, math.nan) for x in inputs]
@@ -155,3 +160,29 @@ def test_no_room():
 def test_page_len_is_checked(page_len, lag_step):
     with pytest.raises(ValueError, match=f"page_len={page_len} is not allowed"):
         setup(page_len, lag_step)
+
+
+def test_a_long_run_through_spectral_filters():
+    """Tiles of 1,024 positions, channels of very different size, each right by itself."""
+    torch.manual_seed(0)
+    filters = torch.from_numpy(spectral_filters(4096, 24)[::2]).float().double()
+    weights = torch.randn(LAYERS, 24, 8, dtype=torch.float64) * torch.logspace(-3, 3, 8)
+    pool = PagePool(100, (LAYERS, 32, 8))
+    convolutions = ConvolutionCache(filters @ weights, 2, pool, 1)
+    inputs = torch.randn(LAYERS, 2500, 8)
+    outputs = torch.empty_like(inputs)
+    convolutions.admit(0, 2100)
+    for layer in range(LAYERS):
+        outputs[layer, :400] = convolutions.prefill(0, layer, inputs[None, layer, :400])[0]
+    convolutions.join(0)
+    for position in range(400, 2500):
+        for layer in range(LAYERS):
+            outputs[layer, position] = convolutions.step(layer, inputs[layer, position, None])[0]
+        convolutions.advance()
+    for layer in range(LAYERS):
+        for channel in range(8):
+            taps = np.zeros(4096)
+            taps[::2] = filters @ weights[layer, :, channel]
+            expected = np.convolve(inputs[layer, :, channel].double().numpy(), taps)[:2500]
+            error = np.abs(outputs[layer, :, channel].numpy() - expected).max()
+            assert error <= 2e-6 * np.abs(expected).max()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from serve.low_rank import filter_basis, tile_factors
+from serve.low_rank import NotLowRank, filter_basis, tile_factors
 from stu.filters import spectral_filters
 
 
@@ -76,3 +76,24 @@ def test_filters_of_zeros():
 def test_same_factors_every_time():
     filters = spectral(300, 7, torch.float32)
     assert torch.equal(factored(filters, 64)[1], factored(filters, 64)[1])
+
+
+def test_filters_that_are_not_low_rank_say_so():
+    filters = torch.randn(2000, 400, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(NotLowRank, match="more than 240 columns are needed"):
+        filter_basis(filters, torch.float32)
+    basis = filter_basis(filters[:, :3], torch.float32)
+    with pytest.raises(NotLowRank):
+        tile_factors(basis, 1000)
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_a_model_s_own_filters_in_float32(width):
+    """What a model stores, rounded to float32, still has few columns: as many as it would unrounded
+    and no more than its rounding warrants."""
+    filters = torch.from_numpy(spectral_filters(8192, 24)[::2]).float()
+    weights = torch.randn(24, width, generator=torch.Generator().manual_seed(0))
+    basis = filter_basis(filters.double() @ weights.double(), torch.float32)
+    assert basis.taps.shape[1] == 24
+    for length in (16, 256, 2048):
+        assert tile_factors(basis, length)[1].shape[1] <= 30
