@@ -12,13 +12,17 @@ lags only and makes no temporaries, and `stu.futurefill.Epoched`.
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +37,7 @@ from serve.runner import Runner
 from stu.config import ModelConfig
 from stu.futurefill import Epoched, Naive
 from stu.model import FlashSTU
+from stu.tokenizer import Tokenizer, train_bpe
 
 VOCAB_SIZE, WIDTH, PROMPT_TOKENS = 4096, 512, 512
 POSITIONS, STEPS_AT_EACH = 10, 5
@@ -181,7 +186,7 @@ def make_engine(
         max_running=batch,
         prompt_tokens_per_step=PROMPT_TOKENS * batch,
     )
-    engine = Engine(model, NoText(), config)  # type: ignore[arg-type]
+    engine = Engine(model, tokenizer(), config)
     if paged:
         return engine, engine._caches.convolution
     taps, lag_step = model.convolution_taps()
@@ -194,11 +199,13 @@ def make_engine(
     return engine, cache
 
 
-class NoText:
-    """A tokenizer for tokens of no meaning."""
-
-    def decode(self, ids: list[int]) -> str:
-        return "x" * len(ids)
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Of the standard library's own modules: text is decoded as it would be."""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    texts = [module.read_text(encoding="utf-8") for module in modules]
+    with tempfile.TemporaryDirectory() as folder:
+        return train_bpe(texts, VOCAB_SIZE, Path(folder) / "tokenizer.model")
 
 
 def seek(cache: Any, position: int) -> None:
