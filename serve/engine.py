@@ -64,6 +64,8 @@ class Engine:
         self._device = model.embedding.weight.device
         self._prefill: Iterator[Tensor | None] = iter(())
         self._group: list[Job] = []
+        """Taken in now, dropped ones among them, and how many tokens they have in all."""
+        self._group_tokens = 0
         self._dropped: set[int] = set()
         self._aborted: list[Output] = []
         self._next_id = itertools.count()
@@ -130,10 +132,11 @@ class Engine:
         for job, prompt in zip(group, prompts, strict=True):
             self._runner.admit(prompt)
             job.steps_left = prompt.new_tokens
-            job.replayed = 0 if self._config.batch_invariant else len(job.tokens)
-            self._prompt_tokens += len(prompt.tokens)
+            job.replayed = self._scheduler.num_given(job)
         self._dropped = set()
         self._group = group
+        self._group_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._prompt_tokens += self._group_tokens
         self._prefill = self._runner.prefill(
             prompts, self._dropped, self._config.prompt_tokens_per_step
         )
@@ -142,7 +145,7 @@ class Engine:
         """As much of the prompts as a step may take in."""
         if not self._scheduler.prefilling:
             return []
-        num_tokens = sum(len(self._scheduler.prompt(job).tokens) for job in self._group)
+        num_tokens = self._group_tokens
         at_once = self._config.prompt_tokens_per_step
         pieces_per_layer = 1 + -(-num_tokens // at_once)
         pieces = self._model_config.num_layers * pieces_per_layer

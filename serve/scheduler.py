@@ -72,9 +72,13 @@ class Scheduler:
 
     def prompt(self, job: Job) -> Prompt:
         """What `job` is to be taken in with."""
-        given = [] if self._config.batch_invariant else job.tokens
-        to_come = job.request.max_new_tokens - len(given) - 1
-        return Prompt(job.request_id, [*job.request.tokens, *given], min(to_come, job.horizon))
+        _, new_tokens = self._size(job)
+        given = job.tokens[: self.num_given(job)]
+        return Prompt(job.request_id, [*job.request.tokens, *given], new_tokens)
+
+    def num_given(self, job: Job) -> int:
+        """How many of its new tokens are taken in together with its prompt."""
+        return 0 if self._config.batch_invariant else len(job.tokens)
 
     def next_group(
         self,
@@ -91,12 +95,12 @@ class Scheduler:
         num_tokens, taken = 0, Pages(0, 0)
         while self.waiting:
             job = self.waiting[0]
-            prompt = self.prompt(job)
-            num_tokens += len(prompt.tokens)
+            prompt_tokens, new_tokens = self._size(job)
+            num_tokens += prompt_tokens
             too_many = num_tokens > self._config.prompt_tokens_per_step
             if group and (too_many or self._config.batch_invariant):
                 break
-            needed = _add(taken, self._needed(len(prompt.tokens), prompt.new_tokens))
+            needed = _add(taken, self._needed(prompt_tokens, new_tokens))
             victims = self._victims(job, needed, len(group), free(), owned)
             if victims is None:
                 break
@@ -118,6 +122,12 @@ class Scheduler:
         """Send back a job that used up its pages, to be taken in with twice as many."""
         job.horizon *= 2
         self.preempt(job)
+
+    def _size(self, job: Job) -> tuple[int, int]:
+        """Tokens that `job` is to be taken in with, and new ones that it gets pages for."""
+        num_given = self.num_given(job)
+        to_come = job.request.max_new_tokens - num_given - 1
+        return len(job.request.tokens) + num_given, min(to_come, job.horizon)
 
     def _queue(self, job: Job) -> None:
         bisect.insort(self.waiting, job, key=lambda its: its.order)
