@@ -32,7 +32,7 @@ class _PagedSequence:
     pages: list[int]
     """Page of each stretch of `page_len` new tokens; meaningless once given back."""
     readers: list[int]
-    """For each page, how many pages are done at the last flush that reads it."""
+    """For each page, how many pages are done when it has been read for the last time."""
     start: int = 0
     """The engine's time at its first new token."""
 
@@ -72,6 +72,8 @@ class ConvolutionCache:
         self._tiles = TileFlush(taps, lag_step, pool.pages)
         self._taps, self._lag_step, self._pool = taps.to(pool.pages.dtype), lag_step, pool
         self._page_len, self._num_filters = page_len, taps.shape[2]
+        longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
+        self._tiles.prepare(longest)
         columns = page_len // lag_step
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
@@ -100,7 +102,6 @@ class ConvolutionCache:
         """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""
         count = self.pages_needed(new_tokens)
         pages = self._pool.allocate(owner, count)
-        self._tiles.prepare(count)
         self._sequences[owner] = _PagedSequence(pages, _last_readers(count))
 
     def release(self, owner: int) -> None:
@@ -171,8 +172,9 @@ class ConvolutionCache:
             past, future = sequence.pages[done - tile : done], sequence.pages[done : done + tile]
             self._tiles.fill(past, future)
             self._load_page(row, sequence.pages[done])
-            pages = zip(sequence.pages, sequence.readers, strict=True)
-            self._pool.free(owner, [page for page, last in pages if last == done])
+            read = [*range(done - tile, done), len(sequence.pages) - 1]
+            freed = [i for i in read if sequence.readers[i] == done]
+            self._pool.free(owner, [sequence.pages[i] for i in freed])
 
     def _step_views(self, slot: int, first_row: int, num_rows: int) -> list[_StepViews]:
         rows = slice(first_row, first_row + num_rows)
@@ -206,11 +208,9 @@ class ConvolutionCache:
 
 
 def _last_readers(num_pages: int) -> list[int]:
-    """For each of a sequence's pages, how many pages are done at the last flush that reads it.
-
-    The last page is read by none, and has `num_pages`: it goes when the sequence does.
-    """
-    readers = [num_pages] * num_pages
+    """For each of a sequence's pages, how many pages are done when it has been read for the last
+    time: by a flush, or the last page when it goes into the ring."""
+    readers = [num_pages - 1] * num_pages
     for done in range(1, num_pages):
         readers[done - (done & -done) : done] = [done] * (done & -done)
     return readers

@@ -15,6 +15,7 @@ import torch
 from serve.attention_cache import AttentionCache, window_pages
 from serve.cache import ConvolutionCache
 from serve.config import EngineConfig
+from serve.packing import packs
 from serve.pages import PagePool, pages_for
 from serve.runner import INVARIANT_ROWS, Pages
 from stu.config import ModelConfig
@@ -57,6 +58,12 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     """Allocate both caches for `model`. Raises ValueError if not even a short request fits."""
     shape, device = model.config, model.embedding.weight.device
     taps, lag_step = model.convolution_taps()
+    if not taps.isfinite().all():
+        raise ValueError(
+            "the model's convolution filters are not finite: its weights are damaged; try another "
+            "checkpoint"
+        )
+    _require_invariance(model, config)
     layers, _, channels = taps.shape
     width = channels * (shape.width if shape.stu_form == "full" else 1)
     num_pages = _num_pages(shape, config, _budget_bytes(config, device), layers * width, model)
@@ -104,6 +111,17 @@ def _num_pages(
     most = config.max_running * pages_for(shape.max_seq_len, page_len)
     convolution_pages = max(1, min(most, left // convolution_bytes))
     return Pages(convolution_pages + 1, attention_pages + 1)
+
+
+def _require_invariance(model: FlashSTU, config: EngineConfig) -> None:
+    """Some products of odd widths round by a row's place among others, whatever their number."""
+    shape = model.config
+    is_safe = packs(model.embedding.weight) and shape.stu_form == "tensordot"
+    if config.batch_invariant and shape.width % 16 and not is_safe:
+        raise ValueError(
+            f"batch_invariant is not allowed for width={shape.width}: for the full form, and where "
+            "weights are not packed, the width must be a multiple of 16"
+        )
 
 
 def _num_rows(config: EngineConfig) -> int:

@@ -26,14 +26,20 @@ class EngineConfig:
     """Give a request the same tokens to the last bit whatever runs beside it, at some cost."""
 
     def __post_init__(self) -> None:
-        gib = self.cache_gib
-        self._require("cache_gib", gib is None or 0 < gib < math.inf, "above 0, in GiB")
-        power_of_two = self.page_len >= 2 and self.page_len & (self.page_len - 1) == 0
+        gib, page_len, expected = self.cache_gib, self.page_len, self.expected_new_tokens
+        is_gib = gib is None or (
+            isinstance(gib, int | float) and not isinstance(gib, bool) and 0 < gib < math.inf
+        )
+        self._require("cache_gib", is_gib, "above 0, in GiB")
+        power_of_two = is_whole(page_len) and page_len >= 2 and page_len & (page_len - 1) == 0
         self._require("page_len", power_of_two, "a power of two, at least 2")
-        self._require("max_running", self.max_running >= 1, "at least 1")
-        self._require("prompt_tokens_per_step", self.prompt_tokens_per_step >= 1, "at least 1")
-        expected = self.expected_new_tokens
-        self._require("expected_new_tokens", expected is None or expected >= 1, "at least 1")
+        for name in ("max_running", "prompt_tokens_per_step"):
+            count = getattr(self, name)
+            self._require(name, is_whole(count) and count >= 1, "a whole number >= 1")
+        is_count = expected is None or (is_whole(expected) and expected >= 1)
+        self._require("expected_new_tokens", is_count, "a whole number >= 1, or null")
+        is_switch = isinstance(self.batch_invariant, bool)
+        self._require("batch_invariant", is_switch, "true or false")
         if self.batch_invariant and expected is not None:
             raise ValueError(
                 f"expected_new_tokens={expected} cannot go with batch_invariant: taking a request "
@@ -43,3 +49,8 @@ class EngineConfig:
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number >= 0, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -53,6 +53,11 @@ class Engine:
         self, model: FlashSTU, tokenizer: Tokenizer, config: EngineConfig | None = None
     ) -> None:
         config = config or EngineConfig()
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+                f"vocab_size={model.config.vocab_size}: give the model's own tokenizer"
+            )
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
         self._runner = Runner(
@@ -63,10 +68,8 @@ class Engine:
         self._histories: dict[int, TokenHistory] = {}
         self._device = model.embedding.weight.device
         self._prefill: Iterator[Tensor | None] = iter(())
-        self._group: list[Job] = []
-        """Taken in now, dropped ones among them, and how many tokens they have in all."""
-        self._group_tokens = 0
-        self._dropped: set[int] = set()
+        self._prefill_tokens = 0
+        """Of all prompts that are taken in now."""
         self._aborted: list[Output] = []
         self._next_id = itertools.count()
         self._prompt_tokens = self._new_tokens = self._steps = 0
@@ -74,7 +77,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether another step will do anything."""
-        return bool(self._scheduler.jobs or self._aborted)
+        scheduler = self._scheduler
+        return bool(scheduler.running or scheduler.waiting or scheduler.prefilling or self._aborted)
 
     def add(self, request: Request) -> int:
         """Queue a request and return its number. Raises ValueError if it can never be decoded."""
@@ -88,7 +92,8 @@ class Engine:
         """End a request now; the next step returns its last output. One that ended stays ended."""
         for job in self._scheduler.jobs:
             if job.request_id == request_id:
-                self._aborted.append(self._finish(job, "abort"))
+                held = self._texts[request_id].finish()
+                self._aborted.append(self._finish(job, "abort", held))
 
     def step(self) -> list[Output]:
         """Go on with every request; what that added to each."""
@@ -133,19 +138,15 @@ class Engine:
             self._runner.admit(prompt)
             job.steps_left = prompt.new_tokens
             job.replayed = self._scheduler.num_given(job)
-        self._dropped = set()
-        self._group = group
-        self._group_tokens = sum(len(prompt.tokens) for prompt in prompts)
-        self._prompt_tokens += self._group_tokens
-        self._prefill = self._runner.prefill(
-            prompts, self._dropped, self._config.prompt_tokens_per_step
-        )
+        self._prefill_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._prompt_tokens += self._prefill_tokens
+        self._prefill = self._runner.prefill(prompts, self._config.prompt_tokens_per_step)
 
     def _go_on_with_prefill(self) -> list[Output]:
         """As much of the prompts as a step may take in."""
         if not self._scheduler.prefilling:
             return []
-        num_tokens = self._group_tokens
+        num_tokens = self._prefill_tokens
         at_once = self._config.prompt_tokens_per_step
         pieces_per_layer = 1 + -(-num_tokens // at_once)
         pieces = self._model_config.num_layers * pieces_per_layer
@@ -156,13 +157,17 @@ class Engine:
         return []
 
     def _end_prefill(self, logits: Tensor) -> list[Output]:
-        rows = [row for row, job in enumerate(self._group) if job in self._scheduler.prefilling]
-        jobs = [self._group[row] for row in rows]
+        jobs = list(self._scheduler.prefilling)
         self._scheduler.prefilling.clear()
+        self._forget_prefill()
         for job in jobs:
             self._runner.join(job.request_id)
         self._scheduler.running.extend(jobs)
-        return self._choose(jobs, logits[rows])
+        return self._choose(jobs, logits)
+
+    def _forget_prefill(self) -> None:
+        """And with it the prompts' activations."""
+        self._prefill = iter(())
 
     def _decode(self) -> list[Output]:
         jobs = list(self._scheduler.running)
@@ -203,7 +208,8 @@ class Engine:
                 if is_finite:
                     outputs.append(self._append(job, token, its_logprobs))
                 else:
-                    outputs.append(self._finish(job, "error", error=NOT_FINITE))
+                    held = self._texts[job.request_id].finish()
+                    outputs.append(self._finish(job, "error", held, error=NOT_FINITE))
         for job in jobs:
             if job.steps_left == 0 and job in self._scheduler.running:
                 self._remove_row(job)
@@ -253,9 +259,11 @@ class Engine:
         if job in self._scheduler.running:
             self._remove_row(job)
         elif job in self._scheduler.prefilling:
-            self._scheduler.prefilling.remove(job)
-            self._dropped.add(job.request_id)
+            # Several prompts are taken in within one step: in between, there is but one.
+            assert self._scheduler.prefilling == [job]
+            self._scheduler.prefilling.clear()
             self._runner.release(job.request_id)
+            self._forget_prefill()
         else:
             self._scheduler.waiting.remove(job)
         del self._texts[job.request_id]
@@ -277,22 +285,19 @@ class Engine:
     def _check(self, request: Request) -> None:
         """Raises ValueError for what the model cannot decode."""
         vocab_size, longest = self._model_config.vocab_size, self._model_config.max_seq_len
-        if not request.tokens:
-            raise ValueError("prompt has no tokens: start it with BOS")
-        biased = request.sampling.logit_bias
-        for token in [*request.tokens, *request.stop_tokens, *biased]:
-            if not 0 <= token < vocab_size:
+        for name, ids in {
+            "tokens": request.tokens,
+            "stop_tokens": request.stop_tokens,
+            "logit_bias": request.sampling.logit_bias,
+        }.items():
+            if max(ids, default=0) >= vocab_size:
                 raise ValueError(
-                    f"token id {token} is outside the vocabulary of 0 to {vocab_size - 1}: use the "
-                    "model's own tokenizer"
+                    f"{name} has the id {max(ids)}, and the vocabulary ids 0 to {vocab_size - 1}: "
+                    "use the model's own tokenizer"
                 )
-        if request.max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens={request.max_new_tokens} is not allowed: it must be >= 1"
-            )
         if len(request.tokens) + request.max_new_tokens > longest:
             raise ValueError(
-                f"prompt of {len(request.tokens)} tokens and max_new_tokens="
+                f"a prompt of {len(request.tokens)} tokens and max_new_tokens="
                 f"{request.max_new_tokens} exceed the model's max_seq_len={longest}: shorten the "
                 "prompt or lower max_new_tokens"
             )

@@ -30,7 +30,7 @@ class RequestBuilder:
             if key not in SETTINGS:
                 raise ValueError(f"unknown generation setting {key!r}{nearest(key, SETTINGS)}")
         self._tokenizer, self._max_seq_len, self._defaults = tokenizer, max_seq_len, defaults
-        self._request([], defaults)
+        self._request([tokenizer.bos_id], defaults)
 
     def build(self, number: int, prompt: object, given: Mapping[str, Any]) -> Request:
         """The request of row `number`.

@@ -94,19 +94,16 @@ class Runner:
         self._num_rows -= 1
 
     @torch.inference_mode()
-    def prefill(
-        self, prompts: Sequence[Prompt], dropped: set[int], tokens_at_once: int
-    ) -> Iterator[Tensor | None]:
+    def prefill(self, prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[Tensor | None]:
         """Take prompts in, one behind the other without padding, in many small pieces of work.
 
         Yields None after each piece, that of a layer's mixer or of its feed-forward part for
         `tokens_at_once` tokens, and at last the logits `[len(prompts), vocab_size]` of each
-        prompt's first new token. Between pieces, prompts may be released: their owners go into
-        `dropped`, and their logits are of no meaning.
+        prompt's first new token. It may be given up between pieces.
         """
         model = self._model
         ids = [token for prompt in prompts for token in prompt.tokens]
-        memory = _PromptMemory(self._convolutions, self._attentions, prompts, dropped)
+        memory = _PromptMemory(self._convolutions, self._attentions, prompts)
         x = model.embedding(torch.tensor([ids], device=self._device))  # [1, T, D]
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -163,14 +160,13 @@ class _PromptMemory:
         convolutions: ConvolutionCache,
         attentions: AttentionCache | None,
         prompts: Sequence[Prompt],
-        dropped: set[int],
     ) -> None:
         self._convolutions, self._attentions = convolutions, attentions
-        self._prompts, self._dropped = prompts, dropped
+        self._prompts = prompts
         self._lengths = [len(prompt.tokens) for prompt in prompts]
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        outputs = torch.zeros_like(streams)  # [S, T, C]
+        outputs = torch.empty_like(streams)  # [S, T, C]
         parts = zip(
             self._prompts,
             torch.split(streams, self._lengths, dim=1),
@@ -178,21 +174,19 @@ class _PromptMemory:
             strict=True,
         )
         for prompt, inputs, output in parts:
-            if prompt.owner not in self._dropped:
-                output.copy_(self._convolutions.prefill(prompt.owner, layer, inputs))
+            output.copy_(self._convolutions.prefill(prompt.owner, layer, inputs))
         return outputs
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         assert self._attentions is not None, "an STU-only model has no attention"
-        outputs = torch.zeros_like(queries)  # [1, T, heads, head_dim]
+        outputs = torch.empty_like(queries)  # [1, T, heads, head_dim]
         parts = zip(
             self._prompts,
             *(torch.split(x, self._lengths, dim=1) for x in (queries, keys, values, outputs)),
             strict=True,
         )
         for prompt, q, k, v, output in parts:
-            if prompt.owner not in self._dropped:
-                output.copy_(self._attentions.prefill(prompt.owner, layer, q, k, v))
+            output.copy_(self._attentions.prefill(prompt.owner, layer, q, k, v))
         return outputs
 
 

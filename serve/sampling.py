@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from serve.config import is_whole
 from serve.history import TokenHistory
 
 MOST_LOGPROBS = 20
@@ -46,24 +47,24 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._require("temperature", _is_number(self.temperature), "a finite number >= 0")
-        self._require("top_k", _is_whole(self.top_k), "a whole number >= 0 (0 for all tokens)")
+        self._require("top_k", is_whole(self.top_k), "a whole number >= 0 (0 for all tokens)")
         is_share = _is_number(self.top_p) and 0 < self.top_p <= 1
         self._require("top_p", is_share, "above 0 and at most 1 (1 for all tokens)")
         is_share = _is_number(self.min_p) and self.min_p <= 1
         self._require("min_p", is_share, "from 0 (for all tokens) to 1")
-        is_factor = _is_number(self.repetition_penalty) and self.repetition_penalty > 0
-        self._require("repetition_penalty", is_factor, "a finite number above 0 (1 for none)")
+        is_factor = _is_number(self.repetition_penalty, 0.01, 100)
+        self._require("repetition_penalty", is_factor, "a number from 0.01 to 100 (1 for none)")
         for name in ("presence_penalty", "frequency_penalty"):
             self._require(name, _is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
         bias = self.logit_bias
         is_bias = isinstance(bias, Mapping) and all(
-            _is_whole(token) and _is_number(value, -100, 100) for token, value in bias.items()
+            is_whole(token) and _is_number(value, -100, 100) for token, value in bias.items()
         )
         self._require("logit_bias", is_bias, "a number from -100 to 100 for each of some token ids")
-        is_count = self.logprobs is None or _is_whole(self.logprobs)
+        is_count = self.logprobs is None or is_whole(self.logprobs)
         is_count = is_count and (self.logprobs or 0) <= MOST_LOGPROBS
         self._require("logprobs", is_count, f"from 0 to {MOST_LOGPROBS}, or null for none")
-        self._require("seed", _is_whole(self.seed) and self.seed < 2**64, "from 0 to 2**64 - 1")
+        self._require("seed", is_whole(self.seed) and self.seed < 2**64, "from 0 to 2**64 - 1")
 
     @property
     def needs_history(self) -> bool:
@@ -153,7 +154,8 @@ def _adjusted(
     adjusted = torch.where(seen, penalized, adjusted)
     adjusted -= column([its.presence_penalty for its in chosen]) * (counts > 0)
     adjusted -= column([its.frequency_penalty for its in chosen]) * counts
-    logits[rows] = adjusted
+    largest = torch.finfo(logits.dtype).max
+    logits[rows] = adjusted.clamp(-largest, largest)  # a penalty may have gone beyond
     return logits
 
 
@@ -205,7 +207,3 @@ def _uniform(seed: int, position: int) -> float:
 def _is_number(value: object, least: float = 0, most: float = sys.float_info.max) -> bool:
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
     return is_real and least <= value <= most  # type: ignore[operator]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

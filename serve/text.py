@@ -1,34 +1,26 @@
 """From tokens to text while they come: whole characters only, and nothing of a stop string."""
 
+import codecs
 from collections.abc import Sequence
 
 from stu.tokenizer import Tokenizer
 
-BROKEN = "\ufffd"
 MOST_BYTES = 4
-"""Of a UTF-8 character: more broken bytes than that will not become one."""
+"""Of a UTF-8 character."""
 
 
 class TextStream:
     """The completion of one prompt. All that `append` and `finish` return, joined, is its text, cut
-    before the first of `stop_strings` in it.
-
-    Raises ValueError for a stop string that is empty.
-    """
+    before the first of `stop_strings` in it. Bytes that are no UTF-8 become U+FFFD."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()
     ) -> None:
-        for stop in stop_strings:
-            if not isinstance(stop, str) or not stop:
-                raise ValueError(
-                    f"stop_strings has {stop!r}: each must be a text of a character or more"
-                )
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
-        # Decoded with some tokens before: some tokenizers drop the first space of a text.
-        self._before = list(prompt[-MOST_BYTES:])
-        self._tokens: list[int] = []
-        """Whose text is not complete yet."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # A character that the prompt begins belongs to the completion that ends it.
+        for token in prompt[-MOST_BYTES:]:
+            self._decoder.decode(tokenizer.token_bytes(token))
         self._held = ""
         """Text that may be the beginning of a stop string."""
         self.stopped = False
@@ -36,22 +28,15 @@ class TextStream:
 
     def append(self, token: int) -> str:
         """The text that is certain now that `token` has come."""
-        self._tokens.append(token)
-        text = self._new_text()
-        if text.endswith(BROKEN) and len(self._tokens) < MOST_BYTES:
-            return ""
-        self._before, self._tokens = self._tokens, []
-        return self._cut(text)
+        return self._cut(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def finish(self) -> str:
         """What was held back, now that no token will follow."""
-        text = self._cut(self._new_text()) + self._held
-        self._tokens, self._held = [], ""
-        return "" if self.stopped else text
-
-    def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode(self._before + self._tokens).removeprefix(known)
+        if self.stopped:
+            return ""
+        text = self._cut(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
 
     def _cut(self, text: str) -> str:
         """`text` and what was held before it, up to a stop string or what may become one."""
@@ -61,9 +46,8 @@ class TextStream:
         if found:
             self.stopped = True
             return text[: min(found)]
-        for start in range(
-            max(0, len(text) - max(map(len, self._stop_strings), default=0)), len(text)
-        ):
+        longest = max(map(len, self._stop_strings), default=1)
+        for start in range(max(0, len(text) - longest + 1), len(text)):
             if any(stop.startswith(text[start:]) for stop in self._stop_strings):
                 self._held = text[start:]
                 return text[:start]

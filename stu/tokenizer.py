@@ -65,26 +65,28 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """How one token is shown by itself: its text, `bytes:\\xe2` for a byte of a longer
         character, or the name of a token that has no text."""
+        its_bytes = self.token_bytes(token)
+        if not its_bytes:
+            name: str = self._processor.id_to_piece(token)
+            return name
+        if self._processor.is_byte(token) and its_bytes[0] >= 128:
+            return f"bytes:\\x{its_bytes[0]:02x}"
+        return its_bytes.decode()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for in UTF-8: part of a character perhaps, or nothing."""
         model = self._processor
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            return b""
         piece: str = model.id_to_piece(token)
         if model.is_byte(token):
-            byte = int(piece[3:-1], 16)  # <0xE2>
-            return chr(byte) if byte < 128 else f"bytes:\\x{byte:02x}"
-        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
-            return piece
-        return piece.replace(SPACE_MARK, " ")
+            return bytes([int(piece[3:-1], 16)])  # <0xE2>
+        return piece.replace(SPACE_MARK, " ").encode()
 
     def bytes_per_token(self) -> NDArray[np.int64]:
         """UTF-8 bytes each token stands for, 0 for control and unknown ones: `[vocab_size]`."""
-        return np.array([self._num_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
-
-    def _num_bytes(self, token: int) -> int:
-        model = self._processor
-        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
-            return 0
-        if model.is_byte(token):
-            return 1
-        return len(model.id_to_piece(token).replace(SPACE_MARK, " ").encode())
+        sizes = [len(self.token_bytes(token)) for token in range(self.vocab_size)]
+        return np.array(sizes, dtype=np.int64)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:

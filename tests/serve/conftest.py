@@ -105,8 +105,10 @@ def start(monkeypatch):
 
 
 def wait_for_bytes(process, path, num_bytes):
-    """Until `path` has so many, or `process` has ended."""
+    """Until `path` has so many, or `process` has ended; never for more than a minute."""
+    deadline = time.monotonic() + 60
     while process.poll() is None and not (path.exists() and path.stat().st_size >= num_bytes):
+        assert time.monotonic() < deadline, f"{path} does not grow"
         time.sleep(0.002)
 
 

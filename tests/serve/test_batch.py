@@ -44,7 +44,8 @@ def test_greedy_completions_follow_the_forward_pass(run, code_model, code_tokeni
         with torch.inference_mode():
             for _ in range(9):
                 tokens.append(code_model(torch.tensor([tokens]))[0, -1].argmax().item())
-        assert row["completion"] == code_tokenizer.decode(tokens[-9:])
+        new = b"".join(map(code_tokenizer.token_bytes, tokens[-9:]))
+        assert row["completion"] == new.decode(errors="replace")
         assert (row["num_completion_tokens"], row["finish_reason"]) == (9, "length")
 
 
@@ -164,8 +165,8 @@ BAD_ROWS = [
         2,
         ["prompt of 101 tokens", "max_seq_len=64", ": shorten the prompt"],
     ),
-    ('{"prompt": [1, 280]}', 2, ["token id 280 is outside the vocabulary of 0 to 279"]),
-    ('{"prompt": [1, -1]}', 2, ["token id -1 is outside the vocabulary"]),
+    ('{"prompt": [1, 280]}', 2, ["tokens has the id 280, and the vocabulary ids 0 to 279"]),
+    ('{"prompt": [1, -1]}', 2, ["tokens=[1, -1] is not allowed: it must be a list of token ids"]),
     ('{"prompt": "x", "stop": [""]}', 2, ["stop=", "none of them empty"]),
 ]
 
@@ -259,7 +260,7 @@ def test_parquet(tmp_path, model_directory, run):
         (["--temperature", "-1"], "temperature=-1.0 is not allowed"),
         (["--top-p", "7"], "top_p=7.0 is not allowed"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 is not allowed"),
-        (["--max-running", "0"], "max_running=0 is not allowed: it must be at least 1"),
+        (["--max-running", "0"], "max_running=0 is not allowed: it must be a whole number >= 1"),
         (["--page-len", "3"], "page_len=3 is not allowed: it must be a power of two"),
         (["--column", "text"], "column='text' is for Parquet"),
         (["--shard", "2/2"], "shard='2/2' is not allowed: it must be i/n with 0 <= i < n"),

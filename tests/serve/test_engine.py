@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.cache_size import make_caches
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.lockstep import Runner as Lockstep
+from serve.packing import packs
 from serve.request import Request
 from serve.sampling import SamplingParams
 from stu.config import ModelConfig
@@ -31,10 +33,10 @@ def tokenizer(tmp_path_factory):
     return train_bpe(texts, 280, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
-def build(kind):
+def build(kind, **settings):
     torch.manual_seed(1)
     shape = {"width": 8, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
-    config = ModelConfig(vocab_size=280, max_seq_len=256, **{**shape, **CONFIGS[kind]})
+    config = ModelConfig(vocab_size=280, max_seq_len=256, **{**shape, **CONFIGS[kind], **settings})
     return FlashSTU(config).double()
 
 
@@ -187,8 +189,7 @@ def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, ne
     assert pool.page_bytes == len(shape.stu_layers) * shape.width * page_len * 8  # of float64
 
 
-def test_a_request_of_priority_takes_the_pages_of_others(tokenizer):
-    # 20 rows of new tokens fit, of 100 positions each one does.
+def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(page_len=32, max_running=1))
     late = Request([3], 50, priority=1)
     first = engine.add(late)
@@ -207,42 +208,242 @@ def test_a_request_of_priority_takes_the_pages_of_others(tokenizer):
 
 
 def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
+    """And leaves the engine as it was."""
     engine = Engine(
         MODELS["stu"], tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)
     )
-    with pytest.raises(ValueError, match=r"need 25 convolution pages .* the cache has \d+: lower"):
-        engine.add(Request([1] * 50, 200))
-    with pytest.raises(ValueError, match="exceed the model's max_seq_len=256"):
-        engine.add(Request([1] * 200, 100))
-    with pytest.raises(ValueError, match="token id 280 is outside the vocabulary of 0 to 279"):
-        engine.add(Request([1, 280], 3))
-    with pytest.raises(ValueError, match="token id 999 is outside the vocabulary"):
-        engine.add(Request([1], 3, SamplingParams(logit_bias={999: 1.0})))
-    with pytest.raises(ValueError, match="prompt has no tokens: start it with BOS"):
-        engine.add(Request([], 3))
-    with pytest.raises(ValueError, match="max_new_tokens=0 is not allowed"):
-        engine.add(Request([1], 0))
+    for request, message in (
+        (Request([1] * 50, 200), r"need 25 convolution pages .* the cache has \d+: lower"),
+        (Request([1] * 200, 57), "exceed the model's max_seq_len=256: shorten the prompt or lower"),
+        (Request([1, 280], 3), "tokens has the id 280, and the vocabulary ids 0 to 279: use"),
+        (Request([1], 3, stop_tokens=[280]), "stop_tokens has the id 280"),
+        (Request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add(request)
     assert not engine.has_work
+    assert engine.step() == []
+    answers = {}
+    accepted = engine.add(Request([1], 2))
+    drain(engine, answers)
+    assert answers[accepted][1] == "length"
     with pytest.raises(ValueError, match=r"cache_gib=.* is too little: .* give at least"):
         Engine(MODELS["hybrid"], tokenizer, EngineConfig(cache_gib=1e-6))
 
 
-def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
-    model = build("hybrid")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", []),
+        ("tokens", [1.5]),
+        ("tokens", [True]),
+        ("tokens", [-1]),
+        ("tokens", "abc"),
+        ("tokens", None),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.0),
+        ("max_new_tokens", True),
+        ("max_new_tokens", math.nan),
+        ("max_new_tokens", "3"),
+        ("stop_tokens", [1.5]),
+        ("stop_tokens", 5),
+        ("stop_strings", "END"),
+        ("stop_strings", [""]),
+        ("stop_strings", [5]),
+        ("stop_strings", None),
+        ("sampling", None),
+        ("priority", "high"),
+        ("priority", math.nan),
+    ],
+)
+def test_requests_that_no_model_could_be_asked(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.* is not allowed: "):
+        Request(**{"tokens": [1], "max_new_tokens": 3, field: value})
+
+
+def test_a_request_keeps_its_tokens(tokenizer):
+    tokens = [3, 4]
+    request = Request(tokens, 5)
+    tokens.append(999)
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    answers = {}
+    engine.add(request)
+    drain(engine, answers)
+    assert answers[0][:2] == (alone(MODELS["stu"], Request([3, 4], 5))[0], "length")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cache_gib", 0),
+        ("cache_gib", True),
+        ("cache_gib", "1"),
+        ("page_len", 12),
+        ("page_len", 2.0),
+        ("max_running", 2.5),
+        ("max_running", 0),
+        ("prompt_tokens_per_step", 1.5),
+        ("expected_new_tokens", 0),
+        ("batch_invariant", "no"),
+    ],
+)
+def test_settings_that_are_not_allowed(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed: it must be "):
+        EngineConfig(**{name: value})
+
+
+def test_a_model_and_a_tokenizer_that_do_not_fit(tokenizer):
+    with pytest.raises(ValueError, match="the tokenizer has 280 tokens and the model"):
+        Engine(FlashSTU(ModelConfig(vocab_size=300, max_seq_len=64)), tokenizer)
+    model = build("stu")
     with torch.no_grad():
-        model.embedding.weight[7] = math.nan  # so every logit row has a NaN unless it is masked
-        model.embedding.weight[7, 1:] = 0
-    engine = Engine(model, tokenizer, EngineConfig(page_len=8, max_running=4))
-    engine.add(Request([7, 7], 5))
-    (output,) = engine.step()
-    assert output.finish_reason == "error"
-    assert "not finite" in output.error
+        model.blocks[0].mixer.filter_matrix[0, 0] = math.inf
+    with pytest.raises(ValueError, match="filters are not finite"):
+        Engine(model, tokenizer)
+    with pytest.raises(ValueError, match="batch_invariant is not allowed for width=8: "):
+        Engine(MODELS["full"], tokenizer, EngineConfig(batch_invariant=True))
 
 
 @pytest.mark.parametrize("kind", ["stu", "hybrid"])
-def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind):
+def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind):
+    """And an abort of it disturbs no other."""
+    config = EngineConfig(cache_gib=0.01, page_len=8, prompt_tokens_per_step=40)
+    engine, answers = Engine(MODELS[kind], tokenizer, config), {}
+    first = engine.add(Request([1], 60, SamplingParams(repetition_penalty=1.3)))
+    collect(engine, answers)
+    long = engine.add(Request([2] * 200, 5))
+    kept = engine.add(Request([4] * 15, 5))
+    for step in range(1, 4):
+        collect(engine, answers)
+        assert len(answers[first][0]) == 1 + step
+        assert long not in answers
+    for request_id in (long, long, 99):
+        engine.abort(request_id)
+    drain(engine, answers)
+    assert answers[long][:2] == ([], "abort")
+    assert answers[kept][:2] == (alone(MODELS[kind], Request([4] * 15, 5))[0], "length")
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.new_tokens) == (216, 65)
+    assert not engine._texts
+    assert not engine._histories
+
+
+def test_an_abort_alone_is_work(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.abort(engine.add(Request([1], 5)))
+    assert engine.has_work
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
+    assert not engine.has_work
+    assert engine.stats().steps == 1
+
+
+def test_what_fits_exactly_is_taken(tokenizer):
+    """A context to its last token; and no page for a token that is never stepped with."""
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.add(Request([1] * 200, 56))
+    engine.add(Request([1], 17))
+    engine.step()
+    assert engine.stats().convolution_pages_used == 7 + 2
+    model = MODELS["stu"]
+    exact = make_caches(model, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)).capacity
+    engine = Engine(model, tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1))
+    engine.add(Request([1], 8 * exact.convolution + 1))
+    with pytest.raises(ValueError, match=f"need {exact.convolution + 1} convolution pages"):
+        engine.add(Request([1], 8 * exact.convolution + 2))
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("num_bytes", [60e3, 100e3, 250e3])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_caches_keep_to_their_budget(kind, num_bytes, batch_invariant):
+    gib = num_bytes * (8 if kind == "full" else 1) / 2**30
+    config = EngineConfig(gib, page_len=4, max_running=5, batch_invariant=batch_invariant)
+    caches = make_caches(build(kind, width=16).float(), config)
+    attention = caches.pools[1].pages.nbytes if caches.pools[1] else 0
+    assert caches.convolution.num_bytes + attention <= gib * 2**30
+
+
+def test_equal_priority_never_gives_way(tokenizer):
+    config = EngineConfig(cache_gib=0.01, page_len=8, max_running=1)
+    engine = Engine(MODELS["stu"], tokenizer, config)
+    for _ in range(2):
+        engine.add(Request([1], 20))
+    drain(engine, {})
+    assert engine.stats().preemptions == 0
+
+
+def test_room_for_twice_as_many_tokens_each_time(tokenizer):
+    config = EngineConfig(cache_gib=0.01, page_len=8, expected_new_tokens=1)
+    engine = Engine(MODELS["stu"], tokenizer, config)
+    engine.add(Request([1], 64))
+    drain(engine, {})
+    assert engine.stats().preemptions == 5
+
+
+@pytest.mark.parametrize(
+    ("stops", "reason", "text"),
+    [(["cat"], "stop", "a "), (["sat!"], "length", "a cat sat")],
+)
+def test_text_comes_with_the_tokens(tokenizer, monkeypatch, stops, reason, text):
+    ids = tokenizer.encode("a cat sat")
+    left = iter(ids)
+    monkeypatch.setattr("serve.engine.sample", lambda *_: torch.tensor([next(left)]))
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.add(Request([1], len(ids), stop_strings=stops))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert outputs[-1].finish_reason == reason
+    assert "".join(output.text for output in outputs) == text
+
+
+@pytest.mark.parametrize("ending", ["abort", "stop"])
+def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
+    """The beginning of a stop string is no part of one after all."""
+    ids = [*tokenizer.encode("a cat sa"), 2]
+    left = iter(ids)
+    monkeypatch.setattr("serve.engine.sample", lambda *_: torch.tensor([next(left)]))
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.add(Request([1], 50, stop_strings=["sat"], stop_tokens=[2]))
+    text = ""
+    for _ in ids[:-1]:
+        text += "".join(output.text for output in engine.step())
+    assert text == "a cat "
+    if ending == "abort":
+        engine.abort(0)
+    (output,) = engine.step()
+    assert (output.text, output.finish_reason) == ("sa", ending)
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    decode, answers = engine._runner.decode, {}
+    requests = [Request([row + 1], 20) for row in range(3)]
+    for request in requests:
+        engine.add(request)
+    collect(engine, answers)
+
+    def damaged(tokens):
+        logits = decode(tokens).clone()
+        for row, job in enumerate(engine._scheduler.running):
+            if job.request_id == 1 and len(job.tokens) == 5:
+                logits[row, 7] = math.nan
+        return logits
+
+    engine._runner.decode = damaged
+    drain(engine, answers)
+    for row, request in enumerate(requests):
+        whole = alone(MODELS["stu"], request)[0]
+        expected = (whole[:5], "error") if row == 1 else (whole, "length")
+        assert answers[row][:2] == expected
+
+
+@pytest.mark.skipif(not packs(torch.ones(1)), reason="odd widths need packed weights")
+@pytest.mark.parametrize("width", [8, 6, 50])
+@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
     """In float32, alone, in company, and after giving way."""
-    model = build(kind).float()
+    model = build(kind, width=width, mlp_ratio=3).float()
     config = EngineConfig(page_len=8, max_running=12, batch_invariant=True)
     params = SamplingParams(temperature=1.0, seed=3)
     probe = Request([5, 6, 7, 8], 60, params, priority=1)

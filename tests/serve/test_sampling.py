@@ -139,6 +139,25 @@ def test_bfloat16_logits_are_drawn_from_wider_sums():
     assert len(draws.unique()) > 400
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_stay_finite(dtype, temperature):
+    its = SamplingParams(temperature, repetition_penalty=0.01)
+    logits = torch.full((1, VOCAB_SIZE), -1.0, dtype=dtype)
+    logits[0, 3] = 3e38
+    assert sample(logits, [its], [0], {0: history(its, [3], [5])}).item() == 3
+
+
+def test_frequencies_count():
+    its = SamplingParams(frequency_penalty=1.0)
+    logits = torch.tensor([[0.0, 1.5, 1.0]])
+    for new, expected in (([], 1), ([1], 2), ([1, 2], 1), ([1, 1, 2], 0)):
+        made = TokenHistory(3, [0], {})
+        for token in new:
+            made.append(token)
+        assert sample(logits, [its], [0], {0: made}).item() == expected
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
 def test_impossible_tokens_are_never_drawn(monkeypatch, uniform):
     monkeypatch.setattr("serve.sampling._uniform", lambda seed, position: uniform)
@@ -174,8 +193,8 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
         ("min_p", -0.1, "from 0"),
         ("min_p", 1.5, "from 0"),
         ("min_p", math.nan, "from 0"),
-        ("repetition_penalty", 0, "a finite number above 0"),
-        ("repetition_penalty", math.inf, "a finite number above 0"),
+        ("repetition_penalty", 1e-40, "a number from 0.01 to 100"),
+        ("repetition_penalty", math.inf, "a number from 0.01 to 100"),
         ("presence_penalty", 2.1, "a number from -2 to 2"),
         ("frequency_penalty", math.nan, "a number from -2 to 2"),
         ("logit_bias", {3: 101}, "a number from -100 to 100 for each"),

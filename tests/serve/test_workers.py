@@ -99,6 +99,7 @@ def test_no_engine_outlives_its_run(model_directory, source, target, start, numb
         wait_for_bytes(process, target, 1)
     else:
         while len(children(process)) < 2:  # while they load
+            assert process.poll() is None
             time.sleep(0.01)
     workers = children(process)
     process.send_signal(number)
