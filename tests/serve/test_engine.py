@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from serve.cache_size import make_caches
 from serve.config import EngineConfig
 from serve.engine import Engine
-from serve.lockstep import Runner as Lockstep
 from serve.packing import packs
 from serve.request import Request
 from serve.sampling import SamplingParams
@@ -19,6 +18,7 @@ from stu.futurefill import Naive
 from stu.model import FlashSTU
 from stu.tokenizer import train_bpe
 from tests.reference import sampling as reference
+from tests.reference.decoding import Runner as Lockstep
 
 CONFIGS = {
     "stu": {"layout": "stu"},

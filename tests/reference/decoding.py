@@ -1,4 +1,4 @@
-"""Decodes a batch of sequences of different lengths in step."""
+"""Decodes a batch of sequences of different lengths in step, through any online convolution."""
 
 from collections.abc import Sequence
 

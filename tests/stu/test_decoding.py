@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from serve.lockstep import Runner
 from stu.config import ModelConfig
 from stu.futurefill import Continuous, Epoched, Naive
 from stu.model import FlashSTU
+from tests.reference.decoding import Runner
 
 VOCAB_SIZE = 40
 PROMPT_LENGTHS = 1, 2, 13, 16, 17
