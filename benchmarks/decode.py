@@ -105,6 +105,8 @@ def run_cache(
             "cache": cache_name,
         }
         run = setting | summary(samples) | bandwidth(model, samples)
+        if cache_name == "naive":
+            run |= naive_bandwidth(model, run)
         print({name: shown(value) for name, value in run.items()}, file=sys.stderr, flush=True)
         yield run
     gc.unfreeze()
@@ -160,6 +162,13 @@ def bandwidth(
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     steps = [step["step"] - step["convolution"] for _, _, step in samples]
     return {"weights_gb_per_s": num_bytes / 1e6 / statistics.median(steps)}
+
+
+def naive_bandwidth(model: FlashSTU, run: dict[str, Any]) -> dict[str, float]:
+    """How fast direct sums read the past and the taps, on average over the run."""
+    columns = (PROMPT_TOKENS + run["new_tokens"] / 2) / 2  # of even lags
+    num_bytes = columns * (run["batch"] + 1) * WIDTH * 4 * len(model.config.stu_layers)
+    return {"cache_gb_per_s": num_bytes / 1e6 / run["convolution_ms"]}
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
