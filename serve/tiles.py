@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CORE_BYTES = 2**30
 """Of cores kept from flush to flush; those of larger tiles are computed for each."""
+PAGES_AT_ONCE = 8
+"""Of a tile, summed in the dtype of the pages; beyond that in float64."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,25 @@ class TileFlush:
         if factors is None:
             self._fill_by_fft(past, future)
             return
-        columns = factors.inwards.shape[1]
-        summary = self._pages.new_zeros(self._layers, columns, self._pages.shape[3])
-        for page, basis in zip(past, factors.inwards, strict=True):
-            summary.baddbmm_(basis.expand(self._layers, -1, -1), self._pages[page])
+        summary = self._summary(past, factors.inwards)
         added = self._through_cores(summary, factors)
         for page, basis in zip(future, factors.outwards, strict=False):
             self._pages[page].baddbmm_(basis.expand(self._layers, -1, -1), added)
+
+    def _summary(self, past: Sequence[int], inwards: Tensor) -> Tensor:
+        """`[layers, p, lag_step W]` of a tile, in the dtype of the pages.
+
+        Sums of many pages are rounded to it no more often than those of a few.
+        """
+        total: Tensor | None = None
+        for start in range(0, len(past), PAGES_AT_ONCE):
+            some = slice(start, start + PAGES_AT_ONCE)
+            part = self._pages.new_zeros(self._layers, inwards.shape[1], self._pages.shape[3])
+            for page, basis in zip(past[some], inwards[some], strict=True):
+                part.baddbmm_(basis.expand(self._layers, -1, -1), self._pages[page])
+            total = part if total is None else total.double().add_(part)
+        assert total is not None, "a tile has a page at least"
+        return total.to(self._pages.dtype)
 
     def _fill_by_fft(self, past: Sequence[int], future: Sequence[int]) -> None:
         num_outputs = len(future) * self._pages.shape[2]
@@ -107,12 +121,13 @@ class TileFlush:
         """Add the cores' products with the summary, channel by channel.
 
         Column after column of all channels at once: small matrix products, one for each channel,
-        take twice as long on CPU.
+        take twice as long on CPU. The last columns are the smallest, and come first, so that sums
+        round little before the large ones cancel.
         """
         shape = -1, self._num_channels
         inputs = summary.view(*summary.shape[:2], *shape)  # [layers, p, lag_step W / C, C]
         outputs = result.view(*result.shape[:2], *shape)
-        for column in range(summary.shape[1]):
+        for column in reversed(range(summary.shape[1])):
             outputs.addcmul_(cores[:, column], inputs[:, column, None])
 
     def _basis(self, taps: Tensor) -> FilterBasis | None:

@@ -164,14 +164,16 @@ def test_page_len_is_checked(page_len, lag_step):
         setup(page_len, lag_step)
 
 
-def test_a_long_run_through_spectral_filters():
-    """Tiles of 1,024 positions, channels of very different size, each right by itself."""
+@pytest.mark.parametrize("mean", [0, 1])
+def test_a_long_run_through_spectral_filters(mean):
+    """Tiles of 1,024 positions, channels of very different size, each right by itself, whether
+    its terms cancel or not."""
     torch.manual_seed(0)
     filters = torch.from_numpy(spectral_filters(4096, 24)[::2]).float().double()
     weights = torch.randn(LAYERS, 24, 8, dtype=torch.float64) * torch.logspace(-3, 3, 8)
     pool = PagePool(100, (LAYERS, 32, 8))
     convolutions = ConvolutionCache(filters @ weights, 2, pool, 1)
-    inputs = torch.randn(LAYERS, 2500, 8)
+    inputs = mean + (0.1 if mean else 1) * torch.randn(LAYERS, 2500, 8)
     outputs = torch.empty_like(inputs)
     convolutions.admit(0, 2100)
     for layer in range(LAYERS):
