@@ -123,8 +123,9 @@ def sampled(
     num_plain = new_tokens - sum(count for count, _, _ in flushes)
     steps = []
     spread = range(0, max(1, new_tokens - 64), max(1, new_tokens // POSITIONS))
-    for position in spread:
-        seek(cache, position - position % 64)  # no page ends within the next steps
+    for number, position in enumerate(spread):
+        # All over a page of 32 positions, but no page ends within the next steps.
+        seek(cache, position - position % 64 + 5 * number % 26)
         clock.step()
         each = [clock.step() for _ in range(STEPS_AT_EACH)]
         median = {part: statistics.median(step[part] for step in each) for part in PARTS}

@@ -9,10 +9,10 @@ the smallest tile).
 
 The page that a running sequence is in lies in two rings of `page_len` slots besides, one for
 pending outputs and one for inputs, at the engine's time modulo `page_len`: a step then does the
-same to every row of the batch, wherever in its page each one is. It adds a token to the `page_len`
-slots that follow; those beyond its page are overwritten when the next page is loaded, into which
-a flush has put all that comes from pages before. Sums are in the dtype of the pages, float32 or
-float64.
+same to every row of the batch, wherever in its page each one is. It adds a token to the slots that
+follow, up to where the last of these pages ends; those beyond a row's own page are overwritten when
+its next page is loaded, into which a flush has put all that comes from pages before. Sums are in
+the dtype of the pages, float32 or float64.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,11 @@ class _PagedSequence:
 class _StepViews(NamedTuple):
     """What one step of some rows reads and writes of a layer; slicing costs more than the sums."""
 
-    taps: Tensor
-    """One for each pending column, the first at the token's own: `[columns, 1, 1, C]`."""
-    pending: Tensor
-    """Outputs that the token may reach: `[columns, B, W / C, C]`."""
+    reached: list[tuple[Tensor, Tensor]]
+    """Outputs that the token adds to, up to the ring's end and from its beginning, `[columns, B,
+    W / C, C]`, each after its taps, `[columns, 1, 1, C]`."""
     due: Tensor
-    """Of these the token's own: `[B, W / C, C]`."""
+    """The token's own outputs: `[B, W / C, C]`."""
     taken: Tensor
     """Where its input goes: `[B, W / C, C]`."""
 
@@ -77,13 +76,15 @@ class ConvolutionCache:
         columns = page_len // lag_step
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
-        self._near = near.repeat(1, 2, 1)[:, :, None, None]  # twice over: a slice is a rotation
+        self._near = near[:, :, None, None]  # [layers, columns, 1, 1, C]
         # The columns that a step adds to lie together, those of the other phases apart.
         row_shape = max_rows, width // self._num_filters, self._num_filters
         self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
         self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
-        self._views: dict[tuple[int, int, int], list[_StepViews]] = {}
-        """By slot, first row and number of rows, until the batch changes."""
+        self._views: dict[tuple[int, int, int, int], list[_StepViews]] = {}
+        """By slot, columns reached, first row and number of rows, until the batch changes."""
+        self._columns_reached = 0
+        """Of the next step: up to the end of the page that ends last, of those that rows are in."""
         self._time = 0
         self._sequences: dict[int, _PagedSequence] = {}
         self._rows: list[int] = []
@@ -131,6 +132,7 @@ class ConvolutionCache:
         sequence.start = self._time
         if sequence.pages:
             self._load_page(row, sequence.pages[0])
+        self._columns_reached = self._page_len // self._lag_step
 
     def leave(self, row: int) -> None:
         """Take a row out of the batch; the last row takes its place."""
@@ -148,13 +150,14 @@ class ConvolutionCache:
         """
         streams = inputs.view(-1, *self._inputs.shape[3:])  # [B, W / C, C]
         slot = self._time % self._page_len
-        key = slot, first_row, len(streams)
+        key = slot, self._columns_reached, first_row, len(streams)
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self._step_views(*key)
-        taps, pending, due, taken = views[layer]
+        reached, due, taken = views[layer]
         taken.copy_(streams)
-        pending.addcmul_(taps, taken)
+        for taps, pending in reached:
+            pending.addcmul_(taps, taken)
         return due.to(inputs.dtype).view(inputs.shape)
 
     def advance(self) -> None:
@@ -162,9 +165,11 @@ class ConvolutionCache:
         column, phase = divmod(self._time % self._page_len, self._lag_step)
         self._pending[:, phase, column].zero_()  # from here on, a page's length later
         self._time += 1
+        first_place = self._page_len
         for row, owner in enumerate(self._rows):
             sequence = self._sequences[owner]
             done, place = divmod(self._time - sequence.start, self._page_len)
+            first_place = min(first_place, place)
             if place or done >= len(sequence.pages):
                 continue
             self._store_page(row, sequence.pages[done - 1])
@@ -176,16 +181,22 @@ class ConvolutionCache:
             freed = [i for i in read if sequence.readers[i] == done]
             self._pool.free(owner, [sequence.pages[i] for i in freed])
 
-    def _step_views(self, slot: int, first_row: int, num_rows: int) -> list[_StepViews]:
+        self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
+
+    def _step_views(
+        self, slot: int, columns_reached: int, first_row: int, num_rows: int
+    ) -> list[_StepViews]:
         rows = slice(first_row, first_row + num_rows)
         column, phase = divmod(slot, self._lag_step)
-        columns = self._page_len // self._lag_step
+        before_end = min(columns_reached, self._pending.shape[2] - column)
         views = []
         for layer, near in enumerate(self._near):
-            pending = self._pending[layer, phase, :, rows]
-            taps = near[columns - column : 2 * columns - column]
-            taken = self._inputs[layer, slot, rows]
-            views.append(_StepViews(taps, pending, pending[column], taken))
+            pending, taken = self._pending[layer, phase, :, rows], self._inputs[layer, slot, rows]
+            reached = [(near[:before_end], pending[column : column + before_end])]
+            if columns_reached > before_end:
+                rest = columns_reached - before_end
+                reached.append((near[before_end:columns_reached], pending[:rest]))
+            views.append(_StepViews(reached, pending[column], taken))
         return views
 
     def _store_page(self, row: int, page: int) -> None:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 CORE_BYTES = 2**30
 """Of cores kept from flush to flush; those of larger tiles are computed for each."""
-PAGES_AT_ONCE = 8
+PAGES_AT_ONCE = 16
 """Of a tile, summed in the dtype of the pages; beyond that in float64."""
 
 
@@ -88,10 +88,10 @@ class TileFlush:
         """
         total: Tensor | None = None
         for start in range(0, len(past), PAGES_AT_ONCE):
-            some = slice(start, start + PAGES_AT_ONCE)
-            part = self._pages.new_zeros(self._layers, inwards.shape[1], self._pages.shape[3])
-            for page, basis in zip(past[some], inwards[some], strict=True):
-                part.baddbmm_(basis.expand(self._layers, -1, -1), self._pages[page])
+            bases = inwards[start : start + PAGES_AT_ONCE, None].expand(-1, self._layers, -1, -1)
+            part = torch.bmm(bases[0], self._pages[past[start]])
+            for page, basis in zip(past[start + 1 :], bases[1:], strict=False):
+                part.baddbmm_(basis, self._pages[page])
             total = part if total is None else total.double().add_(part)
         assert total is not None, "a tile has a page at least"
         return total.to(self._pages.dtype)
