@@ -85,6 +85,7 @@ def run_cache(
         engine.add(Request([seed + 1] * PROMPT_TOKENS, new_tokens))
     while engine.stats().new_tokens < batch:
         engine.step()
+    assert engine.stats().running == batch, "the caches have too little room"
     clock = Clock(engine, cache)
     gc.collect()
     gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
@@ -188,17 +189,17 @@ def make_engine(
     model: FlashSTU, cache_name: str, batch: int, new_tokens: int, page_len: int
 ) -> tuple[Engine, Any]:
     """An engine whose convolutions are remembered by the cache of that name."""
-    paged = cache_name == "paged"
-    pages = batch * (new_tokens // page_len + 8) if paged else 64
+    # Room for all, whichever share attention gets; what is not used is never resident.
+    num_pages = batch * (new_tokens // page_len + 100)
     page_bytes = model.config.num_layers * page_len * WIDTH * 4
     config = EngineConfig(
-        cache_gib=(pages + 2 * batch) * page_bytes * 1.5 / 2**30 + 0.02 * batch + 0.1,
+        cache_gib=1.5 * num_pages * page_bytes / 2**30 + 0.1,
         page_len=page_len,
         max_running=batch,
         prompt_tokens_per_step=PROMPT_TOKENS * batch,
     )
     engine = Engine(model, tokenizer(), config)
-    if paged:
+    if cache_name == "paged":
         return engine, engine._caches.convolution
     taps, lag_step = model.convolution_taps()
     cache = LockstepCache(PEERS[cache_name](taps.float(), batch, new_tokens, lag_step))

@@ -43,10 +43,12 @@ class _StepViews(NamedTuple):
     reached: list[tuple[Tensor, Tensor]]
     """Outputs that the token adds to, up to the ring's end and from its beginning, `[columns, B,
     W / C, C]`, each after its taps, `[columns, 1, 1, C]`."""
-    due: Tensor
-    """The token's own outputs: `[B, W / C, C]`."""
+    new: Tensor
+    """Where its inputs go: `[B, W / C, C]`,"""
     taken: Tensor
-    """Where its input goes: `[B, W / C, C]`."""
+    """and once more, as they come: `[B W / C, C]`."""
+    due: Tensor
+    """The token's own outputs: `[B W / C, C]`."""
 
 
 class ConvolutionCache:
@@ -82,7 +84,7 @@ class ConvolutionCache:
         self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
         self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
         self._views: dict[tuple[int, int, int, int], list[_StepViews]] = {}
-        """By slot, columns reached, first row and number of rows, until the batch changes."""
+        """By slot, columns reached, first row and number of streams, until the batch changes."""
         self._columns_reached = 0
         """Of the next step: up to the end of the page that ends last, of those that rows are in."""
         self._time = 0
@@ -148,17 +150,15 @@ class ConvolutionCache:
         """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs, which are
         valid until `advance`. Rows beyond the batch's are padding, and may have any finite input.
         """
-        streams = inputs.view(-1, *self._inputs.shape[3:])  # [B, W / C, C]
-        slot = self._time % self._page_len
-        key = slot, self._columns_reached, first_row, len(streams)
+        key = self._time % self._page_len, self._columns_reached, first_row, len(inputs)
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self._step_views(*key)
-        reached, due, taken = views[layer]
-        taken.copy_(streams)
+        reached, new, taken, due = views[layer]
+        taken.copy_(inputs)
         for taps, pending in reached:
-            pending.addcmul_(taps, taken)
-        return due.to(inputs.dtype).view(inputs.shape)
+            pending.addcmul_(taps, new)
+        return due.to(inputs.dtype)
 
     def advance(self) -> None:
         """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
@@ -184,19 +184,20 @@ class ConvolutionCache:
         self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
 
     def _step_views(
-        self, slot: int, columns_reached: int, first_row: int, num_rows: int
+        self, slot: int, columns_reached: int, first_row: int, num_streams: int
     ) -> list[_StepViews]:
-        rows = slice(first_row, first_row + num_rows)
+        rows = slice(first_row, first_row + num_streams // self._inputs.shape[3])
         column, phase = divmod(slot, self._lag_step)
         before_end = min(columns_reached, self._pending.shape[2] - column)
         views = []
         for layer, near in enumerate(self._near):
-            pending, taken = self._pending[layer, phase, :, rows], self._inputs[layer, slot, rows]
+            pending, new = self._pending[layer, phase, :, rows], self._inputs[layer, slot, rows]
             reached = [(near[:before_end], pending[column : column + before_end])]
             if columns_reached > before_end:
                 rest = columns_reached - before_end
                 reached.append((near[before_end:columns_reached], pending[:rest]))
-            views.append(_StepViews(reached, pending[column], taken))
+            taken, due = new.flatten(0, 1), pending[column].flatten(0, 1)
+            views.append(_StepViews(reached, new, taken, due))
         return views
 
     def _store_page(self, row: int, page: int) -> None:
