@@ -71,7 +71,7 @@ class ConvolutionCache:
                 f"{lag_step}"
             )
         self._tiles = TileFlush(taps, lag_step, pool.pages)
-        self._taps, self._lag_step, self._pool = taps.to(pool.pages.dtype), lag_step, pool
+        self._taps, self._lag_step, self._pool = self._tiles.taps, lag_step, pool
         self._page_len, self._num_filters = page_len, taps.shape[2]
         longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
         self._tiles.prepare(longest)
@@ -93,7 +93,7 @@ class ConvolutionCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all pages and rings; filters and their spectra are not counted."""
+        """Bytes of all pages and rings; filters and the factors of tiles are not counted."""
         numbers = self._pool.pages.numel() + self._pending.numel() + self._inputs.numel()
         return numbers * self._pending.element_size()
 

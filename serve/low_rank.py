@@ -6,9 +6,9 @@ Spectral filters are integrals of exponentials over decay rates (`stu.filters`),
 has a Hankel matrix of rank one: the matrices of 24 filters of 16,384 lags share a basis `U` of some
 30 columns to the last bit of float32, whatever `h` (a matrix of moments has singular values that
 decay exponentially, Beckermann and Townsend 2017). So `H = U S V^T` with a small core `S` for each
-channel: two matrix products in place of the transforms of an FFT, several times as fast and with
-no work space. The rank is found, not assumed; filters that have none to speak of are not factored.
-All of this is computed in float64.
+channel: two matrix products in place of the transforms of an FFT, with little work space. The rank
+is found, not assumed; filters that have none to speak of are not factored. All of this is computed
+in float64.
 
 What is left out of a channel's matrix is at most an epsilon of the pages' dtype of it, in the
 Frobenius norm: about what float32 filters leave uncertain, and any less would be their noise, which

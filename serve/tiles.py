@@ -54,13 +54,14 @@ class TileFlush:
         self._num_channels = taps.shape[2]
         # A row is a position of each phase: [num_pages, layers, rows, lag_step W].
         self._pages = pages.view(num_pages, self._layers, self._page_len // lag_step, -1)
-        self._taps = taps.to(pages.dtype).transpose(1, 2).contiguous()  # [layers, C, N]
+        self.taps = taps.to(pages.dtype)
+        """`[layers, N, C]`, in the dtype of the pages."""
         self._filters = self._basis(taps)
         self._factors: dict[int, _Factors | None] = {}
         self._bytes_left = CORE_BYTES
 
     def prepare(self, num_pages: int) -> None:
-        """Factorize what sequences of so many pages need: up to a second for 16,384 positions."""
+        """Factorize what sequences of so many pages need: seconds for 16,384 positions."""
         size = 1
         while size < num_pages:
             if size not in self._factors:
@@ -88,9 +89,10 @@ class TileFlush:
         """
         total: Tensor | None = None
         for start in range(0, len(past), PAGES_AT_ONCE):
-            bases = inwards[start : start + PAGES_AT_ONCE, None].expand(-1, self._layers, -1, -1)
-            part = torch.bmm(bases[0], self._pages[past[start]])
-            for page, basis in zip(past[start + 1 :], bases[1:], strict=False):
+            some = slice(start, start + PAGES_AT_ONCE)
+            pages, bases = past[some], inwards[some, None].expand(-1, self._layers, -1, -1)
+            part = torch.bmm(bases[0], self._pages[pages[0]])
+            for page, basis in zip(pages[1:], bases[1:], strict=True):
                 part.baddbmm_(basis, self._pages[page])
             total = part if total is None else total.double().add_(part)
         assert total is not None, "a tile has a page at least"
@@ -98,7 +100,7 @@ class TileFlush:
 
     def _fill_by_fft(self, past: Sequence[int], future: Sequence[int]) -> None:
         num_outputs = len(future) * self._pages.shape[2]
-        for layer, taps in enumerate(self._taps):
+        for layer, taps in enumerate(self.taps.transpose(1, 2)):  # [C, N]
             inputs = self._pages[list(past), layer].flatten(0, 1).t()  # [lag_step W, T]
             streams = inputs.reshape(-1, *taps.shape[:1], inputs.shape[1])  # [.., C, T]
             filled = future_fill(streams, taps, num_outputs).flatten(0, 1).t()

@@ -29,6 +29,19 @@ def no_slurm(monkeypatch):
             monkeypatch.delenv(name)
 
 
+@pytest.fixture
+def source(request, tmp_path):
+    """An input with the test module's ROWS."""
+    path = tmp_path / "in.jsonl"
+    write_rows(path, request.module.ROWS)
+    return path
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
 @pytest.fixture(scope="session")
 def code_tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"

@@ -12,7 +12,7 @@ from serve.engine import Engine
 from serve.output import OutputFile
 from stu.checkpoint import save_model
 from stu.model import FlashSTU
-from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
+from tests.serve.conftest import generate, read_rows, wait_for_bytes
 
 NUM_KILLS = 10
 ROWS = [
@@ -20,18 +20,6 @@ ROWS = [
     for number in range(160)
 ]
 ROWS[50] = ROWS[120] = {"promt": "x"}
-
-
-@pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "in.jsonl"
-    write_rows(path, ROWS)
-    return path
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "out.jsonl"
 
 
 def sorted_lines(path):

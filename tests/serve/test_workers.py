@@ -22,18 +22,6 @@ TWO = ["--devices", "cpu,cpu"]
 
 
 @pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "in.jsonl"
-    write_rows(path, ROWS)
-    return path
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "out.jsonl"
-
-
-@pytest.fixture
 def expected(tmp_path, model_directory, source):
     """The rows, by one engine."""
     path = tmp_path / "expected.jsonl"
