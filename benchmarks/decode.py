@@ -40,7 +40,7 @@ from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer, train_bpe
 
 VOCAB_SIZE, WIDTH, PROMPT_TOKENS = 4096, 512, 512
-POSITIONS, STEPS_AT_EACH = 10, 5
+POSITIONS, STEPS_AT_EACH, FLUSHES_OF_EACH = 10, 5, 3
 PEERS = {"naive": Naive, "epoched": Epoched}
 PARTS = ["step", "convolution", "outside"]
 
@@ -91,7 +91,7 @@ def run_cache(
     gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for _ in range(2):
+        for _ in range(2 * args.page_len):  # a page, and what a page's steps keep for the next
             engine.step()
         if args.whole:
             samples = [(1.0, "", clock.step()) for _ in range(new_tokens - 8)]
@@ -120,8 +120,11 @@ def sampled(
     """Steps, each with how many of a run's it stands for, and what it does besides a step."""
     flushes = []
     for what, position, count in cache_flushes(cache, new_tokens):
-        seek(cache, position - 1)
-        flushes.append((float(count), what, clock.step()))
+        each = []
+        for _ in range(FLUSHES_OF_EACH):
+            seek(cache, position - 1)
+            each.append(clock.step())
+        flushes.append((float(count), what, medians(each)))
     num_plain = new_tokens - sum(count for count, _, _ in flushes)
     steps = []
     spread = range(0, max(1, new_tokens - 64), max(1, new_tokens // POSITIONS))
@@ -129,10 +132,13 @@ def sampled(
         # All over a page of 32 positions, but no page ends within the next steps.
         seek(cache, position - position % 64 + 5 * number % 26)
         clock.step()
-        each = [clock.step() for _ in range(STEPS_AT_EACH)]
-        median = {part: statistics.median(step[part] for step in each) for part in PARTS}
+        median = medians([clock.step() for _ in range(STEPS_AT_EACH)])
         steps.append((num_plain / len(spread), "", median | {"position": position}))
     return steps + flushes
+
+
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    return {part: statistics.median(step[part] for step in steps) for part in PARTS}
 
 
 def summary(samples: list[tuple[float, str, dict[str, float]]]) -> dict[str, Any]:
@@ -225,9 +231,20 @@ def seek(cache: Any, position: int) -> None:
     if isinstance(cache, LockstepCache):
         cache.seek(position)
         return
+    done = position // cache._page_len
+    cache._pool.free = lambda owner, pages: None  # it may go back
+    tiles = cache._tiles
     for sequence in cache._sequences.values():
-        sequence.start = cache._time - position
-        sequence.readers = [len(sequence.pages)] * len(sequence.pages)  # it may go back: free none
+        cache._time = cache._starts[0] + position  # of all: they began together
+        sequence.tiles, sequence.pending, first = [], {}, 0
+        for level in (i for i in reversed(range(done.bit_length())) if done & 2**i):
+            num_held = 2**level if level < tiles._smallest_summary else tiles._summary_pages
+            sequence.tiles.append(sequence.pages[first : first + num_held])
+            first += 2**level
+        for level in range(tiles._smallest_summary + 1, len(tiles._levels)):
+            if done >= 2**level and done % 2**level < 2 ** (level - 1):
+                first = tiles._summary_pages * level  # any that no tile has
+                sequence.pending[level] = sequence.pages[first : first + tiles._summary_pages]
 
 
 def cache_flushes(cache: Any, new_tokens: int) -> list[tuple[str, int, int]]:

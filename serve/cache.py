@@ -2,10 +2,10 @@
 
 A page's slot holds the pending output of its position until the token is decoded, and the
 convolution's input afterwards. A sequence owns `ceil(new tokens / page_len)` pages at first,
-whatever its prompt's length, and gives each back once no later tile reads it: every page is
+whatever its prompt's length, and gives each back once nothing later reads it: every page is
 `layers * width * page_len` numbers. When a page is full, the tile of `page_len * lowbit(pages
 done)` positions that ends with it fills the tile after it (Continuous FutureFill, with the page as
-the smallest tile).
+the smallest tile; see `serve.tiles`).
 
 The page that a running sequence is in lies in two rings of `page_len` slots besides, one for
 pending outputs and one for inputs, at the engine's time modulo `page_len`: a step then does the
@@ -15,26 +15,14 @@ its next page is loaded, into which a flush has put all that comes from pages be
 the dtype of the pages, float32 or float64.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from serve.pages import PagePool, pages_for
-from serve.tiles import TileFlush
+from serve.tiles import PagedSequence, TileFlush
 from stu.convolution import causal_convolution
-
-
-@dataclass
-class _PagedSequence:
-    """One sequence's place in the cache."""
-
-    pages: list[int]
-    """Page of each stretch of `page_len` new tokens; meaningless once given back."""
-    readers: list[int]
-    """For each page, how many pages are done when it has been read for the last time."""
-    start: int = 0
-    """The engine's time at its first new token."""
 
 
 class _StepViews(NamedTuple):
@@ -70,11 +58,10 @@ class ConvolutionCache:
                 f"page_len={page_len} is not allowed: it must be a power of two and a multiple of "
                 f"{lag_step}"
             )
-        self._tiles = TileFlush(taps, lag_step, pool.pages)
+        longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
+        self._tiles = TileFlush(taps, lag_step, pool.pages, longest)
         self._taps, self._lag_step, self._pool = self._tiles.taps, lag_step, pool
         self._page_len, self._num_filters = page_len, taps.shape[2]
-        longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
-        self._tiles.prepare(longest)
         columns = page_len // lag_step
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
@@ -88,8 +75,10 @@ class ConvolutionCache:
         self._columns_reached = 0
         """Of the next step: up to the end of the page that ends last, of those that rows are in."""
         self._time = 0
-        self._sequences: dict[int, _PagedSequence] = {}
+        self._sequences: dict[int, PagedSequence] = {}
         self._rows: list[int] = []
+        self._starts: list[int] = []
+        """Of every row, the time at its first new token."""
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +94,7 @@ class ConvolutionCache:
         """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""
         count = self.pages_needed(new_tokens)
         pages = self._pool.allocate(owner, count)
-        self._sequences[owner] = _PagedSequence(pages, _last_readers(count))
+        self._sequences[owner] = PagedSequence(pages)
 
     def release(self, owner: int) -> None:
         """Forget `owner`, which is no row of the batch, and give back every page it still has."""
@@ -131,7 +120,7 @@ class ConvolutionCache:
         sequence, row = self._sequences[owner], len(self._rows)
         self._rows.append(owner)
         self._views.clear()
-        sequence.start = self._time
+        self._starts.append(self._time)
         if sequence.pages:
             self._load_page(row, sequence.pages[0])
         self._columns_reached = self._page_len // self._lag_step
@@ -143,8 +132,9 @@ class ConvolutionCache:
         if row != last:
             self._pending[..., row, :, :] = self._pending[..., last, :, :]
             self._inputs[:, :, row] = self._inputs[:, :, last]
-            self._rows[row] = self._rows[last]
+            self._rows[row], self._starts[row] = self._rows[last], self._starts[last]
         self._rows.pop()
+        self._starts.pop()
 
     def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
         """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs, which are
@@ -158,30 +148,34 @@ class ConvolutionCache:
         taken.copy_(inputs)
         for taps, pending in reached:
             pending.addcmul_(taps, new)
-        return due.to(inputs.dtype)
+        return due if due.dtype == inputs.dtype else due.to(inputs.dtype)
 
     def advance(self) -> None:
         """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
-        column, phase = divmod(self._time % self._page_len, self._lag_step)
-        self._pending[:, phase, column].zero_()  # from here on, a page's length later
         self._time += 1
         first_place = self._page_len
-        for row, owner in enumerate(self._rows):
-            sequence = self._sequences[owner]
-            done, place = divmod(self._time - sequence.start, self._page_len)
+        flushes: dict[int, list[int]] = {}
+        for row, (owner, start) in enumerate(zip(self._rows, self._starts, strict=True)):
+            done, place = divmod(self._time - start, self._page_len)
             first_place = min(first_place, place)
-            if place or done >= len(sequence.pages):
-                continue
-            self._store_page(row, sequence.pages[done - 1])
-            tile = done & -done
-            past, future = sequence.pages[done - tile : done], sequence.pages[done : done + tile]
-            self._tiles.fill(past, future)
-            self._load_page(row, sequence.pages[done])
-            read = [*range(done - tile, done), len(sequence.pages) - 1]
-            freed = [i for i in read if sequence.readers[i] == done]
-            self._pool.free(owner, [sequence.pages[i] for i in freed])
-
+            sequence = self._sequences[owner]
+            if place == 0 and done < len(sequence.pages):
+                sequence.done = done
+                self._store_page(row, sequence.pages[done - 1])
+                flushes.setdefault((done & -done).bit_length() - 1, []).append(row)
+        for level, rows in flushes.items():
+            self._flush(level, rows)
         self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
+
+    def _flush(self, level: int, rows: Sequence[int]) -> None:
+        """What rows have done in tiles of this level into their pages, and the next into rings."""
+        sequences = [self._sequences[self._rows[row]] for row in rows]
+        spare = self._tiles.flush(level, sequences)
+        for row, sequence, pages in zip(rows, sequences, spare, strict=True):
+            self._load_page(row, sequence.pages[sequence.done])
+            if sequence.done + 1 == len(sequence.pages):  # no flush after it: it is not stored
+                pages.append(sequence.pages[-1])
+            self._pool.free(self._rows[row], pages)
 
     def _step_views(
         self, slot: int, columns_reached: int, first_row: int, num_streams: int
@@ -217,12 +211,3 @@ class ConvolutionCache:
             before_turn = self._page_len // step - column
             pending[:, column:] = stored[:, :before_turn]
             pending[:, :column] = stored[:, before_turn:]
-
-
-def _last_readers(num_pages: int) -> list[int]:
-    """For each of a sequence's pages, how many pages are done when it has been read for the last
-    time: by a flush, or the last page when it goes into the ring."""
-    readers = [num_pages - 1] * num_pages
-    for done in range(1, num_pages):
-        readers[done - (done & -done) : done] = [done] * (done & -done)
-    return readers

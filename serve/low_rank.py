@@ -3,16 +3,18 @@
 A filter `f[m]` takes a tile of `h` inputs to the outputs after it by the Hankel matrix
 `H[q, i] = f[q + i + 1]`, `q` counted forwards and `i` backwards from the boundary between the two.
 Spectral filters are integrals of exponentials over decay rates (`stu.filters`), and an exponential
-has a Hankel matrix of rank one: the matrices of 24 filters of 16,384 lags share a basis `U` of some
+has a Hankel matrix of rank one: the matrices of 24 filters of 16,384 lags share a basis `V` of some
 30 columns to the last bit of float32, whatever `h` (a matrix of moments has singular values that
-decay exponentially, Beckermann and Townsend 2017). So `H = U S V^T` with a small core `S` for each
-channel: two matrix products in place of the transforms of an FFT, with little work space. The rank
-is found, not assumed; filters that have none to speak of are not factored. All of this is computed
-in float64.
+decay exponentially, Beckermann and Townsend 2017). So `H = V S V^T` with a small core `S` for each
+channel. Where `V` is that of all outputs after the tile, however late, it is also what a larger
+tile needs to know of this one, and the basis of the larger is a small matrix times those of its
+halves (the nested bases of H2 matrices, Hackbusch and Boerm 2002): tiles of all sizes together cost
+little more than the small ones.
 
-What is left out of a channel's matrix is at most an epsilon of the pages' dtype of it, in the
-Frobenius norm: about what float32 filters leave uncertain, and any less would be their noise, which
-has no low rank. For the same reason taps should be summed in float64.
+The rank is found, not assumed; filters that have none to speak of are not factored. What is left
+out of a channel's matrix is at most an epsilon of the pages' dtype of it, in the Frobenius norm:
+about what float32 filters leave uncertain, and any less would be their noise, which has no low
+rank. For the same reason taps should be summed in float64. All of this is computed in float64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stu.convolution import fast_fft_length
-
 SMALLEST_SAMPLE = 64
 """Random vectors that a space is made of at first; twice as many until they are enough."""
-LARGEST_SAMPLE = 256
+LARGEST_SAMPLE = 128
 """A space that takes more is not worth factoring, and might not fit in memory."""
 SPARE = 16
 """Of them beyond the rank they are to find."""
@@ -46,6 +46,22 @@ class FilterBasis:
     """`[K, F]` float64."""
     tolerance: float
     """How much of a channel may be left out."""
+
+
+@dataclass(frozen=True)
+class TileFactors:
+    """Of the matrices of one tile size, whose basis `V [h, p]` has a row for each input, oldest
+    first."""
+
+    transfer: Tensor
+    """Of the smallest tiles `V` itself; of others from the bases of both halves, the older first:
+    `[2 p of a half, p]`. Its columns are orthonormal, and so are those of `V`."""
+    cores: Tensor
+    """`[K, r, p]` of each filter of the basis: takes what `V^T` makes of the inputs to coordinates
+    of the outputs."""
+    outwards: Tensor | None
+    """`[num_outputs, r]` from those to the outputs, where there are fewer than inputs, as no
+    sequence is longer than there are taps. None: `V`, its last row first."""
 
 
 def filter_basis(filters: Tensor, dtype: torch.dtype) -> FilterBasis:
@@ -79,58 +95,57 @@ def filter_basis(filters: Tensor, dtype: torch.dtype) -> FilterBasis:
     return FilterBasis(taps * sizes.T, weights / sizes * scale, tolerance)
 
 
-def tile_factors(filters: FilterBasis, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For a tile of `length` inputs `U [num_outputs, r]`, `V [length, p]`, both with orthonormal
-    columns, and the core of each filter of the basis, `[K, r, p]`.
-
-    As many outputs as inputs, or as many as there are taps for: no sequence is longer than that.
-    Raises NotLowRank.
+def tile_factors(filters: FilterBasis, smallest: int) -> Iterator[TileFactors]:
+    """For tiles of `smallest`, `2 smallest`, `4 smallest` .. inputs, while there are taps that
+    reach beyond. Raises NotLowRank.
     """
-    num_taps, num_filters = filters.taps.shape
-    num_outputs = min(length, num_taps - length)
-    assert num_outputs > 0, f"{num_taps} taps do not reach beyond a tile of {length}"
-    taps = filters.taps[1 : length + num_outputs].T.contiguous()  # [K, n]
-
-    def basis(num_rows: int) -> Tensor:
-        """Of what all matrices of so many rows span."""
-        num_columns = length + num_outputs - num_rows
-
-        def sample(size: int, random: torch.Generator) -> Tensor:
-            """Matrices of random filters of the span, each applied to a random vector."""
-            mixed = _normal(size, num_filters, random, taps.device) @ taps
-            return _hankel_times(mixed, _normal(size, num_columns, random, taps.device)).T
-
-        def coordinates(basis: Tensor) -> Tensor:
-            return _every_hankel_times(taps, basis.T).transpose(0, 1).flatten(1)
-
-        def shares(within: Tensor) -> Tensor:
-            """What each channel, a sum of filters of the basis, has of each coordinate, squared."""
-            its = within.view(len(within), num_filters, num_columns)
-            products, weights = its @ its.transpose(1, 2), filters.weights  # [r, K, K], [K, F]
-            return torch.stack([((one @ weights) * weights).sum(0) for one in products])
-
-        shape = num_rows, num_filters * num_columns
-        return _thin_svd(sample, coordinates, shares, shape, filters.tolerance)[0]
-
-    outputs = basis(num_outputs)
-    inputs = outputs if num_outputs == length else basis(length)
-    cores = _every_hankel_times(taps, inputs.T) @ outputs  # [K, p, r]
-    return outputs, inputs, cores.transpose(1, 2).contiguous()
+    taps, num_taps, length = filters.taps.T, len(filters.taps), smallest
+    # What each input, later each coordinate, adds to every later output: [inputs, K, outputs].
+    after = torch.stack([taps[:, length - i : num_taps - i] for i in range(length)])
+    basis = None
+    while num_taps > length:
+        transfer, after = _thin_factors(after, filters)
+        basis = transfer if basis is None else nested(basis, transfer)
+        if num_taps >= 2 * length:
+            outwards, cores = None, after[..., :length] @ basis.flip(0)  # [p, K, r]
+        else:
+            outwards, within = _thin_factors(after.permute(2, 1, 0), filters)
+            cores = within.permute(2, 1, 0)
+        yield TileFactors(transfer, cores.permute(1, 2, 0).contiguous(), outwards)
+        # Outputs begin where the tile does that this one is the newer half of.
+        num_later = max(0, num_taps - 2 * length)
+        after = torch.cat([after[..., length:], after[..., :num_later]])
+        length *= 2
 
 
-def _hankel_times(taps: Tensor, vectors: Tensor) -> Tensor:
-    """`sum_i taps[q + i] vectors[i]` for every q: taps `[.., n]`, vectors `[.., k]` ->
-    `[.., n + 1 - k]`."""
-    length, size = taps.shape[-1], vectors.shape[-1]
-    n = fast_fft_length(length)  # the wrap-around falls on what is not returned
-    spectrum = torch.fft.rfft(taps, n=n) * torch.fft.rfft(vectors.flip(-1), n=n)
-    products: Tensor = torch.fft.irfft(spectrum, n=n)[..., size - 1 : length]
-    return products
+def nested(basis: Tensor, transfer: Tensor) -> Tensor:
+    """The basis `[2 h, p]` of tiles from that of their halves, `[h, p of a half]`."""
+    return torch.cat([basis @ half for half in transfer.chunk(2)])
 
 
-def _every_hankel_times(taps: Tensor, vectors: Tensor) -> Tensor:
-    """Each of `taps [K, n]` with each of `vectors [r, k]`: `[K, r, n + 1 - k]`."""
-    return torch.stack([_hankel_times(its, vectors) for its in taps])
+def _thin_factors(matrices: Tensor, filters: FilterBasis) -> tuple[Tensor, Tensor]:
+    """`[rows, K, columns]`, a matrix for each filter of the basis, as `U [rows, r]`, of orthonormal
+    columns that all share, times `[r, K, columns]`."""
+    num_rows, num_filters, num_columns = matrices.shape
+    flat = matrices.reshape(num_rows, -1)
+
+    def sample(size: int, random: torch.Generator) -> Tensor:
+        return flat @ _normal(flat.shape[1], size, random, flat.device)
+
+    def coordinates(basis: Tensor) -> Tensor:
+        return basis.T @ flat
+
+    def shares(within: Tensor) -> Tensor:
+        """What each channel, a sum of filters of the basis, has of each coordinate, squared."""
+        its = within.view(len(within), num_filters, num_columns)
+        products, weights = its @ its.transpose(1, 2), filters.weights  # [r, K, K], [K, F]
+        return torch.stack([((one @ weights) * weights).sum(0) for one in products])
+
+    if num_rows <= LARGEST_SAMPLE:  # twice as many coordinates as a half has, at most
+        basis, within = _truncated(flat, shares, filters.tolerance)
+    else:
+        basis, within = _thin_svd(sample, coordinates, shares, flat.shape, filters.tolerance)
+    return basis, within.view(-1, num_filters, num_columns)
 
 
 def _thin_svd(
@@ -145,23 +160,31 @@ def _thin_svd(
 
     sample: so many of the products, as columns. coordinates: a basis, transposed, times the matrix.
     shares: from coordinates `[r, columns]` to the squares of what each channel has of each, `[r,
-    F]`. The rank is the least for which no channel lacks more than the tolerance.
+    F]`.
     """
     random = torch.Generator().manual_seed(0)  # the same factors in every run
     size = SMALLEST_SAMPLE
     while size <= LARGEST_SAMPLE:
         size = min(size, *shape)
         basis = torch.linalg.qr(sample(size, random)).Q
-        within = coordinates(basis)
-        # By way of the small triangle: the long singular vectors would cost far more.
-        left = torch.linalg.svd(torch.linalg.qr(within.T, mode="r").R.T).U
-        within = left.T @ within
-        missing = shares(within).flip(0).cumsum(0).flip(0)  # without this coordinate and the rest
-        rank = max(1, int((missing > tolerance**2 * missing[0]).any(1).sum()))
-        if rank <= size - SPARE or size == min(shape):
-            return basis @ left[:, :rank], within[:rank]
+        left, within = _truncated(coordinates(basis), shares, tolerance)
+        if len(within) <= size - SPARE or size == min(shape):
+            return basis @ left, within
         size *= 2
     raise NotLowRank(f"more than {LARGEST_SAMPLE - SPARE} columns are needed")
+
+
+def _truncated(
+    matrix: Tensor, shares: Callable[[Tensor], Tensor], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """As `U [rows, r] @ V [r, columns]`; the rank is the least for which no channel lacks more than
+    the tolerance."""
+    # By way of the small triangle: the long singular vectors would cost far more.
+    left = torch.linalg.svd(torch.linalg.qr(matrix.T, mode="r").R.T).U
+    within = left.T @ matrix
+    missing = shares(within).flip(0).cumsum(0).flip(0)  # without this coordinate and the rest
+    rank = max(1, int((missing > tolerance**2 * missing[0]).any(1).sum()))
+    return left[:, :rank], within[:rank]
 
 
 def _normal(rows: int, columns: int, random: torch.Generator, device: torch.device) -> Tensor:

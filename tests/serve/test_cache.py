@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve import low_rank, tiles
+from serve import low_rank, tile_levels
 from serve.cache import ConvolutionCache
 from serve.pages import OutOfPages, PagePool, pages_for
 from stu.filters import spectral_filters
@@ -18,15 +18,25 @@ LAYERS, WIDTH = 2, 3
 
 
 def setup(
-    page_len, lag_step, num_pages=200, dtype=torch.float32, num_taps=300, groups=1, max_rows=4
+    page_len,
+    lag_step,
+    num_pages=200,
+    dtype=torch.float32,
+    num_taps=300,
+    groups=1,
+    max_rows=4,
+    spectral=False,
 ):
-    taps = torch.randn(LAYERS, num_taps, WIDTH, dtype=dtype) / math.sqrt(num_taps)
+    taps = torch.randn(LAYERS, num_taps, WIDTH, dtype=torch.float64) / math.sqrt(num_taps)
+    if spectral:
+        filters = torch.from_numpy(spectral_filters(lag_step * num_taps, 12)[::lag_step])
+        taps = filters @ torch.randn(LAYERS, 12, WIDTH, dtype=torch.float64)
     pool = PagePool(num_pages, (LAYERS, page_len, groups * WIDTH), dtype)
     pool.pages.fill_(math.nan)  # what is read before it is written shows
     convolutions = ConvolutionCache(taps, lag_step, pool, max_rows)
     convolutions._pending.fill_(math.nan)
     convolutions._inputs.fill_(math.nan)
-    return convolutions, pool, taps
+    return convolutions, pool, taps.to(dtype)
 
 
 @given(
@@ -41,19 +51,22 @@ def setup(
     core_bytes=st.sampled_from([0, 2000, 2**30]),
     # Of what is to be factored: nothing, tiles of up to 32 columns, everything.
     sample_sizes=st.sampled_from([(64, 0), (4, 40), (64, 256)]),
+    spectral=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_sequence_equals_its_direct_sum(
-    requests, page_len, lag_step, groups, core_bytes, sample_sizes, seed
+    requests, page_len, lag_step, groups, core_bytes, sample_sizes, spectral, seed
 ):
     """Requests (arrival step, prompt length, new tokens) run together, each at its own position."""
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "CORE_BYTES", core_bytes)
+        patch.setattr(tile_levels, "CORE_BYTES", core_bytes)
         patch.setattr(low_rank, "SMALLEST_SAMPLE", sample_sizes[0])
         patch.setattr(low_rank, "LARGEST_SAMPLE", sample_sizes[1])
-        convolutions, pool, taps = setup(page_len, lag_step, num_pages=250, groups=groups)
+        convolutions, pool, taps = setup(
+            page_len, lag_step, num_pages=250, groups=groups, spectral=spectral
+        )
         inputs = [torch.randn(LAYERS, groups, p + n, WIDTH) for _, p, n in requests]
         outputs = [torch.full_like(x, math.nan) for x in inputs]
         rows, places = [], [prompt for _, prompt, _ in requests]
@@ -132,7 +145,7 @@ def test_cache_bytes_do_not_depend_on_the_prompt(new_tokens):
 def test_cores_beyond_the_bound_are_computed_again(monkeypatch):
     def decode():
         torch.manual_seed(0)
-        convolutions, _, _ = setup(page_len=4, lag_step=2, dtype=torch.float64)
+        convolutions, _, _ = setup(4, 2, num_taps=100, dtype=torch.float64, spectral=True)
         convolutions.admit(0, 100)
         for layer in range(LAYERS):
             convolutions.prefill(0, layer, torch.randn(1, 3, WIDTH).double())
@@ -142,13 +155,14 @@ def test_cores_beyond_the_bound_are_computed_again(monkeypatch):
             tokens = torch.randn(LAYERS, 1, WIDTH).double()
             outputs.append([convolutions.step(i, tokens[i]) for i in range(LAYERS)])
             convolutions.advance()
-        return torch.cat([torch.cat(step) for step in outputs]), convolutions._tiles._bytes_left
+        return torch.cat([torch.cat(step) for step in outputs]), convolutions._tiles._levels
 
-    kept, _ = decode()
-    monkeypatch.setattr(tiles, "CORE_BYTES", 500)
-    again, bytes_left = decode()
+    kept, levels = decode()
+    assert all(level.cores is not None for level in levels)
+    monkeypatch.setattr(tile_levels, "CORE_BYTES", 500)
+    again, levels = decode()
     assert torch.equal(kept, again)
-    assert 0 <= bytes_left < 500
+    assert [level.cores is None for level in levels] == [i > 0 for i in range(len(levels))]
 
 
 def test_no_room():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from serve.low_rank import NotLowRank, filter_basis, tile_factors
+from serve.low_rank import NotLowRank, filter_basis, nested, tile_factors
 from stu.filters import spectral_filters
 
 
@@ -21,13 +21,17 @@ def hankel(taps, length):
     return np.array([[taps[q + i + 1] for i in range(length)] for q in range(num_outputs)])
 
 
-def factored(filters, length):
-    basis = filter_basis(filters, filters.dtype)
-    outputs, inputs, basis_cores = tile_factors(basis, length)
-    for columns in (outputs, inputs):
-        assert torch.allclose(columns.T @ columns, torch.eye(columns.shape[1]).double())
-    cores = torch.einsum("kf,krp->frp", basis.weights, basis_cores)
-    return inputs.shape[1], outputs @ cores @ inputs.T
+def factored(filters, smallest, num_doublings=0):
+    """The number of columns, and the products of the factors: `[F, num_outputs, h]`."""
+    filters_basis = filter_basis(filters, filters.dtype)
+    for number, its in enumerate(tile_factors(filters_basis, smallest)):
+        basis = its.transfer if number == 0 else nested(basis, its.transfer)  # noqa: F821
+        if number == num_doublings:
+            break
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]).double())
+    outwards = basis.flip(0) if its.outwards is None else its.outwards
+    cores = torch.einsum("kf,krp->frp", filters_basis.weights, its.cores)
+    return basis.shape[1], outwards @ cores @ basis.T.flip(1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 100, 150, 256, 299])
