@@ -29,8 +29,8 @@ def setup(
 ):
     taps = torch.randn(LAYERS, num_taps, WIDTH, dtype=torch.float64) / math.sqrt(num_taps)
     if spectral:
-        filters = torch.from_numpy(spectral_filters(lag_step * num_taps, 12)[::lag_step])
-        taps = filters @ torch.randn(LAYERS, 12, WIDTH, dtype=torch.float64)
+        filters = torch.from_numpy(spectral_filters(lag_step * num_taps, 3)[::lag_step])
+        taps = filters @ torch.randn(LAYERS, 3, WIDTH, dtype=torch.float64)
     pool = PagePool(num_pages, (LAYERS, page_len, groups * WIDTH), dtype)
     pool.pages.fill_(math.nan)  # what is read before it is written shows
     convolutions = ConvolutionCache(taps, lag_step, pool, max_rows)
@@ -128,6 +128,38 @@ def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
     # The last one goes when it is in the ring.
     assert used[15 * 4 - 2] == 2
     assert used[15 * 4 - 1] == used[-1] == 0
+
+
+@pytest.mark.parametrize("num_pages", [63, 64, 65, 100])
+def test_summaries_take_the_pages_of_their_tiles(num_pages):
+    """Of filters with low rank: what is kept for later fits in the pages already done, some of
+    which are given back; none is read again, and none is left at the end."""
+    convolutions, pool, _ = setup(page_len=4, lag_step=2, spectral=True, num_taps=400)
+    tiles = convolutions._tiles
+    smallest, summary_pages = tiles._smallest_summary, tiles._summary_pages
+    assert 2 <= smallest <= 4
+    assert len(tiles._levels) > 6
+    convolutions.admit(0, num_pages * 4)
+    for layer in range(LAYERS):
+        convolutions.prefill(0, layer, torch.randn(1, 5, WIDTH))
+    convolutions.join(0)
+    used = [num_pages]
+    for done in range(1, num_pages + 1):
+        for _ in range(4):
+            for layer in range(LAYERS):
+                assert convolutions.step(layer, torch.randn(1, WIDTH)).isfinite().all()
+            convolutions.advance()
+        free = sorted(set(range(1, 200)) - set(pool.pages_of(0)))
+        pool.pages[free] = math.nan
+        used.append(pool.num_used)
+        sequence = convolutions._sequences[0]
+        kept = [*sequence.tiles, *sequence.pending.values()]
+        left = num_pages - done - (done == num_pages - 1)
+        assert used[-1] == max(0, left) + sum(len(pages) for pages in kept)
+        assert len(kept) <= done.bit_length() + max(0, done.bit_length() - smallest)
+    assert used == sorted(used, reverse=True)
+    assert used[num_pages // 2] <= num_pages // 2 + 1 + 2**smallest + 7 * summary_pages
+    assert used[-2:] == [0, 0]
 
 
 @pytest.mark.parametrize("new_tokens", [0, 1, 15, 16, 17, 100])
