@@ -52,8 +52,8 @@ class TileLevels:
     summary_pages: int
     """How many pages a summary takes, of whatever tile."""
     smallest_summary: int
-    """The level of the smallest tiles that are known by summaries: as their pages take twice the
-    room at least, what halves are yet to get can be kept there besides."""
+    """The level of the smallest tiles that are known by summaries: where it takes half of their
+    pages at most. What is kept for halves to come fits in the rest."""
 
 
 def make_levels(taps: Tensor, rows: int, num_levels: int, dtype: torch.dtype) -> TileLevels:

@@ -130,6 +130,32 @@ def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
     assert used[15 * 4 - 1] == used[-1] == 0
 
 
+def test_sequences_in_step_are_as_each_alone():
+    """More of them than are mixed at once."""
+    torch.manual_seed(0)
+    inputs = torch.randn(7, LAYERS, 60, WIDTH)
+
+    def decode(numbers):
+        torch.manual_seed(1)
+        convolutions, _, _ = setup(page_len=4, lag_step=2, max_rows=len(numbers), spectral=True)
+        for owner, number in enumerate(numbers):
+            convolutions.admit(owner, 50)
+            for layer in range(LAYERS):
+                convolutions.prefill(owner, layer, inputs[number, None, layer, :10])
+            convolutions.join(owner)
+        outputs = []
+        for position in range(10, 60):
+            tokens = inputs[numbers, :, position].transpose(0, 1)
+            stepped = [convolutions.step(layer, its) for layer, its in enumerate(tokens)]
+            outputs.append(torch.stack(stepped, dim=1))
+            convolutions.advance()
+        return torch.stack(outputs, dim=2)
+
+    together = decode(list(range(7)))
+    for number in range(7):
+        assert torch.equal(together[number], decode([number])[0])
+
+
 @pytest.mark.parametrize("num_pages", [63, 64, 65, 100])
 def test_summaries_take_the_pages_of_their_tiles(num_pages):
     """Of filters with low rank: what is kept for later fits in the pages already done, some of
