@@ -12,20 +12,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from serve.cache_size import make_caches
+from serve.chooser import TokenChooser
 from serve.config import EngineConfig
-from serve.history import TokenHistory
 from serve.request import FinishReason, Output, Request
-from serve.runner import Runner
-from serve.sampling import TokenLogprobs, sample, token_logprobs
+from serve.runner import PromptLogits, Runner
+from serve.sampling import TokenLogprobs, token_logprobs
 from serve.scheduler import Job, Scheduler
 from serve.text import TextStream
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
-
-NOT_FINITE = (
-    "the model's logits are not finite: its weights are damaged, or too large for this dtype; try "
-    "another checkpoint, or float32"
-)
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,10 @@ class Engine:
         )
         self._scheduler = Scheduler(config, self._runner.needed, self._caches.capacity)
         self._texts: dict[int, TextStream] = {}
-        self._histories: dict[int, TokenHistory] = {}
-        self._device = model.embedding.weight.device
-        self._prefill: Iterator[Tensor | None] = iter(())
+        self._chooser = TokenChooser(tokenizer, model.embedding.weight.device)
+        self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        """Of prompts that are being taken in, or have just been."""
+        self._prefill: Iterator[Tensor | PromptLogits | None] = iter(())
         self._prefill_tokens = 0
         """Of all prompts that are taken in now."""
         self._aborted: list[Output] = []
@@ -84,8 +80,16 @@ class Engine:
         """Queue a request and return its number. Raises ValueError if it can never be decoded."""
         self._check(request)
         request_id = next(self._next_id)
-        self._scheduler.add(request_id, request)
-        self._texts[request_id] = TextStream(self._tokenizer, request.tokens, request.stop_strings)
+        self._chooser.add(request_id, request)
+        try:
+            self._scheduler.add(request_id, request)
+        except ValueError:
+            self._chooser.remove(request_id)
+            raise
+        text = TextStream(self._tokenizer, request.tokens, request.stop_strings)
+        self._texts[request_id] = text
+        for token in request.given:
+            text.append(token)
         return request_id
 
     def abort(self, request_id: int) -> None:
@@ -152,9 +156,21 @@ class Engine:
         pieces = self._model_config.num_layers * pieces_per_layer
         steps = max(1, num_tokens // at_once)
         for logits in itertools.islice(self._prefill, -(-(pieces + 1) // steps)):
-            if logits is not None:
+            if isinstance(logits, PromptLogits):
+                self._take_prompt_logits(logits)
+            elif logits is not None:
                 return self._end_prefill(logits)
         return []
+
+    def _take_prompt_logits(self, piece: PromptLogits) -> None:
+        (request,) = (
+            job.request for job in self._scheduler.prefilling if job.request_id == piece.owner
+        )
+        tokens = request.tokens[piece.first : piece.first + len(piece.logits)]
+        counts = [request.prompt_logprobs] * len(tokens)
+        found = token_logprobs(piece.logits, tokens, counts)
+        kept = self._prompt_logprobs.setdefault(piece.owner, [])
+        kept += [its for its in found if its is not None]
 
     def _end_prefill(self, logits: Tensor) -> list[Output]:
         jobs = list(self._scheduler.prefilling)
@@ -163,7 +179,10 @@ class Engine:
         for job in jobs:
             self._runner.join(job.request_id)
         self._scheduler.running.extend(jobs)
-        return self._choose(jobs, logits)
+        ended = [self._finish(job, "length") for job in jobs if job.request.max_new_tokens == 0]
+        rows = [row for row, job in enumerate(jobs) if job.request.max_new_tokens > 0]
+        going_on = logits[rows] if ended else logits
+        return ended + self._choose([jobs[row] for row in rows], going_on)
 
     def _forget_prefill(self) -> None:
         """And with it the prompts' activations."""
@@ -189,52 +208,26 @@ class Engine:
         chosen = [jobs[row] for row in rows]
         outputs = []
         if chosen:
-            params = [job.request.sampling for job in chosen]
-            places = [len(job.request.tokens) + len(job.tokens) for job in chosen]
-            safe = logits if len(rows) == len(jobs) else logits[rows]
-            finite = safe.amax(-1).isfinite()
-            if not finite.all():
-                safe = safe.masked_fill(~finite[:, None], 0)
-            histories = {
-                row: self._history(job)
-                for row, job in enumerate(chosen)
-                if job.request.sampling.needs_history
-            }
-            tokens = sample(safe, params, places, histories).tolist()
-            logprobs = token_logprobs(safe, tokens, params)
-            for job, token, its_logprobs, is_finite in zip(
-                chosen, tokens, logprobs, finite.tolist(), strict=True
-            ):
-                if is_finite:
-                    outputs.append(self._append(job, token, its_logprobs))
-                else:
+            own = logits if len(rows) == len(jobs) else logits[rows]
+            choices = self._chooser.choose([job.request_id for job in chosen], own)
+            for job, choice in zip(chosen, choices, strict=True):
+                if choice.error:
                     held = self._texts[job.request_id].finish()
-                    outputs.append(self._finish(job, "error", held, error=NOT_FINITE))
+                    outputs.append(self._finish(job, "error", held, error=choice.error))
+                else:
+                    outputs.append(self._append(job, choice.token, choice.logprobs))
         for job in jobs:
             if job.steps_left == 0 and job in self._scheduler.running:
                 self._remove_row(job)
                 self._scheduler.extend(job)
         return outputs
 
-    def _history(self, job: Job) -> TokenHistory:
-        """Kept from the request's first new token on."""
-        request = job.request
-        if job.request_id not in self._histories:
-            self._histories[job.request_id] = TokenHistory(
-                self._model_config.vocab_size,
-                request.tokens,
-                request.sampling.logit_bias,
-                self._device,
-            )
-        return self._histories[job.request_id]
-
     def _append(self, job: Job, token: int, logprobs: TokenLogprobs | None) -> Output:
         """Give `job` its new token."""
         request, text = job.request, self._texts[job.request_id]
         new = [token], [] if logprobs is None else [logprobs]
         job.tokens.append(token)
-        if history := self._histories.get(job.request_id):
-            history.append(token)
+        self._chooser.append(job.request_id, token)
         job.replayed += 1
         self._new_tokens += 1
         if token in request.stop_tokens:
@@ -244,7 +237,7 @@ class Engine:
             return self._finish(job, "stop", new_text, *new)
         if len(job.tokens) == request.max_new_tokens:
             return self._finish(job, "length", new_text + text.finish(), *new)
-        return Output(job.request_id, new[0], new_text, new[1])
+        return Output(job.request_id, new[0], new_text, new[1], self._pop_prompt_logprobs(job))
 
     def _finish(
         self,
@@ -267,8 +260,12 @@ class Engine:
         else:
             self._scheduler.waiting.remove(job)
         del self._texts[job.request_id]
-        self._histories.pop(job.request_id, None)
-        return Output(job.request_id, tokens, text, logprobs, reason, error)
+        self._chooser.remove(job.request_id)
+        of_prompt = self._pop_prompt_logprobs(job)
+        return Output(job.request_id, tokens, text, logprobs, of_prompt, reason, error)
+
+    def _pop_prompt_logprobs(self, job: Job) -> Sequence[TokenLogprobs]:
+        return self._prompt_logprobs.pop(job.request_id, ())
 
     def _set_back(self, job: Job) -> None:
         self._remove_row(job)
@@ -288,6 +285,7 @@ class Engine:
         for name, ids in {
             "tokens": request.tokens,
             "stop_tokens": request.stop_tokens,
+            "given": request.given,
             "logit_bias": request.sampling.logit_bias,
         }.items():
             if max(ids, default=0) >= vocab_size:
@@ -295,6 +293,11 @@ class Engine:
                     f"{name} has the id {max(ids)}, and the vocabulary ids 0 to {vocab_size - 1}: "
                     "use the model's own tokenizer"
                 )
+        if request.constraint is not None and self._tokenizer.eos_id not in request.stop_tokens:
+            raise ValueError(
+                f"stop_tokens={list(request.stop_tokens)} is not allowed with a constraint: EOS "
+                f"({self._tokenizer.eos_id}) must be among them"
+            )
         if len(request.tokens) + request.max_new_tokens > longest:
             raise ValueError(
                 f"a prompt of {len(request.tokens)} tokens and max_new_tokens="

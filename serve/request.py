@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.config import is_whole
-from serve.sampling import SamplingParams, TokenLogprobs
+from serve.grammar import Constraint
+from serve.sampling import MOST_LOGPROBS, SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -17,6 +18,7 @@ class Request:
     tokens: Sequence[int]
     """The prompt's token ids; at least one, BOS if there is nothing else."""
     max_new_tokens: int
+    """0: only what its prompt's tokens are worth (see `prompt_logprobs`) is found out."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_strings: Sequence[str] = ()
     """Decoding ends before the first of these that appears in the new text."""
@@ -24,9 +26,17 @@ class Request:
     """Decoding ends at the first of these ids (EOS, if it is to end anything); it has no text."""
     priority: int = 0
     """Requests with a lower number go first; equal ones in the order they came."""
+    prompt_logprobs: int | None = None
+    """Report the log probability of each of the prompt's tokens but the first, and those of so many
+    most probable ones at its place."""
+    constraint: Constraint | None = None
+    """What the new text must follow; it needs EOS among the stop tokens."""
+    given: Sequence[int] = ()
+    """New tokens that this request has from another engine, which went away: it goes on after
+    them, as it would have."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "stop_tokens"):
+        for name in ("tokens", "stop_tokens", "given"):
             ids = getattr(self, name)
             if not isinstance(ids, list | tuple) or not all(map(is_whole, ids)):
                 raise ValueError(
@@ -38,9 +48,14 @@ class Request:
         if not self.tokens:
             raise ValueError("tokens=[] is not allowed: start the prompt with BOS")
         count, stops = self.max_new_tokens, self.stop_strings
-        if not is_whole(count) or count < 1:
+        if not is_whole(count):
             raise ValueError(
-                f"max_new_tokens={count!r} is not allowed: it must be a whole number >= 1"
+                f"max_new_tokens={count!r} is not allowed: it must be a whole number >= 0"
+            )
+        if self.given and len(self.given) >= count:
+            raise ValueError(
+                f"given={_shown(self.given)} is not allowed: these are max_new_tokens={count} "
+                "tokens already, or more"
             )
         if not isinstance(self.sampling, SamplingParams):
             raise ValueError(f"sampling={self.sampling!r} is not allowed: give SamplingParams")
@@ -48,6 +63,12 @@ class Request:
             raise ValueError(
                 f"stop_strings={_shown(stops)} is not allowed: it must be a list of texts, each of "
                 "a character or more"
+            )
+        most = self.prompt_logprobs
+        if most is not None and not (is_whole(most) and most <= MOST_LOGPROBS):
+            raise ValueError(
+                f"prompt_logprobs={most!r} is not allowed: it must be from 0 to {MOST_LOGPROBS}, "
+                "or null for none"
             )
         if not isinstance(self.priority, int):
             raise ValueError(
@@ -66,6 +87,9 @@ class Output:
     """New text in whole characters. All texts of a request, joined, are its completion."""
     logprobs: Sequence[TokenLogprobs] = ()
     """One for each of `tokens`, if the request asks for them."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """One for each of the prompt's tokens but the first, if the request asks for them: in the first
+    of its outputs that has anything."""
     finish_reason: FinishReason | None = None
     """None while the request goes on; its last output has one."""
     error: str = ""

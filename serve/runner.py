@@ -13,6 +13,8 @@ from serve.packing import packed_copy, packed_product
 from serve.pages import OutOfPages
 from stu.model import Block, FlashSTU
 
+LOGITS_AT_ONCE = 256
+"""Of a prompt's tokens: a vocabulary may be large."""
 INVARIANT_ROWS = 8
 """Rows that go through the model together where their company must not change their rounding."""
 
@@ -25,6 +27,19 @@ class Prompt:
     tokens: Sequence[int]
     new_tokens: int
     """That it will step through the layers."""
+    wants_logits: bool = False
+    """Those of its own tokens but the first."""
+
+
+@dataclass(frozen=True)
+class PromptLogits:
+    """Of some of a prompt's tokens."""
+
+    owner: int
+    first: int
+    """Place of the first of these tokens in the prompt."""
+    logits: Tensor
+    """`[tokens, vocab_size]`."""
 
 
 class Pages(NamedTuple):
@@ -94,12 +109,15 @@ class Runner:
         self._num_rows -= 1
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[Tensor | None]:
+    def prefill(
+        self, prompts: Sequence[Prompt], tokens_at_once: int
+    ) -> Iterator[Tensor | PromptLogits | None]:
         """Take prompts in, one behind the other without padding, in many small pieces of work.
 
         Yields None after each piece, that of a layer's mixer or of its feed-forward part for
-        `tokens_at_once` tokens, and at last the logits `[len(prompts), vocab_size]` of each
-        prompt's first new token. It may be given up between pieces.
+        `tokens_at_once` tokens, then the logits of the prompts that want them, a few at a time, and
+        at last those of each prompt's first new token, `[len(prompts), vocab_size]`. It may be
+        given up between pieces.
         """
         model = self._model
         ids = [token for prompt in prompts for token in prompt.tokens]
@@ -114,6 +132,12 @@ class Runner:
                 parts.append(block.feed_forward(part))
                 yield None
             x = torch.cat(parts, dim=1)
+        for prompt, its in zip(
+            prompts, x[0].split([len(its.tokens) for its in prompts]), strict=True
+        ):
+            for first in range(1, len(prompt.tokens) if prompt.wants_logits else 0, LOGITS_AT_ONCE):
+                some = its[first - 1 : min(first - 1 + LOGITS_AT_ONCE, len(its) - 1)]
+                yield PromptLogits(prompt.owner, first, self._logits(model.norm(some)))
         lengths = torch.tensor([len(prompt.tokens) for prompt in prompts], device=self._device)
         last = model.norm(x[0, lengths.cumsum(0) - 1])  # [len(prompts), D]
         yield self._logits(last)

@@ -110,15 +110,16 @@ def sample(
 
 
 def token_logprobs(
-    logits: Tensor, tokens: Sequence[int], params: Sequence[SamplingParams]
+    logits: Tensor, tokens: Sequence[int], counts: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
-    """What each row's params ask for of its chosen token, from logits `[B, vocab_size]`."""
-    asked = [row for row, its in enumerate(params) if its.logprobs is not None]
-    results: list[TokenLogprobs | None] = [None] * len(params)
+    """Each row's token, and so many most probable ones, from logits `[B, vocab_size]`; None for a
+    row that does not ask."""
+    asked = [row for row, count in enumerate(counts) if count is not None]
+    results: list[TokenLogprobs | None] = [None] * len(counts)
     if not asked:
         return results
     for row, logprobs in zip(asked, logits[asked].double().log_softmax(-1), strict=True):
-        count = min(params[row].logprobs or 0, len(logprobs))
+        count = min(counts[row] or 0, len(logprobs))
         top = _most_probable(logprobs, count)
         results[row] = TokenLogprobs(tokens[row], logprobs[tokens[row]].item(), top)
     return results

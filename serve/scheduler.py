@@ -56,7 +56,7 @@ class Scheduler:
 
     def add(self, request_id: int, request: Request) -> None:
         """Queue a request. Raises ValueError if it needs more pages than there are."""
-        needed = self._needed(len(request.tokens), request.max_new_tokens - 1)
+        needed = self._needed(len(request.tokens), max(0, request.max_new_tokens - 1))
         for kind in Pages._fields:
             count, most = getattr(needed, kind), getattr(self._capacity, kind)
             if count > most:
@@ -68,13 +68,14 @@ class Scheduler:
                 )
         expected = self._config.expected_new_tokens
         horizon = request.max_new_tokens if expected is None else expected
-        self._queue(Job(request_id, request, horizon))
+        self._queue(Job(request_id, request, horizon, list(request.given)))
 
     def prompt(self, job: Job) -> Prompt:
         """What `job` is to be taken in with."""
         _, new_tokens = self._size(job)
         given = job.tokens[: self.num_given(job)]
-        return Prompt(job.request_id, [*job.request.tokens, *given], new_tokens)
+        asks = job.request.prompt_logprobs is not None and not job.tokens
+        return Prompt(job.request_id, [*job.request.tokens, *given], new_tokens, asks)
 
     def num_given(self, job: Job) -> int:
         """How many of its new tokens are taken in together with its prompt."""
@@ -126,7 +127,7 @@ class Scheduler:
     def _size(self, job: Job) -> tuple[int, int]:
         """Tokens that `job` is to be taken in with, and new ones that it gets pages for."""
         num_given = self.num_given(job)
-        to_come = job.request.max_new_tokens - num_given - 1
+        to_come = max(0, job.request.max_new_tokens - num_given - 1)
         return len(job.request.tokens) + num_given, min(to_come, job.horizon)
 
     def _queue(self, job: Job) -> None:

@@ -45,6 +45,8 @@ MODELS = {kind: build(kind) for kind in CONFIGS}
 
 def alone(model, request):
     """The request's tokens and logprobs, one by one, by direct sums over its whole past."""
+    if request.max_new_tokens == 0:
+        return [], []
     runner = Lockstep(model, [request.tokens], request.max_new_tokens, Naive)
     logits, tokens, logprobs, its = runner.prefill(), [], [], request.sampling
     while True:
@@ -59,19 +61,33 @@ def alone(model, request):
         logits = runner.step(torch.tensor([token]))
 
 
+def prompt_alone(model, request):
+    """The logprobs of its prompt, from the model's whole forward pass."""
+    if request.prompt_logprobs is None:
+        return []
+    with torch.no_grad():
+        logits = model(torch.tensor([request.tokens]))[0].tolist()
+    followed = zip(logits, request.tokens[1:], strict=False)
+    return [
+        (token, *reference.logprobs(row, token, request.prompt_logprobs)) for row, token in followed
+    ]
+
+
 def drain(engine, answers):
     while engine.has_work:
         collect(engine, answers)
 
 
 def collect(engine, answers):
-    """One step; an answer is a request's tokens, its finish reason, and its logprobs."""
+    """One step; an answer is a request's tokens, its finish reason, and its logprobs and those of
+    its prompt."""
     for output in engine.step():
-        tokens, _, logprobs = answers.get(output.request_id, ([], None, []))
+        tokens, _, logprobs, of_prompt = answers.get(output.request_id, ([], None, [], []))
         answers[output.request_id] = (
             [*tokens, *output.tokens],
             output.finish_reason,
             [*logprobs, *output.logprobs],
+            [*of_prompt, *output.prompt_logprobs],
         )
     engine.check_integrity()
 
@@ -100,7 +116,8 @@ samplings = st.one_of(
 requests = st.builds(
     Request,
     tokens=st.lists(st.integers(0, 279), min_size=1, max_size=90),
-    max_new_tokens=st.integers(1, 100),
+    max_new_tokens=st.integers(0, 100),
+    prompt_logprobs=st.sampled_from([None, 0, 2]),
     sampling=samplings,
     priority=st.integers(0, 1),
     stop_tokens=st.lists(st.integers(0, 279), max_size=2),
@@ -152,15 +169,18 @@ def test_under_traffic_every_request_equals_itself_alone(
     assert len(expected) + refused == len(traffic)
     assert set(answers) == set(expected)
     for request_id, request in expected.items():
-        tokens, reason, logprobs = answers[request_id]
+        tokens, reason, logprobs, of_prompt = answers[request_id]
         whole, expected_logprobs = alone(model, request)
+        if tokens or reason == "length":
+            check_logprobs(of_prompt, prompt_alone(model, request))
         if reason == "abort":
             assert tokens == whole[: len(tokens)]
             check_logprobs(logprobs, expected_logprobs[: len(tokens)])
         else:
             assert tokens == whole
             check_logprobs(logprobs, expected_logprobs)
-            assert reason == ("stop" if tokens[-1] in request.stop_tokens else "length")
+            is_stopped = tokens and tokens[-1] in request.stop_tokens
+            assert reason == ("stop" if is_stopped else "length")
     stats = engine.stats()
     assert stats.convolution_pages_used == stats.attention_pages_used == 0
 
@@ -240,7 +260,11 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
         ("tokens", [-1]),
         ("tokens", "abc"),
         ("tokens", None),
-        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
+        ("given", [-1]),
+        ("given", [1, 2, 3]),
         ("max_new_tokens", 2.0),
         ("max_new_tokens", True),
         ("max_new_tokens", math.nan),
@@ -325,7 +349,7 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.new_tokens) == (216, 65)
     assert not engine._texts
-    assert not engine._histories
+    assert not engine._chooser._requests
 
 
 def test_an_abort_alone_is_work(tokenizer):
@@ -387,7 +411,7 @@ def test_room_for_twice_as_many_tokens_each_time(tokenizer):
 def test_text_comes_with_the_tokens(tokenizer, monkeypatch, stops, reason, text):
     ids = tokenizer.encode("a cat sat")
     left = iter(ids)
-    monkeypatch.setattr("serve.engine.sample", lambda *_: torch.tensor([next(left)]))
+    monkeypatch.setattr("serve.chooser.sample", lambda *_: torch.tensor([next(left)]))
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
     engine.add(Request([1], len(ids), stop_strings=stops))
     outputs = []
@@ -402,7 +426,7 @@ def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
     """The beginning of a stop string is no part of one after all."""
     ids = [*tokenizer.encode("a cat sa"), 2]
     left = iter(ids)
-    monkeypatch.setattr("serve.engine.sample", lambda *_: torch.tensor([next(left)]))
+    monkeypatch.setattr("serve.chooser.sample", lambda *_: torch.tensor([next(left)]))
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
     engine.add(Request([1], 50, stop_strings=["sat"], stop_tokens=[2]))
     text = ""

@@ -1,0 +1,113 @@
+"""Text that must follow a JSON schema or a regular expression, through llguidance.
+
+What a grammar allows is decided token by token, as a mask over the vocabulary. Everything a caller
+can get wrong is found by `Grammars.check`, before the engine hears of the request; limits hold for
+a grammar's size and for the work of each token.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import llguidance
+import numpy as np
+import torch
+from torch import Tensor
+
+from stu.tokenizer import Tokenizer
+
+MOST_CHARS = 2**16
+"""Of a schema or expression."""
+LIMITS = llguidance.LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000)
+"""Beyond its defaults, which bound the work of a token: what a server can afford for a request."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the text of a completion must follow."""
+
+    kind: Literal["json_schema", "regex"]
+    source: str
+    """The schema, as JSON, or the expression."""
+
+
+class Grammars:
+    """Makes matchers of a tokenizer's tokens; the tokenizer must have EOS, which ends the text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        if tokenizer.eos_id >= 0:
+            wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+            self._tokenizer = llguidance.LLTokenizer(wrapper)
+
+    def check(self, constraint: Constraint) -> None:
+        """Raises ValueError for what is no schema or expression, or too large, or not supported."""
+        kind, source = constraint.kind, constraint.source
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{kind} is not allowed: the model's tokenizer has no EOS token to end the text"
+            )
+        if len(source) > MOST_CHARS:
+            raise ValueError(
+                f"{kind} of {len(source)} characters is not allowed: it must have {MOST_CHARS} at "
+                "most"
+            )
+        is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+            _grammar(constraint), self._tokenizer, limits=LIMITS
+        )
+        if is_wrong:
+            raise ValueError(f"{kind} is not allowed: {' '.join(messages[0].split())[:500]}")
+
+    def matcher(self, constraint: Constraint) -> "GrammarMatcher":
+        """For one completion; the constraint must have been checked."""
+        assert self._tokenizer is not None, "the tokenizer has no EOS"
+        return GrammarMatcher(
+            llguidance.LLMatcher(self._tokenizer, _grammar(constraint), log_level=0, limits=LIMITS)
+        )
+
+
+class GrammarMatcher:
+    """How far a completion has come in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self, vocab_size: int) -> Tensor:
+        """Which tokens may come next: bool `[vocab_size]`, on the CPU."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool))
+
+    def append(self, token: int) -> None:
+        """Go on after `token`."""
+        self._matcher.consume_token(token)
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on (a limit), or nothing."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.special_token_ids = [i for i, its in enumerate(self.tokens) if not its]
+        for token in self.special_token_ids:  # no bytes of a text, but they need a name
+            self.tokens[token] = tokenizer.token_text(token).encode()
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+
+
+def _grammar(constraint: Constraint) -> str:
+    matcher = llguidance.LLMatcher
+    if constraint.kind == "regex":
+        return str(matcher.grammar_from_regex(constraint.source))
+    try:
+        schema = json.loads(constraint.source)
+        return str(matcher.grammar_from_json_schema(json.dumps(schema)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema is not allowed: {error}") from error

@@ -1,0 +1,114 @@
+"""Completions that must follow a schema or an expression, by a model that knows of neither."""
+
+import json
+import re
+
+import pytest
+
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.grammar import MOST_CHARS, Constraint, Grammars
+from serve.request import Request
+from serve.sampling import SamplingParams
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "ok": {"type": "boolean"}},
+    "required": ["n", "ok"],
+    "additionalProperties": False,
+}
+CONSTRAINTS = {
+    "schema": Constraint("json_schema", json.dumps(SCHEMA)),
+    "regex": Constraint("regex", "(ab|xé)+[0-9]{2}"),
+}
+
+
+def decode(model, tokenizer, requests):
+    engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.01, page_len=4))
+    texts = {engine.add(request): ["", None] for request in requests}
+    while engine.has_work:
+        for its in engine.step():
+            texts[its.request_id][0] += its.text
+            texts[its.request_id][1] = its.finish_reason
+    return list(texts.values())
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 5])
+def test_completions_follow_their_constraints(code_model, code_tokenizer, temperature):
+    """Each its own, among requests without any, whose tokens stay what they are."""
+    eos, bos = code_tokenizer.eos_id, code_tokenizer.bos_id
+    sampling = [SamplingParams(temperature=temperature, seed=seed) for seed in range(8)]
+    free = [Request([bos], 50, its) for its in sampling[:2]]
+    constrained = [
+        Request([bos], 60, its, stop_tokens=[eos], constraint=constraint)
+        for its in sampling
+        for constraint in CONSTRAINTS.values()
+    ]
+    alone = decode(code_model, code_tokenizer, free)
+    answers = decode(code_model, code_tokenizer, [*free, *constrained])
+    assert answers[:2] == alone
+    ended = 0
+    for request, (text, reason) in zip(constrained, answers[2:], strict=True):
+        if reason == "length":  # white space is allowed without end
+            continue
+        ended += 1
+        if request.constraint.kind == "regex":
+            assert re.fullmatch("(ab|xé)+[0-9]{2}", text)
+        else:
+            assert set(json.loads(text)) == {"n", "ok"}
+    assert ended >= (1 if temperature == 0 else 8)
+
+
+def test_a_constraint_goes_on_in_another_engine(code_model, code_tokenizer):
+    request = Request(
+        [1],
+        60,
+        SamplingParams(temperature=1.0, seed=5),
+        stop_tokens=[code_tokenizer.eos_id],
+        constraint=CONSTRAINTS["regex"],
+    )
+    engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01, batch_invariant=True))
+    engine.add(request)
+    tokens = [token for _ in range(4) for its in engine.step() for token in its.tokens]
+    going_on = Request(**{**request.__dict__, "given": tokens[:3]})
+    ((rest, reason),) = decode(code_model, code_tokenizer, [going_on])
+    head = b"".join(map(code_tokenizer.token_bytes, tokens[:3])).decode(errors="ignore")
+    assert reason == "stop"
+    assert re.fullmatch("(ab|xé)+[0-9]{2}", head + rest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("regex", "(a", "unclosed group"),
+        ("regex", "a" * (MOST_CHARS + 1), "65537 characters is not allowed"),
+        ("json_schema", "{", "json_schema is not allowed"),
+        ("json_schema", "[1]", "must be an object or boolean"),
+        ("json_schema", '{"type": "nope"}', "nope"),
+        ("json_schema", '{"$ref": "http://localhost/schema"}', "does not fetch"),
+        ("json_schema", "[" * 20_000, "recursion"),
+        ("regex", "\ud800", "surrogates not allowed"),
+    ],
+)
+def test_constraints_that_are_not_allowed(code_tokenizer, kind, source, message):
+    with pytest.raises(ValueError, match=message):
+        Grammars(code_tokenizer).check(Constraint(kind, source))
+
+
+def test_a_constraint_needs_eos(code_model, code_tokenizer):
+    engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01))
+    with pytest.raises(ValueError, match=r"stop_tokens=\[\] is not allowed with a constraint"):
+        engine.add(Request([1], 5, constraint=CONSTRAINTS["regex"]))
+
+
+def test_a_constraint_that_takes_too_much_work_ends_its_request_alone(code_model, code_tokenizer):
+    costly = Constraint("regex", "(((a{1,300}){1,300}){1,300}b?){1,300}")
+    engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01))
+    stop = [code_tokenizer.eos_id]
+    other = engine.add(Request([1], 9))
+    request_id = engine.add(Request([1], 9, stop_tokens=stop, constraint=costly))
+    reasons = {}
+    while engine.has_work:
+        reasons |= {its.request_id: its.finish_reason for its in engine.step()}
+    assert reasons[other] == "length"
+    assert reasons[request_id] in ("length", "error", "stop")
