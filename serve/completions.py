@@ -4,17 +4,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from serve.choices import ChoiceWriter
+from serve.completion import Completion
 from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicode, show
 from serve.request import Request
-from serve.rows import Completion, Json
-from serve.text import TextStream
+from serve.response_format import constraint_of
+from serve.rows import Json
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 
 DEFAULTS: Json = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}
 OWN_SETTINGS = [name for name in SETTINGS if name != "max_new_tokens"]
 FIELDS = [
-    *("model", "prompt", "max_tokens", "n", "echo", "best_of", "suffix", "stream", "user"),
+    *(
+        "model",
+        "prompt",
+        "max_tokens",
+        "n",
+        "echo",
+        "best_of",
+        "suffix",
+        "stream",
+        "user",
+        "response_format",
+    ),
     *OWN_SETTINGS,
 ]
 MOST_COMPLETIONS = 128
@@ -45,9 +58,12 @@ class Completions:
         settings = {name: body[name] for name in OWN_SETTINGS if name in body}
         if "max_tokens" in body:
             settings["max_new_tokens"] = body["max_tokens"]
+        asked = body.get("logprobs") if body.get("echo") else None
+        constraint = constraint_of(body.get("response_format", {"type": "text"}))
         requests: list[Request] = []
         for prompt in _prompts(body["prompt"]):
             request = self._builder.build(number, prompt, settings)
+            request = replace(request, prompt_logprobs=asked, constraint=constraint)
             requests += [request] * body.get("n", 1)
         return _with_own_seeds(requests)
 
@@ -60,19 +76,9 @@ class Completions:
     ) -> Json:
         """The body of the answer. In its `usage`, a prompt counts once, with BOS."""
         body = _without_nulls(body)
-        prompts, num_each = _prompts(body["prompt"]), body.get("n", 1)
-        choices = []
-        for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
-            has_logprobs = request.sampling.logprobs is not None
-            before = self._text(prompts[index // num_each]) if body.get("echo") else ""
-            choices.append(
-                {
-                    "index": index,
-                    "text": before + completion.text,
-                    "logprobs": self._logprobs(request, completion) if has_logprobs else None,
-                    "finish_reason": completion.finish_reason,
-                }
-            )
+        num_each = body.get("n", 1)
+        writers = self.writers(body, requests)
+        choices = [its.write(made) for its, made in zip(writers, completions, strict=True)]
         prompt_tokens = sum(len(request.tokens) for request in requests[::num_each])
         completion_tokens = sum(completion.num_tokens for completion in completions)
         return {
@@ -88,26 +94,19 @@ class Completions:
             },
         }
 
+    def writers(self, body: Mapping[str, Any], requests: Sequence[Request]) -> list[ChoiceWriter]:
+        """Of each choice, for its pieces."""
+        prompts, num_each = _prompts(body["prompt"]), body.get("n") or 1
+        writers = []
+        for index, request in enumerate(requests):
+            prompt = prompts[index // num_each]
+            echo = self._text(prompt) if body.get("echo") else None
+            adds_bos = isinstance(prompt, str) or not prompt
+            writers.append(ChoiceWriter(self._tokenizer, request, index, echo, adds_bos))
+        return writers
+
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-
-    def _logprobs(self, request: Request, completion: Completion) -> Json:
-        """Each token's, with the text it stands for and where in the completion that begins."""
-        named = self._tokenizer.token_text
-        stream, num_chars, offsets = TextStream(self._tokenizer, request.tokens), 0, []
-        for its in completion.logprobs:
-            offsets.append(min(num_chars, len(completion.text)))  # a stop string has no text
-            num_chars += len(stream.append(its.token))
-        return {
-            "tokens": [named(its.token) for its in completion.logprobs],
-            "token_logprobs": [its.logprob for its in completion.logprobs],
-            "top_logprobs": [
-                {named(token): logprob for token, logprob in its.top.items()}
-                | {named(its.token): its.logprob}
-                for its in completion.logprobs
-            ],
-            "text_offset": offsets,
-        }
 
 
 def require_known(given: Mapping[str, Any], known: list[str]) -> None:
@@ -164,10 +163,6 @@ def _require_allowed(body: Mapping[str, Any]) -> None:
     require("stop", stop, are_few, f"at most {MOST_STOPS} strings")
     is_allowed = type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS
     require("logprobs", logprobs, is_allowed, f"a whole number from 0 to {MOST_LOGPROBS}")
-    if echo and "logprobs" in body:
-        raise ValueError(
-            "echo=true cannot go with logprobs, for a prompt's tokens have none here: leave one out"
-        )
     best_of, suffix, stream = body.get("best_of", count), body.get("suffix", ""), body.get("stream")
     require("best_of", best_of, best_of == count, "left out, or equal to n")
     require("suffix", suffix, suffix == "", 'left out, or ""')

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from serve.completion import Gathering
 from serve.engine import Engine, Stats
 from serve.inputs import Source
-from serve.request import FinishReason, Output, Request
-from serve.rows import Completion, Refusal, Row, RowFormat
-from serve.sampling import TokenLogprobs
+from serve.request import Output
+from serve.rows import Refusal, Row, RowFormat
 
 REPORT_SECONDS = 0.5
 REPORT_ROWS = 256
@@ -104,7 +104,7 @@ class Decoder:
             for request in row.requests:
                 request_id = self._engine.add(request)
                 under_way.request_ids.append(request_id)
-                self._answers[request_id] = _Answer(row.number, request)
+                self._answers[request_id] = _Answer(request, row_number=row.number)
         except ValueError as error:
             self._give_up(under_way, str(error), status_code=400)
 
@@ -112,16 +112,13 @@ class Decoder:
         answer = self._answers.get(output.request_id)
         if answer is None:
             return  # of a row that was given up
-        answer.tokens += output.tokens
-        answer.texts.append(output.text)
-        answer.logprobs += output.logprobs
+        answer.add(output)
         if output.finish_reason is None:
             return
         under_way = self._under_way[answer.row_number]
         if output.finish_reason == "error":
             self._give_up(under_way, output.error, status_code=500)
             return
-        answer.finish_reason = output.finish_reason
         under_way.num_unfinished -= 1
         if under_way.num_unfinished == 0:
             completions = [its.completion() for its in self._end(under_way)]
@@ -164,21 +161,7 @@ class _UnderWay:
 
 
 @dataclass
-class _Answer:
-    """What has come of a request."""
+class _Answer(Gathering):
+    """What has come of a request of a row."""
 
-    row_number: int
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def completion(self) -> Completion:
-        """A stop token has no text, and is not counted."""
-        assert self.finish_reason is not None, "a completion is that of an ended request"
-        is_stopped = self.tokens[-1:] and self.tokens[-1] in self.request.stop_tokens
-        num_tokens = len(self.tokens) - bool(is_stopped)
-        return Completion(
-            "".join(self.texts), num_tokens, self.logprobs[:num_tokens], self.finish_reason
-        )
+    row_number: int = 0

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serve.completion import Completion
 from serve.completions import Completions, require, require_known
 from serve.prompts import require_unicode, show
-from serve.rows import Completion, Json, Refusal, Row
+from serve.rows import Json, Refusal, Row
 
 FIELDS = ["custom_id", "method", "url", "body"]
 URL = "/v1/completions"

@@ -67,9 +67,9 @@ class RequestBuilder:
 
     def _request(self, tokens: list[int], settings: Mapping[str, Any]) -> Request:
         count, at_eos = settings["max_new_tokens"], settings.get("stop_at_eos", True)
-        if type(count) is not int or count < 1:
+        if type(count) is not int or count < 0:
             raise ValueError(
-                f"max_new_tokens={show(count)} is not allowed: it must be a whole number >= 1"
+                f"max_new_tokens={show(count)} is not allowed: it must be a whole number >= 0"
             )
         if type(at_eos) is not bool:
             raise ValueError(f"stop_at_eos={show(at_eos)} is not allowed: it must be true or false")

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from serve.completion import Completion
 from serve.inputs import Source
 from serve.prompts import SETTINGS, RequestBuilder, require_unicode, show
-from serve.request import FinishReason, Request
-from serve.sampling import TokenLogprobs
+from serve.request import Request
 from stu.config import nearest
 
 Json = dict[str, Any]
@@ -37,17 +37,6 @@ class Refusal:
     """Place, field, value, what is allowed, and what to do."""
     status_code: int = 400
     """Of HTTP: 400 if the row is at fault, 500 if the model is."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came of one request."""
-
-    text: str
-    num_tokens: int
-    """Without a stop token."""
-    logprobs: Sequence[TokenLogprobs]
-    finish_reason: FinishReason
 
 
 class RowFormat(Protocol):

@@ -153,8 +153,8 @@ BAD_ROWS = [
     ('{"prompt": "x", "top_k": -3}', 2, ["top_k=-3", "a whole number >= 0"]),
     ('{"prompt": "x", "top_p": 0}', 2, ["top_p=0", "above 0 and at most 1"]),
     ('{"prompt": "x", "seed": 1.5}', 2, ["seed=1.5", "from 0 to"]),
-    ('{"prompt": "x", "max_new_tokens": 0}', 2, ["max_new_tokens=0", "whole number >= 1"]),
-    ('{"prompt": "x", "max_new_tokens": null}', 2, ["max_new_tokens=null", ">= 1"]),
+    ('{"prompt": "x", "max_new_tokens": -1}', 2, ["max_new_tokens=-1", "whole number >= 0"]),
+    ('{"prompt": "x", "max_new_tokens": null}', 2, ["max_new_tokens=null", ">= 0"]),
     (
         '{"prompt": "x", "max_new_tokens": 63}',
         2,
@@ -259,7 +259,7 @@ def test_parquet(tmp_path, model_directory, run):
     [
         (["--temperature", "-1"], "temperature=-1.0 is not allowed"),
         (["--top-p", "7"], "top_p=7.0 is not allowed"),
-        (["--max-new-tokens", "0"], "max_new_tokens=0 is not allowed"),
+        (["--max-new-tokens", "-1"], "max_new_tokens=-1 is not allowed"),
         (["--max-running", "0"], "max_running=0 is not allowed: it must be a whole number >= 1"),
         (["--page-len", "3"], "page_len=3 is not allowed: it must be a power of two"),
         (["--column", "text"], "column='text' is for Parquet"),

@@ -1,15 +1,24 @@
 """`stu-generate` on OpenAI's batch format."""
 
-import pytest
+import re
+from dataclasses import replace
 
+import pytest
+import torch
+
+from serve.choices import ChoiceWriter
+from serve.completion import Completion
 from serve.completions import Completions
 from serve.openai_rows import OpenAiRows
 from serve.prompts import RequestBuilder
-from serve.rows import Completion, Refusal
-from serve.sampling import TokenLogprobs
+from serve.request import Request
+from serve.rows import Refusal
+from serve.sampling import SamplingParams, TokenLogprobs
+from serve.text import TextStream
 from tests.serve.conftest import generate
 
 NO_EOS = {"stop_at_eos": False}
+REQUEST = Request([1, 100, 101], 20, SamplingParams(logprobs=1))
 
 
 def row(custom_id, **body):
@@ -151,6 +160,95 @@ def test_logprobs_are_those_of_the_tokens(choices, run, code_tokenizer):
         assert logprobs["top_logprobs"][at] == top
 
 
+def test_the_logprobs_of_a_prompt(choices, code_model, code_tokenizer):
+    """Those of the model's whole forward pass, whatever is decoded after it."""
+    text = "def größe(x):"
+    tokens = [code_tokenizer.bos_id, *code_tokenizer.encode(text)]
+    with torch.no_grad():
+        expected = code_model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+    expected = [row[token].item() for row, token in zip(expected, tokens[1:], strict=False)]
+    names = [code_tokenizer.token_text(token) for token in tokens]
+    for count in (0, 1, 5):
+        settings = {"max_tokens": count, "logprobs": 2, "echo": True, "temperature": 0, **NO_EOS}
+        (of_ids,) = choices(prompt=tokens, **settings)
+        (of_text,) = choices(prompt=text, **settings)
+        assert of_ids["text"] == of_text["text"]
+        assert of_ids["text"].startswith(text)
+        for choice, first in ((of_ids, 0), (of_text, 1)):
+            logprobs = choice["logprobs"]
+            assert {len(values) for values in logprobs.values()} == {len(tokens) - first + count}
+            assert logprobs["tokens"][: len(tokens) - first] == names[first:]
+            begin = 1 - first
+            assert logprobs["token_logprobs"][:begin] == [None] * begin
+            assert logprobs["top_logprobs"][:begin] == [None] * begin
+            found = logprobs["token_logprobs"][begin : begin + len(expected)]
+            assert found == pytest.approx(expected, abs=2e-5)
+            for its, top in list(
+                zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+            )[begin:]:
+                assert its in top.values()  # to the last bit
+                assert len(top) in (2, 3)
+            starts = [*logprobs["text_offset"], len(choice["text"])]
+            assert starts == sorted(starts)
+            assert choice["text"][starts[begin] : starts[begin + 1]] == names[1]
+
+
+def test_tokens_that_share_a_name_share_the_larger_probability(code_tokenizer):
+    """Clients take the largest for that of the most probable token."""
+    letter = code_tokenizer.encode("f")[0]
+    byte = next(i for i in range(280) if i != letter and code_tokenizer.token_text(i) == "f")
+    writer = ChoiceWriter(code_tokenizer, replace(REQUEST), 0, None, False)
+    logprobs = [TokenLogprobs(byte, -5.0, {letter: -0.1})]
+    choice = writer.write(Completion("f", 1, logprobs, "length"))
+    assert choice["logprobs"]["token_logprobs"] == [-5.0]
+    assert choice["logprobs"]["top_logprobs"] == [{"f": -0.1}]
+
+
+@pytest.mark.parametrize("echo", [None, "größe"])
+def test_pieces_make_the_whole(code_tokenizer, echo):
+    tokens = code_tokenizer.encode("x = größe + 1\n")
+    text = "x = größe + 1\n"
+    logprobs = [
+        TokenLogprobs(token, -1.0 - at, {token: -1.0 - at}) for at, token in enumerate(tokens)
+    ]
+    prompt = [TokenLogprobs(token, -9.0, {}) for token in REQUEST.tokens[1:]]
+    whole = ChoiceWriter(code_tokenizer, REQUEST, 3, echo, True).write(
+        Completion(text, len(tokens), logprobs, "length", prompt)
+    )
+    writer, stream = (
+        ChoiceWriter(code_tokenizer, REQUEST, 3, echo, True),
+        TextStream(code_tokenizer, ()),
+    )
+    pieces = []
+    for at, its in enumerate(logprobs):
+        reason = "length" if at + 1 == len(tokens) else None
+        of_prompt = prompt if at == 0 else ()
+        pieces.append(
+            writer.write(Completion(stream.append(its.token), 1, [its], reason, of_prompt))
+        )
+    assert "".join(its["text"] for its in pieces) == whole["text"] == (echo or "") + text
+    for field, values in whole["logprobs"].items():
+        assert [item for its in pieces for item in its["logprobs"][field]] == values
+    assert [its["finish_reason"] for its in pieces][-1] == whole["finish_reason"]
+
+
+def test_response_formats(choices):
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    for response_format, expected in (
+        ({"type": "regex", "regex": "(yes|no)!"}, "(yes|no)!"),
+        (
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"additionalProperties": False, **schema}},
+            },
+            r'\s*{\s*"a"\s*:\s*null\s*}\s*',
+        ),
+    ):
+        for choice in choices(prompt="x", response_format=response_format, n=3, max_tokens=60):
+            if choice["finish_reason"] == "stop":
+                assert re.fullmatch(expected, choice["text"])
+
+
 def test_offsets_say_where_a_token_s_text_begins(code_tokenizer):
     builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 40})
     completions, text = Completions(builder, code_tokenizer, "demo"), "größe = x + 1"
@@ -206,7 +304,7 @@ BAD_ROWS = [
     (row("k", prompt=[[1, 280]]), "k", "tokens has the id 280, and the vocabulary ids 0 to 279"),
     (row("k", **PROMPT, model=5), "k", "model=5 is not allowed: it must be a string"),
     (row("k", **PROMPT, model="\ud800"), "k", "model has half of a surrogate pair"),
-    (row("k", **PROMPT, max_tokens=0), "k", "max_tokens=0 is not allowed"),
+    (row("k", **PROMPT, max_tokens=-1), "k", "max_tokens=-1 is not allowed"),
     (row("k", **PROMPT, max_tokens=70), "k", "max_tokens=70 exceed the model's max_seq_len=64: lo"),
     (row("k", **PROMPT, max_new_tokens=5), "k", 'unknown field "max_new_tokens": did you mean'),
     (row("k", **PROMPT, temprature=1), "k", "did you mean 'temperature'?"),
@@ -217,7 +315,32 @@ BAD_ROWS = [
     (row("k", **PROMPT, suffix="y"), "k", 'suffix="y" is not allowed: it must be left out'),
     (row("k", **PROMPT, stream=True), "k", "stream=true is not allowed: it must be false"),
     (row("k", **PROMPT, echo=1), "k", "echo=1 is not allowed: it must be true or false"),
-    (row("k", **PROMPT, echo=True, logprobs=1), "k", "echo=true cannot go with logprobs"),
+    (row("k", **PROMPT, response_format="json"), "k", 'response_format="json" is not allowed: it'),
+    (
+        row("k", **PROMPT, response_format={"type": "xml"}),
+        "k",
+        "its type must be one of text, json",
+    ),
+    (
+        row("k", **PROMPT, response_format={"type": "regex"}),
+        "k",
+        "response_format.regex=null is not allowed: it must be a string",
+    ),
+    (
+        row("k", **PROMPT, response_format={"type": "regex", "regex": "(a"}),
+        "k",
+        "regex is not allowed: ",
+    ),
+    (
+        row("k", **PROMPT, response_format={"type": "json_schema", "json_schema": {"x": 1}}),
+        "k",
+        'response_format.json_schema={"x": 1} is not allowed: it must be an object with the field',
+    ),
+    (
+        row("k", **PROMPT, response_format={"type": "text", "regex": "a"}),
+        "k",
+        'response_format has the field "regex", which goes not with type text',
+    ),
     (row("k", **PROMPT, logprobs=6), "k", "logprobs=6 is not allowed: it must be a whole number"),
     (row("k", **PROMPT, logprobs=True), "k", "logprobs=true is not allowed"),
     (row("k", **PROMPT, stop=["a"] * 5), "k", "it must be at most 4 strings"),

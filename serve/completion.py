@@ -1,0 +1,61 @@
+"""What comes of a request, gathered from the engine's outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from serve.request import FinishReason, Output, Request
+from serve.sampling import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of one request, or a piece of it."""
+
+    text: str
+    num_tokens: int
+    """Without a stop token."""
+    logprobs: Sequence[TokenLogprobs]
+    """Of these tokens, if they were asked for."""
+    finish_reason: FinishReason | None
+    """None for a piece that is not the last."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """Of the prompt's tokens but the first, if they were asked for; in the first piece."""
+
+
+@dataclass
+class Gathering:
+    """A request's outputs so far."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, output: Output) -> None:
+        """The next output."""
+        self.tokens += output.tokens
+        self.texts.append(output.text)
+        self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
+        self.finish_reason = output.finish_reason
+
+    def completion(self) -> Completion:
+        """All of it. A stop token has no text, and is not counted."""
+        is_stopped = self.tokens[-1:] and self.tokens[-1] in self.request.stop_tokens
+        num_tokens = len(self.tokens) - bool(is_stopped)
+        return Completion(
+            "".join(self.texts),
+            num_tokens,
+            self.logprobs[:num_tokens],
+            self.finish_reason,
+            self.prompt_logprobs,
+        )
+
+
+def piece_of(request: Request, output: Output) -> Completion:
+    """What one output adds."""
+    gathering = Gathering(request)
+    gathering.add(output)
+    return gathering.completion()
