@@ -1,0 +1,333 @@
+"""Engines in processes of their own, and the requests that are on them.
+
+A request goes to the engine that has the least to do. An engine that ends, or gives no sign of
+life, is replaced, and its requests go on in another from the tokens they have: what their readers
+get has no gap and no repeat, as a token depends on nothing but the request, its seed and its
+position.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import IO, Any
+
+from serve.engine import Stats
+from serve.request import Output, Request
+from serve.server_config import ServerConfig
+from serve.wire import Message, Unpacker, output_from_wire, pack, request_to_wire, stats_from_wire
+
+logger = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 2**20
+WATCH_SECONDS = 0.2
+MOST_MOVES = 3
+"""Engines that may end under a request: it may be what ends them."""
+MOST_FAILED_STARTS = 3
+"""In a row, of every engine, until requests that wait for one are refused."""
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two starts of an engine that ends again and again."""
+START_SECONDS = 600.0
+"""That an engine may take to load its model."""
+TAIL_BYTES = 2000
+
+
+class Busy(Exception):
+    """Too many requests wait."""
+
+
+class Unavailable(Exception):
+    """No engine can be had, or a request ended several of them."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """A request under way, and what has come of it."""
+
+    number: int
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
+    num_moves: int = 0
+    begun: float | None = None
+    """When its first output came, by the monotonic clock."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens that an engine has yet to take in or to find."""
+        its = self.request
+        return len(its.tokens) + its.max_new_tokens - len(self.tokens)
+
+    def rest(self) -> Request:
+        """What an engine is to be asked."""
+        return replace(self.request, given=tuple(self.tokens))
+
+
+class Replica:
+    """A process with an engine; `serve.replica` is the other side."""
+
+    def __init__(self, settings: dict[str, Any], num_threads: int) -> None:
+        self.settings = settings
+        self.streams: dict[int, Stream] = {}
+        self.stats: Stats | None = None
+        """None until it is ready."""
+        self.last_heard = time.monotonic()
+        ours, theirs = socket.socketpair()
+        self._socket = ours
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "serve.replica", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=self._errors,
+                env={"OMP_NUM_THREADS": str(num_threads), **os.environ},
+                # Ctrl-C and the like are for the server, which ends the others.
+                start_new_session=True,
+            )
+        self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.stats is not None
+
+    @property
+    def cost(self) -> int:
+        """Of all its requests."""
+        return sum(stream.cost for stream in self.streams.values())
+
+    def send(self, message: Message) -> None:
+        """Tell it something; what is said to one that has ended is lost."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(pack(message))
+
+    async def messages(self) -> AsyncIterator[Message]:
+        """All that it says until it ends."""
+        reader, self._writer = await asyncio.open_connection(sock=self._socket)
+        self.send(self.settings)
+        unpacker = Unpacker()
+        try:
+            while data := await reader.read(RECEIVE_BYTES):
+                self.last_heard = time.monotonic()
+                for message in unpacker.feed(data):
+                    yield message
+        except ConnectionError:
+            pass  # it ended
+        finally:
+            self._writer.close()
+
+    def kill(self) -> None:
+        """End it at once, even if it is stopped."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+
+    async def ended(self) -> str:
+        """Wait for it, and tell how it ended and what it said last."""
+        self.kill()
+        code = await asyncio.to_thread(self.process.wait)
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - TAIL_BYTES))
+        tail = self._errors.read().decode(errors="replace").strip()
+        self._errors.close()
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        return f"ended {how}; what it said last: {tail or 'nothing'}"
+
+
+class Replicas:
+    """An engine on each of `devices`, kept running.
+
+    threads: of each engine on a CPU.
+    """
+
+    def __init__(self, config: ServerConfig, devices: Sequence[str], num_threads: int) -> None:
+        self._config, self._devices, self._num_threads = config, list(devices), num_threads
+        self._replicas: list[Replica | None] = [None] * len(devices)
+        self._waiting: dict[int, Stream] = {}
+        """For an engine to be had."""
+        self._failed_starts = [0] * len(devices)
+        self._last_error = ""
+        self._numbers = itertools.count()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.num_restarts = self.num_resumed = 0
+        self.step_observers: list[Any] = []
+        """Called with each report of an engine."""
+
+    async def start(self) -> None:
+        """Start every engine. Raises OSError if the first of them cannot start."""
+        self._tasks = [
+            asyncio.create_task(self._keep_running(index)) for index in range(len(self._devices))
+        ]
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def ready(self) -> None:
+        """Wait until an engine takes requests. Raises OSError if none can be started."""
+        while not any(self.running):
+            if self._cannot_start:
+                raise OSError(f"no engine could be started: {self._last_error}")
+            await asyncio.sleep(WATCH_SECONDS / 4)
+
+    async def stop(self) -> None:
+        """End every engine."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for replica in filter(None, self._replicas):
+            await replica.ended()
+
+    @property
+    def running(self) -> list[Replica]:
+        """Engines that take requests."""
+        return [its for its in self._replicas if its is not None and its.is_ready]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether an engine has lately given a sign of life."""
+        oldest = time.monotonic() - self._config.watchdog_seconds
+        return any(replica.last_heard >= oldest for replica in self.running)
+
+    @property
+    def stats(self) -> list[Stats]:
+        """Of every engine that takes requests."""
+        return [replica.stats for replica in self.running if replica.stats is not None]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun."""
+        streams = [stream for replica in self.running for stream in replica.streams.values()]
+        return len(self._waiting) + sum(stream.begun is None for stream in streams)
+
+    def submit(self, requests: Sequence[Request]) -> list[Stream]:
+        """Begin requests. Raises Busy if too many wait, Unavailable if no engine can be had."""
+        if self._cannot_start:
+            raise Unavailable(f"no engine can be started: {self._last_error}")
+        if self.num_waiting + len(requests) > self._config.max_waiting:
+            raise Busy(
+                f"{self.num_waiting} requests wait, and {self._config.max_waiting} may: try again "
+                "later"
+            )
+        streams = [Stream(next(self._numbers), request) for request in requests]
+        for stream in streams:
+            self._place(stream)
+        return streams
+
+    async def outputs(self, stream: Stream) -> AsyncIterator[Output]:
+        """What comes of a request, until its last output. A reader that stops early ends it.
+
+        Raises ValueError if the engine refuses it, Unavailable if none can be had any more.
+        """
+        is_over = False
+        try:
+            while not is_over:
+                output = await stream.outputs.get()
+                if isinstance(output, Exception):
+                    is_over = True
+                    raise output
+                is_over = output.finish_reason is not None
+                yield output
+        finally:
+            if not is_over:
+                self.abort(stream)
+
+    def abort(self, stream: Stream) -> None:
+        """End a request now, and free its pages within a step."""
+        self._waiting.pop(stream.number, None)
+        for replica in filter(None, self._replicas):
+            if replica.streams.pop(stream.number, None) is not None:
+                replica.send({"abort": stream.number})
+
+    @property
+    def _cannot_start(self) -> bool:
+        is_failing = all(count >= MOST_FAILED_STARTS for count in self._failed_starts)
+        return is_failing and not self.running
+
+    def _place(self, stream: Stream) -> None:
+        """Give a request to the engine that has the least to do, or let it wait for one."""
+        running = self.running
+        if not running:
+            self._waiting[stream.number] = stream
+            return
+        replica = min(running, key=lambda its: its.cost)
+        replica.streams[stream.number] = stream
+        replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
+
+    async def _keep_running(self, index: int) -> None:
+        while True:
+            settings = self._config.replica_json(self._devices[index])
+            replica = self._replicas[index] = Replica(settings, self._num_threads)
+            async for message in replica.messages():
+                self._hear(index, replica, message)
+            was_ready, replica.stats = replica.is_ready, None
+            how = await replica.ended()
+            self._last_error = f"engine {index} on {self._devices[index]} {how}"
+            logger.error(self._last_error)
+            self._failed_starts[index] += not was_ready
+            self.num_restarts += 1
+            self._move(replica)
+            await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** self._failed_starts[index] - 1))
+
+    def _hear(self, index: int, replica: Replica, message: Message) -> None:
+        if "ready" in message:
+            replica.stats = stats_from_wire(message["ready"])
+            self._failed_starts[index] = 0
+            waiting, self._waiting = self._waiting, {}
+            for stream in waiting.values():
+                self._place(stream)
+        elif "refused" in message:
+            refused = replica.streams.pop(message["refused"], None)
+            if refused is not None:
+                refused.outputs.put_nowait(ValueError(message["error"]))
+        else:
+            replica.stats = stats_from_wire(message["stats"])
+            for values in message["outputs"]:
+                self._take(replica, output_from_wire(values))
+            for observe in self.step_observers:
+                observe(message)
+
+    def _take(self, replica: Replica, output: Output) -> None:
+        stream = replica.streams.get(output.request_id)
+        if stream is None:
+            return  # its reader went away
+        stream.begun = stream.begun or time.monotonic()
+        stream.tokens += output.tokens
+        if output.finish_reason is not None:
+            del replica.streams[output.request_id]
+        stream.outputs.put_nowait(output)
+
+    def _move(self, replica: Replica) -> None:
+        """The requests of an engine that ended to others."""
+        streams, replica.streams = list(replica.streams.values()), {}
+        for stream in streams:
+            stream.num_moves += 1
+            if stream.num_moves > MOST_MOVES:
+                error = Unavailable(
+                    f"{stream.num_moves} engines ended while they had this request: it may be what "
+                    "ends them"
+                )
+                stream.outputs.put_nowait(error)
+                continue
+            self.num_resumed += 1
+            self._place(stream)
+        if self._cannot_start:
+            waiting, self._waiting = self._waiting, {}
+            for stream in waiting.values():
+                stream.outputs.put_nowait(Unavailable(f"no engine is left: {self._last_error}"))
+
+    async def _watch(self) -> None:
+        """Kill engines that give no sign of life."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            for replica in filter(None, self._replicas):
+                most = self._config.watchdog_seconds if replica.is_ready else START_SECONDS
+                if replica.last_heard < now - most:
+                    logger.error("process %d gave no sign of life", replica.process.pid)
+                    replica.kill()

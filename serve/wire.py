@@ -1,0 +1,80 @@
+"""What a server and its engines tell each other: msgpack, one map after the other, on a socket.
+
+To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": id}`. From it:
+`{"ready": {..}}`, `{"refused": id, "error": ..}`, and after each step, and when idle now and then,
+`{"outputs": [..], "stats": {..}, "flush_seconds": {..}}`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import msgpack
+
+from serve.engine import Stats
+from serve.grammar import Constraint
+from serve.request import Output, Request
+from serve.sampling import SamplingParams, TokenLogprobs
+
+Message = dict[str, Any]
+MOST_BYTES = 2**28
+"""Of a message: a prompt's log probabilities are the largest."""
+
+
+def pack(message: Message) -> bytes:
+    """A message as bytes."""
+    packed: bytes = msgpack.packb(message)
+    return packed
+
+
+class Unpacker:
+    """Messages from bytes, however they are cut."""
+
+    def __init__(self) -> None:
+        self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES)
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages that are whole now."""
+        self._unpacker.feed(data)
+        yield from self._unpacker
+
+
+def request_to_wire(request: Request) -> Message:
+    """All of its fields."""
+    return asdict(request)
+
+
+def request_from_wire(values: Message) -> Request:
+    """From what `request_to_wire` gave."""
+    constraint = values["constraint"]
+    return Request(
+        **{
+            **values,
+            "sampling": SamplingParams(**values["sampling"]),
+            "constraint": None if constraint is None else Constraint(**constraint),
+        }
+    )
+
+
+def output_to_wire(output: Output, request_id: int) -> Message:
+    """All of its fields, with the server's number of the request."""
+    values = {"request_id": request_id, "tokens": list(output.tokens), "text": output.text}
+    for name in ("logprobs", "prompt_logprobs"):
+        if its := getattr(output, name):
+            values[name] = [[each.token, each.logprob, each.top] for each in its]
+    if output.finish_reason is not None:
+        values |= {"finish_reason": output.finish_reason, "error": output.error}
+    return values
+
+
+def output_from_wire(values: Message) -> Output:
+    """From what `output_to_wire` gave."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if name in values:
+            values[name] = [TokenLogprobs(*each) for each in values[name]]
+    return Output(**values)
+
+
+def stats_from_wire(values: Message) -> Stats:
+    """From `asdict(stats)`."""
+    return Stats(**values)
