@@ -10,6 +10,7 @@ from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicod
 from serve.request import Request
 from serve.response_format import constraint_of
 from serve.rows import Json
+from serve.sampling import MOST_LOGPROBS
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 
@@ -33,7 +34,6 @@ FIELDS = [
 MOST_COMPLETIONS = 128
 MOST_PROMPTS = 128
 MOST_STOPS = 4
-MOST_LOGPROBS = 5
 CREATED = 0  # in place of the time: rows do not depend on when and how often a run was begun
 
 

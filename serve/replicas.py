@@ -44,6 +44,10 @@ class Busy(Exception):
     """Too many requests wait."""
 
 
+class Refused(Exception):
+    """An engine does not take a request."""
+
+
 class Unavailable(Exception):
     """No engine can be had, or a request ended several of them."""
 
@@ -183,6 +187,11 @@ class Replicas:
         for replica in filter(None, self._replicas):
             await replica.ended()
 
+    def kill(self) -> None:
+        """End every engine at once."""
+        for replica in filter(None, self._replicas):
+            replica.kill()
+
     @property
     def running(self) -> list[Replica]:
         """Engines that take requests."""
@@ -222,7 +231,7 @@ class Replicas:
     async def outputs(self, stream: Stream) -> AsyncIterator[Output]:
         """What comes of a request, until its last output. A reader that stops early ends it.
 
-        Raises ValueError if the engine refuses it, Unavailable if none can be had any more.
+        Raises Refused if the engine does not take it, Unavailable if none can be had any more.
         """
         is_over = False
         try:
@@ -284,7 +293,7 @@ class Replicas:
         elif "refused" in message:
             refused = replica.streams.pop(message["refused"], None)
             if refused is not None:
-                refused.outputs.put_nowait(ValueError(message["error"]))
+                refused.outputs.put_nowait(Refused(message["error"]))
         else:
             replica.stats = stats_from_wire(message["stats"])
             for values in message["outputs"]:

@@ -341,7 +341,7 @@ BAD_ROWS = [
         "k",
         'response_format has the field "regex", which goes not with type text',
     ),
-    (row("k", **PROMPT, logprobs=6), "k", "logprobs=6 is not allowed: it must be a whole number"),
+    (row("k", **PROMPT, logprobs=21), "k", "logprobs=21 is not allowed: it must be a whole number"),
     (row("k", **PROMPT, logprobs=True), "k", "logprobs=true is not allowed"),
     (row("k", **PROMPT, stop=["a"] * 5), "k", "it must be at most 4 strings"),
     (row("k", **PROMPT, stop=5), "k", "stop=5 is not allowed"),

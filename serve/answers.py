@@ -1,0 +1,162 @@
+"""Answers of one body's requests: gathered into one, or sent piece by piece as they come."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from serve.completion import Completion, Gathering, piece_of
+from serve.metrics import Metrics
+from serve.replicas import Replicas, Stream
+from serve.request import Output
+from serve.rows import Json
+
+
+class EngineError(Exception):
+    """An engine could not go on with a request."""
+
+
+class TimedOut(Exception):
+    """The requests took too long."""
+
+
+class Writer(Protocol):
+    """How a choice is written."""
+
+    def write(self, piece: Completion) -> Json:
+        """With the next piece."""
+
+
+@dataclass
+class Answer:
+    """The streams of one body, and what the answer has besides its choices.
+
+    num_prompt_tokens: each prompt counts once.
+    """
+
+    replicas: Replicas
+    metrics: Metrics
+    streams: Sequence[Stream]
+    writers: Sequence[Writer]
+    frame: Json
+    """Its id, model and time."""
+    num_prompt_tokens: int
+    timeout_seconds: float
+    """From its arrival to the end."""
+    arrived: float = field(default_factory=time.monotonic)
+    num_new_tokens: int = 0
+
+    async def whole(self) -> Json:
+        """The body of an answer in one."""
+        gathered = [Gathering(stream.request) for stream in self.streams]
+        async for index, output in self.outputs():
+            gathered[index].add(output)
+        completions = [its.completion() for its in gathered]
+        self.num_new_tokens = sum(its.num_tokens for its in completions)
+        choices = [writer.write(its) for writer, its in zip(self.writers, completions, strict=True)]
+        return {**self.frame, "choices": choices, "usage": self.usage()}
+
+    async def events(
+        self, first: tuple[int, Output], rest: AsyncIterator[tuple[int, Output]], has_usage: bool
+    ) -> AsyncIterator[str]:
+        """Server-sent events: each piece that has anything, the usage if asked for, and the end."""
+        usage = {"usage": None} if has_usage else {}
+        async for index, output in _chained(first, rest):
+            piece = piece_of(self.streams[index].request, output)
+            self.num_new_tokens += piece.num_tokens
+            is_last = piece.finish_reason is not None
+            if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
+                choice = self.writers[index].write(piece)
+                yield event({**self.frame, "choices": [choice], **usage})
+        if has_usage:
+            yield event({**self.frame, "choices": [], "usage": self.usage()})
+        yield "data: [DONE]\n\n"
+
+    def usage(self) -> Json:
+        """OpenAI's count of tokens."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_new_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_new_tokens,
+        }
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """All streams' outputs as they come, each with the number of its choice. A reader that
+        stops early ends them all; so does an error of one.
+
+        Raises Refused, Unavailable, EngineError, or TimedOut.
+        """
+        arrived: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
+        late = TimedOut(f"not done within {self.timeout_seconds:g} seconds")
+        left = self.arrived + self.timeout_seconds - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(left, arrived.put_nowait, (0, late))
+        tasks = [
+            asyncio.create_task(self._forward(index, stream, arrived))
+            for index, stream in enumerate(self.streams)
+        ]
+        try:
+            num_left = len(tasks)
+            while num_left:
+                index, output = await arrived.get()
+                if isinstance(output, Exception):
+                    raise output
+                if output is None:
+                    num_left -= 1
+                else:
+                    yield index, output
+        finally:
+            timer.cancel()
+            for task in tasks:
+                task.cancel()
+            for stream in self.streams:  # a task that had not begun aborts nothing
+                self.replicas.abort(stream)
+
+    async def _forward(
+        self,
+        index: int,
+        stream: Stream,
+        arrived: "asyncio.Queue[tuple[int, Output | Exception | None]]",
+    ) -> None:
+        metrics, last = self.metrics, self.arrived
+        reason = "abort"
+        num_tokens = 0
+        try:
+            async for output in self.replicas.outputs(stream):
+                now = time.monotonic()
+                if num_tokens == 0:
+                    metrics.queue_time.observe((stream.begun or now) - self.arrived)
+                    metrics.prompt_tokens.inc(len(stream.request.tokens))
+                    if output.tokens:
+                        metrics.time_to_first_token.observe(now - self.arrived)
+                elif output.tokens:
+                    metrics.inter_token.observe(now - last)
+                num_tokens, last = num_tokens + len(output.tokens), now
+                metrics.generation_tokens.inc(len(output.tokens))
+                if output.finish_reason == "error":
+                    raise EngineError(output.error)
+                reason = output.finish_reason or reason
+                arrived.put_nowait((index, output))
+            arrived.put_nowait((index, None))
+        except Exception as error:
+            reason = "error"
+            arrived.put_nowait((index, error))
+        finally:
+            metrics.finished(reason)
+            metrics.latency.observe(time.monotonic() - self.arrived)
+            metrics.request_prompt_tokens.observe(len(stream.request.tokens))
+            metrics.request_generation_tokens.observe(num_tokens)
+
+
+def event(values: Json) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
+
+
+async def _chained(
+    first: tuple[int, Output], rest: AsyncIterator[tuple[int, Output]]
+) -> AsyncIterator[tuple[int, Output]]:
+    yield first
+    async for each in rest:
+        yield each

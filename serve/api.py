@@ -1,0 +1,370 @@
+"""The HTTP server's routes: OpenAI's completions, and what operators ask."""
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from serve.answers import Answer, EngineError, TimedOut, event
+from serve.chat import ChatTemplate
+from serve.chat_choices import ChatChoiceWriter
+from serve.completions import Completions
+from serve.grammar import Grammars
+from serve.metrics import Metrics
+from serve.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    error_body,
+)
+from serve.replicas import Busy, Refused, Replicas, Unavailable
+from serve.request import Request as EngineRequest
+from serve.rows import Json
+from serve.server_config import ServerConfig
+from stu.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+OWN_NAME = re.compile(r'\bmax_new_tokens\b(?!")')
+"""Of OpenAI's max_tokens, in errors."""
+FIELD = re.compile(r"^(?:field \")?([a-z_]+)[\"=. ]")
+RETRY_SECONDS = "1"
+
+
+@dataclass
+class Service:
+    """What the routes work with."""
+
+    config: ServerConfig
+    replicas: Replicas
+    metrics: Metrics
+    tokenizer: Tokenizer
+    completions: Completions
+    template: ChatTemplate
+    grammars: Grammars
+    version: str
+    max_seq_len: int
+    default_new_tokens: int
+    """Of a chat, if it says none and there is room."""
+    is_draining: bool = False
+    started: int = 0
+    """Unix time."""
+
+
+class RequestError(Exception):
+    """To be answered with a status and OpenAI's error."""
+
+    def __init__(self, status: int, message: str, kind: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.param = status, kind, param
+
+    def body(self) -> Any:
+        """Of the answer."""
+        return error_body(str(self), self.kind, self.param)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The routes."""
+    app = FastAPI(
+        title="stu",
+        version=service.version,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    _add_errors(app, service)
+    _add_completions(app, service)
+    _add_information(app, service)
+    return app
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        given = _given(body)
+        answer = await _begin(service, given, "cmpl", "text_completion", None)
+        return await _answered(service, request, body, answer)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        given = _given(body)
+        messages = [{"role": its.role, "content": its.text} for its in body.messages]
+        with _as_request_error():
+            given["prompt"] = service.template.tokens(messages)
+        del given["messages"]
+        most = given.pop("max_completion_tokens", given.pop("max_tokens", None))
+        room = max(1, service.max_seq_len - len(given["prompt"]))
+        given["max_tokens"] = min(service.default_new_tokens, room) if most is None else most
+        asks, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
+        if top is not None and not asks:
+            raise _refused("top_logprobs goes with logprobs=true alone: give both")
+        if asks:
+            given["logprobs"] = top or 0
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        answer = await _begin(service, given, "chatcmpl", kind, bool(body.stream))
+        return await _answered(service, request, body, answer)
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    config, tokenizer = service.config, service.tokenizer
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        model = {"id": config.name, "object": "model", "created": service.started}
+        more = {"owned_by": "stu", "max_model_len": service.max_seq_len}
+        return {"object": "list", "data": [{**model, **more}]}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> Json:
+        with _as_request_error():
+            tokens = _tokens(tokenizer, body.prompt)
+        if body.add_special_tokens:
+            tokens = [tokenizer.bos_id, *tokens]
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_seq_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> Json:
+        if max(body.tokens, default=0) >= tokenizer.vocab_size:
+            raise _refused(
+                f"tokens has the id {max(body.tokens)}, and the vocabulary ids 0 to "
+                f"{tokenizer.vocab_size - 1}"
+            )
+        return {"prompt": tokenizer.decode(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Json:
+        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        return {
+            name: tokenizer.token_text(token) if token >= 0 else None
+            for name, token in names.items()
+        } | {"pad_token": None, "vocab_size": tokenizer.vocab_size}
+
+    @app.get("/health")
+    async def health() -> Response:
+        is_healthy = service.replicas.is_healthy
+        status = {"status": "ok" if is_healthy else "no engine gives a sign of life"}
+        return JSONResponse(status, 200 if is_healthy else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        is_ready = service.replicas.is_healthy and not service.is_draining
+        status = "ok" if is_ready else "draining" if service.is_draining else "no engine is ready"
+        return JSONResponse({"status": status}, 200 if is_ready else 503)
+
+    @app.get("/version")
+    async def version() -> Json:
+        return {"version": service.version}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _begin(
+    service: Service, given: Json, prefix: str, kind: str, is_chat_stream: bool | None
+) -> Answer:
+    """Requests on their way. is_chat_stream: None for text."""
+    if service.is_draining:
+        raise Unavailable("the server is about to stop: try another")
+    model = given.get("model")
+    if model is not None and model != service.config.name:
+        message = f"model={model!r} is not served here: it must be {service.config.name!r}"
+        raise RequestError(404, message, "invalid_request_error", "model")
+    arrived = time.monotonic()
+    with _as_request_error():
+        # Long prompts and large schemas must not hold up the streams of others.
+        requests = await asyncio.to_thread(_requests, service, given)
+    streams = service.replicas.submit(requests)
+    writers: Any = (
+        service.completions.writers(given, requests)
+        if is_chat_stream is None
+        else [
+            ChatChoiceWriter(service.tokenizer, its, index, is_chat_stream)
+            for index, its in enumerate(requests)
+        ]
+    )
+    frame = {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.config.name,
+    }
+    num_each = given.get("n") or 1
+    num_prompt_tokens = sum(len(its.tokens) for its in requests[::num_each])
+    timeout = service.config.request_timeout_seconds
+    return Answer(
+        service.replicas,
+        service.metrics,
+        streams,
+        writers,
+        frame,
+        num_prompt_tokens,
+        timeout,
+        arrived,
+    )
+
+
+def _requests(service: Service, given: Json) -> list[EngineRequest]:
+    prompt, count = given["prompt"], given.get("n") or 1
+    is_several = isinstance(prompt, list) and any(isinstance(its, str | list) for its in prompt)
+    num_choices = (len(prompt) if is_several else 1) * count
+    if num_choices > service.config.max_choices:
+        raise ValueError(
+            f"n={count} completions of each prompt are {num_choices}, and a request may ask for "
+            f"{service.config.max_choices}: ask for fewer at once"
+        )
+    requests = service.completions.requests(secrets.randbits(32), given)
+    for constraint in {its.constraint for its in requests if its.constraint is not None}:
+        service.grammars.check(constraint)
+    return requests
+
+
+async def _answered(service: Service, request: Request, body: Any, answer: Answer) -> Response:
+    if not body.stream:
+        if body.stream_options is not None:
+            raise _refused("stream_options goes with stream=true alone: leave it out")
+        return JSONResponse(await _unless_gone(request, answer.whole()))
+    outputs = answer.outputs()
+    first = await _unless_gone(request, anext(outputs))
+    has_usage = bool(body.stream_options and body.stream_options.include_usage)
+    events = answer.events(first, outputs, has_usage)
+    return StreamingResponse(
+        _guarded(outputs, events),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+    )
+
+
+async def _guarded(outputs: Any, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Events, until one is an error."""
+    try:
+        async for each in events:
+            yield each
+    except (Refused, Unavailable, EngineError, TimedOut) as error:
+        yield event(error_body(_message(error), "server_error"))
+    finally:
+        await outputs.aclose()
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """What comes of `work`, which ends when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestError(499, "the client went away", "invalid_request_error")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _given(body: Any) -> Json:
+    """A body's fields that were given, without those that say how to answer."""
+    given: Json = body.model_dump(exclude_none=True)
+    for name in ("stream", "stream_options"):
+        given.pop(name, None)
+    return given
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Of a text; the name of BOS or EOS alone stands for that, as evaluation harnesses expect."""
+    for token in (tokenizer.bos_id, tokenizer.eos_id):
+        if token >= 0 and text == tokenizer.token_text(token):
+            return [token]
+    return tokenizer.encode(text)
+
+
+class _as_request_error:
+    """A ValueError in here is the client's."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise _refused(str(error)) from error
+
+
+def _refused(message: str) -> RequestError:
+    match = FIELD.match(OWN_NAME.sub("max_tokens", message))
+    text = OWN_NAME.sub("max_tokens", message)
+    return RequestError(400, text, "invalid_request_error", match[1] if match else None)
+
+
+def _message(error: Exception) -> str:
+    return OWN_NAME.sub("max_tokens", str(error))
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    def answered(status: int, body: Any, **headers: str) -> JSONResponse:
+        service.metrics.count_refused(status)
+        return JSONResponse(body, status, headers)
+
+    def handles(kind: type[Exception]) -> Callable[[Any], Any]:
+        return app.exception_handler(kind)
+
+    @handles(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return answered(error.status, error.body())
+
+    @handles(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(its) for its in first["loc"] if its != "body"]
+        param = ".".join(place) or None
+        if first["type"] == "json_invalid":
+            message = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+            return answered(400, error_body(message, "invalid_request_error"))
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field {json.dumps(param)}: leave it out"
+        elif first["type"] == "missing":
+            message = f"field {json.dumps(param)} is missing"
+        else:
+            message = f"{param} is not allowed: {first['msg']}"
+        return answered(400, error_body(message, "invalid_request_error", param))
+
+    @handles(Refused)
+    async def refused_by_engine(_: Request, error: Refused) -> Response:
+        return answered(400, _refused(str(error)).body())
+
+    @handles(TimedOut)
+    async def timed_out(_: Request, error: TimedOut) -> Response:
+        return answered(504, error_body(str(error), "server_error", code="timeout"))
+
+    @handles(Busy)
+    async def busy(_: Request, error: Busy) -> Response:
+        body = error_body(str(error), "rate_limit_error", code="rate_limit_exceeded")
+        return answered(429, body, **{"retry-after": RETRY_SECONDS})
+
+    @handles(Unavailable)
+    async def unavailable(_: Request, error: Unavailable) -> Response:
+        body = error_body(str(error), "server_error", code="unavailable")
+        return answered(503, body, **{"retry-after": RETRY_SECONDS})
+
+    @handles(EngineError)
+    async def engine_error(_: Request, error: EngineError) -> Response:
+        return answered(500, error_body(_message(error), "server_error"))
+
+    @handles(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return answered(error.status_code, error_body(message[:500], "invalid_request_error"))

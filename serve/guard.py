@@ -1,0 +1,89 @@
+"""What a request must pass before it is read: its key, its size, and whether the server stops."""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.protocol import error_body
+
+OPEN_PATHS = frozenset({"/health"})
+"""Paths that need no key."""
+
+
+class TooLarge(Exception):
+    """A body of more bytes than allowed."""
+
+
+class Guard:
+    """ASGI middleware.
+
+    keys: API keys; any will do, and none is needed if there are none.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that must not pass, else let it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if not self._has_key(scope["path"], headers.get(b"authorization", b"")):
+            message = "no valid API key: send the header Authorization: Bearer KEY"
+            body = error_body(message, "invalid_request_error", code="invalid_api_key")
+            await answer(send, 401, body, {"www-authenticate": "Bearer"})
+            return
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body_bytes:
+            await self._refuse_size(send)
+            return
+        num_bytes, has_answered = 0, False
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal has_answered
+            has_answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, noted)
+        except TooLarge:
+            if not has_answered:
+                await self._refuse_size(send)
+
+    def _has_key(self, path: str, given: bytes) -> bool:
+        if not self._digests or path in OPEN_PATHS:
+            return True
+        scheme, _, key = given.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # All of them, each in constant time.
+        matches = [hmac.compare_digest(digest, its) for its in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+    async def _refuse_size(self, send: Send) -> None:
+        message = (
+            f"the body has more than the {self._max_body_bytes} bytes that are allowed: send less "
+            "at once"
+        )
+        await answer(send, 413, error_body(message, "invalid_request_error"), {})
+
+
+async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
+    """A whole answer in JSON."""
+    named = {"content-type": "application/json", "connection": "close", **headers}
+    raw = [(name.encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})

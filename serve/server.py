@@ -1,0 +1,183 @@
+"""`stu-serve`: an OpenAI-compatible HTTP server over the engines of a host."""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from serve.config import EngineConfig
+from serve.server_config import ServerConfig
+from stu.arguments import ArgumentParser, run_command
+
+# torch and the HTTP stack take seconds to import: only a valid command line pays for them.
+if TYPE_CHECKING:
+    from serve.api import Service
+
+MAX_HEADER_BYTES = 16 * 2**10
+KEEP_ALIVE_SECONDS = 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. 0: stopped when asked to; 2: it could not start."""
+    return run_command("stu-serve", lambda: serve(_parse(argv)))
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT; then requests that run may end, and no other begins.
+
+    Raises ValueError or OSError for what cannot be served.
+    """
+    keys = config.keys()
+    service = _service(config)
+    _log_as_json()
+
+    import uvicorn
+
+    from serve.api import make_app
+    from serve.guard import Guard
+
+    app = make_app(service)
+    app.router.lifespan_context = _lifespan(service)
+    origins = [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()]
+    if origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    settings = uvicorn.Config(
+        Guard(app, keys, config.max_body_bytes),
+        host=config.host,
+        port=config.port,
+        log_config=None,
+        access_log=True,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http="h11",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+        ssl_certfile=config.tls_certificate,
+        ssl_keyfile=config.tls_key,
+    )
+
+    class Server(uvicorn.Server):
+        """One that says when it listens, and stops at once when it is asked twice."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                service.replicas.kill()
+                os._exit(128 + sig)
+            service.is_draining = True
+            self.should_exit = True
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started and self.servers:
+                host, port = self.servers[0].sockets[0].getsockname()[:2]
+                scheme = "https" if config.tls_key else "http"
+                logging.getLogger("stu").info("listening on %s://%s:%d", scheme, host, port)
+
+    server = Server(settings)
+    asyncio.run(server.serve())
+    return 0 if server.started else 2
+
+
+def _service(config: ServerConfig) -> "Service":
+    from importlib.metadata import version
+
+    from serve.api import Service
+    from serve.chat import ChatTemplate
+    from serve.completions import DEFAULTS, Completions
+    from serve.devices import choose_devices
+    from serve.grammar import Grammars
+    from serve.metrics import Metrics
+    from serve.prompts import RequestBuilder
+    from serve.replicas import Replicas
+    from serve.sampling import SamplingParams
+    from stu.checkpoint import load_config, load_generation, load_tokenizer
+
+    model, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    generation = load_generation(config.model)
+    devices = choose_devices(config.devices) * config.replicas
+    if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
+        raise ValueError(
+            "several engines on one device would each take half of its free memory: give cache_gib"
+        )
+    usual = {"stop": [], "stop_at_eos": True, **asdict(SamplingParams()), **DEFAULTS}
+    builder = RequestBuilder(tokenizer, model.max_seq_len, usual)
+    num_cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    replicas = Replicas(config, devices, max(1, num_cpus // len(devices)))
+    return Service(
+        config,
+        replicas,
+        Metrics(replicas, config.metric_prefix, config.name),
+        tokenizer,
+        Completions(builder, tokenizer, config.name),
+        ChatTemplate(config.model, tokenizer),
+        Grammars(tokenizer),
+        version("stu"),
+        model.max_seq_len,
+        generation["max_new_tokens"],
+        started=int(time.time()),
+    )
+
+
+def _lifespan(service: "Service") -> Any:
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        await service.replicas.start()
+        try:
+            await service.replicas.ready()
+            yield
+        finally:
+            await service.replicas.stop()
+
+    return lifespan
+
+
+class _JsonFormatter(logging.Formatter):
+    """A line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _parse(argv: Sequence[str] | None) -> ServerConfig:
+    parser = ArgumentParser(
+        prog="stu-serve",
+        description="Serve the model of a model directory to OpenAI's clients, at /v1/completions "
+        "and /v1/chat/completions, and a page to try it at /. SIGTERM: no request begins any more, "
+        "those that run may end; a second one ends all.",
+    )
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder of stu-export")
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_settings(ServerConfig)
+    given = parser.parse_args(argv).as_dict()
+    del given["config"]
+    engine = {its.name: given.pop(its.name) for its in fields(EngineConfig)}
+    return ServerConfig(**given, engine=EngineConfig(**engine))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
