@@ -30,8 +30,10 @@ from serve.protocol import (
 )
 from serve.replicas import Busy, Refused, Replicas, Unavailable
 from serve.request import Request as EngineRequest
+from serve.request_limits import check_request
 from serve.rows import Json
 from serve.server_config import ServerConfig
+from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Service:
     template: ChatTemplate
     grammars: Grammars
     version: str
-    max_seq_len: int
+    model: ModelConfig
     default_new_tokens: int
     """Of a chat, if it says none and there is room."""
     is_draining: bool = False
@@ -104,7 +106,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             given["prompt"] = service.template.tokens(messages)
         del given["messages"]
         most = given.pop("max_completion_tokens", given.pop("max_tokens", None))
-        room = max(1, service.max_seq_len - len(given["prompt"]))
+        room = max(1, service.model.max_seq_len - len(given["prompt"]))
         given["max_tokens"] = min(service.default_new_tokens, room) if most is None else most
         asks, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
         if top is not None and not asks:
@@ -122,7 +124,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> Json:
         model = {"id": config.name, "object": "model", "created": service.started}
-        more = {"owned_by": "stu", "max_model_len": service.max_seq_len}
+        more = {"owned_by": "stu", "max_model_len": service.model.max_seq_len}
         return {"object": "list", "data": [{**model, **more}]}
 
     @app.post("/tokenize")
@@ -131,7 +133,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
             tokens = _tokens(tokenizer, body.prompt)
         if body.add_special_tokens:
             tokens = [tokenizer.bos_id, *tokens]
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_seq_len}
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.max_seq_len}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Json:
@@ -225,6 +227,8 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
             f"{service.config.max_choices}: ask for fewer at once"
         )
     requests = service.completions.requests(secrets.randbits(32), given)
+    for its in requests:
+        check_request(its, service.model, service.tokenizer.eos_id)
     for constraint in {its.constraint for its in requests if its.constraint is not None}:
         service.grammars.check(constraint)
     return requests
@@ -328,18 +332,25 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @handles(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(its) for its in first["loc"] if its != "body"]
+        first, *others = error.errors()
+        place = [str(its) for its in first["loc"][1:]]
         param = ".".join(place) or None
-        if first["type"] == "json_invalid":
-            message = f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+        if not place or first["type"] == "json_invalid":
+            message = (
+                "the body must be a JSON object, with the header content-type: application/json: "
+                f"{first.get('ctx', {}).get('error', first['msg'])}"
+            )
             return answered(400, error_body(message, "invalid_request_error"))
         if first["type"] == "extra_forbidden":
             message = f"unknown field {json.dumps(param)}: leave it out"
         elif first["type"] == "missing":
             message = f"field {json.dumps(param)} is missing"
         else:
-            message = f"{param} is not allowed: {first['msg']}"
+            # Of a field that may be one of several kinds there is an error for each of them.
+            same = [its for its in others if its["loc"][:2] == first["loc"][:2]]
+            param = place[0] if same else param
+            reasons = dict.fromkeys(its["msg"] for its in [first, *same])
+            message = f"{param} is not allowed: {'; or '.join(reasons)}"
         return answered(400, error_body(message, "invalid_request_error", param))
 
     @handles(Refused)

@@ -15,6 +15,7 @@ from serve.cache_size import make_caches
 from serve.chooser import TokenChooser
 from serve.config import EngineConfig
 from serve.request import FinishReason, Output, Request
+from serve.request_limits import check_request
 from serve.runner import PromptLogits, Runner
 from serve.sampling import TokenLogprobs, token_logprobs
 from serve.scheduler import Job, Scheduler
@@ -78,7 +79,7 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queue a request and return its number. Raises ValueError if it can never be decoded."""
-        self._check(request)
+        check_request(request, self._model_config, self._tokenizer.eos_id)
         request_id = next(self._next_id)
         self._chooser.add(request_id, request)
         try:
@@ -278,29 +279,3 @@ class Engine:
         running.pop()
         self._runner.leave(row)
         self._runner.release(job.request_id)
-
-    def _check(self, request: Request) -> None:
-        """Raises ValueError for what the model cannot decode."""
-        vocab_size, longest = self._model_config.vocab_size, self._model_config.max_seq_len
-        for name, ids in {
-            "tokens": request.tokens,
-            "stop_tokens": request.stop_tokens,
-            "given": request.given,
-            "logit_bias": request.sampling.logit_bias,
-        }.items():
-            if max(ids, default=0) >= vocab_size:
-                raise ValueError(
-                    f"{name} has the id {max(ids)}, and the vocabulary ids 0 to {vocab_size - 1}: "
-                    "use the model's own tokenizer"
-                )
-        if request.constraint is not None and self._tokenizer.eos_id not in request.stop_tokens:
-            raise ValueError(
-                f"stop_tokens={list(request.stop_tokens)} is not allowed with a constraint: EOS "
-                f"({self._tokenizer.eos_id}) must be among them"
-            )
-        if len(request.tokens) + request.max_new_tokens > longest:
-            raise ValueError(
-                f"a prompt of {len(request.tokens)} tokens and max_new_tokens="
-                f"{request.max_new_tokens} exceed the model's max_seq_len={longest}: shorten the "
-                "prompt or lower max_new_tokens"
-            )

@@ -124,7 +124,7 @@ def _service(config: ServerConfig) -> "Service":
         ChatTemplate(config.model, tokenizer),
         Grammars(tokenizer),
         version("stu"),
-        model.max_seq_len,
+        model,
         generation["max_new_tokens"],
         started=int(time.time()),
     )

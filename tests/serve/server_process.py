@@ -1,0 +1,113 @@
+"""`stu-serve` as a process, and what tests ask it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import psutil
+
+SECONDS = 60
+"""That anything may take."""
+
+
+class ServerProcess:
+    """A server, `url`, with the lines that it logs."""
+
+    def __init__(self, model, *options, port=0, **environment):
+        command = [sys.executable, "-m", "serve.server", str(model), "--port", str(port)]
+        command += ["--cache-gib", "0.01", *map(str, options)]
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+        self.lines = []
+        self._has_started = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._has_started.wait(SECONDS), self.lines
+        assert self.url, self.lines
+
+    url = None
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if "listening on " in line and self.url is None:
+                self.url = json.loads(line)["message"].split()[-1]
+                self._has_started.set()
+        self._has_started.set()
+
+    def replicas(self):
+        """Processes of its engines."""
+        children = psutil.Process(self.process.pid).children()
+        return [its for its in children if "serve.replica" in " ".join(its.cmdline())]
+
+    def client(self, **settings):
+        return httpx.Client(base_url=self.url, timeout=SECONDS, **settings)
+
+    def metric(self, name, **headers):
+        """A metric's value, all labels together."""
+        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=SECONDS).text
+        values = [
+            float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if line.startswith((f"{name}{{", f"{name} "))
+        ]
+        assert values, f"no metric {name}"
+        return sum(values)
+
+    def pages_used(self):
+        return self.metric("stu:convolution_pages_used") + self.metric("stu:attention_pages_used")
+
+    def stop(self):
+        """Ask it to, and wait: its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(SECONDS)
+
+    def end(self):
+        """With all it started, whatever it is doing."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        self.process.stderr.close()
+
+
+@contextmanager
+def serving(model, *options, **settings):
+    """A server that is ended at the end."""
+    server = ServerProcess(model, *options, **settings)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def eventually(holds, seconds=SECONDS):
+    """Wait until it does; never for longer."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.02)
+
+
+def events(response):
+    """The data of server-sent events, up to [DONE]."""
+    found = []
+    for line in response.iter_lines():
+        if line == "data: [DONE]":
+            return found
+        if line:
+            assert line.startswith("data: "), line
+            found.append(json.loads(line.removeprefix("data: ")))
+    raise AssertionError(f"the stream ended without [DONE]: {found[-2:]}")
