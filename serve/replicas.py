@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 2**20
 WATCH_SECONDS = 0.2
-MOST_MOVES = 3
-"""Engines that may end under a request: it may be what ends them."""
+MOST_MOVES = 5
+"""Engines that may end under a request before its next token: it may be what ends them."""
+AHEAD = 1.25
+"""Requests that an engine has, over those that it decodes together; others wait here, to go to
+whichever engine has room first."""
 MOST_FAILED_STARTS = 3
 """In a row, of every engine, until requests that wait for one are refused."""
 LONGEST_PAUSE_SECONDS = 30.0
@@ -106,6 +109,11 @@ class Replica:
         return self.stats is not None
 
     @property
+    def has_room(self) -> bool:
+        """Whether another request would soon run."""
+        return len(self.streams) < AHEAD * int(self.settings["engine"]["max_running"])
+
+    @property
     def cost(self) -> int:
         """Of all its requests."""
         return sum(stream.cost for stream in self.streams.values())
@@ -156,7 +164,7 @@ class Replicas:
         self._config, self._devices, self._num_threads = config, list(devices), num_threads
         self._replicas: list[Replica | None] = [None] * len(devices)
         self._waiting: dict[int, Stream] = {}
-        """For an engine to be had."""
+        """For an engine that has room, in the order in which they came."""
         self._failed_starts = [0] * len(devices)
         self._last_error = ""
         self._numbers = itertools.count()
@@ -224,8 +232,8 @@ class Replicas:
                 "later"
             )
         streams = [Stream(next(self._numbers), request) for request in requests]
-        for stream in streams:
-            self._place(stream)
+        self._waiting |= {stream.number: stream for stream in streams}
+        self._place_waiting()
         return streams
 
     async def outputs(self, stream: Stream) -> AsyncIterator[Output]:
@@ -252,21 +260,23 @@ class Replicas:
         for replica in filter(None, self._replicas):
             if replica.streams.pop(stream.number, None) is not None:
                 replica.send({"abort": stream.number})
+                self._place_waiting()
 
     @property
     def _cannot_start(self) -> bool:
         is_failing = all(count >= MOST_FAILED_STARTS for count in self._failed_starts)
         return is_failing and not self.running
 
-    def _place(self, stream: Stream) -> None:
-        """Give a request to the engine that has the least to do, or let it wait for one."""
-        running = self.running
-        if not running:
-            self._waiting[stream.number] = stream
-            return
-        replica = min(running, key=lambda its: its.cost)
-        replica.streams[stream.number] = stream
-        replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
+    def _place_waiting(self) -> None:
+        """Give requests that wait to engines that have room, those with the least to do first."""
+        while self._waiting:
+            free = [replica for replica in self.running if replica.has_room]
+            if not free:
+                return
+            replica = min(free, key=lambda its: its.cost)
+            stream = self._waiting.pop(next(iter(self._waiting)))
+            replica.streams[stream.number] = stream
+            replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
 
     async def _keep_running(self, index: int) -> None:
         while True:
@@ -287,9 +297,7 @@ class Replicas:
         if "ready" in message:
             replica.stats = stats_from_wire(message["ready"])
             self._failed_starts[index] = 0
-            waiting, self._waiting = self._waiting, {}
-            for stream in waiting.values():
-                self._place(stream)
+            self._place_waiting()
         elif "refused" in message:
             refused = replica.streams.pop(message["refused"], None)
             if refused is not None:
@@ -298,6 +306,7 @@ class Replicas:
             replica.stats = stats_from_wire(message["stats"])
             for values in message["outputs"]:
                 self._take(replica, output_from_wire(values))
+            self._place_waiting()
             for observe in self.step_observers:
                 observe(message)
 
@@ -305,7 +314,7 @@ class Replicas:
         stream = replica.streams.get(output.request_id)
         if stream is None:
             return  # its reader went away
-        stream.begun = stream.begun or time.monotonic()
+        stream.begun, stream.num_moves = stream.begun or time.monotonic(), 0
         stream.tokens += output.tokens
         if output.finish_reason is not None:
             del replica.streams[output.request_id]
@@ -313,18 +322,19 @@ class Replicas:
 
     def _move(self, replica: Replica) -> None:
         """The requests of an engine that ended to others."""
-        streams, replica.streams = list(replica.streams.values()), {}
-        for stream in streams:
+        streams, replica.streams = replica.streams, {}
+        for stream in list(streams.values()):
             stream.num_moves += 1
             if stream.num_moves > MOST_MOVES:
                 error = Unavailable(
                     f"{stream.num_moves} engines ended while they had this request: it may be what "
                     "ends them"
                 )
+                del streams[stream.number]
                 stream.outputs.put_nowait(error)
-                continue
-            self.num_resumed += 1
-            self._place(stream)
+        self.num_resumed += len(streams)
+        self._waiting = streams | self._waiting  # they came first
+        self._place_waiting()
         if self._cannot_start:
             waiting, self._waiting = self._waiting, {}
             for stream in waiting.values():

@@ -1,0 +1,100 @@
+// What the page asks the server, and the server's errors in words.
+
+import { eventData } from "./sse.js";
+
+const KEY_NAME = "stu-api-key";
+const PATIENCE_MS = 5000;
+
+/** An answer that is an error; its message is the server's own. */
+export class ServerError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** Nothing answers. */
+export class Unreachable extends Error {}
+
+/** The stream ended before the completion did. */
+export class Broken extends Error {}
+
+/** The API key, for as long as the tab is open. Browsers may forbid storage. */
+export const apiKey = {
+  get value() {
+    try {
+      return sessionStorage.getItem(KEY_NAME) ?? "";
+    } catch {
+      return this.kept ?? "";
+    }
+  },
+  set value(key) {
+    this.kept = key;
+    try {
+      sessionStorage.setItem(KEY_NAME, key);
+    } catch {
+      // It is kept above.
+    }
+  },
+};
+
+/** GET: the answer's text. Throws ServerError or Unreachable. */
+export async function getText(path) {
+  const answer = await ask(path, { signal: AbortSignal.timeout(PATIENCE_MS) });
+  return answer.text().catch(throwUnreachable);
+}
+
+/** The model that is served: its id, and max_model_len. */
+export async function getModel() {
+  return JSON.parse(await getText("v1/models")).data[0];
+}
+
+/** Events of a completion as they come. Throws ServerError, Unreachable, or Broken. */
+export async function* complete(body, signal) {
+  const answer = await ask("v1/completions", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  try {
+    for await (const data of eventData(answer.body)) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new ServerError(event.error.message, answer.status);
+      yield event;
+    }
+  } catch (error) {
+    throw error instanceof TypeError ? new Broken(error.message) : error;
+  }
+  throw new Broken("the stream ended early");
+}
+
+async function ask(path, options) {
+  const key = apiKey.value;
+  // A header cannot hold others, and fetch would fail as if nobody answered.
+  if (!/^[\x21-\x7e]*$/.test(key)) {
+    throw new ServerError("the API key has a space, or a character beyond ASCII", 401);
+  }
+  const headers = { ...options.headers, ...(key && { authorization: `Bearer ${key}` }) };
+  const asked = fetch(path, { cache: "no-store", ...options, headers });
+  const answer = await asked.catch(throwUnreachable);
+  if (!answer.ok) throw new ServerError(await errorMessage(answer), answer.status);
+  return answer;
+}
+
+// fetch throws TypeError for whatever fails below HTTP.
+function throwUnreachable(error) {
+  const isSilence = error instanceof TypeError || error.name === "TimeoutError";
+  throw isSilence ? new Unreachable(error.message) : error;
+}
+
+async function errorMessage(answer) {
+  const text = await answer.text();
+  try {
+    return JSON.parse(text).error.message;
+  } catch {
+    // A proxy's, perhaps.
+    return `the server answered ${answer.status} ${answer.statusText}`;
+  }
+}

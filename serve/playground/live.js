@@ -1,0 +1,62 @@
+// The server's figures beside the prompt.
+
+import { drawHistogram } from "./histogram.js";
+import { Latencies } from "./latencies.js";
+import { parseMetrics } from "./prometheus.js";
+
+const UNKNOWN = "–";
+
+/** Shows what /metrics says. */
+export class Live {
+  #latencies = new Latencies();
+  #before = null;
+
+  /** text: of /metrics, as of now. */
+  show(text) {
+    const { values, buckets } = parseMetrics(text);
+    write("running", values.get("num_requests_running"));
+    write("waiting", values.get("num_requests_waiting"));
+    write("rate", this.#rate(values.get("generation_tokens_total")));
+    for (const kind of ["convolution", "attention"]) {
+      showPages(kind, values.get(`${kind}_pages_used`), values.get(`${kind}_pages`));
+    }
+    this.#latencies.add(buckets.get("inter_token_latency_seconds_bucket") ?? new Map());
+    write("latency", this.#latencies.summary);
+    drawHistogram(document.getElementById("histogram"), this.#latencies);
+  }
+
+  /** Nothing is known for now. The latencies of the past stay as they are. */
+  blank() {
+    this.#before = null;
+    for (const name of ["running", "waiting", "rate"]) write(name);
+    for (const kind of ["convolution", "attention"]) showPages(kind);
+  }
+
+  #rate(count) {
+    const now = performance.now();
+    const { count: earlier, at } = this.#before ?? { count, at: now };
+    this.#before = { count, at: now };
+    if (count === undefined || now === at) return undefined;
+    // A server that has started again counts from nothing.
+    const perSecond = (1000 * (count < earlier ? count : count - earlier)) / (now - at);
+    return perSecond < 10 ? Number(perSecond.toFixed(1)) : Math.round(perSecond);
+  }
+}
+
+function showPages(kind, used, total) {
+  const bar = document.getElementById(`${kind}-bar`);
+  bar.max = total || 1;
+  bar.value = used ?? 0;
+  const inWords = total === 0 ? "none needed" : `${plain(used)} of ${plain(total)}`;
+  write(`${kind}-pages`, total === undefined ? undefined : inWords);
+}
+
+function write(id, value) {
+  const element = document.getElementById(id);
+  const text = typeof value === "string" ? value : plain(value);
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function plain(value) {
+  return value === undefined ? UNKNOWN : value.toLocaleString("en");
+}

@@ -1,0 +1,177 @@
+"""Engines that are killed or stopped, and readers that go away: no stream is lost or changed."""
+
+import asyncio
+import json
+import random
+import signal
+import time
+
+import httpx
+import psutil
+import pytest
+
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import Request
+from serve.sampling import SamplingParams
+from tests.serve.server_process import SECONDS, events, eventually, serving
+
+PROMPT = [1, 100, 101, 102]
+NUM_TOKENS = 55
+
+
+def body(seed, **more):
+    settings = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 1, "seed": seed}
+    return {**settings, "stop_at_eos": False, "stream": True, "logprobs": 1, **more}
+
+
+def undisturbed(model, tokenizer, seeds):
+    """Text and log probabilities of each seed's request."""
+    config = EngineConfig(cache_gib=0.01, batch_invariant=True)
+    engine = Engine(model, tokenizer, config)
+    found = {}
+    for seed in seeds:
+        sampling = SamplingParams(temperature=1, seed=seed, logprobs=1)
+        found[engine.add(Request(PROMPT, NUM_TOKENS, sampling))] = ["", []]
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id][0] += output.text
+            found[output.request_id][1] += [its.logprob for its in output.logprobs]
+    return list(found.values())
+
+
+async def stream(client, seed):
+    """A request's text and log probabilities, as they come."""
+    text, logprobs = "", []
+    async with client.stream("POST", "/v1/completions", json=body(seed)) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line == "data: [DONE]":
+                return [text, logprobs]
+            if line:
+                piece = json.loads(line.removeprefix("data: "))
+                assert "error" not in piece, piece
+                (choice,) = piece["choices"]
+                text += choice["text"]
+                logprobs += choice["logprobs"]["token_logprobs"]
+    raise AssertionError("the stream ended without [DONE]")
+
+
+def ready(server):
+    return server.metric("stu:replicas_ready")
+
+
+def test_streams_go_on_while_engines_are_killed(model_directory, code_model, code_tokenizer):
+    """500 of them, to the last bit of every log probability."""
+    seeds = range(500)
+    options = "--replicas", 2, "--batch-invariant", "--max-waiting", 600
+    with serving(model_directory, *options) as server:
+        eventually(lambda: ready(server) == 2)
+        rng, num_kills = random.Random(0), 0
+
+        async def all_streams():
+            limits = httpx.Limits(max_connections=80)
+            async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+                return await asyncio.gather(*[stream(client, seed) for seed in seeds])
+
+        async def kill_some(streams):
+            nonlocal num_kills
+            while not streams.done():
+                await asyncio.sleep(rng.uniform(0.2, 2))
+                if ready(server) == 2 or (ready(server) and rng.random() < 0.3):
+                    rng.choice(server.replicas()).send_signal(signal.SIGKILL)
+                    num_kills += 1
+
+        async def run():
+            streams = asyncio.ensure_future(all_streams())
+            await asyncio.gather(streams, kill_some(streams))
+            return streams.result()
+
+        found = asyncio.run(run())
+        assert num_kills >= 3
+        assert server.metric("stu:requests_resumed_total") > 0
+        assert server.metric("stu:replica_restarts_total") >= 3
+        expected = undisturbed(code_model, code_tokenizer, seeds)
+        wrong = [seed for seed in seeds if found[seed] != expected[seed]]
+        assert wrong == []
+        eventually(lambda: ready(server) == 2)
+        assert server.pages_used() == 0
+        assert server.stop() == 0
+
+
+def test_an_engine_that_stops_is_replaced(model_directory, code_model, code_tokenizer):
+    """Within the watchdog's time, and /health says so until there is another."""
+    with serving(model_directory, "--batch-invariant", "--watchdog-seconds", 2) as server:
+        (replica,) = server.replicas()
+        replica.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        with (
+            server.client() as client,
+            client.stream("POST", "/v1/completions", json=body(3), timeout=SECONDS) as answer,
+        ):
+            pieces = events(answer)
+        assert not psutil.pid_exists(replica.pid)
+        assert server.metric("stu:replica_restarts_total") == 1
+        text = "".join(its["choices"][0]["text"] for its in pieces)
+        assert text == undisturbed(code_model, code_tokenizer, [3])[0][0]
+        (line,) = [line for line in server.lines if "no sign of life" in line]
+        assert line
+        (other,) = server.replicas()
+        other.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        eventually(lambda: not httpx.get(f"{server.url}/health").is_success)
+        assert time.monotonic() - began < 3.5
+        eventually(lambda: httpx.get(f"{server.url}/health").is_success)
+        assert stopped < began
+
+
+def test_health_tells_at_once_that_the_last_engine_is_gone(model_directory):
+    with serving(model_directory) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        (replica,) = server.replicas()
+        replica.kill()
+        began = time.monotonic()
+        eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503, 2)
+        assert time.monotonic() - began < 2
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        # A request waits for the next engine.
+        answer = httpx.post(
+            f"{server.url}/v1/completions", json=body(1, stream=False), timeout=SECONDS
+        )
+        assert answer.status_code == 200
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_thousand_readers_some_of_whom_go_away(model_directory):
+    with serving(model_directory, "--max-waiting", 2000) as server:
+        rng = random.Random(0)
+
+        async def read(client, seed, at_once):
+            async with at_once:
+                num_lines = rng.choice([0, 1, 5, 30, 10**9])
+                async with client.stream("POST", "/v1/completions", json=body(seed)) as answer:
+                    async for line in answer.aiter_lines():
+                        num_lines -= 1
+                        if num_lines < 0 or line == "data: [DONE]":
+                            return
+
+        async def run():
+            at_once = asyncio.Semaphore(100)
+            async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS) as client:
+                await asyncio.gather(*[read(client, seed, at_once) for seed in range(1000)])
+
+        asyncio.run(run())
+        eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+        eventually(lambda: server.pages_used() == 0)
+        assert server.metric("vllm:num_requests_waiting") == 0
+        assert server.metric("vllm:request_success_total") == 1000
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
+def test_a_model_that_cannot_be_loaded_is_named(model_directory, tmp_path, damage):
+    for path in model_directory.iterdir():
+        content = b"{}" if path.name == damage else path.read_bytes()
+        (tmp_path / path.name).write_bytes(content)
+    with pytest.raises(AssertionError, match=damage), serving(tmp_path):
+        pass
