@@ -6,16 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.protocol import error_body
 
+MAX_HEADER_BYTES = 16 * 2**10
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key."""
-
-
-class TooLarge(Exception):
-    """A body of more bytes than allowed."""
 
 
 class Guard:
@@ -26,6 +24,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
+        self._too_large = (
+            f"the body has more than the {max_body_bytes} bytes that are allowed: send less at once"
+        )
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,30 +40,25 @@ class Guard:
             body = error_body(message, "invalid_request_error", code="invalid_api_key")
             await answer(send, 401, body, {"www-authenticate": "Bearer"})
             return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            message = f"the headers have more than {MAX_HEADER_BYTES} bytes: send less"
+            await answer(send, 431, error_body(message, "invalid_request_error"), {})
+            return
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
-            await self._refuse_size(send)
+            await answer(send, 413, error_body(self._too_large, "invalid_request_error"), {})
             return
-        num_bytes, has_answered = 0, False
+        num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
-                raise TooLarge
+                raise HTTPException(413, self._too_large)
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal has_answered
-            has_answered = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, noted)
-        except TooLarge:
-            if not has_answered:
-                await self._refuse_size(send)
+        await self._app(scope, counted, send)
 
     def _has_key(self, path: str, given: bytes) -> bool:
         if not self._digests or path in OPEN_PATHS:
@@ -72,13 +68,6 @@ class Guard:
         # All of them, each in constant time.
         matches = [hmac.compare_digest(digest, its) for its in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
-
-    async def _refuse_size(self, send: Send) -> None:
-        message = (
-            f"the body has more than the {self._max_body_bytes} bytes that are allowed: send less "
-            "at once"
-        )
-        await answer(send, 413, error_body(message, "invalid_request_error"), {})
 
 
 async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:

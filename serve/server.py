@@ -21,7 +21,6 @@ from stu.arguments import ArgumentParser, run_command
 if TYPE_CHECKING:
     from serve.api import Service
 
-MAX_HEADER_BYTES = 16 * 2**10
 KEEP_ALIVE_SECONDS = 75
 
 
@@ -42,7 +41,7 @@ def serve(config: ServerConfig) -> int:
     import uvicorn
 
     from serve.api import make_app
-    from serve.guard import Guard
+    from serve.guard import MAX_HEADER_BYTES, Guard
 
     app = make_app(service)
     app.router.lifespan_context = _lifespan(service)

@@ -11,8 +11,10 @@ const GAP = 4;
 const FEWEST_BARS = 6;
 const MOST_LABELS = 7;
 
-/** Draw the buckets that have anything, with at least some beside them. */
+/** Draw the buckets that have anything, with some beside them if they are few. */
 export function drawHistogram(svg, latencies) {
+  svg.toggleAttribute("hidden", latencies.total === 0);
+  if (latencies.total === 0) return;
   const { bounds, counts } = latencies;
   const [from, to] = shownRange(counts);
   const shown = counts.slice(from, to);
@@ -38,7 +40,6 @@ export function drawHistogram(svg, latencies) {
 function shownRange(counts) {
   let from = counts.findIndex((count) => count > 0);
   let to = counts.findLastIndex((count) => count > 0) + 1;
-  if (from < 0) return [0, FEWEST_BARS];
   while (to - from < FEWEST_BARS) {
     if (from > 0) from -= 1;
     if (to < counts.length) to += 1;

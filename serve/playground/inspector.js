@@ -38,7 +38,7 @@ export class Inspector {
     this.#chosen = -1;
     this.panel.hidden = text === null;
     this.table.hidden = true;
-    this.line.textContent = "Choose a token to see what else was probable";
+    this.line.textContent = "Choose a token, or use the arrow keys in the text, to see more";
   }
 
   #move(by) {
@@ -56,7 +56,9 @@ export class Inspector {
     this.line.textContent = `${place}: ${quoted(name)}, ${percent(probability)}`;
     this.table.hidden = false;
     this.table.tBodies[0].replaceChildren(
-      ...alternatives.map((its) => row(quoted(its.name), percent(its.probability))),
+      ...alternatives.map((its) =>
+        row(quoted(its.name), percent(its.probability), its.name === name ? "chosen" : ""),
+      ),
     );
   }
 }

@@ -44,9 +44,8 @@ export class Live {
 }
 
 function showPages(kind, used, total) {
-  const bar = document.getElementById(`${kind}-bar`);
-  bar.max = total || 1;
-  bar.value = used ?? 0;
+  const share = total ? used / total : 0;
+  document.getElementById(`${kind}-bar`).setAttribute("width", `${100 * share}%`);
   const inWords = total === 0 ? "none needed" : `${plain(used)} of ${plain(total)}`;
   write(`${kind}-pages`, total === undefined ? undefined : inWords);
 }

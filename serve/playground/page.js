@@ -51,13 +51,13 @@ async function generate() {
   } finally {
     completion.end(ending);
     setRunning(null);
-    connection.lookNow();
   }
 }
 
 /** How it ended, in words; an error that is no wish of the user's is shown at the prompt too. */
 function explain(error) {
   if (error.name === "AbortError") return "Stopped";
+  if (error instanceof Broken || error instanceof Unreachable) connection.lookNow();
   if (error instanceof Broken) {
     showError("The connection broke.");
     return "Broken off; the text so far is kept";
