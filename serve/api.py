@@ -21,6 +21,7 @@ from serve.chat_choices import ChatChoiceWriter
 from serve.completions import Completions
 from serve.grammar import Grammars
 from serve.metrics import Metrics
+from serve.prompts import require_unicode
 from serve.protocol import (
     ChatBody,
     CompletionBody,
@@ -286,6 +287,9 @@ def _given(body: Any) -> Json:
     given: Json = body.model_dump(exclude_none=True)
     for name in ("stream", "stream_options"):
         given.pop(name, None)
+    with _as_request_error():
+        for name, value in given.items():
+            require_unicode(name, json.dumps(value, ensure_ascii=False))
     return given
 
 
@@ -319,9 +323,11 @@ def _message(error: Exception) -> str:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    def answered(status: int, body: Any, **headers: str) -> JSONResponse:
+    def answered(status: int, body: Any, **headers: str) -> Response:
         service.metrics.count_refused(status)
-        return JSONResponse(body, status, headers)
+        # In ASCII: a message may name what no UTF-8 can hold.
+        content = json.dumps(body)
+        return Response(content, status, headers, media_type="application/json")
 
     def handles(kind: type[Exception]) -> Callable[[Any], Any]:
         return app.exception_handler(kind)

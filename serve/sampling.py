@@ -47,7 +47,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._require("temperature", _is_number(self.temperature), "a finite number >= 0")
-        self._require("top_k", is_whole(self.top_k), "a whole number >= 0 (0 for all tokens)")
+        is_count = is_whole(self.top_k) and self.top_k < 2**31
+        self._require("top_k", is_count, "a whole number from 0 (for all tokens) to 2**31 - 1")
         is_share = _is_number(self.top_p) and 0 < self.top_p <= 1
         self._require("top_p", is_share, "above 0 and at most 1 (1 for all tokens)")
         is_share = _is_number(self.min_p) and self.min_p <= 1

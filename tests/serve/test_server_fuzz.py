@@ -1,0 +1,143 @@
+"""Bodies of every kind against a live server: none is answered with a fault, changes another's
+answer, or leaves a page behind."""
+
+import json
+import random
+import socket
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+
+from tests.serve.server_process import SECONDS, eventually, serving
+
+NUM_MUTATED = 10_000
+SENTINEL = {"prompt": "def f(", "max_tokens": 12, "temperature": 1, "seed": 11, "logprobs": 2}
+JSON = {"content-type": "application/json"}
+SEEDS = [
+    {"prompt": "x", "max_tokens": 3},
+    {"prompt": [1, 100], "max_tokens": 2, "echo": True, "logprobs": 1, "n": 2},
+    {"prompt": ["a", "b"], "max_tokens": 1, "stop": ["x", "yy"], "seed": 4, "temperature": 0.5},
+    {"prompt": "x", "max_tokens": 2, "logit_bias": {"5": 3}, "stream": True, "top_k": 3},
+    {"prompt": "x", "max_tokens": 3, "response_format": {"type": "regex", "regex": "a|b"}},
+    {"prompt": "x", "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 2},
+    {
+        "prompt": "x",
+        "max_tokens": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+    },
+]
+VALUES = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2**31,
+        2**63,
+        2**64,
+        -(2**64),
+        10**400,
+        0.0,
+        -0.0,
+        1e308,
+        5e-324,
+    ),
+    *("", "x", "\x00", "\ud800", "größe", "x" * 3000, "{{ 7 * 7 }}", "(a+)+$", "../../etc/passwd"),
+    *([], [[]], [[[]]], [None], ["x"], [0], [1] * 200, [2**70], [-1], ["x"] * 200),
+    *({}, {"a": 1}, {"type": "regex", "regex": "("}, {"type": "json_object"}, {"1": 1e400}),
+]
+
+
+@pytest.fixture(scope="module")
+def server(model_directory):
+    with serving(model_directory, "--batch-invariant") as server:
+        yield server
+        eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+        assert server.pages_used() == 0
+        assert server.metric("stu:replica_restarts_total") == 0
+        assert server.stop() == 0
+        assert not [line for line in server.lines if '"error"' in line]
+
+
+def sentinel(http):
+    answer = http.post("/v1/completions", json=SENTINEL)
+    assert answer.status_code == 200
+    return answer.json()["choices"]
+
+
+def mutated(rng):
+    """A body, or what is no longer one, with a few things changed."""
+    body = json.loads(json.dumps(rng.choice(SEEDS)))
+    for _ in range(rng.randint(1, 3)):
+        kind, key = rng.random(), rng.choice(list(body) or ["prompt"])
+        if kind < 0.6:
+            body[key] = rng.choice(VALUES)
+        elif kind < 0.8:
+            body[rng.choice(["n", "stop", "seed", "user", "suffix", "top_p", "x"])] = rng.choice(
+                VALUES
+            )
+        else:
+            body.pop(key, None)
+    content = json.dumps(body).encode()
+    if rng.random() < 0.15:
+        at = rng.randrange(len(content))
+        content = content[:at] + bytes([rng.randrange(256)]) + content[at + rng.randint(0, 2) :]
+    return content
+
+
+def test_mutated_bodies(server):
+    rng, statuses = random.Random(0), {}
+    with server.client(headers=JSON) as http:
+        expected = sentinel(http)
+        for number in range(NUM_MUTATED):
+            path = rng.choice(["/v1/completions"] * 8 + ["/v1/chat/completions", "/tokenize"])
+            content = mutated(rng)
+            answer = http.post(path, content=content)
+            assert answer.status_code < 500, (content, answer.text)
+            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            if number % 100 == 0:
+                assert sentinel(http) == expected
+        assert sentinel(http) == expected
+    assert statuses[200] > 300
+    assert statuses[400] > 3000
+
+
+def test_the_server_s_own_description(server):
+    """What schemathesis makes of it."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    with server.client() as http:
+        expected = sentinel(http)
+        num_operations = 0
+        for operation in schema.get_all_operations():
+            num_operations += 1
+
+            @given(case=operation.ok().as_strategy())
+            @settings(
+                max_examples=60,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            def check(case):
+                answer = case.call(base_url=server.url, timeout=SECONDS)
+                assert answer.status_code < 500, answer.text
+
+            check()
+            assert sentinel(http) == expected
+    assert num_operations >= 10
+
+
+@pytest.mark.parametrize(
+    "request_line", [b"GET / HTTP/9.9", b"\x00\x01", b"POST /v1/completions HTTP/1.1\r\n" * 3]
+)
+def test_what_is_no_http(server, request_line):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+        connection.sendall(request_line + b"\r\n\r\n")
+        connection.recv(1000)
+    assert httpx.get(f"{server.url}/health").status_code == 200
