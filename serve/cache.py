@@ -15,6 +15,7 @@ its next page is loaded, into which a flush has put all that comes from pages be
 the dtype of the pages, float32 or float64.
 """
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,6 +75,8 @@ class ConvolutionCache:
         """By slot, columns reached, first row and number of streams, until the batch changes."""
         self._columns_reached = 0
         """Of the next step: up to the end of the page that ends last, of those that rows are in."""
+        self.flushes: dict[int, tuple[int, float]] = {}
+        """How many steps flushed tiles of so many positions, and the seconds that took."""
         self._time = 0
         self._sequences: dict[int, PagedSequence] = {}
         self._rows: list[int] = []
@@ -169,6 +172,7 @@ class ConvolutionCache:
 
     def _flush(self, level: int, rows: Sequence[int]) -> None:
         """What rows have done in tiles of this level into their pages, and the next into rings."""
+        began = time.perf_counter()
         sequences = [self._sequences[self._rows[row]] for row in rows]
         spare = self._tiles.flush(level, sequences)
         for row, sequence, pages in zip(rows, sequences, spare, strict=True):
@@ -176,6 +180,9 @@ class ConvolutionCache:
             if sequence.done + 1 == len(sequence.pages):  # no flush after it: it is not stored
                 pages.append(sequence.pages[-1])
             self._pool.free(self._rows[row], pages)
+        positions = self._page_len * 2**level
+        count, seconds = self.flushes.get(positions, (0, 0.0))
+        self.flushes[positions] = count + 1, seconds + time.perf_counter() - began
 
     def _step_views(
         self, slot: int, columns_reached: int, first_row: int, num_streams: int

@@ -38,7 +38,7 @@ class Report:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Report":
         """From what `to_json` gave."""
-        return cls(**{**values, "stats": Stats(**values["stats"])})
+        return cls(**{**values, "stats": Stats.from_json(values["stats"])})
 
 
 class Decoder:

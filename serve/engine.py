@@ -6,8 +6,9 @@ outside.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,15 @@ class Stats:
     new_tokens: int
     preemptions: int
     steps: int
+    flushes: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    """Of the convolution: by the positions of a tile, how many steps flushed such, and the seconds
+    that took (on a GPU, to start it)."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Stats":
+        """From what JSON or msgpack made of `asdict`."""
+        flushes = {int(its): tuple(pair) for its, pair in values["flushes"].items()}
+        return cls(**{**values, "flushes": flushes})
 
 
 class Engine:
@@ -124,6 +134,7 @@ class Engine:
             new_tokens=self._new_tokens,
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
+            flushes=dict(self._caches.convolution.flushes),
         )
 
     def check_integrity(self) -> None:

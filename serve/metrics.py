@@ -138,6 +138,14 @@ class _OfReplicas(Collector):
         for name, (text, value) in counters.items():
             yield self._metric(CounterMetricFamily, name, text, value)
 
+        flushes = ("stu:flushes", "Steps that flushed."), ("stu:flush_seconds", "That took.")
+        for at, (name, text) in enumerate(flushes):
+            family = CounterMetricFamily(name, text, labels=["model_name", "tile_positions"])
+            for positions in sorted({its for one in stats for its in one.flushes}):
+                value = sum(one.flushes.get(positions, (0, 0.0))[at] for one in stats)
+                family.add_metric([self._model_name, str(positions)], value)
+            yield family
+
     def _metric(self, kind: Any, name: str, text: str, value: float) -> Metric:
         family: Metric = kind(name, text, labels=["model_name"])
         family.add_metric([self._model_name], value)  # type: ignore[attr-defined]

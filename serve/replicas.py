@@ -23,7 +23,7 @@ from typing import IO, Any
 from serve.engine import Stats
 from serve.request import Output, Request
 from serve.server_config import ServerConfig
-from serve.wire import Message, Unpacker, output_from_wire, pack, request_to_wire, stats_from_wire
+from serve.wire import Message, Unpacker, output_from_wire, pack, request_to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ class Replicas:
 
     def _hear(self, index: int, replica: Replica, message: Message) -> None:
         if "ready" in message:
-            replica.stats = stats_from_wire(message["ready"])
+            replica.stats = Stats.from_json(message["ready"])
             self._failed_starts[index] = 0
             self._place_waiting()
         elif "refused" in message:
@@ -303,7 +303,7 @@ class Replicas:
             if refused is not None:
                 refused.outputs.put_nowait(Refused(message["error"]))
         else:
-            replica.stats = stats_from_wire(message["stats"])
+            replica.stats = Stats.from_json(message["stats"])
             for values in message["outputs"]:
                 self._take(replica, output_from_wire(values))
             self._place_waiting()

@@ -2,7 +2,7 @@
 
 To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": id}`. From it:
 `{"ready": {..}}`, `{"refused": id, "error": ..}`, and after each step, and when idle now and then,
-`{"outputs": [..], "stats": {..}, "flush_seconds": {..}}`.
+`{"outputs": [..], "stats": {..}}`, and `step_seconds` after a step.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from typing import Any
 
 import msgpack
 
-from serve.engine import Stats
 from serve.grammar import Constraint
 from serve.request import Output, Request
 from serve.sampling import SamplingParams, TokenLogprobs
@@ -73,8 +72,3 @@ def output_from_wire(values: Message) -> Output:
         if name in values:
             values[name] = [TokenLogprobs(*each) for each in values[name]]
     return Output(**values)
-
-
-def stats_from_wire(values: Message) -> Stats:
-    """From `asdict(stats)`."""
-    return Stats(**values)
