@@ -21,7 +21,7 @@ JSON = {"content-type": "application/json"}
 def server(model_directory):
     with serving(model_directory, "--batch-invariant") as server:
         yield server
-        assert server.pages_used() == 0
+        eventually(lambda: server.pages_used() == 0)
         assert server.stop() == 0
         assert not [line for line in server.lines if '"error"' in line]
 
