@@ -10,6 +10,7 @@ const REASONS = {
 
 /** The box of the completion. */
 export class CompletionBox {
+  #hasLogprobs = false;
   #text = null;
   #finishReason = null;
   #usage = null;
@@ -21,19 +22,18 @@ export class CompletionBox {
     this.inspector = new Inspector(this.box);
   }
 
-  /** Empty the box for a completion with log probabilities, or without. */
+  /** Wait for a completion with log probabilities, or without. The last one stays till it comes. */
   begin(hasLogprobs) {
-    this.box.replaceChildren();
-    this.box.setAttribute("aria-busy", "true");
-    this.#text = hasLogprobs ? new TokenText(this.box) : new PlainText(this.box);
-    this.inspector.open(hasLogprobs ? this.#text : null);
-    this.#finishReason = this.#usage = null;
+    this.#hasLogprobs = hasLogprobs;
+    this.#text = this.#finishReason = this.#usage = null;
     this.#started = performance.now();
+    this.box.setAttribute("aria-busy", "true");
     this.progress.textContent = "Generating …";
   }
 
   /** An event of the stream. */
   add({ choices, usage }) {
+    this.#text ??= this.#emptied();
     const isAtEnd = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < 4;
     for (const choice of choices) {
       this.#text.add(choice);
@@ -48,6 +48,13 @@ export class CompletionBox {
   end(problem = null) {
     this.box.setAttribute("aria-busy", "false");
     this.progress.textContent = problem ?? this.#inWords();
+  }
+
+  #emptied() {
+    this.box.replaceChildren();
+    const text = this.#hasLogprobs ? new TokenText(this.box) : new PlainText(this.box);
+    this.inspector.open(this.#hasLogprobs ? text : null);
+    return text;
   }
 
   #inWords() {

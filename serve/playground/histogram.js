@@ -9,7 +9,7 @@ const TOP = 18;
 const BOTTOM = 24;
 const GAP = 4;
 const FEWEST_BARS = 6;
-const MOST_LABELS = 7;
+const MOST_LABELS = 6;
 
 /** Draw the buckets that have anything, with some beside them if they are few. */
 export function drawHistogram(svg, latencies) {
