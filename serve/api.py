@@ -21,6 +21,7 @@ from serve.chat_choices import ChatChoiceWriter
 from serve.completions import Completions
 from serve.grammar import Grammars
 from serve.metrics import Metrics
+from serve.page import add_playground
 from serve.prompts import require_unicode
 from serve.protocol import (
     ChatBody,
@@ -89,6 +90,7 @@ def make_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     _add_completions(app, service)
     _add_information(app, service)
+    add_playground(app)
     return app
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.page import FILES
 from serve.protocol import error_body
 
 MAX_HEADER_BYTES = 16 * 2**10
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that need no key."""
+OPEN_PATHS = frozenset({"/health", *FILES})
+"""Paths that need no key: a browser has none to send when it opens a page."""
 
 
 class Guard:
