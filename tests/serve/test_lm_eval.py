@@ -53,9 +53,12 @@ def test_a_task_s_results_are_the_model_s(
     task = TASK.format(data=tmp_path / "data.jsonl")
     (tmp_path / "code_choices.yaml").write_text(task)
     with serving(model_directory) as server:
-        arguments = f"base_url={server.url}/v1/completions,model=model,tokenizer_backend=remote,tokenized_requests=True"
+        arguments = f"base_url={server.url}/v1/completions,model=model,tokenizer_backend=remote"
         command = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
-        command += ["--model_args", arguments + ",num_concurrent=2,max_length=64"]
+        command += [
+            "--model_args",
+            arguments + ",tokenized_requests=True,num_concurrent=2,max_length=64",
+        ]
         command += ["--tasks", "code_choices", "--include_path", str(tmp_path)]
         command += ["--batch_size", str(batch_size), "--log_samples"]
         command += ["--output_path", str(tmp_path / "results")]
