@@ -32,7 +32,8 @@ class ServerConfig:
     """Of the weights."""
     api_keys: Path | None = None
     """File with an API key on each line, one of which every request must have but those to /health
-    and to the page at /, which shows nothing without one. None: the keys in STU_API_KEYS, separated by commas, or without any, no key is needed."""
+    and to the page at /, which shows nothing without one. None: the keys in STU_API_KEYS, separated
+    by commas, or without any, no key is needed."""
     max_waiting: int = 256
     """Requests that have not begun; those beyond are told to come again (429)."""
     max_choices: int = 128
