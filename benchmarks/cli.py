@@ -60,6 +60,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     soak = add("soak", "the engine's memory under random traffic")
     soak.add_argument("--seconds", type=float, default=3600, help="of traffic")
     soak.add_argument("--cache-gib", type=float, default=0.5, help="for pages")
+
+    load = add("load", "a server under many streaming clients, and its engine alone")
+    load.add_argument("--clients", type=int, default=64, help="in the closed loop")
+    load.add_argument("--requests", type=int, default=256, help="of each loop")
+    load.add_argument("--new-tokens", type=int, default=128, help="of each request")
     return parser.parse_args(argv)
 
 
