@@ -179,6 +179,8 @@ class Replicas:
             asyncio.create_task(self._keep_running(index)) for index in range(len(self._devices))
         ]
         self._tasks.append(asyncio.create_task(self._watch()))
+        for task in self._tasks:
+            task.add_done_callback(_log_failure)
 
     async def ready(self) -> None:
         """Wait until an engine takes requests. Raises OSError if none can be started."""
@@ -350,3 +352,9 @@ class Replicas:
                 if replica.last_heard < now - most:
                     logger.error("process %d gave no sign of life", replica.process.pid)
                     replica.kill()
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    """Of a task that should never end; /health then tells that no engine is heard of."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("a task of the server failed", exc_info=error)

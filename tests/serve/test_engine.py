@@ -352,6 +352,22 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
     assert not engine._chooser._requests
 
 
+@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokenizer, kind):
+    config = EngineConfig(cache_gib=0.01, page_len=8, max_running=8, prompt_tokens_per_step=64)
+    engine, answers = Engine(MODELS[kind], tokenizer, config), {}
+    for _ in range(7):
+        engine.add(Request([1] * 60, 90))
+    while engine.stats().new_tokens < 30:
+        collect(engine, answers)
+    for _ in range(3):  # that wait behind it
+        engine.add(Request([2] * 60, 90, priority=1))
+    short = engine.add(Request([4, 5], 3))
+    for _ in range(2):
+        collect(engine, answers)
+    assert answers[short][0]
+
+
 def test_an_abort_alone_is_work(tokenizer):
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
     engine.abort(engine.add(Request([1], 5)))
