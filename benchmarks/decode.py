@@ -32,6 +32,7 @@ from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.machine import copy_gb_per_s, describe
 from serve.config import EngineConfig
 from serve.engine import Engine
+from serve.pages import PagePool
 from serve.request import Request
 from serve.runner import Runner
 from stu.config import ModelConfig
@@ -91,7 +92,8 @@ def run_cache(
     gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for _ in range(2 * args.page_len):  # a page, and what a page's steps keep for the next
+        # A page, and what a page's steps keep for the next.
+        for _ in range(min(2 * args.page_len, new_tokens // 8)):
             engine.step()
         if args.whole:
             samples = [(1.0, "", clock.step()) for _ in range(new_tokens - 8)]
@@ -195,7 +197,7 @@ def make_engine(
     model: FlashSTU, cache_name: str, batch: int, new_tokens: int, page_len: int
 ) -> tuple[Engine, Any]:
     """An engine whose convolutions are remembered by the cache of that name."""
-    # Room for all, whichever share attention gets; what is not used is never resident.
+    # Room for all, whichever share attention gets.
     num_pages = batch * (new_tokens // page_len + 100)
     page_bytes = model.config.num_layers * page_len * WIDTH * 4
     config = EngineConfig(
@@ -207,11 +209,18 @@ def make_engine(
     engine = Engine(model, tokenizer(), config)
     if cache_name == "paged":
         return engine, engine._caches.convolution
+    # The peer's memory is its own, and may be all there is.
+    no_pages = PagePool(2, (1,)), engine._caches.pools[1]
+    object.__setattr__(engine._caches, "pools", no_pages)
+    object.__setattr__(engine._caches, "convolution", None)
+    engine._runner = None  # type: ignore[assignment]
+    gc.collect()
     taps, lag_step = model.convolution_taps()
     cache = LockstepCache(PEERS[cache_name](taps.float(), batch, new_tokens, lag_step))
     runner = Runner(model, cache, engine._caches.attention)  # type: ignore[arg-type]
     free = engine._caches.free
     engine._runner, engine._scheduler._needed = runner, runner.needed
+    object.__setattr__(engine._caches, "convolution", cache)
     engine._scheduler._capacity = engine._caches.capacity._replace(convolution=2**40)
     object.__setattr__(engine._caches, "free", lambda: free()._replace(convolution=2**40))
     return engine, cache

@@ -15,6 +15,8 @@ class LockstepCache:
         self._convolution = convolution
         self._rows: dict[int, int] = {}
         self._is_written = False
+        self.flushes: dict[int, tuple[int, float]] = {}
+        """None of tiles."""
 
     def pages_needed(self, new_tokens: int) -> int:
         """None: its memory is its own."""
