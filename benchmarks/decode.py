@@ -259,7 +259,7 @@ def seek(cache: Any, position: int) -> None:
 def cache_flushes(cache: Any, new_tokens: int) -> list[tuple[str, int, int]]:
     """What flushes do, a position at which each occurs, and how many it stands for."""
     if isinstance(cache, LockstepCache):
-        return cache.flushes()
+        return cache.sampled_flushes()
     page_len = cache._page_len
     num_pages = -(-(new_tokens - 1) // page_len)
     sizes = [2**i for i in range(num_pages.bit_length()) if 2**i < num_pages]

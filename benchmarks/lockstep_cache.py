@@ -54,7 +54,7 @@ class LockstepCache:
                 for stream in convolution._inputs[..., convolution.taps.shape[1] :].flatten(0, 2):
                     stream.fill_(0.1)
 
-    def flushes(self) -> list[tuple[str, int, int]]:
+    def sampled_flushes(self) -> list[tuple[str, int, int]]:
         """Some of the ends of epochs: what happens there, where, and how many each stands for."""
         convolution = self._convolution
         if not isinstance(convolution, _Filled):
