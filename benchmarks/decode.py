@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.decode_plot import plot
@@ -216,7 +217,11 @@ def make_engine(
     engine._runner = None  # type: ignore[assignment]
     gc.collect()
     taps, lag_step = model.convolution_taps()
-    cache = LockstepCache(PEERS[cache_name](taps.float(), batch, new_tokens, lag_step))
+    peer = PEERS[cache_name](taps.float(), batch, new_tokens, lag_step)
+    if isinstance(peer, Naive):
+        # Half of it is room for longer prompts: calloc's memory takes none until it is written to.
+        peer._inputs = torch.from_numpy(np.zeros(peer._inputs.shape, np.float32))
+    cache = LockstepCache(peer)
     runner = Runner(model, cache, engine._caches.attention)  # type: ignore[arg-type]
     free = engine._caches.free
     engine._runner, engine._scheduler._needed = runner, runner.needed
