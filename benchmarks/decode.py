@@ -214,7 +214,7 @@ def make_engine(
     no_pages = PagePool(2, (1,)), engine._caches.pools[1]
     object.__setattr__(engine._caches, "pools", no_pages)
     object.__setattr__(engine._caches, "convolution", None)
-    engine._runner = None  # type: ignore[assignment]
+    engine._runner = engine._scheduler._needed = None  # type: ignore[assignment]
     gc.collect()
     taps, lag_step = model.convolution_taps()
     peer = PEERS[cache_name](taps.float(), batch, new_tokens, lag_step)
