@@ -150,7 +150,7 @@ BAD_ROWS = [
     ('{"prompt": "x", "topk": 1}', 2, ['unknown field "topk"', "did you mean 'top_k'?"]),
     ('{"prompt": "x", "temperature": NaN}', 2, ["temperature=nan", "a finite number >= 0"]),
     ('{"prompt": "x", "temperature": "1"}', 2, ["temperature='1'", "a finite number >= 0"]),
-    ('{"prompt": "x", "top_k": -3}', 2, ["top_k=-3", "a whole number >= 0"]),
+    ('{"prompt": "x", "top_k": -3}', 2, ["top_k=-3", "a whole number from 0"]),
     ('{"prompt": "x", "top_p": 0}', 2, ["top_p=0", "above 0 and at most 1"]),
     ('{"prompt": "x", "seed": 1.5}', 2, ["seed=1.5", "from 0 to"]),
     ('{"prompt": "x", "max_new_tokens": -1}', 2, ["max_new_tokens=-1", "whole number >= 0"]),
