@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from serve.answers import Answer, EngineError, TimedOut, event
 from serve.chat import ChatTemplate
 from serve.chat_choices import ChatChoiceWriter
-from serve.completions import Completions
+from serve.completions import Completions, prompts_of
 from serve.grammar import Grammars
 from serve.metrics import Metrics
 from serve.page import add_playground
@@ -221,9 +221,8 @@ async def _begin(
 
 
 def _requests(service: Service, given: Json) -> list[EngineRequest]:
-    prompt, count = given["prompt"], given.get("n") or 1
-    is_several = isinstance(prompt, list) and any(isinstance(its, str | list) for its in prompt)
-    num_choices = (len(prompt) if is_several else 1) * count
+    count = given.get("n") or 1
+    num_choices = len(prompts_of(given["prompt"])) * count
     if num_choices > service.config.max_choices:
         raise ValueError(
             f"n={count} completions of each prompt are {num_choices}, and a request may ask for "
@@ -239,8 +238,6 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
 
 async def _answered(service: Service, request: Request, body: Any, answer: Answer) -> Response:
     if not body.stream:
-        if body.stream_options is not None:
-            raise _refused("stream_options goes with stream=true alone: leave it out")
         return JSONResponse(await _unless_gone(request, answer.whole()))
     outputs = answer.outputs()
     first = await _unless_gone(request, anext(outputs))
@@ -285,7 +282,12 @@ async def _disconnected(request: Request) -> None:
 
 
 def _given(body: Any) -> Json:
-    """A body's fields that were given, without those that say how to answer."""
+    """A body's fields that were given, without those that say how to answer.
+
+    Whatever can be wrong with a body is found before its requests begin: nobody would read them.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise _refused("stream_options goes with stream=true alone: leave it out")
     given: Json = body.model_dump(exclude_none=True)
     for name in ("stream", "stream_options"):
         given.pop(name, None)
@@ -315,8 +317,8 @@ class _as_request_error:
 
 
 def _refused(message: str) -> RequestError:
-    match = FIELD.match(OWN_NAME.sub("max_tokens", message))
     text = OWN_NAME.sub("max_tokens", message)
+    match = FIELD.match(text)
     return RequestError(400, text, "invalid_request_error", match[1] if match else None)
 
 

@@ -61,7 +61,7 @@ class Completions:
         asked = body.get("logprobs") if body.get("echo") else None
         constraint = constraint_of(body.get("response_format", {"type": "text"}))
         requests: list[Request] = []
-        for prompt in _prompts(body["prompt"]):
+        for prompt in prompts_of(body["prompt"]):
             request = self._builder.build(number, prompt, settings)
             request = replace(request, prompt_logprobs=asked, constraint=constraint)
             requests += [request] * body.get("n", 1)
@@ -96,7 +96,7 @@ class Completions:
 
     def writers(self, body: Mapping[str, Any], requests: Sequence[Request]) -> list[ChoiceWriter]:
         """Of each choice, for its pieces."""
-        prompts, num_each = _prompts(body["prompt"]), body.get("n") or 1
+        prompts, num_each = prompts_of(body["prompt"]), body.get("n") or 1
         writers = []
         for index, request in enumerate(requests):
             prompt = prompts[index // num_each]
@@ -127,7 +127,7 @@ def _without_nulls(body: Mapping[str, Any]) -> Json:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _prompts(prompt: Any) -> list[Any]:
+def prompts_of(prompt: Any) -> list[Any]:
     """One or several: text, or token ids."""
     is_several = isinstance(prompt, list) and any(isinstance(its, str | list) for its in prompt)
     return prompt if is_several else [prompt]
@@ -147,7 +147,7 @@ def _require_allowed(body: Mapping[str, Any]) -> None:
     """Raises ValueError for what OpenAI's body alone has; the builder sees to the rest."""
     if "prompt" not in body:
         raise ValueError('field "prompt" is missing: give a string, "" to start from nothing')
-    num_prompts = len(_prompts(body["prompt"]))
+    num_prompts = len(prompts_of(body["prompt"]))
     if num_prompts > MOST_PROMPTS:
         raise ValueError(
             f"prompt has {num_prompts} prompts, and a row may have {MOST_PROMPTS}: write more rows"

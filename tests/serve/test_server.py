@@ -21,7 +21,7 @@ JSON = {"content-type": "application/json"}
 def server(model_directory):
     with serving(model_directory, "--batch-invariant") as server:
         yield server
-        eventually(lambda: server.pages_used() == 0)
+        assert server.pages_used() == 0
         assert server.stop() == 0
         assert not [line for line in server.lines if '"error"' in line]
 
@@ -243,7 +243,9 @@ BAD_CHATS = [
     [("/v1/completions", *case) for case in BAD]
     + [("/v1/chat/completions", *case) for case in BAD_CHATS],
 )
-def test_wrong_bodies_are_refused_by_name(http, path, body, param, message):
+def test_wrong_bodies_are_refused_by_name(http, server, path, body, param, message):
+    """And no engine steps for them."""
+    steps = server.metric("stu:step_seconds_count")
     for more in ({}, {"stream": True}) if "stream_options" not in body else ({},):
         answer = http.post(path, content=json.dumps({**body, **more}), headers=JSON)
         assert answer.status_code == 400, answer.text
@@ -252,6 +254,7 @@ def test_wrong_bodies_are_refused_by_name(http, path, body, param, message):
         assert error["type"] == "invalid_request_error"
         assert message in error["message"]
         assert param in (error["param"] or "")
+    assert server.metric("stu:step_seconds_count") == steps
 
 
 @pytest.mark.parametrize(

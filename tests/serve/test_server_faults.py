@@ -104,7 +104,6 @@ def test_an_engine_that_stops_is_replaced(model_directory, code_model, code_toke
     with serving(model_directory, "--batch-invariant", "--watchdog-seconds", 2) as server:
         (replica,) = server.replicas()
         replica.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
         with (
             server.client() as client,
             client.stream("POST", "/v1/completions", json=body(3), timeout=SECONDS) as answer,
@@ -114,15 +113,13 @@ def test_an_engine_that_stops_is_replaced(model_directory, code_model, code_toke
         assert server.metric("stu:replica_restarts_total") == 1
         text = "".join(its["choices"][0]["text"] for its in pieces)
         assert text == undisturbed(code_model, code_tokenizer, [3])[0][0]
-        (line,) = [line for line in server.lines if "no sign of life" in line]
-        assert line
+        assert len([line for line in server.lines if "no sign of life" in line]) == 1
         (other,) = server.replicas()
         other.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         eventually(lambda: not httpx.get(f"{server.url}/health").is_success)
         assert time.monotonic() - began < 3.5
         eventually(lambda: httpx.get(f"{server.url}/health").is_success)
-        assert stopped < began
 
 
 def test_health_tells_at_once_that_the_last_engine_is_gone(model_directory):
