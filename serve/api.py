@@ -190,7 +190,6 @@ async def _begin(
     with _as_request_error():
         # Long prompts and large schemas must not hold up the streams of others.
         requests = await asyncio.to_thread(_requests, service, given)
-    streams = service.replicas.submit(requests)
     writers: Any = (
         service.completions.writers(given, requests)
         if is_chat_stream is None
@@ -208,6 +207,8 @@ async def _begin(
     num_each = given.get("n") or 1
     num_prompt_tokens = sum(len(its.tokens) for its in requests[::num_each])
     timeout = service.config.request_timeout_seconds
+    # At last, when nothing can fail any more before somebody reads what comes.
+    streams = service.replicas.submit(requests)
     return Answer(
         service.replicas,
         service.metrics,

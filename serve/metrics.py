@@ -27,11 +27,7 @@ class Metrics:
 
         def histogram(name: str, text: str, buckets: list[float]) -> Histogram:
             made = Histogram(
-                f"{prefix}:{name}",
-                text,
-                list(self._label),
-                buckets=buckets,
-                registry=self._registry,
+                name, text, list(self._label), buckets=buckets, registry=self._registry
             )
             return made.labels(**self._label)
 
@@ -48,22 +44,26 @@ class Metrics:
             registry=self._registry,
         )
         self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", SECONDS
+            f"{prefix}:time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            SECONDS,
         )
         self.inter_token = histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request.", SECONDS
+            f"{prefix}:inter_token_latency_seconds", "Between two tokens of a request.", SECONDS
         )
         self.latency = histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its end.", SECONDS
+            f"{prefix}:e2e_request_latency_seconds", "From a request's arrival to its end.", SECONDS
         )
         self.queue_time = histogram(
-            "request_queue_time_seconds", "From a request's arrival to its first output.", SECONDS
+            f"{prefix}:request_queue_time_seconds",
+            "From a request's arrival to its first output.",
+            SECONDS,
         )
         self.request_prompt_tokens = histogram(
-            "request_prompt_tokens", "Prompt tokens of a request.", TOKENS
+            f"{prefix}:request_prompt_tokens", "Prompt tokens of a request.", TOKENS
         )
         self.request_generation_tokens = histogram(
-            "request_generation_tokens", "New tokens of a request.", TOKENS
+            f"{prefix}:request_generation_tokens", "New tokens of a request.", TOKENS
         )
         self.refused = Counter(
             "stu:requests_refused",
@@ -71,13 +71,7 @@ class Metrics:
             [*self._label, "status"],
             registry=self._registry,
         )
-        self._step = Histogram(
-            "stu:step_seconds",
-            "Of an engine.",
-            list(self._label),
-            buckets=SECONDS,
-            registry=self._registry,
-        ).labels(**self._label)
+        self._step = histogram("stu:step_seconds", "Of an engine.", SECONDS)
         self._registry.register(_OfReplicas(replicas, prefix, model_name))
         replicas.step_observers.append(self._observe_step)
 
