@@ -95,7 +95,7 @@ def _service(config: ServerConfig) -> "Service":
     from serve.api import Service
     from serve.chat import ChatTemplate
     from serve.completions import DEFAULTS, Completions
-    from serve.devices import choose_devices
+    from serve.devices import choose_devices, num_cpus
     from serve.grammar import Grammars
     from serve.metrics import Metrics
     from serve.prompts import RequestBuilder
@@ -112,8 +112,7 @@ def _service(config: ServerConfig) -> "Service":
         )
     usual = {"stop": [], "stop_at_eos": True, **asdict(SamplingParams()), **DEFAULTS}
     builder = RequestBuilder(tokenizer, model.max_seq_len, usual)
-    num_cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    replicas = Replicas(config, devices, max(1, num_cpus // len(devices)))
+    replicas = Replicas(config, devices, max(1, num_cpus() // len(devices)))
     return Service(
         config,
         replicas,

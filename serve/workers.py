@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import IO
 
 from serve.decoder import Report
+from serve.devices import num_cpus
 from serve.worker import Work
 
 TAIL_BYTES = 2000
@@ -29,7 +30,7 @@ class Workers:
         self._reports: queue.SimpleQueue[tuple[int, Report | None]] = queue.SimpleQueue()
 
     def __enter__(self) -> "Workers":
-        num_threads = max(1, _num_cpus() // len(self._works))
+        num_threads = max(1, num_cpus() // len(self._works))
         environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
         for index in range(len(self._works)):
             self._errors.append(tempfile.TemporaryFile())
@@ -109,9 +110,3 @@ class Workers:
             f"the worker on {self._works[index].device} {how}; what it said last: "
             f"{tail or 'nothing'}"
         )
-
-
-def _num_cpus() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))  # a job may own fewer than the machine has
-    return os.cpu_count() or 1
