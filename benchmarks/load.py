@@ -6,6 +6,9 @@ sends its next request when its last one ends. Open loop: requests come at rando
 at a share of what the closed loop got through, however long the others take. Figures have vLLM's
 names: time to first token (ttft), time per output token after the first (tpot), between two pieces
 (itl), in milliseconds. Goodput counts the requests that kept within both goals.
+
+Short prompts beside so many running streams: how many steps of the engine end between sending one
+and its first byte. One step runs when it comes, the next takes it in.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from stu.checkpoint import load_model, load_tokenizer, save_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 
-MAX_RUNNING, CACHE_GIB, PROMPT_TOKENS = 64, 2.0, 64
+CACHE_GIB, PROMPT_TOKENS, SHORT_PROMPT_TOKENS, NUM_SHORT = 2.0, 64, 8, 20
 OPEN_SHARE = 0.7
 """Of the closed loop's requests a second."""
 TTFT_GOAL_MS, TPOT_GOAL_MS = 1000.0, 200.0
@@ -60,10 +63,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             model = save(Path(folder) / "model", args.new_tokens)
             alone = engine_alone(model, args)
-            with serving(model, threads) as (url, seconds_to_ready, process):
+            with serving(model, threads, args.clients + 1) as (url, seconds_to_ready, process):
                 closed = asyncio.run(load(url, args, None))
                 rate = OPEN_SHARE * closed["request_throughput"]
                 opened = asyncio.run(load(url, args, rate))
+                short = asyncio.run(short_prompts(url, args))
                 resident = resident_mib(process)
         overhead = 1 - closed["output_throughput"] / alone
         result["runs"].append(
@@ -75,6 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "closed_loop": closed,
                 "overhead_share": overhead,
                 "open_loop": {"rate": rate, **opened},
+                "short_prompts": short,
                 "seconds_to_ready": seconds_to_ready,
                 "resident_mib": resident,
             }
@@ -98,9 +103,40 @@ def prompt(number: int) -> list[int]:
     return [rng.randrange(300, VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
 
 
+async def short_prompts(url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One after the other, while all other clients' streams run."""
+    short, steps, waits = prompt(0)[:SHORT_PROMPT_TOKENS], [], []
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, connector=connector) as session:
+        streams = [Timed(time.perf_counter()) for _ in range(args.clients)]
+        tasks = [
+            asyncio.ensure_future(stream(session, prompt(number), args.new_tokens, its))
+            for number, its in enumerate(streams)
+        ]
+        while not all(its.pieces for its in streams):
+            await asyncio.sleep(0.01)
+        for _ in range(NUM_SHORT):
+            its = Timed(time.perf_counter())
+            await stream(session, short, 1, its)
+            if any(task.done() for task in tasks):
+                break  # the others do not all run any more
+            # Each of the others gets a piece of each step.
+            steps.append(sum(its.sent < piece < its.pieces[0] for piece in streams[0].pieces))
+            waits.append(1e3 * (its.pieces[0] - its.sent))
+        await asyncio.gather(*tasks)
+    assert steps, "the other streams ended too early: give more new tokens"
+    return {
+        "completed": len(steps),
+        "p50_steps_until_first_byte": statistics.median(steps),
+        "max_steps_until_first_byte": max(steps),
+        "p50_ttft_ms": statistics.median(waits),
+        "max_ttft_ms": max(waits),
+    }
+
+
 def engine_alone(path: Path, args: argparse.Namespace) -> float:
     """New tokens a second of as many requests at once, each followed by the next."""
-    config = EngineConfig(cache_gib=CACHE_GIB, max_running=MAX_RUNNING)
+    config = EngineConfig(cache_gib=CACHE_GIB, max_running=args.clients + 1)
     engine = Engine(load_model(path), load_tokenizer(path), config)
     began, number = time.perf_counter(), 0
     while engine.has_work or number < args.requests:
@@ -113,10 +149,10 @@ def engine_alone(path: Path, args: argparse.Namespace) -> float:
 
 
 @contextmanager
-def serving(path: Path, threads: int) -> Iterator[tuple[str, float, int]]:
+def serving(path: Path, threads: int, max_running: int) -> Iterator[tuple[str, float, int]]:
     """A server's address, the seconds until it took requests, and its process."""
     command = [sys.executable, "-m", "serve.server", str(path), "--port", "0"]
-    command += ["--cache-gib", str(CACHE_GIB), "--max-running", str(MAX_RUNNING)]
+    command += ["--cache-gib", str(CACHE_GIB), "--max-running", str(max_running)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -140,32 +176,39 @@ def serving(path: Path, threads: int) -> Iterator[tuple[str, float, int]]:
 
 async def load(url: str, args: argparse.Namespace, rate: float | None) -> dict[str, Any]:
     """All requests, by so many clients, or at `rate` a second."""
-    numbers, timed = iter(range(args.requests)), []
+    timed: list[Timed] = []
+    numbers = iter(range(args.requests))
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, connector=connector) as session:
         began = time.perf_counter()
 
+        async def send(number: int) -> None:
+            timed.append(Timed(time.perf_counter()))
+            await stream(session, prompt(number), args.new_tokens, timed[-1])
+
         async def client() -> None:
             for number in numbers:
-                timed.append(await stream(session, number, args.new_tokens))
+                await send(number)
 
         if rate is None:
             await asyncio.gather(*[client() for _ in range(args.clients)])
         else:
             rng, tasks = random.Random(0), []
             for number in numbers:
-                tasks.append(asyncio.ensure_future(stream(session, number, args.new_tokens)))
+                tasks.append(asyncio.ensure_future(send(number)))
                 await asyncio.sleep(rng.expovariate(rate))
-            timed = await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks)
         seconds = time.perf_counter() - began
     return summary(timed, seconds, args.new_tokens)
 
 
-async def stream(session: aiohttp.ClientSession, number: int, new_tokens: int) -> Timed:
+async def stream(
+    session: aiohttp.ClientSession, tokens: list[int], new_tokens: int, timed: Timed
+) -> None:
     """One request, read to its end."""
-    body = {"prompt": prompt(number), "max_tokens": new_tokens, "temperature": 0}
+    body = {"prompt": tokens, "max_tokens": new_tokens, "temperature": 0}
     body |= {"stream": True, "stop_at_eos": False}
-    timed, is_done = Timed(time.perf_counter()), False
+    is_done = False
     async with session.post("/v1/completions", json=body) as answer:
         assert answer.status == 200, await answer.text()
         async for line in answer.content:
@@ -173,7 +216,6 @@ async def stream(session: aiohttp.ClientSession, number: int, new_tokens: int) -
                 timed.pieces.append(time.perf_counter())
             is_done |= line.startswith(b"data: [DONE]")
     assert is_done, "a stream ended too early"
-    return timed
 
 
 def summary(timed: list[Timed], seconds: float, new_tokens: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from serve.metrics import Metrics
 from serve.replicas import Replicas, Stream
 from serve.request import Output
 from serve.rows import Json
+
+logger = logging.getLogger(__name__)
 
 
 class EngineError(Exception):
@@ -45,16 +48,19 @@ class Answer:
     num_prompt_tokens: int
     timeout_seconds: float
     """From its arrival to the end."""
-    arrived: float = field(default_factory=time.monotonic)
-    num_new_tokens: int = 0
+    arrived: float
+    prompts: Sequence[str] | None = None
+    """For the log, which has completions as well then."""
+    _gathered: list[Gathering] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._gathered = [Gathering(stream.request) for stream in self.streams]
 
     async def whole(self) -> Json:
         """The body of an answer in one."""
-        gathered = [Gathering(stream.request) for stream in self.streams]
-        async for index, output in self.outputs():
-            gathered[index].add(output)
-        completions = [its.completion() for its in gathered]
-        self.num_new_tokens = sum(its.num_tokens for its in completions)
+        async for _ in self.outputs():
+            pass
+        completions = self._completions()
         choices = [writer.write(its) for writer, its in zip(self.writers, completions, strict=True)]
         return {**self.frame, "choices": choices, "usage": self.usage()}
 
@@ -65,7 +71,6 @@ class Answer:
         usage = {"usage": None} if has_usage else {}
         async for index, output in _chained(first, rest):
             piece = piece_of(self.streams[index].request, output)
-            self.num_new_tokens += piece.num_tokens
             is_last = piece.finish_reason is not None
             if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
                 choice = self.writers[index].write(piece)
@@ -76,10 +81,11 @@ class Answer:
 
     def usage(self) -> Json:
         """OpenAI's count of tokens."""
+        num_new_tokens = sum(its.num_tokens for its in self._completions())
         return {
             "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_new_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_new_tokens,
+            "completion_tokens": num_new_tokens,
+            "total_tokens": self.num_prompt_tokens + num_new_tokens,
         }
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
@@ -105,6 +111,7 @@ class Answer:
                 if output is None:
                     num_left -= 1
                 else:
+                    self._gathered[index].add(output)
                     yield index, output
         finally:
             timer.cancel()
@@ -112,6 +119,7 @@ class Answer:
                 task.cancel()
             for stream in self.streams:  # a task that had not begun aborts nothing
                 self.replicas.abort(stream)
+            self._log()
 
     async def _forward(
         self,
@@ -147,6 +155,21 @@ class Answer:
             metrics.latency.observe(time.monotonic() - self.arrived)
             metrics.request_prompt_tokens.observe(len(stream.request.tokens))
             metrics.request_generation_tokens.observe(num_tokens)
+
+    def _completions(self) -> list[Completion]:
+        return [its.completion() for its in self._gathered]
+
+    def _log(self) -> None:
+        completions = self._completions()
+        fields = {
+            "request_id": self.frame["id"],
+            "seconds": round(time.monotonic() - self.arrived, 4),
+            **self.usage(),
+            "finish_reasons": [its.finish_reason or "abort" for its in completions],
+        }
+        if self.prompts is not None:
+            fields |= {"prompts": self.prompts, "completions": [its.text for its in completions]}
+        logger.info("request ended", extra={"fields": fields})
 
 
 def event(values: Json) -> str:

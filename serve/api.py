@@ -207,6 +207,9 @@ async def _begin(
     num_each = given.get("n") or 1
     num_prompt_tokens = sum(len(its.tokens) for its in requests[::num_each])
     timeout = service.config.request_timeout_seconds
+    prompts = None
+    if service.config.log_prompts:
+        prompts = [service.tokenizer.decode(its.tokens) for its in requests[::num_each]]
     # At last, when nothing can fail any more before somebody reads what comes.
     streams = service.replicas.submit(requests)
     return Answer(
@@ -218,6 +221,7 @@ async def _begin(
         num_prompt_tokens,
         timeout,
         arrived,
+        prompts,
     )
 
 
@@ -238,8 +242,9 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
 
 
 async def _answered(service: Service, request: Request, body: Any, answer: Answer) -> Response:
+    headers = {"x-request-id": answer.frame["id"]}
     if not body.stream:
-        return JSONResponse(await _unless_gone(request, answer.whole()))
+        return JSONResponse(await _unless_gone(request, answer.whole()), headers=headers)
     outputs = answer.outputs()
     first = await _unless_gone(request, anext(outputs))
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -247,7 +252,7 @@ async def _answered(service: Service, request: Request, body: Any, answer: Answe
     return StreamingResponse(
         _guarded(outputs, events),
         media_type="text/event-stream",
-        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"},
     )
 
 

@@ -33,7 +33,7 @@ FIELDS = [
 ]
 MOST_COMPLETIONS = 128
 MOST_PROMPTS = 128
-MOST_STOPS = 4
+MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
 CREATED = 0  # in place of the time: rows do not depend on when and how often a run was begun
 
 
@@ -159,8 +159,10 @@ def _require_allowed(body: Mapping[str, Any]) -> None:
     require("n", count, is_allowed, f"a whole number from 1 to {MOST_COMPLETIONS}")
     require("echo", echo, type(echo) is bool, "true or false")
     stop, logprobs = body.get("stop", []), body.get("logprobs", 0)
-    are_few = not isinstance(stop, list) or len(stop) <= MOST_STOPS
-    require("stop", stop, are_few, f"at most {MOST_STOPS} strings")
+    stops = stop if isinstance(stop, list) else [stop]
+    are_short = all(len(its) <= MOST_STOP_CHARACTERS for its in stops if isinstance(its, str))
+    allowed = f"at most {MOST_STOPS} strings of at most {MOST_STOP_CHARACTERS:,} characters"
+    require("stop", stop, len(stops) <= MOST_STOPS and are_short, allowed)
     is_allowed = type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS
     require("logprobs", logprobs, is_allowed, f"a whole number from 0 to {MOST_LOGPROBS}")
     best_of, suffix, stream = body.get("best_of", count), body.get("suffix", ""), body.get("stream")

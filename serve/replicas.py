@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
@@ -31,6 +32,8 @@ RECEIVE_BYTES = 2**20
 WATCH_SECONDS = 0.2
 MOST_MOVES = 5
 """Engines that may end under a request before its next token: it may be what ends them."""
+SUSPECT_MOVES = 2
+"""From which on it has an engine for itself until that token, so that it ends no other request."""
 AHEAD = 1.25
 """Requests that an engine has, over those that it decodes together; others wait here, to go to
 whichever engine has room first."""
@@ -41,6 +44,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 START_SECONDS = 600.0
 """That an engine may take to load its model."""
 TAIL_BYTES = 2000
+LAST_WORDS_SECONDS = 5.0
+"""That an engine which is no longer heard of has to end by itself."""
 
 
 class Busy(Exception):
@@ -66,6 +71,11 @@ class Stream:
     num_moves: int = 0
     begun: float | None = None
     """When its first output came, by the monotonic clock."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what ended engines."""
+        return self.num_moves >= SUSPECT_MOVES
 
     @property
     def cost(self) -> int:
@@ -110,7 +120,9 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        """Whether another request would soon run."""
+        """Whether another request would soon run, with none beside it that may end the engine."""
+        if any(stream.is_suspect for stream in self.streams.values()):
+            return False
         return len(self.streams) < AHEAD * int(self.settings["engine"]["max_running"])
 
     @property
@@ -145,6 +157,9 @@ class Replica:
 
     async def ended(self) -> str:
         """Wait for it, and tell how it ended and what it said last."""
+        with suppress(subprocess.TimeoutExpired):
+            # Its socket closes before it has said what was wrong.
+            await asyncio.to_thread(self.process.wait, LAST_WORDS_SECONDS)
         self.kill()
         code = await asyncio.to_thread(self.process.wait)
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -194,6 +209,7 @@ class Replicas:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.kill()
         for replica in filter(None, self._replicas):
             await replica.ended()
 
@@ -262,7 +278,7 @@ class Replicas:
         for replica in filter(None, self._replicas):
             if replica.streams.pop(stream.number, None) is not None:
                 replica.send({"abort": stream.number})
-                self._place_waiting()
+        self._place_waiting()
 
     @property
     def _cannot_start(self) -> bool:
@@ -270,13 +286,19 @@ class Replicas:
         return is_failing and not self.running
 
     def _place_waiting(self) -> None:
-        """Give requests that wait to engines that have room, those with the least to do first."""
+        """Give requests that wait to engines that have room, those with the least to do first.
+
+        None overtakes another: engines come to an end with what they have if the first needs one
+        for itself.
+        """
         while self._waiting:
-            free = [replica for replica in self.running if replica.has_room]
+            number, stream = next(iter(self._waiting.items()))
+            free = [its for its in self.running if its.has_room]
+            free = [its for its in free if not (stream.is_suspect and its.streams)]
             if not free:
                 return
             replica = min(free, key=lambda its: its.cost)
-            stream = self._waiting.pop(next(iter(self._waiting)))
+            del self._waiting[number]
             replica.streams[stream.number] = stream
             replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
 

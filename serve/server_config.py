@@ -56,7 +56,7 @@ class ServerConfig:
     metric_prefix: MetricPrefix = "vllm"
     """Of the metrics that vLLM has too, so that its dashboards work."""
     log_prompts: bool = False
-    """Write prompts and completions to the log."""
+    """Write prompts and completions to the log, with the line that each request has there."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How requests are decoded together."""
 

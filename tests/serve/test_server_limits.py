@@ -207,3 +207,24 @@ def test_prompts_are_in_no_log(model_directory):
         assert server.stop() == 0
         assert "secret" not in "".join(server.lines)
         assert all(json.loads(line)["level"] for line in server.lines)
+
+
+def test_each_answer_has_a_line_in_the_log(model_directory):
+    with serving(model_directory, "--log-prompts") as server, server.client() as http:
+        answers = [http.post("/v1/completions", json={**BODY, "max_tokens": 5, "n": 2})]
+        with http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
+            texts = [its["choices"][0]["text"] for its in events(answer)]
+        answers.append(answer)
+        assert server.stop() == 0
+    lines = [json.loads(line) for line in server.lines]
+    first, second = [line for line in lines if line["message"] == "request ended"]
+    assert [first["request_id"], second["request_id"]] == [
+        its.headers["x-request-id"] for its in answers
+    ]
+    assert first["request_id"] == answers[0].json()["id"]
+    assert first["completion_tokens"] == 10
+    assert first["completions"] == [its["text"] for its in answers[0].json()["choices"]]
+    assert second["finish_reasons"] == ["length"]
+    assert second["prompts"] == ["x"]
+    assert second["completions"] == ["".join(texts)]
+    assert 0 < second["seconds"] < SECONDS
