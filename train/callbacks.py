@@ -1,7 +1,8 @@
-"""How a training run shows where it is."""
+"""How a training run shows where it is, and what it has read."""
 
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -97,3 +98,19 @@ class StepProgress(ProgressBar):
         ]
         parts += [f"{rate:.2f} steps/s", f"{timedelta(seconds=round(min(left)))} left"]
         return "  ".join(parts)
+
+
+class SampleLog(L.Callback):
+    """A file for each rank, with a line for each micro-batch: the step it is part of, the epoch's
+    samples in it. A step that is done again after an interruption has new lines at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        numbers = [trainer.global_step + 1, *batch["sample_ids"].tolist()]
+        with (self._folder / f"rank-{trainer.global_rank:05d}.txt").open("a") as file:
+            print(*numbers, file=file)

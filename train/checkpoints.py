@@ -1,22 +1,37 @@
-"""Training checkpoints on disk: when they are written, how, and what stu adds to Lightning's."""
+"""Training checkpoints: when they are written, and what stu adds to Lightning's."""
 
 import dataclasses
-import zipfile
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from stu.atomic import new_file
+from stu.atomic import new_directory
 from stu.config import ModelConfig
+from train.checkpoint_folder import (
+    FORMAT_VERSION,
+    MOMENTS,
+    WEIGHT,
+    CheckpointFolder,
+    write_rank,
+    write_training,
+)
+from train.interruption import largest_of_ranks
 from train.optimizer import OptimizerConfig
 
-FORMAT_VERSION = 1
+PREFIX = "model."
+"""Of parameters' names in the Lightning module, which the files leave out."""
+OF_TENSORS = ("state_dict", "optimizer_states")
+"""What Lightning's dictionary has that goes into files of tensors."""
 CHECKPOINTS = "checkpoints"
 """Folder of a run in which its checkpoints lie."""
 LAST = "last.ckpt"
@@ -25,16 +40,29 @@ LAST = "last.ckpt"
 class Checkpoints(Checkpoint):
     """Writes `step-00000500.ckpt` and so on, and points the link `last.ckpt` at the newest.
 
-    A checkpoint is due every `every_steps` optimizer steps and when training stops. The newest
-    `keep` stay. `last.ckpt` names a whole checkpoint at any moment from the first one on.
+    A checkpoint is due every `every_steps` optimizer steps, `every_minutes` after the last one, and
+    when training stops. The newest `keep` stay. `last.ckpt` names a whole checkpoint, read back and
+    found complete, at any moment from the first one on.
     """
 
-    def __init__(self, folder: Path, every_steps: int, keep: int) -> None:
+    def __init__(self, folder: Path, every_steps: int, every_minutes: float, keep: int) -> None:
         for name, value in (("checkpoint_every_steps", every_steps), ("keep_checkpoints", keep)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed: it must be at least 1")
+        if not every_minutes > 0:
+            raise ValueError(
+                f"checkpoint_every_minutes={every_minutes} is not allowed: it must be above 0"
+            )
         self._folder, self._every_steps, self._keep = folder, every_steps, keep
+        self._every_seconds, self._saved = 60 * every_minutes, time.monotonic()
         self._stop_wanted = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        resumed = trainer.ckpt_path
+        if trainer.is_global_zero and resumed is not None:
+            path = Path(resumed).resolve()
+            if path.parent == self._folder.resolve():  # later ones are about to be made anew
+                self._point_at(path.name)
 
     def on_train_batch_end(
         self,
@@ -50,83 +78,112 @@ class Checkpoints(Checkpoint):
         # Lightning validates before it stops early, but not before it stops at max_steps.
         last_step = trainer.global_step == trainer.max_steps
         trainer.should_stop = step_done and (self._stop_wanted or last_step)
-        due = trainer.global_step % self._every_steps == 0
-        if trainer.should_stop or (step_done and due):
+        if not step_done:
+            return
+        due = trainer.should_stop or trainer.global_step % self._every_steps == 0
+        # Clocks differ, and all ranks save together.
+        late = float(time.monotonic() - self._saved >= self._every_seconds)
+        if due or largest_of_ranks(trainer, late):
             self._save(trainer)
+            self._saved = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
         path = self._folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            link = self._folder / f".{LAST}.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            link.replace(self._folder / LAST)
+            CheckpointFolder(path).check()
+            self._point_at(path.name)
             by_age = sorted(self._folder.glob("step-*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
             for old in by_age[: -self._keep]:
-                old.unlink()
+                shutil.rmtree(old)
+
+    def _point_at(self, name: str) -> None:
+        link = self._folder / f".{LAST}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.replace(self._folder / LAST)
 
 
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that are on disk as a whole before they get their name.
-
-    Lightning's own goes through a copy in memory and a file in the system's temporary folder, which
-    may lie on another disk: then its last step is a plain copy.
-    """
+class FolderIO(CheckpointIO):
+    """Saves and loads for strategies whose every rank holds everything: one rank writes it."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        training = {name: checkpoint[name] for name in checkpoint if name not in OF_TENSORS}
+        (optimizer,) = checkpoint["optimizer_states"]
+        groups = training["stu"].pop("parameter_groups")
+        training["optimizer_groups"] = [
+            {**group, "params": names}
+            for group, names in zip(optimizer["param_groups"], groups, strict=True)
+        ]
+        states = optimizer["state"]
+        training["optimizer_step"] = int(states[0]["step"]) if states else 0
+
+        def tensors() -> Iterator[tuple[str, str, Tensor]]:
+            for name, tensor in checkpoint["state_dict"].items():
+                yield WEIGHT, name.removeprefix(PREFIX), tensor
+            for number, name in enumerate(chain.from_iterable(groups)):
+                for kind in MOMENTS if states else ():
+                    yield kind, name, states[number][kind]
+
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as temporary:
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # how torch reports a failed write
-                raise OSError(f"checkpoint {path}: could not be written ({error})") from error
+        training["stu"]["num_files"] = 1
+        # One of this name is from a run that went on from an earlier one, and is not the last.
+        with new_directory(path, overwrite=True) as folder:
+            write_rank(folder, 0, tensors(), path)
+            write_training(folder, training, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        folder = CheckpointFolder(Path(path))
+        weights = {PREFIX + name: folder.tensor(WEIGHT, name) for name in folder.names}
+        return {
+            **folder.training,
+            "state_dict": weights,
+            "optimizer_states": [_torch_state(folder)],
+        }
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        shutil.rmtree(path)
+
+
+def _torch_state(folder: CheckpointFolder) -> dict[str, Any]:
+    """As torch's optimizers have it: parameters are numbers, group after group."""
+    states: dict[int, Any] = {}
+    groups, step = [], folder.training["optimizer_step"]
+    count = 0
+    for group in folder.training["optimizer_groups"]:
+        numbers = range(count, count + len(group["params"]))
+        count = numbers.stop
+        groups.append({**group, "params": list(numbers)})
+        for number, name in zip(numbers, group["params"], strict=True):
+            if step:
+                states[number] = {kind: folder.tensor(kind, name) for kind in MOMENTS}
+                states[number]["step"] = torch.tensor(float(step))
+    return {"state": states, "param_groups": groups}
 
 
 def last_checkpoint(run_dir: Path) -> Path:
     """The checkpoint that a run in `run_dir` goes on from."""
     path = run_dir / CHECKPOINTS / LAST
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{run_dir}: no {CHECKPOINTS}/{LAST}; has a run been here?")
     return path
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint file, memory-mapped. No code in it is run.
-
-    Raises ValueError if it is missing, damaged, or not written by stu-train.
-    """
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path}: no such file")
-    if not zipfile.is_zipfile(path):  # the list of contents stands at the end of the file
-        raise ValueError(f"checkpoint {path}: cut short, or not a checkpoint of stu-train")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load documents none, and raises many kinds
-        kind = type(error).__name__
-        raise ValueError(
-            f"checkpoint {path}: damaged, or not written by stu-train ({kind})"
-        ) from error
-    if not isinstance(contents, dict) or "stu" not in contents:
-        raise ValueError(f"checkpoint {path}: not written by stu-train")
-    version = contents["stu"].get("format_version", 0)
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"checkpoint {path}: format version {version}, and this stu reads {FORMAT_VERSION}: "
-            f"install {'a newer' if version > FORMAT_VERSION else 'an older'} stu"
-        )
-    return contents
-
-
 def training_record(
-    config: ModelConfig, optimizer: OptimizerConfig, max_steps: int, tokenizer: Path
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    max_steps: int,
+    tokenizer: Path,
+    parameter_groups: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """What stu adds to a checkpoint: only tensors and plain values, to be read without pickle."""
     return {
         "format_version": FORMAT_VERSION,
+        "parameter_groups": parameter_groups,
         "model_config": config.to_dict(),
         "optimizer": dataclasses.asdict(optimizer),
         "max_steps": max_steps,

@@ -15,7 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write a model directory, which stu-generate reads, from a checkpoint.",
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a .ckpt, or a run's folder: its last")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a step-*.ckpt, or a run's folder: its last",
+    )
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="folder to write")
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the weights")
     add("--overwrite", action="store_true", help="replace the output folder")
@@ -43,21 +48,19 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", overwrite: bo
     from stu.config import ModelConfig
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
-    from train.checkpoints import last_checkpoint, load_checkpoint
+    from train.checkpoint_folder import TRAINING_FILE, WEIGHT, CheckpointFolder
+    from train.checkpoints import last_checkpoint
 
-    contents = load_checkpoint(last_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint)
-    carried: Mapping[str, Any] = contents["stu"]
+    is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
+    folder = CheckpointFolder(last_checkpoint(checkpoint) if is_run else checkpoint)
+    carried: Mapping[str, Any] = folder.training["stu"]
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
-    prefix = "model."
-    weights = {
-        name.removeprefix(prefix): value
-        for name, value in contents["state_dict"].items()
-        if name.startswith(prefix)
-    }
+    # Mapped from the disk, and not in memory until they are written.
+    weights = {name: folder.tensor(WEIGHT, name) for name in folder.names}
     model.load_state_dict(weights, assign=True)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer_file = Path(folder) / "tokenizer.model"
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer_file = Path(temporary) / "tokenizer.model"
         tokenizer_file.write_bytes(carried["tokenizer"].numpy().tobytes())
         tokenizer = Tokenizer(tokenizer_file)
     save_model(output, model.to(getattr(torch, dtype)), tokenizer, overwrite=overwrite)

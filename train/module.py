@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -16,7 +16,8 @@ from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 from train.checkpoints import training_record
 from train.data import Batch, TokenData, ValidationBatch
-from train.optimizer import OptimizerConfig, adamw, learning_rate_factor
+from train.loss import next_token_loss, token_losses
+from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
 
 
 class FlashSTUModule(L.LightningModule):
@@ -25,10 +26,19 @@ class FlashSTUModule(L.LightningModule):
     Args:
         config: shape of the model; its vocabulary must be that of the token shards.
         optimizer: AdamW and its schedule.
+        z_loss: weight of the mean squared log-normaliser in what is minimised; 0: none.
     """
 
-    def __init__(self, config: ModelConfig, optimizer: OptimizerConfig = OptimizerConfig()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        z_loss: float = 0.0,
+    ) -> None:
         super().__init__()
+        if not 0 <= z_loss < math.inf:
+            raise ValueError(f"model.z_loss={z_loss!r} is not allowed: it must be a number >= 0")
+        self.z_loss = z_loss
         self.config = config
         self.optimizer_config = optimizer
         self.model = FlashSTU(config)
@@ -73,25 +83,38 @@ class FlashSTUModule(L.LightningModule):
         self._start_clock()
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Mean loss of a micro-batch, in nats per token."""
+        """What a micro-batch is to minimise: its mean loss in nats per token, and the z-loss."""
         tokens = batch["tokens"]
         # Here and not in a hook after the step: checkpoints are written before those run.
         self._data.advance(len(tokens) * self.trainer.world_size)
-        loss = self._token_losses(tokens).mean()
-        self._losses.append(loss.detach())
+        loss, nats = next_token_loss(*self._predictions(tokens), self.z_loss)
+        self._losses.append(nats)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log what this step, gradients not yet clipped, is about to do."""
-        step = self.trainer.global_step + 1
-        if step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # Not yet clipped. DeepSpeed has its own, and tells their norm after the step.
+        if gradients and self._logs_next_step:
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:  # type: ignore[override]
+        """Log what the step did, if it is one to log."""
+        is_logged, step = self._logs_next_step, self.trainer.global_step + 1
+        learning_rate = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._log_step(step, learning_rate)
+
+    def _log_step(self, step: int, learning_rate: float) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            norm = strategy.deepspeed_engine.get_global_grad_norm()
+            self._gradient_norm = self._gradient_norm if norm is None else torch.as_tensor(norm)
         tokens = (self._data.position - self._clock_position) * self._data.seq_len
         metrics = {
             "train/loss": torch.stack(self._losses).mean(),
-            "train/grad_norm": torch.nn.utils.get_total_norm(gradients),
-            "train/lr": optimizer.param_groups[0]["lr"],
+            "train/grad_norm": self._gradient_norm,
+            "train/lr": learning_rate,
             "train/tokens_per_second": tokens / (time.monotonic() - self._clock),
             "data/position": float(self._data.position),
         }
@@ -107,7 +130,8 @@ class FlashSTUModule(L.LightningModule):
         tokens, targets = batch["tokens"], batch["tokens"][:, 1:]
         places = torch.arange(targets.shape[1], device=tokens.device)
         counted = places < batch["num_targets"][:, None]  # [B, T]
-        nats = self._token_losses(tokens)[counted].sum()
+        losses, _ = token_losses(*self._predictions(tokens))
+        nats = losses.view(counted.shape)[counted].sum()
         num_bytes = self._bytes_per_token[targets[counted].cpu()].sum()
         # Python's floats are float64, which some accelerators lack.
         for i, value in enumerate((nats, counted.sum(), num_bytes)):
@@ -130,7 +154,11 @@ class FlashSTUModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `stu-export` needs besides the weights, and what a resumed run must repeat."""
         checkpoint["stu"] = training_record(
-            self.config, self.optimizer_config, self.trainer.max_steps, self._data.tokenizer_path
+            self.config,
+            self.optimizer_config,
+            self.trainer.max_steps,
+            self._data.tokenizer_path,
+            parameter_groups(self.model),
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -139,16 +167,19 @@ class FlashSTUModule(L.LightningModule):
             del checkpoint["callbacks"][name]
 
     @property
+    def _logs_next_step(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % every == 0
+
+    @property
     def _data(self) -> TokenData:
         data: TokenData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
-    def _token_losses(self, tokens: Tensor) -> Tensor:
-        """Nats of each target, `[B, T + 1] -> [B, T]`; softmax and sum in float32 or wider."""
-        logits = self.model(tokens[:, :-1])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        return losses.view(len(tokens), -1)
+    def _predictions(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states `[B T, D]`, the matrix that makes logits of them, and targets `[B T]`."""
+        hidden = self.model.hidden(tokens[:, :-1])
+        return hidden.flatten(0, 1), self.model.embedding.weight, tokens[:, 1:].flatten()
 
     def _log(self, metrics: dict[str, Any], step: int) -> None:
         """Log the mean of each metric over the ranks."""

@@ -47,16 +47,25 @@ class OptimizerConfig:
                 )
 
 
-def adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over all parameters of `module`, with decay only on matrices."""
+def parameter_groups(module: nn.Module) -> list[list[str]]:
+    """Names of parameters that are decayed, and of those that are not."""
     # Matrices include the embedding, which is also the output layer, where decay keeps scores from
     # growing; and an STU's filter matrix, which multiplies its input matrix: decaying only one of
     # the two would move the scale into the other. Norm weights, near 1, have no reason to shrink.
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
+    # Under ZeRO-3 a parameter's own shape is that of nothing.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters()}
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    return [matrices, [name for name in shapes if name not in set(matrices)]]
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over all parameters of `module`, with decay only on matrices."""
+    parameters = dict(module.named_parameters())
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [parameters[name] for name in names], "weight_decay": weight_decay}
+        for names, weight_decay in zip(
+            parameter_groups(module), (config.weight_decay, 0.0), strict=True
+        )
     ]
     betas = config.beta1, config.beta2
     return AdamW(groups, config.learning_rate, betas, config.eps)

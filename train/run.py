@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,17 +19,20 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stu.arguments import ArgumentParser
 from stu.atomic import new_file
-from train.callbacks import StepProgress
+from train.callbacks import SampleLog, StepProgress
+from train.checkpoint_folder import CheckpointFolder
 from train.checkpoints import (
     CHECKPOINTS,
+    LAST,
     Checkpoints,
-    DurableCheckpointIO,
+    FolderIO,
     check_settings,
     last_checkpoint,
-    load_checkpoint,
 )
 from train.data import TokenData
+from train.interruption import EXIT_CODES, Interruption
 from train.module import FlashSTUModule
+from train.parallel import ParallelConfig, make_strategy, prepare_blocks
 from train.shards import Index
 
 DEFAULTS = {
@@ -47,6 +51,7 @@ FORCED: dict[str, Any] = {
 LEFT_OUT = {
     *FORCED,
     *("logger", "plugins", "default_root_dir", "enable_checkpointing", "enable_progress_bar"),
+    "strategy",  # `parallel` has it
     # These count epochs, or would do nothing here.
     *("max_epochs", "min_epochs", "min_steps", "limit_train_batches", "limit_test_batches"),
     *("limit_predict_batches", "overfit_batches", "reload_dataloaders_every_n_epochs"),
@@ -84,15 +89,22 @@ class TrainCLI(LightningCLI):
         parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
         parser.add_lightning_class_args(FlashSTUModule, "model")
         parser.add_lightning_class_args(TokenData, "data")
+        parser.add_class_arguments(ParallelConfig, "parallel")
         # Users need not repeat what the shards say.
         parser.set_defaults({"model.config.vocab_size": 0})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add = parser.add_argument
         add("--run_dir", type=Path, default=Path("runs/train"), help="for checkpoints and logs")
-        add("--resume", type=str | None, help="`last`, or a checkpoint to go on from")
+        add(
+            "--resume",
+            type=str | None,
+            help="`last`, a checkpoint to go on from, or `auto`: the last one, if there is any",
+        )
         add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
+        add("--checkpoint_every_minutes", type=float, default=30.0, help="and at least so often")
         add("--keep_checkpoints", type=int, default=3, help="older ones are deleted")
+        add("--log_samples", type=bool, default=False, help="write which sample each step saw")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -112,18 +124,33 @@ class TrainCLI(LightningCLI):
                 raise ValueError(
                     f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
                 )
+        prepare_blocks(self.model.model, settings.parallel)
         self.resume_from, start = self._resume()
         folder = run_dir / CHECKPOINTS
+        self.interruption = Interruption()
         self.trainer_defaults["callbacks"] = [
             StepProgress(),
-            Checkpoints(folder, settings.checkpoint_every_steps, settings.keep_checkpoints),
+            self.interruption,
+            Checkpoints(
+                folder,
+                settings.checkpoint_every_steps,
+                settings.checkpoint_every_minutes,
+                settings.keep_checkpoints,
+            ),
         ]
+        if settings.log_samples:
+            self.trainer_defaults["callbacks"].append(SampleLog(run_dir / "samples"))
+        plugins: list[Any] = [FolderIO()]
+        if SLURMEnvironment.detect():
+            # Its own way would save in the signal's handler, which can wait for ever.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         # Steps that the interrupted run logged after its checkpoint are about to come again.
         logger = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=start + 1)
         return super().instantiate_trainer(
             default_root_dir=run_dir,
             logger=logger,
-            plugins=[DurableCheckpointIO()],
+            strategy=make_strategy(settings.parallel),
+            plugins=plugins,
             **FORCED,
             **kwargs,
         )
@@ -131,15 +158,19 @@ class TrainCLI(LightningCLI):
     def _resume(self) -> tuple[Path | None, int]:
         """The checkpoint to go on from, if any, found to fit this run; and its step."""
         resume, run_dir = self.config_init.resume, self.run_dir
+        if resume == "auto":
+            resume = "last" if (run_dir / CHECKPOINTS / LAST).exists() else None
+        elif resume is None and (run_dir / CHECKPOINTS).exists():
+            raise ValueError(
+                f"run_dir={run_dir}: a run is there already; go on with --resume last, choose "
+                "another run_dir, or delete it"
+            )
         if resume is None:
-            if (run_dir / CHECKPOINTS).exists():
-                raise ValueError(
-                    f"run_dir={run_dir}: a run is there already; go on with --resume last, choose "
-                    "another run_dir, or delete it"
-                )
             return None, 0
         path = last_checkpoint(run_dir) if resume == "last" else Path(resume)
-        contents = load_checkpoint(path)
+        folder = CheckpointFolder(path)
+        folder.check()
+        contents = folder.training
         max_steps = self.config_init.trainer.max_steps
         check_settings(contents, self.model.config, self.model.optimizer_config, max_steps)
         self.datamodule.load_state_dict(contents[type(self.datamodule).__qualname__])
@@ -165,6 +196,8 @@ def run(arguments: Sequence[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     try:
         cli = TrainCLI(
             run=False,
@@ -187,9 +220,15 @@ def run(arguments: Sequence[str]) -> None:
     )
     try:
         trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
-    except SIGTERMException as error:  # would exit with 0, which a scheduler takes for success
-        _tell(f"terminated at step {trainer.global_step}; checkpoints are in {cli.run_dir}")
-        raise SystemExit(128 + signal.SIGTERM) from error
+    except SIGTERMException as error:  # before the first step; it would exit with 0
+        _tell("terminated before the first step")
+        raise SystemExit(EXIT_CODES[signal.SIGTERM]) from error
+    if (received := cli.interruption.received) is not None:
+        _tell(
+            f"stopped at step {trainer.global_step} of {trainer.max_steps} for {received.name}; "
+            "the checkpoint is written, and --resume last goes on"
+        )
+        raise SystemExit(EXIT_CODES[received])
     _tell(
         f"trained to step {trainer.global_step} of {trainer.max_steps}; "
         f"next: stu-export {cli.run_dir} --output MODEL_DIR"

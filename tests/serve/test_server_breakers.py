@@ -93,7 +93,7 @@ def test_one_request_that_ends_every_engine_ends_no_other(model_directory, patch
             url = f"{server.url}/v1/completions"
             answers[name] = httpx.post(url, json=body, timeout=2 * SECONDS)
 
-        bodies = {number: SENTINEL for number in range(10)}
+        bodies = dict.fromkeys(range(10), SENTINEL)
         bodies["poison"] = {"prompt": POISON, "max_tokens": 5}
         threads = [threading.Thread(target=ask, args=its) for its in bodies.items()]
         for thread in reversed(threads):  # the poison first

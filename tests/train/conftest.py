@@ -55,8 +55,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(data: Path) -> list[str]:
+def settings(module_settings: list[str]) -> list[str]:
     """Arguments of `stu-train` but for the run's folder."""
+    return module_settings
+
+
+@pytest.fixture(scope="session")
+def module_settings(data: Path) -> list[str]:
+    """The same, for fixtures of a module."""
     values = {f"model.config.{name}": value for name, value in MODEL.items()}
     values |= {
         "data.dir": data,

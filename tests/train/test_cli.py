@@ -14,8 +14,8 @@ import yaml
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
 from tests.train.conftest import MODEL
+from tests.train.saved import load_checkpoint
 from train import cli, report
-from train.checkpoints import load_checkpoint
 from train.export import export
 from train.shards import TokenShards
 
@@ -145,7 +145,7 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
         ("--trainer.logger=false", "trainer.logger is chosen by stu-train"),
         ("--model.optimizer.beta1=2", r"optimizer.beta1=2.0 is not allowed"),
         ("--checkpoint_every_steps=0", "checkpoint_every_steps=0 is not allowed"),
-        ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such file"),
+        ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such folder"),
         ("--optimizer=SGD", "unrecognized arguments"),
         ("--trainer.max_time=00:01", "not a valid duration"),
         ("--resume=last", "no checkpoints/last.ckpt"),
@@ -173,10 +173,10 @@ def test_unknown_key_in_a_file(run, tmp_path, capsys):
 
 def test_a_run_is_not_overwritten(run, tmp_path, capsys):
     assert run("--trainer.max_steps=1") == 0
-    before = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    before = (tmp_path / "run" / "checkpoints" / "last.ckpt" / "training.pt").read_bytes()
     assert run("--trainer.max_steps=1") == 2
     assert "go on with --resume last" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt" / "training.pt").read_bytes() == before
 
 
 def test_short_help_names_real_settings(capsys):
@@ -213,4 +213,4 @@ def test_a_terminated_run_does_not_look_finished(settings, tmp_path):
                 break
         last_words = process.stderr.read()
     assert process.returncode == 128 + signal.SIGTERM
-    assert "terminated at step" in last_words
+    assert "for SIGTERM; the checkpoint is written" in last_words

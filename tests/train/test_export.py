@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stu.checkpoint import load_config, load_model, load_tokenizer
+from tests.train.saved import load_checkpoint
 from train import cli, export
-from train.checkpoints import load_checkpoint
 
 
 @pytest.fixture
@@ -51,14 +51,16 @@ def test_existing_output(run, tmp_path, capsys):
 
 
 def test_mistakes(run, tmp_path, capsys):
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
-    torch.save({"stu": ValueError("any object")}, tmp_path / "object.ckpt")
-    (tmp_path / "text.ckpt").write_text("hello")
+    for name in ("other", "object", "text"):
+        (tmp_path / f"{name}.ckpt").mkdir()
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt" / "training.pt")
+    torch.save({"stu": ValueError("any object")}, tmp_path / "object.ckpt" / "training.pt")
+    (tmp_path / "text.ckpt" / "training.pt").write_text("hello")
     for checkpoint, message in [
         (tmp_path / "other.ckpt", "not written by stu-train"),
-        (tmp_path / "object.ckpt", "damaged, or not written by stu-train"),
-        (tmp_path / "text.ckpt", "cut short, or not a checkpoint"),
-        (tmp_path / "none.ckpt", "no such file"),
+        (tmp_path / "object.ckpt", "cut short, or not written by stu-train"),
+        (tmp_path / "text.ckpt", "cut short, or not written by stu-train"),
+        (tmp_path / "none.ckpt", "no such folder"),
         (tmp_path, "no checkpoints/last.ckpt"),
     ]:
         assert export.main([str(checkpoint), "--output", str(tmp_path / "model")]) == 2

@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 
+from tests.train.saved import load_checkpoint
 from train import cli, report
 from train.callbacks import StepProgress
-from train.checkpoints import load_checkpoint
 from train.data import TokenData
 
 STEPS = 100
@@ -165,28 +165,32 @@ def test_other_settings_are_refused(train, settings, capsys, argument, message):
 @pytest.mark.parametrize("name", ["seed=5", "seq_len=8"])
 def test_another_order_of_samples_is_refused(train, settings, tmp_path, capsys, name):
     run = train("run", "--trainer.max_steps=2")
-    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    file = run / "checkpoints" / "last.ckpt" / "training.pt"
+    before = file.read_bytes()
     arguments = [*settings, f"--run_dir={run}", "--resume=last", f"--data.{name}"]
     assert cli.main([*arguments, "--trainer.max_steps=4"]) == 2
     assert f"data.{name.split('=')[0]} is" in capsys.readouterr().err
-    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["truncate", "garbage"])
-def test_a_damaged_checkpoint_is_named(train, settings, capsys, damage):
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "remove"])
+@pytest.mark.parametrize("name", ["training.pt", "rank-00000.safetensors"])
+def test_a_damaged_checkpoint_is_named(train, settings, capsys, name, damage):
     run = train("run", "--trainer.max_steps=1")
-    file = run / "checkpoints" / "last.ckpt"
+    file = run / "checkpoints" / "last.ckpt" / name
     file.write_bytes(file.read_bytes()[:-100] if damage == "truncate" else os.urandom(1000))
+    if damage == "remove":
+        file.unlink()
     arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=2"]
     assert cli.main(arguments) == 2
-    assert "last.ckpt: cut short, or not a checkpoint" in capsys.readouterr().err
+    assert re.search(r"last.ckpt: (cut short|rank-00000.\w+ is damaged)", capsys.readouterr().err)
 
 
 def test_two_ranks_equal_one_and_either_goes_on_as_the_other(train, settings, tmp_path):
     """The same global batch on other ranks: equal but for the order of float32 sums."""
     whole = train("whole")
     program = Path(sys.executable).with_name("stu-train")
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_size=1"]
+    ranks = ["--trainer.devices=2", "--data.micro_batch_size=1"]
     common = [program, *settings, *ranks, f"--run_dir={tmp_path / 'two'}"]
     command = [*common, f"--trainer.max_steps={STEPS}", "--checkpoint_every_steps=11"]
     command.append("--keep_checkpoints=100")

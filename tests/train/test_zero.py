@@ -1,0 +1,129 @@
+"""DeepSpeed's stages on several ranks equal one process, and go on from one another."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.saved import load_checkpoint
+from train import cli, report
+
+STEPS, SAVED = 8, 4
+SAMPLES = 8
+"""Of a step, over all ranks and micro-batches."""
+STU_TRAIN = Path(sys.executable).with_name("stu-train")
+
+
+def arguments(settings, folder, ranks, stage, steps=STEPS):
+    """Two micro-batches in a step, whatever the ranks; the first steps' gradients are clipped."""
+    values = {
+        "trainer.devices": ranks,
+        "trainer.accumulate_grad_batches": 2,
+        "data.micro_batch_size": SAMPLES // (2 * ranks),
+        "trainer.gradient_clip_val": 1.5,
+        "trainer.val_check_interval": 8,
+        "trainer.max_steps": steps,
+        "checkpoint_every_steps": SAVED,
+        "run_dir": folder,
+    }
+    if stage is not None:
+        values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
+    replaced = {f"--{name}" for name in values}
+    kept = [its for its in settings if its.split("=")[0] not in replaced]
+    return [*kept, *(f"--{name}={value}" for name, value in values.items())]
+
+
+def run(settings, folder, ranks, stage, *more):
+    command = [STU_TRAIN, *arguments(settings, folder, ranks, stage), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def checkpoint(folder, step):
+    return folder / "checkpoints" / f"step-{step:08d}.ckpt"
+
+
+def assert_close(actual, expected):
+    """Weights and moments within 1e-5 of their largest; the order of sums differs."""
+    assert actual["TokenData"] == expected["TokenData"]
+    assert actual["optimizer_step"] == expected["optimizer_step"]
+    for name, weight in expected["state_dict"].items():
+        torch.testing.assert_close(actual["state_dict"][name], weight, rtol=0, atol=1e-5)
+    for before, after in zip(
+        expected["optimizer_states"][0]["state"].values(),
+        actual["optimizer_states"][0]["state"].values(),
+        strict=True,
+    ):
+        for kind in ("exp_avg", "exp_avg_sq"):
+            largest = before[kind].abs().max().item()
+            torch.testing.assert_close(after[kind], before[kind], rtol=0, atol=1e-4 * largest)
+
+
+@pytest.fixture(scope="module")
+def settings(module_settings):
+    return module_settings
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """One process, without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main(arguments(settings, folder, 1, None)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory):
+    """By ranks and stage, made when first asked for."""
+    made = {}
+
+    def of(ranks, stage):
+        if (ranks, stage) not in made:
+            folder = tmp_path_factory.mktemp(f"{ranks}-{stage}") / "run"
+            made[ranks, stage] = run(settings, folder, ranks, stage)
+        return made[ranks, stage]
+
+    return of
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_equals_one_process(whole, runs, ranks, stage):
+    folder = runs(ranks, stage)
+    for step in (SAVED, STEPS):
+        actual = load_checkpoint(checkpoint(folder, step))
+        assert_close(actual, load_checkpoint(checkpoint(whole, step)))
+    for name in ("train/loss", "train/grad_norm", "train/lr", "val/bits_per_byte"):
+        expected, actual = report.read_curves(whole)[name], report.read_curves(folder)[name]
+        assert actual[0] == expected[0]
+        assert actual[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ((2, 3), (1, None)),
+        ((1, None), (2, 3)),
+        ((2, 1), (4, 2)),
+        ((4, 3), (2, 1)),
+        ((2, 2), (1, 3)),
+        ((2, 0), (4, 3)),
+        ((4, 2), (2, 0)),
+    ],
+)
+def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
+    """From a checkpoint of other ranks and another stage, to where the whole run ends."""
+    source = whole if saved[1] is None else runs(*saved)
+    folder = run(settings, tmp_path / "run", *resumed, f"--resume={checkpoint(source, SAVED)}")
+    assert_close(
+        load_checkpoint(checkpoint(folder, STEPS)), load_checkpoint(checkpoint(whole, STEPS))
+    )
+    steps, losses = report.read_curves(folder)["train/loss"]
+    expected = dict(zip(*report.read_curves(whole)["train/loss"], strict=True))
+    assert steps == list(range(SAVED + 1, STEPS + 1))
+    assert losses == pytest.approx([expected[step] for step in steps], rel=1e-5)

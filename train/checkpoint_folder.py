@@ -1,0 +1,130 @@
+"""A training checkpoint on disk: a folder that any number of ranks writes and reads.
+
+    training.pt               loops, schedule, place in the data, settings: plain values, tokenizer
+    rank-00000.safetensors    tensors by name: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`
+    rank-00001.safetensors    ..
+
+Names are those of the model's parameters, whole tensors in float32, however they were divided while
+training: so ranks, ZeRO stages and micro-batches may differ between a save and a resume. Nothing in
+it is a pickle of anything but tensors and plain values, and nothing else is read.
+"""
+
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT_VERSION = 2
+TRAINING_FILE = "training.pt"
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointFolder:
+    """A checkpoint to read. Tensors are mapped from the disk, one at a time.
+
+    Raises ValueError for what is missing, damaged, or not written by stu-train.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ValueError(f"checkpoint {path}: no such folder")
+        self.path = path
+        self.training = self._read_training()
+        """All but the parameters' tensors."""
+        version = self.training["stu"].get("format_version", 0)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"checkpoint {path}: format version {version}, and this stu reads "
+                f"{FORMAT_VERSION}: install {'a newer' if version > FORMAT_VERSION else 'an older'}"
+                " stu"
+            )
+        self._files: dict[str, Any] = {}
+        for rank in range(self.training["stu"]["num_files"]):
+            file = path / _rank_file(rank)
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"checkpoint {path}: {file.name} is damaged ({error})") from error
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    @property
+    def names(self) -> list[str]:
+        """Of parameters and buffers."""
+        start = f"{WEIGHT}/"
+        return [name.removeprefix(start) for name in self._files if name.startswith(start)]
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """`weight`, `exp_avg` or `exp_avg_sq` of a parameter."""
+        key = f"{kind}/{name}"
+        if key not in self._files:
+            raise ValueError(f"checkpoint {self.path}: {key} is missing")
+        tensor: Tensor = self._files[key].get_tensor(key)
+        return tensor
+
+    def check(self) -> None:
+        """Raise ValueError unless every parameter is there, with its moments once it has any."""
+        groups = self.training["optimizer_groups"]
+        kinds = (WEIGHT, *MOMENTS) if self.training["optimizer_step"] else (WEIGHT,)
+        for name in [name for group in groups for name in group["params"]]:
+            for kind in kinds:
+                if f"{kind}/{name}" not in self._files:
+                    raise ValueError(f"checkpoint {self.path}: {kind}/{name} is missing")
+
+    def _read_training(self) -> dict[str, Any]:
+        file = self.path / TRAINING_FILE
+        try:
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load documents none, and raises many kinds
+            kind = type(error).__name__
+            raise ValueError(
+                f"checkpoint {self.path}: cut short, or not written by stu-train ({kind})"
+            ) from error
+        if not isinstance(contents, dict) or "stu" not in contents:
+            raise ValueError(f"checkpoint {self.path}: not written by stu-train")
+        return contents
+
+
+def write_rank(
+    folder: Path, rank: int, tensors: Iterable[tuple[str, str, Tensor]], path: Path
+) -> None:
+    """One rank's share of what is to become `path`: each the kind, the name, and the tensor. Raises
+    OSError, naming rank and host, if it cannot be written."""
+    held = {f"{kind}/{name}": tensor.contiguous() for kind, name, tensor in tensors}
+    file = folder / _rank_file(rank)
+    try:
+        save_file(held, file, {"format": "stu-train"})
+    except (SafetensorError, OSError) as error:  # how safetensors reports a failed write
+        raise OSError(
+            f"checkpoint {path}: could not be written by rank {rank} on {socket.gethostname()} "
+            f"({error})"
+        ) from error
+    _sync(file)
+
+
+def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
+    """The rest of it, by one rank. Raises OSError if it cannot be written."""
+    file = folder / TRAINING_FILE
+    try:
+        torch.save(training, file)
+    except (RuntimeError, OSError) as error:  # how torch reports a failed write
+        raise OSError(f"checkpoint {path}: could not be written ({error})") from error
+    _sync(file)
+    _sync(folder)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

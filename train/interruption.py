@@ -1,0 +1,75 @@
+"""Signals: a run that is told to stop does so at the end of a step, with a checkpoint."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+
+TO_BE_CONTINUED = 75
+"""Exit code after SIGUSR1 (sysexits' EX_TEMPFAIL): the run has saved, and wants to go on later."""
+EXIT_CODES = {signal.SIGUSR1: TO_BE_CONTINUED, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Interruption(L.Callback):
+    """Sets `trainer.should_stop` on every rank once one was sent SIGUSR1, SIGTERM or SIGINT.
+
+    A handler does nothing but note the signal: saving in it could wait for ever for other ranks. A
+    second SIGINT or SIGTERM ends the process at once, as it would without this.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        """What the run stopped for, the same on every rank."""
+        self._noted: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Only now: Lightning's own handlers are in place, and would act at once.
+        if threading.current_thread() is threading.main_thread():
+            self._former = {its: signal.signal(its, self._note) for its in EXIT_CODES}
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        noted = largest_of_ranks(trainer, float(self._noted or 0))
+        if noted:
+            self.received = signal.Signals(int(noted))
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        its = signal.Signals(number)
+        if self._noted == its and its != signal.SIGUSR1:
+            signal.signal(its, signal.SIG_DFL)
+            signal.raise_signal(its)
+        self._noted = its
+
+    def _restore(self) -> None:
+        for its, handler in self._former.items():
+            signal.signal(its, handler)
+        self._former = {}
+
+
+def largest_of_ranks(trainer: L.Trainer, value: float) -> float:
+    """The largest of all ranks' values; all of them must ask."""
+    if trainer.world_size == 1:
+        return value
+    held = torch.tensor(value, device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(held, reduce_op="max"))
