@@ -65,6 +65,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument("--clients", type=int, default=64, help="in the closed loop")
     load.add_argument("--requests", type=int, default=256, help="of each loop")
     load.add_argument("--new-tokens", type=int, default=128, help="of each request")
+
+    add("memory", "what training runs take, against what stu-plan says")
     return parser.parse_args(argv)
 
 

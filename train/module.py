@@ -17,6 +17,7 @@ from stu.tokenizer import Tokenizer
 from train.checkpoints import training_record
 from train.data import Batch, TokenData, ValidationBatch
 from train.loss import next_token_loss, token_losses
+from train.measured import memory_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
 
 
@@ -36,6 +37,7 @@ class FlashSTUModule(L.LightningModule):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
+        self._bytes_before = memory_bytes()
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"model.z_loss={z_loss!r} is not allowed: it must be a number >= 0")
         self.z_loss = z_loss
@@ -115,6 +117,7 @@ class FlashSTUModule(L.LightningModule):
             "train/loss": torch.stack(self._losses).mean(),
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
+            "train/memory_gib": (memory_bytes(self.device) - self._bytes_before) / 2**30,
             "train/tokens_per_second": tokens / (time.monotonic() - self._clock),
             "data/position": float(self._data.position),
         }

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stu.arguments import ArgumentParser
 from stu.atomic import new_file
+from stu.config import ModelConfig
 from train.callbacks import SampleLog, StepProgress
 from train.checkpoint_folder import CheckpointFolder
 from train.checkpoints import (
@@ -83,33 +84,14 @@ class TrainCLI(LightningCLI):
     resume_from: Path | None
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_class_arguments(
-            L.Trainer, "trainer", instantiate=False, sub_configs=True, skip=LEFT_OUT
-        )
-        parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
-        parser.add_lightning_class_args(FlashSTUModule, "model")
-        parser.add_lightning_class_args(TokenData, "data")
-        parser.add_class_arguments(ParallelConfig, "parallel")
-        # Users need not repeat what the shards say.
-        parser.set_defaults({"model.config.vocab_size": 0})
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        add = parser.add_argument
-        add("--run_dir", type=Path, default=Path("runs/train"), help="for checkpoints and logs")
-        add(
-            "--resume",
-            type=str | None,
-            help="`last`, a checkpoint to go on from, or `auto`: the last one, if there is any",
-        )
-        add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
-        add("--checkpoint_every_minutes", type=float, default=30.0, help="and at least so often")
-        add("--keep_checkpoints", type=int, default=3, help="older ones are deleted")
-        add("--log_samples", type=bool, default=False, help="write which sample each step saw")
+        add_settings(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
+        # First, as it may import DeepSpeed, whose memory is not the model's.
+        self.strategy = make_strategy(ParallelConfig(**self.config.parallel.as_dict()))
         shards = Index.load(Path(self.config.data.dir))
         self.config.model.config.vocab_size = (
             self.config.model.config.vocab_size or shards.vocab_size
@@ -149,7 +131,7 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(
             default_root_dir=run_dir,
             logger=logger,
-            strategy=make_strategy(settings.parallel),
+            strategy=self.strategy,
             plugins=plugins,
             **FORCED,
             **kwargs,
@@ -184,6 +166,52 @@ class TrainCLI(LightningCLI):
         settings.resume = None
         with new_file(self.run_dir / "config.yaml") as temporary:
             temporary.write_text(self.parser.dump(settings), encoding="utf-8")
+
+
+def add_settings(parser: LightningArgumentParser) -> None:
+    """Every setting of a run."""
+    parser.add_class_arguments(
+        L.Trainer, "trainer", instantiate=False, sub_configs=True, skip=LEFT_OUT
+    )
+    parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
+    parser.add_lightning_class_args(FlashSTUModule, "model")
+    parser.add_lightning_class_args(TokenData, "data")
+    parser.add_class_arguments(ParallelConfig, "parallel")
+    # Users need not repeat what the shards say.
+    parser.set_defaults({"model.config.vocab_size": 0})
+    add = parser.add_argument
+    add("--run_dir", type=Path, default=Path("runs/train"), help="for checkpoints and logs")
+    add(
+        "--resume",
+        type=str | None,
+        help="`last`, a checkpoint to go on from, or `auto`: the last one, if there is any",
+    )
+    add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
+    add("--checkpoint_every_minutes", type=float, default=30.0, help="and at least so often")
+    add("--keep_checkpoints", type=int, default=3, help="older ones are deleted")
+    add("--log_samples", type=bool, default=False, help="write which sample each step saw")
+
+
+def parse_settings(arguments: Sequence[str]) -> Any:
+    """The settings of a run that is not to begin: no data but the index is read, no model made.
+
+    Raises UserError; exits with code 2 for arguments that cannot be parsed.
+    """
+    parser = Parser(prog="stu-plan")
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--seed_everything", default=0)
+    add_settings(parser)
+    settings = parser.parse_args(list(arguments))
+    shape = settings.model.config
+    try:
+        if not shape.vocab_size:
+            shape.vocab_size = Index.load(Path(settings.data.dir)).vocab_size
+        shape.pop("__path__", None)  # of the file that it was read from
+        settings.model.config = ModelConfig(**shape.as_dict())
+        settings.parallel = ParallelConfig(**settings.parallel.as_dict())
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    return settings
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -9,8 +9,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Before DeepSpeed is imported, which looks for a device otherwise.
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, which looks for a device
+
+import deepspeed
+import deepspeed.ops
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -25,8 +30,6 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
     def __init__(self, stage: int, offload: bool = False) -> None:
         self._stage = stage
-        if not torch.cuda.is_available():
-            os.environ["DS_ACCELERATOR"] = "cpu"
         super().__init__(
             stage=stage,
             zero_optimization=stage > 0,
@@ -50,8 +53,6 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             super().setup_environment()
             return
         # DeepSpeed would compile its own operations, for a minute; torch's do.
-        import deepspeed.ops
-
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
         self._process_group_backend = "gloo"
         DDPStrategy.setup_environment(self)
@@ -66,8 +67,6 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         if self.zero_stage_3:
-            import deepspeed
-
             # The loss reads it outside the module that it belongs to.
             matrix = self._flash_stu.embedding.weight
             deepspeed.zero.register_external_parameter(self.lightning_module, matrix)
@@ -155,33 +154,29 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
     def _full(self, parameter: Any, kind: str | None) -> Any:
         """The whole tensor, on every rank."""
-        from deepspeed import utils
-
         if self._stage == 0:
             return (
                 parameter.detach() if kind is None else self._torch_optimizer.state[parameter][kind]
             )
         if kind is None:
-            return utils.safe_get_full_fp32_param(parameter)
-        return utils.safe_get_full_optimizer_state(parameter, kind)
+            return deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
 
     def _set(self, parameter: Any, kind: str | None, value: Tensor) -> None:
         """This rank's share of it."""
-        from deepspeed import utils
-
         if self._stage == 0:
             held = parameter if kind is None else self._torch_optimizer.state[parameter][kind]
             held.copy_(value)
         elif self._stage < 3 and kind is None:
-            utils.safe_set_full_fp32_param(parameter, value)
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
         elif self._stage < 3:
-            utils.safe_set_full_optimizer_state(parameter, value, kind)
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
         else:
             count = parameter.ds_tensor.numel()
             padded = value.new_zeros(count * self.world_size)
             padded[: value.numel()] = value.flatten()
             own = padded[self.global_rank * count :][:count]
             if kind is None:
-                utils.safe_set_local_fp32_param(parameter, own)
+                deepspeed.utils.safe_set_local_fp32_param(parameter, own)
             else:
-                utils.safe_set_local_optimizer_state(parameter, own, kind)
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, own, kind)

@@ -1,0 +1,126 @@
+"""What a run will take, before it begins."""
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from train import plan
+from train.costs import token_flops
+from train.memory import activation_bytes, num_parameters, rank_memory
+from train.parallel import ParallelConfig
+
+SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
+
+
+def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
+    settings = ParallelConfig(**parallel)
+    return activation_bytes(config, seq_len, micro_batch, settings, is_half=False, on_gpu=False)
+
+
+def test_activations_grow_with_the_micro_batch_and_little_else_does():
+    one, two, four = (activations(micro_batch=size) for size in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
+    assert activations(replace(SMALL, num_layers=8)) > 1.7 * activations()
+    assert activations(checkpoint_activations=True) < 0.6 * activations()
+
+
+def test_activations_are_at_least_what_is_saved_for_the_backward_pass():
+    """Counted on real tensors, one by one."""
+    model = FlashSTU(SMALL)
+    parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(2, 256, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(tokens)
+    assert sum(saved.values()) < activations() < 2 * sum(saved.values())
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+def test_stages_divide_what_they_say(is_half):
+    count = num_parameters(SMALL)
+    held = [
+        rank_memory(SMALL, ParallelConfig(kind="zero", zero_stage=stage), 8, 0, is_half)
+        for stage in range(4)
+    ]
+    width = 2 if is_half else 4
+    filters = 4 * SMALL.max_seq_len * SMALL.num_filters
+    assert [its.weights - filters for its in held[:3]] == [width * count] * 3
+    assert held[3].weights - filters == pytest.approx(width * count / 8, rel=0.01)
+    assert [its.gradients for its in held[:2]] == [width * count] * 2
+    assert held[2].gradients == held[3].gradients == pytest.approx(width * count / 8, rel=0.01)
+    assert held[1].optimizer == held[3].optimizer == pytest.approx(12 * count / 8, rel=0.01)
+    assert held[0].optimizer == (12 if is_half else 8) * count
+
+
+def test_flops_of_dense_layers_and_attention():
+    """Against the usual count, six for each weight and token."""
+    flops = token_flops(SMALL, 256, 2, recomputes=False)
+    assert flops.dense == 6 * num_parameters(SMALL)
+    assert flops.attention == pytest.approx(2 * 3.5 * 4 * 64 * 32, rel=0.1)
+    again = token_flops(SMALL, 256, 2, recomputes=True)
+    head = SMALL.vocab_size * SMALL.width
+    assert again.dense == 8 * (num_parameters(SMALL) - head) + 6 * head
+
+
+@pytest.fixture
+def settings(module_settings):
+    return module_settings
+
+
+def test_a_run_that_fits(settings, capsys):
+    assert plan.main(["--nodes", "2", "--gpus", "4", "--gpu", "a100-40g", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "GiB on each of 8 a100-40g" in shown
+    assert re.search(r"tokens a second, [\d.]+ days", shown.replace("\n", " "))
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(settings, capsys):
+    large = {"layout": "stu", "width": 6144, "num_layers": 4, "mlp_ratio": 12}
+    large |= {"num_heads": 8, "max_seq_len": 8192, "vocab_size": 200_064, "num_filters": 24}
+    others = [its for its in settings if not its.startswith(("--model.config", "--data.seq_len"))]
+    given = [*others, *(f"--model.config.{name}={its}" for name, its in large.items())]
+    given.append("--data.seq_len=8192")
+    assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    advice = re.search(r"This would: zero (\d), micro-batch (\d+)(.*)\.", shown)
+    assert advice, shown
+    again = ["--parallel.kind=zero", f"--parallel.zero_stage={advice[1]}"]
+    again += [f"--data.micro_batch_size={advice[2]}"]
+    if "checkpoint_activations" in advice[3]:
+        again.append("--parallel.checkpoint_activations=true")
+    assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given, *again]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "abacus"], "gpu='abacus' is not known: choose from a100-40g"),
+        (["--nodes", "0"], "give at least 1 of each"),
+        (["--data.dir=/nowhere", "--model.config.vocab_size=0"], "/nowhere: no index.json"),
+    ],
+)
+def test_wrong_settings(settings, capsys, arguments, message):
+    assert plan.main([*settings, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_quick():
+    began = time.monotonic()
+    command = [sys.executable, "-m", "train.plan", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "stu-plan" in done.stdout
+    assert time.monotonic() - began < 1

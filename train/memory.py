@@ -1,0 +1,174 @@
+"""How much memory a training step takes on each rank, found without any device.
+
+What a step keeps for the backward pass, and what it needs besides at its fullest moment, is counted
+by running it on tensors without contents (torch's FakeTensorMode and MemTracker). What weights,
+gradients and the optimizer take follows from the ZeRO stage (Rajbhandari et al. 2020, section 5).
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from stu import convolution, layers
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from train.loss import next_token_loss
+from train.parallel import ParallelConfig, prepare_blocks
+
+BUCKET_ELEMENTS = 200_000_000
+"""That DeepSpeed, as Lightning sets it, sums over the ranks at a time."""
+GATHERED_AHEAD_ELEMENTS = 50_000_000
+"""Of parameters that stage 3 fetches before they are used (DeepSpeed's prefetch bucket)."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank, at the fullest moment of a step."""
+
+    weights: int
+    """Those the model computes with, and the filters."""
+    gradients: int
+    optimizer: int
+    """Moments, and in 16-bit training the weights in float32."""
+    buffers: int
+    """In which ranks exchange gradients and weights."""
+    activations: int
+    """Kept for the backward pass, with FFTs, logits and all else of the fullest moment."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+def rank_memory(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    num_ranks: int,
+    activations: int,
+    is_half: bool,
+) -> RankMemory:
+    """Of one of `num_ranks`. activations: what `activation_bytes` says. is_half: bf16-mixed."""
+    count = num_parameters(config)
+    stage = parallel.zero_stage if parallel.kind == "zero" else 0
+    share = -(-count // num_ranks)
+    filters = 4 * config.max_seq_len * config.num_filters
+    if parallel.kind == "ddp":
+        # Autocast's own copies of weights are among the activations. DDP sums in buckets, which
+        # gradients are views of.
+        return RankMemory(4 * count + filters, 4 * count, 8 * count, 0, activations)
+    width = 2 if is_half else 4
+    held = share if stage > 0 else count
+    master = 4 * held if stage > 0 or is_half else 0
+    moments = 8 * held
+    weights = width * (share if stage == 3 else count)
+    gradients = width * (share if stage >= 2 else count)
+    bucket = min(BUCKET_ELEMENTS, count)
+    buffers = 0 if stage == 0 else width * bucket * (2 if stage < 3 else 1)
+    if stage == 3:
+        block = max_block_parameters(config)
+        buffers += width * (max(block, config.vocab_size * config.width) + GATHERED_AHEAD_ELEMENTS)
+        buffers = min(buffers, 3 * width * count)
+    optimizer = 0 if parallel.offload_optimizer else master + moments
+    return RankMemory(weights + filters, gradients, optimizer, buffers, activations)
+
+
+@functools.cache
+def num_parameters(config: ModelConfig) -> int:
+    """Of the model."""
+    with torch.device("meta"):
+        return FlashSTU(config).num_parameters()
+
+
+@functools.cache
+def max_block_parameters(config: ModelConfig) -> int:
+    """Of the largest block."""
+    with torch.device("meta"):
+        blocks = FlashSTU(config).blocks
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+
+
+def activation_bytes(
+    config: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    parallel: ParallelConfig,
+    is_half: bool,
+    on_gpu: bool,
+) -> int:
+    """Bytes over weights and gradients at the fullest moment of forward and backward pass.
+
+    on_gpu: FFTs go over all channels at once, and attention is flash-attn's if is_half.
+    """
+    with FakeTensorMode(), _as_on_gpu(on_gpu, flash=on_gpu and is_half):
+        # DeepSpeed casts the model; elsewhere autocast makes copies as it goes.
+        casts = is_half and parallel.kind == "zero"
+        model = _with_weights_in(torch.bfloat16 if casts else torch.float32, config)
+        autocast: Any = nullcontext()
+        if is_half and not casts:
+            autocast = torch.autocast("cpu", torch.bfloat16)
+        prepare_blocks(
+            model, ParallelConfig(checkpoint_activations=parallel.checkpoint_activations)
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker, autocast:
+            tokens = torch.zeros(micro_batch_size, seq_len + 1, dtype=torch.int64)
+            hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
+            loss, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    held += sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(0, int(snapshot["Total"]) - held)
+
+
+def _with_weights_in(dtype: torch.dtype, config: ModelConfig) -> FlashSTU:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return FlashSTU(config)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@contextmanager
+def _as_on_gpu(on_gpu: bool, flash: bool) -> Iterator[None]:
+    """Have the CPU's code paths keep what a GPU's would."""
+    with ExitStack() as changed:
+        if on_gpu:
+            changed.enter_context(patch.object(convolution, "CPU_BLOCK_ELEMENTS", 2**62))
+        if flash:
+            changed.enter_context(patch.object(layers, "sliding_window_attention", _flash_stand_in))
+        yield
+
+
+def _flash_stand_in(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    attended: Tensor = _FlashStandIn.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _FlashStandIn(torch.autograd.Function):
+    """Keeps what flash-attn does: its inputs, its output, a float32 for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        attended = torch.empty_like(queries)
+        sums = torch.empty(queries.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(queries, keys, values, attended, sums)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values, _, _ = ctx.saved_tensors
+        return torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)

@@ -1,0 +1,176 @@
+"""`stu-plan`: does a run fit, how fast will it be, and what would fit instead. Without any GPU."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stu.config import ModelConfig
+    from train.parallel import ParallelConfig
+
+GIB = 2**30
+DAY_SECONDS = 86_400
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. 0: it fits; 1: it does not; 2: wrong settings."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="stu-plan",
+        usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]",
+        description="Memory, speed and days of a run of stu-train, whose settings follow, in "
+        "bfloat16. Exit code 1 if it does not fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="h100-80g", help="a100-40g, a100-80g, h100-80g, ..")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=8, help="of each node")
+    parser.add_argument("--tokens", type=float, help="to train on; without it, those of max_steps")
+    given, settings = parser.parse_known_args(arguments)
+    # Imported late, for it takes seconds.
+    from train.run import UserError, parse_settings
+
+    try:
+        return plan(parse_settings(settings), given.gpu, given.nodes * given.gpus, given.tokens)
+    except (UserError, ValueError, OSError) as error:
+        print(f"stu-plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | None) -> int:
+    """Print what is to be expected; 1 if it does not fit. Raises ValueError for wrong settings."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from train.costs import GPUS, USABLE_SHARE, exchanged_bytes, step_seconds, token_flops
+    from train.memory import rank_memory
+
+    if gpu_name not in GPUS:
+        raise ValueError(f"gpu={gpu_name!r} is not known: choose from {', '.join(GPUS)}")
+    if num_ranks < 1:
+        raise ValueError(f"nodes x gpus is {num_ranks}: give at least 1 of each")
+    gpu = GPUS[gpu_name]
+    config, parallel = settings.model.config, settings.parallel
+    seq_len, micro_batch = settings.data.seq_len, settings.data.micro_batch_size
+    accumulated = settings.trainer.accumulate_grad_batches
+    usable = USABLE_SHARE * gpu.memory_gib * GIB
+    console = Console()
+    fits = _Fits(config, seq_len, num_ranks, usable)
+    flops = token_flops(config, seq_len, micro_batch, parallel.checkpoint_activations)
+    console.print(
+        f"{_millions(config)} M parameters; {flops.total / 1e9:.2f} GFLOP a token: "
+        f"dense {flops.dense / flops.total:.1%}, convolution "
+        f"{flops.convolution / flops.total:.1%}, attention {flops.attention / flops.total:.1%}"
+    )
+    table = Table(
+        "",
+        "weights",
+        "gradients",
+        "optimizer",
+        "buffers",
+        "activations",
+        "total",
+        "largest",
+        title=f"GiB on each of {num_ranks} {gpu_name}, {seq_len:,} tokens x {micro_batch}; "
+        f"{usable / GIB:.1f} are usable",
+    )
+    for name, other in _stages(parallel):
+        memory = rank_memory(
+            config, other, num_ranks, fits.activations(other, micro_batch), is_half=True
+        )
+        parts = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
+        values = [f"{part / GIB:.2f}" for part in (*parts, memory.activations, memory.total)]
+        mark = " <-" if other == parallel else ""
+        table.add_row(name + mark, *values, str(fits.largest(other)))
+    console.print(table)
+    console.print("largest: the largest micro-batch that fits")
+    tokens_per_step = num_ranks * accumulated * micro_batch * seq_len
+    seconds = step_seconds(config, gpu, parallel, seq_len, micro_batch, accumulated, num_ranks)
+    tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step
+    sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half=True)
+    console.print(
+        f"{tokens_per_step:,} tokens a step, {sent / GIB:.1f} GiB sent by each rank; about "
+        f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens a second, "
+        f"{tokens / (tokens_per_step / seconds) / DAY_SECONDS:.1f} days for {tokens / 1e9:.1f} G "
+        "tokens (assumed: half of the peak in products, 60% of the bandwidth in FFTs, half of the "
+        "exchange hidden)"
+    )
+    if fits.holds(parallel, micro_batch):
+        return 0
+    console.print(f"It does not fit. {_advice(fits, parallel, micro_batch)}")
+    return 1
+
+
+class _Fits:
+    """What fits, of one model on so many ranks. Activations grow linearly with the micro-batch."""
+
+    def __init__(self, config: "ModelConfig", seq_len: int, num_ranks: int, usable: float) -> None:
+        self._config, self._seq_len = config, seq_len
+        self._num_ranks, self._usable = num_ranks, usable
+        self._traced: dict[tuple[bool, bool, int], int] = {}
+
+    def activations(self, parallel: "ParallelConfig", micro_batch: int) -> int:
+        """Bytes of them."""
+        one, two = (self._trace(parallel, size) for size in (1, 2))
+        return one + (two - one) * (micro_batch - 1)
+
+    def largest(self, parallel: "ParallelConfig") -> int:
+        """Micro-batch that fits; 0: none."""
+        size = 0
+        while size < 4096 and self.holds(parallel, size + 1):
+            size += 1
+        return size
+
+    def holds(self, parallel: "ParallelConfig", micro_batch: int) -> bool:
+        """Whether it fits."""
+        from train.memory import rank_memory
+
+        activations = self.activations(parallel, micro_batch)
+        memory = rank_memory(self._config, parallel, self._num_ranks, activations, is_half=True)
+        return memory.total <= self._usable
+
+    def _trace(self, parallel: "ParallelConfig", micro_batch: int) -> int:
+        from train.memory import activation_bytes
+
+        key = parallel.kind == "zero", parallel.checkpoint_activations, micro_batch
+        if key not in self._traced:
+            self._traced[key] = activation_bytes(
+                self._config, self._seq_len, micro_batch, parallel, is_half=True, on_gpu=True
+            )
+        return self._traced[key]
+
+
+def _stages(parallel: "ParallelConfig") -> list[tuple[str, "ParallelConfig"]]:
+    """The one that was asked for among the others."""
+    others = [replace(parallel, kind="ddp", offload_optimizer=False)]
+    for stage in (0, 1, 2, 3):
+        offloads = parallel.offload_optimizer and stage > 0
+        others.append(replace(parallel, kind="zero", zero_stage=stage, offload_optimizer=offloads))
+    others[0] = replace(others[0], zero_stage=parallel.zero_stage)
+    return [("ddp" if its.kind == "ddp" else f"zero {its.zero_stage}", its) for its in others]
+
+
+def _advice(fits: _Fits, parallel: "ParallelConfig", micro_batch: int) -> str:
+    """What would."""
+    found = []
+    for recomputes in (False, True):
+        for name, its in _stages(replace(parallel, checkpoint_activations=recomputes)):
+            largest = min(fits.largest(its), micro_batch)
+            if largest > 0:
+                more = " and parallel.checkpoint_activations=true" if recomputes else ""
+                found.append((-largest, recomputes, f"{name}, micro-batch {largest}{more}"))
+    if not found:
+        return "Nothing would on these: take more or larger GPUs, or a smaller model."
+    return f"This would: {min(found)[2]}."
+
+
+def _millions(config: "ModelConfig") -> str:
+    from train.memory import num_parameters
+
+    return f"{num_parameters(config) / 1e6:,.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
