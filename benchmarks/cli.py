@@ -66,6 +66,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument("--requests", type=int, default=256, help="of each loop")
     load.add_argument("--new-tokens", type=int, default=128, help="of each request")
 
+    add("loss", "the training loss against torch's, at a vocabulary of 200,064")
     add("memory", "what training runs take, against what stu-plan says")
     return parser.parse_args(argv)
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
+from train.bad_steps import GuardConfig, StepGuard
 from train.checkpoints import training_record
 from train.data import Batch, TokenData, ValidationBatch
 from train.loss import next_token_loss, token_losses
@@ -28,6 +30,7 @@ class FlashSTUModule(L.LightningModule):
         config: shape of the model; its vocabulary must be that of the token shards.
         optimizer: AdamW and its schedule.
         z_loss: weight of the mean squared log-normaliser in what is minimised; 0: none.
+        guard: which updates are skipped.
     """
 
     def __init__(
@@ -35,12 +38,15 @@ class FlashSTUModule(L.LightningModule):
         config: ModelConfig,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         z_loss: float = 0.0,
+        guard: GuardConfig = GuardConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self._bytes_before = memory_bytes()
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"model.z_loss={z_loss!r} is not allowed: it must be a number >= 0")
         self.z_loss = z_loss
+        self._guard = StepGuard(guard)
+        self._samples: list[int] = []  # of the step that is being made
         self.config = config
         self.optimizer_config = optimizer
         self.model = FlashSTU(config)
@@ -91,32 +97,48 @@ class FlashSTUModule(L.LightningModule):
         self._data.advance(len(tokens) * self.trainer.world_size)
         loss, nats = next_token_loss(*self._predictions(tokens), self.z_loss)
         self._losses.append(nats)
+        self._samples += batch["sample_ids"].tolist()
+        if self._guard.config.loss_jump:
+            of_all_ranks = self.trainer.strategy.reduce(nats.clone(), reduce_op="mean")
+            if self._guard.is_spike(float(of_all_ranks)):
+                return loss * math.nan  # as steps whose gradients are not finite are skipped
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        # Not yet clipped. DeepSpeed has its own, and tells their norm after the step.
-        if gradients and self._logs_next_step:
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        if not gradients:
+            return  # DeepSpeed has its own, and tells their norm after the step
+        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)  # not yet clipped
+        if not self._gradient_norm.isfinite():
+            for parameter in self.parameters():  # the optimizer leaves these alone
+                parameter.grad = None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:  # type: ignore[override]
-        """Log what the step did, if it is one to log."""
+        """Count the step if its update was skipped, and log what it did if it is one to log."""
         is_logged, step = self._logs_next_step, self.trainer.global_step + 1
         learning_rate = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log_step(step, learning_rate)
-
-    def _log_step(self, step: int, learning_rate: float) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
             norm = strategy.deepspeed_engine.get_global_grad_norm()
             self._gradient_norm = self._gradient_norm if norm is None else torch.as_tensor(norm)
+        if not self._gradient_norm.isfinite():
+            file = f"rank-{self.trainer.global_rank:05d}.jsonl"
+            folder = Path(self.trainer.default_root_dir) / "skipped"
+            self._guard.count(step, float(self._losses[-1]), self._samples, folder / file)
+        self._samples = []
+        if is_logged:
+            self._log_step(step, learning_rate)
+
+    def _log_step(self, step: int, learning_rate: float) -> None:
         tokens = (self._data.position - self._clock_position) * self._data.seq_len
         metrics = {
             "train/loss": torch.stack(self._losses).mean(),
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
+            "train/skipped_updates": float(self._guard.num_bad_steps),
             "train/memory_gib": (memory_bytes(self.device) - self._bytes_before) / 2**30,
             "train/tokens_per_second": tokens / (time.monotonic() - self._clock),
             "data/position": float(self._data.position),

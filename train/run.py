@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stu.arguments import ArgumentParser
 from stu.atomic import new_file
 from stu.config import ModelConfig
+from train.bad_steps import TooManyBadSteps
 from train.callbacks import SampleLog, StepProgress
 from train.checkpoint_folder import CheckpointFolder
 from train.checkpoints import (
@@ -35,6 +36,7 @@ from train.interruption import EXIT_CODES, Interruption
 from train.module import FlashSTUModule
 from train.parallel import ParallelConfig, make_strategy, prepare_blocks
 from train.shards import Index
+from train.watchdog import Watchdog
 
 DEFAULTS = {
     "max_steps": 10_000,
@@ -59,6 +61,8 @@ LEFT_OUT = {
     *("fast_dev_run", "barebones", "sync_batchnorm", "model_registry", "enable_autolog_hparams"),
 }
 """The trainer's settings that `stu-train` does not offer."""
+TOO_MANY_BAD_STEPS = 65
+"""Exit code (sysexits' EX_DATAERR)."""
 COUNTS = ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
 """The trainer's settings that must be at least 1."""
 
@@ -113,6 +117,7 @@ class TrainCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [
             StepProgress(),
             self.interruption,
+            Watchdog(run_dir, settings.hang_minutes),
             Checkpoints(
                 folder,
                 settings.checkpoint_every_steps,
@@ -189,6 +194,7 @@ def add_settings(parser: LightningArgumentParser) -> None:
     add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
     add("--checkpoint_every_minutes", type=float, default=30.0, help="and at least so often")
     add("--keep_checkpoints", type=int, default=3, help="older ones are deleted")
+    add("--hang_minutes", type=float, default=30.0, help="without a batch, until a run ends itself")
     add("--log_samples", type=bool, default=False, help="write which sample each step saw")
 
 
@@ -251,6 +257,9 @@ def run(arguments: Sequence[str]) -> None:
     except SIGTERMException as error:  # before the first step; it would exit with 0
         _tell("terminated before the first step")
         raise SystemExit(EXIT_CODES[signal.SIGTERM]) from error
+    except TooManyBadSteps as error:
+        _tell(f"stopped at step {trainer.global_step}: {error}")
+        raise SystemExit(TOO_MANY_BAD_STEPS) from error
     if (received := cli.interruption.received) is not None:
         _tell(
             f"stopped at step {trainer.global_step} of {trainer.max_steps} for {received.name}; "

@@ -72,6 +72,9 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             deepspeed.zero.register_external_parameter(self.lightning_module, matrix)
         super().init_deepspeed()
 
+        if self._stage in (0, 3):
+            self._skip_what_is_not_finite()
+
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the number of micro-batches, and DeepSpeed would again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
@@ -126,6 +129,29 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     @property
     def _torch_optimizer(self) -> Any:
         return self.deepspeed_engine.basic_optimizer
+
+    def _skip_what_is_not_finite(self) -> None:
+        """As stages 1 and 2 do: they leave out an update whose gradients are not finite."""
+        engine, zero = self.deepspeed_engine, self._zero
+        if self._stage == 0:
+            # Gradients are the module's, which drops them; there is nothing to clip then.
+            clip = engine.clip_fp32_gradients
+
+            def clip_if_any() -> None:
+                if any(parameter.grad is not None for parameter in engine.module.parameters()):
+                    clip()
+
+            engine.clip_fp32_gradients = clip_if_any
+            return
+
+        def skips_update(update_scale: bool = True) -> Any:
+            zero.overflow = False
+            zero.check_overflow()  # which it does by itself in float16 alone
+            if update_scale:
+                return zero._loss_scale_update_and_overflow_cleanup()
+            return zero.overflow
+
+        zero._overflow_check_and_loss_scale_update = skips_update
 
     def _link_moments(self) -> None:
         """Have DeepSpeed know which part of torch's state belongs to which parameter."""
