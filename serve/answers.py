@@ -97,7 +97,14 @@ class Answer:
         arrived: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
         late = TimedOut(f"not done within {self.timeout_seconds:g} seconds")
         left = self.arrived + self.timeout_seconds - time.monotonic()
-        timer = asyncio.get_running_loop().call_later(left, arrived.put_nowait, (0, late))
+
+        def end() -> None:
+            # Now, and not when its reader takes the next piece, which it may never do.
+            for stream in self.streams:
+                self.replicas.abort(stream)
+            arrived.put_nowait((0, late))
+
+        timer = asyncio.get_running_loop().call_later(left, end)
         tasks = [
             asyncio.create_task(self._forward(index, stream, arrived))
             for index, stream in enumerate(self.streams)

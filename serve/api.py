@@ -104,11 +104,20 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         given = _given(body)
-        messages = [{"role": its.role, "content": its.text} for its in body.messages]
+        messages = [
+            {"role": its.role, "content": its.text, **({"name": its.name} if its.name else {})}
+            for its in body.messages
+        ]
         with _as_request_error():
-            given["prompt"] = service.template.tokens(messages)
+            # Not here, where a long chat would hold up the streams of others.
+            given["prompt"] = await asyncio.to_thread(service.template.tokens, messages)
         del given["messages"]
-        most = given.pop("max_completion_tokens", given.pop("max_tokens", None))
+        older = given.pop("max_tokens", None)
+        most = given.pop("max_completion_tokens", older)
+        if older not in (None, most):
+            raise _refused(
+                f"max_tokens={older} and max_completion_tokens={most} differ: give one of them"
+            )
         room = max(1, service.model.max_seq_len - len(given["prompt"]))
         given["max_tokens"] = min(service.default_new_tokens, room) if most is None else most
         asks, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
@@ -132,20 +141,22 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Json:
+        _check_model(service, body.model)
         with _as_request_error():
-            tokens = _tokens(tokenizer, body.prompt)
+            tokens = await asyncio.to_thread(_tokens, tokenizer, body.prompt)
         if body.add_special_tokens:
             tokens = [tokenizer.bos_id, *tokens]
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.max_seq_len}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Json:
+        _check_model(service, body.model)
         if max(body.tokens, default=0) >= tokenizer.vocab_size:
             raise _refused(
                 f"tokens has the id {max(body.tokens)}, and the vocabulary ids 0 to "
                 f"{tokenizer.vocab_size - 1}"
             )
-        return {"prompt": tokenizer.decode(body.tokens)}
+        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Json:
@@ -182,10 +193,7 @@ async def _begin(
     """Requests on their way. is_chat_stream: None for text."""
     if service.is_draining:
         raise Unavailable("the server is about to stop: try another")
-    model = given.get("model")
-    if model is not None and model != service.config.name:
-        message = f"model={model!r} is not served here: it must be {service.config.name!r}"
-        raise RequestError(404, message, "invalid_request_error", "model")
+    _check_model(service, given.get("model"))
     arrived = time.monotonic()
     with _as_request_error():
         # Long prompts and large schemas must not hold up the streams of others.
@@ -225,13 +233,21 @@ async def _begin(
     )
 
 
+def _check_model(service: Service, model: str | None) -> None:
+    if model is not None and model != service.config.name:
+        message = f"model={model!r} is not served here: it must be {service.config.name!r}"
+        raise RequestError(404, message, "invalid_request_error", "model")
+
+
 def _requests(service: Service, given: Json) -> list[EngineRequest]:
     count = given.get("n") or 1
     num_choices = len(prompts_of(given["prompt"])) * count
-    if num_choices > service.config.max_choices:
+    # More than may wait would be told to come again, for ever.
+    most = min(service.config.max_choices, service.config.max_waiting)
+    if num_choices > most:
         raise ValueError(
             f"n={count} completions of each prompt are {num_choices}, and a request may ask for "
-            f"{service.config.max_choices}: ask for fewer at once"
+            f"{most}: ask for fewer at once"
         )
     requests = service.completions.requests(secrets.randbits(32), given)
     for its in requests:

@@ -97,7 +97,7 @@ class TokenChooser:
             matcher = self._matchers[request_ids[row]]
             allowed = matcher.allowed(self._vocab_size)
             if matcher.error or not allowed.any():
-                errors[row] = errors[row] or f"the constraint takes too much work: {matcher.error}"
+                errors[row] = errors[row] or f"the constraint cannot be met: {matcher.error}"
             else:
                 logits[row].masked_fill_(~allowed.to(logits.device), -torch.inf)
         return logits

@@ -167,7 +167,9 @@ class Engine:
         pieces_per_layer = 1 + -(-num_tokens // at_once)
         pieces = self._model_config.num_layers * pieces_per_layer
         steps = max(1, num_tokens // at_once)
-        for logits in itertools.islice(self._prefill, -(-(pieces + 1) // steps)):
+        # What takes one step is taken in to its end, whatever log probabilities it asks for.
+        count = -(-(pieces + 1) // steps) if steps > 1 else None
+        for logits in itertools.islice(self._prefill, count):
             if isinstance(logits, PromptLogits):
                 self._take_prompt_logits(logits)
             elif logits is not None:

@@ -57,6 +57,11 @@ class Grammars:
         )
         if is_wrong:
             raise ValueError(f"{kind} is not allowed: {' '.join(messages[0].split())[:500]}")
+        # What is well formed may still allow no text at all, or take more than the limits.
+        matcher = self.matcher(constraint)
+        if not matcher.allowed(self._tokenizer.vocab_size).any() or matcher.error:
+            reason = matcher.error or "no text follows it"
+            raise ValueError(f"{kind} is not allowed: {' '.join(reason.split())[:500]}")
 
     def matcher(self, constraint: Constraint) -> "GrammarMatcher":
         """For one completion; the constraint must have been checked."""
@@ -83,8 +88,9 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str:
-        """Why it cannot go on (a limit), or nothing."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        """Why it cannot go on (a limit), or nothing; without llguidance's own state."""
+        text = str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return text.partition("\n")[0]
 
 
 class _Vocabulary:

@@ -97,9 +97,9 @@ class Replica:
         self.stats: Stats | None = None
         """None until it is ready."""
         self.last_heard = time.monotonic()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair()
         self._socket = ours
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serve.replica", str(theirs.fileno())],
@@ -165,7 +165,7 @@ class Replica:
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - TAIL_BYTES))
         tail = self._errors.read().decode(errors="replace").strip()
         self._errors.close()
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with code {code}"
         return f"ended {how}; what it said last: {tail or 'nothing'}"
 
 
@@ -280,6 +280,15 @@ class Replicas:
                 replica.send({"abort": stream.number})
         self._place_waiting()
 
+    def give_up(self) -> None:
+        """End every request with Unavailable: the server has waited for them long enough."""
+        replicas = list(filter(None, self._replicas))
+        streams = [*self._waiting.values()]
+        for replica in replicas:
+            streams += replica.streams.values()
+        for stream in streams:
+            stream.outputs.put_nowait(Unavailable("the server stops: try another"))
+
     @property
     def _cannot_start(self) -> bool:
         is_failing = all(count >= MOST_FAILED_STARTS for count in self._failed_starts)
@@ -305,17 +314,36 @@ class Replicas:
     async def _keep_running(self, index: int) -> None:
         while True:
             settings = self._config.replica_json(self._devices[index])
-            replica = self._replicas[index] = Replica(settings, self._num_threads)
+            try:
+                replica = self._replicas[index] = Replica(settings, self._num_threads)
+            except OSError as error:  # no file, process or memory is left for it
+                self._replicas[index] = None
+                await self._failed_to_start(index, str(error))
+                continue
             async for message in replica.messages():
                 self._hear(index, replica, message)
             was_ready, replica.stats = replica.is_ready, None
             how = await replica.ended()
-            self._last_error = f"engine {index} on {self._devices[index]} {how}"
-            logger.error(self._last_error)
-            self._failed_starts[index] += not was_ready
             self.num_restarts += 1
             self._move(replica)
-            await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** self._failed_starts[index] - 1))
+            if was_ready:
+                self._tell(index, how)
+            else:
+                await self._failed_to_start(index, how)
+
+    def _tell(self, index: int, how: str) -> None:
+        self._last_error = f"engine {index} on {self._devices[index]} {how}"
+        logger.error(self._last_error)
+
+    async def _failed_to_start(self, index: int, how: str) -> None:
+        """Wait before the next try, longer each time; requests do not, once none can be had."""
+        self._tell(index, how)
+        self._failed_starts[index] += 1
+        if self._cannot_start:
+            waiting, self._waiting = self._waiting, {}
+            for stream in waiting.values():
+                stream.outputs.put_nowait(Unavailable(f"no engine is left: {self._last_error}"))
+        await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** self._failed_starts[index] - 1))
 
     def _hear(self, index: int, replica: Replica, message: Message) -> None:
         if "ready" in message:
@@ -359,10 +387,6 @@ class Replicas:
         self.num_resumed += len(streams)
         self._waiting = streams | self._waiting  # they came first
         self._place_waiting()
-        if self._cannot_start:
-            waiting, self._waiting = self._waiting, {}
-            for stream in waiting.values():
-                stream.outputs.put_nowait(Unavailable(f"no engine is left: {self._last_error}"))
 
     async def _watch(self) -> None:
         """Kill engines that give no sign of life."""

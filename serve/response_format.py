@@ -52,4 +52,9 @@ def _schema(given: Any) -> Constraint:
             f"response_format.json_schema={show(given)} is not allowed: it must be an object with "
             "the field schema, a JSON schema"
         )
+    for key in given:
+        if key not in ("name", "description", "schema", "strict"):
+            raise ValueError(
+                f"response_format.json_schema has the unknown field {show(key)}: leave it out"
+            )
     return Constraint("json_schema", json.dumps(schema))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from serve.api import Service
 
 KEEP_ALIVE_SECONDS = 75
+LAST_WORDS_SECONDS = 3
+"""For the answers of requests that did not end while the server drained."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,15 +47,17 @@ def serve(config: ServerConfig) -> int:
 
     app = make_app(service)
     app.router.lifespan_context = _lifespan(service)
+    guarded: Any = Guard(app, keys, config.max_body_bytes)
     origins = [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()]
     if origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+        # Outside: a browser asks without a key whether it may send one.
+        guarded = CORSMiddleware(
+            guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
         )
     settings = uvicorn.Config(
-        Guard(app, keys, config.max_body_bytes),
+        guarded,
         host=config.host,
         port=config.port,
         log_config=None,
@@ -62,7 +66,7 @@ def serve(config: ServerConfig) -> int:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         http="h11",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
+        timeout_graceful_shutdown=max(1, round(config.drain_seconds)) + LAST_WORDS_SECONDS,
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
     )
@@ -76,6 +80,7 @@ def serve(config: ServerConfig) -> int:
                 os._exit(128 + sig)
             service.is_draining = True
             self.should_exit = True
+            asyncio.get_running_loop().call_later(config.drain_seconds, service.replicas.give_up)
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)

@@ -518,3 +518,18 @@ def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
         others_tokens, others_logits = answer(company, urgent)
         assert others_tokens == tokens
         assert torch.equal(others_logits, logits)
+
+
+def test_one_of_several_prompts_is_aborted_while_their_log_probabilities_are_found(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.05))
+    prompt = [1, 5, 6, 7]
+    ids = [engine.add(Request(prompt, 4, prompt_logprobs=2)) for _ in range(20)]
+    engine.step()
+    engine.abort(ids[3])
+    seen = {}
+    while engine.has_work:
+        for output in engine.step():
+            seen.setdefault(output.request_id, []).extend(output.tokens)
+    engine.check_integrity()
+    others = [seen[its] for its in ids if its != ids[3]]
+    assert others == [others[0]] * 19

@@ -210,3 +210,32 @@ def test_nothing_is_pickled():
         list(Unpacker().feed(data))
     assert list(Unpacker().feed(msgpack.packb(data))) == [data]
     assert touched == []
+
+
+def test_a_reader_of_many_prompts_goes_away_while_they_are_taken_in(server, code_tokenizer):
+    """Log probabilities of many prompts took several steps, and an abort in between the engine."""
+    body = {"prompt": ["def f(x):"] * 100, "max_tokens": 0, "echo": True, "logprobs": 5}
+    for milliseconds in (5, 10, 20, 40, 80, 160):
+        with suppress(httpx.TimeoutException):
+            url = f"{server.url}/v1/completions"
+            httpx.post(url, json=body, timeout=milliseconds / 1000)
+    eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+    assert server.metric("stu:replica_restarts_total") == 0
+    assert len(completed(server, body)) == 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("regex", r"[^\s\S]"),
+        ("json_schema", {"schema": {"$ref": "#"}}),
+        ("json_schema", {"schema": {"type": "object"}, "strct": True}),
+    ],
+)
+def test_constraints_that_no_text_meets_are_the_clients(server, kind, given):
+    wanted = {"type": kind, kind: given}
+    body = {"prompt": "x", "max_tokens": 3, "response_format": wanted}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=SECONDS)
+    assert answer.status_code == 400, answer.text
+    assert "<state>" not in answer.text
+    assert kind in answer.json()["error"]["message"]

@@ -143,6 +143,40 @@ def test_a_server_that_is_asked_to_stop_ends_what_runs(model_directory):
             httpx.get(f"{server.url}/health")
 
 
+def test_what_does_not_end_while_the_server_drains_is_told_so(model_directory):
+    with serving(model_directory, "--drain-seconds", 0.5) as server:
+        (replica,) = server.replicas()
+        replica.send_signal(signal.SIGSTOP)  # nothing ends
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(
+                httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=SECONDS)
+            )
+        )
+        thread.start()
+        eventually(lambda: server.metric("vllm:num_requests_waiting") == 1)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["code"] == "unavailable"
+        assert server.process.wait(SECONDS) == 0
+
+
+def test_a_browser_asks_without_a_key_whether_it_may_send_one(guarded):
+    with guarded.client() as http:
+        headers = {
+            "origin": "https://example.org",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        answer = http.options("/v1/completions", headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://example.org"
+        refused = http.get("/v1/models", headers={"origin": "https://example.org"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://example.org"
+
+
 def test_a_server_that_is_asked_twice_stops_at_once(model_directory):
     with serving(model_directory) as server:
         (replica,) = server.replicas()
