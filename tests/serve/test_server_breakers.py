@@ -26,6 +26,7 @@ from tests.serve.server_process import SECONDS, events, eventually, serving
 
 SENTINEL = {"prompt": "def f(", "max_tokens": 40, "temperature": 1, "seed": 3, "logprobs": 2}
 POISON = [1, 66, 67, 68]
+POISONS = "poison", "other poison"
 ENDS_ITS_ENGINE = f"""
 import os
 from serve import wire
@@ -83,7 +84,8 @@ def completed(server, body):
     return answer.json()["choices"]
 
 
-def test_one_request_that_ends_every_engine_ends_no_other(model_directory, patched):
+def test_requests_that_end_every_engine_end_no_other(model_directory, patched):
+    """Two of them: with one alone, the others would just outlive it."""
     environment = patched(ENDS_ITS_ENGINE)
     with serving(model_directory, "--batch-invariant", **environment) as server:
         expected = completed(server, SENTINEL)
@@ -94,18 +96,19 @@ def test_one_request_that_ends_every_engine_ends_no_other(model_directory, patch
             answers[name] = httpx.post(url, json=body, timeout=2 * SECONDS)
 
         bodies = dict.fromkeys(range(10), SENTINEL)
-        bodies["poison"] = {"prompt": POISON, "max_tokens": 5}
+        bodies |= {name: {"prompt": POISON, "max_tokens": 5} for name in POISONS}
         threads = [threading.Thread(target=ask, args=its) for its in bodies.items()]
-        for thread in reversed(threads):  # the poison first
+        for thread in reversed(threads):  # the poisons first
             thread.start()
         for thread in threads:
             thread.join()
-        poisoned = answers.pop("poison")
-        assert poisoned.status_code == 503
-        assert "it may be what ends them" in poisoned.json()["error"]["message"]
+        for name in POISONS:
+            poisoned = answers.pop(name)
+            assert poisoned.status_code == 503
+            assert "it may be what ends them" in poisoned.json()["error"]["message"]
         assert [its.status_code for its in answers.values()] == [200] * 10
         assert [its.json()["choices"] for its in answers.values()] == [expected] * 10
-        assert server.metric("stu:replica_restarts_total") == 6
+        assert 6 < server.metric("stu:replica_restarts_total") <= 12
         assert completed(server, SENTINEL) == expected
 
 
