@@ -62,9 +62,10 @@ def rank_memory(
     share = -(-count // num_ranks)
     filters = 4 * config.max_seq_len * config.num_filters
     if parallel.kind == "ddp":
-        # Autocast's own copies of weights are among the activations. DDP sums in buckets, which
-        # gradients are views of.
-        return RankMemory(4 * count + filters, 4 * count, 8 * count, 0, activations)
+        # Autocast's own copies of weights are among the activations. DDP sums gradients in buckets
+        # besides.
+        buffers = 4 * count if num_ranks > 1 else 0
+        return RankMemory(4 * count + filters, 4 * count, 8 * count, buffers, activations)
     width = 2 if is_half else 4
     held = share if stage > 0 else count
     master = 4 * held if stage > 0 or is_half else 0
