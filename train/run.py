@@ -110,6 +110,12 @@ class TrainCLI(LightningCLI):
                 raise ValueError(
                     f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
                 )
+        is_half = "16" in str(settings.trainer.precision)
+        if settings.parallel.kind == "zero" and settings.parallel.zero_stage == 0 and is_half:
+            raise ValueError(
+                "parallel.zero_stage=0 trains in float32 alone: take stage 1, 2 or 3, or "
+                "parallel.kind=ddp"
+            )
         prepare_blocks(self.model.model, settings.parallel)
         self.resume_from, start = self._resume()
         folder = run_dir / CHECKPOINTS

@@ -127,3 +127,54 @@ def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
     expected = dict(zip(*report.read_curves(whole)["train/loss"], strict=True))
     assert steps == list(range(SAVED + 1, STEPS + 1))
     assert losses == pytest.approx([expected[step] for step in steps], rel=1e-5)
+
+
+LOOKS_AT_TYPES = """
+import sys
+import torch
+from stu import layers
+from train import cli
+real, seen = layers.causal_convolution, set()
+def causal_convolution(inputs, taps, *others):
+    seen.add((inputs.dtype, taps.dtype))
+    return real(inputs, taps, *others)
+layers.causal_convolution = causal_convolution
+rfft, transformed = torch.fft.rfft, set()
+def seeing_rfft(its, *arguments, **settings):
+    transformed.add(its.dtype)
+    return rfft(its, *arguments, **settings)
+torch.fft.rfft = seeing_rfft
+code = cli.main(sys.argv[1:])
+assert seen == {(torch.bfloat16, torch.float32)}, seen
+assert transformed == {torch.float32}, transformed
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_path, stage):
+    script, folder = tmp_path / "looks.py", tmp_path / "run"
+    script.write_text(LOOKS_AT_TYPES)
+    given = [*arguments(settings, folder, 2, stage), "--trainer.precision=bf16-mixed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, script, *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = load_checkpoint(checkpoint(folder, STEPS))
+    assert {weight.dtype for weight in saved["state_dict"].values()} == {torch.float32}
+    filters = load_checkpoint(checkpoint(whole, STEPS))["state_dict"]["model.filters"]
+    assert torch.equal(saved["state_dict"]["model.filters"], filters)
+    losses = report.read_curves(folder)["train/loss"][1]
+    assert losses == pytest.approx(report.read_curves(whole)["train/loss"][1], rel=0.02)
+    # It goes on from the weights in float32, and not from those it computes with.
+    resumed = tmp_path / "resumed"
+    given = [*arguments(settings, resumed, 2, stage), "--trainer.precision=bf16-mixed"]
+    given.append(f"--resume={checkpoint(folder, SAVED)}")
+    subprocess.run([STU_TRAIN, *given], check=True, timeout=300, env=environment)
+    assert_close(load_checkpoint(checkpoint(resumed, STEPS)), saved)
+
+
+def test_stage_0_is_for_float32(settings, tmp_path, capsys):
+    given = [*arguments(settings, tmp_path / "run", 1, 0), "--trainer.precision=bf16-mixed"]
+    assert cli.main(given) == 2
+    assert "zero_stage=0 trains in float32 alone" in capsys.readouterr().err
