@@ -26,7 +26,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for written in [*temporary.iterdir(), temporary]:
-            _fsync(written)
+            fsync(written)
         path.parent.mkdir(parents=True, exist_ok=True)
         if occupied:
             old = path.rename(_temporary_name(path))
@@ -37,7 +37,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 @contextmanager
@@ -47,19 +47,20 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = _temporary_name(path)
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return when a file, or the names in a folder, would outlast a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,7 +9,6 @@ training: so ranks, ZeRO stages and micro-batches may differ between a save and 
 it is a pickle of anything but tensors and plain values, and nothing else is read.
 """
 
-import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from stu.atomic import fsync
 
 FORMAT_VERSION = 2
 TRAINING_FILE = "training.pt"
@@ -104,7 +105,7 @@ def write_rank(
             f"checkpoint {path}: could not be written by rank {rank} on {socket.gethostname()} "
             f"({error})"
         ) from error
-    _sync(file)
+    fsync(file)
 
 
 def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
@@ -114,17 +115,9 @@ def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
         torch.save(training, file)
     except (RuntimeError, OSError) as error:  # how torch reports a failed write
         raise OSError(f"checkpoint {path}: could not be written ({error})") from error
-    _sync(file)
-    _sync(folder)
+    fsync(file)
+    fsync(folder)
 
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

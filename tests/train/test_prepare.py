@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_nothing(
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ["train.shards.SplitWriter.add", "train.shards.Index.save", "stu.atomic._fsync"]:
+    for place in ["train.shards.SplitWriter.add", "train.shards.Index.save", "stu.atomic.fsync"]:
         with monkeypatch.context() as patch:
             patch.setattr(place, disk_full)
             with pytest.raises(OSError, match="No space left"):
