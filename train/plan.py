@@ -148,7 +148,6 @@ def _stages(parallel: "ParallelConfig") -> list[tuple[str, "ParallelConfig"]]:
     for stage in (0, 1, 2, 3):
         offloads = parallel.offload_optimizer and stage > 0
         others.append(replace(parallel, kind="zero", zero_stage=stage, offload_optimizer=offloads))
-    others[0] = replace(others[0], zero_stage=parallel.zero_stage)
     return [("ddp" if its.kind == "ddp" else f"zero {its.zero_stage}", its) for its in others]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stu.atomic import fsync
 from train.checkpoint_folder import (
     WEIGHT,
     CheckpointFolder,
@@ -67,6 +68,7 @@ class ShardedSaving:
                 # From a run that went on from an earlier one; it is not the last.
                 shutil.rmtree(path, ignore_errors=True)
                 folder.replace(path)
+                fsync(path.parent)
             except OSError as failure:
                 error = failure
         if not self._all_agree(error is None):
@@ -86,6 +88,8 @@ class ShardedSaving:
     ) -> None:
         """Weights, and the optimizer's state with them."""
         self.scatter(self._folder)
+        for name, buffer in self.lightning_module.model.named_buffers():
+            buffer.copy_(self._folder.tensor(WEIGHT, name))  # the filters that it was trained with
         for group, saved in zip(
             self.optimizer_groups(), self._folder.training["optimizer_groups"], strict=True
         ):

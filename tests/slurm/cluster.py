@@ -5,7 +5,6 @@ can be lost as a whole. Needs root, and nothing of the machine's own Slurm, if i
 """
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -56,7 +55,6 @@ hostname {name}
 mount --bind hosts /etc/hosts
 slurmd -D -N {name} -f {folder}/slurm.conf
 """
-RUNS = {"RUNNING", "COMPLETING"}
 SECONDS = 60
 
 
@@ -206,8 +204,3 @@ def _free_port():
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]
-
-
-def remove(folder):
-    """A cluster's folder, after `stop`."""
-    shutil.rmtree(folder, ignore_errors=True)

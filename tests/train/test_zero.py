@@ -1,12 +1,14 @@
 """DeepSpeed's stages on several ranks equal one process, and go on from one another."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.train.saved import load_checkpoint
 from train import cli, report
@@ -132,6 +134,7 @@ def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
 LOOKS_AT_TYPES = """
 import sys
 import torch
+from safetensors.torch import load_file, save_file
 from stu import layers
 from train import cli
 real, seen = layers.causal_convolution, set()
@@ -178,3 +181,26 @@ def test_stage_0_is_for_float32(settings, tmp_path, capsys):
     given = [*arguments(settings, tmp_path / "run", 1, 0), "--trainer.precision=bf16-mixed"]
     assert cli.main(given) == 2
     assert "zero_stage=0 trains in float32 alone" in capsys.readouterr().err
+
+
+def test_the_filters_of_a_checkpoint_are_used(settings, runs, tmp_path):
+    """Not ones computed anew, which another machine may round differently."""
+    source = tmp_path / "changed.ckpt"
+    shutil.copytree(checkpoint(runs(2, 2), SAVED), source)
+    file = source / "rank-00000.safetensors"
+    tensors = load_file(file)
+    tensors["weight/filters"] *= 1.5
+    save_file(tensors, file)
+    folder = run(settings, tmp_path / "run", 2, 2, f"--resume={source}")
+    saved = load_checkpoint(checkpoint(folder, STEPS))["state_dict"]["model.filters"]
+    assert torch.equal(saved, tensors["weight/filters"])
+
+
+@pytest.mark.parametrize(
+    "more", ["parallel.checkpoint_activations=true", "parallel.offload_optimizer=true"]
+)
+def test_what_saves_memory_changes_nothing(settings, whole, tmp_path, more):
+    folder = run(settings, tmp_path / "run", 2, 2, f"--{more}")
+    assert_close(
+        load_checkpoint(checkpoint(folder, STEPS)), load_checkpoint(checkpoint(whole, STEPS))
+    )
