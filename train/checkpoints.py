@@ -15,16 +15,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stu.atomic import new_directory
 from stu.config import ModelConfig
-from train.checkpoint_folder import (
-    FORMAT_VERSION,
-    MOMENTS,
-    WEIGHT,
-    CheckpointFolder,
-    write_rank,
-    write_training,
-)
+from train.checkpoint_folder import FORMAT_VERSION, MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint_writer import CheckpointWriter
 from train.interruption import largest_of_ranks
 from train.optimizer import OptimizerConfig
 
@@ -41,11 +34,19 @@ class Checkpoints(Checkpoint):
     """Writes `step-00000500.ckpt` and so on, and points the link `last.ckpt` at the newest.
 
     A checkpoint is due every `every_steps` optimizer steps, `every_minutes` after the last one, and
-    when training stops. The newest `keep` stay. `last.ckpt` names a whole checkpoint, read back and
-    found complete, at any moment from the first one on.
+    when training stops, which waits for it; the others are written while training goes on. The
+    newest `keep` stay. `last.ckpt` names a whole checkpoint, read back and found complete, at any
+    moment from the first one on.
     """
 
-    def __init__(self, folder: Path, every_steps: int, every_minutes: float, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        writer: CheckpointWriter,
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+    ) -> None:
         for name, value in (("checkpoint_every_steps", every_steps), ("keep_checkpoints", keep)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed: it must be at least 1")
@@ -53,13 +54,18 @@ class Checkpoints(Checkpoint):
             raise ValueError(
                 f"checkpoint_every_minutes={every_minutes} is not allowed: it must be above 0"
             )
-        self._folder, self._every_steps, self._keep = folder, every_steps, keep
+        self._folder, self._writer = folder, writer
+        self._every_steps, self._keep = every_steps, keep
         self._every_seconds, self._saved = 60 * every_minutes, time.monotonic()
-        self._stop_wanted = False
+        self._is_writing = self._stop_wanted = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for cut_short in self._folder.glob(".step-*.tmp"):  # in a run that was killed
+            shutil.rmtree(cut_short)
         resumed = trainer.ckpt_path
-        if trainer.is_global_zero and resumed is not None:
+        if resumed is not None:
             path = Path(resumed).resolve()
             if path.parent == self._folder.resolve():  # later ones are about to be made anew
                 self._point_at(path.name)
@@ -81,21 +87,40 @@ class Checkpoints(Checkpoint):
         if not step_done:
             return
         due = trainer.should_stop or trainer.global_step % self._every_steps == 0
-        # Clocks differ, and all ranks save together.
-        late = float(time.monotonic() - self._saved >= self._every_seconds)
-        if due or largest_of_ranks(trainer, late):
-            self._save(trainer)
-            self._saved = time.monotonic()
+        # Clocks and disks differ, and all ranks act together.
+        is_late = time.monotonic() - self._saved >= self._every_seconds
+        late, busy = largest_of_ranks(trainer, is_late, self._writer.is_busy)
+        if self._is_writing and not busy:
+            self._finish(trainer)
+        if due or late:
+            self._finish(trainer)
+            trainer.save_checkpoint(self._folder / f"step-{trainer.global_step:08d}.ckpt")
+            self._is_writing, self._saved = True, time.monotonic()
+        if trainer.should_stop:
+            self._finish(trainer)
 
-    def _save(self, trainer: L.Trainer) -> None:
-        path = self._folder / f"step-{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            CheckpointFolder(path).check()
+    def _finish(self, trainer: L.Trainer) -> None:
+        """Wait for what is being written, if anything is: it then is the last checkpoint. Raises
+        OSError on every rank if one could not write its share."""
+        if not self._is_writing:
+            return
+        self._writer.wait()
+        self._agree(trainer)
+        path = self._writer.publish()
+        if path is not None:
             self._point_at(path.name)
             by_age = sorted(self._folder.glob("step-*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
             for old in by_age[: -self._keep]:
                 shutil.rmtree(old)
+        self._agree(trainer)
+        self._is_writing = False
+
+    def _agree(self, trainer: L.Trainer) -> None:
+        error = self._writer.error
+        (failed,) = largest_of_ranks(trainer, error is not None)
+        if failed:
+            self._writer.give_up()
+            raise error or OSError(f"checkpoint in {self._folder}: another rank could not write it")
 
     def _point_at(self, name: str) -> None:
         link = self._folder / f".{LAST}.tmp"
@@ -106,6 +131,9 @@ class Checkpoints(Checkpoint):
 
 class FolderIO(CheckpointIO):
     """Saves and loads for strategies whose every rank holds everything: one rank writes it."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self._writer = writer
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -127,12 +155,9 @@ class FolderIO(CheckpointIO):
                 for kind in MOMENTS if states else ():
                     yield kind, name, states[number][kind]
 
-        path = Path(path)
         training["stu"]["num_files"] = 1
-        # One of this name is from a run that went on from an earlier one, and is not the last.
-        with new_directory(path, overwrite=True) as folder:
-            write_rank(folder, 0, tensors(), path)
-            write_training(folder, training, path)
+        self._writer.open(Path(path), training)
+        self._writer.write(Path(path), 0, tensors())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -22,7 +22,7 @@ COMMON_SETTINGS = {
     "--resume": "`last`, `auto` (the last, if there is any), or a checkpoint, to go on from",
     "--checkpoint_every_steps": "optimizer steps between checkpoints",
     "--checkpoint_every_minutes": "and at least so often",
-    "--parallel.kind": "`ddp`, or `zero` for DeepSpeed",
+    "--parallel.kind": "`ddp`, `zero` for DeepSpeed, or `fsdp`",
     "--parallel.zero_stage": "what DeepSpeed divides among the ranks",
     "--keep_checkpoints": "how many to keep, the newest ones",
     "--seed_everything": "decides the initial weights",

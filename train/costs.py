@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from stu.config import ModelConfig
 from stu.convolution import fast_fft_length
 from train.memory import num_parameters
@@ -31,6 +33,13 @@ GPUS = {
 }
 """NVIDIA's data sheets of A100, H100 SXM, H200 and L40S. Networks are those of DGX hosts, 200 and
 400 Gbit/s for a GPU, and 100 Gbit/s."""
+DEVICE_NAMES = {
+    "a100-40g": "A100",
+    "h100-80g": "H100",
+    "h200-141g": "H200",
+    "l40s-48g": "L40S",
+}
+"""What CUDA's own names of them contain. Both kinds of A100 have one peak."""
 USABLE_SHARE = 0.92
 """Of the memory: the driver and the allocator's gaps take the rest."""
 PRODUCT_SHARE = 0.5
@@ -69,6 +78,14 @@ def token_flops(
     flops = 2.5 * transform * math.log2(transform)
     tokens = seq_len * micro_batch_size
     return TokenFlops(dense, len(config.stu_layers) * count * flops / tokens, attention)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a device in bfloat16, a second, if its data sheet is among those above."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((GPUS[its].flops for its, part in DEVICE_NAMES.items() if part in name), None)
 
 
 def exchanged_bytes(

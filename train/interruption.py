@@ -41,7 +41,7 @@ class Interruption(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        noted = largest_of_ranks(trainer, float(self._noted or 0))
+        (noted,) = largest_of_ranks(trainer, self._noted or 0)
         if noted:
             self.received = signal.Signals(int(noted))
             trainer.should_stop = True
@@ -67,9 +67,10 @@ class Interruption(L.Callback):
         self._former = {}
 
 
-def largest_of_ranks(trainer: L.Trainer, value: float) -> float:
-    """The largest of all ranks' values; all of them must ask."""
+def largest_of_ranks(trainer: L.Trainer, *values: float) -> list[float]:
+    """Of each value, the largest of all ranks'; all of them must ask."""
     if trainer.world_size == 1:
-        return value
-    held = torch.tensor(value, device=trainer.strategy.root_device)
-    return float(trainer.strategy.reduce(held, reduce_op="max"))
+        return list(values)
+    held = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
+    largest: list[float] = trainer.strategy.reduce(held, reduce_op="max").tolist()
+    return largest

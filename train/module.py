@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -17,7 +18,10 @@ from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 from train.bad_steps import GuardConfig, StepGuard
 from train.checkpoints import training_record
+from train.costs import peak_flops, token_flops
 from train.data import Batch, TokenData, ValidationBatch
+from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
+from train.fsdp import FsdpStrategy
 from train.loss import next_token_loss, token_losses
 from train.measured import memory_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
@@ -51,7 +55,6 @@ class FlashSTUModule(L.LightningModule):
         self.optimizer_config = optimizer
         self.model = FlashSTU(config)
         self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
-        self._validation_sums = [0.0, 0, 0]  # nats, targets, bytes of the targets' text
 
     def check_data(self, data: TokenData) -> None:
         """Raise ValueError unless this model can read `data`."""
@@ -68,8 +71,11 @@ class FlashSTUModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.check_data(self._data)
-        tokenizer = Tokenizer(self._data.tokenizer_path)
-        self._bytes_per_token = torch.from_numpy(tokenizer.bytes_per_token())
+        self._tokenizer = Tokenizer(self._data.tokenizer_path)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FsdpStrategy):
+            self.trainer.strategy.divide(self.model)
 
     def configure_optimizers(self) -> Any:
         # Not `estimated_stepping_batches`: reading it drops the loader's place on resume.
@@ -108,7 +114,8 @@ class FlashSTUModule(L.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if not gradients:
             return  # DeepSpeed has its own, and tells their norm after the step
-        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)  # not yet clipped
+        norm = torch.nn.utils.get_total_norm(gradients)  # not yet clipped
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not self._gradient_norm.isfinite():
             for parameter in self.parameters():  # the optimizer leaves these alone
                 parameter.grad = None
@@ -134,46 +141,48 @@ class FlashSTUModule(L.LightningModule):
 
     def _log_step(self, step: int, learning_rate: float) -> None:
         tokens = (self._data.position - self._clock_position) * self._data.seq_len
+        tokens_per_second = tokens / (time.monotonic() - self._clock)
         metrics = {
             "train/loss": torch.stack(self._losses).mean(),
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
             "train/memory_gib": (memory_bytes(self.device) - self._bytes_before) / 2**30,
-            "train/tokens_per_second": tokens / (time.monotonic() - self._clock),
+            "train/tokens_per_second": tokens_per_second,
             "data/position": float(self._data.position),
+            **self._utilization(tokens_per_second / self.trainer.world_size),
         }
         self._log(metrics, step)
         self._start_clock()
 
     def on_validation_epoch_start(self) -> None:
-        self._validation_sums = [0.0, 0, 0]
+        bytes_per_token = self._tokenizer.bytes_per_token()
+        self._validation = ValidationSums(self._data.seq_len, bytes_per_token)
         self._validation_start = time.monotonic()
 
-    def validation_step(self, batch: ValidationBatch) -> None:
-        """Add the losses of the targets that count."""
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
+        """Add the losses of the targets that count; at the first one, see how the model writes."""
         tokens, targets = batch["tokens"], batch["tokens"][:, 1:]
         places = torch.arange(targets.shape[1], device=tokens.device)
         counted = places < batch["num_targets"][:, None]  # [B, T]
-        losses, _ = token_losses(*self._predictions(tokens))
-        nats = losses.view(counted.shape)[counted].sum()
-        num_bytes = self._bytes_per_token[targets[counted].cpu()].sum()
-        # Python's floats are float64, which some accelerators lack.
-        for i, value in enumerate((nats, counted.sum(), num_bytes)):
-            self._validation_sums[i] += value.item()
+        nats, hits = token_losses(*self._predictions(tokens))
+        self._validation.add(nats.view(counted.shape), hits.view(counted.shape), targets, counted)
+        if batch_idx == 0 and not self.trainer.sanity_checking:
+            texts = sample_texts(self.model, tokens, self._tokenizer)
+            for number, text in enumerate(texts if self.trainer.is_global_zero else []):
+                self._board.add_text(f"sample/{number}", text, self.trainer.global_step)
 
     def on_validation_epoch_end(self) -> None:
         """Log means over the whole validation split, all ranks together."""
-        sums = torch.tensor(self._validation_sums, dtype=torch.float64)
+        sums = self._validation.values
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        nats, targets, num_bytes = sums.tolist()
-        metrics = {
-            "val/loss": nats / targets,
-            "val/bits_per_byte": nats / math.log(2) / num_bytes,
-        }
+        metrics = validation_metrics(sums.cpu())
         self._log(metrics, self.trainer.global_step)
         if not self.trainer.sanity_checking:
+            if self.trainer.is_global_zero:
+                folder = Path(self.trainer.default_root_dir)
+                plot_accuracy(metrics, folder / "accuracy-by-context.png")
             self._clock += time.monotonic() - self._validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,6 +199,25 @@ class FlashSTUModule(L.LightningModule):
         # `trainer.max_time` limits one job, not the run: each job of a chain has its own.
         for name in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
             del checkpoint["callbacks"][name]
+
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """Of a rank that computes so many. Blocks computed again count once, and convolutions
+        apart: their FFTs are not what a device's peak is stated for."""
+        data = self._data
+        flops = token_flops(self.config, data.seq_len, data.micro_batch_size, recomputes=False)
+        products = tokens_per_second * (flops.dense + flops.attention)
+        metrics = {
+            "train/product_teraflops": products / 1e12,
+            "train/convolution_teraflops": tokens_per_second * flops.convolution / 1e12,
+        }
+        peak = peak_flops(self.device)
+        return {**metrics, "train/mfu": products / peak} if peak else metrics
+
+    @property
+    def _board(self) -> Any:
+        """TensorBoard's writer."""
+        logger: Any = self.logger
+        return logger.experiment
 
     @property
     def _logs_next_step(self) -> bool:

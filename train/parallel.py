@@ -11,13 +11,16 @@ from stu.model import FlashSTU
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
+    from train.checkpoint_writer import CheckpointWriter
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """What each rank holds, and what it computes again to hold less."""
 
-    kind: Literal["ddp", "zero"] = "ddp"
-    """`ddp`: every rank holds all. `zero`: DeepSpeed, see `zero_stage`."""
+    kind: Literal["ddp", "zero", "fsdp"] = "ddp"
+    """`ddp`: every rank holds all. `zero`: DeepSpeed, see `zero_stage`. `fsdp`: PyTorch's FSDP2,
+    which divides all that ZeRO's stage 3 does."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed divides among the ranks. 1: the optimizer's state; 2: gradients too; 3:
     weights too."""
@@ -35,12 +38,16 @@ class ParallelConfig:
             )
 
 
-def make_strategy(config: ParallelConfig) -> "Strategy | str":
-    """Lightning's strategy, or its name."""
+def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strategy | str":
+    """Lightning's strategy, or its name. writer: of checkpoints, where each rank has a share."""
     if config.kind == "zero":
         from train.zero import ZeroStrategy
 
-        return ZeroStrategy(config.zero_stage, config.offload_optimizer)
+        return ZeroStrategy(config.zero_stage, config.offload_optimizer, writer)
+    if config.kind == "fsdp":
+        from train.fsdp import FsdpStrategy
+
+        return FsdpStrategy(writer)
     return "auto"
 
 

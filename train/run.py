@@ -23,6 +23,7 @@ from stu.config import ModelConfig
 from train.bad_steps import TooManyBadSteps
 from train.callbacks import SampleLog, StepProgress
 from train.checkpoint_folder import CheckpointFolder
+from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import (
     CHECKPOINTS,
     LAST,
@@ -95,7 +96,9 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         # First, as it may import DeepSpeed, whose memory is not the model's.
-        self.strategy = make_strategy(ParallelConfig(**self.config.parallel.as_dict()))
+        self.writer = CheckpointWriter()
+        parallel = ParallelConfig(**self.config.parallel.as_dict())
+        self.strategy = make_strategy(parallel, self.writer)
         shards = Index.load(Path(self.config.data.dir))
         self.config.model.config.vocab_size = (
             self.config.model.config.vocab_size or shards.vocab_size
@@ -110,7 +113,13 @@ class TrainCLI(LightningCLI):
                 raise ValueError(
                     f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
                 )
-        is_half = "16" in str(settings.trainer.precision)
+        precision = str(settings.trainer.precision or "32-true")
+        if settings.parallel.kind == "fsdp" and precision not in ("32-true", "bf16-mixed", "32"):
+            raise ValueError(
+                f"trainer.precision={precision} with parallel.kind=fsdp is not allowed: it must be "
+                "32-true or bf16-mixed"
+            )
+        is_half = "16" in precision
         if settings.parallel.kind == "zero" and settings.parallel.zero_stage == 0 and is_half:
             raise ValueError(
                 "parallel.zero_stage=0 trains in float32 alone: take stage 1, 2 or 3, or "
@@ -126,6 +135,7 @@ class TrainCLI(LightningCLI):
             Watchdog(run_dir, settings.hang_minutes),
             Checkpoints(
                 folder,
+                self.writer,
                 settings.checkpoint_every_steps,
                 settings.checkpoint_every_minutes,
                 settings.keep_checkpoints,
@@ -133,7 +143,7 @@ class TrainCLI(LightningCLI):
         ]
         if settings.log_samples:
             self.trainer_defaults["callbacks"].append(SampleLog(run_dir / "samples"))
-        plugins: list[Any] = [FolderIO()]
+        plugins: list[Any] = [FolderIO(self.writer)]
         if SLURMEnvironment.detect():
             # Its own way would save in the signal's handler, which can wait for ever.
             plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -1,27 +1,22 @@
 """Checkpoints of strategies whose ranks each hold a part: each rank writes a share of the whole."""
 
-import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stu.atomic import fsync
-from train.checkpoint_folder import (
-    WEIGHT,
-    CheckpointFolder,
-    write_rank,
-    write_training,
-)
+from train.checkpoint_folder import WEIGHT, CheckpointFolder
+from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import OF_TENSORS
 from train.optimizer import parameter_groups
 
 
 class ShardedSaving:
     """To be mixed into a Lightning strategy, before it."""
+
+    writer: CheckpointWriter
 
     @abstractmethod
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -50,31 +45,12 @@ class ShardedSaving:
     def save_checkpoint(
         self: Any, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """All ranks together. Raises OSError on each of them if one could not write."""
+        """Begin to, all ranks together."""
         path = Path(filepath)
-        folder = path.with_name(f".{path.name}.tmp")
         if self.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-            folder.mkdir(parents=True)
+            self.writer.open(path, self._training(checkpoint))
         self.barrier()
-        error: OSError | None = None
-        try:
-            write_rank(folder, self.global_rank, self._own_share(), path)
-        except OSError as failure:
-            error = failure
-        if self._all_agree(error is None) and self.is_global_zero:
-            try:
-                write_training(folder, self._training(checkpoint), path)
-                # From a run that went on from an earlier one; it is not the last.
-                shutil.rmtree(path, ignore_errors=True)
-                folder.replace(path)
-                fsync(path.parent)
-            except OSError as failure:
-                error = failure
-        if not self._all_agree(error is None):
-            if self.is_global_zero:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise error or OSError(f"checkpoint {path}: another rank could not write it")
+        self.writer.write(path, self.global_rank, self._own_share())
 
     def load_checkpoint(
         self: Any, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -101,7 +77,7 @@ class ShardedSaving:
     def _own_share(self: Any) -> Iterator[tuple[str, str, Tensor]]:
         for number, (kind, name, tensor) in enumerate(self.gathered()):
             if number % self.world_size == self.global_rank:
-                yield kind, name, tensor.cpu().clone()
+                yield kind, name, tensor
         if self.is_global_zero:
             for name, buffer in self.lightning_module.model.named_buffers():
                 yield WEIGHT, name, buffer
@@ -117,7 +93,3 @@ class ShardedSaving:
         training["stu"].pop("parameter_groups")
         training["stu"]["num_files"] = self.world_size
         return training
-
-    def _all_agree(self: Any, holds: bool) -> bool:
-        count = torch.tensor(float(holds), device=self.root_device)
-        return bool(self.reduce(count, reduce_op="sum") == self.world_size)

@@ -22,14 +22,15 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 
 from train.checkpoint_folder import MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint_writer import CheckpointWriter
 from train.sharded_saving import ShardedSaving
 
 
 class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     """Stage 0 to 3; `offload` keeps the optimizer's state and step on the CPU."""
 
-    def __init__(self, stage: int, offload: bool = False) -> None:
-        self._stage = stage
+    def __init__(self, stage: int, offload: bool, writer: CheckpointWriter) -> None:
+        self._stage, self.writer = stage, writer
         super().__init__(
             stage=stage,
             zero_optimization=stage > 0,

@@ -31,7 +31,9 @@ def arguments(settings, folder, ranks, stage, steps=STEPS):
         "checkpoint_every_steps": SAVED,
         "run_dir": folder,
     }
-    if stage is not None:
+    if stage == "fsdp":
+        values |= {"parallel.kind": "fsdp"}
+    elif stage is not None:
         values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
     replaced = {f"--{name}" for name in values}
     kept = [its for its in settings if its.split("=")[0] not in replaced]
@@ -94,7 +96,7 @@ def runs(settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "fsdp"])
 def test_equals_one_process(whole, runs, ranks, stage):
     folder = runs(ranks, stage)
     for step in (SAVED, STEPS):
@@ -116,6 +118,9 @@ def test_equals_one_process(whole, runs, ranks, stage):
         ((2, 2), (1, 3)),
         ((2, 0), (4, 3)),
         ((4, 2), (2, 0)),
+        ((2, "fsdp"), (4, 1)),
+        ((4, 3), (2, "fsdp")),
+        ((1, None), (4, "fsdp")),
     ],
 )
 def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
@@ -154,7 +159,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3, "fsdp"])
 def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_path, stage):
     script, folder = tmp_path / "looks.py", tmp_path / "run"
     script.write_text(LOOKS_AT_TYPES)
@@ -197,10 +202,15 @@ def test_the_filters_of_a_checkpoint_are_used(settings, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", ["parallel.checkpoint_activations=true", "parallel.offload_optimizer=true"]
+    ("stage", "more"),
+    [
+        (2, "parallel.checkpoint_activations=true"),
+        ("fsdp", "parallel.checkpoint_activations=true"),
+        (2, "parallel.offload_optimizer=true"),
+    ],
 )
-def test_what_saves_memory_changes_nothing(settings, whole, tmp_path, more):
-    folder = run(settings, tmp_path / "run", 2, 2, f"--{more}")
+def test_what_saves_memory_changes_nothing(settings, whole, tmp_path, stage, more):
+    folder = run(settings, tmp_path / "run", 2, stage, f"--{more}")
     assert_close(
         load_checkpoint(checkpoint(folder, STEPS)), load_checkpoint(checkpoint(whole, STEPS))
     )

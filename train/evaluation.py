@@ -1,0 +1,121 @@
+"""What a validation says: how well the next token is told, whether context helps, and samples."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stu.atomic import new_file
+from stu.model import FlashSTU
+from stu.tokenizer import Tokenizer
+
+NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS, TEMPERATURE = 4, 64, 64, 0.8
+
+
+class ValidationSums:
+    """Sums over targets, in float64, which those of several ranks add up to.
+
+    Targets are told apart by their context, the tokens that were read before them: 1, 2 to 3, 4 to
+    7 and so on.
+    """
+
+    def __init__(self, seq_len: int, bytes_per_token: NDArray[np.int64]) -> None:
+        self._bytes_per_token = torch.from_numpy(bytes_per_token)
+        self._group = torch.arange(1, seq_len + 1).log2().floor().long()  # of each place
+        self.values = torch.zeros(2 + 2 * (int(self._group[-1]) + 1), dtype=torch.float64)
+        """Nats, bytes of the targets' text, and by context hits and targets."""
+
+    def add(self, nats: Tensor, hits: Tensor, targets: Tensor, counted: Tensor) -> None:
+        """Each `[B, T]`: losses, whether the target was the likeliest token, the target, and
+        whether it counts at all."""
+        counted = counted.cpu()
+        groups = self._group.expand(counted.shape)[counted]
+        right = groups[hits.cpu()[counted]]
+        num_groups = (len(self.values) - 2) // 2
+        its_bytes = self._bytes_per_token[targets.cpu()[counted]]
+        self.values[0] += nats.cpu()[counted].double().sum()
+        self.values[1] += its_bytes.sum()
+        self.values[2 : 2 + num_groups] += right.bincount(minlength=num_groups)
+        self.values[2 + num_groups :] += groups.bincount(minlength=num_groups)
+
+
+def validation_metrics(values: Tensor) -> dict[str, float]:
+    """What to log of the sums' `values` over all ranks."""
+    nats, num_bytes = values[:2].tolist()
+    hits, targets = values[2:].view(2, -1).tolist()
+    by_context = {
+        context_tag(2**group): right / count
+        for group, (right, count) in enumerate(zip(hits, targets, strict=True))
+        if count
+    }
+    return {
+        "val/loss": nats / sum(targets),
+        "val/bits_per_byte": nats / math.log(2) / num_bytes,
+        "val/accuracy": sum(hits) / sum(targets),
+        **by_context,
+    }
+
+
+def context_tag(num_tokens: int) -> str:
+    """Name of the accuracy after `num_tokens` and up to twice as many."""
+    return f"accuracy_by_context/from_{num_tokens:06d}_tokens"
+
+
+def plot_accuracy(metrics: dict[str, float], path: Path) -> None:
+    """Draw the accuracy by context into a PNG: where it rises, the model uses what it has read."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    start = context_tag(0).split("_0")[0]
+    points = {
+        int(name.removeprefix(f"{start}_").removesuffix("_tokens")): 100 * value
+        for name, value in metrics.items()
+        if name.startswith(start)
+    }
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), dpi=120, layout="constrained")
+    axes.plot(list(points), list(points.values()), color="black", marker="o", clip_on=False)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(
+        xlabel="tokens read, from .. to twice as many",
+        ylabel="next token is the likeliest, %",
+        xlim=(1, max(2, *points)),
+        ylim=(0, None),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Beginnings of `tokens [B, T]`, and in bold how the model goes on; Markdown.
+
+    Draws are the same at every call, and leave torch's generators alone. Every rank of a run must
+    call it: the whole sequence is computed for each token, wherever the weights are.
+    """
+    num_read = min(PROMPT_TOKENS, tokens.shape[1] // 2)
+    num_all = min(num_read + NEW_TOKENS, model.config.max_seq_len)
+    text = tokens.new_zeros(min(NUM_SAMPLES, len(tokens)), num_all)
+    text[:, :num_read] = tokens[: len(text), :num_read]
+    generator = torch.Generator().manual_seed(0)
+    for place in range(num_read, num_all):
+        hidden = model.hidden(text)[:, place - 1]  # what stands to the right is not seen
+        odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
+        text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
+    return [
+        f"{_code(tokenizer.decode(row[:num_read]))}\n\n**goes on:**\n\n"
+        f"{_code(tokenizer.decode(row[num_read:]))}"
+        for row in text.tolist()
+    ]
+
+
+def _code(text: str) -> str:
+    """As TensorBoard's Markdown shows it literally."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
