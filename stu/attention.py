@@ -8,9 +8,12 @@ import functools
 import importlib.util
 import logging
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -57,24 +60,8 @@ def sliding_window_attention(
         return attended
     dtype = torch.promote_types(queries.dtype, torch.float32)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, T, hd]
-    length = q.shape[2]
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop, first = min(start + QUERY_BLOCK, length), max(0, start - window_tokens)
-        positions = torch.arange(first, stop, device=q.device)
-        distances = positions[start - first :, None] - positions  # [queries, keys]
-        blocks.append(
-            attend(
-                q[:, :, start:stop],
-                k[:, :, first:stop],
-                v[:, :, first:stop],
-                distances,
-                slopes,
-                window_tokens,
-                softcap,
-            )
-        )
-    return torch.cat(blocks, dim=2).transpose(1, 2).to(queries.dtype)
+    blocked: Tensor = _BlockedAttention.apply(q, k, v, slopes, window_tokens, softcap)  # type: ignore[no-untyped-call]
+    return blocked.transpose(1, 2).to(queries.dtype)
 
 
 def attend(
@@ -91,11 +78,85 @@ def attend(
     distances: how many tokens each key lies before each query, `[Q, K]` or `[B, 1, Q, K]`; keys
     with a distance outside `0..window_tokens` are not seen. Sums in the dtype of the arguments.
     """
-    scores = queries @ keys.transpose(-1, -2) / (math.sqrt(queries.shape[-1]) * softcap)
-    bias = slopes.to(scores.dtype)[:, None, None] * distances
+    bias = _bias(distances, slopes, window_tokens, queries.dtype)
+    return _weights(queries, keys, bias, softcap)[0] @ values
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Of `[B, heads, T, hd]`, `QUERY_BLOCK` queries at a time.
+
+    Own gradients, because autograd's would be as long as the sequence for every block, and would
+    keep the scores: here the backward pass computes those of a block again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slopes: Tensor,
+        window_tokens: int,
+        softcap: float,
+    ) -> Tensor:
+        attended = torch.empty_like(queries)
+        for block, seen, bias in _blocks(queries, slopes, window_tokens):
+            weights, _ = _weights(queries[:, :, block], keys[:, :, seen], bias, softcap)
+            attended[:, :, block] = weights @ values[:, :, seen]
+        ctx.save_for_backward(queries, keys, values, attended, slopes)
+        ctx.window_tokens, ctx.softcap = window_tokens, softcap
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, attended, slopes = ctx.saved_tensors
+        queries_grad = torch.empty_like(queries)
+        keys_grad, values_grad = torch.zeros_like(keys), torch.zeros_like(values)
+        scale = queries.shape[-1] ** -0.5
+        for block, seen, bias in _blocks(queries, slopes, ctx.window_tokens):
+            own_queries, own_keys, own_grad = (
+                queries[:, :, block],
+                keys[:, :, seen],
+                grad[:, :, block],
+            )
+            weights, bends = _weights(own_queries, own_keys, bias, ctx.softcap)
+            values_grad[:, :, seen] += weights.transpose(-1, -2) @ own_grad
+            scores_grad = own_grad @ values[:, :, seen].transpose(-1, -2)
+            scores_grad -= (own_grad * attended[:, :, block]).sum(-1, keepdim=True)
+            scores_grad *= weights
+            scores_grad *= bends.square_().neg_().add_(1).mul_(scale)  # of the products, that is
+            queries_grad[:, :, block] = scores_grad @ own_keys
+            keys_grad[:, :, seen] += scores_grad.transpose(-1, -2) @ own_queries
+        return queries_grad, keys_grad, values_grad, None, None, None
+
+
+def _blocks(
+    queries: Tensor, slopes: Tensor, window_tokens: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries, the keys that they see, and what is added to their scores, `[heads, Q, K]`."""
+    length, device = queries.shape[2], queries.device
+    shape, bias = None, torch.empty(0)
+    for start in range(0, length, QUERY_BLOCK):
+        stop, first = min(start + QUERY_BLOCK, length), max(0, start - window_tokens)
+        if shape != (stop - start, start - first):  # most blocks are alike
+            shape = stop - start, start - first
+            positions = torch.arange(first, stop, device=device)
+            distances = positions[start - first :, None] - positions
+            bias = _bias(distances, slopes, window_tokens, queries.dtype)
+        yield slice(start, stop), slice(first, stop), bias
+
+
+def _bias(distances: Tensor, slopes: Tensor, window_tokens: int, dtype: torch.dtype) -> Tensor:
     unseen = (distances < 0) | (distances > window_tokens)
-    scores = (softcap * scores.tanh() - bias).masked_fill(unseen, -math.inf)
-    return scores.softmax(dim=-1) @ values
+    return (-slopes.to(dtype)[:, None, None] * distances).masked_fill(unseen, -math.inf)
+
+
+def _weights(queries: Tensor, keys: Tensor, bias: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Softmax of the scores, and the tanh in them."""
+    scale = queries.shape[-1] ** -0.5 / softcap
+    bends = ((scale * queries) @ keys.transpose(-1, -2)).tanh_()
+    return torch.add(bias, bends, alpha=softcap).softmax(dim=-1), bends
 
 
 def _geometric(num_heads: int) -> list[float]:

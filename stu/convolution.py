@@ -113,6 +113,7 @@ def _channel_blocks(inputs: Tensor, fft_length: int) -> Iterator[slice]:
 def _spectrum(sequence: Tensor, lag_step: int, fft_length: int) -> Tensor:
     """`[B, T, C]` -> spectra of the zero-padded phases `[C, B, lag_step, fft_length // 2 + 1]`."""
     batch, _, width = sequence.shape
+    sequence = sequence.contiguous()  # across whole rows its columns would be read from memory
     padded = sequence.new_zeros(width, batch, lag_step, fft_length)
     for phase in range(lag_step):
         part = sequence[:, phase::lag_step]  # [B, T/g, C] -> [C, B, T/g]

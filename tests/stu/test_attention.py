@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stu.attention import alibi_slopes, sliding_window_attention
+from stu.attention import alibi_slopes, attend, sliding_window_attention
 from tests.reference import attention as reference
 
 
@@ -50,6 +50,29 @@ def test_gradients():
     assert torch.autograd.gradcheck(
         lambda *qkv: sliding_window_attention(*qkv, slopes, 4, 2.0), (q, k, v)
     )
+
+
+@pytest.mark.parametrize(("length", "window"), [(300, 50), (128, 200), (259, 1)])
+def test_gradients_across_blocks(length, window):
+    """Against autograd's, through the whole score matrix at once."""
+    torch.manual_seed(0)
+    shape = 2, length, 3, 4
+    q, k, v = (3 * torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    upstream = torch.randn(shape, dtype=torch.float64)
+    slopes = alibi_slopes(3)
+    gradients = []
+    positions = torch.arange(length)
+    distances = positions[:, None] - positions
+    for whole in (True, False):
+        own = [x.clone().requires_grad_() for x in (q, k, v)]
+        if whole:
+            heads_first = [x.transpose(1, 2) for x in own]
+            out = attend(*heads_first, distances, slopes, window, 5.0).transpose(1, 2)
+        else:
+            out = sliding_window_attention(*own, slopes, window, 5.0)
+        gradients.append(torch.autograd.grad(out, own, upstream))
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 class LargestTensor(TorchDispatchMode):
