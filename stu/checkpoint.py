@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from stu.atomic import new_directory
 from stu.config import ModelConfig
 from stu.model import FlashSTU
+from stu.safetensors_writer import write_safetensors
 from stu.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -37,8 +37,10 @@ def save_model(
     tokenizer: Tokenizer,
     generation: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model directory. Weights keep their dtype; the filters are float32 or wider.
+    """Write a model directory. Weights are cast to `dtype`, one at a time, or keep theirs; the
+    filters keep theirs, which is float32 or wider.
 
     Raises ValueError if `path` exists and `overwrite` is off, or if tokenizer and model disagree;
     OSError, leaving nothing behind, if the disk is full.
@@ -54,25 +56,25 @@ def save_model(
         defaults = {**GENERATION_DEFAULTS, **room, **(generation or {})}
         _write_json(folder / "generation.json", defaults)
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+        weights = model.state_dict()
         metadata = {"format": "stu", "format_version": str(FORMAT_VERSION)}
+        dtypes = {name: dtype for name in weights if dtype and name != "filters"}
         try:
-            save_file(weights, folder / "model.safetensors", metadata)
-        except SafetensorError as error:  # how safetensors reports a failed write
+            write_safetensors(folder / "model.safetensors", weights, metadata, dtypes)
+        except OSError as error:
             raise OSError(f"{path}: model.safetensors could not be written: {error}") from error
-        # safetensors makes its file readable by its owner alone.
-        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> FlashSTU:
     """The model of a model directory, on `device`, weights cast to `dtype`, in eval mode.
 
-    Raises ValueError, naming the file, for anything missing, cut short, of another shape, or
-    written by a newer version.
+    With None they keep their own and, on the CPU, are mapped from the disk. Raises ValueError,
+    naming the file, for anything missing, cut short, of another shape, or written by a newer
+    version.
     """
     path = Path(path)
     config = load_config(path)
@@ -81,7 +83,7 @@ def load_model(
         model = FlashSTU(config)
     _check_weights(path / "model.safetensors", weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
-    return model.to(dtype).eval()
+    return (model if dtype is None else model.to(dtype)).eval()
 
 
 def load_config(path: str | Path) -> ModelConfig:

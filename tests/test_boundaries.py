@@ -18,6 +18,9 @@ COMMANDS = {
     "stu-prepare": "train.prepare",
     "stu-train": "train.cli",
     "stu-export": "train.export",
+    "stu-import": "train.import_published",
+    "stu-health": "train.health",
+    "stu-plan": "train.plan",
     "stu-generate": "serve.batch",
     "stu-bench": "benchmarks.cli",
 }

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stu.atomic import fsync
+from stu.safetensors_writer import write_safetensors
 
 FORMAT_VERSION = 2
 TRAINING_FILE = "training.pt"
@@ -96,11 +96,11 @@ def write_rank(
 ) -> None:
     """One rank's share of what is to become `path`: each the kind, the name, and the tensor. Raises
     OSError, naming rank and host, if it cannot be written."""
-    held = {f"{kind}/{name}": tensor.contiguous() for kind, name, tensor in tensors}
+    held = {f"{kind}/{name}": tensor for kind, name, tensor in tensors}
     file = folder / _rank_file(rank)
     try:
-        save_file(held, file, {"format": "stu-train"})
-    except (SafetensorError, OSError) as error:  # how safetensors reports a failed write
+        write_safetensors(file, held, {"format": "stu-train"}, {})
+    except OSError as error:
         raise OSError(
             f"checkpoint {path}: could not be written by rank {rank} on {socket.gethostname()} "
             f"({error})"

@@ -1,11 +1,15 @@
-"""`stu-export`: from a training checkpoint to a model directory."""
+"""`stu-export`: from a training checkpoint to a model directory, or to the published layout."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stu.arguments import ArgumentParser, run_command
+
+if TYPE_CHECKING:
+    from stu.model import FlashSTU
+    from stu.tokenizer import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,51 +23,82 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a step-*.ckpt, or a run's folder: its last",
+        help="a step-*.ckpt, a run's folder: its last, or a model directory",
     )
-    add("--output", metavar="MODEL_DIR", type=Path, required=True, help="folder to write")
+    add("--output", metavar="DIR", type=Path, required=True, help="folder to write")
+    add(
+        "--format",
+        type=Literal["stu", "published"],
+        default="stu",
+        help="a model directory, or the names and config.json of the published Flash-STU code",
+    )
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the weights")
     add("--overwrite", action="store_true", help="replace the output folder")
     given = parser.parse_args(argv)
 
     def write_model() -> int:
-        export(given.checkpoint, given.output, given.dtype, given.overwrite)
+        export(given.checkpoint, given.output, given.dtype, given.overwrite, given.format)
         print(f"wrote {given.output}")
         return 0
 
     return run_command("stu-export", write_model)
 
 
-def export(checkpoint: Path, output: Path, dtype: str = "float32", overwrite: bool = False) -> None:
-    """Write the model of `checkpoint`, a file or a run's folder, as the model directory `output`.
+def export(
+    checkpoint: Path,
+    output: Path,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    layout: str = "stu",
+) -> None:
+    """Write the model of `checkpoint`, a file, a run's folder or a model directory, to `output`:
+    as a model directory, or in the published layout.
 
-    The checkpoint alone is read: it carries the model's shape and its tokenizer. Raises ValueError
-    or OSError, and then leaves nothing behind.
+    The checkpoint alone is read: it carries the model's shape and its tokenizer. Weights are
+    mapped from the disk, and cast one at a time. Raises ValueError or OSError, and then leaves
+    nothing behind.
     """
+    import torch
+
+    from stu.checkpoint import save_model
+    from train.published import save_published
+
+    model, tokenizer, generation = _read(checkpoint)
+    its_dtype = getattr(torch, dtype)
+    if layout == "published":
+        save_published(output, model, tokenizer, its_dtype, overwrite)
+    else:
+        save_model(output, model, tokenizer, generation, overwrite, its_dtype)
+
+
+def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
+    """The model, its tokenizer, and its defaults for decoding, if it has any."""
     import tempfile
 
     import torch
 
-    from stu.checkpoint import save_model
+    from stu.checkpoint import load_generation, load_model, load_tokenizer
     from stu.config import ModelConfig
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
     from train.checkpoint_folder import TRAINING_FILE, WEIGHT, CheckpointFolder
     from train.checkpoints import last_checkpoint
 
+    if (checkpoint / "model.safetensors").exists():
+        model = load_model(checkpoint, dtype=None)
+        return model, load_tokenizer(checkpoint), load_generation(checkpoint)
     is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
     folder = CheckpointFolder(last_checkpoint(checkpoint) if is_run else checkpoint)
     carried: Mapping[str, Any] = folder.training["stu"]
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
-    # Mapped from the disk, and not in memory until they are written.
     weights = {name: folder.tensor(WEIGHT, name) for name in folder.names}
     model.load_state_dict(weights, assign=True)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer_file = Path(temporary) / "tokenizer.model"
         tokenizer_file.write_bytes(carried["tokenizer"].numpy().tobytes())
         tokenizer = Tokenizer(tokenizer_file)
-    save_model(output, model.to(getattr(torch, dtype)), tokenizer, overwrite=overwrite)
+    return model, tokenizer, {}
 
 
 if __name__ == "__main__":

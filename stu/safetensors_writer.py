@@ -1,0 +1,60 @@
+"""A safetensors file written one tensor at a time.
+
+A tensor is cast and turned into bytes only when its turn comes, so a model mapped from the disk can
+be written in another dtype without a second model in memory, which `safetensors.torch` needs.
+
+    8 bytes    length of the header, little-endian
+    header     JSON: of each name dtype, shape and place; padded with spaces to a multiple of 8
+    data       the tensors, without gaps
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def write_safetensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    """Write floating-point `tensors`, those that `dtypes` names in that dtype, the rest in theirs.
+
+    Raises OSError if it cannot be written; what is there of the file by then stays.
+    """
+    dtypes = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
+    # Wide elements first: each tensor then starts where its dtype can be mapped.
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * dtypes[name].itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtypes[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(file, "wb") as out:
+        out.write(len(encoded).to_bytes(8, "little"))
+        out.write(encoded)
+        for name in order:
+            out.write(_bytes(tensors[name], dtypes[name]))
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
