@@ -1,9 +1,10 @@
 """Which rows of an input one of many runs decodes."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from stu.shard import parse_shard
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> "Shard":
         """From `i/n`. Raises ValueError unless 0 <= i < n."""
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-        if not match or not int(match[1]) < int(match[2]):
-            raise ValueError(
-                f"shard={text!r} is not allowed: it must be i/n with 0 <= i < n, 0/8 to 7/8 for 8"
-            )
-        return cls(int(match[1]), int(match[2]))
+        return cls(*parse_shard(text))
 
     @classmethod
     def of_task(cls, environment: Mapping[str, str]) -> "Shard":

@@ -3,6 +3,7 @@
 ```
 DIR/index.json                 Index: what is here and how it was made
 DIR/tokenizer.model
+DIR/parts.json                 of a folder made in parts: what these had in common
 DIR/train-00000.bin ...        little-endian unsigned integers, documents as BOS tokens EOS
 DIR/validation-00000.bin ...
 ```
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stu.atomic import new_file
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -62,9 +65,16 @@ class Index:
     splits: dict[str, Split]
     format_version: int = FORMAT_VERSION
 
+    @property
+    def num_documents(self) -> dict[str, int]:
+        """Of each split."""
+        return {name: split.num_documents for name, split in self.splits.items()}
+
     def save(self, folder: Path) -> None:
+        """Write `index.json`, whole or not at all."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+        with new_file(folder / INDEX_FILE) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Index":
@@ -87,6 +97,11 @@ class Index:
             return cls(splits=splits, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not an index of token shards ({error!r})") from error
+
+
+def shard_file(split: str, number: int) -> str:
+    """Name of the file with the tokens of shard `number` of a split."""
+    return f"{split}-{number:05d}.bin"
 
 
 class SplitWriter:
@@ -131,7 +146,7 @@ class SplitWriter:
     def _next_shard(self) -> None:
         if self._file is not None:
             self._file.close()
-        name = f"{self._split}-{len(self._shards):05d}.bin"
+        name = shard_file(self._split, len(self._shards))
         self._file = (self._folder / name).open("wb", buffering=WRITE_BUFFER_BYTES)
         self._shards.append(Shard(name, 0, 0))
 
