@@ -66,6 +66,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument("--requests", type=int, default=256, help="of each loop")
     load.add_argument("--new-tokens", type=int, default=128, help="of each request")
 
+    train = add("train", "training steps against two-branch convolutions and attention alone")
+    train.add_argument("--context", type=int, nargs="+", default=[2048, 8192], help="tokens")
+    train.add_argument("--width", type=int, default=512, help="of the models")
+    train.add_argument("--layers", type=int, default=8, help="blocks")
+    train.add_argument("--window", type=int, default=1024, help="of the hybrid layout's attention")
+    train.add_argument("--repeats", type=int, default=3, help="steps of each way")
+    train.add_argument("--plot", type=Path, help="PNG file")
+
+    add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
     add("loss", "the training loss against torch's, at a vocabulary of 200,064")
     add("memory", "what training runs take, against what stu-plan says")
     return parser.parse_args(argv)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stu.config import ModelConfig
+    from train.fits import Fits
     from train.parallel import ParallelConfig
 
 GIB = 2**30
@@ -24,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bfloat16. Exit code 1 if it does not fit.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpu", default="h100-80g", help="a100-40g, a100-80g, h100-80g, ..")
+    parser.add_argument(
+        "--gpu",
+        default="h100-80g",
+        help="a100-40g, a100-80g, h100-80g, .., or `this`: the one here; with none that is known, "
+        "settings are checked alone",
+    )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="of each node")
     parser.add_argument("--tokens", type=float, help="to train on; without it, those of max_steps")
@@ -41,12 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | None) -> int:
     """Print what is to be expected; 1 if it does not fit. Raises ValueError for wrong settings."""
+    import torch
     from rich.console import Console
     from rich.table import Table
 
-    from train.costs import GPUS, USABLE_SHARE, exchanged_bytes, step_seconds, token_flops
-    from train.memory import rank_memory
+    from train.costs import (
+        GPUS,
+        USABLE_SHARE,
+        exchanged_bytes,
+        known_gpu,
+        step_seconds,
+        token_flops,
+    )
+    from train.fits import Fits, stages
 
+    if gpu_name == "this":
+        known = known_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if known is None:
+            print("stu-plan: the settings are valid; of this machine's device nothing is known")
+            return 0
+        gpu_name = known
     if gpu_name not in GPUS:
         raise ValueError(f"gpu={gpu_name!r} is not known: choose from {', '.join(GPUS)}")
     if num_ranks < 1:
@@ -57,7 +77,7 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     accumulated = settings.trainer.accumulate_grad_batches
     usable = USABLE_SHARE * gpu.memory_gib * GIB
     console = Console()
-    fits = _Fits(config, seq_len, num_ranks, usable)
+    fits = Fits(config, seq_len, num_ranks, usable)
     flops = token_flops(config, seq_len, micro_batch, parallel.checkpoint_activations)
     console.print(
         f"{_millions(config)} M parameters; {flops.total / 1e9:.2f} GFLOP a token: "
@@ -76,10 +96,8 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         title=f"GiB on each of {num_ranks} {gpu_name}, {seq_len:,} tokens x {micro_batch}; "
         f"{usable / GIB:.1f} are usable",
     )
-    for name, other in _stages(parallel):
-        memory = rank_memory(
-            config, other, num_ranks, fits.activations(other, micro_batch), is_half=True
-        )
+    for name, other in stages(parallel):
+        memory = fits.memory(other, micro_batch)
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
         values = [f"{part / GIB:.2f}" for part in (*parts, memory.activations, memory.total)]
         mark = " <-" if other == parallel else ""
@@ -103,59 +121,13 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     return 1
 
 
-class _Fits:
-    """What fits, of one model on so many ranks. Activations grow linearly with the micro-batch."""
-
-    def __init__(self, config: "ModelConfig", seq_len: int, num_ranks: int, usable: float) -> None:
-        self._config, self._seq_len = config, seq_len
-        self._num_ranks, self._usable = num_ranks, usable
-        self._traced: dict[tuple[bool, bool, int], int] = {}
-
-    def activations(self, parallel: "ParallelConfig", micro_batch: int) -> int:
-        """Bytes of them."""
-        one, two = (self._trace(parallel, size) for size in (1, 2))
-        return one + (two - one) * (micro_batch - 1)
-
-    def largest(self, parallel: "ParallelConfig") -> int:
-        """Micro-batch that fits; 0: none."""
-        size = 0
-        while size < 4096 and self.holds(parallel, size + 1):
-            size += 1
-        return size
-
-    def holds(self, parallel: "ParallelConfig", micro_batch: int) -> bool:
-        """Whether it fits."""
-        from train.memory import rank_memory
-
-        activations = self.activations(parallel, micro_batch)
-        memory = rank_memory(self._config, parallel, self._num_ranks, activations, is_half=True)
-        return memory.total <= self._usable
-
-    def _trace(self, parallel: "ParallelConfig", micro_batch: int) -> int:
-        from train.memory import activation_bytes
-
-        key = parallel.kind == "zero", parallel.checkpoint_activations, micro_batch
-        if key not in self._traced:
-            self._traced[key] = activation_bytes(
-                self._config, self._seq_len, micro_batch, parallel, is_half=True, on_gpu=True
-            )
-        return self._traced[key]
-
-
-def _stages(parallel: "ParallelConfig") -> list[tuple[str, "ParallelConfig"]]:
-    """The one that was asked for among the others."""
-    others = [replace(parallel, kind="ddp", offload_optimizer=False)]
-    for stage in (0, 1, 2, 3):
-        offloads = parallel.offload_optimizer and stage > 0
-        others.append(replace(parallel, kind="zero", zero_stage=stage, offload_optimizer=offloads))
-    return [("ddp" if its.kind == "ddp" else f"zero {its.zero_stage}", its) for its in others]
-
-
-def _advice(fits: _Fits, parallel: "ParallelConfig", micro_batch: int) -> str:
+def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int) -> str:
     """What would."""
+    from train.fits import stages
+
     found = []
     for recomputes in (False, True):
-        for name, its in _stages(replace(parallel, checkpoint_activations=recomputes)):
+        for name, its in stages(replace(parallel, checkpoint_activations=recomputes)):
             largest = min(fits.largest(its), micro_batch)
             if largest > 0:
                 more = " and parallel.checkpoint_activations=true" if recomputes else ""
