@@ -41,6 +41,7 @@ SETTINGS = [
     (replace(SHAPE, mlp_ratio=12), 2, 1024, 1, replace(ZERO, zero_stage=1)),
     (replace(SHAPE, mlp_ratio=12), 2, 1024, 1, replace(ZERO, zero_stage=2)),
     (replace(SHAPE, mlp_ratio=12), 2, 1024, 1, replace(ZERO, zero_stage=3)),
+    (replace(SHAPE, mlp_ratio=12), 2, 1024, 1, ParallelConfig(kind="fsdp")),
 ]
 
 
@@ -56,7 +57,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             activations = activation_bytes(
                 config, seq_len, micro_batch, parallel, is_half=False, on_gpu=False
             )
-            memory = rank_memory(config, parallel, ranks, activations, is_half=False)
+            memory = rank_memory(config, parallel, ranks, activations, is_half=False, on_gpu=False)
             planned = memory.total / 2**30
             run = {
                 "layout": config.layout,

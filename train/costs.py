@@ -15,6 +15,8 @@ from train.parallel import ParallelConfig
 class Gpu:
     """One kind of accelerator, from its maker's data sheet."""
 
+    cuda_name: str
+    """That CUDA's own name of it contains."""
     memory_gib: float
     flops: float
     """In bfloat16 with float32 sums, dense, a second."""
@@ -25,21 +27,14 @@ class Gpu:
 
 
 GPUS = {
-    "a100-40g": Gpu(40, 312e12, 1.56e12, 25e9),
-    "a100-80g": Gpu(80, 312e12, 2.04e12, 25e9),
-    "h100-80g": Gpu(80, 989e12, 3.35e12, 50e9),
-    "h200-141g": Gpu(141, 989e12, 4.8e12, 50e9),
-    "l40s-48g": Gpu(48, 362e12, 0.864e12, 12.5e9),
+    "a100-40g": Gpu("A100", 40, 312e12, 1.56e12, 25e9),
+    "a100-80g": Gpu("A100", 80, 312e12, 2.04e12, 25e9),
+    "h100-80g": Gpu("H100", 80, 989e12, 3.35e12, 50e9),
+    "h200-141g": Gpu("H200", 141, 989e12, 4.8e12, 50e9),
+    "l40s-48g": Gpu("L40S", 48, 362e12, 0.864e12, 12.5e9),
 }
 """NVIDIA's data sheets of A100, H100 SXM, H200 and L40S. Networks are those of DGX hosts, 200 and
 400 Gbit/s for a GPU, and 100 Gbit/s."""
-DEVICE_NAMES = {
-    "a100-40g": "A100",
-    "h100-80g": "H100",
-    "h200-141g": "H200",
-    "l40s-48g": "L40S",
-}
-"""What CUDA's own names of them contain. Both kinds of A100 have one peak."""
 USABLE_SHARE = 0.92
 """Of the memory: the driver and the allocator's gaps take the rest."""
 PRODUCT_SHARE = 0.5
@@ -80,18 +75,23 @@ def token_flops(
     return TokenFlops(dense, len(config.stu_layers) * count * flops / tokens, attention)
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Of a device in bfloat16, a second, if its data sheet is among those above."""
+def known_gpu(device: torch.device) -> str | None:
+    """Its name above, if it has one."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((GPUS[its].flops for its, part in DEVICE_NAMES.items() if part in name), None)
+    its = torch.cuda.get_device_properties(device)
+    alike = [name for name, gpu in GPUS.items() if gpu.cuda_name in its.name]
+    memory_gib = its.total_memory / 2**30
+    return min(alike, key=lambda name: abs(GPUS[name].memory_gib - memory_gib), default=None)
 
 
 def exchanged_bytes(
     config: ModelConfig, parallel: ParallelConfig, num_ranks: int, accumulated: int, is_half: bool
 ) -> float:
     """That a rank sends in a step; a ring's are `(N-1)/N` of what is summed or gathered."""
+    if parallel.kind == "fsdp":  # weights in both passes, gradients in float32
+        weights = (2 if is_half else 4) * 2
+        return accumulated * (weights + 4) * num_parameters(config) * (num_ranks - 1) / num_ranks
     width = 2 if is_half and parallel.kind == "zero" else 4
     once = width * num_parameters(config) * (num_ranks - 1) / num_ranks
     if parallel.kind == "zero" and parallel.zero_stage == 3:

@@ -70,7 +70,8 @@ def local_problems(folder: Path, min_free_gib: float) -> Iterator[str]:
     if free_gib < min_free_gib:
         yield f"{free_gib:.1f} GiB of memory are free, and {min_free_gib:g} are needed"
     if given := [its for its in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if its]:
-        if torch.cuda.is_available() and torch.cuda.device_count() != len(given):
+        is_for_gpus = torch.version.cuda is not None  # a torch without CUDA trains on the CPU
+        if is_for_gpus and torch.cuda.device_count() != len(given):
             yield f"{torch.cuda.device_count()} GPUs answer of {len(given)} that SLURM gave"
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)

@@ -55,8 +55,13 @@ def rank_memory(
     num_ranks: int,
     activations: int,
     is_half: bool,
+    on_gpu: bool,
 ) -> RankMemory:
-    """Of one of `num_ranks`. activations: what `activation_bytes` says. is_half: bf16-mixed."""
+    """Of one of `num_ranks`.
+
+    activations: what `activation_bytes` says. is_half: bf16-mixed. on_gpu: ZeRO's stages 1 and 2
+    fill one bucket while another is being summed.
+    """
     count = num_parameters(config)
     stage = parallel.zero_stage if parallel.kind == "zero" else 0
     share = -(-count // num_ranks)
@@ -67,13 +72,20 @@ def rank_memory(
         buffers = 4 * count if num_ranks > 1 else 0
         return RankMemory(4 * count + filters, 4 * count, 8 * count, buffers, activations)
     width = 2 if is_half else 4
+    if parallel.kind == "fsdp":
+        # What is outside of the blocks stays gathered, and of the blocks one is computed with while
+        # the next one arrives; gradients are there whole, in either width, until they are summed.
+        outside = config.vocab_size * config.width
+        block = max_block_parameters(config)
+        buffers = width * (2 * outside + 3 * block) + 4 * max(outside, block)
+        return RankMemory(4 * share + filters, 4 * share, 8 * share, buffers, activations)
     held = share if stage > 0 else count
     master = 4 * held if stage > 0 or is_half else 0
     moments = 8 * held
     weights = width * (share if stage == 3 else count)
     gradients = width * (share if stage >= 2 else count)
     bucket = min(BUCKET_ELEMENTS, count)
-    buffers = 0 if stage == 0 else width * bucket * (2 if stage < 3 else 1)
+    buffers = 0 if stage == 0 else width * bucket * (2 if stage < 3 and on_gpu else 1)
     if stage == 3:
         block = max_block_parameters(config)
         buffers += width * (max(block, config.vocab_size * config.width) + GATHERED_AHEAD_ELEMENTS)
@@ -110,8 +122,8 @@ def activation_bytes(
     on_gpu: FFTs go over all channels at once, and attention is flash-attn's if is_half.
     """
     with FakeTensorMode(), _as_on_gpu(on_gpu, flash=on_gpu and is_half):
-        # DeepSpeed casts the model; elsewhere autocast makes copies as it goes.
-        casts = is_half and parallel.kind == "zero"
+        # DeepSpeed and FSDP cast the model; elsewhere autocast makes copies as it goes.
+        casts = is_half and parallel.kind != "ddp"
         model = _with_weights_in(torch.bfloat16 if casts else torch.float32, config)
         autocast: Any = nullcontext()
         if is_half and not casts:

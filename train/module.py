@@ -18,7 +18,7 @@ from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 from train.bad_steps import GuardConfig, StepGuard
 from train.checkpoints import training_record
-from train.costs import peak_flops, token_flops
+from train.costs import GPUS, known_gpu, token_flops
 from train.data import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
 from train.fsdp import FsdpStrategy
@@ -202,7 +202,7 @@ class FlashSTUModule(L.LightningModule):
 
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Of a rank that computes so many. Blocks computed again count once, and convolutions
-        apart: their FFTs are not what a device's peak is stated for."""
+        apart: their FFTs are not what a device's peak, in bfloat16, is stated for."""
         data = self._data
         flops = token_flops(self.config, data.seq_len, data.micro_batch_size, recomputes=False)
         products = tokens_per_second * (flops.dense + flops.attention)
@@ -210,8 +210,8 @@ class FlashSTUModule(L.LightningModule):
             "train/product_teraflops": products / 1e12,
             "train/convolution_teraflops": tokens_per_second * flops.convolution / 1e12,
         }
-        peak = peak_flops(self.device)
-        return {**metrics, "train/mfu": products / peak} if peak else metrics
+        gpu = known_gpu(self.device)
+        return {**metrics, "train/mfu": products / GPUS[gpu].flops} if gpu else metrics
 
     @property
     def _board(self) -> Any:

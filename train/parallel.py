@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from stu.model import FlashSTU
@@ -54,7 +55,7 @@ def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strate
 def prepare_blocks(model: FlashSTU, config: ParallelConfig) -> None:
     """Have each block computed as `config` says."""
     for block in model.blocks:
-        if config.checkpoint_activations:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
-            block.compile()
+            block.forward = torch.compile(block.forward)
+        if config.checkpoint_activations:  # around it: inside, it would end the compiled graph
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

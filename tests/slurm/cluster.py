@@ -53,6 +53,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 NODE = """
 hostname {name}
 mount --bind hosts /etc/hosts
+{more}
 slurmd -D -N {name} -f {folder}/slurm.conf
 """
 SECONDS = 60
@@ -62,7 +63,7 @@ class SlurmCluster:
     """Started with `start`, ended with `stop`, in any state."""
 
     def __init__(self, folder: Path, num_nodes: int = 2, num_cpus: int = 8, num_gpus: int = 0):
-        self.folder = folder
+        self.folder, self.small_disk = folder, folder / "small"
         self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._processes: dict[str, subprocess.Popen] = {}
@@ -71,6 +72,10 @@ class SlurmCluster:
     def start(self):
         """Every node idle, or an AssertionError with what the daemons said."""
         (self.folder / "state").mkdir(parents=True)
+        self.small_disk.mkdir()
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=32m", "none", self.small_disk], check=True
+        )
         self.folder.chmod(0o755)
         self._write_files()
         key = self.folder / "munge.key"
@@ -86,7 +91,7 @@ class SlurmCluster:
         self._run_daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.folder / "slurm.conf")
         for name in self.names:
             self.start_node(name)
-        self._until(lambda: self._idle() == set(self.names))
+        self.wait_for_nodes()
 
     def stop(self):
         """Every job and process that it started."""
@@ -100,10 +105,11 @@ class SlurmCluster:
                 process.kill()
                 process.wait()
         self._processes.clear()
+        subprocess.run(["umount", "--lazy", self.small_disk], check=True)
 
-    def start_node(self, name):
-        """Again, too, after `kill_node`."""
-        script = NODE.format(name=name, folder=self.folder)
+    def start_node(self, name, more=""):
+        """Again, too, after `kill_node`. more: what is to be done there first."""
+        script = NODE.format(name=name, folder=self.folder, more=more)
         namespaces = "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"
         self._run_daemon(name, "unshare", *namespaces, "sh", "-c", script)
 
@@ -138,6 +144,10 @@ class SlurmCluster:
     def restarts(self, job):
         """How often it began again."""
         return int(self._field(job, "Restarts"))
+
+    def wait_for_nodes(self):
+        """Until all are idle."""
+        self._until(lambda: self._idle() == set(self.names))
 
     def wait(self, job, seconds=SECONDS):
         """Until it is over: its state. A job that is requeued is not over."""

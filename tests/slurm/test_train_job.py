@@ -1,5 +1,6 @@
 """slurm/train.sbatch on two nodes: what interrupts it does not show in what it has learned."""
 
+import contextlib
 import os
 import re
 import signal
@@ -54,9 +55,11 @@ def whole(module_settings, tmp_path_factory):
 class Job:
     """A submitted run."""
 
-    def __init__(self, cluster, module_settings, folder):
+    def __init__(self, cluster, module_settings, folder, nodes=2):
         self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
-        head = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+        tasks = 2 // nodes
+        head = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1"]
+        head.append("--gpus-per-node=1")
         self.number = cluster.submit(
             *head,
             "--time=10",
@@ -68,12 +71,13 @@ class Job:
     @property
     def log(self):
         """What the script said, and the first rank."""
-        paths = [self.folder / f"stu-train-{self.number}.log", self._rank_log]
+        paths = [self.folder / f"stu-train-{self.number}.log", self.log_folder / "rank-0.log"]
         return "\n".join(path.read_text() for path in paths if path.exists())
 
     @property
-    def _rank_log(self):
-        return self.folder / f"stu-train-{self.number}" / "rank-0.log"
+    def log_folder(self):
+        """Of the ranks."""
+        return self.folder / f"stu-train-{self.number}"
 
     def wait_for_step(self, step):
         """Until training has come there."""
@@ -162,3 +166,56 @@ def test_goes_on_after_a_node_is_lost(cluster, job, whole, data):
     cluster.start_node("n2")
     job.finish()
     assert_as_if_nothing_had_been(job, whole, data)
+
+
+def fill(path):
+    """Write it until its disk has no room."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(2**12)):
+            pass
+
+
+def test_a_full_disk_loses_no_more_than_the_steps_since_the_last_checkpoint(
+    cluster, module_settings, tmp_path, whole, data
+):
+    run_dir, disk = tmp_path / "run", cluster.small_disk
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(disk)
+    job = Job(cluster, module_settings, tmp_path)
+    job.wait_for_step(STOP)
+    filler = disk / "filler"
+    fill(filler)
+    assert cluster.wait(job.number, SECONDS) == "FAILED", job.log
+    logs = "".join(path.read_text() for path in job.log_folder.glob("rank-*.log"))
+    assert re.search(r"could not be written by rank \d on n\d \(.*No space left", logs), logs
+    assert "could not write" in job.log
+    assert cluster.restarts(job.number) == 0
+    last = load_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    assert STOP - 25 < last["global_step"] < STEPS
+    filler.unlink()
+    again = Job(cluster, module_settings, tmp_path)
+    again.finish()
+    assert_as_if_nothing_had_been(again, whole, data)
+
+
+def test_goes_on_without_a_node_that_is_not_fit(cluster, module_settings, tmp_path):
+    """Whose memory is almost all taken; one node is as many as the job needs."""
+    scarce = tmp_path / "meminfo"
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    scarce.write_text(
+        "\n".join(re.sub(r"(MemAvailable: +)\d+", r"\g<1>1000", its) for its in lines)
+    )
+    cluster.kill_node("n1")
+    cluster.start_node("n1", f"mount --bind {scarce} /proc/meminfo")
+    cluster.wait_for_nodes()
+    try:
+        job = Job(cluster, module_settings, tmp_path, nodes=1)
+        job.finish()
+        assert "n1: 0.0 GiB of memory are free, and 4 are needed" in job.log
+        (after,) = re.findall(r"goes on as job (\d+), without n1", job.log)
+        assert cluster.wait(after, SECONDS) == "COMPLETED"
+        assert load_checkpoint(job.run_dir / "checkpoints" / "last.ckpt")["global_step"] == STEPS
+    finally:
+        cluster.kill_node("n1")
+        cluster.start_node("n1")
+        cluster.wait_for_nodes()

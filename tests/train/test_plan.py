@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train import plan
-from train.costs import token_flops
+from train.costs import known_gpu, token_flops
 from train.memory import activation_bytes, num_parameters, rank_memory
 from train.parallel import ParallelConfig
 
@@ -53,7 +54,9 @@ def test_activations_are_at_least_what_is_saved_for_the_backward_pass():
 def test_stages_divide_what_they_say(is_half):
     count = num_parameters(SMALL)
     held = [
-        rank_memory(SMALL, ParallelConfig(kind="zero", zero_stage=stage), 8, 0, is_half)
+        rank_memory(
+            SMALL, ParallelConfig(kind="zero", zero_stage=stage), 8, 0, is_half, on_gpu=True
+        )
         for stage in range(4)
     ]
     width = 2 if is_half else 4
@@ -64,6 +67,16 @@ def test_stages_divide_what_they_say(is_half):
     assert held[2].gradients == held[3].gradients == pytest.approx(width * count / 8, rel=0.01)
     assert held[1].optimizer == held[3].optimizer == pytest.approx(12 * count / 8, rel=0.01)
     assert held[0].optimizer == (12 if is_half else 8) * count
+
+
+def test_fsdp_divides_all_but_what_is_being_computed():
+    one, eight = (
+        rank_memory(SMALL, ParallelConfig(kind="fsdp"), ranks, 0, is_half=True, on_gpu=True)
+        for ranks in (1, 8)
+    )
+    count = num_parameters(SMALL)
+    assert one.total - one.buffers - 4 * SMALL.max_seq_len * SMALL.num_filters == 16 * count
+    assert one.total - eight.total == pytest.approx(16 * count * 7 / 8, rel=1e-3)
 
 
 def test_flops_of_dense_layers_and_attention():
@@ -103,6 +116,31 @@ def test_a_run_that_does_not_fit_is_told_what_would(settings, capsys):
     if "checkpoint_activations" in advice[3]:
         again.append("--parallel.checkpoint_activations=true")
     assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given, *again]) == 0
+
+
+def test_this_machine_has_nothing_to_plan_for(settings, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan.main(["--gpu", "this", *settings]) == 0
+    assert "the settings are valid" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        plan.main(["--gpu", "this", *settings, "--model.config.widht=3"])
+    assert ended.value.code == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80g"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80g"),
+        ("NVIDIA T4", 15, None),
+    ],
+)
+def test_gpus_are_known_by_name_and_memory(monkeypatch, name, gib, known):
+    its = SimpleNamespace(name=name, total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: its)
+    assert known_gpu(torch.device("cuda", 0)) == known
 
 
 @pytest.mark.parametrize(

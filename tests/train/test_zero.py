@@ -214,3 +214,14 @@ def test_what_saves_memory_changes_nothing(settings, whole, tmp_path, stage, mor
     assert_close(
         load_checkpoint(checkpoint(folder, STEPS)), load_checkpoint(checkpoint(whole, STEPS))
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2, 3, "fsdp"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_compiled_blocks_compute_the_same(settings, whole, tmp_path, stage, recomputes):
+    more = "--parallel.compile=true", f"--parallel.checkpoint_activations={str(recomputes).lower()}"
+    folder = run(settings, tmp_path / "run", 2, stage, *more)
+    assert_close(
+        load_checkpoint(checkpoint(folder, STEPS)), load_checkpoint(checkpoint(whole, STEPS))
+    )
