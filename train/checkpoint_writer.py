@@ -1,5 +1,6 @@
 """Writes checkpoints while training goes on: each rank its share, in a thread of its own."""
 
+import copy
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ class CheckpointWriter:
 
     def open(self, path: Path, training: dict[str, Any]) -> None:
         """By the first rank, before any rank writes: `path` is to appear, with `training` in it."""
-        self._opened = path, training
+        self._opened = path, copy.deepcopy(training)  # parts of it are the loops' own
         folder = _temporary(path)
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 
 from tests.train.saved import load_checkpoint
-from train import cli, report
+from train import checkpoint_writer, cli, report
 from train.callbacks import StepProgress
 from train.data import TokenData
 
@@ -145,6 +146,38 @@ def test_a_failed_save_leaves_the_last_checkpoint(train, settings, capsys, monke
     names = sorted(file.name for file in (run / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step-00000003.ckpt"]
     assert state(run)["global_step"] == 3
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
+    """Which is the last one no sooner than it is whole; the next one waits for it."""
+    write, is_wanted, seen = checkpoint_writer.write_rank, threading.Event(), {}
+
+    def write_slowly(*arguments):
+        assert is_wanted.wait(60)
+        write(*arguments)
+
+    def look(self, trainer, *_):
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        seen[trainer.global_step] = sorted(path.name for path in folder.glob("[!.]*"))
+        if trainer.global_step == 5:
+            is_wanted.set()
+
+    whole = train("whole", "--trainer.max_steps=8")
+    with monkeypatch.context() as slow:
+        slow.setattr(checkpoint_writer, "write_rank", write_slowly)
+        slow.setattr(StepProgress, "on_train_batch_end", look)
+        run = train("run", "--checkpoint_every_steps=3", "--trainer.max_steps=8")
+    assert seen[4] == seen[5] == []
+    assert seen[7] == ["last.ckpt", "step-00000003.ckpt"]
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", *(f"step-0000000{step}.ckpt" for step in (3, 6, 8))}
+    assert_same_state(state(run), state(whole))
+    early = load_checkpoint(run / "checkpoints" / "step-00000003.ckpt")
+    assert early["global_step"] == early["optimizer_step"] == 3
+    again = train(
+        "again", f"--resume={run / 'checkpoints' / 'step-00000003.ckpt'}", "--trainer.max_steps=8"
+    )
+    assert_same_state(state(again), state(whole))
 
 
 @pytest.mark.parametrize(
