@@ -90,8 +90,9 @@ class ConvolutionCache:
         return numbers * self._pending.element_size()
 
     def pages_needed(self, new_tokens: int) -> int:
-        """Pages that a sequence owns at first, to go through the layers with so many new tokens."""
-        return pages_for(new_tokens, self._page_len)
+        """Pages that a sequence owns at first, to go through the layers with so many new tokens:
+        none where there are no layers."""
+        return pages_for(new_tokens, self._page_len) if len(self._taps) else 0
 
     def admit(self, owner: int, new_tokens: int) -> None:
         """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""

@@ -67,7 +67,11 @@ class Engine:
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
         self._runner = Runner(
-            model, self._caches.convolution, self._caches.attention, config.batch_invariant
+            model,
+            self._caches.convolution,
+            self._caches.attention,
+            config.batch_invariant,
+            self._caches.recent,
         )
         self._scheduler = Scheduler(config, self._runner.needed, self._caches.capacity)
         self._texts: dict[int, TextStream] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from serve.attention_cache import AttentionCache
 from serve.cache import ConvolutionCache
 from serve.packing import packed_copy, packed_product
 from serve.pages import OutOfPages
+from serve.recent_inputs import RecentInputs
 from stu.model import Block, FlashSTU
 
 LOGITS_AT_ONCE = 256
@@ -64,10 +65,11 @@ class Runner:
         convolutions: ConvolutionCache,
         attentions: AttentionCache | None,
         batch_invariant: bool = False,
+        recent: RecentInputs | None = None,
     ) -> None:
         self._model, self._batch_invariant = packed_copy(model), batch_invariant
         self._unembed = packed_product(model.embedding.weight)
-        self._convolutions, self._attentions = convolutions, attentions
+        self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
         self._device = model.embedding.weight.device
         self._num_rows = 0
 
@@ -83,13 +85,14 @@ class Runner:
     def admit(self, prompt: Prompt) -> None:
         """Allocate what `prompt` needs, or nothing and raise OutOfPages."""
         self._convolutions.admit(prompt.owner, prompt.new_tokens)
-        if self._attentions is None:
-            return
-        try:
-            self._attentions.admit(prompt.owner, len(prompt.tokens) + prompt.new_tokens)
-        except OutOfPages:
-            self._convolutions.release(prompt.owner)
-            raise
+        if self._attentions is not None:
+            try:
+                self._attentions.admit(prompt.owner, len(prompt.tokens) + prompt.new_tokens)
+            except OutOfPages:
+                self._convolutions.release(prompt.owner)
+                raise
+        if self._recent is not None:
+            self._recent.admit(prompt.owner)
 
     def release(self, owner: int) -> None:
         """Forget a sequence that is no row of the batch."""
@@ -121,7 +124,7 @@ class Runner:
         """
         model = self._model
         ids = [token for prompt in prompts for token in prompt.tokens]
-        memory = _PromptMemory(self._convolutions, self._attentions, prompts)
+        memory = _PromptMemory(self._convolutions, self._attentions, self._recent, prompts)
         x = model.embedding(torch.tensor([ids], device=self._device))  # [1, T, D]
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -152,11 +155,12 @@ class Runner:
         hidden = []
         for first in range(0, len(tokens), at_once):
             group = list(tokens[first : first + at_once])
-            memory = _RowMemory(self._convolutions, self._attentions, first)
+            memory = _RowMemory(self._convolutions, self._attentions, self._recent, first)
             padded = torch.tensor(group + [0] * (at_once - len(group)), device=self._device)
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
-        for cache in self._caches():
-            cache.advance()
+        self._convolutions.advance()
+        if self._attentions is not None:
+            self._attentions.advance()
         return self._logits(torch.cat(hidden))
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -170,10 +174,9 @@ class Runner:
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
 
-    def _caches(self) -> list[ConvolutionCache | AttentionCache]:
-        if self._attentions is None:
-            return [self._convolutions]
-        return [self._convolutions, self._attentions]
+    def _caches(self) -> list[ConvolutionCache | AttentionCache | RecentInputs]:
+        caches = self._convolutions, self._attentions, self._recent
+        return [cache for cache in caches if cache is not None]
 
 
 class _PromptMemory:
@@ -183,49 +186,60 @@ class _PromptMemory:
         self,
         convolutions: ConvolutionCache,
         attentions: AttentionCache | None,
+        recent: RecentInputs | None,
         prompts: Sequence[Prompt],
     ) -> None:
-        self._convolutions, self._attentions = convolutions, attentions
+        self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
         self._prompts = prompts
         self._lengths = [len(prompt.tokens) for prompt in prompts]
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
         outputs = torch.empty_like(streams)  # [S, T, C]
-        parts = zip(
-            self._prompts,
-            torch.split(streams, self._lengths, dim=1),
-            torch.split(outputs, self._lengths, dim=1),
-            strict=True,
-        )
-        for prompt, inputs, output in parts:
-            output.copy_(self._convolutions.prefill(prompt.owner, layer, inputs))
+        for owner, inputs, output in self._by_prompt(streams, outputs):
+            output.copy_(self._convolutions.prefill(owner, layer, inputs))
+        return outputs
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        assert self._recent is not None, "only Hyena convolves shortly"
+        outputs = torch.empty_like(inputs)  # [1, T, C]
+        for owner, its, output in self._by_prompt(inputs, outputs):
+            output.copy_(self._recent.prefill(owner, layer, its, taps))
         return outputs
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        assert self._attentions is not None, "an STU-only model has no attention"
+        assert self._attentions is not None, "a model of convolutions alone has no attention"
         outputs = torch.empty_like(queries)  # [1, T, heads, head_dim]
-        parts = zip(
-            self._prompts,
-            *(torch.split(x, self._lengths, dim=1) for x in (queries, keys, values, outputs)),
-            strict=True,
-        )
-        for prompt, q, k, v, output in parts:
-            output.copy_(self._attentions.prefill(prompt.owner, layer, q, k, v))
+        for owner, q, k, v, output in self._by_prompt(queries, keys, values, outputs):
+            output.copy_(self._attentions.prefill(owner, layer, q, k, v))
         return outputs
+
+    def _by_prompt(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Each prompt's owner, and its part of each tensor."""
+        owners = [prompt.owner for prompt in self._prompts]
+        parts = (torch.split(its, self._lengths, dim=1) for its in tensors)
+        return zip(owners, *parts, strict=True)
 
 
 class _RowMemory:
-    """`stu.layers.Memory` of one token of rows from `first_row` on; both caches take padding."""
+    """`stu.layers.Memory` of one token of rows from `first_row` on; all caches take padding."""
 
     def __init__(
-        self, convolutions: ConvolutionCache, attentions: AttentionCache | None, first_row: int
+        self,
+        convolutions: ConvolutionCache,
+        attentions: AttentionCache | None,
+        recent: RecentInputs | None,
+        first_row: int,
     ) -> None:
-        self._convolutions, self._attentions = convolutions, attentions
+        self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
         self._first_row = first_row
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
         return self._convolutions.step(layer, streams[:, 0], self._first_row)[:, None]
 
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        assert self._recent is not None, "only Hyena convolves shortly"
+        return self._recent.step(layer, inputs, taps, self._first_row)
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        assert self._attentions is not None, "an STU-only model has no attention"
+        assert self._attentions is not None, "a model of convolutions alone has no attention"
         return self._attentions.step(layer, queries, keys, values, self._first_row)

@@ -54,10 +54,11 @@ class TileFlush:
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pages: Tensor, longest: int) -> None:
-        num_pages, self._layers, page_len, _ = pages.shape
+        num_pages, self._layers, page_len, width = pages.shape
         self._num_channels = taps.shape[2]
         # A row is a position of each phase: [num_pages, layers, rows, lag_step W].
-        self._pages = pages.view(num_pages, self._layers, page_len // lag_step, -1)
+        rows = page_len // lag_step
+        self._pages = pages.view(num_pages, self._layers, rows, lag_step * width)
         self.taps = taps.to(pages.dtype)
         """`[layers, N, C]`, in the dtype of the pages."""
         self._levels: list[TileLevel] = []

@@ -1,7 +1,8 @@
 """A model directory: what training exports and serving loads.
 
     config.json          ModelConfig
-    model.safetensors    weights and spectral filters; the format version is in its metadata
+    model.safetensors    weights and spectral filters, `[L, 0]` where no layer is an STU; the format
+                         version is in its metadata
     tokenizer.model      SentencePiece
     generation.json      defaults for decoding
 
@@ -40,7 +41,7 @@ def save_model(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model directory. Weights are cast to `dtype`, one at a time, or keep theirs; the
-    filters keep theirs, which is float32 or wider.
+    model's `wide_names` keep theirs, which is float32 or wider.
 
     Raises ValueError if `path` exists and `overwrite` is off, or if tokenizer and model disagree;
     OSError, leaving nothing behind, if the disk is full.
@@ -58,7 +59,7 @@ def save_model(
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         weights = model.state_dict()
         metadata = {"format": "stu", "format_version": str(FORMAT_VERSION)}
-        dtypes = {name: dtype for name in weights if dtype and name != "filters"}
+        dtypes = {name: dtype for name in weights.keys() - model.wide_names if dtype}
         try:
             write_safetensors(folder / "model.safetensors", weights, metadata, dtypes)
         except OSError as error:

@@ -17,12 +17,13 @@ class ModelConfig:
     """Model width D: channels of the residual stream."""
     num_layers: int = 8
     """Blocks; each is a mixer and a gated MLP."""
-    layout: Literal["hybrid", "stu"] = "hybrid"
-    """`hybrid`: even blocks mix with STU, odd ones with windowed attention. `stu`: STU only."""
+    layout: Literal["hybrid", "stu", "hyena", "attention"] = "hybrid"
+    """`hybrid`: even blocks mix with STU, odd ones with windowed attention. The others: all blocks
+    mix with STU, with Hyena (order 2), with windowed attention."""
     stu_form: Literal["tensordot", "full"] = "tensordot"
     """`tensordot`: one filter per channel (STU-T). `full`: a D x D matrix per spectral filter."""
     num_filters: int = 24
-    """Spectral filters K."""
+    """Spectral filters K, of STU layers."""
     max_seq_len: int = 4096
     """Longest context L in tokens, prompt and generated tokens together."""
     mlp_ratio: int = 4
@@ -41,11 +42,12 @@ class ModelConfig:
             _require(self, name, _is_count(getattr(self, name)), "a whole number >= 1")
         for name in ("mlp_ratio", "num_heads", "window_tokens"):
             _require(self, name, _is_count(getattr(self, name)), "a whole number >= 1")
-        _require(self, "layout", self.layout in ("hybrid", "stu"), "'hybrid' or 'stu'")
+        is_layout = self.layout in ("hybrid", "stu", "hyena", "attention")
+        _require(self, "layout", is_layout, "'hybrid', 'stu', 'hyena' or 'attention'")
         _require(self, "stu_form", self.stu_form in ("tensordot", "full"), "'tensordot' or 'full'")
         _require(self, "softcap", _is_positive(self.softcap), "a positive number")
         _require(self, "norm_eps", _is_positive(self.norm_eps), "a positive number")
-        if self.num_filters > self.max_seq_len:
+        if self.stu_layers and self.num_filters > self.max_seq_len:
             raise ValueError(
                 f"num_filters={self.num_filters} is more than max_seq_len={self.max_seq_len} "
                 "filters can span: lower num_filters or raise max_seq_len"
@@ -64,12 +66,24 @@ class ModelConfig:
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Indices of the blocks that mix with attention."""
+        if self.layout == "attention":
+            return tuple(range(self.num_layers))
         return tuple(range(1, self.num_layers, 2)) if self.layout == "hybrid" else ()
+
+    @property
+    def convolution_layers(self) -> tuple[int, ...]:
+        """Indices of the blocks that mix with a long convolution, STU or Hyena."""
+        return tuple(i for i in range(self.num_layers) if i not in self.attention_layers)
 
     @property
     def stu_layers(self) -> tuple[int, ...]:
         """Indices of the blocks that mix with STU."""
-        return tuple(i for i in range(self.num_layers) if i not in self.attention_layers)
+        return () if self.layout == "hyena" else self.convolution_layers
+
+    @property
+    def streams_per_sequence(self) -> int:
+        """Sequences that a long convolution makes of one: one, or one of each channel."""
+        return self.width if self.stu_layers and self.stu_form == "full" else 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -1,4 +1,7 @@
-"""The layers of a Flash-STU block: RMSNorm, gated MLP, the two STU forms, windowed attention."""
+"""The layers of a Flash-STU block: RMSNorm, gated MLP, the two STU forms, windowed attention.
+
+What an STU has in common with any other long convolution, `stu.hyena` for one, is here as well.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -15,11 +18,14 @@ from stu.convolution import causal_convolution
 class Memory(Protocol):
     """What a decoder knows of earlier tokens. Layers ask it in place of mixing a whole sequence.
 
-    `layer` counts the layers of one kind, STU or attention, from 0.
+    `layer` counts the layers of one kind, long convolution or attention, from 0.
     """
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
         """Take the convolution's inputs `[S, T, C]` at the next T positions; return its outputs."""
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        """The same of `stu.hyena.short_convolution`: `[B, T, C]` both ways, taps `[J, C]`."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Take `[B, T, heads, head_dim]` at the next T positions; return what attention yields."""
@@ -53,31 +59,42 @@ class GatedMLP(nn.Module):
         return gated
 
 
-class STU(nn.Module, ABC):
-    """A spectral transform unit: `[B, T, D] -> [B, T, D]`, linear and causal.
+class LongConvolution(nn.Module, ABC):
+    """A mixer, `[B, T, D] -> [B, T, D]`, in which tokens of any distance see one another by way of
+    one causal convolution, whose filters are the same whatever the data."""
+
+    lag_step: int
+    """The filters' taps lie this many positions apart."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @abstractmethod
+    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        """filters: spectral ones, `[L, K]`, or `[L, 0]` in a model that has none."""
+
+    @abstractmethod
+    def taps(self, filters: Tensor) -> Tensor:
+        """The convolution's taps `[N, C]` at the lags below `len(filters)`, in the dtype of the
+        spectral `filters`, which is float32 or wider."""
+
+    def convolved(self, streams: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        """Each stream with its own filter, `[S, T, C]` both ways."""
+        if memory is not None:
+            return memory.convolve(self.layer, streams)
+        return causal_convolution(streams, self.taps(filters[: streams.shape[1]]), self.lag_step)
+
+
+class STU(LongConvolution):
+    """A spectral transform unit, which is linear.
 
     Either form (Liu et al. 2024, "Flash STU") turns its input into streams,
     convolves each with its own filter, and combines the results.
     """
 
-    lag_step: int
-    """The filters' taps lie this many positions apart."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-
     def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
-        streams = self.streams(x)
-        if memory is None:
-            mixed = causal_convolution(streams, self.taps(filters), self.lag_step)
-        else:
-            mixed = memory.convolve(self.layer, streams)
-        return self.combine(mixed, x)
-
-    @abstractmethod
-    def taps(self, filters: Tensor) -> Tensor:
-        """The convolution's taps `[N, C]`, in float32 or wider, of spectral filters `[L, K]`."""
+        return self.combine(self.convolved(self.streams(x), filters, memory), x)
 
     @abstractmethod
     def streams(self, x: Tensor) -> Tensor:
@@ -97,7 +114,7 @@ class TensordotSTU(STU):
     lag_step = 2
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
+        super().__init__(layer)
         self.input_matrix = nn.Parameter(torch.empty(config.width, config.width))
         self.filter_matrix = nn.Parameter(torch.empty(config.num_filters, config.width))
 
@@ -120,7 +137,7 @@ class FullSTU(STU):
     lag_step = 1
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
+        super().__init__(layer)
         shape = config.num_filters, config.width, config.width
         self.plus_matrices = nn.Parameter(torch.empty(shape))
         self.minus_matrices = nn.Parameter(torch.empty(shape))

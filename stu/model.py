@@ -1,4 +1,4 @@
-"""Flash-STU: a language model whose layers mix tokens by spectral convolution and attention."""
+"""Flash-STU: a language model whose layers mix tokens by long convolution and attention."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
+from stu.hyena import Hyena, ImplicitFilter
 from stu.layers import (
-    STU,
     FullSTU,
     GatedMLP,
+    LongConvolution,
     Memory,
     RMSNorm,
     SlidingWindowAttention,
@@ -20,13 +21,16 @@ from stu.layers import (
 
 
 class FlashSTU(nn.Module):
-    """Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489.
+    """Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489; in the layouts
+    `hyena` and `attention` the same with other mixers.
 
     Weights are initialised from torch's global generator, except on the meta device. The spectral
-    filters are a buffer that stays at least float32 when the model is cast.
+    filters are a buffer that stays at least float32 when the model is cast, and so do the weights
+    that make Hyena's filters: `wide_names`.
     """
 
     filters: Tensor
+    """`[L, K]`, or `[L, 0]` where no layer is an STU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,10 +38,11 @@ class FlashSTU(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        shape = config.max_seq_len, config.num_filters
+        shape = config.max_seq_len, config.num_filters if config.stu_layers else 0
         self.register_buffer("filters", torch.empty(shape, dtype=torch.float32))
         if not self.filters.is_meta:
-            self.filters.copy_(torch.from_numpy(spectral_filters(*shape)))
+            if config.stu_layers:
+                self.filters.copy_(torch.from_numpy(spectral_filters(*shape)))
             _initialize(self)
 
     def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
@@ -65,13 +70,27 @@ class FlashSTU(nn.Module):
         return F.linear(hidden, self.embedding.weight)
 
     def convolution_taps(self) -> tuple[Tensor, int]:
-        """What an online convolution needs: taps `[stu_layers, N, C]` float64, and their lag step.
+        """What an online convolution needs: taps `[convolution_layers, N, C]` float64, and their
+        lag step.
 
         Summed in float64, they are as smooth as the filters are.
         """
-        layers = [block.mixer for block in self.blocks if isinstance(block.mixer, STU)]
-        taps = torch.stack([stu.taps(self.filters.double()) for stu in layers])
-        return taps.detach(), layers[0].lag_step
+        filters = self.filters.double()
+        layers = [its.mixer for its in self.blocks if isinstance(its.mixer, LongConvolution)]
+        if not layers:
+            return filters.new_zeros(0, 1, self.config.width), 1
+        return torch.stack([its.taps(filters) for its in layers]).detach(), layers[0].lag_step
+
+    @property
+    def wide_names(self) -> set[str]:
+        """Of the tensors that are to stay float32 or wider, whatever other weights are cast to."""
+        implicit = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, ImplicitFilter)
+            for name, _ in module.named_parameters()
+        }
+        return {"filters", *implicit}
 
     def num_parameters(self) -> int:
         """Trained weights; the filters are fixed and not counted."""
@@ -93,12 +112,17 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = GatedMLP(config)
-        self.mixer: STU | SlidingWindowAttention
+        self.mixer: LongConvolution | SlidingWindowAttention
         if index in config.attention_layers:
             self.mixer = SlidingWindowAttention(config, config.attention_layers.index(index))
+            return
+        layer = config.convolution_layers.index(index)
+        if config.layout == "hyena":
+            self.mixer = Hyena(config, layer)
+        elif config.stu_form == "tensordot":
+            self.mixer = TensordotSTU(config, layer)
         else:
-            form = TensordotSTU if config.stu_form == "tensordot" else FullSTU
-            self.mixer = form(config, config.stu_layers.index(index))
+            self.mixer = FullSTU(config, layer)
 
     def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
         return self.feed_forward(self.mix(x, filters, memory))
@@ -106,7 +130,7 @@ class Block(nn.Module):
     def mix(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
         """The first half, in which tokens see one another: `[B, T, D]` both ways."""
         normed = self.mixer_norm(x)
-        if isinstance(self.mixer, STU):
+        if isinstance(self.mixer, LongConvolution):
             mixed: Tensor = x + self.mixer(normed, filters, memory)
         else:
             mixed = x + self.mixer(normed, memory)
@@ -140,3 +164,7 @@ def _initialize(model: FlashSTU) -> None:
         elif isinstance(mixer, FullSTU):
             for matrix in (*mixer.plus_matrices, *mixer.minus_matrices):
                 nn.init.xavier_normal_(matrix)
+        elif isinstance(mixer, Hyena):
+            nn.init.xavier_normal_(mixer.input.weight)
+            nn.init.xavier_normal_(mixer.output.weight, gain=depth_scale)
+            mixer.initialize_filters()

@@ -7,7 +7,7 @@ import torch
 
 from stu.config import ModelConfig
 from stu.convolution import fast_fft_length
-from train.memory import num_parameters
+from train.memory import num_filter_parameters, num_parameters
 from train.parallel import ParallelConfig
 
 
@@ -66,13 +66,16 @@ def token_flops(
     passes = 4 if recomputes else 3
     # The embedding is read, which costs nothing, and makes logits, which does, once.
     head = config.vocab_size * config.width
-    dense = 2.0 * passes * (num_parameters(config) - head) + 6.0 * head
+    # What makes Hyena's filters goes over lags, not tokens: once for all sequences of a batch.
+    implicit = num_filter_parameters(config)
+    of_token = num_parameters(config) - head - implicit + implicit / micro_batch_size
+    dense = 2.0 * passes * of_token + 6.0 * head
     window = sum(min(i, config.window_tokens) + 1 for i in range(seq_len)) / seq_len
     attention = len(config.attention_layers) * 4.0 * window * config.width * (passes + 0.5)
     transform, count = _transforms(config, seq_len, micro_batch_size, recomputes)
     flops = 2.5 * transform * math.log2(transform)
     tokens = seq_len * micro_batch_size
-    return TokenFlops(dense, len(config.stu_layers) * count * flops / tokens, attention)
+    return TokenFlops(dense, len(config.convolution_layers) * count * flops / tokens, attention)
 
 
 def known_gpu(device: torch.device) -> str | None:
@@ -116,7 +119,7 @@ def step_seconds(
         config, seq_len, micro_batch_size, parallel.checkpoint_activations
     )
     # Read and written once, with the copies into and out of it: float32, four times.
-    fft_bytes = len(config.stu_layers) * count * transform * 4 * 4.0
+    fft_bytes = len(config.convolution_layers) * count * transform * 4 * 4.0
     convolutions = accumulated * fft_bytes / (FFT_SHARE * gpu.bytes_per_second)
     sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half=True)
     exchange = (1 - HIDDEN_SHARE) * sent / gpu.network_bytes_per_second
@@ -128,9 +131,10 @@ def _transforms(
 ) -> tuple[int, int]:
     """Length of a layer's FFTs, and how many go over it: those of inputs, of taps, and back, in
     both passes (`stu.convolution`)."""
-    lag_step = 2 if config.stu_form == "tensordot" else 1
-    streams = micro_batch_size if lag_step == 2 else micro_batch_size * config.width
-    channels = config.width if lag_step == 2 else 2 * config.num_filters
+    form = config.stu_form if config.stu_layers else None
+    lag_step = 2 if form == "tensordot" else 1
+    streams = micro_batch_size * config.streams_per_sequence
+    channels = 2 * config.num_filters if form == "full" else config.width
     per_phase = -(-seq_len // lag_step)
     sequences = lag_step * streams
     forward, backward = 2 * sequences + 1, 3 * sequences + 2

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from stu.hyena import ImplicitFilter
 from stu.model import FlashSTU
 from train.checkpoint_folder import MOMENTS, WEIGHT, CheckpointFolder
 from train.checkpoint_writer import CheckpointWriter
@@ -38,14 +39,15 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
     def divide(self, model: FlashSTU) -> None:
         """Among the ranks, block by block; what is outside of them stays gathered in a step."""
         is_half = self.precision_plugin.precision == "bf16-mixed"
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if is_half else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # the filters are one, and stay float32
-        )
-        mesh = self.device_mesh["data_parallel"]
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        filters = [its for its in model.modules() if isinstance(its, ImplicitFilter)]
+        for module in (*filters, *model.blocks, model):
+            rounds = is_half and module not in filters
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if rounds else None,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,  # an STU's filters are one, and stay float32
+            )
+            fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
         register_fsdp_forward_method(model, "hidden")
 
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:

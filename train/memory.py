@@ -19,6 +19,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from stu import convolution, layers
 from stu.config import ModelConfig
+from stu.hyena import ImplicitFilter
 from stu.model import FlashSTU
 from train.loss import next_token_loss
 from train.parallel import ParallelConfig, prepare_blocks
@@ -65,7 +66,7 @@ def rank_memory(
     count = num_parameters(config)
     stage = parallel.zero_stage if parallel.kind == "zero" else 0
     share = -(-count // num_ranks)
-    filters = 4 * config.max_seq_len * config.num_filters
+    filters = 4 * config.max_seq_len * config.num_filters if config.stu_layers else 0
     if parallel.kind == "ddp":
         # Autocast's own copies of weights are among the activations. DDP sums gradients in buckets
         # besides.
@@ -99,6 +100,15 @@ def num_parameters(config: ModelConfig) -> int:
     """Of the model."""
     with torch.device("meta"):
         return FlashSTU(config).num_parameters()
+
+
+@functools.cache
+def num_filter_parameters(config: ModelConfig) -> int:
+    """Of what makes Hyena's filters."""
+    with torch.device("meta"):
+        modules = FlashSTU(config).modules()
+    implicit = [its for its in modules if isinstance(its, ImplicitFilter)]
+    return sum(parameter.numel() for its in implicit for parameter in its.parameters())
 
 
 @functools.cache
@@ -144,6 +154,28 @@ def activation_bytes(
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     held += sum(p.numel() * p.element_size() for p in model.parameters())
     return max(0, int(snapshot["Total"]) - held)
+
+
+def fft_bytes(config: ModelConfig, seq_len: int, micro_batch_size: int) -> int:
+    """Bytes in which one layer's FFTs work on a GPU, at the fullest moment of its backward pass:
+    spectra and padded copies, besides what the convolution takes and returns."""
+    if not config.convolution_layers:
+        return 0
+    lag_step = 2 if config.stu_layers and config.stu_form == "tensordot" else 1
+    is_full = config.stu_layers and config.stu_form == "full"
+    channels = 2 * config.num_filters if is_full else config.width
+    with FakeTensorMode(), _as_on_gpu(True, flash=False):
+        streams = micro_batch_size * config.streams_per_sequence
+        inputs = torch.zeros(streams, seq_len, channels, requires_grad=True)
+        taps = torch.zeros(-(-seq_len // lag_step), channels, requires_grad=True)
+        grad = torch.zeros_like(inputs)
+        tracker = MemTracker()
+        tracker.track_external(inputs, taps, grad)
+        with tracker:
+            convolution.causal_convolution(inputs, taps, lag_step).backward(grad)  # type: ignore[no-untyped-call]
+        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    held = [inputs, taps, grad, inputs, inputs, taps]  # outputs, and both gradients
+    return max(0, int(snapshot["Total"]) - sum(4 * its.numel() for its in held))
 
 
 def _with_weights_in(dtype: torch.dtype, config: ModelConfig) -> FlashSTU:

@@ -7,6 +7,8 @@ from typing import Literal
 from torch import nn
 from torch.optim import AdamW
 
+from stu.hyena import ImplicitFilter
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -18,7 +20,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Of matrices; norms are not decayed."""
+    """Of matrices; norms, and what makes Hyena's filters, are not decayed."""
     warmup_steps: int = 100
     """Optimizer steps in which the rate rises linearly from near 0."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -51,10 +53,18 @@ def parameter_groups(module: nn.Module) -> list[list[str]]:
     """Names of parameters that are decayed, and of those that are not."""
     # Matrices include the embedding, which is also the output layer, where decay keeps scores from
     # growing; and an STU's filter matrix, which multiplies its input matrix: decaying only one of
-    # the two would move the scale into the other. Norm weights, near 1, have no reason to shrink.
+    # the two would move the scale into the other; and so Hyena's short taps, which multiply its
+    # projection. Norm weights, near 1, have no reason to shrink, nor has what lies in the sines of
+    # Hyena's filters: it is how fast they may vary, not how large they are (as published).
     # Under ZeRO-3 a parameter's own shape is that of nothing.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters()}
-    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    implicit = [its for its in module.modules() if isinstance(its, ImplicitFilter)]
+    kept = {id(parameter) for its in implicit for parameter in its.parameters()}
+    matrices = [
+        name
+        for name, parameter in module.named_parameters()
+        if len(shapes[name]) >= 2 and id(parameter) not in kept
+    ]
     return [matrices, [name for name in shapes if name not in set(matrices)]]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 DAY_SECONDS = 86_400
+LOG_COLUMNS = 110
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +61,7 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         token_flops,
     )
     from train.fits import Fits, stages
+    from train.memory import fft_bytes
 
     if gpu_name == "this":
         known = known_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -76,7 +78,7 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     seq_len, micro_batch = settings.data.seq_len, settings.data.micro_batch_size
     accumulated = settings.trainer.accumulate_grad_batches
     usable = USABLE_SHARE * gpu.memory_gib * GIB
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     fits = Fits(config, seq_len, num_ranks, usable)
     flops = token_flops(config, seq_len, micro_batch, parallel.checkpoint_activations)
     console.print(
@@ -91,19 +93,23 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         "optimizer",
         "buffers",
         "activations",
+        "FFTs",
         "total",
         "largest",
         title=f"GiB on each of {num_ranks} {gpu_name}, {seq_len:,} tokens x {micro_batch}; "
         f"{usable / GIB:.1f} are usable",
     )
+    ffts = fft_bytes(config, seq_len, micro_batch)
     for name, other in stages(parallel):
         memory = fits.memory(other, micro_batch)
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
-        values = [f"{part / GIB:.2f}" for part in (*parts, memory.activations, memory.total)]
+        values = [f"{part / GIB:.2f}" for part in (*parts, memory.activations, ffts, memory.total)]
         mark = " <-" if other == parallel else ""
         table.add_row(name + mark, *values, str(fits.largest(other)))
     console.print(table)
-    console.print("largest: the largest micro-batch that fits")
+    console.print(
+        "FFTs: one layer's, among the activations; largest: the largest micro-batch that fits"
+    )
     tokens_per_step = num_ranks * accumulated * micro_batch * seq_len
     seconds = step_seconds(config, gpu, parallel, seq_len, micro_batch, accumulated, num_ranks)
     tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step

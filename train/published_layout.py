@@ -60,8 +60,14 @@ EMBEDDING, HEAD, FILTERS = "tok_emb.weight", "lm_head.weight", "phi"
 def published_names(config: ModelConfig) -> dict[str, str]:
     """The published name of each weight of a model, and of its filters.
 
-    The embedding's other name, `lm_head.weight`, is not among them.
+    The embedding's other name, `lm_head.weight`, is not among them. Raises ValueError for a model
+    that the published code has no layers for.
     """
+    if config.layout not in ("hybrid", "stu"):
+        raise ValueError(
+            f"layout={config.layout!r} cannot be exported to the published format, whose blocks "
+            "mix with STU, or alternate with attention: export a model directory (--format stu)"
+        )
     names = {"embedding.weight": EMBEDDING, "norm.weight": "norm.weight", "filters": FILTERS}
     stu = TENSORDOT if config.stu_form == "tensordot" else FULL
     for i in range(config.num_layers):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stu.attention import alibi_slopes, attend, sliding_window_attention
 from stu.futurefill import Continuous, OnlineConvolution
+from stu.hyena import SHORT_TAPS, short_convolution
 from stu.model import FlashSTU
 
 
@@ -39,7 +40,7 @@ class Runner:
         wide_taps, lag_step = model.convolution_taps()
         taps = wide_taps.to(model.filters.dtype)
         # The full form convolves each channel of a row as a sequence of its own.
-        self._streams_per_row = config.width if config.stu_form == "full" else 1
+        self._streams_per_row = config.streams_per_sequence
         num_streams = len(prompts) * self._streams_per_row
         self._convolution = convolution(taps, num_streams, max(max_new_tokens), lag_step)
 
@@ -52,6 +53,9 @@ class Runner:
         """Rings `[attn_layers, B, heads, size, head_dim]`: new token t of every row lies in slot
         `t % size`, and its prompt, whose last token has t = -1, just before."""
         self._slots = torch.arange(size, device=device)
+        last = len(config.convolution_layers), len(prompts), SHORT_TAPS - 1, 3 * config.width
+        self._last_inputs = torch.zeros(last, dtype=model.embedding.weight.dtype, device=device)
+        """Of the short convolutions: `[convolution_layers, B, 2, 3 D]`."""
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._slopes = alibi_slopes(config.num_heads).to(device)
         self._distances = torch.empty(0)
@@ -91,6 +95,14 @@ class Runner:
         start = self._prefilling * self._streams_per_row
         rows = slice(start, start + self._streams_per_row)
         return self._convolution.prefill(layer, streams, rows)
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        """`Memory.convolve_short` of one prompt, or of one token of each row: `[B, T, C]`."""
+        row = self._prefilling
+        held = self._last_inputs[layer, slice(None) if row is None else slice(row, row + 1)]
+        before = held.clone()
+        held[:] = torch.cat([before, inputs], dim=1)[:, -held.shape[1] :]
+        return short_convolution(inputs, taps, before)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""

@@ -24,7 +24,10 @@ CONFIGS = {
     "stu": {"layout": "stu"},
     "hybrid": {"layout": "hybrid", "window_tokens": 10},
     "full": {"layout": "stu", "stu_form": "full", "num_filters": 2, "num_layers": 1},
+    "hyena": {"layout": "hyena"},
+    "attention": {"layout": "attention", "window_tokens": 10},
 }
+MIXED = ["attention", "hybrid", "hyena", "stu"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,16 @@ def prompt_alone(model, request):
     return [
         (token, *reference.logprobs(row, token, request.prompt_logprobs)) for row, token in followed
     ]
+
+
+def poison(caches):
+    """So that what is read before it is written shows."""
+    caches.convolution._pending.fill_(math.nan)
+    caches.convolution._inputs.fill_(math.nan)
+    for pool in filter(None, caches.pools):
+        pool.pages[1:] = math.nan
+    if caches.recent is not None:
+        caches.recent._inputs[:, :-1] = math.nan
 
 
 def drain(engine, answers):
@@ -153,6 +166,7 @@ def test_under_traffic_every_request_equals_itself_alone(
         expected_new_tokens=expected_new_tokens,
     )
     engine = Engine(model, tokenizer, config)
+    poison(engine._caches)
     expected, answers, refused = {}, {}, 0
     for step in range(82):
         for arrival, request in traffic:
@@ -185,7 +199,25 @@ def test_under_traffic_every_request_equals_itself_alone(
     assert stats.convolution_pages_used == stats.attention_pages_used == 0
 
 
-@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("page_len", [2, 4, 16, 64])
+def test_prompts_of_few_tokens_and_pages_of_any_length(tokenizer, kind, new_tokens, page_len):
+    """Taken in together, more of them than there are rows."""
+    engine = Engine(MODELS[kind], tokenizer, EngineConfig(0.01, page_len, max_running=3))
+    poison(engine._caches)
+    prompts = [list(range(3, 3 + length)) for length in (1, 2, 3, 4, 17, 1, 2)]
+    params = SamplingParams(temperature=1.0, seed=3, logprobs=2)
+    requests = {engine.add(its): its for its in (Request(p, new_tokens, params) for p in prompts)}
+    answers = {}
+    drain(engine, answers)
+    for request_id, request in requests.items():
+        tokens, logprobs = alone(MODELS[kind], request)
+        assert answers[request_id][0] == tokens
+        check_logprobs(answers[request_id][2], logprobs)
+
+
+@pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("prompt_len", [1, 16, 150])
 @pytest.mark.parametrize("new_tokens", [2, 9, 17, 100])
 def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, new_tokens):
@@ -200,13 +232,14 @@ def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, ne
         convolution.append(engine.stats().convolution_pages_used)
         attention.append(engine.stats().attention_pages_used)
     assert convolution == sorted(convolution, reverse=True)
-    assert convolution[0] == -(-(new_tokens - 1) // page_len)
+    assert convolution[0] == (-(-(new_tokens - 1) // page_len) if kind != "attention" else 0)
     assert convolution[-1] == attention[-1] == 0
     at_once = min(-(-window // page_len) + 1, -(-(prompt_len + new_tokens - 1) // page_len))
-    assert max(attention) <= (at_once if kind == "hybrid" else 0)
+    assert max(attention) <= (at_once if kind in ("hybrid", "attention") else 0)
     pool = engine._caches.pools[0]
     shape = MODELS[kind].config
-    assert pool.page_bytes == len(shape.stu_layers) * shape.width * page_len * 8  # of float64
+    page_bytes = len(shape.convolution_layers) * shape.width * page_len * 8  # of float64
+    assert pool.page_bytes == page_bytes
 
 
 def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
@@ -328,7 +361,7 @@ def test_a_model_and_a_tokenizer_that_do_not_fit(tokenizer):
         Engine(MODELS["full"], tokenizer, EngineConfig(batch_invariant=True))
 
 
-@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+@pytest.mark.parametrize("kind", MIXED)
 def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind):
     """And an abort of it disturbs no other."""
     config = EngineConfig(cache_gib=0.01, page_len=8, prompt_tokens_per_step=40)
@@ -352,7 +385,7 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
     assert not engine._chooser._requests
 
 
-@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+@pytest.mark.parametrize("kind", MIXED)
 def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokenizer, kind):
     config = EngineConfig(cache_gib=0.01, page_len=8, max_running=8, prompt_tokens_per_step=64)
     engine, answers = Engine(MODELS[kind], tokenizer, config), {}
@@ -400,7 +433,9 @@ def test_the_caches_keep_to_their_budget(kind, num_bytes, batch_invariant):
     config = EngineConfig(gib, page_len=4, max_running=5, batch_invariant=batch_invariant)
     caches = make_caches(build(kind, width=16).float(), config)
     attention = caches.pools[1].pages.nbytes if caches.pools[1] else 0
-    assert caches.convolution.num_bytes + attention <= gib * 2**30
+    recent = caches.recent.num_bytes if caches.recent else 0
+    assert (recent > 0) == (kind == "hyena")
+    assert caches.convolution.num_bytes + attention + recent <= gib * 2**30
 
 
 def test_equal_priority_never_gives_way(tokenizer):
@@ -480,7 +515,7 @@ def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
 
 @pytest.mark.skipif(not packs(torch.ones(1)), reason="odd widths need packed weights")
 @pytest.mark.parametrize("width", [8, 6, 50])
-@pytest.mark.parametrize("kind", ["stu", "hybrid"])
+@pytest.mark.parametrize("kind", MIXED)
 def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
     """In float32, alone, in company, and after giving way."""
     model = build(kind, width=width, mlp_ratio=3).float()

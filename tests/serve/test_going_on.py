@@ -1,11 +1,15 @@
 """A request that goes on in another engine, from the tokens it has, ends as it would have."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import Request
 from serve.sampling import SamplingParams
+from stu.model import FlashSTU
 
 SETTINGS = {
     "greedy": SamplingParams(logprobs=2),
@@ -37,12 +41,16 @@ def replaced(request, **values):
 
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
 @pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
 def test_what_is_added_after_any_token_is_the_rest(
-    code_model, code_tokenizer, settings, batch_invariant
+    code_model, code_tokenizer, settings, batch_invariant, layout
 ):
     """To the last bit of every logprob where the engine is batch invariant, though others run
     there."""
-    model = code_model if batch_invariant else code_model.__class__(code_model.config).double()
+    torch.manual_seed(0)
+    model = FlashSTU(replace(code_model.config, layout=layout)).eval()
+    if not batch_invariant:
+        model = model.double()
     prompt = [code_tokenizer.bos_id, *code_tokenizer.encode("def f(")]
     request = Request(prompt, 25, SETTINGS[settings], stop_strings=["zzz"])
     others = [Request([1, 2, 3], 15), Request([5] * 30, 9)]

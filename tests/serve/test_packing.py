@@ -15,10 +15,10 @@ needs_packing = pytest.mark.skipif(
 )
 
 
-def build(dtype=torch.float32):
+def build(dtype=torch.float32, layout="hybrid"):
     torch.manual_seed(0)
     shape = {"width": 16, "num_layers": 2, "num_filters": 6, "num_heads": 2, "max_seq_len": 64}
-    return FlashSTU(ModelConfig(vocab_size=40, **shape)).to(dtype).eval()
+    return FlashSTU(ModelConfig(vocab_size=40, layout=layout, **shape)).to(dtype).eval()
 
 
 @needs_packing
@@ -32,8 +32,16 @@ def test_products_are_those_of_the_plain_weights(num_rows):
 
 @needs_packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype):
-    model = build(dtype)
+@pytest.mark.parametrize(
+    ("layout", "mixers"),
+    [
+        ("hybrid", {"blocks.0.mixer.project", "blocks.1.mixer.qkv", "blocks.1.mixer.output"}),
+        ("hyena", {f"blocks.{i}.mixer.{name}" for i in (0, 1) for name in ("input", "output")}),
+        ("attention", {f"blocks.{i}.mixer.{name}" for i in (0, 1) for name in ("qkv", "output")}),
+    ],
+)
+def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype, layout, mixers):
+    model = build(dtype, layout)
     copied = packed_copy(model)
     tokens = torch.arange(30)[None]
     with torch.inference_mode():
@@ -43,9 +51,10 @@ def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype):
     assert copied.embedding.weight is model.embedding.weight
     assert copied.filters is model.filters
     packed = {name for name, its in copied.named_modules() if isinstance(its, PackedLinear)}
-    linears = {name for name, its in model.named_modules() if isinstance(its, torch.nn.Linear)}
-    assert packed == ({*linears, "blocks.0.mixer.project"} if dtype == torch.float32 else set())
-    assert {"blocks.0.mlp.gate", "blocks.1.mixer.qkv"} <= linears
+    mlps = {f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("gate", "up", "down")}
+    assert packed == (mixers | mlps if dtype == torch.float32 else set())
+    shared = {id(its) for its in model.parameters()}
+    assert {id(its) for its in copied.parameters()} <= shared
 
 
 @needs_packing

@@ -56,6 +56,22 @@ def test_round_trip(saved, model, tokenizer):
     ]
 
 
+@pytest.mark.parametrize("layout", ["hyena", "attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_without_spectral_filters(tmp_path, tokenizer, layout, dtype):
+    """And filters of Hyena that no cast to 16 bits changes."""
+    torch.manual_seed(0)
+    shape = {"width": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32}
+    model = FlashSTU(ModelConfig(vocab_size=tokenizer.vocab_size, layout=layout, **shape))
+    save_model(tmp_path / "model", model, tokenizer, dtype=dtype)
+    loaded = load_model(tmp_path / "model", dtype=dtype)
+    assert loaded.embedding.weight.dtype == dtype
+    assert loaded.filters.shape == (32, 0)
+    assert torch.equal(loaded.convolution_taps()[0], model.convolution_taps()[0])
+    tokens = torch.arange(10)[None]
+    assert torch.equal(loaded(tokens), model.to(dtype)(tokens))
+
+
 def test_stored_filters_are_used(saved):
     """Two machines may differ in the last digits of their filters; the checkpoint decides."""
     file = saved / "model.safetensors"

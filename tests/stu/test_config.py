@@ -19,6 +19,23 @@ def test_layers_alternate_from_stu():
 
 
 @pytest.mark.parametrize(
+    ("layout", "stu", "convolution", "attention"),
+    [
+        ("hybrid", (0, 2), (0, 2), (1,)),
+        ("stu", (0, 1, 2), (0, 1, 2), ()),
+        ("hyena", (), (0, 1, 2), ()),
+        ("attention", (), (), (0, 1, 2)),
+    ],
+)
+def test_what_layers_mix_with(layout, stu, convolution, attention):
+    config = ModelConfig(vocab_size=9, num_layers=3, width=16, stu_form="full", layout=layout)
+    assert config.stu_layers == stu
+    assert config.convolution_layers == convolution
+    assert config.attention_layers == attention
+    assert config.streams_per_sequence == (16 if stu else 1)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("vocab_size", 0),
@@ -29,7 +46,7 @@ def test_layers_alternate_from_stu():
         ("mlp_ratio", 0),
         ("num_heads", 0),
         ("window_tokens", 0),
-        ("layout", "attention"),
+        ("layout", "conv"),
         ("stu_form", "dense"),
         ("softcap", float("nan")),
         ("softcap", float("inf")),
@@ -47,6 +64,7 @@ def test_values_that_do_not_fit_each_other():
         ModelConfig(vocab_size=10, width=100)
     with pytest.raises(ValueError, match="num_filters=24 is more than max_seq_len=16"):
         ModelConfig(vocab_size=10, max_seq_len=16)
+    ModelConfig(vocab_size=10, max_seq_len=16, layout="hyena")  # without spectral filters
 
 
 def test_unknown_key_names_the_nearest():

@@ -1,5 +1,7 @@
 """Decoding step by step equals one forward pass over the whole sequence."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,10 +11,14 @@ from stu.model import FlashSTU
 from tests.reference.decoding import Runner
 
 VOCAB_SIZE = 40
-PROMPT_LENGTHS = 1, 2, 13, 16, 17
+PROMPT_LENGTHS = 1, 2, 3, 13, 16, 17
 NUM_NEW = 80
 WINDOW_SMALLER, WINDOW_LARGER = 7, 200  # than the sequences
-LAYOUTS = [("stu", WINDOW_SMALLER), ("hybrid", WINDOW_SMALLER), ("hybrid", WINDOW_LARGER)]
+LAYOUTS = [
+    *itertools.product(["stu"], ["tensordot", "full"], [WINDOW_SMALLER]),
+    *itertools.product(["hybrid"], ["tensordot", "full"], [WINDOW_SMALLER, WINDOW_LARGER]),
+    ("hyena", "tensordot", WINDOW_SMALLER),
+]
 
 
 class ShortPages(Continuous):
@@ -20,6 +26,9 @@ class ShortPages(Continuous):
 
     def __init__(self, taps, batch, max_new_tokens, lag_step=1):
         super().__init__(taps, batch, max_new_tokens, lag_step, page_columns=4)
+
+
+CONVOLUTIONS = [Naive, Epoched, Continuous, ShortPages]
 
 
 def build(dtype=torch.float32, **settings):
@@ -45,9 +54,14 @@ def random_tokens(num_rows, length):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("stu_form", ["tensordot", "full"])
-@pytest.mark.parametrize(("layout", "window_tokens"), LAYOUTS)
-@pytest.mark.parametrize("convolution", [Naive, Epoched, Continuous, ShortPages])
+@pytest.mark.parametrize(
+    ("convolution", "layout", "stu_form", "window_tokens"),
+    [
+        *((its, *layout) for its in CONVOLUTIONS for layout in LAYOUTS),
+        (Naive, "attention", "tensordot", WINDOW_SMALLER),  # of no layers
+        (Naive, "attention", "tensordot", WINDOW_LARGER),
+    ],
+)
 def test_decoding_equals_the_forward_pass(
     convolution, layout, stu_form, window_tokens, dtype, tolerance
 ):
@@ -63,9 +77,12 @@ def test_decoding_equals_the_forward_pass(
         assert worst < tolerance, f"prompt of {length} tokens"
 
 
-@pytest.mark.parametrize("stu_form", ["tensordot", "full"])
-def test_a_row_does_not_depend_on_its_batch(stu_form):
-    model = build(torch.float64, stu_form=stu_form, window_tokens=WINDOW_SMALLER)
+@pytest.mark.parametrize(
+    ("layout", "stu_form"), [("hybrid", "tensordot"), ("hybrid", "full"), ("hyena", "tensordot")]
+)
+def test_a_row_does_not_depend_on_its_batch(layout, stu_form):
+    settings = {"layout": layout, "stu_form": stu_form, "window_tokens": WINDOW_SMALLER}
+    model = build(torch.float64, **settings)
     sequences = random_tokens(4, 60)
     lengths = 1, 40, 8, 13
     together = decode(model, sequences, lengths, 20)
@@ -74,8 +91,9 @@ def test_a_row_does_not_depend_on_its_batch(stu_form):
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-12)
 
 
-def test_a_context_can_be_filled_to_the_last_token():
-    model = build(torch.float64, max_seq_len=64)
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+def test_a_context_can_be_filled_to_the_last_token(layout):
+    model = build(torch.float64, max_seq_len=64, layout=layout)
     sequences = random_tokens(2, 64)
     decoded = decode(model, sequences, [63, 63], 1)
     with torch.inference_mode():
@@ -83,7 +101,7 @@ def test_a_context_can_be_filled_to_the_last_token():
 
 
 @pytest.mark.parametrize("convolution", [Naive, Epoched, Continuous])
-@pytest.mark.parametrize("layout", ["stu", "hybrid"])
+@pytest.mark.parametrize("layout", ["stu", "hybrid", "hyena"])
 def test_bfloat16_decodes_as_it_trains(layout, convolution):
     model = build(torch.bfloat16, layout=layout, window_tokens=WINDOW_SMALLER)
     sequences = random_tokens(2, 60)

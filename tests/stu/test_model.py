@@ -1,5 +1,7 @@
 """The model: forms of STU, causality, casts, initial weights."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,8 +20,8 @@ def small(**changes):
     return FlashSTU(ModelConfig(**(SMALL | changes)))
 
 
-def stu_layer(form):
-    model = small(stu_form=form, layout="stu").double()
+def stu_layer(form, layout="stu"):
+    model = small(stu_form=form, layout=layout).double()
     return model.blocks[0].mixer, model.filters
 
 
@@ -67,9 +69,11 @@ def test_gradients_equal_those_of_the_branches():
     )
 
 
-@pytest.mark.parametrize("form", ["tensordot", "full"])
-def test_gradcheck(form):
-    stu, filters = stu_layer(form)
+@pytest.mark.parametrize(
+    ("layout", "form"), [("stu", "tensordot"), ("stu", "full"), ("hyena", "tensordot")]
+)
+def test_gradcheck(layout, form):
+    stu, filters = stu_layer(form, layout)
     x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
     names = dict(stu.named_parameters())
     # A random direction in the parameters: all entries one by one would take minutes.
@@ -85,8 +89,14 @@ def test_gradcheck(form):
     assert torch.autograd.gradcheck(along, (x, *amounts))
 
 
-@pytest.mark.parametrize("layout", ["stu", "hybrid"])
-@pytest.mark.parametrize("form", ["tensordot", "full"])
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [
+        *itertools.product(["stu", "hybrid"], ["tensordot", "full"]),
+        ("hyena", "tensordot"),
+        ("attention", "tensordot"),
+    ],
+)
 def test_causal(layout, form):
     model = small(layout=layout, stu_form=form).double()
     tokens = torch.randint(50, (1, 40))
@@ -97,8 +107,9 @@ def test_causal(layout, form):
     assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-3
 
 
-def test_any_length_up_to_max_seq_len():
-    model = small()
+@pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
+def test_any_length_up_to_max_seq_len(layout):
+    model = small(layout=layout)
     for length in (1, 3, 64):
         assert model(torch.zeros(1, length, dtype=torch.long)).shape == (1, length, 50)
     with pytest.raises(ValueError, match="65 tokens exceeds max_seq_len=64"):
@@ -130,8 +141,9 @@ def test_taps_are_float32_under_autocast():
     assert torch.equal(mixed, expected.bfloat16())  # rounded once, after the convolution
 
 
-def test_float32_forward_stays_near_float64():
-    model = small()
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+def test_float32_forward_stays_near_float64(layout):
+    model = small(layout=layout)
     tokens = torch.randint(50, (2, 64))
     single = model(tokens)
     exact = model.double()(tokens)

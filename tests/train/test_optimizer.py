@@ -10,9 +10,13 @@ from tests.train.conftest import MODEL
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor
 
 
-@pytest.mark.parametrize("form", ["tensordot", "full"])
-def test_only_matrices_decay(form):
-    model = FlashSTU(ModelConfig(**MODEL, stu_form=form))
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [("hybrid", "tensordot"), ("hybrid", "full"), ("hyena", "tensordot"), ("attention", "full")],
+)
+def test_only_matrices_decay(layout, form):
+    """And not those that make Hyena's filters."""
+    model = FlashSTU(ModelConfig(**MODEL, layout=layout, stu_form=form))
     optimizer = adamw(model, OptimizerConfig(weight_decay=0.3))
     decay = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
@@ -20,7 +24,11 @@ def test_only_matrices_decay(form):
     named = dict(model.named_parameters())
     assert len(decay) == len(named)
     kept = {name for name, p in named.items() if decay[id(p)] == 0}
-    assert kept == {name for name in named if name.endswith("norm.weight")}
+    norms = {name for name in named if name.endswith("norm.weight")}
+    filters = {name for name in named if ".mixer.filter." in name}
+    assert len(filters) == (2 * 6 if layout == "hyena" else 0)
+    assert kept == norms | filters
+    assert ("blocks.0.mixer.short_taps" in named) == (layout == "hyena")
     assert {decay[id(p)] for name, p in named.items() if name not in kept} == {0.3}
 
 

@@ -14,7 +14,13 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train import plan
 from train.costs import known_gpu, token_flops
-from train.memory import activation_bytes, num_parameters, rank_memory
+from train.memory import (
+    activation_bytes,
+    fft_bytes,
+    num_filter_parameters,
+    num_parameters,
+    rank_memory,
+)
 from train.parallel import ParallelConfig
 
 SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
@@ -28,13 +34,16 @@ def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
 def test_activations_grow_with_the_micro_batch_and_little_else_does():
     one, two, four = (activations(micro_batch=size) for size in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
-    assert activations(replace(SMALL, num_layers=8)) > 1.7 * activations()
+    eight, sixteen = (activations(replace(SMALL, num_layers=count)) for count in (8, 16))
+    assert sixteen - eight == pytest.approx(2 * (eight - activations()), rel=0.05)
     assert activations(checkpoint_activations=True) < 0.6 * activations()
 
 
-def test_activations_are_at_least_what_is_saved_for_the_backward_pass():
+@pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
+def test_activations_are_at_least_what_is_saved_for_the_backward_pass(layout):
     """Counted on real tensors, one by one."""
-    model = FlashSTU(SMALL)
+    config = replace(SMALL, layout=layout)
+    model = FlashSTU(config)
     parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     saved = {}
 
@@ -47,7 +56,7 @@ def test_activations_are_at_least_what_is_saved_for_the_backward_pass():
     tokens = torch.zeros(2, 256, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(tokens)
-    assert sum(saved.values()) < activations() < 2 * sum(saved.values())
+    assert sum(saved.values()) < activations(config) < 2 * sum(saved.values())
 
 
 @pytest.mark.parametrize("is_half", [False, True])
@@ -69,6 +78,13 @@ def test_stages_divide_what_they_say(is_half):
     assert held[0].optimizer == (12 if is_half else 8) * count
 
 
+@pytest.mark.parametrize("layout", ["hyena", "attention"])
+def test_no_room_for_spectral_filters_where_there_are_none(layout):
+    config = replace(SMALL, layout=layout)
+    memory = rank_memory(config, ParallelConfig(), 1, 0, is_half=False, on_gpu=True)
+    assert memory.weights == 4 * num_parameters(config)
+
+
 def test_fsdp_divides_all_but_what_is_being_computed():
     one, eight = (
         rank_memory(SMALL, ParallelConfig(kind="fsdp"), ranks, 0, is_half=True, on_gpu=True)
@@ -79,6 +95,16 @@ def test_fsdp_divides_all_but_what_is_being_computed():
     assert one.total - eight.total == pytest.approx(16 * count * 7 / 8, rel=1e-3)
 
 
+def test_ffts_work_in_what_their_lengths_make():
+    """Of twice the padded length: two spectra and a padded copy, or what is transformed back."""
+    config = replace(SMALL, layout="stu")
+    sequences = 2 * 2 * config.width  # phases, micro-batch
+    padded = 4 * 256 * sequences  # bytes; each phase has 128 positions
+    assert 2.5 * padded < fft_bytes(config, 256, 2) < 4.5 * padded
+    assert fft_bytes(config, 256, 4) == pytest.approx(2 * fft_bytes(config, 256, 2), rel=0.1)
+    assert fft_bytes(replace(SMALL, layout="attention"), 256, 2) == 0
+
+
 def test_flops_of_dense_layers_and_attention():
     """Against the usual count, six for each weight and token."""
     flops = token_flops(SMALL, 256, 2, recomputes=False)
@@ -87,6 +113,26 @@ def test_flops_of_dense_layers_and_attention():
     again = token_flops(SMALL, 256, 2, recomputes=True)
     head = SMALL.vocab_size * SMALL.width
     assert again.dense == 8 * (num_parameters(SMALL) - head) + 6 * head
+
+
+def test_flops_of_other_mixers():
+    """Attention has no FFTs; Hyena's are twice as long as an STU's, and half as many; and what
+    makes its filters is computed once for a batch."""
+    stu, hyena, attention = (
+        replace(SMALL, layout=layout) for layout in ("stu", "hyena", "attention")
+    )
+    flops = token_flops(attention, 256, 2, recomputes=False)
+    assert flops.convolution == 0
+    assert flops.dense == 6 * num_parameters(attention)
+    assert flops.attention == pytest.approx(4 * 3.5 * 4 * 64 * 32, rel=0.1)
+    assert token_flops(hyena, 256, 2, recomputes=False).attention == 0
+    fft_stu, fft_hyena = (token_flops(its, 256, 64, False).convolution for its in (stu, hyena))
+    assert fft_hyena / fft_stu == pytest.approx(9 / 8, rel=0.02)  # log2 of 512 and of 256
+    network = 4 * (33 * 64 + 2 * 64 * 64 + 3 * 64 + 64 + 64 * 64 + 64)
+    assert num_filter_parameters(hyena) == network
+    for batch in (1, 2, 8):
+        dense = token_flops(hyena, 256, batch, recomputes=False).dense
+        assert dense == 6 * (num_parameters(hyena) - network + network / batch)
 
 
 @pytest.fixture

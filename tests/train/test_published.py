@@ -171,6 +171,16 @@ def test_round_trip(tmp_path, tokenizer, form, layout, caplog):
         assert torch.equal(again.state_dict()[name], weight), name
 
 
+@pytest.mark.parametrize("layout", ["hyena", "attention"])
+def test_layouts_that_the_published_code_lacks(tmp_path, tokenizer, layout, capsys):
+    config = ModelConfig(vocab_size=290, width=16, num_heads=2, max_seq_len=33, layout=layout)
+    save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
+    arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
+    assert export.main([*arguments, "--format", "published"]) == 2
+    assert f"layout='{layout}' cannot be exported to the published" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["ours"]
+
+
 def test_published_files_survive_import_and_export(imported, tmp_path):
     config, source, folder = imported
     assert export.main([str(folder), "--output", str(tmp_path / "t"), "--format=published"]) == 0

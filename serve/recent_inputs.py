@@ -1,0 +1,87 @@
+"""What short convolutions remember: the last few inputs of every sequence, in every layer.
+
+They are few enough not to be paged: each sequence has a place for them from its admission on, which
+is a row of the batch or of the prompts that are to join it.
+"""
+
+import torch
+from torch import Tensor
+
+from stu.hyena import short_convolution
+
+
+class RecentInputs:
+    """Of the short convolutions of several layers; its calls are `ConvolutionCache`'s.
+
+    layers: how many, each of `num_taps` taps and `width` channels. max_rows: sequences at once, in
+    the batch and before they join it.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        num_taps: int,
+        width: int,
+        max_rows: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        # One place more than sequences: padding is read from there and written to it.
+        shape = layers, max_rows + 1, num_taps - 1, width
+        self._inputs = torch.zeros(shape, dtype=dtype, device=device)
+        self._padding, self._max_rows = max_rows, max_rows
+        self._free = list(range(max_rows))
+        self._places: dict[int, int] = {}
+        self._rows: list[int] = []
+        """The place of each row's sequence,"""
+        self._index = self._places_of_rows()
+        """the same as a tensor, and after the rows the padding's."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all places."""
+        return self._inputs.numel() * self._inputs.element_size()
+
+    def admit(self, owner: int) -> None:
+        """Give `owner` a place."""
+        self._places[owner] = self._free.pop()
+
+    def release(self, owner: int) -> None:
+        """Forget `owner`, which is no row of the batch."""
+        place = self._places.pop(owner)
+        assert place not in self._rows, f"sequence {owner} is still in the batch"
+        self._free.append(place)
+
+    def prefill(self, owner: int, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        """The outputs `[1, P, C]` of a prompt, and its end into the sequence's place."""
+        held = self._inputs[layer, self._places[owner]]  # [J - 1, C]
+        last = inputs[0, max(0, inputs.shape[1] - len(held)) :]
+        held.zero_()  # what is before a sequence's first token
+        held[len(held) - len(last) :] = last
+        return short_convolution(inputs, taps)
+
+    def join(self, owner: int) -> None:
+        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
+        self._rows.append(self._places[owner])
+        self._index = self._places_of_rows()
+
+    def leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row takes its place."""
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+        self._index = self._places_of_rows()
+
+    def step(self, layer: int, inputs: Tensor, taps: Tensor, first_row: int = 0) -> Tensor:
+        """One token of rows from `first_row` on: `[B, 1, C]` both ways.
+
+        Rows beyond the batch's are padding, and may have any finite input.
+        """
+        places = self._index[first_row : first_row + len(inputs)]
+        before = self._inputs[layer, places]  # [B, J - 1, C]
+        self._inputs[layer, places] = torch.cat([before[:, 1:], inputs], dim=1)
+        return short_convolution(inputs, taps, before)
+
+    def _places_of_rows(self) -> Tensor:
+        missing = self._max_rows - len(self._rows)
+        places = self._rows + [self._padding] * missing
+        return torch.tensor(places, device=self._inputs.device)
