@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-BATCHES, NEW_TOKENS = [1, 8, 32], [64, 1024, 4096, 16384]
-CACHES = ["paged", "naive", "epoched"]
+BATCHES, NEW_TOKENS = [1, 8, 32, 64], [512, 2048, 8192, 32768]
+CACHES = ["paged", "naive", "epoched", "continuous", "flashinference"]
+PEERS = ["llama", "llama-dynamic", "mamba2", "rwkv", "s4"]
+LAYOUTS = ["stu", "hybrid", "hyena"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +42,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add("convolution", "training and online convolutions against the usual ways")
 
-    decode = add("decode", "steps of the engine with a paged, a naive and an epoched cache")
+    decode = add("decode", "steps of the engine with several caches, and of other models")
     decode.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="requests together")
     decode.add_argument("--new-tokens", type=int, nargs="+", default=NEW_TOKENS, help="of each")
-    decode.add_argument("--mlp-ratio", type=int, nargs="+", default=[4, 12], help="of the model")
-    decode.add_argument("--layout", nargs="+", choices=["stu", "hybrid"], default=["stu", "hybrid"])
+    decode.add_argument("--prompt-tokens", type=int, default=512, help="of each")
+    decode.add_argument("--width", type=int, default=512, help="of the models")
+    decode.add_argument("--mlp-ratio", type=int, nargs="+", default=[4], help="of our model")
+    decode.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["stu"], help="of ours")
     decode.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to compare")
+    decode.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=[],
+        help="other models of as many parameters; all but s4 need pip install 'stu[peers]'",
+    )
     decode.add_argument("--page-len", type=int, default=32, help="positions in a page")
-    decode.add_argument("--whole", action="store_true", help="time every step, not a sample")
+    decode.add_argument(
+        "--whole", action="store_true", help="time every step of our caches, not a sample"
+    )
     decode.add_argument("--output", type=Path, help="JSON file, written after each batch as well")
     decode.add_argument("--plot", type=Path, help="PNG file")
 

@@ -1,62 +1,117 @@
-"""The picture of `stu-bench decode`: where a step's time goes, and how it grows with the run."""
+"""The picture of `stu-bench decode`: speed against length, and memory against speed."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"paged": "#0b6e4f", "epoched": "#e08e0b", "naive": "#b3261e"}
+STYLES: dict[str, tuple[str, str, str]] = {
+    "paged": ("FutureFill, paged (ours)", "o", "-"),
+    "continuous": ("FutureFill, continuous", "s", "-"),
+    "epoched": ("FutureFill, epoched", "D", "-"),
+    "flashinference": ("Flash Inference", "^", "--"),
+    "naive": ("direct sums", "v", "--"),
+    "llama": ("Llama-like, preallocated", "P", ":"),
+    "llama-dynamic": ("Llama-like, DynamicCache", "X", ":"),
+    "mamba2": ("Mamba-2", "*", "-."),
+    "rwkv": ("RWKV-4", "p", "-."),
+    "s4": ("S4D", "h", "-."),
+}
+"""By cache or peer: its name, marker and line. Ours are black, others grey or hollow, so that they
+can be told apart without colours."""
+GREY = "0.45"
+LARGE_BATCH = 32
+MANY_LABELS = 300
+"""Where an axis goes from one number to so many times it, powers of ten are labels enough."""
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """Two panels of the longest STU-only runs with the smallest MLP and fewest threads."""
+    """Three panels of the runs with the fewest threads, of the first layout and MLP."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = longest(result["runs"])
+    runs = alike([run for run in result["runs"] if "tokens_per_second" in run])
     batches = sorted({run["batch"] for run in runs})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    caches = [name for name in COLOURS if any(run["cache"] == name for run in runs)]
-    for run in runs:
-        place = batches.index(run["batch"]) + 0.26 * (caches.index(run["cache"]) - 1)
-        model = run["step_ms"] - run["convolution_ms"] - run["outside_ms"]
-        colour, below = COLOURS[run["cache"]], 0.0
-        for part, alpha in ((model, 0.3), (run["outside_ms"], 0.6), (run["convolution_ms"], 1)):
-            left.bar(place, part, 0.24, bottom=below, color=colour, alpha=alpha)
-            below += part
-        left.text(place, below, f"{below:.0f}", ha="center", va="bottom", fontsize=8)
-    left.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    left.set_ylabel("milliseconds per step, mean over the run")
-    left.set_title("pale: the model's products; full: convolution", fontsize=10)
-    for run in runs:
-        if run["batch"] == max(batches):
-            by_position = run["step_ms_by_position"]
-            x = [int(position) for position in by_position]
-            right.plot(
-                x, list(by_position.values()), color=COLOURS[run["cache"]], label=run["cache"]
-            )
-    right.set_xlabel("new tokens so far")
-    right.set_ylabel("milliseconds per step without a flush")
-    right.set_title(f"batch {max(batches)}, along the run", fontsize=10)
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False)
-    for axes in (left, right):
+    large = min(batches, key=lambda batch: abs(batch - LARGE_BATCH))
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
+    for axes, batch in zip(panels, (batches[0], large), strict=False):
+        draw(axes, [run for run in runs if run["batch"] == batch], "new_tokens")
+        axes.set_title(f"batch {batch}", fontsize=10)
+        axes.set_xlabel("new tokens of each sequence")
+        lengths = sorted({run["new_tokens"] for run in runs})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.set_minor_locator(pyplot.NullLocator())
+    length = most_complete_length(runs)
+    draw(panels[2], [run for run in runs if run["new_tokens"] == length], "cache_mib")
+    panels[2].set_title(
+        f"{length:,} new tokens; along a line, batch {', '.join(map(str, batches))}", fontsize=10
+    )
+    panels[2].set_xlabel("cache of the batch (MiB)")
+    for axes in panels:
+        axes.set_ylabel("tokens per second, all sequences")
         axes.spines[["top", "right"]].set_visible(False)
-    shape = runs[0]
+        axes.grid(color="0.9")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    first = runs[0]
     figure.suptitle(
-        f"Decoding {shape['new_tokens']:,} tokens, {shape['layout']} layout, D=512, 8 layers, "
-        f"mlp_ratio {shape['mlp_ratio']}, {shape['threads']} thread(s)"
+        f"Decoding after prompts of {first['prompt_tokens']:,} tokens: models of about "
+        f"{first['parameters'] / 1e6:.1f} M parameters, D = {first['width']}, float32, "
+        f"{first['threads']} thread(s)",
+        fontsize=11,
     )
     figure.savefig(file, dpi=140)
 
 
-def longest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of one shape of model and one length, the one that shows the caches most."""
-    layout = "stu" if any(run["layout"] == "stu" for run in runs) else "hybrid"
-    most = {
-        "layout": layout,
-        "mlp_ratio": min(run["mlp_ratio"] for run in runs),
-        "new_tokens": max(run["new_tokens"] for run in runs),
-        "threads": min(run["threads"] for run in runs),
-    }
-    return [run for run in runs if all(run[name] == value for name, value in most.items())]
+def draw(axes: Any, runs: list[dict[str, Any]], by: str) -> None:
+    """A line for each cache or peer, on logarithmic axes."""
+    for name, (label, marker, line) in STYLES.items():
+        its = [run for run in runs if run["cache"] == name]
+        if not its:
+            continue
+        points = sorted((run[by], run["tokens_per_second"]) for run in its)
+        x, y = zip(*points, strict=True)
+        is_ours = name in ("paged", "continuous", "epoched")
+        axes.plot(
+            x,
+            y,
+            line,
+            label=label,
+            marker=marker,
+            color="black" if is_ours else GREY,
+            markerfacecolor="black" if name == "paged" else "white",
+            markersize=8,
+            linewidth=2.2 if name == "paged" else 1.1,
+            zorder=3 if name == "paged" else 2,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        label = functools.partial(plain_number, "1" if high / low > MANY_LABELS else "125")
+        axis.set_major_formatter(label)
+        axis.set_minor_formatter(label)
+
+
+def plain_number(digits: str, value: float, _: int) -> str:
+    """If it begins with one of these, or else no label."""
+    return f"{value:,.5g}" if f"{value:e}"[0] in digits else ""
+
+
+def alike(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of one layout, one MLP and the fewest threads."""
+    first = runs[0]
+    same = {name: first[name] for name in ("layout", "mlp_ratio")}
+    same["threads"] = min(run["threads"] for run in runs)
+    chosen = [run for run in runs if all(run[name] == same[name] for name in same)]
+    return [run | {"cache_mib": run["cache_bytes"] / 2**20} for run in chosen]
+
+
+def most_complete_length(runs: list[dict[str, Any]]) -> int:
+    """The longest of the lengths of which most runs fit into memory."""
+    counts: dict[int, int] = {}
+    for run in runs:
+        counts[run["new_tokens"]] = counts.get(run["new_tokens"], 0) + 1
+    most = max(counts.values())
+    return max(length for length, count in counts.items() if count == most)

@@ -1,9 +1,8 @@
 """Unpaged convolution caches of a batch that starts together, behind the paged one's interface."""
 
-import torch
 from torch import Tensor
 
-from stu.futurefill import Naive, OnlineConvolution, _Filled
+from stu.futurefill import Continuous, Naive, OnlineConvolution, _Filled
 
 MOST_FLUSHES = 4
 
@@ -13,10 +12,8 @@ class LockstepCache:
 
     def __init__(self, convolution: OnlineConvolution) -> None:
         self._convolution = convolution
+        self._first_position = convolution.position
         self._rows: dict[int, int] = {}
-        self._is_written = False
-        self.flushes: dict[int, tuple[int, float]] = {}
-        """None of tiles."""
 
     def pages_needed(self, new_tokens: int) -> int:
         """None: its memory is its own."""
@@ -42,25 +39,37 @@ class LockstepCache:
         """Every layer has stepped."""
         self._convolution.advance()
 
+    def fill(self, prompt_tokens: int) -> None:
+        """Write some number everywhere, in place of taking prompts of so many tokens in."""
+        convolution = self._convolution
+        if isinstance(convolution, _Filled):
+            convolution._slots.fill_(0.1)
+            convolution._page.fill_(0.1)
+            return
+        assert isinstance(convolution, Naive)
+        num_taps, columns = convolution.taps.shape[1], -(-prompt_tokens // convolution.lag_step)
+        convolution._prompt_columns = min(columns, num_taps)
+        first = num_taps - convolution._prompt_columns
+        for stream in convolution._inputs[..., first:].flatten(0, 2):
+            stream.fill_(0.1)
+
     def seek(self, position: int) -> None:
         """Go on as if so many new tokens had been decoded."""
         convolution = self._convolution
-        convolution.position = position
+        convolution.position = self._first_position + position
         if isinstance(convolution, _Filled):
-            convolution._place = position % (convolution.page_columns * convolution.lag_step)
-        elif isinstance(convolution, Naive) and not self._is_written:
-            self._is_written = True
-            with torch.inference_mode():  # memory that was never written to reads too fast
-                for stream in convolution._inputs[..., convolution.taps.shape[1] :].flatten(0, 2):
-                    stream.fill_(0.1)
+            page_tokens = convolution.page_columns * convolution.lag_step
+            convolution._place = convolution.position % page_tokens
 
     def sampled_flushes(self) -> list[tuple[str, int, int]]:
-        """Some of the ends of epochs: what happens there, where, and how many each stands for."""
+        """What happens at the ends of pages, where for example, and how many each stands for."""
         convolution = self._convolution
         if not isinstance(convolution, _Filled):
             return []
-        epoch = convolution.page_columns * convolution.lag_step
-        ends = range(epoch, convolution.max_new_tokens, epoch)
+        page, first = convolution.page_columns * convolution.lag_step, self._first_position
+        ends = range((first // page + 1) * page, convolution.max_new_tokens, page)
+        if isinstance(convolution, Continuous):
+            return _by_tile(ends, first, page)
         chosen = ends[len(ends) // (2 * MOST_FLUSHES) :: max(1, -(-len(ends) // MOST_FLUSHES))]
         counts = [
             len(ends) // len(chosen) + (i < len(ends) % len(chosen)) for i in range(len(chosen))
@@ -69,3 +78,15 @@ class LockstepCache:
             (f"a fill from {end} positions", end, count)
             for end, count in zip(chosen, counts, strict=True)
         ]
+
+
+def _by_tile(ends: range, first: int, page: int) -> list[tuple[str, int, int]]:
+    """Of each tile size, the first."""
+    by_tile: dict[int, list[int]] = {}
+    for end in ends:
+        pages = end // page
+        by_tile.setdefault(page * (pages & -pages), []).append(end - first)
+    return [
+        (f"a flush of {tile} positions", places[0], len(places))
+        for tile, places in sorted(by_tile.items())
+    ]

@@ -1,17 +1,24 @@
 """What a measurement was made on."""
 
+import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["numpy", "transformers", "deepspeed"]
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, threads and versions, for the head of a result."""
+    """Machine, versions, time and commit, for the head of a result."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -22,7 +29,35 @@ def describe() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit(ROOT),
     }
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit(folder: Path) -> str:
+    """The commit that is checked out, with `-dirty` if files differ from it."""
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", folder, *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return "unknown"
+    return f"{head}-dirty" if changes else head
 
 
 def copy_gb_per_s() -> float:

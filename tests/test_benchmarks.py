@@ -2,12 +2,16 @@
 
 import argparse
 import json
+from datetime import datetime
 
 import pytest
 import torch
 
 from benchmarks import cli, decode, soak
-from benchmarks.decode import make_engine
+from benchmarks.decode_engine import make_engine
+from benchmarks.energy import joules_counter
+from benchmarks.machine import commit, describe
+from benchmarks.samples import Sample, summary
 from serve.request import Request
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
@@ -22,50 +26,110 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("layout", ["stu", "hybrid"])
-def test_peers_decode_the_same_tokens(layout):
+@pytest.mark.parametrize("layout", cli.LAYOUTS)
+def test_caches_decode_the_same_tokens(layout):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=4096, layout=layout, num_layers=2, max_seq_len=256)
     model = FlashSTU(config).eval()
     answers = []
     for cache in cli.CACHES:
-        engine, _ = make_engine(model, cache, batch=3, new_tokens=100, page_len=8)
+        engine, _ = make_engine(model, cache, batch=3, prompt_tokens=7, new_tokens=100, page_len=8)
         tokens = {engine.add(Request([row + 1] * (5 + row), 100)): [] for row in range(3)}
         while any(len(its) < 90 for its in tokens.values()):
             for output in engine.step():
                 tokens[output.request_id] += output.tokens
         answers.append([its[:90] for its in tokens.values()])
-    assert answers[0] == answers[1] == answers[2]
+    assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize("layout", cli.LAYOUTS)
+@pytest.mark.parametrize("cache", cli.CACHES)
+def test_cache_bytes_are_what_is_allocated(layout, cache):
+    config = ModelConfig(vocab_size=4096, width=64, layout=layout, num_layers=2, max_seq_len=300)
+    subject = decode.EngineSubject(FlashSTU(config).eval(), cache, 2, 100, 200, 32, whole=False)
+    caches = subject.engine._caches
+    convolution = caches.convolution if cache == "paged" else subject._cache._convolution
+    held = convolution.num_bytes if cache == "paged" else convolution.cache_bytes
+    others = [caches.pools[1].pages if caches.pools[1] else None]
+    others.append(caches.recent._inputs if caches.recent else None)
+    held += sum(its.numel() * its.element_size() for its in others if its is not None)
+    taps, lag_step = FlashSTU(config).convolution_taps()
+    shape = decode.convolution_costs.Shape(len(taps), 64, lag_step, 300, 2, 100, 200, 32)
+    assert decode.convolution_costs.cache_bytes(cache, shape) == (
+        held - decode.other_bytes(config, 2, 32)
+    )
 
 
 def test_decode_reports_every_setting_and_ratio(capsys, tmp_path):
     picture, file = tmp_path / "decode.png", tmp_path / "decode.json"
-    settings = ["--layout", "hybrid", "--mlp-ratio", "4", "--new-tokens", "200", "--batch", "2"]
-    cli.main(["decode", *settings, "--plot", str(picture), "--output", str(file)])
+    settings = ["--layout", "hybrid", "--width", "64", "--new-tokens", "200", "--batch", "2"]
+    settings += ["--peers", "s4", "--plot", str(picture), "--output", str(file)]
+    cli.main(["decode", *settings])
     result = json.loads(capsys.readouterr().out)
     assert json.loads(file.read_text()) == result
     assert picture.read_bytes().startswith(b"\x89PNG")
     runs = {run["cache"]: run for run in result["runs"]}
-    assert list(runs) == cli.CACHES
+    assert list(runs) == [*cli.CACHES, "s4"]
     for cache, run in runs.items():
-        assert 0 < run["convolution_ms"] + run["outside_ms"] < run["step_ms"]
         assert run["median_step_ms"] <= run["p99_step_ms"] <= run["largest_step_ms"]
+        assert run["tokens_per_second"] == pytest.approx(2000 / run["step_ms"])
+        for counts in (run["multiply_adds_per_token"], run["bytes_moved_per_token"]):
+            assert counts["total"] == pytest.approx(sum(counts.values()) / 2)
         if cache != "paged":
             assert run["step_over_paged"] == run["step_ms"] / runs["paged"]["step_ms"]
+        if cache != "s4":
+            assert 0 < run["convolution_ms"] + run["outside_ms"] < run["step_ms"]
+    parameters = runs["s4"]["parameters"] / runs["paged"]["parameters"]
+    assert parameters == pytest.approx(1, abs=0.05)
+    assert runs["flashinference"]["cache_bytes"] > runs["continuous"]["cache_bytes"]
     assert set(runs["paged"]["step_ms_by_flush"]) == {
         f"a flush of {size} positions" for size in (32, 64, 128)
     }
 
 
+def test_whole_runs_time_every_step(capsys):
+    settings = ["--width", "64", "--new-tokens", "100", "--batch", "2", "--prompt-tokens", "9"]
+    cli.main(["decode", *settings, "--whole"])
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["cache"] for run in runs] == cli.CACHES
+    assert all(run["step_ms"] > run["convolution_ms"] > 0 for run in runs)
+
+
+def test_what_does_not_fit_is_said_and_not_attempted(capsys, monkeypatch):
+    monkeypatch.setattr(decode, "SHARE_OF_MEMORY", 0.0)
+    cli.main(["decode", "--width", "64", "--new-tokens", "512", "--batch", "64", "--peers", "s4"])
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["cache"] for run in runs] == [*cli.CACHES, "s4"]
+    assert all(run["not_run"].startswith("does not fit: ") for run in runs)
+
+
 def test_a_run_s_time_counts_each_kind_of_step_as_often_as_it_occurs():
-    plain = {"step": 10.0, "convolution": 1.0, "outside": 2.0, "position": 5}
-    flush = {"step": 110.0, "convolution": 101.0, "outside": 2.0}
-    result = decode.summary([(95.0, "", plain), (5.0, "a flush", flush)])
+    plain = {"step": 10.0, "convolution": 1.0, "outside": 2.0, "joules": 0.5}
+    flush = {"step": 110.0, "convolution": 101.0, "outside": 2.0, "joules": 4.5}
+    result = summary([Sample(95.0, plain, position=5), Sample(5.0, flush, "a flush")])
     assert result["step_ms"] == pytest.approx(15)
     assert result["convolution_ms"] == pytest.approx(6)
     assert result["convolution_share"] == pytest.approx(0.4)
+    assert result["joules_per_step"] == pytest.approx(0.7)
     assert (result["median_step_ms"], result["p99_step_ms"]) == (10, 110)
     assert result["largest_step_does"] == "a flush"
+    assert result["step_ms_by_position"] == {5: 10.0}
+
+
+def test_joules_are_those_of_all_packages_and_never_invented(tmp_path):
+    assert joules_counter("cpu", tmp_path) is None
+    for zone, microjoules in {"intel-rapl:0": 3_000_000, "intel-rapl:1": 500_000}.items():
+        for folder in (tmp_path / zone, tmp_path / f"{zone}:0"):
+            folder.mkdir()
+            (folder / "energy_uj").write_text(f"{microjoules}\n")
+    assert joules_counter("cpu", tmp_path)() == 3.5
+
+
+def test_the_head_of_a_result_names_the_commit_and_the_time(tmp_path):
+    head = describe()
+    assert head["commit"] == "unknown" or len(head["commit"].removesuffix("-dirty")) == 40
+    assert datetime.fromisoformat(head["date"]).tzinfo is not None
+    assert commit(tmp_path) == "unknown"
 
 
 def test_soak_ends_with_every_page_free():

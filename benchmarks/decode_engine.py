@@ -1,0 +1,176 @@
+"""An engine whose convolutions are remembered by one of several caches, set to any position."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.costs import FLOAT_BYTES
+from benchmarks.flash_inference import FlashInference
+from benchmarks.lockstep_cache import LockstepCache
+from serve.attention_cache import window_pages
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.pages import pages_for
+from serve.runner import Prompt
+from stu.config import ModelConfig
+from stu.futurefill import Continuous, Epoched, Naive, OnlineConvolution
+from stu.model import FlashSTU
+from stu.tokenizer import Tokenizer, train_bpe
+
+VOCAB_SIZE = 4096
+KINDS = {"epoched": Epoched, "continuous": Continuous}
+SHORT_INPUTS = 2 * 3
+"""Of Hyena's short convolutions, that a token remembers for each channel."""
+SLACK_BYTES = 64
+"""A size in GiB is rounded."""
+
+
+def make_engine(
+    model: FlashSTU,
+    cache_name: str,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    page_len: int,
+) -> tuple[Engine, Any]:
+    """An engine whose convolutions are remembered by the cache of that name, and that cache."""
+    page_bytes = len(model.config.convolution_layers) * model.config.width * page_len * FLOAT_BYTES
+    expected = new_tokens - 1 if cache_name == "paged" else 1  # others have memory of their own
+    num_pages = batch * (pages_for(expected, page_len) + 2) + 1
+    num_bytes = num_pages * page_bytes + other_bytes(model.config, batch, page_len)
+    config = EngineConfig(
+        cache_gib=(num_bytes + SLACK_BYTES) / 2**30,
+        page_len=page_len,
+        max_running=batch,
+        prompt_tokens_per_step=prompt_tokens * batch,
+        expected_new_tokens=expected,
+    )
+    if cache_name == "paged":
+        engine = Engine(model, tokenizer(), config)
+        return engine, engine._caches.convolution
+    taps, lag_step = model.convolution_taps()
+    # Taps of one page have no tiles to factorize, which takes seconds.
+    few = taps[:, : page_len // lag_step], lag_step
+    with mock.patch.object(model, "convolution_taps", return_value=few):
+        engine = Engine(model, tokenizer(), config)
+    arguments = taps.float(), batch, new_tokens, lag_step
+    cache = LockstepCache(online_convolution(cache_name, arguments, prompt_tokens))
+    engine._runner._convolutions = cache  # type: ignore[assignment]
+    engine._scheduler._config = replace(config, expected_new_tokens=None)
+    return engine, cache
+
+
+def online_convolution(
+    cache_name: str, arguments: tuple[Tensor, int, int, int], prompt_tokens: int
+) -> OnlineConvolution:
+    """One of those that are not paged."""
+    if cache_name == "flashinference":
+        return FlashInference(*arguments, prompt_tokens=prompt_tokens)
+    if cache_name != "naive":
+        return KINDS[cache_name](*arguments)
+    # Half of its buffer is room for prompts as long as the context: calloc's memory takes none
+    # until it is written to.
+    with mock.patch.object(Tensor, "new_zeros", _lazy_zeros):
+        return Naive(*arguments)
+
+
+def _lazy_zeros(_: Tensor, *shape: int) -> Tensor:
+    return torch.from_numpy(np.zeros(shape, np.float32))
+
+
+def other_bytes(config: ModelConfig, batch: int, page_len: int) -> int:
+    """What the engine allocates besides a convolution cache: attention's pages, a null page among
+    them, and the inputs that short convolutions remember."""
+    each = min(pages_for(config.max_seq_len, page_len), window_pages(config, page_len))
+    page = 2 * len(config.attention_layers) * config.width * page_len
+    recent = 0
+    if config.layout == "hyena":
+        recent = (batch + 1) * len(config.convolution_layers) * SHORT_INPUTS * config.width
+    return ((batch * each + 1) * page + recent) * FLOAT_BYTES
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Of the standard library's own modules: text is decoded as it would be."""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    texts = [module.read_text(encoding="utf-8") for module in modules]
+    with tempfile.TemporaryDirectory() as folder:
+        return train_bpe(texts, VOCAB_SIZE, Path(folder) / "tokenizer.model")
+
+
+def skip_prompts(engine: Engine, cache: Any, prompt_tokens: int) -> None:
+    """Take prompts in without computing anything, into caches that are full of some number: memory
+    that was never written to reads too fast."""
+    with torch.inference_mode():
+        if isinstance(cache, LockstepCache):
+            cache.fill(prompt_tokens)
+        else:
+            cache._pool.pages.fill_(0.1)
+
+    def prefill(prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[Tensor]:
+        for prompt in prompts:
+            _seek_window(engine, prompt.owner, len(prompt.tokens))
+        yield torch.randn(len(prompts), VOCAB_SIZE)
+
+    engine._runner.prefill = prefill  # type: ignore[method-assign,assignment]
+
+
+def seek(engine: Engine, cache: Any, prompt_tokens: int, position: int) -> None:
+    """Set every row of the batch to so many new tokens."""
+    for job in engine._scheduler.running:
+        _seek_window(engine, job.request_id, prompt_tokens + position)
+    if isinstance(cache, LockstepCache):
+        cache.seek(position)
+        return
+    done = position // cache._page_len
+    cache._pool.free = lambda owner, pages: None  # it may go back
+    tiles = cache._tiles
+    for sequence in cache._sequences.values():
+        cache._time = cache._starts[0] + position  # of all: they began together
+        sequence.tiles, sequence.pending, first = [], {}, 0
+        for level in (i for i in reversed(range(done.bit_length())) if done & 2**i):
+            num_held = 2**level if level < tiles._smallest_summary else tiles._summary_pages
+            sequence.tiles.append(sequence.pages[first : first + num_held])
+            first += 2**level
+        for level in range(tiles._smallest_summary + 1, len(tiles._levels)):
+            if done >= 2**level and done % 2**level < 2 ** (level - 1):
+                first = tiles._summary_pages * level  # any that no tile has
+                sequence.pending[level] = sequence.pages[first : first + tiles._summary_pages]
+
+
+def _seek_window(engine: Engine, owner: int, length: int) -> None:
+    """Set a sequence's attention window as if it had so many positions."""
+    attention = engine._caches.attention
+    if attention is None:
+        return
+    its, page_len = attention._windows[owner], attention._page_len
+    attention._pool.free(owner, its.pages)
+    its.pages, its.length = [], length
+    its.first_page = max(0, length - attention._config.window_tokens) // page_len
+    attention._allocate(owner, (length - 1) // page_len - its.first_page + 1)
+
+
+def cache_flushes(cache: Any, new_tokens: int) -> list[tuple[str, int, int]]:
+    """What flushes do, a position at which each occurs, and how many it stands for."""
+    if isinstance(cache, LockstepCache):
+        return cache.sampled_flushes()
+    page_len = cache._page_len
+    num_pages = pages_for(new_tokens - 1, page_len)
+    sizes = [2**i for i in range(num_pages.bit_length()) if 2**i < num_pages]
+    return [
+        (
+            f"a flush of {size * page_len} positions",
+            size * page_len,
+            len(range(size, num_pages, 2 * size)),
+        )
+        for size in sizes
+    ]

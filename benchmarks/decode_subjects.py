@@ -1,0 +1,130 @@
+"""What `stu-bench decode` times: the engine with one of our caches, or a peer."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.decode_engine import cache_flushes, make_engine, seek, skip_prompts
+from benchmarks.energy import joules_counter
+from benchmarks.peers import Peer
+from serve.request import Request
+from stu.model import FlashSTU
+
+PEER_PROMPT_TOKENS = 8
+"""Really taken in, before the cache is set to where a run would be."""
+
+
+class Subject(Protocol):
+    """Something that decodes a batch in step."""
+
+    warm_up_steps: int
+
+    def step(self) -> dict[str, float]:
+        """Decode a token of each sequence; milliseconds of it and of its parts, and joules if the
+        machine tells."""
+
+    def seek(self, position: int) -> None:
+        """Go on as if so many new tokens had been decoded."""
+
+    def flushes(self) -> list[tuple[str, int, int]]:
+        """What some steps do besides, a position at which each occurs, and how many of a run's
+        steps it stands for."""
+
+
+class EngineSubject:
+    """The engine; parts of a step are `convolution`, the time in the cache's `step` and `advance`,
+    and `outside`, what is spent outside the runner: scheduler, sampling, text."""
+
+    def __init__(
+        self,
+        model: FlashSTU,
+        cache_name: str,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        page_len: int,
+        whole: bool,
+    ) -> None:
+        self.engine, self._cache = make_engine(
+            model, cache_name, batch, prompt_tokens, new_tokens, page_len
+        )
+        self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
+        # A page, and what a page's steps keep for the next.
+        self.warm_up_steps = min(2 * page_len, new_tokens // 8) if cache_name == "paged" else 1
+        if not whole:
+            skip_prompts(self.engine, self._cache, prompt_tokens)
+        for seed in range(batch):
+            self.engine.add(Request([seed + 1] * prompt_tokens, new_tokens))
+        while self.engine.stats().new_tokens < batch:
+            self.engine.step()
+        assert self.engine.stats().running == batch, "the caches have too little room"
+        self._joules = joules_counter(model.embedding.weight.device.type)
+        self._spent = {"convolution": 0.0, "runner": 0.0}
+        for owner, method, part in (
+            (self._cache, "step", "convolution"),
+            (self._cache, "advance", "convolution"),
+            (self.engine._runner, "decode", "runner"),
+        ):
+            setattr(owner, method, self._timed(getattr(owner, method), part))
+
+    def step(self) -> dict[str, float]:
+        self._spent.update(convolution=0.0, runner=0.0)
+        figures = timed(self.engine.step, self._joules)
+        return figures | {
+            "convolution": 1e3 * self._spent["convolution"],
+            "outside": figures["step"] - 1e3 * self._spent["runner"],
+        }
+
+    def seek(self, position: int) -> None:
+        seek(self.engine, self._cache, self._prompt_tokens, position)
+
+    def flushes(self) -> list[tuple[str, int, int]]:
+        return cache_flushes(self._cache, self._new_tokens)
+
+    def _timed(self, call: Any, part: str) -> Any:
+        def timed_call(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args)
+            self._spent[part] += time.perf_counter() - start
+            return result
+
+        return timed_call
+
+
+class PeerSubject:
+    """A peer, decoded greedily."""
+
+    warm_up_steps = 1
+
+    @torch.inference_mode()
+    def __init__(self, peer: Peer, batch: int, prompt_tokens: int, new_tokens: int) -> None:
+        self._peer, self._prompt_tokens = peer, prompt_tokens
+        self._joules = joules_counter("cpu")
+        peer.start(batch, prompt_tokens + new_tokens)
+        prompts = torch.arange(batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
+        self._tokens = peer.prefill(prompts).argmax(-1)
+
+    @torch.inference_mode()
+    def step(self) -> dict[str, float]:
+        def decode() -> None:
+            self._tokens = self._peer.step(self._tokens).argmax(-1)
+
+        return timed(decode, self._joules)
+
+    @torch.inference_mode()
+    def seek(self, position: int) -> None:
+        self._peer.seek(self._prompt_tokens + position)
+
+    def flushes(self) -> list[tuple[str, int, int]]:
+        return []
+
+
+def timed(call: Callable[[], Any], joules: Callable[[], float] | None) -> dict[str, float]:
+    """Milliseconds of a call, and joules where there is a counter."""
+    before = joules() if joules else 0.0
+    start = time.perf_counter()
+    call()
+    figures = {"step": 1e3 * (time.perf_counter() - start)}
+    return figures | {"joules": joules() - before} if joules else figures

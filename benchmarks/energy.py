@@ -1,0 +1,48 @@
+"""Energy counters of the machine: Intel and AMD processors' RAPL, NVIDIA's NVML."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+POWERCAP = Path("/sys/class/powercap")
+UNAVAILABLE = "not available here"
+
+
+def joules_counter(device: str, powercap: Path = POWERCAP) -> Callable[[], float] | None:
+    """Reads the joules that the processors (`cpu`) or the first GPU (`cuda`) have taken since some
+    moment, all that runs on them together; None where the machine does not tell.
+
+    RAPL's counters turn over after some minutes at full load: a difference may be negative then.
+    """
+    return _nvml() if device == "cuda" else _rapl(powercap)
+
+
+def _rapl(powercap: Path) -> Callable[[], float] | None:
+    # Packages are intel-rapl:0, :1 ..; what lies in them, intel-rapl:0:0 .., they contain.
+    counters = [zone / "energy_uj" for zone in sorted(powercap.glob("intel-rapl:[0-9]*"))]
+    counters = [file for file in counters if file.parent.name.count(":") == 1]
+    try:
+        for file in counters:
+            file.read_text()
+    except OSError:  # since 2020 for root alone
+        return None
+    if not counters:
+        return None
+    return lambda: sum(int(file.read_text()) for file in counters) / 1e6
+
+
+def _nvml() -> Callable[[], float] | None:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    gpu, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+
+    def read() -> float:
+        failed = nvml.nvmlDeviceGetTotalEnergyConsumption(gpu, ctypes.byref(millijoules))
+        return float("nan") if failed else millijoules.value / 1e3
+
+    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(gpu))
+    if failed or read() != read():
+        return None
+    return read
