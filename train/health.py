@@ -17,6 +17,8 @@ from pathlib import Path
 from stu.arguments import ArgumentParser, run_command
 
 ADDED_NUMBERS = 2**20
+NVIDIA = "0x10de"
+"""As a vendor on the PCI bus."""
 CLOCKS_APART_SECONDS = 5.0
 
 
@@ -70,8 +72,8 @@ def local_problems(folder: Path, min_free_gib: float) -> Iterator[str]:
     if free_gib < min_free_gib:
         yield f"{free_gib:.1f} GiB of memory are free, and {min_free_gib:g} are needed"
     if given := [its for its in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if its]:
-        is_for_gpus = torch.version.cuda is not None  # a torch without CUDA trains on the CPU
-        if is_for_gpus and torch.cuda.device_count() != len(given):
+        # Where there is none at all, SLURM's are only names, and the run is for the CPU.
+        if _has_nvidia_gpus() and torch.cuda.device_count() != len(given):
             yield f"{torch.cuda.device_count()} GPUs answer of {len(given)} that SLURM gave"
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
@@ -132,6 +134,12 @@ def _together(node: str, rank: int, count: int, is_fit: bool, timeout_seconds: f
                 _say(f"bad node: {name}")
             bad.append(name)
     return bad
+
+
+def _has_nvidia_gpus() -> bool:
+    """By the bus, whatever became of the driver."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == NVIDIA for vendor in vendors)
 
 
 def _node_names(count: int) -> list[str]:

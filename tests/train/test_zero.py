@@ -152,6 +152,19 @@ def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
     assert losses == pytest.approx([expected[step] for step in steps], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", [0, 1, 2, 3, "fsdp"])
+@pytest.mark.parametrize("saved", [0, 1, 2, 3, "fsdp"])
+def test_two_ranks_go_on_as_four_and_four_as_two(settings, whole, runs, tmp_path, saved, resumed):
+    """At every stage from every other."""
+    for before, after in ((2, 4), (4, 2)):
+        folder, source = tmp_path / f"{after}", checkpoint(runs(before, saved), SAVED)
+        run(settings, folder, after, resumed, f"--resume={source}")
+        assert_close(
+            load_checkpoint(checkpoint(folder, STEPS)), load_checkpoint(checkpoint(whole, STEPS))
+        )
+
+
 LOOKS_AT_TYPES = """
 import sys
 import torch
