@@ -60,7 +60,8 @@ def sliding_window_attention(
         return attended
     dtype = torch.promote_types(queries.dtype, torch.float32)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, T, hd]
-    blocked: Tensor = _BlockedAttention.apply(q, k, v, slopes, window_tokens, softcap)  # type: ignore[no-untyped-call]
+    with torch.autocast(queries.device.type, enabled=False):
+        blocked: Tensor = _BlockedAttention.apply(q, k, v, slopes, window_tokens, softcap)  # type: ignore[no-untyped-call]
     return blocked.transpose(1, 2).to(queries.dtype)
 
 

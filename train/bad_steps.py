@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.callbacks import warned
+
 REMEMBERED_LOSSES = 100
 
 
@@ -57,10 +59,11 @@ class StepGuard:
     def count(self, step: int, loss: float, samples: list[int], file: Path) -> None:
         """A step whose update was skipped, with this rank's samples. Raises TooManyBadSteps."""
         self.num_bad_steps += 1
-        file.parent.mkdir(parents=True, exist_ok=True)
         line = {"step": step, "loss": str(loss), "samples": samples}
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(line) + "\n")
+        with warned("samples of a skipped update"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(line) + "\n")
         if self.num_bad_steps >= self.config.most_bad_steps:
             raise TooManyBadSteps(
                 f"{self.num_bad_steps} updates were skipped, for gradients that are not finite or "

@@ -1,6 +1,9 @@
 """How a training run shows where it is, and what it has read."""
 
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,15 @@ SHOWN = {
     "train/tokens_per_second": "{:,.0f} tokens/s",
 }
 """Logged metrics that the status shows, and how."""
+
+
+@contextmanager
+def warned(what: str) -> Iterator[None]:
+    """A file that a run can do without: one rank that stopped for it would leave others waiting."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not be written ({error})", stacklevel=3)
 
 
 class StepProgress(ProgressBar):
@@ -92,11 +104,10 @@ class StepProgress(ProgressBar):
         rate = (trainer.global_step - self._start_step) / seconds  # steps per second
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
         limits = [timer.time_remaining() for timer in timers]  # of trainer.max_time
-        left = [
-            (trainer.max_steps - trainer.global_step) / rate,
-            *(max(0.0, x or 0) for x in limits),
-        ]
-        parts += [f"{rate:.2f} steps/s", f"{timedelta(seconds=round(min(left)))} left"]
+        left = [max(0.0, x or 0) for x in limits]
+        if rate:  # none before the first step
+            left.append((trainer.max_steps - trainer.global_step) / rate)
+        parts += [f"{rate:.2f} steps/s", f"{timedelta(seconds=round(min(left, default=0)))} left"]
         return "  ".join(parts)
 
 

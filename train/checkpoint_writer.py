@@ -55,10 +55,8 @@ class CheckpointWriter:
         """Until it is not."""
         if self._written is not None:
             failure = self._written.exception()
-            if isinstance(failure, OSError):
+            if isinstance(failure, Exception):
                 self.error = self.error or failure
-            elif failure is not None:
-                raise failure
             self._written = None
 
     def publish(self) -> Path | None:
@@ -70,9 +68,12 @@ class CheckpointWriter:
         folder = _temporary(path)
         try:
             write_training(folder, training, path)
-            shutil.rmtree(path, ignore_errors=True)  # of a run that this one is not part of
+            former = path.with_name(f".{path.name}.former.tmp")
+            if path.exists():  # of a time that this run went back behind
+                path.rename(former)
             folder.replace(path)
             fsync(path.parent)
+            shutil.rmtree(former, ignore_errors=True)
             CheckpointFolder(path).check()
         except (OSError, ValueError) as error:
             self.error = error

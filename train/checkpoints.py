@@ -63,7 +63,7 @@ class Checkpoints(Checkpoint):
         if not trainer.is_global_zero:
             return
         for cut_short in self._folder.glob(".step-*.tmp"):  # in a run that was killed
-            shutil.rmtree(cut_short)
+            shutil.rmtree(cut_short, ignore_errors=True)
         resumed = trainer.ckpt_path
         if resumed is not None:
             path = Path(resumed).resolve()
@@ -108,12 +108,20 @@ class Checkpoints(Checkpoint):
         self._agree(trainer)
         path = self._writer.publish()
         if path is not None:
-            self._point_at(path.name)
-            by_age = sorted(self._folder.glob("step-*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-            for old in by_age[: -self._keep]:
-                shutil.rmtree(old)
+            try:
+                self._point_at(path.name)
+            except OSError as error:
+                self._writer.error = error
         self._agree(trainer)
+        if path is not None:
+            self._delete_old(path)
         self._is_writing = False
+
+    def _delete_old(self, newest: Path) -> None:
+        others = [path for path in self._folder.glob("step-*.ckpt") if path != newest]
+        by_age = sorted(others, key=lambda path: path.stat().st_mtime_ns)
+        for old in by_age[: len(others) + 1 - self._keep]:
+            shutil.rmtree(old, ignore_errors=True)  # another one's is not worth a run
 
     def _agree(self, trainer: L.Trainer) -> None:
         error = self._writer.error
@@ -163,7 +171,8 @@ class FolderIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         folder = CheckpointFolder(Path(path))
-        weights = {PREFIX + name: folder.tensor(WEIGHT, name) for name in folder.names}
+        # Copies: a map of the file would keep it in use after it is deleted.
+        weights = {PREFIX + name: folder.tensor(WEIGHT, name).clone() for name in folder.names}
         return {
             **folder.training,
             "state_dict": weights,
@@ -185,17 +194,20 @@ def _torch_state(folder: CheckpointFolder) -> dict[str, Any]:
         groups.append({**group, "params": list(numbers)})
         for number, name in zip(numbers, group["params"], strict=True):
             if step:
-                states[number] = {kind: folder.tensor(kind, name) for kind in MOMENTS}
+                states[number] = {kind: folder.tensor(kind, name).clone() for kind in MOMENTS}
                 states[number]["step"] = torch.tensor(float(step))
     return {"state": states, "param_groups": groups}
 
 
 def last_checkpoint(run_dir: Path) -> Path:
     """The checkpoint that a run in `run_dir` goes on from."""
-    path = run_dir / CHECKPOINTS / LAST
-    if not path.exists():
-        raise ValueError(f"{run_dir}: no {CHECKPOINTS}/{LAST}; has a run been here?")
-    return path
+    folder = run_dir / CHECKPOINTS
+    if (folder / LAST).exists():
+        return folder / LAST
+    # The first one of a run that was killed before it was called so: a name means that it is whole.
+    if whole := sorted(folder.glob("step-*.ckpt")):
+        return whole[-1]
+    raise ValueError(f"{run_dir}: no {CHECKPOINTS}/{LAST}; has a run been here?")
 
 
 def training_record(
@@ -225,7 +237,7 @@ def check_settings(
     """
     record = checkpoint["stu"]
     for group, given, used in (
-        ("config", config.to_dict(), record["model_config"]),
+        ("config", config.to_dict(), ModelConfig.from_dict(record["model_config"]).to_dict()),
         ("optimizer", dataclasses.asdict(optimizer), record["optimizer"]),
     ):
         for name, value in given.items():

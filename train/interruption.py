@@ -45,6 +45,7 @@ class Interruption(L.Callback):
         if noted:
             self.received = signal.Signals(int(noted))
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # there may be no time for it
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()

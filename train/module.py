@@ -17,6 +17,7 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 from train.bad_steps import GuardConfig, StepGuard
+from train.callbacks import warned
 from train.checkpoints import training_record
 from train.costs import GPUS, known_gpu, token_flops
 from train.data import Batch, TokenData, ValidationBatch
@@ -111,6 +112,10 @@ class FlashSTUModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        strategy: Any = self.trainer.strategy
+        is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        if is_deepspeed and not strategy.deepspeed_engine.is_gradient_accumulation_boundary():
+            return  # called after each micro-batch: they are this rank's alone as yet
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if not gradients:
             return  # DeepSpeed has its own, and tells their norm after the step
@@ -182,7 +187,8 @@ class FlashSTUModule(L.LightningModule):
         if not self.trainer.sanity_checking:
             if self.trainer.is_global_zero:
                 folder = Path(self.trainer.default_root_dir)
-                plot_accuracy(metrics, folder / "accuracy-by-context.png")
+                with warned("the accuracy's picture"):
+                    plot_accuracy(metrics, folder / "accuracy-by-context.png")
             self._clock += time.monotonic() - self._validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -199,6 +205,11 @@ class FlashSTUModule(L.LightningModule):
         # `trainer.max_time` limits one job, not the run: each job of a chain has its own.
         for name in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
             del checkpoint["callbacks"][name]
+        # Micro-batches count from the last step, of however many its own were.
+        count = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, count))
 
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Of a rank that computes so many. Blocks computed again count once, and convolutions

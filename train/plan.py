@@ -134,6 +134,8 @@ def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int) -> str:
     found = []
     for recomputes in (False, True):
         for name, its in stages(replace(parallel, checkpoint_activations=recomputes)):
+            if name == "zero 0":  # trains in float32 alone
+                continue
             largest = min(fits.largest(its), micro_batch)
             if largest > 0:
                 more = " and parallel.checkpoint_activations=true" if recomputes else ""

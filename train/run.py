@@ -26,7 +26,6 @@ from train.checkpoint_folder import CheckpointFolder
 from train.checkpoint_writer import CheckpointWriter
 from train.checkpoints import (
     CHECKPOINTS,
-    LAST,
     Checkpoints,
     FolderIO,
     check_settings,
@@ -162,7 +161,7 @@ class TrainCLI(LightningCLI):
         """The checkpoint to go on from, if any, found to fit this run; and its step."""
         resume, run_dir = self.config_init.resume, self.run_dir
         if resume == "auto":
-            resume = "last" if (run_dir / CHECKPOINTS / LAST).exists() else None
+            resume = "last" if any(run_dir.glob(f"{CHECKPOINTS}/*.ckpt")) else None
         elif resume is None and (run_dir / CHECKPOINTS).exists():
             raise ValueError(
                 f"run_dir={run_dir}: a run is there already; go on with --resume last, choose "
@@ -171,6 +170,11 @@ class TrainCLI(LightningCLI):
         if resume is None:
             return None, 0
         path = last_checkpoint(run_dir) if resume == "last" else Path(resume)
+        own = run_dir / CHECKPOINTS
+        if any(own.glob("*.ckpt")) and path.resolve().parent != own.resolve():
+            raise ValueError(
+                f"resume={path}: in run_dir={run_dir} is another run; give another run_dir"
+            )
         folder = CheckpointFolder(path)
         folder.check()
         contents = folder.training

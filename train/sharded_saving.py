@@ -70,6 +70,7 @@ class ShardedSaving:
             self.optimizer_groups(), self._folder.training["optimizer_groups"], strict=True
         ):
             group.update({name: saved[name] for name in saved if name != "params"})
+        del self._folder  # a map of its files would keep them in use after they are deleted
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do."""

@@ -13,11 +13,13 @@ from typing import Any
 import lightning as L
 
 from stu.atomic import new_file
+from train.callbacks import warned
 
 HUNG = 70
 """Exit code (sysexits' EX_SOFTWARE)."""
 LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10.0
+WRITE_SECONDS = 30.0
 
 
 class Watchdog(L.Callback):
@@ -49,7 +51,8 @@ class Watchdog(L.Callback):
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
             }
-            with new_file(self._run_dir / "heartbeat.json") as temporary:
+            path = self._run_dir / "heartbeat.json"
+            with warned("the heartbeat"), new_file(path) as temporary:
                 temporary.write_text(json.dumps(beat) + "\n", encoding="utf-8")
 
     def on_validation_batch_end(self, *_: Any) -> None:
@@ -69,15 +72,20 @@ class Watchdog(L.Callback):
                 self._end()
 
     def _end(self) -> None:
-        folder = self._run_dir / "stacks"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank-{self._rank:05d}.txt"
-        with path.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file)
+        path = self._run_dir / "stacks" / f"rank-{self._rank:05d}.txt"
         print(
             f"stu-train: rank {self._rank} on {socket.gethostname()} has done nothing for "
             f"{self._hang_seconds / 60:g} minutes: its stacks are in {path}",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(HUNG)
+        # If the disk is what hangs, so does what follows.
+        threading.Timer(WRITE_SECONDS, os._exit, [HUNG]).start()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr)
+        finally:
+            os._exit(HUNG)

@@ -44,7 +44,9 @@ def run(settings, folder, tmp_path, ranks, stage, bad=(), value="nan", code=0, *
         "run_dir": folder,
         **more,
     }
-    if stage is not None:
+    if stage == "fsdp":
+        values["parallel.kind"] = "fsdp"
+    elif stage is not None:
         values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
     kept = [its for its in settings if its.split("=")[0][2:] not in values]
     command = [sys.executable, script, *kept, *(f"--{k}={v}" for k, v in values.items())]
@@ -75,6 +77,18 @@ def test_an_update_that_is_not_finite_is_skipped(settings, tmp_path, ranks, stag
         assert json.loads(line)["step"] == 3
         seen += json.loads(line)["samples"]
     assert len(seen) == len(set(seen)) == 4
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3, "fsdp"])
+def test_a_fault_before_the_last_micro_batch_of_a_step(settings, tmp_path, stage):
+    """Gradients of one rank, which the others have not seen when it comes."""
+    run_dir, more = tmp_path / "run", {"trainer.accumulate_grad_batches": 2, "trainer.max_steps": 4}
+    run(settings, run_dir, tmp_path, 2, stage, bad={3}, **more)
+    saved = load_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    assert (saved["global_step"], saved["optimizer_step"]) == (4, 3)
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+    lines = [path.read_text() for path in sorted((run_dir / "skipped").iterdir())]
+    assert [json.loads(line)["step"] for line in lines] == [2, 2]
 
 
 def test_too_many_end_the_run(settings, tmp_path):

@@ -152,6 +152,21 @@ def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
     assert losses == pytest.approx([expected[step] for step in steps], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [None, 1, "fsdp"])
+def test_goes_on_with_other_micro_batches(settings, whole, tmp_path, stage):
+    """More of them in a step, and smaller ones: the same samples."""
+    given = arguments(settings, tmp_path / "run", 1, stage)
+    given = [its for its in given if "accumulate" not in its and "micro_batch_size" not in its]
+    given += ["--trainer.accumulate_grad_batches=4", f"--data.micro_batch_size={SAMPLES // 4}"]
+    given.append(f"--resume={checkpoint(whole, SAVED)}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([STU_TRAIN, *given], check=True, timeout=300, env=environment)
+    actual = load_checkpoint(checkpoint(tmp_path / "run", STEPS))
+    assert_close(actual, load_checkpoint(checkpoint(whole, STEPS)))
+    steps, _ = report.read_curves(tmp_path / "run")["train/loss"]
+    assert steps == list(range(SAVED + 1, STEPS + 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed", [0, 1, 2, 3, "fsdp"])
 @pytest.mark.parametrize("saved", [0, 1, 2, 3, "fsdp"])
