@@ -43,6 +43,18 @@ def test_float32_and_bfloat16_stay_near_float64():
     assert ((half.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
 
 
+def test_autocast_changes_nothing():
+    """Or scores would have 8 bits, and the backward pass, which is outside of it, other weights."""
+    torch.manual_seed(0)
+    inputs = [(2 * torch.randn(1, 150, 2, 8)).requires_grad_() for _ in range(3)]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = sliding_window_attention(*inputs, alibi_slopes(2), 50, 50.0)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_gradients():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 9, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -111,6 +113,66 @@ def test_a_time_limit_waits_for_the_end_of_an_optimizer_step(train, monkeypatch)
     train("parts", accumulate, "--resume=last")
     assert losses(parts) == losses(whole)
     assert_same_state(state(parts), state(whole))
+
+
+def test_a_signal_saves_without_another_validation(train, settings, monkeypatch, tmp_path):
+    """For which there may be no time."""
+
+    def signal_at_seven(self, trainer, *_):
+        if trainer.global_step == 7:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(StepProgress, "on_train_batch_end", signal_at_seven)
+    with pytest.raises(SystemExit) as ended:
+        train("run")
+    assert ended.value.code == 75
+    run = tmp_path / "run"
+    assert state(run)["global_step"] == 7
+    assert report.read_curves(run)["val/loss"][0] == [5]
+
+
+def test_a_validation_before_the_first_step(train):
+    more = "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2"
+    run = train("run", *more, "--trainer.max_steps=2")
+    assert state(run)["global_step"] == 2
+
+
+def test_auto_begins_goes_on_and_finds_a_checkpoint_not_yet_called_last(train):
+    whole = train("whole", "--trainer.max_steps=6")
+    run = train("run", "--resume=auto", "--trainer.max_steps=6", "--checkpoint_every_steps=3")
+    folder = run / "checkpoints"
+    shutil.rmtree(folder / "step-00000006.ckpt")
+    (folder / "last.ckpt").unlink()
+    train("run", "--resume=auto", "--trainer.max_steps=6")
+    assert_same_state(state(run), state(whole))
+
+
+def test_a_run_is_not_mixed_with_another(train, settings, capsys):
+    one, two = train("one", "--trainer.max_steps=2"), train("two", "--trainer.max_steps=2")
+    last = one / "checkpoints" / "last.ckpt"
+    arguments = [*settings, f"--run_dir={two}", f"--resume={last}", "--trainer.max_steps=3"]
+    assert cli.main(arguments) == 2
+    assert "in run_dir=" in capsys.readouterr().err
+    (two / "checkpoints" / "last.ckpt").unlink()
+    (two / "checkpoints" / "last.ckpt").symlink_to("gone.ckpt")
+    shutil.rmtree(two / "checkpoints" / "step-00000002.ckpt")
+    arguments = [*settings, f"--run_dir={two}", "--resume=auto", "--trainer.max_steps=3"]
+    assert cli.main(arguments) == 2  # and nothing is overwritten
+    assert "no checkpoints/last.ckpt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(train, monkeypatch):
+    delete = shutil.rmtree
+
+    def refuses(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("Directory not empty")
+        if ".tmp" in str(path):
+            delete(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    more = "--trainer.max_steps=5", "--checkpoint_every_steps=1", "--keep_checkpoints=2"
+    assert state(train("run", *more))["global_step"] == 5
 
 
 def test_steps_that_are_done_again_are_logged_once(train):
