@@ -11,6 +11,7 @@ BATCHES, NEW_TOKENS = [1, 8, 32, 64], [512, 2048, 8192, 32768]
 CACHES = ["paged", "naive", "epoched", "continuous", "flashinference"]
 PEERS = ["llama", "llama-dynamic", "mamba2", "rwkv", "s4"]
 LAYOUTS = ["stu", "hybrid", "hyena"]
+MIXERS = ["hybrid", "stu", "hyena", "attention"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +87,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--window", type=int, default=1024, help="of the hybrid layout's attention")
     train.add_argument("--repeats", type=int, default=3, help="steps of each way")
     train.add_argument("--plot", type=Path, help="PNG file")
+
+    quality = add("quality", "what each mixer learns from the same text")
+    quality.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of all runs")
+    quality.add_argument("--layouts", nargs="+", choices=MIXERS, default=MIXERS, help="to compare")
+    quality.add_argument("--seeds", type=int, default=3, help="of each layout's weights")
+    quality.add_argument("--steps", type=int, default=600, help="of 2,048 tokens")
+    quality.add_argument("--output", type=Path, help="JSON file")
+    quality.add_argument("--plot", type=Path, help="PNG file")
 
     add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
     add("loss", "the training loss against torch's, at a vocabulary of 200,064")

@@ -31,7 +31,7 @@ from typing import Any
 import aiohttp
 import torch
 
-from benchmarks.decode import VOCAB_SIZE, WIDTH, tokenizer
+from benchmarks.decode_engine import VOCAB_SIZE, tokenizer
 from benchmarks.machine import describe
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -40,6 +40,7 @@ from stu.checkpoint import load_model, load_tokenizer, save_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 
+WIDTH = 512
 CACHE_GIB, PROMPT_TOKENS, SHORT_PROMPT_TOKENS, NUM_SHORT = 2.0, 64, 8, 20
 OPEN_SHARE = 0.7
 """Of the closed loop's requests a second."""

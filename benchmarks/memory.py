@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decode import tokenizer
+from benchmarks.decode_engine import tokenizer
 from benchmarks.machine import describe
 from stu.config import ModelConfig
 from train.memory import activation_bytes, rank_memory

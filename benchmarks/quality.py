@@ -25,7 +25,6 @@ from stu.config import ModelConfig
 from train.memory import num_parameters
 from train.report import gzip_bits_per_byte, read_curves, unigram_bits_per_byte
 
-LAYOUTS = ["hybrid", "stu", "hyena", "attention"]
 VOCAB_SIZE, NUM_LAYERS, NUM_HEADS = 4096, 4, 4
 WEIGHTS = 5_250_000
 SEQ_LEN, MICRO_BATCH, WARMUP_STEPS, EVALUATIONS = 512, 4, 50, 10

@@ -1,8 +1,10 @@
 """The benchmarks measure what they say: same tokens from every cache, all figures there."""
 
 import argparse
+import importlib
 import json
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,14 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "module", sorted(path.stem for path in Path(cli.__file__).parent.glob("[!_]*.py"))
+)
+def test_every_benchmark_can_be_imported(module):
+    """Of most nothing else is tested: they take minutes."""
+    importlib.import_module(f"benchmarks.{module}")
 
 
 @pytest.mark.parametrize("layout", cli.LAYOUTS)
