@@ -120,7 +120,7 @@ class Checkpoints(Checkpoint):
     def _delete_old(self, newest: Path) -> None:
         others = [path for path in self._folder.glob("step-*.ckpt") if path != newest]
         by_age = sorted(others, key=lambda path: path.stat().st_mtime_ns)
-        for old in by_age[: len(others) + 1 - self._keep]:
+        for old in by_age[: max(0, len(others) + 1 - self._keep)]:
             shutil.rmtree(old, ignore_errors=True)  # another one's is not worth a run
 
     def _agree(self, trainer: L.Trainer) -> None:
