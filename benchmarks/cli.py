@@ -16,7 +16,7 @@ MIXERS = ["hybrid", "stu", "hyena", "attention"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: the name of a benchmark, and its settings."""
-    args = _parse(argv)
+    args = make_parser().parse_args(argv)
     # torch takes a second to import: after the command line is found valid.
     result = importlib.import_module(f"benchmarks.{args.benchmark}").measure(args)
     json.dump(result, sys.stdout, indent=1)
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """A command for each benchmark, which is a module of that name with a `measure`."""
     parser = argparse.ArgumentParser(prog="stu-bench", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -99,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
     add("loss", "the training loss against torch's, at a vocabulary of 200,064")
     add("memory", "what training runs take, against what stu-plan says")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stu.config import ModelConfig
+from stu.hyena import SHORT_TAPS
 
 FLOAT_BYTES = 4
-SHORT_TAPS = 3
-"""Of Hyena's short convolutions."""
 
 
 @dataclass(frozen=True)

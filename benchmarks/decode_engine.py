@@ -23,13 +23,12 @@ from serve.pages import pages_for
 from serve.runner import Prompt
 from stu.config import ModelConfig
 from stu.futurefill import Continuous, Epoched, Naive, OnlineConvolution
+from stu.hyena import SHORT_TAPS
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer, train_bpe
 
 VOCAB_SIZE = 4096
 KINDS = {"epoched": Epoched, "continuous": Continuous}
-SHORT_INPUTS = 2 * 3
-"""Of Hyena's short convolutions, that a token remembers for each channel."""
 SLACK_BYTES = 64
 """A size in GiB is rounded."""
 
@@ -94,7 +93,8 @@ def other_bytes(config: ModelConfig, batch: int, page_len: int) -> int:
     page = 2 * len(config.attention_layers) * config.width * page_len
     recent = 0
     if config.layout == "hyena":
-        recent = (batch + 1) * len(config.convolution_layers) * SHORT_INPUTS * config.width
+        of_sequence = (SHORT_TAPS - 1) * 3 * config.width * len(config.convolution_layers)
+        recent = (batch + 1) * of_sequence
     return ((batch * each + 1) * page + recent) * FLOAT_BYTES
 
 

@@ -88,7 +88,21 @@ class Peer(ABC):
         """On average over tokens at these positions."""
 
 
-class Llama(Peer):
+class CachedPeer(Peer):
+    """Of `transformers`, with a cache of its."""
+
+    _cache: Any
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        output = self.model(tokens, cache=self._cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.prefill(tokens[:, None])
+
+
+class Llama(CachedPeer):
     """Full attention, rotary positions, SwiGLU (Touvron et al. 2023, arXiv:2302.13971)."""
 
     note = "keys and values are written into a preallocated buffer, and its filled part is read"
@@ -119,14 +133,6 @@ class Llama(Peer):
     def seek(self, position: int) -> None:
         for layer in self._cache.layers:
             layer.seek(position)
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        output = self.model(tokens, cache=self._cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def step(self, tokens: Tensor) -> Tensor:
-        return self.prefill(tokens[:, None])
 
     def cache_bytes(self, batch: int, positions: int) -> int:
         return 2 * batch * positions * self.shape.num_layers * self.shape.width * FLOAT_BYTES
@@ -163,7 +169,7 @@ class LlamaDynamic(Llama):
             layer.update(torch.full(size, 0.1), torch.full(size, 0.1))
 
 
-class Mamba2(Peer):
+class Mamba2(CachedPeer):
     """Selective state spaces (Dao and Gu 2024, arXiv:2405.21060), without MLPs but with about
     twice as many layers."""
 
@@ -196,14 +202,6 @@ class Mamba2(Peer):
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self.model.config)
-
-    def prefill(self, tokens: Tensor) -> Tensor:
-        output = self.model(tokens, cache=self._cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def step(self, tokens: Tensor) -> Tensor:
-        return self.prefill(tokens[:, None])
 
     @property
     def _channels(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ is a row of the batch or of the prompts that are to join it.
 import torch
 from torch import Tensor
 
-from stu.hyena import short_convolution
+from stu.hyena import after_zeros, short_convolution
 
 
 class RecentInputs:
@@ -54,11 +54,9 @@ class RecentInputs:
 
     def prefill(self, owner: int, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
         """The outputs `[1, P, C]` of a prompt, and its end into the sequence's place."""
-        held = self._inputs[layer, self._places[owner]]  # [J - 1, C]
-        last = inputs[0, max(0, inputs.shape[1] - len(held)) :]
-        held.zero_()  # what is before a sequence's first token
-        held[len(held) - len(last) :] = last
-        return short_convolution(inputs, taps)
+        extended = after_zeros(inputs, len(taps))  # [1, J - 1 + P, C]
+        self._inputs[layer, self._places[owner]] = extended[0, inputs.shape[1] :]
+        return short_convolution(extended, taps)
 
     def join(self, owner: int) -> None:
         """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
@@ -77,9 +75,9 @@ class RecentInputs:
         Rows beyond the batch's are padding, and may have any finite input.
         """
         places = self._index[first_row : first_row + len(inputs)]
-        before = self._inputs[layer, places]  # [B, J - 1, C]
-        self._inputs[layer, places] = torch.cat([before[:, 1:], inputs], dim=1)
-        return short_convolution(inputs, taps, before)
+        extended = torch.cat([self._inputs[layer, places], inputs], dim=1)  # [B, J, C]
+        self._inputs[layer, places] = extended[:, 1:]
+        return short_convolution(extended, taps)
 
     def _places_of_rows(self) -> Tensor:
         missing = self._max_rows - len(self._rows)

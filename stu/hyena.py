@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stu.config import ModelConfig
 from stu.layers import LongConvolution, Memory
@@ -54,7 +55,7 @@ class Hyena(LongConvolution):
     def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
         projected = self.input(x)  # [B, T, D] -> [B, T, 3 D]
         if memory is None:
-            shortly = short_convolution(projected, self.short_taps)
+            shortly = short_convolution(after_zeros(projected, SHORT_TAPS), self.short_taps)
         else:
             shortly = memory.convolve_short(self.layer, projected, self.short_taps)
         outer_gate, inner_gate, values = shortly.chunk(3, dim=-1)
@@ -152,19 +153,20 @@ class ImplicitFilter(nn.Module):
         return lags[:, None] / max(1, self.length - 1)
 
 
-def short_convolution(inputs: Tensor, taps: Tensor, before: Tensor | None = None) -> Tensor:
+def short_convolution(inputs: Tensor, taps: Tensor) -> Tensor:
     """`y[t] = sum_j taps[j] * inputs[t - j]`, with few taps `[J, C]` for each channel.
 
-    inputs: `[B, T, C]`, after those of `before [B, J - 1, C]`, or None: after zeros. Returns
-    `[B, T, C]` in the dtype of `inputs`.
+    inputs: `[B, J - 1 + T, C]`, those before the first output with them. Returns `[B, T, C]` in
+    their dtype.
     """
-    (batch, length, channels), reach = inputs.shape, len(taps) - 1
-    if before is None:
-        before = inputs.new_zeros(batch, reach, channels)
-    extended = torch.cat([before, inputs], dim=1)  # [B, J - 1 + T, C]
     taps = taps.to(inputs.dtype)  # autocast projects to 16 bits and leaves taps in 32
-    outputs = taps[0] * inputs
-    for lag in range(1, reach + 1):
-        start = reach - lag
-        outputs = outputs + taps[lag] * extended[:, start : start + length]
+    length, last = inputs.shape[1] - len(taps) + 1, len(taps) - 1
+    outputs = taps[0] * inputs[:, last:]
+    for lag in range(1, len(taps)):
+        outputs = outputs + taps[lag] * inputs[:, last - lag : last - lag + length]
     return outputs
+
+
+def after_zeros(inputs: Tensor, num_taps: int) -> Tensor:
+    """What a short convolution takes of whole sequences: `[B, T, C] -> [B, J - 1 + T, C]`."""
+    return F.pad(inputs, (0, 0, num_taps - 1, 0))

@@ -1,5 +1,6 @@
 """What a training step costs: multiply-adds, bytes between the ranks, and the time that makes."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 
 from stu.config import ModelConfig
 from stu.convolution import fast_fft_length
-from train.memory import num_filter_parameters, num_parameters
+from train.memory import convolution_shape, num_filter_parameters, num_parameters
 from train.parallel import ParallelConfig
 
 
@@ -59,6 +60,7 @@ class TokenFlops:
         return self.dense + self.convolution + self.attention
 
 
+@functools.cache
 def token_flops(
     config: ModelConfig, seq_len: int, micro_batch_size: int, recomputes: bool
 ) -> TokenFlops:
@@ -131,10 +133,7 @@ def _transforms(
 ) -> tuple[int, int]:
     """Length of a layer's FFTs, and how many go over it: those of inputs, of taps, and back, in
     both passes (`stu.convolution`)."""
-    form = config.stu_form if config.stu_layers else None
-    lag_step = 2 if form == "tensordot" else 1
-    streams = micro_batch_size * config.streams_per_sequence
-    channels = 2 * config.num_filters if form == "full" else config.width
+    streams, channels, lag_step = convolution_shape(config, micro_batch_size)
     per_phase = -(-seq_len // lag_step)
     sequences = lag_step * streams
     forward, backward = 2 * sequences + 1, 3 * sequences + 2

@@ -3,9 +3,7 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stu.atomic import new_file
@@ -22,8 +20,8 @@ class ValidationSums:
     7 and so on.
     """
 
-    def __init__(self, seq_len: int, bytes_per_token: NDArray[np.int64]) -> None:
-        self._bytes_per_token = torch.from_numpy(bytes_per_token)
+    def __init__(self, seq_len: int, bytes_per_token: Tensor) -> None:
+        self._bytes_per_token = bytes_per_token  # [vocab_size]
         self._group = torch.arange(1, seq_len + 1).log2().floor().long()  # of each place
         self.values = torch.zeros(2 + 2 * (int(self._group[-1]) + 1), dtype=torch.float64)
         """Nats, bytes of the targets' text, and by context hits and targets."""

@@ -156,16 +156,21 @@ def activation_bytes(
     return max(0, int(snapshot["Total"]) - held)
 
 
+def convolution_shape(config: ModelConfig, micro_batch_size: int) -> tuple[int, int, int]:
+    """Of a layer's long convolution: streams, channels of each, and how far apart its taps lie."""
+    form = config.stu_form if config.stu_layers else None
+    channels = 2 * config.num_filters if form == "full" else config.width
+    lag_step = 2 if form == "tensordot" else 1
+    return micro_batch_size * config.streams_per_sequence, channels, lag_step
+
+
 def fft_bytes(config: ModelConfig, seq_len: int, micro_batch_size: int) -> int:
     """Bytes in which one layer's FFTs work on a GPU, at the fullest moment of its backward pass:
     spectra and padded copies, besides what the convolution takes and returns."""
     if not config.convolution_layers:
         return 0
-    lag_step = 2 if config.stu_layers and config.stu_form == "tensordot" else 1
-    is_full = config.stu_layers and config.stu_form == "full"
-    channels = 2 * config.num_filters if is_full else config.width
+    streams, channels, lag_step = convolution_shape(config, micro_batch_size)
     with FakeTensorMode(), _as_on_gpu(True, flash=False):
-        streams = micro_batch_size * config.streams_per_sequence
         inputs = torch.zeros(streams, seq_len, channels, requires_grad=True)
         taps = torch.zeros(-(-seq_len // lag_step), channels, requires_grad=True)
         grad = torch.zeros_like(inputs)

@@ -73,6 +73,7 @@ class FlashSTUModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         self.check_data(self._data)
         self._tokenizer = Tokenizer(self._data.tokenizer_path)
+        self._bytes_per_token = torch.from_numpy(self._tokenizer.bytes_per_token())
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FsdpStrategy):
@@ -161,8 +162,7 @@ class FlashSTUModule(L.LightningModule):
         self._start_clock()
 
     def on_validation_epoch_start(self) -> None:
-        bytes_per_token = self._tokenizer.bytes_per_token()
-        self._validation = ValidationSums(self._data.seq_len, bytes_per_token)
+        self._validation = ValidationSums(self._data.seq_len, self._bytes_per_token)
         self._validation_start = time.monotonic()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:

@@ -102,7 +102,7 @@ class Runner:
         held = self._last_inputs[layer, slice(None) if row is None else slice(row, row + 1)]
         before = held.clone()
         held[:] = torch.cat([before, inputs], dim=1)[:, -held.shape[1] :]
-        return short_convolution(inputs, taps, before)
+        return short_convolution(torch.cat([before, inputs], dim=1), taps)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""

@@ -27,7 +27,7 @@ def test_metrics_against_sums_by_hand():
     targets = torch.from_numpy(random.integers(0, 50, shape))
     counted = torch.from_numpy(random.random(shape) < 0.7)
     # Two ranks' sums, added.
-    sums = [ValidationSums(seq_len, bytes_per_token) for _ in range(2)]
+    sums = [ValidationSums(seq_len, torch.from_numpy(bytes_per_token)) for _ in range(2)]
     for number, batch in enumerate(zip(nats, hits, targets, counted, strict=True)):
         sums[number % 2].add(*batch)
     metrics = validation_metrics(sums[0].values + sums[1].values)
@@ -47,7 +47,7 @@ def test_metrics_against_sums_by_hand():
 
 
 def test_a_context_without_targets_is_left_out():
-    sums = ValidationSums(8, np.ones(5, np.int64))
+    sums = ValidationSums(8, torch.ones(5, dtype=torch.int64))
     first = torch.arange(8)[None] < 2
     zeros = torch.zeros(1, 8)
     sums.add(zeros, zeros.bool(), zeros.long(), first)
