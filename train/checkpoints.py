@@ -60,6 +60,13 @@ class Checkpoints(Checkpoint):
         self._is_writing = self._stop_wanted = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        latest, earliest = largest_of_ranks(trainer, step, -step)
+        if latest != -earliest:  # a shared disk may not show all nodes the same
+            raise ValueError(
+                f"rank {trainer.global_rank} goes on from step {step}, and others from another: "
+                "resume from a checkpoint by its name"
+            )
         if not trainer.is_global_zero:
             return
         for cut_short in self._folder.glob(".step-*.tmp"):  # in a run that was killed

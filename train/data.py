@@ -249,6 +249,7 @@ class TokenData(L.LightningDataModule):
             "seed": self.seed,
             "seq_len": self.seq_len,
             "tokenizer_sha256": self.tokenizer_sha256,
+            "num_tokens": len(self.train_shards),
         }
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -160,9 +160,10 @@ class TrainCLI(LightningCLI):
     def _resume(self) -> tuple[Path | None, int]:
         """The checkpoint to go on from, if any, found to fit this run; and its step."""
         resume, run_dir = self.config_init.resume, self.run_dir
+        own = run_dir / CHECKPOINTS
         if resume == "auto":
-            resume = "last" if any(run_dir.glob(f"{CHECKPOINTS}/*.ckpt")) else None
-        elif resume is None and (run_dir / CHECKPOINTS).exists():
+            resume = "last" if any(own.glob("*.ckpt")) else None
+        elif resume is None and own.exists():
             raise ValueError(
                 f"run_dir={run_dir}: a run is there already; go on with --resume last, choose "
                 "another run_dir, or delete it"
@@ -170,7 +171,6 @@ class TrainCLI(LightningCLI):
         if resume is None:
             return None, 0
         path = last_checkpoint(run_dir) if resume == "last" else Path(resume)
-        own = run_dir / CHECKPOINTS
         if any(own.glob("*.ckpt")) and path.resolve().parent != own.resolve():
             raise ValueError(
                 f"resume={path}: in run_dir={run_dir} is another run; give another run_dir"

@@ -268,6 +268,20 @@ def test_another_order_of_samples_is_refused(train, settings, tmp_path, capsys, 
     assert file.read_bytes() == before
 
 
+def test_ranks_that_go_on_from_different_steps_stop(train, monkeypatch, capsys):
+    """As where a node's view of a shared disk is old; here the other rank is made up."""
+    from train import checkpoints
+
+    def other_rank_is_behind(trainer, *values):
+        return [max(value, 1 - trainer.global_step) for value in values]
+
+    run = train("run", "--trainer.max_steps=3")
+    monkeypatch.setattr(checkpoints, "largest_of_ranks", other_rank_is_behind)
+    with pytest.raises(ValueError, match="rank 0 goes on from step 3, and others from another"):
+        train("run", "--resume=last", "--trainer.max_steps=6")
+    assert state(run)["global_step"] == 3
+
+
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "remove"])
 @pytest.mark.parametrize("name", ["training.pt", "rank-00000.safetensors"])
 def test_a_damaged_checkpoint_is_named(train, settings, capsys, name, damage):
