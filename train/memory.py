@@ -61,7 +61,8 @@ def rank_memory(
     """Of one of `num_ranks`.
 
     activations: what `activation_bytes` says. is_half: bf16-mixed. on_gpu: ZeRO's stages 1 and 2
-    fill one bucket while another is being summed.
+    allocate buckets there; a CPU's memory is taken as they are written to, and then gradients move
+    into them, whose own memory is freed.
     """
     count = num_parameters(config)
     stage = parallel.zero_stage if parallel.kind == "zero" else 0
@@ -85,9 +86,11 @@ def rank_memory(
     moments = 8 * held
     weights = width * (share if stage == 3 else count)
     gradients = width * (share if stage >= 2 else count)
-    bucket = min(BUCKET_ELEMENTS, count)
-    buffers = 0 if stage == 0 else width * bucket * (2 if stage < 3 and on_gpu else 1)
+    buffers = 0
+    if stage in (1, 2) and on_gpu:
+        buffers = width * 2 * BUCKET_ELEMENTS  # one is summed while the other is filled
     if stage == 3:
+        buffers = width * min(BUCKET_ELEMENTS, count)
         block = max_block_parameters(config)
         buffers += width * (max(block, config.vocab_size * config.width) + GATHERED_AHEAD_ELEMENTS)
         buffers = min(buffers, 3 * width * count)
