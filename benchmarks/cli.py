@@ -66,6 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument("--output", type=Path, help="JSON file, written after each batch as well")
     decode.add_argument("--plot", type=Path, help="PNG file")
 
+    model = add("model", "what decoding steps should take, by counted costs and three constants")
+    model.add_argument("decode", metavar="FILE", type=Path, help="JSON of stu-bench decode")
+    model.add_argument("--plot", type=Path, help="PNG file")
+
     invariance = add("invariance", "how often company changes a request's tokens, and the cure")
     invariance.add_argument("model", metavar="MODEL_DIR", type=Path, help="a trained model")
     invariance.add_argument("prompts", metavar="FILE", type=Path, help="JSON lines of prompts")

@@ -40,6 +40,8 @@ class Counts:
     """Of a run, numbers or operations of one channel."""
 
     multiply_adds: float = 0.0
+    """But for FFTs."""
+    fft: float = 0.0
     filters: float = 0.0
     """Read for the whole batch."""
     read: float = 0.0
@@ -52,6 +54,7 @@ class Counts:
         return Costs(
             dense=0.0,
             convolution=channels * self.multiply_adds,
+            fft=channels * self.fft,
             filter_bytes=num_bytes * self.filters,
             cache_read=num_bytes * self.read,
             cache_written=num_bytes * self.written,
@@ -102,8 +105,8 @@ def epoched(shape: Shape) -> Counts:
         if end * step >= shape.new_tokens:
             break
         n = fast_fft_length(end + outputs)
-        counts.multiply_adds += step * 2 * n * math.log2(n) + 4 * step * (n // 2 + 1)
-        counts.multiply_adds += n * math.log2(n) / shape.batch  # of the filters
+        counts.fft += step * 2 * n * math.log2(n) + 4 * step * (n // 2 + 1)
+        counts.fft += n * math.log2(n) / shape.batch  # of the filters
         counts.filters += end + outputs
         counts.read += step * (end + outputs)
         counts.written += step * outputs
@@ -120,7 +123,7 @@ def continuous(shape: Shape, first: int = 0) -> Counts:
             break
         tile = page * (end // page & -(end // page))
         outputs, n = min(tile, columns - end), 2 * tile
-        counts.multiply_adds += step * int(2 * n * math.log2(n) + 4 * (tile + 1))
+        counts.fft += step * int(2 * n * math.log2(n) + 4 * (tile + 1))
         counts.filters += 2 * (tile + 1)  # complex
         counts.read += step * (tile + outputs)
         counts.written += step * outputs
@@ -209,7 +212,7 @@ def _flush_by_fft(
     tile = done & -done
     reached = min(tile, num_pages - done)
     n = fast_fft_length((tile + reached) * rows)
-    counts.multiply_adds += (2 * step + 1) * n * math.log2(n) + 4 * step * (n // 2 + 1)
+    counts.fft += (2 * step + 1) * n * math.log2(n) + 4 * step * (n // 2 + 1)
     counts.filters += shape.batch * (tile + reached) * rows
     counts.read += (tile + reached) * shape.page_len
     counts.written += reached * shape.page_len

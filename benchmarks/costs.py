@@ -23,7 +23,9 @@ class Costs:
     dense: float
     """Multiply-adds of matrices with vectors."""
     convolution: float = 0.0
-    """Multiply-adds of inputs with filters, by FFT or not."""
+    """Multiply-adds of inputs with filters, but for those of FFTs."""
+    fft: float = 0.0
+    """Multiply-adds of FFTs and of the products between them."""
     attention: float = 0.0
     """Multiply-adds of queries with keys, and of scores with values."""
     recurrence: float = 0.0
@@ -40,6 +42,7 @@ class Costs:
         multiply_adds = {
             "dense": self.dense,
             "convolution": self.convolution,
+            "fft": self.fft,
             "attention": self.attention,
             "recurrence": self.recurrence,
         }
@@ -76,24 +79,29 @@ def attention_multiply_adds(width: int, num_layers: int, keys_seen: Sequence[int
     return 2 * width * num_layers * sum(keys_seen) / len(keys_seen)
 
 
-def attention_bytes(width: int, num_layers: int, keys_seen: Sequence[int]) -> tuple[float, float]:
+def attention_bytes(
+    width: int, num_layers: int, keys_seen: Sequence[int], number_bytes: int = FLOAT_BYTES
+) -> tuple[float, float]:
     """Read and written for a token: a key and a value of each token seen, and its own."""
-    position = 2 * width * num_layers * FLOAT_BYTES
+    position = 2 * width * num_layers * number_bytes
     return position * sum(keys_seen) / len(keys_seen), float(position)
 
 
-def window_costs(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> Costs:
-    """Sliding windows, and Hyena's short convolutions of three projections, besides `dense`."""
+def window_costs(
+    config: ModelConfig, prompt_tokens: int, new_tokens: int, number_bytes: int = FLOAT_BYTES
+) -> Costs:
+    """Sliding windows, and Hyena's short convolutions of three projections, besides `dense`.
+    number_bytes: of each number of the activations, which are what these remember."""
     last = prompt_tokens + new_tokens
     keys = [min(config.window_tokens + 1, t + 1) for t in range(prompt_tokens, last)]
     layers = len(config.attention_layers)
-    read, written = attention_bytes(config.width, layers, keys)
+    read, written = attention_bytes(config.width, layers, keys, number_bytes)
     short, short_read, short_written = 0, 0, 0
     if config.layout == "hyena":
         channels = 3 * config.width * len(config.convolution_layers)
         short = SHORT_TAPS * channels
-        short_read = (SHORT_TAPS - 1) * channels * FLOAT_BYTES
-        short_written = channels * FLOAT_BYTES
+        short_read = (SHORT_TAPS - 1) * channels * number_bytes
+        short_written = channels * number_bytes
     return Costs(
         dense=dense_multiply_adds(config),
         convolution=short,

@@ -19,6 +19,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import psutil
@@ -30,8 +31,9 @@ from benchmarks.decode_engine import VOCAB_SIZE, other_bytes
 from benchmarks.decode_plot import plot
 from benchmarks.decode_subjects import EngineSubject, PeerSubject, Subject
 from benchmarks.energy import UNAVAILABLE
-from benchmarks.machine import copy_gb_per_s, describe
+from benchmarks.machine import describe
 from benchmarks.peers import Peer, build_peers
+from benchmarks.rates import Rates, measured_rates, median_rates
 from benchmarks.samples import Sample, sampled, summary
 from stu.config import ModelConfig
 from stu.layers import LongConvolution
@@ -46,7 +48,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every combination of the settings, and each cache's ratio to the paged one."""
     if args.whole and len(args.threads) > 1:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
-    result: dict[str, Any] = {"machine": describe(), "copy_gb_per_s": copy_gb_per_s(), "runs": []}
+    result: dict[str, Any] = {"machine": describe(), "rates": [], "runs": []}
+    rates: dict[int, list[Rates]] = {threads: [] for threads in args.threads}
     for layout, mlp_ratio in itertools.product(args.layout, args.mlp_ratio):
         peers: dict[str, Peer] = {}
         for new_tokens in args.new_tokens:
@@ -60,6 +63,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )
             model = FlashSTU(config).eval()
             peers = peers or build_peers(args.peers, config, model.num_parameters())
+            for threads, its in rates.items():
+                torch.set_num_threads(threads)
+                its.append(measured_rates())
+            result["rates"] = [
+                {"threads": threads} | asdict(median_rates(its)) for threads, its in rates.items()
+            ]
             for batch in args.batch:
                 ours = [
                     run

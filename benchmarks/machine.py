@@ -3,9 +3,7 @@
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,15 +56,3 @@ def commit(folder: Path) -> str:
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return "unknown"
     return f"{head}-dirty" if changes else head
-
-
-def copy_gb_per_s() -> float:
-    """Bytes read and written a second by a copy too large for the caches, in GB."""
-    source = torch.ones(2**27)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() * source.element_size() / statistics.median(seconds) / 1e9

@@ -1,0 +1,94 @@
+"""`stu-bench model`: what a step should take, by counted costs and three measured constants.
+
+    stu-bench decode --output decode.json
+    stu-bench model decode.json --plot model.png
+
+A step reads the dense weights, once for the whole batch, and multiplies with them; it reads and
+writes the caches and filters that the algorithm asks for; and it transforms tiles. All of it adds
+up, for on one core little of it overlaps. Nothing is fitted: bytes and multiply-adds are those of
+`benchmarks.costs` and `benchmarks.convolution_costs`, and the constants were measured beside the
+steps (`benchmarks.rates`). For each curve, a cache at one batch and all lengths, the largest error
+is told. Then the same formula, with constants of a data sheet, says what other machines and larger
+models would do (`benchmarks.extrapolation`).
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from benchmarks.extrapolation import extrapolated
+from benchmarks.machine import describe
+from benchmarks.rates import Rates
+
+CURVE = ["layout", "mlp_ratio", "cache", "batch", "threads"]
+"""What a curve has in common."""
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Predicted over measured, for each run and the worst of each curve; and other machines."""
+    measured = json.loads(args.decode.read_text(encoding="utf-8"))
+    names = [its.name for its in fields(Rates)]
+    rates = {its["threads"]: Rates(*(its[name] for name in names)) for its in measured["rates"]}
+    curves: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in measured["runs"]:
+        if "step_ms" not in run:
+            continue
+        key = tuple(run[name] for name in CURVE)
+        curve = curves.setdefault(key, dict(zip(CURVE, key, strict=True)) | {"points": []})
+        curve["points"].append(point(run, rates[run["threads"]]))
+    for curve in curves.values():
+        curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
+    result = {
+        "machine": describe(),
+        "measured_on": measured["machine"],
+        "rates": measured["rates"],
+        "curves": list(curves.values()),
+        "largest_error": largest_errors(curves.values()),
+        "extrapolated": extrapolated(),
+    }
+    if args.plot:
+        from benchmarks.model_plot import plot
+
+        plot(result, args.plot)
+    return result
+
+
+def point(run: dict[str, Any], rates: Rates) -> dict[str, Any]:
+    """A run's time, what it should be, and what that is made of."""
+    parts = step_parts(
+        run["multiply_adds_per_token"], run["bytes_moved_per_token"], run["batch"], rates
+    )
+    predicted = 1e3 * sum(parts.values())
+    return {
+        "new_tokens": run["new_tokens"],
+        "measured_ms": run["step_ms"],
+        "predicted_ms": predicted,
+        "error": predicted / run["step_ms"] - 1,
+        "predicted_shares": {name: 1e3 * its / predicted for name, its in parts.items()},
+    }
+
+
+def step_parts(
+    multiply_adds: dict[str, float], moved: dict[str, float], batch: int, rates: Rates
+) -> dict[str, float]:
+    """Seconds of a step, by what they are spent on. Costs are those of a token
+    (`benchmarks.costs.Costs.report`)."""
+    caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
+    others = multiply_adds["convolution"] + multiply_adds["attention"] + multiply_adds["recurrence"]
+    return {
+        "weights": batch * moved["weights"] / rates.bytes,
+        "products": batch * multiply_adds["dense"] / rates.products,
+        "caches": batch * caches / rates.bytes,
+        "sums": batch * others / rates.products,
+        "ffts": batch * multiply_adds["fft"] / rates.ffts,
+    }
+
+
+def largest_errors(curves: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """By cache, of all its curves."""
+    largest: dict[str, float] = {}
+    for curve in curves:
+        largest[curve["cache"]] = max(largest.get(curve["cache"], 0.0), curve["largest_error"])
+    return largest

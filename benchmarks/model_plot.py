@@ -1,0 +1,98 @@
+"""The picture of `stu-bench model`: predictions over measurements, and what they say elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decode_plot import STYLES
+
+MARKERS = ["o", "s", "^", "D", "v"]
+LINES = ["-", "--", "-.", ":", (0, (1, 3))]
+GREY = "0.45"
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """One panel of this machine, and one for each size on the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    elsewhere = result["extrapolated"]
+    sizes = elsewhere["sizes"]
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
+    first, *others = grid.flat
+    against(first, result["curves"])
+    for axes, (name, layouts) in zip(others, sizes.items(), strict=False):
+        gains(axes, layouts["hybrid"]["cells"], elsewhere["pays"])
+        parameters = layouts["hybrid"]["parameters"] / 1e9
+        axes.set_title(f"{name} ({parameters:.1f} B) on {elsewhere['gpu']}: model", fontsize=10)
+    for axes in grid.flat:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+        axes.xaxis.set_minor_locator(pyplot.NullLocator())
+        axes.yaxis.set_minor_formatter(pyplot.NullFormatter())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    figure.savefig(file, dpi=140)
+
+
+def against(axes: Any, curves: list[dict[str, Any]]) -> None:
+    """Times of our caches at a small and a large batch: marks measured, lines predicted."""
+    known = [its for its in curves if its["cache"] in ("paged", "epoched", "naive")]
+    least = min(its["threads"] for its in known)
+    alike = {name: known[0][name] for name in ("layout", "mlp_ratio")} | {"threads": least}
+    known = [its for its in known if all(its[name] == alike[name] for name in alike)]
+    batches = sorted({its["batch"] for its in known})
+    shown = {batches[0], min(batches, key=lambda batch: abs(batch - 32))}
+    for curve in known:
+        if curve["batch"] not in shown:
+            continue
+        label, marker, line = STYLES[curve["cache"]]
+        lengths = [its["new_tokens"] for its in curve["points"]]
+        small = curve["batch"] == batches[0]
+        colour = "black" if small else GREY
+        axes.plot(lengths, [its["predicted_ms"] for its in curve["points"]], line, color=colour)
+        axes.plot(
+            lengths,
+            [its["measured_ms"] for its in curve["points"]],
+            marker,
+            color=colour,
+            markerfacecolor=colour if curve["cache"] == "paged" else "white",
+            label=f"{label}, batch {curve['batch']}",
+        )
+    lengths = sorted({its["new_tokens"] for curve in known for its in curve["points"]})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xlabel("new tokens of each sequence")
+    axes.set_ylabel("time of a step (ms)")
+    axes.set_title("this machine: measured (marks) and predicted (lines)", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def gains(axes: Any, cells: list[dict[str, Any]], pays: float) -> None:
+    """How many times as fast as direct sums, by length, a line for each batch."""
+    lengths = sorted({its["new_tokens"] for its in cells})
+    for batch, marker, line in zip(
+        sorted({its["batch"] for its in cells}), MARKERS, LINES, strict=False
+    ):
+        its = [cell for cell in cells if cell["batch"] == batch]
+        axes.plot(
+            [cell["new_tokens"] for cell in its],
+            [cell["times_as_fast"] for cell in its],
+            linestyle=line,
+            color="black",
+            label=f"batch {batch}",
+        )
+        for cell in its:
+            axes.plot(
+                cell["new_tokens"],
+                cell["times_as_fast"],
+                marker,
+                color="black",
+                markerfacecolor="black" if cell["paged"]["fits"] else "white",
+            )
+    axes.axhline(pays, color=GREY, linewidth=0.8)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xlabel("new tokens of each sequence (hollow: caches do not fit)")
+    axes.set_ylabel("direct sums' time over FutureFill's")
+    axes.legend(fontsize=8, frameon=False)
