@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     model = add("model", "what decoding steps should take, by counted costs and three constants")
     model.add_argument("decode", metavar="FILE", type=Path, help="JSON of stu-bench decode")
+    model.add_argument("--this-machine", action="store_true", help="say nothing of other machines")
     model.add_argument("--plot", type=Path, help="PNG file")
 
     invariance = add("invariance", "how often company changes a request's tokens, and the cure")
@@ -103,7 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
     add("loss", "the training loss against torch's, at a vocabulary of 200,064")
-    add("memory", "what training runs take, against what stu-plan says")
+    memory = add("memory", "what training runs take, against what stu-plan says")
+    memory.add_argument("--first", type=int, help="so many of the runs; all, if it is not given")
     return parser
 
 

@@ -50,7 +50,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": describe(), "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data")
-        for number, (config, ranks, seq_len, micro_batch, parallel) in enumerate(SETTINGS):
+        for number, (config, ranks, seq_len, micro_batch, parallel) in enumerate(
+            SETTINGS[: args.first]
+        ):
             run_dir = Path(folder) / str(number)
             train(run_dir, data, config, ranks, seq_len, micro_batch, parallel, args.threads[0])
             measured = max(read_curves(run_dir)["train/memory_gib"][1])

@@ -46,8 +46,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rates": measured["rates"],
         "curves": list(curves.values()),
         "largest_error": largest_errors(curves.values()),
-        "extrapolated": extrapolated(),
     }
+    if not args.this_machine:
+        result["extrapolated"] = extrapolated()
     if args.plot:
         from benchmarks.model_plot import plot
 

@@ -1,0 +1,65 @@
+"""`make evidence-quick`: measures the README's claims anew, in minutes, and says which hold.
+
+Small versions of the benchmarks, one after the other: nothing else should run beside them. Each
+writes its result to the folder as soon as it has one. Exits with 1 if a claim does not hold.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.claims import BATCH, CLAIMS, LENGTH, recorded, shown
+
+QUICK: dict[str, list[str]] = {
+    "decode": ["--batch", "1", str(BATCH), "--new-tokens", "2048", str(LENGTH)],
+    "model": ["decode.json", "--this-machine"],
+    "convolution": [],
+    "train": ["--context", "2048", "--repeats", "2"],
+    "loss": [],
+    "memory": ["--first", "2"],
+    "load": ["--requests", "128"],
+}
+"""Each benchmark's options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of the results")
+    folder: Path = parser.parse_args(argv).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    for number, (name, options) in enumerate(QUICK.items()):
+        minutes = (time.monotonic() - began) / 60
+        print(f"{name}, {number + 1} of {len(QUICK)}, after {minutes:.1f} min", file=sys.stderr)
+        measure(name, options, folder)
+    results = recorded(folder)
+    failed = 0
+    for claim in CLAIMS:
+        figure = claim.figure(results[claim.benchmark])
+        failed += not claim.holds(figure)
+        verdict = "holds" if claim.holds(figure) else "DOES NOT HOLD"
+        print(f"{verdict}: {claim.text}: {shown(figure)} ({claim.bound()})")
+    print(f"{len(CLAIMS) - failed} of {len(CLAIMS)} claims hold", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def measure(name: str, options: Sequence[str], folder: Path) -> None:
+    """`stu-bench NAME` in the folder, into `NAME.json`."""
+    command = [sys.executable, "-m", "benchmarks.cli", name, *options]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    unfinished = folder / f"{name}.json.part"
+    with unfinished.open("wb") as file, (folder / f"{name}.log").open("wb") as log:
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"stu-bench {name} failed: see {folder / name}.log")
+    unfinished.rename(folder / f"{name}.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

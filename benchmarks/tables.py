@@ -1,0 +1,53 @@
+"""Writes the figures of the documents from what the benchmarks measured.
+
+    python -m benchmarks.tables
+
+`benchmarks/results/NAME.json` is what `stu-bench NAME` printed; in a document its figures stand
+between `<!-- stu-bench NAME -->` and `<!-- end -->`, or between `<!-- stu-bench NAME PART -->` and
+`<!-- end -->` where one result has several parts. A test holds the documents to the results.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import training_tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ["docs/slurm.md", "docs/training.md"]
+PLACE = re.compile(
+    r"(<!-- stu-bench (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+TABLES = training_tables.TABLES
+
+
+def main() -> int:
+    """Rewrite every document whose figures differ."""
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+def with_tables(text: str) -> str:
+    """A document with its figures as the results have them."""
+
+    def figures(place: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"{place['name']}.json").read_text(encoding="utf-8"))
+        its = TABLES[place["part"]](result)
+        return f"{place[1]}\n{its}\n\n{made_on(result['machine'])}\n{place[4]}"
+
+    return PLACE.sub(figures, text)
+
+
+def made_on(machine: dict[str, Any]) -> str:
+    """Where and when a result was made."""
+    day, commit = machine["date"].split("T")[0], machine["commit"][:7]
+    return f"({machine['processor']}, torch {machine['torch']}, {day}, commit {commit})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
