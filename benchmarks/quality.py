@@ -28,7 +28,7 @@ from train.report import gzip_bits_per_byte, read_curves, unigram_bits_per_byte
 VOCAB_SIZE, NUM_LAYERS, NUM_HEADS = 4096, 4, 4
 WEIGHTS = 5_250_000
 SEQ_LEN, MICRO_BATCH, WARMUP_STEPS, EVALUATIONS = 512, 4, 50, 10
-VALIDATION_TOKENS = 100_000
+VALIDATION_TOKENS = 32_768
 LEARNING_RATES = [1e-3, 2e-3, 4e-3]
 SWEEP_SHARE = 0.25
 """Of the steps, in the short runs."""
