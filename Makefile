@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all evidence-quick lint format clean
 
 demo: .venv/installed  ## train a small model on real text, export it, decode prompts: under ten minutes
 	$(BIN)/python -m train.demo
@@ -12,6 +12,9 @@ test: .venv/installed  ## everything CI runs
 
 test-all: .venv/installed  ## the tests that take minutes too
 	$(BIN)/python -m pytest
+
+evidence-quick: .venv/installed  ## measures the README's claims again, in under ten minutes
+	$(BIN)/python -m benchmarks.evidence
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -13,6 +13,9 @@ from benchmarks.costs import FLOAT_BYTES, Costs
 from serve.tiles import TILES_AT_ONCE, TileFlush
 from stu.convolution import fast_fft_length
 
+TURNS, TURNS_TRANSPOSED = 2, 4
+"""How often a number is read, and as often written, when a page is put away and the next one is
+taken out: once each, or by way of a transposed copy (`stu.futurefill`)."""
 PAGE_COLUMNS = 32
 """Of `stu.futurefill.Continuous`."""
 
@@ -47,15 +50,15 @@ class Counts:
     read: float = 0.0
     written: float = 0.0
 
-    def costs(self, shape: Shape) -> Costs:
-        """Of one token."""
+    def costs(self, shape: Shape, number_bytes: int = FLOAT_BYTES) -> Costs:
+        """Of one token. number_bytes: of each number that is remembered."""
         channels = shape.layers * shape.width / shape.new_tokens
-        num_bytes = channels * FLOAT_BYTES
+        num_bytes = channels * number_bytes
         return Costs(
             dense=0.0,
             convolution=channels * self.multiply_adds,
             fft=channels * self.fft,
-            filter_bytes=num_bytes * self.filters,
+            filter_bytes=channels * FLOAT_BYTES * self.filters,
             cache_read=num_bytes * self.read,
             cache_written=num_bytes * self.written,
         )
@@ -99,7 +102,7 @@ def epoched(shape: Shape) -> Counts:
     """One FutureFill of the whole past into each next epoch."""
     columns, step = shape.columns(shape.new_tokens), shape.lag_step
     epoch = epoch_columns(columns)
-    counts = _within_pages(shape, epoch, 0)
+    counts = _within_pages(shape, epoch, 0, TURNS_TRANSPOSED)
     for end in range(epoch, columns, epoch):
         outputs = min(epoch, columns - end)
         if end * step >= shape.new_tokens:
@@ -117,7 +120,7 @@ def continuous(shape: Shape, first: int = 0) -> Counts:
     """A tile of `lowbit(j)` pages after page j; the run's first position is `first`."""
     columns, step = shape.columns(first + shape.new_tokens), shape.lag_step
     page = min(PAGE_COLUMNS, columns)
-    counts = _within_pages(shape, page, first)
+    counts = _within_pages(shape, page, first, TURNS_TRANSPOSED)
     for end in range(page * (first // (page * step) + 1), columns, page):
         if end * step > first + shape.new_tokens:
             break
@@ -138,7 +141,7 @@ def flashinference(shape: Shape) -> Counts:
 
 def paged(shape: Shape, tiles: TileFlush) -> Counts:
     """Direct sums within pages, and products of thin matrices after each (`serve.tiles`)."""
-    counts = _within_pages(shape, shape.page_len // shape.lag_step, 0)
+    counts = _within_pages(shape, shape.page_len // shape.lag_step, 0, TURNS)
     num_pages = -(-(shape.new_tokens - 1) // shape.page_len)
     by_done = _flush_by_fft if not tiles._levels else _flush
     for done in range(1, num_pages):
@@ -161,13 +164,16 @@ def added(one: Costs, other: Costs) -> Costs:
     return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
-def _within_pages(shape: Shape, page_columns: int, first: int) -> Counts:
-    """Each input into the outputs that are left in its page, its own among them."""
+def _within_pages(shape: Shape, page_columns: int, first: int, turns: int) -> Counts:
+    """Each input into the outputs that are left in its page, its own among them; and pages that
+    are put away and taken out."""
     sums = sum(
         page_columns - token // shape.lag_step % page_columns
         for token in range(first, first + shape.new_tokens)
     )
-    return Counts(sums, filters=sums, read=sums, written=sums + shape.new_tokens)
+    turned = turns * shape.new_tokens
+    written = sums + shape.new_tokens + turned
+    return Counts(sums, filters=sums, read=sums + turned, written=written)
 
 
 def _flush(counts: Counts, shape: Shape, tiles: TileFlush, done: int, num_pages: int) -> None:

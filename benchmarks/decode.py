@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.whole and len(args.threads) > 1:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
     result: dict[str, Any] = {"machine": describe(), "rates": [], "runs": []}
-    rates: dict[int, list[Rates]] = {threads: [] for threads in args.threads}
+    rates: dict[tuple[int, int], list[Rates]] = {}
     for layout, mlp_ratio in itertools.product(args.layout, args.mlp_ratio):
         peers: dict[str, Peer] = {}
         for new_tokens in args.new_tokens:
@@ -63,13 +63,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )
             model = FlashSTU(config).eval()
             peers = peers or build_peers(args.peers, config, model.num_parameters())
-            for threads, its in rates.items():
-                torch.set_num_threads(threads)
-                its.append(measured_rates())
-            result["rates"] = [
-                {"threads": threads} | asdict(median_rates(its)) for threads, its in rates.items()
-            ]
             for batch in args.batch:
+                for threads in args.threads:
+                    torch.set_num_threads(threads)
+                    rates.setdefault((threads, batch), []).append(measured_rates(batch))
+                result["rates"] = [
+                    {"threads": threads, "batch": of_batch} | asdict(median_rates(its))
+                    for (threads, of_batch), its in rates.items()
+                ]
                 ours = [
                     run
                     for cache in args.caches

@@ -8,7 +8,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "paged": ("FutureFill, paged (ours)", "o", "-"),
     "continuous": ("FutureFill, continuous", "s", "-"),
     "epoched": ("FutureFill, epoched", "D", "-"),
-    "flashinference": ("Flash Inference", "^", "--"),
+    "flashinference": ("tiles over prompt and generation", "^", "--"),
     "naive": ("direct sums", "v", "--"),
     "llama": ("Llama-like, preallocated", "P", ":"),
     "llama-dynamic": ("Llama-like, DynamicCache", "X", ":"),

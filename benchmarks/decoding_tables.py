@@ -1,8 +1,8 @@
 """The tables of what decoding takes, from results of `stu-bench` (`benchmarks.tables`)."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
+from benchmarks.choice import Run, decoded, fewest_threads
 from benchmarks.decode_plot import STYLES
 from benchmarks.markdown import table
 
@@ -12,58 +12,58 @@ LENGTH, LONGER, BATCH = 8192, 32768, 8
 """Of which most tables tell."""
 
 
-def steps(result: dict[str, Any]) -> str:
-    """Milliseconds of a step of the engine with its cache and with direct sums."""
+def steps(result: Run) -> str:
+    """Milliseconds of a step of the engine with its cache and with others, and their caches."""
     rows = []
-    for batch, length in sorted({(run["batch"], run["new_tokens"]) for run in result["runs"]}):
-        runs = chosen(result, batch, length)
-        if length not in (LENGTH, LONGER) or "step_ms" not in runs["paged"]:
+    for batch, length in settings(result):
+        runs = decoded(result, batch, length)
+        if length not in (LENGTH, LONGER):
             continue
-        paged, others = runs["paged"], [runs["epoched"], runs["naive"]]
-        convolutions = [paged, runs["naive"]]
-        ratio = runs["naive"].get("convolution_over_paged")
+        ours = [runs.get(name, {}) for name in ("paged", "epoched", "naive")]
+        ratio = ours[2].get("convolution_over_paged")
         rows.append(
             [
                 f"{batch}, {length:,}",
-                *(milliseconds(run, "step_ms") for run in (paged, *others)),
-                *(milliseconds(run, "convolution_ms") for run in convolutions),
+                *(milliseconds(run, "step_ms") for run in ours),
+                *(milliseconds(run, "convolution_ms") for run in (ours[0], ours[2])),
                 f"{ratio:.0f}" if ratio else "-",
+                *(mib(run) for run in (ours[0], ours[2])),
             ]
         )
     head = ["batch, new tokens", "paged", "epoched", "direct sums"]
-    return table([*head, "convolution alone, paged", "direct sums", "ratio"], rows)
+    head += ["convolution alone, paged", "direct sums", "ratio"]
+    return table([*head, "cache, paged, MiB", "direct sums"], rows)
 
 
-def peers(result: dict[str, Any]) -> str:
-    """Tokens a second and cache of all, by length, at one batch."""
+def peers(result: Run) -> str:
+    """Tokens a second and cache of all, by length, at two batches."""
     lengths = sorted({run["new_tokens"] for run in result["runs"]})
     rows = []
     for batch in (1, 32):
         for name in present(result, [*OURS, *PEERS]):
-            runs = [chosen(result, batch, length)[name] for length in lengths]
+            runs = [decoded(result, batch, length).get(name) for length in lengths]
             rows.append([STYLES[name][0], str(batch), *map(speed_and_cache, runs)])
     head = ["tokens a second (cache, MiB)", "batch"]
     return table([*head, *(f"{length:,} new" for length in lengths)], rows)
 
 
-def costs(result: dict[str, Any]) -> str:
+def costs(result: Run) -> str:
     """Multiply-adds, bytes and joules of a token."""
+    runs = decoded(result, BATCH, LENGTH)
     rows = []
     for name in present(result, [*OURS, *PEERS]):
-        run = chosen(result, BATCH, LENGTH)[name]
-        if "step_ms" not in run:
+        run = runs.get(name, {})
+        if "multiply_adds_per_token" not in run:
             continue
         adds, moved = run["multiply_adds_per_token"], run["bytes_moved_per_token"]
-        mixing = adds["total"] - adds["dense"]
-        caches = moved["total"] - moved["weights"]
         joules = run["joules_per_token"]
         rows.append(
             [
                 STYLES[name][0],
                 f"{adds['dense'] / 1e6:.1f}",
-                f"{mixing / 1e6:.2f}",
+                f"{(adds['total'] - adds['dense']) / 1e6:.2f}",
                 f"{moved['weights'] / 1e6:.1f}",
-                f"{caches / 1e6:.2f}",
+                f"{(moved['total'] - moved['weights']) / 1e6:.2f}",
                 joules if isinstance(joules, str) else f"{joules:.3f}",
             ]
         )
@@ -71,42 +71,44 @@ def costs(result: dict[str, Any]) -> str:
     return table([*head, "caches and filters", "joules"], rows)
 
 
-def flash_inference(result: dict[str, Any]) -> str:
-    """Its schedule beside ours: cache, and time of the convolution."""
+def flash_inference(result: Run) -> str:
+    """Tiles over prompt and generation beside ours: cache, and time of the convolution."""
+    names = ["flashinference", "continuous", "paged"]
     rows = []
-    for batch, length in sorted({(run["batch"], run["new_tokens"]) for run in result["runs"]}):
-        runs = chosen(result, batch, length)
-        if batch not in (1, BATCH) or any("step_ms" not in runs[name] for name in OURS[:4]):
+    for batch, length in settings(result):
+        runs = [decoded(result, batch, length).get(name, {}) for name in names]
+        if any("convolution_ms" not in run for run in runs):
             continue
-        its, continuous, paged = (runs[x] for x in ("flashinference", "continuous", "paged"))
         rows.append(
             [
-                f"{batch}, {length:,}",
-                *(f"{run['cache_bytes'] / 2**20:.1f}" for run in (its, continuous, paged)),
-                *(milliseconds(run, "convolution_ms") for run in (its, continuous, paged)),
+                f"{runs[0]['prompt_tokens']:,}, {length:,}",
+                str(batch),
+                *map(mib, runs),
+                *(milliseconds(run, "convolution_ms") for run in runs),
             ]
         )
-    names = ["Flash Inference", "FutureFill, continuous", "paged"]
-    head = [f"cache of {names[0]}, MiB", *names[1:], f"convolution of {names[0]}, ms", *names[1:]]
-    return table(["batch, new tokens", *head], rows)
+    labels = [STYLES[name][0] for name in names]
+    head = ["prompt, new tokens", "batch", *(f"{label}, MiB" for label in labels)]
+    return table([*head, *(f"{label}, ms" for label in labels)], rows)
 
 
-def model(result: dict[str, Any]) -> str:
+def model(result: Run) -> str:
     """Largest errors of the curves."""
     batches = sorted({curve["batch"] for curve in result["curves"]})
-    rows = []
-    for name in [name for name in [*OURS, *PEERS] if name in result["largest_error"]]:
-        by_batch = {
-            curve["batch"]: curve["largest_error"]
-            for curve in result["curves"]
-            if curve["cache"] == name
-        }
-        cells = (f"{by_batch[batch]:.0%}" if batch in by_batch else "-" for batch in batches)
-        rows.append([STYLES[name][0], *cells])
+    worst: dict[tuple[str, int], float] = {}
+    for curve in result["curves"]:
+        key = curve["cache"], curve["batch"]
+        worst[key] = max(worst.get(key, 0.0), curve["largest_error"])
+    rows = [
+        [STYLES[name][0]]
+        + [f"{worst[name, batch]:.0%}" if (name, batch) in worst else "-" for batch in batches]
+        for name in [*OURS, *PEERS]
+        if name in result["largest_error"]
+    ]
     return table(["largest error of a curve", *(f"batch {batch}" for batch in batches)], rows)
 
 
-def gains(result: dict[str, Any]) -> str:
+def gains(result: Run) -> str:
     """On the other machine, by how much FutureFill pays."""
     elsewhere = result["extrapolated"]
     rows = []
@@ -125,47 +127,73 @@ def gains(result: dict[str, Any]) -> str:
     return table(["model", "batch", *(f"{length:,} new" for length in lengths)], rows)
 
 
-def gain(cell: dict[str, Any]) -> str:
+def gain(cell: Run) -> str:
     """Of one batch and length; in brackets where the caches do not fit."""
     figure = f"{cell['times_as_fast']:.2f}"
     return figure if cell["paged"]["fits"] else f"({figure})"
 
 
-def chosen(result: dict[str, Any], batch: int, length: int) -> dict[str, dict[str, Any]]:
-    """By cache or peer, with the fewest threads, of the first layout."""
-    first = result["runs"][0]
-    its = [
-        run
-        for run in result["runs"]
-        if (run["batch"], run["new_tokens"], run["layout"]) == (batch, length, first["layout"])
+def convolution(result: Run) -> str:
+    """Convolutions alone."""
+    run = fewest_threads(result["runs"])[0]
+    rows = [
+        [
+            f"training, {its['length']:,} tokens (B=2, D=256), forward and backward",
+            f"two branches, {its['two_branch_ms']:,.0f} ms",
+            f"fused, {its['fused_ms']:,.0f} ms",
+            f"{its['ratio']:.1f}",
+        ]
+        for its in run["training"]
     ]
-    return {run["cache"]: run for run in reversed(its)}
+    rows += [
+        [
+            f"decoding {its['length']:,} tokens, batch {its['batch']} (one STU layer, D=512)",
+            f"direct sum, {its['naive_us_per_token']:,.0f} us a token",
+            f"{its['continuous_us_per_token']:,.0f} us",
+            f"{its['ratio']:.0f}",
+        ]
+        for its in run["decoding"]
+    ]
+    return table(["", "usual way", "stu", "ratio"], rows)
 
 
-def present(result: dict[str, Any], names: Iterable[str]) -> list[str]:
+def settings(result: Run) -> list[tuple[int, int]]:
+    """Batches and lengths."""
+    return sorted({(run["batch"], run["new_tokens"]) for run in result["runs"]})
+
+
+def present(result: Run, names: Iterable[str]) -> list[str]:
     """Those that the result has."""
     there = {run["cache"] for run in result["runs"]}
     return [name for name in names if name in there]
 
 
-def speed_and_cache(run: dict[str, Any]) -> str:
+def speed_and_cache(run: Run | None) -> str:
     """Or why there is none."""
-    mib = f"{run['cache_bytes'] / 2**20:,.0f}"
+    if run is None:
+        return "-"
     if "tokens_per_second" not in run:
-        return f"does not fit ({mib})"
-    return f"{run['tokens_per_second']:,.0f} ({mib})"
+        return f"does not fit ({mib(run)})"
+    return f"{run['tokens_per_second']:,.0f} ({mib(run)})"
 
 
-def milliseconds(run: dict[str, Any], name: str) -> str:
+def mib(run: Run) -> str:
+    """Of its cache."""
+    return f"{run['cache_bytes'] / 2**20:,.0f}" if run else "-"
+
+
+def milliseconds(run: Run, name: str) -> str:
     """Or a dash where it was not run."""
     return f"{run[name]:.3g}" if name in run else "-"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+TABLES: dict[str, Callable[[Run], str]] = {
     "decode steps": steps,
     "decode peers": peers,
     "decode costs": costs,
     "decode flashinference": flash_inference,
+    "prompts flashinference": flash_inference,
+    "convolution": convolution,
     "model errors": model,
     "model gains": gains,
 }

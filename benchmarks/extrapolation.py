@@ -1,9 +1,9 @@
 """What the cost model says of machines that are not at hand and of models that do not fit here.
 
-Weights, keys and values in bfloat16, filters and convolutions' caches in float32, as the engine has
-them on a GPU. Only the constants of the data sheet stand between counted costs and time: launching
-kernels, scheduling and text are left out, so these are bounds of what the hardware allows, not
-measurements.
+Weights, keys and values in bfloat16, filters and FutureFill's caches in float32, as the engine has
+them on a GPU; direct sums remember inputs alone, and bfloat16 does for them. Only the constants of
+the data sheet stand between counted costs and time: launching kernels, scheduling and text are left
+out. Nothing of this was measured.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from benchmarks import convolution_costs
+from benchmarks.convolution_costs import naive
 from benchmarks.costs import FLOAT_BYTES, window_costs
 from benchmarks.decode_engine import other_bytes
 from benchmarks.rates import Rates, of_gpu
@@ -93,19 +94,20 @@ def cell(config: ModelConfig, batch: int, new_tokens: int, rates: Rates) -> dict
     usable = USABLE_SHARE * GPUS[GPU].memory_gib * 2**30
     result: dict[str, Any] = {"batch": batch, "new_tokens": new_tokens}
     for cache in CACHES:
-        if cache == "paged":
-            counts = convolution_costs.paged(shape, tiles(shape))
-        else:
-            counts = convolution_costs.LOCKSTEP[cache](shape)
+        paged = cache == "paged"
+        # What is pending needs float32; inputs, which are all that direct sums keep, do not.
+        number_bytes = FLOAT_BYTES if paged else HALF_BYTES
+        counts = convolution_costs.paged(shape, tiles(shape)) if paged else naive(shape)
         windows = window_costs(config, PROMPT_TOKENS, new_tokens, HALF_BYTES)
-        costs = convolution_costs.added(windows, counts.costs(shape))
+        costs = convolution_costs.added(windows, counts.costs(shape, number_bytes))
         report = costs.report(weights, batch)
         parts = step_parts(
             report["multiply_adds_per_token"], report["bytes_moved_per_token"], batch, rates
         )
         others = other_bytes(config, batch, PAGE_LEN) * HALF_BYTES // FLOAT_BYTES
-        held = convolution_costs.cache_bytes(cache, shape) + others
+        held = convolution_costs.cache_bytes(cache, shape) * number_bytes // FLOAT_BYTES + others
         filters = FLOAT_BYTES * shape.layers * shape.width * shape.num_taps
+        filters += tile_levels.CORE_BYTES if paged else 0
         total = sum(parts.values())
         result[cache] = {
             "step_ms": 1e3 * total,
@@ -132,7 +134,7 @@ def tiles(shape: convolution_costs.Shape) -> TileFlush:
     return made
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def factorized(context: int, new_tokens: int) -> TileFlush:
     """Of some channels of one layer, without cores."""
     config = ModelConfig(

@@ -5,17 +5,17 @@
 
 A step reads the dense weights, once for the whole batch, and multiplies with them; it reads and
 writes the caches and filters that the algorithm asks for; and it transforms tiles. All of it adds
-up, for on one core little of it overlaps. Nothing is fitted: bytes and multiply-adds are those of
-`benchmarks.costs` and `benchmarks.convolution_costs`, and the constants were measured beside the
-steps (`benchmarks.rates`). For each curve, a cache at one batch and all lengths, the largest error
-is told. Then the same formula, with constants of a data sheet, says what other machines and larger
-models would do (`benchmarks.extrapolation`).
+up, for on one core little of it overlaps. The constants are bytes read, multiply-adds of products
+with as many rows as the batch has, and multiply-adds of FFTs, a second each, measured beside the
+steps (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are those of
+`benchmarks.costs` and `benchmarks.convolution_costs`. For each curve, a cache at one batch and all
+lengths, the largest error is told. Then the same formula, with constants of a data sheet, says what
+other machines and larger models would do (`benchmarks.extrapolation`).
 """
 
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 from benchmarks.extrapolation import extrapolated
@@ -28,16 +28,20 @@ CURVE = ["layout", "mlp_ratio", "cache", "batch", "threads"]
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Predicted over measured, for each run and the worst of each curve; and other machines."""
+    if args.plot and args.this_machine:
+        raise ValueError("--plot shows other machines too: leave --this-machine out")
     measured = json.loads(args.decode.read_text(encoding="utf-8"))
-    names = [its.name for its in fields(Rates)]
-    rates = {its["threads"]: Rates(*(its[name] for name in names)) for its in measured["rates"]}
+    rates = {
+        (its["threads"], its["batch"]): Rates(its["bytes"], its["products"], its["ffts"])
+        for its in measured["rates"]
+    }
     curves: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in measured["runs"]:
         if "step_ms" not in run:
             continue
         key = tuple(run[name] for name in CURVE)
         curve = curves.setdefault(key, dict(zip(CURVE, key, strict=True)) | {"points": []})
-        curve["points"].append(point(run, rates[run["threads"]]))
+        curve["points"].append(point(run, rates[run["threads"], run["batch"]]))
     for curve in curves.values():
         curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
     result = {
@@ -78,9 +82,13 @@ def step_parts(
     (`benchmarks.costs.Costs.report`)."""
     caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
     others = multiply_adds["convolution"] + multiply_adds["attention"] + multiply_adds["recurrence"]
+    weights = batch * moved["weights"] / rates.bytes
+    products = batch * multiply_adds["dense"] / rates.products
+    if rates.overlap:
+        weights, products = (weights, 0.0) if weights > products else (0.0, products)
     return {
-        "weights": batch * moved["weights"] / rates.bytes,
-        "products": batch * multiply_adds["dense"] / rates.products,
+        "weights": weights,
+        "products": products,
         "caches": batch * caches / rates.bytes,
         "sums": batch * others / rates.products,
         "ffts": batch * multiply_adds["fft"] / rates.ffts,

@@ -7,45 +7,49 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from serve.packing import ROWS_AT_ONCE, packed_product
+from serve.packing import packed_product
 from train.costs import FFT_SHARE, GPUS, PRODUCT_SHARE
 
 REPEATS = 7
 LARGE = 2**27
 """Numbers: half a gigabyte, more than any processor's caches hold."""
-IN, OUT = 512, 2048
+SQUARE = 512
+"""A matrix of a megabyte, which stays in a core's cache: reading has a constant of its own."""
 FFT_LENGTH, FFT_ROWS = 4096, 64
 """A quarter of a million numbers at once, as `stu.futurefill` transforms them."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one machine, with some number of threads."""
+    """Of one machine, with some number of threads, and for a batch of some size."""
 
     bytes: float
     """Read a second, as decoding mostly does: a copy would count its target's lines as well, which
     it reads before it writes to them."""
     products: float
-    """Multiply-adds a second of matrices with the rows of a batch."""
+    """Multiply-adds a second of a matrix with the rows of the batch: few rows use a processor
+    badly, however little there is to read."""
     ffts: float
     """Multiply-adds a second of real FFTs, of which one of length n counts n log2 n."""
+    overlap: bool = False
+    """Whether weights are read while products are computed: on a GPU, not on a core."""
 
 
-def measured_rates() -> Rates:
+def measured_rates(batch: int) -> Rates:
     """Of this machine, with torch's present number of threads; takes a few seconds."""
     vector, other = torch.ones(LARGE), torch.ones(LARGE)
     num_bytes = 2 * vector.numel() * vector.element_size()
-    rows, signals = torch.randn(ROWS_AT_ONCE, IN), torch.randn(FFT_ROWS, FFT_LENGTH)
-    product = packed_product(torch.randn(OUT, IN))
+    rows, signals = torch.randn(batch, SQUARE), torch.randn(FFT_ROWS, FFT_LENGTH)
+    product = packed_product(torch.randn(SQUARE, SQUARE))
     transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
     with torch.inference_mode():
         return Rates(
             bytes=num_bytes / seconds(lambda: torch.dot(vector, other), 1),
-            products=ROWS_AT_ONCE * IN * OUT / seconds(lambda: product(rows), 100),
+            products=batch * SQUARE**2 / seconds(lambda: product(rows), 100),
             ffts=transforms / seconds(lambda: torch.fft.irfft(torch.fft.rfft(signals)), 20),
         )
 
@@ -53,7 +57,9 @@ def measured_rates() -> Rates:
 def median_rates(several: Sequence[Rates]) -> Rates:
     """Of each, the median of what was measured at several times."""
     return Rates(
-        *(statistics.median(getattr(its, field.name) for its in several) for field in fields(Rates))
+        statistics.median(its.bytes for its in several),
+        statistics.median(its.products for its in several),
+        statistics.median(its.ffts for its in several),
     )
 
 
@@ -66,6 +72,7 @@ def of_gpu(name: str) -> Rates:
         bytes=gpu.bytes_per_second,
         products=PRODUCT_SHARE * gpu.flops / 2,
         ffts=transformed * math.log2(FFT_LENGTH),
+        overlap=True,
     )
 
 

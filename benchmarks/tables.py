@@ -4,7 +4,8 @@
 
 `benchmarks/results/NAME.json` is what `stu-bench NAME` printed; in a document its figures stand
 between `<!-- stu-bench NAME -->` and `<!-- end -->`, or between `<!-- stu-bench NAME PART -->` and
-`<!-- end -->` where one result has several parts. A test holds the documents to the results.
+`<!-- end -->` where one result has several parts; those after `<!-- claims -->`
+come from several. A test holds the documents to the results.
 """
 
 import json
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import training_tables
+from benchmarks import decoding_tables, serving_tables, training_tables
+from benchmarks.claims import claims, recorded
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,7 +23,8 @@ DOCUMENTS = ["docs/slurm.md", "docs/training.md"]
 PLACE = re.compile(
     r"(<!-- stu-bench (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-TABLES = training_tables.TABLES
+CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES = training_tables.TABLES | decoding_tables.TABLES | serving_tables.TABLES
 
 
 def main() -> int:
@@ -40,7 +43,10 @@ def with_tables(text: str) -> str:
         its = TABLES[place["part"]](result)
         return f"{place[1]}\n{its}\n\n{made_on(result['machine'])}\n{place[4]}"
 
-    return PLACE.sub(figures, text)
+    def claimed(place: re.Match[str]) -> str:
+        return f"{place[1]}\n{claims(recorded(RESULTS))}\n\n{place[2]}"
+
+    return CLAIMS.sub(claimed, PLACE.sub(figures, text))
 
 
 def made_on(machine: dict[str, Any]) -> str:

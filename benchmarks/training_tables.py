@@ -1,12 +1,12 @@
 """The tables of what training takes, from results of `stu-bench` (`benchmarks.tables`)."""
 
 from collections.abc import Callable
-from typing import Any
 
+from benchmarks.choice import Run, fewest_threads
 from benchmarks.markdown import table
 
 
-def memory(result: dict[str, Any]) -> str:
+def memory(result: Run) -> str:
     """Planned and measured peaks."""
     rows = []
     for run in result["runs"]:
@@ -25,7 +25,7 @@ def memory(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def sizes(result: dict[str, Any]) -> str:
+def sizes(result: Run) -> str:
     """What is planned for each size."""
     stages = ["ddp", "zero 1", "zero 2", "zero 3", "fsdp"]
     rows = []
@@ -49,9 +49,9 @@ def sizes(result: dict[str, Any]) -> str:
     return table([*head, "way, micro-batch", "tokens/s", "days"], rows)
 
 
-def train(result: dict[str, Any]) -> str:
+def train(result: Run) -> str:
     """Speeds by context, and where a step's time goes."""
-    runs = result["runs"]
+    runs = fewest_threads(result["runs"])
     names = {
         "stu": "STU",
         "stu_two_branch": "STU, two branches",
@@ -72,12 +72,13 @@ def train(result: dict[str, Any]) -> str:
             cells.append(f"{own:,.0f}" + (f" ({', '.join(ratios)})" if ratios else ""))
         speeds.append([name, *cells])
     head = ["tokens a second", *(f"{run['context']:,} tokens" for run in runs)]
-    profiles = runs[-1]["profiles"]
+    profiled = next(run for run in runs if "profiles" in run)
+    profiles = profiled["profiles"]
     parts = [
         [part.replace("_", " "), *(f"{profiles[its]['shares'][part]:.0%}" for its in profiles)]
         for part in next(iter(profiles.values()))["shares"]
     ]
-    shares = table([f"share of a step, {runs[-1]['context']:,} tokens", *profiles], parts)
+    shares = table([f"share of a step, {profiled['context']:,} tokens", *profiles], parts)
     return f"{table(head, speeds)}\n\n{shares}"
 
 
@@ -88,7 +89,7 @@ def compared(way: str) -> list[tuple[str, str]]:
     return [("stu", way), ("hybrid", way)] if way.startswith("attention") else []
 
 
-def loss(result: dict[str, Any]) -> str:
+def loss(result: Run) -> str:
     """Memory and time beside the plain loss."""
     head = ["targets x width", "memory, GiB", "of whole logits", "ratio", "seconds"]
     rows = [
@@ -101,14 +102,36 @@ def loss(result: dict[str, Any]) -> str:
             f"{run['plain_seconds']:.1f}",
             f"{run['speed_ratio']:.2f}",
         ]
-        for run in result["runs"]
+        for run in fewest_threads(result["runs"])
     ]
     return table([*head, "of whole logits", "ratio"], rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+def quality(result: Run) -> str:
+    """What each mixer learned, and how soon."""
+    rows = []
+    for name, its in result["layouts"].items():
+        reached = result["reached"]["layouts"][name]
+        lowest, highest = its["lowest_bits_per_byte"], its["highest_bits_per_byte"]
+        rows.append(
+            [
+                name,
+                f"{its['parameters'] / 1e6:.2f}",
+                f"{its['learning_rate']:g}",
+                f"{its['mean_bits_per_byte']:.3f} ({lowest:.3f} to {highest:.3f})",
+                f"{its['mean_seconds']:.0f}",
+                f"{reached['seconds']:.0f} ({reached['runs_that_did']} of {len(its['runs'])})",
+            ]
+        )
+    worst = f"s to {result['reached']['bits_per_byte']:.3f} bits/byte"
+    head = ["mixer", "M weights", "learning rate", "bits/byte, mean and range of the seeds"]
+    return table([*head, "s of training", worst], rows)
+
+
+TABLES: dict[str, Callable[[Run], str]] = {
     "memory": memory,
     "sizes": sizes,
     "train": train,
     "loss": loss,
+    "quality": quality,
 }

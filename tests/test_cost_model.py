@@ -1,16 +1,20 @@
 """What steps should take, from counted costs and three constants."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+import benchmarks.rates
 from benchmarks import cli, convolution_costs, extrapolation, model
 from benchmarks.rates import Rates, measured_rates, median_rates, of_gpu
-from serve.pages import pages_for
+from serve.cache import ConvolutionCache
+from serve.pages import PagePool, pages_for
 from serve.tiles import TileFlush
 from stu.config import ModelConfig
 from stu.model import FlashSTU
+from train.memory import num_parameters
 
 RATES = Rates(bytes=1000.0, products=100.0, ffts=10.0)
 
@@ -38,10 +42,27 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
     assert seconds(1, **everything) == pytest.approx(5.0), "all of it adds up"
 
 
+def test_on_a_gpu_reading_weights_hides_products_or_they_it():
+    gpu = Rates(bytes=1000.0, products=100.0, ffts=10.0, overlap=True)
+    for dense, expected in ((100.0, 3.0), (700.0, 7.0)):
+        parts = model.step_parts(*costs(weights=3000.0, dense=dense, fft=10.0), 1, gpu)
+        assert sum(parts.values()) == pytest.approx(expected + 1.0)
+
+
+def test_rates_are_counts_by_time(monkeypatch):
+    """Each call takes a second."""
+    monkeypatch.setattr(benchmarks.rates, "seconds", lambda call, times: call() is not None)
+    rates = measured_rates(3)
+    assert rates.bytes == 2 * 4 * 2**27
+    assert rates.products == 3 * 512 * 512
+    assert rates.ffts == 2 * 64 * 4096 * 12, "there and back"
+
+
 def test_rates_are_measured_and_of_several_the_middle_one_counts():
-    rates = measured_rates()
+    rates = measured_rates(8)
     assert 1e8 < rates.bytes < 1e13
     assert rates.products > rates.ffts > 1e7
+    assert measured_rates(64).products > rates.products
     several = [Rates(1.0, 6.0, 7.0), Rates(2.0, 5.0, 9.0), Rates(3.0, 4.0, 8.0)]
     assert median_rates(several) == Rates(2.0, 5.0, 8.0)
 
@@ -53,11 +74,12 @@ def test_a_gpu_s_rates_are_those_of_its_data_sheet():
     assert rates.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
 
 
-def test_every_curve_has_its_error(tmp_path, capsys):
+def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
     file, picture = tmp_path / "decode.json", tmp_path / "model.png"
     settings = ["--width", "64", "--batch", "1", "2", "--new-tokens", "100", "200"]
     cli.main(["decode", *settings, "--caches", "paged", "naive", "--output", str(file)])
     capsys.readouterr()
+    monkeypatch.setattr(extrapolation, "LENGTHS", [64, 512])
     cli.main(["model", str(file), "--plot", str(picture)])
     result = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -67,13 +89,21 @@ def test_every_curve_has_its_error(tmp_path, capsys):
         ("paged", 2),
         ("naive", 2),
     ]
-    runs = json.loads(file.read_text())["runs"]
+    measured = json.loads(file.read_text())
+    runs = {(run["cache"], run["batch"], run["new_tokens"]): run for run in measured["runs"]}
+    rates = {
+        its["batch"]: Rates(its["bytes"], its["products"], its["ffts"]) for its in result["rates"]
+    }
     for curve in result["curves"]:
         assert [its["new_tokens"] for its in curve["points"]] == [100, 200]
         for its in curve["points"]:
             assert its["error"] == pytest.approx(its["predicted_ms"] / its["measured_ms"] - 1)
             assert sum(its["predicted_shares"].values()) == pytest.approx(1)
-            assert its["measured_ms"] in {run["step_ms"] for run in runs}
+            run = runs[curve["cache"], curve["batch"], its["new_tokens"]]
+            assert its["measured_ms"] == run["step_ms"]
+            adds, moved = run["multiply_adds_per_token"], run["bytes_moved_per_token"]
+            parts = model.step_parts(adds, moved, curve["batch"], rates[curve["batch"]])
+            assert its["predicted_ms"] == pytest.approx(1e3 * sum(parts.values()))
         assert curve["largest_error"] == max(abs(its["error"]) for its in curve["points"])
     for cache, error in result["largest_error"].items():
         its = [curve["largest_error"] for curve in result["curves"] if curve["cache"] == cache]
@@ -98,9 +128,13 @@ def test_cores_that_there_is_no_room_for_are_computed_again(monkeypatch):
     shape = convolution_costs.Shape(2, 192, 2, 1050, 4, 100, 2000, 32)
     kept = [its.cores is not None for its in extrapolation.tiles(shape)._levels]
     assert all(kept)
-    monkeypatch.setattr(extrapolation.tile_levels, "CORE_BYTES", 0)
-    none = [its.cores is not None for its in extrapolation.tiles(shape)._levels]
-    assert not any(none)
+    _, rank_out, rank_in = extrapolation.tiles(shape)._levels[0].basis_cores.shape
+    monkeypatch.setattr(
+        extrapolation.tile_levels, "CORE_BYTES", 2 * 192 * 4 * rank_out * rank_in + 1
+    )
+    kept = [its.cores is not None for its in extrapolation.tiles(shape)._levels]
+    assert kept[0]
+    assert not any(kept[1:])
 
 
 def test_gains_grow_with_length_and_batch_and_short_runs_gain_nothing():
@@ -119,4 +153,90 @@ def test_gains_grow_with_length_and_batch_and_short_runs_gain_nothing():
     assert times[64, 4096] > times[64, 512] > times[1, 512]
     assert times[64, 4096] > times[1, 4096]
     assert cells[64, 4096]["paged"]["fits"]
-    assert cells[64, 4096]["paged"]["cache_gib"] < cells[64, 4096]["naive"]["cache_gib"]
+
+
+def test_a_cell_is_what_can_be_counted_by_hand(monkeypatch):
+    """Direct sums of a model without attention, at batch 2: 100 prompt tokens, 4 new ones."""
+    monkeypatch.setattr(extrapolation, "PROMPT_TOKENS", 100)
+    config = ModelConfig(
+        vocab_size=1000, width=64, num_layers=3, layout="stu", mlp_ratio=4, max_seq_len=8192
+    )
+    rates = Rates(bytes=1e6, products=1e6, ffts=1e6, overlap=True)
+    its = extrapolation.cell(config, 2, 4, rates)["naive"]
+    parameters = num_parameters(replace(config, max_seq_len=104))
+    taps = (51 + 51 + 52 + 52) / 4  # even lags back to the first token, on average
+    channels = 3 * 64
+    products = 2 * (3 * 13 * 64 * 64 + 1000 * 64) / 1e6
+    caches = channels * (4 * taps + 2 * 2 * taps + 2 * 2 * 1) / 1e6  # taps float32, inputs half
+    dense = max(2 * parameters / 1e6, products)
+    sums = 2 * channels * taps / 1e6
+    assert its["step_ms"] == pytest.approx(1e3 * (dense + caches + sums))
+    assert its["dense_share"] == pytest.approx(dense / (dense + caches + sums))
+    assert its["cache_gib"] * 2**30 == 2 * 2 * channels * (50 + 2) * 2
+
+
+def test_what_does_not_fit_beside_the_weights_is_told(monkeypatch):
+    config = ModelConfig(
+        vocab_size=1000, width=64, num_layers=3, layout="stu", mlp_ratio=4, max_seq_len=8192
+    )
+    rates = of_gpu("h100-80g")
+    weights = 2 * num_parameters(replace(config, max_seq_len=1024))
+    filters = 4 * 3 * 64 * 512
+    held = extrapolation.cell(config, 2, 512, rates)["naive"]["cache_gib"] * 2**30
+    for spare, fits in ((1.01, True), (0.99, False)):
+        gpu = replace(
+            extrapolation.GPUS["h100-80g"],
+            memory_gib=spare * (weights + filters + held) / 2**30 / extrapolation.USABLE_SHARE,
+        )
+        monkeypatch.setitem(extrapolation.GPUS, "h100-80g", gpu)
+        assert extrapolation.cell(config, 2, 512, rates)["naive"]["fits"] == fits
+
+
+@pytest.mark.parametrize("pages", [3, 16, 33])
+def test_flushes_read_and_write_what_is_counted(pages, monkeypatch):
+    """Of the pages themselves, by looking at what is taken out of them and put in."""
+    shape = convolution_costs.Shape(1, 8, 2, 600, 1, 1, pages * 32, 32)
+    config = ModelConfig(vocab_size=1, width=8, num_layers=1, layout="stu", max_seq_len=1200)
+    taps, lag_step = FlashSTU(config).convolution_taps()
+    pool = PagePool(pages + 3, (1, 32, 8))
+    cache = ConvolutionCache(taps, lag_step, pool, max_rows=1)
+    cache.admit(0, pages * 32)
+    cache.prefill(0, 0, torch.randn(1, 1, 8))
+    cache.join(0)
+    watched = Watched(cache._tiles._pages)
+    cache._tiles._pages = watched
+    add, memory = torch.Tensor.baddbmm_, pool.pages.untyped_storage().data_ptr()
+
+    def added(its, *factors):
+        is_page = its.untyped_storage().data_ptr() == memory
+        watched.written += its.numel() if is_page else 0
+        return add(its, *factors)
+
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", added)
+    for _ in range(pages * 32 - 1):
+        cache.step(0, torch.randn(1, 8))
+        cache.advance()
+    within = convolution_costs._within_pages(shape, 16, 0, 2)
+    counts = convolution_costs.paged(shape, cache._tiles)
+    read, written = (
+        8 * (getattr(counts, name) - getattr(within, name)) for name in ("read", "written")
+    )
+    assert watched.read == pytest.approx(read, rel=0.1)
+    assert watched.written == pytest.approx(written, rel=0.1)
+
+
+class Watched:
+    """Pages that count what is read from them and written to them."""
+
+    def __init__(self, pages):
+        self._pages, self.read, self.written = pages, 0, 0
+        self.shape, self.dtype = pages.shape, pages.dtype
+
+    def __getitem__(self, place):
+        its = self._pages[place]
+        self.read += its.numel()
+        return its
+
+    def __setitem__(self, place, value):
+        self._pages[place] = value
+        self.written += value.numel()

@@ -255,7 +255,7 @@ def test_paged_costs_are_what_is_counted_and_held(monkeypatch):
             cache.advance()
     counts = convolution_costs.paged(shape, cache._tiles)
     counted = counts.multiply_adds * 16
-    near = convolution_costs._within_pages(shape, 16, 0).multiply_adds * 16
+    near = convolution_costs._within_pages(shape, 16, 0, 2).multiply_adds * 16
     cores = sum(
         lag_step * its.basis_cores.shape[1] * its.basis_cores.shape[2] * 16 * 2 ** (4 - level)
         for level, its in enumerate(cache._tiles._levels)

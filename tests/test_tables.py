@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import decoding_tables, serving_tables, tables, training_tables
 
 
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
@@ -32,3 +32,84 @@ def test_every_result_is_of_a_commit():
         machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
         assert {"processor", "torch", "python", "date"} <= machine.keys()
         assert len(machine["commit"]) == 40, path
+
+
+def decode_run(cache, step, convolution, mib, **others):
+    run = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
+    run |= {"prompt_tokens": 512, "cache": cache, "cache_bytes": mib * 2**20, "step_ms": step}
+    run |= {"convolution_ms": convolution, "tokens_per_second": 8e3 / step} | others
+    return run
+
+
+def rows(text):
+    """Cells of a table's rows after its head."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+
+
+def decode_result():
+    adds = {"dense": 7e6, "convolution": 2e6, "fft": 1e6, "total": 10e6}
+    moved = {"weights": 11e6, "filters": 2e6, "cache_read": 3e6, "total": 16e6}
+    counted = {"multiply_adds_per_token": adds, "bytes_moved_per_token": moved}
+    ours = decode_run("paged", 10.0, 1.0, 100, **counted, joules_per_token=0.25)
+    naive = decode_run("naive", 40.0, 30.0, 120, convolution_over_paged=30.0)
+    others = [
+        decode_run("epoched", 13.0, 4.0, 130),
+        decode_run("continuous", 12.0, 3.0, 105),
+        decode_run("flashinference", 12.5, 3.5, 145),
+    ]
+    two_threads = [its | {"threads": 2, "step_ms": 99.0, "convolution_ms": 98.0} for its in others]
+    missing = decode_run("naive", 1, 1, 900, batch=32)
+    for name in ("step_ms", "convolution_ms", "tokens_per_second", "threads"):
+        del missing[name]
+    return {"runs": [ours, *two_threads, naive, *others, missing | {"not_run": "does not fit"}]}
+
+
+def test_decoding_tables_show_the_runs_of_one_thread():
+    result = decode_result()
+    steps = rows(decoding_tables.steps(result))
+    assert steps[0] == ["8, 8,192", "10", "13", "40", "1", "30", "30", "100", "120"]
+    assert steps[1] == ["32, 8,192", "-", "-", "-", "-", "-", "-", "-", "900"]
+    costs = rows(decoding_tables.costs(result))
+    assert costs == [["FutureFill, paged (ours)", "7.0", "3.00", "11.0", "5.00", "0.250"]]
+    tiles = rows(decoding_tables.flash_inference(result))
+    assert tiles == [["512, 8,192", "8", "145", "105", "100", "3.5", "3", "1"]]
+    peers = rows(decoding_tables.peers(result))
+    assert ["direct sums", "32", "does not fit (900)"] in peers
+
+
+def test_model_tables_show_the_worst_of_all_curves():
+    def curve(cache, batch, error):
+        return {"cache": cache, "batch": batch, "largest_error": error}
+
+    curves = [curve("paged", 1, 0.3), curve("paged", 1, 0.05), curve("naive", 8, 0.11)]
+    result = {"curves": curves, "largest_error": {"paged": 0.3, "naive": 0.11}}
+    errors = rows(decoding_tables.model(result))
+    assert errors == [["FutureFill, paged (ours)", "30%", "-"], ["direct sums", "-", "11%"]]
+    cells = [
+        {"batch": batch, "new_tokens": 512, "times_as_fast": gain, "paged": {"fits": fits}}
+        for batch, gain, fits in ((1, 1.014, True), (8, 2.5, True), (64, 9.0, False))
+    ]
+    sizes = {"hybrid-7b": {"stu": {"cells": cells}}}
+    gains = rows(decoding_tables.gains({"extrapolated": {"sizes": sizes}}))
+    assert gains == [
+        ["7b, stu", "1", "1.01"],
+        ["7b, stu", "8", "2.50"],
+        ["7b, stu", "64", "(9.00)"],
+    ]
+
+
+def test_other_tables_show_what_was_measured():
+    run = {"threads": 1, "targets": 2048, "width": 512, "plain_gib": 9.0, "chunked_gib": 1.5}
+    run |= {"memory_ratio": 6.0, "plain_seconds": 8.0, "chunked_seconds": 4.0, "speed_ratio": 2.0}
+    loss = rows(training_tables.loss({"runs": [run, run | {"threads": 2, "plain_gib": 99.0}]}))
+    assert loss == [["2,048 x 512", "1.50", "9.00", "6.0", "4.0", "8.0", "2.00"]]
+    run = {"threads": 1, "batch_invariant": True, "greedy_prompts_changed": 1}
+    run |= {"temperature_1_prompts_changed": 4, "greedy_tokens_per_second": 1000.4}
+    run["temperature_1_tokens_per_second"] = 900.0
+    assert rows(serving_tables.invariance({"runs": [run]})) == [["yes", "1", "4", "1,000", "900"]]
+    layout = {"parameters": 5.25e6, "learning_rate": 0.002, "mean_bits_per_byte": 1.5}
+    layout |= {"lowest_bits_per_byte": 1.4, "highest_bits_per_byte": 1.7, "mean_seconds": 300.0}
+    reached = {"bits_per_byte": 1.6, "layouts": {"stu": {"seconds": 200.0, "runs_that_did": 2}}}
+    result = {"layouts": {"stu": layout | {"runs": [0, 0, 0]}}, "reached": reached}
+    quality = rows(training_tables.quality(result))
+    assert quality == [["stu", "5.25", "0.002", "1.500 (1.400 to 1.700)", "300", "200 (2 of 3)"]]
