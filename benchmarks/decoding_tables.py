@@ -92,6 +92,27 @@ def flash_inference(result: Run) -> str:
     return table([*head, *(f"{label}, ms" for label in labels)], rows)
 
 
+def shares(result: Run) -> str:
+    """What FutureFill gains of a step, and what a convolution for nothing would."""
+    rows = []
+    for batch, length in settings(result):
+        runs = decoded(result, batch, length)
+        paged, naive = (runs.get(name, {}) for name in ("paged", "naive"))
+        if "step_ms" not in paged or "step_ms" not in naive:
+            continue
+        rows.append(
+            [
+                f"{batch}, {length:,}",
+                f"{naive['convolution_share']:.0%}",
+                f"{paged['convolution_share']:.1%}",
+                f"{naive['step_over_paged']:.2f}",
+                f"{1 / (1 - naive['convolution_share']):.2f}",
+            ]
+        )
+    head = ["batch, new tokens", "convolution's share, direct sums", "paged"]
+    return table([*head, "times as fast", "with a convolution that takes no time"], rows)
+
+
 def model(result: Run) -> str:
     """Largest errors of the curves."""
     batches = sorted({curve["batch"] for curve in result["curves"]})
@@ -191,6 +212,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "decode steps": steps,
     "decode peers": peers,
     "decode costs": costs,
+    "decode shares": shares,
     "decode flashinference": flash_inference,
     "prompts flashinference": flash_inference,
     "convolution": convolution,

@@ -37,6 +37,7 @@ def test_every_result_is_of_a_commit():
 def decode_run(cache, step, convolution, mib, **others):
     run = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
     run |= {"prompt_tokens": 512, "cache": cache, "cache_bytes": mib * 2**20, "step_ms": step}
+    run |= {"convolution_share": convolution / step, "step_over_paged": step / 10.0}
     run |= {"convolution_ms": convolution, "tokens_per_second": 8e3 / step} | others
     return run
 
@@ -73,6 +74,8 @@ def test_decoding_tables_show_the_runs_of_one_thread():
     assert costs == [["FutureFill, paged (ours)", "7.0", "3.00", "11.0", "5.00", "0.250"]]
     tiles = rows(decoding_tables.flash_inference(result))
     assert tiles == [["512, 8,192", "8", "145", "105", "100", "3.5", "3", "1"]]
+    shares = rows(decoding_tables.shares(result))
+    assert shares == [["8, 8,192", "75%", "10.0%", "4.00", "4.00"]]
     peers = rows(decoding_tables.peers(result))
     assert ["direct sums", "32", "does not fit (900)"] in peers
 
