@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.claims import BATCH, CLAIMS, LENGTH, recorded, shown
 
 QUICK: dict[str, list[str]] = {
-    "decode": ["--batch", "1", str(BATCH), "--new-tokens", "2048", str(LENGTH)],
+    "decode": ["--batch", "1", str(BATCH), "--new-tokens", str(LENGTH)],
     "model": ["decode.json", "--this-machine"],
     "convolution": [],
     "train": ["--context", "2048", "--repeats", "2"],

@@ -46,4 +46,22 @@ def invariance(result: Run) -> str:
     return table([*head, "at temperature 1"], rows)
 
 
-TABLES: dict[str, Callable[[Run], str]] = {"load": load, "invariance": invariance}
+def soak(result: Run) -> str:
+    """Resident memory under random traffic."""
+    samples = result["samples"]
+    first, last = samples[1], samples[-1]  # the first of all is of the beginning
+    row = [
+        f"{last['seconds']:,}",
+        f"{last['steps']:,}",
+        f"{last['new_tokens']:,}",
+        f"{last['preemptions']:,}",
+        f"{first['resident_mib']:,.0f}",
+        f"{last['resident_mib']:,.0f}",
+        f"{result['largest_resident_mib']:,.0f}",
+        f"{result['besides_mib']:,.0f}",
+    ]
+    head = ["seconds", "steps", "new tokens", "set back", "resident MiB, after a minute"]
+    return table([*head, "at the end", "at most", "besides all that is known"], [row])
+
+
+TABLES: dict[str, Callable[[Run], str]] = {"load": load, "invariance": invariance, "soak": soak}

@@ -110,6 +110,12 @@ def test_other_tables_show_what_was_measured():
     run |= {"temperature_1_prompts_changed": 4, "greedy_tokens_per_second": 1000.4}
     run["temperature_1_tokens_per_second"] = 900.0
     assert rows(serving_tables.invariance({"runs": [run]})) == [["yes", "1", "4", "1,000", "900"]]
+    sample = {"seconds": 60, "steps": 1, "new_tokens": 2, "preemptions": 3, "resident_mib": 900.2}
+    last = {"seconds": 1200, "steps": 5000, "new_tokens": 60000, "preemptions": 7}
+    result = {"samples": [sample | {"resident_mib": 1.0}, sample, last | {"resident_mib": 910.0}]}
+    result |= {"largest_resident_mib": 915.0, "besides_mib": 190.0}
+    soak = ["1,200", "5,000", "60,000", "7", "900", "910", "915", "190"]
+    assert rows(serving_tables.soak(result)) == [soak]
     layout = {"parameters": 5.25e6, "learning_rate": 0.002, "mean_bits_per_byte": 1.5}
     layout |= {"lowest_bits_per_byte": 1.4, "highest_bits_per_byte": 1.7, "mean_seconds": 300.0}
     reached = {"bits_per_byte": 1.6, "layouts": {"stu": {"seconds": 200.0, "runs_that_did": 2}}}
