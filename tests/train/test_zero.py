@@ -15,6 +15,7 @@ from train import cli, report
 
 STEPS, SAVED = 8, 4
 SAMPLES = 8
+STAGES = [0, 1, 2, 3, "fsdp"]
 """Of a step, over all ranks and micro-batches."""
 STU_TRAIN = Path(sys.executable).with_name("stu-train")
 
@@ -95,8 +96,16 @@ def runs(settings, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3, "fsdp"])
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [
+        *((1, stage) for stage in (0, 3)),
+        *((2, stage) for stage in STAGES),
+        *((4, stage) for stage in (2, 3)),
+        *(pytest.param(1, stage, marks=pytest.mark.slow) for stage in (1, 2, "fsdp")),
+        *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in (0, 1, "fsdp")),
+    ],
+)
 def test_equals_one_process(whole, runs, ranks, stage):
     folder = runs(ranks, stage)
     for step in (SAVED, STEPS):
@@ -109,7 +118,13 @@ def test_equals_one_process(whole, runs, ranks, stage):
 
 
 @pytest.mark.parametrize(
-    ("layout", "stage"), [("hyena", 1), ("hyena", 3), ("hyena", "fsdp"), ("attention", 3)]
+    ("layout", "stage"),
+    [
+        ("hyena", 3),
+        ("attention", 3),
+        pytest.param("hyena", 1, marks=pytest.mark.slow),
+        pytest.param("hyena", "fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_other_mixers_equal_one_process(settings, tmp_path, layout, stage):
     # At the rate of the others, eight steps would take the weights of Hyena's filters to four times
@@ -130,13 +145,13 @@ def test_other_mixers_equal_one_process(settings, tmp_path, layout, stage):
         ((2, 3), (1, None)),
         ((1, None), (2, 3)),
         ((2, 1), (4, 2)),
-        ((4, 3), (2, 1)),
-        ((2, 2), (1, 3)),
-        ((2, 0), (4, 3)),
-        ((4, 2), (2, 0)),
         ((2, "fsdp"), (4, 1)),
         ((4, 3), (2, "fsdp")),
-        ((1, None), (4, "fsdp")),
+        pytest.param((4, 3), (2, 1), marks=pytest.mark.slow),
+        pytest.param((2, 2), (1, 3), marks=pytest.mark.slow),
+        pytest.param((2, 0), (4, 3), marks=pytest.mark.slow),
+        pytest.param((4, 2), (2, 0), marks=pytest.mark.slow),
+        pytest.param((1, None), (4, "fsdp"), marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
@@ -168,8 +183,8 @@ def test_goes_on_with_other_micro_batches(settings, whole, tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resumed", [0, 1, 2, 3, "fsdp"])
-@pytest.mark.parametrize("saved", [0, 1, 2, 3, "fsdp"])
+@pytest.mark.parametrize("resumed", STAGES)
+@pytest.mark.parametrize("saved", STAGES)
 def test_two_ranks_go_on_as_four_and_four_as_two(settings, whole, runs, tmp_path, saved, resumed):
     """At every stage from every other."""
     for before, after in ((2, 4), (4, 2)):
@@ -203,7 +218,10 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3, "fsdp"])
+@pytest.mark.parametrize(
+    "stage",
+    [3, "fsdp", *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))],
+)
 def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_path, stage):
     script, folder = tmp_path / "looks.py", tmp_path / "run"
     script.write_text(LOOKS_AT_TYPES)
