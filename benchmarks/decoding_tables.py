@@ -200,7 +200,10 @@ def speed_and_cache(run: Run | None) -> str:
 
 def mib(run: Run) -> str:
     """Of its cache."""
-    return f"{run['cache_bytes'] / 2**20:,.0f}" if run else "-"
+    if not run:
+        return "-"
+    size = run["cache_bytes"] / 2**20
+    return f"{size:,.0f}" if size >= 10 else f"{size:.2g}"
 
 
 def milliseconds(run: Run, name: str) -> str:

@@ -1,9 +1,10 @@
 """The picture of `stu-bench model`: predictions over measurements, and what they say elsewhere."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode_plot import STYLES
+from benchmarks.decode_plot import STYLES, plain_number
 
 MARKERS = ["o", "s", "^", "D", "v"]
 LINES = ["-", "--", "-.", ":", (0, (1, 3))]
@@ -20,6 +21,9 @@ def plot(result: dict[str, Any], file: Path) -> None:
     elsewhere = result["extrapolated"]
     sizes = elsewhere["sizes"]
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
+    for axes in grid.flat:  # scales set ticks, so they come first
+        axes.set_xscale("log")
+        axes.set_yscale("log")
     first, *others = grid.flat
     against(first, result["curves"])
     for axes, (name, layouts) in zip(others, sizes.items(), strict=False):
@@ -27,13 +31,12 @@ def plot(result: dict[str, Any], file: Path) -> None:
         parameters = layouts["hybrid"]["parameters"] / 1e9
         axes.set_title(f"{name} ({parameters:.1f} B) on {elsewhere['gpu']}: model", fontsize=10)
     for axes in grid.flat:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9")
         axes.xaxis.set_minor_locator(pyplot.NullLocator())
-        axes.yaxis.set_minor_formatter(pyplot.NullFormatter())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        label = functools.partial(plain_number, "125")
+        axes.yaxis.set_major_formatter(label)
+        axes.yaxis.set_minor_formatter(label)
     figure.savefig(file, dpi=140)
 
 

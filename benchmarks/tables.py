@@ -19,7 +19,10 @@ from benchmarks.claims import claims, recorded
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ["docs/slurm.md", "docs/training.md"]
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("engine", "evidence", "slurm", "training")),
+]
 PLACE = re.compile(
     r"(<!-- stu-bench (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
