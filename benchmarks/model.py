@@ -4,13 +4,14 @@
     stu-bench model decode.json --plot model.png
 
 A step reads the dense weights, once for the whole batch, and multiplies with them; it reads and
-writes the caches and filters that the algorithm asks for; and it transforms tiles. All of it adds
-up, for on one core little of it overlaps. The constants are bytes read, multiply-adds of products
-with as many rows as the batch has, and multiply-adds of FFTs, a second each, measured beside the
-steps (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are those of
-`benchmarks.costs` and `benchmarks.convolution_costs`. For each curve, a cache at one batch and all
-lengths, the largest error is told. Then the same formula, with constants of a data sheet, says what
-other machines and larger models would do (`benchmarks.extrapolation`).
+writes the caches and filters that the algorithm asks for, behind which multiply-adds with what is
+read hide; and it transforms tiles. All of it adds up, for on one core little else overlaps. The
+constants are bytes read, multiply-adds of products with as many rows as the batch has, and
+multiply-adds of FFTs, a second each, measured beside the steps (`benchmarks.rates`). Nothing is
+fitted: bytes and multiply-adds are those of `benchmarks.costs` and `benchmarks.convolution_costs`.
+For each curve, a cache at one batch and all lengths, the largest error is told. Then the same
+formula, with constants of a data sheet, says what other machines and larger models would do
+(`benchmarks.extrapolation`).
 """
 
 import argparse
@@ -89,8 +90,7 @@ def step_parts(
     return {
         "weights": weights,
         "products": products,
-        "caches": batch * caches / rates.bytes,
-        "sums": batch * others / rates.products,
+        "caches": batch * max(caches / rates.bytes, others / rates.products),
         "ffts": batch * multiply_adds["fft"] / rates.ffts,
     }
 

@@ -39,7 +39,7 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
     assert seconds(1, convolution=50.0, attention=30.0, recurrence=20.0) == pytest.approx(1.0)
     assert seconds(3, fft=20.0) == pytest.approx(6.0)
     everything = {"weights": 1e3, "dense": 1e2, "filters": 1e3, "convolution": 1e2, "fft": 1e1}
-    assert seconds(1, **everything) == pytest.approx(5.0), "all of it adds up"
+    assert seconds(1, **everything) == pytest.approx(4.0), "but what is done with what is read"
 
 
 def test_on_a_gpu_reading_weights_hides_products_or_they_it():
@@ -170,8 +170,9 @@ def test_a_cell_is_what_can_be_counted_by_hand(monkeypatch):
     caches = channels * (4 * taps + 2 * 2 * taps + 2 * 2 * 1) / 1e6  # taps float32, inputs half
     dense = max(2 * parameters / 1e6, products)
     sums = 2 * channels * taps / 1e6
-    assert its["step_ms"] == pytest.approx(1e3 * (dense + caches + sums))
-    assert its["dense_share"] == pytest.approx(dense / (dense + caches + sums))
+    assert caches > sums, "which hide behind them"
+    assert its["step_ms"] == pytest.approx(1e3 * (dense + caches))
+    assert its["dense_share"] == pytest.approx(dense / (dense + caches))
     assert its["cache_gib"] * 2**30 == 2 * 2 * channels * (50 + 2) * 2
 
 
