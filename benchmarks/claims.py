@@ -9,12 +9,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.choice import decoded, fewest_threads
+from benchmarks.choice import Run, decoded, fewest_threads
 from benchmarks.markdown import table
 
-Result = dict[str, Any]
 BATCH, LENGTH = 8, 8192
 """Of the decoding claims: long enough for convolutions to count, short enough to measure soon."""
 CACHES = ["paged", "continuous", "epoched", "flashinference"]
@@ -27,7 +25,7 @@ class Claim:
     text: str
     """What it is."""
     benchmark: str
-    figure: Callable[[Result], float]
+    figure: Callable[[Run], float]
     at_least: float | None = None
     at_most: float | None = None
 
@@ -107,7 +105,7 @@ CLAIMS = [
 ]
 
 
-def claims(results: Mapping[str, Result]) -> str:
+def claims(results: Mapping[str, Run]) -> str:
     """The table of the README."""
     rows = []
     for claim in CLAIMS:
@@ -123,7 +121,7 @@ def shown(figure: float) -> str:
     return f"{figure:.3g}"
 
 
-def recorded(folder: Path) -> dict[str, Result]:
+def recorded(folder: Path) -> dict[str, Run]:
     """All results of a folder, by benchmark."""
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")

@@ -21,7 +21,7 @@ from benchmarks import convolution_costs
 from benchmarks.convolution_costs import naive
 from benchmarks.costs import FLOAT_BYTES, window_costs
 from benchmarks.decode_engine import other_bytes
-from benchmarks.rates import Rates, of_gpu
+from benchmarks.rates import Rates, of_gpu, step_parts
 from serve import tile_levels
 from serve.pages import pages_for
 from serve.tiles import TileFlush
@@ -75,11 +75,9 @@ def size(name: str, rates: Rates) -> dict[str, Any]:
 
 def cell(config: ModelConfig, batch: int, new_tokens: int, rates: Rates) -> dict[str, Any]:
     """Milliseconds of a step with each cache, their shares, and whether they fit."""
-    from benchmarks.model import step_parts
-
     context = PROMPT_TOKENS + new_tokens
     config = replace(config, max_seq_len=context)
-    lag_step = 2
+    lag_step = 2  # of STU-T
     shape = convolution_costs.Shape(
         layers=len(config.convolution_layers),
         width=config.width,

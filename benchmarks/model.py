@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.extrapolation import extrapolated
 from benchmarks.machine import describe
-from benchmarks.rates import Rates
+from benchmarks.rates import Rates, step_parts
 
 CURVE = ["layout", "mlp_ratio", "cache", "batch", "threads"]
 """What a curve has in common."""
@@ -73,25 +73,6 @@ def point(run: dict[str, Any], rates: Rates) -> dict[str, Any]:
         "predicted_ms": predicted,
         "error": predicted / run["step_ms"] - 1,
         "predicted_shares": {name: 1e3 * its / predicted for name, its in parts.items()},
-    }
-
-
-def step_parts(
-    multiply_adds: dict[str, float], moved: dict[str, float], batch: int, rates: Rates
-) -> dict[str, float]:
-    """Seconds of a step, by what they are spent on. Costs are those of a token
-    (`benchmarks.costs.Costs.report`)."""
-    caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
-    others = multiply_adds["convolution"] + multiply_adds["attention"] + multiply_adds["recurrence"]
-    weights = batch * moved["weights"] / rates.bytes
-    products = batch * multiply_adds["dense"] / rates.products
-    if rates.overlap:
-        weights, products = (weights, 0.0) if weights > products else (0.0, products)
-    return {
-        "weights": weights,
-        "products": products,
-        "caches": batch * max(caches / rates.bytes, others / rates.products),
-        "ffts": batch * multiply_adds["fft"] / rates.ffts,
     }
 
 

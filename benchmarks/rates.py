@@ -76,6 +76,25 @@ def of_gpu(name: str) -> Rates:
     )
 
 
+def step_parts(
+    multiply_adds: dict[str, float], moved: dict[str, float], batch: int, rates: Rates
+) -> dict[str, float]:
+    """Seconds of a step, by what they are spent on. Costs are those of a token
+    (`benchmarks.costs.Costs.report`)."""
+    caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
+    others = multiply_adds["convolution"] + multiply_adds["attention"] + multiply_adds["recurrence"]
+    weights = batch * moved["weights"] / rates.bytes
+    products = batch * multiply_adds["dense"] / rates.products
+    if rates.overlap:
+        weights, products = (weights, 0.0) if weights > products else (0.0, products)
+    return {
+        "weights": weights,
+        "products": products,
+        "caches": batch * max(caches / rates.bytes, others / rates.products),
+        "ffts": batch * multiply_adds["fft"] / rates.ffts,
+    }
+
+
 def seconds(call: Callable[[], object], times: int) -> float:
     """Of one call: the median of several, each so many times."""
     call()

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import claims, evidence, tables
-from benchmarks.claims import CLAIMS, Claim, Result
+from benchmarks.choice import Run
+from benchmarks.claims import CLAIMS, Claim
 
 
 def test_a_bound_is_a_bound():
@@ -31,7 +32,7 @@ def test_every_claim_has_one_bound_and_is_measured_anew():
         assert claim.benchmark in evidence.QUICK, claim.text
 
 
-def recorded_benchmark(monkeypatch, changed: dict[str, Result]):
+def recorded_benchmark(monkeypatch, changed: dict[str, Run]):
     """Instead of measuring, what is recorded."""
     results = claims.recorded(tables.RESULTS) | changed
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import benchmarks.rates
-from benchmarks import cli, convolution_costs, extrapolation, model
-from benchmarks.rates import Rates, measured_rates, median_rates, of_gpu
+from benchmarks import cli, convolution_costs, extrapolation
+from benchmarks.rates import Rates, measured_rates, median_rates, of_gpu, step_parts
 from serve.cache import ConvolutionCache
 from serve.pages import PagePool, pages_for
 from serve.tiles import TileFlush
@@ -28,7 +28,7 @@ def costs(**changed):
 
 
 def seconds(batch, **changed):
-    return sum(model.step_parts(*costs(**changed), batch, RATES).values())
+    return sum(step_parts(*costs(**changed), batch, RATES).values())
 
 
 def test_a_step_is_what_its_parts_take_at_these_rates():
@@ -45,7 +45,7 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
 def test_on_a_gpu_reading_weights_hides_products_or_they_it():
     gpu = Rates(bytes=1000.0, products=100.0, ffts=10.0, overlap=True)
     for dense, expected in ((100.0, 3.0), (700.0, 7.0)):
-        parts = model.step_parts(*costs(weights=3000.0, dense=dense, fft=10.0), 1, gpu)
+        parts = step_parts(*costs(weights=3000.0, dense=dense, fft=10.0), 1, gpu)
         assert sum(parts.values()) == pytest.approx(expected + 1.0)
 
 
@@ -102,7 +102,7 @@ def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
             run = runs[curve["cache"], curve["batch"], its["new_tokens"]]
             assert its["measured_ms"] == run["step_ms"]
             adds, moved = run["multiply_adds_per_token"], run["bytes_moved_per_token"]
-            parts = model.step_parts(adds, moved, curve["batch"], rates[curve["batch"]])
+            parts = step_parts(adds, moved, curve["batch"], rates[curve["batch"]])
             assert its["predicted_ms"] == pytest.approx(1e3 * sum(parts.values()))
         assert curve["largest_error"] == max(abs(its["error"]) for its in curve["points"])
     for cache, error in result["largest_error"].items():
