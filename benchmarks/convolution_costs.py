@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from benchmarks.costs import FLOAT_BYTES, Costs
 from serve.tiles import TILES_AT_ONCE, TileFlush
 from stu.convolution import fast_fft_length
+from stu.futurefill import Naive
 
 TURNS, TURNS_TRANSPOSED = 2, 4
 """How often a number is read, and as often written, when a page is put away and the next one is
@@ -65,9 +66,9 @@ class Counts:
 
 
 def cache_bytes(cache: str, shape: Shape) -> int:
-    """What a cache allocates for the batch. The naive one holds all inputs; the others a slot for
-    each new token (Flash Inference: for each token) and two pages for the one that is decoded;
-    pages have a null page besides."""
+    """What a cache allocates for the batch. The naive one holds all inputs, the latest apart; the
+    others a slot for each new token (Flash Inference: for each token) and two pages for the one
+    that is decoded; pages have a null page besides."""
     channels = shape.layers * shape.width * FLOAT_BYTES
     new_columns = shape.columns(shape.new_tokens)
     if cache == "paged":
@@ -76,7 +77,7 @@ def cache_bytes(cache: str, shape: Shape) -> int:
     row = channels * shape.batch * shape.lag_step
     if cache == "naive":
         reached = min(shape.num_taps, shape.columns(shape.prompt_tokens))
-        return row * (reached + new_columns)
+        return row * (reached + new_columns + Naive.LINE_COLUMNS)
     if cache == "flashinference":
         new_columns = shape.columns(shape.prompt_tokens + shape.new_tokens)
     page = epoch_columns(new_columns) if cache == "epoched" else PAGE_COLUMNS
@@ -89,13 +90,13 @@ def epoch_columns(columns: int) -> int:
 
 
 def naive(shape: Shape) -> Counts:
-    """Direct sums: each output reads every input before it."""
+    """Direct sums: each output reads every input before it, the latest by way of products."""
     reached = min(shape.num_taps, shape.columns(shape.prompt_tokens))
-    sums = sum(
-        min(shape.num_taps, reached + token // shape.lag_step + 1)
-        for token in range(shape.new_tokens)
-    )
-    return Counts(sums, filters=sums, read=sums, written=shape.new_tokens)
+    columns = [token // shape.lag_step for token in range(shape.new_tokens)]
+    sums = sum(min(shape.num_taps, reached + column + 1) for column in columns)
+    latest = sum(min(shape.num_taps, column % Naive.LINE_COLUMNS + 1) for column in columns)
+    read = sums + latest + shape.new_tokens
+    return Counts(sums, filters=sums, read=read, written=latest + 2 * shape.new_tokens)
 
 
 def epoched(shape: Shape) -> Counts:

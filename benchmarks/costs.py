@@ -2,8 +2,9 @@
 
 Multiply-adds are real ones of one sequence; where FFTs are, those of `stu.futurefill`: a real FFT
 of length n counts n log2 n, a complex product four. Bytes moved are what an ideal machine without
-any processor cache reads and writes of weights, filters and caches; copies, activations and FFT
-work space are not counted. Weights and filters are read once for all sequences of a batch.
+any processor cache reads and writes of weights, filters and caches, a state in every operation that
+goes over it; copies, activations and FFT work space are not counted. Weights and filters are read
+once for all sequences of a batch.
 """
 
 from collections.abc import Sequence

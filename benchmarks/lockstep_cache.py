@@ -47,6 +47,7 @@ class LockstepCache:
             convolution._page.fill_(0.1)
             return
         assert isinstance(convolution, Naive)
+        convolution._latest.fill_(0.1)
         num_taps, columns = convolution.taps.shape[1], -(-prompt_tokens // convolution.lag_step)
         convolution._prompt_columns = min(columns, num_taps)
         first = num_taps - convolution._prompt_columns
@@ -64,8 +65,11 @@ class LockstepCache:
     def sampled_flushes(self) -> list[tuple[str, int, int]]:
         """What happens at the ends of pages, where for example, and how many each stands for."""
         convolution = self._convolution
-        if not isinstance(convolution, _Filled):
-            return []
+        if isinstance(convolution, Naive):
+            line = convolution.LINE_COLUMNS * convolution.lag_step
+            count = (convolution.max_new_tokens - 1) // line
+            return [("inputs of a line put away", line, count)] if count else []
+        assert isinstance(convolution, _Filled)
         page, first = convolution.page_columns * convolution.lag_step, self._first_position
         ends = range((first // page + 1) * page, convolution.max_new_tokens, page)
         if isinstance(convolution, Continuous):

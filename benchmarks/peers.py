@@ -48,7 +48,9 @@ class S4(Peer):
 
     def costs(self, positions: range) -> Costs:
         """Of the recurrence (Gu et al. 2022, arXiv:2206.11893): for each complex number of the
-        state four to decay it, two to read its real share, and one for the channel's skip."""
+        state four to decay it, two to read its real share, and one for the channel's skip. The four
+        operations of torch (decay, add, weigh, sum) read the state or as large a product, and all
+        but the last write one."""
         shape, state = self.shape, self.cache_bytes(1, 1)
         width = shape.width
         per_layer = width**2 + 3 * width * self.model.hidden
@@ -57,8 +59,8 @@ class S4(Peer):
             dense=shape.num_layers * per_layer + shape.vocab_size * width,
             recurrence=shape.num_layers * width * (6 * PAIRS + 1),
             filter_bytes=parameters,
-            cache_read=state,
-            cache_written=state,
+            cache_read=4 * state,
+            cache_written=3 * state,
         )
 
 

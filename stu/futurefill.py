@@ -82,20 +82,30 @@ class OnlineConvolution(ABC):
 
 
 class Naive(OnlineConvolution):
-    """Direct sums over the whole past: `O(L)` per token, and a cache as long as the context."""
+    """Direct sums over the whole past: `O(L)` per token, and a cache as long as the context.
+
+    The latest inputs lie apart, time-major, until there is a cache line of each channel's: written
+    one by one to streams that are megabytes apart, they would cost a third of a step.
+    """
+
+    LINE_COLUMNS = 16
 
     def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
         super().__init__(taps, batch, max_new_tokens, lag_step)
         layers, num_taps, width = taps.shape
         self._reversed_taps = taps.flip(1).transpose(1, 2).contiguous()[:, :, None]  # [.., D, 1, N]
+        self._latest_taps = taps[:, : self.LINE_COLUMNS].flip(1)[:, :, None]  # [layers, n, 1, D]
         # The first new token is column `num_taps`; prompts end just before it.
-        self._inputs = taps.new_zeros(layers, lag_step, width, batch, num_taps + self.num_columns)
+        columns = num_taps + self.num_columns + self.LINE_COLUMNS
+        self._inputs = taps.new_zeros(layers, lag_step, width, batch, columns)
+        self._latest = taps.new_zeros(layers, lag_step, self.LINE_COLUMNS, batch, width)
         self._prompt_columns = 0
 
     @property
     def cache_bytes(self) -> int:
         columns = self._prompt_columns + self.num_columns
-        return self._inputs[..., :columns].numel() * self._inputs.element_size()
+        elements = self._inputs[..., :columns].numel() + self._latest.numel()
+        return elements * self._inputs.element_size()
 
     def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
         origin, step, width = self.taps.shape[1], self.lag_step, self.taps.shape[2]
@@ -112,14 +122,28 @@ class Naive(OnlineConvolution):
         num_taps, width = self.taps.shape[1:]
         column, phase = divmod(self.position, self.lag_step)
         count = min(num_taps, self._prompt_columns + column + 1)
-        end = num_taps + column + 1
-        streams = self._inputs[layer, phase]  # [D, B, columns]
-        streams[:, :, end - 1] = inputs.t()
-        # [D, 1, n] @ [D, n, B]: of einsum, matmul and vecdot, in any layout, the fastest.
-        taps = self._reversed_taps[layer, :, :, num_taps - count :]
-        outputs = taps @ streams[:, :, end - count : end].transpose(1, 2)
+        latest = self._latest[layer, phase]  # [columns, B, D]
+        place = column % self.LINE_COLUMNS
+        latest[place] = inputs
+        near = min(place + 1, count)
+        near_taps = self._latest_taps[layer, -near:]
+        outputs = (latest[place + 1 - near : place + 1] * near_taps).sum(0)
+        if count > near:
+            # [D, 1, n] @ [D, n, B]: of einsum, matmul and vecdot, in any layout, the fastest.
+            end = num_taps + column - place
+            past = self._inputs[layer, phase, :, :, end - (count - near) : end]
+            far_taps = self._reversed_taps[layer, :, :, num_taps - count : num_taps - near]
+            outputs += (far_taps @ past.transpose(1, 2))[:, 0].t()
         self.multiply_adds += count * self.batch * width
-        return outputs[:, 0].t().to(inputs.dtype)
+        return outputs.to(inputs.dtype)
+
+    def advance(self) -> None:
+        super().advance()
+        column, phase = divmod(self.position, self.lag_step)
+        if phase == 0 and column % self.LINE_COLUMNS == 0:
+            end = self.taps.shape[1] + column
+            streams = self._inputs[..., end - self.LINE_COLUMNS : end]
+            streams.copy_(self._latest.permute(0, 1, 4, 3, 2))
 
 
 class _Filled(OnlineConvolution):

@@ -166,4 +166,4 @@ def test_prompt_cache_is_as_small_as_the_number_of_tokens_to_generate():
     assert sizes == {512 * slot_bytes + pages}
     naive = Naive(taps, 2, 512)
     naive.prefill(0, torch.randn(2, 3000, 4))
-    assert naive.cache_bytes == (3000 + 512) * slot_bytes
+    assert naive.cache_bytes == (3000 + 512 + Naive.LINE_COLUMNS) * slot_bytes
