@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument("--output", type=Path, help="JSON file, written after each batch as well")
     decode.add_argument("--plot", type=Path, help="PNG file")
 
-    model = add("model", "what decoding steps should take, by counted costs and three constants")
+    model = add("model", "what decoding steps should take, by counted costs and measured rates")
     model.add_argument("decode", metavar="FILE", type=Path, help="JSON of stu-bench decode")
     model.add_argument("--this-machine", action="store_true", help="say nothing of other machines")
     model.add_argument("--plot", type=Path, help="PNG file")

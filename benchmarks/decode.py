@@ -32,8 +32,9 @@ from benchmarks.decode_plot import plot
 from benchmarks.decode_subjects import EngineSubject, PeerSubject, Subject
 from benchmarks.energy import UNAVAILABLE
 from benchmarks.machine import describe
+from benchmarks.operations import operations
 from benchmarks.peers import Peer, build_peers
-from benchmarks.rates import Rates, measured_rates, median_rates
+from benchmarks.rates import Rates, mean_rates, measured_rates
 from benchmarks.samples import Sample, sampled, summary
 from stu.config import ModelConfig
 from stu.layers import LongConvolution
@@ -48,8 +49,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every combination of the settings, and each cache's ratio to the paged one."""
     if args.whole and len(args.threads) > 1:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
-    result: dict[str, Any] = {"machine": describe(), "rates": [], "runs": []}
-    rates: dict[tuple[int, int], list[Rates]] = {}
+    result: dict[str, Any] = {"machine": describe(), "runs": []}
     for layout, mlp_ratio in itertools.product(args.layout, args.mlp_ratio):
         peers: dict[str, Peer] = {}
         for new_tokens in args.new_tokens:
@@ -64,13 +64,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             model = FlashSTU(config).eval()
             peers = peers or build_peers(args.peers, config, model.num_parameters())
             for batch in args.batch:
-                for threads in args.threads:
-                    torch.set_num_threads(threads)
-                    rates.setdefault((threads, batch), []).append(measured_rates(batch))
-                result["rates"] = [
-                    {"threads": threads, "batch": of_batch} | asdict(median_rates(its))
-                    for (threads, of_batch), its in rates.items()
-                ]
                 ours = [
                     run
                     for cache in args.caches
@@ -166,19 +159,28 @@ def timed_runs(
     batch, new_tokens = setting["batch"], setting["new_tokens"]
     for threads in args.threads:
         torch.set_num_threads(threads)
+        rates: list[Rates] = []
+
+        def beside() -> None:
+            rates.append(measured_rates(batch))  # noqa: B023, called within the loop
+
         for _ in range(subject.warm_up_steps):
             subject.step()
         if whole:
             # The first token comes with the prompt, and after the last the batch is gone.
-            left = new_tokens - 2 - subject.warm_up_steps
+            left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
+            beside()
             samples = [Sample(1.0, subject.step()) for _ in range(left)]
+            beside()
         else:
-            samples = sampled(subject, new_tokens)
+            samples = sampled(subject, new_tokens, beside)
         run = setting | {"threads": threads} | summary(samples)
         run["tokens_per_second"] = 1e3 * batch / run["step_ms"]
         joules = run.pop("joules_per_step", None)
         run["joules_per_token"] = UNAVAILABLE if joules is None else joules / batch
         run |= costs.report(FLOAT_BYTES * setting["parameters"], batch)
+        run["operations_per_step"] = operations(subject.step)
+        run["rates"] = asdict(mean_rates(rates))
         print({name: shown(value) for name, value in run.items()}, file=sys.stderr, flush=True)
         yield run
     gc.unfreeze()

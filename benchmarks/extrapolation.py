@@ -100,7 +100,7 @@ def cell(config: ModelConfig, batch: int, new_tokens: int, rates: Rates) -> dict
         costs = convolution_costs.added(windows, counts.costs(shape, number_bytes))
         report = costs.report(weights, batch)
         parts = step_parts(
-            report["multiply_adds_per_token"], report["bytes_moved_per_token"], batch, rates
+            report["multiply_adds_per_token"], report["bytes_moved_per_token"], 0, batch, rates
         )
         others = other_bytes(config, batch, PAGE_LEN) * HALF_BYTES // FLOAT_BYTES
         held = convolution_costs.cache_bytes(cache, shape) * number_bytes // FLOAT_BYTES + others

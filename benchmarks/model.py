@@ -1,17 +1,17 @@
-"""`stu-bench model`: what a step should take, by counted costs and three measured constants.
+"""`stu-bench model`: what a step should take, by counted costs and measured rates.
 
     stu-bench decode --output decode.json
     stu-bench model decode.json --plot model.png
 
-A step reads the dense weights, once for the whole batch, and multiplies with them; it reads and
-writes the caches and filters that the algorithm asks for, behind which multiply-adds with what is
-read hide; and it transforms tiles. All of it adds up, for on one core little else overlaps. The
-constants are bytes read, multiply-adds of products with as many rows as the batch has, and
-multiply-adds of FFTs, a second each, measured beside the steps (`benchmarks.rates`). Nothing is
-fitted: bytes and multiply-adds are those of `benchmarks.costs` and `benchmarks.convolution_costs`.
-For each curve, a cache at one batch and all lengths, the largest error is told. Then the same
-formula, with constants of a data sheet, says what other machines and larger models would do
-(`benchmarks.extrapolation`).
+A step multiplies with the dense weights, which are read once for the whole batch meanwhile; it
+reads and writes the caches and filters that the algorithm asks for, behind which multiply-adds with
+what is read hide; it transforms tiles; and it calls hundreds of operations of torch. All of it adds
+up. The constants are bytes read, multiply-adds of products (with as many rows as the batch has, and
+with one row, as a sequence's keys meet), multiply-adds of FFTs, and operations, a second each,
+measured beside each run (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are those
+of `benchmarks.costs` and `benchmarks.convolution_costs`, operations are counted. For each curve, a
+cache at one batch and all lengths, the largest error is told. Then the same formula, with constants
+of a data sheet, says what other machines and larger models would do (`benchmarks.extrapolation`).
 """
 
 import argparse
@@ -32,23 +32,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot and args.this_machine:
         raise ValueError("--plot shows other machines too: leave --this-machine out")
     measured = json.loads(args.decode.read_text(encoding="utf-8"))
-    rates = {
-        (its["threads"], its["batch"]): Rates(its["bytes"], its["products"], its["ffts"])
-        for its in measured["rates"]
-    }
     curves: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in measured["runs"]:
         if "step_ms" not in run:
             continue
         key = tuple(run[name] for name in CURVE)
         curve = curves.setdefault(key, dict(zip(CURVE, key, strict=True)) | {"points": []})
-        curve["points"].append(point(run, rates[run["threads"], run["batch"]]))
+        curve["points"].append(point(run, Rates(**run["rates"])))
     for curve in curves.values():
         curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
     result = {
         "machine": describe(),
         "measured_on": measured["machine"],
-        "rates": measured["rates"],
         "curves": list(curves.values()),
         "largest_error": largest_errors(curves.values()),
     }
@@ -64,11 +59,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def point(run: dict[str, Any], rates: Rates) -> dict[str, Any]:
     """A run's time, what it should be, and what that is made of."""
     parts = step_parts(
-        run["multiply_adds_per_token"], run["bytes_moved_per_token"], run["batch"], rates
+        run["multiply_adds_per_token"],
+        run["bytes_moved_per_token"],
+        run["operations_per_step"],
+        run["batch"],
+        rates,
     )
     predicted = 1e3 * sum(parts.values())
     return {
         "new_tokens": run["new_tokens"],
+        "rates": run["rates"],
         "measured_ms": run["step_ms"],
         "predicted_ms": predicted,
         "error": predicted / run["step_ms"] - 1,

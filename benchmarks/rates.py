@@ -1,25 +1,33 @@
-"""What a machine does in a second: the three constants of the cost model (`benchmarks.model`).
+"""What a machine does in a second: the constants of the cost model (`benchmarks.model`).
 
 Each is measured, or taken from a data sheet with the share of it that `train.costs` assumes.
 """
 
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
+from torch import Tensor
 
+from benchmarks.costs import FLOAT_BYTES
+from benchmarks.operations import operations
 from serve.packing import packed_product
+from stu.layers import RMSNorm
 from train.costs import FFT_SHARE, GPUS, PRODUCT_SHARE
 
-REPEATS = 7
-LARGE = 2**27
-"""Numbers: half a gigabyte, more than any processor's caches hold."""
-SQUARE = 512
-"""A matrix of a megabyte, which stays in a core's cache: reading has a constant of its own."""
-FFT_LENGTH, FFT_ROWS = 4096, 64
+LEAST_SECONDS, LEAST_CALLS = 0.2, 3
+"""Of each measurement."""
+READ = 2**26
+"""Numbers: a quarter of a gigabyte, more than any processor's caches hold, as are the following."""
+MATRICES, OUTPUTS, INPUTS = 16, 4096, 1024
+"""Weights, as large as those of an MLP at D = 1,024."""
+HEADS, KEYS, HEAD_DIM = 128, 4096, 128
+"""Each head with one query."""
+FFT_ROWS, FFT_LENGTH = 64, 4096
 """A quarter of a million numbers at once, as `stu.futurefill` transforms them."""
 
 
@@ -31,77 +39,109 @@ class Rates:
     """Read a second, as decoding mostly does: a copy would count its target's lines as well, which
     it reads before it writes to them."""
     products: float
-    """Multiply-adds a second of a matrix with the rows of the batch: few rows use a processor
-    badly, however little there is to read."""
+    """Multiply-adds a second of weights, which are read meanwhile, with the rows of the batch: few
+    rows use a processor badly."""
+    single_products: float
+    """The same of matrices that meet one row each, as every sequence's keys do."""
     ffts: float
     """Multiply-adds a second of real FFTs, of which one of length n counts n log2 n."""
-    overlap: bool = False
-    """Whether weights are read while products are computed: on a GPU, not on a core."""
+    operations: float
+    """Of torch, on a vector of each sequence, a second: between products, whose weights have
+    driven everything else out of the processor's caches."""
 
 
+@torch.inference_mode()
 def measured_rates(batch: int) -> Rates:
-    """Of this machine, with torch's present number of threads; takes a few seconds."""
-    vector, other = torch.ones(LARGE), torch.ones(LARGE)
-    num_bytes = 2 * vector.numel() * vector.element_size()
-    rows, signals = torch.randn(batch, SQUARE), torch.randn(FFT_ROWS, FFT_LENGTH)
-    product = packed_product(torch.randn(SQUARE, SQUARE))
+    """Of this machine, with torch's present number of threads; takes about a second."""
+    vectors, keys, products = operands()
+    queries = torch.randn(HEADS, 1, HEAD_DIM)
+    rows, signals = torch.randn(batch, INPUTS), torch.randn(FFT_ROWS, FFT_LENGTH)
+    norm = RMSNorm(INPUTS, eps=1e-5)
     transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
-    with torch.inference_mode():
-        return Rates(
-            bytes=num_bytes / seconds(lambda: torch.dot(vector, other), 1),
-            products=batch * SQUARE**2 / seconds(lambda: product(rows), 100),
-            ffts=transforms / seconds(lambda: torch.fft.irfft(torch.fft.rfft(signals)), 20),
-        )
+    weights = MATRICES * OUTPUTS * INPUTS
+    multiply = [functools.partial(product, rows) for product in products]
 
-
-def median_rates(several: Sequence[Rates]) -> Rates:
-    """Of each, the median of what was measured at several times."""
     return Rates(
-        statistics.median(its.bytes for its in several),
-        statistics.median(its.products for its in several),
-        statistics.median(its.ffts for its in several),
+        bytes=2 * FLOAT_BYTES * READ / seconds(lambda: torch.dot(*vectors)),
+        products=batch * weights / seconds(lambda: [its() for its in multiply]),
+        single_products=HEADS * KEYS * HEAD_DIM / seconds(lambda: torch.bmm(queries, keys.mT)),
+        ffts=transforms / seconds(lambda: torch.fft.irfft(torch.fft.rfft(signals))),
+        operations=operations(lambda: norm(rows)) / seconds_after(lambda: norm(rows), multiply),
     )
 
 
+@functools.cache
+def operands() -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
+    """A gigabyte of vectors, keys, and weights, kept for the next time."""
+    weights = [torch.randn(OUTPUTS, INPUTS) for _ in range(MATRICES)]
+    vectors = torch.ones(READ), torch.ones(READ)
+    return vectors, torch.randn(HEADS, KEYS, HEAD_DIM), [packed_product(its) for its in weights]
+
+
+def mean_rates(several: Sequence[Rates]) -> Rates:
+    """Of what was measured at several times."""
+    return Rates(*map(statistics.mean, zip(*map(astuple, several), strict=True)))
+
+
 def of_gpu(name: str) -> Rates:
-    """Of a kind that is in no reach, from its data sheet (`train.costs.GPUS`)."""
+    """Of a kind that is in no reach, from its data sheet (`train.costs.GPUS`), which does not tell
+    of operations."""
     gpu = GPUS[name]
     # A transform reads its numbers and writes as many, four bytes each.
     transformed = FFT_SHARE * gpu.bytes_per_second / 8
+    products = PRODUCT_SHARE * gpu.flops / 2
     return Rates(
         bytes=gpu.bytes_per_second,
-        products=PRODUCT_SHARE * gpu.flops / 2,
+        products=products,
+        single_products=products,
         ffts=transformed * math.log2(FFT_LENGTH),
-        overlap=True,
+        operations=math.inf,
     )
 
 
 def step_parts(
-    multiply_adds: dict[str, float], moved: dict[str, float], batch: int, rates: Rates
+    multiply_adds: dict[str, float],
+    moved: dict[str, float],
+    num_operations: int,
+    batch: int,
+    rates: Rates,
 ) -> dict[str, float]:
-    """Seconds of a step, by what they are spent on. Costs are those of a token
-    (`benchmarks.costs.Costs.report`)."""
+    """Seconds of a step, by what they are spent on: `products` is what multiplying takes longer
+    than reading the weights. Costs are those of a token (`benchmarks.costs.Costs.report`), but for
+    the operations, which are those of a step."""
     caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
-    others = multiply_adds["convolution"] + multiply_adds["attention"] + multiply_adds["recurrence"]
+    others = (multiply_adds["convolution"] + multiply_adds["recurrence"]) / rates.products
+    others += multiply_adds["attention"] / rates.single_products
     weights = batch * moved["weights"] / rates.bytes
-    products = batch * multiply_adds["dense"] / rates.products
-    if rates.overlap:
-        weights, products = (weights, 0.0) if weights > products else (0.0, products)
     return {
         "weights": weights,
-        "products": products,
-        "caches": batch * max(caches / rates.bytes, others / rates.products),
+        "products": max(0.0, batch * multiply_adds["dense"] / rates.products - weights),
+        "caches": batch * max(caches / rates.bytes, others),
         "ffts": batch * multiply_adds["fft"] / rates.ffts,
+        "operations": num_operations / rates.operations,
     }
 
 
-def seconds(call: Callable[[], object], times: int) -> float:
-    """Of one call: the median of several, each so many times."""
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call: the median of several."""
     call()
-    taken = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        taken.append((time.perf_counter() - start) / times)
+    taken: list[float] = []
+    while len(taken) < LEAST_CALLS or sum(taken) < LEAST_SECONDS:
+        taken.append(timed(call))
     return statistics.median(taken)
+
+
+def seconds_after(call: Callable[[], object], others: Sequence[Callable[[], object]]) -> float:
+    """The same of calls that each come after one of the others."""
+    taken: list[float] = []
+    for other in others:
+        other()
+        taken.append(timed(call))
+    return statistics.median(taken)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

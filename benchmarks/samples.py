@@ -2,12 +2,13 @@
 
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.decode_subjects import Subject
 
-POSITIONS, STEPS_AT_EACH = 5, 3
+POSITIONS, STEPS_AT_EACH = 5, 9
 PAGE_PAIR, BEFORE_PAGE_END = 64, 26
 
 
@@ -25,8 +26,9 @@ class Sample:
     """In new tokens, of one that does nothing besides."""
 
 
-def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
-    """Steps spread over a run, and one of each kind of flush."""
+def sampled(subject: Subject, new_tokens: int, beside: Callable[[], None]) -> list[Sample]:
+    """Steps spread over a run, and one of each kind of flush. `beside` is called as often as steps
+    are looked at: a machine that others use is now faster and now slower."""
     flushes = []
     for does, position, count in subject.flushes():
         for _ in range(2):  # the first prepares the transforms of the filters
@@ -37,11 +39,12 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
     spread = range(0, max(1, new_tokens - PAGE_PAIR), max(1, new_tokens // POSITIONS))
     steps = []
     for number, start in enumerate(spread):
-        # All over a page of 32 positions, but no page ends within the next steps.
+        # All over a page of 32 positions, but none ends within the next steps.
         position = start - start % PAGE_PAIR + 5 * number % BEFORE_PAGE_END
         subject.seek(position)
         subject.step()
         figures = medians([subject.step() for _ in range(STEPS_AT_EACH)])
+        beside()
         steps.append(Sample(num_plain / len(spread), figures, position=position))
     return steps + flushes
 

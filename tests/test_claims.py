@@ -102,7 +102,7 @@ def test_a_benchmark_that_fails_leaves_no_result_and_names_its_log(tmp_path):
 
 
 def test_a_benchmark_writes_its_result_where_it_is_looked_for(tmp_path):
-    empty = {"machine": {"commit": "of the decoding"}, "rates": [], "runs": []}
+    empty = {"machine": {"commit": "of the decoding"}, "runs": []}
     (tmp_path / "decode.json").write_text(json.dumps(empty))
     evidence.measure("model", ["decode.json", "--this-machine"], tmp_path)
     result = claims.recorded(tmp_path)["model"]

@@ -1,4 +1,4 @@
-"""What steps should take, from counted costs and three constants."""
+"""What steps should take, from counted costs and a few constants."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,8 @@ import torch
 
 import benchmarks.rates
 from benchmarks import cli, convolution_costs, extrapolation
-from benchmarks.rates import Rates, measured_rates, median_rates, of_gpu, step_parts
+from benchmarks.operations import operations
+from benchmarks.rates import Rates, mean_rates, measured_rates, of_gpu, step_parts
 from serve.cache import ConvolutionCache
 from serve.pages import PagePool, pages_for
 from serve.tiles import TileFlush
@@ -16,7 +17,7 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train.memory import num_parameters
 
-RATES = Rates(bytes=1000.0, products=100.0, ffts=10.0)
+RATES = Rates(bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, operations=4.0)
 
 
 def costs(**changed):
@@ -27,8 +28,8 @@ def costs(**changed):
     return adds, moved
 
 
-def seconds(batch, **changed):
-    return sum(step_parts(*costs(**changed), batch, RATES).values())
+def seconds(batch, num_operations=0, **changed):
+    return sum(step_parts(*costs(**changed), num_operations, batch, RATES).values())
 
 
 def test_a_step_is_what_its_parts_take_at_these_rates():
@@ -36,41 +37,54 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
     assert seconds(2, weights=3000.0) == pytest.approx(6.0)
     assert seconds(2, dense=500.0) == pytest.approx(10.0)
     assert seconds(4, filters=500.0, cache_read=200.0, cache_written=300.0) == pytest.approx(4.0)
-    assert seconds(1, convolution=50.0, attention=30.0, recurrence=20.0) == pytest.approx(1.0)
+    assert seconds(1, convolution=50.0, attention=10.0, recurrence=20.0) == pytest.approx(1.2)
     assert seconds(3, fft=20.0) == pytest.approx(6.0)
-    everything = {"weights": 1e3, "dense": 1e2, "filters": 1e3, "convolution": 1e2, "fft": 1e1}
-    assert seconds(1, **everything) == pytest.approx(4.0), "but what is done with what is read"
+    assert seconds(3, num_operations=20) == pytest.approx(5.0), "of the whole batch"
+    everything = {"weights": 1e3, "dense": 3e2, "filters": 1e3, "convolution": 1e2, "fft": 1e1}
+    assert seconds(1, **everything) == pytest.approx(5.0), "but what hides behind something"
 
 
-def test_on_a_gpu_reading_weights_hides_products_or_they_it():
-    gpu = Rates(bytes=1000.0, products=100.0, ffts=10.0, overlap=True)
-    for dense, expected in ((100.0, 3.0), (700.0, 7.0)):
-        parts = step_parts(*costs(weights=3000.0, dense=dense, fft=10.0), 1, gpu)
-        assert sum(parts.values()) == pytest.approx(expected + 1.0)
+def test_reading_weights_hides_products_or_they_it():
+    for dense, products in ((100.0, 0.0), (700.0, 4.0)):
+        parts = step_parts(*costs(weights=3000.0, dense=dense, fft=10.0), 0, 1, RATES)
+        assert parts["weights"] == pytest.approx(3.0)
+        assert parts["products"] == pytest.approx(products)
+        assert parts["ffts"] == pytest.approx(1.0)
 
 
 def test_rates_are_counts_by_time(monkeypatch):
     """Each call takes a second."""
-    monkeypatch.setattr(benchmarks.rates, "seconds", lambda call, times: call() is not None)
+    monkeypatch.setattr(benchmarks.rates, "timed", lambda call: 1.0 if call() is not None else 0.0)
     rates = measured_rates(3)
-    assert rates.bytes == 2 * 4 * 2**27
-    assert rates.products == 3 * 512 * 512
+    assert rates.bytes == 2 * 4 * 2**26
+    assert rates.products == 3 * 16 * 4096 * 1024
+    assert rates.single_products == 128 * 4096 * 128
     assert rates.ffts == 2 * 64 * 4096 * 12, "there and back"
+    assert 5 <= rates.operations <= 30, "of a norm"
 
 
-def test_rates_are_measured_and_of_several_the_middle_one_counts():
+def test_rates_are_measured_and_of_several_the_mean_counts():
     rates = measured_rates(8)
     assert 1e8 < rates.bytes < 1e13
     assert rates.products > rates.ffts > 1e7
+    assert rates.products > rates.single_products > 1e7
+    assert 1e3 < rates.operations < 1e7
     assert measured_rates(64).products > rates.products
-    several = [Rates(1.0, 6.0, 7.0), Rates(2.0, 5.0, 9.0), Rates(3.0, 4.0, 8.0)]
-    assert median_rates(several) == Rates(2.0, 5.0, 8.0)
+    several = [Rates(1.0, 6.0, 7.0, 2.0, 9.0), Rates(2.0, 5.0, 9.0, 4.0, 1.0)]
+    assert mean_rates(several) == Rates(1.5, 5.5, 8.0, 3.0, 5.0)
+
+
+def test_operations_are_those_without_others_inside():
+    x = torch.randn(4, 4)
+    assert operations(lambda: x.add(x).mul(x)) == 2
+    assert operations(lambda: None) == 0
+    assert operations(lambda: x @ x) == operations(lambda: x.mm(x)), "which is in it"
 
 
 def test_a_gpu_s_rates_are_those_of_its_data_sheet():
     rates = of_gpu("h100-80g")
     assert rates.bytes == 3.35e12
-    assert rates.products == pytest.approx(0.5 * 989e12 / 2)
+    assert rates.products == rates.single_products == pytest.approx(0.5 * 989e12 / 2)
     assert rates.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
 
 
@@ -91,9 +105,6 @@ def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
     ]
     measured = json.loads(file.read_text())
     runs = {(run["cache"], run["batch"], run["new_tokens"]): run for run in measured["runs"]}
-    rates = {
-        its["batch"]: Rates(its["bytes"], its["products"], its["ffts"]) for its in result["rates"]
-    }
     for curve in result["curves"]:
         assert [its["new_tokens"] for its in curve["points"]] == [100, 200]
         for its in curve["points"]:
@@ -102,7 +113,10 @@ def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
             run = runs[curve["cache"], curve["batch"], its["new_tokens"]]
             assert its["measured_ms"] == run["step_ms"]
             adds, moved = run["multiply_adds_per_token"], run["bytes_moved_per_token"]
-            parts = step_parts(adds, moved, curve["batch"], rates[curve["batch"]])
+            assert its["rates"] == run["rates"]
+            called = run["operations_per_step"]
+            assert called > 100
+            parts = step_parts(adds, moved, called, curve["batch"], Rates(**run["rates"]))
             assert its["predicted_ms"] == pytest.approx(1e3 * sum(parts.values()))
         assert curve["largest_error"] == max(abs(its["error"]) for its in curve["points"])
     for cache, error in result["largest_error"].items():
@@ -161,19 +175,21 @@ def test_a_cell_is_what_can_be_counted_by_hand(monkeypatch):
     config = ModelConfig(
         vocab_size=1000, width=64, num_layers=3, layout="stu", mlp_ratio=4, max_seq_len=8192
     )
-    rates = Rates(bytes=1e6, products=1e6, ffts=1e6, overlap=True)
+    rates = Rates(bytes=1e6, products=1e6, single_products=1e6, ffts=1e6, operations=1.0)
     its = extrapolation.cell(config, 2, 4, rates)["naive"]
     parameters = num_parameters(replace(config, max_seq_len=104))
     taps = (51 + 51 + 52 + 52) / 4  # even lags back to the first token, on average
     channels = 3 * 64
     products = 2 * (3 * 13 * 64 * 64 + 1000 * 64) / 1e6
-    caches = channels * (4 * taps + 2 * 2 * taps + 2 * 2 * 1) / 1e6  # taps float32, inputs half
+    latest = (1 + 1 + 2 + 2) / 4
+    read, written = taps + latest + 1, latest + 2
+    caches = channels * (4 * taps + 2 * 2 * (read + written)) / 1e6  # taps float32, inputs half
     dense = max(2 * parameters / 1e6, products)
     sums = 2 * channels * taps / 1e6
     assert caches > sums, "which hide behind them"
     assert its["step_ms"] == pytest.approx(1e3 * (dense + caches))
     assert its["dense_share"] == pytest.approx(dense / (dense + caches))
-    assert its["cache_gib"] * 2**30 == 2 * 2 * channels * (50 + 2) * 2
+    assert its["cache_gib"] * 2**30 == 2 * 2 * channels * (50 + 2 + 16) * 2
 
 
 def test_what_does_not_fit_beside_the_weights_is_told(monkeypatch):
