@@ -11,12 +11,12 @@ def fewest_threads(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run["threads"] == least]
 
 
-def decoded(result: Run, batch: int, length: int) -> dict[str, Run]:
-    """Of `stu-bench decode`, those of its first model with the fewest threads, or what was not run,
-    by cache or peer."""
+def decoded(result: Run, batch: int, length: int, layout: str | None = None) -> dict[str, Run]:
+    """Of `stu-bench decode`, those of its first model, or of another layout, with the fewest
+    threads, or what was not run, by cache or peer."""
     first = result["runs"][0]
     least = min(run.get("threads", 1) for run in result["runs"])
-    wanted = first["layout"], first["mlp_ratio"], batch, length, least
+    wanted = layout or first["layout"], first["mlp_ratio"], batch, length, least
     return {
         run["cache"]: run
         for run in result["runs"]

@@ -67,7 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument("--plot", type=Path, help="PNG file")
 
     model = add("model", "what decoding steps should take, by counted costs and measured rates")
-    model.add_argument("decode", metavar="FILE", type=Path, help="JSON of stu-bench decode")
+    model.add_argument(
+        "decode", metavar="FILE", type=Path, nargs="+", help="JSON of stu-bench decode"
+    )
     model.add_argument("--this-machine", action="store_true", help="say nothing of other machines")
     model.add_argument("--plot", type=Path, help="PNG file")
 
@@ -98,14 +100,15 @@ def make_parser() -> argparse.ArgumentParser:
     quality.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of all runs")
     quality.add_argument("--layouts", nargs="+", choices=MIXERS, default=MIXERS, help="to compare")
     quality.add_argument("--seeds", type=int, default=3, help="of each layout's weights")
-    quality.add_argument("--steps", type=int, default=600, help="of 2,048 tokens")
+    quality.add_argument("--steps", type=int, default=400, help="of 2,048 tokens")
     quality.add_argument("--output", type=Path, help="JSON file")
     quality.add_argument("--plot", type=Path, help="PNG file")
 
     add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
-    add("loss", "the training loss against torch's, at a vocabulary of 200,064")
+    loss = add("loss", "the training loss against torch's, at a vocabulary of 200,064")
     memory = add("memory", "what training runs take, against what stu-plan says")
-    memory.add_argument("--first", type=int, help="so many of the runs; all, if it is not given")
+    for its in (loss, memory):
+        its.add_argument("--first", type=int, help="so many of the runs; all, if it is not given")
     return parser
 
 

@@ -44,7 +44,8 @@ class Counts:
     """Of a run, numbers or operations of one channel."""
 
     multiply_adds: float = 0.0
-    """But for FFTs."""
+    """But for the following."""
+    direct_sums: float = 0.0
     fft: float = 0.0
     filters: float = 0.0
     """Read for the whole batch."""
@@ -58,6 +59,7 @@ class Counts:
         return Costs(
             dense=0.0,
             convolution=channels * self.multiply_adds,
+            direct_sums=channels * self.direct_sums,
             fft=channels * self.fft,
             filter_bytes=channels * FLOAT_BYTES * self.filters,
             cache_read=num_bytes * self.read,
@@ -96,7 +98,8 @@ def naive(shape: Shape) -> Counts:
     sums = sum(min(shape.num_taps, reached + column + 1) for column in columns)
     latest = sum(min(shape.num_taps, column % Naive.LINE_COLUMNS + 1) for column in columns)
     read = sums + latest + shape.new_tokens
-    return Counts(sums, filters=sums, read=read, written=latest + 2 * shape.new_tokens)
+    written = latest + 2 * shape.new_tokens
+    return Counts(direct_sums=sums, filters=sums, read=read, written=written)
 
 
 def epoched(shape: Shape) -> Counts:

@@ -24,7 +24,9 @@ class Costs:
     dense: float
     """Multiply-adds of matrices with vectors."""
     convolution: float = 0.0
-    """Multiply-adds of inputs with filters, but for those of FFTs."""
+    """Multiply-adds of inputs with filters, but for the following."""
+    direct_sums: float = 0.0
+    """Multiply-adds of filters with the whole past of a sequence."""
     fft: float = 0.0
     """Multiply-adds of FFTs and of the products between them."""
     attention: float = 0.0
@@ -43,6 +45,7 @@ class Costs:
         multiply_adds = {
             "dense": self.dense,
             "convolution": self.convolution,
+            "direct_sums": self.direct_sums,
             "fft": self.fft,
             "attention": self.attention,
             "recurrence": self.recurrence,

@@ -113,18 +113,36 @@ def shares(result: Run) -> str:
     return table([*head, "times as fast", "with a convolution that takes no time"], rows)
 
 
+def layouts(result: Run) -> str:
+    """Milliseconds of a step and of its convolutions, by mixer."""
+    names = ["paged", "continuous", "naive"]
+    rows = []
+    for layout in dict.fromkeys(run["layout"] for run in result["runs"]):
+        for batch, length in settings(result):
+            runs = [decoded(result, batch, length, layout).get(name, {}) for name in names]
+            parts = ("step_ms", "convolution_ms")
+            figures = [milliseconds(run, part) for part in parts for run in runs]
+            rows.append([layout, f"{batch}, {length:,}", *figures])
+    labels = [STYLES[name][0] for name in names]
+    head = ["mixers", "batch, new tokens", *(f"{label}, ms" for label in labels)]
+    return table([*head, *(f"convolution alone, {label}" for label in labels)], rows)
+
+
 def model(result: Run) -> str:
     """Largest errors of the curves."""
     batches = sorted({curve["batch"] for curve in result["curves"]})
-    worst: dict[tuple[str, int], float] = {}
+    worst: dict[tuple[str, str], dict[int, float]] = {}
     for curve in result["curves"]:
-        key = curve["cache"], curve["batch"]
-        worst[key] = max(worst.get(key, 0.0), curve["largest_error"])
+        errors = worst.setdefault((curve["layout"], curve["cache"]), {})
+        batch = curve["batch"]
+        errors[batch] = max(errors.get(batch, 0.0), curve["largest_error"])
+    first, names = result["curves"][0]["layout"], [*OURS, *PEERS]
     rows = [
-        [STYLES[name][0]]
-        + [f"{worst[name, batch]:.0%}" if (name, batch) in worst else "-" for batch in batches]
-        for name in [*OURS, *PEERS]
-        if name in result["largest_error"]
+        [STYLES[name][0] + ("" if layout == first else f", {layout}")]
+        + [f"{errors[batch]:.0%}" if batch in errors else "-" for batch in batches]
+        for (layout, name), errors in sorted(
+            worst.items(), key=lambda its: (its[0][0] != first, its[0][0], names.index(its[0][1]))
+        )
     ]
     return table(["largest error of a curve", *(f"batch {batch}" for batch in batches)], rows)
 
@@ -219,6 +237,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "decode flashinference": flash_inference,
     "prompts flashinference": flash_inference,
     "convolution": convolution,
+    "layouts": layouts,
     "model errors": model,
     "model gains": gains,
 }

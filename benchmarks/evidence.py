@@ -19,7 +19,7 @@ QUICK: dict[str, list[str]] = {
     "model": ["decode.json", "--this-machine"],
     "convolution": [],
     "train": ["--context", "2048", "--repeats", "2"],
-    "loss": [],
+    "loss": ["--first", "1"],
     "memory": ["--first", "2"],
     "load": ["--requests", "128"],
 }

@@ -31,7 +31,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways = {"plain": plain, "chunked": chunked}
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for num_targets, width in SIZES:
+        for num_targets, width in SIZES[: args.first]:
             torch.manual_seed(0)
             hidden = torch.randn(num_targets, width, requires_grad=True)
             output = torch.randn(VOCAB_SIZE, width).mul_(width**-0.5).requires_grad_()

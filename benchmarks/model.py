@@ -7,7 +7,7 @@ A step multiplies with the dense weights, which are read once for the whole batc
 reads and writes the caches and filters that the algorithm asks for, behind which multiply-adds with
 what is read hide; it transforms tiles; and it calls hundreds of operations of torch. All of it adds
 up. The constants are bytes read, multiply-adds of products (with as many rows as the batch has, and
-with one row, as a sequence's keys meet), multiply-adds of FFTs, and operations, a second each,
+with one row, as a sequence's past meets), multiply-adds of FFTs, and operations, a second each,
 measured beside each run (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are those
 of `benchmarks.costs` and `benchmarks.convolution_costs`, operations are counted. For each curve, a
 cache at one batch and all lengths, the largest error is told. Then the same formula, with constants
@@ -31,9 +31,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Predicted over measured, for each run and the worst of each curve; and other machines."""
     if args.plot and args.this_machine:
         raise ValueError("--plot shows other machines too: leave --this-machine out")
-    measured = json.loads(args.decode.read_text(encoding="utf-8"))
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in args.decode]
     curves: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for run in measured["runs"]:
+    for run in (run for its in measured for run in its["runs"]):
         if "step_ms" not in run:
             continue
         key = tuple(run[name] for name in CURVE)
@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
     result = {
         "machine": describe(),
-        "measured_on": measured["machine"],
+        "measured_on": [its["machine"] for its in measured],
         "curves": list(curves.values()),
         "largest_error": largest_errors(curves.values()),
     }

@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         subprocess.run([*prepare, "--validation-fraction", "0.02"], check=True, stdout=sys.stderr)
     shapes = {layout: shape(layout) for layout in args.layouts}
     sweep = [
-        Run(folder, data, shapes[layout], rate, 0, int(SWEEP_SHARE * args.steps))
+        Run(folder, data, shapes[layout], rate, 0, int(SWEEP_SHARE * args.steps), evaluations=1)
         for layout in args.layouts
         for rate in LEARNING_RATES
     ]
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for layout in args.layouts
     }
     runs = [
-        Run(folder, data, shapes[layout], rates[layout], seed, args.steps)
+        Run(folder, data, shapes[layout], rates[layout], seed, args.steps, EVALUATIONS)
         for seed in range(args.seeds)
         for layout in args.layouts
     ]
@@ -102,15 +102,21 @@ class Run:
     """One training run, in a folder of its own; one that is there already is not made again."""
 
     def __init__(
-        self, folder: Path, data: Path, config: ModelConfig, rate: float, seed: int, steps: int
+        self,
+        folder: Path,
+        data: Path,
+        config: ModelConfig,
+        rate: float,
+        seed: int,
+        steps: int,
+        evaluations: int,
     ) -> None:
         self.layout, self.rate, self.seed, self.steps = config.layout, rate, seed, steps
-        self._config, self._data = config, data
+        self._config, self._data, self._every = config, data, max(1, steps // evaluations)
         self._folder = folder / f"{config.layout}-{rate:g}-{seed}-{steps}"
 
     def train(self) -> None:
         """Unless it was."""
-        every = max(1, self.steps // EVALUATIONS)
         values = {f"model.config.{name}": its for name, its in self._config.to_dict().items()}
         values |= {
             "data.dir": self._data,
@@ -122,8 +128,8 @@ class Run:
             "model.optimizer.final_lr_fraction": 0.05,
             "trainer.accelerator": "cpu",
             "trainer.max_steps": self.steps,
-            "trainer.val_check_interval": every,
-            "trainer.log_every_n_steps": every,
+            "trainer.val_check_interval": self._every,
+            "trainer.log_every_n_steps": self._every,
             "checkpoint_every_steps": self.steps,
             "seed_everything": self.seed,
             "run_dir": self._folder,

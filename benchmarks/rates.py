@@ -42,7 +42,7 @@ class Rates:
     """Multiply-adds a second of weights, which are read meanwhile, with the rows of the batch: few
     rows use a processor badly."""
     single_products: float
-    """The same of matrices that meet one row each, as every sequence's keys do."""
+    """The same of matrices that meet one row each, as every sequence's keys and inputs do."""
     ffts: float
     """Multiply-adds a second of real FFTs, of which one of length n counts n log2 n."""
     operations: float
@@ -111,7 +111,8 @@ def step_parts(
     the operations, which are those of a step."""
     caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
     others = (multiply_adds["convolution"] + multiply_adds["recurrence"]) / rates.products
-    others += multiply_adds["attention"] / rates.single_products
+    single = multiply_adds["attention"] + multiply_adds["direct_sums"]
+    others += single / rates.single_products
     weights = batch * moved["weights"] / rates.bytes
     return {
         "weights": weights,

@@ -84,8 +84,8 @@ class OnlineConvolution(ABC):
 class Naive(OnlineConvolution):
     """Direct sums over the whole past: `O(L)` per token, and a cache as long as the context.
 
-    The latest inputs lie apart, time-major, until there is a cache line of each channel's: written
-    one by one to streams that are megabytes apart, they would cost a third of a step.
+    The latest inputs lie apart, time-major, until there is a cache line of each channel's: one by
+    one, each would wait for memory, for the channels' streams lie far from each other.
     """
 
     LINE_COLUMNS = 16

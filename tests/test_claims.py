@@ -106,6 +106,6 @@ def test_a_benchmark_writes_its_result_where_it_is_looked_for(tmp_path):
     (tmp_path / "decode.json").write_text(json.dumps(empty))
     evidence.measure("model", ["decode.json", "--this-machine"], tmp_path)
     result = claims.recorded(tmp_path)["model"]
-    assert result["measured_on"] == empty["machine"]
+    assert result["measured_on"] == [empty["machine"]]
     assert result["curves"] == []
     assert not list(tmp_path.glob("*.part"))

@@ -21,7 +21,8 @@ RATES = Rates(bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, ope
 
 
 def costs(**changed):
-    adds = dict.fromkeys(["dense", "convolution", "fft", "attention", "recurrence"], 0.0)
+    names = ["dense", "convolution", "direct_sums", "fft", "attention", "recurrence"]
+    adds = dict.fromkeys(names, 0.0)
     moved = dict.fromkeys(["weights", "filters", "cache_read", "cache_written"], 0.0)
     for name, value in changed.items():
         (adds if name in adds else moved)[name] = value
@@ -37,7 +38,8 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
     assert seconds(2, weights=3000.0) == pytest.approx(6.0)
     assert seconds(2, dense=500.0) == pytest.approx(10.0)
     assert seconds(4, filters=500.0, cache_read=200.0, cache_written=300.0) == pytest.approx(4.0)
-    assert seconds(1, convolution=50.0, attention=10.0, recurrence=20.0) == pytest.approx(1.2)
+    others = {"convolution": 50.0, "attention": 10.0, "direct_sums": 6.0, "recurrence": 20.0}
+    assert seconds(1, **others) == pytest.approx(1.5)
     assert seconds(3, fft=20.0) == pytest.approx(6.0)
     assert seconds(3, num_operations=20) == pytest.approx(5.0), "of the whole batch"
     everything = {"weights": 1e3, "dense": 3e2, "filters": 1e3, "convolution": 1e2, "fft": 1e1}

@@ -80,14 +80,30 @@ def test_decoding_tables_show_the_runs_of_one_thread():
     assert ["direct sums", "32", "does not fit (900)"] in peers
 
 
+def test_a_table_of_mixers_shows_each_of_them():
+    runs = [
+        decode_run("paged", 10.0, 1.0, 100),
+        decode_run("naive", 40.0, 30.0, 120),
+        decode_run("paged", 12.0, 2.5, 100, layout="hyena"),
+        decode_run("continuous", 13.0, 3.5, 100, layout="hyena"),
+    ]
+    assert rows(decoding_tables.layouts({"runs": runs})) == [
+        ["stu", "8, 8,192", "10", "-", "40", "1", "-", "30"],
+        ["hyena", "8, 8,192", "12", "13", "-", "2.5", "3.5", "-"],
+    ]
+
+
 def test_model_tables_show_the_worst_of_all_curves():
-    def curve(cache, batch, error):
-        return {"cache": cache, "batch": batch, "largest_error": error}
+    def curve(cache, batch, error, layout="stu"):
+        return {"layout": layout, "cache": cache, "batch": batch, "largest_error": error}
 
     curves = [curve("paged", 1, 0.3), curve("paged", 1, 0.05), curve("naive", 8, 0.11)]
-    result = {"curves": curves, "largest_error": {"paged": 0.3, "naive": 0.11}}
-    errors = rows(decoding_tables.model(result))
-    assert errors == [["FutureFill, paged (ours)", "30%", "-"], ["direct sums", "-", "11%"]]
+    curves.append(curve("paged", 8, 0.04, "hyena"))
+    assert rows(decoding_tables.model({"curves": curves})) == [
+        ["FutureFill, paged (ours)", "30%", "-"],
+        ["direct sums", "-", "11%"],
+        ["FutureFill, paged (ours), hyena", "-", "4%"],
+    ]
     cells = [
         {"batch": batch, "new_tokens": 512, "times_as_fast": gain, "paged": {"fits": fits}}
         for batch, gain, fits in ((1, 1.014, True), (8, 2.5, True), (64, 9.0, False))
