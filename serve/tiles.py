@@ -160,9 +160,11 @@ class TileFlush:
         past = _taken_tile(level, sequence)
         future = sequence.pages[sequence.done : sequence.done + 2**level]
         num_outputs = len(future) * self._pages.shape[2]
-        for layer, taps in enumerate(self.taps.transpose(1, 2)):  # [C, N]
-            inputs = self._pages[past, layer].flatten(0, 1).t()  # [lag_step W, T]
-            streams = inputs.reshape(-1, *taps.shape[:1], inputs.shape[1])  # [.., C, T]
+        reached = (len(past) + len(future)) * self._pages.shape[2]
+        for layer, every in enumerate(self.taps[:, :reached]):
+            # Transposed copies: transforms along strides are slower.
+            taps, inputs = every.t().contiguous(), self._pages[past, layer].flatten(0, 1)
+            streams = inputs.t().contiguous().view(-1, len(taps), len(inputs))  # [.., C, T]
             filled = future_fill(streams, taps, num_outputs).flatten(0, 1).t()
             for page, added in zip(future, torch.split(filled, self._pages.shape[2]), strict=True):
                 self._pages[page, layer] += added
