@@ -44,13 +44,13 @@ class Counts:
     """Of a run, numbers or operations of one channel."""
 
     multiply_adds: float = 0.0
-    """But for the following."""
-    direct_sums: float = 0.0
     fft: float = 0.0
     filters: float = 0.0
     """Read for the whole batch."""
     read: float = 0.0
     written: float = 0.0
+    streams: float = 0.0
+    """Begun in memory: where one begins, the processor waits."""
 
     def costs(self, shape: Shape, number_bytes: int = FLOAT_BYTES) -> Costs:
         """Of one token. number_bytes: of each number that is remembered."""
@@ -59,11 +59,11 @@ class Counts:
         return Costs(
             dense=0.0,
             convolution=channels * self.multiply_adds,
-            direct_sums=channels * self.direct_sums,
             fft=channels * self.fft,
             filter_bytes=channels * FLOAT_BYTES * self.filters,
             cache_read=num_bytes * self.read,
             cache_written=num_bytes * self.written,
+            streams=channels * self.streams,
         )
 
 
@@ -99,7 +99,8 @@ def naive(shape: Shape) -> Counts:
     latest = sum(min(shape.num_taps, column % Naive.LINE_COLUMNS + 1) for column in columns)
     read = sums + latest + shape.new_tokens
     written = latest + 2 * shape.new_tokens
-    return Counts(direct_sums=sums, filters=sums, read=read, written=written)
+    streams = shape.new_tokens * (1 + 1 / shape.batch)  # inputs of each sequence, and filters
+    return Counts(sums, filters=sums, read=read, written=written, streams=streams)
 
 
 def epoched(shape: Shape) -> Counts:

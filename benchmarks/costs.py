@@ -24,9 +24,7 @@ class Costs:
     dense: float
     """Multiply-adds of matrices with vectors."""
     convolution: float = 0.0
-    """Multiply-adds of inputs with filters, but for the following."""
-    direct_sums: float = 0.0
-    """Multiply-adds of filters with the whole past of a sequence."""
+    """Multiply-adds of inputs with filters."""
     fft: float = 0.0
     """Multiply-adds of FFTs and of the products between them."""
     attention: float = 0.0
@@ -39,13 +37,14 @@ class Costs:
     """Bytes."""
     cache_written: float = 0.0
     """Bytes."""
+    streams: float = 0.0
+    """Of memory, far from each other: pasts of channels, and a share of the filters they meet."""
 
     def report(self, weight_bytes: int, batch: int) -> dict[str, Any]:
         """Figures of a result."""
         multiply_adds = {
             "dense": self.dense,
             "convolution": self.convolution,
-            "direct_sums": self.direct_sums,
             "fft": self.fft,
             "attention": self.attention,
             "recurrence": self.recurrence,
@@ -59,6 +58,7 @@ class Costs:
         return {
             "multiply_adds_per_token": multiply_adds | {"total": sum(multiply_adds.values())},
             "bytes_moved_per_token": moved | {"total": sum(moved.values())},
+            "streams_per_token": self.streams,
         }
 
 

@@ -20,10 +20,12 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from benchmarks import convolution_costs
 from benchmarks.costs import FLOAT_BYTES, Costs, window_costs
@@ -50,6 +52,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.whole and len(args.threads) > 1:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
     result: dict[str, Any] = {"machine": describe(), "runs": []}
+    num_models = len(args.layout) * len(args.mlp_ratio) * len(args.new_tokens)
+    num_subjects = num_models * len(args.batch) * (len(args.caches) + len(args.peers))
+    progress = tqdm(total=num_subjects, unit=" caches and peers", smoothing=0)
     for layout, mlp_ratio in itertools.product(args.layout, args.mlp_ratio):
         peers: dict[str, Peer] = {}
         for new_tokens in args.new_tokens:
@@ -64,20 +69,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             model = FlashSTU(config).eval()
             peers = peers or build_peers(args.peers, config, model.num_parameters())
             for batch in args.batch:
-                ours = [
-                    run
+                subjects = [
+                    partial(run_cache, model, cache, batch, new_tokens, args)
                     for cache in args.caches
-                    for run in run_cache(model, cache, batch, new_tokens, args)
                 ]
-                theirs = [
-                    run
+                subjects += [
+                    partial(run_peer, name, peer, config, batch, new_tokens, args)
                     for name, peer in peers.items()
-                    for run in run_peer(name, peer, config, batch, new_tokens, args)
                 ]
-                result["runs"] += compared(ours + theirs)
+                runs: list[dict[str, Any]] = []
+                for runs_of_threads in subjects:
+                    runs += runs_of_threads()
+                    progress.update()
+                result["runs"] += compared(runs)
                 if args.output:
                     text = json.dumps(result, indent=1) + "\n"
                     args.output.write_text(text, encoding="utf-8")
+    progress.close()
     if args.plot:
         plot(result, args.plot)
     return result
@@ -149,7 +157,7 @@ def timed_runs(
     gc.collect()  # the subject before this one, of many gigabytes
     if needed > SHARE_OF_MEMORY * psutil.virtual_memory().available:
         run = setting | {"not_run": f"does not fit: {needed / GIB:.1f} GiB"}
-        print(run, file=sys.stderr, flush=True)
+        tqdm.write(str(run), file=sys.stderr)
         yield run
         return
     torch.set_num_threads(max(args.threads))
@@ -181,7 +189,7 @@ def timed_runs(
         run |= costs.report(FLOAT_BYTES * setting["parameters"], batch)
         run["operations_per_step"] = operations(subject.step)
         run["rates"] = asdict(mean_rates(rates))
-        print({name: shown(value) for name, value in run.items()}, file=sys.stderr, flush=True)
+        tqdm.write(str({name: shown(value) for name, value in run.items()}), file=sys.stderr)
         yield run
     gc.unfreeze()
 

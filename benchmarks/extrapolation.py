@@ -99,9 +99,7 @@ def cell(config: ModelConfig, batch: int, new_tokens: int, rates: Rates) -> dict
         windows = window_costs(config, PROMPT_TOKENS, new_tokens, HALF_BYTES)
         costs = convolution_costs.added(windows, counts.costs(shape, number_bytes))
         report = costs.report(weights, batch)
-        parts = step_parts(
-            report["multiply_adds_per_token"], report["bytes_moved_per_token"], 0, batch, rates
-        )
+        parts = step_parts(report | {"batch": batch, "operations_per_step": 0}, rates)
         others = other_bytes(config, batch, PAGE_LEN) * HALF_BYTES // FLOAT_BYTES
         held = convolution_costs.cache_bytes(cache, shape) * number_bytes // FLOAT_BYTES + others
         filters = FLOAT_BYTES * shape.layers * shape.width * shape.num_taps

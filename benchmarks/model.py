@@ -5,13 +5,15 @@
 
 A step multiplies with the dense weights, which are read once for the whole batch meanwhile; it
 reads and writes the caches and filters that the algorithm asks for, behind which multiply-adds with
-what is read hide; it transforms tiles; and it calls hundreds of operations of torch. All of it adds
-up. The constants are bytes read, multiply-adds of products (with as many rows as the batch has, and
-with one row, as a sequence's past meets), multiply-adds of FFTs, and operations, a second each,
-measured beside each run (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are those
-of `benchmarks.costs` and `benchmarks.convolution_costs`, operations are counted. For each curve, a
-cache at one batch and all lengths, the largest error is told. Then the same formula, with constants
-of a data sheet, says what other machines and larger models would do (`benchmarks.extrapolation`).
+what is read hide; where it goes over each channel's past, it waits for the beginning of each; it
+transforms tiles; and it calls hundreds of operations of torch. All of it adds up. The constants are
+bytes read, multiply-adds of products (with as many rows as the batch has, and with one row, as a
+sequence's keys meet), streams of memory begun, multiply-adds of FFTs, and operations, a second
+each, measured beside each run (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are
+those of `benchmarks.costs` and `benchmarks.convolution_costs`, operations are counted. For each
+curve, a cache at one batch and all lengths, the largest error is told. Then the same formula, with
+constants of a data sheet, says what other machines and larger models would do
+(`benchmarks.extrapolation`).
 """
 
 import argparse
@@ -58,13 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def point(run: dict[str, Any], rates: Rates) -> dict[str, Any]:
     """A run's time, what it should be, and what that is made of."""
-    parts = step_parts(
-        run["multiply_adds_per_token"],
-        run["bytes_moved_per_token"],
-        run["operations_per_step"],
-        run["batch"],
-        rates,
-    )
+    parts = step_parts(run, rates)
     predicted = 1e3 * sum(parts.values())
     return {
         "new_tokens": run["new_tokens"],

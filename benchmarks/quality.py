@@ -15,10 +15,12 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks.machine import describe
 from stu.config import ModelConfig
@@ -140,7 +142,7 @@ class Run:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{self._folder.name}: {done.stderr[-2000:]}")
-        print(f"{self._folder.name}: {self.bits_per_byte():.3f} bits/byte", file=sys.stderr)
+        tqdm.write(f"{self._folder.name}: {self.bits_per_byte():.3f} bits/byte", file=sys.stderr)
 
     def bits_per_byte(self) -> float:
         """At the end."""
@@ -169,10 +171,10 @@ class Run:
         return read_curves(self._folder)
 
 
-def train_all(runs: Iterable[Run]) -> None:
+def train_all(runs: Collection[Run]) -> None:
     """As many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(Run.train, runs):
+        for _ in tqdm(pool.map(Run.train, runs), total=len(runs), unit=" runs", smoothing=0):
             pass
 
 

@@ -4,11 +4,13 @@ Each is measured, or taken from a data sheet with the share of it that `train.co
 """
 
 import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ MATRICES, OUTPUTS, INPUTS = 16, 4096, 1024
 """Weights, as large as those of an MLP at D = 1,024."""
 HEADS, KEYS, HEAD_DIM = 128, 4096, 128
 """Each head with one query."""
+STREAM, STREAM_SPACE = 128, 4096
+"""Numbers of a stream that are read, and from one stream to the next."""
 FFT_ROWS, FFT_LENGTH = 64, 4096
 """A quarter of a million numbers at once, as `stu.futurefill` transforms them."""
 
@@ -42,9 +46,12 @@ class Rates:
     """Multiply-adds a second of weights, which are read meanwhile, with the rows of the batch: few
     rows use a processor badly."""
     single_products: float
-    """The same of matrices that meet one row each, as every sequence's keys and inputs do."""
+    """The same of matrices that meet one row each, as every sequence's keys do."""
     ffts: float
     """Multiply-adds a second of real FFTs, of which one of length n counts n log2 n."""
+    streams: float
+    """Short streams of memory, far from each other, a second: the inputs of so many sequences as
+    the batch has, and a filter with which they are multiplied."""
     operations: float
     """Of torch, on a vector of each sequence, a second: between products, whose weights have
     driven everything else out of the processor's caches."""
@@ -60,12 +67,14 @@ def measured_rates(batch: int) -> Rates:
     transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
     weights = MATRICES * OUTPUTS * INPUTS
     multiply = [functools.partial(product, rows) for product in products]
+    num_filters, begin = streams(batch)
 
     return Rates(
         bytes=2 * FLOAT_BYTES * READ / seconds(lambda: torch.dot(*vectors)),
         products=batch * weights / seconds(lambda: [its() for its in multiply]),
         single_products=HEADS * KEYS * HEAD_DIM / seconds(lambda: torch.bmm(queries, keys.mT)),
         ffts=transforms / seconds(lambda: torch.fft.irfft(torch.fft.rfft(signals))),
+        streams=num_filters * (1 + batch) / seconds(begin),
         operations=operations(lambda: norm(rows)) / seconds_after(lambda: norm(rows), multiply),
     )
 
@@ -78,6 +87,23 @@ def operands() -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], T
     return vectors, torch.randn(HEADS, KEYS, HEAD_DIM), [packed_product(its) for its in weights]
 
 
+def streams(batch: int) -> tuple[int, Callable[[], Tensor]]:
+    """Direct sums of the shortest pasts, as `stu.futurefill.Naive` has them: how many filters, and
+    a call that goes to other places of memory each time."""
+    vectors, _, _ = operands()
+    num_filters = READ // (batch * STREAM_SPACE)
+    whole = num_filters * batch * STREAM_SPACE
+    inputs = vectors[0][:whole].view(num_filters, batch, STREAM_SPACE).mT
+    filters = vectors[1][:whole].view(num_filters, 1, batch * STREAM_SPACE)
+    places = itertools.cycle(range(0, STREAM_SPACE, STREAM))
+
+    def begin() -> Tensor:
+        place = next(places)
+        return filters[:, :, place : place + STREAM] @ inputs[:, place : place + STREAM]
+
+    return num_filters, begin
+
+
 def mean_rates(several: Sequence[Rates]) -> Rates:
     """Of what was measured at several times."""
     return Rates(*map(statistics.mean, zip(*map(astuple, several), strict=True)))
@@ -85,7 +111,7 @@ def mean_rates(several: Sequence[Rates]) -> Rates:
 
 def of_gpu(name: str) -> Rates:
     """Of a kind that is in no reach, from its data sheet (`train.costs.GPUS`), which does not tell
-    of operations."""
+    of streams and operations."""
     gpu = GPUS[name]
     # A transform reads its numbers and writes as many, four bytes each.
     transformed = FFT_SHARE * gpu.bytes_per_second / 8
@@ -95,31 +121,31 @@ def of_gpu(name: str) -> Rates:
         products=products,
         single_products=products,
         ffts=transformed * math.log2(FFT_LENGTH),
+        streams=math.inf,
         operations=math.inf,
     )
 
 
-def step_parts(
-    multiply_adds: dict[str, float],
-    moved: dict[str, float],
-    num_operations: int,
-    batch: int,
-    rates: Rates,
-) -> dict[str, float]:
+def step_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     """Seconds of a step, by what they are spent on: `products` is what multiplying takes longer
-    than reading the weights. Costs are those of a token (`benchmarks.costs.Costs.report`), but for
-    the operations, which are those of a step."""
+    than reading the weights.
+
+    run: the `batch` and its costs (`benchmarks.costs.Costs.report`), which are those of a token;
+    and `operations_per_step`, of the whole batch.
+    """
+    batch, multiply_adds = run["batch"], run["multiply_adds_per_token"]
+    moved = run["bytes_moved_per_token"]
     caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
     others = (multiply_adds["convolution"] + multiply_adds["recurrence"]) / rates.products
-    single = multiply_adds["attention"] + multiply_adds["direct_sums"]
-    others += single / rates.single_products
+    others += multiply_adds["attention"] / rates.single_products
     weights = batch * moved["weights"] / rates.bytes
     return {
         "weights": weights,
         "products": max(0.0, batch * multiply_adds["dense"] / rates.products - weights),
         "caches": batch * max(caches / rates.bytes, others),
+        "streams": batch * run["streams_per_token"] / rates.streams,
         "ffts": batch * multiply_adds["fft"] / rates.ffts,
-        "operations": num_operations / rates.operations,
+        "operations": run["operations_per_step"] / rates.operations,
     }
 
 

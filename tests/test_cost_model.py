@@ -17,20 +17,29 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train.memory import num_parameters
 
-RATES = Rates(bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, operations=4.0)
+RATES = Rates(
+    bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, streams=5.0, operations=4.0
+)
 
 
-def costs(**changed):
-    names = ["dense", "convolution", "direct_sums", "fft", "attention", "recurrence"]
+def parts(batch, streams=0.0, num_operations=0, **changed):
+    names = ["dense", "convolution", "fft", "attention", "recurrence"]
     adds = dict.fromkeys(names, 0.0)
     moved = dict.fromkeys(["weights", "filters", "cache_read", "cache_written"], 0.0)
     for name, value in changed.items():
         (adds if name in adds else moved)[name] = value
-    return adds, moved
+    run = {
+        "batch": batch,
+        "multiply_adds_per_token": adds,
+        "bytes_moved_per_token": moved,
+        "streams_per_token": streams,
+        "operations_per_step": num_operations,
+    }
+    return step_parts(run, RATES)
 
 
-def seconds(batch, num_operations=0, **changed):
-    return sum(step_parts(*costs(**changed), num_operations, batch, RATES).values())
+def seconds(batch, **changed):
+    return sum(parts(batch, **changed).values())
 
 
 def test_a_step_is_what_its_parts_take_at_these_rates():
@@ -38,8 +47,8 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
     assert seconds(2, weights=3000.0) == pytest.approx(6.0)
     assert seconds(2, dense=500.0) == pytest.approx(10.0)
     assert seconds(4, filters=500.0, cache_read=200.0, cache_written=300.0) == pytest.approx(4.0)
-    others = {"convolution": 50.0, "attention": 10.0, "direct_sums": 6.0, "recurrence": 20.0}
-    assert seconds(1, **others) == pytest.approx(1.5)
+    assert seconds(1, convolution=50.0, attention=16.0, recurrence=20.0) == pytest.approx(1.5)
+    assert seconds(2, streams=10.0) == pytest.approx(4.0)
     assert seconds(3, fft=20.0) == pytest.approx(6.0)
     assert seconds(3, num_operations=20) == pytest.approx(5.0), "of the whole batch"
     everything = {"weights": 1e3, "dense": 3e2, "filters": 1e3, "convolution": 1e2, "fft": 1e1}
@@ -48,10 +57,10 @@ def test_a_step_is_what_its_parts_take_at_these_rates():
 
 def test_reading_weights_hides_products_or_they_it():
     for dense, products in ((100.0, 0.0), (700.0, 4.0)):
-        parts = step_parts(*costs(weights=3000.0, dense=dense, fft=10.0), 0, 1, RATES)
-        assert parts["weights"] == pytest.approx(3.0)
-        assert parts["products"] == pytest.approx(products)
-        assert parts["ffts"] == pytest.approx(1.0)
+        its = parts(1, weights=3000.0, dense=dense, fft=10.0)
+        assert its["weights"] == pytest.approx(3.0)
+        assert its["products"] == pytest.approx(products)
+        assert its["ffts"] == pytest.approx(1.0)
 
 
 def test_rates_are_counts_by_time(monkeypatch):
@@ -62,6 +71,7 @@ def test_rates_are_counts_by_time(monkeypatch):
     assert rates.products == 3 * 16 * 4096 * 1024
     assert rates.single_products == 128 * 4096 * 128
     assert rates.ffts == 2 * 64 * 4096 * 12, "there and back"
+    assert rates.streams == 2**26 // (3 * 4096) * 4, "three sequences' and a filter"
     assert 5 <= rates.operations <= 30, "of a norm"
 
 
@@ -70,10 +80,11 @@ def test_rates_are_measured_and_of_several_the_mean_counts():
     assert 1e8 < rates.bytes < 1e13
     assert rates.products > rates.ffts > 1e7
     assert rates.products > rates.single_products > 1e7
+    assert 1e5 < rates.streams < 1e9
     assert 1e3 < rates.operations < 1e7
     assert measured_rates(64).products > rates.products
-    several = [Rates(1.0, 6.0, 7.0, 2.0, 9.0), Rates(2.0, 5.0, 9.0, 4.0, 1.0)]
-    assert mean_rates(several) == Rates(1.5, 5.5, 8.0, 3.0, 5.0)
+    several = [Rates(1.0, 6.0, 7.0, 2.0, 9.0, 8.0), Rates(2.0, 5.0, 9.0, 4.0, 1.0, 2.0)]
+    assert mean_rates(several) == Rates(1.5, 5.5, 8.0, 3.0, 5.0, 5.0)
 
 
 def test_operations_are_those_without_others_inside():
@@ -114,12 +125,10 @@ def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
             assert sum(its["predicted_shares"].values()) == pytest.approx(1)
             run = runs[curve["cache"], curve["batch"], its["new_tokens"]]
             assert its["measured_ms"] == run["step_ms"]
-            adds, moved = run["multiply_adds_per_token"], run["bytes_moved_per_token"]
             assert its["rates"] == run["rates"]
-            called = run["operations_per_step"]
-            assert called > 100
-            parts = step_parts(adds, moved, called, curve["batch"], Rates(**run["rates"]))
-            assert its["predicted_ms"] == pytest.approx(1e3 * sum(parts.values()))
+            assert run["operations_per_step"] > 100
+            predicted = sum(step_parts(run, Rates(**run["rates"])).values())
+            assert its["predicted_ms"] == pytest.approx(1e3 * predicted)
         assert curve["largest_error"] == max(abs(its["error"]) for its in curve["points"])
     for cache, error in result["largest_error"].items():
         its = [curve["largest_error"] for curve in result["curves"] if curve["cache"] == cache]
@@ -177,7 +186,9 @@ def test_a_cell_is_what_can_be_counted_by_hand(monkeypatch):
     config = ModelConfig(
         vocab_size=1000, width=64, num_layers=3, layout="stu", mlp_ratio=4, max_seq_len=8192
     )
-    rates = Rates(bytes=1e6, products=1e6, single_products=1e6, ffts=1e6, operations=1.0)
+    rates = Rates(
+        bytes=1e6, products=1e6, single_products=1e6, ffts=1e6, streams=1e5, operations=1.0
+    )
     its = extrapolation.cell(config, 2, 4, rates)["naive"]
     parameters = num_parameters(replace(config, max_seq_len=104))
     taps = (51 + 51 + 52 + 52) / 4  # even lags back to the first token, on average
@@ -189,8 +200,9 @@ def test_a_cell_is_what_can_be_counted_by_hand(monkeypatch):
     dense = max(2 * parameters / 1e6, products)
     sums = 2 * channels * taps / 1e6
     assert caches > sums, "which hide behind them"
-    assert its["step_ms"] == pytest.approx(1e3 * (dense + caches))
-    assert its["dense_share"] == pytest.approx(dense / (dense + caches))
+    begun = channels * 3 / 1e5  # inputs of two, and filters
+    assert its["step_ms"] == pytest.approx(1e3 * (dense + caches + begun))
+    assert its["dense_share"] == pytest.approx(dense / (dense + caches + begun))
     assert its["cache_gib"] * 2**30 == 2 * 2 * channels * (50 + 2 + 16) * 2
 
 
