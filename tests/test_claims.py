@@ -78,7 +78,7 @@ def test_claims_are_about_the_figures_that_they_name():
     machine = {"date": "2026-01-02T03:04", "commit": 40 * "f"}
     results = {
         "decode": {"runs": [run("paged", 1, 1), run("naive", 2.5, 33.0), run("epoched", 1.2, 3.5)]},
-        "model": {"largest_error": dict.fromkeys(claims.CACHES, 0.1) | {"paged": 0.15, "s4": 0.9}},
+        "model": {"largest_error": {"paged": 0.1, "naive": 0.15, "s4": 0.05}},
         "convolution": {"runs": [{"threads": 1, "training": [{"ratio": 6.5}, {"ratio": 9.0}]}]},
         "train": {"runs": [{"threads": 1, "ratios": {"stu_over_two_branch": 1.6}}]},
         "loss": {"runs": [{"memory_ratio": 7.0, "speed_ratio": 1.1}] * 2},
