@@ -60,7 +60,7 @@ CLAIMS = [
         at_least=2,
     ),
     Claim(
-        "cost model of decoding: largest error of any curve",
+        "cost model of decoding: largest error of any curve, of STU and of peers",
         "model",
         lambda its: max(its["largest_error"].values()),
         at_most=0.2,
