@@ -47,6 +47,11 @@ class AttentionCache:
         self._rows: list[int] = []
         self._promised = 0
         self._slots = torch.empty(0), torch.empty(0)
+        # What is gathered for a block, keys and values: new memory each time is cleared by the
+        # system before it is written to, which takes longer than the gathering.
+        page = pool.pages[0, 0, 0]
+        num_pages = max(window_pages(config, self._page_len), BLOCK_BYTES // page.nbytes)
+        self._gathered = page.new_empty(2, num_pages, *page.shape)
         self._blocks: list[tuple[slice, Tensor, Tensor]] = []
 
     @property
@@ -144,8 +149,12 @@ class AttentionCache:
                 continue
             here = slice(rows.start - first_row, rows.stop - first_row)
             keys_seen, values_seen = (
-                self._pool.pages[:, layer, which]
-                .index_select(0, tables)
+                torch.index_select(
+                    self._pool.pages[:, layer, which],
+                    0,
+                    tables,
+                    out=self._gathered[which, : len(tables)],
+                )
                 .view(rows.stop - rows.start, -1, *keys.shape[2:])
                 .to(dtype)
                 .transpose(1, 2)  # [B, heads, S, head_dim]
