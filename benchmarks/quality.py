@@ -4,9 +4,10 @@
 
 Flash-STU's hybrid, STU, Hyena and attention, of one depth and of the width that makes the number of
 weights the same, are trained by `stu-train` on the standard library's own sources: the same samples
-in the same order, from several seeds of the weights. For each layout the learning rate is the best
-of a few in short runs. As many runs at a time as the machine has cores, of one thread each, so that
-their times are comparable.
+in the same order, from several seeds of the weights. Each layout's learning rate is the best of
+short runs at rates a factor of two apart, with a worse one on either side. As many runs go on at a
+time as the machine has cores, each of one thread. Those that are in the folder already, of the same
+commit, are not made again.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,42 +32,39 @@ VOCAB_SIZE, NUM_LAYERS, NUM_HEADS = 4096, 4, 4
 WEIGHTS = 5_250_000
 SEQ_LEN, MICRO_BATCH, WARMUP_STEPS, EVALUATIONS = 512, 4, 50, 10
 VALIDATION_TOKENS = 32_768
-LEARNING_RATES = [1e-3, 2e-3, 4e-3]
+FIRST_RATES = [2e-3, 4e-3]
 SWEEP_SHARE = 0.25
 """Of the steps, in the short runs."""
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Bits per byte by step and by seconds, of each layout and seed; means and ranges."""
-    folder: Path = args.folder
+    machine = describe()
+    folder: Path = args.folder / machine["commit"]
     data = folder / "data"
     if not data.exists():
         prepare = [_program("stu-prepare"), "stdlib:", "--output", data]
         subprocess.run([*prepare, "--validation-fraction", "0.02"], check=True, stdout=sys.stderr)
     shapes = {layout: shape(layout) for layout in args.layouts}
-    sweep = [
-        Run(folder, data, shapes[layout], rate, 0, int(SWEEP_SHARE * args.steps), evaluations=1)
-        for layout in args.layouts
-        for rate in LEARNING_RATES
-    ]
-    train_all(sweep)
-    rates = {
-        layout: min((run for run in sweep if run.layout == layout), key=Run.bits_per_byte).rate
-        for layout in args.layouts
-    }
+    short = int(SWEEP_SHARE * args.steps)
+
+    def sweep(layout: str) -> list[Run]:
+        return swept(lambda rate: Run(folder, data, shapes[layout], rate, 0, short, evaluations=1))
+
+    sweeps = in_parallel(sweep, args.layouts, "sweeps")
     runs = [
-        Run(folder, data, shapes[layout], rates[layout], seed, args.steps, EVALUATIONS)
+        Run(folder, data, shapes[layout], its[0].rate, seed, args.steps, EVALUATIONS)
         for seed in range(args.seeds)
-        for layout in args.layouts
+        for layout, its in zip(args.layouts, sweeps, strict=True)
     ]
-    train_all(runs)
+    in_parallel(Run.train, runs, "runs")
     result = {
-        "machine": describe(),
+        "machine": machine,
         "tokens": args.steps * MICRO_BATCH * SEQ_LEN,
         "seq_len": SEQ_LEN,
         "unigram_bits_per_byte": unigram_bits_per_byte(data),
         "gzip_bits_per_byte": gzip_bits_per_byte(data),
-        "sweep": [run.summary() for run in sweep],
+        "sweep": [run.summary() for its in sweeps for run in its],
         "layouts": {
             layout: summary(shapes[layout], [run for run in runs if run.layout == layout])
             for layout in args.layouts
@@ -171,11 +169,24 @@ class Run:
         return read_curves(self._folder)
 
 
-def train_all(runs: Collection[Run]) -> None:
-    """As many at a time as there are cores."""
+def swept(make: Callable[[float], Run]) -> list[Run]:
+    """Trained, the best first: more rates until the best is neither the lowest nor the highest."""
+    runs = [make(rate) for rate in FIRST_RATES]
+    for run in runs:
+        run.train()
+    while True:
+        best, rates = min(runs, key=Run.bits_per_byte), [run.rate for run in runs]
+        if min(rates) < best.rate < max(rates):
+            return sorted(runs, key=Run.bits_per_byte)
+        runs.append(make(best.rate / 2 if best.rate == min(rates) else best.rate * 2))
+        runs[-1].train()
+
+
+def in_parallel(call: Callable[[Any], Any], items: Collection[Any], unit: str) -> list[Any]:
+    """What it returns of each, as many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(Run.train, runs), total=len(runs), unit=" runs", smoothing=0):
-            pass
+        done = pool.map(call, items)
+        return list(tqdm(done, total=len(items), unit=f" {unit}", smoothing=0))
 
 
 def summary(config: ModelConfig, runs: list[Run]) -> dict[str, Any]:
@@ -196,25 +207,28 @@ def summary(config: ModelConfig, runs: list[Run]) -> dict[str, Any]:
 
 
 def time_to_reach(layouts: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of training until a run was as good as the worst layout is at its end, by mean over
-    the seeds; between two evaluations on a straight line."""
-    bits = max(its["mean_bits_per_byte"] for its in layouts.values())
+    """Seconds of training until a run was as good as the worst of all is at its end: mean and range
+    over the seeds."""
+    runs = [run for its in layouts.values() for run in its["runs"]]
+    bits = max(run["bits_per_byte"][-1] for run in runs)
     reached = {}
     for layout, its in layouts.items():
         times = [_first_time(run["seconds"], run["bits_per_byte"], bits) for run in its["runs"]]
-        known = [time for time in times if time is not None]
-        reached[layout] = {"seconds": statistics.mean(known), "runs_that_did": len(known)}
+        reached[layout] = {
+            "mean_seconds": statistics.mean(times),
+            "lowest_seconds": min(times),
+            "highest_seconds": max(times),
+        }
     return {"bits_per_byte": bits, "layouts": reached}
 
 
-def _first_time(seconds: list[float], bits: list[float], wanted: float) -> float | None:
-    for i, value in enumerate(bits):
-        if value <= wanted:
-            if i == 0:
-                return seconds[0]
-            share = (bits[i - 1] - wanted) / (bits[i - 1] - value)
-            return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
-    return None
+def _first_time(seconds: list[float], bits: list[float], wanted: float) -> float:
+    """Between two evaluations on a straight line; before the first, that one's."""
+    i = next(i for i, value in enumerate(bits) if value <= wanted)
+    if i == 0:
+        return seconds[0]
+    share = (bits[i - 1] - wanted) / (bits[i - 1] - bits[i])
+    return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
 
 def _program(name: str) -> Path:

@@ -120,10 +120,11 @@ def quality(result: Run) -> str:
                 f"{its['learning_rate']:g}",
                 f"{its['mean_bits_per_byte']:.3f} ({lowest:.3f} to {highest:.3f})",
                 f"{its['mean_seconds']:.0f}",
-                f"{reached['seconds']:.0f} ({reached['runs_that_did']} of {len(its['runs'])})",
+                f"{reached['mean_seconds']:.0f} ({reached['lowest_seconds']:.0f} to "
+                f"{reached['highest_seconds']:.0f})",
             ]
         )
-    worst = f"s to {result['reached']['bits_per_byte']:.3f} bits/byte"
+    worst = f"s to {result['reached']['bits_per_byte']:.3f} bits/byte, the worst run's last"
     head = ["mixer", "M weights", "learning rate", "bits/byte, mean and range of the seeds"]
     return table([*head, "s of training", worst], rows)
 

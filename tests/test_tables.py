@@ -134,7 +134,9 @@ def test_other_tables_show_what_was_measured():
     assert rows(serving_tables.soak(result)) == [soak]
     layout = {"parameters": 5.25e6, "learning_rate": 0.002, "mean_bits_per_byte": 1.5}
     layout |= {"lowest_bits_per_byte": 1.4, "highest_bits_per_byte": 1.7, "mean_seconds": 300.0}
-    reached = {"bits_per_byte": 1.6, "layouts": {"stu": {"seconds": 200.0, "runs_that_did": 2}}}
+    times = {"mean_seconds": 200.0, "lowest_seconds": 150.0, "highest_seconds": 260.0}
+    reached = {"bits_per_byte": 1.6, "layouts": {"stu": times}}
     result = {"layouts": {"stu": layout | {"runs": [0, 0, 0]}}, "reached": reached}
     quality = rows(training_tables.quality(result))
-    assert quality == [["stu", "5.25", "0.002", "1.500 (1.400 to 1.700)", "300", "200 (2 of 3)"]]
+    bits, seconds = "1.500 (1.400 to 1.700)", "200 (150 to 260)"
+    assert quality == [["stu", "5.25", "0.002", bits, "300", seconds]]
