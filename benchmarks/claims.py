@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.choice import Run, decoded, fewest_threads
+from benchmarks.cli import CACHES
 from benchmarks.markdown import table
 
 BATCH, LENGTH = 8, 8192
 """Of the decoding claims: long enough for convolutions to count, short enough to measure soon."""
+PEERS = ["llama", "mamba2", "rwkv", "s4"]
+"""Models that ours is compared with."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ CLAIMS = [
         at_least=2,
     ),
     Claim(
-        "cost model of decoding: largest error of any curve, of STU and of peers",
+        "cost model of decoding: largest error of any curve, of five caches and four models",
         "model",
-        lambda its: max(its["largest_error"].values()),
+        lambda its: max(its["largest_error"][name] for name in [*CACHES, *PEERS]),
         at_most=0.2,
     ),
     Claim(

@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         help="other models of as many parameters; all but s4 need pip install 'stu[peers]'",
     )
+    decode.add_argument("--rounds", type=int, default=3, help="of all caches and peers in turn")
     decode.add_argument("--page-len", type=int, default=32, help="positions in a page")
     decode.add_argument(
         "--whole", action="store_true", help="time every step of our caches, not a sample"

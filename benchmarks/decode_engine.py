@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,16 +73,9 @@ def online_convolution(
     """One of those that are not paged."""
     if cache_name == "flashinference":
         return FlashInference(*arguments, prompt_tokens=prompt_tokens)
-    if cache_name != "naive":
-        return KINDS[cache_name](*arguments)
-    # Half of its buffer is room for prompts as long as the context: calloc's memory takes none
-    # until it is written to.
-    with mock.patch.object(Tensor, "new_zeros", _lazy_zeros):
-        return Naive(*arguments)
-
-
-def _lazy_zeros(_: Tensor, *shape: int) -> Tensor:
-    return torch.from_numpy(np.zeros(shape, np.float32))
+    if cache_name == "naive":
+        return Naive(*arguments, max_prompt_tokens=prompt_tokens)
+    return KINDS[cache_name](*arguments)
 
 
 def other_bytes(config: ModelConfig, batch: int, page_len: int) -> int:
@@ -165,12 +157,9 @@ def cache_flushes(cache: Any, new_tokens: int) -> list[tuple[str, int, int]]:
         return cache.sampled_flushes()
     page_len = cache._page_len
     num_pages = pages_for(new_tokens - 1, page_len)
-    sizes = [2**i for i in range(num_pages.bit_length()) if 2**i < num_pages]
-    return [
-        (
-            f"a flush of {size * page_len} positions",
-            size * page_len,
-            len(range(size, num_pages, 2 * size)),
-        )
-        for size in sizes
-    ]
+    flushes = []
+    for size in (2**i for i in range(num_pages.bit_length()) if 2**i < num_pages):
+        ends = range(size, num_pages, 2 * size)
+        middle = page_len * ends[len(ends) // 2]
+        flushes.append((f"a flush of {size * page_len} positions", middle, len(ends)))
+    return flushes

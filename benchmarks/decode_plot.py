@@ -13,7 +13,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "llama": ("Llama-like, preallocated", "P", ":"),
     "llama-dynamic": ("Llama-like, DynamicCache", "X", ":"),
     "mamba2": ("Mamba-2", "*", "-."),
-    "rwkv": ("RWKV-4", "p", "-."),
+    "rwkv": ("RWKV-4", "x", "-."),
     "s4": ("S4D", "h", "-."),
 }
 """By cache or peer: its name, marker and line. Ours are black, others grey or hollow, so that they

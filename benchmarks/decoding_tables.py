@@ -113,6 +113,11 @@ def shares(result: Run) -> str:
     return table([*head, "times as fast", "with a convolution that takes no time"], rows)
 
 
+def spread(values: list[float]) -> str:
+    """From the lowest to the highest."""
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 def layouts(result: Run) -> str:
     """Milliseconds of a step and of its convolutions, by mixer."""
     names = ["paged", "continuous", "naive"]
@@ -147,6 +152,25 @@ def model(result: Run) -> str:
     return table(["largest error of a curve", *(f"batch {batch}" for batch in batches)], rows)
 
 
+def convolutions(result: Run) -> str:
+    """What the model says of convolutions alone over what they take, lowest and highest."""
+    batches = sorted({curve["batch"] for curve in result["curves"]})
+    found: dict[tuple[str, int], list[float]] = {}
+    first = result["curves"][0]["layout"]
+    for curve in (curve for curve in result["curves"] if curve["layout"] == first):
+        for its in curve["points"]:
+            if "convolution_ms" in its:
+                ratio = its["predicted_convolution_ms"] / its["convolution_ms"]
+                found.setdefault((curve["cache"], curve["batch"]), []).append(ratio)
+    rows = [
+        [STYLES[name][0]]
+        + [spread(its) if (its := found.get((name, batch))) else "-" for batch in batches]
+        for name in OURS
+    ]
+    head = ["convolution alone: predicted over measured"]
+    return table([*head, *(f"batch {batch}" for batch in batches)], rows)
+
+
 def gains(result: Run) -> str:
     """On the other machine, by how much FutureFill pays."""
     elsewhere = result["extrapolated"]
@@ -167,9 +191,12 @@ def gains(result: Run) -> str:
 
 
 def gain(cell: Run) -> str:
-    """Of one batch and length; in brackets where the caches do not fit."""
+    """Of one batch and length: in square brackets where the paged cache does not fit, in round ones
+    where that of direct sums does not either."""
     figure = f"{cell['times_as_fast']:.2f}"
-    return figure if cell["paged"]["fits"] else f"({figure})"
+    if cell["paged"]["fits"]:
+        return figure
+    return f"[{figure}]" if cell["naive"]["fits"] else f"({figure})"
 
 
 def convolution(result: Run) -> str:
@@ -239,5 +266,6 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "convolution": convolution,
     "layouts": layouts,
     "model errors": model,
+    "model convolutions": convolutions,
     "model gains": gains,
 }

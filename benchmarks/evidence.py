@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.claims import BATCH, CLAIMS, LENGTH, recorded, shown
+from benchmarks.claims import BATCH, CLAIMS, LENGTH, PEERS, recorded, shown
 
 QUICK: dict[str, list[str]] = {
-    "decode": ["--batch", "1", str(BATCH), "--new-tokens", str(LENGTH)],
+    "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 2 --peers".split() + PEERS,
     "model": ["decode.json", "--this-machine"],
     "convolution": [],
     "train": ["--context", "2048", "--repeats", "2"],

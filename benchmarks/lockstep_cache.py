@@ -48,11 +48,9 @@ class LockstepCache:
             return
         assert isinstance(convolution, Naive)
         convolution._latest.fill_(0.1)
-        num_taps, columns = convolution.taps.shape[1], -(-prompt_tokens // convolution.lag_step)
-        convolution._prompt_columns = min(columns, num_taps)
-        first = num_taps - convolution._prompt_columns
-        for stream in convolution._inputs[..., first:].flatten(0, 2):
-            stream.fill_(0.1)
+        columns = -(-prompt_tokens // convolution.lag_step)
+        convolution._prompt_columns = min(columns, convolution._origin)
+        convolution._inputs.fill_(0.1)
 
     def seek(self, position: int) -> None:
         """Go on as if so many new tokens had been decoded."""
@@ -85,12 +83,12 @@ class LockstepCache:
 
 
 def _by_tile(ends: range, first: int, page: int) -> list[tuple[str, int, int]]:
-    """Of each tile size, the first."""
+    """Of each tile size, one in the middle of a run."""
     by_tile: dict[int, list[int]] = {}
     for end in ends:
         pages = end // page
         by_tile.setdefault(page * (pages & -pages), []).append(end - first)
     return [
-        (f"a flush of {tile} positions", places[0], len(places))
+        (f"a flush of {tile} positions", places[len(places) // 2], len(places))
         for tile, places in sorted(by_tile.items())
     ]

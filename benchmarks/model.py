@@ -1,7 +1,7 @@
 """`stu-bench model`: what a step should take, by counted costs and measured rates.
 
     stu-bench decode --output decode.json
-    stu-bench model decode.json --plot model.png
+    stu-bench model decode.json layouts.json --plot model.png
 
 A step multiplies with the dense weights, which are read once for the whole batch meanwhile; it
 reads and writes the caches and filters that the algorithm asks for, behind which multiply-adds with
@@ -9,9 +9,10 @@ what is read hide; where it goes over each channel's past, it waits for the begi
 transforms tiles; and it calls hundreds of operations of torch. All of it adds up. The constants are
 bytes read, multiply-adds of products (with as many rows as the batch has, and with one row, as a
 sequence's keys meet), streams of memory begun, multiply-adds of FFTs, and operations, a second
-each, measured beside each run (`benchmarks.rates`). Nothing is fitted: bytes and multiply-adds are
-those of `benchmarks.costs` and `benchmarks.convolution_costs`, operations are counted. For each
-curve, a cache at one batch and all lengths, the largest error is told. Then the same formula, with
+each, measured beside each run (`benchmarks.rates`). No constant is fitted: bytes and multiply-adds
+are those of `benchmarks.costs` and `benchmarks.convolution_costs`, operations are counted. For each
+curve, a cache at one batch and all lengths of one result, the largest error is told; and of our
+caches beside it, what the convolution alone should take and takes. Then the same formula, with
 constants of a data sheet, says what other machines and larger models would do
 (`benchmarks.extrapolation`).
 """
@@ -26,7 +27,10 @@ from benchmarks.machine import describe
 from benchmarks.rates import Rates, step_parts
 
 CURVE = ["layout", "mlp_ratio", "cache", "batch", "threads"]
-"""What a curve has in common."""
+"""What a curve has in common, besides the result that it is from."""
+CONVOLUTION = ["caches", "streams", "ffts"]
+"""Parts of a step that are the convolution's where nothing else mixes; its operations are among
+those of the whole step."""
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,12 +39,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--plot shows other machines too: leave --this-machine out")
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in args.decode]
     curves: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for run in (run for its in measured for run in its["runs"]):
-        if "step_ms" not in run:
-            continue
-        key = tuple(run[name] for name in CURVE)
-        curve = curves.setdefault(key, dict(zip(CURVE, key, strict=True)) | {"points": []})
-        curve["points"].append(point(run, Rates(**run["rates"])))
+    for file, its in zip(args.decode, measured, strict=True):
+        for run in (run for run in its["runs"] if "step_ms" in run):
+            head = {"result": file.stem} | {name: run[name] for name in CURVE}
+            curve = curves.setdefault(tuple(head.values()), head | {"points": []})
+            curve["points"].append(point(run, Rates(**run["rates"])))
     for curve in curves.values():
         curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
     result = {
@@ -62,7 +65,13 @@ def point(run: dict[str, Any], rates: Rates) -> dict[str, Any]:
     """A run's time, what it should be, and what that is made of."""
     parts = step_parts(run, rates)
     predicted = 1e3 * sum(parts.values())
-    return {
+    alone = {}
+    if "convolution_ms" in run and not run["multiply_adds_per_token"]["attention"]:
+        alone = {
+            "convolution_ms": run["convolution_ms"],
+            "predicted_convolution_ms": 1e3 * sum(parts[name] for name in CONVOLUTION),
+        }
+    return alone | {
         "new_tokens": run["new_tokens"],
         "rates": run["rates"],
         "measured_ms": run["step_ms"],

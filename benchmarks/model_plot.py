@@ -7,7 +7,9 @@ from typing import Any
 from benchmarks.decode_plot import STYLES, plain_number
 
 MARKERS = ["o", "s", "^", "D", "v"]
-LINES = ["-", "--", "-.", ":", (0, (1, 3))]
+LINES = ["-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2))]
+SHOWN = {"paged": "-", "epoched": "--", "naive": ":"}
+"""Caches of the first panel, and their lines."""
 GREY = "0.45"
 
 
@@ -42,28 +44,30 @@ def plot(result: dict[str, Any], file: Path) -> None:
 
 def against(axes: Any, curves: list[dict[str, Any]]) -> None:
     """Times of our caches at a small and a large batch: marks measured, lines predicted."""
-    known = [its for its in curves if its["cache"] in ("paged", "epoched", "naive")]
+    known = [its for its in curves if its["cache"] in SHOWN]
     least = min(its["threads"] for its in known)
-    alike = {name: known[0][name] for name in ("layout", "mlp_ratio")} | {"threads": least}
+    alike = {name: known[0][name] for name in ("result", "layout", "mlp_ratio")} | {
+        "threads": least
+    }
     known = [its for its in known if all(its[name] == alike[name] for name in alike)]
     batches = sorted({its["batch"] for its in known})
     shown = {batches[0], min(batches, key=lambda batch: abs(batch - 32))}
     for curve in known:
         if curve["batch"] not in shown:
             continue
-        label, marker, line = STYLES[curve["cache"]]
-        lengths = [its["new_tokens"] for its in curve["points"]]
-        small = curve["batch"] == batches[0]
-        colour = "black" if small else GREY
-        axes.plot(lengths, [its["predicted_ms"] for its in curve["points"]], line, color=colour)
-        axes.plot(
-            lengths,
-            [its["measured_ms"] for its in curve["points"]],
-            marker,
-            color=colour,
-            markerfacecolor=colour if curve["cache"] == "paged" else "white",
-            label=f"{label}, batch {curve['batch']}",
-        )
+        label, marker, _ = STYLES[curve["cache"]]
+        line = SHOWN[curve["cache"]]
+        colour = "black" if curve["batch"] == batches[0] else GREY
+        marks = {
+            "marker": marker,
+            "color": colour,
+            "markerfacecolor": colour if curve["cache"] == "paged" else "white",
+        }
+        points = curve["points"]
+        lengths = [its["new_tokens"] for its in points]
+        axes.plot(lengths, [its["predicted_ms"] for its in points], line, color=colour)
+        axes.plot(lengths, [its["measured_ms"] for its in points], linestyle="", **marks)
+        axes.plot([], [], line, label=f"{label}, batch {curve['batch']}", **marks)
     lengths = sorted({its["new_tokens"] for curve in known for its in curve["points"]})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xlabel("new tokens of each sequence")
@@ -83,6 +87,8 @@ def gains(axes: Any, cells: list[dict[str, Any]], pays: float) -> None:
             [cell["new_tokens"] for cell in its],
             [cell["times_as_fast"] for cell in its],
             linestyle=line,
+            marker=marker,
+            markerfacecolor="white",
             color="black",
             label=f"batch {batch}",
         )

@@ -2,14 +2,16 @@
 
 import itertools
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.decode_subjects import Subject
 
-POSITIONS, STEPS_AT_EACH = 5, 9
-PAGE_PAIR, BEFORE_PAGE_END = 64, 26
+POSITIONS, STEPS_AT_EACH = 5, 5
+PAGE_PAIR = 64
+PLACES = [5, 44, 18, 56, 32]
+"""In pages of 64 positions, and so of 32: all over them, but none ends within the next steps."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,8 @@ class Sample:
     """In new tokens, of one that does nothing besides."""
 
 
-def sampled(subject: Subject, new_tokens: int, beside: Callable[[], None]) -> list[Sample]:
-    """Steps spread over a run, and one of each kind of flush. `beside` is called as often as steps
-    are looked at: a machine that others use is now faster and now slower."""
+def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
+    """Steps in the middle of each fifth of a run, and one of each kind of flush."""
     flushes = []
     for does, position, count in subject.flushes():
         for _ in range(2):  # the first prepares the transforms of the filters
@@ -36,17 +37,24 @@ def sampled(subject: Subject, new_tokens: int, beside: Callable[[], None]) -> li
             figures = subject.step()
         flushes.append(Sample(float(count), figures, does))
     num_plain = new_tokens - sum(flush.weight for flush in flushes)
-    spread = range(0, max(1, new_tokens - PAGE_PAIR), max(1, new_tokens // POSITIONS))
     steps = []
-    for number, start in enumerate(spread):
-        # All over a page of 32 positions, but none ends within the next steps.
-        position = start - start % PAGE_PAIR + 5 * number % BEFORE_PAGE_END
+    for number, place in enumerate(PLACES):
+        middle = (2 * number + 1) * new_tokens // (2 * POSITIONS)
+        position = middle - middle % PAGE_PAIR + place
+        position = max(0, min(position, new_tokens - 2 - STEPS_AT_EACH))
         subject.seek(position)
         subject.step()
         figures = medians([subject.step() for _ in range(STEPS_AT_EACH)])
-        beside()
-        steps.append(Sample(num_plain / len(spread), figures, position=position))
+        steps.append(Sample(num_plain / POSITIONS, figures, position=position))
     return steps + flushes
+
+
+def merged(rounds: Sequence[list[Sample]]) -> list[Sample]:
+    """Of the same steps in several rounds, the medians of each one's figures."""
+    return [
+        replace(its[0], figures=medians([sample.figures for sample in its]))
+        for its in zip(*rounds, strict=True)
+    ]
 
 
 def medians(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -86,17 +86,31 @@ class Naive(OnlineConvolution):
 
     The latest inputs lie apart, time-major, until there is a cache line of each channel's: one by
     one, each would wait for memory, for the channels' streams lie far from each other.
+
+    max_prompt_tokens: of the longest prompt, for which there is room; the filters' reach if not
+    given.
     """
 
     LINE_COLUMNS = 16
 
-    def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
+    def __init__(
+        self,
+        taps: Tensor,
+        batch: int,
+        max_new_tokens: int,
+        lag_step: int = 1,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
         super().__init__(taps, batch, max_new_tokens, lag_step)
         layers, num_taps, width = taps.shape
         self._reversed_taps = taps.flip(1).transpose(1, 2).contiguous()[:, :, None]  # [.., D, 1, N]
         self._latest_taps = taps[:, : self.LINE_COLUMNS].flip(1)[:, :, None]  # [layers, n, 1, D]
-        # The first new token is column `num_taps`; prompts end just before it.
-        columns = num_taps + self.num_columns + self.LINE_COLUMNS
+        self._max_prompt_tokens = max_prompt_tokens
+        self._origin = num_taps
+        """Column of the first new token, just before which prompts end."""
+        if max_prompt_tokens is not None:
+            self._origin = min(num_taps, -(-max_prompt_tokens // lag_step))
+        columns = self._origin + self.num_columns + self.LINE_COLUMNS
         self._inputs = taps.new_zeros(layers, lag_step, width, batch, columns)
         self._latest = taps.new_zeros(layers, lag_step, self.LINE_COLUMNS, batch, width)
         self._prompt_columns = 0
@@ -108,7 +122,13 @@ class Naive(OnlineConvolution):
         return elements * self._inputs.element_size()
 
     def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        origin, step, width = self.taps.shape[1], self.lag_step, self.taps.shape[2]
+        most = self._max_prompt_tokens
+        if most is not None and inputs.shape[1] > most:
+            raise ValueError(
+                f"the prompt has {inputs.shape[1]} tokens, and there is room for {most}: give a "
+                "larger max_prompt_tokens"
+            )
+        origin, step, width = self._origin, self.lag_step, self.taps.shape[2]
         reached = inputs[:, -origin * step :]
         columns = -(-reached.shape[1] // step)
         phases = pad(reached, (0, 0, columns * step - reached.shape[1], 0))
@@ -130,7 +150,7 @@ class Naive(OnlineConvolution):
         outputs = (latest[place + 1 - near : place + 1] * near_taps).sum(0)
         if count > near:
             # [D, 1, n] @ [D, n, B]: of einsum, matmul and vecdot, in any layout, the fastest.
-            end = num_taps + column - place
+            end = self._origin + column - place
             past = self._inputs[layer, phase, :, :, end - (count - near) : end]
             far_taps = self._reversed_taps[layer, :, :, num_taps - count : num_taps - near]
             outputs += (far_taps @ past.transpose(1, 2))[:, 0].t()
@@ -141,7 +161,7 @@ class Naive(OnlineConvolution):
         super().advance()
         column, phase = divmod(self.position, self.lag_step)
         if phase == 0 and column % self.LINE_COLUMNS == 0:
-            end = self.taps.shape[1] + column
+            end = self._origin + column
             streams = self._inputs[..., end - self.LINE_COLUMNS : end]
             streams.copy_(self._latest.permute(0, 1, 4, 3, 2))
 

@@ -9,11 +9,11 @@ from datetime import datetime
 import pytest
 import torch
 
-from benchmarks import cli, decode, soak
-from benchmarks.decode_engine import make_engine
+from benchmarks import cli, decode, rounds, soak
+from benchmarks.decode_engine import cache_flushes, make_engine
 from benchmarks.energy import joules_counter
 from benchmarks.machine import commit, describe
-from benchmarks.samples import Sample, summary
+from benchmarks.samples import Sample, merged, sampled, summary
 from serve.request import Request
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
@@ -88,7 +88,14 @@ def test_decode_reports_every_setting_and_ratio(capsys, tmp_path):
         for counts in (run["multiply_adds_per_token"], run["bytes_moved_per_token"]):
             assert counts["total"] == pytest.approx(sum(counts.values()) / 2)
         if cache != "paged":
-            assert run["step_over_paged"] == run["step_ms"] / runs["paged"]["step_ms"]
+            ratios = [
+                its / of_paged
+                for its, of_paged in zip(
+                    run["step_ms_by_round"], runs["paged"]["step_ms_by_round"], strict=True
+                )
+            ]
+            assert run["step_over_paged_by_round"] == ratios
+            assert run["step_over_paged"] == sorted(ratios)[1], "the median of three rounds"
         if cache != "s4":
             assert 0 < run["convolution_ms"] + run["outside_ms"] < run["step_ms"]
     parameters = runs["s4"]["parameters"] / runs["paged"]["parameters"]
@@ -108,7 +115,7 @@ def test_whole_runs_time_every_step(capsys):
 
 
 def test_what_does_not_fit_is_said_and_not_attempted(capsys, monkeypatch):
-    monkeypatch.setattr(decode, "SHARE_OF_MEMORY", 0.0)
+    monkeypatch.setattr(rounds, "SHARE_OF_MEMORY", 0.0)
     cli.main(["decode", "--width", "64", "--new-tokens", "512", "--batch", "64", "--peers", "s4"])
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [run["cache"] for run in runs] == [*cli.CACHES, "s4"]
@@ -126,6 +133,69 @@ def test_a_run_s_time_counts_each_kind_of_step_as_often_as_it_occurs():
     assert (result["median_step_ms"], result["p99_step_ms"]) == (10, 110)
     assert result["largest_step_does"] == "a flush"
     assert result["step_ms_by_position"] == {5: 10.0}
+
+
+class LinearSubject:
+    """Its steps take as many milliseconds as tokens were decoded, flushes as many more."""
+
+    def __init__(self):
+        self.position, self.places = 0, []
+
+    def step(self):
+        self.places.append(self.position)
+        self.position += 1
+        return {"step": float(self.position - 1)}
+
+    def seek(self, position):
+        self.position = position
+
+    def flushes(self):
+        return [("a flush of 64 positions", 4064, 64)]
+
+
+@pytest.mark.parametrize("new_tokens", [512, 8192])
+def test_a_run_s_time_is_that_of_its_middle_where_steps_take_ever_longer(new_tokens):
+    samples = sampled(LinearSubject(), new_tokens)
+    assert sum(sample.weight for sample in samples) == pytest.approx(new_tokens)
+    plain = [sample for sample in samples if not sample.does]
+    assert summary(plain)["step_ms"] == pytest.approx(new_tokens / 2, rel=0.05)
+    assert [its.figures["step"] for its in samples if its.does] == [4063.0]
+
+
+def test_sampled_steps_are_all_over_a_page_and_end_none():
+    subject = LinearSubject()
+    sampled(subject, 2048)
+    places = subject.places[2:]
+    assert len(set(places)) == len(places) == 30
+    for page in (32, 64):
+        assert all((place + 1) % page for place in places)
+        middle = sum(place % page for place in places) / len(places)
+        assert middle == pytest.approx((page - 1) / 2, rel=0.12)
+
+
+def test_rounds_give_the_median_of_each_sample():
+    several = [
+        [Sample(9.0, {"step": its}, position=5), Sample(1.0, {"step": 10 * its}, "a flush")]
+        for its in (3.0, 1.0, 2.0)
+    ]
+    assert merged(several) == [
+        Sample(9.0, {"step": 2.0}, position=5),
+        Sample(1.0, {"step": 20.0}, "a flush"),
+    ]
+
+
+def test_flushes_are_looked_at_in_mid_run():
+    """Those of 32 positions are 1, 3, .. 31 pages in: 16 of them; the largest there is but once."""
+    model = FlashSTU(ModelConfig(vocab_size=4096, width=16, num_layers=2, max_seq_len=1100)).eval()
+    for cache_name, page in (("paged", 32), ("continuous", 64)):
+        _, cache = make_engine(model, cache_name, 1, 7, 1024, page_len=32)
+        flushes = cache_flushes(cache, 1024)
+        sizes = [page * 2**i for i in range(len(flushes))]
+        assert [its[0] for its in flushes] == [f"a flush of {size} positions" for size in sizes]
+        assert [its[2] for its in flushes] == [512 // size for size in sizes]
+        for size, (_, position, count) in zip(sizes, flushes, strict=True):
+            assert position % (2 * size) == size
+            assert abs(position - 512) <= size, (cache_name, size, position, count)
 
 
 def test_joules_are_those_of_all_packages_and_never_invented(tmp_path):

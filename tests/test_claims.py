@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import claims, evidence, tables
 from benchmarks.choice import Run
-from benchmarks.claims import CLAIMS, Claim
+from benchmarks.claims import CLAIMS, PEERS, Claim
+from benchmarks.cli import CACHES
 
 
 def test_a_bound_is_a_bound():
@@ -66,6 +67,15 @@ def test_a_claim_about_what_was_not_run_does_not_hold(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("DOES NOT HOLD") == 2
 
 
+@pytest.mark.parametrize("missing", ["paged", "llama"])
+def test_the_cost_model_is_held_to_every_cache_and_peer(missing, tmp_path, monkeypatch, capsys):
+    model = claims.recorded(tables.RESULTS)["model"]
+    del model["largest_error"][missing]
+    recorded_benchmark(monkeypatch, {"model": model})
+    assert evidence.main(["--folder", str(tmp_path)]) == 1
+    assert "DOES NOT HOLD: cost model of decoding" in capsys.readouterr().out
+
+
 def test_claims_are_about_the_figures_that_they_name():
     def run(cache, step, convolution):
         its = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
@@ -78,7 +88,9 @@ def test_claims_are_about_the_figures_that_they_name():
     machine = {"date": "2026-01-02T03:04", "commit": 40 * "f"}
     results = {
         "decode": {"runs": [run("paged", 1, 1), run("naive", 2.5, 33.0), run("epoched", 1.2, 3.5)]},
-        "model": {"largest_error": {"paged": 0.1, "naive": 0.15, "s4": 0.05}},
+        "model": {
+            "largest_error": dict.fromkeys([*CACHES, *PEERS], 0.05) | {"s4": 0.15, "paged": 0.1}
+        },
         "convolution": {"runs": [{"threads": 1, "training": [{"ratio": 6.5}, {"ratio": 9.0}]}]},
         "train": {"runs": [{"threads": 1, "ratios": {"stu_over_two_branch": 1.6}}]},
         "loss": {"runs": [{"memory_ratio": 7.0, "speed_ratio": 1.1}] * 2},

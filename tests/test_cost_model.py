@@ -107,15 +107,17 @@ def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
     cli.main(["decode", *settings, "--caches", "paged", "naive", "--output", str(file)])
     capsys.readouterr()
     monkeypatch.setattr(extrapolation, "LENGTHS", [64, 512])
-    cli.main(["model", str(file), "--plot", str(picture)])
+    other = tmp_path / "layouts.json"
+    other.write_text(file.read_text())
+    cli.main(["model", str(file), str(other), "--plot", str(picture)])
     result = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert [(its["cache"], its["batch"]) for its in result["curves"]] == [
-        ("paged", 1),
-        ("naive", 1),
-        ("paged", 2),
-        ("naive", 2),
-    ]
+    assert [(its["result"], its["cache"], its["batch"]) for its in result["curves"]] == [
+        (name, cache, batch)
+        for name in ("decode", "layouts")
+        for batch in (1, 2)
+        for cache in ("paged", "naive")
+    ], "those of one setting stay apart by result"
     measured = json.loads(file.read_text())
     runs = {(run["cache"], run["batch"], run["new_tokens"]): run for run in measured["runs"]}
     for curve in result["curves"]:

@@ -104,16 +104,34 @@ def test_model_tables_show_the_worst_of_all_curves():
         ["direct sums", "-", "11%"],
         ["FutureFill, paged (ours), hyena", "-", "4%"],
     ]
+    points = [
+        {"convolution_ms": 2.0, "predicted_convolution_ms": its} for its in (1.0, 3.0, 0.5)
+    ] + [{"new_tokens": 9}]
+    curves = [curve("paged", 1, 0.3) | {"points": points}]
+    curves.append(curve("paged", 1, 0.3, "hyena") | {"points": [points[0]]})
+    assert rows(decoding_tables.convolutions({"curves": curves}))[0] == [
+        "FutureFill, paged (ours)",
+        "0.25 to 1.50",
+    ]
+    fitting = {"paged": {"fits": True}, "naive": {"fits": True}}
+    neither = {"paged": {"fits": False}, "naive": {"fits": False}}
     cells = [
-        {"batch": batch, "new_tokens": 512, "times_as_fast": gain, "paged": {"fits": fits}}
-        for batch, gain, fits in ((1, 1.014, True), (8, 2.5, True), (64, 9.0, False))
+        {"batch": batch, "new_tokens": length, "times_as_fast": gain} | fits
+        for batch, length, gain, fits in (
+            (1, 512, 1.014, fitting),
+            (1, 8192, 1.5, fitting),
+            (8, 512, 2.5, fitting),
+            (8, 8192, 4.0, neither | {"naive": {"fits": True}}),
+            (64, 512, 9.0, neither),
+            (64, 8192, 20.0, neither),
+        )
     ]
     sizes = {"hybrid-7b": {"stu": {"cells": cells}}}
     gains = rows(decoding_tables.gains({"extrapolated": {"sizes": sizes}}))
     assert gains == [
-        ["7b, stu", "1", "1.01"],
-        ["7b, stu", "8", "2.50"],
-        ["7b, stu", "64", "(9.00)"],
+        ["7b, stu", "1", "1.01", "1.50"],
+        ["7b, stu", "8", "2.50", "[4.00]"],
+        ["7b, stu", "64", "(9.00)", "(20.00)"],
     ]
 
 

@@ -1,0 +1,128 @@
+"""Several candidates timed one after the other, several times over.
+
+A machine that others use is now faster and now slower; what is to be compared should meet the same
+of it. A run's figures are the medians of its rounds.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from benchmarks.costs import FLOAT_BYTES, Costs
+from benchmarks.decode_subjects import Subject
+from benchmarks.energy import UNAVAILABLE
+from benchmarks.operations import operations
+from benchmarks.rates import Rates, mean_rates, measured_rates
+from benchmarks.samples import Sample, merged, sampled, summary
+
+SHARE_OF_MEMORY = 0.75
+"""Of what is free, that a cache may take: filters and their spectra take some GiB besides."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cache or a peer, in one setting."""
+
+    setting: dict[str, Any]
+    """The head of its runs."""
+    begin: Callable[[], tuple[Subject, Costs]]
+    end: Callable[[], object]
+    """Gives memory back that the subject does not own."""
+    whole: bool = False
+    """Every step is timed."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Of a candidate, with one number of threads."""
+
+    samples: list[Sample]
+    rates: list[Rates]
+    """Measured before and after."""
+    operations: int
+    """Of torch, in a step."""
+    costs: Costs
+
+
+def timed_runs(
+    candidates: Sequence[Candidate], threads: Sequence[int], num_rounds: int, progress: "tqdm[Any]"
+) -> list[dict[str, Any]]:
+    """For each candidate and number of threads milliseconds of a step on average, and what they are
+    spent on; or that it does not fit into memory."""
+    gc.collect()
+    most = SHARE_OF_MEMORY * psutil.virtual_memory().available
+    fitting = [its for its in candidates if its.setting["cache_bytes"] <= most]
+    progress.update(num_rounds * (len(candidates) - len(fitting)))
+    rounds: list[list[list[Round]]] = []
+    for _ in range(num_rounds):
+        rounds.append([])
+        for candidate in fitting:
+            rounds[-1].append(list(one_round(candidate, threads)))
+            progress.update()
+    runs: list[dict[str, Any]] = []
+    of_candidate = zip(*rounds, strict=True)
+    for candidate in candidates:
+        setting = candidate.setting
+        if candidate not in fitting:
+            runs.append(
+                setting | {"not_run": f"does not fit: {setting['cache_bytes'] / GIB:.1f} GiB"}
+            )
+            continue
+        for number, its in zip(threads, zip(*next(of_candidate), strict=True), strict=True):
+            runs.append(setting | {"threads": number} | of_rounds(its, setting))
+    for run in runs:
+        tqdm.write(str({name: shown(value) for name, value in run.items()}), file=sys.stderr)
+    return runs
+
+
+def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
+    """With each number of threads."""
+    gc.collect()  # the subject before this one, of many gigabytes
+    torch.set_num_threads(max(threads))
+    subject, costs = candidate.begin()
+    batch, new_tokens = candidate.setting["batch"], candidate.setting["new_tokens"]
+    gc.collect()
+    gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
+    for number in threads:
+        torch.set_num_threads(number)
+        for _ in range(subject.warm_up_steps):
+            subject.step()
+        before = measured_rates(batch)
+        if candidate.whole:
+            # The first token comes with the prompt, and after the last the batch is gone.
+            left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
+            samples = [Sample(1.0, subject.step()) for _ in range(left)]
+        else:
+            samples = sampled(subject, new_tokens)
+        rates = [before, measured_rates(batch)]
+        yield Round(samples, rates, operations(subject.step), costs)
+    gc.unfreeze()
+    candidate.end()
+
+
+def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run."""
+    run = summary(merged([its.samples for its in rounds]))
+    run["step_ms_by_round"] = [summary(its.samples)["step_ms"] for its in rounds]
+    batch = setting["batch"]
+    run["tokens_per_second"] = 1e3 * batch / run["step_ms"]
+    joules = run.pop("joules_per_step", None)
+    run["joules_per_token"] = UNAVAILABLE if joules is None else joules / batch
+    run |= rounds[0].costs.report(FLOAT_BYTES * setting["parameters"], batch)
+    run["operations_per_step"] = rounds[0].operations
+    run["rates"] = asdict(mean_rates([rates for its in rounds for rates in its.rates]))
+    return run
+
+
+def shown(value: Any) -> Any:
+    """To three digits."""
+    if isinstance(value, dict):
+        return {name: shown(its) for name, its in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
