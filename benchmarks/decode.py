@@ -39,6 +39,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every combination of the settings, and each cache's ratio to the paged one."""
     if args.whole and len(args.threads) > 1:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds} is not allowed: give at least 1")
     result: dict[str, Any] = {"machine": describe(), "runs": []}
     num_models = len(args.layout) * len(args.mlp_ratio) * len(args.new_tokens)
     num_subjects = num_models * len(args.batch) * (len(args.caches) + len(args.peers))

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.decode_subjects import Subject
 
-POSITIONS, STEPS_AT_EACH = 5, 5
+STEPS_AT_EACH = 5
 PAGE_PAIR = 64
 PLACES = [5, 44, 18, 56, 32]
 """In pages of 64 positions, and so of 32: all over them, but none ends within the next steps."""
@@ -39,13 +39,13 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
     num_plain = new_tokens - sum(flush.weight for flush in flushes)
     steps = []
     for number, place in enumerate(PLACES):
-        middle = (2 * number + 1) * new_tokens // (2 * POSITIONS)
+        middle = (2 * number + 1) * new_tokens // (2 * len(PLACES))
         position = middle - middle % PAGE_PAIR + place
         position = max(0, min(position, new_tokens - 2 - STEPS_AT_EACH))
         subject.seek(position)
         subject.step()
         figures = medians([subject.step() for _ in range(STEPS_AT_EACH)])
-        steps.append(Sample(num_plain / POSITIONS, figures, position=position))
+        steps.append(Sample(num_plain / len(PLACES), figures, position=position))
     return steps + flushes
 
 

@@ -173,6 +173,11 @@ def test_sampled_steps_are_all_over_a_page_and_end_none():
         assert middle == pytest.approx((page - 1) / 2, rel=0.12)
 
 
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="--rounds 0 is not allowed: give at least 1"):
+        decode.measure(argparse.Namespace(rounds=0, whole=False, threads=[1]))
+
+
 def test_rounds_give_the_median_of_each_sample():
     several = [
         [Sample(9.0, {"step": its}, position=5), Sample(1.0, {"step": 10 * its}, "a flush")]
