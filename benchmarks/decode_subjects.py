@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.decode_engine import cache_flushes, make_engine, seek, skip_prompts
 from benchmarks.energy import joules_counter
+from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.peers import Peer
 from serve.request import Request
 from stu.model import FlashSTU
@@ -27,6 +28,9 @@ class Subject(Protocol):
 
     def seek(self, position: int) -> None:
         """Go on as if so many new tokens had been decoded."""
+
+    def prepare_flushes(self) -> None:
+        """Make what the first flush of each size makes for those after it."""
 
     def flushes(self) -> list[tuple[str, int, int]]:
         """What some steps do besides, a position at which each occurs, and how many of a run's
@@ -51,8 +55,8 @@ class EngineSubject:
             model, cache_name, batch, prompt_tokens, new_tokens, page_len
         )
         self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
-        # A page, and what a page's steps keep for the next.
-        self.warm_up_steps = min(2 * page_len, new_tokens // 8) if cache_name == "paged" else 1
+        # In the first page the views are made that steps in later ones use again.
+        self.warm_up_steps = min(page_len, new_tokens // 8) if cache_name == "paged" else 1
         if not whole:
             skip_prompts(self.engine, self._cache, prompt_tokens)
         for seed in range(batch):
@@ -79,6 +83,14 @@ class EngineSubject:
 
     def seek(self, position: int) -> None:
         seek(self.engine, self._cache, self._prompt_tokens, position)
+
+    def prepare_flushes(self) -> None:
+        if isinstance(self._cache, LockstepCache):
+            self._cache.prepare_flushes()
+            return
+        for _, position, _ in self.flushes():
+            self.seek(position - 1)
+            self.step()
 
     def flushes(self) -> list[tuple[str, int, int]]:
         return cache_flushes(self._cache, self._new_tokens)
@@ -116,6 +128,9 @@ class PeerSubject:
     @torch.inference_mode()
     def seek(self, position: int) -> None:
         self._peer.seek(self._prompt_tokens + position)
+
+    def prepare_flushes(self) -> None:
+        """There are none."""
 
     def flushes(self) -> list[tuple[str, int, int]]:
         return []

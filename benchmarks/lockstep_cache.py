@@ -60,6 +60,12 @@ class LockstepCache:
             page_tokens = convolution.page_columns * convolution.lag_step
             convolution._place = convolution.position % page_tokens
 
+    def prepare_flushes(self) -> None:
+        """Transform the filters, as the first flush of each size does."""
+        if isinstance(self._convolution, Continuous):
+            for end in self._page_ends():
+                self._convolution._plan(end // self._convolution.lag_step)
+
     def sampled_flushes(self) -> list[tuple[str, int, int]]:
         """What happens at the ends of pages, where for example, and how many each stands for."""
         convolution = self._convolution
@@ -68,10 +74,9 @@ class LockstepCache:
             count = (convolution.max_new_tokens - 1) // line
             return [("inputs of a line put away", line, count)] if count else []
         assert isinstance(convolution, _Filled)
-        page, first = convolution.page_columns * convolution.lag_step, self._first_position
-        ends = range((first // page + 1) * page, convolution.max_new_tokens, page)
+        ends = self._page_ends()
         if isinstance(convolution, Continuous):
-            return _by_tile(ends, first, page)
+            return _by_tile(ends, self._first_position, ends.step)
         chosen = ends[len(ends) // (2 * MOST_FLUSHES) :: max(1, -(-len(ends) // MOST_FLUSHES))]
         counts = [
             len(ends) // len(chosen) + (i < len(ends) % len(chosen)) for i in range(len(chosen))
@@ -80,6 +85,13 @@ class LockstepCache:
             (f"a fill from {end} positions", end, count)
             for end, count in zip(chosen, counts, strict=True)
         ]
+
+    def _page_ends(self) -> range:
+        """Positions, as the convolution counts them, that end a page and are not the last."""
+        convolution = self._convolution
+        assert isinstance(convolution, _Filled)
+        page = convolution.page_columns * convolution.lag_step
+        return range((self._first_position // page + 1) * page, convolution.max_new_tokens, page)
 
 
 def _by_tile(ends: range, first: int, page: int) -> list[tuple[str, int, int]]:

@@ -44,8 +44,8 @@ class Round:
     """Of a candidate, with one number of threads."""
 
     samples: list[Sample]
-    rates: list[Rates]
-    """Measured before and after."""
+    rates: Rates
+    """Measured between warm-up and samples."""
     operations: int
     """Of torch, in a step."""
     costs: Costs
@@ -94,14 +94,13 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
         torch.set_num_threads(number)
         for _ in range(subject.warm_up_steps):
             subject.step()
-        before = measured_rates(batch)
+        rates = measured_rates(batch)
         if candidate.whole:
             # The first token comes with the prompt, and after the last the batch is gone.
             left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
             samples = [Sample(1.0, subject.step()) for _ in range(left)]
         else:
             samples = sampled(subject, new_tokens)
-        rates = [before, measured_rates(batch)]
         yield Round(samples, rates, operations(subject.step), costs)
     gc.unfreeze()
     candidate.end()
@@ -117,7 +116,7 @@ def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any
     run["joules_per_token"] = UNAVAILABLE if joules is None else joules / batch
     run |= rounds[0].costs.report(FLOAT_BYTES * setting["parameters"], batch)
     run["operations_per_step"] = rounds[0].operations
-    run["rates"] = asdict(mean_rates([rates for its in rounds for rates in its.rates]))
+    run["rates"] = asdict(mean_rates([its.rates for its in rounds]))
     return run
 
 

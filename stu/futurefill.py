@@ -298,13 +298,18 @@ class Continuous(_Filled):
         self._plans: dict[int, _TilePlan] = {}
 
     def _flush(self, end: int) -> None:
-        pages = end // self.page_columns
-        tile = self.page_columns * (pages & -pages)
-        plan = self._plans.get(tile)
-        if plan is None:
-            plan = self._plans[tile] = _TilePlan(tile, self._slots, self._filters)
+        plan = self._plan(end)
+        tile = plan.tile
         plan.fill(self._slots[..., end - tile : end], self._slots[..., end : end + tile])
         self.multiply_adds += plan.multiply_adds
+
+    def _plan(self, end: int) -> "_TilePlan":
+        """Of the tile that ends before column `end`."""
+        pages = end // self.page_columns
+        tile = self.page_columns * (pages & -pages)
+        if tile not in self._plans:
+            self._plans[tile] = _TilePlan(tile, self._slots, self._filters)
+        return self._plans[tile]
 
 
 class _TilePlan:
