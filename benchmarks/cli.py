@@ -49,6 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument("--new-tokens", type=int, nargs="+", default=NEW_TOKENS, help="of each")
     decode.add_argument("--prompt-tokens", type=int, default=512, help="of each")
     decode.add_argument("--width", type=int, default=1024, help="of the models")
+    decode.add_argument("--layers", type=int, default=8, help="blocks of our models")
+    decode.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for all of them")
+    decode.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of our model's weights"
+    )
     decode.add_argument("--mlp-ratio", type=int, nargs="+", default=[4], help="of our model")
     decode.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["stu"], help="of ours")
     decode.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="to compare")

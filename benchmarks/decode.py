@@ -41,6 +41,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds} is not allowed: give at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no CUDA device: give cpu")
+    if args.peers and args.dtype != "float32":
+        raise ValueError(f"--dtype {args.dtype} is of our model alone: leave --peers out")
     result: dict[str, Any] = {"machine": describe(), "runs": []}
     num_models = len(args.layout) * len(args.mlp_ratio) * len(args.new_tokens)
     num_subjects = num_models * len(args.batch) * (len(args.caches) + len(args.peers))
@@ -53,12 +57,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             config = ModelConfig(
                 vocab_size=VOCAB_SIZE,
                 width=args.width,
+                num_layers=args.layers,
                 layout=layout,
                 mlp_ratio=mlp_ratio,
                 max_seq_len=args.prompt_tokens + new_tokens,
             )
-            model = FlashSTU(config).eval()
-            peers = peers or build_peers(args.peers, config, model.num_parameters())
+            with torch.device(args.device):
+                model = FlashSTU(config).to(getattr(torch, args.dtype)).eval()
+                peers = peers or build_peers(args.peers, config, model.num_parameters())
             for batch in args.batch:
                 candidates = [
                     of_cache(model, cache, batch, new_tokens, args) for cache in args.caches
@@ -127,7 +133,8 @@ def of_peer(
     setting["note"] = peer.note
 
     def begin() -> tuple[Subject, Costs]:
-        return PeerSubject(peer, batch, args.prompt_tokens, new_tokens), peer.costs(positions)
+        subject = PeerSubject(peer, batch, args.prompt_tokens, new_tokens, args.device)
+        return subject, peer.costs(positions)
 
     return Candidate(setting, begin, lambda: peer.start(1, 1))
 
@@ -143,8 +150,11 @@ def described(
 ) -> dict[str, Any]:
     """The head of a run: of a peer, `cache` is its name."""
     return {
+        "device": args.device,
+        "dtype": args.dtype,
         "layout": config.layout,
         "width": config.width,
+        "layers": config.num_layers,
         "mlp_ratio": config.mlp_ratio,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": new_tokens,

@@ -111,7 +111,7 @@ def skip_prompts(engine: Engine, cache: Any, prompt_tokens: int) -> None:
     def prefill(prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[Tensor]:
         for prompt in prompts:
             _seek_window(engine, prompt.owner, len(prompt.tokens))
-        yield torch.randn(len(prompts), VOCAB_SIZE)
+        yield torch.randn(len(prompts), VOCAB_SIZE, device=engine._runner._device)
 
     engine._runner.prefill = prefill  # type: ignore[method-assign,assignment]
 

@@ -10,6 +10,7 @@ from benchmarks.decode_engine import cache_flushes, make_engine, seek, skip_prom
 from benchmarks.energy import joules_counter
 from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.peers import Peer
+from benchmarks.rates import synchronize
 from serve.request import Request
 from stu.model import FlashSTU
 
@@ -39,7 +40,8 @@ class Subject(Protocol):
 
 class EngineSubject:
     """The engine; parts of a step are `convolution`, the time in the cache's `step` and `advance`,
-    and `outside`, what is spent outside the runner: scheduler, sampling, text."""
+    and `outside`, what is spent outside the runner: scheduler, sampling, text. On a GPU there is
+    the first alone: on its own time line, gaps in which it waits for more among it."""
 
     def __init__(
         self,
@@ -64,18 +66,24 @@ class EngineSubject:
         while self.engine.stats().new_tokens < batch:
             self.engine.step()
         assert self.engine.stats().running == batch, "the caches have too little room"
-        self._joules = joules_counter(model.embedding.weight.device.type)
+        device = model.embedding.weight.device.type
+        self._joules, self._on_gpu = joules_counter(device), device == "cuda"
         self._spent = {"convolution": 0.0, "runner": 0.0}
-        for owner, method, part in (
-            (self._cache, "step", "convolution"),
-            (self._cache, "advance", "convolution"),
-            (self.engine._runner, "decode", "runner"),
-        ):
-            setattr(owner, method, self._timed(getattr(owner, method), part))
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        for method in ("step", "advance"):
+            call = getattr(self._cache, method)
+            timed_call = self._gpu_timed(call) if self._on_gpu else self._timed(call, "convolution")
+            setattr(self._cache, method, timed_call)
+        self.engine._runner.decode = self._timed(self.engine._runner.decode, "runner")  # type: ignore[method-assign]
 
     def step(self) -> dict[str, float]:
         self._spent.update(convolution=0.0, runner=0.0)
+        self._events.clear()
         figures = timed(self.engine.step, self._joules)
+        if self._on_gpu:
+            return figures | {
+                "convolution": sum(its.elapsed_time(end) for its, end in self._events)
+            }
         return figures | {
             "convolution": 1e3 * self._spent["convolution"],
             "outside": figures["step"] - 1e3 * self._spent["runner"],
@@ -104,6 +112,17 @@ class EngineSubject:
 
         return timed_call
 
+    def _gpu_timed(self, call: Any) -> Any:
+        def timed_call(*args: Any) -> Any:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = call(*args)
+            end.record()
+            self._events.append((start, end))
+            return result
+
+        return timed_call
+
 
 class PeerSubject:
     """A peer, decoded greedily."""
@@ -111,23 +130,28 @@ class PeerSubject:
     warm_up_steps = 1
 
     @torch.inference_mode()
-    def __init__(self, peer: Peer, batch: int, prompt_tokens: int, new_tokens: int) -> None:
+    def __init__(
+        self, peer: Peer, batch: int, prompt_tokens: int, new_tokens: int, device: str
+    ) -> None:
         self._peer, self._prompt_tokens = peer, prompt_tokens
-        self._joules = joules_counter("cpu")
-        peer.start(batch, prompt_tokens + new_tokens)
-        prompts = torch.arange(batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
-        self._tokens = peer.prefill(prompts).argmax(-1)
+        self._joules, self._device = joules_counter(device), torch.device(device)
+        with self._device:
+            peer.start(batch, prompt_tokens + new_tokens)
+            prompts = torch.arange(batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
+            self._tokens = peer.prefill(prompts).argmax(-1)
 
     @torch.inference_mode()
     def step(self) -> dict[str, float]:
         def decode() -> None:
             self._tokens = self._peer.step(self._tokens).argmax(-1)
 
-        return timed(decode, self._joules)
+        with self._device:
+            return timed(decode, self._joules)
 
     @torch.inference_mode()
     def seek(self, position: int) -> None:
-        self._peer.seek(self._prompt_tokens + position)
+        with self._device:
+            self._peer.seek(self._prompt_tokens + position)
 
     def prepare_flushes(self) -> None:
         """There are none."""
@@ -138,8 +162,10 @@ class PeerSubject:
 
 def timed(call: Callable[[], Any], joules: Callable[[], float] | None) -> dict[str, float]:
     """Milliseconds of a call, and joules where there is a counter."""
+    synchronize()
     before = joules() if joules else 0.0
     start = time.perf_counter()
     call()
+    synchronize()
     figures = {"step": 1e3 * (time.perf_counter() - start)}
     return figures | {"joules": joules() - before} if joules else figures

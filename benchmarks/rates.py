@@ -58,16 +58,22 @@ class Rates:
 
 
 @torch.inference_mode()
-def measured_rates(batch: int) -> Rates:
-    """Of this machine, with torch's present number of threads; takes about a second."""
-    vectors, keys, products = operands()
+def measured_rates(batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+    """Of this machine, with torch's present number of threads and weights of this dtype; takes
+    about a second."""
+    with torch.device(device):
+        return _measured_rates(batch, device, dtype)
+
+
+def _measured_rates(batch: int, device: str, dtype: torch.dtype) -> Rates:
+    vectors, keys, products = operands(device, dtype)
     queries = torch.randn(HEADS, 1, HEAD_DIM)
-    rows, signals = torch.randn(batch, INPUTS), torch.randn(FFT_ROWS, FFT_LENGTH)
-    norm = RMSNorm(INPUTS, eps=1e-5)
+    rows, signals = torch.randn(batch, INPUTS, dtype=dtype), torch.randn(FFT_ROWS, FFT_LENGTH)
+    norm = RMSNorm(INPUTS, eps=1e-5).to(dtype)
     transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
     weights = MATRICES * OUTPUTS * INPUTS
     multiply = [functools.partial(product, rows) for product in products]
-    num_filters, begin = streams(batch)
+    num_filters, begin = streams(batch, vectors)
 
     return Rates(
         bytes=2 * FLOAT_BYTES * READ / seconds(lambda: torch.dot(*vectors)),
@@ -80,17 +86,18 @@ def measured_rates(batch: int) -> Rates:
 
 
 @functools.cache
-def operands() -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
-    """A gigabyte of vectors, keys, and weights, kept for the next time."""
-    weights = [torch.randn(OUTPUTS, INPUTS) for _ in range(MATRICES)]
+def operands(
+    device: str, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
+    """A gigabyte of vectors, keys, and weights on the device, kept for the next time."""
+    weights = [torch.randn(OUTPUTS, INPUTS, dtype=dtype) for _ in range(MATRICES)]
     vectors = torch.ones(READ), torch.ones(READ)
     return vectors, torch.randn(HEADS, KEYS, HEAD_DIM), [packed_product(its) for its in weights]
 
 
-def streams(batch: int) -> tuple[int, Callable[[], Tensor]]:
+def streams(batch: int, vectors: tuple[Tensor, Tensor]) -> tuple[int, Callable[[], Tensor]]:
     """Direct sums of the shortest pasts, as `stu.futurefill.Naive` has them: how many filters, and
     a call that goes to other places of memory each time."""
-    vectors, _, _ = operands()
     num_filters = READ // (batch * STREAM_SPACE)
     whole = num_filters * batch * STREAM_SPACE
     inputs = vectors[0][:whole].view(num_filters, batch, STREAM_SPACE).mT
@@ -169,6 +176,14 @@ def seconds_after(call: Callable[[], object], others: Sequence[Callable[[], obje
 
 def timed(call: Callable[[], object]) -> float:
     """Seconds."""
+    synchronize()
     start = time.perf_counter()
     call()
+    synchronize()
     return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait until a GPU, where anything runs on one, has done it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

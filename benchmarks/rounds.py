@@ -14,7 +14,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from benchmarks.costs import FLOAT_BYTES, Costs
+from benchmarks.costs import Costs
 from benchmarks.decode_subjects import Subject
 from benchmarks.energy import UNAVAILABLE
 from benchmarks.operations import operations
@@ -57,8 +57,11 @@ def timed_runs(
     """For each candidate and number of threads milliseconds of a step on average, and what they are
     spent on; or that it does not fit into memory."""
     gc.collect()
-    most = SHARE_OF_MEMORY * psutil.virtual_memory().available
-    fitting = [its for its in candidates if its.setting["cache_bytes"] <= most]
+    fitting = [
+        its
+        for its in candidates
+        if its.setting["cache_bytes"] <= SHARE_OF_MEMORY * free_bytes(its.setting["device"])
+    ]
     progress.update(num_rounds * (len(candidates) - len(fitting)))
     rounds: list[list[list[Round]]] = []
     for _ in range(num_rounds):
@@ -85,16 +88,19 @@ def timed_runs(
 def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
     """With each number of threads."""
     gc.collect()  # the subject before this one, of many gigabytes
+    torch.cuda.empty_cache()
     torch.set_num_threads(max(threads))
     subject, costs = candidate.begin()
-    batch, new_tokens = candidate.setting["batch"], candidate.setting["new_tokens"]
+    batch, new_tokens, device, dtype = (
+        candidate.setting[name] for name in ("batch", "new_tokens", "device", "dtype")
+    )
     gc.collect()
     gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
     for number in threads:
         torch.set_num_threads(number)
         for _ in range(subject.warm_up_steps):
             subject.step()
-        rates = measured_rates(batch)
+        rates = measured_rates(batch, device, getattr(torch, dtype))
         if candidate.whole:
             # The first token comes with the prompt, and after the last the batch is gone.
             left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
@@ -114,10 +120,17 @@ def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any
     run["tokens_per_second"] = 1e3 * batch / run["step_ms"]
     joules = run.pop("joules_per_step", None)
     run["joules_per_token"] = UNAVAILABLE if joules is None else joules / batch
-    run |= rounds[0].costs.report(FLOAT_BYTES * setting["parameters"], batch)
+    weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
+    run |= rounds[0].costs.report(weight_bytes, batch)
     run["operations_per_step"] = rounds[0].operations
     run["rates"] = asdict(mean_rates([its.rates for its in rounds]))
     return run
+
+
+def free_bytes(device: str) -> int:
+    """Of memory."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 def shown(value: Any) -> Any:

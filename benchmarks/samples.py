@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.decode_subjects import Subject
 
 STEPS_AT_EACH = 3
+LEAST_MS = 200
+"""Of what is timed of each kind: short steps are timed more often."""
 PAGE_PAIR = 64
 PLACES = [16, 53, 3, 39, 25]
 """In pages of 64 positions, and so of 32: all over them, but none ends within the next steps."""
@@ -33,32 +35,46 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
     subject.prepare_flushes()
     flushes = []
     for does, position, count in subject.flushes():
-        subject.seek(position - 1)
-        flushes.append(Sample(float(count), subject.step(), does))
+        figures = timed_at(subject, position - 1, 0, 1)
+        flushes.append(Sample(float(count), figures, does))
     num_plain = new_tokens - sum(flush.weight for flush in flushes)
     steps = []
     for number, place in enumerate(PLACES):
         middle = (2 * number + 1) * new_tokens // (2 * len(PLACES))
         position = middle - middle % PAGE_PAIR + place
         position = max(0, min(position, new_tokens - 2 - STEPS_AT_EACH))
-        subject.seek(position)
-        subject.step()
-        figures = medians([subject.step() for _ in range(STEPS_AT_EACH)])
+        figures = timed_at(subject, position, 1, STEPS_AT_EACH)
         steps.append(Sample(num_plain / len(PLACES), figures, position=position))
     return steps + flushes
 
 
+def timed_at(subject: Subject, position: int, num_untimed: int, num_timed: int) -> dict[str, float]:
+    """Steps from a position on, as often as it takes."""
+    steps: list[dict[str, float]] = []
+    while sum(step["step"] for step in steps) < LEAST_MS:
+        subject.seek(position)
+        for _ in range(num_untimed):
+            subject.step()
+        steps += [subject.step() for _ in range(num_timed)]
+    return middles(steps)
+
+
 def merged(rounds: Sequence[list[Sample]]) -> list[Sample]:
-    """Of the same steps in several rounds, the medians of each one's figures."""
+    """Of the same steps in several rounds, the middles of each one's figures."""
     return [
-        replace(its[0], figures=medians([sample.figures for sample in its]))
+        replace(its[0], figures=middles([sample.figures for sample in its]))
         for its in zip(*rounds, strict=True)
     ]
 
 
-def medians(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Of each figure."""
-    return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+def middles(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure; the mean of joules, whose counters go in leaps."""
+    return {
+        name: (statistics.fmean if name == "joules" else statistics.median)(
+            step[name] for step in steps
+        )
+        for name in steps[0]
+    }
 
 
 def summary(samples: list[Sample]) -> dict[str, Any]:

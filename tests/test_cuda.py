@@ -1,0 +1,203 @@
+"""What a CUDA device computes, against the CPU in float64. Skipped where there is none."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from serve import batch
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import Request
+from serve.sampling import SamplingParams
+from stu.checkpoint import save_model
+from stu.config import ModelConfig
+from stu.convolution import causal_convolution
+from stu.futurefill import Continuous, Epoched, Naive
+from stu.model import FlashSTU
+from stu.tokenizer import train_bpe
+from tests.train.conftest import data, module_settings  # noqa: F401 (fixtures)
+from train.report import read_curves
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+VOCAB_SIZE = 280
+LAYOUTS = {
+    "stu": {"layout": "stu"},
+    "full": {"layout": "stu", "stu_form": "full", "num_filters": 3, "num_layers": 2},
+    "hybrid": {"layout": "hybrid", "window_tokens": 37},
+    "hyena": {"layout": "hyena"},
+    "attention": {"layout": "attention", "window_tokens": 37},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = ["the cat sat on the mat\n", "a dog and a cat\n"] * 5
+    return train_bpe(texts, VOCAB_SIZE, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def build(kind, **settings):
+    torch.manual_seed(1)
+    shape = {"width": 32, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2, "num_filters": 6}
+    shape |= {"vocab_size": VOCAB_SIZE, "max_seq_len": 600}
+    return FlashSTU(ModelConfig(**{**shape, **LAYOUTS[kind], **settings})).double()
+
+
+def on_cuda(model, dtype):
+    """A copy."""
+    copied = FlashSTU(model.config).to(dtype)
+    copied.load_state_dict(model.state_dict())
+    return copied.cuda().eval()
+
+
+def requests(num_new=90):
+    """Prompts of odd lengths; every second one is sampled."""
+    source = torch.Generator().manual_seed(2)
+    for number, length in enumerate([1, 2, 31, 32, 33, 100, 257]):
+        tokens = torch.randint(0, VOCAB_SIZE, (length,), generator=source).tolist()
+        sampling = SamplingParams(temperature=number % 2, seed=number, logprobs=1)
+        yield Request(tokens, num_new + 5 * number, sampling=sampling)
+
+
+def decoded(model, tokenizer, wanted, **settings):
+    """Of each request its tokens and their logprobs."""
+    engine = Engine(model, tokenizer, EngineConfig(**{"cache_gib": 0.02, **settings}))
+    answers = {engine.add(request): ([], []) for request in wanted}
+    while engine.has_work:
+        for output in engine.step():
+            tokens, logprobs = answers[output.request_id]
+            tokens += output.tokens
+            logprobs += [its.logprob for its in output.logprobs]
+        engine.check_integrity()
+    return list(answers.values())
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+def test_logits_and_gradients(kind, dtype, tolerance):
+    model = build(kind)
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 131), generator=torch.manual_seed(3))
+    copied = on_cuda(model, dtype)
+    expected, found = model(tokens), copied(tokens.cuda())
+    assert distance(found, expected) < tolerance
+    for logits in expected, found:
+        logits.logsumexp(-1).sum().backward()
+    gradients = zip(copied.parameters(), model.parameters(), strict=True)
+    assert all(distance(its.grad, theirs.grad) < 10 * tolerance for its, theirs in gradients)
+
+
+def distance(found, expected):
+    """Of the norms."""
+    expected = expected.detach()
+    return ((found.detach().cpu().double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", [Naive, Epoched, Continuous])
+@pytest.mark.parametrize("lag_step", [1, 2])
+def test_online_convolutions(kind, lag_step):
+    source = torch.Generator().manual_seed(4)
+    length, num_new = 70, 301
+    taps = torch.randn(2, 400 // lag_step, 5, generator=source, dtype=torch.float64)
+    inputs = torch.randn(3, length + num_new, 5, generator=source, dtype=torch.float64)
+    online = kind(taps.float().cuda(), 3, num_new, lag_step)
+    found = [[online.prefill(its, inputs[:, :length].float().cuda())] for its in range(2)]
+    for position in range(length, length + num_new):
+        for layer in range(2):
+            step = online.step(layer, inputs[:, position].float().cuda())
+            found[layer].append(step[:, None].clone())
+        online.advance()
+    for layer in range(2):
+        expected = causal_convolution(inputs, taps[layer], lag_step)
+        assert distance(torch.cat(found[layer], 1), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("page_len", [4, 32])
+def test_a_batch_decodes_the_cpu_s_tokens(kind, page_len, tokenizer):
+    model = build(kind)
+    settings = {"page_len": page_len, "prompt_tokens_per_step": 50}
+    expected = decoded(model, tokenizer, requests(), **settings)
+    found = decoded(on_cuda(model, torch.float64), tokenizer, requests(), **settings)
+    for (tokens, logprobs), (their_tokens, their_logprobs) in zip(found, expected, strict=True):
+        assert tokens == their_tokens
+        assert logprobs == pytest.approx(their_logprobs, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_bfloat16_stays_near_float64(kind, tokenizer):
+    model = build(kind)
+    found = decoded(on_cuda(model, torch.bfloat16), tokenizer, requests())
+    for request, (tokens, logprobs) in zip(requests(), found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.tokens, *tokens]]))[
+                0, len(request.tokens) - 1 : -1
+            ]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert len(logprobs) == len(tokens)
+        assert (torch.tensor(logprobs).double() - expected).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["stu", "hybrid", "hyena"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_company_changes_no_bit_of_invariant_batches(kind, dtype, tokenizer):
+    model = on_cuda(build(kind), dtype)
+    together = decoded(model, tokenizer, requests(), batch_invariant=True)
+    alone = [decoded(model, tokenizer, [its], batch_invariant=True)[0] for its in requests()]
+    assert together == alone
+
+
+@pytest.mark.parametrize("layout", ["stu", "hybrid", "hyena"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_lowers_the_loss(layout, precision, train):
+    losses = train({"model.config.layout": layout, "trainer.precision": precision})
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("parallel", [{"kind": "zero", "zero_stage": 2}, {"kind": "fsdp"}])
+def test_shared_weights_train_as_whole_ones(parallel, train):
+    if parallel["kind"] == "zero":
+        pytest.importorskip("deepspeed")
+    expected = train({})
+    found = train({f"parallel.{name}": value for name, value in parallel.items()})
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.fixture
+def train(module_settings, tmp_path):  # noqa: F811
+    """40 steps on the device; the loss of each."""
+
+    def of(settings):
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        kept = [its for its in module_settings if not its.startswith("--trainer.accelerator")]
+        values = {"trainer.accelerator": "gpu", "trainer.devices": 1, "trainer.max_steps": 40}
+        values |= {"run_dir": run} | settings
+        command = [sys.executable, "-m", "train.cli", *kept]
+        command += [f"--{name}={value}" for name, value in values.items()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return read_curves(run)["train/loss"][1]
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stu_generate_takes_the_first_device_by_itself(dtype, tokenizer, tmp_path):
+    save_model(tmp_path / "model", build("hybrid").to(getattr(torch, dtype)), tokenizer)
+    rows = [{"id": str(number), "prompt": "a cat " * number} for number in range(1, 20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = batch.main(
+        [
+            str(tmp_path / "model"),
+            f"--input={tmp_path / 'in.jsonl'}",
+            f"--output={tmp_path / 'out.jsonl'}",
+            f"--dtype={dtype}",
+            "--max-new-tokens=40",
+        ]
+    )
+    assert code == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert len(lines) == len(rows)
+    assert not any("error" in json.loads(line) for line in lines)
