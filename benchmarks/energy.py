@@ -1,6 +1,7 @@
 """Energy counters of the machine: Intel and AMD processors' RAPL, NVIDIA's NVML."""
 
 import ctypes
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,6 @@ def _nvml() -> Callable[[], float] | None:
         return float("nan") if failed else millijoules.value / 1e3
 
     failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(gpu))
-    if failed or read() != read():
+    if failed or math.isnan(read()):
         return None
     return read

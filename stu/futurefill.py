@@ -20,8 +20,9 @@ from torch.nn.functional import pad
 
 from stu.convolution import causal_convolution, fast_fft_length
 
-CPU_BLOCK_ELEMENTS = 2**18
-"""Elements transformed at once on CPU: large enough to hide call overheads, small enough for L2."""
+CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**18, 2**26
+"""Elements transformed at once: on CPU large enough to hide call overheads, small enough for L2; on
+a GPU enough for all of it, but no more, as transforms take several times their memory."""
 
 
 def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
@@ -342,9 +343,8 @@ class _TilePlan:
 
 def _channel_blocks(slots: Tensor, fft_length: int) -> list[slice]:
     *rows, width, _ = slots.shape
-    step = width
-    if slots.device.type == "cpu":
-        step = min(width, max(1, CPU_BLOCK_ELEMENTS // (math.prod(rows) * fft_length)))
+    most = CPU_BLOCK_ELEMENTS if slots.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    step = min(width, max(1, most // (math.prod(rows) * fft_length)))
     return [slice(start, start + step) for start in range(0, width, step)]
 
 
