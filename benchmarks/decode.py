@@ -29,7 +29,7 @@ from benchmarks.decode_plot import plot
 from benchmarks.decode_subjects import EngineSubject, PeerSubject, Subject
 from benchmarks.machine import describe
 from benchmarks.peers import Peer, build_peers
-from benchmarks.rounds import Candidate, timed_runs
+from benchmarks.rounds import Candidate, most_cache_bytes, timed_runs
 from stu.config import ModelConfig
 from stu.layers import LongConvolution
 from stu.model import FlashSTU
@@ -52,6 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     progress = tqdm(total=args.rounds * num_subjects, unit=unit, smoothing=0)
     for layout, mlp_ratio in itertools.product(args.layout, args.mlp_ratio):
         peers: dict[str, Peer] = {}
+        most_bytes = 0.0
         for new_tokens in args.new_tokens:
             torch.manual_seed(0)
             config = ModelConfig(
@@ -65,6 +66,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             with torch.device(args.device):
                 model = FlashSTU(config).to(getattr(torch, args.dtype)).eval()
                 peers = peers or build_peers(args.peers, config, model.num_parameters())
+            # Later on, this process may hold on to memory that it does not use.
+            most_bytes = most_bytes or most_cache_bytes(args.device)
             for batch in args.batch:
                 candidates = [
                     of_cache(model, cache, batch, new_tokens, args) for cache in args.caches
@@ -73,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     of_peer(name, peer, config, batch, new_tokens, args)
                     for name, peer in peers.items()
                 ]
-                runs = timed_runs(candidates, args.threads, args.rounds, progress)
+                runs = timed_runs(candidates, args.threads, args.rounds, most_bytes, progress)
                 result["runs"] += compared(runs)
                 if args.output:
                     text = json.dumps(result, indent=1) + "\n"

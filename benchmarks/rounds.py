@@ -44,24 +44,23 @@ class Round:
     """Of a candidate, with one number of threads."""
 
     samples: list[Sample]
-    rates: Rates
-    """Measured between warm-up and samples."""
+    rates: list[Rates]
+    """Measured before and after."""
     operations: int
     """Of torch, in a step."""
     costs: Costs
 
 
 def timed_runs(
-    candidates: Sequence[Candidate], threads: Sequence[int], num_rounds: int, progress: "tqdm[Any]"
+    candidates: Sequence[Candidate],
+    threads: Sequence[int],
+    num_rounds: int,
+    most_bytes: float,
+    progress: "tqdm[Any]",
 ) -> list[dict[str, Any]]:
     """For each candidate and number of threads milliseconds of a step on average, and what they are
-    spent on; or that it does not fit into memory."""
-    gc.collect()
-    fitting = [
-        its
-        for its in candidates
-        if its.setting["cache_bytes"] <= SHARE_OF_MEMORY * free_bytes(its.setting["device"])
-    ]
+    spent on; or that its cache is of more bytes."""
+    fitting = [its for its in candidates if its.setting["cache_bytes"] <= most_bytes]
     progress.update(num_rounds * (len(candidates) - len(fitting)))
     rounds: list[list[list[Round]]] = []
     for _ in range(num_rounds):
@@ -100,13 +99,14 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
         torch.set_num_threads(number)
         for _ in range(subject.warm_up_steps):
             subject.step()
-        rates = measured_rates(batch, device, getattr(torch, dtype))
+        before = measured_rates(batch, device, getattr(torch, dtype))
         if candidate.whole:
             # The first token comes with the prompt, and after the last the batch is gone.
             left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
             samples = [Sample(1.0, subject.step()) for _ in range(left)]
         else:
             samples = sampled(subject, new_tokens)
+        rates = [before, measured_rates(batch, device, getattr(torch, dtype))]
         yield Round(samples, rates, operations(subject.step), costs)
     gc.unfreeze()
     candidate.end()
@@ -123,14 +123,16 @@ def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any
     weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
     run |= rounds[0].costs.report(weight_bytes, batch)
     run["operations_per_step"] = rounds[0].operations
-    run["rates"] = asdict(mean_rates([its.rates for its in rounds]))
+    run["rates"] = asdict(mean_rates([rates for its in rounds for rates in its.rates]))
     return run
 
 
-def free_bytes(device: str) -> int:
-    """Of memory."""
+def most_cache_bytes(device: str) -> float:
+    """Of the memory that is free now, once there are models."""
+    gc.collect()
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return SHARE_OF_MEMORY * free
 
 
 def shown(value: Any) -> Any:
