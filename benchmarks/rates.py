@@ -25,8 +25,9 @@ LEAST_SECONDS, LEAST_CALLS = 0.2, 3
 """Of each measurement."""
 READ = 2**26
 """Numbers: a quarter of a gigabyte, more than any processor's caches hold, as are the following."""
-MATRICES, OUTPUTS, INPUTS = 16, 4096, 1024
-"""Weights, as large as those of an MLP at D = 1,024."""
+WIDTH, HIDDEN = 1024, 4096
+MATRICES = [(WIDTH, WIDTH), (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)] * 4
+"""Weights of four blocks, `[out, in]`: small ones take longer than their share."""
 HEADS, KEYS, HEAD_DIM = 128, 4096, 128
 """Each head with one query."""
 STREAM, STREAM_SPACE = 128, 4096
@@ -68,11 +69,15 @@ def measured_rates(batch: int, device: str = "cpu", dtype: torch.dtype = torch.f
 def _measured_rates(batch: int, device: str, dtype: torch.dtype) -> Rates:
     vectors, keys, products = operands(device, dtype)
     queries = torch.randn(HEADS, 1, HEAD_DIM)
-    rows, signals = torch.randn(batch, INPUTS, dtype=dtype), torch.randn(FFT_ROWS, FFT_LENGTH)
-    norm = RMSNorm(INPUTS, eps=1e-5).to(dtype)
+    signals = torch.randn(FFT_ROWS, FFT_LENGTH)
+    rows = {width: torch.randn(batch, width, dtype=dtype) for width in (WIDTH, HIDDEN)}
+    norm = functools.partial(RMSNorm(WIDTH, eps=1e-5).to(dtype), rows[WIDTH])
     transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
-    weights = MATRICES * OUTPUTS * INPUTS
-    multiply = [functools.partial(product, rows) for product in products]
+    weights = sum(outputs * inputs for outputs, inputs in MATRICES)
+    multiply = [
+        functools.partial(product, rows[inputs])
+        for product, (_, inputs) in zip(products, MATRICES, strict=True)
+    ]
     num_filters, begin = streams(batch, vectors)
 
     return Rates(
@@ -81,7 +86,7 @@ def _measured_rates(batch: int, device: str, dtype: torch.dtype) -> Rates:
         single_products=HEADS * KEYS * HEAD_DIM / seconds(lambda: torch.bmm(queries, keys.mT)),
         ffts=transforms / seconds(lambda: torch.fft.irfft(torch.fft.rfft(signals))),
         streams=num_filters * (1 + batch) / seconds(begin),
-        operations=operations(lambda: norm(rows)) / seconds_after(lambda: norm(rows), multiply),
+        operations=operations(norm) / seconds_after(norm, multiply),
     )
 
 
@@ -90,7 +95,7 @@ def operands(
     device: str, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
     """A gigabyte of vectors, keys, and weights on the device, kept for the next time."""
-    weights = [torch.randn(OUTPUTS, INPUTS, dtype=dtype) for _ in range(MATRICES)]
+    weights = [torch.randn(*shape, dtype=dtype) for shape in MATRICES]
     vectors = torch.ones(READ), torch.ones(READ)
     return vectors, torch.randn(HEADS, KEYS, HEAD_DIM), [packed_product(its) for its in weights]
 

@@ -56,23 +56,24 @@ def timed_at(subject: Subject, position: int, num_untimed: int, num_timed: int) 
         for _ in range(num_untimed):
             subject.step()
         steps += [subject.step() for _ in range(num_timed)]
-    return middles(steps)
+    return middle(steps)
 
 
 def merged(rounds: Sequence[list[Sample]]) -> list[Sample]:
-    """Of the same steps in several rounds, the middles of each one's figures."""
+    """Of the same steps in several rounds, the middle of each one."""
     return [
-        replace(its[0], figures=middles([sample.figures for sample in its]))
+        replace(its[0], figures=middle([sample.figures for sample in its]))
         for its in zip(*rounds, strict=True)
     ]
 
 
-def middles(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each figure; the mean of joules, whose counters go in leaps."""
+def middle(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The figures of the step that takes the median time, of two on average; the mean of all
+    joules, whose counters go in leaps."""
+    ordered = sorted(steps, key=lambda step: step["step"])
+    its = ordered[(len(steps) - 1) // 2 : len(steps) // 2 + 1]
     return {
-        name: (statistics.fmean if name == "joules" else statistics.median)(
-            step[name] for step in steps
-        )
+        name: statistics.fmean(step[name] for step in (steps if name == "joules" else its))
         for name in steps[0]
     }
 

@@ -199,13 +199,18 @@ def test_no_rounds_are_refused():
 
 def test_rounds_give_the_median_of_each_sample():
     several = [
-        [Sample(9.0, {"step": its}, position=5), Sample(1.0, {"step": 10 * its}, "a flush")]
-        for its in (3.0, 1.0, 2.0)
+        [
+            Sample(9.0, {"step": its, "convolution": 1 / its, "joules": its**2}, position=5),
+            Sample(1.0, {"step": 10 * its}, "a flush"),
+        ]
+        for its in (4.0, 1.0, 2.0)
     ]
     assert merged(several) == [
-        Sample(9.0, {"step": 2.0}, position=5),
+        Sample(9.0, {"step": 2.0, "convolution": 0.5, "joules": 7.0}, position=5),
         Sample(1.0, {"step": 20.0}, "a flush"),
     ]
+    first = merged(several[:2])[0].figures
+    assert first == {"step": 2.5, "convolution": 0.625, "joules": 8.5}
 
 
 def test_flushes_are_looked_at_in_mid_run():
