@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.decode_engine import cache_flushes, make_engine, seek, skip_prompts
-from benchmarks.energy import joules_counter
 from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.peers import Peer
 from benchmarks.rates import synchronize
@@ -24,8 +23,7 @@ class Subject(Protocol):
     warm_up_steps: int
 
     def step(self) -> dict[str, float]:
-        """Decode a token of each sequence; milliseconds of it and of its parts, and joules if the
-        machine tells."""
+        """Decode a token of each sequence; milliseconds of it and of its parts."""
 
     def seek(self, position: int) -> None:
         """Go on as if so many new tokens had been decoded."""
@@ -67,7 +65,7 @@ class EngineSubject:
             self.engine.step()
         assert self.engine.stats().running == batch, "the caches have too little room"
         device = model.embedding.weight.device.type
-        self._joules, self._on_gpu = joules_counter(device), device == "cuda"
+        self._on_gpu = device == "cuda"
         self._spent = {"convolution": 0.0, "runner": 0.0}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for method in ("step", "advance"):
@@ -79,7 +77,7 @@ class EngineSubject:
     def step(self) -> dict[str, float]:
         self._spent.update(convolution=0.0, runner=0.0)
         self._events.clear()
-        figures = timed(self.engine.step, self._joules)
+        figures = timed(self.engine.step)
         if self._on_gpu:
             return figures | {
                 "convolution": sum(its.elapsed_time(end) for its, end in self._events)
@@ -134,7 +132,7 @@ class PeerSubject:
         self, peer: Peer, batch: int, prompt_tokens: int, new_tokens: int, device: str
     ) -> None:
         self._peer, self._prompt_tokens = peer, prompt_tokens
-        self._joules, self._device = joules_counter(device), torch.device(device)
+        self._device = torch.device(device)
         with self._device:
             peer.start(batch, prompt_tokens + new_tokens)
             prompts = torch.arange(batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
@@ -146,7 +144,7 @@ class PeerSubject:
             self._tokens = self._peer.step(self._tokens).argmax(-1)
 
         with self._device:
-            return timed(decode, self._joules)
+            return timed(decode)
 
     @torch.inference_mode()
     def seek(self, position: int) -> None:
@@ -160,12 +158,10 @@ class PeerSubject:
         return []
 
 
-def timed(call: Callable[[], Any], joules: Callable[[], float] | None) -> dict[str, float]:
-    """Milliseconds of a call, and joules where there is a counter."""
+def timed(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of a call."""
     synchronize()
-    before = joules() if joules else 0.0
     start = time.perf_counter()
     call()
     synchronize()
-    figures = {"step": 1e3 * (time.perf_counter() - start)}
-    return figures | {"joules": joules() - before} if joules else figures
+    return {"step": 1e3 * (time.perf_counter() - start)}

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.choice import Run, decoded, fewest_threads
 from benchmarks.decode_plot import STYLES
+from benchmarks.extrapolation import GPU
 from benchmarks.markdown import table
+from benchmarks.rates import of_gpu, step_parts
 
 OURS = ["paged", "continuous", "epoched", "flashinference", "naive"]
 PEERS = ["llama", "llama-dynamic", "mamba2", "rwkv", "s4"]
@@ -90,6 +92,45 @@ def flash_inference(result: Run) -> str:
     labels = [STYLES[name][0] for name in names]
     head = ["prompt, new tokens", "batch", *(f"{label}, MiB" for label in labels)]
     return table([*head, *(f"{label}, ms" for label in labels)], rows)
+
+
+def gpu_steps(result: Run) -> str:
+    """Milliseconds of a step, and of its convolution."""
+    rows = []
+    for name in present(result, [*OURS, *PEERS]):
+        runs = [decoded(result, *its).get(name, {}) for its in settings(result)]
+        rows.append([STYLES[name][0], *map(gpu_step, runs)])
+    head = [f"{batch}, {length:,}" for batch, length in settings(result)]
+    return table(["batch, new tokens", *head], rows)
+
+
+def gpu_step(run: Run) -> str:
+    """Of one run; or that it does not fit."""
+    if "step_ms" not in run:
+        return "does not fit"
+    alone = f" ({milliseconds(run, 'convolution_ms')})" if "convolution_ms" in run else ""
+    return milliseconds(run, "step_ms") + alone
+
+
+def launches(result: Run) -> str:
+    """What a step takes, and what it would by the constants of the data sheet, if nothing had to be
+    launched."""
+    rates, rows = of_gpu(GPU), []
+    for batch, length in settings(result):
+        runs = decoded(result, batch, length)
+        timed = [runs[name] for name in ("paged", "naive") if "step_ms" in runs.get(name, {})]
+        if len(timed) < 2:
+            continue
+        parts = [step_parts(run, rates) for run in timed]
+        row = [f"{batch}, {length:,}"]
+        for run, its in zip(timed, parts, strict=True):
+            row += [f"{run['step_ms']:.3g}", f"{1e3 * sum(its.values()):.3g}"]
+            row += [str(run["operations_per_step"])]
+        rows.append(row)
+    head = ["batch, new tokens"]
+    for name in ("paged", "naive"):
+        head += [f"{STYLES[name][0]}, ms", "by the data sheet, ms", "operations"]
+    return table(head, rows)
 
 
 def shares(result: Run) -> str:
@@ -264,6 +305,9 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "decode flashinference": flash_inference,
     "prompts flashinference": flash_inference,
     "convolution": convolution,
+    "h100 steps": gpu_steps,
+    "h100_large steps": gpu_steps,
+    "h100_large launches": launches,
     "layouts": layouts,
     "model errors": model,
     "model convolutions": convolutions,

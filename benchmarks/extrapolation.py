@@ -3,7 +3,7 @@
 Weights, keys and values in bfloat16, filters and FutureFill's caches in float32, as the engine has
 them on a GPU; direct sums remember inputs alone, and bfloat16 does for them. Only the constants of
 the data sheet stand between counted costs and time: launching kernels, scheduling and text are left
-out. Nothing of this was measured.
+out. Nothing of this was measured; what an H100 really takes is in `docs/evidence.md`.
 """
 
 import copy

@@ -5,6 +5,7 @@ of it. A run's figures are the medians of its rounds.
 """
 
 import gc
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +17,10 @@ from tqdm import tqdm
 
 from benchmarks.costs import Costs
 from benchmarks.decode_subjects import Subject
-from benchmarks.energy import UNAVAILABLE
+from benchmarks.energy import UNAVAILABLE, joules_counter
 from benchmarks.operations import operations
 from benchmarks.rates import Rates, mean_rates, measured_rates
-from benchmarks.samples import Sample, merged, sampled, summary
+from benchmarks.samples import Sample, joules_per_step, merged, sampled, summary
 
 SHARE_OF_MEMORY = 0.75
 """Of what is free, that a cache may take: filters and their spectra take some GiB besides."""
@@ -46,6 +47,8 @@ class Round:
     samples: list[Sample]
     rates: list[Rates]
     """Measured before and after."""
+    joules_per_step: float | None
+    """Where the machine tells."""
     operations: int
     """Of torch, in a step."""
     costs: Costs
@@ -93,6 +96,7 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
     batch, new_tokens, device, dtype = (
         candidate.setting[name] for name in ("batch", "new_tokens", "device", "dtype")
     )
+    counter = joules_counter(device)
     gc.collect()
     gc.freeze()  # or a step in a hundred waits for a collection of all that was ever imported
     for number in threads:
@@ -103,11 +107,14 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
         if candidate.whole:
             # The first token comes with the prompt, and after the last the batch is gone.
             left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
+            start = counter() if counter else 0.0
             samples = [Sample(1.0, subject.step()) for _ in range(left)]
+            joules = (counter() - start) / left if counter else None
         else:
             samples = sampled(subject, new_tokens)
+            joules = joules_per_step(subject, new_tokens, counter) if counter else None
         rates = [before, measured_rates(batch, device, getattr(torch, dtype))]
-        yield Round(samples, rates, operations(subject.step), costs)
+        yield Round(samples, rates, joules, operations(subject.step), costs)
     gc.unfreeze()
     candidate.end()
 
@@ -118,8 +125,8 @@ def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any
     run["step_ms_by_round"] = [summary(its.samples)["step_ms"] for its in rounds]
     batch = setting["batch"]
     run["tokens_per_second"] = 1e3 * batch / run["step_ms"]
-    joules = run.pop("joules_per_step", None)
-    run["joules_per_token"] = UNAVAILABLE if joules is None else joules / batch
+    joules = [its.joules_per_step / batch for its in rounds if its.joules_per_step is not None]
+    run["joules_per_token"] = statistics.fmean(joules) if joules else UNAVAILABLE
     weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
     run |= rounds[0].costs.report(weight_bytes, batch)
     run["operations_per_step"] = rounds[0].operations

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,9 @@ from benchmarks.decode_subjects import Subject
 STEPS_AT_EACH = 3
 LEAST_MS = 200
 """Of what is timed of each kind: short steps are timed more often."""
+LEAST_MS_OF_JOULES = 3000
+STEPS_LEFT = 3
+"""Before a run's end, when the batch is gone."""
 PAGE_PAIR = 64
 PLACES = [16, 53, 3, 39, 25]
 """In pages of 64 positions, and so of 32: all over them, but none ends within the next steps."""
@@ -23,7 +26,7 @@ class Sample:
     weight: float
     """How many steps of a run it stands for."""
     figures: dict[str, float]
-    """Milliseconds of it (`step`) and of its parts, and perhaps joules."""
+    """Milliseconds of it (`step`) and of its parts."""
     does: str = ""
     """Besides a step."""
     position: int | None = None
@@ -68,14 +71,22 @@ def merged(rounds: Sequence[list[Sample]]) -> list[Sample]:
 
 
 def middle(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The figures of the step that takes the median time, of two on average; the mean of all
-    joules, whose counters go in leaps."""
+    """The figures of the step that takes the median time, of two on average."""
     ordered = sorted(steps, key=lambda step: step["step"])
     its = ordered[(len(steps) - 1) // 2 : len(steps) // 2 + 1]
-    return {
-        name: statistics.fmean(step[name] for step in (steps if name == "joules" else its))
-        for name in steps[0]
-    }
+    return {name: statistics.fmean(step[name] for step in its) for name in steps[0]}
+
+
+def joules_per_step(subject: Subject, new_tokens: int, counter: Callable[[], float]) -> float:
+    """Of steps on end, with the flushes among them: a counter goes on in leaps of a tenth of a
+    second, so that those of single steps may be of what lies between them."""
+    num_steps, spent_ms = 0, 0.0
+    subject.seek(new_tokens // 2)
+    before = counter()
+    while spent_ms < LEAST_MS_OF_JOULES and num_steps < new_tokens // 2 - STEPS_LEFT:
+        spent_ms += subject.step()["step"]
+        num_steps += 1
+    return (counter() - before) / num_steps
 
 
 def summary(samples: list[Sample]) -> dict[str, Any]:
@@ -85,9 +96,7 @@ def summary(samples: list[Sample]) -> dict[str, Any]:
         name: sum(sample.weight * sample.figures[name] for sample in samples) / total
         for name in samples[0].figures
     }
-    result: dict[str, Any] = {
-        f"{name}_ms": mean for name, mean in means.items() if name != "joules"
-    }
+    result: dict[str, Any] = {f"{name}_ms": mean for name, mean in means.items()}
     for part in means.keys() & {"convolution", "outside"}:
         result[f"{part}_share"] = means[part] / means["step"]
     ordered = sorted(samples, key=lambda its: its.figures["step"])
@@ -102,6 +111,4 @@ def summary(samples: list[Sample]) -> dict[str, Any]:
         its.position: its.figures["step"] for its in samples if its.position is not None
     }
     result["step_ms_by_flush"] = {its.does: its.figures["step"] for its in samples if its.does}
-    if "joules" in means:
-        result["joules_per_step"] = means["joules"]
     return result

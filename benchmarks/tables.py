@@ -55,7 +55,8 @@ def with_tables(text: str) -> str:
 def made_on(machine: dict[str, Any]) -> str:
     """Where and when a result was made."""
     day, commit = machine["date"].split("T")[0], machine["commit"][:7]
-    return f"({machine['processor']}, torch {machine['torch']}, {day}, commit {commit})"
+    processor = machine["processor"] if machine["gpu"] == "none" else machine["gpu"]
+    return f"({processor}, torch {machine['torch']}, {day}, commit {commit})"
 
 
 if __name__ == "__main__":

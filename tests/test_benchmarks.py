@@ -14,7 +14,7 @@ from benchmarks.decode_engine import cache_flushes, make_engine
 from benchmarks.energy import joules_counter
 from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.machine import commit, describe
-from benchmarks.samples import Sample, merged, sampled, summary
+from benchmarks.samples import Sample, joules_per_step, merged, sampled, summary
 from serve.request import Request
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
@@ -125,13 +125,12 @@ def test_what_does_not_fit_is_said_and_not_attempted(capsys, monkeypatch):
 
 
 def test_a_run_s_time_counts_each_kind_of_step_as_often_as_it_occurs():
-    plain = {"step": 10.0, "convolution": 1.0, "outside": 2.0, "joules": 0.5}
-    flush = {"step": 110.0, "convolution": 101.0, "outside": 2.0, "joules": 4.5}
+    plain = {"step": 10.0, "convolution": 1.0, "outside": 2.0}
+    flush = {"step": 110.0, "convolution": 101.0, "outside": 2.0}
     result = summary([Sample(95.0, plain, position=5), Sample(5.0, flush, "a flush")])
     assert result["step_ms"] == pytest.approx(15)
     assert result["convolution_ms"] == pytest.approx(6)
     assert result["convolution_share"] == pytest.approx(0.4)
-    assert result["joules_per_step"] == pytest.approx(0.7)
     assert (result["median_step_ms"], result["p99_step_ms"]) == (10, 110)
     assert result["largest_step_does"] == "a flush"
     assert result["step_ms_by_position"] == {5: 10.0}
@@ -200,17 +199,17 @@ def test_no_rounds_are_refused():
 def test_rounds_give_the_median_of_each_sample():
     several = [
         [
-            Sample(9.0, {"step": its, "convolution": 1 / its, "joules": its**2}, position=5),
+            Sample(9.0, {"step": its, "convolution": 1 / its}, position=5),
             Sample(1.0, {"step": 10 * its}, "a flush"),
         ]
         for its in (4.0, 1.0, 2.0)
     ]
     assert merged(several) == [
-        Sample(9.0, {"step": 2.0, "convolution": 0.5, "joules": 7.0}, position=5),
+        Sample(9.0, {"step": 2.0, "convolution": 0.5}, position=5),
         Sample(1.0, {"step": 20.0}, "a flush"),
     ]
     first = merged(several[:2])[0].figures
-    assert first == {"step": 2.5, "convolution": 0.625, "joules": 8.5}
+    assert first == {"step": 2.5, "convolution": 0.625}
 
 
 def test_flushes_are_looked_at_in_mid_run():
@@ -225,6 +224,19 @@ def test_flushes_are_looked_at_in_mid_run():
         for size, (_, position, count) in zip(sizes, flushes, strict=True):
             assert position % (2 * size) == size
             assert abs(position - 512) <= size, (cache_name, size, position, count)
+
+
+@pytest.mark.parametrize("new_tokens", [100, 8192])
+def test_joules_are_those_of_steps_on_end(new_tokens):
+    subject = LinearSubject()
+    subject.step = lambda: LinearSubject.step(subject) | {"step": 10.0}
+
+    def leaping():
+        return 7.0 * (subject.position // 10)  # of ten steps at once
+
+    found = joules_per_step(subject, new_tokens, leaping)
+    assert found == pytest.approx(0.7, rel=0.16)
+    assert len(subject.places) == (47 if new_tokens == 100 else 300)
 
 
 def test_joules_are_those_of_all_packages_and_never_invented(tmp_path):
