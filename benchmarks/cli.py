@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
-    add("convolution", "training and online convolutions against the usual ways")
+    convolution = add("convolution", "training and online convolutions against the usual ways")
 
     decode = add("decode", "steps of the engine with several caches, and of other models")
     decode.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="requests together")
@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
     loss = add("loss", "the training loss against torch's, at a vocabulary of 200,064")
     memory = add("memory", "what training runs take, against what stu-plan says")
-    for its in (loss, memory):
+    for its in (convolution, loss, memory):
         its.add_argument("--first", type=int, help="so many of the runs; all, if it is not given")
     return parser
 

@@ -125,10 +125,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for threads in args.threads:
         torch.set_num_threads(threads)
         run: dict[str, Any] = {"threads": threads, "training": [], "decoding": []}
-        for length in (2048, 8192):
+        for length in (2048, 8192)[: args.first]:
             run["training"].append(training(length))
             print(f"training at {length}: {run['training'][-1]['ratio']:.1f}x", file=sys.stderr)
-        for length, batch in ((8192, 1), (8192, 8), (32768, 1)):
+        for length, batch in ((8192, 1), (8192, 8), (32768, 1))[: args.first]:
             run["decoding"].append(decoding(length, batch))
             ratio = run["decoding"][-1]["ratio"]
             print(f"decoding {length} tokens at batch {batch}: {ratio:.1f}x", file=sys.stderr)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import convolution_costs
+from benchmarks import convolution_costs, heap
 from benchmarks.costs import Costs, window_costs
 from benchmarks.decode_engine import VOCAB_SIZE, other_bytes
 from benchmarks.decode_plot import plot
@@ -35,6 +35,7 @@ from stu.layers import LongConvolution
 from stu.model import FlashSTU
 
 
+@heap.kept()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every combination of the settings, and each cache's ratio to the paged one."""
     if args.whole and len(args.threads) > 1:

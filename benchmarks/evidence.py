@@ -17,7 +17,7 @@ from benchmarks.claims import BATCH, CLAIMS, LENGTH, PEERS, recorded, shown
 QUICK: dict[str, list[str]] = {
     "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 2 --peers".split() + PEERS,
     "model": ["decode.json", "--this-machine"],
-    "convolution": [],
+    "convolution": ["--first", "1"],
     "train": ["--context", "2048", "--repeats", "2"],
     "loss": ["--first", "1"],
     "memory": ["--first", "2"],

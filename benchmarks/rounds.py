@@ -15,6 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from benchmarks import heap
 from benchmarks.costs import Costs
 from benchmarks.decode_subjects import Subject
 from benchmarks.energy import UNAVAILABLE, joules_counter
@@ -91,6 +92,7 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
     """With each number of threads."""
     gc.collect()  # the subject before this one, of many gigabytes
     torch.cuda.empty_cache()
+    heap.make_room(candidate.setting["cache_bytes"])
     torch.set_num_threads(max(threads))
     subject, costs = candidate.begin()
     batch, new_tokens, device, dtype = (

@@ -17,7 +17,6 @@ gaps in the heap would hide what a step takes. Other rounds are faster for keepi
 """
 
 import argparse
-import ctypes
 import functools
 import gc
 import itertools
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from benchmarks import heap
 from benchmarks.machine import describe
 from benchmarks.train_profile import GROUPS, OPTIMIZER, profile
 from benchmarks.train_ways import WAYS, flops_per_token, make_model
@@ -150,7 +150,7 @@ class Trainee:
 def with_memory(step: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
     """What it returns, and the most GiB it takes beyond weights and moments, gradients included."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    heap.give_back()
     before = memory_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # what was most so far is forgotten
     seconds = step()
