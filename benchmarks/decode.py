@@ -105,7 +105,8 @@ def of_cache(
         page_len=args.page_len,
     )
     num_bytes = convolution_costs.cache_bytes(cache, shape)
-    num_bytes += other_bytes(config, batch, args.page_len)
+    number_bytes = getattr(torch, args.dtype).itemsize
+    num_bytes += other_bytes(config, batch, args.page_len, number_bytes)
 
     def begin() -> tuple[Subject, Costs]:
         subject = EngineSubject(
@@ -115,7 +116,7 @@ def of_cache(
             counts = convolution_costs.paged(shape, subject.engine._caches.convolution._tiles)
         else:
             counts = convolution_costs.LOCKSTEP[cache](shape)
-        windows = window_costs(config, args.prompt_tokens, new_tokens)
+        windows = window_costs(config, args.prompt_tokens, new_tokens, number_bytes)
         return subject, convolution_costs.added(windows, counts.costs(shape))
 
     setting = described(config, args, cache, batch, new_tokens, num_parameters, num_bytes)

@@ -44,7 +44,8 @@ def make_engine(
     page_bytes = len(model.config.convolution_layers) * model.config.width * page_len * FLOAT_BYTES
     expected = new_tokens - 1 if cache_name == "paged" else 1  # others have memory of their own
     num_pages = batch * (pages_for(expected, page_len) + 2) + 1
-    num_bytes = num_pages * page_bytes + other_bytes(model.config, batch, page_len)
+    number_bytes = model.embedding.weight.element_size()
+    num_bytes = num_pages * page_bytes + other_bytes(model.config, batch, page_len, number_bytes)
     config = EngineConfig(
         cache_gib=(num_bytes + SLACK_BYTES) / 2**30,
         page_len=page_len,
@@ -78,16 +79,18 @@ def online_convolution(
     return KINDS[cache_name](*arguments)
 
 
-def other_bytes(config: ModelConfig, batch: int, page_len: int) -> int:
+def other_bytes(
+    config: ModelConfig, batch: int, page_len: int, number_bytes: int = FLOAT_BYTES
+) -> int:
     """What the engine allocates besides a convolution cache: attention's pages, a null page among
-    them, and the inputs that short convolutions remember."""
+    them, and the inputs that short convolutions remember. number_bytes: of each of the weights'."""
     each = min(pages_for(config.max_seq_len, page_len), window_pages(config, page_len))
     page = 2 * len(config.attention_layers) * config.width * page_len
     recent = 0
     if config.layout == "hyena":
         of_sequence = (SHORT_TAPS - 1) * 3 * config.width * len(config.convolution_layers)
         recent = (batch + 1) * of_sequence
-    return ((batch * each + 1) * page + recent) * FLOAT_BYTES
+    return ((batch * each + 1) * page + recent) * number_bytes
 
 
 @functools.cache
@@ -119,11 +122,15 @@ def skip_prompts(engine: Engine, cache: Any, prompt_tokens: int) -> None:
 def seek(engine: Engine, cache: Any, prompt_tokens: int, position: int) -> None:
     """Set every row of the batch to so many new tokens."""
     for job in engine._scheduler.running:
+        job.tokens[1:] = job.tokens[:1] * position
+        job.replayed = len(job.tokens)
+        job.steps_left = job.request.max_new_tokens - len(job.tokens)
         _seek_window(engine, job.request_id, prompt_tokens + position)
     if isinstance(cache, LockstepCache):
         cache.seek(position)
         return
-    done = position // cache._page_len
+    done, place = divmod(position, cache._page_len)
+    cache._columns_reached = -(-(cache._page_len - place) // cache._lag_step)
     cache._pool.free = lambda owner, pages: None  # it may go back
     tiles = cache._tiles
     for sequence in cache._sequences.values():

@@ -54,7 +54,7 @@ class EngineSubject:
         self.engine, self._cache = make_engine(
             model, cache_name, batch, prompt_tokens, new_tokens, page_len
         )
-        self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
+        self._batch, self._prompt_tokens, self._new_tokens = batch, prompt_tokens, new_tokens
         # In the first page the views are made that steps in later ones use again.
         self.warm_up_steps = min(page_len, new_tokens // 8) if cache_name == "paged" else 1
         if not whole:
@@ -75,6 +75,7 @@ class EngineSubject:
         self.engine._runner.decode = self._timed(self.engine._runner.decode, "runner")  # type: ignore[method-assign]
 
     def step(self) -> dict[str, float]:
+        assert len(self.engine._scheduler.running) == self._batch, "the run is at its end"
         self._spent.update(convolution=0.0, runner=0.0)
         self._events.clear()
         figures = timed(self.engine.step)
@@ -91,8 +92,8 @@ class EngineSubject:
         seek(self.engine, self._cache, self._prompt_tokens, position)
 
     def prepare_flushes(self) -> None:
-        if isinstance(self._cache, LockstepCache):
-            self._cache.prepare_flushes()
+        if isinstance(self._cache, LockstepCache) and not self._on_gpu:
+            self._cache.prepare_flushes()  # or a run takes twice as long; nothing else is made
             return
         for _, position, _ in self.flushes():
             self.seek(position - 1)
@@ -143,8 +144,7 @@ class PeerSubject:
         def decode() -> None:
             self._tokens = self._peer.step(self._tokens).argmax(-1)
 
-        with self._device:
-            return timed(decode)
+        return timed(decode)
 
     @torch.inference_mode()
     def seek(self, position: int) -> None:

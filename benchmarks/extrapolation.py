@@ -100,7 +100,7 @@ def cell(config: ModelConfig, batch: int, new_tokens: int, rates: Rates) -> dict
         costs = convolution_costs.added(windows, counts.costs(shape, number_bytes))
         report = costs.report(weights, batch)
         parts = step_parts(report | {"batch": batch, "operations_per_step": 0}, rates)
-        others = other_bytes(config, batch, PAGE_LEN) * HALF_BYTES // FLOAT_BYTES
+        others = other_bytes(config, batch, PAGE_LEN, HALF_BYTES)
         held = convolution_costs.cache_bytes(cache, shape) * number_bytes // FLOAT_BYTES + others
         filters = FLOAT_BYTES * shape.layers * shape.width * shape.num_taps
         filters += tile_levels.CORE_BYTES if paged else 0

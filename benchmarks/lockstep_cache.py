@@ -72,7 +72,8 @@ class LockstepCache:
         if isinstance(convolution, Naive):
             line = convolution.LINE_COLUMNS * convolution.lag_step
             count = (convolution.max_new_tokens - 1) // line
-            return [("inputs of a line put away", line, count)] if count else []
+            middle = line * (count // 2 + count % 2)
+            return [("inputs of a line put away", middle, count)] if count else []
         assert isinstance(convolution, _Filled)
         ends = self._page_ends()
         if isinstance(convolution, Continuous):

@@ -62,16 +62,13 @@ class Rates:
 def measured_rates(batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     """Of this machine, with torch's present number of threads and weights of this dtype; takes
     about a second."""
-    with torch.device(device):
-        return _measured_rates(batch, device, dtype)
-
-
-def _measured_rates(batch: int, device: str, dtype: torch.dtype) -> Rates:
     vectors, keys, products = operands(device, dtype)
-    queries = torch.randn(HEADS, 1, HEAD_DIM)
-    signals = torch.randn(FFT_ROWS, FFT_LENGTH)
-    rows = {width: torch.randn(batch, width, dtype=dtype) for width in (WIDTH, HIDDEN)}
-    norm = functools.partial(RMSNorm(WIDTH, eps=1e-5).to(dtype), rows[WIDTH])
+    queries = torch.randn(HEADS, 1, HEAD_DIM, device=device)
+    signals = torch.randn(FFT_ROWS, FFT_LENGTH, device=device)
+    rows = {
+        width: torch.randn(batch, width, dtype=dtype, device=device) for width in (WIDTH, HIDDEN)
+    }
+    norm = functools.partial(RMSNorm(WIDTH, eps=1e-5).to(device, dtype), rows[WIDTH])
     transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
     weights = sum(outputs * inputs for outputs, inputs in MATRICES)
     multiply = [
@@ -95,9 +92,10 @@ def operands(
     device: str, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
     """A gigabyte of vectors, keys, and weights on the device, kept for the next time."""
-    weights = [torch.randn(*shape, dtype=dtype) for shape in MATRICES]
-    vectors = torch.ones(READ), torch.ones(READ)
-    return vectors, torch.randn(HEADS, KEYS, HEAD_DIM), [packed_product(its) for its in weights]
+    with torch.device(device):
+        weights = [torch.randn(*shape, dtype=dtype) for shape in MATRICES]
+        vectors, keys = (torch.ones(READ), torch.ones(READ)), torch.randn(HEADS, KEYS, HEAD_DIM)
+    return vectors, keys, [packed_product(its) for its in weights]
 
 
 def streams(batch: int, vectors: tuple[Tensor, Tensor]) -> tuple[int, Callable[[], Tensor]]:

@@ -21,7 +21,7 @@ from benchmarks.decode_subjects import Subject
 from benchmarks.energy import UNAVAILABLE, joules_counter
 from benchmarks.operations import operations
 from benchmarks.rates import Rates, mean_rates, measured_rates
-from benchmarks.samples import Sample, joules_per_step, merged, sampled, summary
+from benchmarks.samples import Sample, mean_watts, merged, sampled, summary
 
 SHARE_OF_MEMORY = 0.75
 """Of what is free, that a cache may take: filters and their spectra take some GiB besides."""
@@ -48,8 +48,8 @@ class Round:
     samples: list[Sample]
     rates: list[Rates]
     """Measured before and after."""
-    joules_per_step: float | None
-    """Where the machine tells."""
+    watts: float | None
+    """While it steps, where the machine tells."""
     operations: int
     """Of torch, in a step."""
     costs: Costs
@@ -111,12 +111,13 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
             left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
             start = counter() if counter else 0.0
             samples = [Sample(1.0, subject.step()) for _ in range(left)]
-            joules = (counter() - start) / left if counter else None
+            seconds = sum(its.figures["step"] for its in samples) / 1e3
+            watts = (counter() - start) / seconds if counter else None
         else:
             samples = sampled(subject, new_tokens)
-            joules = joules_per_step(subject, new_tokens, counter) if counter else None
+            watts = mean_watts(subject, new_tokens, counter) if counter else None
         rates = [before, measured_rates(batch, device, getattr(torch, dtype))]
-        yield Round(samples, rates, joules, operations(subject.step), costs)
+        yield Round(samples, rates, watts, operations(subject.step), costs)
     gc.unfreeze()
     candidate.end()
 
@@ -127,8 +128,9 @@ def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any
     run["step_ms_by_round"] = [summary(its.samples)["step_ms"] for its in rounds]
     batch = setting["batch"]
     run["tokens_per_second"] = 1e3 * batch / run["step_ms"]
-    joules = [its.joules_per_step / batch for its in rounds if its.joules_per_step is not None]
-    run["joules_per_token"] = statistics.fmean(joules) if joules else UNAVAILABLE
+    watts = [its.watts for its in rounds if its.watts is not None]
+    joules = statistics.fmean(watts) * run["step_ms"] / 1e3 if watts else None
+    run["joules_per_token"] = UNAVAILABLE if joules is None else joules / batch
     weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
     run |= rounds[0].costs.report(weight_bytes, batch)
     run["operations_per_step"] = rounds[0].operations
@@ -139,6 +141,7 @@ def of_rounds(rounds: Sequence[Round], setting: dict[str, Any]) -> dict[str, Any
 def most_cache_bytes(device: str) -> float:
     """Of the memory that is free now, once there are models."""
     gc.collect()
+    heap.give_back()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     return SHARE_OF_MEMORY * free

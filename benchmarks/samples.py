@@ -45,7 +45,7 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
     for number, place in enumerate(PLACES):
         middle = (2 * number + 1) * new_tokens // (2 * len(PLACES))
         position = middle - middle % PAGE_PAIR + place
-        position = max(0, min(position, new_tokens - 2 - STEPS_AT_EACH))
+        position = max(0, min(position, new_tokens - STEPS_LEFT - STEPS_AT_EACH))
         figures = timed_at(subject, position, 1, STEPS_AT_EACH)
         steps.append(Sample(num_plain / len(PLACES), figures, position=position))
     return steps + flushes
@@ -77,16 +77,16 @@ def middle(steps: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(step[name] for step in its) for name in steps[0]}
 
 
-def joules_per_step(subject: Subject, new_tokens: int, counter: Callable[[], float]) -> float:
-    """Of steps on end, with the flushes among them: a counter goes on in leaps of a tenth of a
-    second, so that those of single steps may be of what lies between them."""
+def mean_watts(subject: Subject, new_tokens: int, joules: Callable[[], float]) -> float:
+    """Over steps on end from the middle of a run: a counter goes on in leaps of a tenth of a
+    second, so that the joules of a single step may be those of what came before it."""
     num_steps, spent_ms = 0, 0.0
     subject.seek(new_tokens // 2)
-    before = counter()
+    before = joules()
     while spent_ms < LEAST_MS_OF_JOULES and num_steps < new_tokens // 2 - STEPS_LEFT:
         spent_ms += subject.step()["step"]
         num_steps += 1
-    return (counter() - before) / num_steps
+    return 1e3 * (joules() - before) / spent_ms
 
 
 def summary(samples: list[Sample]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 
 from benchmarks import cli, decode, rounds, soak
 from benchmarks.decode_engine import cache_flushes, make_engine
+from benchmarks.decode_subjects import EngineSubject
 from benchmarks.energy import joules_counter
 from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.machine import commit, describe
-from benchmarks.samples import Sample, joules_per_step, merged, sampled, summary
+from benchmarks.samples import Sample, mean_watts, merged, sampled, summary
 from serve.request import Request
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
@@ -87,6 +88,7 @@ def test_decode_reports_every_setting_and_ratio(capsys, tmp_path):
     for cache, run in runs.items():
         assert run["median_step_ms"] <= run["p99_step_ms"] <= run["largest_step_ms"]
         assert run["tokens_per_second"] == pytest.approx(2000 / run["step_ms"])
+        assert run["operations_per_step"] > 50, "the batch has ended"
         for counts in (run["multiply_adds_per_token"], run["bytes_moved_per_token"]):
             assert counts["total"] == pytest.approx(sum(counts.values()) / 2)
         if cache != "paged":
@@ -140,7 +142,7 @@ class LinearSubject:
     """Its steps take as many milliseconds as tokens were decoded, flushes as many more."""
 
     def __init__(self):
-        self.position, self.places = 0, []
+        self.position, self.places, self.is_prepared = 0, [], False
 
     def step(self):
         self.places.append(self.position)
@@ -151,7 +153,8 @@ class LinearSubject:
         self.position = position
 
     def prepare_flushes(self):
-        pass
+        assert not self.places
+        self.is_prepared = True
 
     def flushes(self):
         return [("a flush of 64 positions", 4064, 64)]
@@ -182,6 +185,7 @@ def test_a_run_s_time_is_that_of_its_middle_where_steps_take_ever_longer(new_tok
 def test_sampled_steps_are_all_over_a_page_and_end_none():
     subject = LinearSubject()
     sampled(subject, 2048)
+    assert subject.is_prepared
     places = subject.places[1:]
     del places[::4]  # the first at each place is not timed
     assert len(set(places)) == len(places) == 15
@@ -215,6 +219,8 @@ def test_rounds_give_the_median_of_each_sample():
 def test_flushes_are_looked_at_in_mid_run():
     """Those of 32 positions are 1, 3, .. 31 pages in: 16 of them; the largest there is but once."""
     model = FlashSTU(ModelConfig(vocab_size=4096, width=16, num_layers=2, max_seq_len=1100)).eval()
+    _, cache = make_engine(model, "naive", 1, 7, 1024, page_len=32)
+    assert cache_flushes(cache, 1024) == [("inputs of a line put away", 512, 31)]
     for cache_name, page in (("paged", 32), ("continuous", 64)):
         _, cache = make_engine(model, cache_name, 1, 7, 1024, page_len=32)
         flushes = cache_flushes(cache, 1024)
@@ -226,16 +232,29 @@ def test_flushes_are_looked_at_in_mid_run():
             assert abs(position - 512) <= size, (cache_name, size, position, count)
 
 
+@pytest.mark.parametrize("cache", ["paged", "continuous", "naive"])
+def test_a_batch_that_goes_back_and_forth_does_not_end(cache):
+    model = FlashSTU(ModelConfig(vocab_size=4096, width=16, num_layers=2, max_seq_len=200)).eval()
+    subject = EngineSubject(model, cache, 2, 30, 100, 32, whole=False)
+    columns_to_page_end = {31: 1, 3: 15, 64: 16, 95: 1, 96: 16}
+    for position in [*columns_to_page_end] * 40:
+        subject.seek(position)
+        if cache == "paged":
+            reached = subject.engine._caches.convolution._columns_reached
+            assert reached == columns_to_page_end[position]
+        subject.step()
+
+
 @pytest.mark.parametrize("new_tokens", [100, 8192])
-def test_joules_are_those_of_steps_on_end(new_tokens):
+def test_watts_are_those_of_steps_on_end(new_tokens):
     subject = LinearSubject()
     subject.step = lambda: LinearSubject.step(subject) | {"step": 10.0}
 
     def leaping():
         return 7.0 * (subject.position // 10)  # of ten steps at once
 
-    found = joules_per_step(subject, new_tokens, leaping)
-    assert found == pytest.approx(0.7, rel=0.16)
+    found = mean_watts(subject, new_tokens, leaping)
+    assert found == pytest.approx(70, rel=0.16)
     assert len(subject.places) == (47 if new_tokens == 100 else 300)
 
 

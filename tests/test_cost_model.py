@@ -68,7 +68,7 @@ def test_rates_are_counts_by_time(monkeypatch):
     monkeypatch.setattr(benchmarks.rates, "timed", lambda call: 1.0 if call() is not None else 0.0)
     rates = measured_rates(3)
     assert rates.bytes == 2 * 4 * 2**26
-    assert rates.products == 3 * 16 * 4096 * 1024
+    assert rates.products == 3 * 4 * (1 + 3 * 4) * 1024**2, "of four blocks"
     assert rates.single_products == 128 * 4096 * 128
     assert rates.ffts == 2 * 64 * 4096 * 12, "there and back"
     assert rates.streams == 2**26 // (3 * 4096) * 4, "three sequences' and a filter"

@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 
+from benchmarks import cli as bench
 from serve import batch
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import Request
 from serve.sampling import SamplingParams
+from stu import futurefill
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
@@ -97,7 +99,9 @@ def distance(found, expected):
 
 @pytest.mark.parametrize("kind", [Naive, Epoched, Continuous])
 @pytest.mark.parametrize("lag_step", [1, 2])
-def test_online_convolutions(kind, lag_step):
+@pytest.mark.parametrize("block", [2**26, 2**12])
+def test_online_convolutions(kind, lag_step, block, monkeypatch):
+    monkeypatch.setattr(futurefill, "GPU_BLOCK_ELEMENTS", block)
     source = torch.Generator().manual_seed(4)
     length, num_new = 70, 301
     taps = torch.randn(2, 400 // lag_step, 5, generator=source, dtype=torch.float64)
@@ -181,6 +185,14 @@ def train(module_settings, tmp_path):  # noqa: F811
         return read_curves(run)["train/loss"][1]
 
     return of
+
+
+def test_the_decoding_benchmark_times_it(capsys):
+    settings = ["--device", "cuda", "--width", "64", "--new-tokens", "512", "--batch", "2"]
+    bench.main(["decode", *settings, "--rounds", "1", "--peers", "s4"])
+    for run in json.loads(capsys.readouterr().out)["runs"]:
+        assert run["operations_per_step"] > 50
+        assert run["cache"] == "s4" or 0 < run["convolution_ms"] < run["step_ms"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
