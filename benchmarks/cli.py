@@ -112,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add("sizes", "what stu-plan says of models from 340 M to 13 B parameters")
     loss = add("loss", "the training loss against torch's, at a vocabulary of 200,064")
+    loss.add_argument("--repeats", type=int, default=3, help="steps of each way")
     memory = add("memory", "what training runs take, against what stu-plan says")
     for its in (convolution, loss, memory):
         its.add_argument("--first", type=int, help="so many of the runs; all, if it is not given")

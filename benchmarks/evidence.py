@@ -15,12 +15,12 @@ from pathlib import Path
 from benchmarks.claims import BATCH, CLAIMS, LENGTH, PEERS, recorded, shown
 
 QUICK: dict[str, list[str]] = {
-    "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 2 --peers".split() + PEERS,
+    "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 1 --peers".split() + PEERS,
     "model": ["decode.json", "--this-machine"],
     "convolution": ["--first", "1"],
-    "train": ["--context", "2048", "--repeats", "2"],
-    "loss": ["--first", "1"],
-    "memory": ["--first", "2"],
+    "train": ["--context", "2048", "--repeats", "1"],
+    "loss": ["--first", "1", "--repeats", "1"],
+    "memory": ["--first", "1"],
     "load": ["--requests", "128"],
 }
 """Each benchmark's options."""

@@ -20,7 +20,7 @@ from benchmarks.machine import describe
 from train.loss import next_token_loss
 from train.measured import memory_bytes
 
-VOCAB_SIZE, REPEATS = 200_064, 3
+VOCAB_SIZE = 200_064
 SIZES = [(2048, 512), (4096, 256)]
 """Targets, width."""
 
@@ -38,7 +38,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             targets = torch.randint(VOCAB_SIZE, (num_targets,))
             run: dict[str, Any] = {"threads": threads, "targets": num_targets, "width": width}
             for name, way in ways.items():
-                run |= {f"{name}_{key}": its for key, its in timed(way, hidden, output, targets)}
+                figures = timed(way, hidden, output, targets, args.repeats)
+                run |= {f"{name}_{key}": its for key, its in figures}
             run["memory_ratio"] = run["plain_gib"] / run["chunked_gib"]
             run["speed_ratio"] = run["plain_seconds"] / run["chunked_seconds"]
             result["runs"].append(run)
@@ -56,14 +57,18 @@ def chunked(hidden: Tensor, output: Tensor, targets: Tensor) -> Tensor:
 
 
 def timed(
-    way: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, output: Tensor, targets: Tensor
+    way: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    output: Tensor,
+    targets: Tensor,
+    repeats: int,
 ) -> list[tuple[str, float]]:
     """Seconds, the median, and GiB."""
     gc.collect()
     before = memory_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # what was most so far is forgotten
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         hidden.grad = output.grad = None
         began = time.perf_counter()
         way(hidden, output, targets).backward()
