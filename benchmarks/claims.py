@@ -16,7 +16,7 @@ from benchmarks.markdown import table
 
 BATCH, LENGTH = 8, 8192
 """Of the decoding claims: long enough for convolutions to count, short enough to measure soon."""
-PEERS = ["llama", "mamba2", "rwkv", "s4"]
+COMPARED = ["llama", "mamba2", "rwkv", "s4"]
 """Models that ours is compared with."""
 
 
@@ -65,7 +65,7 @@ CLAIMS = [
     Claim(
         "cost model of decoding: largest error of any curve, of five caches and four models",
         "model",
-        lambda its: max(its["largest_error"][name] for name in [*CACHES, *PEERS]),
+        lambda its: max(its["largest_error"][name] for name in [*CACHES, *COMPARED]),
         at_most=0.2,
     ),
     Claim(

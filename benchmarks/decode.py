@@ -40,8 +40,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every combination of the settings, and each cache's ratio to the paged one."""
     if args.whole and len(args.threads) > 1:
         raise ValueError("--whole decodes to the end, once: give one number of --threads")
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds} is not allowed: give at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, and torch sees no CUDA device: give cpu")
     if args.peers and args.dtype != "float32":
@@ -84,6 +82,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     args.output.write_text(text, encoding="utf-8")
     progress.close()
     if args.plot:
+        if not any("step_ms" in run for run in result["runs"]):
+            raise ValueError("--plot: nothing fits into this machine's memory, or is there to draw")
         plot(result, args.plot)
     return result
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable
 
 from benchmarks.choice import Run, decoded, fewest_threads
+from benchmarks.cli import CACHES, PEERS
 from benchmarks.decode_plot import STYLES
 from benchmarks.extrapolation import GPU
 from benchmarks.markdown import table
 from benchmarks.rates import of_gpu, step_parts
 
-OURS = ["paged", "continuous", "epoched", "flashinference", "naive"]
-PEERS = ["llama", "llama-dynamic", "mamba2", "rwkv", "s4"]
 LENGTH, LONGER, BATCH = 8192, 32768, 8
 """Of which most tables tell."""
 
@@ -42,7 +41,7 @@ def peers(result: Run) -> str:
     lengths = sorted({run["new_tokens"] for run in result["runs"]})
     rows = []
     for batch in (1, 32):
-        for name in present(result, [*OURS, *PEERS]):
+        for name in present(result, [*CACHES, *PEERS]):
             runs = [decoded(result, batch, length).get(name) for length in lengths]
             rows.append([STYLES[name][0], str(batch), *map(speed_and_cache, runs)])
     head = ["tokens a second (cache, MiB)", "batch"]
@@ -53,7 +52,7 @@ def costs(result: Run) -> str:
     """Multiply-adds, bytes and joules of a token."""
     runs = decoded(result, BATCH, LENGTH)
     rows = []
-    for name in present(result, [*OURS, *PEERS]):
+    for name in present(result, [*CACHES, *PEERS]):
         run = runs.get(name, {})
         if "multiply_adds_per_token" not in run:
             continue
@@ -97,7 +96,7 @@ def flash_inference(result: Run) -> str:
 def gpu_steps(result: Run) -> str:
     """Milliseconds of a step, and of its convolution."""
     rows = []
-    for name in present(result, [*OURS, *PEERS]):
+    for name in present(result, [*CACHES, *PEERS]):
         runs = [decoded(result, *its).get(name, {}) for its in settings(result)]
         rows.append([STYLES[name][0], *map(gpu_step, runs)])
     head = [f"{batch}, {length:,}" for batch, length in settings(result)]
@@ -107,7 +106,7 @@ def gpu_steps(result: Run) -> str:
 def gpu_step(run: Run) -> str:
     """Of one run; or that it does not fit."""
     if "step_ms" not in run:
-        return "does not fit"
+        return "does not fit" if run else "-"
     alone = f" ({milliseconds(run, 'convolution_ms')})" if "convolution_ms" in run else ""
     return milliseconds(run, "step_ms") + alone
 
@@ -146,12 +145,13 @@ def shares(result: Run) -> str:
                 f"{batch}, {length:,}",
                 f"{naive['convolution_share']:.0%}",
                 f"{paged['convolution_share']:.1%}",
-                f"{naive['step_over_paged']:.2f}",
+                f"{naive['step_over_paged']:.2f} ({spread(naive['step_over_paged_by_round'])})",
                 f"{1 / (1 - naive['convolution_share']):.2f}",
             ]
         )
     head = ["batch, new tokens", "convolution's share, direct sums", "paged"]
-    return table([*head, "times as fast", "with a convolution that takes no time"], rows)
+    head.append("times as fast (of the rounds)")
+    return table([*head, "with a convolution that takes no time"], rows)
 
 
 def spread(values: list[float]) -> str:
@@ -182,7 +182,7 @@ def model(result: Run) -> str:
         errors = worst.setdefault((curve["layout"], curve["cache"]), {})
         batch = curve["batch"]
         errors[batch] = max(errors.get(batch, 0.0), curve["largest_error"])
-    first, names = result["curves"][0]["layout"], [*OURS, *PEERS]
+    first, names = result["curves"][0]["layout"], [*CACHES, *PEERS]
     rows = [
         [STYLES[name][0] + ("" if layout == first else f", {layout}")]
         + [f"{errors[batch]:.0%}" if batch in errors else "-" for batch in batches]
@@ -206,7 +206,7 @@ def convolutions(result: Run) -> str:
     rows = [
         [STYLES[name][0]]
         + [spread(its) if (its := found.get((name, batch))) else "-" for batch in batches]
-        for name in OURS
+        for name in CACHES
     ]
     head = ["convolution alone: predicted over measured"]
     return table([*head, *(f"batch {batch}" for batch in batches)], rows)

@@ -13,23 +13,35 @@ def joules_counter(device: str, powercap: Path = POWERCAP) -> Callable[[], float
     """Reads the joules that the processors (`cpu`) or the first GPU (`cuda`) have taken since some
     moment, all that runs on them together; None where the machine does not tell.
 
-    RAPL's counters turn over after some minutes at full load: a difference may be negative then.
+    RAPL's counters turn over after some minutes at full load: what turned over once since the last
+    reading is counted.
     """
     return _nvml() if device == "cuda" else _rapl(powercap)
 
 
 def _rapl(powercap: Path) -> Callable[[], float] | None:
     # Packages are intel-rapl:0, :1 ..; what lies in them, intel-rapl:0:0 .., they contain.
-    counters = [zone / "energy_uj" for zone in sorted(powercap.glob("intel-rapl:[0-9]*"))]
-    counters = [file for file in counters if file.parent.name.count(":") == 1]
+    zones = [its for its in powercap.glob("intel-rapl:[0-9]*") if its.name.count(":") == 1]
+
+    def microjoules(name: str) -> list[int]:
+        return [int((zone / name).read_text()) for zone in zones]
+
     try:
-        for file in counters:
-            file.read_text()
+        last, ranges = microjoules("energy_uj"), microjoules("max_energy_range_uj")
     except OSError:  # since 2020 for root alone
         return None
-    if not counters:
+    if not zones:
         return None
-    return lambda: sum(int(file.read_text()) for file in counters) / 1e6
+    total = 0
+
+    def read() -> float:
+        nonlocal last, total
+        now = microjoules("energy_uj")
+        total += sum((b - a) % its for a, b, its in zip(last, now, ranges, strict=True))
+        last = now
+        return total / 1e6
+
+    return read
 
 
 def _nvml() -> Callable[[], float] | None:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.claims import BATCH, CLAIMS, LENGTH, PEERS, recorded, shown
+from benchmarks.claims import BATCH, CLAIMS, COMPARED, LENGTH, recorded, shown
 
 QUICK: dict[str, list[str]] = {
-    "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 1 --peers".split() + PEERS,
+    "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 1 --peers".split() + COMPARED,
     "model": ["decode.json", "--this-machine"],
     "convolution": ["--first", "1"],
     "train": ["--context", "2048", "--repeats", "1"],

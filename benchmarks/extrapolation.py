@@ -39,8 +39,6 @@ BATCHES = [1, 8, 32, 64, 256]
 CACHES = ["paged", "naive"]
 FEW_CHANNELS = 64
 """Whose filters have the same factors as those of any number."""
-PAYS = 1.1
-"""As many times as fast as direct sums: where FutureFill is worth having."""
 
 
 def extrapolated() -> dict[str, Any]:
@@ -51,7 +49,6 @@ def extrapolated() -> dict[str, Any]:
         "gpu": GPU,
         "rates": {"bytes": rates.bytes, "products": rates.products, "ffts": rates.ffts},
         "prompt_tokens": PROMPT_TOKENS,
-        "pays": PAYS,
         "sizes": sizes,
     }
 
@@ -68,7 +65,6 @@ def size(name: str, rates: Rates) -> dict[str, Any]:
     }
     return {
         layout: {"parameters": num_parameters(replace(config, layout=layout)), "cells": cells}
-        | {"pays_from": pays_from(cells)}
         for layout, cells in layouts.items()
     }
 
@@ -141,18 +137,3 @@ def factorized(context: int, new_tokens: int) -> TileFlush:
     pages = torch.zeros(1, 1, PAGE_LEN, FEW_CHANNELS)
     with mock.patch.object(tile_levels, "CORE_BYTES", 0):
         return TileFlush(taps, lag_step, pages, pages_for(new_tokens - 1, PAGE_LEN))
-
-
-def pays_from(cells: list[dict[str, Any]]) -> dict[int, int | None]:
-    """By batch, the shortest of these lengths at which it does."""
-    return {
-        batch: min(
-            (
-                its["new_tokens"]
-                for its in cells
-                if its["batch"] == batch and its["times_as_fast"] >= PAYS
-            ),
-            default=None,
-        )
-        for batch in BATCHES
-    }

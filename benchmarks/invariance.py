@@ -9,6 +9,7 @@ its tokens is another.
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from stu.tokenizer import Tokenizer
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Shares of changed prompts, and tokens per second, with the option and without."""
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    lines = args.prompts.read_text(encoding="utf-8").split("\n")[:-1]
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(json.loads(line)["prompt"])] for line in lines]
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in read_prompts(args.prompts)]
     result: dict[str, Any] = {"machine": describe(), "prompts": len(prompts), "runs": []}
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -46,6 +46,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 run[f"{name}_tokens_per_second"] = speed
             result["runs"].append(run)
     return result
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Of JSON lines, the field `prompt`. Raises ValueError if one has none, or nothing is there."""
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{file}, line {number}: must be like {{"prompt": "some text"}}')
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise ValueError(f'{file}: no prompts; write lines like {{"prompt": "some text"}}')
+    return prompts
 
 
 def decode(

@@ -5,11 +5,9 @@ was resident beyond what there was before, gradients included.
 """
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import describe
+from benchmarks.peak_memory import peak_gib
 from train.loss import next_token_loss
-from train.measured import memory_bytes
 
 VOCAB_SIZE = 200_064
 SIZES = [(2048, 512), (4096, 256)]
@@ -64,15 +62,16 @@ def timed(
     repeats: int,
 ) -> list[tuple[str, float]]:
     """Seconds, the median, and GiB."""
-    gc.collect()
-    before = memory_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # what was most so far is forgotten
-    seconds = []
-    for _ in range(repeats):
-        hidden.grad = output.grad = None
-        began = time.perf_counter()
-        way(hidden, output, targets).backward()
-        seconds.append(time.perf_counter() - began)
-    most = memory_bytes(torch.device("cpu")) - before
+
+    def repeated() -> list[float]:
+        seconds = []
+        for _ in range(repeats):
+            hidden.grad = output.grad = None
+            began = time.perf_counter()
+            way(hidden, output, targets).backward()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    seconds, gib = peak_gib(repeated)
     hidden.grad = output.grad = None
-    return [("seconds", statistics.median(seconds)), ("gib", most / 2**30)]
+    return [("seconds", statistics.median(seconds)), ("gib", gib)]

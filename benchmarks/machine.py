@@ -13,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["numpy", "transformers", "deepspeed"]
+NOT_RESULTS = [":(exclude)*.json", ":(exclude)*.png"]
+"""What `stu-bench train > train.json` makes before it begins is no change."""
 
 
 def describe() -> dict[str, Any]:
@@ -23,7 +25,6 @@ def describe() -> dict[str, Any]:
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -45,13 +46,16 @@ def version(package: str) -> str:
 
 
 def commit(folder: Path) -> str:
-    """The commit that is checked out, with `-dirty` if files differ from it."""
+    """The commit that is checked out, with `-dirty` if files differ from it, results left out."""
     try:
         head, changes = (
             subprocess.run(
                 ["git", "-C", folder, *command], capture_output=True, text=True, check=True
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--", ".", *NOT_RESULTS],
+            )
         )
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return "unknown"

@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             SETTINGS[: args.first]
         ):
             run_dir = Path(folder) / str(number)
-            train(run_dir, data, config, ranks, seq_len, micro_batch, parallel, args.threads[0])
+            train(run_dir, data, config, ranks, seq_len, micro_batch, parallel, args.threads)
             measured = max(read_curves(run_dir)["train/memory_gib"][1])
             activations = activation_bytes(
                 config, seq_len, micro_batch, parallel, is_half=False, on_gpu=False

@@ -44,6 +44,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             head = {"result": file.stem} | {name: run[name] for name in CURVE}
             curve = curves.setdefault(tuple(head.values()), head | {"points": []})
             curve["points"].append(point(run, Rates(**run["rates"])))
+        if not any(head[0] == file.stem for head in curves):
+            raise ValueError(f"{file}: no timed run; make it by stu-bench decode --output {file}")
     for curve in curves.values():
         curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
     result = {

@@ -33,6 +33,7 @@ WEIGHTS = 5_250_000
 SEQ_LEN, MICRO_BATCH, WARMUP_STEPS, EVALUATIONS = 512, 4, 50, 10
 VALIDATION_TOKENS = 32_768
 FIRST_RATES = [2e-3, 4e-3]
+COMMIT_DIGITS = 40
 SWEEP_SHARE = 0.25
 """Of the steps, in the short runs."""
 
@@ -41,6 +42,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Bits per byte by step and by seconds, of each layout and seed; means and ranges."""
     machine = describe()
     folder: Path = args.folder / machine["commit"]
+    if folder.exists() and len(machine["commit"]) != COMMIT_DIGITS:
+        raise ValueError(
+            f"{folder}: runs of files that no commit names cannot be told from others: commit the "
+            "files, or delete the folder"
+        )
     data = folder / "data"
     if not data.exists():
         prepare = [_program("stu-prepare"), "stdlib:", "--output", data]

@@ -109,15 +109,13 @@ def one_round(candidate: Candidate, threads: Sequence[int]) -> Iterator[Round]:
         if candidate.whole:
             # The first token comes with the prompt, and after the last the batch is gone.
             left = new_tokens - 3 - subject.warm_up_steps  # and one is left to count operations of
-            start = counter() if counter else 0.0
             samples = [Sample(1.0, subject.step()) for _ in range(left)]
-            seconds = sum(its.figures["step"] for its in samples) / 1e3
-            watts = (counter() - start) / seconds if counter else None
         else:
             samples = sampled(subject, new_tokens)
-            watts = mean_watts(subject, new_tokens, counter) if counter else None
+        num_operations = operations(subject.step)
+        watts = mean_watts(subject, new_tokens, counter) if counter else None
         rates = [before, measured_rates(batch, device, getattr(torch, dtype))]
-        yield Round(samples, rates, watts, operations(subject.step), costs)
+        yield Round(samples, rates, watts, num_operations, costs)
     gc.unfreeze()
     candidate.end()
 

@@ -33,7 +33,7 @@ MIB = 2**20
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the traffic for `args.seconds`."""
-    torch.set_num_threads(args.threads[0])
+    torch.set_num_threads(args.threads)
     tokenizer = small_tokenizer()
     before = resident_bytes()
     engine, weights_bytes, cache_bytes = make_engine(tokenizer, args.cache_gib)
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def make_engine(tokenizer: Tokenizer, cache_gib: float) -> tuple[Engine, int, int]:
     """A hybrid model of 28 M parameters in an engine, the bytes of its weights and of its caches.
 
-    The weights are counted as the engine holds them, filters and taps among them.
+    Filters count as weights; what the engine makes of them counts among what is not known.
     """
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=VOCAB_SIZE, max_seq_len=2 * MOST_TOKENS + 100)

@@ -12,9 +12,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmarks import decoding_tables, serving_tables, training_tables
+from benchmarks.choice import Run
 from benchmarks.claims import claims, recorded
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def with_tables(text: str) -> str:
     def figures(place: re.Match[str]) -> str:
         result = json.loads((RESULTS / f"{place['name']}.json").read_text(encoding="utf-8"))
         its = TABLES[place["part"]](result)
-        return f"{place[1]}\n{its}\n\n{made_on(result['machine'])}\n{place[4]}"
+        return f"{place[1]}\n{its}\n\n{made_on(result)}\n{place[4]}"
 
     def claimed(place: re.Match[str]) -> str:
         return f"{place[1]}\n{claims(recorded(RESULTS))}\n\n{place[2]}"
@@ -52,10 +52,12 @@ def with_tables(text: str) -> str:
     return CLAIMS.sub(claimed, PLACE.sub(figures, text))
 
 
-def made_on(machine: dict[str, Any]) -> str:
+def made_on(result: Run) -> str:
     """Where and when a result was made."""
+    machine = result["machine"]
     day, commit = machine["date"].split("T")[0], machine["commit"][:7]
-    processor = machine["processor"] if machine["gpu"] == "none" else machine["gpu"]
+    on_gpu = any(run.get("device") == "cuda" for run in result.get("runs", []))
+    processor = machine["gpu" if on_gpu else "processor"]
     return f"({processor}, torch {machine['torch']}, {day}, commit {commit})"
 
 

@@ -18,26 +18,22 @@ gaps in the heap would hide what a step takes. Other rounds are faster for keepi
 
 import argparse
 import functools
-import gc
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import record_function
 
-from benchmarks import heap
 from benchmarks.machine import describe
+from benchmarks.peak_memory import peak_gib
 from benchmarks.train_profile import GROUPS, OPTIMIZER, profile
 from benchmarks.train_ways import WAYS, flops_per_token, make_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train.loss import next_token_loss
-from train.measured import memory_bytes
 from train.optimizer import OptimizerConfig, adamw
 
 VOCAB_SIZE, MLP_RATIO, CLIP_NORM = 4096, 4, 1.0
@@ -90,7 +86,7 @@ def compare(shape: ModelConfig, repeats: int, is_profiled: bool) -> dict[str, An
             if name in memory:
                 steps[name].append(step())
             else:
-                seconds, memory[name] = with_memory(step)
+                seconds, memory[name] = peak_gib(step)
                 steps[name].append(seconds)
         print(f"{context} tokens, {name}: {steps[name][-1]['step']:.2f} s", file=sys.stderr)
     ways = {}
@@ -145,16 +141,6 @@ class Trainee:
         forward, backward, optimizer = (b - a for a, b in itertools.pairwise(times))
         seconds = {"forward": forward, "backward": backward, "optimizer": optimizer}
         return {**seconds, "step": times[-1] - times[0]}
-
-
-def with_memory(step: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
-    """What it returns, and the most GiB it takes beyond weights and moments, gradients included."""
-    gc.collect()
-    heap.give_back()
-    before = memory_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # what was most so far is forgotten
-    seconds = step()
-    return seconds, (memory_bytes(torch.device("cpu")) - before) / 2**30
 
 
 def ratios(speeds: dict[str, float]) -> dict[str, float]:

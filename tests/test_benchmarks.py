@@ -9,12 +9,13 @@ from datetime import datetime
 import pytest
 import torch
 
-from benchmarks import cli, decode, rounds, soak
+from benchmarks import cli, decode, invariance, rounds, soak
 from benchmarks.decode_engine import cache_flushes, make_engine
 from benchmarks.decode_subjects import EngineSubject
 from benchmarks.energy import joules_counter
 from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.machine import commit, describe
+from benchmarks.peak_memory import peak_gib
 from benchmarks.samples import Sample, mean_watts, merged, sampled, summary
 from serve.request import Request
 from stu.checkpoint import save_model
@@ -195,9 +196,57 @@ def test_sampled_steps_are_all_over_a_page_and_end_none():
         assert middle == pytest.approx((page - 1) / 2, rel=0.08)
 
 
-def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="--rounds 0 is not allowed: give at least 1"):
-        decode.measure(argparse.Namespace(rounds=0, whole=False, threads=[1]))
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        ("decode --rounds 0", "argument --rounds: 0 is not allowed: give 1 or more"),
+        ("decode --batch 8 -1", "argument --batch: -1 is not allowed: give 1 or more"),
+        ("decode --new-tokens 15", "argument --new-tokens: 15 is not allowed: give 16 or more"),
+        ("decode --plot none/a.png", "none/a.png: there is no folder none: make it first"),
+        ("decode --device cuda --peer llama", "unrecognized arguments: --peer llama"),
+        ("quality --steps 2.5", "argument --steps: 2.5 is not allowed: give 20 or more"),
+        ("memory --threads 1 2", "unrecognized arguments: 2"),
+        ("sizes --threads 2", "unrecognized arguments: --threads 2"),
+        ("model {nothing}", "nothing.json: no timed run; make it by stu-bench decode --output"),
+        ("decode --whole --threads 1 2", "--whole decodes to the end, once: give one number"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(capsys, tmp_path, command, refused):
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text('{"machine": {}, "runs": [{"not_run": "does not fit"}]}')
+    try:
+        code = cli.main(command.format(nothing=nothing).split())
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    output = capsys.readouterr()
+    assert refused in output.err
+    assert output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ('{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
+        ('{"prompt": "a"}\n\n[1]\n', "line 3: must be like"),
+        ('{"prompt": 3}\n', "line 1: must be like"),
+        ("\n", "no prompts; write lines like"),
+    ],
+)
+def test_prompts_of_invariance_are_read_or_refused(tmp_path, text, refused):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=refused):
+        invariance.read_prompts(file)
+    file.write_text('{"prompt": "one"}\n\n{"prompt": "two"}')
+    assert invariance.read_prompts(file) == ["one", "two"]
+
+
+def test_the_most_memory_is_what_a_call_takes_beyond_what_was_there():
+    result, gib = peak_gib(lambda: float(torch.ones(60 * 2**20).sum()))
+    assert result == 60 * 2**20
+    assert 1024 * gib == pytest.approx(240, rel=0.1)
+    assert 1024 * peak_gib(lambda: None)[1] < 24  # and is forgotten
 
 
 def test_rounds_give_the_median_of_each_sample():
@@ -264,7 +313,13 @@ def test_joules_are_those_of_all_packages_and_never_invented(tmp_path):
         for folder in (tmp_path / zone, tmp_path / f"{zone}:0"):
             folder.mkdir()
             (folder / "energy_uj").write_text(f"{microjoules}\n")
-    assert joules_counter("cpu", tmp_path)() == 3.5
+            (folder / "max_energy_range_uj").write_text("4000000\n")
+    joules = joules_counter("cpu", tmp_path)
+    assert joules() == 0
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("900000\n")
+    assert joules() == 0.4
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100000\n")  # it turned over
+    assert joules() == 1.5
 
 
 def test_the_head_of_a_result_names_the_commit_and_the_time(tmp_path):
@@ -275,7 +330,7 @@ def test_the_head_of_a_result_names_the_commit_and_the_time(tmp_path):
 
 
 def test_soak_ends_with_every_page_free():
-    result = soak.measure(argparse.Namespace(seconds=2.0, cache_gib=0.3, threads=[1]))
+    result = soak.measure(argparse.Namespace(seconds=2.0, cache_gib=0.3, threads=1))
     assert result["samples"][-1]["new_tokens"] > 0
     assert result["samples"][-1]["convolution_pages_used"] == 0
     assert result["largest_resident_mib"] > result["weights_mib"] + result["caches_mib"]

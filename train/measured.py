@@ -7,13 +7,21 @@ import torch
 STATUS = Path("/proc/self/status")
 
 
-def memory_bytes(device: torch.device | None = None) -> int:
-    """Most that this process has had on a CUDA device, or of the machine's memory; there without a
-    device what it has now. 0 where nothing tells."""
-    if device is not None and device.type == "cuda":
+def resident_bytes() -> int:
+    """What this process has of the machine's memory now; 0 where nothing tells."""
+    return _status("VmRSS:")
+
+
+def most_bytes(device: torch.device, resident_before: int) -> int:
+    """Most that this process has had of a CUDA device's memory, or of the machine's beyond what it
+    had at some moment (`resident_bytes`); 0 where nothing tells."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if torch.cuda.is_available() or not STATUS.exists():
+    return _status("VmHWM:") - resident_before
+
+
+def _status(name: str) -> int:
+    if not STATUS.exists():
         return 0
-    name = "VmRSS:" if device is None else "VmHWM:"
     lines = STATUS.read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))

@@ -24,8 +24,17 @@ from train.data import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
 from train.fsdp import FsdpStrategy
 from train.loss import next_token_loss, token_losses
-from train.measured import memory_bytes
+from train.measured import most_bytes, resident_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
+
+
+def check_vocabulary(model_size: int, data_size: int) -> None:
+    """Raise ValueError unless a model's vocabulary is that of its token shards."""
+    if model_size != data_size:
+        raise ValueError(
+            f"model.config.vocab_size={model_size}, but the token shards were made with "
+            f"{data_size} tokens: give --model.config.vocab_size {data_size}"
+        )
 
 
 class FlashSTUModule(L.LightningModule):
@@ -46,7 +55,7 @@ class FlashSTUModule(L.LightningModule):
         guard: GuardConfig = GuardConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        self._bytes_before = memory_bytes()
+        self._resident_before = resident_bytes()
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"model.z_loss={z_loss!r} is not allowed: it must be a number >= 0")
         self.z_loss = z_loss
@@ -59,11 +68,7 @@ class FlashSTUModule(L.LightningModule):
 
     def check_data(self, data: TokenData) -> None:
         """Raise ValueError unless this model can read `data`."""
-        if data.vocab_size != self.config.vocab_size:
-            raise ValueError(
-                f"model.config.vocab_size={self.config.vocab_size}, but the token shards were made "
-                f"with {data.vocab_size} tokens: give --model.config.vocab_size {data.vocab_size}"
-            )
+        check_vocabulary(self.config.vocab_size, data.vocab_size)
         if data.seq_len > self.config.max_seq_len:
             raise ValueError(
                 f"data.seq_len={data.seq_len} exceeds model.config.max_seq_len="
@@ -153,7 +158,7 @@ class FlashSTUModule(L.LightningModule):
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
-            "train/memory_gib": (memory_bytes(self.device) - self._bytes_before) / 2**30,
+            "train/memory_gib": most_bytes(self.device, self._resident_before) / 2**30,
             "train/tokens_per_second": tokens_per_second,
             "data/position": float(self._data.position),
             **self._utilization(tokens_per_second / self.trainer.world_size),

@@ -33,7 +33,7 @@ from train.checkpoints import (
 )
 from train.data import TokenData
 from train.interruption import EXIT_CODES, Interruption
-from train.module import FlashSTUModule
+from train.module import FlashSTUModule, check_vocabulary
 from train.parallel import ParallelConfig, make_strategy, prepare_blocks
 from train.shards import Index
 from train.watchdog import Watchdog
@@ -230,8 +230,11 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     settings = parser.parse_args(list(arguments))
     shape = settings.model.config
     try:
-        if not shape.vocab_size:
-            shape.vocab_size = Index.load(Path(settings.data.dir)).vocab_size
+        folder = Path(settings.data.dir)
+        if folder.exists() or not shape.vocab_size:  # a plan may be older than its data
+            data_size = Index.load(folder).vocab_size
+            shape.vocab_size = shape.vocab_size or data_size
+            check_vocabulary(shape.vocab_size, data_size)
         shape.pop("__path__", None)  # of the file that it was read from
         settings.model.config = ModelConfig(**shape.as_dict())
         settings.parallel = ParallelConfig(**settings.parallel.as_dict())
