@@ -42,7 +42,7 @@ FEW_CHANNELS = 64
 
 
 def extrapolated() -> dict[str, Any]:
-    """Of each size, both caches at each batch and length; and from where FutureFill pays."""
+    """Of each size, both caches at each batch and length."""
     rates = of_gpu(GPU)
     sizes = {name: size(name, rates) for name in SIZES}
     return {

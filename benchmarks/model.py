@@ -20,6 +20,7 @@ constants of a data sheet, says what other machines and larger models would do
 import argparse
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.extrapolation import extrapolated
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Predicted over measured, for each run and the worst of each curve; and other machines."""
     if args.plot and args.this_machine:
         raise ValueError("--plot shows other machines too: leave --this-machine out")
-    measured = [json.loads(file.read_text(encoding="utf-8")) for file in args.decode]
+    measured = [read_json(file) for file in args.decode]
     curves: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file, its in zip(args.decode, measured, strict=True):
         for run in (run for run in its["runs"] if "step_ms" in run):
@@ -61,6 +62,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
         plot(result, args.plot)
     return result
+
+
+def read_json(file: Path) -> Any:
+    """Raises ValueError if it is none, OSError if it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
 
 
 def point(run: dict[str, Any], rates: Rates) -> dict[str, Any]:

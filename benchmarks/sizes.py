@@ -39,7 +39,7 @@ def plan(name: str, num_ranks: int) -> dict[str, Any]:
     gpu = GPUS[GPU]
     config = ModelConfig.from_dict(yaml.safe_load((MODELS / f"{name}.yaml").read_text()))
     usable = USABLE_SHARE * gpu.memory_gib * 2**30
-    fits = Fits(config, SEQ_LEN, num_ranks, usable)
+    fits = Fits(config, SEQ_LEN, num_ranks, usable, is_half=True)
     count = num_parameters(config)
     ways = []
     for recomputes in (False, True):

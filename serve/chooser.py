@@ -44,7 +44,6 @@ class TokenChooser:
     def add(self, request_id: int, request: Request) -> None:
         """Raises ValueError for a constraint that is not allowed."""
         if request.constraint is not None:
-            self._grammars.check(request.constraint)
             self._matchers[request_id] = self._grammars.matcher(request.constraint)
         self._requests[request_id], self._tokens[request_id] = request, []
         for token in request.given:

@@ -5,6 +5,7 @@ can get wrong is found by `Grammars.check`, before the engine hears of the reque
 a grammar's size and for the work of each token.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from stu.tokenizer import Tokenizer
 
+MOST_COMPILED = 16
 MOST_CHARS = 2**16
 """Of a schema or expression."""
 LIMITS = llguidance.LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000)
@@ -32,16 +34,27 @@ class Constraint:
 
 
 class Grammars:
-    """Makes matchers of a tokenizer's tokens; the tokenizer must have EOS, which ends the text."""
+    """Makes matchers of a tokenizer's tokens; the tokenizer must have EOS, which ends the text.
+
+    The constraints that were used last stay compiled: completions of one request share theirs.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._checked = functools.lru_cache(MOST_COMPILED)(self._compile)
         self._tokenizer: llguidance.LLTokenizer | None = None
         if tokenizer.eos_id >= 0:
             wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
             self._tokenizer = llguidance.LLTokenizer(wrapper)
 
+    def matcher(self, constraint: Constraint) -> "GrammarMatcher":
+        """For one completion. Raises ValueError as `check` does."""
+        return GrammarMatcher(self._checked(constraint).deep_copy())
+
     def check(self, constraint: Constraint) -> None:
         """Raises ValueError for what is no schema or expression, or too large, or not supported."""
+        self._checked(constraint)
+
+    def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
         kind, source = constraint.kind, constraint.source
         if self._tokenizer is None:
             raise ValueError(
@@ -52,23 +65,19 @@ class Grammars:
                 f"{kind} of {len(source)} characters is not allowed: it must have {MOST_CHARS} at "
                 "most"
             )
+        grammar = _grammar(constraint)
         is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-            _grammar(constraint), self._tokenizer, limits=LIMITS
+            grammar, self._tokenizer, limits=LIMITS
         )
         if is_wrong:
             raise ValueError(f"{kind} is not allowed: {' '.join(messages[0].split())[:500]}")
         # What is well formed may still allow no text at all, or take more than the limits.
-        matcher = self.matcher(constraint)
+        compiled = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        matcher = GrammarMatcher(compiled.deep_copy())
         if not matcher.allowed(self._tokenizer.vocab_size).any() or matcher.error:
             reason = matcher.error or "no text follows it"
             raise ValueError(f"{kind} is not allowed: {' '.join(reason.split())[:500]}")
-
-    def matcher(self, constraint: Constraint) -> "GrammarMatcher":
-        """For one completion; the constraint must have been checked."""
-        assert self._tokenizer is not None, "the tokenizer has no EOS"
-        return GrammarMatcher(
-            llguidance.LLMatcher(self._tokenizer, _grammar(constraint), log_level=0, limits=LIMITS)
-        )
+        return compiled
 
 
 class GrammarMatcher:

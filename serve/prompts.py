@@ -100,8 +100,8 @@ def require_unicode(name: str, text: str) -> None:
 
 
 def show(value: object) -> str:
-    """`value` as JSON, shortened."""
-    text = json.dumps(value)
+    """`value` as JSON, shortened; what JSON has no form for as Python writes it."""
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:60] + "..."
 
 

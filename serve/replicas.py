@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from serve.engine import Stats
+from serve.last_words import last_words
 from serve.request import Output, Request
 from serve.server_config import ServerConfig
 from serve.wire import Message, Unpacker, output_from_wire, pack, request_to_wire
@@ -43,7 +44,6 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between two starts of an engine that ends again and again."""
 START_SECONDS = 600.0
 """That an engine may take to load its model."""
-TAIL_BYTES = 2000
 LAST_WORDS_SECONDS = 5.0
 """That an engine which is no longer heard of has to end by itself."""
 
@@ -119,6 +119,11 @@ class Replica:
         return self.stats is not None
 
     @property
+    def said(self) -> str:
+        """What it wrote last, to stderr or stdout."""
+        return last_words(self._errors)
+
+    @property
     def has_room(self) -> bool:
         """Whether another request would soon run, with none beside it that may end the engine."""
         if any(stream.is_suspect for stream in self.streams.values()):
@@ -162,8 +167,7 @@ class Replica:
             await asyncio.to_thread(self.process.wait, LAST_WORDS_SECONDS)
         self.kill()
         code = await asyncio.to_thread(self.process.wait)
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - TAIL_BYTES))
-        tail = self._errors.read().decode(errors="replace").strip()
+        tail = self.said
         self._errors.close()
         how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with code {code}"
         return f"ended {how}; what it said last: {tail or 'nothing'}"
@@ -197,9 +201,10 @@ class Replicas:
         for task in self._tasks:
             task.add_done_callback(_log_failure)
 
-    async def ready(self) -> None:
-        """Wait until an engine takes requests. Raises OSError if none can be started."""
-        while not any(self.running):
+    async def ready(self, is_wanted: Callable[[], bool]) -> None:
+        """Wait until an engine takes requests, or is wanted no more. Raises OSError if none can be
+        started."""
+        while is_wanted() and not any(self.running):
             if self._cannot_start:
                 raise OSError(f"no engine could be started: {self._last_error}")
             await asyncio.sleep(WATCH_SECONDS / 4)
@@ -324,6 +329,7 @@ class Replicas:
                 self._hear(index, replica, message)
             was_ready, replica.stats = replica.is_ready, None
             how = await replica.ended()
+            self._replicas[index] = None
             self.num_restarts += 1
             self._move(replica)
             if was_ready:
@@ -349,6 +355,8 @@ class Replicas:
         if "ready" in message:
             replica.stats = Stats.from_json(message["ready"])
             self._failed_starts[index] = 0
+            if replica.said:
+                logger.warning("engine %d on %s: %s", index, self._devices[index], replica.said)
             self._place_waiting()
         elif "refused" in message:
             refused = replica.streams.pop(message["refused"], None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from serve.api import Service
 
 KEEP_ALIVE_SECONDS = 75
+UVICORN_COULD_NOT_START = 3
 LAST_WORDS_SECONDS = 3
 """For the answers of requests that did not end while the server drained."""
 
@@ -90,7 +91,11 @@ def serve(config: ServerConfig) -> int:
                 logging.getLogger("stu").info("listening on %s://%s:%d", scheme, host, port)
 
     server = Server(settings)
-    asyncio.run(server.serve())
+    try:
+        asyncio.run(server.serve())
+    except SystemExit as error:
+        if error.code != UVICORN_COULD_NOT_START:
+            raise
     return 0 if server.started else 2
 
 
@@ -138,7 +143,7 @@ def _lifespan(service: "Service") -> Any:
     async def lifespan(_: Any) -> AsyncIterator[None]:
         await service.replicas.start()
         try:
-            await service.replicas.ready()
+            await service.replicas.ready(lambda: not service.is_draining)
             yield
         finally:
             await service.replicas.stop()

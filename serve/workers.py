@@ -14,9 +14,8 @@ from typing import IO
 
 from serve.decoder import Report
 from serve.devices import num_cpus
+from serve.last_words import last_words
 from serve.worker import Work
-
-TAIL_BYTES = 2000
 
 
 class Workers:
@@ -98,11 +97,11 @@ class Workers:
 
     def _require_done(self, index: int) -> None:
         code = self._processes[index].wait()
+        tail = last_words(self._errors[index])
         if code == 0:
+            if tail:
+                print(f"the worker on {self._works[index].device}: {tail}", file=sys.stderr)
             return
-        errors = self._errors[index]
-        errors.seek(max(0, errors.seek(0, os.SEEK_END) - TAIL_BYTES))
-        tail = errors.read().decode(errors="replace").strip()
         how = (
             f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )

@@ -8,6 +8,7 @@ from benchmarks import claims, evidence, tables
 from benchmarks.choice import Run
 from benchmarks.claims import CLAIMS, COMPARED, Claim
 from benchmarks.cli import CACHES
+from benchmarks.tables import RESULTS
 
 
 def test_a_bound_is_a_bound():
@@ -110,14 +111,15 @@ def test_a_benchmark_that_fails_leaves_no_result_and_names_its_log(tmp_path):
     with pytest.raises(SystemExit, match=r"model failed: see .*model\.log"):
         evidence.measure("model", ["decode.json", "--this-machine"], tmp_path)
     assert not (tmp_path / "model.json").exists()
-    assert "JSONDecodeError" in (tmp_path / "model.log").read_text()
+    assert "error: decode.json: not JSON (" in (tmp_path / "model.log").read_text()
 
 
 def test_a_benchmark_writes_its_result_where_it_is_looked_for(tmp_path):
-    empty = {"machine": {"commit": "of the decoding"}, "runs": []}
-    (tmp_path / "decode.json").write_text(json.dumps(empty))
+    runs = claims.recorded(RESULTS)["decode"]["runs"][:1]
+    decoded = {"machine": {"commit": "of the decoding"}, "runs": runs}
+    (tmp_path / "decode.json").write_text(json.dumps(decoded))
     evidence.measure("model", ["decode.json", "--this-machine"], tmp_path)
     result = claims.recorded(tmp_path)["model"]
-    assert result["measured_on"] == [empty["machine"]]
-    assert result["curves"] == []
+    assert result["measured_on"] == [decoded["machine"]]
+    assert [its["cache"] for its in result["curves"]] == ["paged"]
     assert not list(tmp_path.glob("*.part"))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ GPUS = {
 }
 """NVIDIA's data sheets of A100, H100 SXM, H200 and L40S. Networks are those of DGX hosts, 200 and
 400 Gbit/s for a GPU, and 100 Gbit/s."""
+MEMORY_TOLERANCE = 0.1
+"""Of the memory that CUDA tells, which is less than that of the data sheet."""
 USABLE_SHARE = 0.92
 """Of the memory: the driver and the allocator's gaps take the rest."""
 PRODUCT_SHARE = 0.5
@@ -81,13 +84,16 @@ def token_flops(
 
 
 def known_gpu(device: torch.device) -> str | None:
-    """Its name above, if it has one."""
+    """Its name above, if it has one: one of another size may be another in all."""
     if device.type != "cuda":
         return None
     its = torch.cuda.get_device_properties(device)
-    alike = [name for name, gpu in GPUS.items() if gpu.cuda_name in its.name]
     memory_gib = its.total_memory / 2**30
-    return min(alike, key=lambda name: abs(GPUS[name].memory_gib - memory_gib), default=None)
+    for name, gpu in GPUS.items():
+        is_named = re.search(rf"\b{gpu.cuda_name}\b", its.name)
+        if is_named and math.isclose(memory_gib, gpu.memory_gib, rel_tol=MEMORY_TOLERANCE):
+            return name
+    return None
 
 
 def exchanged_bytes(

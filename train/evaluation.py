@@ -93,7 +93,7 @@ def plot_accuracy(metrics: dict[str, float], path: Path) -> None:
 
 @torch.no_grad()
 def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Beginnings of `tokens [B, T]`, and in bold how the model goes on; Markdown.
+    """Beginnings of `tokens [B, T]`, four at most, and in bold how the model goes on; Markdown.
 
     Draws are the same at every call, and leave torch's generators alone. Every rank of a run must
     call it: the whole sequence is computed for each token, wherever the weights are.

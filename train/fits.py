@@ -1,4 +1,4 @@
-"""Which micro-batches and stages fit into a GPU's memory, in bfloat16."""
+"""Which micro-batches and stages fit into a GPU's memory."""
 
 from dataclasses import replace
 
@@ -8,10 +8,15 @@ from train.parallel import ParallelConfig
 
 
 class Fits:
-    """What fits, of one model on so many ranks. Activations grow linearly with the micro-batch."""
+    """What fits, of one model on so many ranks. Activations grow linearly with the micro-batch.
 
-    def __init__(self, config: ModelConfig, seq_len: int, num_ranks: int, usable: float) -> None:
-        self._config, self._seq_len = config, seq_len
+    is_half: in bfloat16, or else float32.
+    """
+
+    def __init__(
+        self, config: ModelConfig, seq_len: int, num_ranks: int, usable: float, is_half: bool
+    ) -> None:
+        self._config, self._seq_len, self._is_half = config, seq_len, is_half
         self._num_ranks, self._usable = num_ranks, usable
         self._traced: dict[tuple[bool, bool, int], int] = {}
 
@@ -20,7 +25,7 @@ class Fits:
         one, two = (self._trace(parallel, size) for size in (1, 2))
         activations = one + (two - one) * (micro_batch - 1)
         return rank_memory(
-            self._config, parallel, self._num_ranks, activations, is_half=True, on_gpu=True
+            self._config, parallel, self._num_ranks, activations, self._is_half, on_gpu=True
         )
 
     def largest(self, parallel: ParallelConfig) -> int:
@@ -38,7 +43,7 @@ class Fits:
         key = parallel.kind == "ddp", parallel.checkpoint_activations, micro_batch
         if key not in self._traced:
             self._traced[key] = activation_bytes(
-                self._config, self._seq_len, micro_batch, parallel, is_half=True, on_gpu=True
+                self._config, self._seq_len, micro_batch, parallel, self._is_half, on_gpu=True
             )
         return self._traced[key]
 

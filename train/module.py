@@ -158,12 +158,13 @@ class FlashSTUModule(L.LightningModule):
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
-            "train/memory_gib": most_bytes(self.device, self._resident_before) / 2**30,
             "train/tokens_per_second": tokens_per_second,
             "data/position": float(self._data.position),
             **self._utilization(tokens_per_second / self.trainer.world_size),
         }
         self._log(metrics, step)
+        gib = most_bytes(self.device, self._resident_before) / 2**30
+        self.log("train/memory_gib", gib, sync_dist=True, reduce_fx="max")
         self._start_clock()
 
     def on_validation_epoch_start(self) -> None:

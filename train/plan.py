@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="stu-plan",
         usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]",
-        description="Memory, speed and days of a run of stu-train, whose settings follow, in "
-        "bfloat16. Exit code 1 if it does not fit.",
+        description="Memory, speed and days of a run of stu-train, whose settings follow. "
+        "Exit code 1 if it does not fit.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -77,9 +77,10 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     config, parallel = settings.model.config, settings.parallel
     seq_len, micro_batch = settings.data.seq_len, settings.data.micro_batch_size
     accumulated = settings.trainer.accumulate_grad_batches
+    is_half = "16" in str(settings.trainer.precision)
     usable = USABLE_SHARE * gpu.memory_gib * GIB
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
-    fits = Fits(config, seq_len, num_ranks, usable)
+    fits = Fits(config, seq_len, num_ranks, usable, is_half)
     flops = token_flops(config, seq_len, micro_batch, parallel.checkpoint_activations)
     console.print(
         f"{_millions(config)} M parameters; {flops.total / 1e9:.2f} GFLOP a token: "
@@ -96,7 +97,8 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         "FFTs",
         "total",
         "largest",
-        title=f"GiB on each of {num_ranks} {gpu_name}, {seq_len:,} tokens x {micro_batch}; "
+        title=f"GiB on each of {num_ranks} {gpu_name}, {seq_len:,} tokens x {micro_batch}, "
+        f"{'bfloat16' if is_half else 'float32'}; "
         f"{usable / GIB:.1f} are usable",
     )
     ffts = fft_bytes(config, seq_len, micro_batch)
@@ -113,7 +115,7 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     tokens_per_step = num_ranks * accumulated * micro_batch * seq_len
     seconds = step_seconds(config, gpu, parallel, seq_len, micro_batch, accumulated, num_ranks)
     tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step
-    sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half=True)
+    sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half)
     console.print(
         f"{tokens_per_step:,} tokens a step, {sent / GIB:.1f} GiB sent by each rank; about "
         f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens a second, "
@@ -121,20 +123,22 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         "tokens (assumed: half of the peak in products, 60% of the bandwidth in FFTs, half of the "
         "exchange hidden)"
     )
+    if not is_half:
+        console.print("Times are of bfloat16 (trainer.precision=bf16-mixed); float32 takes longer")
     if fits.holds(parallel, micro_batch):
         return 0
-    console.print(f"It does not fit. {_advice(fits, parallel, micro_batch)}")
+    console.print(f"It does not fit. {_advice(fits, parallel, micro_batch, is_half)}")
     return 1
 
 
-def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int) -> str:
+def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int, is_half: bool) -> str:
     """What would."""
     from train.fits import stages
 
     found = []
     for recomputes in (False, True):
         for name, its in stages(replace(parallel, checkpoint_activations=recomputes)):
-            if name == "zero 0":  # trains in float32 alone
+            if name == "zero 0" and is_half:  # it trains in float32 alone
                 continue
             largest = min(fits.largest(its), micro_batch)
             if largest > 0:

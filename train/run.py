@@ -113,6 +113,11 @@ class TrainCLI(LightningCLI):
                     f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
                 )
         precision = str(settings.trainer.precision or "32-true")
+        if precision in ("16", "16-mixed", "16-true"):
+            raise ValueError(
+                f"trainer.precision={precision} is not allowed: float16 rounds the gradients "
+                "of a large vocabulary to zero; take bf16-mixed or 32-true"
+            )
         if settings.parallel.kind == "fsdp" and precision not in ("32-true", "bf16-mixed", "32"):
             raise ValueError(
                 f"trainer.precision={precision} with parallel.kind=fsdp is not allowed: it must be "

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -252,6 +253,12 @@ def test_parquet(tmp_path, model_directory, run):
     completions = [row["completion"] for row in run([{"prompt": "x"}, {"prompt": "def"}])[1]]
     assert [rows[0]["completion"], rows[2]["completion"]] == completions
     assert [row["id"] for row in decode("--column", "text")[1]] == [0, 1, 2]
+    table = pa.table({"text": [b"\x80", b"def"], "when": [datetime(2026, 1, 1)] * 2})
+    pq.write_table(table, tmp_path / "in.parquet")
+    errors = [row["error"] for row in decode("--column", "text", "--id-column", "when")[1]]
+    assert errors[0].startswith('row 0: id="datetime.datetime(2026, 1, 1, 0, 0)" is not allowed')
+    errors = [row["error"] for row in decode("--column", "text")[1]]
+    assert errors[0].startswith("row 0: prompt=\"b'\\\\x80'\" is not allowed")
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,15 @@ def test_a_constraint_that_takes_too_much_work_ends_its_request_alone(code_model
         reasons |= {its.request_id: its.finish_reason for its in engine.step()}
     assert reasons[other] == "length"
     assert reasons[request_id] in ("length", "error", "stop")
+
+
+def test_completions_share_a_compiled_constraint_and_not_their_place_in_it(code_tokenizer):
+    grammars = Grammars(code_tokenizer)
+    grammars.check(CONSTRAINTS["schema"])
+    one, other = (grammars.matcher(CONSTRAINTS["schema"]) for _ in range(2))
+    at_first = other.allowed(code_tokenizer.vocab_size)
+    one.append(int(at_first.nonzero()[0, 0]))
+    assert not one.allowed(code_tokenizer.vocab_size).equal(at_first)
+    for its in (other, grammars.matcher(CONSTRAINTS["schema"])):
+        assert its.allowed(code_tokenizer.vocab_size).equal(at_first)
+    assert grammars._checked.cache_info().misses == 1

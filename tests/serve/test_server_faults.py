@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
@@ -14,6 +16,9 @@ from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import Request
 from serve.sampling import SamplingParams
+from stu.checkpoint import save_model
+from stu.config import ModelConfig
+from stu.model import FlashSTU
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
 PROMPT = [1, 100, 101, 102]
@@ -172,3 +177,44 @@ def test_a_model_that_cannot_be_loaded_is_named(model_directory, tmp_path, damag
         (tmp_path / path.name).write_bytes(content)
     with pytest.raises(AssertionError, match=damage), serving(tmp_path):
         pass
+
+
+def starting(model, *options):
+    """A server that has just begun, its log to be read."""
+    command = [sys.executable, "-m", "serve.server", str(model), "--port", "0", *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_server_that_cannot_start_says_why_and_ends_with_2(model_directory):
+    with starting(model_directory, "--cache-gib", "1e-6") as process:
+        log = process.communicate(timeout=SECONDS)[1]
+    assert process.returncode == 2
+    assert "no engine could be started: engine 0 on cpu ended with code 2" in log
+    assert "is too little" in log
+    assert "closed file" not in log
+
+
+def test_a_server_stops_while_its_engine_loads(model_directory):
+    with starting(model_directory, "--cache-gib", "0.01") as process:
+        try:
+            for line in process.stderr:
+                if "Waiting for application startup" in line:
+                    break
+            parent = psutil.Process(process.pid)
+            eventually(parent.children)
+            (replica,) = parent.children()
+            replica.suspend()  # and so is never ready
+            process.terminate()
+            assert process.wait(SECONDS) == 0
+            assert not replica.is_running()
+        finally:
+            process.kill()
+
+
+def test_what_an_engine_warns_of_is_logged(tmp_path, code_tokenizer):
+    config = ModelConfig(
+        vocab_size=code_tokenizer.vocab_size, width=16, num_layers=2, layout="hyena", num_heads=2
+    )
+    save_model(tmp_path / "model", FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
+    with serving(tmp_path / "model") as server:
+        assert any("engine 0 on cpu: tiles flush through FFTs" in line for line in server.lines)

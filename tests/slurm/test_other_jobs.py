@@ -41,7 +41,8 @@ def processes(word):
 
 
 def test_an_array_one_task_of_which_is_killed(cluster, tmp_path, model_directory):  # noqa: F811
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source, target = tmp_path / "in.jsonl", tmp_path / "of.mine" / "completions"
+    target.parent.mkdir()
     write_rows(source, ROWS)
     options = "--cache-gib", "0.01", "--devices", "cpu", "--temperature", "1", "--batch-invariant"
     script = ROOT / "slurm" / "generate.sbatch"
@@ -59,7 +60,7 @@ def test_an_array_one_task_of_which_is_killed(cluster, tmp_path, model_directory
     def log():
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
 
-    part = tmp_path / "out.1-of-3.jsonl"
+    part = target.parent / "completions.1-of-3"
     until(lambda: part.exists() and part.stat().st_size, log)
     for process in processes(f"--output {target} --shard 1/3"):
         process.send_signal(signal.SIGKILL)
@@ -70,6 +71,7 @@ def test_an_array_one_task_of_which_is_killed(cluster, tmp_path, model_directory
     assert len(read_rows(target)) == len(ROWS)
     assert rows == {row["id"]: row for row in read_rows(alone)}
     cluster.call("scancel", job)
+    assert not list(target.parent.glob("*.done"))
 
 
 def test_a_server(cluster, tmp_path, model_directory):  # noqa: F811

@@ -138,6 +138,7 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
         ("--data.seq_len=64", "seq_len=64 exceeds model.config.max_seq_len=32"),
         ("--data.dir=/nowhere", "/nowhere: no index.json"),
         ("--trainer.max_steps=-1", "trainer.max_steps=-1 is not allowed"),
+        ("--trainer.precision=16-mixed", "trainer.precision=16-mixed is not allowed: float16"),
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches=0 is not allowed"),
         ("--trainer.val_check_interval=0", "val_check_interval=0 is not allowed"),
         ("--trainer.max_epochs=3", "trainer.max_epochs is chosen by stu-train"),

@@ -147,12 +147,25 @@ def test_a_run_that_fits(settings, capsys):
     assert re.search(r"tokens a second, [\d.]+ days", shown.replace("\n", " "))
 
 
+def test_a_plan_is_of_the_precision_that_was_given(settings, capsys):
+    """Which is float32 where none was, as in `stu-train`."""
+    totals = {}
+    for name, given in {"float32": [], "bfloat16": ["--trainer.precision=bf16-mixed"]}.items():
+        fine = ["--model.config.width=512", "--data.micro_batch_size=512"]  # more than weights
+        assert plan.main(["--gpus", "1", *settings, *fine, *given]) == 0
+        shown = capsys.readouterr().out
+        assert f"{name}; 73.6 are usable" in " ".join(shown.split())
+        assert ("float32 takes longer" in shown) == (name == "float32")
+        totals[name] = float(re.search(r"ddp <-.*", shown)[0].split("\u2502")[7])
+    assert totals["float32"] > 1.2 * totals["bfloat16"]
+
+
 def test_a_run_that_does_not_fit_is_told_what_would(settings, capsys):
     large = {"layout": "stu", "width": 6144, "num_layers": 4, "mlp_ratio": 12}
     large |= {"num_heads": 8, "max_seq_len": 8192, "vocab_size": 200_064, "num_filters": 24}
     others = [its for its in settings if not its.startswith(("--model.config", "--data.seq_len"))]
     given = [*others, *(f"--model.config.{name}={its}" for name, its in large.items())]
-    given.append("--data.seq_len=8192")
+    given += ["--data.seq_len=8192", "--trainer.precision=bf16-mixed", "--data.dir=/not/yet"]
     assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     advice = re.search(r"This would: zero (\d), micro-batch (\d+)(.*)\.", shown)
@@ -180,6 +193,9 @@ def test_this_machine_has_nothing_to_plan_for(settings, capsys, monkeypatch):
         ("NVIDIA H100 80GB HBM3", 79.1, "h100-80g"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
         ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80g"),
+        ("NVIDIA H200", 139.8, "h200-141g"),
+        ("NVIDIA GH200 480GB", 95.1, None),
+        ("NVIDIA H100 NVL", 93.1, None),
         ("NVIDIA T4", 15, None),
     ],
 )
