@@ -75,7 +75,7 @@ def against(axes: Any, curves: list[dict[str, Any]]) -> None:
     axes.set_xlabel("new tokens of each sequence")
     axes.set_ylabel("time of a step (ms)")
     axes.set_title("this machine: measured (marks) and predicted (lines)", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=2)
 
 
 def gains(axes: Any, cells: list[dict[str, Any]]) -> None:
