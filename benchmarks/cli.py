@@ -14,8 +14,6 @@ CACHES = ["paged", "continuous", "epoched", "flashinference", "naive"]
 PEERS = ["llama", "llama-dynamic", "mamba2", "rwkv", "s4"]
 LAYOUTS = ["stu", "hybrid", "hyena"]
 MIXERS = ["hybrid", "stu", "hyena", "attention"]
-
-
 LEAST_NEW_TOKENS, LEAST_STEPS = 16, 20
 """Of what is timed in the middle of each fifth, and of what has a learning rate that warms up."""
 

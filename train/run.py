@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -288,6 +289,9 @@ def run(arguments: Sequence[str]) -> None:
     except TooManyBadSteps as error:
         _tell(f"stopped at step {trainer.global_step}: {error}")
         raise SystemExit(TOO_MANY_BAD_STEPS) from error
+    if torch.distributed.is_initialized():
+        # Or threads of gloo's may be at work when the interpreter ends, which then aborts.
+        torch.distributed.destroy_process_group()
     if (received := cli.interruption.received) is not None:
         _tell(
             f"stopped at step {trainer.global_step} of {trainer.max_steps} for {received.name}; "
