@@ -114,11 +114,7 @@ class TrainCLI(LightningCLI):
                     f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
                 )
         precision = str(settings.trainer.precision or "32-true")
-        if precision in ("16", "16-mixed", "16-true"):
-            raise ValueError(
-                f"trainer.precision={precision} is not allowed: float16 rounds the gradients "
-                "of a large vocabulary to zero; take bf16-mixed or 32-true"
-            )
+        refuse_float16(precision)
         if settings.parallel.kind == "fsdp" and precision not in ("32-true", "bf16-mixed", "32"):
             raise ValueError(
                 f"trainer.precision={precision} with parallel.kind=fsdp is not allowed: it must be "
@@ -224,6 +220,15 @@ def add_settings(parser: LightningArgumentParser) -> None:
     add("--log_samples", type=bool, default=False, help="write which sample each step saw")
 
 
+def refuse_float16(precision: str) -> None:
+    """Raise ValueError for float16: the loss's gradients are computed before any scale is known."""
+    if precision in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision={precision} is not allowed: float16 rounds the gradients of "
+            "a large vocabulary to zero; take bf16-mixed or 32-true"
+        )
+
+
 def parse_settings(arguments: Sequence[str]) -> Any:
     """The settings of a run that is not to begin: no data but the index is read, no model made.
 
@@ -241,6 +246,7 @@ def parse_settings(arguments: Sequence[str]) -> Any:
             data_size = Index.load(folder).vocab_size
             shape.vocab_size = shape.vocab_size or data_size
             check_vocabulary(shape.vocab_size, data_size)
+        refuse_float16(str(settings.trainer.precision))
         shape.pop("__path__", None)  # of the file that it was read from
         settings.model.config = ModelConfig(**shape.as_dict())
         settings.parallel = ParallelConfig(**settings.parallel.as_dict())
