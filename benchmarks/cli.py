@@ -114,8 +114,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     invariance = add("invariance", "how often company changes a request's tokens, and the cure")
     invariance.add_argument("model", metavar="MODEL_DIR", type=Path, help="a trained model")
-    invariance.add_argument("prompts", metavar="FILE", type=Path, help="JSON lines of prompts")
-    invariance.add_argument("--new-tokens", type=count, default=256, help="of each prompt")
+    invariance.add_argument(
+        "data", metavar="DATA_DIR", type=Path, help="token shards, whose validation split is read"
+    )
+    invariance.add_argument("--prompts", type=count, default=100, help="pieces of it")
+    invariance.add_argument("--prompt-tokens", type=count, default=64, help="of the longest one")
+    invariance.add_argument("--new-tokens", type=count, default=128, help="of each prompt")
     invariance.add_argument("--batch", type=count, default=32, help="the larger company")
 
     soak = add("soak", "the engine's memory under random traffic")

@@ -1,13 +1,12 @@
 """`stu-bench invariance`: does a request's company change its tokens?
 
-Each prompt of a file is decoded greedily, and with temperature 1, by itself and among others. The
-same settings give the same tokens, unless rounding tips a choice: matrix products round differently
-for another number of rows. With `batch_invariant` they do not. A prompt counts as changed if any of
-its tokens is another.
+Prompts of unlike lengths, pieces of a validation split, are each decoded greedily, and with
+temperature 1, by themselves and among others. The same settings give the same tokens, unless
+rounding tips a choice: matrix products round differently for another number of rows. With
+`batch_invariant` they do not. A prompt counts as changed if any of its tokens is another.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ from serve.sampling import SamplingParams
 from stu.checkpoint import load_model, load_tokenizer
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
+from train.shards import TokenShards
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Shares of changed prompts, and tokens per second, with the option and without."""
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in read_prompts(args.prompts)]
+    prompts = read_prompts(args.data, tokenizer, args.prompts, args.prompt_tokens)
     result: dict[str, Any] = {"machine": describe(), "prompts": len(prompts), "runs": []}
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -48,22 +48,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def read_prompts(file: Path) -> list[str]:
-    """Of JSON lines, the field `prompt`. Raises ValueError if one has none, or nothing is there."""
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'{file}, line {number}: must be like {{"prompt": "some text"}}')
-        prompts.append(row["prompt"])
-    if not prompts:
-        raise ValueError(f'{file}: no prompts; write lines like {{"prompt": "some text"}}')
-    return prompts
+def read_prompts(folder: Path, tokenizer: Tokenizer, count: int, longest: int) -> list[list[int]]:
+    """Pieces of 1 to `longest` tokens from evenly spaced places of the validation split.
+
+    Raises ValueError if another tokenizer made them, or there are too few to make `count` of.
+    """
+    shards = TokenShards(folder, "validation")
+    if shards.index.tokenizer_sha256 != tokenizer.sha256:
+        raise ValueError(f"{folder}: not the model's tokenizer; give the folder it was trained on")
+    if len(shards) < count * longest:
+        raise ValueError(
+            f"{folder}: {len(shards)} tokens for validation do not make {count} prompts of up to "
+            f"{longest}; lower --prompts or --prompt-tokens"
+        )
+    starts = [i * len(shards) // count for i in range(count)]
+    lengths = [1 + i % longest for i in range(count)]
+    return [
+        shards.read(start, start + length).tolist()
+        for start, length in zip(starts, lengths, strict=True)
+    ]
 
 
 def decode(
