@@ -1,6 +1,8 @@
-# Every target makes .venv by itself. PYTHON chooses the interpreter (3.10 to 3.12).
+# Every target makes .venv by itself. PYTHON chooses the interpreter (3.10 to 3.12). Tests run on
+# two workers, a file on one of them; the longest files first (tests/conftest.py).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all evidence-quick lint format clean
 
@@ -8,10 +10,10 @@ demo: .venv/installed  ## train a small model on real text, export it, decode pr
 	$(BIN)/python -m train.demo
 
 test: .venv/installed  ## everything CI runs
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/installed  ## the tests that take minutes too
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 evidence-quick: .venv/installed  ## measures the README's claims again, in under ten minutes
 	$(BIN)/python -m benchmarks.evidence

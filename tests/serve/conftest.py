@@ -16,8 +16,6 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import train_bpe
 
-torch.set_num_threads(1)  # such small tensors are slower on more
-
 MAX_SEQ_LEN = 64
 
 

@@ -4,11 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from train.prepare import PrepareConfig, prepare
-
-torch.set_num_threads(1)  # such small tensors are slower on more
 
 WORDS = [
     "def",
