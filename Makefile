@@ -1,8 +1,9 @@
 # Every target makes .venv by itself. PYTHON chooses the interpreter (3.10 to 3.12). Tests run on
-# two workers, a file on one of them; the longest files first (tests/conftest.py).
+# three workers, a file on one of them, the longest first (tests/conftest.py): many wait for what
+# they have started, so that three keep two cores busy.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all evidence-quick lint format clean
 

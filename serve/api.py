@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from serve.answers import Answer, EngineError, TimedOut, event
 from serve.chat import ChatTemplate
 from serve.chat_choices import ChatChoiceWriter
-from serve.completions import Completions, prompts_of
+from serve.completions import Completions, in_openai_words, prompts_of
 from serve.grammar import Grammars
 from serve.metrics import Metrics
 from serve.page import add_playground
@@ -40,8 +40,6 @@ from stu.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-OWN_NAME = re.compile(r'\bmax_new_tokens\b(?!")')
-"""Of OpenAI's max_tokens, in errors."""
 FIELD = re.compile(r"^(?:field \")?([a-z_]+)[\"=. ]")
 RETRY_SECONDS = "1"
 
@@ -278,7 +276,7 @@ async def _guarded(outputs: Any, events: AsyncIterator[str]) -> AsyncIterator[st
         async for each in events:
             yield each
     except (Refused, Unavailable, EngineError, TimedOut) as error:
-        yield event(error_body(_message(error), "server_error"))
+        yield event(error_body(in_openai_words(str(error)), "server_error"))
     finally:
         await outputs.aclose()
 
@@ -339,13 +337,9 @@ class _as_request_error:
 
 
 def _refused(message: str) -> RequestError:
-    text = OWN_NAME.sub("max_tokens", message)
+    text = in_openai_words(message)
     match = FIELD.match(text)
     return RequestError(400, text, "invalid_request_error", match[1] if match else None)
-
-
-def _message(error: Exception) -> str:
-    return OWN_NAME.sub("max_tokens", str(error))
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
@@ -405,7 +399,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @handles(EngineError)
     async def engine_error(_: Request, error: EngineError) -> Response:
-        return answered(500, error_body(_message(error), "server_error"))
+        return answered(500, error_body(in_openai_words(str(error)), "server_error"))
 
     @handles(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -1,5 +1,6 @@
 """OpenAI's text completions: from the body of a request to engine requests, and back to a body."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,10 +32,17 @@ FIELDS = [
     ),
     *OWN_SETTINGS,
 ]
+OWN_NAME = re.compile(r'\bmax_new_tokens\b(?!")')
+"""Of OpenAI's max_tokens, in errors of what builds requests and decodes them, but in no quote."""
 MOST_COMPLETIONS = 128
 MOST_PROMPTS = 128
 MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
 CREATED = 0  # in place of the time: rows do not depend on when and how often a run was begun
+
+
+def in_openai_words(error: str) -> str:
+    """An engine's error, of the fields that the client has sent."""
+    return OWN_NAME.sub("max_tokens", error)
 
 
 class Completions:

@@ -1,8 +1,7 @@
-"""Which devices decode, and how many processors there are."""
+"""Which devices decode."""
 
 import os
 import re
-import sys
 
 import torch
 
@@ -29,13 +28,6 @@ def choose_devices(text: str) -> list[str]:
         return [f"cuda:{index}" for index in range(num_cuda)]
     names = ["cuda:0"] if text == "all" else text.split(",")
     return [_device(name.strip(), text, num_cuda) for name in names]
-
-
-def num_cpus() -> int:
-    """Processors that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))  # a job may own fewer than the machine has
-    return os.cpu_count() or 1
 
 
 def _device(name: str, text: str, num_cuda: int) -> str:

@@ -1,19 +1,16 @@
 """The rows of OpenAI's batch format."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.completion import Completion
-from serve.completions import Completions, require, require_known
+from serve.completions import Completions, in_openai_words, require, require_known
 from serve.prompts import require_unicode, show
 from serve.rows import Json, Refusal, Row
 
 FIELDS = ["custom_id", "method", "url", "body"]
 URL = "/v1/completions"
 ID_PREFIX = "batch_req_"
-OWN_NAME = re.compile(r'\bmax_new_tokens\b(?!")')
-"""Of OpenAI's max_tokens, in errors of what builds requests and decodes them, but in no quote."""
 
 
 class OpenAiRows:
@@ -59,7 +56,7 @@ class OpenAiRows:
 
     def refused(self, refusal: Refusal) -> Json:
         """Like `completed`, with OpenAI's error in place of the body and in `error`."""
-        message = OWN_NAME.sub("max_tokens", refusal.error)
+        message = in_openai_words(refusal.error)
         code = "invalid_request_error" if refusal.status_code < 500 else "server_error"
         body = {"error": {"message": message, "type": code, "param": None, "code": None}}
         error = {"code": code, "message": message}

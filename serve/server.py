@@ -105,13 +105,14 @@ def _service(config: ServerConfig) -> "Service":
     from serve.api import Service
     from serve.chat import ChatTemplate
     from serve.completions import DEFAULTS, Completions
-    from serve.devices import choose_devices, num_cpus
+    from serve.devices import choose_devices
     from serve.grammar import Grammars
     from serve.metrics import Metrics
     from serve.prompts import RequestBuilder
     from serve.replicas import Replicas
     from serve.sampling import SamplingParams
     from stu.checkpoint import load_config, load_generation, load_tokenizer
+    from stu.processors import num_processors
 
     model, tokenizer = load_config(config.model), load_tokenizer(config.model)
     generation = load_generation(config.model)
@@ -122,7 +123,7 @@ def _service(config: ServerConfig) -> "Service":
         )
     usual = {"stop": [], "stop_at_eos": True, **asdict(SamplingParams()), **DEFAULTS}
     builder = RequestBuilder(tokenizer, model.max_seq_len, usual)
-    replicas = Replicas(config, devices, max(1, num_cpus() // len(devices)))
+    replicas = Replicas(config, devices, max(1, num_processors() // len(devices)))
     return Service(
         config,
         replicas,

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import IO
 
 from serve.decoder import Report
-from serve.devices import num_cpus
 from serve.last_words import last_words
 from serve.worker import Work
+from stu.processors import num_processors
 
 
 class Workers:
@@ -29,7 +29,7 @@ class Workers:
         self._reports: queue.SimpleQueue[tuple[int, Report | None]] = queue.SimpleQueue()
 
     def __enter__(self) -> "Workers":
-        num_threads = max(1, num_cpus() // len(self._works))
+        num_threads = max(1, num_processors() // len(self._works))
         environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
         for index in range(len(self._works)):
             self._errors.append(tempfile.TemporaryFile())

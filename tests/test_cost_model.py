@@ -101,9 +101,9 @@ def test_a_gpu_s_rates_are_those_of_its_data_sheet():
     assert rates.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
 
 
-def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch):
+def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch, quick_rates):
     file, picture = tmp_path / "decode.json", tmp_path / "model.png"
-    settings = ["--width", "64", "--batch", "1", "2", "--new-tokens", "100", "200"]
+    settings = ["--width", "64", "--batch", "1", "2", "--new-tokens", "100", "200", "--rounds", "1"]
     cli.main(["decode", *settings, "--caches", "paged", "naive", "--output", str(file)])
     capsys.readouterr()
     monkeypatch.setattr(extrapolation, "LENGTHS", [64, 512])

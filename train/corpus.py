@@ -1,7 +1,5 @@
 """A pass over the text of a corpus, and the one that writes its tokens."""
 
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from stu.processors import num_processors
 from stu.tokenizer import Tokenizer
 from train.encode import Encoder, encode_all, token_dtype
 from train.prepare_config import PrepareConfig
@@ -54,7 +53,7 @@ def write_splits(
     with (
         SplitWriter(folder, "train", dtype, config.shard_tokens) as train,
         SplitWriter(folder, "validation", dtype, config.shard_tokens) as validation,
-        closing(encode_all(texts(), encoder, config.workers or _num_cpus())) as documents,
+        closing(encode_all(texts(), encoder, config.workers or num_processors())) as documents,
     ):
         writers = {"train": train, "validation": validation}
         for document in documents:
@@ -97,9 +96,3 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-
-
-def _num_cpus() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))  # a job may own fewer than the machine has
-    return os.cpu_count() or 1

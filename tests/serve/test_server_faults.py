@@ -66,9 +66,10 @@ def ready(server):
     return server.metric("stu:replicas_ready")
 
 
-def test_streams_go_on_while_engines_are_killed(model_directory, code_model, code_tokenizer):
-    """500 of them, to the last bit of every log probability."""
-    seeds = range(500)
+@pytest.mark.parametrize("count", [150, pytest.param(500, marks=pytest.mark.slow)])
+def test_streams_go_on_while_engines_are_killed(model_directory, code_model, code_tokenizer, count):
+    """To the last bit of every log probability."""
+    seeds = range(count)
     options = "--replicas", 2, "--batch-invariant", "--max-waiting", 600
     with serving(model_directory, *options) as server:
         eventually(lambda: ready(server) == 2)

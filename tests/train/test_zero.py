@@ -99,11 +99,10 @@ def runs(settings, tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "stage"),
     [
-        *((1, stage) for stage in (0, 3)),
         *((2, stage) for stage in STAGES),
-        *((4, stage) for stage in (2, 3)),
-        *(pytest.param(1, stage, marks=pytest.mark.slow) for stage in (1, 2, "fsdp")),
-        *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in (0, 1, "fsdp")),
+        (4, 3),
+        *(pytest.param(1, stage, marks=pytest.mark.slow) for stage in STAGES),
+        *(pytest.param(4, stage, marks=pytest.mark.slow) for stage in (0, 1, 2, "fsdp")),
     ],
 )
 def test_equals_one_process(whole, runs, ranks, stage):
@@ -121,7 +120,7 @@ def test_equals_one_process(whole, runs, ranks, stage):
     ("layout", "stage"),
     [
         ("hyena", 3),
-        ("attention", 3),
+        pytest.param("attention", 3, marks=pytest.mark.slow),
         pytest.param("hyena", 1, marks=pytest.mark.slow),
         pytest.param("hyena", "fsdp", marks=pytest.mark.slow),
     ],
@@ -144,9 +143,9 @@ def test_other_mixers_equal_one_process(settings, tmp_path, layout, stage):
     [
         ((2, 3), (1, None)),
         ((1, None), (2, 3)),
-        ((2, 1), (4, 2)),
         ((2, "fsdp"), (4, 1)),
         ((4, 3), (2, "fsdp")),
+        pytest.param((2, 1), (4, 2), marks=pytest.mark.slow),
         pytest.param((4, 3), (2, 1), marks=pytest.mark.slow),
         pytest.param((2, 2), (1, 3), marks=pytest.mark.slow),
         pytest.param((2, 0), (4, 3), marks=pytest.mark.slow),
@@ -167,7 +166,7 @@ def test_goes_on_as_another(settings, whole, runs, tmp_path, saved, resumed):
     assert losses == pytest.approx([expected[step] for step in steps], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [None, 1, "fsdp"])
+@pytest.mark.parametrize("stage", [None, 1, pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_goes_on_with_other_micro_batches(settings, whole, tmp_path, stage):
     """More of them in a step, and smaller ones: the same samples."""
     given = arguments(settings, tmp_path / "run", 1, stage)
@@ -220,7 +219,7 @@ sys.exit(code)
 
 @pytest.mark.parametrize(
     "stage",
-    [3, "fsdp", *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))],
+    [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, "fsdp"))],
 )
 def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_path, stage):
     script, folder = tmp_path / "looks.py", tmp_path / "run"
@@ -267,7 +266,7 @@ def test_the_filters_of_a_checkpoint_are_used(settings, runs, tmp_path):
     ("stage", "more"),
     [
         (2, "parallel.checkpoint_activations=true"),
-        ("fsdp", "parallel.checkpoint_activations=true"),
+        pytest.param("fsdp", "parallel.checkpoint_activations=true", marks=pytest.mark.slow),
         (2, "parallel.offload_optimizer=true"),
     ],
 )
