@@ -23,7 +23,7 @@ from stu.config import ModelConfig
 from stu.futurefill import Continuous
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
-from train.prepare import PrepareConfig, prepare
+from tests.train.conftest import data  # noqa: F401
 from train.shards import TokenShards
 
 
@@ -227,29 +227,18 @@ def test_wrong_options_are_refused_before_anything_is_measured(capsys, tmp_path,
     assert output.out == ""
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """A folder of them: some hundred tokens for validation."""
-    texts = tmp_path_factory.mktemp("texts")
-    for i in range(20):
-        (texts / f"{i}.txt").write_text(f"the end of the beginning, part {i}\n" * 10)
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    prepare(PrepareConfig([str(texts)], folder, vocab_size=300, validation_fraction=0.2, workers=1))
-    return folder
-
-
-def test_prompts_of_invariance_are_pieces_of_the_validation_split(shards):
-    tokenizer = Tokenizer(shards / "tokenizer.model")
-    prompts = invariance.read_prompts(shards, tokenizer, 9, 4)
+def test_prompts_of_invariance_are_pieces_of_the_validation_split(data):  # noqa: F811
+    tokenizer = Tokenizer(data / "tokenizer.model")
+    prompts = invariance.read_prompts(data, tokenizer, 9, 4)
     assert [len(prompt) for prompt in prompts] == [1, 2, 3, 4, 1, 2, 3, 4, 1]
-    split = TokenShards(shards, "validation")
+    split = TokenShards(data, "validation")
     assert prompts[0] == split.read(0, 1).tolist()
     start = 7 * len(split) // 9
     assert prompts[7] == split.read(start, start + 4).tolist()
     with pytest.raises(ValueError, match="do not make 1000 prompts of up to 40; lower --prompts"):
-        invariance.read_prompts(shards, tokenizer, 1000, 40)
+        invariance.read_prompts(data, tokenizer, 1000, 40)
     with pytest.raises(ValueError, match="not the model's tokenizer"):
-        invariance.read_prompts(shards, soak.small_tokenizer(), 9, 4)
+        invariance.read_prompts(data, soak.small_tokenizer(), 9, 4)
 
 
 def test_the_most_memory_is_what_a_call_takes_beyond_what_was_there():
@@ -346,14 +335,14 @@ def test_soak_ends_with_every_page_free():
     assert result["largest_resident_mib"] > result["weights_mib"] + result["caches_mib"]
 
 
-def test_invariance_compares_alone_and_together(capsys, shards, tmp_path):
+def test_invariance_compares_alone_and_together(capsys, data, tmp_path):  # noqa: F811
     torch.manual_seed(0)
-    tokenizer = Tokenizer(shards / "tokenizer.model")
+    tokenizer = Tokenizer(data / "tokenizer.model")
     shape = {"width": 16, "num_layers": 2, "num_heads": 2, "num_filters": 4, "max_seq_len": 64}
     model = FlashSTU(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
     save_model(tmp_path / "model", model, tokenizer)
     settings = ["--prompts", "9", "--prompt-tokens", "12", "--new-tokens", "20", "--batch", "8"]
-    cli.main(["invariance", str(tmp_path / "model"), str(shards), *settings])
+    cli.main(["invariance", str(tmp_path / "model"), str(data), *settings])
     result = json.loads(capsys.readouterr().out)
     assert result["prompts"] == 9
     assert [run["batch_invariant"] for run in result["runs"]] == [False, True]

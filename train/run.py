@@ -294,10 +294,9 @@ def run(arguments: Sequence[str]) -> None:
         raise SystemExit(EXIT_CODES[signal.SIGTERM]) from error
     except TooManyBadSteps as error:
         _tell(f"stopped at step {trainer.global_step}: {error}")
+        leave_group()
         raise SystemExit(TOO_MANY_BAD_STEPS) from error
-    if torch.distributed.is_initialized():
-        # Or threads of gloo's may be at work when the interpreter ends, which then aborts.
-        torch.distributed.destroy_process_group()
+    leave_group()
     if (received := cli.interruption.received) is not None:
         _tell(
             f"stopped at step {trainer.global_step} of {trainer.max_steps} for {received.name}; "
@@ -308,6 +307,13 @@ def run(arguments: Sequence[str]) -> None:
         f"trained to step {trainer.global_step} of {trainer.max_steps}; "
         f"next: stu-export {cli.run_dir} --output MODEL_DIR"
     )
+
+
+def leave_group() -> None:
+    """Where all ranks end alike: a thread of gloo's that is at work when the interpreter ends
+    would abort it, and the exit code be lost."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @rank_zero_only

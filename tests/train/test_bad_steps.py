@@ -100,10 +100,11 @@ def test_a_fault_before_the_last_micro_batch_of_a_step(settings, tmp_path, stage
     assert [json.loads(line)["step"] for line in lines] == [2, 2]
 
 
-def test_too_many_end_the_run(settings, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_too_many_end_the_run(settings, tmp_path, ranks):
     more = {"model.guard.most_bad_steps": 3, "checkpoint_every_steps": 2}
     run_dir = tmp_path / "run"
-    said = run(settings, run_dir, tmp_path, 1, None, bad={4, 5, 6}, code=65, **more)
+    said = run(settings, run_dir, tmp_path, ranks, None, bad={4, 5, 6}, code=65, **more)
     assert "3 updates were skipped" in said
     assert "skipped has their samples" in said
     assert load_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"] == 4
