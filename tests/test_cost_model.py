@@ -78,11 +78,10 @@ def test_rates_are_counts_by_time(monkeypatch):
 def test_rates_are_measured_and_of_several_the_mean_counts():
     rates = measured_rates(8)
     assert 1e8 < rates.bytes < 1e13
-    assert rates.products > rates.ffts > 1e7
-    assert rates.products > rates.single_products > 1e7
+    for multiply_adds in (rates.products, rates.single_products, rates.ffts):
+        assert 1e7 < multiply_adds < 1e14
     assert 1e5 < rates.streams < 1e9
     assert 1e3 < rates.operations < 1e7
-    assert measured_rates(64).products > rates.products
     several = [Rates(1.0, 6.0, 7.0, 2.0, 9.0, 8.0), Rates(2.0, 5.0, 9.0, 4.0, 1.0, 2.0)]
     assert mean_rates(several) == Rates(1.5, 5.5, 8.0, 3.0, 5.0, 5.0)
 

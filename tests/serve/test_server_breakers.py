@@ -176,15 +176,16 @@ def test_metric_labels_do_not_come_from_requests(server):
 
     with server.client() as http:
         strange = "strange-name"
+        its_last = {"max_tokens": 1, "stop_at_eos": False}  # one reason to finish
         http.post("/v1/completions", json={"prompt": "x", "model": strange})
-        completed(server, {"prompt": strange, "max_tokens": 1, "user": strange})
+        completed(server, {**its_last, "prompt": strange, "user": strange})
         before = series()
         for number in range(20):
             own = f"{strange}-{number}"
             http.get(f"/{own}", headers={own: own})
             http.request(own.upper(), "/v1/models")
             http.post("/v1/completions", json={"prompt": own, "model": own, "user": own})
-            completed(server, {"prompt": own, "max_tokens": 1, "user": own, "stop": own})
+            completed(server, {**its_last, "prompt": own, "user": own, "stop": own})
         after = series()
     assert not [its for its in after if strange in its.lower()]
     statuses = {its for its in after if re.search(r'(status|code)="\d+"', its)}

@@ -15,6 +15,7 @@ from serve.server_config import ServerConfig
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
 BODY = {"prompt": "x", "max_tokens": 60, "stop_at_eos": False}
+SHORT = {**BODY, "max_tokens": 1}
 KEYS = "first-key", "second-key"
 
 
@@ -113,15 +114,15 @@ def test_requests_beyond_the_queue_are_told_to_come_again(model_directory):
 
 
 def test_a_request_that_takes_too_long_ends(model_directory):
-    with serving(model_directory, "--request-timeout-seconds", 0.5) as server:
+    with serving(model_directory, "--request-timeout-seconds", 3) as server:
         (replica,) = server.replicas()
         with server.client() as http:
             replica.send_signal(signal.SIGSTOP)
             answer = http.post("/v1/completions", json=BODY)
             assert answer.status_code == 504
-            assert "0.5 seconds" in answer.json()["error"]["message"]
+            assert "3 seconds" in answer.json()["error"]["message"]
             replica.send_signal(signal.SIGCONT)
-            assert http.post("/v1/completions", json=BODY).status_code == 200
+            assert http.post("/v1/completions", json=SHORT).status_code == 200
         eventually(lambda: server.pages_used() == 0)
 
 
@@ -192,7 +193,7 @@ def test_a_server_that_is_asked_twice_stops_at_once(model_directory):
             began = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(SECONDS) == 128 + signal.SIGTERM
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
         eventually(lambda: not replica.is_running() or replica.status() == "zombie")
 
 

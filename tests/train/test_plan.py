@@ -1,9 +1,9 @@
 """What a run will take, before it begins."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -221,8 +221,10 @@ def test_wrong_settings(settings, capsys, arguments, message):
 
 
 def test_help_is_quick():
-    began = time.monotonic()
+    """In seconds of a processor, of which others may take their share."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "train.plan", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "stu-plan" in done.stdout
-    assert time.monotonic() - began < 1
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
