@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def quick_rates(monkeypatch):
-    """A machine's rates from a moment each: none is of interest, and benchmarks measure many."""
-    monkeypatch.setattr("benchmarks.rates.LEAST_SECONDS", 0.01)
+def quick_timing(monkeypatch):
+    """A moment of each measurement: none is of interest, and benchmarks make many."""
+    monkeypatch.setattr("benchmarks.samples.LEAST_MS", 1)
+    for name, value in {"LEAST_SECONDS": 0.0, "LEAST_CALLS": 1, "READ": 2**22, "KEYS": 256}.items():
+        monkeypatch.setattr(f"benchmarks.rates.{name}", value)

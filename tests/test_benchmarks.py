@@ -79,10 +79,10 @@ def test_cache_bytes_are_what_is_allocated(layout, cache):
     )
 
 
-def test_decode_reports_every_setting_and_ratio(capsys, tmp_path, quick_rates):
+def test_decode_reports_every_setting_and_ratio(capsys, tmp_path, quick_timing):
     picture, file = tmp_path / "decode.png", tmp_path / "decode.json"
-    settings = ["--layout", "hybrid", "--width", "64", "--new-tokens", "200", "--batch", "2"]
-    settings += ["--peers", "s4", "--plot", str(picture), "--output", str(file)]
+    settings = ["--layout", "hybrid", "--width", "64", "--layers", "4", "--new-tokens", "200"]
+    settings += ["--batch", "2", "--peers", "s4", "--plot", str(picture), "--output", str(file)]
     cli.main(["decode", *settings])
     result = json.loads(capsys.readouterr().out)
     assert json.loads(file.read_text()) == result
@@ -114,9 +114,9 @@ def test_decode_reports_every_setting_and_ratio(capsys, tmp_path, quick_rates):
     }
 
 
-def test_whole_runs_time_every_step(capsys, quick_rates):
+def test_whole_runs_time_every_step(capsys, quick_timing):
     settings = ["--width", "64", "--new-tokens", "100", "--batch", "2", "--prompt-tokens", "9"]
-    cli.main(["decode", *settings, "--whole", "--rounds", "1"])
+    cli.main(["decode", *settings, "--layers", "2", "--whole", "--rounds", "1"])
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [run["cache"] for run in runs] == cli.CACHES
     assert all(run["step_ms"] > run["convolution_ms"] > 0 for run in runs)

@@ -100,10 +100,11 @@ def test_a_gpu_s_rates_are_those_of_its_data_sheet():
     assert rates.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
 
 
-def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch, quick_rates):
+def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch, quick_timing):
     file, picture = tmp_path / "decode.json", tmp_path / "model.png"
-    settings = ["--width", "64", "--batch", "1", "2", "--new-tokens", "100", "200", "--rounds", "1"]
-    cli.main(["decode", *settings, "--caches", "paged", "naive", "--output", str(file)])
+    settings = ["--width", "64", "--layers", "2", "--batch", "1", "2", "--new-tokens", "100", "200"]
+    settings += ["--rounds", "1", "--caches", "paged", "naive"]
+    cli.main(["decode", *settings, "--output", str(file)])
     capsys.readouterr()
     monkeypatch.setattr(extrapolation, "LENGTHS", [64, 512])
     other = tmp_path / "layouts.json"
@@ -127,7 +128,7 @@ def test_every_curve_has_its_error(tmp_path, capsys, monkeypatch, quick_rates):
             run = runs[curve["cache"], curve["batch"], its["new_tokens"]]
             assert its["measured_ms"] == run["step_ms"]
             assert its["rates"] == run["rates"]
-            assert run["operations_per_step"] > 100
+            assert run["operations_per_step"] > 30
             predicted = sum(step_parts(run, Rates(**run["rates"])).values())
             assert its["predicted_ms"] == pytest.approx(1e3 * predicted)
         assert curve["largest_error"] == max(abs(its["error"]) for its in curve["points"])

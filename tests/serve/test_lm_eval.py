@@ -45,7 +45,7 @@ def loglikelihood(model, tokenizer, context, continuation):
     return found, all(logprobs[at - 1].argmax() == tokens[at] for at in rest)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_task_s_results_are_the_model_s(
     tmp_path, model_directory, code_model, code_tokenizer, batch_size
 ):

@@ -14,7 +14,6 @@ from stu.checkpoint import save_model
 from stu.model import FlashSTU
 from tests.serve.conftest import generate, read_rows, wait_for_bytes
 
-NUM_KILLS = 10
 ROWS = [
     {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 20 + number % 35, "temperature": 1}
     for number in range(160)
@@ -26,8 +25,9 @@ def sorted_lines(path):
     return sorted(path.read_bytes().split(b"\n"))
 
 
-def test_a_run_that_is_killed_ten_times_loses_and_doubles_no_row(
-    tmp_path, model_directory, source, target, start
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_loses_and_doubles_no_row(
+    tmp_path, model_directory, source, target, start, num_kills
 ):
     # Rows of a batch round differently in other company, unless they are batch-invariant.
     options = ["--batch-invariant", "--max-running", "4"]
@@ -35,7 +35,7 @@ def test_a_run_that_is_killed_ten_times_loses_and_doubles_no_row(
     assert generate(model_directory, source, uninterrupted, *options) == 1
     num_bytes = uninterrupted.stat().st_size
     moments = random.Random(0)
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         process = start(model_directory, source, target, *options)
         at = target.stat().st_size if target.exists() else 0
         wait_for_bytes(process, target, at + moments.randrange(num_bytes // 15))

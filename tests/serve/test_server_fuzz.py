@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.serve.server_process import SECONDS, eventually, serving
 
-NUM_MUTATED = 10_000
 SENTINEL = {"prompt": "def f(", "max_tokens": 12, "temperature": 1, "seed": 11, "logprobs": 2}
 JSON = {"content-type": "application/json"}
 SEEDS = [
@@ -89,11 +88,12 @@ def mutated(rng):
     return content
 
 
-def test_mutated_bodies(server):
+@pytest.mark.parametrize("count", [3_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_bodies(server, count):
     rng, statuses = random.Random(0), {}
     with server.client(headers=JSON) as http:
         expected = sentinel(http)
-        for number in range(NUM_MUTATED):
+        for number in range(count):
             path = rng.choice(["/v1/completions"] * 8 + ["/v1/chat/completions", "/tokenize"])
             content = mutated(rng)
             answer = http.post(path, content=content)
@@ -102,8 +102,8 @@ def test_mutated_bodies(server):
             if number % 100 == 0:
                 assert sentinel(http) == expected
         assert sentinel(http) == expected
-    assert statuses[200] > 300
-    assert statuses[400] > 3000
+    assert statuses[200] > 0.03 * count
+    assert statuses[400] > 0.3 * count
 
 
 def test_the_server_s_own_description(server):

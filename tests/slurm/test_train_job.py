@@ -175,6 +175,7 @@ def fill(path):
             pass
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_more_than_the_steps_since_the_last_checkpoint(
     cluster, module_settings, tmp_path, whole, data
 ):
