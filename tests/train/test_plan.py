@@ -34,9 +34,9 @@ def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
 def test_activations_grow_with_the_micro_batch_and_little_else_does():
     one, two, four = (activations(micro_batch=size) for size in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
-    eight, sixteen = (activations(replace(SMALL, num_layers=count)) for count in (8, 16))
-    assert sixteen - eight == pytest.approx(2 * (eight - activations()), rel=0.05)
-    assert activations(checkpoint_activations=True) < 0.6 * activations()
+    six, eight = (activations(replace(SMALL, num_layers=count)) for count in (6, 8))
+    assert eight - six == pytest.approx(six - two, rel=0.05)
+    assert activations(checkpoint_activations=True) < 0.6 * two
 
 
 @pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
