@@ -112,6 +112,16 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--this-machine", action="store_true", help="say nothing of other machines")
     model.add_argument("--plot", type=new_file, help="PNG file")
 
+    profile = add("profile", "what convolutions spend their time on while decoding")
+    profile.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="requests together")
+    profile.add_argument("--new-tokens", type=at_least(LEAST_NEW_TOKENS), default=8192, help="each")
+    profile.add_argument("--prompt-tokens", type=count, default=512, help="of each")
+    profile.add_argument("--width", type=count, default=1024, help="of the model")
+    profile.add_argument("--layers", type=count, default=8, help="of it")
+    profile.add_argument("--page-len", type=count, default=32, help="positions in a page")
+    profile.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="of them")
+    profile.set_defaults(device="cpu", dtype="float32", whole=False)
+
     invariance = add("invariance", "how often company changes a request's tokens, and the cure")
     invariance.add_argument("model", metavar="MODEL_DIR", type=Path, help="a trained model")
     invariance.add_argument(

@@ -212,6 +212,27 @@ def convolutions(result: Run) -> str:
     return table([*head, *(f"batch {batch}" for batch in batches)], rows)
 
 
+def profile(result: Run) -> str:
+    """What convolutions spend their time on, and what the model says of it."""
+    rows = []
+    for run in result["runs"]:
+        predicted = run["predicted_ms"]
+        moved = sum(its for name, its in predicted.items() if name != "operations")
+        rows.append(
+            [
+                STYLES[run["cache"]][0],
+                str(run["batch"]),
+                f"{run['convolution_ms']:.2f}",
+                f"{moved:.2f} + {predicted['operations']:.2f}",
+                f"{run['of_flushes_ms'] / run['convolution_ms']:.0%}",
+                f"{run['operations_per_step']:.0f}",
+                *(f"{its / run['profiled_ms']:.0%}" for its in run["parts_ms"].values()),
+            ]
+        )
+    head = ["convolution alone", "batch", "ms a step", "predicted, + operations", "in flushes"]
+    return table([*head, "operations", *result["parts"]], rows)
+
+
 def gains(result: Run) -> str:
     """On the other machine, by how much FutureFill pays."""
     elsewhere = result["extrapolated"]
@@ -310,5 +331,6 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "layouts": layouts,
     "model errors": model,
     "model convolutions": convolutions,
+    "profile": profile,
     "model gains": gains,
 }

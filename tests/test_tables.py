@@ -117,6 +117,18 @@ def test_a_table_of_mixers_shows_each_of_them():
     ]
 
 
+def test_a_profile_s_shares_are_of_what_the_profiler_saw():
+    run = {"cache": "paged", "batch": 8, "convolution_ms": 2.0, "of_flushes_ms": 0.5}
+    run |= {"profiled_ms": 4.0, "parts_ms": {"products": 1.0, "python": 3.0}}
+    run |= {"predicted_ms": {"caches": 0.25, "ffts": 0.25, "operations": 0.75}}
+    run |= {"operations_per_step": 12.4}
+    shown = decoding_tables.profile({"parts": {"products": "", "python": ""}, "runs": [run]})
+    assert shown.splitlines()[0].endswith("| operations | products | python |")
+    assert rows(shown) == [
+        ["FutureFill, paged (ours)", "8", "2.00", "0.50 + 0.75", "25%", "12", "25%", "75%"]
+    ]
+
+
 def test_model_tables_show_the_worst_of_all_curves():
     def curve(cache, batch, error, layout="stu"):
         return {"layout": layout, "cache": cache, "batch": batch, "largest_error": error}
