@@ -9,7 +9,7 @@ says of the same (`benchmarks.rates`) stands beside it, its operations counted h
 import argparse
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks.decode_engine import VOCAB_SIZE
 from benchmarks.decode_subjects import EngineSubject
 from benchmarks.machine import describe
 from benchmarks.model import CONVOLUTION
+from benchmarks.operations import with_parents
 from benchmarks.rates import mean_rates, measured_rates, step_parts
 from benchmarks.samples import Sample, sampled
 from stu.config import ModelConfig
@@ -143,14 +144,7 @@ class ProfiledSubject:
 def part_of(event: FunctionEvent) -> str:
     """Of `FUNCTIONS`, the part of the outermost one that it belongs to."""
     part = "others"
-    for name in names_of(event):
+    for at in with_parents(event):
+        name = at.name.removeprefix("aten::")
         part = next((its for its, functions in FUNCTIONS.items() if name in functions), part)
     return part
-
-
-def names_of(event: FunctionEvent) -> Iterator[str]:
-    """From the innermost out."""
-    at: FunctionEvent | None = event
-    while at is not None:
-        yield at.name.removeprefix("aten::")
-        at = at.cpu_parent

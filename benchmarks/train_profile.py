@@ -12,6 +12,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
+from benchmarks.operations import with_parents
 from stu import layers
 
 STEP, ATTENTION, OPTIMIZER = "benchmark: step", "benchmark: attention", "benchmark: optimizer"
@@ -70,7 +71,7 @@ def _seconds(events: list[FunctionEvent]) -> dict[str, float]:
 
 
 def _group(event: FunctionEvent, attention: set[int]) -> str:
-    for at in _with_parents(event):
+    for at in with_parents(event):
         if at.name in ("_CausalConvolution", "_CausalConvolutionBackward"):
             return _part_of_convolution(event)
         if at.name in ("_NextTokenLoss", "_NextTokenLossBackward"):
@@ -81,13 +82,13 @@ def _group(event: FunctionEvent, attention: set[int]) -> str:
             return "attention"
         if at.name.startswith(BACKWARD) and at.sequence_nr in attention:
             return "attention"
-    if any(at.name == "aten::mm" for at in _with_parents(event)):
+    if any(at.name == "aten::mm" for at in with_parents(event)):
         return "dense_products"
     return "elementwise" if event.name.startswith("aten::") else "outside"
 
 
 def _part_of_convolution(event: FunctionEvent) -> str:
-    names = {at.name for at in _with_parents(event)}
+    names = {at.name for at in with_parents(event)}
     if names & {"aten::fft_rfft", "aten::fft_irfft"}:
         return "convolution_fft"
     if names & {"aten::mul", "aten::mul_", "aten::sum", "aten::conj_physical_"}:
@@ -99,17 +100,8 @@ def _attention_nodes(events: list[FunctionEvent]) -> set[int]:
     """Sequence numbers of autograd's nodes that were made inside attention."""
     made_inside: dict[int, bool] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.sequence_nr < 0 or any(
-            at.name.startswith(BACKWARD) for at in _with_parents(event)
-        ):
+        if event.sequence_nr < 0 or any(at.name.startswith(BACKWARD) for at in with_parents(event)):
             continue
         # Operations that make no node bear the next one's number: the last to bear it made it.
-        made_inside[event.sequence_nr] = any(at.name == ATTENTION for at in _with_parents(event))
+        made_inside[event.sequence_nr] = any(at.name == ATTENTION for at in with_parents(event))
     return {number for number, inside in made_inside.items() if inside}
-
-
-def _with_parents(event: FunctionEvent) -> Iterator[FunctionEvent]:
-    at: FunctionEvent | None = event
-    while at is not None:
-        yield at
-        at = at.cpu_parent

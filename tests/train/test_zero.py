@@ -251,7 +251,8 @@ def test_stage_0_is_for_float32(settings, tmp_path, capsys):
     assert "zero_stage=0 trains in float32 alone" in capsys.readouterr().err
 
 
-def test_the_filters_of_a_checkpoint_are_used(settings, runs, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_filters_of_a_checkpoint_are_used(settings, runs, tmp_path, ranks):
     """Not ones computed anew, which another machine may round differently."""
     source = tmp_path / "changed.ckpt"
     shutil.copytree(checkpoint(runs(2, 2), SAVED), source)
@@ -259,7 +260,7 @@ def test_the_filters_of_a_checkpoint_are_used(settings, runs, tmp_path):
     tensors = load_file(file)
     tensors["weight/filters"] *= 1.5
     save_file(tensors, file)
-    folder = run(settings, tmp_path / "run", 1, 2, f"--resume={source}")
+    folder = run(settings, tmp_path / "run", ranks, 2, f"--resume={source}")
     saved = load_checkpoint(checkpoint(folder, STEPS))["state_dict"]["model.filters"]
     assert torch.equal(saved, tensors["weight/filters"])
 
