@@ -2,18 +2,68 @@
 
 What pydantic checks here are types and names; what values are allowed is decided where requests are
 built (`serve.completions`). A field that is not known is refused, as OpenAI does.
+
+Validation stops at the first error of a list or dict. Without that, pydantic builds an error for
+each element, and a body of a million of them takes a minute and gigabytes. So every list and dict
+here has `fail_fast`, and a limit where its elements become objects.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from serve.completions import MOST_PROMPTS
+
+MOST_BIASES = 4096
+MOST_MESSAGES = 1024
+MOST_PARTS = 8192
+"""Parts of all messages of a chat."""
+MOST_ERROR_CHARS = 1000
+"""Length of an error's message, which may quote what a client has sent."""
 
 TokenId = Annotated[int, Field(ge=0)]
-Prompt = str | list[TokenId] | list[str] | list[list[TokenId]]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _few_prompts(prompt: Any) -> Any:
+    """Refuse too many prompts before one of them is looked at."""
+    if isinstance(prompt, list) and len(prompt) > MOST_PROMPTS and type(prompt[0]) is not int:
+        raise PydanticCustomError(
+            "too_many_prompts",
+            "it has {count} elements, and may be a list of token ids or of {most} prompts at most",
+            {"count": len(prompt), "most": MOST_PROMPTS},
+        )
+    return prompt
+
+
+Prompt = Annotated[
+    str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)],
+    BeforeValidator(_few_prompts),
+]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown_field(cls, given: Any) -> Any:
+        """Leave one unknown field to be refused by its name, or each would be an error."""
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is None:
+            return given
+        return {key: value for key, value in given.items() if key in known or key == unknown}
 
 
 class StreamOptions(_Body):
@@ -28,7 +78,7 @@ class _Sampling(_Body):
 
     model: str | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: int | None = None
@@ -39,7 +89,9 @@ class _Sampling(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: (
+        Annotated[dict[str, float], Field(fail_fast=True, max_length=MOST_BIASES)] | None
+    ) = None
     response_format: dict[str, Any] | None = None
     stop_at_eos: bool | None = None
     user: str | None = None
@@ -67,7 +119,7 @@ class Message(_Body):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     @property
@@ -78,10 +130,28 @@ class Message(_Body):
         return "".join(part.text for part in self.content)
 
 
+def _few_parts(messages: Any) -> Any:
+    """Refuse too many parts before one of them is looked at."""
+    if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
+        contents = [turn.get("content") for turn in messages if isinstance(turn, dict)]
+        count = sum(len(content) for content in contents if isinstance(content, list))
+        if count > MOST_PARTS:
+            raise PydanticCustomError(
+                "too_many_parts",
+                "they have {count} parts, and may have {most} at most",
+                {"count": count, "most": MOST_PARTS},
+            )
+    return messages
+
+
 class ChatBody(_Sampling):
     """`/v1/chat/completions`. A chat template in a request is refused, as any other field."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[
+        list[Message],
+        Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES),
+        BeforeValidator(_few_parts),
+    ]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -100,10 +170,18 @@ class TokenizeBody(_Body):
 class DetokenizeBody(_Body):
     """`/detokenize`."""
 
-    tokens: list[TokenId]
+    tokens: TokenIds
     model: str | None = None
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Any:
-    """OpenAI's body of an error."""
+    """OpenAI's body of an error, which repeats no long part of a request."""
+    message, param = _shortened(message), param and _shortened(param)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MOST_ERROR_CHARS:
+        return text
+    half = MOST_ERROR_CHARS // 2
+    return f"{text[:half]} [..] {text[-half:]}"

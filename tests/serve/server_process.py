@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
@@ -66,6 +68,11 @@ class ServerProcess:
 
     def pages_used(self):
         return self.metric("stu:convolution_pages_used") + self.metric("stu:attention_pages_used")
+
+    def peak_bytes(self):
+        """The most memory that the server's own process has had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
     def stop(self):
         """Ask it to, and wait: its exit code."""

@@ -207,7 +207,7 @@ BAD = [
     ({**X, "n": 0}, "n", "n=0 is not allowed"),
     ({**X, "n": 10**9}, "n", "n=1000000000"),
     ({"prompt": ["x"] * 100, "n": 2}, "n", "200, and a request may ask for 128"),
-    ({"prompt": ["x"] * 129}, "n", "129"),
+    ({"prompt": ["x"] * 129}, "prompt", "129 elements"),
     ({**X, "logprobs": 21}, "logprobs", "logprobs=21 is not allowed"),
     ({**X, "stop": ["a"] * 5}, "stop", "at most 4 strings"),
     ({**X, "stop": ""}, "stop", "none of them empty"),

@@ -12,15 +12,25 @@ import hmac
 import pickle
 import re
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import msgpack
 import pytest
+from pydantic import ValidationError
 
 import serve
 from serve.guard import Guard
+from serve.protocol import (
+    MOST_ERROR_CHARS,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    error_body,
+)
 from serve.wire import Unpacker
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
@@ -142,6 +152,86 @@ def test_huge_and_foreign_values_change_no_other_answer(server, name):
     assert "".join(its["text"] for its in pieces) == alone[0]["text"]
     logprobs = [value for its in pieces for value in its["logprobs"]["token_logprobs"]]
     assert logprobs == alone[0]["logprobs"]["token_logprobs"]
+
+
+MANY = 10_000
+LONG_VALUES = {
+    "nulls": [None] * MANY,
+    "negative": [-1] * MANY,
+    "lists of nulls": [[None] * MANY] * 3,
+    "objects": [{}] * MANY,
+    "objects with unknown fields": [{str(key): 0 for key in range(MANY)}] * 2,
+    "a wrong one at the end": [1] * MANY + [None],
+    "mixed": [[1], "x", None] * MANY,
+    "an object of nulls": {str(key): None for key in range(MANY)},
+    "an object of objects": {str(key): {"x": []} for key in range(MANY)},
+}
+
+
+def num_errors(model, body):
+    try:
+        model.model_validate(body)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
+
+
+@pytest.mark.parametrize("kind", LONG_VALUES)
+@pytest.mark.parametrize("model", [CompletionBody, ChatBody, TokenizeBody, DetokenizeBody])
+def test_validation_stops_at_the_first_errors(model, kind):
+    """In every field, also those within messages, a long value makes no more than a few errors."""
+    value = LONG_VALUES[kind]
+    usual = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
+    usual = {name: of for name, of in usual.items() if name in model.model_fields}
+    bodies = [{**usual, name: value} for name in model.model_fields]
+    bodies += [{**usual, "messages": [{"role": "user", "content": value}]}]
+    bodies += [{**usual, "messages": [value]}, {**usual, "messages": [{"role": value}]}]
+    bodies += [{**usual, "unknown": value}, {**usual, **{str(key): value for key in range(MANY)}}]
+    for body in bodies:
+        assert num_errors(model, body) <= 8
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["x"] * MANY},
+        {"prompt": [[1]] * MANY},
+        {"messages": [{"role": "user", "content": "x"}] * MANY},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * MANY}]},
+        {"prompt": "x", "logit_bias": {str(key): 0 for key in range(MANY)}},
+    ],
+)
+def test_sizes_are_checked_before_elements(body):
+    """Of values that are right, each for itself: there is one error, and it names the size."""
+    with pytest.raises(ValidationError) as caught:
+        (ChatBody if "messages" in body else CompletionBody).model_validate(body)
+    (error,) = caught.value.errors()
+    assert str(MANY) in error["msg"] or "at most" in error["msg"]
+
+
+def test_errors_repeat_no_large_input(server):
+    long = "x" * 100_000
+    assert len(error_body(long, "", long)["error"]["param"]) < MOST_ERROR_CHARS + 10
+    bodies = [{long: 0}, {"logit_bias": {long: 0}}, {"logit_bias": {long: None}}, {"model": long}]
+    bodies += [{"n": 10**4000}, {"response_format": {"type": long}}, {"stop": [long] * 9}]
+    bodies += [{"prompt": [0] * MANY + [None]}, {"logit_bias": {"1": "x" * 10_000}}]
+    with server.client() as http:
+        for body in bodies:
+            answer = http.post("/v1/completions", json={"prompt": "x", **body})
+            assert answer.status_code in (400, 404)
+            assert len(answer.content) < 3 * MOST_ERROR_CHARS, answer.text[:100]
+
+
+def test_a_body_of_nulls_is_refused_at_once(server):
+    """A million errors took a minute, in which nothing else ran, and gigabytes."""
+    nulls = "[" + ",".join(["null"] * 838_000) + "]"
+    before = server.peak_bytes()
+    with server.client(headers={"content-type": "application/json"}) as http:
+        for body in (f'{{"prompt":{nulls}}}', f'{{"prompt":"x","stop":{nulls}}}'):
+            began = time.monotonic()
+            assert http.post("/v1/completions", content=body).status_code == 400
+            assert time.monotonic() - began < 10  # it is 0.05 on a quiet machine
+    assert server.peak_bytes() - before < 100e6
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]]])
