@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from serve.completion import Completion, Gathering, piece_of
+from serve.exchange import Exchange, unquoted
 from serve.metrics import Metrics
 from serve.replicas import Replicas, Stream
 from serve.request import Output
@@ -49,9 +50,11 @@ class Answer:
     timeout_seconds: float
     """From its arrival to the end."""
     arrived: float
+    exchange: Exchange
     prompts: Sequence[str] | None = None
     """For the log, which has completions as well then."""
     _gathered: list[Gathering] = field(init=False)
+    _error: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self._gathered = [Gathering(stream.request) for stream in self.streams]
@@ -114,6 +117,7 @@ class Answer:
             while num_left:
                 index, output = await arrived.get()
                 if isinstance(output, Exception):
+                    self._error = str(output)
                     raise output
                 if output is None:
                     num_left -= 1
@@ -169,11 +173,14 @@ class Answer:
     def _log(self) -> None:
         completions = self._completions()
         fields = {
-            "request_id": self.frame["id"],
+            "request_id": self.exchange.request_id,
+            "client": self.exchange.client,
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.usage(),
             "finish_reasons": [its.finish_reason or "abort" for its in completions],
         }
+        if self._error:
+            fields["error"] = self._error if self.prompts is not None else unquoted(self._error)
         if self.prompts is not None:
             fields |= {"prompts": self.prompts, "completions": [its.text for its in completions]}
         logger.info("request ended", extra={"fields": fields})

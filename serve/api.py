@@ -19,6 +19,7 @@ from serve.answers import Answer, EngineError, TimedOut, event
 from serve.chat import ChatTemplate
 from serve.chat_choices import ChatChoiceWriter
 from serve.completions import Completions, in_openai_words, prompts_of
+from serve.exchange import FAULT, Exchange, exchange_of
 from serve.grammar import Grammars
 from serve.metrics import Metrics
 from serve.page import add_playground
@@ -84,6 +85,8 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        # A redirect would lead to whatever host the request names.
+        redirect_slashes=False,
     )
     _add_errors(app, service)
     _add_completions(app, service)
@@ -96,7 +99,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         given = _given(body)
-        answer = await _begin(service, given, "cmpl", "text_completion", None)
+        exchange = exchange_of(request.scope)
+        answer = await _begin(service, exchange, given, "cmpl", "text_completion", None)
         return await _answered(service, request, body, answer)
 
     @app.post("/v1/chat/completions")
@@ -124,7 +128,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         if asks:
             given["logprobs"] = top or 0
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        answer = await _begin(service, given, "chatcmpl", kind, bool(body.stream))
+        exchange = exchange_of(request.scope)
+        answer = await _begin(service, exchange, given, "chatcmpl", kind, bool(body.stream))
         return await _answered(service, request, body, answer)
 
 
@@ -186,7 +191,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
 
 async def _begin(
-    service: Service, given: Json, prefix: str, kind: str, is_chat_stream: bool | None
+    service: Service,
+    exchange: Exchange,
+    given: Json,
+    prefix: str,
+    kind: str,
+    is_chat_stream: bool | None,
 ) -> Answer:
     """Requests on their way. is_chat_stream: None for text."""
     if service.is_draining:
@@ -205,7 +215,7 @@ async def _begin(
         ]
     )
     frame = {
-        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "id": f"{prefix}-{exchange.request_id}",
         "object": kind,
         "created": int(time.time()),
         "model": service.config.name,
@@ -227,6 +237,7 @@ async def _begin(
         num_prompt_tokens,
         timeout,
         arrived,
+        exchange,
         prompts,
     )
 
@@ -256,9 +267,8 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
 
 
 async def _answered(service: Service, request: Request, body: Any, answer: Answer) -> Response:
-    headers = {"x-request-id": answer.frame["id"]}
     if not body.stream:
-        return JSONResponse(await _unless_gone(request, answer.whole()), headers=headers)
+        return JSONResponse(await _unless_gone(request, answer.whole()))
     outputs = answer.outputs()
     first = await _unless_gone(request, anext(outputs))
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -266,7 +276,7 @@ async def _answered(service: Service, request: Request, body: Any, answer: Answe
     return StreamingResponse(
         _guarded(outputs, events),
         media_type="text/event-stream",
-        headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"},
+        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
     )
 
 
@@ -343,8 +353,9 @@ def _refused(message: str) -> RequestError:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    def answered(status: int, body: Any, **headers: str) -> Response:
+    def answered(request: Request, status: int, body: Any, **headers: str) -> Response:
         service.metrics.count_refused(status)
+        exchange_of(request.scope).refuse(body)
         # In ASCII: a message may name what no UTF-8 can hold.
         content = json.dumps(body)
         return Response(content, status, headers, media_type="application/json")
@@ -353,11 +364,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return app.exception_handler(kind)
 
     @handles(RequestError)
-    async def refused(_: Request, error: RequestError) -> Response:
-        return answered(error.status, error.body())
+    async def refused(request: Request, error: RequestError) -> Response:
+        return answered(request, error.status, error.body())
 
     @handles(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first, *others = error.errors()
         place = [str(its) for its in first["loc"][1:]]
         param = ".".join(place) or None
@@ -366,7 +377,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
                 "the body must be a JSON object, with the header content-type: application/json: "
                 f"{first.get('ctx', {}).get('error', first['msg'])}"
             )
-            return answered(400, error_body(message, "invalid_request_error"))
+            return answered(request, 400, error_body(message, "invalid_request_error"))
         if first["type"] == "extra_forbidden":
             message = f"unknown field {json.dumps(param)}: leave it out"
         elif first["type"] == "missing":
@@ -377,31 +388,37 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             param = place[0] if same else param
             reasons = dict.fromkeys(its["msg"] for its in [first, *same])
             message = f"{param} is not allowed: {'; or '.join(reasons)}"
-        return answered(400, error_body(message, "invalid_request_error", param))
+        return answered(request, 400, error_body(message, "invalid_request_error", param))
 
     @handles(Refused)
-    async def refused_by_engine(_: Request, error: Refused) -> Response:
-        return answered(400, _refused(str(error)).body())
+    async def refused_by_engine(request: Request, error: Refused) -> Response:
+        return answered(request, 400, _refused(str(error)).body())
 
     @handles(TimedOut)
-    async def timed_out(_: Request, error: TimedOut) -> Response:
-        return answered(504, error_body(str(error), "server_error", code="timeout"))
+    async def timed_out(request: Request, error: TimedOut) -> Response:
+        return answered(request, 504, error_body(str(error), "server_error", code="timeout"))
 
     @handles(Busy)
-    async def busy(_: Request, error: Busy) -> Response:
+    async def busy(request: Request, error: Busy) -> Response:
         body = error_body(str(error), "rate_limit_error", code="rate_limit_exceeded")
-        return answered(429, body, **{"retry-after": RETRY_SECONDS})
+        return answered(request, 429, body, **{"retry-after": RETRY_SECONDS})
 
     @handles(Unavailable)
-    async def unavailable(_: Request, error: Unavailable) -> Response:
+    async def unavailable(request: Request, error: Unavailable) -> Response:
         body = error_body(str(error), "server_error", code="unavailable")
-        return answered(503, body, **{"retry-after": RETRY_SECONDS})
+        return answered(request, 503, body, **{"retry-after": RETRY_SECONDS})
 
     @handles(EngineError)
-    async def engine_error(_: Request, error: EngineError) -> Response:
-        return answered(500, error_body(in_openai_words(str(error)), "server_error"))
+    async def engine_error(request: Request, error: EngineError) -> Response:
+        return answered(request, 500, error_body(in_openai_words(str(error)), "server_error"))
 
     @handles(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return answered(error.status_code, error_body(message[:500], "invalid_request_error"))
+        body = error_body(message[:500], "invalid_request_error")
+        return answered(request, error.status_code, body, **(error.headers or {}))
+
+    @handles(Exception)
+    async def fault(request: Request, _: Exception) -> Response:
+        # The exception itself goes on to the log.
+        return answered(request, 500, error_body(FAULT, "server_error"))

@@ -2,19 +2,19 @@
 
 import hashlib
 import hmac
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.exchange import answer, exchange_of
 from serve.page import FILES
 from serve.protocol import error_body
 
 MAX_HEADER_BYTES = 16 * 2**10
-OPEN_PATHS = frozenset({"/health", *FILES})
-"""Paths that need no key: a browser has none to send when it opens a page."""
+OPEN_PATHS = frozenset({"/health", "/ready", *FILES})
+"""Paths that need no key: orchestrators' probes and browsers that open a page have none to send."""
 
 
 class Guard:
@@ -35,19 +35,27 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if not self._has_key(scope["path"], headers.get(b"authorization", b"")):
+        headers, exchange = dict(scope["headers"]), exchange_of(scope)
+
+        async def refuse(status: int, body: Any, more: dict[str, str]) -> None:
+            exchange.refuse(body)
+            await answer(send, status, body, more)
+
+        position = self._key_position(headers.get(b"authorization", b""))
+        if position is not None:
+            exchange.client = f"key {position}"
+        elif self._digests and scope["path"] not in OPEN_PATHS:
             message = "no valid API key: send the header Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", code="invalid_api_key")
-            await answer(send, 401, body, {"www-authenticate": "Bearer"})
+            await refuse(401, body, {"www-authenticate": "Bearer"})
             return
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             message = f"the headers have more than {MAX_HEADER_BYTES} bytes: send less"
-            await answer(send, 431, error_body(message, "invalid_request_error"), {})
+            await refuse(431, error_body(message, "invalid_request_error"), {})
             return
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
-            await answer(send, 413, error_body(self._too_large, "invalid_request_error"), {})
+            await refuse(413, error_body(self._too_large, "invalid_request_error"), {})
             return
         num_bytes = 0
 
@@ -61,19 +69,12 @@ class Guard:
 
         await self._app(scope, counted, send)
 
-    def _has_key(self, path: str, given: bytes) -> bool:
-        if not self._digests or path in OPEN_PATHS:
-            return True
+    def _key_position(self, given: bytes) -> int | None:
+        """Return the place of a valid key among all keys, from 1."""
         scheme, _, key = given.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # All of them, each in constant time.
         matches = [hmac.compare_digest(digest, its) for its in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
-
-
-async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
-    """A whole answer in JSON."""
-    named = {"content-type": "application/json", "connection": "close", **headers}
-    raw = [(name.encode(), value.encode()) for name, value in named.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+        if scheme.lower() != b"bearer" or not any(matches):
+            return None
+        return 1 + matches.index(True)

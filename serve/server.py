@@ -44,6 +44,7 @@ def serve(config: ServerConfig) -> int:
     import uvicorn
 
     from serve.api import make_app
+    from serve.exchange import Exchanges
     from serve.guard import MAX_HEADER_BYTES, Guard
 
     app = make_app(service)
@@ -55,10 +56,14 @@ def serve(config: ServerConfig) -> int:
 
         # Outside: a browser asks without a key whether it may send one.
         guarded = CORSMiddleware(
-            guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+            guarded,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
         )
     settings = uvicorn.Config(
-        guarded,
+        Exchanges(guarded, config.log_prompts),
         host=config.host,
         port=config.port,
         log_config=None,

@@ -35,12 +35,13 @@ def guarded(model_directory, tmp_path_factory):
 def test_everything_but_health_needs_a_key(guarded):
     with guarded.client() as http:
         for headers in ({}, bearer("wrong"), bearer(KEYS[0] + "x"), {"authorization": KEYS[0]}):
-            for path in ("/v1/models", "/metrics", "/version", "/ready", "/openapi.json"):
+            for path in ("/v1/models", "/metrics", "/version", "/openapi.json"):
                 answer = http.get(path, headers=headers)
                 assert answer.status_code == 401
                 assert answer.json()["error"]["code"] == "invalid_api_key"
             assert http.post("/v1/completions", json=BODY, headers=headers).status_code == 401
         assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 200
         for key in KEYS:
             assert http.get("/v1/models", headers=bearer(key)).status_code == 200
         answer = http.post("/v1/completions", json=BODY, headers=bearer(KEYS[1]))
@@ -256,7 +257,7 @@ def test_each_answer_has_a_line_in_the_log(model_directory):
     assert [first["request_id"], second["request_id"]] == [
         its.headers["x-request-id"] for its in answers
     ]
-    assert first["request_id"] == answers[0].json()["id"]
+    assert answers[0].json()["id"] == f"cmpl-{first['request_id']}"
     assert first["completion_tokens"] == 10
     assert first["completions"] == [its["text"] for its in answers[0].json()["choices"]]
     assert second["finish_reasons"] == ["length"]

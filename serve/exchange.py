@@ -1,0 +1,139 @@
+"""ASGI middleware around all others: gives every request an id, and logs every refusal.
+
+A client's own `X-Request-Id` is used where it is short and printable, and sent back either way, so
+that a line of this log can be found from a gateway's or a client's.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.protocol import error_body
+
+logger = logging.getLogger(__name__)
+
+FAULT = "the server failed; its log says why"
+MOST_ID_CHARACTERS = 128
+MOST_PATH_CHARACTERS = 200
+CLIENT_ID = re.compile(rf"[!-~]{{1,{MOST_ID_CHARACTERS}}}")
+"""Printable ASCII without spaces."""
+ENDED = r"is not (?:allowed|served)"
+QUOTED = re.compile(
+    rf"""(field "[\w.]{{1,60}}")|(?<!\w)["'\[{{].*?(?= {ENDED}(?!.* {ENDED})|$)|"""
+    r"(?<=^messages cannot be written by the chat template: ).*|"
+    r"(?<=json_schema is not allowed: ).*|(?<=regex is not allowed: ).*|(?<=cannot be met: ).*",
+    re.DOTALL,
+)
+"""Parts of an error's message that may repeat a body's text, and in the group the names of fields,
+which may stay."""
+
+
+@dataclass
+class Exchange:
+    """A request and its answer, as the log and the queue know it."""
+
+    request_id: str
+    client: str = ""
+    """The client's address, or the position of its key among all keys: requests of different
+    clients are taken in turn."""
+    reason: str = ""
+    """Why the request was refused, with OpenAI's name of the error's field and code if there are
+    any."""
+    param: str | None = None
+    code: str | None = None
+
+    def refuse(self, body: Any) -> None:
+        """Remember OpenAI's body of an error, for the log."""
+        error = body["error"]
+        self.reason, self.param, self.code = error["message"], error["param"], error["code"]
+
+
+def exchange_of(scope: MutableMapping[str, Any]) -> Exchange:
+    """Return the exchange of a request's ASGI scope."""
+    found: Exchange = scope["stu.exchange"]
+    return found
+
+
+class Exchanges:
+    """The middleware.
+
+    log_texts: write reasons whole, though they may quote prompts.
+    """
+
+    def __init__(self, app: ASGIApp, log_texts: bool) -> None:
+        self._app, self._log_texts = app, log_texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, whatever happens meanwhile."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        address = scope["client"][0] if scope.get("client") else "local"
+        exchange = Exchange(_request_id(scope), address)
+        status, began = 0, time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                header = (b"x-request-id", exchange.request_id.encode())
+                message = {**message, "headers": [*message["headers"], header]}
+            await send(message)
+
+        # HEAD is answered as GET is; the HTTP server leaves the body out.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        inner = {**scope, "method": method, "stu.exchange": exchange}
+        try:
+            await self._app(inner, receive, send_with_id)
+        except Exception:
+            fields = {"request_id": exchange.request_id}
+            logger.exception("a request failed", extra={"fields": fields})
+            if status == 0:
+                body = error_body(FAULT, "server_error")
+                exchange.refuse(body)
+                await answer(send_with_id, 500, body, {})
+        if status >= 400:
+            self._log(exchange, scope, status, time.monotonic() - began)
+
+    def _log(self, exchange: Exchange, scope: Scope, status: int, seconds: float) -> None:
+        reason = exchange.reason if self._log_texts else unquoted(exchange.reason)
+        fields = {
+            "request_id": exchange.request_id,
+            "client": exchange.client,
+            "method": scope["method"],
+            "path": scope["path"][:MOST_PATH_CHARACTERS],
+            "status": status,
+            "param": exchange.param,
+            "code": exchange.code,
+            "seconds": round(seconds, 4),
+        }
+        level = logging.WARNING if status >= 500 else logging.INFO
+        logger.log(level, "refused with %d: %s", status, reason, extra={"fields": fields})
+
+
+def unquoted(message: str) -> str:
+    """Return an error's message without what it may quote from a body."""
+    return QUOTED.sub(lambda match: match[1] or "..", message)
+
+
+async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
+    """Send a whole answer in JSON."""
+    named = {"content-type": "application/json", "connection": "close", **headers}
+    raw = [(name.encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        given: str = value.decode("latin-1")
+        if name == b"x-request-id" and CLIENT_ID.fullmatch(given):
+            return given
+    return secrets.token_hex(12)
