@@ -26,15 +26,7 @@ from train.fsdp import FsdpStrategy
 from train.loss import next_token_loss, token_losses
 from train.measured import most_bytes, resident_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
-
-
-def check_vocabulary(model_size: int, data_size: int) -> None:
-    """Raise ValueError unless a model's vocabulary is that of its token shards."""
-    if model_size != data_size:
-        raise ValueError(
-            f"model.config.vocab_size={model_size}, but the token shards were made with "
-            f"{data_size} tokens: give --model.config.vocab_size {data_size}"
-        )
+from train.settings import check_length, check_vocabulary
 
 
 class FlashSTUModule(L.LightningModule):
@@ -69,11 +61,7 @@ class FlashSTUModule(L.LightningModule):
     def check_data(self, data: TokenData) -> None:
         """Raise ValueError unless this model can read `data`."""
         check_vocabulary(self.config.vocab_size, data.vocab_size)
-        if data.seq_len > self.config.max_seq_len:
-            raise ValueError(
-                f"data.seq_len={data.seq_len} exceeds model.config.max_seq_len="
-                f"{self.config.max_seq_len}: lower the one or raise the other"
-            )
+        check_length(data.seq_len, self.config.max_seq_len)
 
     def setup(self, stage: str) -> None:
         self.check_data(self._data)

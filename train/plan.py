@@ -1,7 +1,9 @@
 """`stu-plan`: does a run fit, how fast will it be, and what would fit instead. Without any GPU."""
 
 import argparse
+import math
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,16 +16,19 @@ if TYPE_CHECKING:
 GIB = 2**30
 DAY_SECONDS = 86_400
 LOG_COLUMNS = 110
+DEFAULT_GPUS = 8
+FAULT = 3
+"""Exit code of a fault of this program."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. 0: it fits; 1: it does not; 2: wrong settings."""
+    """Run the command: 0 if it fits, 1 if not, 2 for wrong settings, 3 for a fault of our own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="stu-plan",
         usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]",
         description="Memory, speed and days of a run of stu-train, whose settings follow. "
-        "Exit code 1 if it does not fit.",
+        "Exit code 1 if it does not fit, 2 if a setting is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -32,22 +37,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a100-40g, a100-80g, h100-80g, .., or `this`: the one here; with none that is known, "
         "settings are checked alone",
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="of each node")
-    parser.add_argument("--tokens", type=float, help="to train on; without it, those of max_steps")
-    given, settings = parser.parse_known_args(arguments)
+    parser.add_argument("--nodes", type=_count, help="in place of trainer.num_nodes")
+    parser.add_argument(
+        "--gpus", type=_count, help="of each node, in place of trainer.devices; 8 if neither says"
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, help="to train on; without it, those of max_steps"
+    )
+    given, others = parser.parse_known_args(arguments)
     # Imported late, for it takes seconds.
+    from train.costs import GPUS
     from train.run import UserError, parse_settings
+    from train.settings import num_devices
 
     try:
-        return plan(parse_settings(settings), given.gpu, given.nodes * given.gpus, given.tokens)
-    except (UserError, ValueError, OSError) as error:
+        if given.gpu not in (*GPUS, "this"):
+            raise UserError(f"gpu={given.gpu} is not known: choose from {', '.join(GPUS)}, or this")
+        settings = parse_settings(others)
+    except (UserError, OSError) as error:
         print(f"stu-plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    nodes = given.nodes or settings.trainer.num_nodes
+    gpus = given.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
+    try:
+        return plan(settings, given.gpu, nodes * gpus, given.tokens)
+    except Exception:  # Python's own code for these, 1, says that the run does not fit
+        traceback.print_exc()
+        return FAULT
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be a whole number >= 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be a positive number")
+    return value
 
 
 def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | None) -> int:
-    """Print what is to be expected; 1 if it does not fit. Raises ValueError for wrong settings."""
+    """Print what is to be expected of settings that were checked; 1 if the run does not fit."""
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -62,6 +98,7 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     )
     from train.fits import Fits, stages
     from train.memory import fft_bytes
+    from train.settings import precision_name
 
     if gpu_name == "this":
         known = known_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,15 +106,11 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
             print("stu-plan: the settings are valid; of this machine's device nothing is known")
             return 0
         gpu_name = known
-    if gpu_name not in GPUS:
-        raise ValueError(f"gpu={gpu_name!r} is not known: choose from {', '.join(GPUS)}")
-    if num_ranks < 1:
-        raise ValueError(f"nodes x gpus is {num_ranks}: give at least 1 of each")
     gpu = GPUS[gpu_name]
     config, parallel = settings.model.config, settings.parallel
     seq_len, micro_batch = settings.data.seq_len, settings.data.micro_batch_size
     accumulated = settings.trainer.accumulate_grad_batches
-    is_half = "16" in str(settings.trainer.precision)
+    is_half = precision_name(settings.trainer.precision) != "32-true"
     usable = USABLE_SHARE * gpu.memory_gib * GIB
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     fits = Fits(config, seq_len, num_ranks, usable, is_half)

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stu.arguments import ArgumentParser
 from stu.atomic import new_file
-from stu.config import ModelConfig
 from train.bad_steps import TooManyBadSteps
 from train.callbacks import SampleLog, StepProgress
 from train.checkpoint_folder import CheckpointFolder
@@ -34,9 +33,9 @@ from train.checkpoints import (
 )
 from train.data import TokenData
 from train.interruption import EXIT_CODES, Interruption
-from train.module import FlashSTUModule, check_vocabulary
+from train.module import FlashSTUModule
 from train.parallel import ParallelConfig, make_strategy, prepare_blocks
-from train.shards import Index
+from train.settings import check_settings as check_run_settings
 from train.watchdog import Watchdog
 
 DEFAULTS = {
@@ -64,8 +63,6 @@ LEFT_OUT = {
 """The trainer's settings that `stu-train` does not offer."""
 TOO_MANY_BAD_STEPS = 65
 """Exit code (sysexits' EX_DATAERR)."""
-COUNTS = ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
-"""The trainer's settings that must be at least 1."""
 
 
 class UserError(Exception):
@@ -87,46 +84,24 @@ class TrainCLI(LightningCLI):
 
     run_dir: Path
     resume_from: Path | None
+    parallel: ParallelConfig
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_settings(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        _, self.parallel = check_run_settings(self.config, is_plan=False)
 
     def before_instantiate_classes(self) -> None:
         # First, as it may import DeepSpeed, whose memory is not the model's.
         self.writer = CheckpointWriter()
-        parallel = ParallelConfig(**self.config.parallel.as_dict())
-        self.strategy = make_strategy(parallel, self.writer)
-        shards = Index.load(Path(self.config.data.dir))
-        self.config.model.config.vocab_size = (
-            self.config.model.config.vocab_size or shards.vocab_size
-        )
+        self.strategy = make_strategy(self.parallel, self.writer)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings, run_dir = self.config_init, self.config_init.run_dir
         self.run_dir = run_dir
-        self.model.check_data(self.datamodule)
-        for name in COUNTS:
-            if settings.trainer[name] < 1:
-                raise ValueError(
-                    f"trainer.{name}={settings.trainer[name]} is not allowed: it must be at least 1"
-                )
-        precision = str(settings.trainer.precision or "32-true")
-        refuse_float16(precision)
-        if settings.parallel.kind == "fsdp" and precision not in ("32-true", "bf16-mixed", "32"):
-            raise ValueError(
-                f"trainer.precision={precision} with parallel.kind=fsdp is not allowed: it must be "
-                "32-true or bf16-mixed"
-            )
-        is_half = "16" in precision
-        if settings.parallel.kind == "zero" and settings.parallel.zero_stage == 0 and is_half:
-            raise ValueError(
-                "parallel.zero_stage=0 trains in float32 alone: take stage 1, 2 or 3, or "
-                "parallel.kind=ddp"
-            )
-        prepare_blocks(self.model.model, settings.parallel)
+        prepare_blocks(self.model.model, self.parallel)
         self.resume_from, start = self._resume()
         folder = run_dir / CHECKPOINTS
         self.interruption = Interruption()
@@ -220,15 +195,6 @@ def add_settings(parser: LightningArgumentParser) -> None:
     add("--log_samples", type=bool, default=False, help="write which sample each step saw")
 
 
-def refuse_float16(precision: str) -> None:
-    """Raise ValueError for float16: the loss's gradients are computed before any scale is known."""
-    if precision in ("16", "16-mixed", "16-true"):
-        raise ValueError(
-            f"trainer.precision={precision} is not allowed: float16 rounds the gradients of "
-            "a large vocabulary to zero; take bf16-mixed or 32-true"
-        )
-
-
 def parse_settings(arguments: Sequence[str]) -> Any:
     """The settings of a run that is not to begin: no data but the index is read, no model made.
 
@@ -236,22 +202,14 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     """
     parser = Parser(prog="stu-plan")
     parser.add_argument("--config", action="config")
-    parser.add_argument("--seed_everything", default=0)
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
     add_settings(parser)
     settings = parser.parse_args(list(arguments))
-    shape = settings.model.config
     try:
-        folder = Path(settings.data.dir)
-        if folder.exists() or not shape.vocab_size:  # a plan may be older than its data
-            data_size = Index.load(folder).vocab_size
-            shape.vocab_size = shape.vocab_size or data_size
-            check_vocabulary(shape.vocab_size, data_size)
-        refuse_float16(str(settings.trainer.precision))
-        shape.pop("__path__", None)  # of the file that it was read from
-        settings.model.config = ModelConfig(**shape.as_dict())
-        settings.parallel = ParallelConfig(**settings.parallel.as_dict())
-    except (ValueError, TypeError) as error:
+        config, parallel = check_run_settings(settings, is_plan=True)
+    except ValueError as error:
         raise UserError(str(error)) from error
+    settings.model.config, settings.parallel = config, parallel
     return settings
 
 
