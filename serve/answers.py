@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from serve.metrics import Metrics
 from serve.replicas import Replicas, Stream
 from serve.request import Output
 from serve.rows import Json
+from serve.slices import Pauses, json_slices, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,25 @@ class Answer:
     def __post_init__(self) -> None:
         self._gathered = [Gathering(stream.request) for stream in self.streams]
 
-    async def whole(self) -> Json:
-        """The body of an answer in one."""
+    async def whole(self) -> list[bytes]:
+        """Return the body of an answer in one, as JSON in pieces."""
         async for _ in self.outputs():
             pass
-        completions = self._completions()
-        choices = [writer.write(its) for writer, its in zip(self.writers, completions, strict=True)]
-        return {**self.frame, "choices": choices, "usage": self.usage()}
+        return await asyncio.to_thread(lambda: list(pieces(self._whole())))
+
+    def _whole(self) -> Iterator[str]:
+        """Yield the JSON of an answer in one. A choice is forgotten once it is written: with log
+        probabilities it takes many times the memory of its text."""
+        usage = self.usage()
+        yield f'{"".join(json_slices(self.frame))[:-1]},"choices":'
+        separator = "["
+        for index, writer in enumerate(self.writers):
+            completion = self._gathered[index].completion()
+            self._gathered[index] = Gathering(self.streams[index].request)
+            yield separator
+            yield from json_slices(writer.write(completion))
+            separator = ","
+        yield f'],"usage":{"".join(json_slices(usage))}}}'
 
     async def events(
         self, first: tuple[int, Output], rest: AsyncIterator[tuple[int, Output]], has_usage: bool
@@ -112,9 +125,11 @@ class Answer:
             asyncio.create_task(self._forward(index, stream, arrived))
             for index, stream in enumerate(self.streams)
         ]
+        pauses = Pauses()
         try:
             num_left = len(tasks)
             while num_left:
+                await pauses.pause_if_due()
                 index, output = await arrived.get()
                 if isinstance(output, Exception):
                     self._error = str(output)

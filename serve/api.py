@@ -36,6 +36,7 @@ from serve.request import Request as EngineRequest
 from serve.request_limits import check_request
 from serve.rows import Json
 from serve.server_config import ServerConfig
+from serve.slices import json_slices, pieces
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
 
@@ -143,23 +144,30 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return {"object": "list", "data": [{**model, **more}]}
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> Json:
+    async def tokenize(body: TokenizeBody) -> Response:
         _check_model(service, body.model)
+
+        def tokenized() -> list[bytes]:
+            tokens = _tokens(tokenizer, body.prompt)
+            if body.add_special_tokens:
+                tokens = [tokenizer.bos_id, *tokens]
+            length = service.model.max_seq_len
+            values = {"tokens": tokens, "count": len(tokens), "max_model_len": length}
+            return list(pieces(json_slices(values)))
+
         with _as_request_error():
-            tokens = await asyncio.to_thread(_tokens, tokenizer, body.prompt)
-        if body.add_special_tokens:
-            tokens = [tokenizer.bos_id, *tokens]
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.max_seq_len}
+            return _in_pieces(await asyncio.to_thread(tokenized))
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Json:
+    async def detokenize(body: DetokenizeBody) -> Response:
         _check_model(service, body.model)
         if max(body.tokens, default=0) >= tokenizer.vocab_size:
             raise _refused(
                 f"tokens has the id {max(body.tokens)}, and the vocabulary ids 0 to "
                 f"{tokenizer.vocab_size - 1}"
             )
-        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens)
+        return _in_pieces(list(pieces(json_slices({"prompt": text}))))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Json:
@@ -205,27 +213,17 @@ async def _begin(
     arrived = time.monotonic()
     with _as_request_error():
         # Long prompts and large schemas must not hold up the streams of others.
-        requests = await asyncio.to_thread(_requests, service, given)
-    writers: Any = (
-        service.completions.writers(given, requests)
-        if is_chat_stream is None
-        else [
-            ChatChoiceWriter(service.tokenizer, its, index, is_chat_stream)
-            for index, its in enumerate(requests)
-        ]
-    )
+        requests, writers, prompts = await asyncio.to_thread(
+            _prepared, service, given, is_chat_stream
+        )
     frame = {
         "id": f"{prefix}-{exchange.request_id}",
         "object": kind,
         "created": int(time.time()),
         "model": service.config.name,
     }
-    num_each = given.get("n") or 1
-    num_prompt_tokens = sum(len(its.tokens) for its in requests[::num_each])
+    num_prompt_tokens = sum(len(its.tokens) for its in requests[:: given.get("n") or 1])
     timeout = service.config.request_timeout_seconds
-    prompts = None
-    if service.config.log_prompts:
-        prompts = [service.tokenizer.decode(its.tokens) for its in requests[::num_each]]
     # At last, when nothing can fail any more before somebody reads what comes.
     streams = service.replicas.submit(requests)
     return Answer(
@@ -248,6 +246,24 @@ def _check_model(service: Service, model: str | None) -> None:
         raise RequestError(404, message, "invalid_request_error", "model")
 
 
+def _prepared(
+    service: Service, given: Json, is_chat_stream: bool | None
+) -> tuple[list[EngineRequest], Any, list[str] | None]:
+    """Requests, the writers of their choices, and the prompts for the log if it is to have them."""
+    requests = _requests(service, given)
+    if is_chat_stream is None:
+        writers: Any = service.completions.writers(given, requests)
+    else:
+        writers = [
+            ChatChoiceWriter(service.tokenizer, request, index, is_chat_stream)
+            for index, request in enumerate(requests)
+        ]
+    if not service.config.log_prompts:
+        return requests, writers, None
+    of_each = requests[:: given.get("n") or 1]
+    return requests, writers, [service.tokenizer.decode(request.tokens) for request in of_each]
+
+
 def _requests(service: Service, given: Json) -> list[EngineRequest]:
     count = given.get("n") or 1
     num_choices = len(prompts_of(given["prompt"])) * count
@@ -268,7 +284,7 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
 
 async def _answered(service: Service, request: Request, body: Any, answer: Answer) -> Response:
     if not body.stream:
-        return JSONResponse(await _unless_gone(request, answer.whole()))
+        return _in_pieces(await _unless_gone(request, answer.whole()))
     outputs = answer.outputs()
     first = await _unless_gone(request, anext(outputs))
     has_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -278,6 +294,19 @@ async def _answered(service: Service, request: Request, body: Any, answer: Answe
         media_type="text/event-stream",
         headers={"cache-control": "no-store", "x-accel-buffering": "no"},
     )
+
+
+def _in_pieces(body: list[bytes]) -> Response:
+    """Return a response that forgets each piece of JSON once it is sent."""
+    length = sum(map(len, body))
+    body.reverse()
+
+    async def taken() -> AsyncIterator[bytes]:
+        while body:
+            yield body.pop()
+
+    headers = {"content-length": str(length)}
+    return StreamingResponse(taken(), media_type="application/json", headers=headers)
 
 
 async def _guarded(outputs: Any, events: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -25,6 +25,7 @@ from serve.engine import Stats
 from serve.last_words import last_words
 from serve.request import Output, Request
 from serve.server_config import ServerConfig
+from serve.slices import Pauses
 from serve.wire import Message, Unpacker, output_from_wire, pack, request_to_wire
 
 logger = logging.getLogger(__name__)
@@ -326,7 +327,7 @@ class Replicas:
                 await self._failed_to_start(index, str(error))
                 continue
             async for message in replica.messages():
-                self._hear(index, replica, message)
+                await self._hear(index, replica, message)
             was_ready, replica.stats = replica.is_ready, None
             how = await replica.ended()
             self._replicas[index] = None
@@ -351,7 +352,7 @@ class Replicas:
                 stream.outputs.put_nowait(Unavailable(f"no engine is left: {self._last_error}"))
         await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** self._failed_starts[index] - 1))
 
-    def _hear(self, index: int, replica: Replica, message: Message) -> None:
+    async def _hear(self, index: int, replica: Replica, message: Message) -> None:
         if "ready" in message:
             replica.stats = Stats.from_json(message["ready"])
             self._failed_starts[index] = 0
@@ -364,8 +365,10 @@ class Replicas:
                 refused.outputs.put_nowait(Refused(message["error"]))
         else:
             replica.stats = Stats.from_json(message["stats"])
+            pauses = Pauses()
             for values in message["outputs"]:
                 self._take(replica, output_from_wire(values))
+                await pauses.pause_if_due()
             self._place_waiting()
             for observe in self.step_observers:
                 observe(message)

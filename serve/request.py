@@ -38,7 +38,7 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("tokens", "stop_tokens", "given"):
             ids = getattr(self, name)
-            if not isinstance(ids, list | tuple) or not all(map(is_whole, ids)):
+            if not isinstance(ids, list | tuple) or not _are_whole(ids):
                 raise ValueError(
                     f"{name}={_shown(ids)} is not allowed: it must be a list of token ids, whole "
                     "numbers >= 0"
@@ -94,6 +94,11 @@ class Output:
     """None while the request goes on; its last output has one."""
     error: str = ""
     """With `finish_reason == "error"`: what went wrong and what to do."""
+
+
+def _are_whole(ids: Sequence[int]) -> bool:
+    """`all(map(is_whole, ids))`, many times as fast."""
+    return set(map(type, ids)) <= {int} and min(ids, default=0) >= 0
 
 
 def _shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """`stu-serve`: an OpenAI-compatible HTTP server over the engines of a host."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_SECONDS = 75
 UVICORN_COULD_NOT_START = 3
+SWITCH_SECONDS = 0.001
+"""Longest time that another thread keeps the event loop waiting, for Python's own code."""
 LAST_WORDS_SECONDS = 3
 """For the answers of requests that did not end while the server drained."""
 
@@ -147,6 +150,9 @@ def _service(config: ServerConfig) -> "Service":
 def _lifespan(service: "Service") -> Any:
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
+        sys.setswitchinterval(SWITCH_SECONDS)
+        gc.collect()
+        gc.freeze()  # or streams would wait for collections of all that was imported
         await service.replicas.start()
         try:
             await service.replicas.ready(lambda: not service.is_draining)

@@ -6,7 +6,7 @@ To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": i
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import msgpack
@@ -39,8 +39,12 @@ class Unpacker:
 
 
 def request_to_wire(request: Request) -> Message:
-    """All of its fields."""
-    return asdict(request)
+    """All of its fields. (`asdict` would copy each token of a prompt.)"""
+    values = {field.name: getattr(request, field.name) for field in fields(request)}
+    values["sampling"] = asdict(request.sampling)
+    if request.constraint is not None:
+        values["constraint"] = asdict(request.constraint)
+    return values
 
 
 def request_from_wire(values: Message) -> Request:

@@ -43,6 +43,9 @@ class Tokenizer:
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id: int = self._processor.bos_id()  # -1 if the model has none
         self.eos_id: int = self._processor.eos_id()  # -1 if the model has none
+        # A long answer with log probabilities asks a million times.
+        self._token_texts: dict[int, str] = {}
+        self._token_bytes: dict[int, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS and EOS. Text never yields a control token.
@@ -65,6 +68,19 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """How one token is shown by itself: its text, `bytes:\\xe2` for a byte of a longer
         character, or the name of a token that has no text."""
+        text = self._token_texts.get(token)
+        if text is None:
+            text = self._token_texts[token] = self._token_text(token)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for in UTF-8: part of a character perhaps, or nothing."""
+        its_bytes = self._token_bytes.get(token)
+        if its_bytes is None:
+            its_bytes = self._token_bytes[token] = self._find_bytes(token)
+        return its_bytes
+
+    def _token_text(self, token: int) -> str:
         its_bytes = self.token_bytes(token)
         if not its_bytes:
             name: str = self._processor.id_to_piece(token)
@@ -73,8 +89,7 @@ class Tokenizer:
             return f"bytes:\\x{its_bytes[0]:02x}"
         return its_bytes.decode()
 
-    def token_bytes(self, token: int) -> bytes:
-        """What one token stands for in UTF-8: part of a character perhaps, or nothing."""
+    def _find_bytes(self, token: int) -> bytes:
         model = self._processor
         if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
             return b""
