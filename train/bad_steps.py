@@ -4,8 +4,10 @@ import json
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.callbacks import warned
 
@@ -44,7 +46,18 @@ class StepGuard:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.num_bad_steps = 0
+        """Updates skipped so far in the run."""
+        self._in_this_job = 0
         self._losses: deque[float] = deque(maxlen=REMEMBERED_LOSSES)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses remembered and the updates skipped, for a checkpoint."""
+        return {"num_bad_steps": self.num_bad_steps, "losses": list(self._losses)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; from nothing if a checkpoint has none."""
+        self.num_bad_steps = saved.get("num_bad_steps", 0)
+        self._losses.extend(saved.get("losses", []))
 
     def is_spike(self, nats: float) -> bool:
         """Whether a micro-batch's mean loss, of all ranks, is one. Others are remembered."""
@@ -59,14 +72,15 @@ class StepGuard:
     def count(self, step: int, loss: float, samples: list[int], file: Path) -> None:
         """A step whose update was skipped, with this rank's samples. Raises TooManyBadSteps."""
         self.num_bad_steps += 1
+        self._in_this_job += 1
         line = {"step": step, "loss": str(loss), "samples": samples}
         with warned("samples of a skipped update"):
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(line) + "\n")
-        if self.num_bad_steps >= self.config.most_bad_steps:
+        if self._in_this_job >= self.config.most_bad_steps:
             raise TooManyBadSteps(
-                f"{self.num_bad_steps} updates were skipped, for gradients that are not finite or "
+                f"{self._in_this_job} updates were skipped, for gradients that are not finite or "
                 f"losses that jumped; {file.parent} has their samples. A lower learning rate, or a "
                 "look at the data, may help"
             )

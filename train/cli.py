@@ -14,7 +14,7 @@ COMMON_SETTINGS = {
     "--model.config.num_layers": "or any other field of the shape",
     "--model.optimizer.learning_rate": "or any other field of the optimizer",
     "--trainer.max_steps": "optimizer steps in all; the learning-rate schedule ends there",
-    "--trainer.max_time": "DD:HH:MM:SS of training after which to save and stop",
+    "--trainer.max_time": "DD:HH:MM:SS of training in all; the schedule ends with it too",
     "--trainer.accumulate_grad_batches": "micro-batches in one optimizer step",
     "--trainer.gradient_clip_val": "norm that gradients are clipped to",
     "--trainer.val_check_interval": "micro-batches between validations",

@@ -16,6 +16,8 @@ EXIT_CODES = {signal.SIGUSR1: TO_BE_CONTINUED, signal.SIGTERM: 143, signal.SIGIN
 class Interruption(L.Callback):
     """Sets `trainer.should_stop` on every rank once one was sent SIGUSR1, SIGTERM or SIGINT.
 
+    A validation is left between two of its batches; the run then stops after the next step.
+
     A handler does nothing but note the signal: saving in it could wait for ever for other ranks. A
     second SIGINT or SIGTERM ends the process at once, as it would without this.
     """
@@ -41,11 +43,20 @@ class Interruption(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if self._agree(trainer):
+            trainer.should_stop = True
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking and self.received is None:
+            self._agree(trainer)
+
+    def _agree(self, trainer: L.Trainer) -> bool:
+        """Whether any rank was sent a signal; all ranks must ask. No validation follows then."""
         (noted,) = largest_of_ranks(trainer, self._noted or 0)
         if noted:
             self.received = signal.Signals(int(noted))
-            trainer.should_stop = True
             trainer.limit_val_batches = 0  # there may be no time for it
+        return bool(noted)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()

@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,6 +25,7 @@ from train.costs import GPUS, known_gpu, token_flops
 from train.data import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
 from train.fsdp import FsdpStrategy
+from train.interruption import largest_of_ranks
 from train.loss import next_token_loss, token_losses
 from train.measured import most_bytes, resident_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
@@ -89,6 +92,7 @@ class FlashSTUModule(L.LightningModule):
         }
 
     def on_train_start(self) -> None:
+        self._losses = [loss.to(self.device) for loss in self._losses]
         self._start_clock()
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -123,8 +127,11 @@ class FlashSTUModule(L.LightningModule):
         """Count the step if its update was skipped, and log what it did if it is one to log."""
         is_logged, step = self._logs_next_step, self.trainer.global_step + 1
         learning_rate = optimizer.param_groups[0]["lr"]
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if is_last and (timer := self._timer) is not None:
+            learning_rate = self._learning_rate_by_time(timer)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+        if not is_last:
             return
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
@@ -138,21 +145,39 @@ class FlashSTUModule(L.LightningModule):
         if is_logged:
             self._log_step(step, learning_rate)
 
+    def _learning_rate_by_time(self, timer: Timer) -> float:
+        """Set the rate of the step at hand, in a run that also ends when its time is up."""
+        elapsed, left = timer.time_elapsed(), timer.time_remaining()
+        assert left is not None
+        # The ranks' clocks differ, and their rates must not.
+        (share,) = largest_of_ranks(self.trainer, min(1.0, elapsed / (elapsed + left)))
+        step, total_steps = self.trainer.global_step, self.trainer.max_steps
+        factor = learning_rate_factor(step, total_steps, self.optimizer_config, share)
+        learning_rate = self.optimizer_config.learning_rate * factor
+        for group in self.trainer.lr_scheduler_configs[0].scheduler.optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
     def _log_step(self, step: int, learning_rate: float) -> None:
         tokens = (self._data.position - self._clock_position) * self._data.seq_len
         tokens_per_second = tokens / (time.monotonic() - self._clock)
-        metrics = {
-            "train/loss": torch.stack(self._losses).mean(),
+        loss = torch.stack(self._losses).mean()
+        if self.trainer.world_size > 1:
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        gib = most_bytes(self.device, self._resident_before) / 2**30
+        (gib,) = largest_of_ranks(self.trainer, gib)
+        metrics: dict[str, float | Tensor] = {
+            "train/loss": loss,
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
             "train/tokens_per_second": tokens_per_second,
             "data/position": float(self._data.position),
             **self._utilization(tokens_per_second / self.trainer.world_size),
+            "train/memory_gib": gib,
         }
         self._log(metrics, step)
-        gib = most_bytes(self.device, self._resident_before) / 2**30
-        self.log("train/memory_gib", gib, sync_dist=True, reduce_fx="max")
+        self._losses.clear()
         self._start_clock()
 
     def on_validation_epoch_start(self) -> None:
@@ -161,6 +186,8 @@ class FlashSTUModule(L.LightningModule):
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         """Add the losses of the targets that count; at the first one, see how the model writes."""
+        if self._is_validation_cut:
+            return
         tokens, targets = batch["tokens"], batch["tokens"][:, 1:]
         places = torch.arange(targets.shape[1], device=tokens.device)
         counted = places < batch["num_targets"][:, None]  # [B, T]
@@ -173,12 +200,14 @@ class FlashSTUModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log means over the whole validation split, all ranks together."""
+        if self._is_validation_cut:
+            return
         sums = self._validation.values
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         metrics = validation_metrics(sums.cpu())
-        self._log(metrics, self.trainer.global_step)
         if not self.trainer.sanity_checking:
+            self._log(metrics, self.trainer.global_step)
             if self.trainer.is_global_zero:
                 folder = Path(self.trainer.default_root_dir)
                 with warned("the accuracy's picture"):
@@ -194,29 +223,58 @@ class FlashSTUModule(L.LightningModule):
             self._data.tokenizer_path,
             parameter_groups(self.model),
         )
+        checkpoint["stu"]["since_log"] = {
+            "losses": self.trainer.strategy.all_gather(torch.stack(self._losses)).cpu()
+            if self._losses
+            else torch.zeros(0),
+            "micro_batches": self.trainer.accumulate_grad_batches,
+        }
+        checkpoint["stu"]["guard"] = self._guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # `trainer.max_time` limits one job, not the run: each job of a chain has its own.
-        for name in [name for name in checkpoint["callbacks"] if name.startswith("Timer")]:
-            del checkpoint["callbacks"][name]
+        self._guard.load_state_dict(checkpoint["stu"].get("guard", {}))
+        self._losses = self._losses_since_log(checkpoint["stu"].get("since_log", {}))
         # Micro-batches count from the last step, of however many its own were.
         count = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update(dict.fromkeys(counts, count))
 
-    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+    def _utilization(self, tokens_per_second: float) -> dict[str, float | Tensor]:
         """Of a rank that computes so many. Blocks computed again count once, and convolutions
         apart: their FFTs are not what a device's peak, in bfloat16, is stated for."""
         data = self._data
         flops = token_flops(self.config, data.seq_len, data.micro_batch_size, recomputes=False)
         products = tokens_per_second * (flops.dense + flops.attention)
-        metrics = {
+        metrics: dict[str, float | Tensor] = {
             "train/product_teraflops": products / 1e12,
             "train/convolution_teraflops": tokens_per_second * flops.convolution / 1e12,
         }
         gpu = known_gpu(self.device)
         return {**metrics, "train/mfu": products / GPUS[gpu].flops} if gpu else metrics
+
+    def _losses_since_log(self, saved: Mapping[str, Any]) -> list[Tensor]:
+        """This rank's losses of the steps after the last logged one, from a checkpoint."""
+        if not saved or not saved["losses"].numel():
+            return []
+        losses = saved["losses"].view(-1, saved["losses"].shape[-1])  # [ranks, n]
+        now, then = self.trainer.accumulate_grad_batches, saved["micro_batches"]
+        if len(losses) == self.trainer.world_size and now == then:
+            return list(losses[self.trainer.global_rank])
+        # Steps weigh the same, whatever they are divided into.
+        by_step = losses.mean(0).view(-1, then).mean(1)
+        return list(by_step.repeat_interleave(now))
+
+    @property
+    def _timer(self) -> Timer | None:
+        """The clock of `trainer.max_time`, if it is set."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
+
+    @property
+    def _is_validation_cut(self) -> bool:
+        """Whether the run is to stop and has no time left for a validation."""
+        return self.trainer.limit_val_batches == 0
 
     @property
     def _board(self) -> Any:
@@ -239,12 +297,14 @@ class FlashSTUModule(L.LightningModule):
         hidden = self.model.hidden(tokens[:, :-1])
         return hidden.flatten(0, 1), self.model.embedding.weight, tokens[:, 1:].flatten()
 
-    def _log(self, metrics: dict[str, Any], step: int) -> None:
-        """Log the mean of each metric over the ranks."""
-        # Lightning's own count of steps is one behind on the loggers' axis; "step" replaces it.
-        self.log_dict({**metrics, "step": float(step)}, sync_dist=True)
+    def _log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
+        """Log metrics, which all ranks have alike, at once: before a checkpoint of this step is
+        written, after which a run that is killed would not come back to it."""
+        self.log_dict(dict(metrics), logger=False, sync_dist=self.trainer.validating)
+        if self.trainer.is_global_zero and self.logger is not None:
+            self.logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)
+            self._board.flush()
 
     def _start_clock(self) -> None:
-        """Begin a stretch of training whose speed and loss are logged together."""
+        """Begin a stretch of training whose speed is logged."""
         self._clock, self._clock_position = time.monotonic(), self._data.position
-        self._losses.clear()

@@ -28,7 +28,7 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     """The share of all steps in which `wsd` falls; `cosine` does not read it."""
     final_lr_fraction: float = 0.1
-    """The rate at the last step, as a share of `learning_rate`."""
+    """The rate at the end of the run, as a share of `learning_rate`."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in [
@@ -81,15 +81,39 @@ def adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
     return AdamW(groups, config.learning_rate, betas, config.eps)
 
 
-def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The share of `learning_rate` that optimizer step `step`, from 0, of `total_steps` uses."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+def check_schedule(config: OptimizerConfig, total_steps: int) -> None:
+    """Raise ValueError if the warm-up does not fit into a run of `total_steps`."""
+    warmup, name = config.warmup_steps, "model.optimizer.warmup_steps"
+    if warmup > total_steps:
+        raise ValueError(
+            f"{name}={warmup} is longer than the run (trainer.max_steps={total_steps}): the rate "
+            "would never reach model.optimizer.learning_rate; lower the one or raise the other"
+        )
+    decay = round(config.decay_fraction * total_steps) if config.schedule == "wsd" else 0
+    if warmup + decay > total_steps:
+        raise ValueError(
+            f"{name}={warmup} overlaps the decay of model.optimizer.schedule=wsd, which begins at "
+            f"step {total_steps - decay} (trainer.max_steps={total_steps}, "
+            f"model.optimizer.decay_fraction={config.decay_fraction}): lower either"
+        )
+
+
+def learning_rate_factor(
+    step: int, total_steps: int, config: OptimizerConfig, time_share: float = 0.0
+) -> float:
+    """Return the share of `learning_rate` that optimizer step `step`, from 0, uses.
+
+    A run ends after `total_steps`, or sooner when its time is up: it decays by whichever is
+    further along, the steps or `time_share`, the share of its time that is used.
+    """
+    warming = (step + 1) / config.warmup_steps if step < config.warmup_steps else 1.0
+    reached = max(step, time_share * (total_steps - 1))
     if config.schedule == "cosine":
         steps = max(1, total_steps - 1 - config.warmup_steps)
-        progress = min(1.0, (step - config.warmup_steps) / steps)
+        progress = min(1.0, max(0.0, (reached - config.warmup_steps) / steps))
         falling = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         decay_steps = max(1, round(config.decay_fraction * total_steps))
-        falling = min(1.0, max(0.0, (total_steps - 1 - step) / decay_steps))
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * falling
+        falling = min(1.0, max(0.0, (total_steps - 1 - reached) / decay_steps))
+    decayed = config.final_lr_fraction + (1 - config.final_lr_fraction) * falling
+    return min(warming, decayed)

@@ -261,8 +261,10 @@ def run(arguments: Sequence[str]) -> None:
             "the checkpoint is written, and --resume last goes on"
         )
         raise SystemExit(EXIT_CODES[received])
+    time_is_up = trainer.global_step < trainer.max_steps
+    reason = f" (trainer.max_time={cli.config.trainer.max_time} is used up)" if time_is_up else ""
     _tell(
-        f"trained to step {trainer.global_step} of {trainer.max_steps}; "
+        f"trained to step {trainer.global_step} of {trainer.max_steps}{reason}; "
         f"next: stu-export {cli.run_dir} --output MODEL_DIR"
     )
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from stu.config import ModelConfig
 from train.bad_steps import GuardConfig
 from train.data import TokenData
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, check_schedule
 from train.parallel import ParallelConfig
 from train.shards import Index
 
@@ -47,7 +47,8 @@ def check_settings(settings: Any, is_plan: bool) -> tuple[ModelConfig, ParallelC
     seed = settings.seed_everything
     is_seed = isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED
     _require("seed_everything", seed, is_seed, f"from 0 to {LARGEST_SEED}")
-    OptimizerConfig(**_values(settings.model.optimizer))
+    optimizer = OptimizerConfig(**_values(settings.model.optimizer))
+    check_schedule(optimizer, settings.trainer.max_steps)
     GuardConfig(**_values(settings.model.guard))
     parallel = ParallelConfig(**_values(settings.parallel))
     _check_trainer(settings.trainer)

@@ -65,7 +65,7 @@ def module_settings(data: Path) -> list[str]:
         "data.dir": data,
         "data.seq_len": 16,
         "data.micro_batch_size": 2,
-        "model.optimizer.warmup_steps": 2,
+        "model.optimizer.warmup_steps": 1,
         "model.optimizer.learning_rate": 1e-2,
         "trainer.accelerator": "cpu",
         "trainer.log_every_n_steps": 1,

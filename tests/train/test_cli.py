@@ -31,7 +31,9 @@ def run(settings, tmp_path):
 
 
 def test_logs_and_files_of_a_run(run, tmp_path, data):
-    assert run("--trainer.max_steps=12", "--checkpoint_every_steps=5", "--keep_checkpoints=1") == 0
+    warmup = "--model.optimizer.warmup_steps=2"
+    more = "--checkpoint_every_steps=5", "--keep_checkpoints=1", warmup
+    assert run("--trainer.max_steps=12", *more) == 0
     folder = tmp_path / "run"
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == [
         "last.ckpt",
@@ -144,6 +146,10 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
         ("--trainer.max_epochs=3", "trainer.max_epochs is chosen by stu-train"),
         ("--trainer.limit_train_batches=3", "trainer.limit_train_batches is chosen by stu-train"),
         ("--trainer.logger=false", "trainer.logger is chosen by stu-train"),
+        (
+            "--model.optimizer.warmup_steps=3",
+            r"warmup_steps=3 is longer than the run .*max_steps=2",
+        ),
         ("--model.optimizer.beta1=2", r"optimizer.beta1=2.0 is not allowed"),
         ("--checkpoint_every_steps=0", "checkpoint_every_steps=0 is not allowed"),
         ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such folder"),

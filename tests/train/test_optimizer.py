@@ -7,7 +7,7 @@ import pytest
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from tests.train.conftest import MODEL
-from train.optimizer import OptimizerConfig, adamw, learning_rate_factor
+from train.optimizer import OptimizerConfig, adamw, check_schedule, learning_rate_factor
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,26 @@ def test_degenerate_lengths(schedule):
 def test_bad_value_is_named(name, value):
     with pytest.raises(ValueError, match=rf"optimizer\.{name}={value!r} is not allowed: it must"):
         OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_run_decays_by_its_steps_or_its_time_whichever_is_further_along(schedule):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=10, final_lr_fraction=0.1)
+    assert learning_rate_factor(5, 1001, config, 0.01) == 0.6  # the warm-up counts steps
+    assert learning_rate_factor(100, 1001, config, 0.9) == learning_rate_factor(900, 1001, config)
+    assert learning_rate_factor(900, 1001, config, 0.1) == learning_rate_factor(900, 1001, config)
+    assert learning_rate_factor(100, 1001, config, 1.0) == pytest.approx(0.1)
+    assert learning_rate_factor(3, 1001, config, 1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "message"),
+    [
+        ({}, 99, r"warmup_steps=100 is longer than the run \(trainer.max_steps=99\)"),
+        ({"schedule": "wsd"}, 124, r"warmup_steps=100 overlaps .* begins at step 99"),
+    ],
+)
+def test_a_warmup_that_does_not_fit_is_refused(settings, steps, message):
+    with pytest.raises(ValueError, match=message):
+        check_schedule(OptimizerConfig(**settings), steps)
+    check_schedule(OptimizerConfig(**settings), steps + 1)

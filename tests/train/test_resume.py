@@ -18,6 +18,7 @@ from tests.train.saved import load_checkpoint
 from train import checkpoint_writer, cli, report
 from train.callbacks import StepProgress
 from train.data import TokenData
+from train.evaluation import ValidationSums
 
 STEPS = 100
 """At 2 samples a step, past the end of the first epoch."""
@@ -97,15 +98,11 @@ def test_a_time_limit_waits_for_the_end_of_an_optimizer_step(train, monkeypatch)
     accumulate = "--trainer.accumulate_grad_batches=3"
     whole = train("whole", accumulate)
 
-    def time_remaining(timer, *_):
-        return 5 - timer.batches
-
     def on_train_batch_end(timer, trainer, *_):
         timer.batches = getattr(timer, "batches", 0) + 1
         trainer.should_stop = timer.batches >= 5  # in the middle of the second step
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(Timer, "time_remaining", time_remaining)
         stopping.setattr(Timer, "on_train_batch_end", on_train_batch_end)
         parts = train("parts", accumulate, "--trainer.max_time=01:00:00:00")
     stopped = state(parts)
@@ -318,9 +315,96 @@ def test_two_ranks_equal_one_and_either_goes_on_as_the_other(train, settings, tm
     assert actual[1] == pytest.approx(expected[1], rel=1e-4)
 
 
-def test_each_job_of_a_chain_has_its_own_time(train):
-    """A time limit that the last job used up must not stop the next one at once."""
-    run = train("run", "--trainer.max_steps=1000000", "--trainer.max_time=00:00:00:01")
+def rates(run):
+    return report.read_curves(run)["train/lr"][1]
+
+
+def test_max_time_is_that_of_all_jobs_and_the_schedule_ends_with_it(train, capsys):
+    """Cut by its time, a run would otherwise stop at its highest rate."""
+    more = ["--trainer.max_steps=1000000", "--trainer.val_check_interval=1000000"]
+    run = train("run", *more, "--trainer.max_time=00:00:00:02", "--trainer.log_every_n_steps=1")
     first = state(run)["global_step"]
-    train("run", "--trainer.max_steps=1000000", "--trainer.max_time=00:00:00:01", "--resume=last")
-    assert state(run)["global_step"] > first > 0
+    assert 0 < first < 1_000_000
+    assert rates(run)[1] > 0.9 * 1e-2
+    assert rates(run)[-1] == pytest.approx(0.1 * 1e-2, rel=1e-2)
+    assert rates(run) == sorted(rates(run), reverse=True)
+    train("run", *more, "--trainer.max_time=00:00:00:02", "--resume=last")
+    assert state(run)["global_step"] == first
+    assert "trainer.max_time=00:00:00:02 is used up" in capsys.readouterr().err
+    train("run", *more, "--trainer.max_time=00:00:00:04", "--resume=last")
+    assert state(run)["global_step"] > first
+    half_way = rates(run)[first]  # the saved time counts
+    assert half_way == pytest.approx((0.1 + 0.9 * 0.5) * 1e-2, rel=0.2)
+    assert rates(run)[-1] == pytest.approx(0.1 * 1e-2, rel=1e-2)
+
+
+STOPPED_AND_KILLED = """
+import os, signal, sys
+from train import callbacks, checkpoints, cli
+
+def stop(self, trainer, *_):
+    if trainer.global_step == 5:
+        signal.raise_signal(signal.SIGUSR1)
+
+finish = checkpoints.Checkpoints._finish
+
+def finish_and_die(self, trainer):
+    finish(self, trainer)
+    if (self._folder / "last.ckpt").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+callbacks.StepProgress.on_train_batch_end = stop
+checkpoints.Checkpoints._finish = finish_and_die
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_logged_series_is_that_of_a_run_that_never_stopped(
+    train, settings, tmp_path, monkeypatch
+):
+    """Killed right after the checkpoint of a logged step, and stopped between two logged steps."""
+    more = ["--trainer.max_steps=20", "--trainer.log_every_n_steps=5"]
+    more += ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=16"]
+    whole = train("whole", *more)
+
+    command = [sys.executable, "-c", STOPPED_AND_KILLED, *settings, *more]
+    command.append(f"--run_dir={tmp_path / 'parts'}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(command, timeout=300, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == 12:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(StepProgress, "on_train_batch_end", stop)
+        with pytest.raises(SystemExit):
+            train("parts", *more, "--resume=last")
+    parts = train("parts", *more, "--resume=last")
+    expected, actual = report.read_curves(whole), report.read_curves(parts)
+    assert expected["train/loss"][0] == [5, 10, 15, 20]
+    for name in ("train/loss", "train/lr", "train/grad_norm", "val/loss", "val/accuracy"):
+        assert actual[name] == expected[name], name
+
+
+def test_a_signal_ends_a_validation_between_two_batches(train, monkeypatch, tmp_path):
+    """What it has by then is not logged as if it were all of the split."""
+    seen = []
+
+    def signal_at_once(self, trainer, *_):
+        if not trainer.sanity_checking:
+            signal.raise_signal(signal.SIGUSR1)
+
+    add = ValidationSums.add
+    monkeypatch.setattr(StepProgress, "on_validation_start", signal_at_once)
+    monkeypatch.setattr(StepProgress, "on_validation_batch_end", lambda *_: None)
+    monkeypatch.setattr(StepProgress, "on_validation_end", lambda *_: None)
+    monkeypatch.setattr(ValidationSums, "add", lambda *given: seen.append(add(*given)))
+    with pytest.raises(SystemExit) as ended:
+        train("run", "--trainer.val_check_interval=5", "--trainer.num_sanity_val_steps=0")
+    assert ended.value.code == 75
+    assert seen == []
+    run = tmp_path / "run"
+    assert state(run)["global_step"] == 6
+    assert "val/loss" not in report.read_curves(run)
