@@ -179,14 +179,15 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        is_healthy = service.replicas.is_healthy
-        status = {"status": "ok" if is_healthy else "no engine gives a sign of life"}
-        return JSONResponse(status, 200 if is_healthy else 503)
+        is_healthy, is_loading = service.replicas.is_healthy, service.replicas.is_loading
+        failure = "loading the model" if is_loading else "no engine gives a sign of life"
+        return JSONResponse({"status": "ok" if is_healthy else failure}, 200 if is_healthy else 503)
 
     @app.get("/ready")
     async def ready() -> Response:
         is_ready = service.replicas.is_healthy and not service.is_draining
-        status = "ok" if is_ready else "draining" if service.is_draining else "no engine is ready"
+        failure = "loading the model" if service.replicas.is_loading else "no engine is ready"
+        status = "ok" if is_ready else "draining" if service.is_draining else failure
         return JSONResponse({"status": status}, 200 if is_ready else 503)
 
     @app.get("/version")

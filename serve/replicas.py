@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from serve.engine import Stats
+from serve.hangup import hangups_blocked
 from serve.last_words import last_words
 from serve.request import Output, Request
 from serve.server_config import ServerConfig
@@ -47,6 +48,9 @@ START_SECONDS = 600.0
 """That an engine may take to load its model."""
 LAST_WORDS_SECONDS = 5.0
 """That an engine which is no longer heard of has to end by itself."""
+
+
+NO_ENGINE = "no engine can be started; the server's log says why"
 
 
 class Busy(Exception):
@@ -101,7 +105,7 @@ class Replica:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair()
         self._socket = ours
-        with theirs:
+        with theirs, hangups_blocked():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serve.replica", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -187,6 +191,8 @@ class Replicas:
         """For an engine that has room, in the order in which they came."""
         self._failed_starts = [0] * len(devices)
         self._last_error = ""
+        """For the log; an engine's words may have paths, and no client gets them."""
+        self._has_been_ready = False
         self._numbers = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
         self.num_restarts = self.num_resumed = 0
@@ -230,6 +236,11 @@ class Replicas:
         return [its for its in self._replicas if its is not None and its.is_ready]
 
     @property
+    def is_loading(self) -> bool:
+        """Whether no engine has been ready yet."""
+        return not self._has_been_ready
+
+    @property
     def is_healthy(self) -> bool:
         """Whether an engine has lately given a sign of life."""
         oldest = time.monotonic() - self._config.watchdog_seconds
@@ -249,7 +260,9 @@ class Replicas:
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Begin requests. Raises Busy if too many wait, Unavailable if no engine can be had."""
         if self._cannot_start:
-            raise Unavailable(f"no engine can be started: {self._last_error}")
+            raise Unavailable(NO_ENGINE)
+        if not self._has_been_ready:
+            raise Unavailable("the model is being loaded: try again in a moment")
         if self.num_waiting + len(requests) > self._config.max_waiting:
             raise Busy(
                 f"{self.num_waiting} requests wait, and {self._config.max_waiting} may: try again "
@@ -349,12 +362,13 @@ class Replicas:
         if self._cannot_start:
             waiting, self._waiting = self._waiting, {}
             for stream in waiting.values():
-                stream.outputs.put_nowait(Unavailable(f"no engine is left: {self._last_error}"))
+                stream.outputs.put_nowait(Unavailable(NO_ENGINE))
         await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** self._failed_starts[index] - 1))
 
     async def _hear(self, index: int, replica: Replica, message: Message) -> None:
         if "ready" in message:
             replica.stats = Stats.from_json(message["ready"])
+            self._has_been_ready = True
             self._failed_starts[index] = 0
             if replica.said:
                 logger.warning("engine %d on %s: %s", index, self._devices[index], replica.said)

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,6 +16,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from serve.config import EngineConfig
+from serve.hangup import ignore_hangups
+from serve.listening import is_reached_from_outside, listening, url_of
 from serve.server_config import ServerConfig
 from stu.arguments import ArgumentParser, run_command
 
@@ -22,8 +25,9 @@ from stu.arguments import ArgumentParser, run_command
 if TYPE_CHECKING:
     from serve.api import Service
 
+logger = logging.getLogger("stu")
+
 KEEP_ALIVE_SECONDS = 75
-UVICORN_COULD_NOT_START = 3
 SWITCH_SECONDS = 0.001
 """Longest time that another thread keeps the event loop waiting, for Python's own code."""
 LAST_WORDS_SECONDS = 3
@@ -40,9 +44,21 @@ def serve(config: ServerConfig) -> int:
 
     Raises ValueError or OSError for what cannot be served.
     """
-    keys = config.keys()
-    service = _service(config)
     _log_as_json()
+    ignore_hangups()
+    keys = config.keys()
+    with listening(config) as sockets:
+        if not keys and any(map(is_reached_from_outside, sockets)):
+            logger.warning(
+                "host=%s without API keys: whoever reaches this machine may use the server; give "
+                "api_keys or STU_API_KEYS",
+                config.host,
+            )
+        return _serve(config, keys, sockets)
+
+
+def _serve(config: ServerConfig, keys: Sequence[str], sockets: Sequence[socket.socket]) -> int:
+    service = _service(config)
 
     import uvicorn
 
@@ -67,8 +83,8 @@ def serve(config: ServerConfig) -> int:
         )
     settings = uvicorn.Config(
         Exchanges(guarded, config.log_prompts),
-        host=config.host,
-        port=config.port,
+        # Whoever may write to a Unix socket is trusted to say whom it asks for.
+        forwarded_allow_ips="*" if config.uds is not None else None,
         log_config=None,
         access_log=True,
         server_header=False,
@@ -81,7 +97,9 @@ def serve(config: ServerConfig) -> int:
     )
 
     class Server(uvicorn.Server):
-        """One that says when it listens, and stops at once when it is asked twice."""
+        """One that says when it is ready, and stops at once when it is asked twice."""
+
+        failure: OSError | None = None
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -93,18 +111,24 @@ def serve(config: ServerConfig) -> int:
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
-            if self.started and self.servers:
-                host, port = self.servers[0].sockets[0].getsockname()[:2]
-                scheme = "https" if config.tls_key else "http"
-                logging.getLogger("stu").info("listening on %s://%s:%d", scheme, host, port)
+            self._url = url_of(sockets[0], config.tls_key is not None)
+            logger.info("the model is being loaded; until then %s answers 503", self._url)
+            self._loading = asyncio.create_task(self._load())
+
+        async def _load(self) -> None:
+            try:
+                await service.replicas.ready(lambda: not service.is_draining)
+            except OSError as error:
+                self.failure, self.should_exit = error, True
+                return
+            if not service.is_draining:
+                logger.info("listening on %s", self._url)
 
     server = Server(settings)
-    try:
-        asyncio.run(server.serve())
-    except SystemExit as error:
-        if error.code != UVICORN_COULD_NOT_START:
-            raise
-    return 0 if server.started else 2
+    asyncio.run(server.serve(list(sockets)))
+    if server.failure is not None:
+        raise server.failure
+    return 0
 
 
 def _service(config: ServerConfig) -> "Service":
@@ -155,7 +179,6 @@ def _lifespan(service: "Service") -> Any:
         gc.freeze()  # or streams would wait for collections of all that was imported
         await service.replicas.start()
         try:
-            await service.replicas.ready(lambda: not service.is_draining)
             yield
         finally:
             await service.replicas.stop()

@@ -21,6 +21,9 @@ class ServerConfig:
     """Address to listen at. Other machines reach it at 0.0.0.0: give API keys then."""
     port: int = 8000
     """0: one that is free, which the log names."""
+    uds: Path | None = None
+    """Path of a Unix socket to listen at instead of host and port. The umask decides who may
+    connect: with 0077 the same user alone, with 0007 the group as well."""
     model_name: str | None = None
     """What clients call the model. None: the name of its directory."""
     devices: str = "auto"
@@ -31,9 +34,10 @@ class ServerConfig:
     dtype: Dtype = "float32"
     """Of the weights."""
     api_keys: Path | None = None
-    """File with an API key on each line, one of which every request must have but those to /health
-    and to the page at /, which shows nothing without one. None: the keys in STU_API_KEYS, separated
-    by commas, or without any, no key is needed."""
+    """File with an API key on each line. Every request must have one of them, but for those to
+    /health and /ready, and to the page at /, which shows nothing without a key. None: the keys in
+    the environment variable STU_API_KEYS, separated by commas; if that is not set, no key is
+    needed."""
     max_waiting: int = 256
     """Requests that have not begun; those beyond are told to come again (429)."""
     max_choices: int = 128
@@ -73,10 +77,17 @@ class ServerConfig:
             self._require(name, is_number, "a number above 0, in seconds")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together: give both, or none")
-        for name in ("api_keys", "tls_certificate", "tls_key"):
+        for name in ("tls_certificate", "tls_key"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name} {path}: no such file")
+        if self.api_keys is not None and not self.api_keys.is_file():
+            # What stands there may be a key, which no log should have.
+            shown = f" {self.api_keys}" if len(self.api_keys.parts) > 1 else ""
+            raise ValueError(
+                f"api_keys{shown}: no such file; it takes the path of a file with a key on each "
+                "line, not a key"
+            )
 
     @property
     def name(self) -> str:
@@ -84,18 +95,37 @@ class ServerConfig:
         return self.model_name or self.model.resolve().name
 
     def keys(self) -> list[str]:
-        """API keys. Raises ValueError for a file without any, or a key that no header can hold."""
+        """Return the API keys, none if the server is open to all.
+
+        Raises ValueError for a file or a variable without any, for both, or for a key that no
+        header can hold.
+        """
+        variable = os.environ.get("STU_API_KEYS")
         if self.api_keys is not None:
+            if variable is not None:
+                raise ValueError(
+                    f"api_keys {self.api_keys} and the environment variable STU_API_KEYS are both "
+                    "set, and but one is read: unset the other"
+                )
             lines = self.api_keys.read_text(encoding="utf-8").split("\n")
             keys = [line.strip() for line in lines if line.strip()]
             if not keys:
                 raise ValueError(f"api_keys {self.api_keys}: has no key; write one on each line")
+        elif variable is not None:
+            keys = [key.strip() for key in variable.split(",") if key.strip()]
+            if not keys:
+                raise ValueError(
+                    "the environment variable STU_API_KEYS is set and has no key: write keys into "
+                    "it, separated by commas, or unset it to serve everyone without a key"
+                )
         else:
-            given = os.environ.get("STU_API_KEYS", "").split(",")
-            keys = [key.strip() for key in given if key.strip()]
+            keys = []
         for key in keys:
-            if not key.isascii() or not key.isprintable() or " " in key:
-                raise ValueError("an API key has a space, or a character beyond ASCII: change it")
+            if not key.isascii() or not key.isprintable() or " " in key or "," in key:
+                raise ValueError(
+                    "an API key has a space, a comma, or a character beyond printable ASCII: "
+                    "change it; a file has a key on each line, STU_API_KEYS commas between keys"
+                )
         return keys
 
     def replica_json(self, device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import IO
 
 from serve.decoder import Report
+from serve.hangup import hangups_blocked
 from serve.last_words import last_words
 from serve.worker import Work
 from stu.processors import num_processors
@@ -33,17 +34,18 @@ class Workers:
         environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
         for index in range(len(self._works)):
             self._errors.append(tempfile.TemporaryFile())
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "serve.worker"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self._errors[index],
-                    env=environment,
-                    # Ctrl-C is for this process alone, which ends the others.
-                    start_new_session=True,
+            with hangups_blocked():
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "serve.worker"],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=self._errors[index],
+                        env=environment,
+                        # Ctrl-C is for this process alone, which ends the others.
+                        start_new_session=True,
+                    )
                 )
-            )
             self._threads.append(threading.Thread(target=self._serve, args=[index], daemon=True))
             self._threads[index].start()
         return self

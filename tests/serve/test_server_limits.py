@@ -218,7 +218,8 @@ def test_tls(model_directory, tmp_path):
         ("watchdog_seconds", 0, "watchdog_seconds=0 is not allowed"),
         ("drain_seconds", float("nan"), "drain_seconds=nan is not allowed"),
         ("tls_key", "x", "tls_certificate and tls_key go together"),
-        ("api_keys", "nothing", "api_keys nothing: no such file"),
+        ("api_keys", "no/such", "api_keys no/such: no such file"),
+        ("api_keys", "sk-123", "^api_keys: no such file; it takes the path of a file"),
     ],
 )
 def test_settings_that_are_not_allowed(tmp_path, name, value, message):
@@ -227,11 +228,29 @@ def test_settings_that_are_not_allowed(tmp_path, name, value, message):
         ServerConfig(tmp_path, **{name: value})
 
 
-@pytest.mark.parametrize("text", ["", "a b\n", "größe\n"])
+@pytest.mark.parametrize("text", ["", " \n\n", "a b\n", "größe\n", "a,b\n"])
 def test_key_files_that_are_not_allowed(tmp_path, text):
     path = tmp_path / "keys"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"has no key|beyond ASCII"):
+        ServerConfig(tmp_path, api_keys=path).keys()
+
+
+@pytest.mark.parametrize("value", ["", " ", ",", " , ,"])
+def test_a_variable_without_keys_does_not_open_the_server(tmp_path, monkeypatch, value):
+    monkeypatch.delenv("STU_API_KEYS", raising=False)
+    config = ServerConfig(tmp_path)
+    assert config.keys() == []
+    monkeypatch.setenv("STU_API_KEYS", value)
+    with pytest.raises(ValueError, match="STU_API_KEYS is set and has no key"):
+        config.keys()
+
+
+def test_keys_in_two_places_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    path.write_text("a-key\n")
+    monkeypatch.setenv("STU_API_KEYS", "b-key")
+    with pytest.raises(ValueError, match="are both set"):
         ServerConfig(tmp_path, api_keys=path).keys()
 
 

@@ -1,10 +1,21 @@
 """What operators rely on: ids, the log, probes, and where a server listens."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 
 import httpx
+import psutil
 import pytest
 
+from serve.listening import is_reached_from_outside, listening, url_of
+from serve.replicas import NO_ENGINE, Replicas, Unavailable
+from serve.server_config import ServerConfig
 from tests.serve.server_process import SECONDS, eventually, serving
 
 KEYS = "first-key", "second-key"
@@ -138,3 +149,163 @@ def test_no_path_redirects(http, path):
         assert answer.status_code == 404
         assert "location" not in answer.headers
         assert "evil.example" not in answer.headers.values()
+
+
+def refused_start(model, *options, **environment):
+    """Exit code and log of a server that cannot start."""
+    command = [sys.executable, "-m", "serve.server", str(model), *map(str, options)]
+    done = subprocess.run(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=SECONDS,
+    )
+    return done.returncode, done.stderr
+
+
+def test_what_cannot_be_listened_at_is_noticed_before_the_model_is_loaded(tmp_path):
+    """There is no model, which nobody has found out."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, log = refused_start(tmp_path, "--port", port)
+    assert (code, log.count("\n")) == (2, 1)
+    assert f"host='127.0.0.1', port={port}: the server cannot listen there (Address" in log
+    file = tmp_path / "file"
+    file.write_text("not to be overwritten")
+    code, log = refused_start(tmp_path, "--uds", file)
+    assert (code, log.count("\n")) == (2, 1)
+    assert f"uds {file}: the server cannot listen there (there is a file that is no socket)" in log
+    assert file.read_text() == "not to be overwritten"
+    code, log = refused_start(tmp_path, "--port", 0, "--tls-key", file, "--tls-certificate", file)
+    assert (code, log.count("\n")) == (2, 1)
+    assert f"tls_certificate {file}, tls_key {file}: cannot be used" in log
+    code, log = refused_start(tmp_path, "--port", 0, STU_API_KEYS=" ")
+    assert (code, log.count("\n")) == (2, 1)
+    assert "STU_API_KEYS is set and has no key" in log
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("256.0.0.1", "host='256.0.0.1', port=0: the server cannot listen there"),
+        ("192.0.2.1", "(Cannot assign requested address)"),
+    ],
+)
+def test_addresses_of_no_use_are_named(tmp_path, host, message):
+    config = ServerConfig(tmp_path, host=host, port=0)
+    with pytest.raises(OSError, match=re.escape(message)), listening(config):
+        pass
+
+
+def test_all_addresses_of_a_host_have_one_port(tmp_path):
+    with listening(ServerConfig(tmp_path, host="localhost", port=0)) as sockets:
+        assert len({its.getsockname()[1] for its in sockets}) == 1
+        assert not any(map(is_reached_from_outside, sockets))
+    with listening(ServerConfig(tmp_path, host="0.0.0.0", port=0)) as sockets:
+        assert all(map(is_reached_from_outside, sockets))
+
+
+def test_unix_sockets(tmp_path):
+    """A stale one is replaced, one that is used is not, and none is left behind."""
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    config = ServerConfig(tmp_path, uds=path)
+    with listening(config) as (taken,):
+        assert url_of(taken, False) == f"unix:{path}"
+        with pytest.raises(OSError, match="another server listens at it"), listening(config):
+            pass
+        assert path.is_socket()
+    assert not path.exists()
+
+
+def logged_until(process, text):
+    """All that is logged up to a line with `text`."""
+    log = ""
+    while text not in log:
+        line = process.stderr.readline()
+        assert line, log
+        log += line
+    return log
+
+
+def test_a_server_at_a_unix_socket_while_and_after_it_loads(model_directory, tmp_path):
+    """The engine is stopped while it loads. Nobody but the user may connect with this umask, and
+    SIGHUP ends neither server nor engine."""
+    path = tmp_path / "socket"
+    command = [sys.executable, "-m", "serve.server", str(model_directory), "--uds", str(path)]
+    umask = os.umask(0o077)
+    try:
+        process = subprocess.Popen(
+            [*command, "--cache-gib", "0.01"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    finally:
+        os.umask(umask)
+    try:
+        log = logged_until(process, "answers 503")
+        eventually(psutil.Process(process.pid).children)
+        (replica,) = psutil.Process(process.pid).children()
+        replica.suspend()
+        assert path.stat().st_mode & 0o777 == 0o700
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport, base_url="http://stu", timeout=SECONDS) as http:
+            for probe in ("/health", "/ready"):
+                answer = http.get(probe)
+                assert answer.status_code == 503
+                assert answer.json() == {"status": "loading the model"}
+            answer = http.post("/v1/completions", json=SHORT)
+            assert answer.status_code == 503
+            assert "being loaded" in answer.json()["error"]["message"]
+            assert int(answer.headers["retry-after"]) >= 1
+            replica.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGHUP)
+            replica.resume()
+            log += logged_until(process, "listening on")
+            assert http.get("/ready").status_code == 200
+            replica.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGHUP)
+            assert http.post("/v1/completions", json=SHORT).status_code == 200
+            assert psutil.Process(process.pid).children() == [replica]
+        process.terminate()
+        log += process.communicate(timeout=SECONDS)[1]
+        assert process.returncode == 0
+        assert log.count("SIGHUP is ignored") == 2
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_listening_for_others_without_keys_is_warned_of(tmp_path):
+    code, log = refused_start(tmp_path, "--host", "0.0.0.0", "--port", 0)
+    assert code == 2  # there is no model
+    (line,) = [json.loads(line) for line in log.splitlines() if "without API keys" in line]
+    assert line["level"] == "warning"
+
+
+def test_why_no_engine_starts_is_in_no_answer(tmp_path):
+    replicas = Replicas(ServerConfig(tmp_path), ["cpu"], 1)
+    replicas._failed_starts, replicas._last_error = [3], "/a/secret/path: no such folder"
+    with pytest.raises(Unavailable, match=f"^{re.escape(NO_ENGINE)}$"):
+        replicas.submit([])
+
+
+@pytest.mark.slow
+def test_no_word_of_an_engine_reaches_a_client(model_directory, tmp_path):
+    """Its folder is gone when it is to be started again."""
+    folder = tmp_path / "some-secret-folder"
+    shutil.copytree(model_directory, folder)
+    with serving(folder, "--model-name", "model") as server, server.client() as http:
+        shutil.rmtree(folder)
+        server.replicas()[0].kill()
+        answer = http.post("/v1/completions", json=SHORT)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == NO_ENGINE
+        eventually(lambda: "some-secret-folder" in "".join(server.lines))
+        for path in ("/health", "/ready", "/v1/models", "/metrics"):
+            assert "some-secret-folder" not in http.get(path).text
+        assert "some-secret-folder" not in http.post("/v1/completions", json=SHORT).text
