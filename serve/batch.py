@@ -5,13 +5,14 @@ import socket
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.batch_config import BatchConfig
 from serve.config import EngineConfig
 from serve.shard import Shard
+from serve.spool import STANDARD, readable_again
 from stu.arguments import ArgumentParser, run_command
 
 # torch takes a second to import: only `generate` does, after the command line is found valid.
@@ -42,41 +43,75 @@ def generate(config: BatchConfig) -> "Tally":
     Raises ValueError or OSError.
     """
     shard = Shard.parse(config.shard) if config.shard else Shard.of_task(os.environ)
+    path = config.output if config.output == STANDARD else shard.output(config.output)
     with _naming(shard):
-        return _generate(config, shard, shard.output(config.output))
+        _check_output(config, path)
+        with readable_again(config.input, path) as source:
+            return _generate(replace(config, input=source), shard, path)
 
 
 def _generate(config: BatchConfig, shard: Shard, path: Path) -> "Tally":
-    _check_output(config, path)
-    from serve.job import BatchJob
-    from serve.output import OutputFile
+    from serve.inputs import InputDigest
+    from serve.job import BatchJob, fingerprint_of, open_weights
+    from serve.output import OutputFile, StandardOutput, require_same_job
     from serve.progress import Display, Tally
     from serve.worker import Work
 
-    devices, job = _devices(config), BatchJob(config)
-    with OutputFile(
-        path, job.identity(shard), job.row_format.recognise, config.overwrite
-    ) as output:
+    devices, job = _devices(config), BatchJob(config, InputDigest.of(config.input))
+    decisive = job.model_and_settings()
+    identity = {"input": str(job.digest), "shard": str(shard), **decisive}
+    others = [] if path == STANDARD or config.overwrite else shard.other_outputs(config.output)
+    with (
+        open_weights(config.model) as weights,
+        StandardOutput()
+        if path == STANDARD
+        else OutputFile(path, identity, job.row_format.recognise, config.overwrite) as output,
+    ):
+        loaded = fingerprint_of(weights)
+        require_same_job(identity, others)
         tally = Tally(len(output.done), output.num_failed)
         works = [
-            Work(config, device, part, frozenset(n for n in output.done if n in part))
+            Work(
+                config,
+                device,
+                part,
+                frozenset(number for number in output.done if number in part),
+                job.digest,
+                decisive,
+            )
             for device, part in zip(devices, shard.split(len(devices)), strict=True)
         ]
+        reading_error = ""
         try:
             with Display() as display, closing(_reports(works)) as reports:
                 for arrived in reports:
                     output.append([line for _, report in arrived for line in report.lines])
                     for engine, report in arrived:
                         tally.add(engine, report)
+                        reading_error = reading_error or report.reading_error
                     display.show(tally)
         except (KeyboardInterrupt, SystemExit, OSError):
-            if tally.num_done:
+            if tally.num_done and path != STANDARD:
                 print(
                     f"stu-generate: stopped; {path} has {tally.num_done:,} rows, and the same "
                     "command goes on from there",
                     file=sys.stderr,
                 )
             raise
+        if reading_error:
+            raise ValueError(f"{reading_error}; {tally.num_done:,} rows are in {path}")
+        # The rows are those of the old input even so, for it was compared while it was read.
+        job.digest.check(config.input)
+        # Weights may be mapped from the disk. A model that is replaced by another file, as
+        # stu-export does, stays as it is for those who have it open.
+        if fingerprint_of(weights) != loaded:
+            reason = (
+                f"model {config.model}: model.safetensors was written over while it was decoded "
+                "with, and rows may be of both models: begin anew with --overwrite"
+            )
+            output.condemn(reason)
+            raise ValueError(reason)
+        require_same_job(identity, others)
     print(f"{tally}; wrote {path}", file=sys.stderr)
     return tally
 
@@ -108,12 +143,16 @@ def _reports(
 
 
 def _check_output(config: BatchConfig, path: Path) -> None:
+    if path == STANDARD:
+        return
+    if config.input.is_dir() and config.input.resolve() in path.resolve().parents:
+        raise ValueError(f"output {path}: lies in the input {config.input}; choose another folder")
     if not path.parent.is_dir():
         raise ValueError(f"output {path}: there is no folder {path.parent}; make it first")
     if not path.exists():
         return
     if not path.is_file():
-        raise ValueError(f"output {path}: is not a file; choose another")
+        raise ValueError(f"output {path}: is not a file; choose another, or - for standard output")
     if config.input.exists() and path.samefile(config.input):
         raise ValueError(f"output {path}: is the input; choose another")
 
@@ -135,7 +174,8 @@ def _parse(argv: Sequence[str] | None) -> BatchConfig:
         description="Decode a file of prompts with the model of a model directory. Input: a JSON "
         'object a line, {"prompt": "..."}, with an "id" if you like, and any of the settings '
         "max-new-tokens to stop-at-eos (with _ for -) for that row alone; or the lines of OpenAI's "
-        "batch format, for /v1/completions; or Parquet. Output: a line for each, in any order. A "
+        "batch format, for /v1/completions; or Parquet. - is standard input. Output: a line for "
+        "each, in any order. A "
         "run that was stopped, or killed, goes on when the same command is given again. Exits with "
         "1 if a row could not be decoded; its line says why.",
     )

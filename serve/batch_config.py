@@ -19,13 +19,15 @@ class BatchConfig:
     model: Path
     """Model directory."""
     input: Path
-    """JSON lines of prompts or of OpenAI's batch format, or Parquet."""
+    """JSON lines of prompts or of OpenAI's batch format, plain or compressed with gzip or
+    Zstandard; Parquet; a folder of such files; a pipe, or - for standard input."""
     output: Path
-    """JSON lines to write. What decides its rows goes into a file beside it, .job.json."""
+    """JSON lines to write, or - for standard output, where a run cannot go on after a stop. What
+    decides its rows goes into a file beside it, .job.json."""
     format: FormatName = "auto"
     """Of the rows. auto: openai if the first one has a custom_id or a body."""
     column: str | None = None
-    """Of a Parquet file, with the prompts. None: prompt."""
+    """Column of a Parquet file with the prompts; struct.field within a struct. None: prompt."""
     id_column: str | None = None
     """Of a Parquet file, with the ids. None: a row's id is its number."""
     max_new_tokens: int | None = None

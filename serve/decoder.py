@@ -15,6 +15,9 @@ from serve.rows import Refusal, Row, RowFormat
 REPORT_SECONDS = 0.5
 REPORT_ROWS = 256
 """At most, but for those that end together: a million refused rows are not to pile up."""
+READING_ERRORS = (ValueError, OSError)
+"""Raised by an input that is damaged, has changed, or whose disk fails."""
+NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Report:
     seconds: float
     """Since decoding began."""
     stats: Stats
+    reading_error: str = ""
+    """Why the rest of the input cannot be read, in the last report."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -61,12 +66,14 @@ class Decoder:
         self._lines: list[str] = []
         self._num_failed = 0
         self._unread = 0.0
+        self._reading_error = ""
         self._start = 0.0
 
     def decode(self, rows: Iterator[Row | Refusal]) -> Iterator[Report]:
         """Decode all rows: a report after each step in which some ended, and every half a second.
 
-        Rows end in any order.
+        Rows end in any order. Where the input cannot be read any further, those before are decoded,
+        and the last report says why.
         """
         self._start = reported = time.monotonic()
         are_more = True
@@ -78,6 +85,8 @@ class Decoder:
             if self._lines or time.monotonic() - reported >= REPORT_SECONDS:
                 yield self._report()
                 reported = time.monotonic()
+        if self._reading_error:
+            yield self._report()
 
     def _has_room(self) -> bool:
         is_full = self._engine.stats().waiting >= self._most_waiting
@@ -85,7 +94,10 @@ class Decoder:
 
     def _begin_next(self, rows: Iterator[Row | Refusal]) -> bool:
         """Whether there was another row."""
-        row = next(rows, None)
+        try:
+            row = next(rows, None)
+        except READING_ERRORS as error:
+            row, self._reading_error = None, str(error)
         if row is None:
             self._unread = 0
             return False
@@ -146,7 +158,8 @@ class Decoder:
     def _report(self) -> Report:
         rows_left = len(self._under_way) + self._unread
         seconds, stats = time.monotonic() - self._start, self._engine.stats()
-        report = Report(self._lines, self._num_failed, rows_left, seconds, stats)
+        error = "" if self._under_way else self._reading_error
+        report = Report(self._lines, self._num_failed, rows_left, seconds, stats, error)
         self._lines, self._num_failed = [], 0
         return report
 

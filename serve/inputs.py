@@ -1,22 +1,31 @@
-"""Where rows come from: JSON lines, or Parquet; never all of them in memory."""
+"""Where rows come from: JSON lines, compressed or not, or Parquet; one file or a folder of them;
+never all rows in memory."""
 
+import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from serve.checked_file import Changed, FileDigest
 from serve.prompts import show
+from stu.compressed import open_decompressed
 
 PARQUET_MAGIC = b"PAR1"
-PARQUET_ROWS = 256  # in memory at once: prompts may be long
 
 
 class Source(Protocol):
-    """Rows in order, each with its number, from 0: its fields, or why it cannot be read."""
+    """Rows in order, each with its number, from 0: its fields, or why it cannot be read.
+
+    Iteration raises ValueError where the input is damaged, or is not what it was when its digest
+    was made; all rows before were given then.
+    """
 
     fraction_read: float
     """Of the last iteration, 0 to 1."""
+    num_read: int
+    """Numbers given out by the last iteration, with those of blank lines."""
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
         """From the beginning."""
@@ -25,40 +34,69 @@ class Source(Protocol):
         """How an error calls row `number`."""
 
 
-def open_input(path: Path, column: str | None, id_column: str | None) -> Source:
-    """The rows of a Parquet file, or of a file of JSON lines. Columns are for Parquet alone.
+@dataclass(frozen=True)
+class InputDigest:
+    """The hashes of an input's files, by their names within it: "" for an input of one file."""
 
-    Raises ValueError if `path` is not a file, or has not these columns.
+    files: Mapping[str, FileDigest]
+
+    @classmethod
+    def of(cls, path: Path) -> "InputDigest":
+        """Read an input. Raises ValueError if it is none, or is written meanwhile."""
+        return cls({name: FileDigest.of(path / name) for name in _names(path)})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "InputDigest":
+        """From `to_json`."""
+        return cls({name: FileDigest.from_json(file) for name, file in values.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {name: file.to_json() for name, file in self.files.items()}
+
+    def check(self, path: Path) -> None:
+        """Raises Changed unless `path` is still what was read."""
+        if _names(path, self.files) != list(self.files):
+            raise Changed(path)
+        for name, file in self.files.items():
+            file.check(path / name)
+
+    def __str__(self) -> str:
+        if list(self.files) == [""]:
+            return f"{self.files[''].num_bytes} bytes, sha256 {self.files[''].sha256}"
+        listing = json.dumps({name: file.sha256 for name, file in self.files.items()})
+        num_bytes = sum(file.num_bytes for file in self.files.values())
+        sha256 = hashlib.sha256(listing.encode()).hexdigest()
+        return f"{len(self.files)} files, {num_bytes} bytes, sha256 {sha256}"
+
+
+def open_input(
+    path: Path, digest: InputDigest, column: str | None, id_column: str | None
+) -> Source:
+    """The rows of an input of which `digest` was made. Columns are for Parquet alone.
+
+    Raises ValueError if it cannot be read, or has not these columns.
     """
-    if not path.is_file():
-        raise ValueError(f"input {path}: no such file")
-    with path.open("rb") as file:
-        is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-    if is_parquet:
-        return ParquetRows(path, column or "prompt", id_column)
-    for name, value in {"column": column, "id_column": id_column}.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={value!r} is for Parquet, and input {path} is not: leave it out, rows of "
-                'JSON have the fields "prompt" and "id"'
-            )
-    return JsonLines(path)
+    sources = [
+        _open_file(path / name, file, column, id_column) for name, file in digest.files.items()
+    ]
+    return sources[0] if list(digest.files) == [""] else Folder(list(digest.files), sources)
 
 
 class JsonLines:
     """One JSON object a line, in UTF-8; blank lines are no rows, but counted."""
 
-    def __init__(self, path: Path) -> None:
-        self.fraction_read = 0.0
-        self._path = path
+    def __init__(self, path: Path, digest: FileDigest) -> None:
+        self.fraction_read, self.num_read = 0.0, 0
+        self._path, self._digest = path, digest
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
-        num_read = 0
-        with self._path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            for number, line in enumerate(file):
-                num_read += len(line)
-                self.fraction_read = num_read / num_bytes
+        num_bytes = self.num_read = 0
+        with self._digest.open(self._path) as file:
+            lines = open_decompressed(file, f"input {self._path}")
+            for number, line in enumerate(lines):
+                num_bytes = num_bytes + len(line) if lines is file else file.tell()
+                self.fraction_read, self.num_read = num_bytes / self._digest.num_bytes, number + 1
                 if number == 0:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if not line.isspace() and line:
@@ -70,56 +108,70 @@ class JsonLines:
         return f"line {number + 1}"
 
 
-class ParquetRows:
-    """A column of prompts, and one of ids if it is named."""
+class Folder:
+    """The rows of several files, one after the other, numbered throughout."""
 
-    def __init__(self, path: Path, column: str, id_column: str | None) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ValueError(
-                f"input {path}: reading Parquet needs pyarrow: pip install 'stu[data]'"
-            ) from error
-        self.fraction_read = 0.0
-        self._path, self._open, self._arrow_error = path, pq.ParquetFile, pa.ArrowException
-        self._fields = {"prompt": column}
-        if id_column is not None:
-            self._fields["id"] = id_column
-        try:
-            with pq.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-        except pa.ArrowException as error:
-            raise ValueError(f"input {path}: {error}") from error
-        for option, name in zip(("--column", "--id-column"), self._fields.values(), strict=False):
-            if name not in names:
-                raise ValueError(
-                    f"input {path}: no column {name!r}, only {', '.join(names)}; name it with "
-                    f"{option}"
-                )
+    def __init__(self, names: list[str], sources: list[Source]) -> None:
+        self.fraction_read, self.num_read = 0.0, 0
+        self._names, self._sources = names, sources
+        self._starts: list[int] = []
+        """Numbers of the first rows of the files that were read."""
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
-        number = 0
-        try:
-            with self._open(self._path) as file:
-                num_rows = file.metadata.num_rows
-                columns = list(self._fields.values())
-                for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                    values = {
-                        field: batch.column(name).to_pylist()
-                        for field, name in self._fields.items()
-                    }
-                    for row in zip(*values.values(), strict=True):
-                        self.fraction_read = (number + 1) / num_rows
-                        yield number, dict(zip(values, row, strict=True))
-                        number += 1
-        except self._arrow_error as error:
-            raise ValueError(f"input {self._path}: {error}") from error
-        self.fraction_read = 1.0
+        self._starts = []
+        start = 0
+        for index, source in enumerate(self._sources):
+            self._starts.append(start)
+            for number, given in source:
+                self.fraction_read = (index + source.fraction_read) / len(self._sources)
+                self.num_read = start + source.num_read
+                yield start + number, given
+            start += source.num_read
+        self.fraction_read, self.num_read = 1.0, start
 
     def place(self, number: int) -> str:
-        """Rows count from 0, as every reader of Parquet does."""
-        return f"row {number}"
+        """With the name of the file."""
+        index = max(i for i, start in enumerate(self._starts) if start <= number)
+        return f"{self._names[index]} {self._sources[index].place(number - self._starts[index])}"
+
+
+def _names(path: Path, known: Mapping[str, Any] | None = None) -> list[str]:
+    """The files of an input, in order: "" for an input of one file.
+
+    known: what was there before, for an input that may have vanished.
+    """
+    if not path.is_dir():
+        if not path.is_file() and known is None:
+            raise ValueError(f"input {path}: no such file")
+        return [""]
+    names = [its.relative_to(path) for its in path.rglob("*") if its.is_file()]
+    # As Spark and Arrow do: what begins with _ or . is no data.
+    names = [its for its in names if not any(part[0] in "_." for part in its.parts)]
+    if not names and known is None:
+        raise ValueError(f"input {path}: a folder without files; give a file, or a folder of some")
+    return sorted(its.as_posix() for its in names)
+
+
+def _open_file(path: Path, digest: FileDigest, column: str | None, id_column: str | None) -> Source:
+    with digest.open(path) as file:
+        is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+        file.seek(0)
+        lines = open_decompressed(file, f"input {path}")
+        if lines is not file and lines.peek(4).startswith(PARQUET_MAGIC):  # type: ignore[attr-defined]
+            raise ValueError(f"input {path}: Parquet inside a compressed file: decompress it first")
+    if is_parquet:
+        from serve.parquet_rows import ParquetRows
+
+        return ParquetRows(path, digest, column or "prompt", id_column)
+    if path.suffix == ".parquet":
+        raise ValueError(f"input {path}: not a Parquet file: write or copy it again, or rename it")
+    for name, value in {"column": column, "id_column": id_column}.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for Parquet, and input {path} is not: leave it out, rows of "
+                'JSON have the fields "prompt" and "id"'
+            )
+    return JsonLines(path, digest)
 
 
 def _parse(line: bytes) -> Mapping[str, Any] | ValueError:

@@ -1,19 +1,20 @@
 """What decides the rows of a batch: the model, the input and the settings."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve.batch_config import BatchConfig
 from serve.completions import DEFAULTS, Completions
-from serve.inputs import Source, open_input
+from serve.inputs import InputDigest, Source, open_input
 from serve.openai_rows import OpenAiRows
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.rows import PromptRows, RowFormat
 from serve.sampling import SamplingParams
-from serve.shard import Shard
 from stu.checkpoint import load_config, load_generation, load_tokenizer
 
 READ_BYTES = 2**20
@@ -24,12 +25,13 @@ NUM_SAMPLES = 4096
 class BatchJob:
     """The rows that `config` asks for, and how they are read and written.
 
-    Raises ValueError for files that cannot be used and settings that are not allowed.
+    digest: of the input, which must not change any more. Raises ValueError for files that cannot be
+    used and settings that are not allowed.
     """
 
-    def __init__(self, config: BatchConfig) -> None:
-        self.config = config
-        self.source: Source = open_input(config.input, config.column, config.id_column)
+    def __init__(self, config: BatchConfig, digest: InputDigest) -> None:
+        self.config, self.digest = config, digest
+        self.source: Source = open_input(config.input, digest, config.column, config.id_column)
         self.tokenizer = load_tokenizer(config.model)
         is_openai = config.format == "openai" or (
             config.format == "auto" and _is_openai(self.source)
@@ -47,13 +49,11 @@ class BatchJob:
             else PromptRows(builder)
         )
 
-    def identity(self, shard: Shard) -> dict[str, Any]:
-        """All that decides the rows of `shard`, as JSON values: what only decides how fast they
-        come, or how they round, is left out."""
+    def model_and_settings(self) -> dict[str, Any]:
+        """All that decides a row besides the input, as JSON values, the files of the model read
+        anew: what only decides how fast rows come, or how they round, is left out."""
         config = self.config
-        return {
-            "input": f"{_num_bytes(config.input)} bytes, sha256 {_sha256(_pieces(config.input))}",
-            "shard": str(shard),
+        values = {
             "format": self.row_format.name,
             "column": config.column,
             "id_column": config.id_column,
@@ -62,6 +62,18 @@ class BatchJob:
             "batch_invariant": config.engine.batch_invariant,
             **self.settings,
         }
+        return dict(json.loads(json.dumps(values)))  # to compare with what was written as JSON
+
+    def require_same(self, model_and_settings: Mapping[str, Any]) -> None:
+        """Raises ValueError if `model_and_settings` is not what it was: for a run that begins."""
+        now = self.model_and_settings()
+        different = [name for name in now if now[name] != model_and_settings.get(name)]
+        if different:
+            raise ValueError(
+                f"model {self.config.model}: {', '.join(different)} changed while this run loaded "
+                "it: put the old one back and give the same command again, or begin anew with "
+                "--overwrite"
+            )
 
 
 def _is_openai(source: Source) -> bool:
@@ -75,18 +87,26 @@ def _fingerprint(model: Path) -> dict[str, str]:
     The weights may be many gigabytes: of those, samples, close enough for each large matrix to
     have some, for training changes every matrix.
     """
-    weights = model / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{weights}: no such file; is {model} a model directory?")
-    return {
-        "config.json": _sha256(_pieces(model / "config.json")),
-        "tokenizer.model": _sha256(_pieces(model / "tokenizer.model")),
-        "model.safetensors": f"{_num_bytes(weights)} bytes, samples {_sha256(_samples(weights))}",
-    }
+    with open_weights(model) as weights:
+        return {
+            "config.json": _sha256(_pieces(model / "config.json")),
+            "tokenizer.model": _sha256(_pieces(model / "tokenizer.model")),
+            "model.safetensors": fingerprint_of(weights),
+        }
 
 
-def _num_bytes(path: Path) -> int:
-    return path.stat().st_size
+def open_weights(model: Path) -> BinaryIO:
+    """The file with the weights. Raises ValueError if there is none."""
+    path = model / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; is {model} a model directory?")
+    return path.open("rb")
+
+
+def fingerprint_of(weights: BinaryIO) -> str:
+    """Size and a hash of samples."""
+    num_bytes = os.fstat(weights.fileno()).st_size
+    return f"{num_bytes} bytes, samples {_sha256(_samples(weights, num_bytes))}"
 
 
 def _sha256(pieces: Iterator[bytes]) -> str:
@@ -102,9 +122,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _samples(path: Path) -> Iterator[bytes]:
-    num_bytes = _num_bytes(path)
-    with path.open("rb") as file:
-        for start in range(0, num_bytes, max(SAMPLE_BYTES, num_bytes // NUM_SAMPLES)):
-            file.seek(start)
-            yield file.read(SAMPLE_BYTES)
+def _samples(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+    for start in range(0, num_bytes, max(SAMPLE_BYTES, num_bytes // NUM_SAMPLES)):
+        file.seek(start)
+        yield file.read(SAMPLE_BYTES)

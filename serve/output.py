@@ -13,6 +13,8 @@ from typing import Any
 from serve.prompts import show
 from stu.atomic import new_file
 
+SPOILT = "spoilt"
+"""In a job file: why its output must not be gone on with."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -42,7 +44,7 @@ class OutputFile:
         """Of the rows in `done`."""
         self._path, self._recognise = path, recognise
         self._identity = json.loads(json.dumps(identity))  # as it is once it was written
-        self._job_file = path.with_name(path.name + ".job.json")
+        self._job_file = _job_file(path)
         self._overwrite = overwrite
 
     def __enter__(self) -> "OutputFile":
@@ -64,6 +66,10 @@ class OutputFile:
             os.fsync(self._descriptor)
         except OSError as error:
             raise OSError(f"output {self._path}: {error.strerror}") from error
+
+    def condemn(self, reason: str) -> None:
+        """Let no run go on with these rows."""
+        self._write_job({**self._identity, SPOILT: reason})
 
     def __exit__(
         self,
@@ -100,21 +106,19 @@ class OutputFile:
         # Before the job file, so that no rows are ever taken for those of another job.
         os.ftruncate(self._descriptor, 0)
         os.fsync(self._descriptor)
+        self._write_job(self._identity)
+
+    def _write_job(self, values: Mapping[str, Any]) -> None:
         with new_file(self._job_file) as temporary:
-            temporary.write_text(json.dumps(self._identity, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def _old_identity(self) -> Mapping[str, Any]:
-        try:
-            identity = json.loads(self._job_file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        identity = _read_job(self._job_file)
+        if identity is None:
             raise ValueError(
                 f"output {self._path}: exists, and no {self._job_file.name} beside it says what it "
                 "was begun with; choose another, or give --overwrite"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{self._job_file}: not JSON ({error})") from error
-        if not isinstance(identity, dict):
-            raise ValueError(f"{self._job_file}: a JSON object is needed")
+            )
         return identity
 
     def _recover(self) -> None:
@@ -141,8 +145,68 @@ class OutputFile:
         self.num_failed += is_failed
 
 
+class StandardOutput:
+    """Lines on standard output, where no other run's are. As a context: what else this process
+    prints there goes to standard error."""
+
+    done: frozenset[int] = frozenset()
+    num_failed = 0
+
+    def __enter__(self) -> "StandardOutput":
+        sys.stdout.flush()
+        self._descriptor = os.dup(1)
+        os.dup2(2, 1)
+        return self
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Write lines."""
+        data = "".join(line + "\n" for line in lines).encode()
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def condemn(self, reason: str) -> None:
+        """Nothing: no run goes on with these rows."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        sys.stdout.flush()
+        os.dup2(self._descriptor, 1)
+        os.close(self._descriptor)
+
+
+def require_same_job(identity: Mapping[str, Any], others: Sequence[Path]) -> None:
+    """Raises ValueError if one of the `others`, the outputs of the other shards, has rows of
+    another job: together they would be a mixture."""
+    for other in others:
+        if other.exists() and other.stat().st_size and (old := _read_job(_job_file(other))):
+            _require_same(other, {**old, "shard": None}, {**identity, "shard": None})
+
+
+def _job_file(output: Path) -> Path:
+    return output.with_name(output.name + ".job.json")
+
+
+def _read_job(file: Path) -> dict[str, Any] | None:
+    """What it was begun with, if that was written."""
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(identity, dict):
+        raise ValueError(f"{file}: a JSON object is needed")
+    return identity
+
+
 def _require_same(output: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises ValueError naming what differs."""
+    if SPOILT in old:
+        raise ValueError(f"output {output}: {old[SPOILT]}")
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if different:
         was = ", ".join(f"{name}={show(old.get(name))}" for name in different)

@@ -45,6 +45,14 @@ class Shard:
             return path
         return path.with_name(f"{path.stem}.{self.index}-of-{self.count}{path.suffix}")
 
+    def other_outputs(self, path: Path) -> list[Path]:
+        """Where the rows of the other shards go."""
+        return [
+            Shard(index, self.count).output(path)
+            for index in range(self.count)
+            if index != self.index
+        ]
+
 
 def in_step_of_tasks(environment: Mapping[str, str]) -> bool:
     """Whether this process is one of several that `srun` started."""

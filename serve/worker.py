@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from serve.batch_config import BatchConfig
-from serve.decoder import Decoder, Report
+from serve.decoder import NO_STATS, READING_ERRORS, Decoder, Report
 from serve.engine import Engine
+from serve.inputs import InputDigest
 from serve.job import BatchJob
 from serve.rows import read_rows
 from serve.shard import Shard
@@ -38,6 +39,10 @@ class Work:
     shard: Shard
     done: frozenset[int]
     """Numbers of the rows in `shard` that need no decoding."""
+    digest: InputDigest
+    """What the input must still be."""
+    model_and_settings: Mapping[str, Any]
+    """What `BatchJob.model_and_settings` must still be."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -46,6 +51,8 @@ class Work:
             "device": self.device,
             "shard": str(self.shard),
             "done": sorted(self.done),
+            "digest": self.digest.to_json(),
+            "model_and_settings": self.model_and_settings,
         }
 
     @classmethod
@@ -56,21 +63,28 @@ class Work:
             values["device"],
             Shard.parse(values["shard"]),
             frozenset(values["done"]),
+            InputDigest.from_json(values["digest"]),
+            values["model_and_settings"],
         )
 
 
 def decode(work: Work) -> Iterator[Report]:
     """Decode all rows of `work`, reporting now and then; the model is loaded if there are any.
 
-    Raises ValueError or OSError for what keeps all rows from being decoded.
+    An input that cannot be read any further is told by the last report. Raises ValueError or
+    OSError for what keeps all rows from being decoded.
     """
-    job = BatchJob(work.config)
+    job = BatchJob(work.config, work.digest)
     rows = read_rows(
         job.source,
         job.row_format,
         lambda number: number in work.shard and number not in work.done,
     )
-    first = next(rows, None)
+    try:
+        first = next(rows, None)
+    except READING_ERRORS as error:
+        yield Report([], 0, 0, 0, NO_STATS, reading_error=str(error))
+        return
     if first is None:
         return
     try:
@@ -79,6 +93,8 @@ def decode(work: Work) -> Iterator[Report]:
         engine = Engine(
             load_model(work.config.model, work.device, dtype), job.tokenizer, work.config.engine
         )
+        # Afterwards, or one that is exported now might be loaded in part.
+        job.require_same(work.model_and_settings)
         # Or a step now and then would wait for a collection of all that was ever imported.
         gc.collect()
         gc.freeze()

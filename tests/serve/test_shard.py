@@ -1,5 +1,8 @@
 """Shards of an input, and the devices of a run."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,33 @@ def test_tasks_of_one_host_that_see_all_of_its_devices_take_one_each(monkeypatch
         assert choose_devices("auto") == [device]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_devices("auto") == ["cuda:0"]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_array_puts_parts_of_one_job_together_and_no_others(tmp_path, is_same):
+    """The last task's part of slurm/generate.sbatch, with a stu-generate that has nothing to do."""
+    command = tmp_path / "stu-generate"
+    command.write_text("#!/bin/sh\nexit 0\n")
+    command.chmod(0o755)
+    for index in range(2):
+        part = tmp_path / f"out.{index}-of-2.jsonl"
+        part.write_text(f'{{"row": {index}}}\n')
+        digest = "a" if is_same else "ab"[index]
+        job = {"input": f"9 bytes, sha256 {digest}", "shard": f"{index}/2", "seed": 0}
+        Path(f"{part}.job.json").write_text(json.dumps(job, indent=2) + "\n")
+    script = Path(__file__).parents[2] / "slurm" / "generate.sbatch"
+    for task in ("0", "1"):
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7"}
+        environment |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        arguments = ["bash", script, "model", "in.jsonl", "out.jsonl"]
+        result = subprocess.run(
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    whole = tmp_path / "out.jsonl"
+    if is_same:
+        assert result.returncode == 0, result.stderr
+        assert whole.read_text() == '{"row": 0}\n{"row": 1}\n'
+    else:
+        assert result.returncode == 2
+        assert "parts 0 and 1 of out.jsonl are of different jobs" in result.stderr
+        assert not whole.exists()

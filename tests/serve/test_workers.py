@@ -12,6 +12,8 @@ import pytest
 
 from serve.batch_config import BatchConfig
 from serve.config import EngineConfig
+from serve.inputs import InputDigest
+from serve.job import BatchJob
 from serve.shard import Shard
 from serve.worker import Work
 from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
@@ -106,7 +108,9 @@ def test_a_worker_ends_with_its_stdin_and_not_only_at_its_next_report(
     tmp_path, model_directory, source, target
 ):
     config = BatchConfig(model_directory, source, target, engine=EngineConfig(cache_gib=0.01))
-    work = Work(config, "cpu", Shard(), frozenset())
+    digest = InputDigest.of(source)
+    decisive = BatchJob(config, digest).model_and_settings()
+    work = Work(config, "cpu", Shard(), frozenset(), digest, decisive)
     result = subprocess.run(
         [sys.executable, "-m", "serve.worker"],
         input=json.dumps(work.to_json()) + "\n",
