@@ -11,7 +11,7 @@ from typing import Protocol
 from serve.completion import Completion, Gathering, piece_of
 from serve.exchange import Exchange, unquoted
 from serve.metrics import Metrics
-from serve.replicas import Replicas, Stream
+from serve.replicas import Refused, Replicas, Stream
 from serve.request import Output
 from serve.rows import Json
 from serve.slices import Pauses, json_slices, pieces
@@ -169,7 +169,7 @@ class Answer:
                 num_tokens, last = num_tokens + len(output.tokens), now
                 metrics.generation_tokens.inc(len(output.tokens))
                 if output.finish_reason == "error":
-                    raise EngineError(output.error)
+                    raise (Refused if output.is_refused else EngineError)(output.error)
                 reason = output.finish_reason or reason
                 arrived.put_nowait((index, output))
             arrived.put_nowait((index, None))

@@ -316,7 +316,8 @@ async def _guarded(outputs: Any, events: AsyncIterator[str]) -> AsyncIterator[st
         async for each in events:
             yield each
     except (Refused, Unavailable, EngineError, TimedOut) as error:
-        yield event(error_body(in_openai_words(str(error)), "server_error"))
+        kind = "invalid_request_error" if isinstance(error, Refused) else "server_error"
+        yield event(error_body(in_openai_words(str(error)), kind))
     finally:
         await outputs.aclose()
 

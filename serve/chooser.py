@@ -26,6 +26,8 @@ class Choice(NamedTuple):
     """If the request asks for them."""
     error: str
     """Why there is none, or nothing."""
+    is_refused: bool
+    """Whether the error is the request's own."""
 
 
 class TokenChooser:
@@ -81,12 +83,16 @@ class TokenChooser:
             for row, request_id in enumerate(request_ids)
             if params[row].needs_history
         }
-        allowed = self._constrained(request_ids, logits, errors)
+        refused: set[int] = set()
+        allowed = self._constrained(request_ids, logits, errors, refused)
         tokens = sample(allowed, params, places, histories).tolist()
         logprobs = token_logprobs(logits, tokens, [its.logprobs for its in params])
-        return [Choice(*its) for its in zip(tokens, logprobs, errors, strict=True)]
+        are_refused = [row in refused for row in range(len(requests))]
+        return [Choice(*its) for its in zip(tokens, logprobs, errors, are_refused, strict=True)]
 
-    def _constrained(self, request_ids: Sequence[int], logits: Tensor, errors: list[str]) -> Tensor:
+    def _constrained(
+        self, request_ids: Sequence[int], logits: Tensor, errors: list[str], refused: set[int]
+    ) -> Tensor:
         """Logits without the tokens that a request's grammar does not allow next."""
         rows = [row for row, its in enumerate(request_ids) if its in self._matchers]
         if not rows:
@@ -96,10 +102,21 @@ class TokenChooser:
             matcher = self._matchers[request_ids[row]]
             allowed = matcher.allowed(self._vocab_size)
             if matcher.error or not allowed.any():
-                errors[row] = errors[row] or f"the constraint cannot be met: {matcher.error}"
+                if not errors[row]:
+                    refused.add(row)
+                    errors[row] = self._cannot_follow(request_ids[row], matcher.error)
             else:
                 logits[row].masked_fill_(~allowed.to(logits.device), -torch.inf)
         return logits
+
+    def _cannot_follow(self, request_id: int, reason: str) -> str:
+        constraint = self._requests[request_id].constraint
+        assert constraint is not None
+        num_tokens = len(self._tokens[request_id])
+        return (
+            f"{constraint.kind} cannot be followed beyond {num_tokens} tokens of this completion: "
+            f"{reason or 'no token goes on'}; make it simpler"
+        )
 
     def _history(self, request_id: int) -> TokenHistory:
         if request_id not in self._histories:

@@ -12,6 +12,7 @@ from serve.request import Request
 from serve.response_format import constraint_of
 from serve.rows import Json
 from serve.sampling import MOST_LOGPROBS
+from serve.server_config import JsonWhitespace
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 
@@ -52,8 +53,15 @@ class Completions:
     order.
     """
 
-    def __init__(self, builder: RequestBuilder, tokenizer: Tokenizer, model_name: str) -> None:
+    def __init__(
+        self,
+        builder: RequestBuilder,
+        tokenizer: Tokenizer,
+        model_name: str,
+        json_whitespace: JsonWhitespace = "compact",
+    ) -> None:
         self._builder, self._tokenizer, self._model_name = builder, tokenizer, model_name
+        self._json_whitespace = json_whitespace
 
     def requests(self, number: int, body: Mapping[str, Any]) -> list[Request]:
         """One for each choice; `number` decides the seed if the body has none.
@@ -67,7 +75,9 @@ class Completions:
         if "max_tokens" in body:
             settings["max_new_tokens"] = body["max_tokens"]
         asked = body.get("logprobs") if body.get("echo") else None
-        constraint = constraint_of(body.get("response_format", {"type": "text"}))
+        constraint = constraint_of(
+            body.get("response_format", {"type": "text"}), self._json_whitespace
+        )
         requests: list[Request] = []
         for prompt in prompts_of(body["prompt"]):
             request = self._builder.build(number, prompt, settings)

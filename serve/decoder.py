@@ -129,7 +129,8 @@ class Decoder:
             return
         under_way = self._under_way[answer.row_number]
         if output.finish_reason == "error":
-            self._give_up(under_way, output.error, status_code=500)
+            status_code = 400 if output.is_refused else 500
+            self._give_up(under_way, output.error, status_code=status_code)
             return
         under_way.num_unfinished -= 1
         if under_way.num_unfinished == 0:

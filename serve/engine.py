@@ -231,7 +231,11 @@ class Engine:
             for job, choice in zip(chosen, choices, strict=True):
                 if choice.error:
                     held = self._texts[job.request_id].finish()
-                    outputs.append(self._finish(job, "error", held, error=choice.error))
+                    outputs.append(
+                        self._finish(
+                            job, "error", held, error=choice.error, is_refused=choice.is_refused
+                        )
+                    )
                 else:
                     outputs.append(self._append(job, choice.token, choice.logprobs))
         for job in jobs:
@@ -265,6 +269,7 @@ class Engine:
         tokens: Sequence[int] = (),
         logprobs: Sequence[TokenLogprobs] = (),
         error: str = "",
+        is_refused: bool = False,
     ) -> Output:
         """End `job`, wherever it is, and give its pages back."""
         if job in self._scheduler.running:
@@ -280,7 +285,7 @@ class Engine:
         del self._texts[job.request_id]
         self._chooser.remove(job.request_id)
         of_prompt = self._pop_prompt_logprobs(job)
-        return Output(job.request_id, tokens, text, logprobs, of_prompt, reason, error)
+        return Output(job.request_id, tokens, text, logprobs, of_prompt, reason, error, is_refused)
 
     def _pop_prompt_logprobs(self, job: Job) -> Sequence[TokenLogprobs]:
         return self._prompt_logprobs.pop(job.request_id, ())

@@ -8,6 +8,7 @@ a grammar's size and for the work of each token.
 import functools
 import json
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
 
 import llguidance
@@ -15,13 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve.json_schema import Node, children, prepare, target
+from serve.schema_rewrites import Schema
 from stu.tokenizer import Tokenizer
 
 MOST_COMPILED = 16
 MOST_CHARS = 2**16
 """Of a schema or expression."""
-LIMITS = llguidance.LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000)
+LIMITS = llguidance.LLParserLimits(
+    max_grammar_size=100_000, max_lexer_states=50_000, max_items_in_row=4500
+)
 """Beyond its defaults, which bound the work of a token: what a server can afford for a request."""
+PROBES, PROBE_TOKENS = 3, 24
+"""Texts that are begun, and their tokens, to find out whether a constraint stays within LIMITS."""
+MOST_PLACES = 100
+"""Schemas within a schema that are tried to find the one that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,40 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._checked = functools.lru_cache(MOST_COMPILED)(self._compile)
+        self._compiled = functools.lru_cache(MOST_COMPILED)(self._compile)
+        self._checked = functools.lru_cache(MOST_COMPILED)(self._check)
+        self._vocab_size, self._eos_id = tokenizer.vocab_size, tokenizer.eos_id
         self._tokenizer: llguidance.LLTokenizer | None = None
         if tokenizer.eos_id >= 0:
             wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
             self._tokenizer = llguidance.LLTokenizer(wrapper)
 
     def matcher(self, constraint: Constraint) -> "GrammarMatcher":
-        """For one completion. Raises ValueError as `check` does."""
-        return GrammarMatcher(self._checked(constraint).deep_copy())
+        """For one completion. Raises ValueError for what is no schema or expression, or too large,
+        or not supported."""
+        return GrammarMatcher(self._compiled(constraint).deep_copy())
 
     def check(self, constraint: Constraint) -> None:
-        """Raises ValueError for what is no schema or expression, or too large, or not supported."""
+        """Raises ValueError as `matcher` does, and for what is over the limits of a token's work
+        near its beginning."""
         self._checked(constraint)
+
+    def _check(self, constraint: Constraint) -> None:
+        random = Random(0)
+        for _ in range(PROBES):
+            matcher = self.matcher(constraint)
+            for _ in range(PROBE_TOKENS):
+                allowed = self._allowed(matcher, constraint)
+                token = random.choice(allowed)
+                if token == self._eos_id:
+                    break
+                matcher.append(token)
+
+    def _allowed(self, matcher: "GrammarMatcher", constraint: Constraint) -> list[int]:
+        allowed = matcher.allowed(self._vocab_size).nonzero()[:, 0].tolist()
+        if matcher.error or not allowed:
+            raise _refused(constraint, matcher.error or "no text follows it")
+        return allowed
 
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
         kind, source = constraint.kind, constraint.source
@@ -65,18 +95,19 @@ class Grammars:
                 f"{kind} of {len(source)} characters is not allowed: it must have {MOST_CHARS} at "
                 "most"
             )
-        grammar = _grammar(constraint)
-        is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-            grammar, self._tokenizer, limits=LIMITS
-        )
-        if is_wrong:
-            raise ValueError(f"{kind} is not allowed: {' '.join(messages[0].split())[:500]}")
-        # What is well formed may still allow no text at all, or take more than the limits.
+        if kind == "regex":
+            grammar = str(llguidance.LLMatcher.grammar_from_regex(source))
+        else:
+            schema = _schema(source)
+            grammar = _json_grammar(schema)
         compiled = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-        matcher = GrammarMatcher(compiled.deep_copy())
-        if not matcher.allowed(self._tokenizer.vocab_size).any() or matcher.error:
-            reason = matcher.error or "no text follows it"
-            raise ValueError(f"{kind} is not allowed: {' '.join(reason.split())[:500]}")
+        if compiled.is_error():
+            reason = _reason(grammar) or GrammarMatcher(compiled).error
+            if kind == "json_schema":
+                reason = f"at {_place(schema, reason)}, {reason}"
+            raise _refused(constraint, reason)
+        # What is well formed may still allow no text at all, or take more than the limits.
+        self._allowed(GrammarMatcher(compiled.deep_copy()), constraint)
         return compiled
 
 
@@ -117,12 +148,57 @@ class _Vocabulary:
         return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
 
 
-def _grammar(constraint: Constraint) -> str:
-    matcher = llguidance.LLMatcher
-    if constraint.kind == "regex":
-        return str(matcher.grammar_from_regex(constraint.source))
+def _refused(constraint: Constraint, reason: str) -> ValueError:
+    return ValueError(f"{constraint.kind} is not allowed: {reason[:500]}")
+
+
+def _schema(source: str) -> Schema:
     try:
-        schema = json.loads(constraint.source)
-        return str(matcher.grammar_from_json_schema(json.dumps(schema)))
+        schema = json.loads(source)
+        if isinstance(schema, bool):
+            schema = {"anyOf": [schema]}
+        if not isinstance(schema, dict):
+            raise ValueError("it must be an object or boolean")
+    except ValueError as error:
+        raise ValueError(f"json_schema is not allowed: {error}") from error
+    except RecursionError as error:
+        raise ValueError("json_schema is not allowed: it is nested too deeply") from error
+    try:
+        return prepare(schema)
+    except RecursionError as error:
+        raise ValueError("json_schema is not allowed: it is nested too deeply") from error
+
+
+def _json_grammar(schema: Schema) -> str:
+    """Compact, unless the schema's own `x-guidance` says otherwise: where white space is allowed
+    anywhere, a model may write nothing else."""
+    compile_schema = llguidance.LLMatcher.grammar_from_json_schema
+    try:
+        return str(compile_schema(json.dumps(schema), {"whitespace_flexible": False}))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"json_schema is not allowed: {error}") from error
+
+
+def _reason(grammar: str) -> str:
+    """Why a grammar cannot be compiled, or nothing."""
+    is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    if not is_wrong:
+        return ""
+    return " ".join(messages[0].split()).partition(" while processing json-schema:")[0]
+
+
+def _place(schema: Schema, reason: str) -> str:
+    """Of the innermost schema that is refused for `reason`."""
+    definitions: Schema = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    place, left, seen = "#", [Node(schema, "#")], 0
+    while left and seen < MOST_PLACES:
+        node = left.pop()
+        inner = list(children(node))
+        found = target(node.schema.get("$ref"), schema)
+        inner += [] if found is None else [Node(found, str(node.schema["$ref"]))]
+        for its in inner[:MOST_PLACES]:
+            seen += 1
+            if _reason(_json_grammar({**its.schema, **definitions})) == reason:
+                place, left = its.place, [its]
+                break
+    return place

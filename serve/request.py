@@ -94,6 +94,8 @@ class Output:
     """None while the request goes on; its last output has one."""
     error: str = ""
     """With `finish_reason == "error"`: what went wrong and what to do."""
+    is_refused: bool = False
+    """Whether the error is the request's own, and not the engine's."""
 
 
 def _are_whole(ids: Sequence[int]) -> bool:

@@ -161,7 +161,7 @@ def _service(config: ServerConfig) -> "Service":
         replicas,
         Metrics(replicas, config.metric_prefix, config.name),
         tokenizer,
-        Completions(builder, tokenizer, config.name),
+        Completions(builder, tokenizer, config.name, config.json_whitespace),
         ChatTemplate(config.model, tokenizer),
         Grammars(tokenizer),
         version("stu"),

@@ -9,6 +9,7 @@ from serve.config import EngineConfig, is_whole
 
 Dtype = Literal["float32", "bfloat16"]
 MetricPrefix = Literal["vllm", "stu"]
+JsonWhitespace = Literal["compact", "flexible"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class ServerConfig:
     take no longer."""
     drain_seconds: float = 60.0
     """That running requests have to end, once the server is asked to stop."""
+    json_whitespace: JsonWhitespace = "compact"
+    """White space in answers that follow a JSON schema. compact: none. flexible: a line break and
+    up to 32 spaces or tabs wherever JSON allows white space."""
     cors_origins: str = ""
     """Web pages' origins that browsers may call from, separated by commas."""
     tls_certificate: Path | None = None

@@ -66,7 +66,7 @@ def output_to_wire(output: Output, request_id: int) -> Message:
         if its := getattr(output, name):
             values[name] = [[each.token, each.logprob, each.top] for each in its]
     if output.finish_reason is not None:
-        values |= {"finish_reason": output.finish_reason, "error": output.error}
+        values |= {name: getattr(output, name) for name in ("finish_reason", "error", "is_refused")}
     return values
 
 
