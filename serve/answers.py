@@ -1,7 +1,6 @@
 """Answers of one body's requests: gathered into one, or sent piece by piece as they come."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Protocol
 
 from serve.completion import Completion, Gathering, piece_of
 from serve.exchange import Exchange, unquoted
+from serve.json_lines import json_line
 from serve.metrics import Metrics
 from serve.replicas import Refused, Replicas, Stream
 from serve.request import Output
@@ -160,7 +160,7 @@ class Answer:
             async for output in self.replicas.outputs(stream):
                 now = time.monotonic()
                 if num_tokens == 0:
-                    metrics.queue_time.observe((stream.begun or now) - self.arrived)
+                    metrics.queue_time.observe((stream.scheduled or now) - self.arrived)
                     metrics.prompt_tokens.inc(len(stream.request.tokens))
                     if output.tokens:
                         metrics.time_to_first_token.observe(now - self.arrived)
@@ -203,7 +203,7 @@ class Answer:
 
 def event(values: Json) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
+    return f"data: {json_line(values)}\n\n"
 
 
 async def _chained(

@@ -1,6 +1,5 @@
 """Rows through an engine: a few wait there, each is reported when its last request has ended."""
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 from serve.completion import Gathering
 from serve.engine import Engine, Stats
 from serve.inputs import Source
+from serve.json_lines import json_line
 from serve.request import Output
 from serve.rows import Refusal, Row, RowFormat
 
@@ -154,7 +154,7 @@ class Decoder:
         self._write(self._format.refused(refusal))
 
     def _write(self, written: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(written, ensure_ascii=False))
+        self._lines.append(json_line(written))
 
     def _report(self) -> Report:
         rows_left = len(self._under_way) + self._unread

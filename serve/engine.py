@@ -6,6 +6,7 @@ outside.
 """
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,8 @@ class Engine:
         self._prefill_tokens = 0
         """Of all prompts that are taken in now."""
         self._aborted: list[Output] = []
+        self.scheduled: dict[int, float] = {}
+        """When the last step began prefills, by the ids of the requests and the monotonic clock."""
         self._next_id = itertools.count()
         self._prompt_tokens = self._new_tokens = self._steps = 0
 
@@ -117,6 +120,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Go on with every request; what that added to each."""
         outputs, self._aborted = self._aborted, []
+        self.scheduled.clear()
         self._steps += 1
         if not self._scheduler.prefilling:
             self._begin_prefill()
@@ -158,6 +162,7 @@ class Engine:
             self._runner.admit(prompt)
             job.steps_left = prompt.new_tokens
             job.replayed = self._scheduler.num_given(job)
+        self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
         self._prefill_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._prompt_tokens += self._prefill_tokens
         self._prefill = self._runner.prefill(prompts, self._config.prompt_tokens_per_step)

@@ -56,7 +56,7 @@ class Metrics:
         )
         self.queue_time = histogram(
             f"{prefix}:request_queue_time_seconds",
-            "From a request's arrival to its first output.",
+            "From a request's arrival until an engine begins its prefill.",
             SECONDS,
         )
         self.request_prompt_tokens = histogram(
@@ -71,7 +71,7 @@ class Metrics:
             [*self._label, "status"],
             registry=self._registry,
         )
-        self._step = histogram("stu:step_seconds", "Of an engine.", SECONDS)
+        self._step = histogram("stu:step_seconds", "Engine steps that gave output.", SECONDS)
         self._registry.register(_OfReplicas(replicas, prefix, model_name))
         replicas.step_observers.append(self._observe_step)
 
@@ -101,6 +101,7 @@ class _OfReplicas(Collector):
     def collect(self) -> Iterable[Metric]:
         """As of now, all engines together."""
         stats, replicas = self._replicas.stats, self._replicas
+        totals = replicas.totals()
 
         def total(name: str) -> float:
             return float(sum(getattr(its, name) for its in stats))
@@ -110,9 +111,12 @@ class _OfReplicas(Collector):
         share = max((u / n for u, n in zip(used, pages, strict=True) if n), default=0.0)
         started = len(stats)
         gauges = {
-            f"{self._prefix}:num_requests_running": ("Requests that run.", total("running")),
+            f"{self._prefix}:num_requests_running": (
+                "Requests that are prefilled or decoded.",
+                total("running"),
+            ),
             f"{self._prefix}:num_requests_waiting": (
-                "Requests that wait.",
+                "Requests whose prefill has not begun.",
                 replicas.num_waiting,
             ),
             f"{self._prefix}:kv_cache_usage_perc": ("Share of the pages in use.", share),
@@ -125,19 +129,24 @@ class _OfReplicas(Collector):
         for name, (text, value) in gauges.items():
             yield self._metric(GaugeMetricFamily, name, text, value)
         counters = {
-            f"{self._prefix}:num_preemptions": ("Requests set back.", total("preemptions")),
-            "stu:replica_restarts": ("Engines that ended.", replicas.num_restarts),
+            f"{self._prefix}:num_preemptions": ("Requests preempted.", totals.preemptions),
+            "stu:replica_restarts": (
+                "Engines that ended and were replaced.",
+                replicas.num_restarts,
+            ),
             "stu:requests_resumed": ("Requests that went on elsewhere.", replicas.num_resumed),
         }
         for name, (text, value) in counters.items():
             yield self._metric(CounterMetricFamily, name, text, value)
 
-        flushes = ("stu:flushes", "Steps that flushed."), ("stu:flush_seconds", "That took.")
+        flushes = (
+            ("stu:flushes", "Engine steps that flushed tiles of a size."),
+            ("stu:flush_seconds", "Seconds that flushing tiles of a size took."),
+        )
         for at, (name, text) in enumerate(flushes):
             family = CounterMetricFamily(name, text, labels=["model_name", "tile_positions"])
-            for positions in sorted({its for one in stats for its in one.flushes}):
-                value = sum(one.flushes.get(positions, (0, 0.0))[at] for one in stats)
-                family.add_metric([self._model_name, str(positions)], value)
+            for positions, counts in sorted(totals.flushes.items()):
+                family.add_metric([self._model_name, str(positions)], counts[at])
             yield family
 
     def _metric(self, kind: Any, name: str, text: str, value: float) -> Metric:

@@ -50,11 +50,16 @@ class Replica:
             if is_idle and not was_idle:
                 engine.check_integrity()
             was_idle = is_idle
+            scheduled = [[self._ids[its], when] for its, when in engine.scheduled.items()]
             written = [output_to_wire(its, self._ids[its.request_id]) for its in outputs]
             for its in outputs:
                 if its.finish_reason is not None:
                     del self._engine_ids[self._ids.pop(its.request_id)]
-            report: Message = {"outputs": written, "stats": asdict(engine.stats())}
+            report: Message = {
+                "scheduled": scheduled,
+                "outputs": written,
+                "stats": asdict(engine.stats()),
+            }
             if outputs:
                 report["step_seconds"] = time.monotonic() - began
             self._connection.sendall(pack(report))

@@ -74,8 +74,8 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
     num_moves: int = 0
-    begun: float | None = None
-    """When its first output came, by the monotonic clock."""
+    scheduled: float | None = None
+    """When an engine first began its prefill, by the monotonic clock."""
 
     @property
     def is_suspect(self) -> bool:
@@ -91,6 +91,22 @@ class Stream:
     def rest(self) -> Request:
         """What an engine is to be asked."""
         return replace(self.request, given=tuple(self.tokens))
+
+
+@dataclass
+class Totals:
+    """Counts of engines that never fall, as a counter of Prometheus must not."""
+
+    preemptions: int = 0
+    flushes: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """As in `Stats`."""
+
+    def add(self, stats: Stats) -> None:
+        """Count another engine."""
+        self.preemptions += stats.preemptions
+        for positions, (count, seconds) in stats.flushes.items():
+            before = self.flushes.get(positions, (0, 0.0))
+            self.flushes[positions] = before[0] + count, before[1] + seconds
 
 
 class Replica:
@@ -195,6 +211,8 @@ class Replicas:
         self._has_been_ready = False
         self._numbers = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
+        self._ended = Totals()
+        """Counts of the engines that ended."""
         self.num_restarts = self.num_resumed = 0
         self.step_observers: list[Any] = []
         """Called with each report of an engine."""
@@ -251,11 +269,18 @@ class Replicas:
         """Of every engine that takes requests."""
         return [replica.stats for replica in self.running if replica.stats is not None]
 
+    def totals(self) -> "Totals":
+        """Return what all engines together have counted, those that ended included."""
+        totals = Totals(self._ended.preemptions, dict(self._ended.flushes))
+        for stats in self.stats:
+            totals.add(stats)
+        return totals
+
     @property
     def num_waiting(self) -> int:
-        """Requests that have not begun."""
+        """Requests whose prefill has not begun."""
         streams = [stream for replica in self.running for stream in replica.streams.values()]
-        return len(self._waiting) + sum(stream.begun is None for stream in streams)
+        return len(self._waiting) + sum(stream.scheduled is None for stream in streams)
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Begin requests. Raises Busy if too many wait, Unavailable if no engine can be had."""
@@ -341,7 +366,10 @@ class Replicas:
                 continue
             async for message in replica.messages():
                 await self._hear(index, replica, message)
-            was_ready, replica.stats = replica.is_ready, None
+            was_ready = replica.stats is not None
+            if replica.stats is not None:
+                self._ended.add(replica.stats)
+            replica.stats = None
             how = await replica.ended()
             self._replicas[index] = None
             self.num_restarts += 1
@@ -379,6 +407,9 @@ class Replicas:
                 refused.outputs.put_nowait(Refused(message["error"]))
         else:
             replica.stats = Stats.from_json(message["stats"])
+            for number, when in message["scheduled"]:
+                if (stream := replica.streams.get(number)) is not None:
+                    stream.scheduled = stream.scheduled or when
             pauses = Pauses()
             for values in message["outputs"]:
                 self._take(replica, output_from_wire(values))
@@ -391,7 +422,7 @@ class Replicas:
         stream = replica.streams.get(output.request_id)
         if stream is None:
             return  # its reader went away
-        stream.begun, stream.num_moves = stream.begun or time.monotonic(), 0
+        stream.num_moves = 0
         stream.tokens += output.tokens
         if output.finish_reason is not None:
             del replica.streams[output.request_id]

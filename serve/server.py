@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import socket
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve.config import EngineConfig
 from serve.hangup import ignore_hangups
+from serve.json_lines import json_line
 from serve.listening import is_reached_from_outside, listening, url_of
 from serve.server_config import ServerConfig
 from stu.arguments import ArgumentParser, run_command
@@ -186,7 +186,7 @@ def _lifespan(service: "Service") -> Any:
     return lifespan
 
 
-class _JsonFormatter(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """A line of JSON for each record."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -198,12 +198,12 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json_line(line)
 
 
 def _log_as_json() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 

@@ -2,7 +2,8 @@
 
 To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": id}`. From it:
 `{"ready": {..}}`, `{"refused": id, "error": ..}`, and after each step, and when idle now and then,
-`{"outputs": [..], "stats": {..}}`, and `step_seconds` after a step.
+`{"scheduled": [[id, time], ..], "outputs": [..], "stats": {..}}`, and `step_seconds` after a step.
+Times are those of the monotonic clock, which processes of one machine share.
 """
 
 from collections.abc import Iterator

@@ -61,6 +61,19 @@ async def stream(client, seed):
     raise AssertionError("the stream ended without [DONE]")
 
 
+def counters(server):
+    """All counters' values, by name and labels, and each name's sum."""
+    text = httpx.get(f"{server.url}/metrics", timeout=SECONDS).text
+    found = {}
+    for line in text.splitlines():
+        series, _, value = line.rpartition(" ")
+        name = series.partition("{")[0]
+        if name.endswith(("_total", "_count", "_sum", "_bucket")) and not line.startswith("#"):
+            found[series] = float(value)
+            found[name] = found.get(name, 0) + float(value)
+    return found
+
+
 def ready(server):
     return server.metric("stu:replicas_ready")
 
@@ -128,6 +141,9 @@ def test_an_engine_that_stops_is_replaced(model_directory, code_model, code_toke
 def test_health_tells_at_once_that_the_last_engine_is_gone(model_directory):
     with serving(model_directory) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
+        httpx.post(f"{server.url}/v1/completions", json=body(1, stream=False), timeout=SECONDS)
+        before = counters(server)
+        assert any(name.startswith("stu:flushes_total") for name in before)
         (replica,) = server.replicas()
         replica.kill()
         eventually(lambda: httpx.get(f"{server.url}/health").status_code == 503, 5)
@@ -138,6 +154,10 @@ def test_health_tells_at_once_that_the_last_engine_is_gone(model_directory):
         )
         assert answer.status_code == 200
         assert httpx.get(f"{server.url}/health").status_code == 200
+        # No counter falls or is lost with the engine that counted.
+        after = counters(server)
+        assert {name: value for name, value in before.items() if after.get(name, -1) < value} == {}
+        assert after["stu:flushes_total"] > before["stu:flushes_total"]
 
 
 def test_a_thousand_readers_some_of_whom_go_away(model_directory):

@@ -1,6 +1,8 @@
 """What operators rely on: ids, the log, probes, and where a server listens."""
 
+import asyncio
 import json
+import logging
 import os
 import re
 import shutil
@@ -8,13 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import fields
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
 
+from serve.answers import event
+from serve.config import EngineConfig
+from serve.engine import Engine, Stats
 from serve.listening import is_reached_from_outside, listening, url_of
-from serve.replicas import NO_ENGINE, Replicas, Unavailable
+from serve.replicas import NO_ENGINE, Replicas, Stream, Unavailable
+from serve.request import Request
+from serve.server import JsonFormatter
 from serve.server_config import ServerConfig
 from tests.serve.server_process import SECONDS, eventually, serving
 
@@ -309,3 +319,51 @@ def test_no_word_of_an_engine_reaches_a_client(model_directory, tmp_path):
         for path in ("/health", "/ready", "/v1/models", "/metrics"):
             assert "some-secret-folder" not in http.get(path).text
         assert "some-secret-folder" not in http.post("/v1/completions", json=SHORT).text
+
+
+LINE_ENDS = "a\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029é\r\n"
+
+
+def test_events_and_log_lines_are_one_line_for_every_reader():
+    assert event({"text": LINE_ENDS}).splitlines()[1:] == [""]
+    assert json.loads(event({"text": LINE_ENDS}).removeprefix("data: ")) == {"text": LINE_ENDS}
+    record = logging.makeLogRecord({"msg": LINE_ENDS, "fields": {"prompts": [LINE_ENDS]}})
+    (line,) = JsonFormatter().format(record).splitlines()
+    assert json.loads(line)["prompts"] == [LINE_ENDS]
+    assert "é" in line
+
+
+def test_rows_of_a_batch_are_one_line_for_every_reader(run, tmp_path):
+    code, rows = run([{"prompt": LINE_ENDS, "id": LINE_ENDS}], "--max-new-tokens", 2)
+    assert code == 0
+    assert [(row["prompt"], row["id"]) for row in rows] == [(LINE_ENDS, LINE_ENDS)]
+    (target,) = tmp_path.glob("*.out.jsonl")
+    assert len(target.read_text().splitlines()) == 1
+
+
+def test_queue_time_ends_when_prefill_begins(code_model, code_tokenizer):
+    """Two requests with room for one: the second is scheduled once the first has ended."""
+    engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01, max_running=1))
+    first, second = (engine.add(Request([1, 2], count)) for count in (3, 1))
+    scheduled, ended = {}, {}
+    while engine.has_work:
+        began = time.monotonic()
+        outputs = engine.step()
+        for request_id, when in engine.scheduled.items():
+            assert began <= when <= time.monotonic()
+            assert request_id not in scheduled
+            scheduled[request_id] = when
+        ended |= {its.request_id: time.monotonic() for its in outputs if its.finish_reason}
+    assert scheduled[first] < ended[first] <= scheduled[second] < ended[second]
+
+
+def test_a_stream_s_queue_time_is_the_engine_s_word(model_directory):
+    """Whatever else happens between: prefill, steps, and how busy the server is."""
+    replicas = Replicas(ServerConfig(model_directory), ["cpu"], 1)
+    stream = Stream(7, Request([1], 5))
+    replica = SimpleNamespace(streams={7: stream}, stats=None)
+    stats = {**dict.fromkeys((its.name for its in fields(Stats)), 0), "flushes": {}}
+    for scheduled in ([[7, 12.5], [8, 1.0]], [], [[7, 99.0]]):
+        message = {"scheduled": scheduled, "outputs": [], "stats": stats}
+        asyncio.run(replicas._hear(0, replica, message))
+        assert stream.scheduled == 12.5
