@@ -8,19 +8,24 @@ gradients and the optimizer take follows from the ZeRO stage (Rajbhandari et al.
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from stu import convolution, layers
+from stu import model as flash_stu
 from stu.config import ModelConfig
 from stu.hyena import ImplicitFilter
 from stu.model import FlashSTU
+from train import loss
 from train.loss import next_token_loss
 from train.parallel import ParallelConfig, prepare_blocks
 
@@ -28,6 +33,8 @@ BUCKET_ELEMENTS = 200_000_000
 """That DeepSpeed, as Lightning sets it, sums over the ranks at a time."""
 GATHERED_AHEAD_ELEMENTS = 50_000_000
 """Of parameters that stage 3 fetches before they are used (DeepSpeed's prefetch bucket)."""
+LOSS_CHUNKS = 3
+"""Of the loss that are counted: the first, one that takes its place, and one more."""
 
 
 @dataclass(frozen=True)
@@ -100,26 +107,48 @@ def rank_memory(
 
 @functools.cache
 def num_parameters(config: ModelConfig) -> int:
-    """Of the model."""
-    with torch.device("meta"):
-        return FlashSTU(config).num_parameters()
+    """Return how many weights the model has."""
+    outside = config.width * (config.vocab_size + 1)  # the embedding and the last norm
+    return outside + sum(block.parameters for block in _blocks(config))
 
 
 @functools.cache
 def num_filter_parameters(config: ModelConfig) -> int:
-    """Of what makes Hyena's filters."""
-    with torch.device("meta"):
-        modules = FlashSTU(config).modules()
-    implicit = [its for its in modules if isinstance(its, ImplicitFilter)]
-    return sum(parameter.numel() for its in implicit for parameter in its.parameters())
+    """Return how many weights make Hyena's filters."""
+    return sum(block.filter_parameters for block in _blocks(config))
 
 
 @functools.cache
 def max_block_parameters(config: ModelConfig) -> int:
-    """Of the largest block."""
+    """Return the weights of the largest block."""
+    return max(block.parameters for block in _blocks(config))
+
+
+class _Block(NamedTuple):
+    parameters: int
+    filter_parameters: int
+
+
+def _blocks(config: ModelConfig) -> list[_Block]:
+    """Every block of a model; one of each kind is made, on no device."""
+    few = replace(config, num_layers=min(config.num_layers, layer_period(config)))
     with torch.device("meta"):
-        blocks = FlashSTU(config).blocks
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+        made = FlashSTU(few).blocks
+    kinds = []
+    for block in made:
+        filters = [its for its in block.modules() if isinstance(its, ImplicitFilter)]
+        kinds.append(
+            _Block(
+                sum(p.numel() for p in block.parameters()),
+                sum(p.numel() for its in filters for p in its.parameters()),
+            )
+        )
+    return [kinds[i % len(kinds)] for i in range(config.num_layers)]
+
+
+def layer_period(config: ModelConfig) -> int:
+    """Return after how many layers the kinds of blocks repeat."""
+    return 2 if config.layout == "hybrid" else 1
 
 
 def activation_bytes(
@@ -132,9 +161,40 @@ def activation_bytes(
 ) -> int:
     """Bytes over weights and gradients at the fullest moment of forward and backward pass.
 
-    on_gpu: FFTs go over all channels at once, and attention is flash-attn's if is_half.
+    A model of two periods of layers is counted, and what a period keeps for the backward pass is
+    added for the others. on_gpu: FFTs go over all channels at once, and attention is flash-attn's
+    if is_half.
     """
-    with FakeTensorMode(), _as_on_gpu(on_gpu, flash=on_gpu and is_half):
+    period = layer_period(config)
+    num_layers = min(config.num_layers, 2 * period + config.num_layers % period)
+    few = replace(config, num_layers=num_layers)
+    step = step_memory(few, seq_len, micro_batch_size, parallel, is_half, on_gpu)
+    num_more = (config.num_layers - num_layers) // period
+    return max(step.all_kept + num_more * step.of_period, step.peak)
+
+
+class StepMemory(NamedTuple):
+    """Bytes over weights and gradients in forward and backward pass."""
+
+    peak: int
+    """At the fullest moment."""
+    all_kept: int
+    """At the fullest moment before the backward pass comes to the first period of layers: until
+    then it grows with the number of layers, and in what follows (the embedding's) it does not."""
+    of_period: int
+    """Kept for the backward pass by one period of layers."""
+
+
+def step_memory(
+    config: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    parallel: ParallelConfig,
+    is_half: bool,
+    on_gpu: bool,
+) -> StepMemory:
+    """Count over all layers."""
+    with FakeTensorMode(), _as_on_gpu(on_gpu, flash=on_gpu and is_half), _without_repetition():
         # DeepSpeed and FSDP cast the model; elsewhere autocast makes copies as it goes.
         casts = is_half and parallel.kind != "ddp"
         model = _with_weights_in(torch.bfloat16 if casts else torch.float32, config)
@@ -148,15 +208,32 @@ def activation_bytes(
             parameter.grad = torch.zeros_like(parameter)
         tracker = MemTracker()
         tracker.track_external(model)
+        kept: list[int] = []  # when the second period begins, and when it ends
+        peaks: list[int] = []  # when the backward pass has gone through the second period
+
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kept.append(_total(tracker, "current"))
+            if len(kept) == 1:
+                inputs[0].register_hook(lambda _: peaks.append(_total(tracker, "peak")))
+
+        period = layer_period(config)
+        for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:
+            module.register_forward_pre_hook(see)
         with tracker, autocast:
             tokens = torch.zeros(micro_batch_size, seq_len + 1, dtype=torch.int64)
             hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
-            loss, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
-        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+            minimised, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
+            minimised.backward()  # type: ignore[no-untyped-call]
+        peak = _total(tracker, "peak")
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     held += sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(0, int(snapshot["Total"]) - held)
+    of_period = kept[1] - kept[0] if len(kept) > 1 else 0
+    return StepMemory(max(0, peak - held), max([0, *peaks]) - held, of_period)
+
+
+def _total(tracker: MemTracker, moment: str) -> int:
+    (snapshot,) = tracker.get_tracker_snapshot(moment).values()
+    return int(snapshot["Total"])
 
 
 def convolution_shape(config: ModelConfig, micro_batch_size: int) -> tuple[int, int, int]:
@@ -181,9 +258,9 @@ def fft_bytes(config: ModelConfig, seq_len: int, micro_batch_size: int) -> int:
         tracker.track_external(inputs, taps, grad)
         with tracker:
             convolution.causal_convolution(inputs, taps, lag_step).backward(grad)  # type: ignore[no-untyped-call]
-        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+        peak = _total(tracker, "peak")
     held = [inputs, taps, grad, inputs, inputs, taps]  # outputs, and both gradients
-    return max(0, int(snapshot["Total"]) - sum(4 * its.numel() for its in held))
+    return max(0, peak - sum(4 * its.numel() for its in held))
 
 
 def _with_weights_in(dtype: torch.dtype, config: ModelConfig) -> FlashSTU:
@@ -193,6 +270,25 @@ def _with_weights_in(dtype: torch.dtype, config: ModelConfig) -> FlashSTU:
         return FlashSTU(config)
     finally:
         torch.set_default_dtype(usual)
+
+
+@contextmanager
+def _without_repetition() -> Iterator[None]:
+    """Leave out what changes no peak: filters of no interest, and the loss of further rows, each
+    chunk of which takes the place of the one before."""
+    logits = loss._logits
+
+    def few(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return islice(logits(hidden, output), LOSS_CHUNKS)
+
+    def zeros(length: int, count: int) -> NDArray[np.float64]:
+        return np.zeros((length, count))
+
+    with (
+        patch.object(loss, "_logits", few),
+        patch.object(flash_stu, "spectral_filters", zeros),
+    ):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from train import plan
+from train import loss, memory, plan
 from train.costs import known_gpu, token_flops
 from train.memory import (
     activation_bytes,
@@ -20,6 +20,7 @@ from train.memory import (
     num_filter_parameters,
     num_parameters,
     rank_memory,
+    step_memory,
 )
 from train.parallel import ParallelConfig
 
@@ -37,6 +38,29 @@ def test_activations_grow_with_the_micro_batch_and_little_else_does():
     six, eight = (activations(replace(SMALL, num_layers=count)) for count in (6, 8))
     assert eight - six == pytest.approx(six - two, rel=0.05)
     assert activations(checkpoint_activations=True) < 0.6 * two
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_layers", "vocab_size", "recomputes", "kind"),
+    [
+        ("hybrid", 7, 300, False, "ddp"),
+        ("hybrid", 8, 20_000, True, "ddp"),  # the embedding's gradient is the most
+        ("hyena", 4, 300, False, "zero"),
+    ],
+)
+def test_blocks_counted_once_are_what_all_of_them_take(
+    monkeypatch, layout, num_layers, vocab_size, recomputes, kind
+):
+    """And the loss of a few rows what that of all rows does."""
+    config = replace(SMALL, layout=layout, num_layers=num_layers, vocab_size=vocab_size)
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 4 * vocab_size * 30)
+    settings = ParallelConfig(kind=kind, checkpoint_activations=recomputes)
+    given = config, 128, 2, settings, not recomputes, False
+    counted = activation_bytes(*given)
+    monkeypatch.setattr(memory, "LOSS_CHUNKS", 1000)
+    assert counted == pytest.approx(step_memory(*given).peak, abs=64)  # single numbers
+    with torch.device("meta"):
+        assert num_parameters(config) == FlashSTU(config).num_parameters()
 
 
 @pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
