@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from train.signals import exiting_at_once
+
 # What most runs set; `--help-all` lists every setting. A test holds these to the real parser.
 COMMON_SETTINGS = {
     "--config": "YAML file of settings; what stands further right overrides it",
@@ -37,14 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         _short_help().print_help()
         return 0
-    # Imported late, for it takes seconds.
-    from train.run import UserError, run
+    with exiting_at_once():
+        # Imported late, for it takes seconds.
+        from train.run import run
+        from train.start import UserError
 
-    try:
-        run(["--help" if argument == "--help-all" else argument for argument in arguments])
-    except (UserError, OSError) as error:
-        print(f"stu-train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        try:
+            run(["--help" if argument == "--help-all" else argument for argument in arguments])
+        except (UserError, OSError) as error:
+            print(f"stu-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-TO_BE_CONTINUED = 75
-"""Exit code after SIGUSR1 (sysexits' EX_TEMPFAIL): the run has saved, and wants to go on later."""
-EXIT_CODES = {signal.SIGUSR1: TO_BE_CONTINUED, signal.SIGTERM: 143, signal.SIGINT: 130}
+from train.signals import EXIT_CODES, exit_at_once
 
 
 class Interruption(L.Callback):
@@ -28,10 +26,18 @@ class Interruption(L.Callback):
         self._noted: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._former = {its: signal.getsignal(its) for its in EXIT_CODES}
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # In place of Lightning's own, which broadcast in it, whatever the ranks are at.
+        exit_at_once()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Only now: Lightning's own handlers are in place, and would act at once.
         if threading.current_thread() is threading.main_thread():
-            self._former = {its: signal.signal(its, self._note) for its in EXIT_CODES}
+            for its in EXIT_CODES:
+                signal.signal(its, self._note)
 
     def on_train_batch_end(
         self,
@@ -58,7 +64,7 @@ class Interruption(L.Callback):
             trainer.limit_val_batches = 0  # there may be no time for it
         return bool(noted)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restore()
 
     def on_exception(
@@ -74,8 +80,9 @@ class Interruption(L.Callback):
         self._noted = its
 
     def _restore(self) -> None:
-        for its, handler in self._former.items():
-            signal.signal(its, handler)
+        if threading.current_thread() is threading.main_thread():
+            for its, handler in self._former.items():
+                signal.signal(its, handler)
         self._former = {}
 
 

@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, others = parser.parse_known_args(arguments)
     # Imported late, for it takes seconds.
     from train.costs import GPUS
-    from train.run import UserError, parse_settings
+    from train.run import parse_settings
     from train.settings import num_devices
+    from train.start import UserError
 
     try:
         if given.gpu not in (*GPUS, "this"):

@@ -1,5 +1,6 @@
 """One training run: from command-line arguments to a trained model."""
 
+import hashlib
 import logging
 import re
 import signal
@@ -11,7 +12,6 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,10 +32,14 @@ from train.checkpoints import (
     last_checkpoint,
 )
 from train.data import TokenData
-from train.interruption import EXIT_CODES, Interruption
+from train.interruption import Interruption
+from train.launch import detect_launch
 from train.module import FlashSTUModule
 from train.parallel import ParallelConfig, make_strategy, prepare_blocks
 from train.settings import check_settings as check_run_settings
+from train.shards import INDEX_FILE
+from train.signals import EXIT_CODES
+from train.start import ParseError, Start, UserError, flatten, versions
 from train.watchdog import Watchdog
 
 DEFAULTS = {
@@ -65,10 +69,6 @@ TOO_MANY_BAD_STEPS = 65
 """Exit code (sysexits' EX_DATAERR)."""
 
 
-class UserError(Exception):
-    """Something that the user can mend, told in one message."""
-
-
 class Parser(ArgumentParser, LightningArgumentParser):
     """Lightning's parser of settings, with our errors, each on one line."""
 
@@ -76,7 +76,11 @@ class Parser(ArgumentParser, LightningArgumentParser):
         for name in LEFT_OUT:
             if re.search(rf"--trainer\.{name}\b|Group 'trainer' .* '{name}'", message):
                 message = f"trainer.{name} is chosen by stu-train: leave it out"
-        super().error(" ".join(message.split()), ex)
+        message = " ".join(message.split())
+        try:
+            super().error(message, ex)
+        except SystemExit as error:
+            raise ParseError(message) from error
 
 
 class TrainCLI(LightningCLI):
@@ -119,13 +123,13 @@ class TrainCLI(LightningCLI):
         ]
         if settings.log_samples:
             self.trainer_defaults["callbacks"].append(SampleLog(run_dir / "samples"))
+        launch = detect_launch()
         plugins: list[Any] = [FolderIO(self.writer)]
-        if SLURMEnvironment.detect():
-            # Its own way would save in the signal's handler, which can wait for ever.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
+        if launch.kind != "alone":
+            plugins.append(launch.environment())
         # Steps that the interrupted run logged after its checkpoint are about to come again.
         logger = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=start + 1)
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=run_dir,
             logger=logger,
             strategy=self.strategy,
@@ -133,6 +137,18 @@ class TrainCLI(LightningCLI):
             **FORCED,
             **kwargs,
         )
+        launch.check(trainer.num_devices, trainer.num_nodes)
+        return trainer
+
+    def facts(self) -> dict[str, str]:
+        """Return what must be the same for all ranks."""
+        index = Path(self.config.data.dir) / INDEX_FILE
+        return {
+            **versions(),
+            **flatten(self.config.as_dict()),
+            "the checkpoint to go on from": str(self.resume_from),
+            f"the hash of {index}": hashlib.sha256(index.read_bytes()).hexdigest()[:16],
+        }
 
     def _resume(self) -> tuple[Path | None, int]:
         """The checkpoint to go on from, if any, found to fit this run; and its step."""
@@ -226,19 +242,30 @@ def run(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
     try:
-        cli = TrainCLI(
-            run=False,
-            args=list(arguments),
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_callback=None,
-            parser_class=Parser,
-            parser_kwargs={"prog": "stu-train"},
-        )
-    except (ValueError, MisconfigurationException) as error:
+        start = Start(detect_launch())
+    except ValueError as error:
         raise UserError(str(error)) from error
-    cli.save_settings()
+    with start.together() as facts:
+        try:
+            cli = TrainCLI(
+                run=False,
+                args=list(arguments),
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_callback=None,
+                parser_class=Parser,
+                parser_kwargs={"prog": "stu-train"},
+            )
+            facts |= cli.facts()
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(str(error)) from error
+    with start.together():
+        try:
+            cli.save_settings()
+        except OSError as error:
+            raise UserError(f"run_dir={cli.run_dir} cannot be written ({error})") from error
+    start.check_folder(cli.run_dir)
     trainer, model = cli.trainer, cli.model
     _tell(
         f"{model.model.num_parameters() / 1e6:,.1f} M parameters, "
