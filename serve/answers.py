@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,15 @@ from serve.completion import Completion, Gathering, piece_of
 from serve.exchange import Exchange, unquoted
 from serve.json_lines import json_line
 from serve.metrics import Metrics
+from serve.protocol import StreamOptions
 from serve.replicas import Refused, Replicas, Stream
 from serve.request import Output
 from serve.rows import Json
 from serve.slices import Pauses, json_slices, pieces
 
 logger = logging.getLogger(__name__)
+
+PADDED_BYTES = 128
 
 
 class EngineError(Exception):
@@ -81,23 +85,32 @@ class Answer:
         yield f'],"usage":{"".join(json_slices(usage))}}}'
 
     async def events(
-        self, first: tuple[int, Output], rest: AsyncIterator[tuple[int, Output]], has_usage: bool
+        self,
+        first: tuple[int, Output],
+        rest: AsyncIterator[tuple[int, Output]],
+        options: StreamOptions,
     ) -> AsyncIterator[str]:
-        """Server-sent events: each piece that has anything, the usage if asked for, and the end."""
-        usage = {"usage": None} if has_usage else {}
+        """Server-sent events: each piece that has anything, the usage if asked for, and the end.
+
+        Usage that every piece is to have counts the tokens of all choices up to there."""
+        has_usage = bool(options.include_usage)
+        usage: Json = {"usage": None} if has_usage else {}
         async for index, output in _chained(first, rest):
             piece = piece_of(self.streams[index].request, output)
             is_last = piece.finish_reason is not None
             if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
                 choice = self.writers[index].write(piece)
-                yield event({**self.frame, "choices": [choice], **usage})
+                if has_usage and options.continuous_usage_stats:
+                    usage = {"usage": self.usage()}
+                values = {**self.frame, "choices": [choice], **usage}
+                yield event(_padded(values) if options.include_obfuscation else values)
         if has_usage:
             yield event({**self.frame, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
     def usage(self) -> Json:
         """OpenAI's count of tokens."""
-        num_new_tokens = sum(its.num_tokens for its in self._completions())
+        num_new_tokens = sum(its.num_tokens for its in self._gathered)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_new_tokens,
@@ -204,6 +217,13 @@ class Answer:
 def event(values: Json) -> str:
     """One server-sent event."""
     return f"data: {json_line(values)}\n\n"
+
+
+def _padded(values: Json) -> Json:
+    """`values` with text of chance that makes their length a multiple of `PADDED_BYTES`."""
+    filled = {**values, "obfuscation": ""}
+    missing = -len(event(filled).encode()) % PADDED_BYTES
+    return {**filled, "obfuscation": secrets.token_hex(missing)[:missing]}
 
 
 async def _chained(

@@ -17,23 +17,25 @@ from starlette.exceptions import HTTPException
 
 from serve.answers import Answer, EngineError, TimedOut, event
 from serve.chat import ChatTemplate
+from serve.chat_body import text_body
 from serve.chat_choices import ChatChoiceWriter
 from serve.completions import Completions, in_openai_words, prompts_of
 from serve.exchange import FAULT, Exchange, exchange_of
 from serve.grammar import Grammars
 from serve.metrics import Metrics
 from serve.page import add_playground
-from serve.prompts import require_unicode
+from serve.prompts import require_unicode, show
 from serve.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    StreamOptions,
     TokenizeBody,
     error_body,
 )
 from serve.replicas import Busy, Refused, Replicas, Unavailable
 from serve.request import Request as EngineRequest
-from serve.request_limits import check_request
+from serve.request_limits import ContextLengthError, check_request
 from serve.rows import Json
 from serve.server_config import ServerConfig
 from serve.slices import json_slices, pieces
@@ -42,7 +44,7 @@ from stu.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-FIELD = re.compile(r"^(?:field \")?([a-z_]+)[\"=. ]")
+FIELD = re.compile(r"^(?:(?:unknown )?field \")?([a-z_]+)[\"=. ]")
 RETRY_SECONDS = "1"
 
 
@@ -69,13 +71,20 @@ class Service:
 class RequestError(Exception):
     """To be answered with a status and OpenAI's error."""
 
-    def __init__(self, status: int, message: str, kind: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.param = status, kind, param
+        self.status, self.kind, self.param, self.code = status, kind, param, code
 
     def body(self) -> Any:
         """Of the answer."""
-        return error_body(str(self), self.kind, self.param)
+        return error_body(str(self), self.kind, self.param, self.code)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -99,35 +108,26 @@ def make_app(service: Service) -> FastAPI:
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        given = _given(body)
+        _check_body(body)
+        given = _without_stream(body.model_dump(exclude_none=True))
         exchange = exchange_of(request.scope)
         answer = await _begin(service, exchange, given, "cmpl", "text_completion", None)
         return await _answered(service, request, body, answer)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        given = _given(body)
-        messages = [
-            {"role": its.role, "content": its.text, **({"name": its.name} if its.name else {})}
-            for its in body.messages
-        ]
+        _check_body(body)
+        _check_model(service, body.model)
         with _as_request_error():
             # Not here, where a long chat would hold up the streams of others.
-            given["prompt"] = await asyncio.to_thread(service.template.tokens, messages)
-        del given["messages"]
-        older = given.pop("max_tokens", None)
-        most = given.pop("max_completion_tokens", older)
-        if older not in (None, most):
-            raise _refused(
-                f"max_tokens={older} and max_completion_tokens={most} differ: give one of them"
+            given = await asyncio.to_thread(
+                text_body,
+                body,
+                service.template,
+                service.model.max_seq_len,
+                service.default_new_tokens,
             )
-        room = max(1, service.model.max_seq_len - len(given["prompt"]))
-        given["max_tokens"] = min(service.default_new_tokens, room) if most is None else most
-        asks, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
-        if top is not None and not asks:
-            raise _refused("top_logprobs goes with logprobs=true alone: give both")
-        if asks:
-            given["logprobs"] = top or 0
+        given = _without_stream(given)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         exchange = exchange_of(request.scope)
         answer = await _begin(service, exchange, given, "chatcmpl", kind, bool(body.stream))
@@ -139,9 +139,13 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Json:
-        model = {"id": config.name, "object": "model", "created": service.started}
-        more = {"owned_by": "stu", "max_model_len": service.model.max_seq_len}
-        return {"object": "list", "data": [{**model, **more}]}
+        return {"object": "list", "data": [await model(config.name)]}
+
+    @app.get("/v1/models/{name:path}")  # names may have slashes
+    async def model(name: str) -> Json:
+        _check_model(service, name)
+        found = {"id": config.name, "object": "model", "created": service.started}
+        return {**found, "owned_by": "stu", "max_model_len": service.model.max_seq_len}
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Response:
@@ -212,7 +216,7 @@ async def _begin(
         raise Unavailable("the server is about to stop: try another")
     _check_model(service, given.get("model"))
     arrived = time.monotonic()
-    with _as_request_error():
+    with _as_request_error("prompt" if is_chat_stream is None else "messages"):
         # Long prompts and large schemas must not hold up the streams of others.
         requests, writers, prompts = await asyncio.to_thread(
             _prepared, service, given, is_chat_stream
@@ -243,8 +247,10 @@ async def _begin(
 
 def _check_model(service: Service, model: str | None) -> None:
     if model is not None and model != service.config.name:
-        message = f"model={model!r} is not served here: it must be {service.config.name!r}"
-        raise RequestError(404, message, "invalid_request_error", "model")
+        message = (
+            f"model={show(model)} does not exist here: it must be {json.dumps(service.config.name)}"
+        )
+        raise RequestError(404, message, "invalid_request_error", "model", "model_not_found")
 
 
 def _prepared(
@@ -288,8 +294,7 @@ async def _answered(service: Service, request: Request, body: Any, answer: Answe
         return _in_pieces(await _unless_gone(request, answer.whole()))
     outputs = answer.outputs()
     first = await _unless_gone(request, anext(outputs))
-    has_usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = answer.events(first, outputs, has_usage)
+    events = answer.events(first, outputs, body.stream_options or StreamOptions())
     return StreamingResponse(
         _guarded(outputs, events),
         media_type="text/event-stream",
@@ -342,20 +347,19 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _given(body: Any) -> Json:
-    """A body's fields that were given, without those that say how to answer.
-
-    Whatever can be wrong with a body is found before its requests begin: nobody would read them.
-    """
+def _check_body(body: Any) -> None:
+    """Whatever can be wrong with a body is found before its requests begin: nobody would read
+    them."""
     if body.stream_options is not None and not body.stream:
         raise _refused("stream_options goes with stream=true alone: leave it out")
-    given: Json = body.model_dump(exclude_none=True)
-    for name in ("stream", "stream_options"):
-        given.pop(name, None)
     with _as_request_error():
-        for name, value in given.items():
+        for name, value in body.model_dump(exclude_none=True).items():
             require_unicode(name, json.dumps(value, ensure_ascii=False))
-    return given
+
+
+def _without_stream(given: Json) -> Json:
+    """Return a body's fields without those that say how to answer."""
+    return {name: its for name, its in given.items() if name not in ("stream", "stream_options")}
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -367,20 +371,26 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 class _as_request_error:
-    """A ValueError in here is the client's."""
+    """A ValueError in here is the client's. `prompt`: the field that its prompt comes from."""
+
+    def __init__(self, prompt: str = "prompt") -> None:
+        self._prompt = prompt
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ContextLengthError):
+            raise _refused(str(error), self._prompt, error.code) from error
         if isinstance(error, ValueError):
             raise _refused(str(error)) from error
 
 
-def _refused(message: str) -> RequestError:
+def _refused(message: str, param: str | None = None, code: str | None = None) -> RequestError:
     text = in_openai_words(message)
-    match = FIELD.match(text)
-    return RequestError(400, text, "invalid_request_error", match[1] if match else None)
+    if param is None and (match := FIELD.match(text)):
+        param = match[1]
+    return RequestError(400, text, "invalid_request_error", param, code)
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
@@ -403,6 +413,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         first, *others = error.errors()
         place = [str(its) for its in first["loc"][1:]]
         param = ".".join(place) or None
+        if not place and first["type"] == "value_error":
+            return answered(request, 400, _refused(str(first["ctx"]["error"])).body())
         if not place or first["type"] == "json_invalid":
             message = (
                 "the body must be a JSON object, with the header content-type: application/json: "
@@ -413,6 +425,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             message = f"unknown field {json.dumps(param)}: leave it out"
         elif first["type"] == "missing":
             message = f"field {json.dumps(param)} is missing"
+        elif first["type"] == "value_error":
+            message = f"{param}: {first['ctx']['error']}"
         else:
             # Of a field that may be one of several kinds there is an error for each of them.
             same = [its for its in others if its["loc"][:2] == first["loc"][:2]]

@@ -93,11 +93,19 @@ class TokenChooser:
     def _constrained(
         self, request_ids: Sequence[int], logits: Tensor, errors: list[str], refused: set[int]
     ) -> Tensor:
-        """Logits without the tokens that a request's grammar does not allow next."""
+        """Logits without the tokens that a request's grammar does not allow next, nor those that
+        would end it too early."""
         rows = [row for row, its in enumerate(request_ids) if its in self._matchers]
-        if not rows:
+        early = [row for row, its in enumerate(request_ids) if self._is_early(its)]
+        if not rows and not early:
             return logits
         logits = logits.clone()
+        for row in early:
+            logits[row, list(self._requests[request_ids[row]].stop_tokens)] = -torch.inf
+            if not logits[row].amax() > -torch.inf:
+                errors[row] = errors[row] or "min_new_tokens cannot be met: every token is to stop"
+                refused.add(row)
+                logits[row] = 0
         for row in rows:
             matcher = self._matchers[request_ids[row]]
             allowed = matcher.allowed(self._vocab_size)
@@ -116,6 +124,12 @@ class TokenChooser:
         return (
             f"{constraint.kind} cannot be followed beyond {num_tokens} tokens of this completion: "
             f"{reason or 'no token goes on'}; make it simpler"
+        )
+
+    def _is_early(self, request_id: int) -> bool:
+        request = self._requests[request_id]
+        return bool(request.stop_tokens) and (
+            len(self._tokens[request_id]) < request.min_new_tokens
         )
 
     def _history(self, request_id: int) -> TokenHistory:

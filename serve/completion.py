@@ -41,14 +41,18 @@ class Gathering:
         self.prompt_logprobs += output.prompt_logprobs
         self.finish_reason = output.finish_reason
 
+    @property
+    def num_tokens(self) -> int:
+        """New tokens so far, without a stop token."""
+        is_stopped = self.tokens[-1:] and self.tokens[-1] in self.request.stop_tokens
+        return len(self.tokens) - bool(is_stopped)
+
     def completion(self) -> Completion:
         """All of it. A stop token has no text, and is not counted."""
-        is_stopped = self.tokens[-1:] and self.tokens[-1] in self.request.stop_tokens
-        num_tokens = len(self.tokens) - bool(is_stopped)
         return Completion(
             "".join(self.texts),
-            num_tokens,
-            self.logprobs[:num_tokens],
+            self.num_tokens,
+            self.logprobs[: self.num_tokens],
             self.finish_reason,
             self.prompt_logprobs,
         )

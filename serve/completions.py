@@ -7,6 +7,7 @@ from typing import Any
 
 from serve.choices import ChoiceWriter
 from serve.completion import Completion
+from serve.fields import HARMLESS, TEXT_NEUTRAL, without_inert
 from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicode, show
 from serve.request import Request
 from serve.response_format import constraint_of
@@ -17,33 +18,38 @@ from stu.config import nearest
 from stu.tokenizer import Tokenizer
 
 DEFAULTS: Json = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}
-OWN_SETTINGS = [name for name in SETTINGS if name != "max_new_tokens"]
+OWN_SETTINGS = [name for name in SETTINGS if name not in ("max_new_tokens", "min_new_tokens")]
 FIELDS = [
     *(
         "model",
         "prompt",
         "max_tokens",
+        "min_tokens",
         "n",
         "echo",
         "best_of",
-        "suffix",
         "stream",
-        "user",
+        "ignore_eos",
         "response_format",
     ),
     *OWN_SETTINGS,
 ]
-OWN_NAME = re.compile(r'\bmax_new_tokens\b(?!")')
-"""Of OpenAI's max_tokens, in errors of what builds requests and decodes them, but in no quote."""
+OWN_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_tokens": "stop_token_ids",
+}
+"""Clients' names of fields, in errors of what builds requests and decodes them, but in no quote."""
+OWN_NAME = re.compile(rf'\b({"|".join(OWN_NAMES)})\b(?!")')
 MOST_COMPLETIONS = 128
 MOST_PROMPTS = 128
-MOST_STOPS, MOST_STOP_CHARACTERS = 4, 1000
+MOST_STOPS, MOST_STOP_CHARACTERS = 128, 1000
 CREATED = 0  # in place of the time: rows do not depend on when and how often a run was begun
 
 
 def in_openai_words(error: str) -> str:
     """An engine's error, of the fields that the client has sent."""
-    return OWN_NAME.sub("max_tokens", error)
+    return OWN_NAME.sub(lambda found: OWN_NAMES[found[0]], error)
 
 
 class Completions:
@@ -68,16 +74,23 @@ class Completions:
 
         Raises ValueError naming field, value, what is allowed, and what to do.
         """
+        body = without_inert(body, HARMLESS, TEXT_NEUTRAL)
         require_known(body, FIELDS)
-        body = _without_nulls(body)
         _require_allowed(body)
         settings = {name: body[name] for name in OWN_SETTINGS if name in body}
+        if "ignore_eos" in body:
+            settings["stop_at_eos"] = not body["ignore_eos"]
         if "max_tokens" in body:
             settings["max_new_tokens"] = body["max_tokens"]
+        if "min_tokens" in body:
+            settings["min_new_tokens"] = body["min_tokens"]
         asked = body.get("logprobs") if body.get("echo") else None
         constraint = constraint_of(
             body.get("response_format", {"type": "text"}), self._json_whitespace
         )
+        if constraint is not None:
+            ignores = body.get("ignore_eos", False)
+            require("ignore_eos", ignores, not ignores, "false with response_format: EOS ends it")
         requests: list[Request] = []
         for prompt in prompts_of(body["prompt"]):
             request = self._builder.build(number, prompt, settings)
@@ -183,7 +196,9 @@ def _require_allowed(body: Mapping[str, Any]) -> None:
     require("stop", stop, len(stops) <= MOST_STOPS and are_short, allowed)
     is_allowed = type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS
     require("logprobs", logprobs, is_allowed, f"a whole number from 0 to {MOST_LOGPROBS}")
-    best_of, suffix, stream = body.get("best_of", count), body.get("suffix", ""), body.get("stream")
+    best_of, stream = body.get("best_of", count), body.get("stream", False)
     require("best_of", best_of, best_of == count, "left out, or equal to n")
-    require("suffix", suffix, suffix == "", 'left out, or ""')
-    require("stream", stream, stream in (None, False), "false")
+    require("stream", stream, stream is False, "false")
+    ignores = body.get("ignore_eos")
+    is_one = ignores is None or (type(ignores) is bool and body.get("stop_at_eos") is not ignores)
+    require("ignore_eos", ignores, is_one, "true or false, and the opposite of stop_at_eos")

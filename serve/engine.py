@@ -104,7 +104,9 @@ class Engine:
         except ValueError:
             self._chooser.remove(request_id)
             raise
-        text = TextStream(self._tokenizer, request.tokens, request.stop_strings)
+        text = TextStream(
+            self._tokenizer, request.tokens, request.stop_strings, request.min_new_tokens
+        )
         self._texts[request_id] = text
         for token in request.given:
             text.append(token)

@@ -24,7 +24,7 @@ MOST_ID_CHARACTERS = 128
 MOST_PATH_CHARACTERS = 200
 CLIENT_ID = re.compile(rf"[!-~]{{1,{MOST_ID_CHARACTERS}}}")
 """Printable ASCII without spaces."""
-ENDED = r"is not (?:allowed|served)"
+ENDED = r"(?:is not (?:allowed|served)|does not exist here)"
 QUOTED = re.compile(
     rf"""(field "[\w.]{{1,60}}")|(?<!\w)["'\[{{].*?(?= {ENDED}(?!.* {ENDED})|$)|"""
     r"(?<=^messages cannot be written by the chat template: ).*|"

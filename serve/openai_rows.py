@@ -6,6 +6,7 @@ from typing import Any
 from serve.completion import Completion
 from serve.completions import Completions, in_openai_words, require, require_known
 from serve.prompts import require_unicode, show
+from serve.protocol import error_body
 from serve.rows import Json, Refusal, Row
 
 FIELDS = ["custom_id", "method", "url", "body"]
@@ -57,9 +58,9 @@ class OpenAiRows:
     def refused(self, refusal: Refusal) -> Json:
         """Like `completed`, with OpenAI's error in place of the body and in `error`."""
         message = in_openai_words(refusal.error)
-        code = "invalid_request_error" if refusal.status_code < 500 else "server_error"
-        body = {"error": {"message": message, "type": code, "param": None, "code": None}}
-        error = {"code": code, "message": message}
+        kind = "invalid_request_error" if refusal.status_code < 500 else "server_error"
+        body = error_body(message, kind, code=refusal.code)
+        error = {"code": refusal.code or kind, "message": message}
         return _written(refusal.number, refusal.id, refusal.status_code, body, error)
 
     def recognise(self, written: Json) -> tuple[int, bool]:

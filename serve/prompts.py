@@ -1,6 +1,7 @@
 """From a prompt and its settings, as a row of a file holds them, to a request."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from serve.request import Request
+from serve.request_limits import require_room
 from serve.sampling import SamplingParams
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 
 SAMPLING = [field.name for field in fields(SamplingParams)]
-SETTINGS = ["max_new_tokens", "stop", "stop_at_eos", *SAMPLING]
+SETTINGS = ["max_new_tokens", "min_new_tokens", "stop", "stop_at_eos", "stop_token_ids", *SAMPLING]
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,99}")
+MOST_STOP_TOKENS = 128
+LEAST_SEED = -(2**63)
 
 
 class RequestBuilder:
@@ -43,16 +48,9 @@ class RequestBuilder:
         """
         tokens = self._tokens(prompt)
         seed = derived_seed(self._defaults["seed"], number)
-        request = self._request(tokens, {**self._defaults, "seed": seed, **given})
-        if len(tokens) + request.max_new_tokens > self._max_seq_len:
-            room = self._max_seq_len - len(tokens)
-            lower = f"lower max_new_tokens to {room} or " if room > 0 else ""
-            with_bos = " with BOS" if isinstance(prompt, str) else ""
-            raise ValueError(
-                f"prompt of {len(tokens)} tokens{with_bos} and max_new_tokens="
-                f"{request.max_new_tokens} exceed the model's max_seq_len={self._max_seq_len}: "
-                f"{lower}shorten the prompt"
-            )
+        request = self._request(tokens, {**self._defaults, "seed": seed, **_with_seed(given)})
+        what = "prompt with BOS" if isinstance(prompt, str) else "prompt"
+        require_room(request, self._max_seq_len, what)
         return request
 
     def _tokens(self, prompt: object) -> list[int]:
@@ -67,9 +65,17 @@ class RequestBuilder:
 
     def _request(self, tokens: list[int], settings: Mapping[str, Any]) -> Request:
         count, at_eos = settings["max_new_tokens"], settings.get("stop_at_eos", True)
-        if type(count) is not int or count < 0:
+        least, stop_ids = settings.get("min_new_tokens", 0), settings.get("stop_token_ids", [])
+        for name, value in {"max_new_tokens": count, "min_new_tokens": least}.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(
+                    f"{name}={show(value)} is not allowed: it must be a whole number >= 0"
+                )
+        is_list = isinstance(stop_ids, list) and all(type(its) is int for its in stop_ids)
+        if not is_list or len(stop_ids) > MOST_STOP_TOKENS:
             raise ValueError(
-                f"max_new_tokens={show(count)} is not allowed: it must be a whole number >= 0"
+                f"stop_token_ids={show(stop_ids)} is not allowed: it must be a list of at most "
+                f"{MOST_STOP_TOKENS} token ids"
             )
         if type(at_eos) is not bool:
             raise ValueError(f"stop_at_eos={show(at_eos)} is not allowed: it must be true or false")
@@ -79,7 +85,8 @@ class RequestBuilder:
             count,
             _sampling({name: settings[name] for name in SAMPLING if name in settings}),
             _stop_strings(settings.get("stop", [])),
-            (eos_id,) if at_eos and eos_id >= 0 else (),
+            (*((eos_id,) if at_eos and eos_id >= 0 else ()), *stop_ids),
+            min_new_tokens=least,
         )
 
 
@@ -105,15 +112,29 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
+def _with_seed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings whose seed, if negative, is one that sampling takes: -1 is none, as for vLLM,
+    and others are read as unsigned."""
+    settings, seed = dict(given), given.get("seed")
+    if type(seed) is int and LEAST_SEED <= seed < 0:
+        settings["seed"] = seed % 2**64
+        if seed == -1:
+            del settings["seed"]
+    return settings
+
+
 def _sampling(values: dict[str, Any]) -> SamplingParams:
     bias = values.get("logit_bias")
     if isinstance(bias, dict):  # JSON has no keys but strings
-        try:
-            values["logit_bias"] = {int(token): number for token, number in bias.items()}
-        except ValueError as error:
-            raise ValueError(
-                f"logit_bias={show(bias)} is not allowed: its keys must be token ids"
-            ) from error
+        for token in bias:
+            if isinstance(token, str) and not TOKEN_ID.fullmatch(token):
+                raise ValueError(
+                    f"logit_bias has the key {show(token)}: its keys must be token ids, in digits "
+                    "alone"
+                )
+        values["logit_bias"] = {int(token): number for token, number in bias.items()}
+    if type(values.get("top_k")) is int and values["top_k"] == -1:
+        values["top_k"] = 0  # vLLM's way to say all
     return SamplingParams(**values)
 
 

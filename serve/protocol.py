@@ -1,14 +1,16 @@
 """The bodies of requests, as OpenAI's clients write them, with this project's settings beside.
 
 What pydantic checks here are types and names; what values are allowed is decided where requests are
-built (`serve.completions`). A field that is not known is refused, as OpenAI does.
+built (`serve.completions`). Null is as good as leaving a field out. Fields that decide nothing are
+those of `serve.fields`; one that is in neither place is refused by name, as OpenAI does.
 
 Validation stops at the first error of a list or dict. Without that, pydantic builds an error for
 each element, and a body of a million of them takes a minute and gigabytes. So every list and dict
 here has `fail_fast`, and a limit where its elements become objects.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,6 +22,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from serve.completions import MOST_PROMPTS
+from serve.fields import (
+    CHAT_NEUTRAL,
+    HARMLESS,
+    MESSAGE_HARMLESS,
+    MESSAGE_NEUTRAL,
+    PART_HARMLESS,
+    TEXT_NEUTRAL,
+    Neutral,
+    without_inert,
+)
+from serve.prompts import MOST_STOP_TOKENS
 
 MOST_BIASES = 4096
 MOST_MESSAGES = 1024
@@ -53,12 +66,17 @@ Prompt = Annotated[
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    harmless: ClassVar[Mapping[str, type]] = {}
+    neutral: ClassVar[Neutral] = {}
+
     @model_validator(mode="before")
     @classmethod
-    def _keep_one_unknown_field(cls, given: Any) -> Any:
-        """Leave one unknown field to be refused by its name, or each would be an error."""
+    def _settle(cls, given: Any) -> Any:
+        """Leave nulls out, and fields that decide nothing. Leave one unknown field to be refused by
+        its name, or each would be an error."""
         if not isinstance(given, dict):
             return given
+        given = without_inert(given, cls.harmless, cls.neutral)
         known = cls.model_fields
         unknown = next((name for name in given if name not in known), None)
         if unknown is None:
@@ -71,10 +89,14 @@ class StreamOptions(_Body):
 
     include_usage: bool | None = None
     """End with a piece that counts tokens."""
+    continuous_usage_stats: bool | None = None
+    """Count the tokens up to there in every piece, if include_usage is on."""
+    include_obfuscation: bool | None = None
+    """Pad pieces, so that their lengths do not show those of tokens to a listener."""
 
 
 class _Sampling(_Body):
-    """Settings of both kinds of completions; null is as good as leaving one out."""
+    """Settings of both kinds of completions."""
 
     model: str | None = None
     n: int | None = None
@@ -94,7 +116,11 @@ class _Sampling(_Body):
     ) = None
     response_format: dict[str, Any] | None = None
     stop_at_eos: bool | None = None
-    user: str | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None
+    ) = None
+    min_tokens: int | None = None
 
 
 class CompletionBody(_Sampling):
@@ -105,7 +131,9 @@ class CompletionBody(_Sampling):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
-    suffix: str | None = None
+
+    harmless = HARMLESS
+    neutral = TEXT_NEUTRAL
 
 
 class TextPart(_Body):
@@ -114,19 +142,30 @@ class TextPart(_Body):
     type: Literal["text"]
     text: str
 
+    harmless = PART_HARMLESS
+
 
 class Message(_Body):
-    """A turn of a chat."""
+    """A turn of a chat, also as OpenAI's client returns it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+
+    harmless = MESSAGE_HARMLESS
+    neutral = MESSAGE_NEUTRAL
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing: give a string")
+        return self
 
     @property
     def text(self) -> str:
         """Its parts, joined."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
 
@@ -145,7 +184,7 @@ def _few_parts(messages: Any) -> Any:
 
 
 class ChatBody(_Sampling):
-    """`/v1/chat/completions`. A chat template in a request is refused, as any other field."""
+    """`/v1/chat/completions`."""
 
     messages: Annotated[
         list[Message],
@@ -156,6 +195,10 @@ class ChatBody(_Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    harmless = HARMLESS
+    neutral = CHAT_NEUTRAL
 
 
 class TokenizeBody(_Body):

@@ -31,6 +31,8 @@ class Request:
     most probable ones at its place."""
     constraint: Constraint | None = None
     """What the new text must follow; it needs EOS among the stop tokens."""
+    min_new_tokens: int = 0
+    """No stop token is chosen, and no stop string ends it, before it has so many."""
     given: Sequence[int] = ()
     """New tokens that this request has from another engine, which went away: it goes on after
     them, as it would have."""
@@ -51,6 +53,17 @@ class Request:
         if not is_whole(count):
             raise ValueError(
                 f"max_new_tokens={count!r} is not allowed: it must be a whole number >= 0"
+            )
+        least = self.min_new_tokens
+        if not (is_whole(least) and least <= count):
+            raise ValueError(
+                f"min_new_tokens={least!r} is not allowed: it must be a whole number from 0 to "
+                f"max_new_tokens={count}"
+            )
+        if self.constraint is not None and least:
+            raise ValueError(
+                f"min_new_tokens={least} is not allowed with a constraint, which may allow no text "
+                "so long: it must be 0"
             )
         if self.given and len(self.given) >= count:
             raise ValueError(

@@ -37,6 +37,8 @@ class Refusal:
     """Place, field, value, what is allowed, and what to do."""
     status_code: int = 400
     """Of HTTP: 400 if the row is at fault, 500 if the model is."""
+    code: str | None = None
+    """OpenAI's, where it has one for this error."""
 
 
 class RowFormat(Protocol):
@@ -145,6 +147,7 @@ def read_rows(
                 row = row_format.row(number, row_id, given)
         except ValueError as error:
             if is_wanted(number):
-                row = Refusal(number, row_id, f"{source.place(number)}: {error}")
+                message, code = f"{source.place(number)}: {error}", getattr(error, "code", None)
+                row = Refusal(number, row_id, message, code=code)
         if row is not None:
             yield row

@@ -28,7 +28,8 @@ class SamplingParams:
     top_k: int = 0
     """Choose among this many most probable tokens; 0: all."""
     top_p: float = 1.0
-    """Then among the fewest most probable ones that hold this share of the probability; 1: all."""
+    """Then among the fewest most probable ones that hold this share of the probability: 1: all, 0:
+    the most probable one."""
     min_p: float = 0.0
     """Then among those at least this share as probable as the most probable one; 0: all."""
     repetition_penalty: float = 1.0
@@ -49,8 +50,8 @@ class SamplingParams:
         self._require("temperature", _is_number(self.temperature), "a finite number >= 0")
         is_count = is_whole(self.top_k) and self.top_k < 2**31
         self._require("top_k", is_count, "a whole number from 0 (for all tokens) to 2**31 - 1")
-        is_share = _is_number(self.top_p) and 0 < self.top_p <= 1
-        self._require("top_p", is_share, "above 0 and at most 1 (1 for all tokens)")
+        is_share = _is_number(self.top_p) and self.top_p <= 1
+        self._require("top_p", is_share, "from 0 (for the most probable token) to 1 (for all)")
         is_share = _is_number(self.min_p) and self.min_p <= 1
         self._require("min_p", is_share, "from 0 (for all tokens) to 1")
         is_factor = _is_number(self.repetition_penalty, 0.01, 100)
@@ -192,7 +193,7 @@ def _keep_most_probable(weights: Tensor, params: Sequence[SamplingParams]) -> Te
     largest = largest.masked_fill(torch.arange(max(most), device=device) >= top_k, 0)
     mass = largest.cumsum(-1)
     mass_before = pad(mass, (1, -1))
-    count = (mass_before < top_p * mass[:, -1:]).sum(-1, keepdim=True).minimum(top_k)
+    count = (mass_before < top_p * mass[:, -1:]).sum(-1, keepdim=True).clamp(min=1).minimum(top_k)
 
     threshold = largest.gather(1, count - 1)
     above, equal = weights > threshold, weights == threshold

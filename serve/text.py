@@ -11,16 +11,23 @@ MOST_BYTES = 4
 
 class TextStream:
     """The completion of one prompt. All that `append` and `finish` return, joined, is its text, cut
-    before the first of `stop_strings` in it. Bytes that are no UTF-8 become U+FFFD."""
+    before the first of `stop_strings` in it that begins after the first `min_tokens` tokens. Bytes
+    that are no UTF-8 become U+FFFD."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A character that the prompt begins belongs to the completion that ends it.
         for token in prompt[-MOST_BYTES:]:
             self._decoder.decode(tokenizer.token_bytes(token))
+        self._num_early = min_tokens
+        """Tokens to come whose text is looked through for no stop string."""
         self._held = ""
         """Text that may be the beginning of a stop string."""
         self.stopped = False
@@ -28,7 +35,11 @@ class TextStream:
 
     def append(self, token: int) -> str:
         """The text that is certain now that `token` has come."""
-        return self._cut(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        if self._num_early > 0:
+            self._num_early -= 1
+            return text
+        return self._cut(text)
 
     def finish(self) -> str:
         """What was held back, now that no token will follow."""

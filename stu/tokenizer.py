@@ -98,6 +98,12 @@ class Tokenizer:
             return bytes([int(piece[3:-1], 16)])  # <0xE2>
         return piece.replace(SPACE_MARK, " ").encode()
 
+    def control_tokens(self) -> dict[str, int]:
+        """Names and ids of the tokens that no text yields, BOS and EOS among them."""
+        model = self._processor
+        ids = [token for token in range(self.vocab_size) if model.is_control(token)]
+        return {model.id_to_piece(token): token for token in ids}
+
     def bytes_per_token(self) -> NDArray[np.int64]:
         """UTF-8 bytes each token stands for, 0 for control and unknown ones: `[vocab_size]`."""
         sizes = [len(self.token_bytes(token)) for token in range(self.vocab_size)]

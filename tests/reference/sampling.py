@@ -33,7 +33,7 @@ def kept(logits, temperature, top_k, top_p, min_p=0):
     weights = {i: math.exp((logits[i] - logits[ranked[0]]) / temperature) for i in ranked}
     total, mass, nucleus = sum(weights.values()), 0.0, []
     for i in ranked:
-        if top_p < 1 and mass >= top_p * total:
+        if top_p < 1 and nucleus and mass >= top_p * total:
             break
         nucleus.append(i)
         mass += weights[i]

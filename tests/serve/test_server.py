@@ -15,6 +15,7 @@ from tests.serve.server_process import events, eventually, serving
 
 NO_EOS = {"stop_at_eos": False}
 JSON = {"content-type": "application/json"}
+USER = {"role": "user", "content": "hi"}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,90 @@ def test_chats(client, code_tokenizer):
     assert same.choices[0].text == choice.message.content
 
 
+def test_messages_as_the_client_returns_them_go_into_the_next_turn(client, http):
+    first = {"role": "user", "content": "f"}
+    settings = {"model": "model", "max_tokens": 3, "temperature": 0}
+    answer = client.chat.completions.create(messages=[first], **settings, extra_body=NO_EOS)
+    message = answer.choices[0].message
+    last = {"role": "user", "content": [{"type": "text", "text": "g", "cache_control": {}}]}
+    plain = {"role": "assistant", "content": message.content}
+    expected = client.chat.completions.create(messages=[first, plain, last], **settings)
+    nulls = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
+    for whole in (
+        message,
+        message.model_dump(),
+        {**plain, **nulls, "annotations": [], "reasoning_content": None},
+        {**plain, "tool_calls": [], "annotations": [{"type": "url_citation"}], "parsed": {"a": 1}},
+    ):
+        found = client.chat.completions.create(messages=[first, whole, last], **settings)
+        assert found.choices == expected.choices
+        assert found.usage == expected.usage
+    empty = [first, {"role": "assistant", "content": ""}, last]
+    expected = client.chat.completions.create(messages=empty, **settings)
+    null = [first, {"role": "assistant", "content": None, "refusal": None}, last]
+    assert client.chat.completions.create(messages=null, **settings).choices == expected.choices
+
+
+def guidellm_body(limit, **content):
+    """A body as guidellm 0.8 sends it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    more = {"stop": None, "ignore_eos": True}
+    return {"model": "model", "stream": True, "stream_options": options, **limit, **more, **content}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", guidellm_body({"max_tokens": 6}, prompt="def f(x)")),
+        ("chat/completions", guidellm_body({"max_completion_tokens": 6}, messages=[USER])),
+        ("completions", guidellm_body({"max_tokens": 6}, prompt=["x", "y"], n=2)),
+    ],
+)
+def test_usage_in_every_piece(http, path, body):
+    with http.stream("POST", f"/v1/{path}", json=body) as answer:
+        *pieces, last = events(answer)
+    counts = [its["usage"]["completion_tokens"] for its in pieces]
+    num_choices = 4 if "n" in body else 1
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == 6 * num_choices
+    assert last["choices"] == []
+    assert last["usage"] == pieces[-1]["usage"]
+    assert {its["usage"]["prompt_tokens"] for its in pieces} == {last["usage"]["prompt_tokens"]}
+    alone = {**body, "stream_options": {"continuous_usage_stats": True}}
+    with http.stream("POST", f"/v1/{path}", json=alone) as answer:
+        assert all("usage" not in its for its in events(answer))
+
+
+def test_obfuscation_hides_the_lengths_of_pieces(http):
+    body = {**X, "max_tokens": 20, "seed": 2, "stream": True, **NO_EOS}
+    lengths, texts = {}, {}
+    for hides in (True, False):
+        with http.stream(
+            "POST",
+            "/v1/completions",
+            json={**body, "stream_options": {"include_obfuscation": hides}},
+        ) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        lengths[hides] = {len(f"{line}\n\n".encode()) % 128 for line in lines[:-1]}
+        texts[hides] = "".join(its["choices"][0]["text"] for its in pieces)
+        assert all(("obfuscation" in its) == hides for its in pieces)
+    assert lengths[True] == {0}
+    assert len(lengths[False]) > 1
+    assert texts[True] == texts[False]
+
+
+def test_errors_that_gateways_fall_back_on(client):
+    with pytest.raises(openai.BadRequestError) as found:
+        client.completions.create(model="model", prompt="x", max_tokens=100)
+    assert found.value.code == "context_length_exceeded"
+    assert "maximum context length is" in found.value.message
+    with pytest.raises(openai.NotFoundError) as found:
+        client.models.retrieve("gpt-4")
+    assert found.value.code == "model_not_found"
+    assert client.models.retrieve("model").id == "model"
+
+
 def test_response_formats(client):
     for _ in range(3):
         answer = client.completions.create(
@@ -191,7 +276,8 @@ VLLM_NAMES = [
     "request_generation_tokens_bucket",
 ]
 X = {"prompt": "x"}
-HI = {"messages": [{"role": "user", "content": "hi"}]}
+YES = {"type": "regex", "regex": "yes"}
+HI = {"messages": [USER]}
 BAD = [
     ({}, "prompt", 'field "prompt" is missing'),
     ({**X, "max_token": 5}, "max_token", 'unknown field "max_token"'),
@@ -199,31 +285,41 @@ BAD = [
     ({**X, "max_tokens": 10**30}, "prompt", "max_seq_len"),
     ({**X, "logit_bias": {str(10**30): 1}}, "logit_bias", "has the id 1000000"),
     ({**X, "max_tokens": "5"}, "max_tokens", "valid integer"),
-    ({**X, "max_tokens": 1000}, "prompt", "exceed the model's max_seq_len=64"),
+    ({**X, "max_tokens": 1000}, "prompt", "This model's maximum context length is 64 tokens"),
     ({**X, "temperature": -1}, "temperature", "temperature=-1"),
     ({**X, "temperature": True}, "temperature", "valid number"),
-    ({**X, "top_k": -1}, "top_k", "top_k=-1 is not allowed"),
-    ({**X, "top_p": 0}, "top_p", "above 0"),
+    ({**X, "top_k": -2}, "top_k", "top_k=-2 is not allowed"),
+    ({**X, "top_p": -0.1}, "top_p", "from 0 (for the most probable token) to 1"),
     ({**X, "n": 0}, "n", "n=0 is not allowed"),
     ({**X, "n": 10**9}, "n", "n=1000000000"),
     ({"prompt": ["x"] * 100, "n": 2}, "n", "200, and a request may ask for 128"),
     ({"prompt": ["x"] * 129}, "prompt", "129 elements"),
     ({**X, "logprobs": 21}, "logprobs", "logprobs=21 is not allowed"),
-    ({**X, "stop": ["a"] * 5}, "stop", "at most 4 strings"),
+    ({**X, "stop": ["a"] * 129}, "stop", "at most 128 strings"),
     ({**X, "stop": ""}, "stop", "none of them empty"),
-    ({**X, "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    *(
+        ({**X, "logit_bias": {key: 1}}, "logit_bias", "must be token ids, in digits alone")
+        for key in ("x", "1_0", " 300 ", "+3", "-1", "03", "\u0663", "1.0", "", "1" * 5000)
+    ),
     ({**X, "logit_bias": {"999": 1}}, "logit_bias", "has the id 999"),
     ({**X, "logit_bias": {"1": 1000}}, "logit_bias", "-100 to 100"),
     ({"prompt": [999]}, "tokens", "has the id 999"),
     ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
     ({"prompt": "\ud800"}, "prompt", "surrogate"),
-    ({"prompt": [1] * 70}, "prompt", "exceed the model's max_seq_len=64"),
+    ({"prompt": [1] * 70}, "prompt", "maximum context length is 64"),
     ({"prompt": {"a": 1}}, "prompt", "valid string"),
-    ({**X, "seed": -1}, "seed", "seed=-1 is not allowed"),
+    ({**X, "seed": -(2**63) - 1}, "seed", "is not allowed"),
+    ({**X, "ignore_eos": True, "stop_at_eos": True}, "ignore_eos", "opposite of stop_at_eos"),
+    ({**X, "ignore_eos": True, "response_format": YES}, "ignore_eos", "EOS ends it"),
+    ({**X, "min_tokens": 1, "response_format": YES}, "min_tokens", "with a constraint"),
+    ({**X, "min_tokens": 5, "max_tokens": 4}, "min_tokens", "from 0 to max_tokens=4"),
+    ({**X, "stop_token_ids": [999]}, "stop_token_ids", "has the id 999"),
+    ({**X, "stop_token_ids": [1] * 129}, "stop_token_ids", "at most 128"),
+    ({**X, "user": 5}, "user", "must be a string"),
     ({**X, "stream_options": {"include_usage": True}}, "stream_options", "stream=true alone"),
     ({**X, "response_format": {"type": "regex", "regex": "(a"}}, "regex", "regex is not allowed"),
     ({**X, "response_format": {"type": "xml"}}, "response_format", "its type must be one of"),
-    ({**X, "suffix": "y"}, "suffix", "left out"),
+    ({**X, "suffix": "y"}, "suffix", "leave it out"),
     ({**X, "best_of": 3}, "best_of", "equal to n"),
     ({**X, "chat_template": "{{ x }}"}, "chat_template", "unknown field"),
 ]
@@ -231,9 +327,22 @@ BAD_CHATS = [
     ({}, "messages", 'field "messages" is missing'),
     ({"messages": []}, "messages", "at least 1 item"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'system'"),
-    ({**HI, "chat_template": "{{ 1 }}"}, "chat_template", "unknown field"),
+    ({**HI, "chat_template": "{{ 1 }}"}, "chat_template", "the model's own is used"),
+    ({**HI, "max_token": 1}, "max_token", 'unknown field "max_token"'),
+    ({**HI, "prompt": "x"}, "prompt", 'unknown field "prompt"'),
+    ({**HI, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "the server sets"),
+    *(
+        ({"messages": [{"role": "assistant", "content": "x", name: value}]}, name, text)
+        for name, value, text in (
+            ("refusal", "no", 'messages.0: refusal="no" is not served here: put its text into'),
+            ("tool_calls", [{"id": "x"}], "the model calls no tools"),
+            ("speed", 5, 'unknown field "messages.0.speed"'),
+        )
+    ),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0", "content is missing"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'assistant'"),
     ({**HI, "top_logprobs": 2}, "top_logprobs", "logprobs=true alone"),
-    ({**HI, "max_tokens": 1000}, "prompt", "max_seq_len"),
+    ({**HI, "max_tokens": 1000}, "messages", "maximum context length is 64 tokens"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
 ]
 
@@ -253,7 +362,7 @@ def test_wrong_bodies_are_refused_by_name(http, server, path, body, param, messa
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
         assert message in error["message"]
-        assert param in (error["param"] or "")
+        assert param in (error["param"] or "") or param in error["message"]
     assert server.metric("stu:step_seconds_count") == steps
 
 
@@ -274,7 +383,12 @@ def test_paths_methods_and_models_that_there_are_not(http):
     assert http.get("/v1/completions").status_code == 405
     answer = http.post("/v1/completions", json={**X, "model": "gpt-4"})
     assert answer.status_code == 404
-    assert answer.json()["error"]["param"] == "model"
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    for path in ("/v1/models/gpt-4", "/v1/models/org/model", "/v1/models/org%2Fmodel"):
+        answer = http.get(path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert "does not exist" in answer.json()["error"]["message"]
     for path in ("/v1/nothing", "/v1/completions"):
         assert set(http.get(path).json()["error"]) == {"message", "type", "param", "code"}
 
@@ -285,6 +399,7 @@ def test_what_operators_ask(http, code_tokenizer):
     assert http.get("/version").json()["version"]
     (model,) = http.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("model", "model", 64)
+    assert http.get("/v1/models/model").json() == model
     for special, first in ((True, [code_tokenizer.bos_id]), (False, [])):
         body = {"prompt": "größe\n", "add_special_tokens": special}
         answer = http.post("/tokenize", json=body).json()
