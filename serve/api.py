@@ -230,7 +230,7 @@ async def _begin(
     num_prompt_tokens = sum(len(its.tokens) for its in requests[:: given.get("n") or 1])
     timeout = service.config.request_timeout_seconds
     # At last, when nothing can fail any more before somebody reads what comes.
-    streams = service.replicas.submit(requests)
+    streams = service.replicas.submit(requests, exchange.client)
     return Answer(
         service.replicas,
         service.metrics,

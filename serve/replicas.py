@@ -16,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from serve.engine import Stats
+from serve.fair_queue import FairQueue
 from serve.hangup import hangups_blocked
 from serve.last_words import last_words
 from serve.request import Output, Request
@@ -38,8 +40,8 @@ MOST_MOVES = 5
 SUSPECT_MOVES = 2
 """From which on it has an engine for itself until that token, so that it ends no other request."""
 AHEAD = 1.25
-"""Requests that an engine has, over those that it decodes together; others wait here, to go to
-whichever engine has room first."""
+"""Requests that an engine has, over those that it decodes together, but for the first of each
+client; others wait here, to go to whichever engine has room first."""
 MOST_FAILED_STARTS = 3
 """In a row, of every engine, until requests that wait for one are refused."""
 LONGEST_PAUSE_SECONDS = 30.0
@@ -71,6 +73,8 @@ class Stream:
 
     number: int
     request: Request
+    client: str = ""
+    """Who asks: clients take turns."""
     tokens: list[int] = field(default_factory=list)
     outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
     num_moves: int = 0
@@ -90,7 +94,7 @@ class Stream:
 
     def rest(self) -> Request:
         """What an engine is to be asked."""
-        return replace(self.request, given=tuple(self.tokens))
+        return replace(self.request, given=tuple(self.tokens), client=self.client)
 
 
 @dataclass
@@ -144,12 +148,19 @@ class Replica:
         """What it wrote last, to stderr or stdout."""
         return last_words(self._errors)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another request would soon run, with none beside it that may end the engine."""
-        if any(stream.is_suspect for stream in self.streams.values()):
+    def has_room(self, stream: Stream) -> bool:
+        """Return whether a request would soon run, with none beside it that may end the engine.
+
+        One of a client that has no other here would, however many those of others are: the engine
+        gives clients rows in turn.
+        """
+        if any(other.is_suspect for other in self.streams.values()):
             return False
-        return len(self.streams) < AHEAD * int(self.settings["engine"]["max_running"])
+        if stream.is_suspect:
+            return not self.streams
+        if len(self.streams) < AHEAD * int(self.settings["engine"]["max_running"]):
+            return True
+        return all(other.client != stream.client for other in self.streams.values())
 
     @property
     def cost(self) -> int:
@@ -203,8 +214,8 @@ class Replicas:
     def __init__(self, config: ServerConfig, devices: Sequence[str], num_threads: int) -> None:
         self._config, self._devices, self._num_threads = config, list(devices), num_threads
         self._replicas: list[Replica | None] = [None] * len(devices)
-        self._waiting: dict[int, Stream] = {}
-        """For an engine that has room, in the order in which they came."""
+        self._waiting: FairQueue[Stream] = FairQueue()
+        """For an engine that has room."""
         self._failed_starts = [0] * len(devices)
         self._last_error = ""
         """For the log; an engine's words may have paths, and no client gets them."""
@@ -279,24 +290,38 @@ class Replicas:
     @property
     def num_waiting(self) -> int:
         """Requests whose prefill has not begun."""
-        streams = [stream for replica in self.running for stream in replica.streams.values()]
-        return len(self._waiting) + sum(stream.scheduled is None for stream in streams)
+        return self._waiting_by_client().total()
 
-    def submit(self, requests: Sequence[Request]) -> list[Stream]:
-        """Begin requests. Raises Busy if too many wait, Unavailable if no engine can be had."""
+    def _waiting_by_client(self) -> Counter[str]:
+        streams = [stream for replica in self.running for stream in replica.streams.values()]
+        streams = [stream for stream in streams if stream.scheduled is None]
+        return Counter(stream.client for stream in [*self._waiting, *streams])
+
+    def submit(self, requests: Sequence[Request], client: str = "") -> list[Stream]:
+        """Begin requests of a client. Raises Busy if too many wait, Unavailable if no engine can be
+        had."""
         if self._cannot_start:
             raise Unavailable(NO_ENGINE)
         if not self._has_been_ready:
             raise Unavailable("the model is being loaded: try again in a moment")
-        if self.num_waiting + len(requests) > self._config.max_waiting:
-            raise Busy(
-                f"{self.num_waiting} requests wait, and {self._config.max_waiting} may: try again "
-                "later"
-            )
-        streams = [Stream(next(self._numbers), request) for request in requests]
-        self._waiting |= {stream.number: stream for stream in streams}
+        self._require_room(len(requests), client)
+        streams = [Stream(next(self._numbers), request, client) for request in requests]
+        self._waiting.add(streams)
         self._place_waiting()
         return streams
+
+    def _require_room(self, count: int, client: str) -> None:
+        """Raise Busy if so many more requests of a client may not wait.
+
+        One client alone may fill the queue; a full one still has room for others, up to an equal
+        share of each that waits.
+        """
+        waiting, most = self._waiting_by_client(), self._config.max_waiting
+        if waiting.total() + count <= most:
+            return
+        share = most // len(waiting.keys() | {client})
+        if waiting[client] + count > share:
+            raise Busy(f"{waiting.total()} requests wait, and {most} may: try again later")
 
     async def outputs(self, stream: Stream) -> AsyncIterator[Output]:
         """What comes of a request, until its last output. A reader that stops early ends it.
@@ -318,7 +343,7 @@ class Replicas:
 
     def abort(self, stream: Stream) -> None:
         """End a request now, and free its pages within a step."""
-        self._waiting.pop(stream.number, None)
+        self._waiting.remove(stream)
         for replica in filter(None, self._replicas):
             if replica.streams.pop(stream.number, None) is not None:
                 replica.send({"abort": stream.number})
@@ -327,7 +352,7 @@ class Replicas:
     def give_up(self) -> None:
         """End every request with Unavailable: the server has waited for them long enough."""
         replicas = list(filter(None, self._replicas))
-        streams = [*self._waiting.values()]
+        streams = list(self._waiting)
         for replica in replicas:
             streams += replica.streams.values()
         for stream in streams:
@@ -339,21 +364,22 @@ class Replicas:
         return is_failing and not self.running
 
     def _place_waiting(self) -> None:
-        """Give requests that wait to engines that have room, those with the least to do first.
-
-        None overtakes another: engines come to an end with what they have if the first needs one
-        for itself.
-        """
-        while self._waiting:
-            number, stream = next(iter(self._waiting.items()))
-            free = [its for its in self.running if its.has_room]
-            free = [its for its in free if not (stream.is_suspect and its.streams)]
-            if not free:
-                return
-            replica = min(free, key=lambda its: its.cost)
-            del self._waiting[number]
+        """Give requests that wait to engines that have room, those with the least to do first."""
+        while (placement := self._placement()) is not None:
+            stream, replica = placement
+            self._waiting.take(stream)
             replica.streams[stream.number] = stream
             replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
+
+    def _placement(self) -> tuple[Stream, Replica] | None:
+        """Return the request whose turn it is, of those that an engine has room for."""
+        for stream in self._waiting.heads():
+            free = [replica for replica in self.running if replica.has_room(stream)]
+            if free:
+                return stream, min(free, key=lambda replica: replica.cost)
+            if stream.is_suspect:
+                return None  # engines come to an end with what they have, or it would never run
+        return None
 
     async def _keep_running(self, index: int) -> None:
         while True:
@@ -388,8 +414,7 @@ class Replicas:
         self._tell(index, how)
         self._failed_starts[index] += 1
         if self._cannot_start:
-            waiting, self._waiting = self._waiting, {}
-            for stream in waiting.values():
+            for stream in self._waiting.clear():
                 stream.outputs.put_nowait(Unavailable(NO_ENGINE))
         await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** self._failed_starts[index] - 1))
 
@@ -441,7 +466,7 @@ class Replicas:
                 del streams[stream.number]
                 stream.outputs.put_nowait(error)
         self.num_resumed += len(streams)
-        self._waiting = streams | self._waiting  # they came first
+        self._waiting.put_back(streams.values())
         self._place_waiting()
 
     async def _watch(self) -> None:

@@ -33,6 +33,9 @@ class Request:
     """What the new text must follow; it needs EOS among the stop tokens."""
     min_new_tokens: int = 0
     """No stop token is chosen, and no stop string ends it, before it has so many."""
+    client: str = ""
+    """Who asks. Clients whose requests have one priority get as many rows each, as far as they have
+    requests for them."""
     given: Sequence[int] = ()
     """New tokens that this request has from another engine, which went away: it goes on after
     them, as it would have."""

@@ -1,12 +1,14 @@
 """Continuous batching: which requests run, which wait, and who must give way.
 
-Requests go in the order of their priority and then of their arrival, and none overtakes one that
-waits for pages. A request that needs pages or a row takes them from running requests of less
-priority, if that is enough: they are set back, and taken in again later with the tokens they have.
+Requests go in the order of their priority, then in turn by client, and those of a client in the
+order of their arrival; none overtakes one that waits for pages. A request that needs pages or a row
+takes them from running requests of less priority, or of a client that has two rows more than its
+own, if that is enough: they are preempted, and prefilled again later with the tokens they have.
 """
 
 import bisect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from serve.config import EngineConfig
@@ -30,6 +32,16 @@ class Job:
     """New tokens that it still has pages to step with."""
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that it has, its prompt's included: those to prefill again if it is preempted."""
+        return len(self.request.tokens) + len(self.tokens)
+
+    @property
+    def steps_to_come(self) -> int:
+        """New tokens that it may still get."""
+        return self.request.max_new_tokens - len(self.tokens)
+
+    @property
     def order(self) -> tuple[int, int]:
         """Smaller goes first."""
         return self.request.priority, self.request_id
@@ -48,6 +60,8 @@ class Scheduler:
         self.running: list[Job] = []
         """In the order of the batch's rows."""
         self.num_preemptions = 0
+        self._turns: dict[str, int] = {}
+        """When clients that have requests waiting had their last turns; more is later."""
 
     @property
     def jobs(self) -> list[Job]:
@@ -95,20 +109,20 @@ class Scheduler:
         group: list[Job] = []
         num_tokens, taken = 0, Pages(0, 0)
         while self.waiting:
-            job = self.waiting[0]
+            job = self._first([*self.running, *group])
             prompt_tokens, new_tokens = self._size(job)
             num_tokens += prompt_tokens
             too_many = num_tokens > self._config.prompt_tokens_per_step
             if group and (too_many or self._config.batch_invariant):
                 break
             needed = _add(taken, self._needed(prompt_tokens, new_tokens))
-            victims = self._victims(job, needed, len(group), free(), owned)
+            victims = self._victims(job, needed, group, free(), owned)
             if victims is None:
                 break
             for victim in victims:
                 set_back(victim)
-            assert self.waiting[0] is job, "one that gave way waits before the one it gave way to"
-            self.waiting.pop(0)
+            self.waiting.remove(job)
+            self._took_turn(job)
             group.append(job)
             taken = needed
         self.prefilling.extend(group)
@@ -133,28 +147,72 @@ class Scheduler:
     def _queue(self, job: Job) -> None:
         bisect.insort(self.waiting, job, key=lambda its: its.order)
 
+    def _first(self, has_rows: Sequence[Job]) -> Job:
+        """Return the job that goes next: one of the client with the fewest rows."""
+        rows = Counter(job.request.client for job in has_rows)
+        first = self.waiting[0]
+        same = (job for job in self.waiting if job.request.priority == first.request.priority)
+
+        def turn(job: Job) -> tuple[int, int, tuple[int, int]]:
+            client = job.request.client
+            return rows[client], self._turns.get(client, 0), job.order
+
+        return min(same, key=turn)
+
+    def _took_turn(self, job: Job) -> None:
+        """Let clients that have as few rows as that of `job` go before it the next time."""
+        waiting = {other.request.client for other in self.waiting}
+        self._turns = {client: turn for client, turn in self._turns.items() if client in waiting}
+        self._turns[job.request.client] = 1 + max(self._turns.values(), default=0)
+
     def _victims(
         self,
         job: Job,
         needed: Pages,
-        num_taken: int,
+        group: Sequence[Job],
         free: Pages,
         owned: Callable[[int], Pages],
     ) -> list[Job] | None:
-        """Running jobs that must give way before `job` fits, the last in order first; None if that
-        does not help."""
-        rows = self._config.max_running - len(self.running) - num_taken
-        candidates = sorted(self.running, key=lambda its: its.order, reverse=True)
-        victims: list[Job] = []
+        """Running jobs that must give way before `job` fits; None if that does not help."""
+        num_rows = self._config.max_running - len(self.running) - len(group)
+        rows = Counter(other.request.client for other in [*self.running, *group])
+        candidates, victims = list(self.running), list[Job]()
         while (
-            rows < 1 or needed.convolution > free.convolution or needed.attention > free.attention
+            num_rows < 1
+            or needed.convolution > free.convolution
+            or needed.attention > free.attention
         ):
-            if not candidates or candidates[0].request.priority <= job.request.priority:
+            victim = self._victim(job, candidates, rows)
+            if victim is None:
                 return None
-            victim = candidates.pop(0)
+            candidates.remove(victim)
             victims.append(victim)
-            rows, free = rows + 1, _add(free, owned(victim.request_id))
+            rows[victim.request.client] -= 1
+            num_rows, free = num_rows + 1, _add(free, owned(victim.request_id))
         return victims
+
+    def _victim(self, job: Job, candidates: Sequence[Job], rows: Counter[str]) -> Job | None:
+        """Return the candidate that gives way to `job` first, if one has to."""
+        lesser = [other for other in candidates if other.request.priority > job.request.priority]
+        if lesser:
+            return max(lesser, key=lambda other: other.order)
+        # Prefilling a token again takes about as long as a row of a decoding step: preempting costs
+        # less than waiting until a row is free, or it is not done.
+        steps = min((other.steps_to_come for other in self.running), default=0)
+        own = rows[job.request.client]
+        richer = [
+            other
+            for other in candidates
+            if other.request.priority == job.request.priority
+            and rows[other.request.client] > own + 1
+            and other.num_tokens < steps * self._config.max_running
+        ]
+        if not richer:
+            return None
+        return min(
+            richer,
+            key=lambda other: (-rows[other.request.client], other.num_tokens, -other.request_id),
+        )
 
 
 def _add(one: Pages, other: Pages) -> Pages:

@@ -40,7 +40,8 @@ class ServerConfig:
     the environment variable STU_API_KEYS, separated by commas; if that is not set, no key is
     needed."""
     max_waiting: int = 256
-    """Requests that have not begun; those beyond are told to come again (429)."""
+    """Requests that may wait; those beyond are told to come again (429). One client may have them
+    all; others then may have as many as an equal share still."""
     max_choices: int = 128
     """Completions that one body may ask for: prompts times n."""
     max_body_bytes: int = 4 * 2**20
