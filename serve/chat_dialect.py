@@ -21,7 +21,7 @@ from jinja2.utils import Namespace
 
 MOST_SECONDS = 5.0
 MOST_CHARS = 2**24
-MOST_POWER = 1000
+MOST_BITS = 4096
 
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline")
 """When the template that is rendered in this context must be done."""
@@ -98,8 +98,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and abs(right) > MOST_POWER:
-            raise TemplateRuntimeError(f"a power of more than {MOST_POWER}")
+        is_power = operator == "**" and isinstance(left, int) and isinstance(right, int)
+        if is_power and left.bit_length() * right > MOST_BITS:
+            raise TemplateRuntimeError(f"it has a power of more than {MOST_BITS} bits")
         for value, count in ((left, right), (right, left)):
             if operator == "*" and hasattr(value, "__len__") and isinstance(count, int):
                 _require_short(len(value) * count)
