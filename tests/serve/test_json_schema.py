@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel, Field, PositiveInt, create_model
 
 from serve.grammar import Constraint, Grammars
+from serve.response_format import constraint_of
 
 TOKENS = 200
 STRING = re.compile(r'"([^"\\]|\\.)*"')
@@ -307,3 +308,32 @@ def test_what_cannot_be_followed_is_refused_with_its_place(grammars, schema, mes
 def test_a_schema_may_have_unsupported_keywords_ignored(grammars, code_tokenizer):
     schema = {"x-guidance": {"lenient": True}, "type": "array", "items": NULL, "uniqueItems": True}
     assert any(len(json.loads(text)) > 1 for text in write(grammars, code_tokenizer, schema))
+
+
+@pytest.mark.parametrize("json_whitespace", ["compact", "flexible"])
+def test_flexible_white_space_ends_too(grammars, code_tokenizer, json_whitespace):
+    """A writer that takes white space wherever it may; a schema's own setting counts first."""
+    schema = {"type": "array", "items": NULL, "minItems": 2, "maxItems": 2}
+    blank = {
+        token
+        for token in range(code_tokenizer.vocab_size)
+        if code_tokenizer.token_bytes(token).isspace()
+    }
+
+    def write_blanks(schema, most):
+        constraint = constraint_of({"type": "json_object", "schema": schema}, json_whitespace)
+        matcher, tokens = grammars.matcher(constraint), []
+        while len(tokens) < most:
+            allowed = matcher.allowed(code_tokenizer.vocab_size).nonzero()[:, 0].tolist()
+            token = next((its for its in allowed if its in blank), allowed[0])
+            if token == code_tokenizer.eos_id:
+                break
+            matcher.append(token)
+            tokens.append(token)
+        return b"".join(map(code_tokenizer.token_bytes, tokens)).decode()
+
+    text = write_blanks(schema, 300)
+    assert json.loads(text) == [None, None]
+    assert any(map(str.isspace, text)) == (json_whitespace == "flexible")
+    own = {"x-guidance": {"whitespace_flexible": json_whitespace == "compact"}, **schema}
+    assert any(map(str.isspace, write_blanks(own, 300))) == (json_whitespace == "compact")
