@@ -49,14 +49,16 @@ export async function getModel() {
   return JSON.parse(await getText("v1/models")).data[0];
 }
 
-/** Events of a completion as they come. Throws ServerError, Unreachable, or Broken. */
-export async function* complete(body, signal) {
-  const answer = await ask("v1/completions", {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
+/** How many tokens a text has, alone or after BOS. Throws ServerError or Unreachable. */
+export async function countTokens(prompt, hasBos, signal) {
+  const answer = await post("tokenize", { prompt, add_special_tokens: hasBos }, signal);
+  return (await answer.json().catch(throwUnreachable)).count;
+}
+
+/** Events of an answer as they come. Throws ServerError, Unreachable, or Broken. */
+export async function* stream(path, body, signal) {
+  const options = { stream: true, stream_options: { include_usage: true } };
+  const answer = await post(path, { ...body, ...options }, signal);
   try {
     for await (const data of eventData(answer.body)) {
       if (data === "[DONE]") return;
@@ -68,6 +70,11 @@ export async function* complete(body, signal) {
     throw error instanceof TypeError ? new Broken(error.message) : error;
   }
   throw new Broken("the stream ended early");
+}
+
+function post(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  return ask(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
 async function ask(path, options) {

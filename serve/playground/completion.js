@@ -1,67 +1,66 @@
-// The text that comes, in its box, and in words how far it is.
+// The text that comes, in its box, and what can be done with it.
 
+import { copyText } from "./copy.js";
 import { Inspector } from "./inspector.js";
 import { TokenText } from "./tokens.js";
 
-const REASONS = {
-  stop: "the model ended the text, or a stop string came",
-  length: "as many tokens as allowed",
-};
-
-/** The box of the completion. */
+/** The box of the completion. onContinue(text) gets a prompt that goes on with it. */
 export class CompletionBox {
+  #prompt = "";
   #hasLogprobs = false;
   #text = null;
-  #finishReason = null;
-  #usage = null;
-  #started = 0;
 
-  constructor() {
+  constructor(onContinue) {
     this.box = document.getElementById("completion");
-    this.progress = document.getElementById("progress");
-    this.inspector = new Inspector(this.box);
+    this.button = document.getElementById("continue");
+    this.inspector = new Inspector(this.box, () => this.#nameButton());
+    this.button.addEventListener("click", () => onContinue(this.#prompt + this.#upToChosen()));
+    const copy = document.getElementById("copy");
+    copy.addEventListener("click", () => copyText(this.box.textContent, copy));
   }
 
-  /** Wait for a completion with log probabilities, or without. The last one stays till it comes. */
-  begin(hasLogprobs) {
-    this.#hasLogprobs = hasLogprobs;
-    this.#text = this.#finishReason = this.#usage = null;
-    this.#started = performance.now();
+  /** Wait for what follows `prompt`, with log probabilities or without. The last one stays till it
+   * comes. */
+  begin(prompt, hasLogprobs) {
+    this.next = { prompt, hasLogprobs };
+    this.#text = null;
     this.box.setAttribute("aria-busy", "true");
-    this.progress.textContent = "Generating …";
+    // Heading, text and buttons, or as much of them as there is room for.
+    this.box.closest("section").scrollIntoView({ block: "nearest" });
   }
 
   /** An event of the stream. */
-  add({ choices, usage }) {
+  add({ choices }) {
     this.#text ??= this.#emptied();
     const isAtEnd = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < 4;
-    for (const choice of choices) {
-      this.#text.add(choice);
-      this.#finishReason = choice.finish_reason ?? this.#finishReason;
-    }
-    this.#usage = usage ?? this.#usage;
+    for (const choice of choices) this.#text.add(choice);
     // Whoever has scrolled back reads on undisturbed.
     if (isAtEnd) this.box.scrollTop = this.box.scrollHeight;
   }
 
-  /** problem: why it ended early, in words. */
-  end(problem = null) {
+  /** Nothing more comes. */
+  end() {
     this.box.setAttribute("aria-busy", "false");
-    this.progress.textContent = problem ?? this.#inWords();
   }
 
   #emptied() {
+    this.#prompt = this.next.prompt;
+    this.#hasLogprobs = this.next.hasLogprobs;
     this.box.replaceChildren();
     const text = this.#hasLogprobs ? new TokenText(this.box) : new PlainText(this.box);
     this.inspector.open(this.#hasLogprobs ? text : null);
+    this.shown = text;
     return text;
   }
 
-  #inWords() {
-    const seconds = ((performance.now() - this.#started) / 1000).toFixed(1);
-    const count = this.#usage?.completion_tokens ?? 0;
-    const tokens = `${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`;
-    return `Done: ${tokens} in ${seconds} s (${REASONS[this.#finishReason] ?? "ended"})`;
+  #upToChosen() {
+    const at = this.inspector.chosen;
+    return at < 0 ? this.box.textContent : this.shown.textUpTo(at);
+  }
+
+  #nameButton() {
+    const isChosen = this.inspector.chosen >= 0;
+    this.button.textContent = isChosen ? "Continue after this token" : "Continue from the end";
   }
 }
 

@@ -9,12 +9,13 @@ const MOVES = {
   End: (_, length) => length - 1,
 };
 
-/** Shows tokens of the TokenText it is given. */
+/** Shows tokens of the TokenText it is given. onChoose() is called when another is chosen, or none. */
 export class Inspector {
   #text = null;
   #chosen = -1;
 
-  constructor(box) {
+  constructor(box, onChoose) {
+    this.onChoose = onChoose;
     this.panel = document.getElementById("inspector");
     this.line = document.getElementById("token-line");
     this.table = document.getElementById("alternatives");
@@ -32,6 +33,11 @@ export class Inspector {
     });
   }
 
+  /** The chosen token's number; -1: none. */
+  get chosen() {
+    return this.#chosen;
+  }
+
   /** text: a TokenText, or null for a completion without probabilities. */
   open(text) {
     this.#text = text;
@@ -39,6 +45,7 @@ export class Inspector {
     this.panel.hidden = text === null;
     this.table.hidden = true;
     this.line.textContent = "Choose a token, or use the arrow keys in the text, to see more";
+    this.onChoose();
   }
 
   #move(by) {
@@ -52,6 +59,7 @@ export class Inspector {
     const { name, probability, alternatives, span } = this.#text.token(at);
     span.setAttribute("data-chosen", "");
     span.scrollIntoView({ block: "nearest" });
+    this.onChoose();
     const place = `Token ${at + 1} of ${this.#text.length}`;
     this.line.textContent = `${place}: ${quoted(name)}, ${percent(probability)}`;
     this.table.hidden = false;

@@ -1,104 +1,213 @@
-// Puts the page together: the form, the completion it asks for, and the server's figures.
+// Puts the page together: the two forms, what they ask for, and the server's figures.
 
-import { apiKey, Broken, complete, ServerError, Unreachable } from "./api.js";
+import { apiKey, Broken, stream, Unreachable } from "./api.js";
+import { Transcript } from "./chat.js";
+import { asCurl, asPython } from "./code.js";
 import { CompletionBox } from "./completion.js";
 import { Connection } from "./connection.js";
+import { copyText } from "./copy.js";
+import { Count } from "./count.js";
 import { Live } from "./live.js";
-import { requestBody } from "./settings.js";
+import { Run } from "./run.js";
+import { settings } from "./settings.js";
+import { shownTab, startTabs } from "./tabs.js";
 
 const USUAL_TOKENS = 128;
+const TOP_LOGPROBS = 5;
+const PATHS = { text: "v1/completions", chat: "v1/chat/completions" };
 
-const form = document.getElementById("request");
-const keyPanel = document.getElementById("key-panel");
-const completion = new CompletionBox();
+const [prompt, message, system, maxTokens, keyField, keyPanel, codePanel, logprobs] = byId(
+  ...["prompt", "message", "system", "max_tokens", "key", "key-panel", "code-panel", "logprobs"],
+);
+let model = null;
+
 const live = new Live();
-let running = null;
-
 const connection = new Connection({
   onChange(state, words) {
-    const status = document.getElementById("connection");
+    const [status] = byId("connection");
     status.dataset.state = state;
     status.textContent = words;
     if (state !== "connected") live.blank();
     if (state === "key-needed") keyPanel.open = true;
   },
-  onModel({ id, max_model_len: most }) {
-    const words = `${id}: context of ${most.toLocaleString("en")} tokens`;
-    document.getElementById("model").textContent = words;
-    form.max_tokens.value ||= Math.min(USUAL_TOKENS, Math.floor(most / 2));
+  onModel(its) {
+    model = its;
+    const most = its.max_model_len;
+    byId("model")[0].textContent = `${its.id}: context of ${most.toLocaleString("en")} tokens`;
+    maxTokens.value ||= Math.min(USUAL_TOKENS, Math.floor(most / 2));
+    for (const count of Object.values(counts)) count.update();
+    showCode();
   },
   onMetrics: (text) => live.show(text),
 });
 
+const counts = {
+  text: new Count(prompt, true, (count) => {
+    const asked = Number(maxTokens.value);
+    const over = model && count + asked > model.max_model_len ? ": too many together" : "";
+    return `${tokens(count)} and ${asked.toLocaleString("en")} new ones, of ${context()}${over}`;
+  }),
+  chat: new Count(message, false, (count) => `${tokens(count)}, of ${context()} with the chat`),
+};
+const completion = new CompletionBox((text) => {
+  prompt.value = text;
+  prompt.focus();
+  prompt.setSelectionRange(text.length, text.length);
+  prompt.scrollTop = prompt.scrollHeight;
+  prompt.dispatchEvent(new Event("input", { bubbles: true }));
+});
+const transcript = new Transcript(byId("transcript")[0], {
+  onEdit(text) {
+    message.value = text;
+    message.focus();
+    transcript.setBusy(false);
+    message.dispatchEvent(new Event("input", { bubbles: true }));
+  },
+  onAgain: () => answer(),
+});
+const runs = {
+  text: makeRun(prompt, "generate", "stop", "progress", "error"),
+  chat: makeRun(message, "send", "chat-stop", "chat-progress", "chat-error"),
+};
+
 async function generate() {
-  if (running) return;
-  let body;
-  try {
-    body = requestBody(form);
-  } catch (error) {
-    showError(error.message);
+  const body = bodyOrError(runs.text, textBody);
+  if (!body) return;
+  completion.begin(body.prompt, "logprobs" in body);
+  await runs.text.follow((signal) => stream(PATHS.text, body, signal), (its) => completion.add(its));
+  completion.end();
+}
+
+/** Send the message, if there is one. */
+async function send() {
+  if (runs.chat.isRunning) return;
+  if (message.value === "" && transcript.messages.at(-1)?.role !== "user") {
+    runs.chat.showError("Write a message first.");
     return;
   }
-  showError("");
-  setRunning(new AbortController());
-  completion.begin("logprobs" in body);
-  let ending = "Ended by an error";
+  if (!bodyOrError(runs.chat, chatBody)) return;
+  if (message.value !== "") transcript.add("user", message.value);
+  message.value = "";
+  counts.chat.update();
+  await answer();
+}
+
+/** Ask for an answer to the last message; the one that is there goes. */
+async function answer() {
+  if (!bodyOrError(runs.chat, chatBody)) return;
+  transcript.dropAnswer();
+  const body = chatBody();
+  const written = transcript.add("assistant");
+  transcript.setBusy(true);
+  message.focus();
+  await runs.chat.follow(
+    (signal) => stream(PATHS.chat, body, signal),
+    ({ choices }) => transcript.append(written, choices[0]?.delta.content ?? ""),
+  );
+  transcript.dropAnswer({ isEmpty: true });
+  transcript.setBusy(false);
+  showCode();
+}
+
+function textBody() {
+  const body = { prompt: prompt.value, ...settings() };
+  if (logprobs.checked) body.logprobs = TOP_LOGPROBS;
+  return body;
+}
+
+function chatBody() {
+  const instructions = system.value ? [{ role: "system", content: system.value }] : [];
+  return { messages: [...instructions, ...transcript.messages], ...settings() };
+}
+
+/** What `make` gives, or null if one is running or the error is shown. */
+function bodyOrError(run, make) {
+  if (run.isRunning) return null;
   try {
-    for await (const event of complete(body, running.signal)) completion.add(event);
-    ending = null;
+    return make();
   } catch (error) {
-    ending = explain(error);
-  } finally {
-    completion.end(ending);
-    setRunning(null);
+    run.showError(error.message);
+    return null;
   }
 }
 
-/** How it ended, in words; an error that is no wish of the user's is shown at the prompt too. */
-function explain(error) {
-  if (error.name === "AbortError") return "Stopped";
-  if (error instanceof Broken || error instanceof Unreachable) connection.lookNow();
-  if (error instanceof Broken) {
-    showError("The connection broke.");
-    return "Broken off; the text so far is kept";
+function showCode() {
+  if (!codePanel.open) return;
+  const kind = shownTab();
+  const [curl, python] = byId("curl", "python");
+  try {
+    const made = kind === "chat" ? chatBody() : textBody();
+    if (kind === "chat") {
+      // What Send would ask, or else what was asked last.
+      if (message.value) made.messages.push({ role: "user", content: message.value });
+      else if (made.messages.at(-1)?.role === "assistant") made.messages.pop();
+    }
+    const body = { model: model?.id ?? "model", ...made };
+    curl.textContent = asCurl(new URL(PATHS[kind], document.baseURI).href, body);
+    python.textContent = asPython(new URL("v1", document.baseURI).href, body);
+  } catch (error) {
+    curl.textContent = python.textContent = error.message;
   }
-  if (error instanceof Unreachable) {
-    showError("The server cannot be reached.");
-    return "Not begun";
-  }
-  if (!(error instanceof ServerError)) throw error;
-  showError(error.message);
-  if (error.status === 401) keyPanel.open = true;
-  return "Ended by an error";
 }
 
-function showError(message) {
-  document.getElementById("error").textContent = message;
-  form.prompt.toggleAttribute("aria-invalid", message !== "");
+function makeRun(field, ...ids) {
+  const [go, stop, progress, error] = byId(...ids);
+  const onTrouble = (trouble) => {
+    if (trouble instanceof Broken || trouble instanceof Unreachable) connection.lookNow();
+    if (trouble.status === 401) keyPanel.open = true;
+  };
+  return new Run({ field, go, stop, progress, error, onTrouble });
 }
 
-// Buttons that nothing can be done with keep the focus, which `disabled` would take away.
-function setRunning(controller) {
-  running = controller;
-  form.generate.setAttribute("aria-disabled", String(controller !== null));
-  form.stop.setAttribute("aria-disabled", String(controller === null));
+function tokens(count) {
+  return `${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`;
 }
 
-form.addEventListener("submit", (event) => {
-  event.preventDefault();
-  generate();
+function context() {
+  return model ? model.max_model_len.toLocaleString("en") : "unknown";
+}
+
+function byId(...ids) {
+  return ids.map((id) => document.getElementById(id));
+}
+
+for (const [form, act] of [["request", generate], ["chat", send]]) {
+  byId(form)[0].addEventListener("submit", (event) => {
+    event.preventDefault();
+    act();
+  });
+}
+byId("new-chat")[0].addEventListener("click", () => {
+  runs.chat.abort();
+  transcript.clear();
+  message.focus();
+  showCode();
 });
-form.stop.addEventListener("click", () => running?.abort());
+message.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!event.ctrlKey && !event.metaKey) send();
+});
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape") Object.values(runs).forEach((run) => run.abort());
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
-    generate();
+    if (shownTab() === "chat") send();
+    else generate();
   }
 });
-form.key.value = apiKey.value;
-form.key.addEventListener("input", () => {
-  apiKey.value = form.key.value.trim();
+document.addEventListener("input", showCode);
+codePanel.addEventListener("toggle", showCode);
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", () =>
+    copyText(byId(button.dataset.copy)[0].textContent, button),
+  );
+}
+maxTokens.addEventListener("input", () => counts.text.update());
+keyField.value = apiKey.value;
+keyField.addEventListener("input", () => {
+  apiKey.value = keyField.value.trim();
 });
-form.key.addEventListener("change", () => connection.lookNow());
+keyField.addEventListener("change", () => connection.lookNow());
+startTabs(showCode);
 connection.follow();

@@ -27,6 +27,11 @@ export class TokenText {
     return this.#tokens.findIndex((token) => token.span === span);
   }
 
+  /** The text up to the end of token `at`. */
+  textUpTo(at) {
+    return this.#chars.slice(0, this.#tokens[at + 1]?.offset).join("");
+  }
+
   /** The next piece of the completion. */
   add({ text, logprobs }) {
     // Offsets count characters, not the halves of them that strings have.

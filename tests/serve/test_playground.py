@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from itertools import pairwise
@@ -241,10 +242,15 @@ def test_tokens_are_marked_by_their_probability(page, server):
     found = tokens.evaluate_all("its => its.map(one => Number(one.dataset.rank))")
     assert found == expected
     looks = page.locator(".legend .token").evaluate_all(
-        """its => its.map(getComputedStyle).map(
-            its => [its.backgroundColor, its.textDecorationLine + its.textDecorationStyle])"""
+        """its => its.map((one) => getComputedStyle(one)).map(its => [
+            its.backgroundColor, its.backgroundImage, its.textDecorationLine, its.paddingTop,
+            its.backgroundPositionY, its.backgroundSize])"""
     )
-    assert len({colour for colour, _ in looks}) == len({line for _, line in looks}) == 5
+    assert len({look[0] for look in looks}) == len({look[1] for look in looks}) == 5
+    # The line is above the letters: none hides an underscore or a descender.
+    for *_, decoration, padding, place, size in looks:
+        assert (decoration, place) == ("none", "0%")
+        assert float(padding.removesuffix("px")) >= float(size.split()[-1].removesuffix("px"))
     titles = tokens.evaluate_all("its => its.map(one => one.title)")
     for title, name, top in zip(titles, logprobs["tokens"], logprobs["top_logprobs"], strict=True):
         assert title.startswith(f"{json.dumps(name, ensure_ascii=False)}: ")
@@ -367,6 +373,127 @@ def test_fits_a_phone(visit, server):
     assert too_wide == []
 
 
+def test_something_happens_in_sight_with_the_settings_open(visit, server):
+    page = visit(server.url, viewport=PHONE, has_touch=True, is_mobile=True)
+    page.evaluate("for (const its of document.querySelectorAll('details')) its.open = true")
+    ask(page, max_tokens=CONTEXT - 100, stop_at_eos=False)
+    expect(page.locator("#progress")).to_have_attribute("data-busy", "")
+    expect(page.locator("#completion")).to_be_in_viewport(ratio=0.9)
+    expect(page.locator("#completion")).not_to_be_empty()
+    page.keyboard.press("Escape")
+    expect(page.locator("#progress")).not_to_have_attribute("data-busy", "")
+
+
+def test_copy_and_continue(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    settings = {"max_tokens": 12, "temperature": 0.8, "seed": 3, "stop_at_eos": False}
+    ask(page, "größe = ", **settings)
+    text = done(page)
+    page.click("#copy")
+    expect(page.locator("#announcement")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == text
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.evaluate("navigator.clipboard.writeText = null")  # as over HTTP from another machine
+    page.click("#copy")
+    eventually(lambda: page.evaluate("navigator.clipboard.readText()") == text)
+    page.fill("#prompt", "something else")
+    page.click("#continue")
+    expect(page.locator("#prompt")).to_have_value(f"größe = {text}")
+    expect(page.locator("#prompt")).to_be_focused()
+    ask(page, "größe = ", **settings, logprobs=True)
+    expect(page.locator("#completion .token")).to_have_count(12)
+    done(page)
+    texts = page.locator("#completion .token").all_text_contents()
+    at = next(at for at, its in enumerate(texts) if at and its.strip())
+    page.locator("#completion .token").nth(at).click()
+    page.get_by_role("button", name="Continue after this token").click()
+    expect(page.locator("#prompt")).to_have_value(f"größe = {''.join(texts[: at + 1])}")
+
+
+def test_a_prompt_s_tokens_are_counted(page, code_tokenizer):
+    line, text = page.locator("#prompt-count"), "def größe(x):\n"
+    expect(line).to_have_text("1 token and 128 new ones, of 8,192")
+    page.fill("#prompt", text)
+    count = 1 + len(code_tokenizer.encode(text))
+    expect(line).to_have_text(f"{count} tokens and 128 new ones, of 8,192")
+    page.evaluate("document.getElementById('sampling').open = true")
+    page.fill("#max_tokens", "8192")
+    expect(line).to_have_text(f"{count} tokens and 8,192 new ones, of 8,192: too many together")
+
+
+def test_the_request_as_code(page, server):
+    page.evaluate("document.getElementById('code-panel').open = true")
+    settings = {"max_tokens": 8, "seed": 3, "temperature": 0.7, "top_k": 40, "stop_at_eos": False}
+    prompt = "it's \"quoted\" $HOME `x` \\n\n'''größe\u2028"
+    ask(page, prompt, **settings, stop_strings="never's")
+    text = done(page)
+    curl, python = page.locator("#curl").text_content(), page.locator("#python").text_content()
+    command = shlex.split(curl)
+    assert command[:2] == ["curl", f"{server.url}/v1/completions"]
+    assert '"Authorization: Bearer $STU_API_KEY"' in curl
+    body = json.loads(command[command.index("-d") + 1])
+    assert body == body | settings | {"prompt": prompt, "stop": ["never's"]}
+    assert completed(server, **body)["text"] == text
+    said = []
+    exec(python, {"print": said.append})  # OpenAI's own client
+    assert said == [text]
+    page.click("#chat-tab")
+    page.fill("#message", "it's")
+    expect(page.locator("#python")).to_contain_text('[{"role": "user", "content": "it\'s"}]')
+    exec(page.locator("#python").text_content(), {"print": said.append})
+    assert len(said) == 2
+
+
+def test_chat(page, server):
+    page.click("#text-tab")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tabpanel", name="Chat")).to_be_visible()
+    page.reload()  # the address remembers the tab
+    expect(page.get_by_role("tabpanel", name="Chat")).to_be_visible()
+    expect(page.locator("#connection")).to_have_text("Connected")
+    page.evaluate("for (const its of document.querySelectorAll('details')) its.open = true")
+    page.fill("#max_tokens", "12")
+    page.fill("#seed", "3")
+    page.fill("#system", "Be brief.")
+    texts, progress = page.locator("#transcript .content"), page.locator("#chat-progress")
+    is_idle = re.compile("false")
+    messages = [{"role": "system", "content": "Be brief."}]
+    for number, question in enumerate(["Hi <b>", "And\nyou?"]):
+        page.fill("#message", question)
+        page.press("#message", "Enter")
+        messages.append({"role": "user", "content": question})
+        body = {"messages": messages, "max_tokens": 12, "seed": 3}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=SECONDS).json()
+        messages.append(answer["choices"][0]["message"])
+        expect(texts).to_have_count(2 * number + 2)
+        expect(page.locator("#transcript")).to_have_attribute("aria-busy", is_idle)
+        expect(progress).to_contain_text("Done: ")
+        assert texts.all_text_contents() == [its["content"] for its in messages[1:]]
+    page.fill("#seed", "4")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator("#transcript")).to_have_attribute("aria-busy", is_idle)
+    assert texts.nth(3).text_content() != messages[-1]["content"]
+    page.get_by_role("button", name="Edit").click()
+    expect(page.locator("#message")).to_have_value("And\nyou?")
+    expect(texts).to_have_count(2)
+    page.fill("#max_tokens", str(CONTEXT - 400))
+    page.uncheck("#stop_at_eos")
+    page.click("#send")
+    expect(texts.nth(3)).not_to_be_empty()
+    page.click("#chat-stop")
+    expect(progress).to_have_text("Stopped")
+    expect(texts.nth(3)).not_to_be_empty()
+    eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+    page.fill("#max_tokens", str(CONTEXT + 1))
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator("#chat-error")).to_contain_text("max_tokens")
+    expect(page.get_by_role("button", name="Ask again")).to_be_visible()
+    page.click("#new-chat")
+    expect(texts).to_have_count(0)
+    page.click("#send")
+    expect(page.locator("#chat-error")).to_have_text("Write a message first.")
+
+
 def test_keyboard_alone(page):
     stops = []
     for _ in range(40):
@@ -386,8 +513,8 @@ def test_keyboard_alone(page):
     settings = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
     settings += ["presence_penalty", "frequency_penalty", "seed", "stop_strings", "stop_at_eos"]
     assert stops == [
-        *("prompt", "generate", "stop", "logprobs", "Sampling", *settings, "API key", "key"),
-        "completion",
+        *("text-tab", "prompt", "generate", "stop", "logprobs", "completion", "copy", "continue"),
+        *("Sampling", *settings, "API key", "key", "This request as code"),
     ]
     page.focus("#prompt")
     page.keyboard.type("def g(")
@@ -436,7 +563,7 @@ def test_can_be_read_aloud(page):
     ids = page.locator("[id]").evaluate_all("its => its.map(one => one.id)")
     assert len(set(ids)) == len(ids)
     statuses = page.get_by_role("status").evaluate_all("its => its.map(one => one.id)")
-    assert statuses == ["connection", "progress"]
+    assert statuses == ["connection", "progress", "announcement"]
     assert page.locator("#completion").evaluate("its => its.closest('[aria-live], output')") is None
     expect(page.locator("#histogram")).to_have_attribute("aria-labelledby", "latency")
     expect(page.locator("#completion")).to_have_attribute("aria-labelledby", "completion-heading")

@@ -1,0 +1,36 @@
+// Text to the clipboard.
+
+const SHOWN_MS = 1500;
+
+/** Copy, and say so on the button and to screen readers. */
+export async function copyText(text, button) {
+  const words = (await isCopied(text)) ? "Copied" : "Not copied";
+  document.getElementById("announcement").textContent = words;
+  button.usual ??= button.textContent;
+  button.textContent = words;
+  clearTimeout(button.timer);
+  button.timer = setTimeout(() => {
+    button.textContent = button.usual;
+    document.getElementById("announcement").textContent = "";
+  }, SHOWN_MS);
+}
+
+// Browsers give the clipboard to pages from this machine or over TLS alone; the old way works on
+// all others.
+async function isCopied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const focused = document.activeElement;
+    const field = document.createElement("textarea");
+    field.className = "unseen";
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    const isDone = document.execCommand("copy");
+    field.remove();
+    focused?.focus({ preventScroll: true });
+    return isDone;
+  }
+}

@@ -1,0 +1,36 @@
+// How many tokens a field holds, a moment after somebody has typed.
+
+import { countTokens } from "./api.js";
+
+const PAUSE_MS = 300;
+
+/** Counts a field's tokens. inWords(count) is what is shown. */
+export class Count {
+  #timer = 0;
+  #controller = new AbortController();
+
+  constructor(field, hasBos, inWords) {
+    Object.assign(this, { field, hasBos, inWords });
+    this.line = document.getElementById(`${field.id}-count`);
+    field.addEventListener("input", () => this.update());
+  }
+
+  /** Count, unless it is asked again before long. */
+  update() {
+    clearTimeout(this.#timer);
+    this.#controller.abort();
+    this.#timer = setTimeout(() => this.#show(), PAUSE_MS);
+  }
+
+  async #show() {
+    this.#controller = new AbortController();
+    const { signal } = this.#controller;
+    try {
+      const count = await countTokens(this.field.value, this.hasBos, signal);
+      if (!signal.aborted) this.line.textContent = this.inWords(count);
+    } catch {
+      // Whatever is wrong with the server, the request itself will tell.
+      if (!signal.aborted) this.line.textContent = "";
+    }
+  }
+}
