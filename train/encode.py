@@ -17,17 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stu.tokenizer import Tokenizer
+from train.documents import Document
 
 BATCH_CHARS = 1 << 18  # of text sent to a worker at once: some tenths of a second of work
 PIECE_CHARS = 1 << 18  # of one document given to SentencePiece at once, which bounds its memory
 
 
 class Encoded(NamedTuple):
-    """One document, ready to be written."""
+    """One document, or a piece of one, ready to be written."""
 
     split: str  # "train" or "validation"
     tokens: NDArray[Any]  # [tokens], BOS and EOS included; uint16 or uint32
     num_bytes: int  # of UTF-8 text
+    starts: bool  # False: goes on where the one before ended
+    ends: bool  # False: the next one goes on
 
 
 def split_of(text: str, seed: int, validation_fraction: float) -> str:
@@ -49,15 +52,17 @@ class Encoder:
     seed: int
     validation_fraction: float
 
-    def __call__(self, texts: list[str]) -> list[Encoded]:
+    def __call__(self, documents: list[Document]) -> list[Encoded]:
         tokenizer = _load_tokenizer(self.tokenizer_path)
         return [
             Encoded(
-                split_of(text, self.seed, self.validation_fraction),
-                encode_document(tokenizer, text),
-                len(text.encode()),
+                split_of(document.text, self.seed, self.validation_fraction),
+                encode_document(tokenizer, document.text),
+                len(document.text.encode()),
+                document.starts,
+                document.ends,
             )
-            for text in texts
+            for document in documents
         ]
 
 
@@ -82,7 +87,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def encode_all(
-    texts: Iterable[str], encoder: Encoder, workers: int
+    texts: Iterable[Document], encoder: Encoder, workers: int
 ) -> Generator[Encoded, None, None]:
     """Encode `texts` with `workers` processes (1: in this one), in order.
 
@@ -108,12 +113,12 @@ def encode_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
+    for document in texts:
+        batch.append(document)
+        chars += len(document.text)
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0

@@ -214,7 +214,9 @@ def step_memory(
         def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             kept.append(_total(tracker, "current"))
             if len(kept) == 1:
-                inputs[0].register_hook(lambda _: peaks.append(_total(tracker, "peak")))
+                inputs[0].register_hook(  # type: ignore[no-untyped-call]
+                    lambda _: peaks.append(_total(tracker, "peak"))
+                )
 
         period = layer_period(config)
         for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:

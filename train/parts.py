@@ -11,12 +11,14 @@ DIR/                      once all parts were there: DIR.parts, renamed
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stu.atomic import fsync
 from train.shards import INDEX_FILE, Index, Shard, Split, shard_file
+from train.skipped import SKIPPED_FILE, join_skipped
 
 COMMON_FILE = "parts.json"
 
@@ -60,7 +62,10 @@ class Parts:
                 ],
             )
         num_empty = sum(part.num_empty_documents for part in parts)
-        return dataclasses.replace(parts[0], num_empty_documents=num_empty, splits=splits)
+        num_bad = sum((Counter(part.num_bad_rows) for part in parts), Counter[str]())
+        return dataclasses.replace(
+            parts[0], num_empty_documents=num_empty, splits=splits, num_bad_rows=dict(num_bad)
+        )
 
     def collect(self, index: Index) -> None:
         """Move the token files of all parts to where `index` (`self.index()`) has them, and save
@@ -76,6 +81,8 @@ class Parts:
             ]
             for source, shard in zip(sources, split.shards, strict=True):
                 _move(source, self.folder / shard.file)
+        lists = [self.path(number) / SKIPPED_FILE for number in range(self.count)]
+        join_skipped([path for path in lists if path.exists()], self.folder / SKIPPED_FILE)
         fsync(self.folder)
         index.save(self.folder)
 

@@ -12,10 +12,17 @@ from rich.progress import Progress
 from stu.arguments import ArgumentParser, run_command
 from stu.atomic import new_directory
 from stu.tokenizer import Tokenizer, train_bpe
-from train.corpus import progress_bar, read_texts, require_both_splits, write_splits
+from train.corpus import (
+    progress_bar,
+    read_texts,
+    require_both_splits,
+    warnings,
+    write_splits,
+)
 from train.encode import split_of, text_hash
 from train.prepare_config import PrepareConfig
 from train.shards import TOKENIZER_FILE, Index
+from train.skipped import SKIPPED_FILE, Skipped
 from train.sources import Files, find_files
 
 TOKENIZER_SAMPLE_BYTES = 64 << 20  # of training text; the trainer needs many times that in memory
@@ -85,7 +92,8 @@ def _train_tokenizer(
     sample: list[tuple[float, str]] = []  # a heap, the largest hash first
     sample_bytes = 0
     num_documents = Counter[str]()
-    for text in read_texts(config, files, progress, "choosing text"):
+    for document in read_texts(config, files, progress, "choosing text", Skipped()):
+        text = document.text
         split = split_of(text, config.seed, config.validation_fraction) if text else "empty"
         num_documents[split] += 1
         if split != "train":
@@ -103,9 +111,10 @@ def _train_tokenizer(
 def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
     parser = ArgumentParser(
         prog="stu-prepare",
-        description="Tokenize text into shards that stu-train reads. Sources: .txt (one document "
-        "each), .jsonl, .jsonl.gz and .parquet (one document a row); a folder or glob of them; or "
-        "stdlib:, the sources of this Python's standard library.",
+        description="Tokenize text into shards that stu-train reads. Sources: .txt and .md (one "
+        "document each), .jsonl, .csv and .parquet (one document a row), all but the last also "
+        "compressed, as .gz or .zst; a folder or glob of them; or stdlib:, the sources of this "
+        "Python's standard library.",
     )
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="+", help="file, folder, glob or stdlib:"
@@ -133,10 +142,23 @@ def _summary(index: Index, output: Path) -> str:
         f"{split.num_tokens:,} tokens ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
         for name, split in index.splits.items()
     ]
+    num_bad = sum(index.num_bad_rows.values())
+    total = index.num_read + num_bad
     left_out = f"left out: {index.num_empty_documents:,} empty documents"
-    if index.num_skipped_files:
-        left_out += f", {index.num_skipped_files:,} files of another kind"
-    return "\n".join([*lines, left_out, f"wrote {output}"])
+    for count, what in [
+        (index.num_skipped_files, "files of another kind"),
+        (index.num_hidden_files, "hidden files and folders"),
+        (index.num_repeated_files, "paths of files that were read by another"),
+    ]:
+        if count:
+            left_out += f", {count:,} {what}"
+    lines += [left_out]
+    if num_bad:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in index.num_bad_rows.items())
+        lines.append(f"could not be read: {num_bad:,} ({kinds}), see {output / SKIPPED_FILE}")
+    lines.append(f"in all: {total:,} documents")
+    lines += [f"warning: {text}" for text in warnings(index)]
+    return "\n".join([*lines, f"wrote {output}"])
 
 
 if __name__ == "__main__":

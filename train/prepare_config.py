@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stu.shard import parse_shard
 
@@ -28,7 +29,10 @@ class PrepareConfig:
     seed: int = 0
     """Decides the split, and which documents the tokenizer learns from."""
     text_key: str = "text"
-    """JSON field or Parquet column that holds the text."""
+    """JSON field, or CSV or Parquet column, that holds the text."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do with a row that cannot be read, or the rest of a damaged file. `stop`: end with
+    its file and line. `skip`: leave it out; `skipped.jsonl` in the output lists the first 1,000."""
     shard: str | None = None
     """i/n, from 0: do part i of the n that the files make, in a folder beside the output; the run
     that finds all n done puts them together. No file is divided. None: everything."""

@@ -17,6 +17,7 @@ from train.parts import COMMON_FILE, Parts, require_same
 from train.prepare import given_tokenizer, make_tokenizer
 from train.prepare_config import PrepareConfig
 from train.shards import INDEX_FILE, TOKENIZER_FILE
+from train.skipped import require_mostly_good
 from train.sources import Files, find_files
 
 ALL_PARTS = 0  # byte of the lock file: held to begin, and to put together; 1 + i: to make part i
@@ -80,6 +81,7 @@ def _common(config: PrepareConfig, files: Files, count: int) -> dict[str, Any]:
         "shard_tokens": config.shard_tokens,
         "seed": config.seed,
         "text_key": config.text_key,
+        "on_error": config.on_error,
     }
 
 
@@ -106,7 +108,7 @@ def _begin(config: PrepareConfig, files: Files, common: dict[str, Any], folder: 
 def _make(config: PrepareConfig, files: Files, number: int, parts: Parts) -> None:
     path = parts.path(number)
     _remove_unfinished(path)
-    its_files = Files(share(files.documents, number, parts.count), files.skipped)
+    its_files = files._replace(documents=share(files.documents, number, parts.count))
     tokenizer = Tokenizer(parts.folder / TOKENIZER_FILE)
     with new_directory(path) as temporary, progress_bar() as progress:
         write_splits(config, its_files, tokenizer, temporary, progress).save(temporary)
@@ -125,6 +127,7 @@ def _put_together(config: PrepareConfig, parts: Parts) -> list[int]:
         return missing
     if not (parts.folder / INDEX_FILE).exists():
         index = parts.index()
+        require_mostly_good(index.num_read, index.num_bad_rows, parts.folder)
         require_both_splits(config, index.num_documents)
         parts.collect(index)
     parts.rename()

@@ -4,6 +4,7 @@
 DIR/index.json                 Index: what is here and how it was made
 DIR/tokenizer.model
 DIR/parts.json                 of a folder made in parts: what these had in common
+DIR/skipped.jsonl              of rows that could not be read, the first ones (`--on-error skip`)
 DIR/train-00000.bin ...        little-endian unsigned integers, documents as BOS tokens EOS
 DIR/validation-00000.bin ...
 ```
@@ -63,12 +64,23 @@ class Index:
     num_skipped_files: int
     num_empty_documents: int
     splits: dict[str, Split]
+    num_hidden_files: int = 0
+    """Files and folders of the sources whose names begin with a dot, which were not read."""
+    num_repeated_files: int = 0
+    """Paths of files that were read by another path."""
+    num_bad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rows, and rests of files, that could not be read, by what was wrong (`--on-error skip`)."""
     format_version: int = FORMAT_VERSION
 
     @property
     def num_documents(self) -> dict[str, int]:
         """Of each split."""
         return {name: split.num_documents for name, split in self.splits.items()}
+
+    @property
+    def num_read(self) -> int:
+        """Documents that were read: those of both splits, and the empty ones."""
+        return sum(self.num_documents.values()) + self.num_empty_documents
 
     def save(self, folder: Path) -> None:
         """Write `index.json`, whole or not at all."""
@@ -107,7 +119,8 @@ def shard_file(split: str, number: int) -> str:
 class SplitWriter:
     """Writes the shards of one split, document by document.
 
-    A shard holds whole documents, at most `shard_tokens` tokens unless one document is longer.
+    A shard holds whole documents, or whole pieces of those that come in pieces: at most
+    `shard_tokens` tokens unless one is longer.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
@@ -126,15 +139,19 @@ class SplitWriter:
         if self._file is not None:
             self._file.close()
 
-    def add(self, tokens: NDArray[Any], num_bytes: int) -> None:
-        """Append one document of `tokens` (BOS and EOS included) made of `num_bytes` of text."""
+    def add(self, tokens: NDArray[Any], num_bytes: int, starts: bool = True) -> None:
+        """Append one document of `tokens` (BOS and EOS included) made of `num_bytes` of text.
+
+        starts: False for what goes on with the document before.
+        """
         if self._file is None or self._shards[-1].num_tokens + len(tokens) > self._shard_tokens:
             self._next_shard()
         assert self._file is not None
         self._file.write(tokens.astype(self._dtype).tobytes())
         self._num_bytes += num_bytes
         last = self._shards[-1]
-        self._shards[-1] = Shard(last.file, last.num_tokens + len(tokens), last.num_documents + 1)
+        num_documents = last.num_documents + starts
+        self._shards[-1] = Shard(last.file, last.num_tokens + len(tokens), num_documents)
 
     def finish(self) -> Split:
         if self._file is not None:

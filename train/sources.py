@@ -1,19 +1,19 @@
-"""Documents from files: plain text, JSON lines, Parquet, the Python standard library."""
+"""Files that sources name: folders, globs, the Python standard library."""
 
 import glob
-import gzip
-import io
-import json
+import os
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 STDLIB = "stdlib:"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-PARQUET_ROWS = 64  # rows in memory at once: documents may be megabytes long
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst")
+ALLOWED = ".txt, .md, .jsonl, .csv (each also as .gz or .zst) or .parquet"
+LEAST_PIECE_BYTES, MOST_PIECE_BYTES = 1 << 12, 1 << 20
+PIECES = 256
 
 
 class Files(NamedTuple):
@@ -21,45 +21,53 @@ class Files(NamedTuple):
 
     documents: list[Path]  # in the order they are read
     skipped: list[Path]  # in a source folder but of another kind, or not decodable (`stdlib:` only)
-
-
-class Document(NamedTuple):
-    """One text, and how much of its file it used up."""
-
-    text: str
-    source_bytes: int  # sums to the sizes of the files, compressed if they are: for progress
+    num_hidden: int = 0  # files and folders whose names begin with a dot
+    num_repeated: int = 0  # paths of files that had one already
+    piece_bytes: int = MOST_PIECE_BYTES  # into which large text files are cut
 
 
 def find_files(sources: Sequence[str]) -> Files:
-    """The files that `sources` name: `stdlib:`, a file, a folder (searched to the bottom), a glob.
+    """The files that `sources` name: `stdlib:`, a file, a folder (searched to the bottom, links
+    followed, what is hidden left out), a glob.
 
-    Sorted within each source, each file once. Raises ValueError for a source that names nothing
-    that can be read.
+    Sorted within each source; each file once, by whatever paths it is named. Raises ValueError for
+    a source that names nothing that can be read.
     """
     found = [_find_source(source) for source in sources]
-    documents = list(dict.fromkeys(path for files in found for path in files.documents))
+    paths = [path for files in found for path in files.documents]
+    first: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        first.setdefault(_identity(path), path)
+    documents = list(first.values())
     skipped = list(dict.fromkeys(path for files in found for path in files.skipped))
-    return Files(documents, skipped)
+    total = sum(path.stat().st_size for path in documents)
+    return Files(
+        documents,
+        skipped,
+        sum(files.num_hidden for files in found),
+        len(paths) - len(documents),
+        max(LEAST_PIECE_BYTES, min(MOST_PIECE_BYTES, total // PIECES)),
+    )
 
 
-def read_documents(files: Sequence[Path], text_key: str = "text") -> Iterator[Document]:
-    """Every document of `files` in order: a whole .txt or .py file, a row of the other kinds.
+def kind_of(path: Path) -> str | None:
+    """`text`, `jsonl`, `csv` or `parquet`, by the name; None for any other file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in COMPRESSED and suffixes[-2] != ".parquet":
+        suffixes.pop()
+    return KINDS.get(suffixes[-1]) if suffixes else None
 
-    `text_key` names the field or column that holds a row's text; a row where it is null is an empty
-    document. Memory holds a few documents, whatever the size of the files.
 
-    Raises ValueError naming the file and the place for anything that is not readable text.
-    """
-    for path in files:
-        if path.suffix == ".py":
-            yield Document(_read_python(path), path.stat().st_size)
-        elif path.suffix == ".txt":
-            data = path.read_bytes()
-            yield Document(_decode(data, path, 0).removeprefix("\ufeff"), len(data))
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path, text_key)
-        else:
-            yield from _read_json_lines(path, text_key)
+def read_python(path: Path) -> str:
+    """A Python source as its first lines say (PEP 263), or UTF-8."""
+    with path.open("rb") as file:
+        encoding, _ = tokenize.detect_encoding(file.readline)
+    return path.read_bytes().decode(encoding)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _find_source(source: str) -> Files:
@@ -67,20 +75,54 @@ def _find_source(source: str) -> Files:
         return _find_stdlib()
     path = Path(source)
     if path.is_dir():
-        inside = sorted(item for item in path.rglob("*") if item.is_file())
-        readable = [item for item in inside if item.name.endswith(SUFFIXES)]
-        if not readable:
-            raise ValueError(f"source {source}: no {_suffixes()} file in this folder")
-        return Files(readable, [item for item in inside if not item.name.endswith(SUFFIXES)])
+        return _find_in_folder(path)
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"source {source}: not a {_suffixes()} file")
+        if kind_of(path) is None:
+            hint = "; write its objects to a .jsonl file, each on a line of its own"
+            is_json = path.suffix.lower() == ".json"
+            raise ValueError(f"source {source}: not a {ALLOWED} file{hint if is_json else ''}")
         return Files([path], [])
     matches = sorted(glob.glob(source, recursive=True))
     if not matches:
         raise ValueError(f"source {source}: no such file or folder, and no glob that matches one")
     inner = [_find_source(match) for match in matches]
-    return Files([p for f in inner for p in f.documents], [p for f in inner for p in f.skipped])
+    return Files(
+        [p for f in inner for p in f.documents],
+        [p for f in inner for p in f.skipped],
+        sum(f.num_hidden for f in inner),
+    )
+
+
+def _find_in_folder(folder: Path) -> Files:
+    inside: list[Path] = []
+    num_hidden = 0
+    for path in _walk(folder):
+        if path.name.startswith("."):
+            num_hidden += 1
+        else:
+            inside.append(path)
+    readable = [path for path in sorted(inside) if kind_of(path) and path.is_file()]
+    if not readable:
+        raise ValueError(f"source {folder}: no {ALLOWED} file in this folder")
+    known = set(readable)
+    return Files(readable, [path for path in sorted(inside) if path not in known], num_hidden)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below `folder`, and every hidden folder in place of what is in it. Links are
+    followed, and a folder that was seen is not entered again: they may lead round in a circle."""
+    seen = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # so that of two names the same one is taken everywhere
+        yield from (here / file for file in files)
+        yield from (here / inner for inner in folders if inner.startswith("."))
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
 
 
 def _find_stdlib() -> Files:
@@ -100,93 +142,7 @@ def _find_stdlib() -> Files:
 
 def _is_decodable(path: Path) -> bool:
     try:
-        _read_python(path)
+        read_python(path)
     except (SyntaxError, UnicodeDecodeError):
         return False
     return True
-
-
-def _suffixes() -> str:
-    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-
-
-def _read_python(path: Path) -> str:
-    with path.open("rb") as file:
-        encoding, _ = tokenize.detect_encoding(file.readline)  # a PEP 263 comment, or UTF-8
-    return path.read_bytes().decode(encoding)
-
-
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    """`data`, which starts `offset` bytes into the text of `path`."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file, "
-            f"for example with `iconv -f LATIN1 -t UTF-8`"
-        ) from error
-
-
-def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
-    compressed = path.name.endswith(".gz")
-    with path.open("rb") as raw:
-        lines: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if compressed else raw
-        offset = used = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                text = _json_text(_decode(line, path, offset), f"{path} line {number}", text_key)
-                offset += len(line)
-                now = raw.tell() if compressed else offset
-                yield Document(text, now - used)
-                used = now
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: broken gzip file ({error})") from error
-
-
-def _json_text(line: str, where: str, text_key: str) -> str:
-    if not line.strip():
-        return ""
-    try:
-        row = json.loads(line.removeprefix("\ufeff"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or text_key not in row:
-        fields = f"only {', '.join(row)}" if isinstance(row, dict) else "and no fields at all"
-        raise ValueError(f"{where}: no field {text_key!r}, {fields}; name it with --text-key")
-    text = row[text_key]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_key!r} is {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: field {text_key!r} has half of a surrogate pair") from error
-    return text
-
-
-def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'stu[data]'"
-        ) from error
-    try:
-        with pq.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise ValueError(
-                    f"no column {text_key!r}, only {', '.join(file.schema_arrow.names)}; "
-                    f"name it with --text-key"
-                )
-            kind = file.schema_arrow.field(text_key).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ValueError(f"column {text_key!r} is {kind}, not a string")
-            size, rows, done = path.stat().st_size, file.metadata.num_rows, 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield Document(text or "", size * (done + 1) // rows - size * done // rows)
-                    done += 1
-    except (ValueError, pa.ArrowException) as error:  # of these, some lack the name of the file
-        raise ValueError(f"{path}: {error}") from error

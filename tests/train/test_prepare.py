@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,15 +16,25 @@ import pytest
 
 from stu.tokenizer import Tokenizer, train_bpe
 from train import encode
+from train.corpus import warnings
+from train.documents import read_documents
 from train.encode import encode_document, split_of, token_dtype
 from train.prepare import PrepareConfig, main, prepare
 from train.shards import Index, TokenShards
+from train.sources import LEAST_PIECE_BYTES
 
 NUM_DOCUMENTS = 200
 TEXTS = [
     f"def function_{i}(argument):\n\treturn argument + {i * i}  # número {i}\n"
     for i in range(NUM_DOCUMENTS)
 ]
+
+
+def _row(text: str) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+GOOD = b"".join(_row(text) for text in TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +90,107 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
     prepare(_config(corpus, tmp_path / "one", workers=1))
     prepare(_config(corpus, tmp_path / "two", workers=2))
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file as they come: of paragraphs, much longer than a piece."""
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text("\n".join(text + ("\n" if i % 3 else "") for i, text in enumerate(TEXTS * 6)))
+    return path
+
+
+def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
+    """Its pieces go to both sides. Where a side has the piece before, the text goes on without
+    marks; and it ends once."""
+    runs: dict[str, list[str]] = {"train": [], "validation": []}
+    before = None
+    for piece in read_documents([book], piece_bytes=LEAST_PIECE_BYTES):
+        split = split_of(piece.text, 0, 0.2)
+        if split == before:
+            runs[split][-1] += piece.text
+        else:
+            runs[split].append(piece.text)
+        before = split
+    assert len(runs["train"]) > 1
+    index = prepare(_config(book, tmp_path / "data"))
+    prepare(_config(book, tmp_path / "again", workers=2))
+    assert _files(tmp_path / "data") == _files(tmp_path / "again")
+    num_ends = 0
+    for split, texts in runs.items():
+        shards, tokenizer = (
+            TokenShards(tmp_path / "data", split),
+            Tokenizer(tmp_path / "data" / "tokenizer.model"),
+        )
+        tokens = shards.read(0, len(shards))
+        starts = np.flatnonzero(tokens == tokenizer.bos_id)
+        found = np.split(tokens, starts)
+        assert not len(found[0])
+        assert [tokenizer.decode(run.tolist()) for run in found[1:]] == texts
+        assert index.splits[split].num_documents == len(texts)
+        assert index.splits[split].num_bytes == sum(len(text.encode()) for text in texts)
+        num_ends += int((tokens == tokenizer.eos_id).sum())
+    assert num_ends == 1
+
+
+BAD = b'{\n{"words": 1}\n{"text": "\xff"}\n'
+
+
+def test_bad_rows_are_left_out_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(BAD + GOOD + BAD)
+    output = tmp_path / "data"
+    arguments = [str(tmp_path / "corpus.jsonl"), "--output", str(output), "--vocab-size=320"]
+    arguments += ["--validation-fraction=0.2", "--workers=1"]
+    assert main(arguments) == 2
+    assert "corpus.jsonl line 1: not JSON" in capsys.readouterr().err
+    assert main([*arguments, "--on-error=skip"]) == 0
+    printed = capsys.readouterr().out
+    assert f"could not be read: 6 (2 not JSON, 2 no field, 2 not UTF-8), see {output}" in printed
+    assert "in all: 206 documents" in printed
+    index = Index.load(output)
+    assert index.num_bad_rows == {"not JSON": 2, "no field": 2, "not UTF-8": 2}
+    assert index.num_read == 200
+    rows = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in rows] == [f"line {i}" for i in (1, 2, 3, 204, 205, 206)]
+    assert rows[1]["kind"] == "no field"
+    assert rows[1]["file"].endswith("corpus.jsonl")
+
+
+def test_a_list_of_bad_rows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.skipped.MOST_LISTED", 4)
+    (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 3)
+    prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
+    assert len((tmp_path / "data" / "skipped.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_corpus_that_is_mostly_bad_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 67)
+    with pytest.raises(ValueError, match=r"201 rows of 401 cannot be read .*line 201: not JSON"):
+        prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
+    (tmp_path / "corpus.jsonl").write_bytes(GOOD)
+    wrong = _config(tmp_path / "corpus.jsonl", tmp_path / "data", text_key="body", on_error="skip")
+    with pytest.raises(ValueError, match=r"200 rows of 200 cannot be read .* no field 'body'"):
+        prepare(wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_small_splits_are_warned_about(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = prepare(_config(corpus, tmp_path / "data"))
+    train, validation = (index.splits[name].num_tokens for name in ("train", "validation"))
+    about_validation, about_train = warnings(index)
+    assert f"the validation split has only {validation:,} tokens" in about_validation
+    assert about_validation.endswith("give more text")
+    assert f"the train split has only {train:,} tokens" in about_train
+    monkeypatch.setattr("train.corpus.FEW_TOKENS", validation)
+    assert not warnings(index)
+    monkeypatch.setattr("train.corpus.FEW_TOKENS", validation + 1)
+    monkeypatch.setattr("train.corpus.LARGEST_SHARE", 0.9)
+    (only,) = warnings(index)
+    assert re.search(r"raise --validation-fraction to 0\.\d+$", only)
 
 
 def test_the_seed_decides_the_split(corpus: Path, tmp_path: Path) -> None:
@@ -161,13 +273,6 @@ def test_tokens_take_two_bytes_while_they_can() -> None:
     ]
 
 
-def _row(text: str) -> bytes:
-    return json.dumps({"text": text}).encode() + b"\n"
-
-
-GOOD = b"".join(_row(text) for text in TEXTS)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
@@ -175,7 +280,7 @@ GOOD = b"".join(_row(text) for text in TEXTS)
         (GOOD + b'{"text": "\xe9"}\n', {}, r"not UTF-8 at byte \d+"),
         (b"", {}, "no text in .*: every document is empty"),
         (_row("") + _row("  \n"), {}, "no text in .*: every document is empty"),
-        (_row(TEXTS[0]), {}, "split got none of 1 documents"),
+        (_row(TEXTS[0]), {}, "split got none of 1 documents .* one document cannot be on both"),
         (GOOD, {"validation_fraction": 1e-9}, "the validation split got none of 200 .* raise it"),
         (GOOD, {"validation_fraction": 1 - 1e-9}, "the train split got none of 200 .* lower it"),
         (GOOD, {"vocab_size": 60_000}, r"vocab_size 60000 is too large .* works is \d+"),

@@ -137,6 +137,7 @@ def test_a_part_that_is_there_is_left_alone(corpus: Path, whole: Path, tmp_path:
     [
         ({"seed": 1}, "^seed 1: .* was made with 0; give that, choose another output, or delete"),
         ({"text_key": "body"}, "^text_key body: .* was made with text;"),
+        ({"on_error": "skip"}, "^on_error skip: .* was made with stop;"),
         ({"vocab_size": 321}, "^vocab_size 321: .* was made with 320;"),
         ({"validation_fraction": 0.1}, "^validation_fraction 0.1: .* was made with 0.2;"),
         ({"shard_tokens": 501}, "^shard_tokens 501: .* was made with 500;"),
@@ -187,6 +188,27 @@ def test_an_output_that_was_not_made_in_parts_is_left_alone(corpus: Path, whole:
     assert sorted(whole.parent.rglob("*")) == before
 
 
+def test_parts_leave_out_together_what_one_run_does(corpus: Path, tmp_path: Path) -> None:
+    copy, output, alone = (
+        tmp_path / "corpus",
+        tmp_path / "out" / "data",
+        tmp_path / "alone" / "data",
+    )
+    shutil.copytree(corpus, copy)
+    (copy / "book.txt").write_text("".join(_texts(9, 500)))  # in pieces
+    with (copy / "0.jsonl").open("a") as file:
+        file.write("{\n" * 20)  # most of its part, and of all not
+    with (copy / "6.jsonl").open("a") as file:
+        file.write("{}\n")
+    prepare(_config(copy, alone, None, on_error="skip"))
+    for part in range(COUNT):
+        prepare_part(_config(copy, output, part, on_error="skip"))
+    assert _tokens(output) == _tokens(alone)
+    assert Index.load(output).num_bad_rows == {"not JSON": 20, "no field": 1}
+    skipped = [(folder / "skipped.jsonl").read_text() for folder in (output, alone)]
+    assert skipped[0] == skipped[1]
+
+
 def test_a_part_that_fails_leaves_the_others(corpus: Path, whole: Path, tmp_path: Path) -> None:
     """The tokenizer is given, as its training would have read all files."""
     copy = tmp_path / "corpus"
@@ -195,7 +217,7 @@ def test_a_part_that_fails_leaves_the_others(corpus: Path, whole: Path, tmp_path
     (copy / "6.jsonl").write_bytes(good[:-10] + b"\xe9" * 9 + b"\n")
     output, given = tmp_path / "out" / "data", {"tokenizer": whole, "vocab_size": 4096}
     prepare_part(_config(copy, output, 0, **given))
-    with pytest.raises(ValueError, match=r"6\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"6\.jsonl line 60: not UTF-8"):
         prepare_part(_config(copy, output, 2, **given))
     assert prepare_part(_config(copy, output, 1, **given)) == [2]
     (copy / "6.jsonl").write_bytes(good)
