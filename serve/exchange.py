@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Exchanges:
             await self._app(scope, receive, send)
             return
         address = scope["client"][0] if scope.get("client") else "local"
-        exchange = Exchange(_request_id(scope), address)
+        exchange = Exchange(request_id(scope["headers"]), address)
         status, began = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -131,8 +131,9 @@ async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) ->
     await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
 
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the id that a request's headers give it, or a new one."""
+    for name, value in headers:
         given: str = value.decode("latin-1")
         if name == b"x-request-id" and CLIENT_ID.fullmatch(given):
             return given

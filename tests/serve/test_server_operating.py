@@ -21,6 +21,7 @@ import pytest
 from serve.answers import event
 from serve.config import EngineConfig
 from serve.engine import Engine, Stats
+from serve.exchange import FAULT, Exchanges
 from serve.listening import is_reached_from_outside, listening, url_of
 from serve.replicas import NO_ENGINE, Replicas, Stream, Unavailable
 from serve.request import Request
@@ -369,3 +370,22 @@ def test_a_stream_s_queue_time_is_the_engine_s_word(model_directory):
         message = {"scheduled": scheduled, "outputs": [], "stats": stats}
         asyncio.run(replicas._hear(0, replica, message))
         assert stream.scheduled == 12.5
+
+
+def test_a_fault_is_told_with_an_id_alone_and_the_log_has_the_whole(caplog):
+    async def failing(scope, receive, send):
+        raise RuntimeError("/a/secret/path")
+
+    async def ask():
+        transport = httpx.ASGITransport(Exchanges(failing, log_texts=False))
+        async with httpx.AsyncClient(transport=transport, base_url="http://stu") as http:
+            return await http.get("/health", headers={"x-request-id": "own"})
+
+    with caplog.at_level(logging.INFO):
+        answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "own")
+    assert answer.json()["error"]["message"] == FAULT
+    fault, refusal = caplog.records
+    assert "/a/secret/path" in str(fault.exc_info[1])
+    assert fault.fields["request_id"] == refusal.fields["request_id"] == "own"
+    assert refusal.fields["status"] == 500
