@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from serve.listening import listening
 from serve.server_config import ServerConfig
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
@@ -207,6 +208,13 @@ def test_tls(model_directory, tmp_path):
         assert server.url.startswith("https://")
         context = ssl.create_default_context(cafile=certificate)
         assert httpx.get(f"{server.url}/health", verify=context).status_code == 200
+    encrypted = tmp_path / "encrypted.pem"
+    command = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", key]
+    subprocess.run([*command, "-out", encrypted], check=True, capture_output=True)
+    config = ServerConfig(model_directory, port=0, tls_certificate=certificate, tls_key=encrypted)
+    # Refused, and no question on the terminal.
+    with pytest.raises(OSError, match="which has no passphrase"), listening(config):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_an_engine_that_dies_ends_the_run_and_it_goes_on_later(
     process = start(model_directory, source, target, *options)
     wait_for_bytes(process, target, 1)
     victim, other = children(process)
+    victim.send_signal(signal.SIGHUP)  # ends none
     victim.kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
