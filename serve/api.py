@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from serve.answers import Answer, EngineError, TimedOut, event
+from serve.body_errors import body_error
 from serve.chat import ChatTemplate
 from serve.chat_body import text_body
 from serve.chat_choices import ChatChoiceWriter
@@ -410,9 +411,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @handles(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first, *others = error.errors()
-        place = [str(its) for its in first["loc"][1:]]
-        param = ".".join(place) or None
+        first, place = error.errors()[0], error.errors()[0]["loc"][1:]
         if not place and first["type"] == "value_error":
             return answered(request, 400, _refused(str(first["ctx"]["error"])).body())
         if not place or first["type"] == "json_invalid":
@@ -421,18 +420,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
                 f"{first.get('ctx', {}).get('error', first['msg'])}"
             )
             return answered(request, 400, error_body(message, "invalid_request_error"))
-        if first["type"] == "extra_forbidden":
-            message = f"unknown field {json.dumps(param)}: leave it out"
-        elif first["type"] == "missing":
-            message = f"field {json.dumps(param)} is missing"
-        elif first["type"] == "value_error":
-            message = f"{param}: {first['ctx']['error']}"
-        else:
-            # Of a field that may be one of several kinds there is an error for each of them.
-            same = [its for its in others if its["loc"][:2] == first["loc"][:2]]
-            param = place[0] if same else param
-            reasons = dict.fromkeys(its["msg"] for its in [first, *same])
-            message = f"{param} is not allowed: {'; or '.join(reasons)}"
+        message, param = body_error([{**its, "loc": its["loc"][1:]} for its in error.errors()])
         return answered(request, 400, error_body(message, "invalid_request_error", param))
 
     @handles(Refused)

@@ -174,8 +174,8 @@ def _parse(argv: Sequence[str] | None) -> BatchConfig:
         description="Decode a file of prompts with the model of a model directory. Input: a JSON "
         'object a line, {"prompt": "..."}, with an "id" if you like, and any of the settings '
         "max-new-tokens to stop-at-eos (with _ for -) for that row alone; or the lines of OpenAI's "
-        "batch format, for /v1/completions; or Parquet. - is standard input. Output: a line for "
-        "each, in any order. A "
+        "batch format, for /v1/completions and /v1/chat/completions; or Parquet. - is standard "
+        "input. Output: a line for each, in any order. A "
         "run that was stopped, or killed, goes on when the same command is given again. Exits with "
         "1 if a row could not be decoded; its line says why.",
     )

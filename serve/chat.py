@@ -32,6 +32,7 @@ class ChatTemplate:
 
     def __init__(self, model: Path, tokenizer: Tokenizer) -> None:
         path, source = _find(model)
+        self.source = source
         self._tokenizer = tokenizer
         # A mark stands for a control token wherever the template names one, so that nobody can
         # write it in a message.

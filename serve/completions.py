@@ -107,17 +107,27 @@ class Completions:
     ) -> Json:
         """The body of the answer. In its `usage`, a prompt counts once, with BOS."""
         body = _without_nulls(body)
-        num_each = body.get("n", 1)
         writers = self.writers(body, requests)
         choices = [its.write(made) for its, made in zip(writers, completions, strict=True)]
+        return {**self.frame(number, body, requests, completions), "choices": choices}
+
+    def frame(
+        self,
+        number: int,
+        body: Mapping[str, Any],
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+    ) -> Json:
+        """The body of an answer without its choices."""
+        num_each = body.get("n") or 1
         prompt_tokens = sum(len(request.tokens) for request in requests[::num_each])
         completion_tokens = sum(completion.num_tokens for completion in completions)
         return {
             "id": f"cmpl-{number}",
             "object": "text_completion",
             "created": CREATED,
-            "model": body.get("model", self._model_name),
-            "choices": choices,
+            "model": body.get("model") or self._model_name,
+            "choices": [],
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,

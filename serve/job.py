@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from serve.batch_chats import BatchChats
 from serve.batch_config import BatchConfig
+from serve.chat import ChatTemplate
 from serve.completions import DEFAULTS, Completions
 from serve.inputs import InputDigest, Source, open_input
 from serve.openai_rows import OpenAiRows
@@ -43,11 +45,17 @@ class BatchJob:
         self.settings = {**usual, **defaults, **given}
         max_seq_len = load_config(config.model).max_seq_len
         builder = RequestBuilder(self.tokenizer, max_seq_len, self.settings)
-        self.row_format: RowFormat = (
-            OpenAiRows(Completions(builder, self.tokenizer, config.model.resolve().name))
-            if is_openai
-            else PromptRows(builder)
-        )
+        self._chat: dict[str, Any] = {}
+        self.row_format: RowFormat = PromptRows(builder)
+        if is_openai:
+            completions = Completions(builder, self.tokenizer, config.model.resolve().name)
+            template = ChatTemplate(config.model, self.tokenizer)
+            most = config.max_new_tokens
+            most = load_generation(config.model)["max_new_tokens"] if most is None else most
+            chats = BatchChats(completions, template, self.tokenizer, max_seq_len, most)
+            self.row_format = OpenAiRows(completions, chats)
+            source = hashlib.sha256(template.source.encode()).hexdigest()
+            self._chat = {"chat_template": source, "chat_max_tokens": most}
 
     def model_and_settings(self) -> dict[str, Any]:
         """All that decides a row besides the input, as JSON values, the files of the model read
@@ -61,6 +69,7 @@ class BatchJob:
             "dtype": config.dtype,
             "batch_invariant": config.engine.batch_invariant,
             **self.settings,
+            **self._chat,
         }
         return dict(json.loads(json.dumps(values)))  # to compare with what was written as JSON
 

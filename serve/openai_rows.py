@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serve.batch_chats import BatchChats
 from serve.completion import Completion
 from serve.completions import Completions, in_openai_words, require, require_known
 from serve.prompts import require_unicode, show
@@ -10,19 +11,21 @@ from serve.protocol import error_body
 from serve.rows import Json, Refusal, Row
 
 FIELDS = ["custom_id", "method", "url", "body"]
-URL = "/v1/completions"
+TEXT_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 ID_PREFIX = "batch_req_"
 
 
 class OpenAiRows:
-    """`{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`; for the body see
-    `serve.completions`."""
+    """`{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`, or with the url
+    "/v1/chat/completions", both in one file if need be; for the bodies see `serve.completions` and
+    `serve.batch_chats`."""
 
     name = "openai"
     id_field = "custom_id"
 
-    def __init__(self, completions: Completions) -> None:
-        self._completions = completions
+    def __init__(self, completions: Completions, chats: BatchChats) -> None:
+        self._by_url: dict[str, Completions | BatchChats]
+        self._by_url = {TEXT_URL: completions, CHAT_URL: chats}
 
     def id_of(self, given: Mapping[str, Any], number: int) -> str:
         """`RowFormat.id_of`."""
@@ -39,20 +42,17 @@ class OpenAiRows:
         require_known(given, FIELDS)
         method, url, body = given.get("method"), given.get("url"), given.get("body")
         require("method", method, method == "POST", '"POST"')
-        if isinstance(url, str) and url.startswith("/v1/chat"):
-            raise ValueError(
-                f"url={show(url)} is not served, for there is no chat template: write the chat as "
-                f'a prompt, and url "{URL}"'
-            )
-        require("url", url, url == URL, f'"{URL}"')
+        urls = f'"{TEXT_URL}" or "{CHAT_URL}"'
+        require("url", url, isinstance(url, str) and url in self._by_url, urls)
         if not isinstance(body, dict):
             raise ValueError(f"body={show(body)} is not allowed: it must be a JSON object")
-        return Row(number, row_id, given, self._completions.requests(number, body))
+        return Row(number, row_id, given, self._by_url[str(url)].requests(number, body))
 
     def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
         """`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`,
-        the body that of OpenAI's completions."""
-        body = self._completions.answer(row.number, row.given["body"], row.requests, completions)
+        the body that of OpenAI's completions or chat completions."""
+        writer = self._by_url[row.given["url"]]
+        body = writer.answer(row.number, row.given["body"], row.requests, completions)
         return _written(row.number, row.id, 200, body, None)
 
     def refused(self, refusal: Refusal) -> Json:

@@ -1,6 +1,7 @@
 """`stu-generate` on OpenAI's batch format."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from serve.request import Request
 from serve.rows import Refusal
 from serve.sampling import SamplingParams, TokenLogprobs
 from serve.text import TextStream
-from tests.serve.conftest import generate
+from tests.serve.conftest import generate, read_rows, write_rows
 
 NO_EOS = {"stop_at_eos": False}
 REQUEST = Request([1, 100, 101], 20, SamplingParams(logprobs=1))
@@ -24,6 +25,11 @@ REQUEST = Request([1, 100, 101], 20, SamplingParams(logprobs=1))
 def row(custom_id, **body):
     body = {"model": "demo", **body}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def chat(custom_id, messages, **body):
+    body = {"model": "demo", "messages": messages, **body}
+    return {**row(custom_id), "url": "/v1/chat/completions", "body": body}
 
 
 @pytest.fixture
@@ -281,14 +287,26 @@ def test_logprobs_of_no_top_tokens_and_of_no_tokens(choices):
 
 
 PROMPT = {"prompt": "x"}
+HI = {"role": "user", "content": "hi"}
 BAD_ROWS = [
     (
         {**row("k", **PROMPT), "method": "GET"},
         "k",
         'method="GET" is not allowed: it must be "POST"',
     ),
-    ({**row("k", **PROMPT), "url": "/v1/chat/completions"}, "k", "for there is no chat template"),
     ({**row("k", **PROMPT), "url": "/v2"}, "k", 'url="/v2" is not allowed: it must be "/v1/compl'),
+    ({**row("k", **PROMPT), "url": ["/v1"]}, "k", 'url=["/v1"] is not allowed: it must be'),
+    (chat("k", [HI], prompt="x"), "k", 'unknown field "prompt": leave it out'),
+    (chat("k", None), "k", 'field "messages" is missing'),
+    (chat("k", []), "k", "messages is not allowed: "),
+    (chat("k", [{"role": "bard", "content": "x"}]), "k", "messages.0.role is not allowed: "),
+    (chat("k", [{"role": "user"}]), "k", "messages.0: content is missing: give a string"),
+    (chat("k", [{"role": "user", "content": "\ud800"}]), "k", "half of a surrogate pair"),
+    (chat("k", [HI], stream=True), "k", "stream=true is not allowed: it must be false"),
+    (chat("k", [HI], max_tokens=70), "k", "max_seq_len=64"),
+    (chat("k", [HI], top_logprobs=3), "k", "top_logprobs goes with logprobs=true alone"),
+    (chat("k", [HI], tools=[{}]), "k", "the model calls no tools"),
+    (chat("k", [HI], n=0), "k", "n=0 is not allowed"),
     ({**row("k", **PROMPT), "body": []}, "k", "body=[] is not allowed: it must be a JSON object"),
     ({**row("k", **PROMPT), "bdy": {}}, "k", "unknown field \"bdy\": did you mean 'body'?"),
     ({"custom_id": "k"}, "k", 'method=null is not allowed: it must be "POST"'),
@@ -372,9 +390,60 @@ def test_a_bad_row_is_refused_and_the_others_are_not(decode, bad, custom_id, mes
     assert [written[0], written[2]] == blank
 
 
+def test_chats_and_texts_in_one_file(decode, code_tokenizer):
+    settings = {"temperature": 0, "max_tokens": 6, **NO_EOS}
+    messages = [{"role": "system", "content": "x"}, HI]
+    text = "system: x\n\nuser: hi\n\nassistant:"
+    # Longer than the context with its default of new tokens: what room there is.
+    long = [{"role": "user", "content": "x" * 28}]
+    written = decode(
+        [
+            chat("a", messages, **settings, logprobs=True, top_logprobs=2),
+            row("b", prompt=text, **settings, logprobs=2),
+            chat("c", [HI], n=2, **NO_EOS),
+            chat("d", long, **NO_EOS),
+        ]
+    )
+    chatted, texted, several, filled = (its["response"]["body"] for its in written)
+    assert [its["custom_id"] for its in written] == ["a", "b", "c", "d"]
+    assert (chatted["id"], chatted["object"]) == ("chatcmpl-0", "chat.completion")
+    assert chatted["usage"] == texted["usage"]
+    (choice,), (expected,) = chatted["choices"], texted["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected["text"]}
+    assert choice["finish_reason"] == expected["finish_reason"] == "length"
+    logprobs = [its["logprob"] for its in choice["logprobs"]["content"]]
+    assert logprobs == expected["logprobs"]["token_logprobs"]
+    assert [its["index"] for its in several["choices"]] == [0, 1]
+    assert several["usage"]["completion_tokens"] == 2 * 9  # the model directory's
+    assert filled["usage"]["total_tokens"] <= 64
+    (written,) = decode([chat("a", [HI], **NO_EOS)], "--max-new-tokens", "3")
+    assert written["response"]["body"]["usage"]["completion_tokens"] == 3
+
+
+def test_a_template_of_the_model_s_own(tmp_path, model_directory, capsys):
+    model, source, target = tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    shutil.copytree(model_directory, model)
+    template = model / "chat_template.jinja"
+    template.write_text(
+        "{% for its in messages %}{% if its.role == 'system' %}"
+        "{{ raise_exception('no system prompts') }}{% endif %}<{{ its.content }}>{% endfor %}"
+    )
+    settings = {"temperature": 0, **NO_EOS}
+    rows = [chat("a", [HI], **settings), row("b", prompt="<hi>", max_tokens=9, **settings)]
+    write_rows(source, [*rows, chat("c", [{"role": "system", "content": "x"}])])
+    assert generate(model, source, target) == 1
+    first, second, refused = sorted(read_rows(target), key=lambda its: its["custom_id"])
+    texts = first["response"]["body"]["choices"], second["response"]["body"]["choices"]
+    assert texts[0][0]["message"]["content"] == texts[1][0]["text"]
+    assert "line 3: messages cannot be written by the chat template: no system" in str(refused)
+    template.write_text("{{ messages[0].content }}")
+    assert generate(model, source, target) == 2
+    assert "was begun with chat_template=" in capsys.readouterr().err
+
+
 def test_a_failure_of_the_model_s_has_another_code(code_tokenizer):
     builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 5})
-    rows = OpenAiRows(Completions(builder, code_tokenizer, "demo"))
+    rows = OpenAiRows(Completions(builder, code_tokenizer, "demo"), None)
     refused = rows.refused(Refusal(3, "k", "bad", 500))
     assert refused["response"]["status_code"] == 500
     assert refused["response"]["body"]["error"]["type"] == "server_error"
