@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse.typing import PositiveFloat
+
 from stu.arguments import ArgumentParser, run_command
 
 
@@ -20,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "published",
         metavar="PUBLISHED",
         type=Path,
-        help="folder with config.json and model.safetensors or a torch file; or that file",
+        help="folder with config.json and model.safetensors, several with an index, or a torch "
+        "file; or that file",
     )
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="folder to write")
     add(
@@ -30,11 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True,
         help="a SentencePiece model, or a folder with a tokenizer.model",
     )
+    add(
+        "--norm-eps",
+        type=PositiveFloat,
+        help="RMSNorm's epsilon; by default that of config.json, or else torch's default, 1.19e-7",
+    )
     add("--overwrite", action="store_true", help="replace the output folder")
     given = parser.parse_args(argv)
 
     def write_model() -> int:
-        import_published(given.published, given.output, given.tokenizer, given.overwrite)
+        import_published(
+            given.published, given.output, given.tokenizer, given.overwrite, given.norm_eps
+        )
         print(f"wrote {given.output}")
         return 0
 
@@ -42,9 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_published(
-    published: Path, output: Path, tokenizer: Path, overwrite: bool = False
+    published: Path,
+    output: Path,
+    tokenizer: Path,
+    overwrite: bool = False,
+    norm_eps: float | None = None,
 ) -> None:
     """Write the published checkpoint as the model directory `output`, weights in their own dtype.
+
+    norm_eps: in place of what its config.json says.
 
     Raises ValueError or OSError, and then leaves nothing behind.
     """
@@ -53,7 +69,7 @@ def import_published(
     from train.published import load_published
 
     vocabulary = Tokenizer(tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer)
-    model = load_published(published)
+    model = load_published(published, norm_eps)
     if vocabulary.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"tokenizer {vocabulary.path}: has {vocabulary.vocab_size} tokens, and tok_emb.weight "

@@ -1,7 +1,7 @@
 """Checkpoints in the published layout, read and written with their weights mapped from the disk.
 
 config.json          as `train.published_layout` has it
-model.safetensors    or a torch file of the same tensors
+model.safetensors    or a torch file of the same tensors, or several files with an index
 """
 
 import json
@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DDP, torch.compile, FSDP and recomputation put into names."""
+HOLDERS = {"model", "state_dict"}
+"""What a module that has the model as one of its own puts before all names."""
+STATE_DICTS = ("state_dict", "model_state_dict", "model")
+"""Where training checkpoints keep weights among other things."""
+INDEX_SUFFIX = ".index.json"
 LAYER_FILTERS = re.compile(r"layers\.\d+\.stu\.phi")
 
 
@@ -66,21 +71,23 @@ def save_published(
             raise OSError(f"{path}: could not be written: {error}") from error
     if model.config.norm_eps != NORM_EPS:
         logger.warning(
-            "%s: norm_eps is %g, and the published code has %g built in: change it there",
+            "%s: norm_eps is %g, and the published code has torch's default, %g: change it there",
             path,
             model.config.norm_eps,
             NORM_EPS,
         )
 
 
-def load_published(path: Path) -> FlashSTU:
-    """The model of a published checkpoint, a folder or a file of weights beside its config.json.
+def load_published(path: Path, norm_eps: float | None = None) -> FlashSTU:
+    """The model of a published checkpoint: a folder, a file of weights beside its config.json, or
+    the index of several such files.
 
-    Weights keep their dtype; the stored filters become float32 or wider. Raises ValueError, naming
-    the file and what to do, for what is missing, damaged, or no model here.
+    Weights keep their dtype; the stored filters become float32 or wider. norm_eps: in place of what
+    config.json says. Raises ValueError, naming the file and what to do, for what is missing,
+    damaged, or no model here.
     """
     file = _weights_file(path)
-    config = _read_config(file.parent / "config.json")
+    config = _read_config(file.parent / "config.json", norm_eps)
     with torch.device("meta"):
         model = FlashSTU(config)
     try:
@@ -96,24 +103,35 @@ def _weights_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    file = path / "model.safetensors"
-    if file.is_file():
-        return file
+    if (whole := path / "model.safetensors").is_file():
+        return whole
+    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *TORCH_SUFFIXES))
-    if len(found) != 1:
-        names = ", ".join(f.name for f in found) or "none"
-        raise ValueError(
-            f"{path}: a model.safetensors, or one other file of weights, is needed ({names} found):"
-            " name the file; one that is in several parts must be joined first"
-        )
-    return found[0]
+    if len(indexes) == 1:
+        return indexes[0]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f.name for f in (*indexes, *found)) or "none"
+    raise ValueError(
+        f"{path}: a model.safetensors, one other file of weights, or several with one "
+        f"model.safetensors.index.json are needed ({names} found): name the file"
+    )
 
 
-def _read_config(file: Path) -> ModelConfig:
+def _read_config(file: Path, norm_eps: float | None) -> ModelConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("a JSON object is needed")
+        if norm_eps is not None:
+            values["norm_eps"] = norm_eps
+        elif "norm_eps" not in values:
+            logger.warning(
+                "%s has no norm_eps: RMSNorm's epsilon is taken as torch's default, %g, which the "
+                "published code has; --norm-eps 1e-6 is that of liger-kernel",
+                file,
+                NORM_EPS,
+            )
         return model_config(values)
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file; put it beside the weights") from error
@@ -125,7 +143,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     """By their published names, mapped from the disk where the file allows it."""
     tensors: dict[str, Any] = {}
     for name, tensor in _stored(file).items():
-        plain = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+        plain = _plain_name(str(name))
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is not a tensor: save model.state_dict() alone")
         if plain in tensors:
@@ -134,7 +152,41 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _plain_name(name: str) -> str:
+    """Without what other modules around the model, and wrappers within it, put into it."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in {*WRAPPERS, *HOLDERS}:
+        parts.pop(0)
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _indexed(index: Path) -> dict[str, Any]:
+    """Tensors of all the files that an index names. Raises ValueError for a file that is missing,
+    or has not what the index says."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({str(file) for file in places.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an index of weights with a weight_map ({error!r})") from error
+    stored: dict[str, Any] = {}
+    for name in files:
+        file = index.parent / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{name}, which it names, is not a file beside it: copy all of them")
+        try:
+            contents = _stored(file)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        wanted = [its for its, place in places.items() if place == name]
+        if missing := [its for its in wanted if its not in contents]:
+            raise ValueError(f"{name} has no {missing[0]}, unlike the index says: copy it again")
+        stored.update({its: contents[its] for its in wanted})
+    return stored
+
+
 def _stored(file: Path) -> Mapping[Any, Any]:
+    if file.name.endswith(INDEX_SUFFIX):
+        return _indexed(file)
     if file.suffix not in TORCH_SUFFIXES:
         try:
             archive: Any = safe_open(file, framework="pt")
@@ -149,8 +201,9 @@ def _stored(file: Path) -> Mapping[Any, Any]:
         raise ValueError(
             f"cut short, or not a file of tensors alone ({kind}): save model.state_dict()"
         ) from error
-    if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
-        contents = contents["model"]
+    for name in STATE_DICTS:
+        if isinstance(contents, dict) and isinstance(contents.get(name), dict):
+            contents = contents[name]
     if not isinstance(contents, dict):
         raise ValueError("not a state dict: save model.state_dict()")
     return contents

@@ -6,8 +6,8 @@ parts differ in what its checkpoints cannot tell (hazan-lab/flash-stu and flash-
 
 - The MLP's gate is GELU-tanh here and in the second part, which also stores its filters. The first
   part stores no filters, and gates with SiLU where liger-kernel is installed.
-- RMSNorm's epsilon is liger-kernel's default, 1e-6. Without that package it is torch's, 1.2e-7 in
-  float32. `norm_eps` in config.json, which is ours, says otherwise.
+- RMSNorm's epsilon is torch's default, 1.2e-7 in float32. With liger-kernel installed it is that
+  package's, 1e-6. `norm_eps` in config.json, which is ours, says otherwise.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,8 @@ from typing import Any
 
 from stu.config import ModelConfig
 
-NORM_EPS = 1e-6
+NORM_EPS = 2.0**-23
+"""Torch's default of RMSNorm in float32: `torch.finfo(torch.float32).eps`."""
 SIZES = {
     "vocab_size": "vocab_size",
     "n_embd": "width",

@@ -34,7 +34,7 @@ def logits(
 
 
 def norm(x: Array, weight: Array, config: Mapping[str, Any]) -> Array:
-    eps = config.get("norm_eps", 1e-6)
+    eps = config.get("norm_eps", 2**-23)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 

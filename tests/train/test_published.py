@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from stu.checkpoint import load_config, load_generation, load_model, load_tokenizer, save_model
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
+from stu.layers import RMSNorm
 from stu.model import FlashSTU
 from stu.safetensors_writer import write_safetensors
 from stu.tokenizer import train_bpe
@@ -122,7 +123,7 @@ def test_the_same_logits_as_the_published_formula(imported, length):
 
 def test_what_is_beside_the_weights(imported, tokenizer):
     config, _, folder = imported
-    assert load_config(folder).norm_eps == config.get("norm_eps", 1e-6)
+    assert load_config(folder).norm_eps == config.get("norm_eps", 2**-23)
     assert load_tokenizer(folder).sha256 == tokenizer.sha256
     assert load_generation(folder)["max_new_tokens"] == 18
     assert sorted(os.listdir(folder)) == [
@@ -155,7 +156,9 @@ def test_round_trip(tmp_path, tokenizer, form, layout, caplog):
     save_model(tmp_path / "ours", model, tokenizer)
     arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
     assert export.main([*arguments, "--format", "published"]) == 0
-    assert "norm_eps is 1e-05, and the published code has 1e-06 built in" in caplog.text
+    assert (
+        "norm_eps is 1e-05, and the published code has torch's default, 1.19209e-07" in caplog.text
+    )
     assert sorted(os.listdir(tmp_path / "theirs")) == [
         "config.json",
         "model.safetensors",
@@ -228,6 +231,18 @@ def wrapped(weights):
     return {f"_orig_mod.module.{name}": value for name, value in weights.items()}
 
 
+def held(weights):
+    return {f"model._orig_mod.{name}": value for name, value in weights.items()}
+
+
+def held_within(weights):
+    return {f"module._orig_mod.model.module.{name}": value for name, value in weights.items()}
+
+
+def of_a_training_checkpoint(weights):
+    return {"state_dict": held(weights), "epoch": 3}
+
+
 def compiled_layers(weights):
     return {name.replace(".stu.", ".stu._orig_mod."): value for name, value in weights.items()}
 
@@ -250,14 +265,17 @@ def without_embedding(weights):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
 @pytest.mark.parametrize(
     "change",
-    [wrapped, compiled_layers, filters_in_layers, without_head, without_embedding, nested],
+    [
+        *(wrapped, held, held_within, compiled_layers, filters_in_layers),
+        *(without_head, without_embedding, nested, of_a_training_checkpoint),
+    ],
 )
 def test_other_files_and_names(tmp_path, tokenizer, change, suffix):
     weights = random_weights(HYBRID)
     source = write(tmp_path / "theirs", HYBRID, None)
     changed, file = change(dict(weights)), source / f"model_00500{suffix}"
     if suffix == ".safetensors":
-        if change is nested:
+        if change in (nested, of_a_training_checkpoint):
             pytest.skip("a safetensors file is flat")
         save_file(changed, file)
     else:
@@ -269,6 +287,78 @@ def test_other_files_and_names(tmp_path, tokenizer, change, suffix):
         assert torch.equal(model.filters, weights["phi"])
         assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
         assert torch.equal(model.blocks[2].mixer.input_matrix, weights["layers.2.stu.M_inputs"])
+
+
+def in_parts(folder, weights, suffix="safetensors"):
+    """Three files and their index."""
+    places = {}
+    for number in range(3):
+        names, file = sorted(weights)[number::3], f"model-{number + 1:05d}-of-00003.{suffix}"
+        save_file({name: weights[name] for name in names}, folder / file)
+        places |= dict.fromkeys(names, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_several_files_with_an_index(tmp_path, tokenizer, capsys):
+    weights = random_weights(HYBRID)
+    source = write(tmp_path / "theirs", HYBRID, None)
+    index = in_parts(source, held(weights))
+    for name, path in {"a": source, "b": index}.items():
+        assert run_import(path, tokenizer, tmp_path / name) == 0
+        model = load_model(tmp_path / name)
+        assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
+    contents = json.loads(index.read_text())
+    capsys.readouterr()
+    (source / "model-00002-of-00003.safetensors").rename(tmp_path / "gone.safetensors")
+    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    error = capsys.readouterr().err
+    assert "index.json: model-00002-of-00003.safetensors, which it names, is not a file" in error
+    (tmp_path / "gone.safetensors").rename(source / "model-00002-of-00003.safetensors")
+    for change, message in [
+        ({"model.norm.weight": "../gone.safetensors"}, "../gone.safetensors, which it names"),
+        ({"model.odd": "model-00001-of-00003.safetensors"}, "has no model.odd, unlike the index"),
+    ]:
+        index.write_text(json.dumps({"weight_map": contents["weight_map"] | change}))
+        assert run_import(source, tokenizer, tmp_path / "c") == 2
+        assert message in capsys.readouterr().err
+    index.write_text("[]")
+    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert "not an index of weights" in capsys.readouterr().err
+    index.unlink()
+    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert "several with one model.safetensors.index.json are needed" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_norms_epsilon(tmp_path, tokenizer, caplog, capsys):
+    """Torch's default, which is what these files were computed with, unless something else is
+    said; and then what is said last."""
+    weights = random_weights(HYBRID)
+    silent = write(tmp_path / "silent", HYBRID, weights)
+    said = write(tmp_path / "said", HYBRID | {"norm_eps": 1e-3}, weights)
+    torch.manual_seed(0)
+    theirs = torch.nn.RMSNorm(8)
+    x = 1e-3 * torch.randn(5, 8)
+    for name, source, more, expected in [
+        ("a", silent, [], torch.finfo(torch.float32).eps),
+        ("b", said, [], 1e-3),
+        ("c", silent, ["--norm-eps=1e-6"], 1e-6),
+        ("d", said, ["--norm-eps=1e-6"], 1e-6),
+    ]:
+        caplog.clear()
+        arguments = [str(source), "--output", str(tmp_path / name), *more]
+        assert import_published.main([*arguments, "--tokenizer", str(tokenizer.path)]) == 0
+        eps = load_config(tmp_path / name).norm_eps
+        assert eps == expected
+        assert ("torch's default, 1.19209e-07" in caplog.text) == (name == "a")
+        is_theirs = torch.allclose(RMSNorm(8, eps)(x), theirs(x), rtol=1e-6)
+        assert is_theirs == (name == "a")
+    with pytest.raises(SystemExit) as ended:
+        import_published.main([*arguments, "--tokenizer", "x", "--norm-eps=-1"])
+    assert ended.value.code == 2
+    assert "norm-eps" in capsys.readouterr().err.replace("_", "-")
 
 
 def test_torch_files_of_before_they_were_archives(tmp_path, tokenizer):
