@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late, for it takes seconds.
     from train.costs import GPUS
     from train.run import parse_settings
-    from train.settings import num_devices
+    from train.settings import data_warnings, num_devices
     from train.start import UserError
 
     try:
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     nodes = given.nodes or settings.trainer.num_nodes
     gpus = given.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
     try:
+        for text in data_warnings(settings, nodes * gpus):
+            print(f"warning: {text}", file=sys.stderr)
         return plan(settings, given.gpu, nodes * gpus, given.tokens)
     except Exception:  # Python's own code for these, 1, says that the run does not fit
         traceback.print_exc()

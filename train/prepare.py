@@ -156,7 +156,8 @@ def _summary(index: Index, output: Path) -> str:
     if num_bad:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in index.num_bad_rows.items())
         lines.append(f"could not be read: {num_bad:,} ({kinds}), see {output / SKIPPED_FILE}")
-    lines.append(f"in all: {total:,} documents")
+    num_tokens = sum(split.num_tokens for split in index.splits.values())
+    lines.append(f"in all: {total:,} documents, {num_tokens:,} tokens")
     lines += [f"warning: {text}" for text in warnings(index)]
     return "\n".join([*lines, f"wrote {output}"])
 

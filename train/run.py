@@ -37,6 +37,7 @@ from train.launch import detect_launch
 from train.module import FlashSTUModule
 from train.parallel import ParallelConfig, make_strategy, prepare_blocks
 from train.settings import check_settings as check_run_settings
+from train.settings import data_warnings
 from train.shards import INDEX_FILE
 from train.signals import EXIT_CODES
 from train.start import ParseError, Start, UserError, flatten, versions
@@ -272,6 +273,8 @@ def run(arguments: Sequence[str]) -> None:
         f"{cli.datamodule.samples_per_epoch * cli.datamodule.seq_len:,} tokens in an epoch, "
         f"{trainer.world_size} x {trainer.accelerator.name()}, everything goes to {cli.run_dir}"
     )
+    for text in data_warnings(cli.config, trainer.world_size):
+        _tell(f"warning: {text}")
     try:
         trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     except SIGTERMException as error:  # before the first step; it would exit with 0

@@ -57,6 +57,29 @@ def check_settings(settings: Any, is_plan: bool) -> tuple[ModelConfig, ParallelC
     return _check_model_and_data(settings, is_plan), parallel
 
 
+def data_warnings(settings: Any, num_ranks: int) -> list[str]:
+    """Return what is to be said of token shards, if they are there, that are small for this run."""
+    if not Path(settings.data.dir).exists():
+        return []
+    data, found = TokenData(**_values(settings.data)), []
+    trainer = settings.trainer
+    a_step = num_ranks * data.micro_batch_size * trainer.accumulate_grad_batches
+    if data.samples_per_epoch < a_step:
+        found.append(
+            f"the {len(data.train_shards):,} tokens for training are {data.samples_per_epoch:,} "
+            f"samples of data.seq_len={data.seq_len}, and a step reads {a_step:,}: some are read "
+            "several times in one step; prepare more text, or lower data.micro_batch_size, "
+            "trainer.accumulate_grad_batches or data.seq_len"
+        )
+    if (num_targets := len(data.validation_shards) - 1) < data.seq_len:
+        found.append(
+            f"the validation split has {num_targets:,} tokens to predict, fewer than one sample of "
+            f"data.seq_len={data.seq_len}: its loss says little; prepare the text with a larger "
+            "--validation-fraction"
+        )
+    return found
+
+
 def precision_name(precision: object) -> str:
     """The one name of a precision that has several."""
     return PRECISION_ALIASES.get(str(precision), str(precision))

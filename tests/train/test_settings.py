@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 from train import cli, plan
+from train.shards import Index
 
 WRONG = [
     ("--model.config.num_layers=0", "num_layers=0"),
@@ -141,6 +142,25 @@ def test_both_are_of_one_mind(commands, data):
     codes = {name: command(*chosen) for name, command in commands.items()}
     assert codes["stu-train"] == codes["stu-plan"], chosen
     assert codes["stu-plan"] in (0, 2)
+
+
+def test_both_warn_of_little_data(commands, module_settings, data, capsys):
+    """Such as is less than a step reads, or than a sample to validate with."""
+    index = Index.load(data)
+    samples = (index.splits["train"].num_tokens - 1) // 16
+    validation = index.splits["validation"].num_tokens - 1
+    large = [f"--data.micro_batch_size={samples + 1}", "--trainer.devices=1"]
+    long = [f"--data.seq_len={validation + 1}", f"--model.config.max_seq_len={validation + 1}"]
+    for command in commands.values():
+        assert command("--trainer.devices=1") == 0
+        assert "warning: " not in capsys.readouterr().err
+        assert command(*large) == 0
+        error = capsys.readouterr().err
+        assert f"{samples:,} samples of data.seq_len=16, and a step reads {samples + 1:,}" in error
+        assert "the validation split" not in error
+        assert command(*long, "--trainer.devices=1", "--data.micro_batch_size=1") == 0
+        error = capsys.readouterr().err
+        assert f"the validation split has {validation:,} tokens to predict, fewer than" in error
 
 
 @pytest.mark.parametrize("kind", ["zero", "fsdp"])
