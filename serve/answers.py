@@ -5,9 +5,10 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from serve.arrivals import Arrivals, EngineError
 from serve.completion import Completion, Gathering, piece_of
 from serve.exchange import Exchange, unquoted
 from serve.json_lines import json_line
@@ -21,10 +22,6 @@ from serve.slices import Pauses, json_slices, pieces
 logger = logging.getLogger(__name__)
 
 PADDED_BYTES = 128
-
-
-class EngineError(Exception):
-    """An engine could not go on with a request."""
 
 
 class TimedOut(Exception):
@@ -117,13 +114,16 @@ class Answer:
             "total_tokens": self.num_prompt_tokens + num_new_tokens,
         }
 
-    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+    async def outputs(self, keeps_logprobs: bool = True) -> AsyncIterator[tuple[int, Output]]:
         """All streams' outputs as they come, each with the number of its choice. A reader that
-        stops early ends them all; so does an error of one.
+        stops early ends them all; so does an error of one. A reader that falls too far behind is
+        cut off.
+
+        keeps_logprobs: for the answer in one, which is written at the end.
 
         Raises Refused, Unavailable, EngineError, or TimedOut.
         """
-        arrived: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
+        arrived = Arrivals(self._fall_behind)
         late = TimedOut(f"not done within {self.timeout_seconds:g} seconds")
         left = self.arrived + self.timeout_seconds - time.monotonic()
 
@@ -131,7 +131,7 @@ class Answer:
             # Now, and not when its reader takes the next piece, which it may never do.
             for stream in self.streams:
                 self.replicas.abort(stream)
-            arrived.put_nowait((0, late))
+            arrived.put(0, late)
 
         timer = asyncio.get_running_loop().call_later(left, end)
         tasks = [
@@ -143,14 +143,17 @@ class Answer:
             num_left = len(tasks)
             while num_left:
                 await pauses.pause_if_due()
-                index, output = await arrived.get()
+                index, output = await arrived.take()
                 if isinstance(output, Exception):
                     self._error = str(output)
                     raise output
                 if output is None:
                     num_left -= 1
                 else:
-                    self._gathered[index].add(output)
+                    kept = output
+                    if not keeps_logprobs:
+                        kept = replace(output, logprobs=(), prompt_logprobs=())
+                    self._gathered[index].add(kept)
                     yield index, output
         finally:
             timer.cancel()
@@ -160,12 +163,12 @@ class Answer:
                 self.replicas.abort(stream)
             self._log()
 
-    async def _forward(
-        self,
-        index: int,
-        stream: Stream,
-        arrived: "asyncio.Queue[tuple[int, Output | Exception | None]]",
-    ) -> None:
+    def _fall_behind(self, num_bytes: int) -> None:
+        for stream in self.streams:
+            self.replicas.abort(stream)
+        self.exchange.cut_off(f"its client is {num_bytes} bytes of tokens behind")
+
+    async def _forward(self, index: int, stream: Stream, arrived: "Arrivals") -> None:
         metrics, last = self.metrics, self.arrived
         reason = "abort"
         num_tokens = 0
@@ -184,11 +187,11 @@ class Answer:
                 if output.finish_reason == "error":
                     raise (Refused if output.is_refused else EngineError)(output.error)
                 reason = output.finish_reason or reason
-                arrived.put_nowait((index, output))
-            arrived.put_nowait((index, None))
+                arrived.put(index, output)
+            arrived.put(index, None)
         except Exception as error:
             reason = "error"
-            arrived.put_nowait((index, error))
+            arrived.put(index, error)
         finally:
             metrics.finished(reason)
             metrics.latency.observe(time.monotonic() - self.arrived)

@@ -293,7 +293,7 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
 async def _answered(service: Service, request: Request, body: Any, answer: Answer) -> Response:
     if not body.stream:
         return _in_pieces(await _unless_gone(request, answer.whole()))
-    outputs = answer.outputs()
+    outputs = answer.outputs(keeps_logprobs=False)
     first = await _unless_gone(request, anext(outputs))
     events = answer.events(first, outputs, body.stream_options or StreamOptions())
     return StreamingResponse(

@@ -4,12 +4,14 @@ A client's own `X-Request-Id` is used where it is short and printable, and sent 
 that a line of this log can be found from a gateway's or a client's.
 """
 
+import asyncio
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from serve.protocol import error_body
 
 logger = logging.getLogger(__name__)
 
+DISCARD_SECONDS, DISCARD_BYTES = 10.0, 2**26
+"""How much is still read of a body that is refused."""
 FAULT = "the server failed; its log says why"
 MOST_ID_CHARACTERS = 128
 MOST_PATH_CHARACTERS = 200
@@ -48,6 +52,8 @@ class Exchange:
     any."""
     param: str | None = None
     code: str | None = None
+    cut_off: Callable[[str], None] = lambda reason: None
+    """Closes the client's connection at once, for a reason that the log gets."""
 
     def refuse(self, body: Any) -> None:
         """Remember OpenAI's body of an error, for the log."""
@@ -77,6 +83,8 @@ class Exchanges:
             return
         address = scope["client"][0] if scope.get("client") else "local"
         exchange = Exchange(request_id(scope["headers"]), address)
+        if cut_off := scope.get("state", {}).get("cut_off"):  # of serve.connection
+            exchange.cut_off = cut_off
         status, began = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -123,12 +131,33 @@ def unquoted(message: str) -> str:
     return QUOTED.sub(lambda match: match[1] or "..", message)
 
 
-async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
-    """Send a whole answer in JSON."""
-    named = {"content-type": "application/json", "connection": "close", **headers}
-    raw = [(name.encode(), value.encode()) for name, value in named.items()]
+async def answer(
+    send: Send, status: int, body: Any, headers: dict[str, str], receive: Receive | None = None
+) -> None:
+    """Send a whole answer in JSON, and close the connection.
+
+    receive: of a request whose body is unread. It is read then, within limits: a socket that is
+    closed with unread bytes resets the connection, and its client sees no answer.
+    """
+    content = json.dumps(body).encode()
+    length = str(len(content))
+    named = {"content-type": "application/json", "content-length": length, "connection": "close"}
+    raw = [(name.encode(), value.encode()) for name, value in {**named, **headers}.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+    await send({"type": "http.response.body", "body": content, "more_body": True})
+    if receive is not None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_discard(receive), DISCARD_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body, up to `DISCARD_BYTES`."""
+    num_bytes, is_whole = 0, False
+    while not is_whole and num_bytes < DISCARD_BYTES:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        is_whole = not message.get("more_body", False)
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

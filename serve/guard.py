@@ -39,7 +39,7 @@ class Guard:
 
         async def refuse(status: int, body: Any, more: dict[str, str]) -> None:
             exchange.refuse(body)
-            await answer(send, status, body, more)
+            await answer(send, status, body, more, receive)
 
         position = self._key_position(headers.get(b"authorization", b""))
         if position is not None:
@@ -57,11 +57,14 @@ class Guard:
         if not length.isdigit() or int(length) > self._max_body_bytes:
             await refuse(413, error_body(self._too_large, "invalid_request_error"), {})
             return
-        num_bytes = 0
+        num_bytes, is_whole = 0, False
 
         async def counted() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, is_whole
             message = await receive()
+            if message["type"] == "http.disconnect" and not is_whole:
+                raise HTTPException(499, "the client went away before its body was whole")
+            is_whole = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
                 raise HTTPException(413, self._too_large)

@@ -32,6 +32,9 @@ class Replica:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._unpacker = connection, Unpacker()
+        # `select` takes no descriptor from 1024 on, which a server with many connections gives.
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self._ids: dict[int, int] = {}
         """The server's number of a request, by the engine's,"""
         self._engine_ids: dict[int, int] = {}
@@ -96,12 +99,13 @@ class Replica:
 
     def _received(self, timeout: float | None) -> Iterator[Message]:
         """Messages, if there are any within so many seconds. Ends the process with the server."""
-        while select.select([self._connection], [], [], timeout)[0]:
+        milliseconds = None if timeout is None else 1000 * timeout
+        while self._poll.poll(milliseconds):
             data = self._connection.recv(RECEIVE_BYTES)
             if not data:
                 sys.exit(0)
             yield from self._unpacker.feed(data)
-            timeout = 0.0
+            milliseconds = 0.0
 
 
 def main() -> int:

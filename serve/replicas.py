@@ -228,6 +228,9 @@ class Replicas:
         self.step_observers: list[Any] = []
         """Called with each report of an engine."""
 
+    def __len__(self) -> int:
+        return len(self._devices)
+
     async def start(self) -> None:
         """Start every engine. Raises OSError if the first of them cannot start."""
         self._tasks = [

@@ -18,6 +18,7 @@ from serve.config import EngineConfig
 from serve.hangup import ignore_hangups
 from serve.json_lines import json_line
 from serve.listening import is_reached_from_outside, listening, url_of
+from serve.repeats import Repeats
 from serve.server_config import ServerConfig
 from stu.arguments import ArgumentParser, run_command
 
@@ -44,7 +45,7 @@ def serve(config: ServerConfig) -> int:
 
     Raises ValueError or OSError for what cannot be served.
     """
-    _log_as_json()
+    repeats = _log_as_json()
     ignore_hangups()
     keys = config.keys()
     with listening(config) as sockets:
@@ -54,15 +55,19 @@ def serve(config: ServerConfig) -> int:
                 "api_keys or STU_API_KEYS",
                 config.host,
             )
-        return _serve(config, keys, sockets)
+        return _serve(config, keys, sockets, repeats)
 
 
-def _serve(config: ServerConfig, keys: Sequence[str], sockets: Sequence[socket.socket]) -> int:
+def _serve(
+    config: ServerConfig, keys: Sequence[str], sockets: Sequence[socket.socket], repeats: Repeats
+) -> int:
     service = _service(config)
 
     import uvicorn
 
     from serve.api import make_app
+    from serve.connection import Connection, Deadlines
+    from serve.connections import Connections, connection_limit
     from serve.exchange import Exchanges
     from serve.guard import MAX_HEADER_BYTES, Guard
 
@@ -96,6 +101,15 @@ def _serve(config: ServerConfig, keys: Sequence[str], sockets: Sequence[socket.s
         ssl_keyfile=config.tls_key,
     )
 
+    connections = Connections(
+        connection_limit(len(service.replicas)),
+        Deadlines(
+            config.header_timeout_seconds,
+            config.body_timeout_seconds,
+            config.request_timeout_seconds,
+        ),
+    )
+
     class Server(uvicorn.Server):
         """One that says when it is ready, and stops at once when it is asked twice."""
 
@@ -109,8 +123,25 @@ def _serve(config: ServerConfig, keys: Sequence[str], sockets: Sequence[socket.s
             self.should_exit = True
             asyncio.get_running_loop().call_later(config.drain_seconds, service.replicas.give_up)
 
+        def connection(self) -> Connection:
+            return Connection(
+                connections,
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            await connections.stop_accepting()
+            await super().shutdown(sockets)
+
+        async def on_tick(self, counter: int) -> bool:
+            repeats.report()
+            return await super().on_tick(counter)
+
         async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
+            await super().startup([])  # it would accept connections without a limit
+            connections.listen(sockets, self.connection, settings.ssl)
             self._url = url_of(sockets[0], config.tls_key is not None)
             logger.info("the model is being loaded; until then %s answers 503", self._url)
             self._loading = asyncio.create_task(self._load())
@@ -201,10 +232,12 @@ class JsonFormatter(logging.Formatter):
         return json_line(line)
 
 
-def _log_as_json() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+def _log_as_json() -> Repeats:
+    handler, repeats = logging.StreamHandler(sys.stderr), Repeats()
     handler.setFormatter(JsonFormatter())
+    handler.addFilter(repeats)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return repeats
 
 
 def _parse(argv: Sequence[str] | None) -> ServerConfig:

@@ -46,8 +46,13 @@ class ServerConfig:
     """Completions that one body may ask for: prompts times n."""
     max_body_bytes: int = 4 * 2**20
     """Of a request."""
+    header_timeout_seconds: float = 20.0
+    """Seconds a client may take to send the headers of a request."""
+    body_timeout_seconds: float = 50.0
+    """Seconds a client may take to send the body of a request."""
     request_timeout_seconds: float = 600.0
-    """After which a request is ended."""
+    """Seconds from the arrival of a request to the end of its answer. A request that takes longer
+    is ended, and the connection of a client that does not read its answer is closed."""
     watchdog_seconds: float = 30.0
     """After which an engine that gives no sign of life is killed, and another started. A step may
     take no longer."""
@@ -76,7 +81,13 @@ class ServerConfig:
         self._require("port", is_whole(self.port) and self.port < 2**16, "from 0 to 65535")
         is_size = is_whole(self.max_body_bytes) and self.max_body_bytes >= 1024
         self._require("max_body_bytes", is_size, "a whole number >= 1024")
-        for name in ("request_timeout_seconds", "watchdog_seconds", "drain_seconds"):
+        for name in (
+            "header_timeout_seconds",
+            "body_timeout_seconds",
+            "request_timeout_seconds",
+            "watchdog_seconds",
+            "drain_seconds",
+        ):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and 0 < value < 10**9
             self._require(name, is_number, "a number above 0, in seconds")
