@@ -134,3 +134,14 @@ def read_rows(path):
     lines = path.read_text(encoding="utf-8").split("\n")
     assert lines.pop() == "", "the last line is whole"
     return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """Environment in which a server's processes run this first."""
+
+    def environment(code):
+        (tmp_path / "sitecustomize.py").write_text(code)
+        return {"PYTHONPATH": str(tmp_path)}
+
+    return environment

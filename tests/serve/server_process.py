@@ -21,8 +21,10 @@ SECONDS = 60
 class ServerProcess:
     """A server, `url`, with the lines that it logs."""
 
-    def __init__(self, model, *options, port=0, **environment):
+    def __init__(self, model, *options, port=0, open_files=None, **environment):
         command = [sys.executable, "-m", "serve.server", str(model), "--port", str(port)]
+        if open_files is not None:
+            command = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *command]
         command += ["--cache-gib", "0.01", *map(str, options)]
         self.process = subprocess.Popen(
             command,

@@ -77,17 +77,6 @@ def server(model_directory):
         assert server.metric("stu:replica_restarts_total") == 0
 
 
-@pytest.fixture
-def patched(tmp_path):
-    """Environment in which a server's processes run this first."""
-
-    def environment(code):
-        (tmp_path / "sitecustomize.py").write_text(code)
-        return {"PYTHONPATH": str(tmp_path)}
-
-    return environment
-
-
 def completed(server, body):
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=SECONDS)
     assert answer.status_code == 200, answer.text

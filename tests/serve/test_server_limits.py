@@ -1,12 +1,15 @@
 """Keys, sizes, queues and time: what a server does not do, and how it stops."""
 
 import json
+import resource
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import threading
 import time
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -113,6 +116,80 @@ def test_requests_beyond_the_queue_are_told_to_come_again(model_directory):
             thread.join()
         assert [answer.status_code for answer in answers] == [200] * 3
         assert http.post("/v1/completions", json=BODY).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("open_files", "num_connections"),
+    [(128, 300), pytest.param(1024, 2000, marks=pytest.mark.slow)],
+)
+def test_idle_connections_starve_neither_health_nor_engines(
+    model_directory, open_files, num_connections
+):
+    """They took all descriptors, and each refused connection wrote a traceback."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    timeouts = "--header-timeout-seconds", 10, "--body-timeout-seconds", 10
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(model_directory, *timeouts, open_files=open_files))
+        half = "POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+        kinds = ["", half, f"{half}content-type: application/json\r\ncontent-length: 99\r\n\r\n{{"]
+        opened = []
+        for number in range(num_connections):
+            address = "127.0.0.1", int(server.url.rsplit(":", 1)[1])
+            connection = stack.enter_context(socket.create_connection(address, SECONDS))
+            with suppress(ConnectionError):  # it made room for others already
+                connection.sendall(kinds[number % 3].encode())
+            opened.append(connection)
+        assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+        (replica,) = server.replicas()
+        replica.kill()
+        answer = httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=2 * SECONDS)
+        assert answer.status_code == 200
+        assert server.metric("stu:replica_restarts_total") == 1
+        for connection in opened:
+            with suppress(ConnectionError):
+                while connection.recv(1000):
+                    pass
+        assert len("".join(server.lines)) < 100_000
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_clients_that_read_nothing_are_cut_off(model_directory, patched, path):
+    """When they are too far behind; what they did not read is not kept."""
+    environment = patched("import serve.answers\nserve.answers.MOST_BYTES_BEHIND = 100_000\n")
+    with serving(model_directory, **environment) as server:
+        body = {"n": 128, "max_tokens": 50, "stop_at_eos": False, "stream": True}
+        body |= {"prompt": "x", "logprobs": 20}
+        if "chat" in path:
+            del body["prompt"]
+            body |= {"messages": [{"role": "user", "content": "x"}]}
+            body |= {"logprobs": True, "top_logprobs": 20, "max_tokens": 40}
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+            reader.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+            eventually(lambda: any("bytes of tokens behind" in line for line in server.lines))
+            eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+            eventually(lambda: server.pages_used() == 0)
+        assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("size", [10_000, 5_000_000, 20_000_000])
+def test_node_sees_that_its_body_is_too_large(guarded, size):
+    program = """
+        const [url, key, size] = process.argv.slice(1);
+        const body = JSON.stringify({prompt: "x".repeat(Number(size))});
+        const headers = {"content-type": "application/json", authorization: `Bearer ${key}`};
+        const answer = await fetch(`${url}/v1/completions`, {method: "POST", body, headers});
+        console.log(answer.status, (await answer.json()).error.message);
+    """
+    command = ["node", "--input-type=module", "-e", program, guarded.url, KEYS[0], str(size)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+    assert found.stdout.startswith("413 the body has more than"), found.stdout
 
 
 def test_a_request_that_takes_too_long_ends(model_directory):
