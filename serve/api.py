@@ -15,7 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from serve.answers import Answer, EngineError, TimedOut, event
+from serve.answers import Answer, TimedOut, event
+from serve.arrivals import EngineError
 from serve.body_errors import body_error
 from serve.chat import ChatTemplate
 from serve.chat_body import text_body

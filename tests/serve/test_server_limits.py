@@ -156,7 +156,7 @@ def test_idle_connections_starve_neither_health_nor_engines(
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_clients_that_read_nothing_are_cut_off(model_directory, patched, path):
     """When they are too far behind; what they did not read is not kept."""
-    environment = patched("import serve.answers\nserve.answers.MOST_BYTES_BEHIND = 100_000\n")
+    environment = patched("import serve.arrivals\nserve.arrivals.MOST_BYTES_BEHIND = 100_000\n")
     with serving(model_directory, **environment) as server:
         body = {"n": 128, "max_tokens": 50, "stop_at_eos": False, "stream": True}
         body |= {"prompt": "x", "logprobs": 20}

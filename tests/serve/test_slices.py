@@ -114,7 +114,7 @@ def test_a_large_message_of_an_engine_is_read_in_slices(tmp_path, monkeypatch):
 
     stats = {**dict.fromkeys(Stats.__dataclass_fields__, 0), "flushes": {}}
     outputs = [{"request_id": number} for number in range(10)]
-    message = {"outputs": outputs, "stats": stats}
+    message = {"outputs": outputs, "stats": stats, "scheduled": []}
     assert asyncio.run(pauses_of(replicas._hear(0, Replica(), message))) == 10
 
 
