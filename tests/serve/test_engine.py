@@ -55,7 +55,9 @@ def alone(model, request):
     while True:
         row = logits[0].tolist()
         place = len(request.tokens) + len(tokens)
-        token = reference.sample(row, its, place, request.tokens, tokens)
+        banned = request.stop_tokens if len(tokens) < request.min_new_tokens else ()
+        allowed = [-math.inf if at in banned else logit for at, logit in enumerate(row)]
+        token = reference.sample(allowed, its, place, request.tokens, tokens)
         if its.logprobs is not None:
             logprobs.append((token, *reference.logprobs(row, token, its.logprobs)))
         tokens.append(token)
@@ -258,6 +260,29 @@ def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
     assert engine.stats().preemptions == 1
     drain(engine, answers)
     assert answers[first][:2] == (alone(MODELS["stu"], late)[0], "length")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_stop_token_comes_before_the_fewest_new_tokens(tokenizer, temperature):
+    """And those that a request would have chosen are not reported as less probable."""
+    model, sampling = MODELS["stu"], SamplingParams(temperature, seed=5, logprobs=1)
+    free, _ = alone(model, Request([1, 50], 20, sampling))
+    stops = sorted({free[0], free[2], free[7]})
+    for least in (0, 1, 3, 8, 20):
+        request = Request([1, 50], 20, sampling, stop_tokens=stops, min_new_tokens=least)
+        engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
+        engine.add(request)
+        drain(engine, answers)
+        ((tokens, reason, logprobs, _),) = answers.values()
+        expected, expected_logprobs = alone(model, request)
+        assert tokens == expected
+        check_logprobs(logprobs, expected_logprobs)
+        assert len(tokens) > least or reason == "length"
+        assert not set(tokens[:least]) & set(stops)
+    engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
+    request_id = engine.add(Request([1], 5, stop_tokens=[*range(280)], min_new_tokens=1))
+    drain(engine, answers)
+    assert answers[request_id][1] == "error"
 
 
 def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):

@@ -20,6 +20,8 @@ SEEDS = [
     {"prompt": ["a", "b"], "max_tokens": 1, "stop": ["x", "yy"], "seed": 4, "temperature": 0.5},
     {"prompt": "x", "max_tokens": 2, "logit_bias": {"5": 3}, "stream": True, "top_k": 3},
     {"prompt": "x", "max_tokens": 3, "response_format": {"type": "regex", "regex": "a|b"}},
+    {"prompt": "x", "max_tokens": 3, "min_tokens": 2, "stop_token_ids": [5, 9], "seed": -2},
+    {"prompt": "x", "stream": True, "stream_options": {"continuous_usage_stats": True}},
     {"prompt": "x", "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 2},
     {
         "prompt": "x",
@@ -27,6 +29,33 @@ SEEDS = [
         "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
     },
 ]
+CHAT = {
+    "max_tokens": 2,
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "tool_calls": [],
+            "annotations": [],
+        },
+    ],
+    "chat_template_kwargs": {"x": 1},
+}
+NAMES = [
+    "n",
+    "stop",
+    "seed",
+    "user",
+    "suffix",
+    "top_p",
+    "x",
+    "ignore_eos",
+    "min_tokens",
+    "metadata",
+]
+NAMES += ["stop_token_ids", "tools", "stream_options", "logit_bias", "modalities", "echo"]
 VALUES = [
     *(
         None,
@@ -68,17 +97,18 @@ def sentinel(http):
     return answer.json()["choices"]
 
 
-def mutated(rng):
+def mutated(rng, is_chat):
     """A body, or what is no longer one, with a few things changed."""
-    body = json.loads(json.dumps(rng.choice(SEEDS)))
+    body = json.loads(json.dumps(CHAT if is_chat else rng.choice(SEEDS)))
+    if is_chat and rng.random() < 0.5:
+        message = rng.choice(body["messages"])
+        message[rng.choice([*message, "name", "audio", "x"])] = rng.choice(VALUES)
     for _ in range(rng.randint(1, 3)):
         kind, key = rng.random(), rng.choice(list(body) or ["prompt"])
         if kind < 0.6:
             body[key] = rng.choice(VALUES)
         elif kind < 0.8:
-            body[rng.choice(["n", "stop", "seed", "user", "suffix", "top_p", "x"])] = rng.choice(
-                VALUES
-            )
+            body[rng.choice(NAMES)] = rng.choice(VALUES)
         else:
             body.pop(key, None)
     content = json.dumps(body).encode()
@@ -95,7 +125,7 @@ def test_mutated_bodies(server, count):
         expected = sentinel(http)
         for number in range(count):
             path = rng.choice(["/v1/completions"] * 8 + ["/v1/chat/completions", "/tokenize"])
-            content = mutated(rng)
+            content = mutated(rng, path.startswith("/v1/chat"))
             answer = http.post(path, content=content)
             assert answer.status_code < 500, (content, answer.text)
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1

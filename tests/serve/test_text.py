@@ -64,6 +64,23 @@ def test_nothing_of_a_stop_string_is_shown(tokenizer, text, stop_strings):
     assert "".join(pieces) == text
 
 
+@given(
+    text=st.text(st.sampled_from("abü\n"), min_size=1, max_size=14),
+    stop=st.text(st.sampled_from("abü"), min_size=1, max_size=3),
+    least=st.integers(0, 6),
+)
+@settings(max_examples=200, deadline=None)
+def test_stop_strings_are_looked_for_after_the_fewest_tokens(tokenizer, text, stop, least):
+    tokens = tokenizer.encode(text)
+    its, found = TextStream(tokenizer, (), [stop], least), ""
+    early = tokenizer.decode(tokens[:least]).rstrip("\ufffd")
+    for token in tokens:
+        found += its.append(token)
+        if its.stopped:
+            break
+    assert found + its.finish() == early + text[len(early) :].split(stop)[0]
+
+
 def test_bytes_that_never_become_a_character(tokenizer):
     """They come as U+FFFD as soon as that is certain, as Python decodes them."""
     euro = tokenizer.encode("€")  # three bytes
