@@ -54,6 +54,7 @@ class Replica:
                 engine.check_integrity()
             was_idle = is_idle
             scheduled = [[self._ids[its], when] for its, when in engine.scheduled.items()]
+            engine.scheduled.clear()  # or an idle turn would report requests that have ended
             written = [output_to_wire(its, self._ids[its.request_id]) for its in outputs]
             for its in outputs:
                 if its.finish_reason is not None:

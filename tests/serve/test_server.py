@@ -23,6 +23,7 @@ def server(model_directory):
     with serving(model_directory, "--batch-invariant") as server:
         yield server
         assert server.pages_used() == 0
+        assert server.metric("stu:replica_restarts_total") == 0
         assert server.stop() == 0
         assert not [line for line in server.lines if '"error"' in line]
 

@@ -4,8 +4,11 @@ import asyncio
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from dataclasses import asdict
 
 import httpx
 import psutil
@@ -13,8 +16,10 @@ import pytest
 
 from serve.config import EngineConfig
 from serve.engine import Engine
+from serve.replica import Replica
 from serve.request import Request
 from serve.sampling import SamplingParams
+from serve.wire import Unpacker, pack, request_to_wire
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
@@ -234,3 +239,28 @@ def test_what_an_engine_warns_of_is_logged(tmp_path, code_tokenizer):
     save_model(tmp_path / "model", FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
     with serving(tmp_path / "model") as server:
         assert any("engine 0 on cpu: tiles flush through FFTs" in line for line in server.lines)
+
+
+def test_an_engine_goes_on_after_a_request_of_a_single_token(model_directory):
+    """What it reports when idle names no request that has ended."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(SECONDS)
+    unpacker = Unpacker()
+
+    def reports():
+        while True:
+            yield from unpacker.feed(ours.recv(2**16))
+
+    thread = threading.Thread(target=Replica(theirs).run)
+    thread.start()
+    with ours:
+        settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
+        ours.sendall(pack({**settings, "engine": asdict(EngineConfig(cache_gib=0.01))}))
+        told = reports()
+        assert "ready" in next(told)
+        ours.sendall(pack({"add": 7, "request": request_to_wire(Request(PROMPT, 1))}))
+        first = next(report for report in told if report["outputs"])
+        assert [number for number, _ in first["scheduled"]] == [7]
+        assert next(told)["scheduled"] == []
+    thread.join(SECONDS)
+    assert not thread.is_alive()
