@@ -6,6 +6,8 @@ from stu.config import ModelConfig
 from train.memory import RankMemory, activation_bytes, rank_memory
 from train.parallel import ParallelConfig
 
+MOST = 4096
+
 
 class Fits:
     """What fits, of one model on so many ranks. Activations grow linearly with the micro-batch.
@@ -22,16 +24,17 @@ class Fits:
 
     def memory(self, parallel: ParallelConfig, micro_batch: int) -> RankMemory:
         """Of a rank."""
-        one, two = (self._trace(parallel, size) for size in (1, 2))
-        activations = one + (two - one) * (micro_batch - 1)
+        activations = self._trace(parallel, 1)
+        if micro_batch > 1:  # counting takes time
+            activations += (self._trace(parallel, 2) - activations) * (micro_batch - 1)
         return rank_memory(
             self._config, parallel, self._num_ranks, activations, self._is_half, on_gpu=True
         )
 
-    def largest(self, parallel: ParallelConfig) -> int:
-        """Micro-batch that fits; 0: none."""
+    def largest(self, parallel: ParallelConfig, most: int = MOST) -> int:
+        """Return the largest micro-batch up to `most` that fits; 0: none."""
         size = 0
-        while size < 4096 and self.holds(parallel, size + 1):
+        while size < most and self.holds(parallel, size + 1):
             size += 1
         return size
 

@@ -176,7 +176,7 @@ def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int, is_half:
         for name, its in stages(replace(parallel, checkpoint_activations=recomputes)):
             if name == "zero 0" and is_half:  # it trains in float32 alone
                 continue
-            largest = min(fits.largest(its), micro_batch)
+            largest = fits.largest(its, most=micro_batch)
             if largest > 0:
                 more = " and parallel.checkpoint_activations=true" if recomputes else ""
                 found.append((-largest, recomputes, f"{name}, micro-batch {largest}{more}"))
