@@ -110,7 +110,7 @@ def make_app(service: Service) -> FastAPI:
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        _check_body(body)
+        await asyncio.to_thread(_check_body, body)
         given = _without_stream(body.model_dump(exclude_none=True))
         exchange = exchange_of(request.scope)
         answer = await _begin(service, exchange, given, "cmpl", "text_completion", None)
@@ -118,7 +118,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        _check_body(body)
+        await asyncio.to_thread(_check_body, body)
         _check_model(service, body.model)
         with _as_request_error():
             # Not here, where a long chat would hold up the streams of others.
@@ -356,7 +356,8 @@ def _check_body(body: Any) -> None:
         raise _refused("stream_options goes with stream=true alone: leave it out")
     with _as_request_error():
         for name, value in body.model_dump(exclude_none=True).items():
-            require_unicode(name, json.dumps(value, ensure_ascii=False))
+            for text in json_slices(value):
+                require_unicode(name, text)
 
 
 def _without_stream(given: Json) -> Json:

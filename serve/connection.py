@@ -32,6 +32,8 @@ ANSWER_GRACE_SECONDS = 10.0
 LINGER_SECONDS, LINGER_BYTES = 5.0, 2**24
 """How much is still read of a refused request, so that the client sees why: a socket that is closed
 with unread bytes resets the connection, and the answer is lost."""
+FED_BYTES = 2**14
+"""Bytes that are parsed before others have their turn."""
 CLOSE_SECONDS = 5.0
 """Time to take what is left, once a connection is closing."""
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
@@ -76,6 +78,7 @@ class Connection(H11Protocol):
         self._unsent, self._taken_at = 0, time.monotonic()
         self._closing_at: float | None = None
         self._num_discarded = 0
+        self._pending = bytearray()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """`asyncio.Protocol`'s."""
@@ -89,8 +92,9 @@ class Connection(H11Protocol):
             if self._num_discarded > LINGER_BYTES:
                 self.transport.abort()
             return
-        super().data_received(data)
-        self._update()
+        self._pending += data
+        if len(self._pending) == len(data):
+            self._feed()
 
     def on_response_complete(self) -> None:
         """`H11Protocol`'s: an answer is written."""
@@ -130,6 +134,22 @@ class Connection(H11Protocol):
         """End it at once, and whatever is unsent."""
         logger.warning("a connection was cut off: %s", reason)
         self.transport.abort()
+
+    def _feed(self) -> None:
+        """Parse what has come, a part at a time: a body of chunks of a byte takes long."""
+        if self.transport.is_closing():
+            return
+        part = bytes(self._pending[:FED_BYTES])
+        del self._pending[:FED_BYTES]
+        super().data_received(part)
+        self._update()
+        if self.phase == "refused" or self.transport.is_closing():
+            self._pending.clear()
+        elif self._pending:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._feed)
+        elif not self.flow.read_paused:
+            self.transport.resume_reading()
 
     def _update(self) -> None:
         """Find the phase anew."""

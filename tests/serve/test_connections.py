@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from serve import connection as connection_module
 from serve import connections as connections_module
-from serve.connection import Connection, Deadlines
+from serve.connection import FED_BYTES, Connection, Deadlines
 from serve.connections import SPARE, Connections, connection_limit
 from serve.exchange import Exchanges
 from serve.guard import Guard
@@ -290,6 +291,30 @@ def test_descriptors_that_are_used_up_make_a_pause(monkeypatch, caplog):
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert caplog.text.count("no connection can be accepted: Too many open files") == 3
+
+
+def test_chunks_of_a_byte_are_parsed_in_parts(monkeypatch):
+    """A hundred thousand chunks in one packet stopped everything for a second."""
+    chunked = POST.replace(b"content-length: 10", b"transfer-encoding: chunked")
+    sent = chunked + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n" + GET
+    sizes, receive_data = [], H11Protocol.data_received
+
+    def data_received(protocol, data):
+        sizes.append(len(data))
+        receive_data(protocol, data)
+
+    monkeypatch.setattr(H11Protocol, "data_received", data_received)
+
+    async def run():
+        async with listening(after_the_body) as (_, connect):
+            reader, writer = await connect()
+            writer.write(sent)
+            await reader.readuntil(b"hello\r\n0\r\n\r\nHTTP/1.1 200")
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert sum(sizes) == len(sent)
+    assert max(sizes) <= FED_BYTES
 
 
 @pytest.mark.parametrize("size", [2**20, 2**24])
