@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve.grammar import GrammarMatcher, Grammars
+from serve.grammar import Constraint, GrammarMatcher, Grammars
 from serve.history import TokenHistory
 from serve.request import Request
 from serve.sampling import TokenLogprobs, sample, token_logprobs
@@ -42,6 +42,10 @@ class TokenChooser:
         self._histories: dict[int, TokenHistory] = {}
         """Of requests that need one, from their first choice on."""
         self._matchers: dict[int, GrammarMatcher] = {}
+
+    def compile(self, constraint: Constraint) -> None:
+        """Get a constraint ready. Raises ValueError for one that is not allowed."""
+        self._grammars.matcher(constraint)
 
     def add(self, request_id: int, request: Request) -> None:
         """Raises ValueError for a constraint that is not allowed."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from serve.cache_size import make_caches
 from serve.chooser import TokenChooser
 from serve.config import EngineConfig
+from serve.grammar import Constraint
 from serve.request import FinishReason, Output, Request
 from serve.request_limits import check_request
 from serve.runner import PromptLogits, Runner
@@ -93,6 +94,11 @@ class Engine:
         """Whether another step will do anything."""
         scheduler = self._scheduler
         return bool(scheduler.running or scheduler.waiting or scheduler.prefilling or self._aborted)
+
+    def compile(self, constraint: Constraint) -> None:
+        """Get `constraint` ready for `add`, which then takes no time for it; another thread may do
+        this. Raises ValueError as `add` will."""
+        self._chooser.compile(constraint)
 
     def add(self, request: Request) -> int:
         """Queue a request and return its number. Raises ValueError if it can never be decoded."""

@@ -12,18 +12,22 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
 
 from serve.config import EngineConfig
 from serve.engine import Engine
+from serve.request import Request
 from serve.wire import Message, Unpacker, output_to_wire, pack, request_from_wire
 from stu.arguments import run_command
 from stu.checkpoint import load_model, load_tokenizer
 
 HEARTBEAT_SECONDS = 0.25
 """Between signs of life while there is nothing to do."""
+COMPILING_SECONDS = 0.01
+"""Between looks at whether a constraint is compiled, while there is nothing else to do."""
 RECEIVE_BYTES = 2**20
 
 
@@ -39,14 +43,22 @@ class Replica:
         """The server's number of a request, by the engine's,"""
         self._engine_ids: dict[int, int] = {}
         """and the other way round."""
+        self._compiler = ThreadPoolExecutor(1)
+        self._compiling: dict[int, tuple[Request, Future[None]]] = {}
+        """Requests whose constraint is being compiled, which would hold up all others here."""
 
     def run(self) -> None:
         """Load what the first message names, say so, and decode."""
         engine = self._load()
         was_idle = False
         while True:
-            for message in self._received(0.0 if engine.has_work else HEARTBEAT_SECONDS):
+            idle_seconds = COMPILING_SECONDS if self._compiling else HEARTBEAT_SECONDS
+            for message in self._received(0.0 if engine.has_work else idle_seconds):
                 self._obey(engine, message)
+            for number, (request, compiled) in list(self._compiling.items()):
+                if compiled.done():
+                    del self._compiling[number]
+                    self._add(engine, number, request)
             began = time.monotonic()
             outputs = engine.step() if engine.has_work else []
             is_idle = not engine.has_work
@@ -87,12 +99,25 @@ class Replica:
 
     def _obey(self, engine: Engine, message: Message) -> None:
         if "abort" in message:
+            self._compiling.pop(message["abort"], None)
             if (engine_id := self._engine_ids.get(message["abort"])) is not None:
                 engine.abort(engine_id)
             return
         number = message["add"]
         try:
-            engine_id = engine.add(request_from_wire(message["request"]))
+            request = request_from_wire(message["request"])
+        except ValueError as error:
+            self._connection.sendall(pack({"refused": number, "error": str(error)}))
+            return
+        if request.constraint is None:
+            self._add(engine, number, request)
+        else:
+            compiled = self._compiler.submit(engine.compile, request.constraint)
+            self._compiling[number] = request, compiled
+
+    def _add(self, engine: Engine, number: int, request: Request) -> None:
+        try:
+            engine_id = engine.add(request)
         except ValueError as error:
             self._connection.sendall(pack({"refused": number, "error": str(error)}))
             return

@@ -1,15 +1,22 @@
 """Completions that must follow a schema or an expression, by a model that knows of neither."""
 
+import gc
 import json
 import re
+import socket
+import threading
+from contextlib import suppress
 
 import pytest
 
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.grammar import MOST_CHARS, Constraint, Grammars
+from serve.replica import Replica
 from serve.request import Request
 from serve.sampling import SamplingParams
+from serve.wire import Unpacker, pack, request_to_wire
+from tests.serve.server_process import SECONDS
 
 SCHEMA = {
     "type": "object",
@@ -125,3 +132,63 @@ def test_completions_share_a_compiled_constraint_and_not_their_place_in_it(code_
     for its in (other, grammars.matcher(CONSTRAINTS["schema"])):
         assert its.allowed(code_tokenizer.vocab_size).equal(at_first)
     assert grammars._compiled.cache_info().misses == 1
+
+
+def test_others_go_on_while_an_engine_compiles_a_constraint(
+    model_directory, monkeypatch, code_tokenizer
+):
+    may_compile = threading.Event()
+    compile_constraint = Engine.compile
+
+    def compile_later(engine, constraint):
+        assert may_compile.wait(SECONDS)
+        compile_constraint(engine, constraint)
+
+    monkeypatch.setattr(Engine, "compile", compile_later)
+    stop = [code_tokenizer.eos_id]
+    schema = CONSTRAINTS["schema"]
+    server, connection = socket.socketpair()
+    server.settimeout(SECONDS)
+
+    def run():
+        with suppress(SystemExit, ConnectionError):  # it ends with the server
+            Replica(connection).run()
+
+    replica = threading.Thread(target=run)
+    replica.start()
+    unpacker = Unpacker()
+
+    def messages():
+        while data := server.recv(2**20):
+            yield from unpacker.feed(data)
+
+    try:
+        engine = {"cache_gib": 0.01}
+        settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
+        server.sendall(pack({**settings, "engine": engine}))
+        heard = messages()
+        assert "ready" in next(heard)
+        for number in (1, 2):
+            request = Request([1], 60, stop_tokens=stop, constraint=schema)
+            server.sendall(pack({"add": number, "request": request_to_wire(request)}))
+        server.sendall(pack({"add": 3, "request": request_to_wire(Request([1], 5))}))
+        server.sendall(pack({"abort": 2}))
+        told = (output for message in heard for output in message["outputs"])
+        for output in told:
+            assert output["request_id"] == 3
+            if "finish_reason" in output:
+                break
+        may_compile.set()
+        text = ""
+        for output in told:
+            assert output["request_id"] == 1, "the second was aborted"
+            text += output["text"]
+            if "finish_reason" in output:
+                break
+        assert set(json.loads(text)) == {"n", "ok"}
+    finally:
+        may_compile.set()
+        server.close()
+        replica.join()
+        connection.close()
+        gc.unfreeze()
