@@ -161,8 +161,11 @@ class StandardOutput:
     def append(self, lines: Sequence[str]) -> None:
         """Write lines."""
         data = "".join(line + "\n" for line in lines).encode()
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise OSError(f"standard output: {error.strerror}") from error
 
     def condemn(self, reason: str) -> None:
         """Nothing: no run goes on with these rows."""
