@@ -11,7 +11,7 @@ be written in another dtype without a second model in memory, which `safetensors
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -24,15 +24,24 @@ DTYPE_NAMES = {
 }
 
 
+class Digest(Protocol):
+    """A hash, as those of `hashlib`."""
+
+    def update(self, data: bytes | memoryview, /) -> object:
+        """Take more bytes."""
+
+
 def write_safetensors(
     file: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype],
+    digest: Digest | None = None,
 ) -> None:
     """Write floating-point `tensors`, those that `dtypes` names in that dtype, the rest in theirs.
 
-    Raises OSError if it cannot be written; what is there of the file by then stays.
+    digest: is updated with all bytes of the file. Raises OSError if it cannot be written; what is
+    there of the file by then stays.
     """
     dtypes = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
     # Wide elements first: each tensor then starts where its dtype can be mapped.
@@ -49,10 +58,16 @@ def write_safetensors(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(file, "wb") as out:
-        out.write(len(encoded).to_bytes(8, "little"))
-        out.write(encoded)
+        for part in (len(encoded).to_bytes(8, "little"), encoded):
+            _write(out, part, digest)
         for name in order:
-            out.write(_bytes(tensors[name], dtypes[name]))
+            _write(out, _bytes(tensors[name], dtypes[name]), digest)
+
+
+def _write(out: BinaryIO, part: bytes | memoryview, digest: Digest | None) -> None:
+    out.write(part)
+    if digest is not None:
+        digest.update(part)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

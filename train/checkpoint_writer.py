@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stu.atomic import fsync
 from train.checkpoint_folder import CheckpointFolder, write_rank, write_training
+from train.owner import RunOwner
 
 Share = Iterable[tuple[str, str, Tensor]]
 """Of a rank: the kind, the name, and the tensor."""
@@ -27,6 +28,10 @@ class CheckpointWriter:
     error: Exception | None = None
 
     def __init__(self) -> None:
+        self.owner: RunOwner | None = None
+        """Of the folder that checkpoints are in; the first rank's."""
+        self.job = 0
+        """The owner's number, on all ranks: no other job writes into the same temporary folder."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._opened: tuple[Path, dict[str, Any]] | None = None
@@ -34,7 +39,7 @@ class CheckpointWriter:
     def open(self, path: Path, training: dict[str, Any]) -> None:
         """By the first rank, before any rank writes: `path` is to appear, with `training` in it."""
         self._opened = path, copy.deepcopy(training)  # parts of it are the loops' own
-        folder = _temporary(path)
+        folder = self._temporary(path)
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
             folder.mkdir(parents=True)
@@ -44,7 +49,7 @@ class CheckpointWriter:
     def write(self, path: Path, rank: int, share: Share) -> None:
         """Begin to."""
         held = [(kind, name, _copy(tensor)) for kind, name, tensor in share]
-        self._written = self._thread.submit(write_rank, _temporary(path), rank, held, path)
+        self._written = self._thread.submit(write_rank, self._temporary(path), rank, held, path)
 
     @property
     def is_busy(self) -> bool:
@@ -65,9 +70,11 @@ class CheckpointWriter:
         if self._opened is None:
             return None
         path, training = self._opened
-        folder = _temporary(path)
+        folder = self._temporary(path)
         try:
             write_training(folder, training, path)
+            if self.owner is not None:
+                self.owner.look()  # or another job's checkpoint would be replaced
             former = path.with_name(f".{path.name}.former.tmp")
             if path.exists():  # of a time that this run went back behind
                 path.rename(former)
@@ -84,12 +91,11 @@ class CheckpointWriter:
     def give_up(self) -> None:
         """By the first rank, when one could not write: leave nothing behind."""
         if self._opened is not None:
-            shutil.rmtree(_temporary(self._opened[0]), ignore_errors=True)
+            shutil.rmtree(self._temporary(self._opened[0]), ignore_errors=True)
             self._opened = None
 
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    def _temporary(self, path: Path) -> Path:
+        return path.with_name(f".{path.name}.{self.job}.tmp")
 
 
 def _copy(tensor: Tensor) -> Tensor:

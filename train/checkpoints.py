@@ -1,9 +1,10 @@
 """Training checkpoints: when they are written, and what stu adds to Lightning's."""
 
-import dataclasses
+import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stu.config import ModelConfig
-from train.checkpoint_folder import FORMAT_VERSION, MOMENTS, WEIGHT, CheckpointFolder
+from stu.atomic import fsync
+from train.callbacks import warned
+from train.checkpoint_folder import MOMENTS, WEIGHT, CheckpointFolder
 from train.checkpoint_writer import CheckpointWriter
 from train.interruption import largest_of_ranks
-from train.optimizer import OptimizerConfig
+from train.owner import TakenOver
 
 PREFIX = "model."
 """Of parameters' names in the Lightning module, which the files leave out."""
@@ -67,6 +68,8 @@ class Checkpoints(Checkpoint):
                 f"rank {trainer.global_rank} goes on from step {step}, and others from another: "
                 "resume from a checkpoint by its name"
             )
+        owner = self._writer.owner
+        self._writer.job = int(*largest_of_ranks(trainer, owner.number if owner else 0))
         if not trainer.is_global_zero:
             return
         for cut_short in self._folder.glob(".step-*.tmp"):  # in a run that was killed
@@ -96,11 +99,16 @@ class Checkpoints(Checkpoint):
         due = trainer.should_stop or trainer.global_step % self._every_steps == 0
         # Clocks and disks differ, and all ranks act together.
         is_late = time.monotonic() - self._saved >= self._every_seconds
-        late, busy = largest_of_ranks(trainer, is_late, self._writer.is_busy)
+        owner = self._writer.owner
+        is_lost = owner is not None and owner.is_lost
+        late, busy, lost = largest_of_ranks(trainer, is_late, self._writer.is_busy, is_lost)
+        if lost:
+            self._give_way(trainer)
         if self._is_writing and not busy:
             self._finish(trainer)
         if due or late:
             self._finish(trainer)
+            self._check_owner(trainer)
             trainer.save_checkpoint(self._folder / f"step-{trainer.global_step:08d}.ckpt")
             self._is_writing, self._saved = True, time.monotonic()
         if trainer.should_stop:
@@ -113,6 +121,7 @@ class Checkpoints(Checkpoint):
             return
         self._writer.wait()
         self._agree(trainer)
+        self._sync_logs(trainer)
         path = self._writer.publish()
         if path is not None:
             try:
@@ -123,6 +132,27 @@ class Checkpoints(Checkpoint):
         if path is not None:
             self._delete_old(path)
         self._is_writing = False
+
+    def _check_owner(self, trainer: L.Trainer) -> None:
+        """Raise TakenOver on every rank if the run's folder is another job's by now."""
+        owner = self._writer.owner
+        (lost,) = largest_of_ranks(trainer, owner is not None and not owner.is_still())
+        if lost:
+            self._give_way(trainer)
+
+    def _give_way(self, trainer: L.Trainer) -> None:
+        self._writer.wait()
+        self._writer.give_up()
+        owner = self._writer.owner
+        raise owner.taken_over() if owner else TakenOver(f"{self._folder}: another job has it")
+
+    def _sync_logs(self, trainer: L.Trainer) -> None:
+        """Bring what is logged to the disk before the checkpoint that goes on after it."""
+        if trainer.is_global_zero and trainer.logger is not None:
+            folder = Path(trainer.logger.log_dir or "")  # the trainer's own asks all ranks
+            for file in folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+                with warned("the log"):
+                    fsync(file)
 
     def _delete_old(self, newest: Path) -> None:
         others = [path for path in self._folder.glob("step-*.ckpt") if path != newest]
@@ -206,6 +236,45 @@ def _torch_state(folder: CheckpointFolder) -> dict[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
+def last_good_checkpoint(run_dir: Path) -> Path:
+    """Return the newest checkpoint in `run_dir` that is whole, and say which ones are not.
+
+    Raises ValueError if there is none.
+    """
+    last = last_checkpoint(run_dir)
+    newest = last.resolve()
+    older = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"), reverse=True)
+    problems = []
+    # What has a higher number than the last is of a time that the run went back behind.
+    for path in [last, *(other for other in older if other.name < newest.name)]:
+        try:
+            verified_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            say(f"{problem}: goes back to {path.name}")
+        return path
+    raise ValueError("; ".join(problems))
+
+
+def verified_checkpoint(path: Path) -> CheckpointFolder:
+    """Return a checkpoint that is whole: all is there, and as it was written.
+
+    Raises ValueError if it is not."""
+    folder = CheckpointFolder(path)
+    folder.check()
+    if not folder.has_checksums:
+        say(f"checkpoint {path}: an older stu wrote it without checksums; it cannot be verified")
+    folder.verify()
+    return folder
+
+
+def say(message: str) -> None:
+    """Print a line for the user."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def last_checkpoint(run_dir: Path) -> Path:
     """The checkpoint that a run in `run_dir` goes on from."""
     folder = run_dir / CHECKPOINTS
@@ -215,46 +284,3 @@ def last_checkpoint(run_dir: Path) -> Path:
     if whole := sorted(folder.glob("step-*.ckpt")):
         return whole[-1]
     raise ValueError(f"{run_dir}: no {CHECKPOINTS}/{LAST}; has a run been here?")
-
-
-def training_record(
-    config: ModelConfig,
-    optimizer: OptimizerConfig,
-    max_steps: int,
-    tokenizer: Path,
-    parameter_groups: Sequence[Sequence[str]],
-) -> dict[str, Any]:
-    """What stu adds to a checkpoint: only tensors and plain values, to be read without pickle."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "parameter_groups": parameter_groups,
-        "model_config": config.to_dict(),
-        "optimizer": dataclasses.asdict(optimizer),
-        "max_steps": max_steps,
-        "tokenizer": torch.frombuffer(bytearray(tokenizer.read_bytes()), dtype=torch.uint8),
-    }
-
-
-def check_settings(
-    checkpoint: Mapping[str, Any], config: ModelConfig, optimizer: OptimizerConfig, max_steps: int
-) -> None:
-    """Raise ValueError unless a run with these settings goes on where `checkpoint` stopped.
-
-    Another `max_steps` only gets a warning: it bends the schedule, but is how a run is prolonged.
-    """
-    record = checkpoint["stu"]
-    for group, given, used in (
-        ("config", config.to_dict(), ModelConfig.from_dict(record["model_config"]).to_dict()),
-        ("optimizer", dataclasses.asdict(optimizer), record["optimizer"]),
-    ):
-        for name, value in given.items():
-            if value != used[name]:
-                raise ValueError(
-                    f"model.{group}.{name}={value!r}, but the checkpoint was trained with "
-                    f"{used[name]!r}: resume with that, or start a new run"
-                )
-    if record["max_steps"] != max_steps:
-        rank_zero_warn(
-            f"trainer.max_steps={max_steps}, but the checkpoint was trained with "
-            f"{record['max_steps']}: from here on, the learning rate follows another schedule"
-        )

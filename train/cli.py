@@ -22,6 +22,7 @@ COMMON_SETTINGS = {
     "--trainer.val_check_interval": "micro-batches between validations",
     "--run_dir": "folder for checkpoints and logs",
     "--resume": "`last`, `auto` (the last, if there is any), or a checkpoint, to go on from",
+    "--allow_change": "names of settings that may differ from those of the checkpoint",
     "--checkpoint_every_steps": "optimizer steps between checkpoints",
     "--checkpoint_every_minutes": "and at least so often",
     "--parallel.kind": "`ddp`, `zero` for DeepSpeed, or `fsdp`",

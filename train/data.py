@@ -1,6 +1,7 @@
 """Reading token shards for training: which tokens each rank gets at each position, and resuming."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -173,6 +174,8 @@ class TokenData(L.LightningDataModule):
         self.max_validation_tokens = max_validation_tokens
         self.train_shards = TokenShards(dir, "train")
         self.validation_shards = TokenShards(dir, "validation")
+        self.accepted_changes: set[str] = set()
+        """Parts of `identity` that may differ from a checkpoint's."""
         self._position = 0
         self.train_dataloader()  # a seq_len too long for the data is known now, not after a queue
 
@@ -230,12 +233,13 @@ class TokenData(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, **self._identity()}
+        return {"position": self.position, **self.identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a run stopped; raises ValueError if it had another order of samples."""
-        for name, value in self._identity().items():
-            if state_dict[name] != value:
+        """Go on where a run stopped; raises ValueError if it had another order of samples, unless
+        that is accepted."""
+        for name, value in self.identity().items():
+            if state_dict.get(name, value) != value and name not in self.accepted_changes:
                 raise ValueError(
                     f"data.{name} is {value!r}, but the checkpoint was made with "
                     f"{state_dict[name]!r}: its position would mean other samples; use that "
@@ -243,14 +247,19 @@ class TokenData(L.LightningDataModule):
                 )
         self._position = state_dict["position"]
 
-    def _identity(self) -> dict[str, Any]:
-        """What decides the meaning of a position."""
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the meaning of a position, by name."""
         return {
             "seed": self.seed,
             "seq_len": self.seq_len,
             "tokenizer_sha256": self.tokenizer_sha256,
             "num_tokens": len(self.train_shards),
+            "contents": self._fingerprint,
         }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.train_shards.fingerprint()
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:

@@ -81,14 +81,14 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
     from stu.config import ModelConfig
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
-    from train.checkpoint_folder import TRAINING_FILE, WEIGHT, CheckpointFolder
-    from train.checkpoints import last_checkpoint
+    from train.checkpoint_folder import TRAINING_FILE, WEIGHT
+    from train.checkpoints import last_checkpoint, verified_checkpoint
 
     if (checkpoint / "model.safetensors").exists():
         model = load_model(checkpoint, dtype=None)
         return model, load_tokenizer(checkpoint), load_generation(checkpoint)
     is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
-    folder = CheckpointFolder(last_checkpoint(checkpoint) if is_run else checkpoint)
+    folder = verified_checkpoint(last_checkpoint(checkpoint).resolve() if is_run else checkpoint)
     carried: Mapping[str, Any] = folder.training["stu"]
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))

@@ -20,7 +20,6 @@ from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 from train.bad_steps import GuardConfig, StepGuard
 from train.callbacks import warned
-from train.checkpoints import training_record
 from train.costs import GPUS, known_gpu, token_flops
 from train.data import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
@@ -29,6 +28,7 @@ from train.interruption import largest_of_ranks
 from train.loss import next_token_loss, token_losses
 from train.measured import most_bytes, resident_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
+from train.same_run import result_settings, training_record
 from train.settings import check_length, check_vocabulary
 
 
@@ -54,6 +54,11 @@ class FlashSTUModule(L.LightningModule):
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"model.z_loss={z_loss!r} is not allowed: it must be a number >= 0")
         self.z_loss = z_loss
+        self.guard_config = guard
+        self.run_record: dict[str, Any] = {}
+        """What checkpoints say of the run besides: where it comes from, what was changed in it."""
+        self.is_optimizer_changed = False
+        """Whether `optimizer` is not what the checkpoint to go on from was trained with."""
         self._guard = StepGuard(guard)
         self._samples: list[int] = []  # of the step that is being made
         self.config = config
@@ -93,6 +98,8 @@ class FlashSTUModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._losses = [loss.to(self.device) for loss in self._losses]
+        if self.is_optimizer_changed:
+            self._change_optimizer()
         self._start_clock()
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -144,6 +151,22 @@ class FlashSTUModule(L.LightningModule):
         self._samples = []
         if is_logged:
             self._log_step(step, learning_rate)
+
+    def _change_optimizer(self) -> None:
+        """Put `optimizer` in the place of what came with the checkpoint."""
+        config, scheduler = self.optimizer_config, self.trainer.lr_scheduler_configs[0].scheduler
+        step, total_steps = self.trainer.global_step, self.trainer.max_steps
+        factor = learning_rate_factor(step, total_steps, config)
+        scheduler.base_lrs = [config.learning_rate] * len(scheduler.base_lrs)
+        decays = (config.weight_decay, 0.0)
+        for group, decay in zip(scheduler.optimizer.param_groups, decays, strict=True):
+            group |= {
+                "lr": config.learning_rate * factor,
+                "initial_lr": config.learning_rate,
+                "betas": (config.beta1, config.beta2),
+                "eps": config.eps,
+                "weight_decay": decay,
+            }
 
     def _learning_rate_by_time(self, timer: Timer) -> float:
         """Set the rate of the step at hand, in a run that also ends when its time is up."""
@@ -216,13 +239,10 @@ class FlashSTUModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `stu-export` needs besides the weights, and what a resumed run must repeat."""
-        checkpoint["stu"] = training_record(
-            self.config,
-            self.optimizer_config,
-            self.trainer.max_steps,
-            self._data.tokenizer_path,
-            parameter_groups(self.model),
-        )
+        settings = result_settings(self.trainer, self, self._data)
+        groups = parameter_groups(self.model)
+        record = training_record(settings, self._data.tokenizer_path, groups)
+        checkpoint["stu"] = {**record, **self.run_record}
         checkpoint["stu"]["since_log"] = {
             "losses": self.trainer.strategy.all_gather(torch.stack(self._losses)).cpu()
             if self._losses

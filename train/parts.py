@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stu.atomic import fsync
-from train.shards import INDEX_FILE, Index, Shard, Split, shard_file
+from train.shards import INDEX_FILE, Index, Split, shard_file
 from train.skipped import SKIPPED_FILE, join_skipped
 
 COMMON_FILE = "parts.json"
@@ -57,7 +57,7 @@ class Parts:
                 num_documents=sum(split.num_documents for split in of_parts),
                 num_bytes=sum(split.num_bytes for split in of_parts),
                 shards=[
-                    Shard(shard_file(name, number), shard.num_tokens, shard.num_documents)
+                    dataclasses.replace(shard, file=shard_file(name, number))
                     for number, shard in enumerate(shards)
                 ],
             )

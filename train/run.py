@@ -2,11 +2,13 @@
 
 import hashlib
 import logging
+import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,14 +30,27 @@ from train.checkpoints import (
     CHECKPOINTS,
     Checkpoints,
     FolderIO,
-    check_settings,
-    last_checkpoint,
+    last_good_checkpoint,
+    verified_checkpoint,
 )
 from train.data import TokenData
 from train.interruption import Interruption
-from train.launch import detect_launch
+from train.launch import Launch, detect_launch
 from train.module import FlashSTUModule
+from train.owner import RunOwner
 from train.parallel import ParallelConfig, make_strategy, prepare_blocks
+from train.provenance import provenance
+from train.same_run import (
+    DATA,
+    MODEL,
+    OPTIMIZER,
+    SCHEDULE,
+    check_same,
+    check_shapes,
+    result_settings,
+    saved_settings,
+    warn_of_differences,
+)
 from train.settings import check_settings as check_run_settings
 from train.settings import data_warnings
 from train.shards import INDEX_FILE
@@ -90,11 +105,16 @@ class TrainCLI(LightningCLI):
     run_dir: Path
     resume_from: Path | None
     parallel: ParallelConfig
+    arguments: Sequence[str]
+    launch: Launch
+    owner: RunOwner | None = None
+    """This job's hold on `run_dir`; the first rank has it."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_settings(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.arguments = args
         self.config = parser.parse_args(args)
         _, self.parallel = check_run_settings(self.config, is_plan=False)
 
@@ -104,10 +124,33 @@ class TrainCLI(LightningCLI):
         self.strategy = make_strategy(self.parallel, self.writer)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings, run_dir = self.config_init, self.config_init.run_dir
-        self.run_dir = run_dir
+        self.run_dir, self.resume_from = self.config_init.run_dir, None
+        self.launch = detect_launch()
         prepare_blocks(self.model.model, self.parallel)
-        self.resume_from, start = self._resume()
+        if not is_first_rank(self.launch):
+            return self._make_trainer(0, **kwargs)
+        owner = RunOwner(self.run_dir)
+        owner.claim(provenance(self.arguments))
+        try:
+            self.resume_from = self._choose()
+            trainer = self._make_trainer(self._step(), **kwargs)
+            self._compare(trainer)
+            owner.note(
+                resumes=str(self.resume_from or ""), changes=self.model.run_record["changes"]
+            )
+        except BaseException:
+            owner.withdraw()
+            raise
+        self.owner = self.writer.owner = owner
+        return trainer
+
+    def follow(self, checkpoint: str) -> None:
+        """Go on from the checkpoint that the first rank chose, if any."""
+        self.resume_from = Path(checkpoint) if checkpoint else None
+        self._compare(self.trainer)
+
+    def _make_trainer(self, start: int, **kwargs: Any) -> L.Trainer:
+        settings, run_dir = self.config_init, self.run_dir
         folder = run_dir / CHECKPOINTS
         self.interruption = Interruption()
         self.trainer_defaults["callbacks"] = [
@@ -124,10 +167,9 @@ class TrainCLI(LightningCLI):
         ]
         if settings.log_samples:
             self.trainer_defaults["callbacks"].append(SampleLog(run_dir / "samples"))
-        launch = detect_launch()
         plugins: list[Any] = [FolderIO(self.writer)]
-        if launch.kind != "alone":
-            plugins.append(launch.environment())
+        if self.launch.kind != "alone":
+            plugins.append(self.launch.environment())
         # Steps that the interrupted run logged after its checkpoint are about to come again.
         logger = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=start + 1)
         trainer = super().instantiate_trainer(
@@ -138,7 +180,7 @@ class TrainCLI(LightningCLI):
             **FORCED,
             **kwargs,
         )
-        launch.check(trainer.num_devices, trainer.num_nodes)
+        self.launch.check(trainer.num_devices, trainer.num_nodes)
         return trainer
 
     def facts(self) -> dict[str, str]:
@@ -147,12 +189,17 @@ class TrainCLI(LightningCLI):
         return {
             **versions(),
             **flatten(self.config.as_dict()),
-            "the checkpoint to go on from": str(self.resume_from),
             f"the hash of {index}": hashlib.sha256(index.read_bytes()).hexdigest()[:16],
         }
 
-    def _resume(self) -> tuple[Path | None, int]:
-        """The checkpoint to go on from, if any, found to fit this run; and its step."""
+    def _step(self) -> int:
+        if self.resume_from is None:
+            return 0
+        step: int = CheckpointFolder(self.resume_from).training["global_step"]
+        return step
+
+    def _choose(self) -> Path | None:
+        """Find the checkpoint to go on from, whole, and of this run if it has any."""
         resume, run_dir = self.config_init.resume, self.run_dir
         own = run_dir / CHECKPOINTS
         if resume == "auto":
@@ -163,28 +210,61 @@ class TrainCLI(LightningCLI):
                 "another run_dir, or delete it"
             )
         if resume is None:
-            return None, 0
-        path = last_checkpoint(run_dir) if resume == "last" else Path(resume)
+            return None
+        if resume == "last":
+            return last_good_checkpoint(run_dir)
+        path = Path(resume)
         if any(own.glob("*.ckpt")) and path.resolve().parent != own.resolve():
             raise ValueError(
                 f"resume={path}: in run_dir={run_dir} is another run; give another run_dir"
             )
-        folder = CheckpointFolder(path)
-        folder.check()
-        contents = folder.training
-        max_steps = self.config_init.trainer.max_steps
-        check_settings(contents, self.model.config, self.model.optimizer_config, max_steps)
-        self.datamodule.load_state_dict(contents[type(self.datamodule).__qualname__])
-        return path, contents["global_step"]
+        verified_checkpoint(path)
+        return path
+
+    def _compare(self, trainer: L.Trainer) -> None:
+        """Raise ValueError unless the run to go on with is the same, or was allowed to change."""
+        given = result_settings(trainer, self.model, self.datamodule)
+        names = self.config_init.allow_change or []
+        allowed = {part.strip() for name in names for part in name.split(",")}
+        source = provenance(self.arguments)
+        schedule = {
+            name: str(self.config_init.trainer[name.removeprefix("trainer.")]) for name in SCHEDULE
+        }
+        changes: list[dict[str, Any]] = []
+        if self.resume_from is None:
+            check_same({}, given, allowed)
+        else:
+            folder = CheckpointFolder(self.resume_from)
+            saved = folder.training
+            changed = check_same(saved_settings(saved), given, allowed)
+            if any(name.startswith(MODEL) for name in changed):
+                check_shapes(folder, self.model)
+            self.model.is_optimizer_changed = any(name.startswith(OPTIMIZER) for name in changed)
+            self.datamodule.accepted_changes = {
+                name.removeprefix(DATA) for name in changed if name.startswith(DATA)
+            }
+            self.datamodule.load_state_dict(saved[type(self.datamodule).__qualname__])
+            warn_of_differences(saved, schedule, source)
+            step = saved["global_step"]
+            changes = list(saved["stu"].get("changes", []))
+            for name, (before, now) in changed.items():
+                changes.append({"step": step, "name": name, "before": before, "now": now})
+        self.model.run_record = {"provenance": source, "schedule": schedule, "changes": changes}
 
     @rank_zero_only
     def save_settings(self) -> None:
         """Write `config.yaml`, with which the run can be repeated, or resumed."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         settings = self.config.clone()
-        settings.resume = None
+        settings.resume = settings.allow_change = None
         with new_file(self.run_dir / "config.yaml") as temporary:
             temporary.write_text(self.parser.dump(settings), encoding="utf-8")
+
+
+def is_first_rank(launch: Launch) -> bool:
+    """Whether this process is the first one of its run, which may have to start the others yet."""
+    by_lightning: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return launch.rank == by_lightning == int(os.environ.get("NODE_RANK") or 0) == 0
 
 
 def add_settings(parser: LightningArgumentParser) -> None:
@@ -204,6 +284,11 @@ def add_settings(parser: LightningArgumentParser) -> None:
         "--resume",
         type=str | None,
         help="`last`, a checkpoint to go on from, or `auto`: the last one, if there is any",
+    )
+    add(
+        "--allow_change",
+        action="append",
+        help="settings, by name, that may differ from the checkpoint's: NAME[,NAME]",
     )
     add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
     add("--checkpoint_every_minutes", type=float, default=30.0, help="and at least so often")
@@ -236,21 +321,30 @@ def run(arguments: Sequence[str]) -> None:
     Raises UserError for what can be found wrong before the first step, OSError if a file cannot be
     written; exits with code 2 for arguments that cannot be parsed.
     """
+    arguments = [re.sub("^--allow-change(?=$|=)", "--allow_change", word) for word in arguments]
     # Lightning's hints are not for the users of this command.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
+    cli = _prepare(list(arguments))
+    with owned(cli.owner):
+        _fit(cli)
+
+
+def _prepare(arguments: list[str]) -> TrainCLI:
+    """Do all that can be refused, all ranks together; the first one owns the folder from then on.
+
+    Raises UserError.
+    """
+    cli: TrainCLI | None = None
     try:
         start = Start(detect_launch())
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    with start.together() as facts:
-        try:
+        with start.together() as facts:
             cli = TrainCLI(
                 run=False,
-                args=list(arguments),
+                args=arguments,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -259,14 +353,23 @@ def run(arguments: Sequence[str]) -> None:
                 parser_kwargs={"prog": "stu-train"},
             )
             facts |= cli.facts()
-        except (ValueError, MisconfigurationException) as error:
-            raise UserError(str(error)) from error
-    with start.together():
-        try:
+            if cli.owner is not None:
+                start.tell("resume", str(cli.resume_from or ""))
+        with start.together():
+            if cli.owner is None:
+                cli.follow(start.told("resume"))
             cli.save_settings()
-        except OSError as error:
-            raise UserError(f"run_dir={cli.run_dir} cannot be written ({error})") from error
-    start.check_folder(cli.run_dir)
+        start.check_folder(cli.run_dir)
+    except BaseException as error:
+        if cli is not None and cli.owner is not None:
+            cli.owner.withdraw()
+        if isinstance(error, ValueError | MisconfigurationException):
+            raise UserError(str(error)) from error
+        raise
+    return cli
+
+
+def _fit(cli: TrainCLI) -> None:
     trainer, model = cli.trainer, cli.model
     _tell(
         f"{model.model.num_parameters() / 1e6:,.1f} M parameters, "
@@ -297,6 +400,20 @@ def run(arguments: Sequence[str]) -> None:
         f"trained to step {trainer.global_step} of {trainer.max_steps}{reason}; "
         f"next: stu-export {cli.run_dir} --output MODEL_DIR"
     )
+
+
+@contextmanager
+def owned(owner: RunOwner | None) -> Iterator[None]:
+    """Give the run's folder free when the block ends, and note how."""
+    how = "done"
+    try:
+        yield
+    except BaseException as error:
+        how = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if owner is not None:
+            owner.end(how)
 
 
 def leave_group() -> None:

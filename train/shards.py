@@ -27,6 +27,7 @@ INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.model"
 TOKEN_DTYPES = ("uint16", "uint32")
 WRITE_BUFFER_BYTES = 1 << 20
+FINGERPRINT_PIECES, FINGERPRINT_TOKENS = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Shard:
     file: str
     num_tokens: int
     num_documents: int
+    sha256: str = ""
+    """The file's checksum; empty in folders that an older stu-prepare made."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class SplitWriter:
         self._num_bytes = 0
         self._shards: list[Shard] = []
         self._file: BinaryIO | None = None
+        self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> "SplitWriter":
         return self
@@ -147,22 +151,29 @@ class SplitWriter:
         if self._file is None or self._shards[-1].num_tokens + len(tokens) > self._shard_tokens:
             self._next_shard()
         assert self._file is not None
-        self._file.write(tokens.astype(self._dtype).tobytes())
+        contents = tokens.astype(self._dtype).tobytes()
+        self._file.write(contents)
+        self._sha256.update(contents)
         self._num_bytes += num_bytes
         last = self._shards[-1]
         num_documents = last.num_documents + starts
         self._shards[-1] = Shard(last.file, last.num_tokens + len(tokens), num_documents)
 
     def finish(self) -> Split:
-        if self._file is not None:
-            self._file.close()
+        self._finish_shard()
         num_tokens = sum(shard.num_tokens for shard in self._shards)
         num_documents = sum(shard.num_documents for shard in self._shards)
         return Split(num_tokens, num_documents, self._num_bytes, self._shards)
 
-    def _next_shard(self) -> None:
+    def _finish_shard(self) -> None:
         if self._file is not None:
             self._file.close()
+            checksum = self._sha256.hexdigest()
+            self._shards[-1] = dataclasses.replace(self._shards[-1], sha256=checksum)
+
+    def _next_shard(self) -> None:
+        self._finish_shard()
+        self._sha256 = hashlib.sha256()
         name = shard_file(self._split, len(self._shards))
         self._file = (self._folder / name).open("wb", buffering=WRITE_BUFFER_BYTES)
         self._shards.append(Shard(name, 0, 0))
@@ -212,6 +223,16 @@ class TokenShards:
             filled += len(part)
             shard += 1
         return tokens
+
+    def fingerprint(self) -> str:
+        """Return a hash that tells these tokens from others of the same number: of the checksums
+        in the index, and of pieces of the files, spread over all of them."""
+        digest = hashlib.sha256("".join(shard.sha256 for shard in self.split.shards).encode())
+        step = max(FINGERPRINT_TOKENS, len(self) // FINGERPRINT_PIECES)
+        for start in range(0, len(self), step):
+            stop = min(start + FINGERPRINT_TOKENS, len(self))
+            digest.update(self.read(start, stop).astype("<u4").tobytes())
+        return digest.hexdigest()
 
     def _check_tokenizer(self) -> None:
         if not self.tokenizer_path.is_file():

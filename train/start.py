@@ -21,6 +21,8 @@ from train.launch import Launch
 
 PATIENCE_SECONDS = 600.0
 """How long ranks may be apart, for slow file systems and large models."""
+TOLD = "STU_TRAIN_"
+"""Beginning of variables by which the first rank tells those that Lightning starts beside it."""
 SHOWN_GROUPS = 4
 PACKAGES = ("stu", "torch", "lightning", "deepspeed", "numpy", "safetensors")
 
@@ -94,6 +96,18 @@ class Start:
         finally:
             if self._launch.rank == 0:
                 path.unlink(missing_ok=True)
+
+    def tell(self, name: str, value: str) -> None:
+        """Tell the other ranks something, those that Lightning starts later too: by the first."""
+        os.environ[TOLD + name.upper()] = value
+        if self._launch.num_ranks > 1:
+            self._connect().set(f"told/{name}", value)
+
+    def told(self, name: str) -> str:
+        """Return what the first rank told."""
+        if self._launch.num_ranks > 1:
+            return self._get(f"told/{name}")
+        return os.environ.get(TOLD + name.upper(), "")
 
     def _agree(self, answer: dict[str, Any], is_raised: bool = True) -> None:
         """Tell the first rank, and do as it says. is_raised: whether that may be an exception."""

@@ -176,12 +176,19 @@ def test_state_is_exactly_the_position_and_what_it_depends_on(folder: Path) -> N
         "seq_len": SEQ_LEN,
         "tokenizer_sha256": data.tokenizer_sha256,
         "num_tokens": len(data.train_shards),
+        "contents": data.train_shards.fingerprint(),
     }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 4), ("seq_len", 16), ("tokenizer_sha256", "0123"), ("num_tokens", 7)],
+    [
+        ("seed", 4),
+        ("seq_len", 16),
+        ("tokenizer_sha256", "0123"),
+        ("num_tokens", 7),
+        ("contents", "0"),
+    ],
 )
 def test_a_position_of_another_order_is_refused(folder: Path, name: str, value: Any) -> None:
     data = _data(folder)

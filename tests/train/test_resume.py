@@ -1,5 +1,6 @@
 """A run that stops and goes on equals one that never stopped."""
 
+import json
 import os
 import re
 import shutil
@@ -15,13 +16,15 @@ import torch
 from lightning.pytorch.callbacks import Timer
 
 from tests.train.saved import load_checkpoint
-from train import checkpoint_writer, cli, report
+from train import checkpoint_writer, cli, export, provenance, report
 from train.callbacks import StepProgress
 from train.data import TokenData
 from train.evaluation import ValidationSums
+from train.optimizer import OptimizerConfig, learning_rate_factor
 
 STEPS = 100
 """At 2 samples a step, past the end of the first epoch."""
+WARMED_UP = OptimizerConfig(warmup_steps=1)
 VALIDATED = "--trainer.val_check_interval=25"
 
 
@@ -253,6 +256,128 @@ def test_other_settings_are_refused(train, settings, capsys, argument, message):
     arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=1", argument]
     assert cli.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_all_that_changes_the_result_is_refused_by_name(train, settings, data, tmp_path, capsys):
+    run = train("run", "--trainer.max_steps=1")
+    before = (run / "checkpoints" / "last.ckpt" / "training.pt").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    tokens = bytearray((other / "train-00000.bin").read_bytes())
+    tokens[2000] ^= 1
+    (other / "train-00000.bin").write_bytes(tokens)
+    for argument, message in [
+        ("--data.micro_batch_size=3", "samples_per_step is 3, .* with 2: .*change samples_per_ste"),
+        ("--trainer.accumulate_grad_batches=2", "samples_per_step is 4, but .* with 2: "),
+        ("--trainer.gradient_clip_val=3", "trainer.gradient_clip_val=3.0, but .* with 1.0: "),
+        ("--model.z_loss=1e-4", "model.z_loss=0.0001, but .* with 0.0: "),
+        ("--model.guard.loss_jump=2", "model.guard.loss_jump=2.0, but .* with 0.0: "),
+        ("--trainer.precision=bf16-mixed", "trainer.precision='bf16-mixed', .* with '32-true': "),
+        ("--model.optimizer.schedule=wsd", "model.optimizer.schedule='wsd', .* with 'cosine': "),
+        (f"--data.dir={other}", "data.contents is '"),
+        (
+            "--allow-change=trainer.clip",
+            "allow_change=trainer.clip is not known: it can name model",
+        ),
+        ("--allow-change=data.seed --data.seed=3 --model.z_loss=1", "error: model.z_loss=1.0, but"),
+    ]:
+        more = [f"--run_dir={run}", "--resume=last", "--trainer.max_steps=2", *argument.split()]
+        assert cli.main([*settings, *more]) == 2
+        assert re.search(message, capsys.readouterr().err), argument
+    assert (run / "checkpoints" / "last.ckpt" / "training.pt").read_bytes() == before
+    assert [path.name for path in (run / "jobs").iterdir()] == ["00001.json"]
+
+
+def test_a_change_that_is_allowed_by_name_is_made_and_recorded(train, settings, capsys):
+    run = train("run", "--trainer.max_steps=4")
+    allowed = "--allow-change=model.optimizer.learning_rate,model.optimizer.weight_decay"
+    more = [allowed, "--allow-change", "data.seed,samples_per_step", "--resume=last"]
+    more += ["--model.optimizer.learning_rate=0.5", "--model.optimizer.weight_decay=0.25"]
+    more += ["--data.seed=7", "--data.micro_batch_size=4", "--trainer.max_steps=4"]
+    assert rates(run)[-1] == pytest.approx(0.1 * 1e-2)
+    with pytest.warns(match="the checkpoint was trained with 4"):
+        train("run", *more, "--trainer.max_steps=7")
+    assert rates(run)[4] == pytest.approx(0.5 * learning_rate_factor(4, 7, WARMED_UP))
+    assert rates(run)[-1] == pytest.approx(0.1 * 0.5)
+    saved = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert saved["TokenData"]["position"] == 2 * 4 + 4 * 3
+    changes = {
+        change["name"]: (change["before"], change["now"]) for change in job(run, 2)["changes"]
+    }
+    assert changes["model.optimizer.learning_rate"] == (0.01, 0.5)
+    assert changes["samples_per_step"] == (2, 4)
+    assert saved["stu"]["changes"] == job(run, 2)["changes"]
+    assert {change["step"] for change in saved["stu"]["changes"]} == {4}
+    assert (
+        cli.main(
+            [
+                *settings,
+                f"--run_dir={run}",
+                *more[:3],
+                "--model.config.width=32",
+                "--resume=last",
+                "--allow-change=model.config.width",
+                *more[4:],
+            ]
+        )
+        == 2
+    )
+    assert "make another model" in capsys.readouterr().err
+
+
+def job(run, number):
+    return json.loads((run / "jobs" / f"{number:05d}.json").read_text())
+
+
+def test_where_results_come_from_is_recorded_and_another_version_told(train, monkeypatch):
+    run = train("run", "--trainer.max_steps=2", "--model.z_loss=0")
+    source = job(run, 1)
+    assert source["versions"]["torch"] == torch.__version__
+    assert re.match("stu-train .*--model.z_loss=0", source["command"])
+    saved = load_checkpoint(run / "checkpoints" / "last.ckpt")["stu"]["provenance"]
+    assert saved == {name: source[name] for name in saved}
+    version = provenance._version
+    monkeypatch.setattr(provenance, "git_commit", lambda _: "f00")
+    monkeypatch.setattr(provenance, "_version", lambda name: version(name) + "1")
+    with pytest.warns(match=r"commit .* then, f00 now; .*torch \S+ then, \S+1 now"):
+        train("run", "--trainer.max_steps=2", "--resume=last")
+
+
+def flip_a_bit(file):
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "training.pt", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_taken(train, settings, capsys, name):
+    whole = train("whole", "--trainer.max_steps=6")
+    run = train("run", "--trainer.max_steps=6", "--checkpoint_every_steps=2")
+    last = run / "checkpoints" / "step-00000006.ckpt"
+    flip_a_bit(last / name)
+    again = [*settings, f"--run_dir={run}", "--trainer.max_steps=6"]
+    assert cli.main([*again, f"--resume={last}"]) == 2
+    assert f"checkpoint {last}: " in capsys.readouterr().err
+    assert export.main([str(run), "--output", str(run / "model")]) == 2
+    assert f"checkpoint {last}: " in capsys.readouterr().err
+    train("run", "--trainer.max_steps=6", "--resume=auto")
+    assert re.search(r"last.ckpt: .*: goes back to step-00000004.ckpt", capsys.readouterr().err)
+    assert_same_state(state(run), state(whole))
+    assert export.main([str(run), "--output", str(run / "model")]) == 0
+
+
+def test_a_checkpoint_without_checksums_is_taken_with_a_word(train, capsys):
+    run = train("run", "--trainer.max_steps=1")
+    folder = run / "checkpoints" / "last.ckpt"
+    training = torch.load(folder / "training.pt", weights_only=True)
+    training["stu"]["format_version"] = 2
+    torch.save(training, folder / "training.pt")
+    (folder / "SHA256SUMS").unlink()
+    train("run", "--trainer.max_steps=2", "--resume=last")
+    assert "an older stu wrote it without checksums" in capsys.readouterr().err
+    assert state(run)["global_step"] == 2
 
 
 @pytest.mark.parametrize("name", ["seed=5", "seq_len=8"])
