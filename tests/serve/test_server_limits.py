@@ -317,7 +317,7 @@ def test_settings_that_are_not_allowed(tmp_path, name, value, message):
 def test_key_files_that_are_not_allowed(tmp_path, text):
     path = tmp_path / "keys"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"has no key|beyond ASCII"):
+    with pytest.raises(ValueError, match=r"has no key|beyond printable ASCII"):
         ServerConfig(tmp_path, api_keys=path).keys()
 
 
