@@ -32,7 +32,7 @@ from serve.fields import (
     Neutral,
     without_inert,
 )
-from serve.prompts import MOST_STOP_TOKENS
+from serve.prompts import MOST_STOP_TOKENS, show
 
 MOST_BIASES = 4096
 MOST_MESSAGES = 1024
@@ -154,6 +154,26 @@ class Message(_Body):
 
     harmless = MESSAGE_HARMLESS
     neutral = MESSAGE_NEUTRAL
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_read(cls, given: Any) -> Any:
+        """Refuse what is known to be sent, and not read here, with what to do."""
+        role, content = (
+            (given.get("role"), given.get("content")) if isinstance(given, dict) else ("", "")
+        )
+        if role in ("tool", "function"):
+            raise ValueError(
+                f'role="{role}" is not served here: the model calls no tools: put what they answer '
+                "into a message of role user"
+            )
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else "text"
+            if kind != "text":
+                raise ValueError(
+                    f"type={show(kind)} is not served here: parts of content must be of type text"
+                )
+        return given
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":

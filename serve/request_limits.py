@@ -29,7 +29,7 @@ def check_request(request: Request, model: ModelConfig, eos_id: int) -> None:
     """Raises ValueError for what no engine of the model can decode."""
     vocab_size, longest = model.vocab_size, model.max_seq_len
     for name, ids in {
-        "tokens": request.tokens,
+        "prompt": request.tokens,
         "stop_tokens": request.stop_tokens,
         "given": request.given,
         "logit_bias": request.sampling.logit_bias,

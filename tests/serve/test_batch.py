@@ -166,7 +166,7 @@ BAD_ROWS = [
         2,
         ["of 101 tokens", "max_seq_len=64", "the prompt is too long, shorten it"],
     ),
-    ('{"prompt": [1, 280]}', 2, ["tokens has the id 280, and the vocabulary ids 0 to 279"]),
+    ('{"prompt": [1, 280]}', 2, ["prompt has the id 280, and the vocabulary ids 0 to 279"]),
     ('{"prompt": [1, -1]}', 2, ["tokens=[1, -1] is not allowed: it must be a list of token ids"]),
     ('{"prompt": "x", "stop": [""]}', 2, ["stop=", "none of them empty"]),
 ]

@@ -128,7 +128,7 @@ def test_a_request_that_can_never_be_decoded_takes_its_row_along_and_no_other(en
     results = written(decode(engine, rows))
     assert results[1]["code"] == 400
     assert results[1]["error"].startswith(
-        "place 1: tokens has the id 9999, and the vocabulary ids 0 to 279"
+        "place 1: prompt has the id 9999, and the vocabulary ids 0 to 279"
     )
     assert results[0] == results[2] == written(decode(engine, rows[:1]))[0]
     assert engine.stats().convolution_pages_used == 0

@@ -296,7 +296,7 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
             Request([1] * 200, 57),
             "maximum context length is 256 .* are 257: lower max_new_tokens to 56 or",
         ),
-        (Request([1, 280], 3), "tokens has the id 280, and the vocabulary ids 0 to 279: use"),
+        (Request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
         (Request([1], 3, stop_tokens=[280]), "stop_tokens has the id 280"),
         (Request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
     ):

@@ -319,7 +319,7 @@ BAD_ROWS = [
     (row("k", prompt=["x", 5]), "k", "prompt=5 is not allowed"),
     (row("k", prompt=["x", "\ud800"]), "k", "prompt has half of a surrogate pair"),
     (row("k", prompt=["x"] * 129), "k", "prompt has 129 prompts, and a row may have 128"),
-    (row("k", prompt=[[1, 280]]), "k", "tokens has the id 280, and the vocabulary ids 0 to 279"),
+    (row("k", prompt=[[1, 280]]), "k", "prompt has the id 280, and the vocabulary ids 0 to 279"),
     (row("k", **PROMPT, model=5), "k", "model=5 is not allowed: it must be a string"),
     (row("k", **PROMPT, model="\ud800"), "k", "model has half of a surrogate pair"),
     (row("k", **PROMPT, max_tokens=-1), "k", "max_tokens=-1 is not allowed"),

@@ -304,7 +304,7 @@ BAD = [
     ),
     ({**X, "logit_bias": {"999": 1}}, "logit_bias", "has the id 999"),
     ({**X, "logit_bias": {"1": 1000}}, "logit_bias", "-100 to 100"),
-    ({"prompt": [999]}, "tokens", "has the id 999"),
+    ({"prompt": [999]}, "prompt", "prompt has the id 999"),
     ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
     ({"prompt": "\ud800"}, "prompt", "surrogate"),
     ({"prompt": [1] * 70}, "prompt", "maximum context length is 64"),
@@ -341,7 +341,12 @@ BAD_CHATS = [
         )
     ),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0", "content is missing"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'assistant'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", 'role="tool" is not served'),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0",
+        'type="image_url" is not served here',
+    ),
     ({**HI, "top_logprobs": 2}, "top_logprobs", "logprobs=true alone"),
     ({**HI, "max_tokens": 1000}, "messages", "maximum context length is 64 tokens"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
