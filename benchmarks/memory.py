@@ -98,6 +98,7 @@ def train(
         "trainer.accelerator": "cpu",
         "trainer.devices": ranks,
         "trainer.max_steps": STEPS,
+        "model.optimizer.warmup_steps": 1,
         "trainer.accumulate_grad_batches": ACCUMULATED,
         "trainer.log_every_n_steps": 1,
         "trainer.limit_val_batches": 0,
