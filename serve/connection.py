@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serve.exchange import request_id
 from serve.protocol import error_body
 
 logger = logging.getLogger(__name__)
@@ -199,12 +200,16 @@ class Connection(H11Protocol):
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        logger.info("refused with %d: %s", status, message)
+        # Before the body the headers of this request are not known.
+        own_id = request_id(self.headers if self.phase == "body" else ())
+        fields = {"request_id": own_id, "status": status}
+        logger.info("refused with %d: %s", status, message, extra={"fields": fields})
         body = json.dumps(error_body(message, "invalid_request_error")).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            (b"x-request-id", own_id.encode()),
         ]
         for event in (
             h11.Response(status_code=status, headers=headers, reason=REASONS[status]),

@@ -7,7 +7,6 @@ idle, only /health is still answered.
 
 import asyncio
 import contextlib
-import json
 import logging
 import resource
 import socket
@@ -19,6 +18,7 @@ import psutil
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.connection import Connection, Deadlines
+from serve.exchange import Exchanges, answer, exchange_of
 from serve.protocol import error_body
 
 logger = logging.getLogger(__name__)
@@ -180,17 +180,14 @@ class Connections:
 def health_alone(app: ASGIApp) -> ASGIApp:
     """Return an application that refuses all but /health."""
 
-    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == "/health":
-            await app(scope, receive, send)
-            return
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         body = error_body("too many connections: try again later", "server_error")
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"retry-after", b"1"),
-            (b"connection", b"close"),
-        ]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+        exchange_of(scope).refuse(body)
+        await answer(send, 503, body, {"retry-after": "1"})
+
+    refusing = Exchanges(refuse, log_texts=False)
+
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        await (app if scope["path"] == "/health" else refusing)(scope, receive, send)
 
     return answered

@@ -20,6 +20,7 @@ import pytest
 
 from serve.answers import event
 from serve.config import EngineConfig
+from serve.connections import health_alone
 from serve.engine import Engine, Stats
 from serve.exchange import FAULT, Exchanges
 from serve.listening import is_reached_from_outside, listening, url_of
@@ -95,6 +96,32 @@ def test_refusals_have_an_id_and_a_line_in_the_log(
     assert (line["status"], line["method"], line["path"]) == (status, method, path)
     assert (line["param"], line["code"]) == (error["param"], error["code"])
     assert line["client"] == ("127.0.0.1" if status == 401 else "key 2")
+
+
+def test_what_is_no_http_is_refused_with_an_id(server):
+    """Before any application has seen it."""
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as raw:
+        raw.settimeout(SECONDS)
+        raw.sendall(b"no HTTP at all\r\n\r\n")
+        answer = b"".join(iter(lambda: raw.recv(2**16), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    own = re.search(rb"x-request-id: (\w{24})\r\n", answer)[1].decode()
+    assert logged(server, request_id=own)["status"] == 400
+
+
+def test_a_crowded_server_refuses_with_an_id():
+    async def ask(path):
+        transport = httpx.ASGITransport(health_alone(Exchanges(healthy, log_texts=False)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://stu") as http:
+            return await http.get(path, headers={"x-request-id": "own"})
+
+    async def healthy(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    for path, status in {"/health": 200, "/v1/models": 503}.items():
+        answer = asyncio.run(ask(path))
+        assert (answer.status_code, answer.headers["x-request-id"]) == (status, "own")
 
 
 def test_own_ids_are_used_if_they_are_short_and_printable(server, http):
