@@ -49,9 +49,9 @@ export async function getModel() {
   return JSON.parse(await getText("v1/models")).data[0];
 }
 
-/** How many tokens a text has, alone or after BOS. Throws ServerError or Unreachable. */
-export async function countTokens(prompt, hasBos, signal) {
-  const answer = await post("tokenize", { prompt, add_special_tokens: hasBos }, signal);
+/** How many tokens a prompt has, with BOS. Throws ServerError or Unreachable. */
+export async function countTokens(prompt, signal) {
+  const answer = await post("tokenize", { prompt }, signal);
   return (await answer.json().catch(throwUnreachable)).count;
 }
 

@@ -4,7 +4,7 @@ import { copyText } from "./copy.js";
 
 const ROLES = { user: "You", assistant: "Model" };
 
-/** The messages, in their log. onEdit(text) gets the last question back, and onAgain() asks again. */
+/** The messages, in their log. onEdit(text) gets the last question back; onAgain() asks it again. */
 export class Transcript {
   #messages = [];
 

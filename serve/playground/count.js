@@ -1,16 +1,16 @@
-// How many tokens a field holds, a moment after somebody has typed.
+// How many tokens a request would have, a moment after somebody has typed.
 
 import { countTokens } from "./api.js";
 
 const PAUSE_MS = 300;
 
-/** Counts a field's tokens. inWords(count) is what is shown. */
+/** Counts the tokens of `textOf()` when `field` changes. inWords(count) is what is shown. */
 export class Count {
   #timer = 0;
   #controller = new AbortController();
 
-  constructor(field, hasBos, inWords) {
-    Object.assign(this, { field, hasBos, inWords });
+  constructor(field, textOf, inWords) {
+    Object.assign(this, { textOf, inWords });
     this.line = document.getElementById(`${field.id}-count`);
     field.addEventListener("input", () => this.update());
   }
@@ -26,7 +26,7 @@ export class Count {
     this.#controller = new AbortController();
     const { signal } = this.#controller;
     try {
-      const count = await countTokens(this.field.value, this.hasBos, signal);
+      const count = await countTokens(this.textOf(), signal);
       if (!signal.aborted) this.line.textContent = this.inWords(count);
     } catch {
       // Whatever is wrong with the server, the request itself will tell.

@@ -9,7 +9,7 @@ const MOVES = {
   End: (_, length) => length - 1,
 };
 
-/** Shows tokens of the TokenText it is given. onChoose() is called when another is chosen, or none. */
+/** Shows tokens of the TokenText it is given. onChoose() hears that another is chosen, or none. */
 export class Inspector {
   #text = null;
   #chosen = -1;

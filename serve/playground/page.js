@@ -42,12 +42,13 @@ const connection = new Connection({
 });
 
 const counts = {
-  text: new Count(prompt, true, (count) => {
-    const asked = Number(maxTokens.value);
-    const over = model && count + asked > model.max_model_len ? ": too many together" : "";
-    return `${tokens(count)} and ${asked.toLocaleString("en")} new ones, of ${context()}${over}`;
-  }),
-  chat: new Count(message, false, (count) => `${tokens(count)}, of ${context()} with the chat`),
+  text: new Count(prompt, () => prompt.value, ofContext),
+  // Without what the server's template adds.
+  chat: new Count(
+    message,
+    () => [...chatMessages().map((its) => its.content), message.value].join("\n"),
+    (count) => `the chat has about ${ofContext(count)}`,
+  ),
 };
 const completion = new CompletionBox((text) => {
   prompt.value = text;
@@ -74,7 +75,10 @@ async function generate() {
   const body = bodyOrError(runs.text, textBody);
   if (!body) return;
   completion.begin(body.prompt, "logprobs" in body);
-  await runs.text.follow((signal) => stream(PATHS.text, body, signal), (its) => completion.add(its));
+  await runs.text.follow(
+    (signal) => stream(PATHS.text, body, signal),
+    (event) => completion.add(event),
+  );
   completion.end();
 }
 
@@ -88,7 +92,6 @@ async function send() {
   if (!bodyOrError(runs.chat, chatBody)) return;
   if (message.value !== "") transcript.add("user", message.value);
   message.value = "";
-  counts.chat.update();
   await answer();
 }
 
@@ -106,6 +109,7 @@ async function answer() {
   );
   transcript.dropAnswer({ isEmpty: true });
   transcript.setBusy(false);
+  counts.chat.update();
   showCode();
 }
 
@@ -116,8 +120,12 @@ function textBody() {
 }
 
 function chatBody() {
+  return { messages: chatMessages(), ...settings() };
+}
+
+function chatMessages() {
   const instructions = system.value ? [{ role: "system", content: system.value }] : [];
-  return { messages: [...instructions, ...transcript.messages], ...settings() };
+  return [...instructions, ...transcript.messages];
 }
 
 /** What `make` gives, or null if one is running or the error is shown. */
@@ -159,12 +167,12 @@ function makeRun(field, ...ids) {
   return new Run({ field, go, stop, progress, error, onTrouble });
 }
 
-function tokens(count) {
-  return `${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`;
-}
-
-function context() {
-  return model ? model.max_model_len.toLocaleString("en") : "unknown";
+function ofContext(count) {
+  if (!model) return "";
+  const numbers = [count, Number(maxTokens.value), model.max_model_len];
+  const [has, more, most] = numbers.map((number) => number.toLocaleString("en"));
+  const over = numbers[0] + numbers[1] > numbers[2] ? ": too many together" : "";
+  return `${has} ${count === 1 ? "token" : "tokens"} and ${more} new ones, of ${most}${over}`;
 }
 
 function byId(...ids) {
@@ -180,6 +188,7 @@ for (const [form, act] of [["request", generate], ["chat", send]]) {
 byId("new-chat")[0].addEventListener("click", () => {
   runs.chat.abort();
   transcript.clear();
+  counts.chat.update();
   message.focus();
   showCode();
 });
@@ -203,7 +212,9 @@ for (const button of document.querySelectorAll("[data-copy]")) {
     copyText(byId(button.dataset.copy)[0].textContent, button),
   );
 }
-maxTokens.addEventListener("input", () => counts.text.update());
+for (const field of [maxTokens, system]) {
+  field.addEventListener("input", () => Object.values(counts).forEach((its) => its.update()));
+}
 keyField.value = apiKey.value;
 keyField.addEventListener("input", () => {
   apiKey.value = keyField.value.trim();

@@ -455,6 +455,11 @@ def test_chat(page, server):
     page.fill("#max_tokens", "12")
     page.fill("#seed", "3")
     page.fill("#system", "Be brief.")
+    line = page.locator("#message-count")
+    expect(line).to_have_text(
+        re.compile(r"^the chat has about \d+ tokens and 12 new ones, of 8,192$")
+    )
+    before = line.text_content()
     texts, progress = page.locator("#transcript .content"), page.locator("#chat-progress")
     is_idle = re.compile("false")
     messages = [{"role": "system", "content": "Be brief."}]
@@ -469,6 +474,7 @@ def test_chat(page, server):
         expect(page.locator("#transcript")).to_have_attribute("aria-busy", is_idle)
         expect(progress).to_contain_text("Done: ")
         assert texts.all_text_contents() == [its["content"] for its in messages[1:]]
+    expect(line).not_to_have_text(before)
     page.fill("#seed", "4")
     page.get_by_role("button", name="Regenerate").click()
     expect(page.locator("#transcript")).to_have_attribute("aria-busy", is_idle)
