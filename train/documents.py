@@ -11,6 +11,9 @@ from stu.compressed import open_decompressed
 from train.sources import MOST_PIECE_BYTES, kind_of, read_python
 
 PARQUET_ROWS = 64  # rows in memory at once: documents may be megabytes long
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MOST_FIELD_CHARS = 1 << 26
+"""Of a CSV file: more than the usual 128 Ki, less than a file whose quote is never closed."""
 FIX = "name it with --text-key"
 
 
@@ -175,12 +178,14 @@ def _decode(data: bytes, path: Path, place: str, offset: int) -> str | BadInput:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if not offset and data[:2] in UTF16_MARKS else "LATIN1"
         return BadInput(
             path,
             place,
             "not UTF-8",
             f"not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file, "
-            "for example with `iconv -f LATIN1 -t UTF-8`, or leave such out with --on-error skip",
+            f"for example with `iconv -f {encoding} -t UTF-8`, or leave such out with --on-error "
+            "skip",
         )
 
 
@@ -223,18 +228,19 @@ def _json_text(line: str, path: Path, place: str, text_key: str) -> str | BadInp
 
 
 def _read_csv(source: _Source, text_key: str) -> Iterator[Document | BadInput]:
-    csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB that are usual
+    csv.field_size_limit(MOST_FIELD_CHARS)
     rows = csv.reader(io.TextIOWrapper(source.data, encoding="utf-8-sig", newline=""))
     column = None
     while True:
+        place = f"line {rows.line_num + 1}"
         try:
-            with _Damage(source.path, f"line {rows.line_num + 1}"):
+            with _Damage(source.path, place):
                 row = next(rows, None)
         except (csv.Error, UnicodeDecodeError) as error:
             is_text = isinstance(error, csv.Error)
             kind, reason = ("not CSV", f"not CSV ({error})") if is_text else ("not UTF-8", "")
             reason = reason or f"not UTF-8 in what follows ({error}); convert the file"
-            raise BadInput(source.path, f"line {rows.line_num + 1}", kind, reason) from error
+            raise BadInput(source.path, place, kind, reason) from error
         if row is None:
             return
         if column is None:
@@ -247,7 +253,7 @@ def _read_csv(source: _Source, text_key: str) -> Iterator[Document | BadInput]:
             yield Document(row[column], source.used())
         elif row:  # else a blank line
             reason = f"{len(row)} fields, and {text_key!r} is number {column + 1}"
-            yield BadInput(source.path, f"line {rows.line_num}", "no field", reason)
+            yield BadInput(source.path, place, "no field", reason)
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
@@ -274,7 +280,9 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
                 for text in batch.column(0).to_pylist():
                     yield Document(text or "", size * (done + 1) // rows - size * done // rows)
                     done += 1
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a disk's, not the file's
+            raise
         raise BadInput(path, "", "not Parquet", f"damaged, or not Parquet ({error})") from error
     except UnicodeDecodeError as error:
         raise BadInput(path, "", "not UTF-8", f"not UTF-8 ({error})") from error

@@ -21,6 +21,7 @@ COUNTS = (
 )
 """The trainer's settings that must be whole numbers from 1."""
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PROFILERS = ("simple", "advanced", "pytorch")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 PRECISION_ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
 LARGEST_SEED = 2**32 - 1
@@ -120,6 +121,9 @@ def _check_trainer(trainer: Any) -> None:
     algorithm = trainer.gradient_clip_algorithm
     is_known = algorithm in (None, "norm", "value")
     _require("trainer.gradient_clip_algorithm", algorithm, is_known, "norm or value")
+    profiler = trainer.profiler
+    is_known = not isinstance(profiler, str) or profiler in PROFILERS
+    _require("trainer.profiler", profiler, is_known, ", ".join(PROFILERS))
     sanity = trainer.num_sanity_val_steps
     is_steps = sanity is None or sanity >= -1
     _require("trainer.num_sanity_val_steps", sanity, is_steps, "a whole number >= 0, or -1 for all")

@@ -82,6 +82,9 @@ def _find_source(source: str) -> Files:
             is_json = path.suffix.lower() == ".json"
             raise ValueError(f"source {source}: not a {ALLOWED} file{hint if is_json else ''}")
         return Files([path], [])
+    if os.path.lexists(path):
+        what = "a link to nothing" if not path.exists() else "neither a file nor a folder"
+        raise ValueError(f"source {source}: {what}")
     matches = sorted(glob.glob(source, recursive=True))
     if not matches:
         raise ValueError(f"source {source}: no such file or folder, and no glob that matches one")
@@ -112,7 +115,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Every file below `folder`, and every hidden folder in place of what is in it. Links are
     followed, and a folder that was seen is not entered again: they may lead round in a circle."""
     seen = set()
-    for name, folders, files in os.walk(folder, followlinks=True):
+    for name, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = Path(name)
         status = here.stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -123,6 +126,10 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (here / file for file in files)
         yield from (here / inner for inner in folders if inner.startswith("."))
         folders[:] = [inner for inner in folders if not inner.startswith(".")]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _find_stdlib() -> Files:

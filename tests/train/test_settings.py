@@ -44,6 +44,7 @@ WRONG = [
     ("--trainer.num_sanity_val_steps=-2", "trainer.num_sanity_val_steps=-2"),
     ("--trainer.limit_val_batches=-1", "trainer.limit_val_batches=-1"),
     ("--trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5"),
+    ("--trainer.profiler=abacus", "trainer.profiler=abacus"),
     ("--trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00"),
     ("--trainer.max_time=00:01", "trainer.max_time='00:01'"),
     ("--trainer.accelerator=abacus", "trainer.accelerator=abacus"),

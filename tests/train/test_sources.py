@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,32 @@ def test_one_bad_row_is_left_out_where_that_is_wanted(tmp_path: Path) -> None:
     ]
 
 
+def test_a_quote_that_is_not_closed_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.documents.MOST_FIELD_CHARS", 1000)
+    (tmp_path / "a.csv").write_text('text\n"never closed\n' + "and more\n" * 200)
+    with pytest.raises(ValueError, match=r"a\.csv line 2: not CSV \(field larger"):
+        _texts(tmp_path / "a.csv")
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        find_files([str(tmp_path)])
+
+
 def test_what_is_hidden_is_left_out(tmp_path: Path) -> None:
     for name in ["a.txt", ".b.txt", ".git/c.txt", "d/.ipynb_checkpoints/e.txt", "d/f.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +267,9 @@ def test_python_sources_that_cannot_be_decoded_are_skipped(
         ("empty", r"no .txt, .md, .jsonl, .csv \(each also as .gz or .zst\) or .parquet file in"),
         ("picture.png", "not a .txt, .md, .jsonl, .csv .* or .parquet file"),
         ("*.png", "not a .txt, .md, .jsonl, .csv .* or .parquet file"),
+        ("link.txt", "link.txt: a link to nothing"),
+        ("l*.txt", "link.txt: a link to nothing"),
+        ("pipe.txt", "pipe.txt: neither a file nor a folder"),
         ("rows.json", "file; write its objects to a .jsonl file, each on a line of its own"),
     ],
 )
@@ -247,6 +277,8 @@ def test_sources_that_name_nothing(tmp_path: Path, source: str, message: str) ->
     (tmp_path / "empty").mkdir()
     (tmp_path / "picture.png").write_bytes(b"")
     (tmp_path / "rows.json").write_bytes(b"[]")
+    (tmp_path / "link.txt").symlink_to("nothing.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ValueError, match=message):
         find_files([f"{tmp_path}/{source}"])
 
@@ -254,7 +286,8 @@ def test_sources_that_name_nothing(tmp_path: Path, source: str, message: str) ->
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"abc\xe9def", r"a\.txt: not UTF-8 at byte 3"),
+        ("a.txt", b"abc\xe9def", r"a\.txt: not UTF-8 at byte 3.*iconv -f LATIN1"),
+        ("a.txt", "abc".encode("utf-16"), r"a\.txt: not UTF-8 at byte 0.*iconv -f UTF-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl line 2: not UTF-8 at byte 24"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl line 1: not JSON"),
