@@ -2,72 +2,89 @@
 
 One task on each node: `srun --ntasks-per-node=1 stu-health`. Each looks at itself, tells the first
 one, and all add up a number together. A node that is not fit is named on a line of its own, which
-`slurm/train.sbatch` reads to go on without it.
+`slurm/train.sbatch` reads to go on without it; what is wrong with all of them, or with the settings
+of the run, ends the job.
 """
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from stu.arguments import ArgumentParser, run_command
+from train.health_verdict import (
+    Answer,
+    Verdict,
+    as_dict,
+    facts_of_node,
+    folder_problem,
+    folders_of,
+    judge,
+    probe_name,
+)
+from train.start import discovery_port
 
 ADDED_NUMBERS = 2**20
 NVIDIA = "0x10de"
 """As a vendor on the PCI bus."""
 CLOCKS_APART_SECONDS = 5.0
+READ_SECONDS = timedelta(seconds=10)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. 0: all nodes are fit; 1: one is not; 2: wrong settings."""
+    """The command line. 0: all nodes are fit; 1: one is not; 2: no other node would be, either."""
     parser = ArgumentParser(
         prog="stu-health",
-        description="Check the nodes of a SLURM job: srun --ntasks-per-node=1 stu-health",
+        usage="stu-health --folder DIR [options] [-- settings of stu-train]",
+        description="Check the nodes of a SLURM job: srun --ntasks-per-node=1 stu-health. Of the "
+        "settings, run_dir and data.dir are checked too.",
     )
     add = parser.add_argument
-    add("--folder", metavar="DIR", type=Path, required=True, help="that must be writable")
+    add("--folder", metavar="DIR", type=Path, required=True, help="that nodes must share")
     add("--min_free_gib", type=float, default=4.0, help="of memory, on each node")
     add("--timeout_seconds", type=float, default=120.0, help="for all nodes to answer")
-    given = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = parser.parse_args(arguments[:end])
     return run_command(
-        "stu-health", lambda: check(given.folder, given.min_free_gib, given.timeout_seconds)
+        "stu-health",
+        lambda: check(
+            given.folder, given.min_free_gib, given.timeout_seconds, arguments[end + 1 :]
+        ),
     )
 
 
-def check(folder: Path, min_free_gib: float, timeout_seconds: float) -> int:
-    """This task's part; the first one names nodes that are not fit. 0 or 1."""
+def check(
+    folder: Path, min_free_gib: float, timeout_seconds: float, settings: Sequence[str] = ()
+) -> int:
+    """This task's part; the first one names nodes that are not fit. 0, 1 or 2."""
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     rank, count = int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
-    problems = list(local_problems(folder, min_free_gib))
-    for problem in problems:
-        _say(f"{node}: {problem}")
-    if problems:
-        _say(f"bad node: {node}")
-    bad = _together(node, rank, count, not problems, timeout_seconds)
-    if rank == 0 and not bad:
-        _say(f"{count} nodes are fit")
-    return 1 if bad or problems else 0
+    run_dir, data_dir = folders_of(settings) if settings else (str(folder), None)
+    answer = Answer(node, list(local_problems(min_free_gib)), facts=facts_of_node(data_dir))
+    shared = list(dict.fromkeys([folder, Path(run_dir)]))
+    verdict = _together(rank, count, answer, shared, timeout_seconds)
+    if rank == 0:
+        for told in verdict.told:
+            _say(told)
+        for name in verdict.bad:
+            _say(f"bad node: {name}")
+        if verdict.code == 0:
+            _say(f"{count} nodes are fit")
+    return verdict.code
 
 
-def local_problems(folder: Path, min_free_gib: float) -> Iterator[str]:
+def local_problems(min_free_gib: float) -> Iterator[str]:
     """What is wrong with this node."""
     import psutil
     import torch
 
-    probe = folder / f".stu-health-{socket.gethostname()}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            file.write(bytes(2**20))
-            file.flush()
-            os.fsync(file.fileno())
-        probe.unlink()
-    except OSError as error:
-        yield f"{folder} cannot be written ({error})"
     free_gib = psutil.virtual_memory().available / 2**30
     if free_gib < min_free_gib:
         yield f"{free_gib:.1f} GiB of memory are free, and {min_free_gib:g} are needed"
@@ -81,36 +98,49 @@ def local_problems(folder: Path, min_free_gib: float) -> Iterator[str]:
                 yield f"GPU {number} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
-def _together(node: str, rank: int, count: int, is_fit: bool, timeout_seconds: float) -> list[str]:
-    """All nodes' answers at the first one, and a sum over all: nodes that are not fit, or did not
-    answer in time."""
+def _together(
+    rank: int, count: int, answer: Answer, shared: Sequence[Path], timeout_seconds: float
+) -> Verdict:
+    """All nodes' answers at the first one, and a sum over all: what follows, for all of them."""
     import torch
     from torch import distributed
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     names = _node_names(count)
-    port = 20_000 + int(os.environ.get("SLURM_JOB_ID", os.getpid())) % 20_000
     timeout = timedelta(seconds=timeout_seconds)
-    store = TCPStore(names[0], port, count, rank == 0, timeout, wait_for_workers=False)
-    store.set(f"fit/{rank}", "yes" if is_fit else "no")
+    store = TCPStore(names[0], discovery_port(), count, rank == 0, timeout, wait_for_workers=False)
+    probe = probe_name()
+    if rank == 0:  # first, so that the others can look for it
+        _check_folders(answer, shared, probe, probe)
+        store.set("token", "" if answer.folders else probe)
+    else:
+        _check_folders(answer, shared, store.get("token").decode(), probe)
+    store.set(f"answer/{rank}", json.dumps(as_dict(answer)))
     if rank == 0:
         deadline = time.monotonic() + timeout_seconds
-        bad = []
+        answers, silent = [], []
         for number, name in enumerate(names):
             left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
             try:
-                store.wait([f"fit/{number}"], left)
+                store.wait([f"answer/{number}"], left)
             except distributed.DistStoreError:
-                _say(f"{name}: no answer within {timeout_seconds:g} seconds")
-                _say(f"bad node: {name}")
-                bad.append(name)
+                silent.append(name)
             else:
-                if store.get(f"fit/{number}") != b"yes":
-                    bad.append(name)
-        store.set("bad", ",".join(bad))
-    bad = [name for name in store.get("bad").decode().split(",") if name]
-    if bad:
-        return bad
+                answers.append(Answer(**json.loads(store.get(f"answer/{number}"))))
+        for folder in shared:
+            with suppress(OSError):
+                (folder / probe).unlink()
+        verdict = judge(answers, silent)
+        verdict.told += [f"{its}: no answer within {timeout_seconds:g} seconds" for its in silent]
+        store.set("verdict", json.dumps(as_dict(verdict)))
+    verdict = Verdict(**json.loads(store.get("verdict")))
+    if verdict.code:
+        store.set(f"read/{rank}", "")
+        if rank == 0:  # with it goes the store
+            there = [number for number, name in enumerate(names) if name not in silent]
+            with suppress(distributed.DistStoreError):
+                store.wait([f"read/{number}" for number in there], READ_SECONDS)
+        return verdict
     # Over the network that training uses, if NCCL has one.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
@@ -124,16 +154,22 @@ def _together(node: str, rank: int, count: int, is_fit: bool, timeout_seconds: f
     distributed.barrier()
     distributed.destroy_process_group()
     if float(numbers.sum()) != count * ADDED_NUMBERS:
-        _say(f"{node}: a sum over all nodes came out wrong")
-        bad.append(node)
+        _say(f"{answer.node}: a sum over all nodes came out wrong")
+        _say(f"bad node: {answer.node}")
+        return Verdict(1)
     middle = sorted(float(clock) for clock in clocks)[count // 2]
     for name, clock in zip(names, clocks, strict=True):
         if abs(float(clock) - middle) > CLOCKS_APART_SECONDS:
-            if rank == 0:
-                _say(f"{name}: its clock is {float(clock) - middle:+.1f} seconds off")
-                _say(f"bad node: {name}")
-            bad.append(name)
-    return bad
+            verdict.told.append(f"{name}: its clock is {float(clock) - middle:+.1f} seconds off")
+            verdict.bad.append(name)
+    verdict.code = int(bool(verdict.bad))
+    return verdict
+
+
+def _check_folders(answer: Answer, shared: Sequence[Path], token: str, probe: str) -> None:
+    for folder in shared:
+        for problem in folder_problem(folder, token, probe):
+            answer.folders[str(folder)] = problem
 
 
 def _has_nvidia_gpus() -> bool:

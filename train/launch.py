@@ -12,10 +12,10 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from train.start import discovery_port
+
 SHELLS = ("bash", "interactive")
 """Names that Slurm gives to jobs which are a shell."""
-DISCOVERY_PORTS = range(25_000, 32_000)
-"""Beyond Lightning's own for Slurm jobs, and below those that the system hands out."""
 
 
 class Slurm(SLURMEnvironment):
@@ -174,12 +174,6 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
         is_shell = variables.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in variables
         return Launch("slurm allocation", num_nodes=nodes, allocated=allocated, is_shell=is_shell)
     return Launch("alone")
-
-
-def discovery_port() -> int:
-    """Return a port that all nodes of a Slurm job know."""
-    job = int(os.environ.get("SLURM_JOB_ID", os.getpid()))
-    return DISCOVERY_PORTS[job % len(DISCOVERY_PORTS)]
 
 
 def _expand(per_node: str) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """How a process of training ends for a signal, from its first line on."""
 
+import atexit
 import signal
 import sys
 import threading
@@ -31,6 +32,15 @@ def exiting_at_once() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in former.items():
                 signal.signal(number, handler)
+            if former[signal.SIGUSR1] == signal.SIG_DFL:
+                # Sent again while the process ends, it must not change the exit code. A function
+                # until then: what is ignored would be so for all that this process starts.
+                signal.signal(signal.SIGUSR1, _pass)
+                atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _pass(number: int, _: FrameType | None) -> None:
+    """Do nothing."""
 
 
 def _exit(number: int, _: FrameType | None) -> None:

@@ -13,17 +13,21 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import stu
 import train
-from train.launch import Launch
+
+if TYPE_CHECKING:
+    from train.launch import Launch
 
 PATIENCE_SECONDS = 600.0
 """How long ranks may be apart, for slow file systems and large models."""
 TOLD = "STU_TRAIN_"
 """Beginning of variables by which the first rank tells those that Lightning starts beside it."""
 SHOWN_GROUPS = 4
+DISCOVERY_PORTS = range(25_000, 32_000)
+"""Beyond Lightning's own for Slurm jobs, and below those that the system hands out."""
 PACKAGES = ("stu", "torch", "lightning", "deepspeed", "numpy", "safetensors")
 
 
@@ -50,7 +54,7 @@ class RunFailed(SystemExit):
 class Start:
     """The ranks of a run until training begins, when no process group is there yet."""
 
-    def __init__(self, launch: Launch, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, launch: "Launch", patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._launch, self._patience = launch, patience_seconds
         self._round = 0
         self._store: Any = None
@@ -190,6 +194,12 @@ def judge(answers: list[dict[str, Any]]) -> dict[str, str]:
 def _names(ranks: list[int], answers: list[dict[str, Any]]) -> str:
     shown = ", ".join(f"{rank} on {answers[rank]['host']}" for rank in ranks[:SHOWN_GROUPS])
     return f"rank{'s' * (len(ranks) > 1)} {shown}{', ..' * (len(ranks) > SHOWN_GROUPS)}"
+
+
+def discovery_port() -> int:
+    """Return a port that all nodes of a Slurm job know."""
+    job = int(os.environ.get("SLURM_JOB_ID", os.getpid()))
+    return DISCOVERY_PORTS[job % len(DISCOVERY_PORTS)]
 
 
 def versions() -> dict[str, str]:

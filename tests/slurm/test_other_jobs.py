@@ -1,7 +1,6 @@
 """slurm/generate.sbatch and slurm/serve.sbatch."""
 
 import json
-import signal
 import socket
 import time
 
@@ -40,7 +39,7 @@ def processes(word):
     ]
 
 
-def test_an_array_one_task_of_which_is_killed(cluster, tmp_path, model_directory):  # noqa: F811
+def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_directory):  # noqa: F811
     source, target = tmp_path / "in.jsonl", tmp_path / "of.mine" / "completions"
     target.parent.mkdir()
     write_rows(source, ROWS)
@@ -60,13 +59,12 @@ def test_an_array_one_task_of_which_is_killed(cluster, tmp_path, model_directory
     def log():
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
 
-    part = target.parent / "completions.1-of-3"
-    until(lambda: part.exists() and part.stat().st_size, log)
-    for process in processes(f"--output {target} --shard 1/3"):
-        process.send_signal(signal.SIGKILL)
+    until(lambda: processes(f"--output {target} --shard 1/3"), log)
+    cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
     until(target.exists, log)
     alone = tmp_path / "alone.jsonl"
     assert generate(model_directory, source, alone, *options[2:]) == 0
+    assert "after SIGUSR1\nrequeued: it goes on" in log()
     rows = {row["id"]: row for row in read_rows(target)}
     assert len(read_rows(target)) == len(ROWS)
     assert rows == {row["id"]: row for row in read_rows(alone)}

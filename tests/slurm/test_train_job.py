@@ -20,6 +20,9 @@ from train.data import TokenData
 
 STEPS, STOP = 200, 60
 SECONDS = 240
+HEAD = [
+    *("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10"),
+]
 SETTINGS = {
     "trainer.max_steps": STEPS,
     "trainer.val_check_interval": 50,
@@ -55,17 +58,16 @@ def whole(module_settings, tmp_path_factory):
 class Job:
     """A submitted run."""
 
-    def __init__(self, cluster, module_settings, folder, nodes=2):
-        self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
-        tasks = 2 // nodes
-        head = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1"]
-        head.append("--gpus-per-node=1")
+    def __init__(self, cluster, module_settings, folder, *options, run_dir=None, more=()):
+        self.cluster, self.folder = cluster, folder
+        self.run_dir = run_dir or folder / "run"
         self.number = cluster.submit(
-            *head,
-            "--time=10",
+            *HEAD,
             f"--chdir={folder}",
+            *options,
             ROOT / "slurm" / "train.sbatch",
             *arguments(module_settings, self.run_dir),
+            *more,
         )
 
     @property
@@ -79,12 +81,23 @@ class Job:
         """Of the ranks."""
         return self.folder / f"stu-train-{self.number}"
 
-    def wait_for_step(self, step):
-        """Until training has come there."""
+    def wait_for(self, pattern):
+        """Until a line of its logs has it."""
+        self.until(lambda: re.search(pattern, self.log, re.MULTILINE))
+
+    def until(self, holds):
         deadline = time.monotonic() + SECONDS
-        while not re.search(rf"^step {step}/", self.log, re.MULTILINE):
+        while not holds():
             assert time.monotonic() < deadline, self.log
             time.sleep(0.05)
+
+    def wait_for_step(self, step):
+        """Until training has come there."""
+        self.wait_for(rf"^step {step}/")
+
+    def tell(self, name):
+        """The script, by a signal."""
+        self.cluster.call("scancel", f"--signal={name}", "--batch", self.number)
 
     def ranks(self):
         """Its processes, on this machine."""
@@ -139,11 +152,23 @@ def assert_as_if_nothing_had_been(job, whole, data):
 
 
 def test_saves_when_its_time_is_up_and_goes_on(cluster, job, whole, data):
+    """Whatever it is at: the first signal comes as soon as the script has a line, before there is
+    anything to save."""
+    job.wait_for("start 1: on ")
+    job.tell("USR1")
+    job.wait_for("start 2: on ")
+    job.until((job.log_folder / "plan.log").exists)
+    job.tell("USR1")
     job.wait_for_step(STOP)
-    cluster.call("scancel", "--signal=USR1", "--batch", job.number)
+    job.tell("USR1")
+    job.tell("USR1")  # another one changes nothing
     job.finish()
-    assert cluster.restarts(job.number) == 1
-    assert "saved, to be continued" in job.log
+    assert cluster.restarts(job.number) == 3
+    assert re.findall("requeued: (.*)", job.log) == [
+        "the time was up during stu-health",
+        "the time was up during stu-plan",
+        "saved, to be continued",
+    ]
     assert_as_if_nothing_had_been(job, whole, data)
 
 
@@ -200,7 +225,8 @@ def test_a_full_disk_loses_no_more_than_the_steps_since_the_last_checkpoint(
 
 
 def test_goes_on_without_a_node_that_is_not_fit(cluster, module_settings, tmp_path):
-    """Whose memory is almost all taken; one node is as many as the job needs."""
+    """Whose memory is almost all taken. The job keeps its number and all that it was submitted
+    with, so that a job that depends on it starts when training is done, and not before."""
     scarce = tmp_path / "meminfo"
     lines = Path("/proc/meminfo").read_text().splitlines()
     scarce.write_text(
@@ -210,13 +236,68 @@ def test_goes_on_without_a_node_that_is_not_fit(cluster, module_settings, tmp_pa
     cluster.start_node("n1", f"mount --bind {scarce} /proc/meminfo")
     cluster.wait_for_nodes()
     try:
-        job = Job(cluster, module_settings, tmp_path, nodes=1)
-        job.finish()
-        assert "n1: 0.0 GiB of memory are free, and 4 are needed" in job.log
-        (after,) = re.findall(r"goes on as job (\d+), without n1", job.log)
+        options = "--nodes=1", "--mem=2G", "--job-name=mine", "--output=mine-%j.log", "--nice=7"
+        short = "--trainer.max_steps=20", "--parallel.kind=ddp"
+        job = Job(cluster, module_settings, tmp_path, *options, more=short)
+        log = tmp_path / f"mine-{job.number}.log"
+        # As an export would, it needs the last checkpoint.
+        found = f"readlink {job.run_dir}/checkpoints/last.ckpt > {tmp_path}/found"
+        after = cluster.submit(
+            *(f"--dependency=afterok:{job.number}", "--kill-on-invalid-dep=yes", "--mem=1G"),
+            *(f"--chdir={tmp_path}", f"--wrap={found}"),
+        )
+        assert cluster.wait(job.number, SECONDS) == "COMPLETED", log.read_text()
         assert cluster.wait(after, SECONDS) == "COMPLETED"
-        assert load_checkpoint(job.run_dir / "checkpoints" / "last.ckpt")["global_step"] == STEPS
+        assert (tmp_path / "found").read_text() == "step-00000020.ckpt\n"
+        assert "n1: 0.0 GiB of memory are free, and 4 are needed" in log.read_text()
+        assert "requeued: to go on without n1" in log.read_text()
+        shown = cluster.call("scontrol", "show", "job", job.number)
+        for kept in ("JobName=mine", "MinMemoryNode=2G", "Nice=7", "ExcNodeList=n1", "Restarts=1"):
+            assert kept in shown
+        # Without both nodes there would be too few.
+        options = "--nodes=1", "--nodelist=n1", "--exclude=n2"
+        alone = Job(cluster, module_settings, tmp_path, *options)
+        assert cluster.wait(alone.number, SECONDS) == "FAILED", alone.log
+        assert "not requeued: without n1,n2 there are 0 nodes, of 1 needed" in alone.log
     finally:
         cluster.kill_node("n1")
         cluster.start_node("n1")
         cluster.wait_for_nodes()
+
+
+def test_what_is_refused_is_not_tried_again(cluster, module_settings, tmp_path):
+    """By the script or by any rank, with code 2 for all of them, at once; and a job of fewer ranks
+    than asked for does not train."""
+    given = " ".join(arguments(module_settings, tmp_path / "run"))
+    common = "--cpus-per-task=1", "--mem=1G", "--time=10", f"--chdir={tmp_path}"
+    nowhere = Job(cluster, module_settings, tmp_path, run_dir=Path("/proc/nope"))
+    # The first rank has all that it needs, and what it says of the other one is the same.
+    of_node = f"--data.dir={tmp_path}/$SLURM_NODEID"
+    data = next(its for its in module_settings if its.startswith("--data.dir"))
+    (tmp_path / "0").symlink_to(data.split("=")[1])
+    start = f"stu-train {given} {of_node} --trainer.num_nodes=2 --trainer.devices=1"
+    one_rank = cluster.submit(
+        *(*common, "--nodes=2", "--ntasks-per-node=1", "--output=one-rank.log"),
+        f"--wrap=srun --wait=60 bash -c '{start}'",
+    )
+    too_few = cluster.submit(
+        *(*common, "--ntasks=1", "--output=too-few.log"),
+        f"--wrap=stu-train {given} --trainer.devices=2",
+    )
+    too_many = cluster.submit(
+        *(*common, "--ntasks=2", "--output=too-many.log"), f"--wrap=srun stu-train {given}"
+    )
+    for job, log, message in (
+        (nowhere.number, f"stu-train-{nowhere.number}.log", "n1: /proc/nope cannot be written"),
+        (one_rank, "one-rank.log", f"rank 1 on n2: .*{tmp_path}/1"),
+        (too_few, "too-few.log", "asks for 2 ranks.* 1 task on 1 node.* write srun"),
+        (too_many, "too-many.log", r"asks for 1 rank.* srun started 2 tasks.* \(all 2 ranks\)"),
+    ):
+        assert cluster.wait(job, SECONDS) == "FAILED"
+        text = (tmp_path / log).read_text()
+        assert re.search(message, text), text
+        shown = cluster.call("scontrol", "show", "job", job)
+        assert "ExitCode=2:0" in shown, text
+        assert "Restarts=0" in shown, text
+    assert len(re.findall("rank 1 on n2", (tmp_path / "one-rank.log").read_text())) == 2
+    assert not (tmp_path / "run").exists()
