@@ -392,7 +392,7 @@ class _as_request_error:
 def _refused(message: str, param: str | None = None, code: str | None = None) -> RequestError:
     text = in_openai_words(message)
     if param is None and (match := FIELD.match(text)):
-        param = match[1]
+        param = "response_format" if match[1] in ("json_schema", "regex") else match[1]
     return RequestError(400, text, "invalid_request_error", param, code)
 
 

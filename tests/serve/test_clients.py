@@ -129,10 +129,12 @@ def test_openai_says_what_was_cut_off(openai):
 def test_what_cannot_be_followed_is_refused_before_it_begins(openai):
     schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
     for is_stream in (False, True):
-        with pytest.raises(BadRequestError, match="at #/properties/tags, uniqueItems cannot"):
+        refusal = "at #/properties/tags, uniqueItems cannot"
+        with pytest.raises(BadRequestError, match=refusal) as caught:
             openai.chat.completions.create(
                 **ASKED, response_format=json_schema(schema), stream=is_stream
             )
+        assert caught.value.param == "response_format"
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
