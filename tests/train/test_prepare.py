@@ -364,6 +364,19 @@ def test_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Traceback" not in error
 
 
+def test_progress_without_a_terminal(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("train.corpus.LOG_SECONDS", 0)
+    prepare(_config(corpus, tmp_path / "data"))
+    error = capsys.readouterr().err
+    for task in ("choosing text", "tokenizing"):
+        assert re.search(rf"{task}: [\d.]+ of [\d.]+ MB, [\d.]+ MB/s, 0:\d\d:\d\d left", error)
+
+
 def test_stopping_it_leaves_nothing(tmp_path: Path) -> None:
     """What a scheduler does when a job is cancelled, while two workers run."""
     source = tmp_path / "corpus.jsonl"

@@ -96,6 +96,16 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         TokenShards(tmp_path / "data", "train")
 
 
+def test_an_index_from_before_bad_rows_were_counted_is_read(tmp_path: Path) -> None:
+    index = write_token_shards(tmp_path / "data")
+    path = tmp_path / "data" / "index.json"
+    values = json.loads(path.read_text())
+    for name in ("num_hidden_files", "num_repeated_files", "num_bad_rows"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    assert Index.load(tmp_path / "data") == index
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
