@@ -19,9 +19,9 @@ from serve.config import EngineConfig
 from serve.grammar import Constraint
 from serve.request import FinishReason, Output, Request
 from serve.request_limits import check_request
-from serve.runner import PromptLogits, Runner
+from serve.runner import LOGITS_AT_ONCE, PromptLogits, Runner
 from serve.sampling import TokenLogprobs, token_logprobs
-from serve.scheduler import Job, Scheduler
+from serve.scheduler import Job, Scheduler, prefill_cost
 from serve.text import TextStream
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
@@ -83,6 +83,8 @@ class Engine:
         self._prefill: Iterator[Tensor | PromptLogits | None] = iter(())
         self._prefill_tokens = 0
         """Of all prompts that are taken in now."""
+        self._prefill_cost = 0
+        """In prompt tokens whose log probabilities nobody asks for."""
         self._aborted: list[Output] = []
         self.scheduled: dict[int, float] = {}
         """When the last step began prefills, by the ids of the requests and the monotonic clock."""
@@ -172,6 +174,10 @@ class Engine:
             job.replayed = self._scheduler.num_given(job)
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
         self._prefill_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._prefill_cost = sum(
+            len(prompt.tokens) * prefill_cost(job.request)
+            for job, prompt in zip(group, prompts, strict=True)
+        )
         self._prompt_tokens += self._prefill_tokens
         self._prefill = self._runner.prefill(prompts, self._config.prompt_tokens_per_step)
 
@@ -183,7 +189,9 @@ class Engine:
         at_once = self._config.prompt_tokens_per_step
         pieces_per_layer = 1 + -(-num_tokens // at_once)
         pieces = self._model_config.num_layers * pieces_per_layer
-        steps = max(1, num_tokens // at_once)
+        if self._prefill_cost > num_tokens:
+            pieces += -(-num_tokens // LOGITS_AT_ONCE)
+        steps = max(1, self._prefill_cost // at_once)
         # What takes one step is taken in to its end, whatever log probabilities it asks for.
         count = -(-(pieces + 1) // steps) if steps > 1 else None
         for logits in itertools.islice(self._prefill, count):

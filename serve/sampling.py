@@ -120,20 +120,36 @@ def token_logprobs(
     results: list[TokenLogprobs | None] = [None] * len(counts)
     if not asked:
         return results
-    for row, logprobs in zip(asked, logits[asked].double().log_softmax(-1), strict=True):
-        count = min(counts[row] or 0, len(logprobs))
-        top = _most_probable(logprobs, count)
-        results[row] = TokenLogprobs(tokens[row], logprobs[tokens[row]].item(), top)
+    logprobs = logits[asked].double().log_softmax(-1)  # [R, vocab_size]
+    chosen = torch.tensor([tokens[row] for row in asked], device=logits.device)
+    of_chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    most_probable = _most_probable(logprobs, [counts[row] or 0 for row in asked])
+    for row, logprob, top in zip(asked, of_chosen, most_probable, strict=True):
+        results[row] = TokenLogprobs(tokens[row], logprob, top)
     return results
 
 
-def _most_probable(logprobs: Tensor, count: int) -> dict[int, float]:
-    """The `count` largest of `logprobs [vocab_size]`, by token id, in order."""
-    if count == 0:
-        return {}
-    ids = (logprobs >= logprobs.topk(count).values[-1]).nonzero()[:, 0]  # ascending; ties too
-    order = logprobs[ids].argsort(descending=True, stable=True)[:count]
-    return dict(zip(ids[order].tolist(), logprobs[ids[order]].tolist(), strict=True))
+def _most_probable(logprobs: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
+    """Each row's `count` largest of `logprobs [R, vocab_size]`, by token id, in order."""
+    vocab_size = logprobs.shape[1]
+    values, ids = logprobs.topk(min(max(counts) + 1, vocab_size), sorted=True)
+    # Of equal values the lower id goes first, which topk does not see to.
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    found = []
+    for row, (count, row_ids, row_values) in enumerate(
+        zip(counts, ids.tolist(), values.tolist(), strict=True)
+    ):
+        count = min(count, vocab_size)
+        last = row_values[-1]
+        if 0 < count < vocab_size and row_values[count - 1] == last:
+            # Others beyond these may be as probable, with lower ids.
+            more = (logprobs[row] >= last).nonzero()[:, 0]  # ascending
+            order = logprobs[row, more].argsort(descending=True, stable=True)
+            row_ids, row_values = more[order].tolist(), logprobs[row, more[order]].tolist()
+        found.append(dict(zip(row_ids[:count], row_values[:count], strict=True)))
+    return found
 
 
 def _adjusted(

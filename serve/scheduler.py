@@ -15,6 +15,14 @@ from serve.config import EngineConfig
 from serve.request import Request
 from serve.runner import Pages, Prompt
 
+SCORED_TOKEN_COST = 4
+"""Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
+
+
+def prefill_cost(request: Request) -> int:
+    """Return how many usual prompt tokens take as long as one of this request."""
+    return 1 if request.prompt_logprobs is None else SCORED_TOKEN_COST
+
 
 @dataclass(eq=False)
 class Job:
@@ -107,12 +115,12 @@ class Scheduler:
         `set_back`, which must call `preempt`.
         """
         group: list[Job] = []
-        num_tokens, taken = 0, Pages(0, 0)
+        cost, taken = 0, Pages(0, 0)
         while self.waiting:
             job = self._first([*self.running, *group])
             prompt_tokens, new_tokens = self._size(job)
-            num_tokens += prompt_tokens
-            too_many = num_tokens > self._config.prompt_tokens_per_step
+            cost += prompt_tokens * prefill_cost(job.request)
+            too_many = cost > self._config.prompt_tokens_per_step
             if group and (too_many or self._config.batch_invariant):
                 break
             needed = _add(taken, self._needed(prompt_tokens, new_tokens))

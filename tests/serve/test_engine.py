@@ -596,3 +596,28 @@ def test_one_of_several_prompts_is_aborted_while_their_log_probabilities_are_fou
     engine.check_integrity()
     others = [seen[its] for its in ids if its != ids[3]]
     assert others == [others[0]] * 19
+
+
+def test_prompts_that_are_scored_take_smaller_steps(code_model, code_tokenizer):
+    """Log probabilities of 2,048 tokens took as long as four usual steps, and streams waited."""
+    requests = [Request([1] * 16, 0, prompt_logprobs=20) for _ in range(8)]
+    config = EngineConfig(cache_gib=0.01, prompt_tokens_per_step=128)
+
+    def num_steps(requests):
+        engine = Engine(code_model, code_tokenizer, config)
+        for request in requests:
+            engine.add(request)
+        outputs, count = [], 0
+        while engine.has_work:
+            outputs += engine.step()
+            count += 1
+        return count, outputs
+
+    count, outputs = num_steps(requests)
+    assert count == 4
+    assert len(outputs) == 8
+    assert len({str(output.prompt_logprobs) for output in outputs}) == 1
+    usual = [Request([1] * 16, 1) for _ in range(8)]
+    assert num_steps(usual)[0] == 1
+    long = [Request([1] * 64, 0, prompt_logprobs=20)]
+    assert num_steps(long)[0] > 1

@@ -214,3 +214,22 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
 def test_values_that_are_not_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=f"{name}=.*is not allowed: it must be {allowed}"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("vocab_size", [1, 3, 50])
+def test_the_most_probable_of_many_rows_are_those_of_each(vocab_size):
+    """Of equal ones the lower id, also where more are equal than are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (40, vocab_size), generator=generator).float()
+    counts = [None if row % 5 == 0 else row % 21 for row in range(40)]
+    tokens = [row % vocab_size for row in range(40)]
+    found = token_logprobs(logits, tokens, counts)
+    for row, count in enumerate(counts):
+        if count is None:
+            assert found[row] is None
+            continue
+        logprobs = logits[row].double().log_softmax(-1).tolist()
+        order = sorted(range(vocab_size), key=lambda token: (-logprobs[token], token))
+        assert list(found[row].top) == order[:count]
+        assert found[row].top == {token: logprobs[token] for token in order[:count]}
+        assert found[row].logprob == logprobs[tokens[row]]
