@@ -17,7 +17,8 @@ class EngineConfig:
     """Requests that decode together."""
     prompt_tokens_per_step: int = 2048
     """Prompt tokens that one step takes in, beside a token of each running request: more fill the
-    cache sooner, fewer let running requests go on more evenly."""
+    cache sooner, fewer let running requests go on more evenly. A token of a prompt whose log
+    probabilities are asked for counts as four."""
     expected_new_tokens: int | None = None
     """A request gets pages for so many new tokens at first; one that goes on is set back, and its
     prompt and new tokens are taken in again with room for twice as many. More requests run together
