@@ -10,6 +10,7 @@ from stu.arguments import ArgumentParser, run_command
 if TYPE_CHECKING:
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
+    from train.checkpoint_folder import CheckpointFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,13 +83,13 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
     from train.checkpoint_folder import TRAINING_FILE, WEIGHT
-    from train.checkpoints import last_checkpoint, verified_checkpoint
+    from train.checkpoints import verified_checkpoint
 
     if (checkpoint / "model.safetensors").exists():
         model = load_model(checkpoint, dtype=None)
         return model, load_tokenizer(checkpoint), load_generation(checkpoint)
     is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
-    folder = verified_checkpoint(last_checkpoint(checkpoint).resolve() if is_run else checkpoint)
+    folder = _last_of_run(checkpoint) if is_run else verified_checkpoint(checkpoint)
     carried: Mapping[str, Any] = folder.training["stu"]
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
@@ -99,6 +100,19 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
         tokenizer_file.write_bytes(carried["tokenizer"].numpy().tobytes())
         tokenizer = Tokenizer(tokenizer_file)
     return model, tokenizer, {}
+
+
+def _last_of_run(run_dir: Path) -> "CheckpointFolder":
+    """The last checkpoint of a run, which may go on meanwhile and delete it for a newer one."""
+    from train.checkpoints import last_checkpoint, verified_checkpoint
+
+    while True:
+        path = last_checkpoint(run_dir).resolve()
+        try:
+            return verified_checkpoint(path)
+        except ValueError:
+            if path.exists() or last_checkpoint(run_dir).resolve() == path:
+                raise
 
 
 if __name__ == "__main__":

@@ -144,9 +144,12 @@ class TrainCLI(LightningCLI):
         self.owner = self.writer.owner = owner
         return trainer
 
-    def follow(self, checkpoint: str) -> None:
-        """Go on from the checkpoint that the first rank chose, if any."""
-        self.resume_from = Path(checkpoint) if checkpoint else None
+    def follow(self, checkpoint: str | None) -> None:
+        """Go on from the checkpoint that the first rank chose, if any; None: choose likewise."""
+        if checkpoint is None:
+            self.resume_from = self._choose()
+        else:
+            self.resume_from = Path(checkpoint) if checkpoint else None
         self._compare(self.trainer)
 
     def _make_trainer(self, start: int, **kwargs: Any) -> L.Trainer:
@@ -328,6 +331,7 @@ def run(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.")
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed")
+    warnings.filterwarnings("ignore", message=".*all_gather is deprecated, use torch.distributed")
     cli = _prepare(list(arguments))
     with owned(cli.owner):
         _fit(cli)

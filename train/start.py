@@ -107,11 +107,11 @@ class Start:
         if self._launch.num_ranks > 1:
             self._connect().set(f"told/{name}", value)
 
-    def told(self, name: str) -> str:
-        """Return what the first rank told."""
+    def told(self, name: str) -> str | None:
+        """Return what the first rank told; None if it cannot be asked before training."""
         if self._launch.num_ranks > 1:
             return self._get(f"told/{name}")
-        return os.environ.get(TOLD + name.upper(), "")
+        return os.environ.get(TOLD + name.upper())
 
     def _agree(self, answer: dict[str, Any], is_raised: bool = True) -> None:
         """Tell the first rank, and do as it says. is_raised: whether that may be an exception."""

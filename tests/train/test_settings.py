@@ -47,6 +47,7 @@ WRONG = [
     ("--trainer.profiler=abacus", "trainer.profiler=abacus"),
     ("--trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00"),
     ("--trainer.max_time=00:01", "trainer.max_time='00:01'"),
+    ("--trainer.max_steps=3 --model.optimizer.warmup_steps=4", "warmup_steps=4 is longer than the"),
     ("--trainer.accelerator=abacus", "trainer.accelerator=abacus"),
     ("--trainer.devices=0", "trainer.devices=0"),
     ("--trainer.devices=-1", "trainer.devices=-1"),
