@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
-    "stu": {"docstring_parser", "flash_attn", "jsonargparse", "numpy", "platformdirs"}
+    "stu": {"backports", "docstring_parser", "flash_attn", "jsonargparse", "numpy", "platformdirs"}
     | {"safetensors", "sentencepiece", "torch"},
     "train": {"stu"},
     "serve": {"stu"},
