@@ -346,16 +346,19 @@ def _prepare(arguments: list[str]) -> TrainCLI:
     try:
         start = Start(detect_launch())
         with start.together() as facts:
-            cli = TrainCLI(
-                run=False,
-                args=arguments,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                save_config_callback=None,
-                parser_class=Parser,
-                parser_kwargs={"prog": "stu-train"},
-            )
+            try:
+                cli = TrainCLI(
+                    run=False,
+                    args=arguments,
+                    seed_everything_default=0,
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                    save_config_callback=None,
+                    parser_class=Parser,
+                    parser_kwargs={"prog": "stu-train"},
+                )
+            except MisconfigurationException as error:
+                raise UserError(str(error)) from error
             facts |= cli.facts()
             if cli.owner is not None:
                 start.tell("resume", str(cli.resume_from or ""))
@@ -367,7 +370,7 @@ def _prepare(arguments: list[str]) -> TrainCLI:
     except BaseException as error:
         if cli is not None and cli.owner is not None:
             cli.owner.withdraw()
-        if isinstance(error, ValueError | MisconfigurationException):
+        if isinstance(error, ValueError):
             raise UserError(str(error)) from error
         raise
     return cli

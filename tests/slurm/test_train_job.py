@@ -265,6 +265,35 @@ def test_goes_on_without_a_node_that_is_not_fit(cluster, module_settings, tmp_pa
         cluster.wait_for_nodes()
 
 
+def test_a_folder_belongs_to_one_job(cluster, module_settings, tmp_path):
+    """Another one is refused by name, and the same one goes on at once when it is put back."""
+    more = "--trainer.max_steps=1000000", "--parallel.kind=ddp", "--log_samples=false"
+    job = Job(cluster, module_settings, tmp_path, "--nodes=1", more=more)
+    job.wait_for_step(3)
+    given = " ".join([*arguments(module_settings, job.run_dir), *more])
+    second = cluster.submit(
+        *("--ntasks=1", "--mem=1G", f"--chdir={tmp_path}", "--output=second.log"),
+        f"--wrap=stu-train {given} --resume=auto",
+    )
+    assert cluster.wait(second, SECONDS) == "FAILED"
+    text = (tmp_path / "second.log").read_text()
+    assert "ExitCode=2:0" in cluster.call("scontrol", "show", "job", second), text
+    assert f"run_dir={job.run_dir}" in text
+    assert re.search(rf"on n1 \(Slurm job {job.number}\b", text), text
+    job.tell("USR1")
+    job.wait_for("start 2: on ")
+    # Checkpoints alone tell it from the first start: the first rank's log is one for both.
+    before = int(re.findall(r"stopped at step (\d+)", job.log)[0])
+    job.wait_for_step(before + 1)
+    job.tell("TERM")
+    assert cluster.wait(job.number, SECONDS) == "FAILED", job.log
+    assert "stopped while training, with code 75, as it was told to" in job.log
+    shown = cluster.call("scontrol", "show", "job", job.number)
+    assert "ExitCode=143:0" in shown
+    assert "Restarts=1" in shown
+    assert "another job" not in job.log
+
+
 def test_what_is_refused_is_not_tried_again(cluster, module_settings, tmp_path):
     """By the script or by any rank, with code 2 for all of them, at once; and a job of fewer ranks
     than asked for does not train."""
