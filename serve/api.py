@@ -100,7 +100,7 @@ def make_app(service: Service) -> FastAPI:
         # A redirect would lead to whatever host the request names.
         redirect_slashes=False,
     )
-    _add_errors(app, service)
+    _add_errors(app)
     _add_completions(app, service)
     _add_information(app, service)
     add_playground(app)
@@ -396,9 +396,8 @@ def _refused(message: str, param: str | None = None, code: str | None = None) ->
     return RequestError(400, text, "invalid_request_error", param, code)
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
+def _add_errors(app: FastAPI) -> None:
     def answered(request: Request, status: int, body: Any, **headers: str) -> Response:
-        service.metrics.count_refused(status)
         exchange_of(request.scope).refuse(body)
         # In ASCII: a message may name what no UTF-8 can hold.
         content = json.dumps(body)

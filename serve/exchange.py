@@ -70,11 +70,14 @@ def exchange_of(scope: MutableMapping[str, Any]) -> Exchange:
 class Exchanges:
     """The middleware.
 
-    log_texts: write reasons whole, though they may quote prompts.
+    log_texts: write reasons whole, though they may quote prompts. count: called with the status of
+    each refusal.
     """
 
-    def __init__(self, app: ASGIApp, log_texts: bool) -> None:
-        self._app, self._log_texts = app, log_texts
+    def __init__(
+        self, app: ASGIApp, log_texts: bool, count: Callable[[int], None] | None = None
+    ) -> None:
+        self._app, self._log_texts, self._count = app, log_texts, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, whatever happens meanwhile."""
@@ -108,6 +111,8 @@ class Exchanges:
                 exchange.refuse(body)
                 await answer(send_with_id, 500, body, {})
         if status >= 400:
+            if self._count is not None:
+                self._count(status)
             self._log(exchange, scope, status, time.monotonic() - began)
 
     def _log(self, exchange: Exchange, scope: Scope, status: int, seconds: float) -> None:

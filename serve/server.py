@@ -87,7 +87,7 @@ def _serve(
             expose_headers=["x-request-id"],
         )
     settings = uvicorn.Config(
-        Exchanges(guarded, config.log_prompts),
+        Exchanges(guarded, config.log_prompts, service.metrics.count_refused),
         # Whoever may write to a Unix socket is trusted to say whom it asks for.
         forwarded_allow_ips="*" if config.uds is not None else None,
         log_config=None,

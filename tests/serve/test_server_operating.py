@@ -54,6 +54,13 @@ def http(server):
         yield http
 
 
+def num_refused(server, status):
+    """The counter of refusals with a status."""
+    text = httpx.get(f"{server.url}/metrics", headers=bearer(KEYS[0]), timeout=SECONDS).text
+    found = re.search(rf'^stu:requests_refused_total.*status="{status}".* (\S+)$', text, re.M)
+    return float(found[1]) if found else 0.0
+
+
 def logged(server, **fields):
     """The one line of the log with these fields, once it is there."""
 
@@ -86,10 +93,12 @@ def test_refusals_have_an_id_and_a_line_in_the_log(
 ):
     own = f"gateway/{status}:{abs(hash(reason))}"
     headers = {"X-Request-Id": own, **given.get("headers", {})}
+    before = num_refused(server, status)
     answer = http.request(method, path, **{**given, "headers": headers})
     assert answer.status_code == status
     assert answer.headers.get_list("x-request-id") == [own]
     line = logged(server, request_id=own)
+    assert num_refused(server, status) == before + 1
     error = answer.json()["error"]
     assert reason in error["message"]
     assert reason.split("=")[0] in line["message"]
