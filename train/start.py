@@ -123,12 +123,12 @@ class Start:
             answers = [json.loads(self._get(f"{self._round}/{other}")) for other in range(count)]
             store.set(f"{self._round}/verdict", json.dumps(judge(answers)))
         verdict = json.loads(self._get(f"{self._round}/verdict"))
+        store.set(f"{self._round}/read/{rank}", "")
+        if rank == 0:  # the store goes with it
+            for other in range(count):
+                self._get(f"{self._round}/read/{other}", 10.0 if verdict else None)
         if not verdict:
             return
-        store.set(f"{self._round}/read/{rank}", "")
-        if rank == 0:  # with it goes the store
-            for other in range(count):
-                self._get(f"{self._round}/read/{other}", patience_seconds=10.0)
         if is_raised:
             raise (
                 UserError(verdict["refuses"])

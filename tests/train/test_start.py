@@ -30,11 +30,10 @@ def run_ranks(*bodies):
     """Each body on a thread, as a rank: what each raised."""
     raised = [None] * len(bodies)
     count = len(bodies)
-    starts = [Start(Launch("slurm step", rank, rank, count), 60) for rank in range(count)]
 
     def run(rank, body):
         try:
-            body(starts[rank])
+            body(Start(Launch("slurm step", rank, rank, count), 60))
         except BaseException as error:
             raised[rank] = error
 
