@@ -69,7 +69,11 @@ class Scheduler:
         """In the order of the batch's rows."""
         self.num_preemptions = 0
         self._turns: dict[str, int] = {}
-        """When clients that have requests waiting had their last turns; more is later."""
+        """Places of clients that have requests waiting: the lowest goes first. A client that comes
+        goes before the one that had the last turn, and behind all others; if it went before them
+        too, clients that come and go could keep them waiting for ever."""
+        self._turn = 0
+        """The place of a client that comes now."""
 
     @property
     def jobs(self) -> list[Job]:
@@ -154,6 +158,7 @@ class Scheduler:
 
     def _queue(self, job: Job) -> None:
         bisect.insort(self.waiting, job, key=lambda its: its.order)
+        self._turns.setdefault(job.request.client, self._turn)
 
     def _first(self, has_rows: Sequence[Job]) -> Job:
         """Return the job that goes next: one of the client with the fewest rows."""
@@ -163,15 +168,16 @@ class Scheduler:
 
         def turn(job: Job) -> tuple[int, int, tuple[int, int]]:
             client = job.request.client
-            return rows[client], self._turns.get(client, 0), job.order
+            return rows[client], self._turns[client], job.order
 
         return min(same, key=turn)
 
     def _took_turn(self, job: Job) -> None:
         """Let clients that have as few rows as that of `job` go before it the next time."""
         waiting = {other.request.client for other in self.waiting}
+        self._turn += 2
+        self._turns[job.request.client] = self._turn + 1
         self._turns = {client: turn for client, turn in self._turns.items() if client in waiting}
-        self._turns[job.request.client] = 1 + max(self._turns.values(), default=0)
 
     def _victims(
         self,

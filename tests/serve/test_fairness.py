@@ -11,7 +11,9 @@ from serve.engine import Engine
 from serve.fair_queue import FairQueue
 from serve.replicas import Busy, Replica, Replicas, Stream
 from serve.request import Request
+from serve.runner import Pages
 from serve.sampling import SamplingParams
+from serve.scheduler import Scheduler
 from serve.server_config import ServerConfig
 from tests.serve.server_process import SECONDS, eventually, serving
 
@@ -96,6 +98,42 @@ def test_clients_take_turns_at_a_single_row(make_engine):
     clients = "aaaabbc"
     _, scheduled, _ = decoded(make_engine(max_running=1), [request(it, 2) for it in clients])
     assert "".join(clients[it] for it in scheduled) == "abcabaa"
+
+
+def test_clients_that_come_and_go_pass_none_that_waits_for_pages():
+    """Each was new again with every request, and a large one waited for ever."""
+    pages_of, capacity, numbers = {}, 100, iter(range(1000))
+
+    def prefill():
+        jobs = scheduler.next_group(
+            lambda: Pages(capacity - sum(pages_of.values()), 0),
+            lambda number: Pages(pages_of[number], 0),
+            scheduler.preempt,
+        )
+        scheduler.prefilling.clear()
+        scheduler.running.extend(jobs)
+        pages_of.update({job.request_id: job.request.max_new_tokens for job in jobs})
+        return [job.request.client for job in jobs]
+
+    def add(client, count):
+        scheduler.add(next(numbers), request(client, count, prompt=(1,)))
+
+    def end():
+        pages_of.pop(scheduler.running.pop(0).request_id)
+
+    config = EngineConfig(max_running=4)
+    scheduler = Scheduler(config, lambda _, count: Pages(1 + count, 0), Pages(capacity, 0))
+    add("large", 10)
+    add("large", 99)
+    assert prefill() == ["large"]
+    add("b", 10)
+    assert prefill() == ["b"], "it goes before a client that had the last turn"
+    end()  # the first of them
+    for coming in "cbcbcb":
+        add(coming, 10)
+        assert prefill() == []
+    end()
+    assert prefill() == ["large"]
 
 
 def test_a_lower_priority_number_goes_before_any_turn(make_engine):
