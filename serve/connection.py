@@ -36,7 +36,7 @@ with unread bytes resets the connection, and the answer is lost."""
 FED_BYTES = 2**14
 """Bytes that are parsed before others have their turn."""
 CLOSE_SECONDS = 5.0
-"""Time to take what is left, once a connection is closing."""
+"""Time that a connection may take to close, once its client has all that was for it."""
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 Phase = Literal["headers", "idle", "body", "answer", "refused"]
@@ -119,12 +119,21 @@ class Connection(H11Protocol):
         """End the connection if it has had its time."""
         transport = self.transport
         unsent = transport.get_write_buffer_size() + _unacknowledged(transport)
-        if unsent == 0 or unsent < self._unsent:
+        # Of a client that takes less than is written more is unsent each time, until writing waits
+        # for it.
+        is_growing = unsent > self._unsent and not self.flow.write_paused
+        if unsent == 0 or unsent < self._unsent or is_growing:
             self._taken_at = now
         self._unsent = unsent
+        self._update()
         if transport.is_closing():
             self._closing_at = self._closing_at or now
-            if now - self._closing_at > CLOSE_SECONDS:
+            is_over = (
+                now - self._taken_at > STALL_SECONDS or now > self._deadline
+                if unsent
+                else now - self._closing_at > CLOSE_SECONDS
+            )
+            if is_over:
                 transport.abort()
         elif unsent and now - self._taken_at > STALL_SECONDS:
             self.cut_off(f"its client took nothing of {unsent} bytes for {STALL_SECONDS:g} seconds")
@@ -152,13 +161,18 @@ class Connection(H11Protocol):
         elif not self.flow.read_paused:
             self.transport.resume_reading()
 
+    @property
+    def _is_written(self) -> bool:
+        """Whether the system has all that is for the client."""
+        return not self.transport.get_write_buffer_size()
+
     def _update(self) -> None:
         """Find the phase anew."""
         if self.phase == "refused" or self.transport.is_closing():
             return
         if self.conn.their_state is h11.SEND_BODY:
             phase: Phase = "body"
-        elif self.cycle is not None and not self.cycle.response_complete:
+        elif self.cycle is not None and not (self.cycle.response_complete and self._is_written):
             phase = "answer"
         elif self.cycle is None or self.conn.trailing_data[0]:
             phase = "headers"
@@ -211,9 +225,10 @@ class Connection(H11Protocol):
             (b"connection", b"close"),
             (b"x-request-id", own_id.encode()),
         ]
+        is_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
         for event in (
             h11.Response(status_code=status, headers=headers, reason=REASONS[status]),
-            h11.Data(data=body),
+            h11.Data(data=b"" if is_head else body),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
@@ -229,5 +244,5 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
     try:
         descriptor = transport.get_extra_info("socket").fileno()
         return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4))[0])
-    except (OSError, AttributeError):
+    except (OSError, ValueError, AttributeError):  # ValueError: TLS closes it before it says so
         return 0

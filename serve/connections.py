@@ -174,7 +174,16 @@ class Connections:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
             for connection in [*self._busy, *self._idle, *self._sending]:
-                connection.check(now)
+                _check(connection, now)
+
+
+def _check(connection: Connection, now: float) -> None:
+    """End a connection that has had its time, or that fails: others must keep their deadlines."""
+    try:
+        connection.check(now)
+    except Exception:
+        logger.exception("a connection was cut off: it failed")
+        connection.transport.abort()
 
 
 def health_alone(app: ASGIApp) -> ASGIApp:

@@ -95,6 +95,7 @@ def _serve(
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         http="h11",
+        ws="none",  # where a library for them is installed, they would have no deadline and no key
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)) + LAST_WORDS_SECONDS,
         ssl_certfile=config.tls_certificate,

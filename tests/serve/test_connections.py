@@ -25,6 +25,8 @@ from serve.repeats import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
 NEVER = 1000.0
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n"
+CHUNKED = POST.replace(b"content-length: 10", b"transfer-encoding: chunked")
+ALL_THE_TIME = Deadlines(NEVER, NEVER, NEVER)
 START = {"type": "http.response.start", "status": 200, "headers": []}
 
 
@@ -61,7 +63,7 @@ async def listening(app, deadlines=None, most=100, context=None):
     config = uvicorn.Config(app, http="h11", log_config=None, h11_max_incomplete_event_size=4096)
     config.load()
     state = ServerState()
-    connections = Connections(most, deadlines or Deadlines(NEVER, NEVER, NEVER))
+    connections = Connections(most, deadlines or ALL_THE_TIME)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connections.listen(
             [listener],
@@ -172,7 +174,7 @@ def test_an_answer_ends_with_its_time_limit(monkeypatch, caplog):
 
 
 def test_a_closing_connection_ends_though_its_client_reads_nothing(monkeypatch):
-    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(connection_module, "STALL_SECONDS", 0.1)
 
     async def large(scope, receive, send):
         await send({**START, "headers": [(b"connection", b"close")]})
@@ -189,6 +191,168 @@ def test_a_closing_connection_ends_though_its_client_reads_nothing(monkeypatch):
             writer.close()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+class StubTransport(asyncio.Transport):
+    """One of which a test says what is unsent."""
+
+    unsent, is_aborted, closing = 0, False, False
+
+    def get_write_buffer_size(self):
+        return self.unsent
+
+    def is_closing(self):
+        return self.closing
+
+    def abort(self):
+        self.is_aborted = self.closing = True
+
+    def get_extra_info(self, name, default=None):
+        return default
+
+
+@asynccontextmanager
+async def answering():
+    """A connection whose answer goes on, and its transport."""
+    config = uvicorn.Config(never, http="h11", log_config=None)
+    config.load()
+    registry, transport, state = Connections(9, ALL_THE_TIME), StubTransport(), ServerState()
+    made = Connection(registry, config=config, server_state=state, app_state={})
+    transport.write = transport.resume_reading = transport.pause_reading = lambda *_: None
+    made.connection_made(transport)
+    made.data_received(GET)
+    try:
+        yield made, transport
+    finally:
+        for task in state.tasks:
+            task.cancel()
+        await asyncio.gather(*state.tasks, return_exceptions=True)
+
+
+def seconds_until_aborted(made, transport, unsent_after):
+    """What a client takes is what `unsent_after` a number of seconds is less."""
+    began = made._taken_at
+    for second in range(300):
+        transport.unsent = unsent_after(second)
+        made.check(began + second + 0.5)
+        if transport.is_aborted:
+            return second
+    return None
+
+
+@pytest.mark.parametrize(
+    ("unsent_after", "is_paused", "is_closing", "seconds"),
+    [
+        (lambda second: 1000 * second, False, False, None),  # it takes less than is written
+        (lambda second: 10**6, True, False, 60),
+        (lambda second: 10**6 + second % 3, True, False, None),
+        (lambda second: 10**6 - second, False, True, None),
+        (lambda second: 10**6, False, True, 61),
+        (lambda second: 0, False, True, 6),
+    ],
+)
+def test_only_readers_that_take_nothing_are_cut_off(unsent_after, is_paused, is_closing, seconds):
+    """A slow one that takes less than is written was as well, and one of an answer after which its
+    connection is closed lost the end."""
+
+    async def run():
+        async with answering() as (made, transport):
+            transport.closing = is_closing
+            if is_paused:
+                made.pause_writing()
+            return seconds_until_aborted(made, transport, unsent_after)
+
+    assert asyncio.run(run()) == seconds
+
+
+def test_an_answer_that_is_still_taken_makes_no_room():
+    size = 2**25
+
+    async def large(scope, receive, send):
+        await send({**START, "headers": [(b"content-length", str(size).encode())]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    async def run():
+        async with listening(large, most=1) as (connections, connect):
+            reader, writer = await connect()
+            writer.write(GET)
+            await reader.readuntil(b"\r\n\r\n")
+            (made,) = connections._busy
+            while not made.cycle.response_complete:
+                await asyncio.sleep(0.01)
+            other, other_writer = await connect()
+            other_writer.write(GET)
+            assert status_of(await read(other)) == 503
+            other_writer.close()
+            assert len(await reader.readexactly(size)) == size
+            while not connections._idle:
+                await asyncio.sleep(0.01)
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (POST.replace(b"POST", b"HEAD"), 408),
+        (CHUNKED.replace(b"POST", b"HEAD") + b"no size\r\n", 400),
+    ],
+)
+def test_a_refusal_of_head_has_no_body(sent, status):
+    """One that had was a fault, which ended the deadlines of all."""
+
+    async def run():
+        async with listening(after_the_body, Deadlines(NEVER, 0.1, NEVER)) as (_, connect):
+            reader, writer = await connect()
+            writer.write(sent)
+            answer = await read(reader)
+            writer.close()
+            return answer
+
+    answer = asyncio.run(run())
+    assert status_of(answer) == status
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_a_connection_that_fails_leaves_the_others_their_deadlines(monkeypatch, caplog):
+    check, failing = Connection.check, []
+
+    def check_or_fail(made, now):
+        if made in failing:
+            raise RuntimeError("of this one")
+        check(made, now)
+
+    monkeypatch.setattr(Connection, "check", check_or_fail)
+
+    async def run():
+        async with listening(never, Deadlines(0.3, NEVER, NEVER)) as (connections, connect):
+            _, broken = await connect()
+            broken.write(GET)
+            while not connections._busy:
+                await asyncio.sleep(0.01)
+            failing.extend(connections._busy)
+            reader, writer = await connect()
+            assert await read(reader) == b""
+            while len(connections):
+                await asyncio.sleep(0.01)
+            broken.close()
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert "of this one" in caplog.text
+
+
+def test_a_socket_that_is_closed_holds_nothing():
+    """TLS closes it before its connection hears of that."""
+
+    class Closed(StubTransport):
+        def get_extra_info(self, name, default=None):
+            with socket.socket() as closed:
+                pass
+            return closed
+
+    assert connection_module._unacknowledged(Closed()) == 0
 
 
 def test_the_longest_idle_makes_room():
@@ -295,8 +459,7 @@ def test_descriptors_that_are_used_up_make_a_pause(monkeypatch, caplog):
 
 def test_chunks_of_a_byte_are_parsed_in_parts(monkeypatch):
     """A hundred thousand chunks in one packet stopped everything for a second."""
-    chunked = POST.replace(b"content-length: 10", b"transfer-encoding: chunked")
-    sent = chunked + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n" + GET
+    sent = CHUNKED + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n" + GET
     sizes, receive_data = [], H11Protocol.data_received
 
     def data_received(protocol, data):
