@@ -134,11 +134,17 @@ class Checkpoints(Checkpoint):
         self._is_writing = False
 
     def _check_owner(self, trainer: L.Trainer) -> None:
-        """Raise TakenOver on every rank if the run's folder is another job's by now."""
-        owner = self._writer.owner
-        (lost,) = largest_of_ranks(trainer, owner is not None and not owner.is_still())
+        """Raise TakenOver on every rank if the run's folder is another job's by now, and OSError
+        on every rank if the first one cannot see whose it is."""
+        owner, is_lost = self._writer.owner, False
+        try:
+            is_lost = owner is not None and not owner.is_still()
+        except OSError as error:
+            self._writer.error = self._writer.error or error
+        (lost,) = largest_of_ranks(trainer, is_lost)
         if lost:
             self._give_way(trainer)
+        self._agree(trainer)
 
     def _give_way(self, trainer: L.Trainer) -> None:
         self._writer.wait()

@@ -101,15 +101,22 @@ class RunOwner:
         )
 
     def end(self, how: str) -> None:
-        """Give the folder free for the next job."""
+        """Give the folder free for the next job. Tell, and do not raise, if that cannot be written:
+        the error that a run ends with, such as a full disk, counts more."""
         self._ended.set()
-        if not self.is_lost and self._path(self._number).exists():
-            self.note(ended={"how": how, "time": _now()})
+        try:
+            if not self.is_lost and self._path(self._number).exists():
+                self.note(ended={"how": how, "time": _now()})
+        except OSError as error:
+            _say(f"{self._path(self._number)} could not be written ({error})")
 
     def withdraw(self) -> None:
         """Leave nothing of a job that did not begin."""
         self._ended.set()
-        self._path(self._number).unlink(missing_ok=True)
+        try:
+            self._path(self._number).unlink(missing_ok=True)
+        except OSError as error:
+            _say(f"{self._path(self._number)} could not be deleted ({error})")
         with suppress(OSError):  # not empty: another job's
             for path in self._made:
                 path.rmdir()
@@ -126,13 +133,14 @@ class RunOwner:
         on_this_machine = self._record["boot"] is not None and all(
             owner.get(name) == self._record[name] for name in ("boot", "space")
         )
-        if on_this_machine and _start_of(owner["pid"]) != owner["start"]:
+        if on_this_machine and _is_gone(owner["pid"], owner["start"]):
             _say(f"takes over from {_describe(owner)}: its process is gone")
             return True
         beat, age = self._beat_and_age(path)
         if on_this_machine and age < WATCH_SECONDS:
             raise self._refusal(owner, age)
-        patience = max(WATCH_SECONDS, STALE_SECONDS - age)
+        # A heartbeat from the future, where clocks differ, is not waited for any longer.
+        patience = min(max(WATCH_SECONDS, STALE_SECONDS - age), STALE_SECONDS)
         _say(
             f"waits up to {patience:.0f} s for a sign of life of {_describe(owner)}, which has "
             f"not ended and owns {self._run_dir}"
@@ -243,6 +251,19 @@ def _is_same_job_before(owner: dict[str, Any], own: dict[str, Any]) -> bool:
         return False
     is_same = (before["cluster"], before["job"]) == (now["cluster"], now["job"])
     return is_same and bool(before["restart"] < now["restart"])
+
+
+def _is_gone(pid: int, start: str | None) -> bool:
+    """Whether the process with this number that began at `start` is not there any more."""
+    found = _start_of(pid)
+    if found is None:  # or it is another user's, and `/proc` hides those (hidepid)
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return False
+        except ProcessLookupError:
+            return True
+    return found != start
 
 
 def _start_of(pid: int) -> str | None:

@@ -11,9 +11,11 @@ import threading
 import pytest
 
 from tests.train.saved import load_checkpoint
-from train import cli, owner
+from train import checkpoints, cli, owner
 from train.callbacks import StepProgress
+from train.checkpoint_writer import CheckpointWriter
 from train.owner import RunOwner
+from train.run import owned
 
 FOREVER = 1e6
 
@@ -134,3 +136,60 @@ def test_a_run_that_was_taken_over_writes_no_checkpoint(settings, tmp_path, monk
     assert names <= {"last.ckpt", "step-00000002.ckpt"}
     if names:
         assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "a record")
+
+
+def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, capsys):
+    """A full disk ends the run, and its own message is the one that counts."""
+    ending, not_begun = RunOwner(tmp_path / "a"), RunOwner(tmp_path / "b")
+    ending.claim({})
+    not_begun.claim({})
+    monkeypatch.setattr(RunOwner, "_write", no_space)
+    with pytest.raises(KeyError, match="the checkpoint"), owned(ending):
+        raise KeyError("the checkpoint")
+    assert "00001.json could not be written" in capsys.readouterr().err
+    monkeypatch.setattr(type(tmp_path), "unlink", no_space)
+    not_begun.withdraw()
+    assert "00001.json could not be deleted" in capsys.readouterr().err
+
+
+def test_a_heartbeat_from_the_future_is_not_waited_for_any_longer(tmp_path, monkeypatch, capsys):
+    elsewhere(tmp_path, seconds_ago=-5)
+    monkeypatch.setattr(owner, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(owner, "STALE_SECONDS", 0.01)
+    RunOwner(tmp_path).claim({})
+    assert "waits up to 0 s for a sign of life" in capsys.readouterr().err
+
+
+def test_another_users_process_that_the_system_hides_is_not_gone(monkeypatch):
+    start = owner._start_of(os.getpid())
+    assert not owner._is_gone(os.getpid(), start)
+    assert owner._is_gone(os.getpid(), "another time")
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(owner, "_contents", lambda path: None)
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not owner._is_gone(os.getpid(), start)
+
+
+def test_all_ranks_hear_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch):
+    """One that raised alone would leave the others waiting for it."""
+    heard = []
+
+    def largest(trainer, *values):
+        heard.append(values)
+        return list(map(float, values))
+
+    monkeypatch.setattr(checkpoints, "largest_of_ranks", largest)
+    monkeypatch.setattr(RunOwner, "is_still", no_space)
+    writer = CheckpointWriter()
+    writer.owner = RunOwner(tmp_path)
+    callback = checkpoints.Checkpoints(tmp_path, writer, 1, 1.0, 1)
+    with pytest.raises(OSError, match="a record"):
+        callback._check_owner(None)
+    assert heard == [(False,), (True,)]
