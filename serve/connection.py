@@ -53,6 +53,9 @@ class Registry(Protocol):
     def forget(self, connection: "Connection") -> None:
         """A connection has ended."""
 
+    def count_refused(self, status: int) -> None:
+        """A request was refused with a status."""
+
 
 @dataclass(frozen=True)
 class Deadlines:
@@ -211,11 +214,13 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # its answer has begun
             return
-        if self.cycle is not None:
+        has_headers = self.conn.our_state is h11.SEND_RESPONSE
+        if has_headers:
+            self.scope["state"]["is_refused"] = True
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        # Before the body the headers of this request are not known.
-        own_id = request_id(self.headers if self.phase == "body" else ())
+        self._registry.count_refused(status)
+        own_id = request_id(self.headers if has_headers else ())
         fields = {"request_id": own_id, "status": status}
         logger.info("refused with %d: %s", status, message, extra={"fields": fields})
         body = json.dumps(error_body(message, "invalid_request_error")).encode()
@@ -225,7 +230,7 @@ class Connection(H11Protocol):
             (b"connection", b"close"),
             (b"x-request-id", own_id.encode()),
         ]
-        is_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+        is_head = has_headers and self.scope["method"] == "HEAD"
         for event in (
             h11.Response(status_code=status, headers=headers, reason=REASONS[status]),
             h11.Data(data=b"" if is_head else body),

@@ -60,10 +60,18 @@ def connection_limit(num_engines: int) -> int:
 
 
 class Connections:
-    """All connections, `most` at once."""
+    """All connections, `most` at once.
 
-    def __init__(self, most: int, deadlines: Deadlines) -> None:
-        self.deadlines = deadlines
+    count_refused: called with the status of each request that is refused here.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        deadlines: Deadlines,
+        count_refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self.deadlines, self.count_refused = deadlines, count_refused
         self._most = most
         self._handshakes: dict[asyncio.Task[None], None] = {}
         self._busy: dict[Connection, None] = {}
@@ -144,7 +152,7 @@ class Connections:
         def made() -> Connection:
             connection = make()
             if is_crowded:
-                connection.app = health_alone(connection.app)
+                connection.app = health_alone(connection.app, self.count_refused)
             return connection
 
         timeout = {} if context is None else {"ssl_handshake_timeout": HANDSHAKE_SECONDS}
@@ -186,7 +194,7 @@ def _check(connection: Connection, now: float) -> None:
         connection.transport.abort()
 
 
-def health_alone(app: ASGIApp) -> ASGIApp:
+def health_alone(app: ASGIApp, count_refused: Callable[[int], None]) -> ASGIApp:
     """Return an application that refuses all but /health."""
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,7 +202,7 @@ def health_alone(app: ASGIApp) -> ASGIApp:
         exchange_of(scope).refuse(body)
         await answer(send, 503, body, {"retry-after": "1"})
 
-    refusing = Exchanges(refuse, log_texts=False)
+    refusing = Exchanges(refuse, log_texts=False, count=count_refused)
 
     async def answered(scope: Scope, receive: Receive, send: Send) -> None:
         await (app if scope["path"] == "/health" else refusing)(scope, receive, send)

@@ -110,7 +110,8 @@ class Exchanges:
                 body = error_body(FAULT, "server_error")
                 exchange.refuse(body)
                 await answer(send_with_id, 500, body, {})
-        if status >= 400:
+        # serve.connection has logged and counted what it refuses itself.
+        if status >= 400 and not scope.get("state", {}).get("is_refused"):
             if self._count is not None:
                 self._count(status)
             self._log(exchange, scope, status, time.monotonic() - began)

@@ -109,6 +109,7 @@ def _serve(
             config.body_timeout_seconds,
             config.request_timeout_seconds,
         ),
+        service.metrics.count_refused,
     )
 
     class Server(uvicorn.Server):

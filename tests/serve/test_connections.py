@@ -58,12 +58,12 @@ async def endless(scope, receive, send):
 
 
 @asynccontextmanager
-async def listening(app, deadlines=None, most=100, context=None):
+async def listening(app, deadlines=None, most=100, context=None, count=lambda status: None):
     """Connections, and a function that opens one."""
     config = uvicorn.Config(app, http="h11", log_config=None, h11_max_incomplete_event_size=4096)
     config.load()
     state = ServerState()
-    connections = Connections(most, deadlines or ALL_THE_TIME)
+    connections = Connections(most, deadlines or ALL_THE_TIME, count)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connections.listen(
             [listener],
@@ -313,6 +313,43 @@ def test_a_refusal_of_head_has_no_body(sent, status):
     answer = asyncio.run(run())
     assert status_of(answer) == status
     assert answer.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("sent", "most", "status"),
+    [
+        (b"GET / HT", 9, 408),
+        (POST, 9, 408),
+        (CHUNKED + b"no size\r\n", 9, 400),
+        (b"\x16\x03\x01", 9, 400),
+        (GET, 0, 503),
+    ],
+)
+def test_what_is_refused_below_the_application_is_counted_and_logged_once(
+    sent, most, status, caplog
+):
+    """A body that was late counted as one whose client went away."""
+    counted = []
+    guarded = Guard(after_the_body, [], 1024)
+    app = Exchanges(guarded, log_texts=False, count=counted.append)
+    sent = sent.replace(b"host: x", b"host: x\r\nx-request-id: mine")
+
+    async def run():
+        deadlines = Deadlines(0.1, 0.1, NEVER)
+        async with listening(app, deadlines, most, count=counted.append) as (_, connect):
+            reader, writer = await connect()
+            writer.write(sent)
+            answer = await read(reader)
+            writer.close()
+            return answer
+
+    with caplog.at_level(logging.INFO):
+        answer = asyncio.run(run())
+    assert counted == [status_of(answer)] == [status]
+    refused = [line.fields for line in caplog.records if "refused with" in line.message]
+    assert [its["status"] for its in refused] == [status]
+    if b"mine" in sent:
+        assert refused[0]["request_id"] == "mine"
 
 
 def test_a_connection_that_fails_leaves_the_others_their_deadlines(monkeypatch, caplog):
