@@ -7,6 +7,7 @@ import platform
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ PATIENCE_SECONDS = 600.0
 """How long ranks may be apart, for slow file systems and large models."""
 TOLD = "STU_TRAIN_"
 """Beginning of variables by which the first rank tells those that Lightning starts beside it."""
+BEATS, BEAT_SECONDS = "beats", 10.0
+"""How the first rank shows the others that it is at work."""
 SHOWN_GROUPS = 4
 DISCOVERY_PORTS = range(25_000, 32_000)
 """Beyond Lightning's own for Slurm jobs, and below those that the system hands out."""
@@ -64,11 +67,13 @@ class Start:
         """Run the body on all ranks. Raises UserError on each of them where one of them refused
         (UserError, ValueError, OSError), and ends them all where one failed.
 
-        The body may fill the dictionary with what must be the same everywhere.
+        The body may fill the dictionary with what must be the same everywhere. The first rank's may
+        take any time, as it verifies a checkpoint: the others wait while it is at work.
         """
         facts: dict[str, str] = {}
         try:
-            yield facts
+            with self._showing_work():
+                yield facts
         except (UserError, ValueError, OSError, ParseError) as error:
             message = error.message if isinstance(error, ParseError) else str(error)
             if self._launch.num_ranks > 1:
@@ -136,14 +141,38 @@ class Start:
                 else RunFailed(verdict["fails"])
             )
 
+    @contextmanager
+    def _showing_work(self) -> Iterator[None]:
+        """Count up in the store while the first rank is in the block."""
+        if self._launch.num_ranks == 1 or self._launch.rank != 0:
+            yield
+            return
+        store, ended = self._connect(), threading.Event()
+
+        def count() -> None:
+            while not ended.wait(BEAT_SECONDS):
+                store.add(BEATS, 1)
+
+        thread = threading.Thread(target=count, daemon=True, name="start")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def _get(self, key: str, patience_seconds: float | None = None) -> str:
         """Return a value once it is there. Python acts on a signal meanwhile, which it would not
         in the store's own wait."""
-        deadline = time.monotonic() + (patience_seconds or self._patience)
+        patience = patience_seconds or self._patience
+        deadline, beats = time.monotonic() + patience, 0
         pause = 0.01
         while not self._store.check([key]):
             if time.monotonic() > deadline:
-                raise RunFailed(f"no word ({key}) of another rank in {self._patience:g} seconds")
+                seen = beats if self._launch.rank == 0 else self._store.add(BEATS, 0)
+                if seen == beats:
+                    raise RunFailed(f"no word ({key}) of another rank in {patience:g} seconds")
+                deadline, beats = time.monotonic() + patience, seen
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
         value: str = self._store.get(key).decode()

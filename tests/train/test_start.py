@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from train import start as start_module
 from train.launch import Launch
 from train.start import RunFailed, Start, UserError, judge, wait_for_listener
 
 SECONDS = 120
+STORE = ("set", "get", "check")
 
 
 @pytest.fixture
@@ -124,6 +127,53 @@ def test_a_folder_that_ranks_share(address, tmp_path):
 def _on_another_node(start):
     start._launch = Launch("slurm step", start._launch.rank, 0, 2)
     return start
+
+
+def test_the_first_rank_may_take_longer_than_the_others_wait(address, monkeypatch):
+    """As it verifies a checkpoint of hundreds of gigabytes."""
+    monkeypatch.setattr(start_module, "BEAT_SECONDS", 0.01)
+    waited = threading.Event()
+
+    def work(start):
+        with start.together():
+            assert waited.wait(SECONDS)
+
+    def wait(start):
+        add = start._connect().add
+
+        def look(*given):
+            count = add(*given)
+            if count > 2:
+                waited.set()
+            return count
+
+        start._store = SimpleNamespace(**{name: getattr(start._store, name) for name in STORE})
+        start._store.add = look
+        start._patience = 1.0
+        with start.together():
+            pass
+
+    assert run_ranks(work, wait) == [None] * 2
+
+
+def test_a_first_rank_without_a_sign_is_not_waited_for(address, monkeypatch):
+    waited = threading.Event()
+
+    def work(start):
+        start._patience = 0.5  # with the one that has gone, afterwards
+        with start.together():
+            waited.wait(SECONDS)
+
+    def wait(start):
+        start._patience = 0.1
+        try:
+            with start.together():
+                pass
+        finally:
+            waited.set()
+
+    _, second = run_ranks(work, wait)
+    assert isinstance(second, RunFailed)
 
 
 def test_many_messages_are_cut():
