@@ -109,7 +109,7 @@ def warn_of_differences(
 ) -> None:
     """Warn of what a run may change when it is resumed, and should know."""
     record = checkpoint["stu"]
-    before = record.get("schedule", {"trainer.max_steps": record.get("max_steps")})
+    before = record.get("schedule", {"trainer.max_steps": str(record.get("max_steps"))})
     for name in SCHEDULE:
         if name in before and before[name] != schedule[name]:
             rank_zero_warn(
