@@ -194,7 +194,7 @@ def _check(connection: Connection, now: float) -> None:
         connection.transport.abort()
 
 
-def health_alone(app: ASGIApp, count_refused: Callable[[int], None]) -> ASGIApp:
+def health_alone(app: ASGIApp, count_refused: Callable[[int], None] | None = None) -> ASGIApp:
     """Return an application that refuses all but /health."""
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
