@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from stu.atomic import fsync
+from train.bad_steps import TooManyBadSteps
 from train.callbacks import warned
 from train.checkpoint_folder import MOMENTS, WEIGHT, CheckpointFolder
 from train.checkpoint_writer import CheckpointWriter
@@ -112,6 +113,13 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self._folder / f"step-{trainer.global_step:08d}.ckpt")
             self._is_writing, self._saved = True, time.monotonic()
         if trainer.should_stop:
+            self._finish(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        # All ranks stop for it at the same step; for anything else they cannot be waited for.
+        if isinstance(exception, TooManyBadSteps):
             self._finish(trainer)
 
     def _finish(self, trainer: L.Trainer) -> None:

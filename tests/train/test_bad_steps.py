@@ -15,8 +15,8 @@ from train import report
 from train.bad_steps import GuardConfig, StepGuard, TooManyBadSteps
 
 STU_TRAIN = """
-import math, sys
-from train import cli, module
+import math, sys, time
+from train import checkpoint_writer, cli, module
 real, calls = module.next_token_loss, 0
 def next_token_loss(*arguments):
     global calls
@@ -29,14 +29,22 @@ def module_rank():
     from torch import distributed
     return distributed.get_rank() if distributed.is_initialized() else 0
 module.next_token_loss = next_token_loss
+really_write = checkpoint_writer.write_rank
+def write_rank(*arguments):
+    time.sleep({write_seconds})
+    really_write(*arguments)
+checkpoint_writer.write_rank = write_rank
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def run(settings, folder, tmp_path, ranks, stage, bad=(), value="nan", code=0, **more):
+def run(
+    settings, folder, tmp_path, ranks, stage, bad=(), value="nan", code=0, write_seconds=0, **more
+):
     """`stu-train` in which these micro-batches of the last rank have no finite loss."""
     script = tmp_path / f"train-{folder.name}.py"
-    script.write_text(STU_TRAIN.format(bad=set(bad) or "()", rank=ranks - 1, value=value))
+    wrong = {"bad": set(bad) or "()", "rank": ranks - 1, "value": value}
+    script.write_text(STU_TRAIN.format(**wrong, write_seconds=write_seconds))
     values = {
         "trainer.devices": ranks,
         "data.micro_batch_size": 4 // ranks,
@@ -102,7 +110,8 @@ def test_a_fault_before_the_last_micro_batch_of_a_step(settings, tmp_path, stage
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_too_many_end_the_run(settings, tmp_path, ranks):
-    more = {"model.guard.most_bad_steps": 3, "checkpoint_every_steps": 2}
+    """With the last checkpoint, which was still being written."""
+    more = {"model.guard.most_bad_steps": 3, "checkpoint_every_steps": 2, "write_seconds": 1}
     run_dir = tmp_path / "run"
     said = run(settings, run_dir, tmp_path, ranks, None, bad={4, 5, 6}, code=65, **more)
     assert "3 updates were skipped" in said
