@@ -393,8 +393,13 @@ class Replicas:
                 self._replicas[index] = None
                 await self._failed_to_start(index, str(error))
                 continue
-            async for message in replica.messages():
-                await self._hear(index, replica, message)
+            try:
+                async for message in replica.messages():
+                    await self._hear(index, replica, message)
+            except Exception:
+                # Its requests go on in another: without this they would wait for ever.
+                logger.exception("engine %d on %s cannot be heard", index, self._devices[index])
+                replica.kill()
             was_ready = replica.stats is not None
             if replica.stats is not None:
                 self._ended.add(replica.stats)

@@ -15,11 +15,14 @@ import httpx
 import psutil
 import pytest
 
+from serve import replicas as replicas_module
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.replica import Replica
+from serve.replicas import Replicas
 from serve.request import Request
 from serve.sampling import SamplingParams
+from serve.server_config import ServerConfig
 from serve.wire import Unpacker, pack, request_to_wire
 from stu.checkpoint import save_model
 from stu.config import ModelConfig
@@ -269,3 +272,41 @@ def test_an_engine_goes_on_after_a_request_of_a_single_token(model_directory):
         assert next(told)["scheduled"] == []
     thread.join(SECONDS)
     assert not thread.is_alive()
+
+
+def test_an_engine_that_cannot_be_heard_is_replaced(monkeypatch, tmp_path, caplog):
+    """Nobody read what engines say any more, and /health alone told."""
+    made = []
+
+    class Unheard:
+        streams, stats, settings, last_heard = {}, None, {}, float("inf")
+        is_ready, is_killed = False, False
+
+        def __init__(self, settings, num_threads):
+            made.append(self)
+
+        async def messages(self):
+            if len(made) == 1:
+                yield {"a message": "of another version"}
+            await asyncio.Event().wait()
+
+        def kill(self):
+            self.is_killed = True
+
+        async def ended(self):
+            return "ended"
+
+    monkeypatch.setattr(replicas_module, "Replica", Unheard)
+    monkeypatch.setattr(replicas_module, "LONGEST_PAUSE_SECONDS", 0)
+
+    async def run():
+        replicas = Replicas(ServerConfig(tmp_path), ["cpu"], 1)
+        await replicas.start()
+        while len(made) < 2:
+            await asyncio.sleep(0.01)
+        assert made[0].is_killed
+        assert not made[1].is_killed
+        await replicas.stop()
+
+    asyncio.run(asyncio.wait_for(run(), SECONDS))
+    assert "engine 0 on cpu cannot be heard" in caplog.text
