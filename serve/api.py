@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -40,7 +40,7 @@ from serve.request import Request as EngineRequest
 from serve.request_limits import ContextLengthError, check_request
 from serve.rows import Json
 from serve.server_config import ServerConfig
-from serve.slices import json_slices, pieces
+from serve.slices import Threads, json_slices, pieces
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
 
@@ -68,6 +68,7 @@ class Service:
     is_draining: bool = False
     started: int = 0
     """Unix time."""
+    threads: Threads = field(default_factory=Threads)
 
 
 class RequestError(Exception):
@@ -110,19 +111,21 @@ def make_app(service: Service) -> FastAPI:
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        await asyncio.to_thread(_check_body, body)
-        given = _without_stream(body.model_dump(exclude_none=True))
         exchange = exchange_of(request.scope)
+        await service.threads.run(exchange.client, _check_body, body)
+        given = _without_stream(body.model_dump(exclude_none=True))
         answer = await _begin(service, exchange, given, "cmpl", "text_completion", None)
         return await _answered(service, request, body, answer)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        await asyncio.to_thread(_check_body, body)
+        exchange = exchange_of(request.scope)
+        await service.threads.run(exchange.client, _check_body, body)
         _check_model(service, body.model)
         with _as_request_error():
             # Not here, where a long chat would hold up the streams of others.
-            given = await asyncio.to_thread(
+            given = await service.threads.run(
+                exchange.client,
                 text_body,
                 body,
                 service.template,
@@ -131,7 +134,6 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             )
         given = _without_stream(given)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        exchange = exchange_of(request.scope)
         answer = await _begin(service, exchange, given, "chatcmpl", kind, bool(body.stream))
         return await _answered(service, request, body, answer)
 
@@ -150,7 +152,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return {**found, "owned_by": "stu", "max_model_len": service.model.max_seq_len}
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
         _check_model(service, body.model)
 
         def tokenized() -> list[bytes]:
@@ -162,17 +164,19 @@ def _add_information(app: FastAPI, service: Service) -> None:
             return list(pieces(json_slices(values)))
 
         with _as_request_error():
-            return _in_pieces(await asyncio.to_thread(tokenized))
+            client = exchange_of(request.scope).client
+            return _in_pieces(await service.threads.run(client, tokenized))
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Response:
+    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         _check_model(service, body.model)
         if max(body.tokens, default=0) >= tokenizer.vocab_size:
             raise _refused(
                 f"tokens has the id {max(body.tokens)}, and the vocabulary ids 0 to "
                 f"{tokenizer.vocab_size - 1}"
             )
-        text = await asyncio.to_thread(tokenizer.decode, body.tokens)
+        client = exchange_of(request.scope).client
+        text = await service.threads.run(client, tokenizer.decode, body.tokens)
         return _in_pieces(list(pieces(json_slices({"prompt": text}))))
 
     @app.get("/tokenizer_info")
@@ -220,8 +224,8 @@ async def _begin(
     arrived = time.monotonic()
     with _as_request_error("prompt" if is_chat_stream is None else "messages"):
         # Long prompts and large schemas must not hold up the streams of others.
-        requests, writers, prompts = await asyncio.to_thread(
-            _prepared, service, given, is_chat_stream
+        requests, writers, prompts = await service.threads.run(
+            exchange.client, _prepared, service, given, is_chat_stream
         )
     frame = {
         "id": f"{prefix}-{exchange.request_id}",

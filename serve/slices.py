@@ -6,14 +6,34 @@ thread run before it returns. In slices it returns every few milliseconds.
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+Result = TypeVar("Result")
 
 SLICE_SECONDS = 0.005
 MOST_VALUES, MOST_CONTAINERS = 4096, 64
 """Elements of a list that become text in one call: numbers and strings, or lists and objects."""
 PIECE_BYTES = 2**16
+MOST_THREADS = max(2, min(32, (os.cpu_count() or 1) + 4) // 2)
+"""Of one client at once: half of those that asyncio has."""
+
+
+class Threads:
+    """Threads for long work, of which one client has half at most: the bodies of others need not
+    wait until all of its bodies are done."""
+
+    def __init__(self) -> None:
+        self._limits: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def run(self, client: str, work: Callable[..., Result], *given: Any) -> Result:
+        """Return what `work` gives, called in a thread once the client may have one."""
+        limit = self._limits.setdefault(client, asyncio.Semaphore(MOST_THREADS))
+        async with limit:
+            return await asyncio.to_thread(work, *given)
 
 
 class Pauses:

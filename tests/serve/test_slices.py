@@ -15,7 +15,7 @@ from serve.engine import Stats
 from serve.replicas import Replicas, Stream
 from serve.request import Request
 from serve.server_config import ServerConfig
-from serve.slices import PIECE_BYTES, Pauses, json_slices, pieces
+from serve.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
 from serve.wire import request_from_wire, request_to_wire
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -123,3 +123,21 @@ def test_a_prompt_is_not_copied_for_an_engine():
     values = request_to_wire(request)
     assert values["tokens"] is request.tokens
     assert request_from_wire(values) == request
+
+
+def test_a_client_has_half_of_the_threads_at_most():
+    """Bodies that take seconds, of one client, held up those of all others."""
+    is_over, threads = threading.Event(), Threads()
+
+    async def run():
+        long = [asyncio.create_task(threads.run("a", is_over.wait)) for _ in range(100)]
+        await asyncio.sleep(0)
+        try:
+            assert await asyncio.wait_for(threads.run("b", lambda: "done"), 30) == "done"
+            assert not any(task.done() for task in long)
+        finally:
+            is_over.set()
+        assert all(await asyncio.gather(*long))
+
+    asyncio.run(run())
+    assert not threads._limits
