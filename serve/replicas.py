@@ -487,6 +487,7 @@ class Replicas:
                 if replica.last_heard < now - most:
                     logger.error("process %d gave no sign of life", replica.process.pid)
                     replica.kill()
+                    replica.last_heard = now  # said once, however long its end takes
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

@@ -226,8 +226,13 @@ def test_a_server_stops_while_its_engine_loads(model_directory):
                 if "Waiting for application startup" in line:
                     break
             parent = psutil.Process(process.pid)
-            eventually(parent.children)
-            (replica,) = parent.children()
+
+            def engine():
+                # Before its own program runs, the server waits for it to begin.
+                return [child for child in parent.children() if "serve.replica" in child.cmdline()]
+
+            eventually(engine)
+            (replica,) = engine()
             replica.suspend()  # and so is never ready
             process.terminate()
             assert process.wait(SECONDS) == 0

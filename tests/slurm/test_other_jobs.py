@@ -1,8 +1,11 @@
 """slurm/generate.sbatch and slurm/serve.sbatch."""
 
 import json
+import re
+import signal
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -39,6 +42,13 @@ def processes(word):
     ]
 
 
+def is_told_to_end(process):
+    """Whether SIGTERM waits until a suspended process can take it."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (waiting,) = re.findall(r"^ShdPnd:\s*(\w+)$", status, re.MULTILINE)
+    return bool(int(waiting, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_directory):  # noqa: F811
     source, target = tmp_path / "in.jsonl", tmp_path / "of.mine" / "completions"
     target.parent.mkdir()
@@ -60,7 +70,11 @@ def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_d
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
 
     until(lambda: processes(f"--output {target} --shard 1/3"), log)
+    (generating,) = processes(f"--output {target} --shard 1/3")
+    generating.suspend()  # and so does not end before the signal is there
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    until(lambda: is_told_to_end(generating), log)
+    generating.resume()
     until(target.exists, log)
     alone = tmp_path / "alone.jsonl"
     assert generate(model_directory, source, alone, *options[2:]) == 0
