@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from train.checkpoint_folder import FORMAT_VERSION, WEIGHT, CheckpointFolder
+from train.checkpoints import say
 from train.data import TokenData
 from train.provenance import changes_since
 from train.settings import precision_name
@@ -104,6 +105,7 @@ def check_shapes(folder: CheckpointFolder, module: "FlashSTUModule") -> None:
             )
 
 
+@rank_zero_only
 def warn_of_differences(
     checkpoint: Mapping[str, Any], schedule: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> None:
@@ -112,16 +114,16 @@ def warn_of_differences(
     before = record.get("schedule", {"trainer.max_steps": str(record.get("max_steps"))})
     for name in SCHEDULE:
         if name in before and before[name] != schedule[name]:
-            rank_zero_warn(
-                f"{name}={schedule[name]}, but the checkpoint was trained with {before[name]}: "
-                "from here on, the learning rate follows another schedule"
+            say(
+                f"warning: {name}={schedule[name]}, but the checkpoint was trained with "
+                f"{before[name]}: from here on, the learning rate follows another schedule"
             )
     if "provenance" in record:
         changes = changes_since(record["provenance"], provenance)
         if changes:
-            rank_zero_warn(
-                f"the checkpoint was written by other code: {'; '.join(changes)}. Results may "
-                "differ from here on"
+            say(
+                f"warning: the checkpoint was written by other code: {'; '.join(changes)}. "
+                "Results may differ from here on"
             )
 
 
