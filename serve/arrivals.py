@@ -1,4 +1,4 @@
-"""What came for a client that has yet to take it, within bounds."""
+"""Outputs that a client has yet to take, within bounds."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a body, in words that name the field."""
+"""Turn the errors that pydantic finds in a body into words that name the field."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -24,7 +24,7 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 FAULTS = (TemplateError, TypeError, ArithmeticError, LookupError, ValueError, AttributeError)
-"""What a template may raise for messages that it was not made for."""
+"""Errors that a template may raise for messages that it was not made for."""
 
 
 class ChatTemplate:

@@ -188,7 +188,7 @@ def _reason(grammar: str) -> str:
 
 
 def _place(schema: Schema, reason: str) -> str:
-    """Of the innermost schema that is refused for `reason`."""
+    """Find the innermost schema that is refused for `reason`."""
     definitions: Schema = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     place, left, seen = "#", [Node(schema, "#")], 0
     while left and seen < MOST_PLACES:

@@ -194,7 +194,7 @@ def _job_file(output: Path) -> Path:
 
 
 def _read_job(file: Path) -> dict[str, Any] | None:
-    """What it was begun with, if that was written."""
+    """The settings that the output was begun with, if they were written."""
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

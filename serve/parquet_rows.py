@@ -27,7 +27,7 @@ class ParquetRows:
         self.fraction_read, self.num_read = 0.0, 0
         self._path, self._digest, self._open = path, digest, pq.ParquetFile
         self._errors = (pa.ArrowException, OSError)
-        """Of a file that is damaged."""
+        """Errors that reading a damaged file raises."""
         self._fields = {"prompt": column}
         if id_column is not None:
             self._fields["id"] = id_column

@@ -19,7 +19,7 @@ MOST_VALUES, MOST_CONTAINERS = 4096, 64
 """Elements of a list that become text in one call: numbers and strings, or lists and objects."""
 PIECE_BYTES = 2**16
 MOST_THREADS = max(2, min(32, (os.cpu_count() or 1) + 4) // 2)
-"""Of one client at once: half of those that asyncio has."""
+"""Threads that one client may use at once: half of those that asyncio has."""
 
 
 class Threads:

@@ -40,9 +40,9 @@ class Work:
     done: frozenset[int]
     """Numbers of the rows in `shard` that need no decoding."""
     digest: InputDigest
-    """What the input must still be."""
+    """Digest that the input must still have."""
     model_and_settings: Mapping[str, Any]
-    """What `BatchJob.model_and_settings` must still be."""
+    """`BatchJob.model_and_settings` as the run began with it."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

@@ -29,7 +29,7 @@ class CheckpointWriter:
 
     def __init__(self) -> None:
         self.owner: RunOwner | None = None
-        """Of the folder that checkpoints are in; the first rank's."""
+        """Owner of the folder that checkpoints are in; the first rank has it."""
         self.job = 0
         """The owner's number, on all ranks: no other job writes into the same temporary folder."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")

@@ -27,11 +27,11 @@ from train.skipped import Skipped, require_mostly_good
 from train.sources import Files
 
 EXPECTED_DOCUMENTS = 5
-"""Of a split, with the share of all that is advised where it got none."""
+"""Documents that an empty split may expect from the share that is advised for it."""
 FEW_TOKENS = 10_000
 """A split of fewer is warned about."""
 LARGEST_SHARE = 0.2
-"""Of all text, that is advised for validation."""
+"""Largest share of all text that is advised for validation."""
 LOG_SECONDS = 30
 """Between lines of progress where there is no terminal."""
 
@@ -158,7 +158,7 @@ def require_both_splits(config: PrepareConfig, num_documents: Mapping[str, int])
 
 
 def warnings(index: Index) -> list[str]:
-    """What is to be said of splits that are too small to be of use."""
+    """Return warnings about splits that are too small to be of use."""
     found = []
     validation, train = index.splits["validation"], index.splits["train"]
     if validation.num_tokens < FEW_TOKENS:

@@ -13,7 +13,8 @@ from train.sources import MOST_PIECE_BYTES, kind_of, read_python
 PARQUET_ROWS = 64  # rows in memory at once: documents may be megabytes long
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 MOST_FIELD_CHARS = 1 << 26
-"""Of a CSV file: more than the usual 128 Ki, less than a file whose quote is never closed."""
+"""Longest field of a CSV file: more than the usual 128 Ki, less than a file whose quote is never
+closed."""
 FIX = "name it with --text-key"
 
 

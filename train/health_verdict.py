@@ -1,4 +1,4 @@
-"""What the nodes of a job say of themselves, and what follows for the job."""
+"""Decide from the answers of its nodes whether a job may start."""
 
 import hashlib
 import itertools
@@ -23,11 +23,11 @@ class Answer:
 
     node: str
     problems: list[str] = field(default_factory=list)
-    """Of this node alone, as of its memory."""
+    """Faults of this node alone, such as too little memory."""
     folders: dict[str, str] = field(default_factory=dict)
     """Problems with folders that nodes must share."""
     facts: dict[str, str] = field(default_factory=dict)
-    """What all nodes must have alike."""
+    """Facts that must be the same on all nodes."""
 
 
 @dataclass

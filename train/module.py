@@ -56,7 +56,7 @@ class FlashSTUModule(L.LightningModule):
         self.z_loss = z_loss
         self.guard_config = guard
         self.run_record: dict[str, Any] = {}
-        """What checkpoints say of the run besides: where it comes from, what was changed in it."""
+        """Record that goes into checkpoints: where the run comes from, what was changed in it."""
         self.is_optimizer_changed = False
         """Whether `optimizer` is not what the checkpoint to go on from was trained with."""
         self._guard = StepGuard(guard)

@@ -227,7 +227,7 @@ class RunOwner:
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells this process from every other one, and Slurm's names for it."""
+    """Identify this process among all others, with Slurm's names for it."""
     slurm = {
         "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
         "job": os.environ.get("SLURM_JOB_ID"),

@@ -31,7 +31,7 @@ class PrepareConfig:
     text_key: str = "text"
     """JSON field, or CSV or Parquet column, that holds the text."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do with a row that cannot be read, or the rest of a damaged file. `stop`: end with
+    """Treatment of a row that cannot be read, or the rest of a damaged file. `stop`: end with
     its file and line. `skip`: leave it out; `skipped.jsonl` in the output lists the first 1,000."""
     shard: str | None = None
     """i/n, from 0: do part i of the n that the files make, in a folder beside the output; the run

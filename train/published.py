@@ -37,7 +37,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DDP, torch.compile, FSDP and recomputation put into names."""
 HOLDERS = {"model", "state_dict"}
-"""What a module that has the model as one of its own puts before all names."""
+"""Prefixes of names in a module that contains the model."""
 STATE_DICTS = ("state_dict", "model_state_dict", "model")
 """Where training checkpoints keep weights among other things."""
 INDEX_SUFFIX = ".index.json"

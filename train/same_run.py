@@ -45,7 +45,7 @@ def result_settings(
 def training_record(
     settings: Mapping[str, Any], tokenizer: Path, parameter_groups: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """What stu adds to a checkpoint: only tensors and plain values, to be read without pickle."""
+    """Return what stu adds to a checkpoint: only tensors and plain values, read without pickle."""
     return {
         "format_version": FORMAT_VERSION,
         "parameter_groups": parameter_groups,

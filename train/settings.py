@@ -25,7 +25,7 @@ PROFILERS = ("simple", "advanced", "pytorch")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 PRECISION_ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
 LARGEST_SEED = 2**32 - 1
-"""What NumPy takes."""
+"""Largest seed that NumPy takes."""
 
 
 def check_settings(settings: Any, is_plan: bool) -> tuple[ModelConfig, ParallelConfig]:
