@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stu.arguments import run_command
+from stu.common.cli import run_command
 
 BATCHES, NEW_TOKENS = [1, 8, 32, 64], [512, 2048, 8192, 32768]
 CACHES = ["paged", "continuous", "epoched", "flashinference", "naive"]

@@ -1,8 +1,8 @@
 """What the online convolutions of a run take: bytes held, multiply-adds, numbers moved.
 
 Formulas of the algorithms of Agarwal et al., "FutureFill", ICLR 2026, with the constants of
-`stu.futurefill` and `serve.tiles`, for one channel of one layer of one sequence. Positions are
-counted from the first new token, for Flash Inference from the prompt's first.
+`stu.futurefill` and `serve.cache.tiles`, for one channel of one layer of one sequence. Positions
+are counted from the first new token, for Flash Inference from the prompt's first.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.costs import FLOAT_BYTES, Costs
-from serve.tiles import TILES_AT_ONCE, TileFlush
+from serve.cache.tiles import TILES_AT_ONCE, TileFlush
 from stu.convolution import fast_fft_length
 from stu.futurefill import Naive
 
@@ -145,7 +145,7 @@ def flashinference(shape: Shape) -> Counts:
 
 
 def paged(shape: Shape, tiles: TileFlush) -> Counts:
-    """Direct sums within pages, and products of thin matrices after each (`serve.tiles`)."""
+    """Direct sums within pages, and products of thin matrices after each (`serve.cache.tiles`)."""
     counts = _within_pages(shape, shape.page_len // shape.lag_step, 0, TURNS)
     num_pages = -(-(shape.new_tokens - 1) // shape.page_len)
     by_done = _flush_by_fft if not tiles._levels else _flush
@@ -182,7 +182,7 @@ def _within_pages(shape: Shape, page_columns: int, first: int, turns: int) -> Co
 
 
 def _flush(counts: Counts, shape: Shape, tiles: TileFlush, done: int, num_pages: int) -> None:
-    """Page to summary, core, coordinates to pages, as `serve.tiles.TileFlush` goes about it."""
+    """Page to summary, core, coordinates to pages, as `serve.cache.tiles.TileFlush` does."""
     levels, step, rows = tiles._levels, shape.lag_step, shape.page_len // shape.lag_step
     level = (done & -done).bit_length() - 1
     its = levels[level]

@@ -15,11 +15,11 @@ from torch import Tensor
 from benchmarks.costs import FLOAT_BYTES
 from benchmarks.flash_inference import FlashInference
 from benchmarks.lockstep_cache import LockstepCache
-from serve.attention_cache import window_pages
+from serve.cache.attention_windows import window_pages
+from serve.cache.page_pool import pages_for
 from serve.config import EngineConfig
-from serve.engine import Engine
-from serve.pages import pages_for
-from serve.runner import Prompt
+from serve.engine.engine import Engine
+from serve.engine.runner import Prompt
 from stu.config import ModelConfig
 from stu.futurefill import Continuous, Epoched, Naive, OnlineConvolution
 from stu.hyena import SHORT_TAPS

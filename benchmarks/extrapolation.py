@@ -22,13 +22,13 @@ from benchmarks.convolution_costs import naive
 from benchmarks.costs import FLOAT_BYTES, window_costs
 from benchmarks.decode_engine import other_bytes
 from benchmarks.rates import Rates, of_gpu, step_parts
-from serve import tile_levels
-from serve.pages import pages_for
-from serve.tiles import TileFlush
+from serve.cache import tile_levels
+from serve.cache.page_pool import pages_for
+from serve.cache.tiles import TileFlush
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from train.costs import GPUS, USABLE_SHARE
-from train.memory import num_parameters
+from train.plan.costs import GPUS, USABLE_SHARE
+from train.plan.memory import num_parameters
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 SIZES = ["hybrid-2.7b", "hybrid-7b", "hybrid-13b"]

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks.machine import describe
 from serve.config import EngineConfig
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling import SamplingParams
-from stu.checkpoint import load_model, load_tokenizer
+from serve.sampling.sampler import SamplingParams
 from stu.model import FlashSTU
+from stu.model_dir import load_model, load_tokenizer
 from stu.tokenizer import Tokenizer
-from train.shards import TokenShards
+from train.data.shards import TokenShards
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

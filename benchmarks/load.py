@@ -34,11 +34,11 @@ import torch
 from benchmarks.decode_engine import VOCAB_SIZE, tokenizer
 from benchmarks.machine import describe
 from serve.config import EngineConfig
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.request import Request
-from stu.checkpoint import load_model, load_tokenizer, save_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
+from stu.model_dir import load_model, load_tokenizer, save_model
 
 WIDTH = 512
 CACHE_GIB, PROMPT_TOKENS, SHORT_PROMPT_TOKENS, NUM_SHORT = 2.0, 64, 8, 20
@@ -152,7 +152,7 @@ def engine_alone(path: Path, args: argparse.Namespace) -> float:
 @contextmanager
 def serving(path: Path, threads: int, max_running: int) -> Iterator[tuple[str, float, int]]:
     """A server's address, the seconds until it took requests, and its process."""
-    command = [sys.executable, "-m", "serve.server", str(path), "--port", "0"]
+    command = [sys.executable, "-m", "serve.server.cli", str(path), "--port", "0"]
     command += ["--cache-gib", str(CACHE_GIB), "--max-running", str(max_running)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()

@@ -8,7 +8,7 @@ MOST_FLUSHES = 4
 
 
 class LockstepCache:
-    """`serve.cache.ConvolutionCache`'s calls on `convolution`, whose rows step together."""
+    """The calls of `paged_futurefill.ConvolutionCache` on `convolution`; rows step together."""
 
     def __init__(self, convolution: OnlineConvolution) -> None:
         self._convolution = convolution

@@ -21,10 +21,10 @@ import numpy as np
 from benchmarks.decode_engine import tokenizer
 from benchmarks.machine import describe
 from stu.config import ModelConfig
-from train.memory import activation_bytes, rank_memory
-from train.parallel import ParallelConfig
+from train.data.shards import TOKENIZER_FILE, Index, SplitWriter
+from train.parallel.config import ParallelConfig
+from train.plan.memory import activation_bytes, rank_memory
 from train.report import read_curves
-from train.shards import TOKENIZER_FILE, Index, SplitWriter
 
 STEPS, ACCUMULATED = 3, 2
 SHAPE = ModelConfig(vocab_size=4096, width=512, num_layers=8, max_seq_len=2048, window_tokens=256)

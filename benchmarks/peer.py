@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, device, nn
 
 from benchmarks.costs import Costs
-from serve.packing import PackedGatedMLP, PackedLinear, packs
+from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
 from stu.config import ModelConfig
 from stu.layers import GatedMLP
 

@@ -1,8 +1,8 @@
 """Other language models of as many parameters, decoded token by token with their own caches.
 
 Random weights in float32. The models are those of `transformers` but for S4, and their matrices
-are packed for oneDNN as the engine packs its own (`serve.packing`), so that the mixers are what
-differs. Nothing is downloaded: models are built from their configurations.
+are packed for oneDNN as the engine packs its own (`serve.engine.packing`), so that the mixers are
+what differs. Nothing is downloaded: models are built from their configurations.
 """
 
 import importlib.util

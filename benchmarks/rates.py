@@ -1,6 +1,6 @@
 """What a machine does in a second: the constants of the cost model (`benchmarks.model`).
 
-Each is measured, or taken from a data sheet with the share of it that `train.costs` assumes.
+Each is measured, or taken from a data sheet with the share of it that `train.plan.costs` assumes.
 """
 
 import functools
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.costs import FLOAT_BYTES
 from benchmarks.operations import operations
-from serve.packing import packed_product
+from serve.engine.packing import packed_product
 from stu.layers import RMSNorm
-from train.costs import FFT_SHARE, GPUS, PRODUCT_SHARE
+from train.plan.costs import FFT_SHARE, GPUS, PRODUCT_SHARE
 
 LEAST_SECONDS, LEAST_CALLS = 0.2, 3
 """Of each measurement."""
@@ -120,8 +120,8 @@ def mean_rates(several: Sequence[Rates]) -> Rates:
 
 
 def of_gpu(name: str) -> Rates:
-    """Of a kind that is in no reach, from its data sheet (`train.costs.GPUS`), which does not tell
-    of streams and operations."""
+    """Of a kind that is in no reach, from its data sheet (`train.plan.costs.GPUS`), which does not
+    tell of streams and operations."""
     gpu = GPUS[name]
     # A transform reads its numbers and writes as many, four bytes each.
     transformed = FFT_SHARE * gpu.bytes_per_second / 8

@@ -1,7 +1,7 @@
 """`stu-bench sizes`: what `stu-plan` says of the published sizes and of larger ones, on H100s.
 
 Nothing is measured: memory is counted on tensors without contents, and times follow from data
-sheets and the shares of them that `train/costs.py` assumes.
+sheets and the shares of them that `train/plan/costs.py` assumes.
 """
 
 import argparse
@@ -12,10 +12,10 @@ import yaml
 
 from benchmarks.machine import describe
 from stu.config import ModelConfig
-from train.costs import GPUS, USABLE_SHARE, exchanged_bytes, step_seconds, token_flops
-from train.fits import Fits, stages
-from train.memory import num_parameters
-from train.parallel import ParallelConfig
+from train.parallel.config import ParallelConfig
+from train.plan.costs import GPUS, USABLE_SHARE, exchanged_bytes, step_seconds, token_flops
+from train.plan.fits import Fits, stages
+from train.plan.memory import num_parameters
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 SIZES = [

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from serve.request import FinishReason, Output, Request
-from serve.sampling import TokenLogprobs
+from serve.sampling.sampler import TokenLogprobs
 
 
 @dataclass(frozen=True)

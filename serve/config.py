@@ -9,7 +9,7 @@ class EngineConfig:
     """What an engine may use, and how it shares it out."""
 
     cache_gib: float | None = None
-    """GiB for what running requests remember (see `serve.cache_size`). None: half of the memory
+    """GiB for what running requests remember (see `serve.cache.budget`). None: half of the memory
     that is free once the model is loaded."""
     page_len: int = 32
     """Positions in a cache page, and the smallest tile of FutureFill: a power of two."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from serve.request import Request
 from serve.request_limits import require_room
-from serve.sampling import SamplingParams
+from serve.sampling.sampler import SamplingParams
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.config import is_whole
-from serve.grammar import Constraint
-from serve.sampling import MOST_LOGPROBS, SamplingParams, TokenLogprobs
+from serve.sampling.grammar import Constraint
+from serve.sampling.sampler import MOST_LOGPROBS, SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from stu.atomic import new_file
+from stu.common.files import new_file
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 TRAINING_PIECE_CHARS = 1000  # SentencePiece drops sentences of more than 4192 bytes

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The browser of tests/serve/test_playground.py: Debian's own, where there is none.
+# The browser of tests/serve/server/test_playground.py: Debian's own, where there is none.
 set -eu
 
 if command -v chromium >/dev/null; then

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Clients of tests/serve/test_clients.py that do not go with the versions in constraints.txt, or are
+# Clients of tests/serve/server/test_clients.py that do not go with the versions in constraints.txt, or are
 # not Python: sh install_clients.sh PYTHON FOLDER [npm], into FOLDER/venv and FOLDER/node_modules.
 set -eu
 

@@ -18,13 +18,13 @@ from benchmarks.machine import commit, describe
 from benchmarks.peak_memory import peak_gib
 from benchmarks.samples import Sample, mean_watts, merged, sampled, summary
 from serve.request import Request
-from stu.checkpoint import save_model
 from stu.config import ModelConfig
 from stu.futurefill import Continuous
 from stu.model import FlashSTU
+from stu.model_dir import save_model
 from stu.tokenizer import Tokenizer
 from tests.train.conftest import data  # noqa: F401
-from train.shards import TokenShards
+from train.data.shards import TokenShards
 
 
 @pytest.fixture(autouse=True)

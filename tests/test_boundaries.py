@@ -15,13 +15,13 @@ MAY_IMPORT = {
     "serve": {"stu"},
 }
 COMMANDS = {
-    "stu-prepare": "train.prepare",
+    "stu-prepare": "train.data.prepare",
     "stu-train": "train.cli",
-    "stu-export": "train.export",
-    "stu-import": "train.import_published",
-    "stu-health": "train.health",
-    "stu-plan": "train.plan",
-    "stu-generate": "serve.batch",
+    "stu-export": "train.checkpoint.export",
+    "stu-import": "train.checkpoint.import_published",
+    "stu-health": "train.health.cli",
+    "stu-plan": "train.plan.cli",
+    "stu-generate": "serve.batch.cli",
     "stu-bench": "benchmarks.cli",
 }
 
@@ -76,7 +76,7 @@ finally:
 
 
 def test_importing_the_model_library_loads_neither_lightning_nor_deepspeed():
-    code = "import sys, stu.model, stu.checkpoint; print(*sys.modules)"
+    code = "import sys, stu.model, stu.model_dir; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert not {"lightning", "deepspeed", "tensorboard"} & set(modules)

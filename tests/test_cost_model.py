@@ -10,12 +10,12 @@ import benchmarks.rates
 from benchmarks import cli, convolution_costs, extrapolation
 from benchmarks.operations import operations
 from benchmarks.rates import Rates, mean_rates, measured_rates, of_gpu, step_parts
-from serve.cache import ConvolutionCache
-from serve.pages import PagePool, pages_for
-from serve.tiles import TileFlush
+from serve.cache.page_pool import PagePool, pages_for
+from serve.cache.paged_futurefill import ConvolutionCache
+from serve.cache.tiles import TileFlush
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from train.memory import num_parameters
+from train.plan.memory import num_parameters
 
 RATES = Rates(
     bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, streams=5.0, operations=4.0

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from benchmarks import cli as bench
-from serve import batch
+from serve.batch import cli as batch
 from serve.config import EngineConfig
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling import SamplingParams
+from serve.sampling.sampler import SamplingParams
 from stu import futurefill
-from stu.checkpoint import save_model
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.futurefill import Continuous, Epoched, Naive
 from stu.model import FlashSTU
+from stu.model_dir import save_model
 from stu.tokenizer import train_bpe
 from tests.train.conftest import data, module_settings  # noqa: F401 (fixtures)
 from train.report import read_curves

@@ -11,8 +11,8 @@ from benchmarks import convolution_costs, costs
 from benchmarks.flash_inference import FlashInference
 from benchmarks.peers import PEERS, Peer, build_peers
 from benchmarks.s4 import S4Model
-from serve.cache import ConvolutionCache
-from serve.pages import PagePool
+from serve.cache.page_pool import PagePool
+from serve.cache.paged_futurefill import ConvolutionCache
 from stu.config import ModelConfig
 from stu.futurefill import Continuous, Epoched, Naive
 from stu.model import FlashSTU

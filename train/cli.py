@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from train.signals import exiting_at_once
+from train.start.signals import exiting_at_once
 
 # What most runs set; `--help-all` lists every setting. A test holds these to the real parser.
 COMMON_SETTINGS = {
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exiting_at_once():
         # Imported late, for it takes seconds.
         from train.run import run
-        from train.start import UserError
+        from train.start.agreement import UserError
 
         try:
             run(["--help" if argument == "--help-all" else argument for argument in arguments])

@@ -76,7 +76,7 @@ def _report(data: Path, run: Path, completions: Path) -> None:
     from rich.text import Text
 
     from train import report
-    from train.shards import TokenShards
+    from train.data.shards import TokenShards
 
     console = Console()
     for line in completions.read_text(encoding="utf-8").split("\n")[:-1]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stu.atomic import new_file
+from stu.common.files import new_file
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 

@@ -18,18 +18,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
-from train.bad_steps import GuardConfig, StepGuard
-from train.callbacks import warned
-from train.costs import GPUS, known_gpu, token_flops
-from train.data import Batch, TokenData, ValidationBatch
+from train.callbacks.bad_steps import GuardConfig, StepGuard
+from train.callbacks.interruption import largest_of_ranks
+from train.callbacks.progress import warned
+from train.config import check_length, check_vocabulary
+from train.data.loader import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
-from train.fsdp import FsdpStrategy
-from train.interruption import largest_of_ranks
 from train.loss import next_token_loss, token_losses
 from train.measured import most_bytes, resident_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
-from train.same_run import result_settings, training_record
-from train.settings import check_length, check_vocabulary
+from train.parallel.fsdp import FsdpStrategy
+from train.plan.costs import GPUS, known_gpu, token_flops
+from train.start.same_run import result_settings, training_record
 
 
 class FlashSTUModule(L.LightningModule):

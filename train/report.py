@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from stu.tokenizer import Tokenizer
-from train.shards import TokenShards
+from train.data.shards import TokenShards
 
 Curve = tuple[list[int], list[float]]
 """Steps, and a value at each."""

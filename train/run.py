@@ -20,27 +20,32 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from stu.arguments import ArgumentParser
-from stu.atomic import new_file
-from train.bad_steps import TooManyBadSteps
-from train.callbacks import SampleLog, StepProgress
-from train.checkpoint_folder import CheckpointFolder
-from train.checkpoint_writer import CheckpointWriter
-from train.checkpoints import (
+from stu.common.cli import ArgumentParser
+from stu.common.files import new_file
+from train.callbacks.bad_steps import TooManyBadSteps
+from train.callbacks.interruption import Interruption
+from train.callbacks.progress import SampleLog, StepProgress
+from train.callbacks.watchdog import Watchdog
+from train.checkpoint.callback import (
     CHECKPOINTS,
     Checkpoints,
     FolderIO,
     last_good_checkpoint,
     verified_checkpoint,
 )
-from train.data import TokenData
-from train.interruption import Interruption
-from train.launch import Launch, detect_launch
+from train.checkpoint.folder import CheckpointFolder
+from train.checkpoint.writer import CheckpointWriter
+from train.config import check_settings as check_run_settings
+from train.config import data_warnings
+from train.data.loader import TokenData
+from train.data.shards import INDEX_FILE
 from train.module import FlashSTUModule
-from train.owner import RunOwner
-from train.parallel import ParallelConfig, make_strategy, prepare_blocks
-from train.provenance import provenance
-from train.same_run import (
+from train.parallel.config import ParallelConfig, make_strategy, prepare_blocks
+from train.start.agreement import ParseError, Start, UserError, flatten, versions
+from train.start.launch import Launch, detect_launch
+from train.start.owner import RunOwner
+from train.start.provenance import provenance
+from train.start.same_run import (
     DATA,
     MODEL,
     OPTIMIZER,
@@ -51,12 +56,7 @@ from train.same_run import (
     saved_settings,
     warn_of_differences,
 )
-from train.settings import check_settings as check_run_settings
-from train.settings import data_warnings
-from train.shards import INDEX_FILE
-from train.signals import EXIT_CODES
-from train.start import ParseError, Start, UserError, flatten, versions
-from train.watchdog import Watchdog
+from train.start.signals import EXIT_CODES
 
 DEFAULTS = {
     "max_steps": 10_000,

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
-from serve.batch import main
-from stu.checkpoint import save_model
+from serve.batch.cli import main
 from stu.config import ModelConfig
 from stu.model import FlashSTU
+from stu.model_dir import save_model
 from stu.tokenizer import train_bpe
 
 MAX_SEQ_LEN = 64
@@ -101,7 +101,7 @@ def start(monkeypatch):
 
     def call(*arguments):
         model, source, target, *options = map(str, arguments)
-        command = [sys.executable, "-m", "serve.batch", model, "--input", source]
+        command = [sys.executable, "-m", "serve.batch.cli", model, "--input", source]
         command += ["--output", target, "--cache-gib", "0.01", *options]
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         return processes[-1]

@@ -22,7 +22,7 @@ class ServerProcess:
     """A server, `url`, with the lines that it logs."""
 
     def __init__(self, model, *options, port=0, open_files=None, **environment):
-        command = [sys.executable, "-m", "serve.server", str(model), "--port", str(port)]
+        command = [sys.executable, "-m", "serve.server.cli", str(model), "--port", str(port)]
         if open_files is not None:
             command = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *command]
         command += ["--cache-gib", "0.01", *map(str, options)]
@@ -52,7 +52,9 @@ class ServerProcess:
     def replicas(self):
         """Processes of its engines."""
         children = psutil.Process(self.process.pid).children()
-        return [its for its in children if "serve.replica" in " ".join(its.cmdline())]
+        return [
+            its for its in children if "serve.server.replicas.process" in " ".join(its.cmdline())
+        ]
 
     def client(self, **settings):
         return httpx.Client(base_url=self.url, timeout=SECONDS, **settings)

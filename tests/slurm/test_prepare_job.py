@@ -6,8 +6,8 @@ import time
 import psutil
 
 from tests.slurm.conftest import ROOT
-from train.prepare import PrepareConfig, prepare
-from train.shards import TokenShards
+from train.data.prepare import PrepareConfig, prepare
+from train.data.shards import TokenShards
 
 COUNT = 3
 SECONDS = 240

@@ -16,7 +16,7 @@ import torch
 from tests.slurm.conftest import ROOT
 from tests.train.saved import load_checkpoint
 from train import report
-from train.data import TokenData
+from train.data.loader import TokenData
 
 STEPS, STOP = 200, 60
 SECONDS = 240

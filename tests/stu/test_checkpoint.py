@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stu.checkpoint import load_config, load_generation, load_model, load_tokenizer, save_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
+from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
 from stu.tokenizer import train_bpe
 
 
@@ -167,7 +167,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-from stu.checkpoint import load_model, load_tokenizer, save_model
+from stu.model_dir import load_model, load_tokenizer, save_model
 model = load_model(sys.argv[1])
 try:
     save_model(sys.argv[2], model, load_tokenizer(sys.argv[1]))

@@ -8,7 +8,7 @@ import lzma
 import pytest
 from backports import zstd
 
-from stu.compressed import open_decompressed
+from stu.common.compressed import open_decompressed
 
 LINES = [b"row %d\n" % number for number in range(40_000)]
 TEXT = b"".join(LINES)

@@ -142,7 +142,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def disk_full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stu.atomic.fsync", disk_full)
+    monkeypatch.setattr("stu.common.files.fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         train_bpe(TEXTS, 400, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.prepare import PrepareConfig, prepare
+from train.data.prepare import PrepareConfig, prepare
 
 WORDS = [
     "def",

@@ -1,7 +1,7 @@
 """What a run has saved."""
 
-from train.checkpoint_writer import CheckpointWriter
-from train.checkpoints import FolderIO
+from train.checkpoint.callback import FolderIO
+from train.checkpoint.writer import CheckpointWriter
 
 
 def load_checkpoint(path):

@@ -16,8 +16,8 @@ from stu.tokenizer import Tokenizer
 from tests.train.conftest import MODEL
 from tests.train.saved import load_checkpoint
 from train import cli, report
-from train.export import export
-from train.shards import TokenShards
+from train.checkpoint.export import export
+from train.data.shards import TokenShards
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_logs_and_files_of_a_run(run, tmp_path, data):
 
 
 def validation_bits_per_byte(model_dir, data):
-    from stu.checkpoint import load_model, load_tokenizer
+    from stu.model_dir import load_model, load_tokenizer
 
     model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
     shards = TokenShards(data, "validation")

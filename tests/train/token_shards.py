@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.shards import TOKENIZER_FILE, Index, SplitWriter
+from train.data.shards import TOKENIZER_FILE, Index, SplitWriter
 
 
 def write_token_shards(

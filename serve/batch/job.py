@@ -1,0 +1,137 @@
+"""What decides the rows of a batch: the model, the input and the settings."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from serve.batch.chats import BatchChats
+from serve.batch.config import BatchConfig
+from serve.batch.openai_rows import OpenAiRows
+from serve.batch.rows import PromptRows, RowFormat
+from serve.batch.source import InputDigest, Source, open_input
+from serve.openai.chat import ChatTemplate
+from serve.openai.completions import DEFAULTS, Completions
+from serve.prompts import SETTINGS, RequestBuilder
+from serve.sampling.sampler import SamplingParams
+from stu.model_dir import load_config, load_generation, load_tokenizer
+
+READ_BYTES = 2**20
+SAMPLE_BYTES = 4096
+NUM_SAMPLES = 4096
+
+
+class BatchJob:
+    """The rows that `config` asks for, and how they are read and written.
+
+    digest: of the input, which must not change any more. Raises ValueError for files that cannot be
+    used and settings that are not allowed.
+    """
+
+    def __init__(self, config: BatchConfig, digest: InputDigest) -> None:
+        self.config, self.digest = config, digest
+        self.source: Source = open_input(config.input, digest, config.column, config.id_column)
+        self.tokenizer = load_tokenizer(config.model)
+        is_openai = config.format == "openai" or (
+            config.format == "auto" and _is_openai(self.source)
+        )
+        defaults = DEFAULTS if is_openai else load_generation(config.model)
+        given = {name: getattr(config, name, None) for name in SETTINGS}
+        given = {name: value for name, value in given.items() if value is not None}
+        usual = {"stop": [], "stop_at_eos": True, **asdict(SamplingParams())}
+        self.settings = {**usual, **defaults, **given}
+        max_seq_len = load_config(config.model).max_seq_len
+        builder = RequestBuilder(self.tokenizer, max_seq_len, self.settings)
+        self._chat: dict[str, Any] = {}
+        self.row_format: RowFormat = PromptRows(builder)
+        if is_openai:
+            completions = Completions(builder, self.tokenizer, config.model.resolve().name)
+            template = ChatTemplate(config.model, self.tokenizer)
+            most = config.max_new_tokens
+            most = load_generation(config.model)["max_new_tokens"] if most is None else most
+            chats = BatchChats(completions, template, self.tokenizer, max_seq_len, most)
+            self.row_format = OpenAiRows(completions, chats)
+            source = hashlib.sha256(template.source.encode()).hexdigest()
+            self._chat = {"chat_template": source, "chat_max_tokens": most}
+
+    def model_and_settings(self) -> dict[str, Any]:
+        """All that decides a row besides the input, as JSON values, the files of the model read
+        anew: what only decides how fast rows come, or how they round, is left out."""
+        config = self.config
+        values = {
+            "format": self.row_format.name,
+            "column": config.column,
+            "id_column": config.id_column,
+            **_fingerprint(config.model),
+            "dtype": config.dtype,
+            "batch_invariant": config.engine.batch_invariant,
+            **self.settings,
+            **self._chat,
+        }
+        return dict(json.loads(json.dumps(values)))  # to compare with what was written as JSON
+
+    def require_same(self, model_and_settings: Mapping[str, Any]) -> None:
+        """Raises ValueError if `model_and_settings` is not what it was: for a run that begins."""
+        now = self.model_and_settings()
+        different = [name for name in now if now[name] != model_and_settings.get(name)]
+        if different:
+            raise ValueError(
+                f"model {self.config.model}: {', '.join(different)} changed while this run loaded "
+                "it: put the old one back and give the same command again, or begin anew with "
+                "--overwrite"
+            )
+
+
+def _is_openai(source: Source) -> bool:
+    first = next((given for _, given in source if not isinstance(given, ValueError)), {})
+    return "custom_id" in first or "body" in first
+
+
+def _fingerprint(model: Path) -> dict[str, str]:
+    """Of each file of a model directory that decides what it computes.
+
+    The weights may be many gigabytes: of those, samples, close enough for each large matrix to
+    have some, for training changes every matrix.
+    """
+    with open_weights(model) as weights:
+        return {
+            "config.json": _sha256(_pieces(model / "config.json")),
+            "tokenizer.model": _sha256(_pieces(model / "tokenizer.model")),
+            "model.safetensors": fingerprint_of(weights),
+        }
+
+
+def open_weights(model: Path) -> BinaryIO:
+    """The file with the weights. Raises ValueError if there is none."""
+    path = model / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; is {model} a model directory?")
+    return path.open("rb")
+
+
+def fingerprint_of(weights: BinaryIO) -> str:
+    """Size and a hash of samples."""
+    num_bytes = os.fstat(weights.fileno()).st_size
+    return f"{num_bytes} bytes, samples {_sha256(_samples(weights, num_bytes))}"
+
+
+def _sha256(pieces: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            yield piece
+
+
+def _samples(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+    for start in range(0, num_bytes, max(SAMPLE_BYTES, num_bytes // NUM_SAMPLES)):
+        file.seek(start)
+        yield file.read(SAMPLE_BYTES)

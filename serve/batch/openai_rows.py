@@ -1,0 +1,82 @@
+"""The rows of OpenAI's batch format."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serve.batch.chats import BatchChats
+from serve.batch.rows import Json, Refusal, Row
+from serve.completion import Completion
+from serve.openai.completions import Completions, in_openai_words, require, require_known
+from serve.openai.schemas import error_body
+from serve.prompts import require_unicode, show
+
+FIELDS = ["custom_id", "method", "url", "body"]
+TEXT_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
+ID_PREFIX = "batch_req_"
+
+
+class OpenAiRows:
+    """`{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`, or with the url
+    "/v1/chat/completions", both in one file if need be; for the bodies see
+    `serve.openai.completions` and `serve.batch.chats`."""
+
+    name = "openai"
+    id_field = "custom_id"
+
+    def __init__(self, completions: Completions, chats: BatchChats) -> None:
+        self._by_url: dict[str, Completions | BatchChats]
+        self._by_url = {TEXT_URL: completions, CHAT_URL: chats}
+
+    def id_of(self, given: Mapping[str, Any], number: int) -> str:
+        """`RowFormat.id_of`."""
+        if "custom_id" not in given:
+            raise ValueError('field "custom_id" is missing: give a string that no other row has')
+        row_id = given["custom_id"]
+        if not isinstance(row_id, str):
+            raise ValueError(f"custom_id={show(row_id)} is not allowed: it must be a string")
+        require_unicode("custom_id", row_id)
+        return row_id
+
+    def row(self, number: int, row_id: str | int, given: Mapping[str, Any]) -> Row:
+        """`RowFormat.row`."""
+        require_known(given, FIELDS)
+        method, url, body = given.get("method"), given.get("url"), given.get("body")
+        require("method", method, method == "POST", '"POST"')
+        urls = f'"{TEXT_URL}" or "{CHAT_URL}"'
+        require("url", url, isinstance(url, str) and url in self._by_url, urls)
+        if not isinstance(body, dict):
+            raise ValueError(f"body={show(body)} is not allowed: it must be a JSON object")
+        return Row(number, row_id, given, self._by_url[str(url)].requests(number, body))
+
+    def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
+        """`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`,
+        the body that of OpenAI's completions or chat completions."""
+        writer = self._by_url[row.given["url"]]
+        body = writer.answer(row.number, row.given["body"], row.requests, completions)
+        return _written(row.number, row.id, 200, body, None)
+
+    def refused(self, refusal: Refusal) -> Json:
+        """Like `completed`, with OpenAI's error in place of the body and in `error`."""
+        message = in_openai_words(refusal.error)
+        kind = "invalid_request_error" if refusal.status_code < 500 else "server_error"
+        body = error_body(message, kind, code=refusal.code)
+        error = {"code": refusal.code or kind, "message": message}
+        return _written(refusal.number, refusal.id, refusal.status_code, body, error)
+
+    def recognise(self, written: Json) -> tuple[int, bool]:
+        """`RowFormat.recognise`."""
+        written_id = str(written["id"])
+        if not written_id.startswith(ID_PREFIX):
+            raise ValueError(f"id={show(written_id)} does not begin with {ID_PREFIX}")
+        return int(written_id.removeprefix(ID_PREFIX)), written["error"] is not None
+
+
+def _written(
+    number: int, row_id: str | int | None, status_code: int, body: Json, error: Json | None
+) -> Json:
+    return {
+        "id": f"{ID_PREFIX}{number}",
+        "custom_id": row_id,
+        "response": {"status_code": status_code, "request_id": f"req_{number}", "body": body},
+        "error": error,
+    }

@@ -1,0 +1,125 @@
+"""How far a batch is: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from serve.batch.decoder import Report
+
+LOG_SECONDS = 30
+SPEED_SECONDS = 15
+"""Tokens per second are those of so long a time up to now."""
+
+
+class Tally:
+    """What a run has done, all its engines together, and what is left.
+
+    num_before, num_failed: rows that were there already, and those of them that have an error.
+    """
+
+    def __init__(
+        self, num_before: int, num_failed: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.num_before, self.num_failed = num_before, num_failed
+        self.num_rows = 0
+        """By this run."""
+        self._latest: dict[int, Report] = {}
+        self._clock = clock
+        self._lately: deque[tuple[float, int]] = deque()
+        """Times, and tokens up to them."""
+
+    def add(self, engine: int, report: Report) -> None:
+        """Count the report of one engine."""
+        self.num_rows += len(report.lines)
+        self.num_failed += report.num_failed
+        self._latest[engine] = report
+        now = self._clock()
+        if not self._lately:
+            self._lately.append((now - report.seconds, 0))
+        self._lately.append((now, self._num_tokens))
+        while len(self._lately) > 2 and self._lately[1][0] < now - SPEED_SECONDS:
+            self._lately.popleft()
+
+    @property
+    def num_done(self) -> int:
+        """Rows that are written."""
+        return self.num_before + self.num_rows
+
+    @property
+    def rows_left(self) -> float:
+        """An estimate, for the input is not read ahead."""
+        return sum(report.rows_left for report in self._latest.values())
+
+    def now(self) -> str:
+        """The state of the run, in two lines."""
+        (then, before), (now, tokens) = self._lately[0], self._lately[-1]
+        speed = (tokens - before) / (now - then) if now > then else 0.0
+        rows = f"{self.num_done:,} of about {self.num_done + self.rows_left:,.0f} rows"
+        parts = [rows, f"{speed:,.0f} tokens/s"]
+        if self.num_rows:
+            seconds_left = round(self.rows_left * self._seconds / self.num_rows)
+            parts.append(f"about {timedelta(seconds=seconds_left)} left")
+        stats = [report.stats for report in self._latest.values()]
+        used = [f"{sum(its.running for its in stats):,} running"]
+        used.append(f"{sum(its.waiting for its in stats):,} waiting")
+        for kind in ("convolution", "attention"):
+            num_pages = sum(getattr(its, f"{kind}_pages") for its in stats)
+            if num_pages:
+                num_used = sum(getattr(its, f"{kind}_pages_used") for its in stats)
+                used.append(f"{num_used:,} of {num_pages:,} {kind} pages")
+        return f"{', '.join(parts)}\n{', '.join(used)}"
+
+    def __str__(self) -> str:
+        before = f" besides {self.num_before:,} that were there" if self.num_before else ""
+        failed = f" ({self.num_failed:,} of them with an error)" if self.num_failed else ""
+        speed = self._num_tokens / self._seconds if self._seconds else 0.0
+        return (
+            f"{self.num_rows:,} rows{before}{failed}, {self._num_tokens:,} tokens in "
+            f"{self._seconds:.1f} s, {speed:,.0f} tokens/s"
+        )
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(report.stats.new_tokens for report in self._latest.values())
+
+    @property
+    def _seconds(self) -> float:
+        """Of decoding: loading models is not counted."""
+        return max((report.seconds for report in self._latest.values()), default=0.0)
+
+
+class Display:
+    """Shows a tally on stderr, as a context: a bar on a terminal, else a line every 30 seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        console = Console(stderr=True)
+        columns = BarColumn(bar_width=20), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("loading the model", total=None)
+        self._clock, self._last_log = clock, clock()
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def show(self, tally: Tally) -> None:
+        """Show how it stands now."""
+        total = tally.num_done + tally.rows_left
+        self._bar.update(self._task, description=tally.now(), completed=tally.num_done, total=total)
+        if self._bar.disable and self._clock() - self._last_log >= LOG_SECONDS:
+            self._last_log = self._clock()
+            print(tally.now().replace("\n", ", "), file=sys.stderr)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,113 @@
+"""Several engines, each in a process of its own, that work on one batch."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import IO
+
+from serve.batch.decoder import Report
+from serve.batch.worker import Work
+from stu.common.hangup import hangups_blocked
+from stu.common.last_words import last_words
+from stu.common.processes import num_processors
+
+
+class Workers:
+    """A process for each of `works`. As a context: when it ends, so do they."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._errors: list[IO[bytes]] = []
+        self._threads: list[threading.Thread] = []
+        self._reports: queue.SimpleQueue[tuple[int, Report | None]] = queue.SimpleQueue()
+
+    def __enter__(self) -> "Workers":
+        num_threads = max(1, num_processors() // len(self._works))
+        environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+        for index in range(len(self._works)):
+            self._errors.append(tempfile.TemporaryFile())
+            with hangups_blocked():
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "serve.batch.worker"],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=self._errors[index],
+                        env=environment,
+                        # Ctrl-C is for this process alone, which ends the others.
+                        start_new_session=True,
+                    )
+                )
+            self._threads.append(threading.Thread(target=self._serve, args=[index], daemon=True))
+            self._threads[index].start()
+        return self
+
+    def reports(self) -> Iterator[list[tuple[int, Report]]]:
+        """All that the workers report, each time as much as there is, with the worker's index.
+
+        Raises OSError if one of them ends before its work is done, once the reports before are
+        given.
+        """
+        num_left = len(self._works)
+        while num_left:
+            arrived = [self._reports.get()]
+            while not self._reports.empty():
+                arrived.append(self._reports.get())
+            if reports := [(index, report) for index, report in arrived if report is not None]:
+                yield reports
+            for index, report in arrived:
+                if report is None:
+                    num_left -= 1
+                    self._require_done(index)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes:
+            process.kill()
+        for thread in self._threads:
+            thread.join()
+        for process, errors in zip(self._processes, self._errors, strict=True):
+            with process, errors:
+                pass  # closes what leads there
+
+    def _serve(self, index: int) -> None:
+        """Give a worker its work, and queue its reports and a None after the last."""
+        process = self._processes[index]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(self._works[index].to_json()).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died, which its exit code tells
+        for line in process.stdout:
+            if line.endswith(b"\n"):  # not cut off by its death
+                self._reports.put((index, Report.from_json(json.loads(line))))
+        self._reports.put((index, None))
+
+    def _require_done(self, index: int) -> None:
+        code = self._processes[index].wait()
+        tail = last_words(self._errors[index])
+        if code == 0:
+            if tail:
+                print(f"the worker on {self._works[index].device}: {tail}", file=sys.stderr)
+            return
+        how = (
+            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
+        raise OSError(
+            f"the worker on {self._works[index].device} {how}; what it said last: "
+            f"{tail or 'nothing'}"
+        )

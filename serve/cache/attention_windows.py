@@ -1,0 +1,221 @@
+"""Sliding-window attention caches in pages: the keys and values that a next token can still see.
+
+A page holds `page_len` consecutive positions of one sequence, counted from its prompt's first
+token. A sequence owns the pages of its window, and gives each back when the last of its positions
+leaves the window. What it may come to own is promised to it when it is admitted:
+`min(pages of all its positions, pages that a window can touch)`, whatever the prompt's length.
+Scores and sums are in float32 at least.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from stu.attention import alibi_slopes, attend, sliding_window_attention
+from stu.config import ModelConfig
+
+BLOCK_BYTES = 2**22
+"""Keys of rows that are attended to at once on CPU: few enough for a core's cache."""
+
+
+@dataclass
+class _Window:
+    """One sequence's place in the cache."""
+
+    promised: int
+    """Pages it may come to own."""
+    length: int = 0
+    """Positions that went through all layers."""
+    first_page: int = 0
+    """Of its pages, counted by position, the first that it still owns."""
+    pages: list[int] = field(default_factory=list)
+
+
+class AttentionCache:
+    """What the attention layers remember of every sequence; its calls are `ConvolutionCache`'s.
+
+    pool: pages `[attn_layers, 2, page_len, heads, head_dim]`, keys and values.
+    """
+
+    def __init__(self, config: ModelConfig, pool: PagePool) -> None:
+        self._config, self._pool = config, pool
+        self._page_len = pool.pages.shape[3]
+        self._slopes = alibi_slopes(config.num_heads).to(pool.pages.device)
+        self._windows: dict[int, _Window] = {}
+        self._rows: list[int] = []
+        self._promised = 0
+        self._slots = torch.empty(0), torch.empty(0)
+        # What is gathered for a block, keys and values: new memory each time is cleared by the
+        # system before it is written to, which takes longer than the gathering.
+        page = pool.pages[0, 0, 0]
+        num_pages = max(window_pages(config, self._page_len), BLOCK_BYTES // page.nbytes)
+        self._gathered = page.new_empty(2, num_pages, *page.shape)
+        self._blocks: list[tuple[slice, Tensor, Tensor]] = []
+
+    @property
+    def num_promised(self) -> int:
+        """Pages that sequences own or may come to own."""
+        return self._promised
+
+    def promised_to(self, owner: int) -> int:
+        """Pages that `owner` owns or may come to own."""
+        return self._windows[owner].promised
+
+    def pages_needed(self, positions: int) -> int:
+        """Pages that a sequence of so many positions may come to own at once."""
+        return min(pages_for(positions, self._page_len), window_pages(self._config, self._page_len))
+
+    def admit(self, owner: int, positions: int) -> None:
+        """Promise `owner` what it needs for so many positions; raises OutOfPages."""
+        promised = self.pages_needed(positions)
+        if self._promised + promised > self._pool.capacity:
+            raise OutOfPages(
+                f"{promised} pages are needed and {self._pool.capacity - self._promised} of "
+                f"{self._pool.capacity} not promised"
+            )
+        self._promised += promised
+        self._windows[owner] = _Window(promised)
+
+    def release(self, owner: int) -> None:
+        """Forget `owner`, which is no row of the batch, and give back every page it still has."""
+        assert owner not in self._rows, f"sequence {owner} is still in the batch"
+        self._promised -= self._windows.pop(owner).promised
+        self._pool.free(owner, self._pool.pages_of(owner))
+
+    def prefill(
+        self, owner: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """What a whole prompt's attention yields; all `[1, P, heads, head_dim]`."""
+        window, softcap = self._config.window_tokens, self._config.softcap
+        its, length = self._windows[owner], keys.shape[1]
+        if not its.pages:
+            its.length = length
+            its.first_page = max(0, length - window) // self._page_len
+            last_page = (length - 1) // self._page_len
+            self._allocate(owner, last_page - its.first_page + 1)
+        for index, page in enumerate(its.pages):
+            start = (its.first_page + index) * self._page_len
+            new = slice(start, min(start + self._page_len, length))
+            self._pool.pages[page, layer, 0, : new.stop - start] = keys[0, new]
+            self._pool.pages[page, layer, 1, : new.stop - start] = values[0, new]
+        return sliding_window_attention(queries, keys, values, self._slopes, window, softcap)
+
+    def join(self, owner: int) -> None:
+        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
+        self._rows.append(owner)
+
+    def leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row takes its place."""
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
+
+    def begin_step(self, alone: bool) -> None:
+        """Make room for each row's next position. alone: every row is attended to by itself."""
+        pages, places = [], []
+        for owner in self._rows:
+            its = self._windows[owner]
+            page, place = divmod(its.length, self._page_len)
+            oldest = max(0, its.length - self._config.window_tokens) // self._page_len
+            if oldest > its.first_page:
+                self._pool.free(owner, its.pages[: oldest - its.first_page])
+                del its.pages[: oldest - its.first_page]
+                its.first_page = oldest
+            if place == 0:
+                self._allocate(owner, 1)
+            pages.append(its.pages[page - its.first_page])
+            places.append(place)
+        device = self._pool.pages.device
+        self._slots = torch.tensor(pages, device=device), torch.tensor(places, device=device)
+        self._blocks = list(self._row_blocks(alone))
+
+    def step(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first_row: int = 0
+    ) -> Tensor:
+        """One token of rows from `first_row` on: all `[B, 1, heads, head_dim]`.
+
+        Rows beyond the batch's are padding, and attend to nothing.
+        """
+        config = self._config
+        pages, places = (slots[first_row : first_row + len(queries)] for slots in self._slots)
+        for which, new in enumerate((keys, values)):
+            new = new[: len(pages), 0].to(self._pool.pages.dtype)
+            self._pool.pages[pages, layer, which, places] = new
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        outputs = torch.zeros_like(queries)
+        for rows, tables, distances in self._blocks:
+            if not first_row <= rows.start < first_row + len(queries):
+                continue
+            here = slice(rows.start - first_row, rows.stop - first_row)
+            keys_seen, values_seen = (
+                torch.index_select(
+                    self._pool.pages[:, layer, which],
+                    0,
+                    tables,
+                    out=self._gathered[which, : len(tables)],
+                )
+                .view(rows.stop - rows.start, -1, *keys.shape[2:])
+                .to(dtype)
+                .transpose(1, 2)  # [B, heads, S, head_dim]
+                for which in (0, 1)
+            )
+            asked = queries[here].to(dtype).transpose(1, 2)  # [B, heads, 1, head_dim]
+            attended = attend(
+                asked,
+                keys_seen,
+                values_seen,
+                distances,
+                self._slopes,
+                config.window_tokens,
+                config.softcap,
+            )
+            outputs[here] = attended.transpose(1, 2).to(queries.dtype)
+        return outputs
+
+    def advance(self) -> None:
+        """Every layer has stepped: go on to the next position."""
+        for owner in self._rows:
+            self._windows[owner].length += 1
+
+    def _allocate(self, owner: int, count: int) -> None:
+        its = self._windows[owner]
+        pages = self._pool.allocate(owner, count)
+        self._pool.pages[pages] = 0  # what is masked must be finite all the same
+        its.pages.extend(pages)
+        assert len(its.pages) <= its.promised, f"sequence {owner} takes more than promised"
+
+    def _row_blocks(self, alone: bool) -> list[tuple[slice, Tensor, Tensor]]:
+        """Rows to attend to at once, their page tables padded with the null page `[B n]`, and how
+        long ago each slot was, `[B, 1, 1, n page_len]`, negative for what is not yet."""
+        device, page_len = self._pool.pages.device, self._page_len
+        page_bytes = self._pool.page_bytes // (2 * len(self._pool.pages[0]))
+        blocks, start = [], 0
+        while start < len(self._rows):
+            stop, longest = start, 0
+            while stop < len(self._rows):
+                longest_with = max(longest, len(self._windows[self._rows[stop]].pages))
+                num_bytes = (stop + 1 - start) * longest_with * page_bytes
+                if stop > start and (alone or num_bytes > BLOCK_BYTES):
+                    break
+                stop, longest = stop + 1, longest_with
+            windows = [self._windows[owner] for owner in self._rows[start:stop]]
+            tables = [its.pages + [NULL_PAGE] * (longest - len(its.pages)) for its in windows]
+            newest = [its.length - its.first_page * page_len for its in windows]
+            distances = torch.tensor(newest, device=device)[:, None] - torch.arange(
+                longest * page_len, device=device
+            )
+            blocks.append(
+                (
+                    slice(start, stop),
+                    torch.tensor(tables, device=device).flatten(),
+                    distances[:, None, None],
+                )
+            )
+            start = stop
+        return blocks
+
+
+def window_pages(config: ModelConfig, page_len: int) -> int:
+    """Pages that the window of one token, and the token itself, can touch."""
+    return pages_for(config.window_tokens, page_len) + 1

@@ -1,0 +1,221 @@
+"""Convolution caches in pages: FutureFill for many sequences, each at its own position.
+
+A page's slot holds the pending output of its position until the token is decoded, and the
+convolution's input afterwards. A sequence owns `ceil(new tokens / page_len)` pages at first,
+whatever its prompt's length, and gives each back once nothing later reads it: every page is
+`layers * width * page_len` numbers. When a page is full, the tile of `page_len * lowbit(pages
+done)` positions that ends with it fills the tile after it (Continuous FutureFill, with the page as
+the smallest tile; see `serve.cache.tiles`).
+
+The page that a running sequence is in lies in two rings of `page_len` slots besides, one for
+pending outputs and one for inputs, at the engine's time modulo `page_len`: a step then does the
+same to every row of the batch, wherever in its page each one is. It adds a token to the slots that
+follow, up to where the last of these pages ends; those beyond a row's own page are overwritten when
+its next page is loaded, into which a flush has put all that comes from pages before. Sums are in
+the dtype of the pages, float32 or float64.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from serve.cache.page_pool import PagePool, pages_for
+from serve.cache.tiles import PagedSequence, TileFlush
+from stu.convolution import causal_convolution
+
+
+class _StepViews(NamedTuple):
+    """What one step of some rows reads and writes of a layer; slicing costs more than the sums."""
+
+    reached: list[tuple[Tensor, Tensor]]
+    """Outputs that the token adds to, up to the ring's end and from its beginning, `[columns, B,
+    W / C, C]`, each after its taps, `[columns, 1, 1, C]`."""
+    new: Tensor
+    """Where its inputs go: `[B, W / C, C]`,"""
+    taken: Tensor
+    """and once more, as they come: `[B W / C, C]`."""
+    due: Tensor
+    """The token's own outputs: `[B W / C, C]`."""
+
+
+class ConvolutionCache:
+    """What the convolutions of several layers remember of every sequence.
+
+    Sequences have numbers, their owners' in the pool. `admit` allocates, `prefill` takes a prompt
+    in, `join` makes the sequence the last row of the batch; `step` and `advance` are for all rows.
+
+    taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64. pool: pages `[layers,
+    page_len, W]`, W a multiple of C: a sequence is W / C streams with the same filters.
+    """
+
+    def __init__(self, taps: Tensor, lag_step: int, pool: PagePool, max_rows: int) -> None:
+        layers, page_len, width = pool.pages.shape[1:]
+        assert len(taps) == layers, "the pool's pages are of another model"
+        assert width % taps.shape[2] == 0, "the pool's pages are of another width"
+        if page_len % lag_step or page_len & (page_len - 1):
+            raise ValueError(
+                f"page_len={page_len} is not allowed: it must be a power of two and a multiple of "
+                f"{lag_step}"
+            )
+        longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
+        self._tiles = TileFlush(taps, lag_step, pool.pages, longest)
+        self._taps, self._lag_step, self._pool = self._tiles.taps, lag_step, pool
+        self._page_len, self._num_filters = page_len, taps.shape[2]
+        columns = page_len // lag_step
+        near = pool.pages.new_zeros(layers, columns, taps.shape[2])
+        near[:, : taps.shape[1]] = taps[:, :columns]
+        self._near = near[:, :, None, None]  # [layers, columns, 1, 1, C]
+        # The columns that a step adds to lie together, those of the other phases apart.
+        row_shape = max_rows, width // self._num_filters, self._num_filters
+        self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
+        self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
+        self._views: dict[tuple[int, int, int, int], list[_StepViews]] = {}
+        """By slot, columns reached, first row and number of streams, until the batch changes."""
+        self._columns_reached = 0
+        """Of the next step: up to the end of the page that ends last, of those that rows are in."""
+        self.flushes: dict[int, tuple[int, float]] = {}
+        """How many steps flushed tiles of so many positions, and the seconds that took."""
+        self._time = 0
+        self._sequences: dict[int, PagedSequence] = {}
+        self._rows: list[int] = []
+        self._starts: list[int] = []
+        """Of every row, the time at its first new token."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages and rings; filters and the factors of tiles are not counted."""
+        numbers = self._pool.pages.numel() + self._pending.numel() + self._inputs.numel()
+        return numbers * self._pending.element_size()
+
+    def pages_needed(self, new_tokens: int) -> int:
+        """Pages that a sequence owns at first, to go through the layers with so many new tokens:
+        none where there are no layers."""
+        return pages_for(new_tokens, self._page_len) if len(self._taps) else 0
+
+    def admit(self, owner: int, new_tokens: int) -> None:
+        """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""
+        count = self.pages_needed(new_tokens)
+        pages = self._pool.allocate(owner, count)
+        self._sequences[owner] = PagedSequence(pages)
+
+    def release(self, owner: int) -> None:
+        """Forget `owner`, which is no row of the batch, and give back every page it still has."""
+        assert owner not in self._rows, f"sequence {owner} is still in the batch"
+        del self._sequences[owner]
+        self._pool.free(owner, self._pool.pages_of(owner))
+
+    def prefill(self, owner: int, layer: int, inputs: Tensor) -> Tensor:
+        """The outputs `[W / C, P, C]` of a prompt, whose effect on new tokens goes into pages."""
+        sequence, page_len = self._sequences[owner], self._page_len
+        length = inputs.shape[1]
+        num_outputs = length + len(sequence.pages) * page_len
+        wide = inputs.to(self._taps.dtype)
+        outputs = causal_convolution(wide, self._taps[layer], self._lag_step, num_outputs)
+        for index, page in enumerate(sequence.pages):
+            start = length + index * page_len
+            pending = outputs[:, start : start + page_len].transpose(0, 1)  # [page_len, W / C, C]
+            self._pool.pages[page, layer].view(pending.shape).copy_(pending)
+        return outputs[:, :length].to(inputs.dtype)
+
+    def join(self, owner: int) -> None:
+        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
+        sequence, row = self._sequences[owner], len(self._rows)
+        self._rows.append(owner)
+        self._views.clear()
+        self._starts.append(self._time)
+        if sequence.pages:
+            self._load_page(row, sequence.pages[0])
+        self._columns_reached = self._page_len // self._lag_step
+
+    def leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row takes its place."""
+        last = len(self._rows) - 1
+        self._views.clear()
+        if row != last:
+            self._pending[..., row, :, :] = self._pending[..., last, :, :]
+            self._inputs[:, :, row] = self._inputs[:, :, last]
+            self._rows[row], self._starts[row] = self._rows[last], self._starts[last]
+        self._rows.pop()
+        self._starts.pop()
+
+    def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
+        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs, which are
+        valid until `advance`. Rows beyond the batch's are padding, and may have any finite input.
+        """
+        key = self._time % self._page_len, self._columns_reached, first_row, len(inputs)
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = self._step_views(*key)
+        reached, new, taken, due = views[layer]
+        taken.copy_(inputs)
+        for taps, pending in reached:
+            pending.addcmul_(taps, new)
+        return due if due.dtype == inputs.dtype else due.to(inputs.dtype)
+
+    def advance(self) -> None:
+        """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
+        self._time += 1
+        first_place = self._page_len
+        flushes: dict[int, list[int]] = {}
+        for row, (owner, start) in enumerate(zip(self._rows, self._starts, strict=True)):
+            done, place = divmod(self._time - start, self._page_len)
+            first_place = min(first_place, place)
+            sequence = self._sequences[owner]
+            if place == 0 and done < len(sequence.pages):
+                sequence.done = done
+                self._store_page(row, sequence.pages[done - 1])
+                flushes.setdefault((done & -done).bit_length() - 1, []).append(row)
+        for level, rows in flushes.items():
+            self._flush(level, rows)
+        self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
+
+    def _flush(self, level: int, rows: Sequence[int]) -> None:
+        """What rows have done in tiles of this level into their pages, and the next into rings."""
+        began = time.perf_counter()
+        sequences = [self._sequences[self._rows[row]] for row in rows]
+        spare = self._tiles.flush(level, sequences)
+        for row, sequence, pages in zip(rows, sequences, spare, strict=True):
+            self._load_page(row, sequence.pages[sequence.done])
+            if sequence.done + 1 == len(sequence.pages):  # no flush after it: it is not stored
+                pages.append(sequence.pages[-1])
+            self._pool.free(self._rows[row], pages)
+        positions = self._page_len * 2**level
+        count, seconds = self.flushes.get(positions, (0, 0.0))
+        self.flushes[positions] = count + 1, seconds + time.perf_counter() - began
+
+    def _step_views(
+        self, slot: int, columns_reached: int, first_row: int, num_streams: int
+    ) -> list[_StepViews]:
+        rows = slice(first_row, first_row + num_streams // self._inputs.shape[3])
+        column, phase = divmod(slot, self._lag_step)
+        before_end = min(columns_reached, self._pending.shape[2] - column)
+        views = []
+        for layer, near in enumerate(self._near):
+            pending, new = self._pending[layer, phase, :, rows], self._inputs[layer, slot, rows]
+            reached = [(near[:before_end], pending[column : column + before_end])]
+            if columns_reached > before_end:
+                rest = columns_reached - before_end
+                reached.append((near[before_end:columns_reached], pending[:rest]))
+            taken, due = new.flatten(0, 1), pending[column].flatten(0, 1)
+            views.append(_StepViews(reached, new, taken, due))
+        return views
+
+    def _store_page(self, row: int, page: int) -> None:
+        """The inputs ring of a row, turned to begin with the page's first slot, into the page."""
+        stored, start = self._pool.pages[page], self._time % self._page_len
+        inputs = self._inputs[:, :, row].flatten(2)  # [layers, page_len, W]
+        stored[:, : self._page_len - start] = inputs[:, start:]
+        stored[:, self._page_len - start :] = inputs[:, :start]
+
+    def _load_page(self, row: int, page: int) -> None:
+        """A page's pending outputs into a row's ring, in place of what is there."""
+        step, start = self._lag_step, self._time % self._page_len
+        for first in range(step):  # of the page's positions, those that fall on one phase
+            column, phase = divmod(start + first, step)
+            stored = self._pool.pages[page, :, first::step]  # [layers, columns, W]
+            pending = self._pending[:, phase, :, row].flatten(2)
+            before_turn = self._page_len // step - column
+            pending[:, column:] = stored[:, :before_turn]
+            pending[:, :column] = stored[:, before_turn:]

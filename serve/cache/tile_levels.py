@@ -1,0 +1,103 @@
+"""The factors of all tile sizes, laid out for pages.
+
+A tile of few pages is read from them and written to them. The basis of a large one has far fewer
+rows than its pages: such a tile is known by a summary, which comes from the summaries of its halves
+and fits in a few pages, and what it adds reaches the pages by way of its halves as well.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from serve.cache.low_rank import TileFactors, filter_basis, nested, tile_factors
+from serve.cache.page_pool import pages_for
+
+CORE_BYTES = 2**30
+"""Of cores kept from flush to flush; those of larger tiles are computed for each."""
+
+
+@dataclass(frozen=True)
+class TileLevel:
+    """What tiles of one size take: what concerns halves in float64, else in the pages' dtype."""
+
+    inwards: Tensor
+    """To the summary from each page of the tile, `[pages, p, rows]`, or from the summaries of its
+    halves, the older first: `[2, p, p of a half]`."""
+    outwards: Tensor
+    """From coordinates of the outputs to each page, `[pages, rows, r]`, or to the coordinates of
+    each half, the nearer first: `[2, r of a half, r]`."""
+    writes_pages: bool
+    """Whether `outwards` is to pages."""
+    basis_cores: Tensor
+    """`[K, r, p]` float64, of which every channel's core is a sum"""
+    weights: Tensor
+    """with these weights, `[K, layers, C]` float64."""
+    cores: Tensor | None = None
+    """Every layer's, `[layers, p, r, 1, C]`, if there is room to keep them."""
+
+    def cores_of(self, layers: slice) -> Tensor:
+        """`[layers, p, r, 1, C]`, computed in float64."""
+        cores = torch.einsum("krp,klc->lprc", self.basis_cores, self.weights[:, layers])
+        return cores[:, :, :, None]
+
+
+@dataclass(frozen=True)
+class TileLevels:
+    """Of tiles of 1, 2, 4 .. pages."""
+
+    levels: list[TileLevel]
+    summary_pages: int
+    """How many pages a summary takes, of whatever tile."""
+    smallest_summary: int
+    """The level of the smallest tiles that are known by summaries: where it takes half of their
+    pages at most. What is kept for halves to come fits in the rest."""
+
+
+def make_levels(taps: Tensor, rows: int, num_levels: int, dtype: torch.dtype) -> TileLevels:
+    """Factorize `taps [layers, N, C]` for pages of `rows` rows: seconds for 16,384 positions.
+
+    Raises NotLowRank.
+    """
+    filters = filter_basis(taps.transpose(0, 1).flatten(1), dtype)
+    factors = list(islice(tile_factors(filters, rows), num_levels))
+    summary_pages = pages_for(max(its.transfer.shape[1] for its in factors), rows)
+    smallest = (2 * summary_pages - 1).bit_length()
+    weights = filters.weights.view(-1, len(taps), taps.shape[2])
+    levels: list[TileLevel] = []
+    bytes_left, basis = CORE_BYTES, factors[0].transfer
+    for number, its in enumerate(factors):
+        if 0 < number <= smallest:
+            basis = nested(basis, its.transfer)
+        level = _level(its, basis if number <= smallest else None, rows, weights, dtype)
+        num_bytes = taps[:, 0].numel() * its.cores[0].numel() * dtype.itemsize
+        if num_bytes <= bytes_left:
+            bytes_left -= num_bytes
+            # Layer by layer: float64 takes twice the room.
+            cores = [level.cores_of(slice(i, i + 1)).to(dtype) for i in range(len(taps))]
+            level = replace(level, cores=torch.cat(cores))
+        levels.append(level)
+    return TileLevels(levels, summary_pages, smallest)
+
+
+def _level(
+    factors: TileFactors, basis: Tensor | None, rows: int, weights: Tensor, dtype: torch.dtype
+) -> TileLevel:
+    """basis: of tiles that are read from their pages."""
+    rank = factors.transfer.shape[1]
+    parts = factors.transfer.view(2, -1, rank) if basis is None else basis.view(-1, rows, rank)
+    outwards = (parts if basis is None else parts.flip(1)).flip(0)
+    if factors.outwards is not None:
+        num_outputs, columns = factors.outwards.shape
+        padded = pad(factors.outwards, (0, 0, 0, -num_outputs % rows))
+        outwards = padded.view(-1, rows, columns)
+    writes_pages = basis is not None or factors.outwards is not None
+    return TileLevel(
+        parts.transpose(1, 2).contiguous().to(dtype if basis is not None else torch.float64),
+        outwards.contiguous().to(dtype if writes_pages else torch.float64),
+        writes_pages,
+        factors.cores,
+        weights,
+    )

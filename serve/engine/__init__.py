@@ -1,0 +1,1 @@
+"""Continuous batching: the engine, its scheduler and its model runner."""

@@ -1,0 +1,210 @@
+"""All connections of clients: how many there may be, and who makes room for others.
+
+Their number follows from the limit of open files, of which enough are kept back for engines and
+files. Where it is reached, the client that has been idle for longest makes room; where none is
+idle, only /health is still answered.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve.openai.schemas import error_body
+from serve.server.connection import Connection, Deadlines
+from serve.server.exchange import Exchanges, answer, exchange_of
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 0.5
+HANDSHAKE_SECONDS = 10.0
+ACCEPTS_AT_ONCE = 64
+ACCEPT_PAUSE_SECONDS = 0.5
+SPARE = 16
+"""Connections beyond the limit on which /health is answered and all else refused."""
+FILES_KEPT = 32
+FILES_OF_AN_ENGINE = 8
+"""Its socket and its output, and while it starts the pipes to it."""
+FEWEST, MOST = 16, 8192
+"""Connections; the most keep memory bounded, at about 50 KB for one that is idle."""
+MOST_FILES = 2**16
+"""Limit of open files that is asked for where the system has none."""
+
+
+def connection_limit(num_engines: int) -> int:
+    """Return how many connections the limit of open files allows, which is raised as far as the
+    system lets it. Raises ValueError if these are too few to serve."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    if soft == resource.RLIM_INFINITY:
+        soft = MOST_FILES
+    kept = FILES_KEPT + FILES_OF_AN_ENGINE * num_engines + psutil.Process().num_fds()
+    left = soft - kept - SPARE
+    if left < FEWEST:
+        raise ValueError(
+            f"the limit of {soft} open files leaves {max(0, left)} connections, and {FEWEST} are "
+            "needed: raise it (ulimit -n, or LimitNOFILE of a systemd unit)"
+        )
+    return min(int(left), MOST)
+
+
+class Connections:
+    """All connections, `most` at once.
+
+    count_refused: called with the status of each request that is refused here.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        deadlines: Deadlines,
+        count_refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self.deadlines, self.count_refused = deadlines, count_refused
+        self._most = most
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._busy: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
+        """Those that wait for a request, the longest idle first."""
+        self._sending: dict[Connection, None] = {}
+        """Those that send a body, the slowest first."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._handshakes) + len(self._busy) + len(self._idle) + len(self._sending)
+
+    def listen(
+        self,
+        sockets: Sequence[socket.socket],
+        make: Callable[[], Connection],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        """Accept connections on sockets that listen."""
+        for listener in sockets:
+            listener.setblocking(False)
+            self._tasks.append(asyncio.create_task(self._accept(listener, make, context)))
+        self._tasks.append(asyncio.create_task(self._sweep()))
+
+    async def stop_accepting(self) -> None:
+        """Accept no more; deadlines go on. Sockets can be closed afterwards."""
+        for task in self._tasks[:-1]:
+            task.cancel()
+        await asyncio.gather(*self._tasks[:-1], return_exceptions=True)
+
+    def note(self, connection: Connection) -> None:
+        """A connection has entered another phase."""
+        self.forget(connection)
+        if connection.opener is not None:
+            self._handshakes.pop(connection.opener, None)
+        groups = {"headers": self._idle, "idle": self._idle, "body": self._sending}
+        groups.get(connection.phase, self._busy)[connection] = None
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has ended."""
+        for group in (self._busy, self._idle, self._sending):
+            group.pop(connection, None)
+
+    async def _accept(
+        self,
+        listener: socket.socket,
+        make: Callable[[], Connection],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        num_accepted = 0
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor or memory is left
+                logger.error("no connection can be accepted: %s", error.strerror)
+                await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+                continue
+            num_accepted += 1
+            if self._make_room() or num_accepted % ACCEPTS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # now sockets are closed, and others have their turn
+            if len(self) >= self._most + SPARE:
+                logger.warning("a connection was refused: %d are busy", self._most)
+                accepted.close()
+                continue
+            is_crowded = len(self) >= self._most
+            task = asyncio.create_task(self._connect(accepted, make, is_crowded, context))
+            self._handshakes[task] = None
+            task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+
+    async def _connect(
+        self,
+        accepted: socket.socket,
+        make: Callable[[], Connection],
+        is_crowded: bool,
+        context: ssl.SSLContext | None,
+    ) -> None:
+        def made() -> Connection:
+            connection = make()
+            if is_crowded:
+                connection.app = health_alone(connection.app, self.count_refused)
+            return connection
+
+        timeout = {} if context is None else {"ssl_handshake_timeout": HANDSHAKE_SECONDS}
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):  # the client went away, or speaks no TLS
+            await loop.connect_accepted_socket(made, accepted, ssl=context, **timeout)
+
+    def _make_room(self) -> bool:
+        """End the connection that has been idle for longest if there are too many."""
+        if len(self) < self._most:
+            return False
+        for group in (self._idle, self._sending):
+            for connection in group:
+                logger.warning("the longest idle connection was closed: there are %d", self._most)
+                self.forget(connection)
+                connection.transport.abort()
+                return True
+        task = next(iter(self._handshakes), None)
+        if task is None:
+            return False
+        del self._handshakes[task]
+        task.cancel()
+        return True
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = time.monotonic()
+            for connection in [*self._busy, *self._idle, *self._sending]:
+                _check(connection, now)
+
+
+def _check(connection: Connection, now: float) -> None:
+    """End a connection that has had its time, or that fails: others must keep their deadlines."""
+    try:
+        connection.check(now)
+    except Exception:
+        logger.exception("a connection was cut off: it failed")
+        connection.transport.abort()
+
+
+def health_alone(app: ASGIApp, count_refused: Callable[[int], None] | None = None) -> ASGIApp:
+    """Return an application that refuses all but /health."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        body = error_body("too many connections: try again later", "server_error")
+        exchange_of(scope).refuse(body)
+        await answer(send, 503, body, {"retry-after": "1"})
+
+    refusing = Exchanges(refuse, log_texts=False, count=count_refused)
+
+    async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+        await (app if scope["path"] == "/health" else refusing)(scope, receive, send)
+
+    return answered

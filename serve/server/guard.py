@@ -1,0 +1,83 @@
+"""What a request must pass before it is read: its key, its size, and whether the server stops."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.openai.schemas import error_body
+from serve.server.exchange import answer, exchange_of
+from serve.server.page import FILES
+
+MAX_HEADER_BYTES = 16 * 2**10
+OPEN_PATHS = frozenset({"/health", "/ready", *FILES})
+"""Paths that need no key: orchestrators' probes and browsers that open a page have none to send."""
+
+
+class Guard:
+    """ASGI middleware.
+
+    keys: API keys; any will do, and none is needed if there are none.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._too_large = (
+            f"the body has more than the {max_body_bytes} bytes that are allowed: send less at once"
+        )
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that must not pass, else let it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, exchange = dict(scope["headers"]), exchange_of(scope)
+
+        async def refuse(status: int, body: Any, more: dict[str, str]) -> None:
+            exchange.refuse(body)
+            await answer(send, status, body, more, receive)
+
+        position = self._key_position(headers.get(b"authorization", b""))
+        if position is not None:
+            exchange.client = f"key {position}"
+        elif self._digests and scope["path"] not in OPEN_PATHS:
+            message = "no valid API key: send the header Authorization: Bearer KEY"
+            body = error_body(message, "invalid_request_error", code="invalid_api_key")
+            await refuse(401, body, {"www-authenticate": "Bearer"})
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            message = f"the headers have more than {MAX_HEADER_BYTES} bytes: send less"
+            await refuse(431, error_body(message, "invalid_request_error"), {})
+            return
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body_bytes:
+            await refuse(413, error_body(self._too_large, "invalid_request_error"), {})
+            return
+        num_bytes, is_whole = 0, False
+
+        async def counted() -> Message:
+            nonlocal num_bytes, is_whole
+            message = await receive()
+            if message["type"] == "http.disconnect" and not is_whole:
+                raise HTTPException(499, "the client went away before its body was whole")
+            is_whole = not message.get("more_body", False)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _key_position(self, given: bytes) -> int | None:
+        """Return the place of a valid key among all keys, from 1."""
+        scheme, _, key = given.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # All of them, each in constant time.
+        matches = [hmac.compare_digest(digest, its) for its in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            return None
+        return 1 + matches.index(True)

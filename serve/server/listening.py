@@ -1,0 +1,167 @@
+"""Sockets that a server listens at, taken before its model is loaded.
+
+A port that another program has, or a certificate that cannot be used, is noticed at once and not
+after minutes. Clients that come while the model is loaded are answered 503.
+"""
+
+import errno
+import fcntl
+import ipaddress
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from serve.server.config import ServerConfig
+
+BACKLOG = 2048
+NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+
+
+@contextmanager
+def listening(config: ServerConfig) -> Iterator[list[socket.socket]]:
+    """Listen where `config` says; at the end sockets are closed and the Unix socket is removed.
+
+    Raises OSError naming the setting that cannot be used, and why.
+    """
+    _require_certificate(config)
+    with ExitStack() as stack:
+        if config.uds is not None:
+            yield [stack.enter_context(_unix_socket(config.uds))]
+            return
+        sockets = _tcp_sockets(config.host, config.port)
+        for taken in sockets:
+            stack.enter_context(taken)
+        yield sockets
+
+
+def url_of(listener: socket.socket, is_tls: bool) -> str:
+    """Return the URL of a socket."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
+    return f"{'https' if is_tls else 'http'}://{shown}:{port}"
+
+
+def is_reached_from_outside(listener: socket.socket) -> bool:
+    """Return whether other machines may reach it."""
+    if listener.family == socket.AF_UNIX:
+        return False
+    return not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _tcp_sockets(host: str, port: int) -> list[socket.socket]:
+    """Return a socket for each address of `host`; with port 0 all have the same free one."""
+    sockets: list[socket.socket] = []
+    skipped: OSError | None = None
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            if sockets:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            try:
+                sockets.append(_tcp_socket(family, kind, protocol, address))
+            except OSError as error:
+                # "localhost" has an address of IPv6 on machines that have no IPv6.
+                if error.errno not in NO_SUCH_FAMILY or len(found) == 1:
+                    raise
+                skipped = error
+        if not sockets and skipped is not None:
+            raise skipped
+    except OSError as error:
+        for taken in sockets:
+            taken.close()
+        raise OSError(
+            f"host={host!r}, port={port}: the server cannot listen there "
+            f"({error.strerror or error}): choose another with --host and --port, or end the "
+            "program that has it"
+        ) from error
+    return sockets
+
+
+def _tcp_socket(
+    family: int, kind: int, protocol: int, address: tuple[object, ...]
+) -> socket.socket:
+    made = socket.socket(family, kind, protocol)
+    try:
+        # Or connections of a server that has ended would keep its port for a minute.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+        made.listen(BACKLOG)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+@contextmanager
+def _unix_socket(path: Path) -> Iterator[socket.socket]:
+    """Listen at `path`, with the permissions that the umask leaves."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
+        try:
+            with _locked(path.parent):
+                _remove_stale(path)
+                made.bind(str(path))
+                made.listen(BACKLOG)
+            own = path.stat()
+        except OSError as error:
+            raise OSError(
+                f"uds {path}: the server cannot listen there ({error.strerror or error}): choose "
+                "another path"
+            ) from error
+        try:
+            yield made
+        finally:
+            with suppress(FileNotFoundError), _locked(path.parent):
+                if os.path.samestat(path.stat(), own):  # no other server's
+                    path.unlink()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a server that was killed. Raises OSError for anything else there."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        try:
+            other.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(errno.EADDRINUSE, "another server listens at it")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other servers that start now from taking a socket in `folder` for stale."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _require_certificate(config: ServerConfig) -> None:
+    if config.tls_certificate is None or config.tls_key is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password for an encrypted key, OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")
+    except OSError as error:
+        raise OSError(
+            f"tls_certificate {config.tls_certificate}, tls_key {config.tls_key}: cannot be used "
+            f"({error.strerror or error}): give a certificate in PEM and its own key, which has no "
+            "passphrase"
+        ) from error

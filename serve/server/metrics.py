@@ -1,0 +1,155 @@
+"""Prometheus metrics: vLLM's names where the meaning is the same, and this project's own.
+
+No label comes from a request.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve.request import FinishReason
+from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.wire import Message
+
+SECONDS = [0.001 * 2**i for i in range(20)]
+TOKENS = [2.0**i for i in range(18)]
+
+
+class Metrics:
+    """What the server counts. prefix: of metrics that vLLM has too."""
+
+    def __init__(self, replicas: Replicas, prefix: str, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._label = {"model_name": model_name}
+
+        def histogram(name: str, text: str, buckets: list[float]) -> Histogram:
+            made = Histogram(
+                name, text, list(self._label), buckets=buckets, registry=self._registry
+            )
+            return made.labels(**self._label)
+
+        def counter(name: str, text: str) -> Counter:
+            made = Counter(f"{prefix}:{name}", text, list(self._label), registry=self._registry)
+            return made.labels(**self._label)
+
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that began.")
+        self.generation_tokens = counter("generation_tokens", "New tokens.")
+        self._finished = Counter(
+            f"{prefix}:request_success",
+            "Requests that ended.",
+            [*self._label, "finished_reason"],
+            registry=self._registry,
+        )
+        self.time_to_first_token = histogram(
+            f"{prefix}:time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            SECONDS,
+        )
+        self.inter_token = histogram(
+            f"{prefix}:inter_token_latency_seconds", "Between two tokens of a request.", SECONDS
+        )
+        self.latency = histogram(
+            f"{prefix}:e2e_request_latency_seconds", "From a request's arrival to its end.", SECONDS
+        )
+        self.queue_time = histogram(
+            f"{prefix}:request_queue_time_seconds",
+            "From a request's arrival until an engine begins its prefill.",
+            SECONDS,
+        )
+        self.request_prompt_tokens = histogram(
+            f"{prefix}:request_prompt_tokens", "Prompt tokens of a request.", TOKENS
+        )
+        self.request_generation_tokens = histogram(
+            f"{prefix}:request_generation_tokens", "New tokens of a request.", TOKENS
+        )
+        self.refused = Counter(
+            "stu:requests_refused",
+            "Requests that did not begin.",
+            [*self._label, "status"],
+            registry=self._registry,
+        )
+        self._step = histogram("stu:step_seconds", "Engine steps that gave output.", SECONDS)
+        self._registry.register(_OfReplicas(replicas, prefix, model_name))
+        replicas.step_observers.append(self._observe_step)
+
+    def finished(self, reason: FinishReason | str) -> None:
+        """A request ended."""
+        self._finished.labels(**self._label, finished_reason=reason).inc()
+
+    def count_refused(self, status: int) -> None:
+        """A request was answered with an error at once."""
+        self.refused.labels(**self._label, status=str(status)).inc()
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self._registry)
+
+    def _observe_step(self, message: Message) -> None:
+        if "step_seconds" in message:
+            self._step.observe(message["step_seconds"])
+
+
+class _OfReplicas(Collector):
+    """What the engines say of themselves."""
+
+    def __init__(self, replicas: Replicas, prefix: str, model_name: str) -> None:
+        self._replicas, self._prefix, self._model_name = replicas, prefix, model_name
+
+    def collect(self) -> Iterable[Metric]:
+        """As of now, all engines together."""
+        stats, replicas = self._replicas.stats, self._replicas
+        totals = replicas.totals()
+
+        def total(name: str) -> float:
+            return float(sum(getattr(its, name) for its in stats))
+
+        pages = total("convolution_pages"), total("attention_pages")
+        used = total("convolution_pages_used"), total("attention_pages_used")
+        share = max((u / n for u, n in zip(used, pages, strict=True) if n), default=0.0)
+        started = len(stats)
+        gauges = {
+            f"{self._prefix}:num_requests_running": (
+                "Requests that are prefilled or decoded.",
+                total("running"),
+            ),
+            f"{self._prefix}:num_requests_waiting": (
+                "Requests whose prefill has not begun.",
+                replicas.num_waiting,
+            ),
+            f"{self._prefix}:kv_cache_usage_perc": ("Share of the pages in use.", share),
+            "stu:convolution_pages": ("Pages for convolutions.", pages[0]),
+            "stu:convolution_pages_used": ("Of these, in use.", used[0]),
+            "stu:attention_pages": ("Pages for attention windows.", pages[1]),
+            "stu:attention_pages_used": ("Of these, in use.", used[1]),
+            "stu:replicas_ready": ("Engines that take requests.", started),
+        }
+        for name, (text, value) in gauges.items():
+            yield self._metric(GaugeMetricFamily, name, text, value)
+        counters = {
+            f"{self._prefix}:num_preemptions": ("Requests preempted.", totals.preemptions),
+            "stu:replica_restarts": (
+                "Engines that ended and were replaced.",
+                replicas.num_restarts,
+            ),
+            "stu:requests_resumed": ("Requests that went on elsewhere.", replicas.num_resumed),
+        }
+        for name, (text, value) in counters.items():
+            yield self._metric(CounterMetricFamily, name, text, value)
+
+        flushes = (
+            ("stu:flushes", "Engine steps that flushed tiles of a size."),
+            ("stu:flush_seconds", "Seconds that flushing tiles of a size took."),
+        )
+        for at, (name, text) in enumerate(flushes):
+            family = CounterMetricFamily(name, text, labels=["model_name", "tile_positions"])
+            for positions, counts in sorted(totals.flushes.items()):
+                family.add_metric([self._model_name, str(positions)], counts[at])
+            yield family
+
+    def _metric(self, kind: Any, name: str, text: str, value: float) -> Metric:
+        family: Metric = kind(name, text, labels=["model_name"])
+        family.add_metric([self._model_name], value)  # type: ignore[attr-defined]
+        return family

@@ -1,0 +1,1 @@
+"""Engines of a server, each in a process of its own."""

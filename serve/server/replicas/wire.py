@@ -1,0 +1,79 @@
+"""What a server and its engines tell each other: msgpack, one map after the other, on a socket.
+
+To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": id}`. From it:
+`{"ready": {..}}`, `{"refused": id, "error": ..}`, and after each step, and when idle now and then,
+`{"scheduled": [[id, time], ..], "outputs": [..], "stats": {..}}`, and `step_seconds` after a step.
+Times are those of the monotonic clock, which processes of one machine share.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from typing import Any
+
+import msgpack
+
+from serve.request import Output, Request
+from serve.sampling.grammar import Constraint
+from serve.sampling.sampler import SamplingParams, TokenLogprobs
+
+Message = dict[str, Any]
+MOST_BYTES = 2**28
+"""Of a message: a prompt's log probabilities are the largest."""
+
+
+def pack(message: Message) -> bytes:
+    """A message as bytes."""
+    packed: bytes = msgpack.packb(message)
+    return packed
+
+
+class Unpacker:
+    """Messages from bytes, however they are cut."""
+
+    def __init__(self) -> None:
+        self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES)
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """The messages that are whole now."""
+        self._unpacker.feed(data)
+        yield from self._unpacker
+
+
+def request_to_wire(request: Request) -> Message:
+    """All of its fields. (`asdict` would copy each token of a prompt.)"""
+    values = {field.name: getattr(request, field.name) for field in fields(request)}
+    values["sampling"] = asdict(request.sampling)
+    if request.constraint is not None:
+        values["constraint"] = asdict(request.constraint)
+    return values
+
+
+def request_from_wire(values: Message) -> Request:
+    """From what `request_to_wire` gave."""
+    constraint = values["constraint"]
+    return Request(
+        **{
+            **values,
+            "sampling": SamplingParams(**values["sampling"]),
+            "constraint": None if constraint is None else Constraint(**constraint),
+        }
+    )
+
+
+def output_to_wire(output: Output, request_id: int) -> Message:
+    """All of its fields, with the server's number of the request."""
+    values = {"request_id": request_id, "tokens": list(output.tokens), "text": output.text}
+    for name in ("logprobs", "prompt_logprobs"):
+        if its := getattr(output, name):
+            values[name] = [[each.token, each.logprob, each.top] for each in its]
+    if output.finish_reason is not None:
+        values |= {name: getattr(output, name) for name in ("finish_reason", "error", "is_refused")}
+    return values
+
+
+def output_from_wire(values: Message) -> Output:
+    """From what `output_to_wire` gave."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if name in values:
+            values[name] = [TokenLogprobs(*each) for each in values[name]]
+    return Output(**values)

@@ -1,0 +1,1 @@
+"""Code that all three packages share: command lines, files, processes."""

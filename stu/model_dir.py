@@ -1,0 +1,171 @@
+"""A model directory: what training exports and serving loads.
+
+    config.json          ModelConfig
+    model.safetensors    weights and spectral filters, `[L, 0]` where no layer is an STU; the format
+                         version is in its metadata
+    tokenizer.model      SentencePiece
+    generation.json      defaults for decoding
+
+It is written under a temporary name and renamed, so a reader sees all of it or none.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stu.common.files import new_directory
+from stu.common.safetensors import write_safetensors
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 256,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+
+
+def save_model(
+    path: str | Path,
+    model: FlashSTU,
+    tokenizer: Tokenizer,
+    generation: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model directory. Weights are cast to `dtype`, one at a time, or keep theirs; the
+    model's `wide_names` keep theirs, which is float32 or wider.
+
+    Raises ValueError if `path` exists and `overwrite` is off, or if tokenizer and model disagree;
+    OSError, leaving nothing behind, if the disk is full.
+    """
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"vocab_size={model.config.vocab_size}: give the tokenizer the model was trained with"
+        )
+    with new_directory(Path(path), overwrite) as folder:
+        _write_json(folder / "config.json", model.config.to_dict())
+        room = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
+        defaults = {**GENERATION_DEFAULTS, **room, **(generation or {})}
+        _write_json(folder / "generation.json", defaults)
+        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        weights = model.state_dict()
+        metadata = {"format": "stu", "format_version": str(FORMAT_VERSION)}
+        dtypes = {name: dtype for name in weights.keys() - model.wide_names if dtype}
+        try:
+            write_safetensors(folder / "model.safetensors", weights, metadata, dtypes)
+        except OSError as error:
+            raise OSError(f"{path}: model.safetensors could not be written: {error}") from error
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> FlashSTU:
+    """The model of a model directory, on `device`, weights cast to `dtype`, in eval mode.
+
+    With None they keep their own and, on the CPU, are mapped from the disk. Raises ValueError,
+    naming the file, for anything missing, cut short, of another shape, or written by a newer
+    version.
+    """
+    path = Path(path)
+    config = load_config(path)
+    weights = _read_weights(path / "model.safetensors", device)
+    with torch.device("meta"):
+        model = FlashSTU(config)
+    _check_weights(path / "model.safetensors", weights, model.state_dict())
+    model.load_state_dict(weights, assign=True)
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The configuration of a model directory."""
+    file = Path(path) / "config.json"
+    values = _read_json(file)
+    try:
+        return ModelConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory."""
+    return Tokenizer(Path(path) / "tokenizer.model")
+
+
+def load_generation(path: str | Path) -> dict[str, Any]:
+    """The decoding defaults of a model directory: the keys of `GENERATION_DEFAULTS`."""
+    return {**GENERATION_DEFAULTS, **_read_json(Path(path) / "generation.json")}
+
+
+def _read_weights(file: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; is {file.parent} a model directory?")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as archive:
+            _check_version(file, archive.metadata() or {})
+            return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); export or copy it again"
+        ) from error
+
+
+def _check_version(file: Path, metadata: Mapping[str, str]) -> None:
+    version = metadata.get("format_version", "")
+    if metadata.get("format") != "stu" or not version.isdecimal():
+        raise ValueError(f"{file}: not written by stu-export (its metadata names no stu format)")
+    if int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format version {version}, and this stu reads up to {FORMAT_VERSION}: "
+            "install a newer stu"
+        )
+
+
+def _check_weights(
+    file: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is unknown" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"{name} is {weights[name].dtype}"
+        for name in expected
+        if name in weights and not _is_wide_enough(name, weights[name].dtype)
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{file} does not fit config.json: {', '.join(problems[:3])}{more}")
+
+
+def _is_wide_enough(name: str, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and (name != "filters" or torch.finfo(dtype).bits >= 32)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file; is {file.parent} a model directory?") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a JSON object is needed")
+    return values

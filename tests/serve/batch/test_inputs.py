@@ -1,0 +1,391 @@
+"""Inputs of `stu-generate`: compressed, Parquet, folders, pipes; those that change meanwhile."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from backports import zstd
+
+from serve.batch import checked_file
+from serve.batch.checked_file import Changed
+from serve.batch.source import InputDigest, open_input
+from serve.engine.engine import Engine
+from stu.model import FlashSTU
+from stu.model_dir import save_model
+from tests.serve.conftest import generate, read_rows
+
+ROWS = [{"id": f"r{number}", "prompt": "def f(x)"[: number % 9]} for number in range(60)]
+LINES = [json.dumps(row).encode() + b"\n" for row in ROWS]
+TWO_AT_ONCE = ["--max-running", "2"]
+
+
+def in_order(path):
+    return sorted(read_rows(path), key=lambda row: row["row"])
+
+
+@pytest.fixture
+def expected(tmp_path, model_directory, source):
+    """What is written for ROWS."""
+    path = tmp_path / "expected.jsonl"
+    assert generate(model_directory, source, path) == 0
+    return in_order(path)
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Call with a number of a step and what to do before it."""
+
+    def call(at, act):
+        step, num_steps = Engine.step, 0
+
+        def act_and_step(self):
+            nonlocal num_steps
+            num_steps += 1
+            if num_steps == at:
+                act()
+            return step(self)
+
+        monkeypatch.setattr(Engine, "step", act_and_step)
+
+    return call
+
+
+def replaced(path):
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(b"r59", b"r99"))
+    os.replace(other, path)
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size - 40)
+
+
+def appended(path):
+    with path.open("ab") as file:
+        file.write(b'{"id": "r60", "prompt": "x"}\n')
+
+
+def same_size_and_time(path):
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(path.read_bytes().replace(b"r59", b"r99"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [replaced, truncated, appended, same_size_and_time, removed])
+def test_an_input_that_changes_while_it_is_read_is_refused(
+    model_directory, source, target, during, expected, monkeypatch, capsys, change
+):
+    old = source.read_bytes()
+    monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 256)
+    during(12, lambda: change(source))
+    assert generate(model_directory, source, target, *TWO_AT_ONCE) == 2
+    assert f"input {source}: has changed since this run began" in capsys.readouterr().err
+    monkeypatch.undo()
+    written = in_order(target)
+    assert written
+    assert all(row == expected[row["row"]] for row in written)
+    if source.exists():
+        assert generate(model_directory, source, target) == 2
+        assert "was begun with input=" in capsys.readouterr().err
+    source.write_bytes(old)
+    assert generate(model_directory, source, target) == 0
+    assert in_order(target) == expected
+
+
+def test_no_changed_block_is_used(source, monkeypatch):
+    monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 256)
+    digest = InputDigest.of(source)
+    rows = iter(open_input(source, digest, None, None))
+    first = next(rows)
+    same_size_and_time(source)
+    read = [first]
+    with pytest.raises(Changed):
+        read.extend(rows)
+    assert read == list(enumerate(ROWS))[: len(read)]
+    assert len(read) > len(ROWS) // 2
+
+
+def test_an_input_that_is_written_while_it_is_hashed(source, monkeypatch):
+    hashed = checked_file._hash
+
+    def append_and_hash(block):
+        appended(source)
+        return hashed(block)
+
+    monkeypatch.setattr(checked_file, "_hash", append_and_hash)
+    with pytest.raises(ValueError, match="is being written: give the command again when it is"):
+        InputDigest.of(source)
+
+
+def other_model(path, code_model, tokenizer):
+    torch.manual_seed(5)
+    save_model(path, FlashSTU(code_model.config), tokenizer, {"max_new_tokens": 9}, overwrite=True)
+
+
+def test_a_model_that_is_exported_again_before_it_is_loaded(
+    tmp_path, model_directory, source, target, code_model, code_tokenizer, monkeypatch, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    from serve.batch.worker import load_model
+
+    def export_and_load(*arguments):
+        other_model(model, code_model, code_tokenizer)
+        return load_model(*arguments)
+
+    monkeypatch.setattr("serve.batch.worker.load_model", export_and_load)
+    assert generate(model, source, target) == 2
+    assert "model.safetensors changed while this run loaded it" in capsys.readouterr().err
+    assert read_rows(target) == []
+
+
+def test_a_model_that_is_exported_again_afterwards_changes_no_row(
+    tmp_path, model_directory, source, target, code_model, code_tokenizer, during, expected
+):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    during(12, lambda: other_model(model, code_model, code_tokenizer))
+    assert generate(model, source, target) == 0
+    assert in_order(target) == expected
+
+
+def test_rows_of_a_model_that_was_written_over_are_not_gone_on_with(
+    tmp_path, model_directory, source, target, during, monkeypatch, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    weights = model / "model.safetensors"
+    old = weights.read_bytes()
+
+    def write_over():
+        with weights.open("r+b") as file:
+            file.seek(-400, os.SEEK_END)
+            file.write(bytes(400))
+
+    during(12, write_over)
+    assert generate(model, source, target) == 2
+    assert "was written over while it was decoded with" in capsys.readouterr().err
+    monkeypatch.undo()
+    weights.write_bytes(old)
+    assert generate(model, source, target) == 2
+    assert "rows may be of both models: begin anew with --overwrite" in capsys.readouterr().err
+    assert generate(model, source, target, "--overwrite") == 0
+
+
+def test_shards_of_different_inputs_do_not_go_together(model_directory, source, target, capsys):
+    assert generate(model_directory, source, target, "--shard", "0/2") == 0
+    appended(source)
+    assert generate(model_directory, source, target, "--shard", "1/2") == 2
+    assert "out.0-of-2.jsonl: was begun with input=" in capsys.readouterr().err
+    assert generate(model_directory, source, target, "--shard", "1/2", "--overwrite") == 0
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstd.compress])
+def test_compressed_rows(model_directory, source, target, expected, compress):
+    half = len(LINES) // 2
+    source.write_bytes(compress(b"".join(LINES[:half])) + compress(b"".join(LINES[half:])))
+    assert generate(model_directory, source, target) == 0
+    assert in_order(target) == expected
+    lines = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(b"".join(lines[:20]) + lines[20][:10])
+    assert generate(model_directory, source, target) == 0
+    assert in_order(target) == expected
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_rows_before_the_damage_are_written(
+    model_directory, source, target, expected, capsys, devices
+):
+    compressed = gzip.compress(b"".join(LINES))
+    source.write_bytes(compressed[:-30])
+    assert generate(model_directory, source, target, "--devices", devices) == 2
+    written = in_order(target)
+    assert written == expected[: len(written)]
+    assert len(written) > 10
+    error = capsys.readouterr().err
+    assert f"input {source}: damaged gzip file (" in error
+    assert f"copy or write it again; {len(written)} rows are in {target}" in error
+
+
+def test_what_a_compressed_file_must_not_hold(tmp_path, model_directory, target, capsys):
+    pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "a.parquet")
+    source = tmp_path / "a.parquet.gz"
+    source.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert generate(model_directory, source, target) == 2
+    assert "Parquet inside a compressed file: decompress it first" in capsys.readouterr().err
+
+
+def test_a_pipe_is_kept_until_its_rows_are_written(
+    tmp_path, model_directory, target, during, expected, monkeypatch, capsys
+):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def decode(lines=LINES, stops=False):
+        if stops:
+            during(12, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        writer = threading.Thread(target=pipe.write_bytes, args=[b"".join(lines)])
+        writer.start()
+        code = generate(model_directory, pipe, target, *TWO_AT_ONCE)
+        writer.join()
+        monkeypatch.undo()
+        return code
+
+    assert decode(stops=True) == 130
+    (kept,) = tmp_path.glob("out.jsonl.input-*")
+    assert f"the same command with --input {kept} goes on" in capsys.readouterr().err
+    assert kept.read_bytes() == b"".join(LINES)
+    assert decode(LINES[1:]) == 2
+    assert "was begun with input=" in capsys.readouterr().err
+    assert 0 < len(read_rows(target)) < len(ROWS)
+    assert generate(model_directory, kept, target) == 0
+    assert in_order(target) == expected
+    assert decode() == 0
+    assert in_order(target) == expected
+    assert not list(tmp_path.glob("*input-*"))
+
+
+def test_standard_input_and_output(model_directory, expected):
+    command = [sys.executable, "-m", "serve.batch.cli", model_directory, "--input", "-", "--output"]
+    command += ["-", "--cache-gib", "0.01"]
+    data = zstd.compress(b"".join(LINES))
+    result = subprocess.run(list(map(str, command)), input=data, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sorted(rows, key=lambda row: row["row"]) == expected
+    assert b"60 rows, " in result.stderr
+
+
+def read(path, column=None, id_column=None):
+    return [given for _, given in open_input(path, InputDigest.of(path), column, id_column)]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "part=1").mkdir(parents=True)
+    texts = {"b.parquet": ["b0", "b1"], "part=1/a.parquet": ["c"], "a.parquet": [], "_c": None}
+    for name, values in texts.items():
+        table = pa.table({"prompt": pa.array(values or [], pa.string())})
+        pq.write_table(table, folder / name)
+    (folder / "_SUCCESS").touch()
+    (folder / ".hidden").write_text("x")
+    assert [row["prompt"] for row in read(folder)] == ["b0", "b1", "c"]
+    digest = InputDigest.of(folder)
+    source = open_input(folder, digest, None, None)
+    assert [number for number, _ in source] == [0, 1, 2]
+    assert [source.place(n) for n in range(3)] == [
+        "b.parquet row 0",
+        "b.parquet row 1",
+        "part=1/a.parquet row 0",
+    ]
+    assert str(digest).startswith("3 files, ")
+    assert InputDigest.from_json(json.loads(json.dumps(digest.to_json()))) == digest
+    digest.check(folder)
+    pq.write_table(pa.table({"prompt": ["d"]}), folder / "d.parquet")
+    with pytest.raises(Changed):
+        digest.check(folder)
+    (folder / "e.parquet").touch()
+    with pytest.raises(ValueError, match=r"e\.parquet: not a Parquet file: write or copy it again"):
+        read(folder)
+
+
+def test_an_output_must_not_lie_in_the_input(tmp_path, model_directory, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(LINES[0])
+    assert generate(model_directory, tmp_path / "in", tmp_path / "in" / "out.jsonl") == 2
+    assert "lies in the input" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    assert generate(model_directory, tmp_path / "none", tmp_path / "out.jsonl") == 2
+    assert "a folder without files" in capsys.readouterr().err
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Call with columns (a dict, or arrays and names) and options: the rows."""
+
+    def call(columns, *options, names=None, **settings):
+        table = pa.Table.from_arrays(columns, names) if names else pa.table(columns)
+        pq.write_table(table, tmp_path / "in.parquet", **settings)
+        return read(tmp_path / "in.parquet", *options)
+
+    return call
+
+
+def test_strings_of_all_kinds(parquet):
+    texts = ["a", None, "größe"]
+    kinds = pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())
+    for kind in kinds:
+        array = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else None
+        rows = parquet({"prompt": pa.array(texts, kind) if array is None else array})
+        assert [row["prompt"] for row in rows] == texts
+    assert parquet({"prompt": pa.array([], pa.string())}) == []
+    assert parquet({"prompt": [[1, 2], None]})[0] == {"prompt": [1, 2]}
+    many = [str(number) for number in range(1000)]
+    rows = parquet({"prompt": many}, row_group_size=7)
+    assert [row["prompt"] for row in rows] == many
+
+
+def test_a_string_that_is_not_utf8_is_an_error_of_its_row(parquet):
+    good = pa.array(["a", "bc", "d"])
+    buffers = [good.buffers()[0], good.buffers()[1], pa.py_buffer(b"a\xffcd")]
+    rows = parquet([pa.Array.from_buffers(pa.string(), 3, buffers)], names=["prompt"])
+    assert [rows[0], rows[2]] == [{"prompt": "a"}, {"prompt": "d"}]
+    assert str(rows[1]) == "not UTF-8; convert the file"
+
+
+def test_columns_of_one_name(parquet):
+    arrays = [pa.array(["x"]), pa.array(["y"]), pa.array(["z"])]
+    with pytest.raises(ValueError, match=r"2 columns have the name 'prompt'; rename all but one"):
+        parquet(arrays, names=["prompt", "prompt", "other"])
+    with pytest.raises(ValueError, match=r"2 columns have the name 'key'.* with --id-column"):
+        parquet(arrays, "other", "key", names=["key", "key", "other"])
+    assert parquet(arrays, "other", names=["key", "key", "other"]) == [{"prompt": "z"}]
+    assert parquet({"k": ["x"]}, "k", "k") == [{"prompt": "x", "id": "x"}]
+
+
+def test_names_with_dots_and_columns_in_structs(parquet):
+    nested = pa.array([{"b": "nested", "c": {"d": 5}}, None])
+    columns = {"a.b": ["top", "level"], "a": nested}
+    assert [row["prompt"] for row in parquet(columns, "a.b")] == ["top", "level"]
+    rows = parquet({"a": nested}, "a.b", "a.c.d")
+    assert rows == [{"prompt": "nested", "id": 5}, {"prompt": None, "id": None}]
+    assert parquet(columns, "a")[0]["prompt"]["b"] == "nested"
+    for name in ("a.x", "a.b.c", "x.b"):
+        with pytest.raises(ValueError, match=f"no column '{name}', only a; name it with --column"):
+            parquet({"a": nested}, name)
+
+
+def test_a_damaged_or_changed_parquet_file(tmp_path, parquet, monkeypatch):
+    path = tmp_path / "in.parquet"
+    columns = {"prompt": [f"{number:09}" for number in range(20_000)]}
+    parquet(columns, row_group_size=1000, use_dictionary=False, compression="none")
+    data = path.read_bytes()
+    damaged = bytearray(data)
+    damaged[len(data) // 2 : len(data) // 2 + 9000] = b"\xff" * 9000
+    path.write_bytes(damaged)
+    rows = []
+    with pytest.raises(ValueError, match=r"in.parquet: damaged after row \d{4} \("):
+        rows.extend(open_input(path, InputDigest.of(path), None, None))
+    assert len(rows) >= 8000
+    path.write_bytes(data[:-100])
+    with pytest.raises(ValueError, match=r"in.parquet: .*magic bytes"):
+        read(path)
+    path.write_bytes(data)
+    monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 4096)
+    digest = InputDigest.of(path)
+    path.write_bytes(data.replace(b"000015000", b"999999999"))
+    with pytest.raises(Changed):
+        list(open_input(path, digest, None, None))

@@ -1,0 +1,186 @@
+"""A run that was stopped goes on, and one that was killed as well."""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+from serve.batch.sink import OutputFile
+from serve.engine.engine import Engine
+from stu.model import FlashSTU
+from stu.model_dir import save_model
+from tests.serve.conftest import generate, read_rows, wait_for_bytes
+
+ROWS = [
+    {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 20 + number % 35, "temperature": 1}
+    for number in range(160)
+]
+ROWS[50] = ROWS[120] = {"promt": "x"}
+
+
+def sorted_lines(path):
+    return sorted(path.read_bytes().split(b"\n"))
+
+
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_loses_and_doubles_no_row(
+    tmp_path, model_directory, source, target, start, num_kills
+):
+    # Rows of a batch round differently in other company, unless they are batch-invariant.
+    options = ["--batch-invariant", "--max-running", "4"]
+    uninterrupted = tmp_path / "uninterrupted.jsonl"
+    assert generate(model_directory, source, uninterrupted, *options) == 1
+    num_bytes = uninterrupted.stat().st_size
+    moments = random.Random(0)
+    for _ in range(num_kills):
+        process = start(model_directory, source, target, *options)
+        at = target.stat().st_size if target.exists() else 0
+        wait_for_bytes(process, target, at + moments.randrange(num_bytes // 15))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < target.stat().st_size < num_bytes
+    assert generate(model_directory, source, target, *options) == 1
+    assert sorted_lines(target) == sorted_lines(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_keeps_what_it_has(
+    model_directory, source, target, monkeypatch, capsys, number
+):
+    step, num_steps = Engine.step, 0
+
+    def step_and_stop(self):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 60:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", step_and_stop)
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            generate(model_directory, source, target)
+    else:
+        assert generate(model_directory, source, target) == 128 + number
+    monkeypatch.undo()
+    before = read_rows(target)
+    assert 0 < len(before) < len(ROWS)
+    expected = f"stopped; {target} has {len(before)} rows, and the same command goes on from there"
+    assert expected in capsys.readouterr().err
+    assert generate(model_directory, source, target) == 1
+    after = read_rows(target)
+    assert after[: len(before)] == before
+    assert sorted(row["row"] for row in after) == list(range(len(ROWS)))
+    assert f" besides {len(before)} that were there (2 of them" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_loads_no_model(model_directory, source, target, monkeypatch, capsys):
+    assert generate(model_directory, source, target) == 1
+    before = target.read_bytes()
+
+    def load_model(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("serve.batch.worker.load_model", load_model)
+    assert generate(model_directory, source, target) == 1
+    assert target.read_bytes() == before
+    assert "0 rows besides 160 that were there (2 of them with an error)" in capsys.readouterr().err
+
+
+def cut_in_half(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: len(lines) // 2]))
+
+
+def test_what_decides_no_row_may_change(model_directory, source, target):
+    assert generate(model_directory, source, target) == 1
+    whole = sorted_lines(target)
+    cut_in_half(target)
+    options = ["--max-running", "3", "--page-len", "8", "--devices", "cpu", "--cache-gib", "0.02"]
+    defaults = ["--temperature", "0", "--seed", "0", "--stop-at-eos", "true"]
+    assert generate(model_directory, source, target, *options, *defaults) == 1
+    assert sorted_lines(target) == whole
+
+
+def test_what_decides_the_rows_may_not(
+    tmp_path, model_directory, source, target, code_model, code_tokenizer, capsys
+):
+    model = tmp_path / "model"
+    save_model(model, code_model, code_tokenizer, {"max_new_tokens": 9})
+    assert generate(model, source, target) == 1
+    cut_in_half(target)
+    before = target.read_bytes()
+
+    def refused(*options):
+        assert generate(model, source, target, *options) == 2
+        assert target.read_bytes() == before
+        return capsys.readouterr().err
+
+    capsys.readouterr()
+    assert "was begun with temperature=0.0, and this run has temperature=0.5: run it as" in refused(
+        "--temperature", "0.5"
+    )
+    assert "with seed=0, and this run has seed=7" in refused("--seed", "7")
+    assert 'dtype="float32", and this run has dtype="bfloat16"' in refused("--dtype", "bfloat16")
+    assert "batch_invariant=false, and" in refused("--batch-invariant")
+    assert 'format="prompts", ' in refused("--format", "openai")
+    generation = model / "generation.json"
+    generation.write_text(json.dumps({"max_new_tokens": 5}))
+    assert "with max_new_tokens=9, and this run has max_new_tokens=5" in refused()
+    generation.write_text(json.dumps({"max_new_tokens": 9}))
+
+    torch.manual_seed(7)
+    other = FlashSTU(code_model.config)
+    save_model(model, other, code_tokenizer, {"max_new_tokens": 9}, overwrite=True)
+    assert "was begun with model.safetensors=" in refused()
+    save_model(model, code_model, code_tokenizer, {"max_new_tokens": 9}, overwrite=True)
+    source.write_bytes(source.read_bytes() + b"\n")
+    assert "was begun with input=" in refused()
+    assert generate(model, source, target, "--overwrite") == 1
+    assert len(read_rows(target)) == len(ROWS)
+
+
+def test_a_row_that_is_written_by_another_run_is_not_touched(
+    model_directory, source, target, capsys
+):
+    with OutputFile(target, {}, lambda row: (row, False)) as output:
+        output.append(["1"])
+        assert generate(model_directory, source, target, "--overwrite") == 2
+        assert "another run is writing it" in capsys.readouterr().err
+        assert target.read_text() == "1\n"
+
+
+def test_a_fault_of_the_program_does_not_look_like_the_end(
+    model_directory, source, target, monkeypatch, capsys
+):
+    def step(self):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(Engine, "step", step)
+    assert generate(model_directory, source, target) == 3
+    assert "no such kernel" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_and_it_goes_on_later(
+    model_directory, source, target, monkeypatch, capsys
+):
+    append, num_appends = OutputFile.append, 0
+
+    def append_until_full(self, lines):
+        nonlocal num_appends
+        num_appends += 1
+        if num_appends == 5:
+            raise OSError("output out.jsonl: No space left on device")
+        append(self, lines)
+
+    monkeypatch.setattr(OutputFile, "append", append_until_full)
+    assert generate(model_directory, source, target) == 2
+    error = capsys.readouterr().err
+    assert "and the same command goes on from there" in error
+    assert "error: output out.jsonl: No space left on device" in error
+    monkeypatch.undo()
+    assert generate(model_directory, source, target) == 1
+    assert len(read_rows(target)) == len(ROWS)

@@ -1,0 +1,128 @@
+"""Shards of an input, and the devices of a run."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve.batch.shard import Shard
+from serve.devices import choose_devices
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_row_is_in_one_shard(count):
+    shards = [Shard.parse(f"{index}/{count}") for index in range(count)]
+    for number in range(50):
+        assert [number in shard for shard in shards].count(True) == 1
+
+
+@pytest.mark.parametrize("text", ["0/3", "1/3", "2/3", "0/1"])
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+def test_parts_of_a_shard_hold_its_rows_between_them(text, num_parts):
+    shard = Shard.parse(text)
+    parts = shard.split(num_parts)
+    sizes = [sum(number in part for number in range(300)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    for number in range(300):
+        assert [number in part for part in parts].count(True) == (number in shard)
+
+
+@pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "1/0", "a/b", "0/2/3", " 0/2", ""])
+def test_what_is_no_shard(text):
+    with pytest.raises(ValueError, match="it must be i/n with 0 <= i < n"):
+        Shard.parse(text)
+
+
+def test_each_shard_has_an_output_of_its_own():
+    assert Shard(2, 8).output(Path("a.b/out.jsonl")) == Path("a.b/out.2-of-8.jsonl")
+    assert Shard(2, 8).output(Path("out")) == Path("out.2-of-8")
+    assert Shard().output(Path("out.jsonl")) == Path("out.jsonl")
+
+
+def test_the_tasks_of_a_step_share_the_rows():
+    task = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "9"}
+    assert Shard.of_task(task) == Shard(3, 4)
+    # A batch script, or a shell in an allocation, is no task of a step.
+    assert Shard.of_task({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Shard()
+    assert Shard.of_task({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == Shard()
+    assert Shard.of_task({}) == Shard()
+
+
+@pytest.mark.parametrize(
+    ("num_cuda", "text", "devices"),
+    [
+        (0, "auto", ["cpu"]),
+        (0, "cpu", ["cpu"]),
+        (0, "cpu, cpu", ["cpu", "cpu"]),
+        (2, "auto", ["cuda:0"]),
+        (2, "all", ["cuda:0", "cuda:1"]),
+        (2, "1", ["cuda:1"]),
+        (2, "cuda:0", ["cuda:0"]),
+        (4, "0,cuda:3,cpu", ["cuda:0", "cuda:3", "cpu"]),
+    ],
+)
+def test_devices(monkeypatch, num_cuda, text, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cuda)
+    assert choose_devices(text) == devices
+
+
+@pytest.mark.parametrize(
+    ("num_cuda", "text", "message"),
+    [
+        (0, "all", "devices='all', and torch sees no CUDA device: choose others, cpu, or auto"),
+        (0, "0", "devices='0', and torch sees no CUDA device"),
+        (2, "0,2", "devices='0,2', and torch sees only 2 of them"),
+        (2, "gpu", "devices='gpu' is not allowed: it must be auto, all, or some of cpu, 0"),
+        (2, "0,", "devices='0,' is not allowed"),
+        (2, "", "devices='' is not allowed"),
+        (2, "-1", "devices='-1' is not allowed"),
+        (2, "cpu,auto", "devices='cpu,auto' is not allowed"),
+    ],
+)
+def test_devices_that_are_not_there(monkeypatch, num_cuda, text, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cuda)
+    with pytest.raises(ValueError, match=message):
+        choose_devices(text)
+
+
+def test_tasks_of_one_host_that_see_all_of_its_devices_take_one_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    for local_task, device in {"0": "cuda:0", "3": "cuda:3"}.items():
+        monkeypatch.setenv("SLURM_LOCALID", local_task)
+        assert choose_devices("auto") == [device]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_devices("auto") == ["cuda:0"]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_array_puts_parts_of_one_job_together_and_no_others(tmp_path, is_same):
+    """The last task's part of slurm/generate.sbatch, with a stu-generate that has nothing to do."""
+    command = tmp_path / "stu-generate"
+    command.write_text("#!/bin/sh\nexit 0\n")
+    command.chmod(0o755)
+    for index in range(2):
+        part = tmp_path / f"out.{index}-of-2.jsonl"
+        part.write_text(f'{{"row": {index}}}\n')
+        digest = "a" if is_same else "ab"[index]
+        job = {"input": f"9 bytes, sha256 {digest}", "shard": f"{index}/2", "seed": 0}
+        Path(f"{part}.job.json").write_text(json.dumps(job, indent=2) + "\n")
+    script = Path(__file__).parents[3] / "slurm" / "generate.sbatch"
+    for task in ("0", "1"):
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7"}
+        environment |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        arguments = ["bash", script, "model", "in.jsonl", "out.jsonl"]
+        result = subprocess.run(
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    whole = tmp_path / "out.jsonl"
+    if is_same:
+        assert result.returncode == 0, result.stderr
+        assert whole.read_text() == '{"row": 0}\n{"row": 1}\n'
+    else:
+        assert result.returncode == 2
+        assert "parts 0 and 1 of out.jsonl are of different jobs" in result.stderr
+        assert not whole.exists()

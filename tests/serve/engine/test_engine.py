@@ -1,0 +1,623 @@
+"""The engine under traffic against each request alone, through direct sums."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.cache.budget import make_caches
+from serve.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.engine.packing import packs
+from serve.request import Request
+from serve.sampling.sampler import SamplingParams
+from stu.config import ModelConfig
+from stu.futurefill import Naive
+from stu.model import FlashSTU
+from stu.tokenizer import train_bpe
+from tests.reference import sampling as reference
+from tests.reference.decoding import Runner as Lockstep
+
+CONFIGS = {
+    "stu": {"layout": "stu"},
+    "hybrid": {"layout": "hybrid", "window_tokens": 10},
+    "full": {"layout": "stu", "stu_form": "full", "num_filters": 2, "num_layers": 1},
+    "hyena": {"layout": "hyena"},
+    "attention": {"layout": "attention", "window_tokens": 10},
+}
+MIXED = ["attention", "hybrid", "hyena", "stu"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = ["the cat sat on the mat\n", "a dog and a cat\n"] * 5
+    return train_bpe(texts, 280, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def build(kind, **settings):
+    torch.manual_seed(1)
+    shape = {"width": 8, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
+    config = ModelConfig(vocab_size=280, max_seq_len=256, **{**shape, **CONFIGS[kind], **settings})
+    return FlashSTU(config).double()
+
+
+MODELS = {kind: build(kind) for kind in CONFIGS}
+
+
+def alone(model, request):
+    """The request's tokens and logprobs, one by one, by direct sums over its whole past."""
+    if request.max_new_tokens == 0:
+        return [], []
+    runner = Lockstep(model, [request.tokens], request.max_new_tokens, Naive)
+    logits, tokens, logprobs, its = runner.prefill(), [], [], request.sampling
+    while True:
+        row = logits[0].tolist()
+        place = len(request.tokens) + len(tokens)
+        banned = request.stop_tokens if len(tokens) < request.min_new_tokens else ()
+        allowed = [-math.inf if at in banned else logit for at, logit in enumerate(row)]
+        token = reference.sample(allowed, its, place, request.tokens, tokens)
+        if its.logprobs is not None:
+            logprobs.append((token, *reference.logprobs(row, token, its.logprobs)))
+        tokens.append(token)
+        if token in request.stop_tokens or len(tokens) == request.max_new_tokens:
+            return tokens, logprobs
+        logits = runner.step(torch.tensor([token]))
+
+
+def prompt_alone(model, request):
+    """The logprobs of its prompt, from the model's whole forward pass."""
+    if request.prompt_logprobs is None:
+        return []
+    with torch.no_grad():
+        logits = model(torch.tensor([request.tokens]))[0].tolist()
+    followed = zip(logits, request.tokens[1:], strict=False)
+    return [
+        (token, *reference.logprobs(row, token, request.prompt_logprobs)) for row, token in followed
+    ]
+
+
+def poison(caches):
+    """So that what is read before it is written shows."""
+    caches.convolution._pending.fill_(math.nan)
+    caches.convolution._inputs.fill_(math.nan)
+    for pool in filter(None, caches.pools):
+        pool.pages[1:] = math.nan
+    if caches.recent is not None:
+        caches.recent._inputs[:, :-1] = math.nan
+
+
+def drain(engine, answers):
+    while engine.has_work:
+        collect(engine, answers)
+
+
+def collect(engine, answers):
+    """One step; an answer is a request's tokens, its finish reason, and its logprobs and those of
+    its prompt."""
+    for output in engine.step():
+        tokens, _, logprobs, of_prompt = answers.get(output.request_id, ([], None, [], []))
+        answers[output.request_id] = (
+            [*tokens, *output.tokens],
+            output.finish_reason,
+            [*logprobs, *output.logprobs],
+            [*of_prompt, *output.prompt_logprobs],
+        )
+    engine.check_integrity()
+
+
+def check_logprobs(found, expected):
+    assert len(found) == len(expected)
+    for its, (token, logprob, top) in zip(found, expected, strict=True):
+        assert its.token == token
+        assert its.logprob == pytest.approx(logprob, abs=1e-9)
+        assert its.top == pytest.approx(top, abs=1e-9)
+
+
+samplings = st.one_of(
+    st.just(SamplingParams()),
+    st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 1.0]),
+        top_p=st.sampled_from([1.0, 0.8]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        frequency_penalty=st.sampled_from([0.0, 0.5]),
+        logit_bias=st.sampled_from([{}, {7: 2.5}]),
+        logprobs=st.sampled_from([None, 2]),
+        seed=st.integers(0, 9),
+    ),
+)
+requests = st.builds(
+    Request,
+    tokens=st.lists(st.integers(0, 279), min_size=1, max_size=90),
+    max_new_tokens=st.integers(0, 100),
+    prompt_logprobs=st.sampled_from([None, 0, 2]),
+    sampling=samplings,
+    priority=st.integers(0, 1),
+    stop_tokens=st.lists(st.integers(0, 279), max_size=2),
+)
+
+
+@given(
+    kind=st.sampled_from(sorted(CONFIGS)),
+    traffic=st.lists(st.tuples(st.integers(0, 60), requests), min_size=1, max_size=7),
+    aborts=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 6)), max_size=2),
+    page_len=st.sampled_from([2, 8, 32]),
+    prompt_tokens_per_step=st.sampled_from([5, 40, 300]),
+    expected_new_tokens=st.sampled_from([None, 1, 20]),
+    spare_bytes=st.integers(0, 30_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_under_traffic_every_request_equals_itself_alone(
+    tokenizer,
+    kind,
+    traffic,
+    aborts,
+    page_len,
+    prompt_tokens_per_step,
+    expected_new_tokens,
+    spare_bytes,
+):
+    model = MODELS[kind]
+    config = EngineConfig(
+        cache_gib=(200_000 * (8 if kind == "full" else 1) + spare_bytes) / 2**30,
+        page_len=page_len,
+        max_running=3,
+        prompt_tokens_per_step=prompt_tokens_per_step,
+        expected_new_tokens=expected_new_tokens,
+    )
+    engine = Engine(model, tokenizer, config)
+    poison(engine._caches)
+    expected, answers, refused = {}, {}, 0
+    for step in range(82):
+        for arrival, request in traffic:
+            if arrival == step:
+                try:
+                    expected[engine.add(request)] = request
+                except ValueError:
+                    refused += 1
+        for at, request_id in aborts:
+            if at == step:
+                engine.abort(request_id)
+        collect(engine, answers)
+    drain(engine, answers)
+    assert len(expected) + refused == len(traffic)
+    assert set(answers) == set(expected)
+    for request_id, request in expected.items():
+        tokens, reason, logprobs, of_prompt = answers[request_id]
+        whole, expected_logprobs = alone(model, request)
+        if tokens or reason == "length":
+            check_logprobs(of_prompt, prompt_alone(model, request))
+        if reason == "abort":
+            assert tokens == whole[: len(tokens)]
+            check_logprobs(logprobs, expected_logprobs[: len(tokens)])
+        else:
+            assert tokens == whole
+            check_logprobs(logprobs, expected_logprobs)
+            is_stopped = tokens and tokens[-1] in request.stop_tokens
+            assert reason == ("stop" if is_stopped else "length")
+    stats = engine.stats()
+    assert stats.convolution_pages_used == stats.attention_pages_used == 0
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("page_len", [2, 4, 16, 64])
+def test_prompts_of_few_tokens_and_pages_of_any_length(tokenizer, kind, new_tokens, page_len):
+    """Taken in together, more of them than there are rows."""
+    engine = Engine(MODELS[kind], tokenizer, EngineConfig(0.01, page_len, max_running=3))
+    poison(engine._caches)
+    prompts = [list(range(3, 3 + length)) for length in (1, 2, 3, 4, 17, 1, 2)]
+    params = SamplingParams(temperature=1.0, seed=3, logprobs=2)
+    requests = {engine.add(its): its for its in (Request(p, new_tokens, params) for p in prompts)}
+    answers = {}
+    drain(engine, answers)
+    for request_id, request in requests.items():
+        tokens, logprobs = alone(MODELS[kind], request)
+        assert answers[request_id][0] == tokens
+        check_logprobs(answers[request_id][2], logprobs)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("prompt_len", [1, 16, 150])
+@pytest.mark.parametrize("new_tokens", [2, 9, 17, 100])
+def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, new_tokens):
+    """Convolution pages for its new tokens, all of them at first and never more, and attention
+    pages for what the window can see."""
+    page_len, window = 8, MODELS[kind].config.window_tokens
+    engine = Engine(MODELS[kind], tokenizer, EngineConfig(page_len=page_len, max_running=1))
+    engine.add(Request([3] * prompt_len, new_tokens))
+    convolution, attention = [], []
+    while engine.has_work:
+        engine.step()
+        convolution.append(engine.stats().convolution_pages_used)
+        attention.append(engine.stats().attention_pages_used)
+    assert convolution == sorted(convolution, reverse=True)
+    assert convolution[0] == (-(-(new_tokens - 1) // page_len) if kind != "attention" else 0)
+    assert convolution[-1] == attention[-1] == 0
+    at_once = min(-(-window // page_len) + 1, -(-(prompt_len + new_tokens - 1) // page_len))
+    assert max(attention) <= (at_once if kind in ("hybrid", "attention") else 0)
+    pool = engine._caches.pools[0]
+    shape = MODELS[kind].config
+    page_bytes = len(shape.convolution_layers) * shape.width * page_len * 8  # of float64
+    assert pool.page_bytes == page_bytes
+
+
+def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(page_len=32, max_running=1))
+    late = Request([3], 50, priority=1)
+    first = engine.add(late)
+    answers = {}
+    for _ in range(10):
+        collect(engine, answers)
+    urgent = Request([4, 5], 20, priority=0)
+    second = engine.add(urgent)
+    for _ in range(20):
+        collect(engine, answers)
+    assert answers[second][:2] == (alone(MODELS["stu"], urgent)[0], "length")
+    assert answers[first][1] is None
+    assert engine.stats().preemptions == 1
+    drain(engine, answers)
+    assert answers[first][:2] == (alone(MODELS["stu"], late)[0], "length")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_stop_token_comes_before_the_fewest_new_tokens(tokenizer, temperature):
+    """And those that a request would have chosen are not reported as less probable."""
+    model, sampling = MODELS["stu"], SamplingParams(temperature, seed=5, logprobs=1)
+    free, _ = alone(model, Request([1, 50], 20, sampling))
+    stops = sorted({free[0], free[2], free[7]})
+    for least in (0, 1, 3, 8, 20):
+        request = Request([1, 50], 20, sampling, stop_tokens=stops, min_new_tokens=least)
+        engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
+        engine.add(request)
+        drain(engine, answers)
+        ((tokens, reason, logprobs, _),) = answers.values()
+        expected, expected_logprobs = alone(model, request)
+        assert tokens == expected
+        check_logprobs(logprobs, expected_logprobs)
+        assert len(tokens) > least or reason == "length"
+        assert not set(tokens[:least]) & set(stops)
+    engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
+    request_id = engine.add(Request([1], 5, stop_tokens=[*range(280)], min_new_tokens=1))
+    drain(engine, answers)
+    assert answers[request_id][1] == "error"
+
+
+def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
+    """And leaves the engine as it was."""
+    engine = Engine(
+        MODELS["stu"], tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)
+    )
+    for request, message in (
+        (Request([1] * 50, 200), r"need 25 convolution pages .* the cache has \d+: lower"),
+        (
+            Request([1] * 200, 57),
+            "maximum context length is 256 .* are 257: lower max_new_tokens to 56 or",
+        ),
+        (Request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
+        (Request([1], 3, stop_tokens=[280]), "stop_tokens has the id 280"),
+        (Request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add(request)
+    assert not engine.has_work
+    assert engine.step() == []
+    answers = {}
+    accepted = engine.add(Request([1], 2))
+    drain(engine, answers)
+    assert answers[accepted][1] == "length"
+    with pytest.raises(ValueError, match=r"cache_gib=.* is too little: .* give at least"):
+        Engine(MODELS["hybrid"], tokenizer, EngineConfig(cache_gib=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", []),
+        ("tokens", [1.5]),
+        ("tokens", [True]),
+        ("tokens", [-1]),
+        ("tokens", "abc"),
+        ("tokens", None),
+        ("max_new_tokens", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
+        ("given", [-1]),
+        ("given", [1, 2, 3]),
+        ("max_new_tokens", 2.0),
+        ("max_new_tokens", True),
+        ("max_new_tokens", math.nan),
+        ("max_new_tokens", "3"),
+        ("stop_tokens", [1.5]),
+        ("stop_tokens", 5),
+        ("stop_strings", "END"),
+        ("stop_strings", [""]),
+        ("stop_strings", [5]),
+        ("stop_strings", None),
+        ("sampling", None),
+        ("priority", "high"),
+        ("priority", math.nan),
+    ],
+)
+def test_requests_that_no_model_could_be_asked(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.* is not allowed: "):
+        Request(**{"tokens": [1], "max_new_tokens": 3, field: value})
+
+
+def test_a_request_keeps_its_tokens(tokenizer):
+    tokens = [3, 4]
+    request = Request(tokens, 5)
+    tokens.append(999)
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    answers = {}
+    engine.add(request)
+    drain(engine, answers)
+    assert answers[0][:2] == (alone(MODELS["stu"], Request([3, 4], 5))[0], "length")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cache_gib", 0),
+        ("cache_gib", True),
+        ("cache_gib", "1"),
+        ("page_len", 12),
+        ("page_len", 2.0),
+        ("max_running", 2.5),
+        ("max_running", 0),
+        ("prompt_tokens_per_step", 1.5),
+        ("expected_new_tokens", 0),
+        ("batch_invariant", "no"),
+    ],
+)
+def test_settings_that_are_not_allowed(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed: it must be "):
+        EngineConfig(**{name: value})
+
+
+def test_a_model_and_a_tokenizer_that_do_not_fit(tokenizer):
+    with pytest.raises(ValueError, match="the tokenizer has 280 tokens and the model"):
+        Engine(FlashSTU(ModelConfig(vocab_size=300, max_seq_len=64)), tokenizer)
+    model = build("stu")
+    with torch.no_grad():
+        model.blocks[0].mixer.filter_matrix[0, 0] = math.inf
+    with pytest.raises(ValueError, match="filters are not finite"):
+        Engine(model, tokenizer)
+    with pytest.raises(ValueError, match="batch_invariant is not allowed for width=8: "):
+        Engine(MODELS["full"], tokenizer, EngineConfig(batch_invariant=True))
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind):
+    """And an abort of it disturbs no other."""
+    config = EngineConfig(cache_gib=0.01, page_len=8, prompt_tokens_per_step=40)
+    engine, answers = Engine(MODELS[kind], tokenizer, config), {}
+    first = engine.add(Request([1], 60, SamplingParams(repetition_penalty=1.3)))
+    collect(engine, answers)
+    long = engine.add(Request([2] * 200, 5))
+    kept = engine.add(Request([4] * 15, 5))
+    for step in range(1, 4):
+        collect(engine, answers)
+        assert len(answers[first][0]) == 1 + step
+        assert long not in answers
+    for request_id in (long, long, 99):
+        engine.abort(request_id)
+    drain(engine, answers)
+    assert answers[long][:2] == ([], "abort")
+    assert answers[kept][:2] == (alone(MODELS[kind], Request([4] * 15, 5))[0], "length")
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.new_tokens) == (216, 65)
+    assert not engine._texts
+    assert not engine._chooser._requests
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokenizer, kind):
+    config = EngineConfig(cache_gib=0.01, page_len=8, max_running=8, prompt_tokens_per_step=64)
+    engine, answers = Engine(MODELS[kind], tokenizer, config), {}
+    for _ in range(7):
+        engine.add(Request([1] * 60, 90))
+    while engine.stats().new_tokens < 30:
+        collect(engine, answers)
+    for _ in range(3):  # that wait behind it
+        engine.add(Request([2] * 60, 90, priority=1))
+    short = engine.add(Request([4, 5], 3))
+    for _ in range(2):
+        collect(engine, answers)
+    assert answers[short][0]
+
+
+def test_an_abort_alone_is_work(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.abort(engine.add(Request([1], 5)))
+    assert engine.has_work
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
+    assert not engine.has_work
+    assert engine.stats().steps == 1
+
+
+def test_what_fits_exactly_is_taken(tokenizer):
+    """A context to its last token; and no page for a token that is never stepped with."""
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.add(Request([1] * 200, 56))
+    engine.add(Request([1], 17))
+    engine.step()
+    assert engine.stats().convolution_pages_used == 7 + 2
+    model = MODELS["stu"]
+    exact = make_caches(model, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)).capacity
+    engine = Engine(model, tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1))
+    engine.add(Request([1], 8 * exact.convolution + 1))
+    with pytest.raises(ValueError, match=f"need {exact.convolution + 1} convolution pages"):
+        engine.add(Request([1], 8 * exact.convolution + 2))
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize("num_bytes", [60e3, 100e3, 250e3])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_caches_keep_to_their_budget(kind, num_bytes, batch_invariant):
+    gib = num_bytes * (8 if kind == "full" else 1) / 2**30
+    config = EngineConfig(gib, page_len=4, max_running=5, batch_invariant=batch_invariant)
+    caches = make_caches(build(kind, width=16).float(), config)
+    attention = caches.pools[1].pages.nbytes if caches.pools[1] else 0
+    recent = caches.recent.num_bytes if caches.recent else 0
+    assert (recent > 0) == (kind == "hyena")
+    assert caches.convolution.num_bytes + attention + recent <= gib * 2**30
+
+
+def test_equal_priority_never_gives_way(tokenizer):
+    config = EngineConfig(cache_gib=0.01, page_len=8, max_running=1)
+    engine = Engine(MODELS["stu"], tokenizer, config)
+    for _ in range(2):
+        engine.add(Request([1], 20))
+    drain(engine, {})
+    assert engine.stats().preemptions == 0
+
+
+def test_room_for_twice_as_many_tokens_each_time(tokenizer):
+    config = EngineConfig(cache_gib=0.01, page_len=8, expected_new_tokens=1)
+    engine = Engine(MODELS["stu"], tokenizer, config)
+    engine.add(Request([1], 64))
+    drain(engine, {})
+    assert engine.stats().preemptions == 5
+
+
+@pytest.mark.parametrize(
+    ("stops", "reason", "text"),
+    [(["cat"], "stop", "a "), (["sat!"], "length", "a cat sat")],
+)
+def test_text_comes_with_the_tokens(tokenizer, monkeypatch, stops, reason, text):
+    ids = tokenizer.encode("a cat sat")
+    left = iter(ids)
+    monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.add(Request([1], len(ids), stop_strings=stops))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert outputs[-1].finish_reason == reason
+    assert "".join(output.text for output in outputs) == text
+
+
+@pytest.mark.parametrize("ending", ["abort", "stop"])
+def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
+    """The beginning of a stop string is no part of one after all."""
+    ids = [*tokenizer.encode("a cat sa"), 2]
+    left = iter(ids)
+    monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine.add(Request([1], 50, stop_strings=["sat"], stop_tokens=[2]))
+    text = ""
+    for _ in ids[:-1]:
+        text += "".join(output.text for output in engine.step())
+    assert text == "a cat "
+    if ending == "abort":
+        engine.abort(0)
+    (output,) = engine.step()
+    assert (output.text, output.finish_reason) == ("sa", ending)
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    decode, answers = engine._runner.decode, {}
+    requests = [Request([row + 1], 20) for row in range(3)]
+    for request in requests:
+        engine.add(request)
+    collect(engine, answers)
+
+    def damaged(tokens):
+        logits = decode(tokens).clone()
+        for row, job in enumerate(engine._scheduler.running):
+            if job.request_id == 1 and len(job.tokens) == 5:
+                logits[row, 7] = math.nan
+        return logits
+
+    engine._runner.decode = damaged
+    drain(engine, answers)
+    for row, request in enumerate(requests):
+        whole = alone(MODELS["stu"], request)[0]
+        expected = (whole[:5], "error") if row == 1 else (whole, "length")
+        assert answers[row][:2] == expected
+
+
+@pytest.mark.skipif(not packs(torch.ones(1)), reason="odd widths need packed weights")
+@pytest.mark.parametrize("width", [8, 6, 50])
+@pytest.mark.parametrize("kind", MIXED)
+def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
+    """In float32, alone, in company, and after giving way."""
+    model = build(kind, width=width, mlp_ratio=3).float()
+    config = EngineConfig(page_len=8, max_running=12, batch_invariant=True)
+    params = SamplingParams(temperature=1.0, seed=3)
+    probe = Request([5, 6, 7, 8], 60, params, priority=1)
+
+    def answer(company, urgent):
+        engine = Engine(model, tokenizer, config)
+        logits = []
+        decode = engine._runner.decode
+        request_id = engine.add(probe)
+
+        def spied(tokens):
+            result = decode(tokens)
+            for row, job in enumerate(engine._scheduler.running):
+                if job.request_id == request_id and job.replayed == len(job.tokens):
+                    logits.append(result[row].clone())
+            return result
+
+        engine._runner.decode = spied
+        for i in range(company):
+            engine.add(Request([i + 1] * (i + 1), 20 + i, priority=1))
+        answers = {}
+        for step in range(400):
+            if step == 30:
+                for i in range(urgent):
+                    engine.add(Request([i + 9] * 4, 40, priority=0))
+            collect(engine, answers)
+        assert engine.stats().preemptions >= (urgent == 12)
+        return answers[request_id][0], torch.stack(logits)
+
+    tokens, logits = answer(0, 0)
+    for company, urgent in ((10, 0), (3, 12)):
+        others_tokens, others_logits = answer(company, urgent)
+        assert others_tokens == tokens
+        assert torch.equal(others_logits, logits)
+
+
+def test_one_of_several_prompts_is_aborted_while_their_log_probabilities_are_found(tokenizer):
+    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.05))
+    prompt = [1, 5, 6, 7]
+    ids = [engine.add(Request(prompt, 4, prompt_logprobs=2)) for _ in range(20)]
+    engine.step()
+    engine.abort(ids[3])
+    seen = {}
+    while engine.has_work:
+        for output in engine.step():
+            seen.setdefault(output.request_id, []).extend(output.tokens)
+    engine.check_integrity()
+    others = [seen[its] for its in ids if its != ids[3]]
+    assert others == [others[0]] * 19
+
+
+def test_prompts_that_are_scored_take_smaller_steps(code_model, code_tokenizer):
+    """Log probabilities of 2,048 tokens took as long as four usual steps, and streams waited."""
+    requests = [Request([1] * 16, 0, prompt_logprobs=20) for _ in range(8)]
+    config = EngineConfig(cache_gib=0.01, prompt_tokens_per_step=128)
+
+    def num_steps(requests):
+        engine = Engine(code_model, code_tokenizer, config)
+        for request in requests:
+            engine.add(request)
+        outputs, count = [], 0
+        while engine.has_work:
+            outputs += engine.step()
+            count += 1
+        return count, outputs
+
+    count, outputs = num_steps(requests)
+    assert count == 4
+    assert len(outputs) == 8
+    assert len({str(output.prompt_logprobs) for output in outputs}) == 1
+    usual = [Request([1] * 16, 1) for _ in range(8)]
+    assert num_steps(usual)[0] == 1
+    long = [Request([1] * 64, 0, prompt_logprobs=20)]
+    assert num_steps(long)[0] > 1

@@ -1,0 +1,89 @@
+"""Packed weights against plain ones."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from serve.engine.packing import PackedLinear, packed_copy, packed_product, packs
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+
+needs_packing = pytest.mark.skipif(
+    not packs(torch.ones(1)), reason="torch was built without oneDNN here"
+)
+
+
+def build(dtype=torch.float32, layout="hybrid"):
+    torch.manual_seed(0)
+    shape = {"width": 16, "num_layers": 2, "num_filters": 6, "num_heads": 2, "max_seq_len": 64}
+    return FlashSTU(ModelConfig(vocab_size=40, layout=layout, **shape)).to(dtype).eval()
+
+
+@needs_packing
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 21, 22, 64, 100])
+def test_products_are_those_of_the_plain_weights(num_rows):
+    weight, x = torch.randn(48, 20), torch.randn(num_rows, 3, 20)
+    expected = x.double() @ weight.double().T
+    for product in (PackedLinear(weight), packed_product(weight)):
+        assert (product(x) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "mixers"),
+    [
+        ("hybrid", {"blocks.0.mixer.project", "blocks.1.mixer.qkv", "blocks.1.mixer.output"}),
+        ("hyena", {f"blocks.{i}.mixer.{name}" for i in (0, 1) for name in ("input", "output")}),
+        ("attention", {f"blocks.{i}.mixer.{name}" for i in (0, 1) for name in ("qkv", "output")}),
+    ],
+)
+def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype, layout, mixers):
+    model = build(dtype, layout)
+    copied = packed_copy(model)
+    tokens = torch.arange(30)[None]
+    with torch.inference_mode():
+        expected = model(tokens)
+        error = (copied(tokens) - expected).abs().max() / expected.abs().max()
+    assert error <= (1e-5 if dtype == torch.float32 else 0)
+    assert copied.embedding.weight is model.embedding.weight
+    assert copied.filters is model.filters
+    packed = {name for name, its in copied.named_modules() if isinstance(its, PackedLinear)}
+    mlps = {f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("gate", "up", "down")}
+    assert packed == (mixers | mlps if dtype == torch.float32 else set())
+    shared = {id(its) for its in model.parameters()}
+    assert {id(its) for its in copied.parameters()} <= shared
+
+
+@needs_packing
+def test_few_numbers_of_rows_reach_onednn(monkeypatch):
+    """It would keep half a megabyte for each: prompts come in all lengths."""
+    numbers = set()
+    product = torch.ops.mkldnn._linear_pointwise
+
+    class Spied:
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+        @staticmethod
+        def _linear_pointwise(x, *rest):
+            numbers.add(len(x))
+            return product(x, *rest)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Spied)
+    linear = PackedLinear(torch.randn(8, 4))
+    for num_rows in range(1, 300):
+        assert linear(torch.ones(num_rows, 4)).shape == (num_rows, 8)
+    assert numbers == {1, *range(8, 65, 8)}
+
+
+@needs_packing
+def test_plain_weights_go_with_the_model():
+    model = build()
+    copied = packed_copy(model)
+    plain = weakref.ref(model.blocks[0].mlp.gate.weight)
+    del model
+    gc.collect()
+    assert plain() is None
+    assert copied.embedding.weight.shape == (40, 16)

@@ -1,0 +1,253 @@
+"""Chat templates: rendered as transformers does, in a sandbox, and bounded."""
+
+import json
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+import serve.openai.chat_dialect
+from serve.openai.chat import ChatTemplate
+
+SYSTEM = {"role": "system", "content": "Be brief. <b>größe</b>"}
+HELLO = {"role": "user", "content": " Hello\n"}
+ANSWER = {"role": "assistant", "content": "<think>x</think>Hi 'you' & \"me\""}
+GO = {"role": "user", "content": "go", "name": "Ann"}
+CHATS = [[HELLO], [SYSTEM, HELLO], [SYSTEM, HELLO, ANSWER, GO], [HELLO, ANSWER, GO]]
+TEMPLATES = {
+    "roles between marks": """
+{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}
+{% endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{% endif %}
+""",
+    "instructions with the system's inside": """
+{%- if messages[0].role == 'system' -%}
+    {%- set system, rest = messages[0].content, messages[1:] -%}
+{%- else -%}
+    {%- set system, rest = none, messages -%}
+{%- endif -%}
+{%- for message in rest -%}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('Roles must alternate') }}
+    {%- endif -%}
+    {%- if loop.first and system is not none -%}
+        {%- set content = '<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' ~ message.content -%}
+    {%- else -%}
+        {%- set content = message.content -%}
+    {%- endif -%}
+    {%- if message.role == 'user' -%}
+        {{ bos_token ~ '[INST] ' ~ content.strip() ~ ' [/INST]' }}
+    {%- else -%}
+        {{ ' ' ~ content ~ ' ' ~ eos_token }}
+    {%- endif -%}
+{%- endfor -%}
+""",
+    "headers, a date, and what a model is trained on": """
+{{- bos_token }}
+{%- set date = strftime_now('%Y') if strftime_now is defined else 'unknown' %}
+{{- 'Year: ' + date + '\\n' }}
+{%- for m in messages %}
+    {%- if m['role'] == 'assistant' %}
+        {%- generation %}
+        {%- set kept = m['content'].split('</think>')[-1] %}
+        {{- '<|header|>assistant\\n' + kept + '</s>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- '<|header|>' + m.role ~ '\\n' + m.content + '</s>' }}
+    {%- endif %}
+    {{- kept is defined }}
+{%- endfor %}
+""",
+    "names, namespaces, and loops that end early": """
+{% set ns = namespace(last=-1, seen='') %}
+{% for message in messages | reverse %}
+    {% if message.role == 'system' %}{% continue %}{% endif %}
+    {% if message.role == 'user' %}
+        {% set ns.last = messages | length - loop.index %}
+        {% break %}
+    {% endif %}
+{% endfor %}
+{% for message in messages %}
+{% set ns.seen = ns.seen ~ message.role[0] %}
+{{ loop.index }}/{{ loop.length }} {{ '*' * 3 if loop.index0 == ns.last else '-' }} {{ ns.seen }}
+{{ message.name if message.name is defined else 'nobody' }}: {{ message.content | trim | upper }}
+{% endfor %}
+""",
+    "JSON": """
+{{ messages | tojson }}
+{{ messages[0] | tojson(indent=2) }}
+{{ messages | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}
+{{ {'b': 'größe', 'a': [1, 2.5, none, true]} | tojson(ensure_ascii=False) }}
+{{ dict(a=1) | tojson }} {{ dict.fromkeys('ab', 0) | items | list }}
+""",
+    "tools and documents, of which there are none": """
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- if documents is not none %}{{ documents | length }}{% endif %}
+{%- macro turn(message, prefix='') %}{{ prefix }}{{ message.role }}: {{ caller() }}{% endmacro %}
+{%- for message in messages if message.role != 'system' %}
+{%- call turn(message, prefix='# ') %}{{ message['content'] }}{% endcall %}{{ '\\n' }}
+{%- else %}
+nothing
+{%- endfor %}
+{{- enable_thinking | default('unset') }}{{ tools }}{{ pad_token is defined }}
+""",
+}
+
+
+@pytest.fixture
+def make(tmp_path, code_tokenizer):
+    """Call with a template's source: the template of a model directory that has it."""
+
+    def call(source):
+        (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
+        return ChatTemplate(tmp_path, code_tokenizer)
+
+    return call
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_rendered_as_transformers_does(make, code_tokenizer, name):
+    template = make(TEMPLATES[name])
+    for messages in CHATS:
+        for variables in ({}, {"enable_thinking": False}):
+            expected, _ = render_jinja_template(
+                [messages],
+                chat_template=TEMPLATES[name],
+                add_generation_prompt=True,
+                bos_token="<s>",
+                eos_token="</s>",
+                **variables,
+            )
+            assert template.text(messages, variables) == expected[0]
+            written = code_tokenizer.decode(template.tokens(messages, variables))
+            assert written == expected[0].replace("<s>", "").replace("</s>", "")
+
+
+def test_control_tokens_are_those_that_the_template_writes(make, code_tokenizer):
+    bos, eos, encode = code_tokenizer.bos_id, code_tokenizer.eos_id, code_tokenizer.encode
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}</s>{{ '</s>' }}x"
+    tokens = make(source + "{% endfor %}").tokens([{"role": "user", "content": "a</s><s>b"}])
+    assert tokens == [bos, *encode("a</s><s>b"), eos, eos, eos, *encode("x")]
+    assert eos not in encode("a</s><s>b")
+    without = make("{{ messages[0].content }}").tokens([HELLO])
+    assert without == [bos, *encode(" Hello\n")]
+
+
+def test_what_a_template_raises_is_said(make):
+    template = make("{{ raise_exception('Only ' ~ messages[0].role ~ ' is not enough') }}")
+    with pytest.raises(ValueError, match="by the chat template: Only user is not enough"):
+        template.tokens([HELLO])
+    for source, message in (
+        ("{{ messages[0].content.nothing.more }}", "has no attribute 'nothing'"),
+        ("{{ messages[5].role }}", "undefined|no element"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages | tojson(indent='x', separators=3) }}", "cannot be written"),
+        ("{{ nothing | tojson }}", "Undefined is not JSON"),
+        ("{{ 'x' | int(base=99) + 'y' }}", "cannot be written"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too deep|longer than"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(source).tokens([HELLO])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'a': 1}) }}",
+        "{{ dict.update(messages[0], {'a': 1}) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.getcwd() }}",
+        "{{ raise_exception.__globals__ }}{{ raise_exception.__globals__['json'] }}",
+        "{% set n = namespace(__class__=1) %}{{ n.x }}",
+        "{% set n = namespace() %}{% set n._x = 1 %}",
+        "{{ '{0.__class__}'.format(1) }}{{ '{0.__class__.x}'.format(1) }}",
+        "{{ self.__init__.__globals__.x }}",
+        "{% include 'chat_template.jinja' %}",
+        "{% import '/etc/passwd' as x %}",
+        "{{ tick.__globals__.x }}",
+    ],
+)
+def test_templates_run_in_a_sandbox(make, source):
+    messages = [dict(HELLO)]
+    with pytest.raises(ValueError, match="cannot be written by the chat template"):
+        make(source).tokens(messages)
+    assert messages == [HELLO]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% set r = range(99999) | list %}{% endfor %}",
+        "{% macro f(n) %}{% for i in [1, 2] %}{{ f(n - 1) if n }}{% endfor %}{% endmacro %}"
+        "{{ f(60) }}",
+    ],
+)
+def test_a_template_that_takes_too_long_is_stopped(make, monkeypatch, source):
+    monkeypatch.setattr(serve.openai.chat_dialect, "MOST_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"takes longer than 0\.2 seconds"):
+        make(source).tokens([HELLO])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(9999) %}{{ messages[0].content }}{% endfor %}",
+        "{{ 'x' * 10000 }}",
+        "{{ 10000 * 'x' }}",
+        "{{ ['x'] * 10000 }}",
+        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+        "{% endfor %}",
+        "{% macro f(x, n) %}{{ f(x ~ x, n - 1) if n }}{% endmacro %}{{ f('x', 60) }}",
+    ],
+)
+def test_a_template_that_writes_too_much_is_stopped(make, monkeypatch, source):
+    monkeypatch.setattr(serve.openai.chat_dialect, "MOST_CHARS", 5000)
+    with pytest.raises(ValueError, match="writes more than 5,000 characters"):
+        make(source).tokens([HELLO])
+
+
+def test_powers_are_bounded(make):
+    for source in ("{{ 10 ** 10000000 }}", "{{ 2 ** 4000 ** 100 }}", "{{ (-9) ** 9999 }}"):
+        with pytest.raises(ValueError, match="a power of more than"):
+            make(source).tokens([HELLO])
+    assert make("{{ 2 ** 10 }} {{ 2 ** -1 }} {{ 2.0 ** 3 }}").text([HELLO]) == "1024 0.5 8.0"
+
+
+@pytest.mark.parametrize(
+    "source", ["{% for", "{% break %}", "{{ x | nothing }}", "{% generation %}", "{% else %}"]
+)
+def test_what_is_no_template_is_refused_with_its_line(make, source):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja.*: not a chat template: "):
+        make(f"x\n{source}")
+
+
+def test_templates_of_a_tokenizer_s_configuration(tmp_path, code_tokenizer):
+    def text(chat_template):
+        config = {"chat_template": chat_template, "bos_token": "<s>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return ChatTemplate(tmp_path, code_tokenizer).text([HELLO])
+
+    plain = "user:  Hello\n\n\nassistant:"
+    assert ChatTemplate(tmp_path, code_tokenizer).text([HELLO]) == plain
+    assert text("{{ messages[0].role }}") == "user"
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    assert text(named) == "y"
+    assert text(None) == plain
+    for wrong, message in ((named[:1], 'only "tool_use": name one'), (5, "chat_template=5 is not")):
+        with pytest.raises(ValueError, match=message):
+            text(wrong)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        ChatTemplate(tmp_path, code_tokenizer)
+    (tmp_path / "chat_template.jinja").write_text("z")
+    assert ChatTemplate(tmp_path, code_tokenizer).text([HELLO]) == "z"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "raise_exception", "namespace"])
+def test_variables_that_the_server_sets(make, name):
+    with pytest.raises(ValueError, match=f'chat_template_kwargs has "{name}"'):
+        make("x").tokens([HELLO], {name: 1})

@@ -1,0 +1,184 @@
+"""Fields of bodies that clients are known to send: each changes nothing, is done, or is refused by
+name; the same for a server and for batches."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_completion_create_params
+
+from serve.openai import fields
+from serve.openai.chat import ChatTemplate
+from serve.openai.chat_body import text_body
+from serve.openai.completions import FIELDS, Completions
+from serve.openai.schemas import ChatBody, CompletionBody
+from serve.prompts import RequestBuilder
+
+USER = {"role": "user", "content": "hi"}
+TEXT = {"prompt": "hi", "max_tokens": 4, "temperature": 0.5}
+CHAT = {"messages": [USER], "max_tokens": 4, "temperature": 0.5}
+HARMLESS = {
+    "user": "someone",
+    "safety_identifier": "a",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "flex",
+    "parallel_tool_calls": False,
+    "prediction": {"type": "content", "content": "x"},
+    "prompt_cache_key": "a",
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {},
+    "cache_salt": "a",
+    "session_id": "a",
+    "include_reasoning": False,
+    "spaces_between_special_tokens": False,
+}
+AS_OTHERS = [
+    ({"seed": -1}, {}),
+    ({"top_k": -1}, {"top_k": 0}),
+    ({"top_k": -1}, {}),
+    ({"ignore_eos": True}, {"stop_at_eos": False}),
+    ({"ignore_eos": False}, {}),
+    ({"ignore_eos": True, "stop_at_eos": False}, {"ignore_eos": True}),
+    ({"seed": -2}, {"seed": 2**64 - 2}),
+    ({"stop": []}, {}),
+    ({"stop_token_ids": []}, {}),
+    ({"min_tokens": 0}, {}),
+    ({"logit_bias": {}}, {}),
+]
+"""Settings, and others that mean the same."""
+
+
+@pytest.fixture(scope="module")
+def doors(code_tokenizer):
+    """By path: from a body to its requests."""
+    builder = RequestBuilder(code_tokenizer, 64, {"seed": 3, "max_new_tokens": 9})
+    completions = Completions(builder, code_tokenizer, "demo")
+    template = ChatTemplate(Path("nothing"), code_tokenizer)
+
+    def chat(**body):
+        return completions.requests(7, text_body(ChatBody(**body), template, 64, 9))
+
+    def text(**body):
+        return completions.requests(7, CompletionBody(**body).model_dump(exclude_unset=True))
+
+    def batch(**body):
+        return completions.requests(7, body)
+
+    return {"chat": (chat, CHAT), "text": (text, TEXT), "batch": (batch, TEXT)}
+
+
+@pytest.fixture(params=["text", "chat", "batch"])
+def door(request, doors):
+    call, body = doors[request.param]
+    return request.param, lambda **more: call(**{**body, **more})
+
+
+def test_harmless_fields_change_nothing(door):
+    _, requests = door
+    assert HARMLESS.keys() == fields.HARMLESS.keys()
+    for name, value in HARMLESS.items():
+        assert requests(**{name: value}) == requests(), name
+    assert requests(**HARMLESS) == requests()
+    for name in HARMLESS:
+        with pytest.raises(ValueError, match=f"{name}=5 is not allowed: it must be"):
+            requests(**{name: 5})
+
+
+def test_neutral_values_change_nothing_and_others_are_refused_by_name(door):
+    name, requests = door
+    neutral = fields.CHAT_NEUTRAL if name == "chat" else fields.TEXT_NEUTRAL
+    for field, (values, fix) in neutral.items():
+        for value in values:
+            assert requests(**{field: value}) == requests(), field
+        allowed = {(type(value), str(value)) for value in values}
+        for value in ([7], {"a": 1}, "other", 7, 0.5, 0, 1, True, False, "", [], {}):
+            if (type(value), str(value)) in allowed:
+                continue
+            with pytest.raises(ValueError, match=f"{field}=.* is not served here: ") as found:
+                requests(**{field: value})
+            assert fix in str(found.value)
+
+
+def test_null_is_as_good_as_nothing(door):
+    name, requests = door
+    known = {
+        *FIELDS,
+        *fields.HARMLESS,
+        *fields.CHAT_NEUTRAL,
+        *fields.TEXT_NEUTRAL,
+        "stream_options",
+    }
+    known |= {*CHAT, *TEXT, *ChatBody.model_fields, *CompletionBody.model_fields, "never_heard_of"}
+    asked = CHAT if name == "chat" else TEXT
+    for field in known - asked.keys():
+        assert requests(**{field: None}) == requests(), field
+
+
+@pytest.mark.parametrize(("settings", "others"), AS_OTHERS)
+def test_settings_that_mean_the_same(door, settings, others):
+    _, requests = door
+    assert requests(**settings) == requests(**others)
+
+
+def test_negative_seeds_are_seeds(door):
+    _, requests = door
+    seeds = [requests(seed=seed)[0].sampling.seed for seed in (-2, -3, -(2**63), 2)]
+    assert len(set(seeds)) == 4
+    (request,), (plain,) = requests(seed=-2), requests()
+    assert replace(request, sampling=plain.sampling) == plain
+
+
+def test_what_clients_are_known_to_send_is_taken(door):
+    """Their parameters' defaults, as they send them when nobody sets them."""
+    name, requests = door
+    litellm = {"n": 1, "stream": False, "store": False, "metadata": {}, "service_tier": "auto"}
+    vllm = {"use_beam_search": False, "length_penalty": 1.0, "include_stop_str_in_output": False}
+    vllm |= {"skip_special_tokens": True, "spaces_between_special_tokens": True, "priority": 0}
+    vllm |= {"stop_token_ids": [], "min_tokens": 0, "ignore_eos": False, "logit_bias": None}
+    openai = {"tools": [], "modalities": ["text"], "tool_choice": "none", "function_call": "auto"}
+    openai |= {"presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "logit_bias": {}}
+    if name == "chat":
+        openai |= {"logprobs": False, "top_logprobs": 0, "reasoning_effort": "none"}
+        vllm |= {"add_generation_prompt": True, "continue_final_message": False}
+        vllm |= {"add_special_tokens": False, "chat_template_kwargs": {}, "documents": []}
+    else:
+        openai |= {"best_of": 1, "suffix": "", "echo": False}
+        vllm |= {"add_special_tokens": True}
+    for body in (litellm, vllm, openai):
+        assert requests(**body) == requests()
+
+
+@pytest.mark.parametrize(
+    ("params", "body", "neutral"),
+    [
+        (completion_create_params, CompletionBody, fields.TEXT_NEUTRAL),
+        (chat_completion_create_params, ChatBody, fields.CHAT_NEUTRAL),
+    ],
+)
+def test_every_parameter_of_openai_s_client_is_known(params, body, neutral):
+    """A newer client that sends more shows here what is to be decided."""
+    sent = params.CompletionCreateParamsBase.__annotations__.keys()
+    assert sent - {*body.model_fields, *fields.HARMLESS, *neutral} == set()
+
+
+def test_stop_tokens_and_the_fewest_tokens(door, code_tokenizer):
+    _, requests = door
+    (request,) = requests(stop_token_ids=[5, 9], min_tokens=3)
+    assert request.stop_tokens == (code_tokenizer.eos_id, 5, 9)
+    assert request.min_new_tokens == 3
+    (request,) = requests(stop_token_ids=[5], ignore_eos=True)
+    assert request.stop_tokens == (5,)
+
+
+def test_many_stop_strings(door):
+    _, requests = door
+    stops = [f"\n{number}" for number in range(128)]
+    assert requests(stop=stops)[0].stop_strings == tuple(stops)
+
+
+def test_the_documentation_names_every_field():
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in {*fields.HARMLESS, *fields.CHAT_NEUTRAL, *fields.TEXT_NEUTRAL}:
+        assert f"`{name}`" in text, name

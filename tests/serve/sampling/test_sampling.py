@@ -1,0 +1,235 @@
+"""Sampling against a plain reference, its distribution, and its independence of the batch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.sampling.history import TokenHistory
+from serve.sampling.sampler import SamplingParams, sample, token_logprobs
+from tests.reference import sampling as reference
+
+VOCAB_SIZE = 50
+
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.05, 0.7, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 2, 7, VOCAB_SIZE, 10 * VOCAB_SIZE]),
+    top_p=st.sampled_from([0.0, 1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 1.7]),
+    presence_penalty=st.sampled_from([0.0, 0.0, -2, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.5, 2]),
+    logit_bias=st.dictionaries(
+        st.integers(0, VOCAB_SIZE - 1), st.sampled_from([-100, -1.25, 3, 100]), max_size=2
+    ),
+    seed=st.integers(0, 2**64 - 1),
+)
+tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8)
+rows = st.lists(st.tuples(params, st.integers(0, 2**31), tokens, tokens), min_size=1, max_size=6)
+
+
+def random_logits(num_rows, seed, distinct_values=None):
+    logits = torch.randn(num_rows, VOCAB_SIZE, generator=torch.manual_seed(seed)) * 3
+    logits = logits if distinct_values is None else (logits * distinct_values).round()
+    return logits.double()
+
+
+def history(its, prompt, new):
+    made = TokenHistory(VOCAB_SIZE, prompt, its.logit_bias)
+    for token in new:
+        made.append(token)
+    return made
+
+
+def draw(logits, params, positions):
+    """Where no params need a history."""
+    return sample(logits, params, positions, {})
+
+
+@given(rows, st.integers(0, 1000), st.sampled_from([None, 0.3, 0.0]))
+@settings(max_examples=150, deadline=None)
+def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
+    """Few distinct logits make many ties; a factor of 0 makes all equal."""
+    logits = random_logits(len(rows), logits_seed, distinct_values)
+    before = logits.clone()
+    all_params, positions, prompts, texts = zip(*rows, strict=True)
+    histories = {
+        row: history(its, prompt, new)
+        for row, (its, _, prompt, new) in enumerate(rows)
+        if its.needs_history
+    }
+    ids = sample(logits, all_params, positions, histories)
+    expected = [
+        reference.sample(row.tolist(), *arguments)
+        for row, *arguments in zip(logits, all_params, positions, prompts, texts, strict=True)
+    ]
+    assert ids.tolist() == expected
+    assert torch.equal(logits, before)
+
+
+@given(rows, st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_a_row_does_not_depend_on_its_batch(rows, logits_seed):
+    logits = random_logits(len(rows), logits_seed).float()
+    histories = [history(its, prompt, new) for its, _, prompt, new in rows]
+    all_params, positions, _, _ = zip(*rows, strict=True)
+    together = sample(logits, all_params, positions, dict(enumerate(histories)))
+    for row, (its, position, _, _) in enumerate(rows):
+        alone = sample(logits[row : row + 1], [its], [position], {0: histories[row]})
+        assert alone.item() == together[row]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([None, 0, 1, 3, 20]), st.integers(0, VOCAB_SIZE - 1)), min_size=1
+    ),
+    st.integers(0, 1000),
+    st.sampled_from([None, 0.3, 0.0]),
+)
+@settings(max_examples=50, deadline=None)
+def test_logprobs_equal_the_reference(asked, logits_seed, distinct_values):
+    """Of equal ones the lower id comes first."""
+    logits = random_logits(len(asked), logits_seed, distinct_values)
+    counts, tokens = zip(*asked, strict=True)
+    results = token_logprobs(logits, tokens, counts)
+    for row, (count, token), result in zip(logits.tolist(), asked, results, strict=True):
+        if count is None:
+            assert result is None
+            continue
+        logprob, top = reference.logprobs(row, token, count)
+        assert result.token == token
+        assert result.logprob == pytest.approx(logprob, rel=1e-12)
+        assert list(result.top) == list(top)
+        assert result.top == pytest.approx(top, rel=1e-12)
+        if token in result.top:  # to the last bit: clients compare them
+            assert result.logprob == result.top[token]
+
+
+@pytest.mark.parametrize(
+    "its", [SamplingParams(1.0), SamplingParams(0.5, top_k=5), SamplingParams(2.0, 8, 0.8)]
+)
+def test_tokens_come_as_often_as_they_are_probable(its):
+    num_draws = 20_000
+    logits = random_logits(1, seed=4)[:, :12]
+    draws = draw(logits.expand(num_draws, -1), [its] * num_draws, range(num_draws))
+    counts = torch.bincount(draws, minlength=12).tolist()
+    probabilities = reference.kept(logits[0].tolist(), its.temperature, its.top_k, its.top_p)
+    assert len(probabilities) == {0: 12, 5: 5}.get(its.top_k, len(probabilities))
+    for token, count in enumerate(counts):
+        expected = num_draws * probabilities.get(token, 0.0)
+        assert abs(count - expected) <= 4.5 * math.sqrt(expected)
+
+
+def test_seeds_and_positions_draw_apart():
+    logits = torch.zeros(1000, VOCAB_SIZE)
+    by_seed = draw(logits, [SamplingParams(1.0, seed=seed) for seed in range(1000)], [0] * 1000)
+    by_position = draw(logits, [SamplingParams(1.0)] * 1000, range(1000))
+    for ids in (by_seed, by_position):
+        assert len(ids.unique()) == VOCAB_SIZE
+        assert (ids[1:] == ids[:-1]).float().mean() < 3 / VOCAB_SIZE
+
+
+def test_bfloat16_logits_are_drawn_from_wider_sums():
+    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # 1/4096 of a bfloat16 sum is nothing
+    draws = draw(logits.expand(500, -1), [SamplingParams(1.0)] * 500, range(500))
+    assert draws.max() > 3500
+    assert len(draws.unique()) > 400
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_stay_finite(dtype, temperature):
+    its = SamplingParams(temperature, repetition_penalty=0.01)
+    logits = torch.full((1, VOCAB_SIZE), -1.0, dtype=dtype)
+    logits[0, 3] = 3e38
+    assert sample(logits, [its], [0], {0: history(its, [3], [5])}).item() == 3
+
+
+def test_frequencies_count():
+    its = SamplingParams(frequency_penalty=1.0)
+    logits = torch.tensor([[0.0, 1.5, 1.0]])
+    for new, expected in (([], 1), ([1], 2), ([1, 2], 1), ([1, 1, 2], 0)):
+        made = TokenHistory(3, [0], {})
+        for token in new:
+            made.append(token)
+        assert sample(logits, [its], [0], {0: made}).item() == expected
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_impossible_tokens_are_never_drawn(monkeypatch, uniform):
+    monkeypatch.setattr("serve.sampling.sampler._uniform", lambda seed, position: uniform)
+    logits = torch.full((2, VOCAB_SIZE), -math.inf)
+    logits[:, [3, 7]] = 1.0
+    draws = draw(logits, [SamplingParams(5.0), SamplingParams(5.0, top_k=10)], [0, 0])
+    assert set(draws.tolist()) <= {3, 7}
+
+
+def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
+    """Not even a tail that adds nothing to the sum, once the sum has its largest term."""
+    monkeypatch.setattr("serve.sampling.sampler._uniform", lambda seed, position: 0.0)
+    logits = torch.full((2, 1001), -40.0)
+    logits[:, 1000] = 0.0
+    draws = draw(logits, [SamplingParams(1.0), SamplingParams(1.0, top_p=0.5)], [0, 0])
+    assert draws.tolist() == [0, 1000]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("temperature", math.nan, "a finite number >= 0"),
+        ("temperature", -0.1, "a finite number >= 0"),
+        ("temperature", math.inf, "a finite number >= 0"),
+        ("temperature", "1", "a finite number >= 0"),
+        ("temperature", True, "a finite number >= 0"),
+        ("top_k", -1, "a whole number from 0"),
+        ("top_k", 2.0, "a whole number from 0"),
+        ("top_k", 2**31, "a whole number from 0"),
+        ("top_p", -0.1, "from 0 .* to 1"),
+        ("top_p", 1.01, "from 0 .* to 1"),
+        ("top_p", math.nan, "from 0 .* to 1"),
+        ("top_p", None, "from 0 .* to 1"),
+        ("min_p", -0.1, "from 0"),
+        ("min_p", 1.5, "from 0"),
+        ("min_p", math.nan, "from 0"),
+        ("repetition_penalty", 1e-40, "a number from 0.01 to 100"),
+        ("repetition_penalty", math.inf, "a number from 0.01 to 100"),
+        ("presence_penalty", 2.1, "a number from -2 to 2"),
+        ("frequency_penalty", math.nan, "a number from -2 to 2"),
+        ("logit_bias", {3: 101}, "a number from -100 to 100 for each"),
+        ("logit_bias", {3: math.nan}, "a number from -100 to 100 for each"),
+        ("logit_bias", {"3": 1}, "a number from -100 to 100 for each"),
+        ("logit_bias", {-3: 1}, "a number from -100 to 100 for each"),
+        ("logit_bias", [3], "a number from -100 to 100 for each"),
+        ("logprobs", 21, "from 0 to 20"),
+        ("logprobs", True, "from 0 to 20"),
+        ("logprobs", -1, "from 0 to 20"),
+        ("seed", -1, "from 0 to"),
+        ("seed", 2**64, "from 0 to"),
+        ("seed", 0.5, "from 0 to"),
+    ],
+)
+def test_values_that_are_not_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=f"{name}=.*is not allowed: it must be {allowed}"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("vocab_size", [1, 3, 50])
+def test_the_most_probable_of_many_rows_are_those_of_each(vocab_size):
+    """Of equal ones the lower id, also where more are equal than are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (40, vocab_size), generator=generator).float()
+    counts = [None if row % 5 == 0 else row % 21 for row in range(40)]
+    tokens = [row % vocab_size for row in range(40)]
+    found = token_logprobs(logits, tokens, counts)
+    for row, count in enumerate(counts):
+        if count is None:
+            assert found[row] is None
+            continue
+        logprobs = logits[row].double().log_softmax(-1).tolist()
+        order = sorted(range(vocab_size), key=lambda token: (-logprobs[token], token))
+        assert list(found[row].top) == order[:count]
+        assert found[row].top == {token: logprobs[token] for token in order[:count]}
+        assert found[row].logprob == logprobs[tokens[row]]

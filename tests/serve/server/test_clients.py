@@ -1,0 +1,248 @@
+"""Structured output as clients ask for it, unmodified, from a server whose model knows no JSON."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jsonschema_rs
+import pytest
+import torch
+from openai import BadRequestError, LengthFinishReasonError, OpenAI
+from pydantic import BaseModel, Field
+
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import save_model
+from tests.serve.server_process import SECONDS, eventually, serving
+
+TESTS = Path(__file__).parents[2]
+CLIENTS = Path(__file__).parent / "clients"
+INSTALLED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stu-test-clients"
+
+TWO_FIELDS = {
+    "type": "object",
+    "properties": {"count": {"type": "integer"}, "ok": {"type": "boolean"}},
+    "required": ["count", "ok"],
+}
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 100, "maxItems": 100}
+
+
+class Step(BaseModel):
+    kind: Literal["add", "subtract"]
+    value: int
+
+
+class Answer(BaseModel):
+    title: Annotated[str, Field(max_length=8)]
+    steps: Annotated[list[Step], Field(min_length=1, max_length=3)]
+    note: Annotated[str, Field(max_length=4)] | None
+
+
+ASKED = {"model": "model", "messages": [{"role": "user", "content": "Answer."}]}
+PARSED = {**ASKED, "response_format": Answer, "max_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, code_tokenizer):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=code_tokenizer.vocab_size,
+        width=16,
+        num_layers=4,
+        num_filters=6,
+        num_heads=2,
+        window_tokens=7,
+        max_seq_len=4096,
+    )
+    path = tmp_path_factory.mktemp("clients") / "model"
+    save_model(path, FlashSTU(config).eval(), code_tokenizer, {"max_new_tokens": 9})
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def openai(server):
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=SECONDS) as its:
+        yield its
+
+
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def body(schema, **settings):
+    return {"prompt": "x", "max_tokens": 200, "response_format": json_schema(schema), **settings}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_forty_requests_of_two_fields_end(server, temperature):
+    with server.client() as client, ThreadPoolExecutor(8) as pool:
+        bodies = [
+            body(TWO_FIELDS, prompt=f"x{at}", temperature=temperature, seed=at) for at in range(40)
+        ]
+        answers = list(pool.map(lambda its: client.post("/v1/completions", json=its), bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    choices = [answer.json()["choices"][0] for answer in answers]
+    assert [choice["finish_reason"] for choice in choices] == ["stop"] * 40
+    for choice in choices:
+        jsonschema_rs.validate(TWO_FIELDS, json.loads(choice["text"]))
+
+
+def test_openai_parses(openai):
+    whole = openai.chat.completions.parse(**PARSED, temperature=0)
+    assert isinstance(whole.choices[0].message.parsed, Answer)
+    several = openai.chat.completions.parse(
+        **PARSED, n=3, seed=1, logprobs=True, top_logprobs=2, stop=["\x00"]
+    )
+    for choice in several.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Answer)
+        tokens = [bytes(token.bytes) for token in choice.logprobs.content]
+        assert b"".join(tokens).decode() == choice.message.content
+
+
+def test_openai_streams_what_it_parses(openai):
+    with openai.chat.completions.stream(**PARSED, temperature=0) as stream:
+        deltas = [event for event in stream if event.type == "content.delta"]
+        message = stream.get_final_completion().choices[0].message
+    assert isinstance(message.parsed, Answer)
+    assert "".join(event.delta for event in deltas) == message.content
+    whole = openai.chat.completions.parse(**PARSED, temperature=0)
+    assert whole.choices[0].message.parsed == message.parsed
+
+
+def test_openai_says_what_was_cut_off(openai):
+    with pytest.raises(LengthFinishReasonError):
+        openai.chat.completions.parse(**{**PARSED, "max_tokens": 5})
+
+
+def test_what_cannot_be_followed_is_refused_before_it_begins(openai):
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    for is_stream in (False, True):
+        refusal = "at #/properties/tags, uniqueItems cannot"
+        with pytest.raises(BadRequestError, match=refusal) as caught:
+            openai.chat.completions.create(
+                **ASKED, response_format=json_schema(schema), stream=is_stream
+            )
+        assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_takes_too_much_work_in_mid_text_ends_its_request_in_words(server, is_stream):
+    properties = [[{"properties": {f"{at}{its}": {}}} for its in "ab"] for at in range(8)]
+    costly = {"type": "object", "allOf": [{"anyOf": options} for options in properties]}
+    first = {"type": "array", "items": {"type": "boolean"}, "minItems": 30, "maxItems": 30}
+    schema = {"type": "array", "prefixItems": [first, costly], "minItems": 2}
+    with server.client() as client:
+        asked = body(schema, max_tokens=1000, stream=is_stream)
+        with client.stream("POST", "/v1/completions", json=asked) as answer:
+            if is_stream:
+                lines = [line for line in answer.iter_lines() if line]
+                found = json.loads(lines[-1].removeprefix("data: "))
+            else:
+                assert answer.status_code == 400
+                found = json.loads(answer.read())
+    assert found["error"]["type"] == "invalid_request_error"
+    assert found["error"]["message"].startswith("json_schema cannot be followed beyond ")
+
+
+def test_seven_hundred_optional_properties(server):
+    schema = {
+        "type": "object",
+        "properties": {f"field_{at}": {"type": "integer"} for at in range(700)},
+    }
+    with server.client() as client:
+        answer = client.post("/v1/completions", json=body(schema, n=4, seed=1)).json()
+    for choice in answer["choices"]:
+        if choice["finish_reason"] == "stop":
+            jsonschema_rs.validate(schema, json.loads(choice["text"]))
+    assert "stop" in {choice["finish_reason"] for choice in answer["choices"]}
+
+
+@pytest.mark.slow
+def test_json_goes_on_in_another_engine(server):
+    """An engine is killed within an array; its stream goes on in the next to the end."""
+    (replica,) = server.replicas()
+    asked = body(NUMBERS, max_tokens=3000, stream=True, temperature=0)
+    with server.client() as client, client.stream("POST", "/v1/completions", json=asked) as answer:
+        pieces = []
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line.removeprefix("data: "))["choices"][0])
+            if len(pieces) == 20:
+                replica.kill()
+    assert server.metric("stu:replica_restarts_total") >= 1
+    assert pieces[-1]["finish_reason"] == "stop"
+    jsonschema_rs.validate(NUMBERS, json.loads("".join(piece["text"] for piece in pieces)))
+    eventually(lambda: len(server.replicas()) == 1)
+
+
+@pytest.mark.slow
+def test_white_space_is_a_setting(model):
+    with serving(model, "--json-whitespace", "flexible") as flexible, flexible.client() as client:
+        asked = body(
+            {"type": "array", "items": {"type": "null"}, "maxItems": 2}, n=20, max_tokens=400
+        )
+        choices = client.post("/v1/completions", json=asked).json()["choices"]
+    texts = [its["text"] for its in choices if its["finish_reason"] == "stop"]
+    assert all(len(json.loads(text)) <= 2 for text in texts)
+    assert any(any(its.isspace() for its in text) for text in texts)
+
+
+def install(*more):
+    command = ["sh", str(TESTS / "install_clients.sh"), sys.executable, str(INSTALLED), *more]
+    subprocess.run(command, check=True)
+
+
+def answers_of(server, *command):
+    done = subprocess.run(
+        [*map(str, command), f"{server.url}/v1"],
+        capture_output=True,
+        text=True,
+        timeout=5 * SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.slow
+def test_instructor_and_langchain(server):
+    install()
+    answers = answers_of(server, INSTALLED / "venv" / "bin" / "python", CLIENTS / "structured.py")
+    for name in ("instructor JSON_SCHEMA", "instructor JSON_O1", "instructor partial"):
+        Answer.model_validate(answers.pop(name))
+    for name in ("json_schema None", "json_schema True", "stream"):
+        Answer.model_validate({"note": None, **answers.pop(f"langchain {name}")})
+    for name in ("instructor JSON", "langchain json_mode"):
+        assert all(isinstance(its, dict) for its in answers[name])
+        assert answers.pop(name), "none of eight objects has ended"
+    assert not answers
+
+
+@pytest.mark.slow
+def test_node_clients(server, tmp_path):
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("there is no node, or no npm")
+    install("npm")
+    # Modules are looked for beside the script.
+    (tmp_path / "node_modules").symlink_to(INSTALLED / "node_modules")
+    script = shutil.copy(CLIENTS / "structured.mjs", tmp_path)
+    answers = answers_of(server, "node", script)
+    for name in ("parse", "stream"):
+        Answer.model_validate(answers.pop(f"openai {name}"))
+    for name in ("generateObject", "streamObject"):
+        answer = answers.pop(f"vercel {name}")
+        Answer.model_validate(answer)
+        assert set(answer["marks"]) == {"a", "b"}
+        assert answer["shape"]["type"] in ("circle", "none")
+    assert not answers

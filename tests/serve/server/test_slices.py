@@ -1,0 +1,143 @@
+"""Long work leaves the event loop to others: it is done in slices, or in another thread."""
+
+import asyncio
+import json
+import math
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.config import EngineConfig
+from serve.engine.engine import Stats
+from serve.request import Request
+from serve.server.config import ServerConfig
+from serve.server.replicas.dispatch import Replicas, Stream
+from serve.server.replicas.wire import request_from_wire, request_to_wire
+from serve.server.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
+from serve.server.streams import Answer
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+VALUES = st.recursive(
+    LEAVES.filter(lambda leaf: not isinstance(leaf, float) or math.isfinite(leaf)),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+LOGPROBS = {str(token): -1.5 * token for token in range(20)}
+
+
+@given(VALUES)
+def test_slices_are_the_json_of_the_whole(value):
+    expected = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert "".join(json_slices(value)) == expected
+
+
+def test_slices_and_pieces_are_small():
+    value = {"tokens": ["größe"] * 100_000, "top": [LOGPROBS] * 10_000, "empty": [[], {}]}
+    texts = list(json_slices(value))
+    assert json.loads("".join(texts)) == value
+    assert max(map(len, texts)) < 40_000
+    parts = list(pieces(iter(texts)))
+    assert b"".join(parts) == "".join(texts).encode()
+    assert all(PIECE_BYTES <= len(part) < 2 * PIECE_BYTES for part in parts[:-1])
+
+
+def test_numbers_that_are_not_finite_are_no_json():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        list(json_slices([math.inf]))
+
+
+class Writer:
+    def __init__(self):
+        self.threads = []
+
+    def write(self, piece):
+        self.threads.append(threading.current_thread())
+        return {"index": 0, "text": piece.text}
+
+
+class Ended(Answer):
+    async def outputs(self):
+        """Nothing more."""
+        for _ in ():
+            yield
+
+
+def test_an_answer_is_written_beside_the_event_loop():
+    writers = [Writer(), Writer()]
+    streams = [Stream(number, Request([1], 4)) for number in range(2)]
+    answer = Ended(None, None, streams, writers, {"id": "a"}, 3, 1.0, 0.0, None)
+    body = json.loads(b"".join(asyncio.run(answer.whole())))
+    usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert body == {"id": "a", "choices": [{"index": 0, "text": ""}] * 2, "usage": usage}
+    threads = {thread for writer in writers for thread in writer.threads}
+    assert threading.current_thread() not in threads
+
+
+async def pauses_of(work):
+    """How often others run while `work` does."""
+    count = 0
+
+    async def other():
+        nonlocal count
+        while True:
+            await asyncio.sleep(0)
+            count += 1
+
+    task = asyncio.create_task(other())
+    await asyncio.sleep(0)
+    before = count
+    await work
+    task.cancel()
+    return count - before
+
+
+def test_long_work_pauses(monkeypatch):
+    async def work():
+        pauses = Pauses()
+        for _ in range(10):
+            await pauses.pause_if_due()
+
+    monkeypatch.setattr("serve.server.slices.SLICE_SECONDS", -1)
+    assert asyncio.run(pauses_of(work())) == 10
+    monkeypatch.setattr("serve.server.slices.SLICE_SECONDS", 1000)
+    assert asyncio.run(pauses_of(work())) == 0
+
+
+def test_a_large_message_of_an_engine_is_read_in_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.server.slices.SLICE_SECONDS", -1)
+    replicas = Replicas(ServerConfig(tmp_path, engine=EngineConfig()), ["cpu"], 1)
+
+    class Replica:
+        streams, stats, is_ready = {}, None, False
+
+    stats = {**dict.fromkeys(Stats.__dataclass_fields__, 0), "flushes": {}}
+    outputs = [{"request_id": number} for number in range(10)]
+    message = {"outputs": outputs, "stats": stats, "scheduled": []}
+    assert asyncio.run(pauses_of(replicas._hear(0, Replica(), message))) == 10
+
+
+def test_a_prompt_is_not_copied_for_an_engine():
+    request = Request(list(range(1000)), 4)
+    values = request_to_wire(request)
+    assert values["tokens"] is request.tokens
+    assert request_from_wire(values) == request
+
+
+def test_a_client_has_half_of_the_threads_at_most():
+    """Bodies that take seconds, of one client, held up those of all others."""
+    is_over, threads = threading.Event(), Threads()
+
+    async def run():
+        long = [asyncio.create_task(threads.run("a", is_over.wait)) for _ in range(100)]
+        await asyncio.sleep(0)
+        try:
+            assert await asyncio.wait_for(threads.run("b", lambda: "done"), 30) == "done"
+            assert not any(task.done() for task in long)
+        finally:
+            is_over.set()
+        assert all(await asyncio.gather(*long))
+
+    asyncio.run(run())
+    assert not threads._limits

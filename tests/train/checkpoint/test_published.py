@@ -1,0 +1,546 @@
+"""Checkpoints of the published code: the same function here, and back without a bit changed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stu.common.safetensors import write_safetensors
+from stu.config import ModelConfig
+from stu.filters import spectral_filters
+from stu.layers import RMSNorm
+from stu.model import FlashSTU
+from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
+from stu.tokenizer import train_bpe
+from tests.reference import published
+from train.checkpoint import export, import_published
+
+HYBRID = {
+    "model_type": "FlashSTU",
+    "n_embd": 24,
+    "n_heads": 3,
+    "n_layers": 3,
+    "seq_len": 37,
+    "window_size": 5,
+    "vocab_size": 290,
+    "mlp_scale": 2,
+    "bias": False,
+    "dropout": 0.1,
+    "num_eigh": 4,
+    "use_hankel_L": False,
+    "use_flash_fft": True,
+    "use_approx": True,
+    "use_attn": True,
+    "softcap": 3.0,
+    "torch_dtype": "float32",
+    "hidden_act": "swish",
+}
+FULL = {**HYBRID, "use_approx": False, "use_attn": False, "n_layers": 2, "norm_eps": 0.01}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    text = ["def f(x):\n\treturn x + 1\n" * 20]
+    return train_bpe(text, 290, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def random_weights(config):
+    """Under their published names, all of a size that matters; filters are not ours in sign."""
+    random = torch.Generator().manual_seed(7)
+    width, hidden = config["n_embd"], config["n_embd"] * config["mlp_scale"]
+    num_filters = config["num_eigh"]
+
+    def normal(*shape, scale=None):
+        return torch.randn(shape, generator=random) * (scale or shape[-1] ** -0.5)
+
+    filters = torch.from_numpy(spectral_filters(config["seq_len"], num_filters)).float()
+    weights = {"tok_emb.weight": normal(config["vocab_size"], width), "phi": -filters.flip(1)}
+    weights["lm_head.weight"] = weights["tok_emb.weight"].clone()
+    weights["norm.weight"] = 1 + normal(width, scale=0.3)
+    for i in range(config["n_layers"]):
+        attention = config["use_attn"] and i % 2 == 1
+        layer = {
+            "attn_norm.weight" if attention else "stu_norm.weight": 1 + normal(width, scale=0.3),
+            "mlp_norm.weight": 1 + normal(width, scale=0.3),
+            "mlp.gate_proj.weight": normal(hidden, width),
+            "mlp.up_proj.weight": normal(hidden, width),
+            "mlp.down_proj.weight": normal(width, hidden),
+        }
+        if attention:
+            # Large, so that the softcap is felt.
+            layer["attn.c_attn.weight"] = normal(3 * width, width, scale=0.5)
+            layer["attn.c_proj.weight"] = normal(width, width)
+        elif config["use_approx"]:
+            layer["stu.M_inputs"] = normal(width, width)
+            layer["stu.M_filters"] = normal(num_filters, width, scale=1)
+        else:
+            layer["stu.M_phi_plus"] = normal(num_filters, width, width)
+            layer["stu.M_phi_minus"] = normal(num_filters, width, width)
+        weights |= {f"layers.{i}.{name}": value for name, value in layer.items()}
+    return weights
+
+
+def write(folder, config, weights):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if weights is not None:
+        save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def run_import(source, tokenizer, output):
+    arguments = [str(source), "--output", str(output), "--tokenizer", str(tokenizer.path)]
+    return import_published.main(arguments)
+
+
+@pytest.fixture(scope="module", params=[HYBRID, FULL], ids=["hybrid tensordot", "full STU"])
+def imported(request, tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("published")
+    source = write(folder / "theirs", request.param, random_weights(request.param))
+    assert run_import(source, tokenizer, folder / "ours") == 0
+    return request.param, source, folder / "ours"
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 20, 37])
+def test_the_same_logits_as_the_published_formula(imported, length):
+    config, source, folder = imported
+    weights = load_file(source / "model.safetensors")
+    weights = {name: value.double().numpy() for name, value in weights.items()}
+    tokens = np.random.default_rng(length).integers(0, 290, length)
+    expected = published.logits(weights, config, tokens)
+    with torch.no_grad():
+        logits = load_model(folder, dtype=torch.float64)(torch.from_numpy(tokens)[None])[0]
+        single = load_model(folder)(torch.from_numpy(tokens)[None])[0]
+    # Torch's slopes are float32 everywhere.
+    assert np.abs(logits.numpy() - expected).max() < 1e-7 * np.abs(expected).max()
+    assert np.abs(single.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_what_is_beside_the_weights(imported, tokenizer):
+    config, _, folder = imported
+    assert load_config(folder).norm_eps == config.get("norm_eps", 2**-23)
+    assert load_tokenizer(folder).sha256 == tokenizer.sha256
+    assert load_generation(folder)["max_new_tokens"] == 18
+    assert sorted(os.listdir(folder)) == [
+        "config.json",
+        "generation.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+
+
+@pytest.mark.parametrize("form", ["tensordot", "full"])
+@pytest.mark.parametrize("layout", ["hybrid", "stu"])
+def test_round_trip(tmp_path, tokenizer, form, layout, caplog):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=290,
+        width=16,
+        num_layers=3,
+        layout=layout,
+        stu_form=form,
+        num_filters=3,
+        max_seq_len=33,
+        mlp_ratio=3,
+        num_heads=2,
+        window_tokens=7,
+        softcap=20.0,
+    )
+    model = FlashSTU(config)
+    model.filters.mul_(-1.5)
+    save_model(tmp_path / "ours", model, tokenizer)
+    arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
+    assert export.main([*arguments, "--format", "published"]) == 0
+    assert (
+        "norm_eps is 1e-05, and the published code has torch's default, 1.19209e-07" in caplog.text
+    )
+    assert sorted(os.listdir(tmp_path / "theirs")) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert torch.equal(theirs["lm_head.weight"], theirs["tok_emb.weight"])
+    assert torch.equal(theirs["phi"], model.filters)
+    assert run_import(tmp_path / "theirs", tokenizer, tmp_path / "again") == 0
+    again = load_model(tmp_path / "again", dtype=None)
+    assert again.config == config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("layout", ["hyena", "attention"])
+def test_layouts_that_the_published_code_lacks(tmp_path, tokenizer, layout, capsys):
+    config = ModelConfig(vocab_size=290, width=16, num_heads=2, max_seq_len=33, layout=layout)
+    save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
+    arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
+    assert export.main([*arguments, "--format", "published"]) == 2
+    assert f"layout='{layout}' cannot be exported to the published" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["ours"]
+
+
+def test_published_files_survive_import_and_export(imported, tmp_path):
+    config, source, folder = imported
+    assert export.main([str(folder), "--output", str(tmp_path / "t"), "--format=published"]) == 0
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "t" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    written = json.loads((tmp_path / "t" / "config.json").read_text())
+    kept = config.keys() - {"dropout", "use_flash_fft", "hidden_act"}
+    assert {key: written[key] for key in kept} == {key: config[key] for key in kept}
+
+
+def test_bfloat16(tmp_path, tokenizer):
+    weights = {name: value.bfloat16() for name, value in random_weights(HYBRID).items()}
+    source = write(tmp_path / "theirs", HYBRID, weights)
+    assert run_import(source, tokenizer, tmp_path / "ours") == 0
+    model = load_model(tmp_path / "ours", dtype=None)
+    assert model.filters.dtype == torch.float32
+    assert torch.equal(model.filters, weights["phi"].float())
+    assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
+
+    arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "back"), "--format=published"]
+    assert export.main([*arguments, "--dtype=bfloat16"]) == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.pop("phi").dtype == torch.float32
+    assert all(torch.equal(back[name], weights[name]) for name in back)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16"
+
+
+def test_a_model_directory_is_exported_again_with_its_defaults(imported, tmp_path, tokenizer):
+    _, _, folder = imported
+    save_model(tmp_path / "a", load_model(folder), tokenizer, {"temperature": 0.7})
+    arguments = [str(tmp_path / "a"), "--output", str(tmp_path / "b"), "--dtype=bfloat16"]
+    assert export.main(arguments) == 0
+    assert load_generation(tmp_path / "b")["temperature"] == 0.7
+    assert load_model(tmp_path / "b", dtype=None).norm.weight.dtype == torch.bfloat16
+
+
+def nested(weights):
+    return {"model": weights, "step": 5}
+
+
+def wrapped(weights):
+    return {f"_orig_mod.module.{name}": value for name, value in weights.items()}
+
+
+def held(weights):
+    return {f"model._orig_mod.{name}": value for name, value in weights.items()}
+
+
+def held_within(weights):
+    return {f"module._orig_mod.model.module.{name}": value for name, value in weights.items()}
+
+
+def of_a_training_checkpoint(weights):
+    return {"state_dict": held(weights), "epoch": 3}
+
+
+def compiled_layers(weights):
+    return {name.replace(".stu.", ".stu._orig_mod."): value for name, value in weights.items()}
+
+
+def filters_in_layers(weights):
+    phi = weights.pop("phi")
+    return weights | {f"layers.{i}.stu.phi": phi.clone() for i in (0, 2)}
+
+
+def without_head(weights):
+    del weights["lm_head.weight"]
+    return weights
+
+
+def without_embedding(weights):
+    del weights["tok_emb.weight"]
+    return weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(wrapped, held, held_within, compiled_layers, filters_in_layers),
+        *(without_head, without_embedding, nested, of_a_training_checkpoint),
+    ],
+)
+def test_other_files_and_names(tmp_path, tokenizer, change, suffix):
+    weights = random_weights(HYBRID)
+    source = write(tmp_path / "theirs", HYBRID, None)
+    changed, file = change(dict(weights)), source / f"model_00500{suffix}"
+    if suffix == ".safetensors":
+        if change in (nested, of_a_training_checkpoint):
+            pytest.skip("a safetensors file is flat")
+        save_file(changed, file)
+    else:
+        torch.save(changed, file)
+    assert run_import(source, tokenizer, tmp_path / "a") == 0
+    assert run_import(file, tokenizer, tmp_path / "b") == 0
+    for name in "ab":
+        model = load_model(tmp_path / name)
+        assert torch.equal(model.filters, weights["phi"])
+        assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
+        assert torch.equal(model.blocks[2].mixer.input_matrix, weights["layers.2.stu.M_inputs"])
+
+
+def in_parts(folder, weights, suffix="safetensors"):
+    """Three files and their index."""
+    places = {}
+    for number in range(3):
+        names, file = sorted(weights)[number::3], f"model-{number + 1:05d}-of-00003.{suffix}"
+        save_file({name: weights[name] for name in names}, folder / file)
+        places |= dict.fromkeys(names, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_several_files_with_an_index(tmp_path, tokenizer, capsys):
+    weights = random_weights(HYBRID)
+    source = write(tmp_path / "theirs", HYBRID, None)
+    index = in_parts(source, held(weights))
+    for name, path in {"a": source, "b": index}.items():
+        assert run_import(path, tokenizer, tmp_path / name) == 0
+        model = load_model(tmp_path / name)
+        assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
+    contents = json.loads(index.read_text())
+    capsys.readouterr()
+    (source / "model-00002-of-00003.safetensors").rename(tmp_path / "gone.safetensors")
+    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    error = capsys.readouterr().err
+    assert "index.json: model-00002-of-00003.safetensors, which it names, is not a file" in error
+    (tmp_path / "gone.safetensors").rename(source / "model-00002-of-00003.safetensors")
+    for change, message in [
+        ({"model.norm.weight": "../gone.safetensors"}, "../gone.safetensors, which it names"),
+        ({"model.odd": "model-00001-of-00003.safetensors"}, "has no model.odd, unlike the index"),
+    ]:
+        index.write_text(json.dumps({"weight_map": contents["weight_map"] | change}))
+        assert run_import(source, tokenizer, tmp_path / "c") == 2
+        assert message in capsys.readouterr().err
+    index.write_text("[]")
+    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert "not an index of weights" in capsys.readouterr().err
+    index.unlink()
+    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert "several with one model.safetensors.index.json are needed" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_norms_epsilon(tmp_path, tokenizer, caplog, capsys):
+    """Torch's default, which is what these files were computed with, unless something else is
+    said; and then what is said last."""
+    weights = random_weights(HYBRID)
+    silent = write(tmp_path / "silent", HYBRID, weights)
+    said = write(tmp_path / "said", HYBRID | {"norm_eps": 1e-3}, weights)
+    torch.manual_seed(0)
+    theirs = torch.nn.RMSNorm(8)
+    x = 1e-3 * torch.randn(5, 8)
+    for name, source, more, expected in [
+        ("a", silent, [], torch.finfo(torch.float32).eps),
+        ("b", said, [], 1e-3),
+        ("c", silent, ["--norm-eps=1e-6"], 1e-6),
+        ("d", said, ["--norm-eps=1e-6"], 1e-6),
+    ]:
+        caplog.clear()
+        arguments = [str(source), "--output", str(tmp_path / name), *more]
+        assert import_published.main([*arguments, "--tokenizer", str(tokenizer.path)]) == 0
+        eps = load_config(tmp_path / name).norm_eps
+        assert eps == expected
+        assert ("torch's default, 1.19209e-07" in caplog.text) == (name == "a")
+        is_theirs = torch.allclose(RMSNorm(8, eps)(x), theirs(x), rtol=1e-6)
+        assert is_theirs == (name == "a")
+    with pytest.raises(SystemExit) as ended:
+        import_published.main([*arguments, "--tokenizer", "x", "--norm-eps=-1"])
+    assert ended.value.code == 2
+    assert "norm-eps" in capsys.readouterr().err.replace("_", "-")
+
+
+def test_torch_files_of_before_they_were_archives(tmp_path, tokenizer):
+    source = write(tmp_path / "theirs", HYBRID, None)
+    torch.save(random_weights(HYBRID), source / "model.pt", _use_new_zipfile_serialization=False)
+    assert run_import(source, tokenizer, tmp_path / "ours") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": True}, "bias=True is not allowed: it must be false, because the layers"),
+        ({"use_hankel_L": True}, "use_hankel_L=True is not allowed"),
+        ({"stu_enable_mlp_sandwich": True}, "stu_enable_mlp_sandwich=True is not allowed"),
+        ({"n_embd": None}, "n_embd=None is not allowed: it must be a whole number >= 1"),
+        ({"mlp_scale": 2.5}, "mlp_scale=2.5 is not allowed: it must be a whole number >= 1"),
+        ({"window_size": [5, 0]}, "window_size=[5, 0] is not allowed: it must be a whole number"),
+        ({"n_heads": 5}, "n_embd=24 is not divisible by n_heads=5: choose a n_heads that"),
+        ({"use_attn": 1}, "use_attn=1 is not allowed: it must be true or false"),
+        ({"softcap": 0}, "softcap=0 is not allowed: it must be a positive number"),
+        ({"use_attn": False}, "layers.1.stu_norm.weight is missing"),
+        ({"use_approx": False}, "layers.0.stu.M_phi_plus is missing"),
+        ({"n_layers": 2}, "does not fit config.json: layers.2."),
+        ({"seq_len": 40}, "phi is torch.float32 [37, 4], not floating point [40, 4]"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
+    source = write(tmp_path / "theirs", HYBRID | change, random_weights(HYBRID))
+    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["theirs"]
+
+
+@pytest.mark.parametrize("key", ["n_embd", "n_heads", "window_size", "softcap", "mlp_scale"])
+def test_missing_settings(tmp_path, tokenizer, key, capsys):
+    config = {name: value for name, value in HYBRID.items() if name != key}
+    source = write(tmp_path / "theirs", config, random_weights(HYBRID))
+    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    assert f"config.json: {key} missing: add what" in capsys.readouterr().err
+
+
+def bias(weights):
+    weights["layers.1.attn.c_attn.bias"] = torch.zeros(72)
+
+
+def untied(weights):
+    weights["lm_head.weight"][3, 4] += 1
+
+
+def no_filters(weights):
+    del weights["phi"]
+
+
+def other_filters(weights):
+    weights["layers.2.stu.phi"] = weights["phi"] * 2
+
+
+def integers(weights):
+    weights["norm.weight"] = weights["norm.weight"].int()
+
+
+def twice(weights):
+    weights["module.norm.weight"] = weights["norm.weight"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (bias, "layers.1.attn.c_attn.bias is unknown"),
+        (untied, "lm_head.weight differs from tok_emb.weight"),
+        (no_filters, "phi is missing: the signs"),
+        (other_filters, "layers.2.stu.phi differs from phi"),
+        (integers, "norm.weight is torch.int32 [24]"),
+        (twice, "norm.weight is there twice"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
+    weights = random_weights(HYBRID)
+    change(weights)
+    source = write(tmp_path / "theirs", HYBRID, weights)
+    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    error = capsys.readouterr().err
+    assert f"{source / 'model.safetensors'}: " in error
+    assert message in error
+    assert os.listdir(tmp_path) == ["theirs"]
+
+
+def test_another_tokenizer(tmp_path, tokenizer, capsys):
+    config = HYBRID | {"vocab_size": 300}
+    source = write(tmp_path / "theirs", config, random_weights(config))
+    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    error = capsys.readouterr().err
+    assert "has 290 tokens, and tok_emb.weight" in error
+    assert "300 rows: give the tokenizer that the checkpoint was trained with" in error
+
+
+def test_files_that_are_none(tmp_path, tokenizer, capsys):
+    source = write(tmp_path / "theirs", HYBRID, None)
+    other = tmp_path / "other.pt"
+    torch.save({"norm.weight": torch.zeros(2), "epoch": 3}, other)
+    torch.save({"weights": ValueError("any object")}, source / "a.pt")
+    (source / "b.safetensors").write_bytes(b"hello")
+    for path, message in [
+        (tmp_path / "none", "no such file or folder"),
+        (source, "(a.pt, b.safetensors found): name the file"),
+        (source / "a.pt", "cut short, or not a file of tensors alone (UnpicklingError)"),
+        (source / "b.safetensors", "not a whole safetensors file"),
+        (other, "config.json: no such file"),
+    ]:
+        assert run_import(path, tokenizer, tmp_path / "ours") == 2
+        assert message in capsys.readouterr().err
+    other.rename(source / "other.pt")
+    assert run_import(source / "other.pt", tokenizer, tmp_path / "ours") == 2
+    assert "epoch is not a tensor: save model.state_dict() alone" in capsys.readouterr().err
+    (source / "config.json").write_text("{")
+    assert run_import(source / "other.pt", tokenizer, tmp_path / "ours") == 2
+    assert "config.json: Expecting" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from train.checkpoint import export
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
+sys.exit(export.main([sys.argv[1], "--output", sys.argv[2], "--format", "published"]))
+"""
+
+
+def test_full_disk_leaves_nothing_behind(imported, tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, imported[2], tmp_path / "out" / "theirs"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert f"stu-export: error: {tmp_path / 'out' / 'theirs'}: could not" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_written_tensor_by_tensor(tmp_path):
+    """What safetensors reads is what was given, cast where asked, and can be mapped."""
+    tensors = {
+        "odd": torch.arange(3.0).bfloat16(),
+        "wide": torch.randn(2, 5, dtype=torch.float64),
+        "strided": torch.randn(4, 6).T,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "narrowed": torch.randn(7, 3),
+    }
+    write_safetensors(tmp_path / "file", tensors, {"a": "b"}, {"narrowed": torch.float16})
+    read = load_file(tmp_path / "file")
+    assert read.keys() == tensors.keys()
+    tensors["narrowed"] = tensors["narrowed"].half()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+        assert read[name].data_ptr() % tensor.itemsize == 0
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+import train.checkpoint.callback, train.checkpoint.published, stu.model_dir
+from train.checkpoint import export
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+before = peak()
+export.export(Path(sys.argv[1]), Path(sys.argv[2]), "bfloat16", layout=sys.argv[3])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' /proc")
+@pytest.mark.parametrize("layout", ["stu", "published"])
+def test_an_export_holds_no_second_model(tmp_path, tokenizer, layout):
+    config = ModelConfig(vocab_size=290, width=512, num_layers=8, max_seq_len=64, layout="stu")
+    save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
+    size = (tmp_path / "ours" / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", PEAK, tmp_path / "ours", tmp_path / "out", layout]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120, env=environment
+    )
+    # All of it is mapped; another in bfloat16 would be half as much again.
+    assert int(result.stdout) < 1.2 * size

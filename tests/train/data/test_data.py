@@ -1,0 +1,251 @@
+"""Each rank gets its samples in one order that does not depend on the number of ranks."""
+
+import math
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.train.token_shards import write_token_shards
+from train.data.loader import SampleStream, TokenData, ValidationSet
+from train.data.shards import TokenShards
+
+SEQ_LEN = 8
+NUM_SAMPLES = 124  # (1000 - 1) // SEQ_LEN
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    write_token_shards(folder, num_train=1000, num_validation=100)
+    return folder
+
+
+def _stream(folder: Path, m: int = 1, **settings: int) -> SampleStream:
+    return SampleStream(TokenShards(folder, "train"), SEQ_LEN, m, **settings)
+
+
+def _ids(stream: SampleStream, num_batches: int) -> list[list[int]]:
+    return [batch["sample_ids"].tolist() for batch in islice(stream, num_batches)]
+
+
+def _over_all_ranks(
+    folder: Path, num_steps: int, m: int, world_size: int, position: int
+) -> list[int]:
+    """Sample ids that `num_steps` steps of all ranks consume, in order of position."""
+    ranks = [
+        _ids(_stream(folder, m, rank=r, world_size=world_size, position=position), num_steps)
+        for r in range(world_size)
+    ]
+    return [i for step in range(num_steps) for rank in ranks for i in rank[step]]
+
+
+def test_a_sample_is_its_window_of_tokens(folder: Path) -> None:
+    for batch in islice(_stream(folder, m=3), 50):
+        assert batch["tokens"].dtype == batch["sample_ids"].dtype == torch.int64
+        assert batch["tokens"].shape == (3, SEQ_LEN + 1)
+        # The value of a token in these shards is its position.
+        expected = batch["sample_ids"][:, None] * SEQ_LEN + torch.arange(SEQ_LEN + 1)
+        assert torch.equal(batch["tokens"], expected)
+
+
+def test_an_epoch_holds_every_sample_once_and_the_next_one_in_another_order(folder: Path) -> None:
+    ids = [i for (i,) in _ids(_stream(folder), 3 * NUM_SAMPLES)]
+    epochs = [ids[k * NUM_SAMPLES : (k + 1) * NUM_SAMPLES] for k in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_SAMPLES))
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(NUM_SAMPLES))
+
+
+def test_the_order_is_a_function_of_the_seed(folder: Path) -> None:
+    assert _ids(_stream(folder, seed=5), 20) == _ids(_stream(folder, seed=5), 20)
+    assert _ids(_stream(folder, seed=5), 20) != _ids(_stream(folder, seed=6), 20)
+
+
+sizes = st.integers(1, 5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(num_steps=sizes, m=sizes, world_size=sizes, position=st.integers(0, 3 * NUM_SAMPLES))
+def test_ranks_together_read_what_one_rank_reads(
+    folder: Path, num_steps: int, m: int, world_size: int, position: int
+) -> None:
+    together = _over_all_ranks(folder, num_steps, m, world_size, position)
+    alone = _over_all_ranks(folder, len(together), 1, 1, position)
+    assert together == alone
+
+
+@settings(deadline=None, max_examples=60)
+@given(legs=st.lists(st.tuples(st.integers(1, 9), sizes, sizes), min_size=2, max_size=4))
+def test_changing_the_number_of_ranks_neither_repeats_nor_skips(
+    folder: Path, legs: list[tuple[int, int, int]]
+) -> None:
+    consumed: list[int] = []
+    for num_steps, m, world_size in legs:
+        consumed += _over_all_ranks(folder, num_steps, m, world_size, position=len(consumed))
+    assert consumed == _over_all_ranks(folder, len(consumed), 1, 1, 0)
+
+
+@pytest.mark.parametrize("seq_len", [1, 998, 999])
+def test_longest_and_shortest_samples(folder: Path, seq_len: int) -> None:
+    stream = SampleStream(TokenShards(folder, "train"), seq_len, 1)
+    assert stream.samples_per_epoch == 999 // seq_len
+    last = max(islice(stream, stream.samples_per_epoch), key=lambda b: int(b["sample_ids"]))
+    assert last["tokens"][0, -1] == stream.samples_per_epoch * seq_len
+
+
+def test_a_sample_longer_than_the_data_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"seq_len 1000: .* lower seq_len or prepare more text"):
+        SampleStream(TokenShards(folder, "train"), 1000, 1)
+    with pytest.raises(ValueError, match="seq_len 1000"):
+        TokenData(str(folder), seq_len=1000, micro_batch_size=1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(seq_len=st.integers(1, 120), m=sizes, world_size=sizes, max_tokens=st.integers(1, 120))
+def test_validation_predicts_every_target_once(
+    folder: Path, seq_len: int, m: int, world_size: int, max_tokens: int
+) -> None:
+    shards = TokenShards(folder, "validation")
+    num_batches = math.ceil(min(99, max_tokens) / (seq_len * m * world_size))
+    targets = []
+    for rank in range(world_size):
+        part = ValidationSet(shards, seq_len, m, max_tokens, rank, world_size)
+        batches = list(part)
+        assert len(batches) == len(part) == num_batches
+        for batch in batches:
+            assert batch["tokens"].shape == (m, seq_len + 1)
+            for row, count in zip(batch["tokens"], batch["num_targets"].tolist(), strict=True):
+                targets += row[1 : count + 1].tolist()
+                if count:
+                    assert torch.equal(row[: count + 1], row[0] + torch.arange(count + 1))
+    assert sorted(targets) == list(range(1, min(99, max_tokens) + 1))
+
+
+def _data(folder: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> TokenData:
+    data = TokenData(str(folder), **{"seq_len": SEQ_LEN, "micro_batch_size": 2} | changes)
+    if world_size > 1:
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+    return data
+
+
+def test_data_says_what_it_holds(folder: Path) -> None:
+    data = _data(folder)
+    assert data.vocab_size == 65536
+    assert data.samples_per_epoch == NUM_SAMPLES
+    assert data.tokenizer_path == folder / "tokenizer.model"
+    assert len(data.tokenizer_sha256) == 64
+
+
+def test_a_resumed_run_goes_on_with_the_next_sample_on_other_ranks(folder: Path) -> None:
+    reference = _over_all_ranks(folder, 40, 1, 1, 0)
+    data = _data(folder)
+    seen = []
+    for batch in islice(data.train_dataloader(), 5):
+        seen += batch["sample_ids"].tolist()
+        data.advance(2)
+    state = data.state_dict()
+    ranks = [_data(folder, rank=r, world_size=3, micro_batch_size=1) for r in range(3)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+        assert rank.position == 10
+    for step in zip(*(islice(rank.train_dataloader(), 10) for rank in ranks), strict=True):
+        seen += [int(batch["sample_ids"]) for batch in step]
+    assert seen == reference
+
+
+def test_fetching_ahead_does_not_move_the_position(folder: Path) -> None:
+    data = _data(folder)
+    list(islice(data.train_dataloader(), 10))
+    assert data.position == 0
+    data.advance(6)
+    assert data.state_dict()["position"] == data.position == 6
+
+
+def test_state_is_exactly_the_position_and_what_it_depends_on(folder: Path) -> None:
+    data = _data(folder, seed=3)
+    assert data.state_dict() == {
+        "position": 0,
+        "seed": 3,
+        "seq_len": SEQ_LEN,
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "num_tokens": len(data.train_shards),
+        "contents": data.train_shards.fingerprint(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 4),
+        ("seq_len", 16),
+        ("tokenizer_sha256", "0123"),
+        ("num_tokens", 7),
+        ("contents", "0"),
+    ],
+)
+def test_a_position_of_another_order_is_refused(folder: Path, name: str, value: Any) -> None:
+    data = _data(folder)
+    mine = data.state_dict()[name]
+    with pytest.raises(ValueError, match=f"data.{name} is {mine!r}, .* made with {value!r}"):
+        data.load_state_dict(data.state_dict() | {name: value, "position": 50})
+    assert data.position == 0
+
+
+@pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "max_validation_tokens"])
+def test_settings_are_checked(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} 0: must be at least 1"):
+        _data(folder, **{name: 0})
+
+
+class _Recorder(L.LightningModule):
+    """Records which samples Lightning hands over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[int] = []
+        self.num_validation_targets = 0
+
+    def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.seen += batch["sample_ids"].tolist()
+        self.trainer.datamodule.advance(len(batch["sample_ids"]))  # type: ignore[attr-defined]
+        return self.weight * 1.0
+
+    def validation_step(self, batch: dict[str, torch.Tensor]) -> None:
+        self.num_validation_targets += int(batch["num_targets"].sum())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_lightning_resumes_where_the_checkpoint_was_made(folder: Path, tmp_path: Path) -> None:
+    def fit(max_steps: int, checkpoint: Path | None = None) -> tuple[_Recorder, L.Trainer]:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=max_steps,
+            limit_val_batches=None,
+            val_check_interval=max_steps,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = _Recorder()
+        trainer.fit(module, datamodule=_data(folder), ckpt_path=checkpoint, weights_only=True)
+        return module, trainer
+
+    whole, _ = fit(100)
+    first, trainer = fit(40)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, _ = fit(100, tmp_path / "half.ckpt")
+    assert whole.num_validation_targets == 99
+    assert len(whole.seen) == 200  # into the second epoch of 124
+    assert first.seen + second.seen == whole.seen

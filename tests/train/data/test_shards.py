@@ -1,0 +1,136 @@
+"""Token shards are read back as written, and refused when they are not what the index says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.train.token_shards import write_token_shards
+from train.data.shards import Index, TokenShards
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    folder = tmp_path_factory.mktemp("shards") / "data"
+    write_token_shards(folder, num_train=1000, shard_tokens=300, document_tokens=7)
+    return TokenShards(folder, "train")
+
+
+def test_shards_hold_whole_documents(thousand: TokenShards) -> None:
+    split = thousand.split
+    assert [shard.file for shard in split.shards] == [f"train-0000{i}.bin" for i in range(4)]
+    assert [shard.num_tokens for shard in split.shards] == [294, 294, 294, 118]
+    assert [shard.num_documents for shard in split.shards] == [42, 42, 42, 17]
+    assert (split.num_tokens, split.num_documents, split.num_bytes) == (1000, 143, 1430)
+    assert len(thousand) == 1000
+
+
+def test_a_document_longer_than_a_shard_has_its_own(tmp_path: Path) -> None:
+    index = write_token_shards(tmp_path / "data", num_train=20, shard_tokens=3, document_tokens=9)
+    assert [shard.num_tokens for shard in index.splits["train"].shards] == [9, 9, 2]
+
+
+def test_files_are_little_endian(tmp_path: Path) -> None:
+    write_token_shards(tmp_path / "data", num_train=300, shard_tokens=1000)
+    data = (tmp_path / "data" / "train-00000.bin").read_bytes()
+    assert data == b"".join(i.to_bytes(2, "little") for i in range(300))
+
+
+@given(ends=st.tuples(st.integers(0, 1000), st.integers(0, 1000)))
+@example(ends=(0, 1000))
+@example(ends=(294, 588))
+def test_any_range_is_read_across_shards(thousand: TokenShards, ends: tuple[int, int]) -> None:
+    start, stop = sorted(ends)
+    tokens = thousand.read(start, stop)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == list(range(start, stop))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 1001), (6, 5)])
+def test_a_range_outside_is_an_index_error(thousand: TokenShards, start: int, stop: int) -> None:
+    with pytest.raises(IndexError):
+        thousand.read(start, stop)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    write_token_shards(tmp_path / "data", num_train=70_000, shard_tokens=10**6, dtype=np.uint32)
+    shards = TokenShards(tmp_path / "data", "train")
+    assert (tmp_path / "data" / "train-00000.bin").stat().st_size == 280_000
+    assert shards.read(65_534, 65_538).tolist() == [65_534, 65_535, 65_536, 65_537]
+
+
+def test_index_round_trip(tmp_path: Path) -> None:
+    index = write_token_shards(tmp_path / "data")
+    assert Index.load(tmp_path / "data") == index
+
+
+@pytest.mark.parametrize("change", [-2, -1, 2])
+def test_a_shard_of_another_size_is_refused(tmp_path: Path, change: int) -> None:
+    write_token_shards(tmp_path / "data")
+    path = tmp_path / "data" / "train-00001.bin"
+    content = path.read_bytes() + b"\0\0"
+    path.write_bytes(content[: len(content) - 2 + change])
+    with pytest.raises(ValueError, match=rf"train-00001\.bin: {588 + change} bytes, expected 588"):
+        TokenShards(tmp_path / "data", "train")
+
+
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    write_token_shards(tmp_path / "data")
+    (tmp_path / "data" / "train-00002.bin").unlink()
+    with pytest.raises(ValueError, match=r"train-00002\.bin: 0 bytes, expected 588"):
+        TokenShards(tmp_path / "data", "train")
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_token_shards(tmp_path / "data")
+    model = tmp_path / "data" / "tokenizer.model"
+    model.write_bytes(b"another tokenizer")
+    with pytest.raises(ValueError, match="not the tokenizer that made these shards"):
+        TokenShards(tmp_path / "data", "train")
+    model.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.model: no such file"):
+        TokenShards(tmp_path / "data", "train")
+
+
+def test_an_index_from_before_bad_rows_were_counted_is_read(tmp_path: Path) -> None:
+    index = write_token_shards(tmp_path / "data")
+    path = tmp_path / "data" / "index.json"
+    values = json.loads(path.read_text())
+    for name in ("num_hidden_files", "num_repeated_files", "num_bad_rows"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    assert Index.load(tmp_path / "data") == index
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2, this program reads 1"),
+        ({"dtype": "object"}, "dtype 'object', expected uint16 or uint32"),
+        ({"splits": 5}, "not an index of token shards"),
+        ({"surprise": 5}, "not an index of token shards.*surprise"),
+    ],
+)
+def test_an_index_that_is_not_ours_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    write_token_shards(tmp_path / "data")
+    path = tmp_path / "data" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        TokenShards(tmp_path / "data", "train")
+
+
+def test_a_folder_without_index_or_split(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no index\.json; make token shards with stu-prepare"):
+        TokenShards(tmp_path, "train")
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="not an index of token shards"):
+        TokenShards(tmp_path, "train")
+    write_token_shards(tmp_path / "data")
+    with pytest.raises(ValueError, match="no split 'test', only train, validation"):
+        TokenShards(tmp_path / "data", "test")

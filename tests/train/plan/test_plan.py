@@ -1,0 +1,253 @@
+"""What a run will take, before it begins."""
+
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from train import loss
+from train.parallel.config import ParallelConfig
+from train.plan import cli as plan
+from train.plan import memory
+from train.plan.costs import known_gpu, token_flops
+from train.plan.memory import (
+    activation_bytes,
+    fft_bytes,
+    num_filter_parameters,
+    num_parameters,
+    rank_memory,
+    step_memory,
+)
+
+SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
+
+
+def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
+    settings = ParallelConfig(**parallel)
+    return activation_bytes(config, seq_len, micro_batch, settings, is_half=False, on_gpu=False)
+
+
+def test_activations_grow_with_the_micro_batch_and_little_else_does():
+    one, two, four = (activations(micro_batch=size) for size in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
+    six, eight = (activations(replace(SMALL, num_layers=count)) for count in (6, 8))
+    assert eight - six == pytest.approx(six - two, rel=0.05)
+    assert activations(checkpoint_activations=True) < 0.6 * two
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_layers", "vocab_size", "recomputes", "kind"),
+    [
+        ("hybrid", 7, 300, False, "ddp"),
+        ("hybrid", 8, 20_000, True, "ddp"),  # the embedding's gradient is the most
+        ("hyena", 4, 300, False, "zero"),
+    ],
+)
+def test_blocks_counted_once_are_what_all_of_them_take(
+    monkeypatch, layout, num_layers, vocab_size, recomputes, kind
+):
+    """And the loss of a few rows what that of all rows does."""
+    config = replace(SMALL, layout=layout, num_layers=num_layers, vocab_size=vocab_size)
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 4 * vocab_size * 30)
+    settings = ParallelConfig(kind=kind, checkpoint_activations=recomputes)
+    given = config, 128, 2, settings, not recomputes, False
+    counted = activation_bytes(*given)
+    monkeypatch.setattr(memory, "LOSS_CHUNKS", 1000)
+    assert counted == pytest.approx(step_memory(*given).peak, abs=64)  # single numbers
+    with torch.device("meta"):
+        assert num_parameters(config) == FlashSTU(config).num_parameters()
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
+def test_activations_are_at_least_what_is_saved_for_the_backward_pass(layout):
+    """Counted on real tensors, one by one."""
+    config = replace(SMALL, layout=layout)
+    model = FlashSTU(config)
+    parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(2, 256, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(tokens)
+    assert sum(saved.values()) < activations(config) < 2 * sum(saved.values())
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+def test_stages_divide_what_they_say(is_half):
+    count = num_parameters(SMALL)
+    held = [
+        rank_memory(
+            SMALL, ParallelConfig(kind="zero", zero_stage=stage), 8, 0, is_half, on_gpu=True
+        )
+        for stage in range(4)
+    ]
+    width = 2 if is_half else 4
+    filters = 4 * SMALL.max_seq_len * SMALL.num_filters
+    assert [its.weights - filters for its in held[:3]] == [width * count] * 3
+    assert held[3].weights - filters == pytest.approx(width * count / 8, rel=0.01)
+    assert [its.gradients for its in held[:2]] == [width * count] * 2
+    assert held[2].gradients == held[3].gradients == pytest.approx(width * count / 8, rel=0.01)
+    assert held[1].optimizer == held[3].optimizer == pytest.approx(12 * count / 8, rel=0.01)
+    assert held[0].optimizer == (12 if is_half else 8) * count
+
+
+@pytest.mark.parametrize("layout", ["hyena", "attention"])
+def test_no_room_for_spectral_filters_where_there_are_none(layout):
+    config = replace(SMALL, layout=layout)
+    memory = rank_memory(config, ParallelConfig(), 1, 0, is_half=False, on_gpu=True)
+    assert memory.weights == 4 * num_parameters(config)
+
+
+def test_fsdp_divides_all_but_what_is_being_computed():
+    one, eight = (
+        rank_memory(SMALL, ParallelConfig(kind="fsdp"), ranks, 0, is_half=True, on_gpu=True)
+        for ranks in (1, 8)
+    )
+    count = num_parameters(SMALL)
+    assert one.total - one.buffers - 4 * SMALL.max_seq_len * SMALL.num_filters == 16 * count
+    assert one.total - eight.total == pytest.approx(16 * count * 7 / 8, rel=1e-3)
+
+
+def test_ffts_work_in_what_their_lengths_make():
+    """Of twice the padded length: two spectra and a padded copy, or what is transformed back."""
+    config = replace(SMALL, layout="stu")
+    sequences = 2 * 2 * config.width  # phases, micro-batch
+    padded = 4 * 256 * sequences  # bytes; each phase has 128 positions
+    assert 2.5 * padded < fft_bytes(config, 256, 2) < 4.5 * padded
+    assert fft_bytes(config, 256, 4) == pytest.approx(2 * fft_bytes(config, 256, 2), rel=0.1)
+    assert fft_bytes(replace(SMALL, layout="attention"), 256, 2) == 0
+
+
+def test_flops_of_dense_layers_and_attention():
+    """Against the usual count, six for each weight and token."""
+    flops = token_flops(SMALL, 256, 2, recomputes=False)
+    assert flops.dense == 6 * num_parameters(SMALL)
+    assert flops.attention == pytest.approx(2 * 3.5 * 4 * 64 * 32, rel=0.1)
+    again = token_flops(SMALL, 256, 2, recomputes=True)
+    head = SMALL.vocab_size * SMALL.width
+    assert again.dense == 8 * (num_parameters(SMALL) - head) + 6 * head
+
+
+def test_flops_of_other_mixers():
+    """Attention has no FFTs; Hyena's are twice as long as an STU's, and half as many; and what
+    makes its filters is computed once for a batch."""
+    stu, hyena, attention = (
+        replace(SMALL, layout=layout) for layout in ("stu", "hyena", "attention")
+    )
+    flops = token_flops(attention, 256, 2, recomputes=False)
+    assert flops.convolution == 0
+    assert flops.dense == 6 * num_parameters(attention)
+    assert flops.attention == pytest.approx(4 * 3.5 * 4 * 64 * 32, rel=0.1)
+    assert token_flops(hyena, 256, 2, recomputes=False).attention == 0
+    fft_stu, fft_hyena = (token_flops(its, 256, 64, False).convolution for its in (stu, hyena))
+    assert fft_hyena / fft_stu == pytest.approx(9 / 8, rel=0.02)  # log2 of 512 and of 256
+    network = 4 * (33 * 64 + 2 * 64 * 64 + 3 * 64 + 64 + 64 * 64 + 64)
+    assert num_filter_parameters(hyena) == network
+    for batch in (1, 2, 8):
+        dense = token_flops(hyena, 256, batch, recomputes=False).dense
+        assert dense == 6 * (num_parameters(hyena) - network + network / batch)
+
+
+@pytest.fixture
+def settings(module_settings):
+    return module_settings
+
+
+def test_a_run_that_fits(settings, capsys):
+    assert plan.main(["--nodes", "2", "--gpus", "4", "--gpu", "a100-40g", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "GiB on each of 8 a100-40g" in shown
+    assert re.search(r"tokens a second, [\d.]+ days", shown.replace("\n", " "))
+
+
+def test_a_plan_is_of_the_precision_that_was_given(settings, capsys):
+    """Which is float32 where none was, as in `stu-train`."""
+    totals = {}
+    for name, given in {"float32": [], "bfloat16": ["--trainer.precision=bf16-mixed"]}.items():
+        fine = ["--model.config.width=512", "--data.micro_batch_size=512"]  # more than weights
+        assert plan.main(["--gpus", "1", *settings, *fine, *given]) == 0
+        shown = capsys.readouterr().out
+        assert f"{name}; 73.6 are usable" in " ".join(shown.split())
+        assert ("float32 takes longer" in shown) == (name == "float32")
+        totals[name] = float(re.search(r"ddp <-.*", shown)[0].split("\u2502")[7])
+    assert totals["float32"] > 1.2 * totals["bfloat16"]
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(settings, capsys):
+    large = {"layout": "stu", "width": 6144, "num_layers": 4, "mlp_ratio": 12}
+    large |= {"num_heads": 8, "max_seq_len": 8192, "vocab_size": 200_064, "num_filters": 24}
+    others = [its for its in settings if not its.startswith(("--model.config", "--data.seq_len"))]
+    given = [*others, *(f"--model.config.{name}={its}" for name, its in large.items())]
+    given += ["--data.seq_len=8192", "--trainer.precision=bf16-mixed", "--data.dir=/not/yet"]
+    assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    advice = re.search(r"This would: zero (\d), micro-batch (\d+)(.*)\.", shown)
+    assert advice, shown
+    again = ["--parallel.kind=zero", f"--parallel.zero_stage={advice[1]}"]
+    again += [f"--data.micro_batch_size={advice[2]}"]
+    if "checkpoint_activations" in advice[3]:
+        again.append("--parallel.checkpoint_activations=true")
+    assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given, *again]) == 0
+
+
+def test_this_machine_has_nothing_to_plan_for(settings, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan.main(["--gpu", "this", *settings]) == 0
+    assert "the settings are valid" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        plan.main(["--gpu", "this", *settings, "--model.config.widht=3"])
+    assert ended.value.code == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80g"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80g"),
+        ("NVIDIA H200", 139.8, "h200-141g"),
+        ("NVIDIA GH200 480GB", 95.1, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA T4", 15, None),
+    ],
+)
+def test_gpus_are_known_by_name_and_memory(monkeypatch, name, gib, known):
+    its = SimpleNamespace(name=name, total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: its)
+    assert known_gpu(torch.device("cuda", 0)) == known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.dir=/nowhere", "--model.config.vocab_size=0"], "/nowhere: no index.json"),
+        (["--model.config.vocab_size=999"], "vocab_size=999, but the token shards were made with"),
+    ],
+)
+def test_wrong_settings(settings, capsys, arguments, message):
+    assert plan.main([*settings, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_quick():
+    """In seconds of a processor, of which others may take their share."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "train.plan.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "stu-plan" in done.stdout
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1

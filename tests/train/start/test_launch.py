@@ -1,0 +1,114 @@
+"""As many ranks train as the settings ask for, or none: who started a process, by its variables."""
+
+import pytest
+
+from train.start.launch import Launch, detect_launch
+
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "wrap", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
+STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0"}
+
+
+def step(tasks, nodes, per_node, **more):
+    """As srun sets them, whatever the job is called."""
+    numbers = {
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "SLURM_STEP_TASKS_PER_NODE": per_node,
+    }
+    return {**STEP, **numbers, **more}
+
+
+def shell(name, **more):
+    """As salloc sets them, or srun --pty."""
+    return {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": name, "SLURM_NNODES": "1", **more}
+
+
+def torchrun(ranks, local):
+    return {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(local),
+        "GROUP_WORLD_SIZE": str(ranks // local),
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "nodes", "kind"),
+    [
+        ({}, 2, 1, "alone"),
+        (step(1, 1, "1"), 1, 1, "slurm step"),
+        (step(4, 2, "2(x2)"), 2, 2, "slurm step"),
+        (step(2, 1, "2", SLURM_JOB_NAME="interactive"), 2, 1, "slurm step"),
+        ({**BATCH, "SLURM_NTASKS": "1"}, 1, 1, "slurm allocation"),
+        (BATCH, 2, 1, "slurm allocation"),  # for gpus, no number of tasks
+        (shell("interactive"), 4, 1, "slurm allocation"),
+        (shell("interactive", SLURM_NTASKS="2"), 2, 1, "slurm allocation"),
+        (step(1, 1, "1", SLURM_JOB_NAME="bash", SLURM_PTY_PORT="9"), 2, 1, "slurm allocation"),
+        (torchrun(4, 2), 2, 2, "torchrun"),
+        # Within a job, torchrun's own are what counts.
+        ({**step(1, 1, "1"), **torchrun(2, 2)}, 2, 1, "torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 1, 1, "alone"),
+    ],
+)
+def test_as_many_ranks_as_asked_for(variables, devices, nodes, kind):
+    launch = detect_launch(variables)
+    launch.check(devices, nodes)
+    assert launch.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "nodes", "message"),
+    [
+        # sbatch --ntasks=1 --wrap "stu-train --trainer.devices 2"
+        (
+            {**BATCH, "SLURM_NTASKS": "1"},
+            2,
+            1,
+            "trainer.devices=2 x trainer.num_nodes=1 asks for 2 ranks, the Slurm allocation is for "
+            "1 task on 1 node, and this process was not started by srun: write srun --nodes=1 "
+            "--ntasks-per-node=2 stu-train ..",
+        ),
+        ({**BATCH, "SLURM_NTASKS": "2"}, 2, 1, "2 tasks on 1 node, .* not started by srun"),
+        ({**BATCH, "SLURM_NTASKS": "2"}, 1, 1, "asks for 1 rank, .* 2 tasks on 1 node"),
+        ({**BATCH, "SLURM_JOB_NUM_NODES": "2"}, 1, 1, "is for 2 nodes"),
+        (step(1, 1, "1"), 2, 1, "asks for 2 ranks, and srun started 1 task, 1 a node on 1 node"),
+        (
+            step(2, 2, "1(x2)"),
+            1,
+            1,
+            "asks for 1 rank, and srun started 2 tasks, 1 a node on 2 nodes: write "
+            "--trainer.devices=1 --trainer.num_nodes=2, or start srun",
+        ),
+        (step(2, 2, "1(x2)"), 2, 1, "write --trainer.devices=1 --trainer.num_nodes=2"),
+        (step(3, 2, "2,1"), 3, 1, "1 and 2 a node on 2 nodes: start srun"),
+        (step(2, 1, "2", SLURM_JOB_NAME="interactive"), 1, 1, "srun started 2 tasks"),
+        (shell("interactive", SLURM_NTASKS="2"), 1, 1, "write srun --nodes=1"),
+        (shell("bash", SLURM_NNODES="2"), 1, 2, "write srun --nodes=2 --ntasks-per-node=1"),
+        (torchrun(2, 2), 1, 1, "torchrun .* started 2: write --trainer.devices=2"),
+        (torchrun(4, 2), 4, 1, "write --trainer.devices=2 --trainer.num_nodes=2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, 1, "started 2: start torchrun"),
+        ({}, 1, 2, "this process is the only one"),
+    ],
+)
+def test_fewer_or_more_ranks_than_asked_for(variables, devices, nodes, message):
+    with pytest.raises(ValueError, match=message):
+        detect_launch(variables).check(devices, nodes)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
+    ],
+)
+def test_what_cannot_be_joined(variables, message):
+    with pytest.raises(ValueError, match=message):
+        detect_launch(variables)
+
+
+def test_an_alone_process_has_one_rank():
+    assert detect_launch({}) == Launch("alone")

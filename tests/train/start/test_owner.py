@@ -1,0 +1,197 @@
+"""One job at a time trains in a run's folder."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.train.saved import load_checkpoint
+from train import cli
+from train.callbacks.progress import StepProgress
+from train.checkpoint import callback as checkpoints
+from train.checkpoint.writer import CheckpointWriter
+from train.run import owned
+from train.start import owner
+from train.start.owner import RunOwner
+
+FOREVER = 1e6
+
+
+def record(run_dir, number):
+    return json.loads((run_dir / "jobs" / f"{number:05d}.json").read_text())
+
+
+def elsewhere(run_dir, seconds_ago=0.0, **changes):
+    """An owner on another machine, which has not ended."""
+    first = RunOwner(run_dir)
+    first.claim({})
+    first._ended.set()  # no heartbeat any more
+    path = run_dir / "jobs" / "00001.json"
+    path.write_text(json.dumps({**record(run_dir, 1), "boot": "another", "host": "far", **changes}))
+    then = path.stat().st_mtime - seconds_ago
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_second_run_is_refused_by_name(settings, tmp_path, capsys):
+    first = RunOwner(tmp_path)
+    first.claim({"command": "this one"})
+    arguments = [*settings, f"--run_dir={tmp_path}", "--trainer.max_steps=1", "--resume=auto"]
+    assert cli.main(arguments) == 2
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["00001.json", "jobs"]
+    first.end("done")
+    assert cli.main(arguments) == 0
+    assert record(tmp_path, 1)["ended"]["how"] == record(tmp_path, 2)["ended"]["how"] == "done"
+
+
+def test_a_killed_process_is_followed_at_once(tmp_path, capsys):
+    code = "import os, sys; from pathlib import Path; from train.start.owner import RunOwner\n"
+    code += "RunOwner(Path(sys.argv[1])).claim({}); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    next_one = RunOwner(tmp_path)
+    next_one.claim({})
+    assert next_one.number == 2
+    assert "its process is gone" in capsys.readouterr().err
+    next_one.end("done")
+
+
+def test_another_machine_without_a_sign_of_life_is_followed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(owner, "WATCH_SECONDS", 0.01)
+    elsewhere(tmp_path, seconds_ago=1000)
+    RunOwner(tmp_path).claim({})
+    assert "no sign of life for 100" in capsys.readouterr().err
+
+
+def test_another_machine_that_shows_a_sign_of_life_is_not_followed(tmp_path, monkeypatch):
+    """However old its heartbeat looked at first."""
+    path, ended = elsewhere(tmp_path, seconds_ago=1000), threading.Event()
+    monkeypatch.setattr(owner, "WATCH_SECONDS", FOREVER)
+
+    def live():
+        while not ended.wait(0.05):
+            os.utime(path)
+
+    life = threading.Thread(target=live)
+    life.start()
+    try:
+        with pytest.raises(ValueError, match=r"process \d+ on far .* was alive 0 s ago: wait"):
+            RunOwner(tmp_path).claim({})
+    finally:
+        ended.set()
+        life.join()
+
+
+@pytest.mark.parametrize("restart", [1, 2])
+def test_a_job_that_slurm_started_again_follows_itself_at_once(tmp_path, monkeypatch, restart):
+    monkeypatch.setattr(owner, "WATCH_SECONDS", FOREVER)
+    job = {"cluster": "", "job": "77", "restart": 1}
+    elsewhere(tmp_path, slurm=job)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
+    mine = {"slurm": {**job, "restart": restart}}
+    assert owner._is_same_job_before(record(tmp_path, 1), mine) == (restart == 2)
+    if restart == 2:
+        RunOwner(tmp_path).claim({})
+        assert record(tmp_path, 2)["slurm"] == mine["slurm"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_that_follow_one_gets_it(tmp_path, monkeypatch, has_links):
+    def no_links(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    one, two = RunOwner(tmp_path), RunOwner(tmp_path)
+    one.claim({})
+    assert not two._create(1)
+    assert record(tmp_path, 1)["pid"] == os.getpid()
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["00001.json"]
+    one.withdraw()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_run_that_was_taken_over_writes_no_checkpoint(settings, tmp_path, monkeypatch, capsys):
+    """It was suspended, say, and wakes up."""
+    run = tmp_path / "run"
+
+    def take_over(self, trainer, *_):
+        if trainer.global_step == 3:
+            (run / "jobs" / "00002.json").write_text(json.dumps(record(run, 1)))
+
+    monkeypatch.setattr(StepProgress, "on_train_batch_end", take_over)
+    arguments = [*settings, f"--run_dir={run}", "--trainer.max_steps=9"]
+    assert cli.main([*arguments, "--checkpoint_every_steps=2"]) == 2
+    error = capsys.readouterr().err
+    assert "has taken over" in error
+    assert "Traceback" not in error
+    assert record(run, 1)["ended"] is None
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names <= {"last.ckpt", "step-00000002.ckpt"}
+    if names:
+        assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "a record")
+
+
+def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, capsys):
+    """A full disk ends the run, and its own message is the one that counts."""
+    ending, not_begun = RunOwner(tmp_path / "a"), RunOwner(tmp_path / "b")
+    ending.claim({})
+    not_begun.claim({})
+    monkeypatch.setattr(RunOwner, "_write", no_space)
+    with pytest.raises(KeyError, match="the checkpoint"), owned(ending):
+        raise KeyError("the checkpoint")
+    assert "00001.json could not be written" in capsys.readouterr().err
+    monkeypatch.setattr(type(tmp_path), "unlink", no_space)
+    not_begun.withdraw()
+    assert "00001.json could not be deleted" in capsys.readouterr().err
+
+
+def test_a_heartbeat_from_the_future_is_not_waited_for_any_longer(tmp_path, monkeypatch, capsys):
+    elsewhere(tmp_path, seconds_ago=-5)
+    monkeypatch.setattr(owner, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(owner, "STALE_SECONDS", 0.01)
+    RunOwner(tmp_path).claim({})
+    assert "waits up to 0 s for a sign of life" in capsys.readouterr().err
+
+
+def test_another_users_process_that_the_system_hides_is_not_gone(monkeypatch):
+    start = owner._start_of(os.getpid())
+    assert not owner._is_gone(os.getpid(), start)
+    assert owner._is_gone(os.getpid(), "another time")
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(owner, "_contents", lambda path: None)
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not owner._is_gone(os.getpid(), start)
+
+
+def test_all_ranks_hear_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch):
+    """One that raised alone would leave the others waiting for it."""
+    heard = []
+
+    def largest(trainer, *values):
+        heard.append(values)
+        return list(map(float, values))
+
+    monkeypatch.setattr(checkpoints, "largest_of_ranks", largest)
+    monkeypatch.setattr(RunOwner, "is_still", no_space)
+    writer = CheckpointWriter()
+    writer.owner = RunOwner(tmp_path)
+    callback = checkpoints.Checkpoints(tmp_path, writer, 1, 1.0, 1)
+    with pytest.raises(OSError, match="a record"):
+        callback._check_owner(None)
+    assert heard == [(False,), (True,)]

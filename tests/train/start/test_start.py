@@ -1,0 +1,241 @@
+"""A start that one rank refuses is refused by all: ranks as srun starts them, on one machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from train.start import agreement as start_module
+from train.start.agreement import RunFailed, Start, UserError, judge, wait_for_listener
+from train.start.launch import Launch
+
+SECONDS = 120
+STORE = ("set", "get", "check")
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """Where torch and stu meet; no other test's."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        ports = first.getsockname()[1], second.getsockname()[1]
+    monkeypatch.setattr(Launch, "address", lambda self: ("127.0.0.1", ports[0]))
+    return ports
+
+
+def run_ranks(*bodies):
+    """Each body on a thread, as a rank: what each raised."""
+    raised = [None] * len(bodies)
+    count = len(bodies)
+
+    def run(rank, body):
+        try:
+            body(Start(Launch("slurm step", rank, rank, count), 60))
+        except BaseException as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=run, args=its) for its in enumerate(bodies)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def succeed(start):
+    with start.together():
+        pass
+
+
+def refuse(start):
+    with start.together():
+        raise ValueError("data.dir=/nowhere: no such folder")
+
+
+def fail(start):
+    with start.together():
+        raise RuntimeError("a driver is missing")
+
+
+def with_facts(**facts):
+    def body(start):
+        with start.together() as filled:
+            filled.update(facts)
+
+    return body
+
+
+def test_all_go_on_if_none_refuses(address):
+    assert (
+        run_ranks(with_facts(torch="2"), with_facts(torch="2"), with_facts(torch="2")) == [None] * 3
+    )
+
+
+@pytest.mark.parametrize("bodies", [(succeed, refuse), (refuse, succeed)])
+def test_a_refusal_is_everyones(address, bodies):
+    host, rank = socket.gethostname(), bodies.index(refuse)
+    for error in run_ranks(*bodies):
+        assert isinstance(error, UserError)
+        assert str(error) == f"rank {rank} on {host}: data.dir=/nowhere: no such folder"
+
+
+def test_a_refusal_of_all_is_told_once(address):
+    for error in run_ranks(refuse, refuse):
+        assert str(error) == "data.dir=/nowhere: no such folder (all 2 ranks)"
+
+
+def test_a_failure_ends_all_as_one(address):
+    first, second = run_ranks(succeed, fail)
+    assert isinstance(first, RunFailed)
+    assert first.code == 1
+    assert isinstance(second, RuntimeError)
+
+
+def test_what_differs_is_named(address):
+    host = socket.gethostname()
+    for error in run_ranks(with_facts(torch="2.13.0"), with_facts(torch="2.12.1")):
+        assert str(error).startswith(
+            f"torch is 2.13.0 for rank 0 on {host}, and 2.12.1 for rank 1 on {host}"
+        )
+
+
+def test_a_folder_that_ranks_do_not_share(address, tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    for error in run_ranks(
+        lambda start: start.check_folder(tmp_path / "0"),
+        # As if it were the same name on another node.
+        lambda start: _on_another_node(start).check_folder(tmp_path / "1"),
+    ):
+        assert "rank 1" in str(error)
+        assert "does not show what the first rank wrote" in str(error)
+    assert not list((tmp_path / "0").iterdir())
+
+
+def test_a_folder_that_ranks_share(address, tmp_path):
+    bodies = [lambda start: start.check_folder(tmp_path)] * 2
+    assert run_ranks(*bodies) == [None] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def _on_another_node(start):
+    start._launch = Launch("slurm step", start._launch.rank, 0, 2)
+    return start
+
+
+def test_the_first_rank_may_take_longer_than_the_others_wait(address, monkeypatch):
+    """As it verifies a checkpoint of hundreds of gigabytes."""
+    monkeypatch.setattr(start_module, "BEAT_SECONDS", 0.01)
+    waited = threading.Event()
+
+    def work(start):
+        with start.together():
+            assert waited.wait(SECONDS)
+
+    def wait(start):
+        add = start._connect().add
+
+        def look(*given):
+            count = add(*given)
+            if count > 2:
+                waited.set()
+            return count
+
+        start._store = SimpleNamespace(**{name: getattr(start._store, name) for name in STORE})
+        start._store.add = look
+        start._patience = 1.0
+        with start.together():
+            pass
+
+    assert run_ranks(work, wait) == [None] * 2
+
+
+def test_a_first_rank_without_a_sign_is_not_waited_for(address, monkeypatch):
+    waited = threading.Event()
+
+    def work(start):
+        start._patience = 0.5  # with the one that has gone, afterwards
+        with start.together():
+            waited.wait(SECONDS)
+
+    def wait(start):
+        start._patience = 0.1
+        try:
+            with start.together():
+                pass
+        finally:
+            waited.set()
+
+    _, second = run_ranks(work, wait)
+    assert isinstance(second, RunFailed)
+
+
+def test_many_messages_are_cut():
+    answers = [{"host": f"n{rank}", "refuses": f"problem {rank}"} for rank in range(9)]
+    told = judge(answers)["refuses"]
+    assert told.startswith("rank 0 on n0: problem 0; rank 1 on n1: problem 1")
+    assert told.endswith("and 5 more")
+
+
+def start_rank(rank, address, arguments, log):
+    variables = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+    }
+    code = (
+        "import sys; from train.start.launch import Launch; from train.cli import main; "
+        f"Launch.address = lambda self: ('127.0.0.1', {address[0]}); sys.exit(main(sys.argv[1:]))"
+    )
+    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address[1]), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, **variables, **more},
+            stderr=file,
+        )
+
+
+def test_commands_that_refuse_end_with_the_same_code(address, settings, tmp_path):
+    """One rank's data is not there, and it would not come to the others in time."""
+    ranks = ["--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"]
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    lacking = [f"--data.dir={tmp_path / 'none'}"]
+    processes = [
+        start_rank(0, address, [*settings, *ranks], logs[0]),
+        start_rank(1, address, [*settings, *ranks, *lacking], logs[1]),
+    ]
+    try:
+        codes = [process.wait(SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [2, 2], [log.read_text() for log in logs]
+    for log in logs:
+        assert f"rank 1 on {socket.gethostname()}: {tmp_path / 'none'}" in log.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_before_the_first_step_has_its_exit_code(address, settings, tmp_path):
+    """Also while it waits for another rank, which never comes."""
+    log = tmp_path / "log"
+    arguments = [*settings, "--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"]
+    process = start_rank(0, address, arguments, log)
+    try:
+        wait_for_listener("127.0.0.1", address[0], SECONDS)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(SECONDS) == 75, log.read_text()
+    finally:
+        process.kill()
+    assert "ended by SIGUSR1 outside of training" in log.read_text()

@@ -1,0 +1,1 @@
+"""Training checkpoints, and model directories made from and into them."""

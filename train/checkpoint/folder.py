@@ -1,0 +1,181 @@
+"""A training checkpoint on disk: a folder that any number of ranks writes and reads.
+
+    training.pt               loops, schedule, place in the data, settings: plain values, tokenizer
+    rank-00000.safetensors    tensors by name: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`
+    rank-00001.safetensors    ..
+    SHA256SUMS                of each of them, as `sha256sum --check` reads it
+
+Names are those of the model's parameters, whole tensors in float32, however they were divided while
+training: so ranks, ZeRO stages and micro-batches may differ between a save and a resume. Nothing in
+it is a pickle of anything but tensors and plain values, and nothing else is read.
+"""
+
+import hashlib
+import io
+import socket
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stu.common.files import fsync
+from stu.common.safetensors import write_safetensors
+
+FORMAT_VERSION = 3
+WITHOUT_CHECKSUMS = 2
+"""The format before this one, which is read too."""
+CHECKSUM_FILE = "SHA256SUMS"
+CHECKSUM_SUFFIX = ".sha256"
+MOST_READERS = 8
+"""Files that are verified at once."""
+TRAINING_FILE = "training.pt"
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointFolder:
+    """A checkpoint to read. Tensors are mapped from the disk, one at a time.
+
+    Raises ValueError for what is missing, damaged, or not written by stu-train.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ValueError(f"checkpoint {path}: no such folder")
+        self.path = path
+        self.training = self._read_training()
+        """All but the parameters' tensors."""
+        version = self.training["stu"].get("format_version", 0)
+        self.has_checksums = version == FORMAT_VERSION
+        if version not in (WITHOUT_CHECKSUMS, FORMAT_VERSION):
+            raise ValueError(
+                f"checkpoint {path}: format version {version}, and this stu reads "
+                f"{FORMAT_VERSION}: install {'a newer' if version > FORMAT_VERSION else 'an older'}"
+                " stu"
+            )
+        self._files: dict[str, Any] = {}
+        for rank in range(self.training["stu"]["num_files"]):
+            file = path / _rank_file(rank)
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"checkpoint {path}: {file.name} is damaged ({error})") from error
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    @property
+    def names(self) -> list[str]:
+        """Of parameters and buffers."""
+        start = f"{WEIGHT}/"
+        return [name.removeprefix(start) for name in self._files if name.startswith(start)]
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """`weight`, `exp_avg` or `exp_avg_sq` of a parameter."""
+        key = f"{kind}/{name}"
+        if key not in self._files:
+            raise ValueError(f"checkpoint {self.path}: {key} is missing")
+        tensor: Tensor = self._files[key].get_tensor(key)
+        return tensor
+
+    def check(self) -> None:
+        """Raise ValueError unless every parameter is there, with its moments once it has any."""
+        groups = self.training["optimizer_groups"]
+        kinds = (WEIGHT, *MOMENTS) if self.training["optimizer_step"] else (WEIGHT,)
+        for name in [name for group in groups for name in group["params"]]:
+            for kind in kinds:
+                if f"{kind}/{name}" not in self._files:
+                    raise ValueError(f"checkpoint {self.path}: {kind}/{name} is missing")
+
+    def verify(self) -> None:
+        """Read all files and compare their checksums. Raises ValueError for one that is damaged."""
+        if not self.has_checksums:
+            return
+        sums = self._read_checksums()
+        names = [TRAINING_FILE, *map(_rank_file, range(self.training["stu"]["num_files"]))]
+        with ThreadPoolExecutor(min(MOST_READERS, len(names))) as readers:
+            found = readers.map(self._checksum, names)
+        for name, checksum in zip(names, found, strict=True):
+            if checksum != sums.get(name):
+                raise ValueError(
+                    f"checkpoint {self.path}: {name} is damaged (its sha256 is {checksum}, and "
+                    f"{sums.get(name, 'none')} in {CHECKSUM_FILE})"
+                )
+
+    def _read_checksums(self) -> dict[str, str]:
+        try:
+            lines = (self.path / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines()
+            return {name: checksum for checksum, name in (line.split() for line in lines)}
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {self.path}: {CHECKSUM_FILE} is missing or damaged ({error})"
+            ) from error
+
+    def _checksum(self, name: str) -> str:
+        digest, buffer = hashlib.sha256(), bytearray(2**22)
+        try:
+            with (self.path / name).open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    digest.update(memoryview(buffer)[:count])
+        except OSError as error:
+            raise ValueError(f"checkpoint {self.path}: {name} cannot be read ({error})") from error
+        return digest.hexdigest()
+
+    def _read_training(self) -> dict[str, Any]:
+        file = self.path / TRAINING_FILE
+        try:
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load documents none, and raises many kinds
+            kind = type(error).__name__
+            raise ValueError(
+                f"checkpoint {self.path}: cut short, or not written by stu-train ({kind})"
+            ) from error
+        if not isinstance(contents, dict) or "stu" not in contents:
+            raise ValueError(f"checkpoint {self.path}: not written by stu-train")
+        return contents
+
+
+def write_rank(
+    folder: Path, rank: int, tensors: Iterable[tuple[str, str, Tensor]], path: Path
+) -> None:
+    """One rank's share of what is to become `path`: each the kind, the name, and the tensor. Raises
+    OSError, naming rank and host, if it cannot be written."""
+    held = {f"{kind}/{name}": tensor for kind, name, tensor in tensors}
+    file, digest = folder / _rank_file(rank), hashlib.sha256()
+    try:
+        write_safetensors(file, held, {"format": "stu-train"}, {}, digest)
+        _write_checksum(file, digest.hexdigest())
+    except OSError as error:
+        raise OSError(
+            f"checkpoint {path}: could not be written by rank {rank} on {socket.gethostname()} "
+            f"({error})"
+        ) from error
+    fsync(file)
+
+
+def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
+    """The rest of it, by one rank after all have written theirs. Raises OSError if it cannot be
+    written."""
+    file, contents = folder / TRAINING_FILE, io.BytesIO()
+    try:
+        torch.save(training, contents)
+        file.write_bytes(contents.getbuffer())
+        _write_checksum(file, hashlib.sha256(contents.getbuffer()).hexdigest())
+        parts = sorted(folder.glob(f"*{CHECKSUM_SUFFIX}"))
+        (folder / CHECKSUM_FILE).write_text("".join(part.read_text() for part in parts))
+        for part in parts:
+            part.unlink()
+    except (RuntimeError, OSError) as error:  # how torch reports a failed write
+        raise OSError(f"checkpoint {path}: could not be written ({error})") from error
+    for written in (file, folder / CHECKSUM_FILE, folder):
+        fsync(written)
+
+
+def _write_checksum(file: Path, checksum: str) -> None:
+    """Until the first rank puts those of all files into one."""
+    file.with_name(file.name + CHECKSUM_SUFFIX).write_text(f"{checksum}  {file.name}\n")
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"

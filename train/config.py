@@ -1,0 +1,218 @@
+"""The check of a run's settings, which `stu-plan` and `stu-train` share: both refuse the same."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
+
+from stu.config import ModelConfig
+from train.callbacks.bad_steps import GuardConfig
+from train.data.loader import TokenData
+from train.data.shards import Index
+from train.optimizer import OptimizerConfig, check_schedule
+from train.parallel.config import ParallelConfig
+
+COUNTS = (
+    *("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"),
+    "num_nodes",
+)
+"""The trainer's settings that must be whole numbers from 1."""
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PROFILERS = ("simple", "advanced", "pytorch")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+PRECISION_ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+LARGEST_SEED = 2**32 - 1
+"""Largest seed that NumPy takes."""
+
+
+def check_settings(settings: Any, is_plan: bool) -> tuple[ModelConfig, ParallelConfig]:
+    """Check every setting of a run that was parsed, and return the model's shape and how ranks
+    share it. A vocabulary of 0 becomes that of the token shards.
+
+    is_plan: the data may not be there yet if the vocabulary is given, and the run may be for
+    another machine. Raises ValueError naming the setting, its value and what is allowed.
+    """
+    for name in COUNTS:
+        _require_count(f"trainer.{name}", settings.trainer[name])
+    for name in ("seq_len", "micro_batch_size", "max_validation_tokens"):
+        _require_count(f"data.{name}", settings.data[name])
+    for name in ("checkpoint_every_steps", "keep_checkpoints"):
+        _require_count(name, settings[name])
+    for name in ("checkpoint_every_minutes", "hang_minutes"):
+        _require(name, settings[name], settings[name] > 0, "above 0")
+    z_loss = settings.model.z_loss
+    _require("model.z_loss", z_loss, 0 <= z_loss < math.inf, "a number >= 0")
+    seed = settings.seed_everything
+    is_seed = isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED
+    _require("seed_everything", seed, is_seed, f"from 0 to {LARGEST_SEED}")
+    optimizer = OptimizerConfig(**_values(settings.model.optimizer))
+    check_schedule(optimizer, settings.trainer.max_steps)
+    GuardConfig(**_values(settings.model.guard))
+    parallel = ParallelConfig(**_values(settings.parallel))
+    _check_trainer(settings.trainer)
+    _check_devices(settings.trainer, is_plan)
+    _check_precision(settings.trainer, parallel)
+    return _check_model_and_data(settings, is_plan), parallel
+
+
+def data_warnings(settings: Any, num_ranks: int) -> list[str]:
+    """Return what is to be said of token shards, if they are there, that are small for this run."""
+    if not Path(settings.data.dir).exists():
+        return []
+    data, found = TokenData(**_values(settings.data)), []
+    trainer = settings.trainer
+    a_step = num_ranks * data.micro_batch_size * trainer.accumulate_grad_batches
+    if data.samples_per_epoch < a_step:
+        found.append(
+            f"the {len(data.train_shards):,} tokens for training are {data.samples_per_epoch:,} "
+            f"samples of data.seq_len={data.seq_len}, and a step reads {a_step:,}: some are read "
+            "several times in one step; prepare more text, or lower data.micro_batch_size, "
+            "trainer.accumulate_grad_batches or data.seq_len"
+        )
+    if (num_targets := len(data.validation_shards) - 1) < data.seq_len:
+        found.append(
+            f"the validation split has {num_targets:,} tokens to predict, fewer than one sample of "
+            f"data.seq_len={data.seq_len}: its loss says little; prepare the text with a larger "
+            "--validation-fraction"
+        )
+    return found
+
+
+def precision_name(precision: object) -> str:
+    """The one name of a precision that has several."""
+    return PRECISION_ALIASES.get(str(precision), str(precision))
+
+
+def check_vocabulary(model_size: int, data_size: int) -> None:
+    """Raise ValueError unless a model's vocabulary is that of its token shards."""
+    if model_size != data_size:
+        raise ValueError(
+            f"model.config.vocab_size={model_size}, but the token shards were made with "
+            f"{data_size} tokens: give --model.config.vocab_size {data_size}"
+        )
+
+
+def check_length(seq_len: int, max_seq_len: int) -> None:
+    """Raise ValueError for samples that are longer than the model's context."""
+    if seq_len > max_seq_len:
+        raise ValueError(
+            f"data.seq_len={seq_len} exceeds model.config.max_seq_len={max_seq_len}: lower the one "
+            "or raise the other"
+        )
+
+
+def num_devices(trainer: Any) -> int | None:
+    """The devices of a node that the settings ask for; None: as many as there are."""
+    devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if isinstance(devices, list):
+        return len(devices)
+    return None if str(devices) in ("auto", "-1") else int(devices)
+
+
+def _check_trainer(trainer: Any) -> None:
+    clip = trainer.gradient_clip_val
+    is_clip = clip is None or 0 <= clip < math.inf
+    _require("trainer.gradient_clip_val", clip, is_clip, "a number >= 0, or null")
+    algorithm = trainer.gradient_clip_algorithm
+    is_known = algorithm in (None, "norm", "value")
+    _require("trainer.gradient_clip_algorithm", algorithm, is_known, "norm or value")
+    profiler = trainer.profiler
+    is_known = not isinstance(profiler, str) or profiler in PROFILERS
+    _require("trainer.profiler", profiler, is_known, ", ".join(PROFILERS))
+    sanity = trainer.num_sanity_val_steps
+    is_steps = sanity is None or sanity >= -1
+    _require("trainer.num_sanity_val_steps", sanity, is_steps, "a whole number >= 0, or -1 for all")
+    limit = trainer.limit_val_batches
+    is_share = isinstance(limit, float) and 0 <= limit <= 1
+    is_count = isinstance(limit, int) and limit >= 0
+    allowed = "a whole number >= 0, or a share from 0.0 to 1.0"
+    _require("trainer.limit_val_batches", limit, limit is None or is_share or is_count, allowed)
+    if trainer.max_time is not None:
+        try:
+            seconds = Timer(trainer.max_time).time_remaining()
+        except (MisconfigurationException, TypeError, OverflowError) as error:
+            raise ValueError(f"trainer.max_time={trainer.max_time!r}: {error}") from error
+        is_time = seconds is not None and seconds > 0
+        _require("trainer.max_time", trainer.max_time, is_time, "longer than 0 s, as DD:HH:MM:SS")
+
+
+def _check_devices(trainer: Any, is_plan: bool) -> None:
+    accelerator, devices = trainer.accelerator, trainer.devices
+    if isinstance(accelerator, str):
+        is_known = accelerator in ACCELERATORS
+        _require("trainer.accelerator", accelerator, is_known, ", ".join(ACCELERATORS))
+    is_cpu = accelerator == "cpu"
+    if accelerator == "auto" and not is_plan:
+        is_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    text = str(devices).strip("[] ")
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if isinstance(devices, list) or "," in text:
+        holds = bool(numbers) and min(numbers) >= 0 and len(set(numbers)) == len(numbers)
+        holds = holds and not is_cpu
+    else:
+        all_of_them = text == "auto" or (text == "-1" and not is_cpu)
+        holds = all_of_them or (len(numbers) == 1 and numbers[0] >= 1)
+    allowed = "a whole number >= 1 or auto" + ("" if is_cpu else ", or the devices' own numbers")
+    _require("trainer.devices", devices, holds, allowed)
+
+
+def _check_precision(trainer: Any, parallel: ParallelConfig) -> None:
+    precision = precision_name(trainer.precision)
+    if precision in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} is not allowed: float16 rounds the gradients "
+            "of a large vocabulary to zero; take bf16-mixed or 32-true"
+        )
+    _require("trainer.precision", trainer.precision, precision in PRECISIONS, ", ".join(PRECISIONS))
+    if parallel.kind == "fsdp" and precision == "bf16-true":
+        raise ValueError(
+            "trainer.precision=bf16-true with parallel.kind=fsdp is not allowed: it must be "
+            "32-true or bf16-mixed"
+        )
+    if parallel.kind == "zero" and parallel.zero_stage == 0 and precision != "32-true":
+        raise ValueError(
+            "parallel.zero_stage=0 trains in float32 alone, and trainer.precision is "
+            f"{trainer.precision}: take stage 1, 2 or 3, or parallel.kind=ddp"
+        )
+    if parallel.kind == "zero" and trainer.gradient_clip_algorithm == "value":
+        raise ValueError(
+            "trainer.gradient_clip_algorithm=value with parallel.kind=zero is not allowed: "
+            "DeepSpeed clips by norm alone"
+        )
+
+
+def _check_model_and_data(settings: Any, is_plan: bool) -> ModelConfig:
+    shape, data = settings.model.config, settings.data
+    has_data = not is_plan or Path(data.dir).exists() or not shape.vocab_size
+    if has_data:
+        index = Index.load(Path(data.dir))
+        shape.vocab_size = shape.vocab_size or index.vocab_size
+        check_vocabulary(shape.vocab_size, index.vocab_size)
+    config = ModelConfig(**_values(shape))
+    check_length(data.seq_len, config.max_seq_len)
+    if has_data:
+        TokenData(**_values(data))  # whether it is whole, and long enough for one sample
+    return config
+
+
+def _values(group: Any) -> dict[str, Any]:
+    """The settings of a group, without the name of the file that they were read from."""
+    return {name: value for name, value in group.as_dict().items() if name != "__path__"}
+
+
+def _require_count(name: str, value: Any) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _require(name, value, is_count, "a whole number >= 1")
+
+
+def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")

@@ -1,0 +1,1 @@
+"""Token shards: prepare them from text, and read them for training."""

@@ -1,0 +1,145 @@
+"""Documents to tokens, in parallel: the side of the split each falls on, and its ids."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stu.tokenizer import Tokenizer
+from train.data.documents import Document
+
+BATCH_CHARS = 1 << 18  # of text sent to a worker at once: some tenths of a second of work
+PIECE_CHARS = 1 << 18  # of one document given to SentencePiece at once, which bounds its memory
+
+
+class Encoded(NamedTuple):
+    """One document, or a piece of one, ready to be written."""
+
+    split: str  # "train" or "validation"
+    tokens: NDArray[Any]  # [tokens], BOS and EOS included; uint16 or uint32
+    num_bytes: int  # of UTF-8 text
+    starts: bool  # False: goes on where the one before ended
+    ends: bool  # False: the next one goes on
+
+
+def split_of(text: str, seed: int, validation_fraction: float) -> str:
+    """`train` or `validation`: a function of the text and the seed, so equal texts go together."""
+    return "validation" if text_hash(text, seed) < validation_fraction else "train"
+
+
+def text_hash(text: str, seed: int) -> float:
+    """A number in [0, 1), uniform over texts."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a worker does with a batch of documents."""
+
+    tokenizer_path: Path
+    seed: int
+    validation_fraction: float
+
+    def __call__(self, documents: list[Document]) -> list[Encoded]:
+        tokenizer = _load_tokenizer(self.tokenizer_path)
+        return [
+            Encoded(
+                split_of(document.text, self.seed, self.validation_fraction),
+                encode_document(tokenizer, document.text),
+                len(document.text.encode()),
+                document.starts,
+                document.ends,
+            )
+            for document in documents
+        ]
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
+    """`[BOS, *tokens of text, EOS]`, in `token_dtype` of the vocabulary."""
+    ids = [tokenizer.bos_id]
+    start = 0
+    while start < len(text):
+        # Ends after a newline if it can: no piece of our own tokenizers crosses one.
+        stop = start + PIECE_CHARS
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        ids += tokenizer.encode(text[start:stop])
+        start = stop
+    ids.append(tokenizer.eos_id)
+    return np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smaller of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def encode_all(
+    texts: Iterable[Document], encoder: Encoder, workers: int
+) -> Generator[Encoded, None, None]:
+    """Encode `texts` with `workers` processes (1: in this one), in order.
+
+    Reads only a few batches ahead of what has been consumed. Raises BrokenProcessPool if a worker
+    dies.
+    """
+    if workers == 1:
+        for batch in _batches(texts):
+            yield from encoder(batch)
+        return
+    waiting: deque[Future[list[Encoded]]] = deque()
+    # Not fork: this process may have threads, of the progress bar for one.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+        try:
+            for batch in _batches(texts):
+                waiting.append(pool.submit(encoder, batch))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    chars = 0
+    for document in texts:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent ends the workers in good order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot tell its workers to stop, and they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

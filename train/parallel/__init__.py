@@ -1,0 +1,1 @@
+"""Distributed training strategies: DDP, DeepSpeed ZeRO and FSDP2."""

@@ -1,0 +1,96 @@
+"""PyTorch's fully sharded data parallelism (FSDP2) as a Lightning strategy, on GPUs and CPUs.
+
+Each block's weights are gathered when it is computed, in bfloat16 if the run is, and its gradients
+are summed over the ranks in float32. What ranks hold, and the optimizer's steps, are float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stu.hyena import ImplicitFilter
+from stu.model import FlashSTU
+from train.checkpoint.folder import MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint.sharded import ShardedSaving
+from train.checkpoint.writer import CheckpointWriter
+
+
+class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
+    """Weights, gradients and the optimizer's state divided among all ranks."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        super().__init__(tensor_parallel_size=1)
+        self.writer = writer
+
+    def setup_environment(self) -> None:
+        # Left to itself it would have the ranks of one node not share anything.
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def divide(self, model: FlashSTU) -> None:
+        """Among the ranks, block by block; what is outside of them stays gathered in a step."""
+        is_half = self.precision_plugin.precision == "bf16-mixed"
+        filters = [its for its in model.modules() if isinstance(its, ImplicitFilter)]
+        for module in (*filters, *model.blocks, model):
+            rounds = is_half and module not in filters
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if rounds else None,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,  # an STU's filters are one, and stay float32
+            )
+            fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+        register_fsdp_forward_method(model, "hidden")
+
+    def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, parameter in self._parameters():
+            yield WEIGHT, name, _whole(parameter)
+            state = self.optimizers[0].state.get(parameter, {})
+            for kind in MOMENTS if state else ():
+                yield kind, name, _whole(state[kind])
+
+    def optimizer_step_count(self) -> int:
+        states = list(self.optimizers[0].state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        return self.optimizers[0].param_groups
+
+    @torch.no_grad()
+    def scatter(self, folder: CheckpointFolder) -> None:
+        step = folder.training["optimizer_step"]
+        for name, parameter in self._parameters():
+            parameter.copy_(_like(parameter, folder.tensor(WEIGHT, name)))
+            if step:
+                self.optimizers[0].state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    **{kind: _like(parameter, folder.tensor(kind, name)) for kind in MOMENTS},
+                }
+
+    def _parameters(self) -> list[tuple[str, DTensor]]:
+        module: Any = self.lightning_module
+        module.model.reshard()  # after a validation the outermost ones are still gathered
+        return list(module.model.named_parameters())
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.detach().full_tensor()
+    return whole
+
+
+def _like(parameter: DTensor, whole: Tensor) -> DTensor:
+    """This rank's share of it; every rank has the whole."""
+    return distribute_tensor(
+        whole.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        src_data_rank=None,
+    )

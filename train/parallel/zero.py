@@ -1,0 +1,209 @@
+"""DeepSpeed's ZeRO as a Lightning strategy, on GPUs (NCCL) and on CPUs (gloo).
+
+Checkpoints are `train.checkpoint.folder`s, parameter by parameter: any number of ranks, at any
+stage, goes on from them, and no pickle is read, unlike in DeepSpeed's own.
+"""
+
+import collections
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, which looks for a device
+
+import deepspeed
+import deepspeed.ops
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor
+
+from train.checkpoint.folder import MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint.sharded import ShardedSaving
+from train.checkpoint.writer import CheckpointWriter
+
+
+class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
+    """Stage 0 to 3; `offload` keeps the optimizer's state and step on the CPU."""
+
+    def __init__(self, stage: int, offload: bool, writer: CheckpointWriter) -> None:
+        self._stage, self.writer = stage, writer
+        super().__init__(
+            stage=stage,
+            zero_optimization=stage > 0,
+            offload_optimizer=offload,
+            # Torch's own AdamW takes the step: DeepSpeed's would be compiled at the first start.
+            zero_allow_untested_optimizer=True,
+            contiguous_gradients=True,
+            overlap_comm=torch.cuda.is_available(),
+        )
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False
+
+    @property
+    def root_device(self) -> torch.device:
+        if isinstance(self.accelerator, CPUAccelerator):
+            return torch.device("cpu", self.local_rank)
+        return super().root_device
+
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            super().setup_environment()
+            return
+        # DeepSpeed would compile its own operations, for a minute; torch's do.
+        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+        self._process_group_backend = "gloo"
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def init_deepspeed(self) -> None:
+        if self.zero_stage_3:
+            # The loss reads it outside the module that it belongs to.
+            matrix = self._flash_stu.embedding.weight
+            deepspeed.zero.register_external_parameter(self.lightning_module, matrix)
+        super().init_deepspeed()
+
+        if self._stage in (0, 3):
+            self._skip_what_is_not_finite()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the number of micro-batches, and DeepSpeed would again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
+        has_moments = self.optimizer_step_count() > 0
+        if has_moments:
+            self._link_moments()
+        for name, parameter in self._named_parameters():
+            yield WEIGHT, name, self._full(parameter, None)
+            for kind in MOMENTS if has_moments else ():
+                yield kind, name, self._full(parameter, kind)
+
+    def optimizer_step_count(self) -> int:
+        states = list(self._torch_optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._torch_optimizer.param_groups
+        return groups
+
+    @torch.no_grad()
+    def scatter(self, folder: CheckpointFolder) -> None:
+        step = folder.training["optimizer_step"]
+        if step:
+            for held in self._held():
+                self._torch_optimizer.state[held] = {
+                    "step": torch.tensor(float(step)),
+                    **{kind: torch.zeros_like(held) for kind in MOMENTS},
+                }
+            self._link_moments()
+        for name, parameter in self._named_parameters():
+            self._set(parameter, None, folder.tensor(WEIGHT, name))
+            for kind in MOMENTS if step else ():
+                self._set(parameter, kind, folder.tensor(kind, name))
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            pairs = zip(
+                self._zero.fp16_partitioned_groups_flat,
+                self._zero.fp32_partitioned_groups_flat,
+                strict=True,
+            )
+            for computed, held in pairs:
+                computed.copy_(held)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer, around torch's."""
+        return self.deepspeed_engine.optimizer
+
+    @property
+    def _torch_optimizer(self) -> Any:
+        return self.deepspeed_engine.basic_optimizer
+
+    def _skip_what_is_not_finite(self) -> None:
+        """As stages 1 and 2 do: they leave out an update whose gradients are not finite."""
+        engine, zero = self.deepspeed_engine, self._zero
+        if self._stage == 0:
+            # Gradients are the module's, which drops them; there is nothing to clip then.
+            clip = engine.clip_fp32_gradients
+
+            def clip_if_any() -> None:
+                if any(parameter.grad is not None for parameter in engine.module.parameters()):
+                    clip()
+
+            engine.clip_fp32_gradients = clip_if_any
+            return
+
+        def skips_update(update_scale: bool = True) -> Any:
+            zero.overflow = False
+            zero.check_overflow()  # which it does by itself in float16 alone
+            if update_scale:
+                return zero._loss_scale_update_and_overflow_cleanup()
+            return zero.overflow
+
+        zero._overflow_check_and_loss_scale_update = skips_update
+
+    def _link_moments(self) -> None:
+        """Have DeepSpeed know which part of torch's state belongs to which parameter."""
+        if self._stage in (1, 2):
+            self._zero._hp_optimizer_states_linked = False  # it may have been to no state yet
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def _flash_stu(self) -> Any:
+        module: Any = self.lightning_module
+        return module.model
+
+    def _named_parameters(self) -> list[tuple[str, Any]]:
+        return list(self._flash_stu.named_parameters())
+
+    def _held(self) -> list[Tensor]:
+        """What torch's optimizer updates on this rank."""
+        if self._stage == 0:
+            return [parameter for _, parameter in self._named_parameters()]
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self._zero, name):
+                return list(getattr(self._zero, name))
+        raise AssertionError(f"unknown optimizer of DeepSpeed: {type(self._zero).__name__}")
+
+    def _full(self, parameter: Any, kind: str | None) -> Any:
+        """The whole tensor, on every rank."""
+        if self._stage == 0:
+            return (
+                parameter.detach() if kind is None else self._torch_optimizer.state[parameter][kind]
+            )
+        if kind is None:
+            return deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
+
+    def _set(self, parameter: Any, kind: str | None, value: Tensor) -> None:
+        """This rank's share of it."""
+        if self._stage == 0:
+            held = parameter if kind is None else self._torch_optimizer.state[parameter][kind]
+            held.copy_(value)
+        elif self._stage < 3 and kind is None:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        elif self._stage < 3:
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
+        else:
+            count = parameter.ds_tensor.numel()
+            padded = value.new_zeros(count * self.world_size)
+            padded[: value.numel()] = value.flatten()
+            own = padded[self.global_rank * count :][:count]
+            if kind is None:
+                deepspeed.utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, own, kind)
