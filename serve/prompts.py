@@ -1,6 +1,5 @@
 """From a prompt and its settings, as a row of a file holds them, to a request."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,6 +10,7 @@ import numpy as np
 from serve.request import Request
 from serve.request_limits import require_room
 from serve.sampling.sampler import SamplingParams
+from stu.common.errors import show
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 
@@ -104,12 +104,6 @@ def require_unicode(name: str, text: str) -> None:
             f"{name} has half of a surrogate pair at character {error.start}: "
             "write the whole character"
         ) from error
-
-
-def show(value: object) -> str:
-    """`value` as JSON, shortened; what JSON has no form for as Python writes it."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _with_seed(given: Mapping[str, Any]) -> dict[str, Any]:

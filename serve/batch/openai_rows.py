@@ -8,7 +8,8 @@ from serve.batch.rows import Json, Refusal, Row
 from serve.completion import Completion
 from serve.openai.completions import Completions, in_openai_words, require, require_known
 from serve.openai.schemas import error_body
-from serve.prompts import require_unicode, show
+from serve.prompts import require_unicode
+from stu.common.errors import show
 
 FIELDS = ["custom_id", "method", "url", "body"]
 TEXT_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"

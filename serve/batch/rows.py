@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 from serve.batch.source import Source
 from serve.completion import Completion
-from serve.prompts import SETTINGS, RequestBuilder, require_unicode, show
+from serve.prompts import SETTINGS, RequestBuilder, require_unicode
 from serve.request import Request
+from stu.common.errors import show
 from stu.config import nearest
 
 Json = dict[str, Any]

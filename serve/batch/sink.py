@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from serve.prompts import show
+from stu.common.errors import show
 from stu.common.files import new_file
 
 SPOILT = "spoilt"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.batch.checked_file import Changed, FileDigest
-from serve.prompts import show
 from stu.common.compressed import open_decompressed
+from stu.common.errors import show
 
 PARQUET_MAGIC = b"PAR1"
 

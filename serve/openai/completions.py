@@ -10,10 +10,11 @@ from serve.completion import Completion
 from serve.openai.choices import ChoiceWriter
 from serve.openai.fields import HARMLESS, TEXT_NEUTRAL, without_inert
 from serve.openai.response_format import constraint_of
-from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicode, show
+from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicode
 from serve.request import Request
 from serve.sampling.sampler import MOST_LOGPROBS
 from serve.server.config import JsonWhitespace
+from stu.common.errors import show
 from stu.config import nearest
 from stu.tokenizer import Tokenizer
 

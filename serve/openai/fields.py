@@ -8,7 +8,7 @@ fields are declared in `serve.openai.schemas`. `docs/serving.md` has a table of 
 from collections.abc import Mapping
 from typing import Any
 
-from serve.prompts import show
+from stu.common.errors import show
 
 Json = dict[str, Any]
 Neutral = Mapping[str, tuple[tuple[Any, ...], str]]

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from serve.prompts import show
 from serve.sampling.grammar import Constraint
 from serve.server.config import JsonWhitespace
+from stu.common.errors import show
 
 FLEXIBLE = r"\r?\n?[ \t]{0,32}"
 """White space between two tokens of JSON: not without end, or a model might write nothing else."""

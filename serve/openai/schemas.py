@@ -33,7 +33,8 @@ from serve.openai.fields import (
     Neutral,
     without_inert,
 )
-from serve.prompts import MOST_STOP_TOKENS, show
+from serve.prompts import MOST_STOP_TOKENS
+from stu.common.errors import show
 
 MOST_BIASES = 4096
 MOST_MESSAGES = 1024

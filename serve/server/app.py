@@ -29,7 +29,7 @@ from serve.openai.schemas import (
     TokenizeBody,
     error_body,
 )
-from serve.prompts import require_unicode, show
+from serve.prompts import require_unicode
 from serve.request import Request as EngineRequest
 from serve.request_limits import ContextLengthError, check_request
 from serve.sampling.grammar import Grammars
@@ -41,6 +41,7 @@ from serve.server.page import add_playground
 from serve.server.replicas.dispatch import Busy, Refused, Replicas, Unavailable
 from serve.server.slices import Threads, json_slices, pieces
 from serve.server.streams import Answer, TimedOut, event
+from stu.common.errors import show
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
 
