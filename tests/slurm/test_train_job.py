@@ -181,6 +181,22 @@ def test_goes_on_after_a_rank_is_killed(cluster, job, whole, data):
 
 
 @pytest.mark.slow
+def test_saves_and_goes_on_when_it_is_preempted(cluster, job, whole, data):
+    """Of which Slurm tells the ranks alone, by SIGTERM, when its grace time begins."""
+    job.wait_for_step(STOP)
+    urgent = cluster.submit(
+        *("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    )
+    job.finish()
+    assert cluster.state(urgent) == "COMPLETED"
+    assert "requeued: preempted while training, with code 143" in job.log
+    assert cluster.restarts(job.number) == 1
+    stopped = int(re.findall(r"stopped at step (\d+) of", job.log)[0])
+    assert (job.run_dir / "checkpoints" / f"step-{stopped:08d}.ckpt").exists()
+    assert_as_if_nothing_had_been(job, whole, data)
+
+
+@pytest.mark.slow
 def test_goes_on_after_a_node_is_lost(cluster, job, whole, data):
     job.wait_for_step(STOP)
     cluster.kill_node("n2")
