@@ -11,7 +11,8 @@ class UserError(ValueError):
 
     Args:
         field: Name of the setting, field or file, as the user writes it.
-        value: The value that was refused. The message leaves it out if it is `UNSET`.
+        value: The value that was refused. The message leaves it out if it is `UNSET`. Give it
+            beside `message` if that quotes what the user wrote: logs then leave the message out.
         allowed: What is allowed, to follow "it must be".
         fix: What to do, in the imperative.
         message: The whole message, where the other parts do not make a good sentence.
@@ -29,11 +30,24 @@ class UserError(ValueError):
         code: str | None = None,
     ) -> None:
         self.field, self.value, self.allowed, self.fix, self.code = field, value, allowed, fix, code
-        name = field if value is UNSET else f"{field}={show(value)}"
-        parts = [f"it must be {allowed}" if allowed else "", fix]
-        super().__init__(
-            message or f"{name} is not allowed: {'; '.join(part for part in parts if part)}"
+        self._message = message
+        super().__init__(message or self._composed(value))
+
+    def renamed(self, field: str) -> "UserError":
+        """Return the same error about a field with another name."""
+        return UserError(
+            field, self.value, self.allowed, self.fix, message=self._message, code=self.code
         )
+
+    def without_value(self) -> str:
+        """Return the message without what the user wrote, for logs."""
+        return self._composed(UNSET) if self.value is not UNSET else str(self)
+
+    def _composed(self, value: object) -> str:
+        name = self.field if value is UNSET else f"{self.field}={show(value)}"
+        reasons = [f"it must be {self.allowed}" if self.allowed else "", self.fix]
+        reason = "; ".join(filter(None, reasons))
+        return f"{name} is not allowed" + (f": {reason}" if reason else "")
 
 
 def show(value: object, most_characters: int = 60) -> str:
