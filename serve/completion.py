@@ -29,16 +29,18 @@ class Gathering:
     request: Request
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[Sequence[TokenLogprobs]] = field(default_factory=list)
+    """As they came, which may be packed."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: FinishReason | None = None
 
     def add(self, output: Output) -> None:
         """The next output."""
         self.tokens += output.tokens
         self.texts.append(output.text)
-        self.logprobs += output.logprobs
-        self.prompt_logprobs += output.prompt_logprobs
+        if output.logprobs:
+            self.logprobs.append(output.logprobs)
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.finish_reason = output.finish_reason
 
     @property
@@ -49,10 +51,11 @@ class Gathering:
 
     def completion(self) -> Completion:
         """All of it. A stop token has no text, and is not counted."""
+        logprobs = [its for part in self.logprobs for its in part]
         return Completion(
             "".join(self.texts),
             self.num_tokens,
-            self.logprobs[: self.num_tokens],
+            logprobs[: self.num_tokens],
             self.finish_reason,
             self.prompt_logprobs,
         )

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Callable
 
 from serve.request import Output
+from serve.server.replicas.wire import PackedLogprobs
 
-MOST_BYTES_BEHIND = 64 * 2**20
+MOST_BYTES_BEHIND = 16 * 2**20
 """Memory of what one client has yet to read, beside what its socket holds."""
-BYTES_OF_OUTPUT, BYTES_OF_LOGPROB = 500, 100
-"""Memory of an output, and of a token's log probability, about."""
+BYTES_OF_OUTPUT, BYTES_OF_TOKEN = 500, 8
+"""Memory of an output without its tokens and log probabilities, about, and of a token."""
 
 
 class EngineError(Exception):
@@ -20,25 +21,27 @@ class BehindError(EngineError):
 
 
 class Arrivals:
-    """Outputs that a reader has yet to take: `fall_behind` is called, once, if they are too many.
+    """Outputs that a reader has yet to take.
 
-    They are counted by the memory that they take, about.
+    cut_off: called with their memory, about, while it is too much. It returns whether the reader is
+    cut off, and nothing more is kept for it.
     """
 
-    def __init__(self, fall_behind: Callable[[int], None]) -> None:
+    def __init__(self, cut_off: Callable[[int], bool]) -> None:
         self._queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
-        self._fall_behind: Callable[[int], None] | None = fall_behind
+        self._cut_off = cut_off
+        self._is_cut_off = False
         self._num_bytes = 0
 
     def put(self, index: int, output: Output | Exception | None) -> None:
         """Add what came for choice `index`: an output, why there are no more, or their end."""
-        if self._fall_behind is None:
+        if self._is_cut_off:
             return
-        if self._num_bytes > MOST_BYTES_BEHIND:
-            fall_behind, self._fall_behind = self._fall_behind, None
-            self._queue = asyncio.Queue()
+        if self._num_bytes > MOST_BYTES_BEHIND and self._cut_off(self._num_bytes):
+            self._is_cut_off = True
+            while not self._queue.empty():
+                self._queue.get_nowait()
             output = BehindError("the client reads too slowly")
-            fall_behind(self._num_bytes)
         self._queue.put_nowait((index, output))
         self._num_bytes += _num_bytes(output)
 
@@ -52,9 +55,6 @@ class Arrivals:
 def _num_bytes(output: Output | Exception | None) -> int:
     if not isinstance(output, Output):
         return 0
-    of_logprobs = [
-        len(logprobs) * (1 + len(logprobs[0].top))
-        for logprobs in (output.logprobs, output.prompt_logprobs)
-        if logprobs
-    ]
-    return BYTES_OF_OUTPUT + BYTES_OF_LOGPROB * (len(output.tokens) + sum(of_logprobs))
+    packed = [output.logprobs, output.prompt_logprobs]
+    of_logprobs = sum(its.num_bytes for its in packed if isinstance(its, PackedLogprobs))
+    return BYTES_OF_OUTPUT + BYTES_OF_TOKEN * len(output.tokens) + of_logprobs

@@ -72,7 +72,7 @@ class Connection(H11Protocol):
 
     def __init__(self, registry: Registry, **settings: Any) -> None:
         super().__init__(**settings)
-        self.app_state = {**self.app_state, "cut_off": self.cut_off}
+        self.app_state = {**self.app_state, "cut_off_if_stalled": self.cut_off_if_stalled}
         self._registry = registry
         self.opener = asyncio.current_task()
         """Ends once the connection is made, with TLS after its handshake."""
@@ -147,6 +147,14 @@ class Connection(H11Protocol):
         """End it at once, and whatever is unsent."""
         logger.warning("a connection was cut off: %s", reason)
         self.transport.abort()
+
+    def cut_off_if_stalled(self, reason: str) -> bool:
+        """End it at once if writing waits for its client; return whether it does. What waits for
+        this process to write it is no fault of a client."""
+        is_stalled = self.flow.write_paused
+        if is_stalled:
+            self.cut_off(reason)
+        return is_stalled
 
     def _feed(self) -> None:
         """Parse what has come, a part at a time: a body of chunks of a byte takes long."""

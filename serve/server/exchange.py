@@ -52,8 +52,9 @@ class Exchange:
     any."""
     param: str | None = None
     code: str | None = None
-    cut_off: Callable[[str], None] = lambda reason: None
-    """Closes the client's connection at once, for a reason that the log gets."""
+    cut_off_if_stalled: Callable[[str], bool] = lambda reason: True
+    """Closes the client's connection at once, for a reason that the log gets, if the client takes
+    nothing; returns whether it did."""
 
     def refuse(self, body: Any) -> None:
         """Remember OpenAI's body of an error, for the log."""
@@ -86,8 +87,10 @@ class Exchanges:
             return
         address = scope["client"][0] if scope.get("client") else "local"
         exchange = Exchange(request_id(scope["headers"]), address)
-        if cut_off := scope.get("state", {}).get("cut_off"):  # of serve.server.connection
-            exchange.cut_off = cut_off
+        if cut_off := scope.get("state", {}).get(
+            "cut_off_if_stalled"
+        ):  # of serve.server.connection
+            exchange.cut_off_if_stalled = cut_off
         status, began = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:

@@ -116,14 +116,14 @@ class Answer:
 
     async def outputs(self, keeps_logprobs: bool = True) -> AsyncIterator[tuple[int, Output]]:
         """All streams' outputs as they come, each with the number of its choice. A reader that
-        stops early ends them all; so does an error of one. A reader that falls too far behind is
-        cut off.
+        stops early ends them all; so does an error of one. A reader that takes nothing is cut off
+        once it is too far behind.
 
         keeps_logprobs: for the answer in one, which is written at the end.
 
         Raises Refused, Unavailable, EngineError, or TimedOut.
         """
-        arrived = Arrivals(self._fall_behind)
+        arrived = Arrivals(self._cut_off)
         late = TimedOut(f"not done within {self.timeout_seconds:g} seconds")
         left = self.arrived + self.timeout_seconds - time.monotonic()
 
@@ -163,10 +163,14 @@ class Answer:
                 self.replicas.abort(stream)
             self._log()
 
-    def _fall_behind(self, num_bytes: int) -> None:
+    def _cut_off(self, num_bytes: int) -> bool:
+        if not self.exchange.cut_off_if_stalled(
+            f"its client is {num_bytes} bytes of tokens behind"
+        ):
+            return False
         for stream in self.streams:
             self.replicas.abort(stream)
-        self.exchange.cut_off(f"its client is {num_bytes} bytes of tokens behind")
+        return True
 
     async def _forward(self, index: int, stream: Stream, arrived: "Arrivals") -> None:
         metrics, last = self.metrics, self.arrived
@@ -198,22 +202,19 @@ class Answer:
             metrics.request_prompt_tokens.observe(len(stream.request.tokens))
             metrics.request_generation_tokens.observe(num_tokens)
 
-    def _completions(self) -> list[Completion]:
-        return [its.completion() for its in self._gathered]
-
     def _log(self) -> None:
-        completions = self._completions()
         fields = {
             "request_id": self.exchange.request_id,
             "client": self.exchange.client,
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.usage(),
-            "finish_reasons": [its.finish_reason or "abort" for its in completions],
+            "finish_reasons": [its.finish_reason or "abort" for its in self._gathered],
         }
         if self._error:
             fields["error"] = self._error if self.prompts is not None else unquoted(self._error)
         if self.prompts is not None:
-            fields |= {"prompts": self.prompts, "completions": [its.text for its in completions]}
+            completions = ["".join(its.texts) for its in self._gathered]
+            fields |= {"prompts": self.prompts, "completions": completions}
         logger.info("request ended", extra={"fields": fields})
 
 

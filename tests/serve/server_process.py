@@ -78,6 +78,11 @@ class ServerProcess:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
+    def resident_bytes(self):
+        """The memory of the server's own process and of its engines, each."""
+        processes = [psutil.Process(self.process.pid), *self.replicas()]
+        return [process.memory_info().rss for process in processes]
+
     def stop(self):
         """Ask it to, and wait: its exit code."""
         self.process.send_signal(signal.SIGTERM)

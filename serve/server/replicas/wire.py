@@ -6,9 +6,9 @@ To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": i
 Times are those of the monotonic clock, which processes of one machine share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, overload
 
 import msgpack
 
@@ -39,6 +39,41 @@ class Unpacker:
         yield from self._unpacker
 
 
+class PackedLogprobs(Sequence[TokenLogprobs]):
+    """Log probabilities as an engine sent them, unpacked where they are used: as objects they take
+    nine times the memory."""
+
+    __slots__ = ("_packed",)
+
+    def __init__(self, packed: bytes) -> None:
+        self._packed = packed
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that they take."""
+        return len(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._unpacked())
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprobs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenLogprobs]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenLogprobs | list[TokenLogprobs]:
+        return self._unpacked()[index]
+
+    def __iter__(self) -> Iterator[TokenLogprobs]:
+        return iter(self._unpacked())
+
+    def _unpacked(self) -> list[TokenLogprobs]:
+        return [
+            TokenLogprobs(*each) for each in msgpack.unpackb(self._packed, strict_map_key=False)
+        ]
+
+
 def request_to_wire(request: Request) -> Message:
     """All of its fields. (`asdict` would copy each token of a prompt.)"""
     values = {field.name: getattr(request, field.name) for field in fields(request)}
@@ -65,7 +100,7 @@ def output_to_wire(output: Output, request_id: int) -> Message:
     values = {"request_id": request_id, "tokens": list(output.tokens), "text": output.text}
     for name in ("logprobs", "prompt_logprobs"):
         if its := getattr(output, name):
-            values[name] = [[each.token, each.logprob, each.top] for each in its]
+            values[name] = msgpack.packb([[each.token, each.logprob, each.top] for each in its])
     if output.finish_reason is not None:
         values |= {name: getattr(output, name) for name in ("finish_reason", "error", "is_refused")}
     return values
@@ -75,5 +110,5 @@ def output_from_wire(values: Message) -> Output:
     """From what `output_to_wire` gave."""
     for name in ("logprobs", "prompt_logprobs"):
         if name in values:
-            values[name] = [TokenLogprobs(*each) for each in values[name]]
+            values[name] = PackedLogprobs(values[name])
     return Output(**values)

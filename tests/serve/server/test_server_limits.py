@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -153,11 +153,24 @@ def test_idle_connections_starve_neither_health_nor_engines(
         assert len("".join(server.lines)) < 100_000
 
 
+@contextmanager
+def asking(server, path, body):
+    """Send a request, and give the connection, of which nobody reads a byte."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        client.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+        yield client
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_clients_that_read_nothing_are_cut_off(model_directory, patched, path):
-    """When they are too far behind; what they did not read is not kept."""
+    """When they are too far behind; what they did not read is not kept. What is behind because the
+    server has yet to write it cuts off nobody."""
     environment = patched(
-        "import serve.server.arrivals\nserve.server.arrivals.MOST_BYTES_BEHIND = 100_000\n"
+        "import serve.server.arrivals\nserve.server.arrivals.MOST_BYTES_BEHIND = 10_000\n"
     )
     with serving(model_directory, **environment) as server:
         body = {"n": 128, "max_tokens": 50, "stop_at_eos": False, "stream": True}
@@ -166,16 +179,52 @@ def test_clients_that_read_nothing_are_cut_off(model_directory, patched, path):
             del body["prompt"]
             body |= {"messages": [{"role": "user", "content": "x"}]}
             body |= {"logprobs": True, "top_logprobs": 20, "max_tokens": 40}
-        data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        with socket.socket() as reader:
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            reader.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-            reader.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+        with (
+            server.client() as http,
+            http.stream("POST", path, json={**body, "max_tokens": 3}) as answer,
+        ):
+            assert len(events(answer)) == 3 * 128
+        with asking(server, path, body):
             eventually(lambda: any("bytes of tokens behind" in line for line in server.lines))
             eventually(lambda: server.metric("vllm:num_requests_running") == 0)
             eventually(lambda: server.pages_used() == 0)
         assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
+
+
+@pytest.mark.slow
+def test_clients_that_read_nothing_leave_no_memory_behind(model_directory):
+    """No more than clients leave that read the same answers, who get them whole; and what is kept
+    for clients that read nothing is small meanwhile."""
+    path = "/v1/completions"
+    body = {"prompt": ["x"] * 4, "n": 128, "max_tokens": 60, "stop_at_eos": False}
+    body |= {"logprobs": 20, "stream": True}
+    options = "--max-choices", 512, "--max-waiting", 1024, "--max-running", 256
+    with serving(model_directory, *options) as server:
+
+        def read(max_tokens):
+            with (
+                server.client() as http,
+                http.stream("POST", path, json={**body, "max_tokens": max_tokens}) as answer,
+            ):
+                found.append(b"".join(answer.iter_raw())[-14:])
+
+        before = None
+        for max_tokens in (2, 60):
+            found = []
+            threads = [threading.Thread(target=read, args=[max_tokens]) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == [b"data: [DONE]\n\n"] * 2
+            before = before or server.peak_bytes()
+        server_bytes, engine_bytes = server.resident_bytes()
+        with asking(server, path, body), asking(server, path, body):
+            eventually(lambda: "".join(server.lines).count("bytes of tokens behind") == 2)
+            eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+            allowed = server_bytes + 30e6, engine_bytes + 30e6
+            eventually(lambda: all(map(float.__gt__, allowed, server.resident_bytes())), 30)
+        assert server.peak_bytes() - before < 60e6
 
 
 @pytest.mark.slow
