@@ -27,8 +27,9 @@ from serve.cache.page_pool import pages_for
 from serve.cache.tiles import TileFlush
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from train.plan.costs import GPUS, USABLE_SHARE
-from train.plan.memory import num_parameters
+from train.flops import num_parameters
+from train.gpus import GPUS
+from train.plan.costs import USABLE_SHARE
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 SIZES = ["hybrid-2.7b", "hybrid-7b", "hybrid-13b"]

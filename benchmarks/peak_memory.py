@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from benchmarks import heap
-from train.measured import most_bytes, resident_bytes
+from train.gpus import peak_bytes, resident_bytes
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 Result = TypeVar("Result")
@@ -27,4 +27,4 @@ def peak_gib(run: Callable[[], Result]) -> tuple[Result, float]:
     before = resident_bytes()
     CLEAR_REFS.write_text("5")  # what was most so far is forgotten
     result = run()
-    return result, most_bytes(torch.device("cpu"), before) / 2**30
+    return result, peak_bytes(torch.device("cpu"), before) / 2**30

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe
 from stu.config import ModelConfig
-from train.plan.memory import num_parameters
+from train.flops import num_parameters
 from train.report import gzip_bits_per_byte, read_curves, unigram_bits_per_byte
 
 VOCAB_SIZE, NUM_LAYERS, NUM_HEADS = 4096, 4, 4

@@ -19,7 +19,8 @@ from benchmarks.costs import FLOAT_BYTES
 from benchmarks.operations import operations
 from serve.engine.packing import packed_product
 from stu.layers import RMSNorm
-from train.plan.costs import FFT_SHARE, GPUS, PRODUCT_SHARE
+from train.gpus import GPUS
+from train.plan.costs import FFT_SHARE, PRODUCT_SHARE
 
 LEAST_SECONDS, LEAST_CALLS = 0.2, 3
 """Of each measurement."""
@@ -120,7 +121,7 @@ def mean_rates(several: Sequence[Rates]) -> Rates:
 
 
 def of_gpu(name: str) -> Rates:
-    """Of a kind that is in no reach, from its data sheet (`train.plan.costs.GPUS`), which does not
+    """Of a kind that is in no reach, from its data sheet (`train.gpus.GPUS`), which does not
     tell of streams and operations."""
     gpu = GPUS[name]
     # A transform reads its numbers and writes as many, four bytes each.

@@ -12,10 +12,11 @@ import yaml
 
 from benchmarks.machine import describe
 from stu.config import ModelConfig
+from train.flops import num_parameters, token_flops
+from train.gpus import GPUS
 from train.parallel.config import ParallelConfig
-from train.plan.costs import GPUS, USABLE_SHARE, exchanged_bytes, step_seconds, token_flops
+from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
 from train.plan.fits import Fits, stages
-from train.plan.memory import num_parameters
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 SIZES = [

@@ -15,7 +15,7 @@ from stu.attention import sliding_window_attention
 from stu.config import ModelConfig
 from stu.layers import Memory, TensordotSTU
 from stu.model import FlashSTU
-from train.plan.costs import token_flops
+from train.flops import token_flops
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def make_model(layout: str, shape: ModelConfig) -> FlashSTU:
 
 
 def flops_per_token(name: str, model: FlashSTU, context: int) -> dict[str, float | None]:
-    """Of one sequence, as `train.plan.costs` counts them; it knows no two-branch convolution."""
+    """Of one sequence, as `train.flops` counts them; it knows no two-branch convolution."""
     config = model.config  # of an attention model the hybrid's, with as many attention blocks
     if name in ("attention", "attention_sdpa"):
         config = replace(config, window_tokens=context)

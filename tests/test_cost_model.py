@@ -15,7 +15,7 @@ from serve.cache.paged_futurefill import ConvolutionCache
 from serve.cache.tiles import TileFlush
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from train.plan.memory import num_parameters
+from train.flops import num_parameters
 
 RATES = Rates(
     bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, streams=5.0, operations=4.0

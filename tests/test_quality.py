@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import quality
-from train.plan.memory import num_parameters
+from train.flops import num_parameters
 
 
 def test_shapes_have_as_many_weights():

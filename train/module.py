@@ -24,11 +24,11 @@ from train.callbacks.progress import warned
 from train.config import check_length, check_vocabulary
 from train.data.loader import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
+from train.flops import token_flops
+from train.gpus import GPUS, known_gpu, peak_bytes, resident_bytes
 from train.loss import next_token_loss, token_losses
-from train.measured import most_bytes, resident_bytes
 from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
 from train.parallel.fsdp import FsdpStrategy
-from train.plan.costs import GPUS, known_gpu, token_flops
 from train.start.same_run import result_settings, training_record
 
 
@@ -187,7 +187,7 @@ class FlashSTUModule(L.LightningModule):
         loss = torch.stack(self._losses).mean()
         if self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        gib = most_bytes(self.device, self._resident_before) / 2**30
+        gib = peak_bytes(self.device, self._resident_before) / 2**30
         (gib,) = largest_of_ranks(self.trainer, gib)
         metrics: dict[str, float | Tensor] = {
             "train/loss": loss,

@@ -13,7 +13,7 @@ from stu.tokenizer import Tokenizer
 from tests.train.conftest import MODEL
 from train import report
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
-from train.plan.costs import token_flops
+from train.flops import token_flops
 from train.run import run
 
 

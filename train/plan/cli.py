@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, others = parser.parse_known_args(arguments)
     # Imported late, for it takes seconds.
     from train.config import data_warnings, num_devices
-    from train.plan.costs import GPUS
+    from train.gpus import GPUS
     from train.run import parse_settings
     from train.start.agreement import UserError
 
@@ -92,14 +92,9 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     from rich.table import Table
 
     from train.config import precision_name
-    from train.plan.costs import (
-        GPUS,
-        USABLE_SHARE,
-        exchanged_bytes,
-        known_gpu,
-        step_seconds,
-        token_flops,
-    )
+    from train.flops import token_flops
+    from train.gpus import GPUS, known_gpu
+    from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
     from train.plan.fits import Fits, stages
     from train.plan.memory import fft_bytes
 
@@ -186,7 +181,7 @@ def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int, is_half:
 
 
 def _millions(config: "ModelConfig") -> str:
-    from train.plan.memory import num_parameters
+    from train.flops import num_parameters
 
     return f"{num_parameters(config) / 1e6:,.1f}"
 

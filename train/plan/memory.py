@@ -5,7 +5,6 @@ by running it on tensors without contents (torch's FakeTensorMode and MemTracker
 gradients and the optimizer take follows from the ZeRO stage (Rajbhandari et al. 2020, section 5).
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,9 +22,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from stu import convolution, layers
 from stu import model as flash_stu
 from stu.config import ModelConfig
-from stu.hyena import ImplicitFilter
 from stu.model import FlashSTU
 from train import loss
+from train.flops import convolution_shape, layer_period, max_block_parameters, num_parameters
 from train.loss import next_token_loss
 from train.parallel.config import ParallelConfig, prepare_blocks
 
@@ -103,52 +102,6 @@ def rank_memory(
         buffers = min(buffers, 3 * width * count)
     optimizer = 0 if parallel.offload_optimizer else master + moments
     return RankMemory(weights + filters, gradients, optimizer, buffers, activations)
-
-
-@functools.cache
-def num_parameters(config: ModelConfig) -> int:
-    """Return how many weights the model has."""
-    outside = config.width * (config.vocab_size + 1)  # the embedding and the last norm
-    return outside + sum(block.parameters for block in _blocks(config))
-
-
-@functools.cache
-def num_filter_parameters(config: ModelConfig) -> int:
-    """Return how many weights make Hyena's filters."""
-    return sum(block.filter_parameters for block in _blocks(config))
-
-
-@functools.cache
-def max_block_parameters(config: ModelConfig) -> int:
-    """Return the weights of the largest block."""
-    return max(block.parameters for block in _blocks(config))
-
-
-class _Block(NamedTuple):
-    parameters: int
-    filter_parameters: int
-
-
-def _blocks(config: ModelConfig) -> list[_Block]:
-    """Every block of a model; one of each kind is made, on no device."""
-    few = replace(config, num_layers=min(config.num_layers, layer_period(config)))
-    with torch.device("meta"):
-        made = FlashSTU(few).blocks
-    kinds = []
-    for block in made:
-        filters = [its for its in block.modules() if isinstance(its, ImplicitFilter)]
-        kinds.append(
-            _Block(
-                sum(p.numel() for p in block.parameters()),
-                sum(p.numel() for its in filters for p in its.parameters()),
-            )
-        )
-    return [kinds[i % len(kinds)] for i in range(config.num_layers)]
-
-
-def layer_period(config: ModelConfig) -> int:
-    """Return after how many layers the kinds of blocks repeat."""
-    return 2 if config.layout == "hybrid" else 1
 
 
 def activation_bytes(
@@ -236,14 +189,6 @@ def step_memory(
 def _total(tracker: MemTracker, moment: str) -> int:
     (snapshot,) = tracker.get_tracker_snapshot(moment).values()
     return int(snapshot["Total"])
-
-
-def convolution_shape(config: ModelConfig, micro_batch_size: int) -> tuple[int, int, int]:
-    """Of a layer's long convolution: streams, channels of each, and how far apart its taps lie."""
-    form = config.stu_form if config.stu_layers else None
-    channels = 2 * config.num_filters if form == "full" else config.width
-    lag_step = 2 if form == "tensordot" else 1
-    return micro_batch_size * config.streams_per_sequence, channels, lag_step
 
 
 def fft_bytes(config: ModelConfig, seq_len: int, micro_batch_size: int) -> int:

@@ -13,15 +13,14 @@ import torch
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train import loss
+from train.flops import num_filter_parameters, num_parameters, token_flops
+from train.gpus import known_gpu
 from train.parallel.config import ParallelConfig
 from train.plan import cli as plan
 from train.plan import memory
-from train.plan.costs import known_gpu, token_flops
 from train.plan.memory import (
     activation_bytes,
     fft_bytes,
-    num_filter_parameters,
-    num_parameters,
     rank_memory,
     step_memory,
 )
