@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stu.common.cli import ArgumentParser
 from stu.common.files import new_file
@@ -39,10 +38,12 @@ from train.config import check_settings as check_run_settings
 from train.config import data_warnings
 from train.data.loader import TokenData
 from train.data.shards import INDEX_FILE
+from train.fit_loop import FitLoop
 from train.module import FlashSTUModule
 from train.parallel.config import ParallelConfig, make_strategy, prepare_blocks
 from train.start.agreement import ParseError, Start, UserError, flatten, versions
 from train.start.launch import Launch, detect_launch
+from train.start.launcher import Launcher
 from train.start.owner import RunOwner
 from train.start.provenance import provenance
 from train.start.same_run import (
@@ -184,6 +185,14 @@ class TrainCLI(LightningCLI):
             **kwargs,
         )
         self.launch.check(trainer.num_devices, trainer.num_nodes)
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            trainer.strategy._launcher = Launcher(
+                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+            )
+        FitLoop.replace(trainer)
+        # Lightning's own handler of SIGTERM would broadcast in it, whatever the ranks are at.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
     def facts(self) -> dict[str, str]:
@@ -387,9 +396,6 @@ def _fit(cli: TrainCLI) -> None:
         _tell(f"warning: {text}")
     try:
         trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
-    except SIGTERMException as error:  # before the first step; it would exit with 0
-        _tell("terminated before the first step")
-        raise SystemExit(EXIT_CODES[signal.SIGTERM]) from error
     except TooManyBadSteps as error:
         _tell(f"stopped at step {trainer.global_step}: {error}")
         leave_group()

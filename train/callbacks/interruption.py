@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from train.start.signals import EXIT_CODES, exit_at_once
+from train.start.signals import EXIT_CODES
 
 
 class Interruption(L.Callback):
@@ -29,12 +29,8 @@ class Interruption(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._former = {its: signal.getsignal(its) for its in EXIT_CODES}
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # In place of Lightning's own, which broadcast in it, whatever the ranks are at.
-        exit_at_once()
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Only now: Lightning's own handlers are in place, and would act at once.
+        # Only now: until then there is nothing to save, and a signal ends the process at once.
         if threading.current_thread() is threading.main_thread():
             for its in EXIT_CODES:
                 signal.signal(its, self._note)

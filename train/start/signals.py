@@ -14,10 +14,10 @@ EXIT_CODES = {signal.SIGUSR1: TO_BE_CONTINUED, signal.SIGTERM: 143, signal.SIGIN
 
 
 def exit_at_once() -> None:
-    """Have SIGUSR1 and SIGTERM end this process with their exit codes: before and after
-    training there is nothing to save. SIGINT does already."""
+    """Have signals end this process with their exit codes: before and after training there is
+    nothing to save."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in EXIT_CODES:
             signal.signal(number, _exit)
 
 

@@ -1,5 +1,14 @@
 """As many ranks train as the settings ask for, or none: who started a process, by its variables."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 
 from train.start.launch import Launch, detect_launch
@@ -112,3 +121,33 @@ def test_what_cannot_be_joined(variables, message):
 
 def test_an_alone_process_has_one_rank():
     assert detect_launch({}) == Launch("alone")
+
+
+SECONDS = 240
+
+
+def test_a_signal_before_the_first_step_ends_ranks_that_it_started_itself(settings, tmp_path):
+    """The first one waits for the other, which the signal has ended, and acts on none meanwhile."""
+    program = Path(sys.executable).with_name("stu-train")
+    log = tmp_path / "log"
+    variables = {name: value for name, value in os.environ.items() if "SLURM" not in name}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [program, *settings, "--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"],
+            env={**variables, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stderr=file,
+        )
+    try:
+        first, deadline = psutil.Process(process.pid), time.monotonic() + SECONDS
+        while not (others := first.children()):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(SECONDS) == 143, log.read_text()
+        _, alive = psutil.wait_procs(others, SECONDS)
+        assert not alive
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -562,3 +562,34 @@ def test_a_signal_ends_a_validation_between_two_batches(train, monkeypatch, tmp_
     run = tmp_path / "run"
     assert state(run)["global_step"] == 6
     assert "val/loss" not in report.read_curves(run)
+
+
+@pytest.mark.parametrize("is_timed", [False, True])
+def test_a_last_validation_that_was_left_is_made_after_a_resume(
+    train, monkeypatch, tmp_path, is_timed
+):
+    """Also if it is left again; once it is logged, no more."""
+    if is_timed:
+        monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", Clock())
+    limit = "--trainer.max_time=00:00:00:01" if is_timed else "--trainer.max_steps=3"
+    more = limit, "--trainer.val_check_interval=1000", "--resume=auto"
+
+    def signal_at_once(self, trainer, *_):
+        if not trainer.sanity_checking:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(StepProgress, "on_validation_start", signal_at_once)
+        for hook in ("on_validation_batch_end", "on_validation_end"):
+            stopping.setattr(StepProgress, hook, lambda *_: None)
+        for _ in range(2):
+            with pytest.raises(SystemExit) as ended:
+                train("run", *more)
+            assert ended.value.code == 75
+    run = tmp_path / "run"
+    last = state(run)["global_step"]
+    assert "val/loss" not in report.read_curves(run)
+    for _ in range(2):
+        train("run", *more)
+        assert report.read_curves(run)["val/loss"][0] == [last]
+    assert state(run)["global_step"] == last

@@ -1,0 +1,74 @@
+"""Ranks that `stu-train` starts itself on one machine, without srun or torchrun."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+LOOK_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0
+"""Time the first rank has to end by itself when another one has failed or was stopped."""
+STOP_SECONDS = 10.0
+"""Time the other ranks have to end when the first one tells them to."""
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Lightning's launcher, except that all ranks end, and with the exit codes they chose.
+
+    Lightning kills the first rank a few seconds after another one ended with a code other than 0,
+    whatever the first one is at, and leaves the others alone when the first one ends early.
+    """
+
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: L.Trainer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.cluster_environment.creates_processes_externally:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        self._call_children_scripts()
+        threading.Thread(target=self._watch, daemon=True, name="launcher").start()
+        try:
+            _set_num_threads_if_needed(num_processes=self.num_processes)
+            return function(*args, **kwargs)
+        except SystemExit:
+            self._stop_others()
+            raise
+
+    def _stop_others(self) -> None:
+        """Stop the ranks that wait for this one, which was told to stop before training."""
+        self.kill(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(process.poll() is None for process in self.procs):
+            if time.monotonic() > deadline:
+                self.kill(signal.SIGKILL)
+                return
+            time.sleep(0.1)
+
+    def _watch(self) -> None:
+        """End this process if another rank failed and this one does not notice."""
+        had_group = False
+        while True:
+            # Until there is a group, this rank waits in it for the others and acts on no signal.
+            had_group |= torch.distributed.is_initialized()
+            codes = [process.poll() for process in self.procs]
+            if failed := next((code for code in codes if code), 0):
+                break
+            if all(code == 0 for code in codes):
+                return
+            time.sleep(LOOK_SECONDS)
+        time.sleep(PATIENCE_SECONDS if had_group else LOOK_SECONDS)
+        code = failed if failed > 0 else 128 - failed
+        print(f"stu-train: another rank ended with code {code}", file=sys.stderr, flush=True)
+        self.kill(signal.SIGKILL)
+        os._exit(code)
