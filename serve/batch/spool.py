@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from stu.common.files import fsync
 STANDARD = Path("-")
 DESCRIPTORS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # another process has others
 READ_BYTES = 2**20
+HASH_DIGITS = 16
 
 
 def is_stream(path: Path) -> bool:
@@ -28,10 +30,13 @@ def readable_again(source: Path, output: Path) -> Iterator[Path]:
     """The path of `source`, or of a copy of it if it is a stream.
 
     The copy lies beside `output` as OUTPUT.input-HASH, and stays if the run does not come to its
-    end; all copies go when one does. Beside standard output it is a temporary file.
+    end; all copies go when one does, be it a run that reads one of them. Beside standard output it
+    is a temporary file.
     """
     if not is_stream(source):
         yield source
+        if output != STANDARD and any(source.samefile(copy) for copy in _copies(output)):
+            _remove_copies(output)
         return
     with ExitStack() as stack:
         if output == STANDARD:
@@ -46,9 +51,18 @@ def readable_again(source: Path, output: Path) -> Iterator[Path]:
                 file=sys.stderr,
             )
         yield copy
-        for old in folder.iterdir():
-            if old.name.startswith(name):
-                old.unlink(missing_ok=True)
+        if output != STANDARD:
+            _remove_copies(output)
+
+
+def _copies(output: Path) -> list[Path]:
+    name = re.compile(re.escape(f"{output.name}.input-") + rf"[0-9a-f]{{{HASH_DIGITS}}}")
+    return [path for path in output.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def _remove_copies(output: Path) -> None:
+    for copy in _copies(output):
+        copy.unlink(missing_ok=True)
 
 
 def _copy(source: Path, folder: Path, name: str) -> Path:
@@ -60,7 +74,7 @@ def _copy(source: Path, folder: Path, name: str) -> Path:
             while piece := stream.read1(READ_BYTES):
                 digest.update(piece)
                 file.write(piece)
-        copy = folder / f"{name}{digest.hexdigest()[:16]}"
+        copy = folder / f"{name}{digest.hexdigest()[:HASH_DIGITS]}"
         fsync(Path(temporary))
         os.replace(temporary, copy)
         fsync(folder)

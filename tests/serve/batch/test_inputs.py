@@ -251,11 +251,14 @@ def test_a_pipe_is_kept_until_its_rows_are_written(
     assert decode(LINES[1:]) == 2
     assert "was begun with input=" in capsys.readouterr().err
     assert 0 < len(read_rows(target)) < len(ROWS)
+    other = tmp_path / "out.jsonl.input-of-mine"
+    other.touch()
     assert generate(model_directory, kept, target) == 0
     assert in_order(target) == expected
+    assert list(tmp_path.glob("*input-*")) == [other]
     assert decode() == 0
     assert in_order(target) == expected
-    assert not list(tmp_path.glob("*input-*"))
+    assert list(tmp_path.glob("*input-*")) == [other]
 
 
 def test_standard_input_and_output(model_directory, expected):
