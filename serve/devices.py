@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from serve.batch.shard import in_step_of_tasks
+from stu.common.array_task import in_step_of_tasks
 
 ALLOWED = "it must be auto, all, or some of cpu, 0, cuda:0 and the like, with commas between them"
 

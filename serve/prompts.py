@@ -11,7 +11,7 @@ from serve.request import Request
 from serve.request_limits import require_room
 from serve.sampling.sampler import SamplingParams
 from stu.common.errors import show
-from stu.config import nearest
+from stu.common.text import nearest
 from stu.tokenizer import Tokenizer
 
 SAMPLING = [field.name for field in fields(SamplingParams)]

@@ -1,10 +1,11 @@
 """The shape of a Flash-STU model: one frozen, validated dataclass, and its JSON form."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from stu.common.text import nearest
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,6 @@ class ModelConfig:
         if "vocab_size" not in values:
             raise ValueError("model setting 'vocab_size' is missing: give the tokenizer's size")
         return cls(**values)
-
-
-def nearest(key: str, known: list[str]) -> str:
-    """A hint that ends an error about an unknown `key`: the closest of the `known` ones."""
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
-        return f": did you mean {close[0]!r}?"
-    return (
-        f": choose from {', '.join(known)}" if len(known) <= 20 else ": --help lists what there is"
-    )
 
 
 def _is_count(value: object) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.batch.config import BatchConfig
-from serve.batch.shard import Shard
 from serve.batch.spool import STANDARD, readable_again
 from serve.config import EngineConfig
+from stu.common.array_task import ArrayTask
 from stu.common.cli import ArgumentParser, run_command
 
 # torch takes a second to import: only `generate` does, after the command line is found valid.
@@ -42,15 +42,15 @@ def generate(config: BatchConfig) -> "Tally":
 
     Raises ValueError or OSError.
     """
-    shard = Shard.parse(config.shard) if config.shard else Shard.of_task(os.environ)
-    path = config.output if config.output == STANDARD else shard.output(config.output)
-    with _naming(shard):
+    task = ArrayTask.parse(config.part) if config.part else ArrayTask.from_slurm_step(os.environ)
+    path = config.output if config.output == STANDARD else task.output(config.output)
+    with _naming(task):
         _check_output(config, path)
         with readable_again(config.input, path) as source:
-            return _generate(replace(config, input=source), shard, path)
+            return _generate(replace(config, input=source), task, path)
 
 
-def _generate(config: BatchConfig, shard: Shard, path: Path) -> "Tally":
+def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
     from serve.batch.job import BatchJob, fingerprint_of, open_weights
     from serve.batch.progress import Display, Tally
     from serve.batch.sink import OutputFile, StandardOutput, require_same_job
@@ -59,8 +59,8 @@ def _generate(config: BatchConfig, shard: Shard, path: Path) -> "Tally":
 
     devices, job = _devices(config), BatchJob(config, InputDigest.of(config.input))
     decisive = job.model_and_settings()
-    identity = {"input": str(job.digest), "shard": str(shard), **decisive}
-    others = [] if path == STANDARD or config.overwrite else shard.other_outputs(config.output)
+    identity = {"input": str(job.digest), "part": str(task), **decisive}
+    others = [] if path == STANDARD or config.overwrite else task.other_outputs(config.output)
     with (
         open_weights(config.model) as weights,
         StandardOutput()
@@ -79,7 +79,7 @@ def _generate(config: BatchConfig, shard: Shard, path: Path) -> "Tally":
                 job.digest,
                 decisive,
             )
-            for device, part in zip(devices, shard.split(len(devices)), strict=True)
+            for device, part in zip(devices, task.split(len(devices)), strict=True)
         ]
         reading_error = ""
         try:
@@ -158,14 +158,14 @@ def _check_output(config: BatchConfig, path: Path) -> None:
 
 
 @contextmanager
-def _naming(shard: Shard) -> Iterator[None]:
+def _naming(task: ArrayTask) -> Iterator[None]:
     """Errors tell which of many runs they are of."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if shard.count == 1:
+        if task.count == 1:
             raise
-        raise ValueError(f"shard {shard} on {socket.gethostname()}: {error}") from error
+        raise ValueError(f"part {task} on {socket.gethostname()}: {error}") from error
 
 
 def _parse(argv: Sequence[str] | None) -> BatchConfig:

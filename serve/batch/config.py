@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from serve.batch.shard import Shard
 from serve.config import EngineConfig
+from stu.common.array_task import ArrayTask
 
 Dtype = Literal["float32", "bfloat16"]
 FormatName = Literal["auto", "prompts", "openai"]
@@ -50,7 +50,7 @@ class BatchConfig:
     devices: str = "auto"
     """auto: the first CUDA device, or cpu without any. all: every CUDA device. Or a list: cpu, 0,
     cuda:1, 0,1,2,3, or cpu,cpu, each with a process of its own."""
-    shard: str | None = None
+    part: str | None = None
     """i/n, from 0: decode the rows whose numbers leave i when divided by n, into OUTPUT with
     .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, with the N of the whole
     array, for one that is run again in part does not know it. None: all rows, or among several
@@ -62,8 +62,8 @@ class BatchConfig:
     """How rows are decoded together."""
 
     def __post_init__(self) -> None:
-        if self.shard is not None:
-            Shard.parse(self.shard)
+        if self.part is not None:
+            ArrayTask.parse(self.part)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

@@ -9,8 +9,8 @@ from serve.batch.rows import Refusal, Row, RowFormat
 from serve.batch.source import Source
 from serve.completion import Gathering
 from serve.engine.engine import Engine, Stats
-from serve.json_lines import json_line
 from serve.request import Output
+from stu.common.text import json_line
 
 REPORT_SECONDS = 0.5
 REPORT_ROWS = 256

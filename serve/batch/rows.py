@@ -9,7 +9,7 @@ from serve.completion import Completion
 from serve.prompts import SETTINGS, RequestBuilder, require_unicode
 from serve.request import Request
 from stu.common.errors import show
-from stu.config import nearest
+from stu.common.text import nearest
 
 Json = dict[str, Any]
 FIELDS = ["prompt", "id", *SETTINGS]

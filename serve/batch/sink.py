@@ -182,11 +182,11 @@ class StandardOutput:
 
 
 def require_same_job(identity: Mapping[str, Any], others: Sequence[Path]) -> None:
-    """Raises ValueError if one of the `others`, the outputs of the other shards, has rows of
+    """Raises ValueError if one of the `others`, the outputs of the other tasks, has rows of
     another job: together they would be a mixture."""
     for other in others:
         if other.exists() and other.stat().st_size and (old := _read_job(_job_file(other))):
-            _require_same(other, {**old, "shard": None}, {**identity, "shard": None})
+            _require_same(other, {**old, "part": None}, {**identity, "part": None})
 
 
 def _job_file(output: Path) -> Path:

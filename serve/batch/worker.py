@@ -22,9 +22,9 @@ from serve.batch.config import BatchConfig
 from serve.batch.decoder import NO_STATS, READING_ERRORS, Decoder, Report
 from serve.batch.job import BatchJob
 from serve.batch.rows import read_rows
-from serve.batch.shard import Shard
 from serve.batch.source import InputDigest
 from serve.engine.engine import Engine
+from stu.common.array_task import ArrayTask
 from stu.common.cli import run_command
 from stu.model_dir import load_model
 
@@ -36,9 +36,9 @@ class Work:
     config: BatchConfig
     device: str
     """torch's name of it."""
-    shard: Shard
+    task: ArrayTask
     done: frozenset[int]
-    """Numbers of the rows in `shard` that need no decoding."""
+    """Numbers of the rows of `task` that need no decoding."""
     digest: InputDigest
     """Digest that the input must still have."""
     model_and_settings: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Work:
         return {
             "config": self.config.to_json(),
             "device": self.device,
-            "shard": str(self.shard),
+            "task": str(self.task),
             "done": sorted(self.done),
             "digest": self.digest.to_json(),
             "model_and_settings": self.model_and_settings,
@@ -61,7 +61,7 @@ class Work:
         return cls(
             BatchConfig.from_json(values["config"]),
             values["device"],
-            Shard.parse(values["shard"]),
+            ArrayTask.parse(values["task"]),
             frozenset(values["done"]),
             InputDigest.from_json(values["digest"]),
             values["model_and_settings"],
@@ -78,7 +78,7 @@ def decode(work: Work) -> Iterator[Report]:
     rows = read_rows(
         job.source,
         job.row_format,
-        lambda number: number in work.shard and number not in work.done,
+        lambda number: number in work.task and number not in work.done,
     )
     try:
         first = next(rows, None)
@@ -99,7 +99,7 @@ def decode(work: Work) -> Iterator[Report]:
         gc.collect()
         gc.freeze()
         most_waiting = 2 * work.config.engine.max_running
-        decoder = Decoder(engine, job.row_format, job.source, work.shard.count, most_waiting)
+        decoder = Decoder(engine, job.row_format, job.source, work.task.count, most_waiting)
         yield from decoder.decode(chain([first], rows))
     except torch.OutOfMemoryError as error:
         raise ValueError(

@@ -14,9 +14,7 @@ from typing import IO
 
 from serve.batch.decoder import Report
 from serve.batch.worker import Work
-from stu.common.hangup import hangups_blocked
-from stu.common.last_words import last_words
-from stu.common.processes import num_processors
+from stu.common.processes import hangups_blocked, last_output, num_processors
 
 
 class Workers:
@@ -99,7 +97,7 @@ class Workers:
 
     def _require_done(self, index: int) -> None:
         code = self._processes[index].wait()
-        tail = last_words(self._errors[index])
+        tail = last_output(self._errors[index])
         if code == 0:
             if tail:
                 print(f"the worker on {self._works[index].device}: {tail}", file=sys.stderr)

@@ -15,7 +15,7 @@ from serve.request import Request
 from serve.sampling.sampler import MOST_LOGPROBS
 from serve.server.config import JsonWhitespace
 from stu.common.errors import show
-from stu.config import nearest
+from stu.common.text import nearest
 from stu.tokenizer import Tokenizer
 
 DEFAULTS: Json = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}

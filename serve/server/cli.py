@@ -15,12 +15,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from serve.config import EngineConfig
-from serve.json_lines import json_line
 from serve.server.config import ServerConfig
 from serve.server.listening import is_reached_from_outside, listening, url_of
 from serve.server.repeats import Repeats
 from stu.common.cli import ArgumentParser, run_command
-from stu.common.hangup import ignore_hangups
+from stu.common.processes import ignore_hangups
+from stu.common.text import json_line
 
 # torch and the HTTP stack take seconds to import: only a valid command line pays for them.
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from serve.batch.rows import Json
 from serve.completion import Completion, Gathering, piece_of
-from serve.json_lines import json_line
 from serve.openai.schemas import StreamOptions
 from serve.request import Output
 from serve.server.arrivals import Arrivals, EngineError
@@ -18,6 +17,7 @@ from serve.server.exchange import Exchange, unquoted
 from serve.server.metrics import Metrics
 from serve.server.replicas.dispatch import Refused, Replicas, Stream
 from serve.server.slices import Pauses, json_slices, pieces
+from stu.common.text import json_line
 
 logger = logging.getLogger(__name__)
 

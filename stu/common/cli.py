@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 import docstring_parser
 import jsonargparse
 
-from stu.config import nearest
+from stu.common.text import nearest
 
 UNKNOWN = [
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),

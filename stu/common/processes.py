@@ -1,11 +1,47 @@
-"""How many processors there are for this process."""
+"""Processes: how many fit here, how child processes start, and which signals they get."""
 
+import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+LAST_OUTPUT_BYTES = 2000
 
 
 def num_processors() -> int:
-    """Those that this process may use: a job may own fewer than the machine has."""
+    """Return the processors that this process may use; a job may own fewer than the machine has."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def last_output(file: IO[bytes]) -> str:
+    """Return the end of a file that a child process writes into, without moving its position."""
+    size = os.fstat(file.fileno()).st_size
+    tail = os.pread(file.fileno(), LAST_OUTPUT_BYTES, max(0, size - LAST_OUTPUT_BYTES))
+    return tail.decode(errors="replace").strip()
+
+
+def ignore_hangups() -> None:
+    """Log SIGHUP, which closing a terminal and `systemctl reload` send, instead of ending."""
+
+    def ignore(*_: object) -> None:
+        logging.getLogger("stu").warning(
+            "SIGHUP is ignored: settings and keys are read at startup only; restart to change "
+            "them, or send SIGTERM to stop"
+        )
+
+    signal.signal(signal.SIGHUP, ignore)
+
+
+@contextmanager
+def hangups_blocked() -> Iterator[None]:
+    """Block SIGHUP, from their first instruction on, for processes that the block starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -69,8 +69,8 @@ def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_d
     def log():
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
 
-    until(lambda: processes(f"--output {target} --shard 1/3"), log)
-    (generating,) = processes(f"--output {target} --shard 1/3")
+    until(lambda: processes(f"--output {target} --part 1/3"), log)
+    (generating,) = processes(f"--output {target} --part 1/3")
     generating.suspend()  # and so does not end before the signal is there
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
     until(lambda: is_told_to_end(generating), log)

@@ -132,7 +132,7 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
     ("argument", "message"),
     [
         ("--model.config.num_layer=3", "did you mean 'model.config.num_layers'?"),
-        ("--qqqq=1", "--qqqq=1: --help lists what there is"),
+        ("--qqqq=1", "--qqqq=1: --help lists all names"),
         ("--trainer.max_step=3", "did you mean 'trainer.max_steps'?"),
         ("--model.config.width=abc", "model.config.width"),
         ("--model.config.width=17", "width=17 is not divisible by num_heads=2"),

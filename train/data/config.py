@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stu.common.shard import parse_shard
+from stu.common.array_task import ArrayTask
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PrepareConfig:
     on_error: Literal["stop", "skip"] = "stop"
     """Treatment of a row that cannot be read, or the rest of a damaged file. `stop`: end with
     its file and line. `skip`: leave it out; `skipped.jsonl` in the output lists the first 1,000."""
-    shard: str | None = None
+    part: str | None = None
     """i/n, from 0: do part i of the n that the files make, in a folder beside the output; the run
     that finds all n done puts them together. No file is divided. None: everything."""
 
@@ -52,5 +52,5 @@ class PrepareConfig:
             raise ValueError(f"workers {self.workers}: must be at least 1, or 0 for one per CPU")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: must be between 0 and 2**63 - 1")
-        if self.shard is not None:
-            parse_shard(self.shard)
+        if self.part is not None:
+            ArrayTask.parse(self.part)

@@ -84,7 +84,7 @@ def read_texts(
         is_empty = document.text.isspace() and document.starts and document.ends
         yield document._replace(text="") if is_empty else document
     bar.finish()
-    if config.shard is None:  # else all parts together are looked at
+    if config.part is None:  # else all parts together are looked at
         require_mostly_good(num_read, skipped.counts, "; ".join(map(str, skipped.listed[:3])))
 
 

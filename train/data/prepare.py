@@ -37,7 +37,7 @@ def prepare(config: PrepareConfig) -> Index:
 
     Raises ValueError or OSError, and then leaves nothing behind.
     """
-    assert config.shard is None
+    assert config.part is None
     files = find_files(config.sources)
     with new_directory(config.output) as folder, progress_bar() as progress:
         tokenizer = make_tokenizer(config, files, folder, progress)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write_shards() -> int:
         config = _parse(argv)
         try:
-            print(_part(config) if config.shard else _summary(prepare(config), config.output))
+            print(_part(config) if config.part else _summary(prepare(config), config.output))
         except BrokenProcessPool as error:
             raise OSError(
                 "a worker process died, perhaps for want of memory; lower --workers"
@@ -132,7 +132,7 @@ def _part(config: PrepareConfig) -> str:
 
     missing = prepare_part(config)
     if missing:
-        return f"part {config.shard} is done; of the others {len(missing):,} are not yet"
+        return f"part {config.part} is done; of the others {len(missing):,} are not yet"
     return _summary(Index.load(config.output), config.output)
 
 

@@ -1,4 +1,4 @@
-"""`stu-prepare --shard i/n`: one part of a corpus, and the whole once every part is there."""
+"""`stu-prepare --part i/n`: one part of a corpus, and the whole once every part is there."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from stu.common.array_task import ArrayTask
 from stu.common.files import new_directory
-from stu.common.shard import parse_shard
 from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
 from train.data.corpus import progress_bar, require_both_splits, write_splits
@@ -24,7 +24,7 @@ ALL_PARTS = 0  # byte of the lock file: held to begin, and to put together; 1 + 
 
 
 def prepare_part(config: PrepareConfig) -> list[int]:
-    """Make part i of n (`config.shard`) unless it is there, and `config.output` if all parts are.
+    """Make part i of n (`config.part`) unless it is there, and `config.output` if all parts are.
 
     The first that comes makes the tokenizer, and others wait for it. Returns the parts that are
     still missing. However it is interrupted, what is complete stays, and the same call goes on from
@@ -33,8 +33,9 @@ def prepare_part(config: PrepareConfig) -> list[int]:
     Raises ValueError, for one if there are parts made with other settings; OSError; or
     BrokenProcessPool if a worker dies.
     """
-    assert config.shard is not None
-    number, count = parse_shard(config.shard)
+    assert config.part is not None
+    task = ArrayTask.parse(config.part)
+    number, count = task.index, task.count
     files = find_files(config.sources)
     common = _common(config, files, count)
     parts = Parts(config.output.resolve(), count)

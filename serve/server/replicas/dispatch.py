@@ -28,8 +28,7 @@ from serve.server.config import ServerConfig
 from serve.server.replicas.fair_queue import FairQueue
 from serve.server.replicas.wire import Message, Unpacker, output_from_wire, pack, request_to_wire
 from serve.server.slices import Pauses
-from stu.common.hangup import hangups_blocked
-from stu.common.last_words import last_words
+from stu.common.processes import hangups_blocked, last_output
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ class Replica:
     @property
     def said(self) -> str:
         """What it wrote last, to stderr or stdout."""
-        return last_words(self._errors)
+        return last_output(self._errors)
 
     def has_room(self, stream: Stream) -> bool:
         """Return whether a request would soon run, with none beside it that may end the engine.

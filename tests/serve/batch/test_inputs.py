@@ -185,12 +185,12 @@ def test_rows_of_a_model_that_was_written_over_are_not_gone_on_with(
     assert generate(model, source, target, "--overwrite") == 0
 
 
-def test_shards_of_different_inputs_do_not_go_together(model_directory, source, target, capsys):
-    assert generate(model_directory, source, target, "--shard", "0/2") == 0
+def test_parts_of_different_inputs_do_not_go_together(model_directory, source, target, capsys):
+    assert generate(model_directory, source, target, "--part", "0/2") == 0
     appended(source)
-    assert generate(model_directory, source, target, "--shard", "1/2") == 2
+    assert generate(model_directory, source, target, "--part", "1/2") == 2
     assert "out.0-of-2.jsonl: was begun with input=" in capsys.readouterr().err
-    assert generate(model_directory, source, target, "--shard", "1/2", "--overwrite") == 0
+    assert generate(model_directory, source, target, "--part", "1/2", "--overwrite") == 0
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd.compress])

@@ -9,7 +9,7 @@ import pytest
 
 from serve.batch.sink import OutputFile
 
-IDENTITY = {"seed": 0, "top_k": 5, "shard": "0/1"}
+IDENTITY = {"seed": 0, "top_k": 5, "part": "0/1"}
 
 
 def recognise(written):
@@ -89,7 +89,7 @@ def test_settings_that_differ_are_named_with_both_values(path):
     )
     with (
         pytest.raises(ValueError, match=expected),
-        begin(path, {"seed": 1, "shard": "0/1", "min_p": 0.5}),
+        begin(path, {"seed": 1, "part": "0/1", "min_p": 0.5}),
     ):
         pass
     assert path.read_bytes() == before

@@ -12,10 +12,10 @@ import pytest
 
 from serve.batch.config import BatchConfig
 from serve.batch.job import BatchJob
-from serve.batch.shard import Shard
 from serve.batch.source import InputDigest
 from serve.batch.worker import Work
 from serve.config import EngineConfig
+from stu.common.array_task import ArrayTask
 from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
 
 ROWS = [{"prompt": "def f(x)"[: number % 9], "seed": number} for number in range(60)]
@@ -111,7 +111,7 @@ def test_a_worker_ends_with_its_stdin_and_not_only_at_its_next_report(
     config = BatchConfig(model_directory, source, target, engine=EngineConfig(cache_gib=0.01))
     digest = InputDigest.of(source)
     decisive = BatchJob(config, digest).model_and_settings()
-    work = Work(config, "cpu", Shard(), frozenset(), digest, decisive)
+    work = Work(config, "cpu", ArrayTask(), frozenset(), digest, decisive)
     result = subprocess.run(
         [sys.executable, "-m", "serve.batch.worker"],
         input=json.dumps(work.to_json()) + "\n",
@@ -121,10 +121,10 @@ def test_a_worker_ends_with_its_stdin_and_not_only_at_its_next_report(
     assert result.returncode == 1
 
 
-def test_shards_hold_all_rows_between_them(model_directory, source, target, expected, monkeypatch):
+def test_parts_hold_all_rows_between_them(model_directory, source, target, expected, monkeypatch):
     by_option, by_task = [], []
     for index in range(3):
-        generate(model_directory, source, target, "--shard", f"{index}/3")
+        generate(model_directory, source, target, "--part", f"{index}/3")
         rows = read_rows(target.with_name(f"out.{index}-of-3.jsonl"))
         assert {row["row"] % 3 for row in rows} == {index}
         by_option += rows
@@ -138,9 +138,9 @@ def test_shards_hold_all_rows_between_them(model_directory, source, target, expe
     assert not target.exists()
 
 
-def test_errors_of_a_shard_name_it_and_its_host(model_directory, source, target, capsys):
+def test_errors_of_a_part_name_it_and_its_host(model_directory, source, target, capsys):
     target.with_name("out.1-of-2.jsonl").write_text("something\n")
-    assert generate(model_directory, source, target, "--shard", "1/2") == 2
+    assert generate(model_directory, source, target, "--part", "1/2") == 2
     error = capsys.readouterr().err
-    assert f"error: shard 1/2 on {socket.gethostname()}: output " in error
+    assert f"error: part 1/2 on {socket.gethostname()}: output " in error
     assert "out.1-of-2.jsonl: exists, and no out.1-of-2.jsonl.job.json" in error

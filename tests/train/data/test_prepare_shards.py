@@ -1,4 +1,4 @@
-"""`stu-prepare --shard i/n`: n runs make together what one makes alone, however they end."""
+"""`stu-prepare --part i/n`: n runs make together what one makes alone, however they end."""
 
 import dataclasses
 import errno
@@ -57,8 +57,8 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(corpus: Path, output: Path, part: int | None, **changes: Any) -> PrepareConfig:
-    shard = None if part is None else f"{part}/{changes.pop('count', COUNT)}"
-    return PrepareConfig([str(corpus)], output, shard=shard, **(QUICK | changes))
+    name = None if part is None else f"{part}/{changes.pop('count', COUNT)}"
+    return PrepareConfig([str(corpus)], output, part=name, **(QUICK | changes))
 
 
 def _tokens(folder: Path) -> dict[str, list[int]]:
@@ -171,11 +171,11 @@ def test_sources_that_have_changed_are_refused(corpus: Path, tmp_path: Path) -> 
         prepare_part(_config(copy, tmp_path / "data", 1))
 
 
-@pytest.mark.parametrize("shard", ["3/3", "-1/3", "1", "1/0", "a/b", ""])
+@pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "1/0", "a/b", ""])
 def test_what_is_no_part(
-    corpus: Path, tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(corpus), "--output", str(tmp_path / "data"), f"--shard={shard}"]) == 2
+    assert main([str(corpus), "--output", str(tmp_path / "data"), f"--part={part}"]) == 2
     assert "it must be i/n with 0 <= i < n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -292,7 +292,7 @@ def test_a_token_file_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> 
 def _start(corpus: Path, output: Path, part: int) -> subprocess.Popen[str]:
     """A process of the command line."""
     command = [sys.executable, "-m", "train.data.prepare", corpus, "--output", output]
-    options = {**QUICK, "shard": f"{part}/{COUNT}"}
+    options = {**QUICK, "part": f"{part}/{COUNT}"}
     command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*map(str, command)], text=True, **pipes)
@@ -377,9 +377,9 @@ def test_the_command_says_what_is_missing(
 ) -> None:
     arguments = [str(corpus), "--output", str(tmp_path / "data"), "--vocab-size=320"]
     arguments += ["--validation-fraction=0.2", "--workers=1"]
-    for shard, says in [
+    for part, says in [
         ("0/2", "part 0/2 is done; of the others 1 are not yet"),
         ("1/2", "left out: 7 empty documents, 1 files of another kind"),
     ]:
-        assert main([*arguments, "--shard", shard]) == 0
+        assert main([*arguments, "--part", part]) == 0
         assert says in capsys.readouterr().out

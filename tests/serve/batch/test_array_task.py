@@ -8,47 +8,49 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve.batch.shard import Shard
 from serve.devices import choose_devices
+from stu.common.array_task import ArrayTask
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_every_row_is_in_one_shard(count):
-    shards = [Shard.parse(f"{index}/{count}") for index in range(count)]
+def test_every_row_is_in_one_task(count):
+    tasks = [ArrayTask.parse(f"{index}/{count}") for index in range(count)]
     for number in range(50):
-        assert [number in shard for shard in shards].count(True) == 1
+        assert [number in task for task in tasks].count(True) == 1
 
 
 @pytest.mark.parametrize("text", ["0/3", "1/3", "2/3", "0/1"])
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
-def test_parts_of_a_shard_hold_its_rows_between_them(text, num_parts):
-    shard = Shard.parse(text)
-    parts = shard.split(num_parts)
+def test_split_tasks_share_the_rows(text, num_parts):
+    task = ArrayTask.parse(text)
+    parts = task.split(num_parts)
     sizes = [sum(number in part for number in range(300)) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     for number in range(300):
-        assert [number in part for part in parts].count(True) == (number in shard)
+        assert [number in part for part in parts].count(True) == (number in task)
 
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "1/0", "a/b", "0/2/3", " 0/2", ""])
-def test_what_is_no_shard(text):
+def test_malformed_parts(text):
     with pytest.raises(ValueError, match="it must be i/n with 0 <= i < n"):
-        Shard.parse(text)
+        ArrayTask.parse(text)
 
 
-def test_each_shard_has_an_output_of_its_own():
-    assert Shard(2, 8).output(Path("a.b/out.jsonl")) == Path("a.b/out.2-of-8.jsonl")
-    assert Shard(2, 8).output(Path("out")) == Path("out.2-of-8")
-    assert Shard().output(Path("out.jsonl")) == Path("out.jsonl")
+def test_each_task_has_an_output_of_its_own():
+    assert ArrayTask(2, 8).output(Path("a.b/out.jsonl")) == Path("a.b/out.2-of-8.jsonl")
+    assert ArrayTask(2, 8).output(Path("out")) == Path("out.2-of-8")
+    assert ArrayTask().output(Path("out.jsonl")) == Path("out.jsonl")
 
 
 def test_the_tasks_of_a_step_share_the_rows():
     task = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "9"}
-    assert Shard.of_task(task) == Shard(3, 4)
+    assert ArrayTask.from_slurm_step(task) == ArrayTask(3, 4)
     # A batch script, or a shell in an allocation, is no task of a step.
-    assert Shard.of_task({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Shard()
-    assert Shard.of_task({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == Shard()
-    assert Shard.of_task({}) == Shard()
+    assert ArrayTask.from_slurm_step({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == ArrayTask()
+    assert (
+        ArrayTask.from_slurm_step({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == ArrayTask()
+    )
+    assert ArrayTask.from_slurm_step({}) == ArrayTask()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_an_array_puts_parts_of_one_job_together_and_no_others(tmp_path, is_same
         part = tmp_path / f"out.{index}-of-2.jsonl"
         part.write_text(f'{{"row": {index}}}\n')
         digest = "a" if is_same else "ab"[index]
-        job = {"input": f"9 bytes, sha256 {digest}", "shard": f"{index}/2", "seed": 0}
+        job = {"input": f"9 bytes, sha256 {digest}", "part": f"{index}/2", "seed": 0}
         Path(f"{part}.job.json").write_text(json.dumps(job, indent=2) + "\n")
     script = Path(__file__).parents[3] / "slurm" / "generate.sbatch"
     for task in ("0", "1"):
