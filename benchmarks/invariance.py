@@ -17,7 +17,7 @@ from benchmarks.machine import describe
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer
 from stu.tokenizer import Tokenizer

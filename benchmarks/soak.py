@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer, train_bpe

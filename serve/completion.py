@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serve.request import FinishReason, Output, Request
-from serve.sampling.sampler import TokenLogprobs
+from serve.request import FinishReason, Output, Request, TokenLogprobs
 
 
 @dataclass(frozen=True)

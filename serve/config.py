@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+INVARIANT_ROWS = 8
+"""Rows that go through the model together under `batch_invariant`."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:

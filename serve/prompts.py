@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from serve.request import Request
-from serve.request_limits import require_room
-from serve.sampling.sampler import SamplingParams
+from serve.request import Request, require_room
+from serve.sampling_params import SamplingParams
 from stu.common.errors import show
-from stu.common.text import nearest
+from stu.common.text import nearest, require_unicode
 from stu.tokenizer import Tokenizer
 
 SAMPLING = [field.name for field in fields(SamplingParams)]
@@ -93,17 +92,6 @@ class RequestBuilder:
 def derived_seed(seed: int, number: int) -> int:
     """A seed for one of many that share `seed`."""
     return int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
-
-
-def require_unicode(name: str, text: str) -> None:
-    """Raises ValueError if UTF-8 cannot hold `text`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half of a surrogate pair at character {error.start}: "
-            "write the whole character"
-        ) from error
 
 
 def _with_seed(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from serve.batch import cli as batch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from stu import futurefill
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution

@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from serve.batch.rows import Json
 from serve.completion import Completion
 from serve.openai.body_errors import body_error
 from serve.openai.chat import ChatTemplate
@@ -14,8 +13,8 @@ from serve.openai.chat_body import text_body
 from serve.openai.chat_choices import ChatChoiceWriter
 from serve.openai.completions import Completions
 from serve.openai.schemas import ChatBody
-from serve.prompts import require_unicode
 from serve.request import Request
+from stu.common.text import Json, require_unicode
 from stu.tokenizer import Tokenizer
 
 

@@ -16,7 +16,7 @@ from serve.batch.source import InputDigest, Source, open_input
 from serve.openai.chat import ChatTemplate
 from serve.openai.completions import DEFAULTS, Completions
 from serve.prompts import SETTINGS, RequestBuilder
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from stu.model_dir import load_config, load_generation, load_tokenizer
 
 READ_BYTES = 2**20

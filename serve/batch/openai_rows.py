@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.batch.chats import BatchChats
-from serve.batch.rows import Json, Refusal, Row
+from serve.batch.rows import Refusal, Row
 from serve.completion import Completion
 from serve.openai.completions import Completions, in_openai_words, require, require_known
 from serve.openai.schemas import error_body
-from serve.prompts import require_unicode
 from stu.common.errors import show
+from stu.common.text import Json, require_unicode
 
 FIELDS = ["custom_id", "method", "url", "body"]
 TEXT_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"

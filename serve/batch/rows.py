@@ -6,12 +6,11 @@ from typing import Any, Protocol
 
 from serve.batch.source import Source
 from serve.completion import Completion
-from serve.prompts import SETTINGS, RequestBuilder, require_unicode
+from serve.prompts import SETTINGS, RequestBuilder
 from serve.request import Request
 from stu.common.errors import show
-from stu.common.text import nearest
+from stu.common.text import Json, nearest, require_unicode
 
-Json = dict[str, Any]
 FIELDS = ["prompt", "id", *SETTINGS]
 
 

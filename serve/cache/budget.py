@@ -15,12 +15,10 @@ import psutil
 import torch
 
 from serve.cache.attention_windows import AttentionCache, window_pages
-from serve.cache.page_pool import PagePool, pages_for
+from serve.cache.page_pool import PagePool, Pages, pages_for
 from serve.cache.paged_futurefill import ConvolutionCache
 from serve.cache.recent_inputs import RecentInputs
-from serve.config import EngineConfig
-from serve.engine.packing import packs
-from serve.engine.runner import INVARIANT_ROWS, Pages
+from serve.config import INVARIANT_ROWS, EngineConfig
 from stu.config import ModelConfig
 from stu.hyena import SHORT_TAPS
 from stu.model import FlashSTU
@@ -71,7 +69,6 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
             "the model's convolution filters are not finite: its weights are damaged; try another "
             "checkpoint"
         )
-    _require_invariance(model, config)
     layers, _, channels = taps.shape
     num_rows, page_len = _num_rows(config), config.page_len
     recent = None
@@ -127,17 +124,6 @@ def _num_pages(
     most = config.max_running * pages_for(shape.max_seq_len, page_len)
     convolution_pages = max(1, min(most, left // convolution_bytes))
     return Pages(convolution_pages + 1, attention_pages + 1)
-
-
-def _require_invariance(model: FlashSTU, config: EngineConfig) -> None:
-    """Some products of odd widths round by a row's place among others, whatever their number."""
-    shape = model.config
-    is_safe = packs(model.embedding.weight) and shape.streams_per_sequence == 1
-    if config.batch_invariant and shape.width % 16 and not is_safe:
-        raise ValueError(
-            f"batch_invariant is not allowed for width={shape.width}: for the full form, and where "
-            "weights are not packed, the width must be a multiple of 16"
-        )
 
 
 def _num_rows(config: EngineConfig) -> int:

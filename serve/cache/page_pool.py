@@ -5,6 +5,7 @@ A page holds `page_len` consecutive positions of one sequence, all layers of one
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ NULL_OWNER = -2
 
 class OutOfPages(Exception):
     """There are fewer free pages than a sequence needs at the moment."""
+
+
+class Pages(NamedTuple):
+    """Pages of both kinds."""
+
+    convolution: int
+    attention: int
 
 
 class PagePool:

@@ -17,12 +17,11 @@ from serve.cache.budget import make_caches
 from serve.config import EngineConfig
 from serve.engine.runner import LOGITS_AT_ONCE, PromptLogits, Runner
 from serve.engine.scheduler import Job, Scheduler, prefill_cost
-from serve.request import FinishReason, Output, Request
-from serve.request_limits import check_request
+from serve.request import FinishReason, Output, Request, TokenLogprobs, check_request
 from serve.sampling.chooser import TokenChooser
 from serve.sampling.detokenizer import TextStream
-from serve.sampling.grammar import Constraint
-from serve.sampling.sampler import TokenLogprobs, token_logprobs
+from serve.sampling.sampler import token_logprobs
+from serve.sampling_params import Constraint
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 

@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve.cache.attention_windows import AttentionCache
-from serve.cache.page_pool import OutOfPages
+from serve.cache.page_pool import OutOfPages, Pages
 from serve.cache.paged_futurefill import ConvolutionCache
 from serve.cache.recent_inputs import RecentInputs
-from serve.engine.packing import packed_copy, packed_product
+from serve.config import INVARIANT_ROWS
+from serve.engine.packing import packed_copy, packed_product, packs
+from stu.common.errors import UserError
 from stu.model import Block, FlashSTU
 
 LOGITS_AT_ONCE = 256
 """Of a prompt's tokens: a vocabulary may be large."""
-INVARIANT_ROWS = 8
-"""Rows that go through the model together where their company must not change their rounding."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,6 @@ class PromptLogits:
     """`[tokens, vocab_size]`."""
 
 
-class Pages(NamedTuple):
-    """Pages of both kinds."""
-
-    convolution: int
-    attention: int
-
-
 class Runner:
     """A model, and what it remembers of every sequence. Rows of the batch are in joining order,
     but that the last row takes the place of one that leaves.
@@ -67,6 +60,8 @@ class Runner:
         batch_invariant: bool = False,
         recent: RecentInputs | None = None,
     ) -> None:
+        if batch_invariant:
+            _require_invariance(model)
         self._model, self._batch_invariant = packed_copy(model), batch_invariant
         self._unembed = packed_product(model.embedding.weight)
         self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
@@ -177,6 +172,18 @@ class Runner:
     def _caches(self) -> list[ConvolutionCache | AttentionCache | RecentInputs]:
         caches = self._convolutions, self._attentions, self._recent
         return [cache for cache in caches if cache is not None]
+
+
+def _require_invariance(model: FlashSTU) -> None:
+    """Raise UserError for a width at which products round by a row's place among others."""
+    width = model.config.width
+    is_safe = packs(model.embedding.weight) and model.config.streams_per_sequence == 1
+    if width % 16 and not is_safe:
+        raise UserError(
+            "batch_invariant",
+            message=f"batch_invariant is not allowed for width={width}: for the full form, and "
+            "where weights are not packed, the width must be a multiple of 16",
+        )
 
 
 class _PromptMemory:

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
-from serve.engine.runner import Pages, Prompt
+from serve.engine.runner import Prompt
 from serve.request import Request
 
 SCORED_TOKEN_COST = 4

@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from serve.openai.chat_dialect import CompiledTemplate
-from serve.prompts import require_unicode
 from stu.common.errors import show
+from stu.common.text import require_unicode
 from stu.tokenizer import Tokenizer
 
 FILE_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"

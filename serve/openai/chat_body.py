@@ -1,9 +1,9 @@
 """From a body of OpenAI's chat completions to one of text completions, the same for a server and
 for batches."""
 
-from serve.batch.rows import Json
 from serve.openai.chat import ChatTemplate
 from serve.openai.schemas import ChatBody
+from stu.common.text import Json
 
 
 def text_body(

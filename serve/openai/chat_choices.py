@@ -1,9 +1,8 @@
 """OpenAI's choices of chat completions: what came of a request, whole or piece by piece."""
 
-from serve.batch.rows import Json
 from serve.completion import Completion
-from serve.request import Request
-from serve.sampling.sampler import TokenLogprobs
+from serve.request import Request, TokenLogprobs
+from stu.common.text import Json
 from stu.tokenizer import Tokenizer
 
 

@@ -1,10 +1,9 @@
 """OpenAI's choices of text completions: what came of a request, whole or piece by piece."""
 
-from serve.batch.rows import Json
 from serve.completion import Completion
-from serve.request import Request
+from serve.request import Request, TokenLogprobs
 from serve.sampling.detokenizer import TextStream
-from serve.sampling.sampler import TokenLogprobs
+from stu.common.text import Json
 from stu.tokenizer import Tokenizer
 
 

@@ -5,17 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from serve.batch.rows import Json
 from serve.completion import Completion
 from serve.openai.choices import ChoiceWriter
 from serve.openai.fields import HARMLESS, TEXT_NEUTRAL, without_inert
 from serve.openai.response_format import constraint_of
-from serve.prompts import SETTINGS, RequestBuilder, derived_seed, require_unicode
+from serve.prompts import SETTINGS, RequestBuilder, derived_seed
 from serve.request import Request
-from serve.sampling.sampler import MOST_LOGPROBS
-from serve.server.config import JsonWhitespace
+from serve.sampling_params import MOST_LOGPROBS, JsonWhitespace
 from stu.common.errors import show
-from stu.common.text import nearest
+from stu.common.text import Json, nearest, require_unicode
 from stu.tokenizer import Tokenizer
 
 DEFAULTS: Json = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}

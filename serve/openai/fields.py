@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stu.common.errors import show
+from stu.common.text import Json
 
-Json = dict[str, Any]
 Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
 """By name: values that ask for what is done anyway, and what to do in place of another."""
 

@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from serve.sampling.grammar import Constraint
-from serve.server.config import JsonWhitespace
+from serve.sampling_params import Constraint, JsonWhitespace
 from stu.common.errors import show
 
 FLEXIBLE = r"\r?\n?[ \t]{0,32}"

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve.request import Request
-from serve.sampling.grammar import Constraint, GrammarMatcher, Grammars
-from serve.sampling.history import TokenHistory
-from serve.sampling.sampler import TokenLogprobs, sample, token_logprobs
+from serve.request import Request, TokenLogprobs
+from serve.sampling.grammar import GrammarMatcher, Grammars
+from serve.sampling.sampler import TokenHistory, sample, token_logprobs
+from serve.sampling_params import Constraint
 from stu.tokenizer import Tokenizer
 
 NOT_FINITE = (

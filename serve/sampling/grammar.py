@@ -7,9 +7,7 @@ a grammar's size and for the work of each token.
 
 import functools
 import json
-from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 import llguidance
 import numpy as np
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from serve.sampling.json_schema import Node, children, prepare, target
 from serve.sampling.schema_rewrites import Schema
+from serve.sampling_params import Constraint
 from stu.tokenizer import Tokenizer
 
 MOST_COMPILED = 16
@@ -31,15 +30,6 @@ PROBES, PROBE_TOKENS = 3, 24
 """Texts that are begun, and their tokens, to find out whether a constraint stays within LIMITS."""
 MOST_PLACES = 100
 """Schemas within a schema that are tried to find the one that is wrong."""
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """What the text of a completion must follow."""
-
-    kind: Literal["json_schema", "regex"]
-    source: str
-    """The schema, as JSON, or the expression."""
 
 
 class Grammars:

@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from serve.batch.rows import Json
 from serve.openai.body_errors import body_error
 from serve.openai.chat import ChatTemplate
 from serve.openai.chat_body import text_body
@@ -29,9 +28,8 @@ from serve.openai.schemas import (
     TokenizeBody,
     error_body,
 )
-from serve.prompts import require_unicode
+from serve.request import ContextLengthError, check_request
 from serve.request import Request as EngineRequest
-from serve.request_limits import ContextLengthError, check_request
 from serve.sampling.grammar import Grammars
 from serve.server.arrivals import EngineError
 from serve.server.config import ServerConfig
@@ -42,6 +40,7 @@ from serve.server.replicas.dispatch import Busy, Refused, Replicas, Unavailable
 from serve.server.slices import Threads, json_slices, pieces
 from serve.server.streams import Answer, TimedOut, event
 from stu.common.errors import show
+from stu.common.text import Json, require_unicode
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
 

@@ -172,7 +172,7 @@ def _service(config: ServerConfig) -> "Service":
     from serve.openai.completions import DEFAULTS, Completions
     from serve.prompts import RequestBuilder
     from serve.sampling.grammar import Grammars
-    from serve.sampling.sampler import SamplingParams
+    from serve.sampling_params import SamplingParams
     from serve.server.app import Service
     from serve.server.metrics import Metrics
     from serve.server.replicas.dispatch import Replicas

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve.config import EngineConfig, is_whole
+from serve.sampling_params import JsonWhitespace
 
 Dtype = Literal["float32", "bfloat16"]
 MetricPrefix = Literal["vllm", "stu"]
-JsonWhitespace = Literal["compact", "flexible"]
 
 
 @dataclass(frozen=True)

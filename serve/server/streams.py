@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from serve.batch.rows import Json
 from serve.completion import Completion, Gathering, piece_of
 from serve.openai.schemas import StreamOptions
 from serve.request import Output
@@ -17,7 +16,7 @@ from serve.server.exchange import Exchange, unquoted
 from serve.server.metrics import Metrics
 from serve.server.replicas.dispatch import Refused, Replicas, Stream
 from serve.server.slices import Pauses, json_slices, pieces
-from stu.common.text import json_line
+from stu.common.text import Json, json_line
 
 logger = logging.getLogger(__name__)
 

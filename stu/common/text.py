@@ -5,6 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from stu.common.errors import UserError
+
+Json = dict[str, Any]
 LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 """Characters that JSON leaves as they are and `str.splitlines`, on which many readers of
 server-sent events and of JSONL rely, takes for the end of a line."""
@@ -27,3 +30,15 @@ def nearest(key: str, known: Sequence[str]) -> str:
     if len(known) <= MOST_LISTED_NAMES:
         return f": choose from {', '.join(known)}"
     return ": --help lists all names"
+
+
+def require_unicode(name: str, text: str) -> None:
+    """Raise UserError if UTF-8 cannot encode `text`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            name,
+            message=f"{name} has half of a surrogate pair at character {error.start}: "
+            "write the whole character",
+        ) from error

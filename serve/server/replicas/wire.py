@@ -12,9 +12,8 @@ from typing import Any, overload
 
 import msgpack
 
-from serve.request import Output, Request
-from serve.sampling.grammar import Constraint
-from serve.sampling.sampler import SamplingParams, TokenLogprobs
+from serve.request import Output, Request, TokenLogprobs
+from serve.sampling_params import Constraint, SamplingParams
 
 Message = dict[str, Any]
 MOST_BYTES = 2**28

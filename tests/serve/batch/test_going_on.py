@@ -8,7 +8,7 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from stu.model import FlashSTU
 
 SETTINGS = {

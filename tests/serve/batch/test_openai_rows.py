@@ -13,9 +13,9 @@ from serve.completion import Completion
 from serve.openai.choices import ChoiceWriter
 from serve.openai.completions import Completions
 from serve.prompts import RequestBuilder
-from serve.request import Request
+from serve.request import Request, TokenLogprobs
 from serve.sampling.detokenizer import TextStream
-from serve.sampling.sampler import SamplingParams, TokenLogprobs
+from serve.sampling_params import SamplingParams
 from tests.serve.conftest import generate, read_rows, write_rows
 
 NO_EOS = {"stop_at_eos": False}

@@ -12,7 +12,7 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.packing import packs
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.futurefill import Naive
 from stu.model import FlashSTU

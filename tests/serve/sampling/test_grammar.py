@@ -12,8 +12,8 @@ import pytest
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.grammar import MOST_CHARS, Constraint, Grammars
-from serve.sampling.sampler import SamplingParams
+from serve.sampling.grammar import MOST_CHARS, Grammars
+from serve.sampling_params import Constraint, SamplingParams
 from serve.server.replicas.process import Replica
 from serve.server.replicas.wire import Unpacker, pack, request_to_wire
 from tests.serve.server_process import SECONDS

@@ -15,7 +15,8 @@ import pytest
 from pydantic import BaseModel, Field, PositiveInt, create_model
 
 from serve.openai.response_format import constraint_of
-from serve.sampling.grammar import Constraint, Grammars
+from serve.sampling.grammar import Grammars
+from serve.sampling_params import Constraint
 
 TOKENS = 200
 STRING = re.compile(r'"([^"\\]|\\.)*"')

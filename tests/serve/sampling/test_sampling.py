@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.sampling.history import TokenHistory
-from serve.sampling.sampler import SamplingParams, sample, token_logprobs
+from serve.sampling.sampler import TokenHistory, sample, token_logprobs
+from serve.sampling_params import SamplingParams
 from tests.reference import sampling as reference
 
 VOCAB_SIZE = 50

@@ -6,12 +6,12 @@ import threading
 import httpx
 import pytest
 
+from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.engine.runner import Pages
 from serve.engine.scheduler import Scheduler
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from serve.server.config import ServerConfig
 from serve.server.replicas.dispatch import Busy, Replica, Replicas, Stream
 from serve.server.replicas.fair_queue import FairQueue

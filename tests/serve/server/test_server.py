@@ -10,7 +10,7 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from tests.serve.server_process import events, eventually, serving
 
 NO_EOS = {"stop_at_eos": False}

@@ -18,7 +18,7 @@ import pytest
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.sampling.sampler import SamplingParams
+from serve.sampling_params import SamplingParams
 from serve.server.config import ServerConfig
 from serve.server.replicas import dispatch as replicas_module
 from serve.server.replicas.dispatch import Replicas
