@@ -34,6 +34,7 @@ from serve.sampling.grammar import Grammars
 from serve.server.arrivals import EngineError
 from serve.server.config import ServerConfig
 from serve.server.exchange import FAULT, Exchange, exchange_of
+from serve.server.json_body import JsonRoute
 from serve.server.metrics import Metrics
 from serve.server.page import add_playground
 from serve.server.replicas.dispatch import Busy, Refused, Replicas, Unavailable
@@ -101,6 +102,7 @@ def make_app(service: Service) -> FastAPI:
         # A redirect would lead to whatever host the request names.
         redirect_slashes=False,
     )
+    app.router.route_class = JsonRoute
     _add_errors(app)
     _add_completions(app, service)
     _add_information(app, service)

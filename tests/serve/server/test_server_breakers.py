@@ -8,7 +8,9 @@
 """
 
 import ast
+import asyncio
 import hmac
+import json
 import pickle
 import re
 import threading
@@ -31,6 +33,7 @@ from serve.openai.schemas import (
     error_body,
 )
 from serve.server.guard import Guard
+from serve.server.json_body import JsonRequest
 from serve.server.replicas.wire import Unpacker
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
@@ -214,13 +217,43 @@ def test_errors_repeat_no_large_input(server):
 def test_a_body_of_nulls_is_refused_at_once(server):
     """A million errors took a minute, in which nothing else ran, and gigabytes."""
     nulls = "[" + ",".join(["null"] * 838_000) + "]"
+    zeros = "[" + ",".join("0" * 1_500_000) + "]"
     before = server.peak_bytes()
     with server.client(headers={"content-type": "application/json"}) as http:
-        for body in (f'{{"prompt":{nulls}}}', f'{{"prompt":"x","stop":{nulls}}}'):
+        bodies = [f'{{"prompt":{nulls}}}', f'{{"prompt":"x","stop":{nulls}}}']
+        for body in [*bodies, f'{{"prompt":"x","stop":{zeros}}}']:
             began = time.monotonic()
             assert http.post("/v1/completions", content=body).status_code == 400
             assert time.monotonic() - began < 10  # it is 0.05 on a quiet machine
     assert server.peak_bytes() - before < 100e6
+
+
+BODIES = '{"a": 1, "a": [null, 1e999, -0, 1.5]}', "NaN", '"größe"', '"\\ud800"', str(10**30)
+
+
+def parsed(content):
+    async def receive():
+        return {"type": "http.request", "body": content}
+
+    return asyncio.run(JsonRequest({"type": "http"}, receive).json())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", BODIES)
+def test_a_faster_parser_finds_the_same(text, encoding):
+    assert repr(parsed(text.encode(encoding))) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1,]", b"01"])
+def test_a_faster_parser_refuses_the_same(content):
+    with pytest.raises(json.JSONDecodeError):
+        parsed(content)
+
+
+def test_long_bodies_do_without_the_slower_parser(monkeypatch):
+    """It took 100 ms for a list that is refused by its length, and everything stood still."""
+    monkeypatch.setattr(json, "loads", None)
+    assert parsed(b"[" + b"0," * 1000 + b"0]") == [0] * 1001
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]]])
