@@ -22,6 +22,7 @@ from benchmarks.decode_engine import tokenizer
 from benchmarks.machine import describe
 from stu.config import ModelConfig
 from train.data.shards import TOKENIZER_FILE, Index, SplitWriter
+from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan.memory import activation_bytes, rank_memory
 from train.report import read_curves
@@ -59,7 +60,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             activations = activation_bytes(
                 config, seq_len, micro_batch, parallel, is_half=False, on_gpu=False
             )
-            memory = rank_memory(config, parallel, ranks, activations, is_half=False, on_gpu=False)
+            memory = rank_memory(
+                config,
+                parallel,
+                ranks,
+                activations,
+                is_half=False,
+                on_gpu=False,
+                state_bytes=OPTIMIZERS["adamw"].state_bytes,
+            )
             planned = memory.total / 2**30
             run = {
                 "layout": config.layout,

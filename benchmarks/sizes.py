@@ -14,6 +14,7 @@ from benchmarks.machine import describe
 from stu.config import ModelConfig
 from train.flops import num_parameters, token_flops
 from train.gpus import GPUS
+from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
 from train.plan.fits import Fits, stages
@@ -40,7 +41,8 @@ def plan(name: str, num_ranks: int) -> dict[str, Any]:
     gpu = GPUS[GPU]
     config = ModelConfig.from_dict(yaml.safe_load((MODELS / f"{name}.yaml").read_text()))
     usable = USABLE_SHARE * gpu.memory_gib * 2**30
-    fits = Fits(config, SEQ_LEN, num_ranks, usable, is_half=True)
+    state_bytes = OPTIMIZERS["adamw"].state_bytes
+    fits = Fits(config, SEQ_LEN, num_ranks, usable, is_half=True, state_bytes=state_bytes)
     count = num_parameters(config)
     ways = []
     for recomputes in (False, True):

@@ -34,7 +34,7 @@ from benchmarks.train_ways import WAYS, flops_per_token, make_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train.loss import next_token_loss
-from train.optimizer import OptimizerConfig, adamw
+from train.optimizer import OptimizerConfig, make_optimizer
 
 VOCAB_SIZE, MLP_RATIO, CLIP_NORM = 4096, 4, 1.0
 NUM_HEADS = 4
@@ -122,7 +122,7 @@ class Trainee:
     """A model in training."""
 
     def __init__(self, model: FlashSTU) -> None:
-        self.model, self.optimizer = model, adamw(model, OptimizerConfig())
+        self.model, self.optimizer = model, make_optimizer(model, OptimizerConfig())
 
     def step(self, context: int) -> dict[str, float]:
         """One optimizer step on random tokens: seconds of its parts, and of all."""

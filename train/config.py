@@ -12,7 +12,7 @@ from stu.config import ModelConfig
 from train.callbacks.bad_steps import GuardConfig
 from train.data.loader import TokenData
 from train.data.shards import Index
-from train.optimizer import OptimizerConfig, check_schedule
+from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
 
 COUNTS = (
@@ -28,9 +28,11 @@ LARGEST_SEED = 2**32 - 1
 """Largest seed that NumPy takes."""
 
 
-def check_settings(settings: Any, is_plan: bool) -> tuple[ModelConfig, ParallelConfig]:
-    """Check every setting of a run that was parsed, and return the model's shape and how ranks
-    share it. A vocabulary of 0 becomes that of the token shards.
+def check_settings(
+    settings: Any, is_plan: bool
+) -> tuple[ModelConfig, OptimizerConfig, ParallelConfig]:
+    """Check every parsed setting of a run, and return the groups that are objects. A vocabulary of
+    0 becomes that of the token shards.
 
     is_plan: the data may not be there yet if the vocabulary is given, and the run may be for
     another machine. Raises ValueError naming the setting, its value and what is allowed.
@@ -49,13 +51,14 @@ def check_settings(settings: Any, is_plan: bool) -> tuple[ModelConfig, ParallelC
     is_seed = isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED
     _require("seed_everything", seed, is_seed, f"from 0 to {LARGEST_SEED}")
     optimizer = OptimizerConfig(**_values(settings.model.optimizer))
+    optimizer_kind(optimizer)
     check_schedule(optimizer, settings.trainer.max_steps)
     GuardConfig(**_values(settings.model.guard))
     parallel = ParallelConfig(**_values(settings.parallel))
     _check_trainer(settings.trainer)
     _check_devices(settings.trainer, is_plan)
     _check_precision(settings.trainer, parallel)
-    return _check_model_and_data(settings, is_plan), parallel
+    return _check_model_and_data(settings, is_plan), optimizer, parallel
 
 
 def data_warnings(settings: Any, num_ranks: int) -> list[str]:

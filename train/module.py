@@ -27,7 +27,13 @@ from train.evaluation import ValidationSums, plot_accuracy, sample_texts, valida
 from train.flops import token_flops
 from train.gpus import GPUS, known_gpu, peak_bytes, resident_bytes
 from train.loss import next_token_loss, token_losses
-from train.optimizer import OptimizerConfig, adamw, learning_rate_factor, parameter_groups
+from train.optimizer import (
+    OptimizerConfig,
+    learning_rate_factor,
+    make_optimizer,
+    optimizer_kind,
+    parameter_groups,
+)
 from train.parallel.fsdp import FsdpStrategy
 from train.start.same_run import result_settings, training_record
 
@@ -63,6 +69,7 @@ class FlashSTUModule(L.LightningModule):
         self._samples: list[int] = []  # of the step that is being made
         self.config = config
         self.optimizer_config = optimizer
+        self.optimizer_kind = optimizer_kind(optimizer)
         self.model = FlashSTU(config)
         self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
 
@@ -87,7 +94,7 @@ class FlashSTUModule(L.LightningModule):
             raise ValueError(
                 "trainer.max_steps is not set: the schedule needs it, and the data has no end"
             )
-        optimizer = adamw(self.model, self.optimizer_config)
+        optimizer = make_optimizer(self.model, self.optimizer_config)
         schedule = LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total_steps, self.optimizer_config)
         )
@@ -161,10 +168,9 @@ class FlashSTUModule(L.LightningModule):
         decays = (config.weight_decay, 0.0)
         for group, decay in zip(scheduler.optimizer.param_groups, decays, strict=True):
             group |= {
+                **self.optimizer_kind.hyperparameters(config),
                 "lr": config.learning_rate * factor,
                 "initial_lr": config.learning_rate,
-                "betas": (config.beta1, config.beta2),
-                "eps": config.eps,
                 "weight_decay": decay,
             }
 
@@ -240,9 +246,10 @@ class FlashSTUModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `stu-export` needs besides the weights, and what a resumed run must repeat."""
         settings = result_settings(self.trainer, self, self._data)
-        groups = parameter_groups(self.model)
-        record = training_record(settings, self._data.tokenizer_path, groups)
+        record = training_record(settings, self._data.tokenizer_path)
         checkpoint["stu"] = {**record, **self.run_record}
+        checkpoint["stu"]["parameter_groups"] = parameter_groups(self.model)
+        checkpoint["stu"]["state_tensors"] = list(self.optimizer_kind.state_tensors)
         checkpoint["stu"]["since_log"] = {
             "losses": self.trainer.strategy.all_gather(torch.stack(self._losses)).cpu()
             if self._losses

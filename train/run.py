@@ -117,7 +117,7 @@ class TrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.arguments = args
         self.config = parser.parse_args(args)
-        _, self.parallel = check_run_settings(self.config, is_plan=False)
+        _, _, self.parallel = check_run_settings(self.config, is_plan=False)
 
     def before_instantiate_classes(self) -> None:
         # First, as it may import DeepSpeed, whose memory is not the model's.
@@ -320,10 +320,10 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     add_settings(parser)
     settings = parser.parse_args(list(arguments))
     try:
-        config, parallel = check_run_settings(settings, is_plan=True)
+        config, optimizer, parallel = check_run_settings(settings, is_plan=True)
     except ValueError as error:
         raise UserError(str(error)) from error
-    settings.model.config, settings.parallel = config, parallel
+    settings.model.config, settings.model.optimizer, settings.parallel = config, optimizer, parallel
     return settings
 
 

@@ -3,11 +3,20 @@
 import math
 
 import pytest
+import torch
+from torch import nn
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from tests.train.conftest import MODEL
-from train.optimizer import OptimizerConfig, adamw, check_schedule, learning_rate_factor
+from train.optimizer import (
+    OptimizerConfig,
+    check_schedule,
+    learning_rate_factor,
+    make_optimizer,
+    optimizer_kind,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +26,7 @@ from train.optimizer import OptimizerConfig, adamw, check_schedule, learning_rat
 def test_only_matrices_decay(layout, form):
     """And not those that make Hyena's filters."""
     model = FlashSTU(ModelConfig(**MODEL, layout=layout, stu_form=form))
-    optimizer = adamw(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
@@ -35,7 +44,7 @@ def test_only_matrices_decay(layout, form):
 def test_settings_reach_the_optimizer():
     model = FlashSTU(ModelConfig(**MODEL))
     config = OptimizerConfig(learning_rate=0.5, beta1=0.1, beta2=0.2, eps=0.3)
-    defaults = adamw(model, config).defaults
+    defaults = make_optimizer(model, config).defaults
     assert (defaults["lr"], defaults["betas"], defaults["eps"]) == (0.5, (0.1, 0.2), 0.3)
 
 
@@ -82,8 +91,38 @@ def test_degenerate_lengths(schedule):
     ],
 )
 def test_bad_value_is_named(name, value):
-    with pytest.raises(ValueError, match=rf"optimizer\.{name}={value!r} is not allowed: it must"):
+    with pytest.raises(UserError, match="is not allowed: it must be") as caught:
         OptimizerConfig(**{name: value})
+    assert (caught.value.field, caught.value.value) == (f"model.optimizer.{name}", value)
+
+
+def test_an_unknown_optimizer_is_refused_with_the_names_of_all():
+    with pytest.raises(UserError, match="must be adamw or lion"):
+        make_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sgd"))
+
+
+def test_lion_steps_by_the_sign_of_a_mixed_gradient():
+    """As algorithm 2 of the paper has it, on numbers that leave no doubt about signs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(5, 3, generator=generator))
+    config = OptimizerConfig(name="lion", learning_rate=0.1, beta1=0.7, beta2=0.9, weight_decay=0.2)
+    kind = optimizer_kind(config)
+    optimizer = kind.make(
+        [{"params": [weight], "weight_decay": 0.2}], **kind.hyperparameters(config)
+    )
+    expected, average = weight.detach().clone(), torch.zeros(5, 3)
+    for _ in range(4):
+        gradient = torch.randn(5, 3, generator=generator)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        mixed = 0.7 * average + 0.3 * gradient
+        expected = expected - 0.1 * (mixed.sign() + 0.2 * expected)
+        average = 0.9 * average + 0.1 * gradient
+    torch.testing.assert_close(weight.detach(), expected)
+    state = optimizer.state[weight]
+    assert state.keys() == {"step", *kind.state_tensors}
+    torch.testing.assert_close(state["exp_avg"], average)
+    assert state["step"] == 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -104,6 +143,6 @@ def test_a_run_decays_by_its_steps_or_its_time_whichever_is_further_along(schedu
     ],
 )
 def test_a_warmup_that_does_not_fit_is_refused(settings, steps, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_schedule(OptimizerConfig(**settings), steps)
     check_schedule(OptimizerConfig(**settings), steps + 1)

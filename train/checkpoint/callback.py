@@ -19,7 +19,7 @@ from stu.common.files import fsync
 from train.callbacks.bad_steps import TooManyBadSteps
 from train.callbacks.interruption import largest_of_ranks
 from train.callbacks.progress import warned
-from train.checkpoint.folder import MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.writer import CheckpointWriter
 from train.start.owner import TakenOver
 
@@ -211,7 +211,7 @@ class FolderIO(CheckpointIO):
             for name, tensor in checkpoint["state_dict"].items():
                 yield WEIGHT, name.removeprefix(PREFIX), tensor
             for number, name in enumerate(chain.from_iterable(groups)):
-                for kind in MOMENTS if states else ():
+                for kind in training["stu"]["state_tensors"] if states else ():
                     yield kind, name, states[number][kind]
 
         training["stu"]["num_files"] = 1
@@ -245,7 +245,9 @@ def _torch_state(folder: CheckpointFolder) -> dict[str, Any]:
         groups.append({**group, "params": list(numbers)})
         for number, name in zip(numbers, group["params"], strict=True):
             if step:
-                states[number] = {kind: folder.tensor(kind, name).clone() for kind in MOMENTS}
+                states[number] = {
+                    kind: folder.tensor(kind, name).clone() for kind in folder.state_tensors
+                }
                 states[number]["step"] = torch.tensor(float(step))
     return {"state": states, "param_groups": groups}
 

@@ -33,7 +33,9 @@ CHECKSUM_SUFFIX = ".sha256"
 MOST_READERS = 8
 """Files that are verified at once."""
 TRAINING_FILE = "training.pt"
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
+OF_ADAMW = ["exp_avg", "exp_avg_sq"]
+"""State tensors in checkpoints that do not name theirs."""
 
 
 class CheckpointFolder:
@@ -71,8 +73,14 @@ class CheckpointFolder:
         start = f"{WEIGHT}/"
         return [name.removeprefix(start) for name in self._files if name.startswith(start)]
 
+    @property
+    def state_tensors(self) -> list[str]:
+        """Names of the tensors that the optimizer keeps for each parameter."""
+        names: list[str] = self.training["stu"].get("state_tensors", OF_ADAMW)
+        return names
+
     def tensor(self, kind: str, name: str) -> Tensor:
-        """`weight`, `exp_avg` or `exp_avg_sq` of a parameter."""
+        """Return `weight`, or one of the `state_tensors`, of a parameter."""
         key = f"{kind}/{name}"
         if key not in self._files:
             raise ValueError(f"checkpoint {self.path}: {key} is missing")
@@ -82,7 +90,7 @@ class CheckpointFolder:
     def check(self) -> None:
         """Raise ValueError unless every parameter is there, with its moments once it has any."""
         groups = self.training["optimizer_groups"]
-        kinds = (WEIGHT, *MOMENTS) if self.training["optimizer_step"] else (WEIGHT,)
+        kinds = [WEIGHT, *self.state_tensors] if self.training["optimizer_step"] else [WEIGHT]
         for name in [name for group in groups for name in group["params"]]:
             for kind in kinds:
                 if f"{kind}/{name}" not in self._files:

@@ -18,6 +18,12 @@ class ShardedSaving:
 
     writer: CheckpointWriter
 
+    @property
+    def state_tensors(self: Any) -> tuple[str, ...]:
+        """Names of the tensors that the optimizer keeps for each parameter."""
+        names: tuple[str, ...] = self.lightning_module.optimizer_kind.state_tensors
+        return names
+
     @abstractmethod
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
         """Kind, name and whole tensor, one after the other; all ranks together, in one order."""

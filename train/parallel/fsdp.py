@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stu.hyena import ImplicitFilter
 from stu.model import FlashSTU
-from train.checkpoint.folder import MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.sharded import ShardedSaving
 from train.checkpoint.writer import CheckpointWriter
 
@@ -54,7 +54,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
         for name, parameter in self._parameters():
             yield WEIGHT, name, _whole(parameter)
             state = self.optimizers[0].state.get(parameter, {})
-            for kind in MOMENTS if state else ():
+            for kind in self.state_tensors if state else ():
                 yield kind, name, _whole(state[kind])
 
     def optimizer_step_count(self) -> int:
@@ -72,7 +72,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
             if step:
                 self.optimizers[0].state[parameter] = {
                     "step": torch.tensor(float(step)),
-                    **{kind: _like(parameter, folder.tensor(kind, name)) for kind in MOMENTS},
+                    **{k: _like(parameter, folder.tensor(k, name)) for k in self.state_tensors},
                 }
 
     def _parameters(self) -> list[tuple[str, DTensor]]:

@@ -21,7 +21,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 
-from train.checkpoint.folder import MOMENTS, WEIGHT, CheckpointFolder
+from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.sharded import ShardedSaving
 from train.checkpoint.writer import CheckpointWriter
 
@@ -86,7 +86,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             self._link_moments()
         for name, parameter in self._named_parameters():
             yield WEIGHT, name, self._full(parameter, None)
-            for kind in MOMENTS if has_moments else ():
+            for kind in self.state_tensors if has_moments else ():
                 yield kind, name, self._full(parameter, kind)
 
     def optimizer_step_count(self) -> int:
@@ -104,12 +104,12 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             for held in self._held():
                 self._torch_optimizer.state[held] = {
                     "step": torch.tensor(float(step)),
-                    **{kind: torch.zeros_like(held) for kind in MOMENTS},
+                    **{kind: torch.zeros_like(held) for kind in self.state_tensors},
                 }
             self._link_moments()
         for name, parameter in self._named_parameters():
             self._set(parameter, None, folder.tensor(WEIGHT, name))
-            for kind in MOMENTS if step else ():
+            for kind in self.state_tensors if step else ():
                 self._set(parameter, kind, folder.tensor(kind, name))
         if self._stage in (1, 2):
             self._zero.update_lp_params()

@@ -94,6 +94,7 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     from train.config import precision_name
     from train.flops import token_flops
     from train.gpus import GPUS, known_gpu
+    from train.optimizer import optimizer_kind
     from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
     from train.plan.fits import Fits, stages
     from train.plan.memory import fft_bytes
@@ -111,7 +112,8 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     is_half = precision_name(settings.trainer.precision) != "32-true"
     usable = USABLE_SHARE * gpu.memory_gib * GIB
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
-    fits = Fits(config, seq_len, num_ranks, usable, is_half)
+    state_bytes = optimizer_kind(settings.model.optimizer).state_bytes
+    fits = Fits(config, seq_len, num_ranks, usable, is_half, state_bytes)
     flops = token_flops(config, seq_len, micro_batch, parallel.checkpoint_activations)
     console.print(
         f"{_millions(config)} M parameters; {flops.total / 1e9:.2f} GFLOP a token: "

@@ -12,14 +12,20 @@ MOST = 4096
 class Fits:
     """What fits, of one model on so many ranks. Activations grow linearly with the micro-batch.
 
-    is_half: in bfloat16, or else float32.
+    is_half: in bfloat16, or else float32. state_bytes: of the optimizer, per parameter.
     """
 
     def __init__(
-        self, config: ModelConfig, seq_len: int, num_ranks: int, usable: float, is_half: bool
+        self,
+        config: ModelConfig,
+        seq_len: int,
+        num_ranks: int,
+        usable: float,
+        is_half: bool,
+        state_bytes: int,
     ) -> None:
         self._config, self._seq_len, self._is_half = config, seq_len, is_half
-        self._num_ranks, self._usable = num_ranks, usable
+        self._num_ranks, self._usable, self._state_bytes = num_ranks, usable, state_bytes
         self._traced: dict[tuple[bool, bool, int], int] = {}
 
     def memory(self, parallel: ParallelConfig, micro_batch: int) -> RankMemory:
@@ -28,7 +34,13 @@ class Fits:
         if micro_batch > 1:  # counting takes time
             activations += (self._trace(parallel, 2) - activations) * (micro_batch - 1)
         return rank_memory(
-            self._config, parallel, self._num_ranks, activations, self._is_half, on_gpu=True
+            self._config,
+            parallel,
+            self._num_ranks,
+            activations,
+            self._is_half,
+            on_gpu=True,
+            state_bytes=self._state_bytes,
         )
 
     def largest(self, parallel: ParallelConfig, most: int = MOST) -> int:

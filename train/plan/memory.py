@@ -63,12 +63,14 @@ def rank_memory(
     activations: int,
     is_half: bool,
     on_gpu: bool,
+    state_bytes: int,
 ) -> RankMemory:
     """Of one of `num_ranks`.
 
     activations: what `activation_bytes` says. is_half: bf16-mixed. on_gpu: ZeRO's stages 1 and 2
     allocate buckets there; a CPU's memory is taken as they are written to, and then gradients move
-    into them, whose own memory is freed.
+    into them, whose own memory is freed. state_bytes: of the optimizer's state per parameter
+    (`OptimizerKind.state_bytes`).
     """
     count = num_parameters(config)
     stage = parallel.zero_stage if parallel.kind == "zero" else 0
@@ -78,7 +80,7 @@ def rank_memory(
         # Autocast's own copies of weights are among the activations. DDP sums gradients in buckets
         # besides.
         buffers = 4 * count if num_ranks > 1 else 0
-        return RankMemory(4 * count + filters, 4 * count, 8 * count, buffers, activations)
+        return RankMemory(4 * count + filters, 4 * count, state_bytes * count, buffers, activations)
     width = 2 if is_half else 4
     if parallel.kind == "fsdp":
         # What is outside of the blocks stays gathered, and of the blocks one is computed with while
@@ -86,10 +88,10 @@ def rank_memory(
         outside = config.vocab_size * config.width
         block = max_block_parameters(config)
         buffers = width * (2 * outside + 3 * block) + 4 * max(outside, block)
-        return RankMemory(4 * share + filters, 4 * share, 8 * share, buffers, activations)
+        return RankMemory(4 * share + filters, 4 * share, state_bytes * share, buffers, activations)
     held = share if stage > 0 else count
     master = 4 * held if stage > 0 or is_half else 0
-    moments = 8 * held
+    moments = state_bytes * held
     weights = width * (share if stage == 3 else count)
     gradients = width * (share if stage >= 2 else count)
     buffers = 0

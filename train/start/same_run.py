@@ -1,7 +1,7 @@
 """A resumed run is the one that was interrupted: all that changes its result is compared."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +42,10 @@ def result_settings(
     }
 
 
-def training_record(
-    settings: Mapping[str, Any], tokenizer: Path, parameter_groups: Sequence[Sequence[str]]
-) -> dict[str, Any]:
+def training_record(settings: Mapping[str, Any], tokenizer: Path) -> dict[str, Any]:
     """Return what stu adds to a checkpoint: only tensors and plain values, read without pickle."""
     return {
         "format_version": FORMAT_VERSION,
-        "parameter_groups": parameter_groups,
         "model_config": _without_prefix(MODEL, settings),
         "settings": dict(settings),
         "tokenizer": torch.frombuffer(bytearray(tokenizer.read_bytes()), dtype=torch.uint8),

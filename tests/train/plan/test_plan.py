@@ -15,6 +15,7 @@ from stu.model import FlashSTU
 from train import loss
 from train.flops import num_filter_parameters, num_parameters, token_flops
 from train.gpus import known_gpu
+from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan import cli as plan
 from train.plan import memory
@@ -89,7 +90,7 @@ def test_stages_divide_what_they_say(is_half):
     count = num_parameters(SMALL)
     held = [
         rank_memory(
-            SMALL, ParallelConfig(kind="zero", zero_stage=stage), 8, 0, is_half, on_gpu=True
+            SMALL, ParallelConfig(kind="zero", zero_stage=stage), 8, 0, is_half, True, state_bytes=8
         )
         for stage in range(4)
     ]
@@ -103,16 +104,27 @@ def test_stages_divide_what_they_say(is_half):
     assert held[0].optimizer == (12 if is_half else 8) * count
 
 
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
+def test_lion_takes_half_the_state_of_adamw(kind):
+    parallel = ParallelConfig(kind=kind, zero_stage=3)
+    adamw, lion = (
+        rank_memory(SMALL, parallel, 4, 0, False, True, OPTIMIZERS[name].state_bytes).optimizer
+        for name in ("adamw", "lion")
+    )
+    weights = 4 if kind == "zero" else 0  # DeepSpeed keeps its own copy of them
+    assert (4 + weights) * adamw == pytest.approx((8 + weights) * lion)
+
+
 @pytest.mark.parametrize("layout", ["hyena", "attention"])
 def test_no_room_for_spectral_filters_where_there_are_none(layout):
     config = replace(SMALL, layout=layout)
-    memory = rank_memory(config, ParallelConfig(), 1, 0, is_half=False, on_gpu=True)
+    memory = rank_memory(config, ParallelConfig(), 1, 0, is_half=False, on_gpu=True, state_bytes=8)
     assert memory.weights == 4 * num_parameters(config)
 
 
 def test_fsdp_divides_all_but_what_is_being_computed():
     one, eight = (
-        rank_memory(SMALL, ParallelConfig(kind="fsdp"), ranks, 0, is_half=True, on_gpu=True)
+        rank_memory(SMALL, ParallelConfig(kind="fsdp"), ranks, 0, True, True, state_bytes=8)
         for ranks in (1, 8)
     )
     count = num_parameters(SMALL)

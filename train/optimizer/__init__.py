@@ -1,0 +1,68 @@
+"""Optimizers by name, and the learning-rate schedule.
+
+To add an optimizer, write a file that states its `OptimizerKind`, and enter it in `OPTIMIZERS`.
+"""
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stu.common.errors import UserError
+from stu.hyena import ImplicitFilter
+from train.optimizer.adamw import ADAMW
+from train.optimizer.base import OptimizerConfig, OptimizerKind
+from train.optimizer.lion import LION
+from train.optimizer.schedule import check_schedule, learning_rate_factor
+
+__all__ = [
+    "OPTIMIZERS",
+    "OptimizerConfig",
+    "OptimizerKind",
+    "check_schedule",
+    "learning_rate_factor",
+    "make_optimizer",
+    "optimizer_kind",
+    "parameter_groups",
+]
+
+OPTIMIZERS = {"adamw": ADAMW, "lion": LION}
+"""Optimizers by the name that `model.optimizer.name` gives them."""
+
+
+def optimizer_kind(config: OptimizerConfig) -> OptimizerKind:
+    """Return the optimizer that the settings name. Raises UserError if there is none."""
+    if config.name not in OPTIMIZERS:
+        raise UserError("model.optimizer.name", config.name, " or ".join(OPTIMIZERS))
+    return OPTIMIZERS[config.name]
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Return the optimizer of all parameters of `module`, whose groups decay as the mixers say."""
+    kind, parameters = optimizer_kind(config), dict(module.named_parameters())
+    groups = [
+        {"params": [parameters[name] for name in names], "weight_decay": weight_decay}
+        for names, weight_decay in zip(
+            parameter_groups(module), (config.weight_decay, 0.0), strict=True
+        )
+    ]
+    return kind.make(groups, **kind.hyperparameters(config))
+
+
+def parameter_groups(module: nn.Module) -> list[list[str]]:
+    """Return the names of parameters that are decayed, and of those that are not.
+
+    Matrices decay. They include the embedding, which is the output layer too, where decay keeps
+    scores from growing, and an STU's filter matrix and Hyena's short taps: each multiplies another
+    matrix, and decaying only one factor would move the scale into the other. Norm weights, near 1,
+    have no reason to shrink. Neither have the weights in the sines of Hyena's filters, which say
+    how fast filters may vary and not how large they are (as published).
+    """
+    # Under ZeRO-3 a parameter's own shape is empty.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters()}
+    filters = [m for m in module.modules() if isinstance(m, ImplicitFilter)]
+    exempt = {id(parameter) for m in filters for parameter in m.parameters()}
+    decayed = [
+        name
+        for name, parameter in module.named_parameters()
+        if len(shapes[name]) >= 2 and id(parameter) not in exempt
+    ]
+    return [decayed, [name for name in shapes if name not in set(decayed)]]

@@ -1,0 +1,27 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), as PyTorch implements it.
+
+It keeps two state tensors: running averages of the gradient and of its square, both corrected for
+their start at zero. DeepSpeed runs this one too: its own would be compiled when a run starts first.
+"""
+
+from typing import Any
+
+from torch.optim import AdamW
+
+from train.optimizer.base import OptimizerConfig, OptimizerKind
+
+
+def hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    """Return the values of a parameter group by the names of `torch.optim.AdamW`."""
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+
+
+ADAMW = OptimizerKind(
+    make=AdamW,
+    state_tensors=("exp_avg", "exp_avg_sq"),
+    hyperparameters=hyperparameters,
+)

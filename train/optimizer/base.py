@@ -1,0 +1,77 @@
+"""Settings that optimizers share, and the statement that each of them makes of itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from stu.common.errors import UserError
+
+STATE_BYTES = 4
+"""Size of an element of a state tensor: optimizers keep theirs in float32."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = "adamw"
+    """Optimizer: `adamw` or `lion`. Lion keeps half the state; it needs a learning rate 3 to 10
+    times lower, and a weight decay as much higher."""
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached when the warm-up ends."""
+    beta1: float = 0.9
+    """Decay of the averaged gradient that an update follows."""
+    beta2: float = 0.95
+    """AdamW: decay of the averaged squared gradient. Lion: decay of the gradient's average itself,
+    0.99 in its paper."""
+    eps: float = 1e-8
+    """AdamW: added to the denominator. Lion does not use it."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices. Norms and the network behind Hyena's filters are not decayed."""
+    warmup_steps: int = 100
+    """Optimizer steps in which the learning rate rises linearly from near 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine` falls from the end of the warm-up; `wsd` is constant, then falls linearly."""
+    decay_fraction: float = 0.2
+    """Share of all steps in which `wsd` falls; `cosine` does not use it."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the end of the run, as a share of `learning_rate`."""
+
+    def __post_init__(self) -> None:
+        for name, holds, allowed in [
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a positive number"),
+            ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
+            ("eps", 0 < self.eps < math.inf, "a positive number"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "a whole number >= 0"),
+            ("schedule", self.schedule in ("cosine", "wsd"), "'cosine' or 'wsd'"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "from 0 to 1"),
+            ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "from 0 to 1"),
+        ]:
+            if not holds:
+                raise UserError(f"model.optimizer.{name}", getattr(self, name), allowed)
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that settings choose by name.
+
+    It must work element by element, as ZeRO and FSDP2 hand it parts of parameters, and must keep a
+    tensor `step` and the `state_tensors` for each parameter that has had a gradient.
+    """
+
+    make: Callable[..., Optimizer]
+    """Constructor: takes parameter groups, and `hyperparameters` by keyword."""
+    state_tensors: tuple[str, ...]
+    """Names of the state tensors, each float32 and of the parameter's shape."""
+    hyperparameters: Callable[[OptimizerConfig], dict[str, Any]]
+    """Values of a parameter group, without `weight_decay`, that follow from the settings."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state per parameter."""
+        return STATE_BYTES * len(self.state_tensors)

@@ -1,0 +1,68 @@
+"""Lion (Chen et al. 2023, arXiv:2302.06675, algorithm 2): steps of equal size along a sign.
+
+It keeps one state tensor instead of AdamW's two.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from train.optimizer.base import OptimizerConfig, OptimizerKind
+
+
+class Lion(Optimizer):
+    """Lion with decoupled weight decay.
+
+    Args:
+        params: Parameters, or parameter groups.
+        lr: Size of every element's step.
+        betas: Weights of the averaged gradient: in the step's direction, and in its own update.
+        weight_decay: Share of a parameter that a step removes, relative to `lr`.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float = 0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, and return the loss of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, **group)
+        return loss
+
+    def _update(
+        self,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        **_: Any,
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        direction = state["exp_avg"].lerp(gradient, 1 - betas[0]).sign_()
+        parameter.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
+        state["exp_avg"].lerp_(gradient, 1 - betas[1])
+
+
+def hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
+    """Return the values of a parameter group by the names of `Lion`."""
+    return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+
+
+LION = OptimizerKind(make=Lion, state_tensors=("exp_avg",), hyperparameters=hyperparameters)
