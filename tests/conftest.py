@@ -5,12 +5,24 @@ import signal
 import pytest
 import torch
 
+from tests import forked
+
 torch.set_num_threads(1)  # such small tensors are slower on more
 # Workers ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ["test_train_job.py", "test_zero.py", "test_server_faults.py"]
 """Of minutes, in which the first mostly waits: they begin first, one on each worker."""
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # workers use that of their controller
+        forked.make_folder()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        forked.remove_folder()
 
 
 def pytest_collection_modifyitems(items):

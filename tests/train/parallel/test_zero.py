@@ -4,13 +4,13 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import forked
 from tests.train.saved import load_checkpoint
 from train import cli, report
 
@@ -18,7 +18,6 @@ STEPS, SAVED = 8, 4
 SAMPLES = 8
 STAGES = [0, 1, 2, 3, "fsdp"]
 """Of a step, over all ranks and micro-batches."""
-STU_TRAIN = Path(sys.executable).with_name("stu-train")
 
 
 def arguments(settings, folder, ranks, stage, steps=STEPS):
@@ -43,7 +42,7 @@ def arguments(settings, folder, ranks, stage, steps=STEPS):
 
 
 def run(settings, folder, ranks, stage, *more):
-    command = [STU_TRAIN, *arguments(settings, folder, ranks, stage), *more]
+    command = [forked.program("stu-train"), *arguments(settings, folder, ranks, stage), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -207,7 +206,7 @@ def test_goes_on_with_other_micro_batches(settings, whole, tmp_path, stage):
     given += ["--trainer.accumulate_grad_batches=4", f"--data.micro_batch_size={SAMPLES // 4}"]
     given.append(f"--resume={checkpoint(whole, SAVED)}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([STU_TRAIN, *given], check=True, timeout=300, env=environment)
+    subprocess.run([forked.program("stu-train"), *given], check=True, timeout=300, env=environment)
     actual = load_checkpoint(checkpoint(tmp_path / "run", STEPS))
     assert_close(actual, load_checkpoint(checkpoint(whole, STEPS)))
     steps, _ = report.read_curves(tmp_path / "run")["train/loss"]
@@ -259,7 +258,7 @@ def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_
     script.write_text(LOOKS_AT_TYPES)
     given = [*arguments(settings, folder, 2, stage), "--trainer.precision=bf16-mixed"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, script, *given]
+    command = [forked.python(), script, *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load_checkpoint(checkpoint(folder, STEPS))
@@ -272,7 +271,7 @@ def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_
     resumed = tmp_path / "resumed"
     given = [*arguments(settings, resumed, 2, stage), "--trainer.precision=bf16-mixed"]
     given.append(f"--resume={checkpoint(folder, SAVED)}")
-    subprocess.run([STU_TRAIN, *given], check=True, timeout=300, env=environment)
+    subprocess.run([forked.program("stu-train"), *given], check=True, timeout=300, env=environment)
     assert_close(load_checkpoint(checkpoint(resumed, STEPS)), saved)
 
 
