@@ -115,7 +115,7 @@ def train(
         "parallel.kind": parallel.kind,
         "parallel.zero_stage": parallel.zero_stage,
         "parallel.checkpoint_activations": str(parallel.checkpoint_activations).lower(),
-        "run_dir": run_dir,
+        "run-dir": run_dir,
     }
     command = [sys.executable, "-m", "train.cli", *(f"--{k}={v}" for k, v in values.items())]
     # What is freed goes back at once: glibc would keep up to a third more, in gaps of its heap.

@@ -136,9 +136,9 @@ class Run:
             "trainer.max_steps": self.steps,
             "trainer.val_check_interval": self._every,
             "trainer.log_every_n_steps": self._every,
-            "checkpoint_every_steps": self.steps,
-            "seed_everything": self.seed,
-            "run_dir": self._folder,
+            "checkpoint-every-steps": self.steps,
+            "seed-everything": self.seed,
+            "run-dir": self._folder,
             "resume": "auto",
         }
         command = [_program("stu-train"), *(f"--{name}={its}" for name, its in values.items())]

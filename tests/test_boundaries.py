@@ -1,6 +1,7 @@
 """The packages' boundaries: who may import whom, and what a light command may load."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,14 @@ COMMANDS = {
     "stu-health": "train.health.cli",
     "stu-plan": "train.plan.cli",
     "stu-generate": "serve.batch.cli",
+    "stu-serve": "serve.server.cli",
     "stu-bench": "benchmarks.cli",
 }
+
+
+def options_with_underscores(help_text):
+    """Options but dotted settings, whose names are those of fields."""
+    return {name for name in re.findall(r"--[\w.-]+", help_text) if "_" in name and "." not in name}
 
 
 def imported(package):
@@ -72,6 +79,7 @@ finally:
     )
     assert result.returncode == 0, result.stderr
     assert f"usage: {command}" in result.stdout
+    assert options_with_underscores(result.stdout) == set()
     assert not {"torch", "lightning", "deepspeed", "tensorboard"} & set(result.stderr.split())
 
 

@@ -177,7 +177,7 @@ def train(module_settings, tmp_path):  # noqa: F811
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         kept = [its for its in module_settings if not its.startswith("--trainer.accelerator")]
         values = {"trainer.accelerator": "gpu", "trainer.devices": 1, "trainer.max_steps": 40}
-        values |= {"run_dir": run} | settings
+        values |= {"run-dir": run} | settings
         command = [sys.executable, "-m", "train.cli", *kept]
         command += [f"--{name}={value}" for name, value in values.items()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

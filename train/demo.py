@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shutil.rmtree(output, ignore_errors=True)
     try:
         _run("stu-prepare", "stdlib:", "--output", data, "--validation-fraction", "0.02")
-        _run("stu-train", "--config", options.config, "--data.dir", data, "--run_dir", run)
+        _run("stu-train", "--config", options.config, "--data.dir", data, "--run-dir", run)
         _run("stu-export", run, "--output", model)
         _write_prompts(data, prompts)
         decoding = ["--max-new-tokens", 120, "--temperature", 0.7, "--top-p", 0.9]

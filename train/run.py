@@ -111,6 +111,9 @@ class TrainCLI(LightningCLI):
     owner: RunOwner | None = None
     """This job's hold on `run_dir`; the first rank has it."""
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add none: `add_settings` has the seed, with a hyphen."""
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_settings(parser)
 
@@ -291,22 +294,28 @@ def add_settings(parser: LightningArgumentParser) -> None:
     # Users need not repeat what the shards say.
     parser.set_defaults({"model.config.vocab_size": 0})
     add = parser.add_argument
-    add("--run_dir", type=Path, default=Path("runs/train"), help="for checkpoints and logs")
+    add(
+        "--seed-everything",
+        type=bool | int,
+        default=0,
+        help="seed of the initial weights; true: a random one",
+    )
+    add("--run-dir", type=Path, default=Path("runs/train"), help="for checkpoints and logs")
     add(
         "--resume",
         type=str | None,
         help="`last`, a checkpoint to go on from, or `auto`: the last one, if there is any",
     )
     add(
-        "--allow_change",
+        "--allow-change",
         action="append",
         help="settings, by name, that may differ from the checkpoint's: NAME[,NAME]",
     )
-    add("--checkpoint_every_steps", type=int, default=1000, help="optimizer steps between them")
-    add("--checkpoint_every_minutes", type=float, default=30.0, help="and at least so often")
-    add("--keep_checkpoints", type=int, default=3, help="older ones are deleted")
-    add("--hang_minutes", type=float, default=30.0, help="without a batch, until a run ends itself")
-    add("--log_samples", type=bool, default=False, help="write which sample each step saw")
+    add("--checkpoint-every-steps", type=int, default=1000, help="optimizer steps between them")
+    add("--checkpoint-every-minutes", type=float, default=30.0, help="and at least so often")
+    add("--keep-checkpoints", type=int, default=3, help="older ones are deleted")
+    add("--hang-minutes", type=float, default=30.0, help="without a batch, until a run ends itself")
+    add("--log-samples", type=bool, default=False, help="write which sample each step saw")
 
 
 def parse_settings(arguments: Sequence[str]) -> Any:
@@ -316,7 +325,6 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     """
     parser = Parser(prog="stu-plan")
     parser.add_argument("--config", action="config")
-    parser.add_argument("--seed_everything", type=bool | int, default=0)
     add_settings(parser)
     settings = parser.parse_args(list(arguments))
     try:
@@ -333,7 +341,6 @@ def run(arguments: Sequence[str]) -> None:
     Raises UserError for what can be found wrong before the first step, OSError if a file cannot be
     written; exits with code 2 for arguments that cannot be parsed.
     """
-    arguments = [re.sub("^--allow-change(?=$|=)", "--allow_change", word) for word in arguments]
     # Lightning's hints are not for the users of this command.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -45,7 +45,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviation would take a mistyped name for another setting, silently.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, print_config="--print-config", **kwargs)
 
     def add_settings(self, dataclass: type) -> None:
         """An option for each field of a dataclass, and of those in it, that has none yet; what

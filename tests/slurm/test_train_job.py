@@ -26,16 +26,16 @@ HEAD = [
 SETTINGS = {
     "trainer.max_steps": STEPS,
     "trainer.val_check_interval": 50,
-    "checkpoint_every_steps": 25,
-    "keep_checkpoints": 100,
-    "log_samples": True,
+    "checkpoint-every-steps": 25,
+    "keep-checkpoints": 100,
+    "log-samples": True,
     "parallel.kind": "zero",
     "parallel.zero_stage": 3,
 }
 
 
 def arguments(module_settings, run_dir):
-    given = {f"--{name}": value for name, value in {**SETTINGS, "run_dir": run_dir}.items()}
+    given = {f"--{name}": value for name, value in {**SETTINGS, "run-dir": run_dir}.items()}
     kept = [its for its in module_settings if its.split("=")[0] not in given]
     return [*kept, *(f"{name}={value}" for name, value in given.items())]
 
@@ -104,7 +104,7 @@ class Job:
         found = []
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
-            if f"--run_dir={self.run_dir}" in command and "python" in command[0]:
+            if f"--run-dir={self.run_dir}" in command and "python" in command[0]:
                 found.append(process)
         return found
 
@@ -283,7 +283,7 @@ def test_goes_on_without_a_node_that_is_not_fit(cluster, module_settings, tmp_pa
 
 def test_a_folder_belongs_to_one_job(cluster, module_settings, tmp_path):
     """Another one is refused by name, and the same one goes on at once when it is put back."""
-    more = "--trainer.max_steps=1000000", "--parallel.kind=ddp", "--log_samples=false"
+    more = "--trainer.max_steps=1000000", "--parallel.kind=ddp", "--log-samples=false"
     job = Job(cluster, module_settings, tmp_path, "--nodes=1", more=more)
     job.wait_for_step(3)
     given = " ".join([*arguments(module_settings, job.run_dir), *more])

@@ -13,6 +13,7 @@ import yaml
 
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
+from tests.test_boundaries import options_with_underscores
 from tests.train.conftest import MODEL
 from tests.train.saved import load_checkpoint
 from train import cli, report
@@ -25,14 +26,14 @@ def run(settings, tmp_path):
     """Train for a few steps; returns the exit code."""
 
     def train(*arguments, folder="run"):
-        return cli.main([*settings, f"--run_dir={tmp_path / folder}", *map(str, arguments)])
+        return cli.main([*settings, f"--run-dir={tmp_path / folder}", *map(str, arguments)])
 
     return train
 
 
 def test_logs_and_files_of_a_run(run, tmp_path, data):
     warmup = "--model.optimizer.warmup_steps=2"
-    more = "--checkpoint_every_steps=5", "--keep_checkpoints=1", warmup
+    more = "--checkpoint-every-steps=5", "--keep-checkpoints=1", warmup
     assert run("--trainer.max_steps=12", *more) == 0
     folder = tmp_path / "run"
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == [
@@ -106,7 +107,7 @@ def test_accumulated_micro_batches_are_one_step(run, tmp_path):
 
 def test_vocabulary_comes_from_the_shards(settings, tmp_path):
     others = [argument for argument in settings if "vocab_size" not in argument]
-    assert cli.main([*others, f"--run_dir={tmp_path}", "--trainer.max_steps=1"]) == 0
+    assert cli.main([*others, f"--run-dir={tmp_path}", "--trainer.max_steps=1"]) == 0
     weights = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
     assert len(weights["model.embedding.weight"]) == 300
 
@@ -132,6 +133,7 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
     ("argument", "message"),
     [
         ("--model.config.num_layer=3", "did you mean 'model.config.num_layers'?"),
+        ("--log_samples=true", "did you mean 'log-samples'?"),
         ("--qqqq=1", "--qqqq=1: --help lists all names"),
         ("--trainer.max_step=3", "did you mean 'trainer.max_steps'?"),
         ("--model.config.width=abc", "model.config.width"),
@@ -151,7 +153,7 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
             r"warmup_steps=3 is longer than the run .*max_steps=2",
         ),
         ("--model.optimizer.beta1=2", r"optimizer.beta1=2.0 is not allowed"),
-        ("--checkpoint_every_steps=0", "checkpoint_every_steps=0 is not allowed"),
+        ("--checkpoint-every-steps=0", "checkpoint_every_steps=0 is not allowed"),
         ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such folder"),
         ("--optimizer=SGD", "unrecognized arguments"),
         ("--trainer.max_time=00:01", "not a valid duration"),
@@ -195,6 +197,7 @@ def test_short_help_names_real_settings(capsys):
     for name in set(cli.COMMON_SETTINGS) - {"--help-all"}:
         assert name in short
         assert re.search(rf"{re.escape(name)}\b", full), name
+    assert options_with_underscores(full) == set()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -212,7 +215,7 @@ def test_sixteen_bit_training(run, tmp_path, precision):
 
 def test_a_terminated_run_does_not_look_finished(settings, tmp_path):
     program = Path(sys.executable).with_name("stu-train")
-    command = [program, *settings, f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=1000000"]
+    command = [program, *settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=1000000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 3/"):

@@ -43,7 +43,7 @@ def test_training_configurations_are_valid(file, capsys):
     from train import cli
 
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--config", str(file), "--data.dir", "somewhere", "--print_config"])
+        cli.main(["--config", str(file), "--data.dir", "somewhere", "--print-config"])
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     shape = yaml.safe_load(file.read_text())["model"]["config"]

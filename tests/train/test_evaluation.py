@@ -77,7 +77,7 @@ def test_samples_follow_what_the_model_says(data):
 
 
 def test_where_it_shows(settings, tmp_path):
-    run([*settings, "--trainer.max_steps=6", f"--run_dir={tmp_path / 'run'}"])
+    run([*settings, "--trainer.max_steps=6", f"--run-dir={tmp_path / 'run'}"])
     curves = report.read_curves(tmp_path / "run")
     steps = [5, 6]
     assert curves["val/accuracy"][0] == steps

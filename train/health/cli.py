@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--folder", metavar="DIR", type=Path, required=True, help="that nodes must share")
-    add("--min_free_gib", type=float, default=4.0, help="of memory, on each node")
-    add("--timeout_seconds", type=float, default=120.0, help="for all nodes to answer")
+    add("--min-free-gib", type=float, default=4.0, help="of memory, on each node")
+    add("--timeout-seconds", type=float, default=120.0, help="for all nodes to answer")
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     given = parser.parse_args(arguments[:end])

@@ -133,7 +133,7 @@ def folders_of(settings: Sequence[str]) -> tuple[str, str | None]:
     found: dict[str, str] = {"run_dir": DEFAULT_RUN_DIR}
     words = [part for setting in settings for part in _name_and_value(setting)]
     for name, value in itertools.pairwise(words):
-        if name == "--run_dir":
+        if name == "--run-dir":
             found["run_dir"] = value
         elif name == "--data.dir":
             found["data.dir"] = value

@@ -51,7 +51,7 @@ def run(
         "trainer.devices": ranks,
         "data.micro_batch_size": 4 // ranks,
         "trainer.max_steps": 8,
-        "run_dir": folder,
+        "run-dir": folder,
         **more,
     }
     if stage == "fsdp":
@@ -113,7 +113,7 @@ def test_a_fault_before_the_last_micro_batch_of_a_step(settings, tmp_path, stage
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_too_many_end_the_run(settings, tmp_path, ranks):
     """With the last checkpoint, which was still being written."""
-    more = {"model.guard.most_bad_steps": 3, "checkpoint_every_steps": 2, "write_seconds": 1}
+    more = {"model.guard.most_bad_steps": 3, "checkpoint-every-steps": 2, "write_seconds": 1}
     run_dir = tmp_path / "run"
     said = run(settings, run_dir, tmp_path, ranks, None, bad={4, 5, 6}, code=65, **more)
     assert "3 updates were skipped" in said
@@ -160,7 +160,7 @@ def test_a_jump_spoils_the_step(settings, tmp_path, monkeypatch):
         return len(seen) == 3
 
     monkeypatch.setattr(StepGuard, "_seen", look, raising=False)
-    arguments = [*settings, f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=5"]
+    arguments = [*settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=5"]
     assert cli.main([*arguments, "--model.guard.loss_jump=1"]) == 0
     saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert saved["optimizer_step"] == 4

@@ -36,8 +36,8 @@ def test_where_one_rank_hangs_all_end_and_tell(settings, tmp_path):
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
     run_dir = tmp_path / "run"
-    more = ["--trainer.devices=2", "--trainer.max_steps=9", "--hang_minutes=0.1"]
-    command = [sys.executable, script, *settings, *more, f"--run_dir={run_dir}"]
+    more = ["--trainer.devices=2", "--trainer.max_steps=9", "--hang-minutes=0.1"]
+    command = [sys.executable, script, *settings, *more, f"--run-dir={run_dir}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
@@ -50,7 +50,7 @@ def test_where_one_rank_hangs_all_end_and_tell(settings, tmp_path):
 
 def test_a_heartbeat(settings, tmp_path):
     before = time.time()
-    arguments = [*settings, f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=3"]
+    arguments = [*settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=3"]
     assert cli.main(arguments) == 0
     beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
     assert beat["step"] == 1

@@ -15,7 +15,7 @@ from train.checkpoint import export
 
 @pytest.fixture
 def run(settings, tmp_path):
-    arguments = [*settings, f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=2"]
+    arguments = [*settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=2"]
     assert cli.main(arguments) == 0
     return tmp_path / "run"
 

@@ -29,8 +29,8 @@ def arguments(settings, folder, ranks, stage, steps=STEPS):
         "trainer.gradient_clip_val": 1.5,
         "trainer.val_check_interval": 8,
         "trainer.max_steps": steps,
-        "checkpoint_every_steps": SAVED,
-        "run_dir": folder,
+        "checkpoint-every-steps": SAVED,
+        "run-dir": folder,
     }
     if stage == "fsdp":
         values |= {"parallel.kind": "fsdp"}

@@ -67,8 +67,8 @@ def test_settings_say_which_folders_to_look_at(tmp_path):
     for settings, expected in (
         ([], ("runs/train", None)),
         (["--config", str(config)], ("runs/a", "data/a")),
-        ([f"--config={config}", "--run_dir", "runs/b"], ("runs/b", "data/a")),
-        (["--run_dir=runs/b", f"--config={config}", "--data.dir=x=y"], ("runs/a", "x=y")),
+        ([f"--config={config}", "--run-dir", "runs/b"], ("runs/b", "data/a")),
+        (["--run-dir=runs/b", f"--config={config}", "--data.dir=x=y"], ("runs/a", "x=y")),
         (["--config=/nowhere.yaml"], ("runs/train", None)),
     ):
         assert folders_of(settings) == expected

@@ -23,16 +23,16 @@ SECONDS = 300
 def test_twenty_kills_at_random_moments_change_nothing(settings, tmp_path):
     """A checkpoint after every second step: about every second kill cuts one short."""
     changed = {"trainer.max_steps": STEPS, "trainer.val_check_interval": 200}
-    changed["checkpoint_every_steps"] = 2
+    changed["checkpoint-every-steps"] = 2
     replaced = {f"--{name}" for name in changed}
     arguments = [its for its in settings if its.split("=")[0] not in replaced]
     arguments += [f"--{name}={value}" for name, value in changed.items()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli.main([*arguments, f"--run_dir={whole}"]) == 0
+    assert cli.main([*arguments, f"--run-dir={whole}"]) == 0
 
     chance = random.Random(0)
     command = [Path(sys.executable).with_name("stu-train"), *arguments, "--resume=auto"]
-    command.append(f"--run_dir={killed}")
+    command.append(f"--run-dir={killed}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(KILLS):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:

@@ -133,7 +133,7 @@ def test_a_signal_before_the_first_step_ends_ranks_that_it_started_itself(settin
     variables = {name: value for name, value in os.environ.items() if "SLURM" not in name}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [program, *settings, "--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"],
+            [program, *settings, "--trainer.devices=2", f"--run-dir={tmp_path / 'run'}"],
             env={**variables, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             stderr=file,

@@ -41,7 +41,7 @@ def elsewhere(run_dir, seconds_ago=0.0, **changes):
 def test_a_second_run_is_refused_by_name(settings, tmp_path, capsys):
     first = RunOwner(tmp_path)
     first.claim({"command": "this one"})
-    arguments = [*settings, f"--run_dir={tmp_path}", "--trainer.max_steps=1", "--resume=auto"]
+    arguments = [*settings, f"--run-dir={tmp_path}", "--trainer.max_steps=1", "--resume=auto"]
     assert cli.main(arguments) == 2
     assert f"process {os.getpid()} on " in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["00001.json", "jobs"]
@@ -128,8 +128,8 @@ def test_a_run_that_was_taken_over_writes_no_checkpoint(settings, tmp_path, monk
             (run / "jobs" / "00002.json").write_text(json.dumps(record(run, 1)))
 
     monkeypatch.setattr(StepProgress, "on_train_batch_end", take_over)
-    arguments = [*settings, f"--run_dir={run}", "--trainer.max_steps=9"]
-    assert cli.main([*arguments, "--checkpoint_every_steps=2"]) == 2
+    arguments = [*settings, f"--run-dir={run}", "--trainer.max_steps=9"]
+    assert cli.main([*arguments, "--checkpoint-every-steps=2"]) == 2
     error = capsys.readouterr().err
     assert "has taken over" in error
     assert "Traceback" not in error

@@ -40,7 +40,7 @@ def train(settings, tmp_path):
     def run(folder, *arguments):
         if (tmp_path / folder).exists():
             time.sleep(1.1)  # TensorBoard tells a run's files apart by the second
-        common = [*settings, f"--run_dir={tmp_path / folder}", f"--trainer.max_steps={STEPS}"]
+        common = [*settings, f"--run-dir={tmp_path / folder}", f"--trainer.max_steps={STEPS}"]
         assert cli.main([*common, VALIDATED, *map(str, arguments)]) == 0
         return tmp_path / folder
 
@@ -72,10 +72,10 @@ def assert_same_state(actual, expected):
 @pytest.mark.parametrize("stop", [3, 25, 90])
 def test_losses_and_weights_are_bit_equal(train, data, stop):
     """Stopped between validations, right at one, and in the second epoch."""
-    whole = train("whole", f"--checkpoint_every_steps={stop}")
+    whole = train("whole", f"--checkpoint-every-steps={stop}")
     checkpoint = whole / "checkpoints" / f"step-{stop:08d}.ckpt"
     if not checkpoint.exists():  # only the newest are kept
-        train("early", f"--checkpoint_every_steps={stop}", "--keep_checkpoints=100")
+        train("early", f"--checkpoint-every-steps={stop}", "--keep-checkpoints=100")
         checkpoint = whole.parent / "early" / "checkpoints" / f"step-{stop:08d}.ckpt"
     assert state(whole)["TokenData"]["position"] == 2 * STEPS
     assert 2 * 5 < TokenData(str(data), 16, 2).samples_per_epoch < 2 * 90
@@ -145,7 +145,7 @@ def test_a_validation_before_the_first_step(train):
 
 def test_auto_begins_goes_on_and_finds_a_checkpoint_not_yet_called_last(train):
     whole = train("whole", "--trainer.max_steps=6")
-    run = train("run", "--resume=auto", "--trainer.max_steps=6", "--checkpoint_every_steps=3")
+    run = train("run", "--resume=auto", "--trainer.max_steps=6", "--checkpoint-every-steps=3")
     folder = run / "checkpoints"
     shutil.rmtree(folder / "step-00000006.ckpt")
     (folder / "last.ckpt").unlink()
@@ -156,13 +156,13 @@ def test_auto_begins_goes_on_and_finds_a_checkpoint_not_yet_called_last(train):
 def test_a_run_is_not_mixed_with_another(train, settings, capsys):
     one, two = train("one", "--trainer.max_steps=2"), train("two", "--trainer.max_steps=2")
     last = one / "checkpoints" / "last.ckpt"
-    arguments = [*settings, f"--run_dir={two}", f"--resume={last}", "--trainer.max_steps=3"]
+    arguments = [*settings, f"--run-dir={two}", f"--resume={last}", "--trainer.max_steps=3"]
     assert cli.main(arguments) == 2
     assert "in run_dir=" in capsys.readouterr().err
     (two / "checkpoints" / "last.ckpt").unlink()
     (two / "checkpoints" / "last.ckpt").symlink_to("gone.ckpt")
     shutil.rmtree(two / "checkpoints" / "step-00000002.ckpt")
-    arguments = [*settings, f"--run_dir={two}", "--resume=auto", "--trainer.max_steps=3"]
+    arguments = [*settings, f"--run-dir={two}", "--resume=auto", "--trainer.max_steps=3"]
     assert cli.main(arguments) == 2  # and nothing is overwritten
     assert "no checkpoints/last.ckpt" in capsys.readouterr().err
 
@@ -177,12 +177,12 @@ def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(train, monkeypatch):
             delete(path, ignore_errors=True)
 
     monkeypatch.setattr(shutil, "rmtree", refuses)
-    more = "--trainer.max_steps=5", "--checkpoint_every_steps=1", "--keep_checkpoints=2"
+    more = "--trainer.max_steps=5", "--checkpoint-every-steps=1", "--keep-checkpoints=2"
     assert state(train("run", *more))["global_step"] == 5
 
 
 def test_steps_that_are_done_again_are_logged_once(train):
-    run = train("run", "--checkpoint_every_steps=10", "--keep_checkpoints=9")
+    run = train("run", "--checkpoint-every-steps=10", "--keep-checkpoints=9")
     before = losses(run)
     train("run", f"--resume={run / 'checkpoints' / 'step-00000020.ckpt'}")
     assert report.read_curves(run)["train/loss"][0] == list(range(1, STEPS + 1))
@@ -207,8 +207,8 @@ def test_a_failed_save_leaves_the_last_checkpoint(train, settings, capsys, monke
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=6"]
-    assert cli.main([*arguments, "--checkpoint_every_steps=1"]) == 2
+    arguments = [*settings, f"--run-dir={run}", "--resume=last", "--trainer.max_steps=6"]
+    assert cli.main([*arguments, "--checkpoint-every-steps=1"]) == 2
     error = capsys.readouterr().err
     assert "step-00000004.ckpt: could not be written" in error
     assert "Traceback" not in error
@@ -235,7 +235,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
     with monkeypatch.context() as slow:
         slow.setattr(checkpoint_writer, "write_rank", write_slowly)
         slow.setattr(StepProgress, "on_train_batch_end", look)
-        run = train("run", "--checkpoint_every_steps=3", "--trainer.max_steps=8")
+        run = train("run", "--checkpoint-every-steps=3", "--trainer.max_steps=8")
     assert seen[4] == seen[5] == []
     assert seen[7] == ["last.ckpt", "step-00000003.ckpt"]
     names = {path.name for path in (run / "checkpoints").iterdir()}
@@ -259,7 +259,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
 def test_other_settings_are_refused(train, settings, capsys, argument, message):
     """An optimizer's state carries its own learning rate, so the new one would be ignored."""
     run = train("run", "--trainer.max_steps=1")
-    arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=1", argument]
+    arguments = [*settings, f"--run-dir={run}", "--resume=last", "--trainer.max_steps=1", argument]
     assert cli.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -287,7 +287,7 @@ def test_all_that_changes_the_result_is_refused_by_name(train, settings, data, t
         ),
         ("--allow-change=data.seed --data.seed=3 --model.z_loss=1", "error: model.z_loss=1.0, but"),
     ]:
-        more = [f"--run_dir={run}", "--resume=last", "--trainer.max_steps=2", *argument.split()]
+        more = [f"--run-dir={run}", "--resume=last", "--trainer.max_steps=2", *argument.split()]
         assert cli.main([*settings, *more]) == 2
         assert re.search(message, capsys.readouterr().err), argument
     assert (run / "checkpoints" / "last.ckpt" / "training.pt").read_bytes() == before
@@ -320,7 +320,7 @@ def test_a_change_that_is_allowed_by_name_is_made_and_recorded(train, settings, 
         cli.main(
             [
                 *settings,
-                f"--run_dir={run}",
+                f"--run-dir={run}",
                 *more[:3],
                 "--model.config.width=32",
                 "--resume=last",
@@ -361,10 +361,10 @@ def flip_a_bit(file):
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "training.pt", "SHA256SUMS"])
 def test_a_damaged_checkpoint_is_found_and_the_one_before_it_taken(train, settings, capsys, name):
     whole = train("whole", "--trainer.max_steps=6")
-    run = train("run", "--trainer.max_steps=6", "--checkpoint_every_steps=2")
+    run = train("run", "--trainer.max_steps=6", "--checkpoint-every-steps=2")
     last = run / "checkpoints" / "step-00000006.ckpt"
     flip_a_bit(last / name)
-    again = [*settings, f"--run_dir={run}", "--trainer.max_steps=6"]
+    again = [*settings, f"--run-dir={run}", "--trainer.max_steps=6"]
     assert cli.main([*again, f"--resume={last}"]) == 2
     assert f"checkpoint {last}: " in capsys.readouterr().err
     assert export.main([str(run), "--output", str(run / "model")]) == 2
@@ -401,7 +401,7 @@ def test_another_order_of_samples_is_refused(train, settings, tmp_path, capsys, 
     run = train("run", "--trainer.max_steps=2")
     file = run / "checkpoints" / "last.ckpt" / "training.pt"
     before = file.read_bytes()
-    arguments = [*settings, f"--run_dir={run}", "--resume=last", f"--data.{name}"]
+    arguments = [*settings, f"--run-dir={run}", "--resume=last", f"--data.{name}"]
     assert cli.main([*arguments, "--trainer.max_steps=4"]) == 2
     assert f"data.{name.split('=')[0]} is" in capsys.readouterr().err
     assert file.read_bytes() == before
@@ -429,7 +429,7 @@ def test_a_damaged_checkpoint_is_named(train, settings, capsys, name, damage):
     file.write_bytes(file.read_bytes()[:-100] if damage == "truncate" else os.urandom(1000))
     if damage == "remove":
         file.unlink()
-    arguments = [*settings, f"--run_dir={run}", "--resume=last", "--trainer.max_steps=2"]
+    arguments = [*settings, f"--run-dir={run}", "--resume=last", "--trainer.max_steps=2"]
     assert cli.main(arguments) == 2
     assert re.search(r"last.ckpt: (cut short|rank-00000.\w+ is damaged)", capsys.readouterr().err)
 
@@ -439,9 +439,9 @@ def test_two_ranks_equal_one_and_either_goes_on_as_the_other(train, settings, tm
     whole = train("whole")
     program = Path(sys.executable).with_name("stu-train")
     ranks = ["--trainer.devices=2", "--data.micro_batch_size=1"]
-    common = [program, *settings, *ranks, f"--run_dir={tmp_path / 'two'}"]
+    common = [program, *settings, *ranks, f"--run-dir={tmp_path / 'two'}"]
     command = [*common, VALIDATED, f"--trainer.max_steps={STEPS}"]
-    command += ["--checkpoint_every_steps=11", "--keep_checkpoints=100"]
+    command += ["--checkpoint-every-steps=11", "--keep-checkpoints=100"]
     subprocess.run(command, check=True, timeout=300)
     two = tmp_path / "two"
     train("one", f"--resume={two / 'checkpoints' / 'step-00000033.ckpt'}")
@@ -522,7 +522,7 @@ def test_the_logged_series_is_that_of_a_run_that_never_stopped(
     whole = train("whole", *more)
 
     command = [sys.executable, "-c", STOPPED_AND_KILLED, *settings, *more]
-    command.append(f"--run_dir={tmp_path / 'parts'}")
+    command.append(f"--run-dir={tmp_path / 'parts'}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(command, timeout=300, env=environment)
     assert killed.returncode == -signal.SIGKILL

@@ -33,7 +33,7 @@ WRONG = [
     ("--data.micro_batch_size=-2", "data.micro_batch_size=-2"),
     ("--data.micro_batch_size=1.5", "data.micro_batch_size"),
     ("--data.max_validation_tokens=0", "data.max_validation_tokens=0"),
-    ("--seed_everything=-1", "seed_everything=-1"),
+    ("--seed-everything=-1", "seed_everything=-1"),
     ("--trainer.max_steps=0", "trainer.max_steps=0"),
     ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
     ("--trainer.val_check_interval=0.5", "trainer.val_check_interval=0.5"),
@@ -60,10 +60,10 @@ WRONG = [
     ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
     ("--parallel.zero_stage=4", "parallel.zero_stage"),
     ("--parallel.offload_optimizer=true", "parallel.offload_optimizer"),
-    ("--checkpoint_every_steps=0", "checkpoint_every_steps=0"),
-    ("--checkpoint_every_minutes=.nan", "checkpoint_every_minutes=nan"),
-    ("--keep_checkpoints=0", "keep_checkpoints=0"),
-    ("--hang_minutes=0", "hang_minutes=0"),
+    ("--checkpoint-every-steps=0", "checkpoint_every_steps=0"),
+    ("--checkpoint-every-minutes=.nan", "checkpoint_every_minutes=nan"),
+    ("--keep-checkpoints=0", "keep_checkpoints=0"),
+    ("--hang-minutes=0", "hang_minutes=0"),
     (
         "--parallel.kind=zero --parallel.zero_stage=0 --trainer.precision=bf16-mixed",
         "parallel.zero_stage=0 trains in float32 alone",
@@ -89,7 +89,7 @@ def commands(module_settings, tmp_path, monkeypatch):
             return stop.code
 
     def train(*arguments):
-        return code(cli.main, [*module_settings, f"--run_dir={tmp_path / 'run'}", *arguments])
+        return code(cli.main, [*module_settings, f"--run-dir={tmp_path / 'run'}", *arguments])
 
     return {"stu-train": train, "stu-plan": lambda *its: code(plan.main, [*module_settings, *its])}
 
@@ -125,8 +125,8 @@ VALUES = {
     "parallel.offload_optimizer": ["true", "false"],
     "model.optimizer.warmup_steps": ["-1", "0", "4"],
     "model.z_loss": ["-1", "0", ".nan"],
-    "keep_checkpoints": ["0", "1"],
-    "seed_everything": ["-1", "7", "true"],
+    "keep-checkpoints": ["0", "1"],
+    "seed-everything": ["-1", "7", "true"],
 }
 
 

@@ -209,7 +209,7 @@ def start_rank(rank, address, arguments, log):
 
 def test_commands_that_refuse_end_with_the_same_code(address, settings, tmp_path):
     """One rank's data is not there, and it would not come to the others in time."""
-    ranks = ["--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"]
+    ranks = ["--trainer.devices=2", f"--run-dir={tmp_path / 'run'}"]
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     lacking = [f"--data.dir={tmp_path / 'none'}"]
     processes = [
@@ -230,7 +230,7 @@ def test_commands_that_refuse_end_with_the_same_code(address, settings, tmp_path
 def test_a_signal_before_the_first_step_has_its_exit_code(address, settings, tmp_path):
     """Also while it waits for another rank, which never comes."""
     log = tmp_path / "log"
-    arguments = [*settings, "--trainer.devices=2", f"--run_dir={tmp_path / 'run'}"]
+    arguments = [*settings, "--trainer.devices=2", f"--run-dir={tmp_path / 'run'}"]
     process = start_rank(0, address, arguments, log)
     try:
         wait_for_listener("127.0.0.1", address[0], SECONDS)
