@@ -200,7 +200,7 @@ def health_alone(app: ASGIApp, count_refused: Callable[[int], None] | None = Non
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         body = error_body("too many connections: try again later", "server_error")
         exchange_of(scope).refuse(body)
-        await answer(send, 503, body, {"retry-after": "1"}, receive)
+        await answer(send, 503, body, {"retry-after": "1"})
 
     refusing = Exchanges(refuse, log_texts=False, count=count_refused)
 

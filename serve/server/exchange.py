@@ -92,6 +92,13 @@ class Exchanges:
         ):  # of serve.server.connection
             exchange.cut_off_if_stalled = cut_off
         status, began = 0, time.monotonic()
+        is_read = False
+
+        async def received() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = not message.get("more_body", False)
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -99,13 +106,20 @@ class Exchanges:
                 status = message["status"]
                 header = (b"x-request-id", exchange.request_id.encode())
                 message = {**message, "headers": [*message["headers"], header]}
+            elif status >= 400 and not message.get("more_body", False) and not is_read:
+                # A socket that is closed with unread bytes resets the connection, and its client
+                # sees no answer.
+                await send({**message, "more_body": True})
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_discard(received), DISCARD_SECONDS)
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         # HEAD is answered as GET is; the HTTP server leaves the body out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         inner = {**scope, "method": method, "stu.exchange": exchange}
         try:
-            await self._app(inner, receive, send_with_id)
+            await self._app(inner, received, send_with_id)
         except Exception:
             fields = {"request_id": exchange.request_id}
             logger.exception("a request failed", extra={"fields": fields})
@@ -140,24 +154,14 @@ def unquoted(message: str) -> str:
     return QUOTED.sub(lambda match: match[1] or "..", message)
 
 
-async def answer(
-    send: Send, status: int, body: Any, headers: dict[str, str], receive: Receive | None = None
-) -> None:
-    """Send a whole answer in JSON, and close the connection.
-
-    receive: of a request whose body is unread. It is read then, within limits: a socket that is
-    closed with unread bytes resets the connection, and its client sees no answer.
-    """
+async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
+    """Send a whole answer in JSON, and close the connection."""
     content = json.dumps(body).encode()
     length = str(len(content))
     named = {"content-type": "application/json", "content-length": length, "connection": "close"}
     raw = [(name.encode(), value.encode()) for name, value in {**named, **headers}.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": content, "more_body": True})
-    if receive is not None:
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(receive), DISCARD_SECONDS)
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def _discard(receive: Receive) -> None:

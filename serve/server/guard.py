@@ -39,7 +39,7 @@ class Guard:
 
         async def refuse(status: int, body: Any, more: dict[str, str]) -> None:
             exchange.refuse(body)
-            await answer(send, status, body, more, receive)
+            await answer(send, status, body, more)
 
         position = self._key_position(headers.get(b"authorization", b""))
         if position is not None:

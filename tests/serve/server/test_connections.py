@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from serve.openai.schemas import error_body
 from serve.server import connection as connection_module
 from serve.server import connections as connections_module
 from serve.server.connection import FED_BYTES, Connection, Deadlines
@@ -44,6 +45,13 @@ async def after_the_body(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
     await hello(scope, receive, send)
+
+
+async def not_found(scope, receive, send):
+    content = json.dumps(error_body("no such path", "")).encode()
+    headers = [(b"content-length", str(len(content)).encode())]
+    await send({**START, "status": 404, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def never(scope, receive, send):
@@ -518,12 +526,14 @@ def test_chunks_of_a_byte_are_parsed_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [2**20, 2**24])
-@pytest.mark.parametrize("status", [413, 401, 503])
+@pytest.mark.parametrize("status", [413, 401, 503, 404])
 def test_a_client_that_writes_all_before_it_reads_sees_why_it_is_refused(size, status):
     """Sockets that are closed with unread bytes reset the connection."""
-    app = Exchanges(Guard(after_the_body, ["key"] if status == 401 else [], 1024), False)
+    limit = 1024 if status == 413 else 2 * size
+    app = Exchanges(Guard(not_found, ["key"] if status == 401 else [], limit), False)
     most = 0 if status == 503 else 100
-    head = f"POST /v1/x HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
+    head = "POST /v1/x HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    head = f"{head}content-length: {size}\r\n\r\n".encode()
 
     async def run():
         async with listening(app, most=most) as (_, connect):
