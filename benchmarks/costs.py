@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stu.config import ModelConfig
-from stu.hyena import SHORT_TAPS
+from stu.mixers import KeyWindow, LastInputs, planned_mixers, remembered
 
 FLOAT_BYTES = 4
 
@@ -63,18 +63,10 @@ class Costs:
 
 
 def dense_multiply_adds(config: ModelConfig) -> int:
-    """Of a Flash-STU block's matrices and the tied unembedding (`stu.layers`, `stu.model`).
-
-    STU-T projects with one D x D matrix, attention and Hyena with four in all, the gated MLP has
-    three of `D x mlp_ratio D` (Liu et al. 2024, arXiv:2409.10489; Poli et al. 2023,
-    arXiv:2302.10866).
-    """
-    square = config.width**2
-    per_convolution = 4 if config.layout == "hyena" else 1
-    mixers = 4 * len(config.attention_layers)
-    mixers += per_convolution * len(config.convolution_layers)
-    mlps = 3 * config.mlp_ratio * config.num_layers
-    return (mixers + mlps) * square + config.vocab_size * config.width
+    """Multiply-adds of a token with the matrices of all blocks and with the tied unembedding."""
+    mixers = sum(mixer.decoding_weights for mixer in planned_mixers(config))
+    mlps = 3 * config.mlp_ratio * config.num_layers * config.width**2
+    return mixers + mlps + config.vocab_size * config.width
 
 
 def attention_multiply_adds(width: int, num_layers: int, keys_seen: Sequence[int]) -> float:
@@ -94,22 +86,18 @@ def attention_bytes(
 def window_costs(
     config: ModelConfig, prompt_tokens: int, new_tokens: int, number_bytes: int = FLOAT_BYTES
 ) -> Costs:
-    """Sliding windows, and Hyena's short convolutions of three projections, besides `dense`.
-    number_bytes: of each number of the activations, which are what these remember."""
-    last = prompt_tokens + new_tokens
+    """Costs of matrices, attention windows and short convolutions, whose memory holds numbers of
+    `number_bytes` layer."""
+    mixers, last = planned_mixers(config), prompt_tokens + new_tokens
     keys = [min(config.window_tokens + 1, t + 1) for t in range(prompt_tokens, last)]
-    layers = len(config.attention_layers)
+    layers = len(remembered(mixers, KeyWindow))
     read, written = attention_bytes(config.width, layers, keys, number_bytes)
-    short, short_read, short_written = 0, 0, 0
-    if config.layout == "hyena":
-        channels = 3 * config.width * len(config.convolution_layers)
-        short = SHORT_TAPS * channels
-        short_read = (SHORT_TAPS - 1) * channels * number_bytes
-        short_written = channels * number_bytes
+    short = remembered(mixers, LastInputs)
     return Costs(
         dense=dense_multiply_adds(config),
-        convolution=short,
+        convolution=sum(layer.num_taps * layer.channels for layer in short),
         attention=attention_multiply_adds(config.width, layers, keys),
-        cache_read=read + short_read,
-        cache_written=written + short_written,
+        cache_read=read
+        + sum((layer.num_taps - 1) * layer.channels for layer in short) * number_bytes,
+        cache_written=written + sum(layer.channels for layer in short) * number_bytes,
     )

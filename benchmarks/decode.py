@@ -31,7 +31,7 @@ from benchmarks.machine import describe
 from benchmarks.peers import Peer, build_peers
 from benchmarks.rounds import Candidate, most_cache_bytes, timed_runs
 from stu.config import ModelConfig
-from stu.layers import LongConvolution
+from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 
 
@@ -93,9 +93,10 @@ def of_cache(
 ) -> Candidate:
     """One of our caches."""
     config, num_parameters = model.config, model.num_parameters()
-    lag_step = next(its.lag_step for its in model.modules() if isinstance(its, LongConvolution))
+    past = remembered(model.mixers, PastInputs)
+    lag_step = past[0].lag_step
     shape = convolution_costs.Shape(
-        layers=len(config.convolution_layers),
+        layers=len(past),
         width=config.width,
         lag_step=lag_step,
         num_taps=-(-config.max_seq_len // lag_step),

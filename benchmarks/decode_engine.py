@@ -22,7 +22,7 @@ from serve.engine.engine import Engine
 from serve.engine.runner import Prompt
 from stu.config import ModelConfig
 from stu.futurefill import Continuous, Epoched, Naive, OnlineConvolution
-from stu.hyena import SHORT_TAPS
+from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer, train_bpe
 
@@ -41,7 +41,8 @@ def make_engine(
     page_len: int,
 ) -> tuple[Engine, Any]:
     """An engine whose convolutions are remembered by the cache of that name, and that cache."""
-    page_bytes = len(model.config.convolution_layers) * model.config.width * page_len * FLOAT_BYTES
+    layers = len(remembered(model.mixers, PastInputs))
+    page_bytes = layers * model.config.width * page_len * FLOAT_BYTES
     expected = new_tokens - 1 if cache_name == "paged" else 1  # others have memory of their own
     num_pages = batch * (pages_for(expected, page_len) + 2) + 1
     number_bytes = model.embedding.weight.element_size()
@@ -84,13 +85,14 @@ def other_bytes(
 ) -> int:
     """What the engine allocates besides a convolution cache: attention's pages, a null page among
     them, and the inputs that short convolutions remember. number_bytes: of each of the weights'."""
-    each = min(pages_for(config.max_seq_len, page_len), window_pages(config, page_len))
-    page = 2 * len(config.attention_layers) * config.width * page_len
-    recent = 0
-    if config.layout == "hyena":
-        of_sequence = (SHORT_TAPS - 1) * 3 * config.width * len(config.convolution_layers)
-        recent = (batch + 1) * of_sequence
-    return ((batch * each + 1) * page + recent) * number_bytes
+    windows = remembered(planned_mixers(config), KeyWindow)
+    pages = 0
+    if windows:
+        each = min(pages_for(config.max_seq_len, page_len), window_pages(windows[0], page_len))
+        pages = (batch * each + 1) * 2 * len(windows) * config.width * page_len
+    short = remembered(planned_mixers(config), LastInputs)
+    recent = (batch + 1) * sum((layer.num_taps - 1) * layer.channels for layer in short)
+    return (pages + recent) * number_bytes
 
 
 @functools.cache
@@ -154,7 +156,7 @@ def _seek_window(engine: Engine, owner: int, length: int) -> None:
     its, page_len = attention._windows[owner], attention._page_len
     attention._pool.free(owner, its.pages)
     its.pages, its.length = [], length
-    its.first_page = max(0, length - attention._config.window_tokens) // page_len
+    its.first_page = max(0, length - attention._window.window_tokens) // page_len
     attention._allocate(owner, (length - 1) // page_len - its.first_page + 1)
 
 

@@ -26,6 +26,7 @@ from serve.cache import tile_levels
 from serve.cache.page_pool import pages_for
 from serve.cache.tiles import TileFlush
 from stu.config import ModelConfig
+from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from train.flops import num_parameters
 from train.gpus import GPUS
@@ -74,9 +75,10 @@ def cell(config: ModelConfig, batch: int, new_tokens: int, rates: Rates) -> dict
     """Milliseconds of a step with each cache, their shares, and whether they fit."""
     context = PROMPT_TOKENS + new_tokens
     config = replace(config, max_seq_len=context)
-    lag_step = 2  # of STU-T
+    past = remembered(planned_mixers(config), PastInputs)
+    lag_step = past[0].lag_step
     shape = convolution_costs.Shape(
-        layers=len(config.convolution_layers),
+        layers=len(past),
         width=config.width,
         lag_step=lag_step,
         num_taps=-(-context // lag_step),

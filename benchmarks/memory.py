@@ -24,7 +24,8 @@ from stu.config import ModelConfig
 from train.data.shards import TOKENIZER_FILE, Index, SplitWriter
 from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
-from train.plan.memory import activation_bytes, rank_memory
+from train.plan.activations import activation_bytes
+from train.plan.memory import rank_memory
 from train.report import read_curves
 
 STEPS, ACCUMULATED = 3, 2

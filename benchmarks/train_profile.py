@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from benchmarks.operations import with_parents
-from stu import layers
+from stu import attention
 
 STEP, ATTENTION, OPTIMIZER = "benchmark: step", "benchmark: attention", "benchmark: optimizer"
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -52,21 +52,21 @@ def profile(step: Callable[[], Any]) -> dict[str, Any]:
 
 @contextmanager
 def _marked_attention() -> Iterator[None]:
-    unmarked = layers.sliding_window_attention
+    unmarked = attention.sliding_window_attention
 
     def marked(*arguments: Any) -> Tensor:
         with record_function(ATTENTION):
             return unmarked(*arguments)
 
-    with patch.object(layers, "sliding_window_attention", marked):
+    with patch.object(attention, "sliding_window_attention", marked):
         yield
 
 
 def _seconds(events: list[FunctionEvent]) -> dict[str, float]:
-    attention = _attention_nodes(events)
+    nodes = _attention_nodes(events)
     microseconds = Counter[str]()
     for event in events:
-        microseconds[_group(event, attention)] += event.self_cpu_time_total
+        microseconds[_group(event, nodes)] += event.self_cpu_time_total
     return {group: microseconds[group] / 1e6 for group in GROUPS}
 
 

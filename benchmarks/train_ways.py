@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.convolution import two_branch_convolution
-from stu import layers
+from stu import attention
 from stu.attention import sliding_window_attention
 from stu.config import ModelConfig
-from stu.layers import Memory, TensordotSTU
+from stu.mixers import Memory
 from stu.model import FlashSTU
+from stu.stu_mixer import TensordotSTU
 from train.flops import token_flops
 
 
@@ -35,7 +36,9 @@ def make_model(layout: str, shape: ModelConfig) -> FlashSTU:
     # Of a hybrid twice as deep, every second block has attention.
     twice = {"num_layers": 2 * shape.num_layers, "mlp_ratio": shape.mlp_ratio - 1}
     model = FlashSTU(replace(shape, layout="hybrid", **twice))
-    model.blocks = nn.ModuleList(model.blocks[i] for i in model.config.attention_layers)
+    model.blocks = nn.ModuleList(
+        block for i, block in enumerate(model.blocks) if model.config.mixers[i] == "attention"
+    )
     return model
 
 
@@ -77,7 +80,7 @@ def whole_context() -> AbstractContextManager[Any]:
         length = queries.shape[1]
         return sliding_window_attention(queries, keys, values, slopes, length, softcap)
 
-    return patch.object(layers, "sliding_window_attention", attend)
+    return patch.object(attention, "sliding_window_attention", attend)
 
 
 def torch_attention() -> AbstractContextManager[Any]:
@@ -87,7 +90,7 @@ def torch_attention() -> AbstractContextManager[Any]:
         q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))  # [B, heads, T, hd]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    return patch.object(layers, "sliding_window_attention", attend)
+    return patch.object(attention, "sliding_window_attention", attend)
 
 
 WAYS = {

@@ -1,7 +1,7 @@
-"""Sliding-window attention scores: softcap, ALiBi and a window, on GPU and CPU.
+"""Sliding-window attention with softcap and ALiBi: the mixer, and its scores on GPU and CPU.
 
 The score of query i and key j is `softcap * tanh(q.k / sqrt(head_dim) / softcap)
-- slope * (i - j)`, for `i - window_tokens <= j <= i`: flash-attn's order of the two.
+- slope * (i - j)` for `i - window_tokens <= j <= i`, in the order of flash-attn.
 """
 
 import functools
@@ -12,19 +12,64 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from stu.config import ModelConfig
+from stu.mixers import Costs, KeyWindow, Memory, Mixer
 
 logger = logging.getLogger(__name__)
 
 QUERY_BLOCK = 128
+"""Queries that the torch code attends from at once."""
+
+
+class SlidingWindowAttention(Mixer):
+    """Causal attention to the last `window_tokens` tokens, with fused projections and no bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        window, softcap = config.window_tokens, config.softcap
+        self.window = KeyWindow(window, config.num_heads, config.head_dim, softcap)
+        super().__init__(self.window)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=False)
+        self._imitates_flash = False
+
+    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        window = self.window
+        heads = window.num_heads, window.head_dim
+        # [B, T, D] -> three of [B, T, heads, head_dim]
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+        if memory is None:
+            slopes = alibi_slopes(window.num_heads).to(x.device)
+            attend = _flash_stand_in if self._imitates_flash else sliding_window_attention
+            attended = attend(queries, keys, values, slopes, window.window_tokens, window.softcap)
+        else:
+            attended = memory.attend(self.numbers[KeyWindow], queries, keys, values)
+        projected: Tensor = self.output(attended.flatten(2))
+        return projected
+
+    def initialize(self, depth_scale: float) -> None:
+        nn.init.xavier_normal_(self.qkv.weight)
+        nn.init.xavier_normal_(self.output.weight, gain=depth_scale)
+
+    def training_costs(self, seq_len: int, micro_batch_size: int) -> tuple[Costs, Costs]:
+        forward, backward = super().training_costs(seq_len, micro_batch_size)
+        keys = sum(min(i, self.window.window_tokens) + 1 for i in range(seq_len)) / seq_len
+        flops = 4.0 * keys * self.window.num_heads * self.window.head_dim
+        # The backward pass computes the scores again.
+        return forward + Costs(attention=flops), backward + Costs(attention=2.5 * flops)
+
+    def imitate_gpu(self, is_half: bool) -> None:
+        self._imitates_flash = is_half
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """One slope per head, `[num_heads]` float32 (Press et al. 2022), times 0.25.
+    """Return one slope per head, `[num_heads]` float32, times 0.25 (Press et al. 2022,
+    arXiv:2108.12409).
 
-    `s^1 .. s^heads` with `s = 2^(-8 / heads)` for a power of two of heads; otherwise those of the
-    power of two below, then every second one of the power above.
+    They are `s^1 .. s^heads` with `s = 2^(-8 / heads)` for a power of two of heads; otherwise those
+    of the next lower power of two, then every second one of the next higher power.
     """
     below = 2 ** int(math.log2(num_heads))
     slopes = _geometric(below) + _geometric(2 * below)[0::2][: num_heads - below]
@@ -39,10 +84,11 @@ def sliding_window_attention(
     window_tokens: int,
     softcap: float,
 ) -> Tensor:
-    """Causal attention of each token to itself and `window_tokens` before it.
+    """Attend from each token to itself and to `window_tokens` before it.
 
-    All of `[B, T, heads, head_dim]`; slopes `[heads]`. Runs flash-attn for 16-bit tensors on CUDA
-    where it is installed, and otherwise blocks of queries in float32, `O(T * window)` in memory.
+    Queries, keys, values and the result are `[B, T, heads, head_dim]`; slopes `[heads]`. Runs
+    flash-attn for 16-bit tensors on CUDA where it is installed, and otherwise blocks of queries in
+    float32, `O(T * window)` in time.
     """
     half = queries.dtype in (torch.float16, torch.bfloat16)
     if queries.is_cuda and half and _flash_attention_is_installed():
@@ -74,20 +120,20 @@ def attend(
     window_tokens: int,
     softcap: float,
 ) -> Tensor:
-    """Attention of queries `[B, heads, Q, hd]` to keys `[B, heads, K, hd]`: `[B, heads, Q, hd]`.
+    """Attend from queries `[B, heads, Q, hd]` to keys `[B, heads, K, hd]`: `[B, heads, Q, hd]`.
 
-    distances: how many tokens each key lies before each query, `[Q, K]` or `[B, 1, Q, K]`; keys
-    with a distance outside `0..window_tokens` are not seen. Sums in the dtype of the arguments.
+    distances: number of tokens by which each key precedes each query, `[Q, K]` or `[B, 1, Q, K]`;
+    keys with a distance outside `0..window_tokens` are masked. Sums are in the arguments' dtype.
     """
     bias = _bias(distances, slopes, window_tokens, queries.dtype)
     return _weights(queries, keys, bias, softcap)[0] @ values
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Of `[B, heads, T, hd]`, `QUERY_BLOCK` queries at a time.
+    """Attention over `[B, heads, T, hd]`, `QUERY_BLOCK` queries at a time.
 
-    Own gradients, because autograd's would be as long as the sequence for every block, and would
-    keep the scores: here the backward pass computes those of a block again.
+    It has gradients of its own: autograd's would span the sequence for every block and keep the
+    scores, which are computed again here.
     """
 
     @staticmethod
@@ -126,7 +172,7 @@ class _BlockedAttention(torch.autograd.Function):
             scores_grad = own_grad @ values[:, :, seen].transpose(-1, -2)
             scores_grad -= (own_grad * attended[:, :, block]).sum(-1, keepdim=True)
             scores_grad *= weights
-            scores_grad *= bends.square_().neg_().add_(1).mul_(scale)  # of the products, that is
+            scores_grad *= bends.square_().neg_().add_(1).mul_(scale)  # by q.k
             queries_grad[:, :, block] = scores_grad @ own_keys
             keys_grad[:, :, seen] += scores_grad.transpose(-1, -2) @ own_queries
         return queries_grad, keys_grad, values_grad, None, None, None
@@ -135,7 +181,8 @@ class _BlockedAttention(torch.autograd.Function):
 def _blocks(
     queries: Tensor, slopes: Tensor, window_tokens: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries, the keys that they see, and what is added to their scores, `[heads, Q, K]`."""
+    """Yield blocks of queries, the keys that they see and the bias of their scores,
+    `[heads, Q, K]`."""
     length, device = queries.shape[2], queries.device
     shape, bias = None, torch.empty(0)
     for start in range(0, length, QUERY_BLOCK):
@@ -154,7 +201,7 @@ def _bias(distances: Tensor, slopes: Tensor, window_tokens: int, dtype: torch.dt
 
 
 def _weights(queries: Tensor, keys: Tensor, bias: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Softmax of the scores, and the tanh in them."""
+    """Return the softmax of the scores, and the tanh in them."""
     scale = queries.shape[-1] ** -0.5 / softcap
     bends = ((scale * queries) @ keys.transpose(-1, -2)).tanh_()
     return torch.add(bias, bends, alpha=softcap).softmax(dim=-1), bends
@@ -169,3 +216,25 @@ def _flash_attention_is_installed() -> bool:
     installed = importlib.util.find_spec("flash_attn") is not None
     logger.info("attention on CUDA runs %s", "flash-attn" if installed else "blocked torch code")
     return installed
+
+
+def _flash_stand_in(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    attended: Tensor = _FlashStandIn.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _FlashStandIn(torch.autograd.Function):
+    """A function that keeps what flash-attn keeps: its inputs, its output, and a float32 for each
+    query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        attended = torch.empty_like(queries)
+        sums = torch.empty(queries.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(queries, keys, values, attended, sums)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values, _, _ = ctx.saved_tensors
+        return torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)

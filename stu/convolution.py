@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 CPU_BLOCK_ELEMENTS = 2**18  # 1 MiB of float32: the best of 2^14..2^19 with 1 MiB of L2 per core
 
@@ -37,6 +38,25 @@ def causal_convolution(
         inputs.to(dtype), taps[: -(-num_outputs // lag_step)].to(dtype), lag_step, num_outputs
     )
     return outputs.to(inputs.dtype)
+
+
+def short_convolution(inputs: Tensor, taps: Tensor) -> Tensor:
+    """Compute `y[t] = sum_j taps[j] * inputs[t - j]` by direct sums, with few taps per channel.
+
+    inputs: `[B, J - 1 + T, C]`, beginning with those before the first output; taps: `[J, C]`.
+    Returns `[B, T, C]` in the dtype of `inputs`.
+    """
+    taps = taps.to(inputs.dtype)  # autocast leaves parameters in float32
+    length, last = inputs.shape[1] - len(taps) + 1, len(taps) - 1
+    outputs = taps[0] * inputs[:, last:]
+    for lag in range(1, len(taps)):
+        outputs = outputs + taps[lag] * inputs[:, last - lag : last - lag + length]
+    return outputs
+
+
+def after_zeros(inputs: Tensor, num_taps: int) -> Tensor:
+    """Pad whole sequences for a short convolution: `[B, T, C] -> [B, J - 1 + T, C]`."""
+    return pad(inputs, (0, 0, num_taps - 1, 0))
 
 
 def fast_fft_length(at_least: int) -> int:

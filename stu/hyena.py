@@ -1,11 +1,10 @@
-"""Hyena of order 2: a long convolution between two gates, its filters made by a small network.
+"""Hyena of order 2: a long convolution between two gates, whose filters a small network computes.
 
 Poli et al. 2023, "Hyena Hierarchy: Towards Larger Convolutional Language Models", arXiv:2302.10866.
-The filters depend on the lag alone and never on the data, so that FutureFill decodes with them as
-with those of an STU. The constants are those of the published language models, by the names in
-brackets (HazyResearch/safari on GitHub: `src/models/sequence/hyena.py` and its defaults, and
-`configs/experiment/pile/hyena.yaml`). Other than there, features of lags are not trained, and the
-linear layers and the short convolutions have no biases.
+The filters depend on the lag alone, not on the data, so FutureFill decodes with them. The constants
+are those of the published language models; their names there are in brackets (HazyResearch/safari
+on GitHub: `src/models/sequence/hyena.py` and `configs/experiment/pile/hyena.yaml`). Unlike there,
+the features of lags are not trained, and linear layers and short convolutions have no biases.
 """
 
 import math
@@ -13,40 +12,37 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stu.config import ModelConfig
-from stu.layers import LongConvolution, Memory
+from stu.mixers import LastInputs, LongConvolution, Memory, PastInputs
 
 SHORT_TAPS = 3
-"""Of the convolution of each projected channel (`short_filter_order`)."""
+"""Taps of the convolution of each projected channel (`short_filter_order`)."""
 NUM_BANDS = 16
-"""Frequencies in the features of a lag; with sines, cosines and the lag itself 33 (`emb_dim`)."""
+"""Frequencies in the features of a lag; sines, cosines and the lag itself are 33 (`emb_dim`)."""
 LOWEST_BAND = 1e-4
-"""Turns over the whole context, of the lowest one; the others are near 1, 2, .. `NUM_BANDS` - 1."""
+"""Turns of the lowest frequency over the whole context; the others are near 1, 2, .., 15."""
 FILTER_WIDTH = 64
-"""Of the network's hidden layers (`filter_order`)."""
+"""Width of the network's hidden layers (`filter_order`)."""
 SINE_LAYERS = 3
-"""One from the features and two from hidden to hidden (`num_inner_mlps`)."""
+"""Hidden layers: one reads the features, two the layer before them (`num_inner_mlps`)."""
 SINE_FREQUENCY = 14.0
-"""Before training, inside the sines (`w`): the larger, the faster filters vary."""
+"""Initial factor inside the sines (`w`); filters vary faster the larger it is."""
 WEIGHT_STD = 0.02
-"""Before training, of the network's matrices (`initializer_range` in `long_conv_lm.py`)."""
+"""Initial standard deviation of the network's matrices (`initializer_range`)."""
 DECAYED_TO = 0.01
-"""What the window has fallen to (`target`)"""
+"""Value to which the window falls (`target`)."""
 FASTEST, SLOWEST = 0.3, 1.5
-"""at this share of the context, in the last channel and in the first (`fast_decay_pct`, `slow_..`).
-"""
+"""Share of the context after which the window has fallen to `DECAYED_TO`, in the last channel and
+in the first (`fast_decay_pct`, `slow_decay_pct`)."""
 
 
 class Hyena(LongConvolution):
-    """`output(x1 * (psi conv (x2 * v)))`, where x1, x2 and v are projections, each convolved with a
-    few taps of its own channel, and psi is an `ImplicitFilter`."""
+    """`output(x1 * (psi conv (x2 * v)))`: x1, x2 and v are projections of the input, each convolved
+    with a few taps per channel, and psi comes from an `ImplicitFilter`."""
 
-    lag_step = 1
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(layer)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(PastInputs(config.width), LastInputs(3 * config.width, SHORT_TAPS))
         self.input = nn.Linear(config.width, 3 * config.width, bias=False)
         self.short_taps = nn.Parameter(torch.empty(SHORT_TAPS, 3 * config.width))
         self.filter = ImplicitFilter(config)
@@ -54,12 +50,9 @@ class Hyena(LongConvolution):
 
     def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
         projected = self.input(x)  # [B, T, D] -> [B, T, 3 D]
-        if memory is None:
-            shortly = short_convolution(after_zeros(projected, SHORT_TAPS), self.short_taps)
-        else:
-            shortly = memory.convolve_short(self.layer, projected, self.short_taps)
-        outer_gate, inner_gate, values = shortly.chunk(3, dim=-1)
-        mixed = self.convolved(inner_gate * values, filters, memory)
+        convolved = self.convolve_short(projected, self.short_taps, memory)
+        outer_gate, inner_gate, values = convolved.chunk(3, dim=-1)
+        mixed = self.convolve(inner_gate * values, filters, memory)
         gated: Tensor = self.output(outer_gate * mixed)
         return gated
 
@@ -69,23 +62,30 @@ class Hyena(LongConvolution):
             taps: Tensor = self.filter(lags)
         return taps
 
-    def initialize_filters(self) -> None:
-        """Draw both convolutions' weights from torch's global generator."""
-        bound = SHORT_TAPS**-0.5  # torch's own of a convolution, as published
+    def initialize(self, depth_scale: float) -> None:
+        nn.init.xavier_normal_(self.input.weight)
+        nn.init.xavier_normal_(self.output.weight, gain=depth_scale)
+        bound = SHORT_TAPS**-0.5  # torch's default for a convolution, as published
         nn.init.uniform_(self.short_taps, -bound, bound)
         self.filter.initialize()
 
+    @property
+    def filter_modules(self) -> tuple[nn.Module, ...]:
+        # They are not decayed either: their size says how fast a filter varies, not how large it
+        # is (as published).
+        return (self.filter,)
+
 
 class ImplicitFilter(nn.Module):
-    """Filters of all channels as functions of the lag: `window(t) * network(features(t))`, and at
-    lag 0 a trained term besides, which lets a token's own input through.
+    """Filters of all channels as functions of the lag: `window(t) * network(features(t))`, plus a
+    trained term at lag 0, which passes a token's own input.
 
-    The features of lag m are `t = m / (L - 1)` and, at each of the bands f, the real and imaginary
-    parts of `exp(-2 pi i f m / L)`; the window is `exp(-decay t)`, with fixed decays from slow in
+    The features of lag m are `t = m / (L - 1)` and, for each frequency f, the real and imaginary
+    parts of `exp(-2 pi i f m / L)`. The window is `exp(-decay t)`, with fixed decays from slow in
     the first channel to fast in the last.
 
-    Weights stay at least float32 when a model is cast: rounding to bfloat16 changes the taps of an
-    STU by 0.4% at most, and these by up to 2% before training and 5% after 200 steps of it.
+    The weights stay float32 or wider when a model is cast: rounding them to bfloat16 changes the
+    taps by up to 2% before training and 5% after 200 steps of it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -102,7 +102,7 @@ class ImplicitFilter(nn.Module):
         self.skip = nn.Parameter(torch.empty(config.width))
 
     def forward(self, lags: Tensor) -> Tensor:
-        """Taps `[N, D]` of all channels at the lags 0 to N - 1, `lags [N]`, in their dtype."""
+        """Compute the taps `[N, D]` at `lags [N]`, which are 0 to N - 1, in their dtype."""
         dtype = lags.dtype
         hidden = self._features(lags)  # [N, 33]
         matrices = self.input_matrix, *self.hidden_matrices
@@ -130,7 +130,7 @@ class ImplicitFilter(nn.Module):
         return self
 
     def _features(self, lags: Tensor) -> Tensor:
-        # In float64: the angle grows to some hundred, of which float32 leaves too few digits.
+        # In float64: angles reach several hundred, which leaves float32 too few digits.
         turns = lags.double()[:, None] / self.length
         bands = torch.linspace(
             LOWEST_BAND, NUM_BANDS - 1, NUM_BANDS, dtype=turns.dtype, device=turns.device
@@ -151,22 +151,3 @@ class ImplicitFilter(nn.Module):
 
     def _times(self, lags: Tensor) -> Tensor:
         return lags[:, None] / max(1, self.length - 1)
-
-
-def short_convolution(inputs: Tensor, taps: Tensor) -> Tensor:
-    """`y[t] = sum_j taps[j] * inputs[t - j]`, with few taps `[J, C]` for each channel.
-
-    inputs: `[B, J - 1 + T, C]`, those before the first output with them. Returns `[B, T, C]` in
-    their dtype.
-    """
-    taps = taps.to(inputs.dtype)  # autocast projects to 16 bits and leaves taps in 32
-    length, last = inputs.shape[1] - len(taps) + 1, len(taps) - 1
-    outputs = taps[0] * inputs[:, last:]
-    for lag in range(1, len(taps)):
-        outputs = outputs + taps[lag] * inputs[:, last - lag : last - lag + length]
-    return outputs
-
-
-def after_zeros(inputs: Tensor, num_taps: int) -> Tensor:
-    """What a short convolution takes of whole sequences: `[B, T, C] -> [B, J - 1 + T, C]`."""
-    return F.pad(inputs, (0, 0, num_taps - 1, 0))

@@ -13,7 +13,7 @@ from benchmarks.train_ways import (
     two_branches,
     whole_context,
 )
-from stu import layers
+from stu import attention as windowed
 from stu.config import ModelConfig
 from train.loss import next_token_loss
 
@@ -91,9 +91,9 @@ def test_torch_attention_is_ours_without_softcap_and_alibi():
     queries, keys, values = torch.randn(3, 2, 300, 4, 8)
     with whole_context():
         arguments = queries, keys, values, torch.zeros(4), 1, 1e4
-        ours = layers.sliding_window_attention(*arguments)
+        ours = windowed.sliding_window_attention(*arguments)
     with torch_attention():
-        torchs = layers.sliding_window_attention(*arguments)
+        torchs = windowed.sliding_window_attention(*arguments)
     torch.testing.assert_close(torchs, ours, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,9 @@ def test_attention_alone_has_the_size_of_an_stu_model(width):
     with torch.device("meta"):
         stu, attention = make_model("stu", shape), make_model("attention", shape)
     assert len(attention.blocks) == len(stu.blocks)
-    assert all(isinstance(block.mixer, layers.SlidingWindowAttention) for block in attention.blocks)
+    assert all(
+        isinstance(block.mixer, windowed.SlidingWindowAttention) for block in attention.blocks
+    )
     assert attention.num_parameters() == pytest.approx(stu.num_parameters(), rel=0.01)
 
 

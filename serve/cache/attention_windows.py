@@ -14,7 +14,7 @@ from torch import Tensor
 
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
 from stu.attention import alibi_slopes, attend, sliding_window_attention
-from stu.config import ModelConfig
+from stu.mixers import KeyWindow
 
 BLOCK_BYTES = 2**22
 """Keys of rows that are attended to at once on CPU: few enough for a core's cache."""
@@ -39,10 +39,10 @@ class AttentionCache:
     pool: pages `[attn_layers, 2, page_len, heads, head_dim]`, keys and values.
     """
 
-    def __init__(self, config: ModelConfig, pool: PagePool) -> None:
-        self._config, self._pool = config, pool
+    def __init__(self, window: KeyWindow, pool: PagePool) -> None:
+        self._window, self._pool = window, pool
         self._page_len = pool.pages.shape[3]
-        self._slopes = alibi_slopes(config.num_heads).to(pool.pages.device)
+        self._slopes = alibi_slopes(window.num_heads).to(pool.pages.device)
         self._windows: dict[int, _Window] = {}
         self._rows: list[int] = []
         self._promised = 0
@@ -50,7 +50,7 @@ class AttentionCache:
         # What is gathered for a block, keys and values: new memory each time is cleared by the
         # system before it is written to, which takes longer than the gathering.
         page = pool.pages[0, 0, 0]
-        num_pages = max(window_pages(config, self._page_len), BLOCK_BYTES // page.nbytes)
+        num_pages = max(window_pages(window, self._page_len), BLOCK_BYTES // page.nbytes)
         self._gathered = page.new_empty(2, num_pages, *page.shape)
         self._blocks: list[tuple[slice, Tensor, Tensor]] = []
 
@@ -65,7 +65,7 @@ class AttentionCache:
 
     def pages_needed(self, positions: int) -> int:
         """Pages that a sequence of so many positions may come to own at once."""
-        return min(pages_for(positions, self._page_len), window_pages(self._config, self._page_len))
+        return min(pages_for(positions, self._page_len), window_pages(self._window, self._page_len))
 
     def admit(self, owner: int, positions: int) -> None:
         """Promise `owner` what it needs for so many positions; raises OutOfPages."""
@@ -88,7 +88,7 @@ class AttentionCache:
         self, owner: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """What a whole prompt's attention yields; all `[1, P, heads, head_dim]`."""
-        window, softcap = self._config.window_tokens, self._config.softcap
+        window, softcap = self._window.window_tokens, self._window.softcap
         its, length = self._windows[owner], keys.shape[1]
         if not its.pages:
             its.length = length
@@ -117,7 +117,7 @@ class AttentionCache:
         for owner in self._rows:
             its = self._windows[owner]
             page, place = divmod(its.length, self._page_len)
-            oldest = max(0, its.length - self._config.window_tokens) // self._page_len
+            oldest = max(0, its.length - self._window.window_tokens) // self._page_len
             if oldest > its.first_page:
                 self._pool.free(owner, its.pages[: oldest - its.first_page])
                 del its.pages[: oldest - its.first_page]
@@ -137,7 +137,7 @@ class AttentionCache:
 
         Rows beyond the batch's are padding, and attend to nothing.
         """
-        config = self._config
+        window = self._window
         pages, places = (slots[first_row : first_row + len(queries)] for slots in self._slots)
         for which, new in enumerate((keys, values)):
             new = new[: len(pages), 0].to(self._pool.pages.dtype)
@@ -167,8 +167,8 @@ class AttentionCache:
                 values_seen,
                 distances,
                 self._slopes,
-                config.window_tokens,
-                config.softcap,
+                window.window_tokens,
+                window.softcap,
             )
             outputs[here] = attended.transpose(1, 2).to(queries.dtype)
         return outputs
@@ -216,6 +216,6 @@ class AttentionCache:
         return blocks
 
 
-def window_pages(config: ModelConfig, page_len: int) -> int:
+def window_pages(window: KeyWindow, page_len: int) -> int:
     """Pages that the window of one token, and the token itself, can touch."""
-    return pages_for(config.window_tokens, page_len) + 1
+    return pages_for(window.window_tokens, page_len) + 1

@@ -5,7 +5,7 @@ A request with N new tokens owns `ceil((N - 1) / page_len)` convolution pages, e
 num_filters` for `width`), whatever its prompt's length, and pages of its attention window, at most
 `ceil(window_tokens / page_len) + 1`, each of `attn_layers * 2 * page_len * width` numbers of the
 weights' dtype. Two pages more for each of `max_running` rows hold the pages that rows are in, and
-with Hyena `convolution_layers * 2 * 3 * width` numbers of the weights' dtype its recent inputs.
+with short convolutions `channels * (taps - 1)` numbers of the weights' dtype each of their layers.
 """
 
 import math
@@ -20,7 +20,7 @@ from serve.cache.paged_futurefill import ConvolutionCache
 from serve.cache.recent_inputs import RecentInputs
 from serve.config import INVARIANT_ROWS, EngineConfig
 from stu.config import ModelConfig
-from stu.hyena import SHORT_TAPS
+from stu.mixers import KeyWindow, LastInputs, PastInputs, remembered
 from stu.model import FlashSTU
 
 GIB = 2**30
@@ -69,30 +69,38 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
             "the model's convolution filters are not finite: its weights are damaged; try another "
             "checkpoint"
         )
-    layers, _, channels = taps.shape
     num_rows, page_len = _num_rows(config), config.page_len
-    recent = None
-    if shape.layout == "hyena":
-        recent = RecentInputs(layers, SHORT_TAPS, 3 * shape.width, num_rows, dtype, device)
-    convolution_shape = layers, page_len, channels * shape.streams_per_sequence
-    attention_shape = len(shape.attention_layers), 2, page_len, shape.num_heads, shape.head_dim
+    short = remembered(model.mixers, LastInputs)
+    recent = RecentInputs(short, num_rows, dtype, device) if short else None
+    past = remembered(model.mixers, PastInputs) or [PastInputs(shape.width)]
+    convolution_shape = len(taps), page_len, past[0].channels * past[0].streams
+    windows = remembered(model.mixers, KeyWindow)
+    attention_shape = len(windows), 2, page_len, shape.num_heads, shape.head_dim
     page_bytes = Pages(
         math.prod(convolution_shape) * model.filters.element_size(),
         math.prod(attention_shape) * weight.element_size(),
     )
     row_bytes = 2 * num_rows * page_bytes.convolution + (recent.num_bytes if recent else 0)
-    num_pages = _num_pages(shape, config, _budget_bytes(config, device), page_bytes, row_bytes)
+    window = windows[0] if windows else None
+    num_pages = _num_pages(
+        shape, window, config, _budget_bytes(config, device), page_bytes, row_bytes
+    )
     convolution = PagePool(num_pages.convolution, convolution_shape, model.filters.dtype, device)
     convolutions = ConvolutionCache(taps, lag_step, convolution, num_rows)
-    if not shape.attention_layers:
+    if window is None:
         return Caches(convolutions, None, recent, (convolution, None))
     attention = PagePool(num_pages.attention, attention_shape, dtype, device)
-    attentions = AttentionCache(shape, attention)
+    attentions = AttentionCache(window, attention)
     return Caches(convolutions, attentions, recent, (convolution, attention))
 
 
 def _num_pages(
-    shape: ModelConfig, config: EngineConfig, num_bytes: int, page_bytes: Pages, row_bytes: int
+    shape: ModelConfig,
+    window: KeyWindow | None,
+    config: EngineConfig,
+    num_bytes: int,
+    page_bytes: Pages,
+    row_bytes: int,
 ) -> Pages:
     """Pages of both kinds, null pages included, for equally many requests of the usual length.
 
@@ -102,7 +110,9 @@ def _num_pages(
     usual = config.expected_new_tokens or max(1, shape.max_seq_len // 2)
     per_request = Pages(
         pages_for(min(usual, shape.max_seq_len), page_len),
-        min(pages_for(shape.max_seq_len, page_len), window_pages(shape, page_len)),
+        min(pages_for(shape.max_seq_len, page_len), window_pages(window, page_len))
+        if window
+        else 0,
     )
     null_pages = convolution_bytes + attention_bytes
     request_bytes = (

@@ -1,34 +1,35 @@
-"""What short convolutions remember: the last few inputs of every sequence, in every layer.
+"""Caches of short convolutions: the last few inputs of every sequence in every layer.
 
-They are few enough not to be paged: each sequence has a place for them from its admission on, which
-is a row of the batch or of the prompts that are to join it.
+They are too few to be paged. Each sequence has a place for them from its admission on.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stu.hyena import after_zeros, short_convolution
+from stu.convolution import after_zeros, short_convolution
+from stu.mixers import LastInputs
 
 
 class RecentInputs:
-    """Of the short convolutions of several layers; its calls are `ConvolutionCache`'s.
-
-    layers: how many, each of `num_taps` taps and `width` channels. max_rows: sequences at once, in
-    the batch and before they join it.
-    """
+    """The last inputs of several layers' short convolutions, for up to `max_rows` sequences, in the
+    batch or before they join it. Its methods are those of `ConvolutionCache`."""
 
     def __init__(
         self,
-        layers: int,
-        num_taps: int,
-        width: int,
+        layers: Sequence[LastInputs],
         max_rows: int,
         dtype: torch.dtype,
         device: str | torch.device = "cpu",
     ) -> None:
-        # One place more than sequences: padding is read from there and written to it.
-        shape = layers, max_rows + 1, num_taps - 1, width
-        self._inputs = torch.zeros(shape, dtype=dtype, device=device)
+        # One place more than there are sequences: padding reads and writes it.
+        self._inputs = [
+            torch.zeros(
+                max_rows + 1, layer.num_taps - 1, layer.channels, dtype=dtype, device=device
+            )
+            for layer in layers
+        ]
         self._padding, self._max_rows = max_rows, max_rows
         self._free = list(range(max_rows))
         self._places: dict[int, int] = {}
@@ -40,7 +41,7 @@ class RecentInputs:
     @property
     def num_bytes(self) -> int:
         """Bytes of all places."""
-        return self._inputs.numel() * self._inputs.element_size()
+        return sum(inputs.nbytes for inputs in self._inputs)
 
     def admit(self, owner: int) -> None:
         """Give `owner` a place."""
@@ -55,7 +56,7 @@ class RecentInputs:
     def prefill(self, owner: int, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
         """The outputs `[1, P, C]` of a prompt, and its end into the sequence's place."""
         extended = after_zeros(inputs, len(taps))  # [1, J - 1 + P, C]
-        self._inputs[layer, self._places[owner]] = extended[0, inputs.shape[1] :]
+        self._inputs[layer][self._places[owner]] = extended[0, inputs.shape[1] :]
         return short_convolution(extended, taps)
 
     def join(self, owner: int) -> None:
@@ -75,11 +76,11 @@ class RecentInputs:
         Rows beyond the batch's are padding, and may have any finite input.
         """
         places = self._index[first_row : first_row + len(inputs)]
-        extended = torch.cat([self._inputs[layer, places], inputs], dim=1)  # [B, J, C]
-        self._inputs[layer, places] = extended[:, 1:]
+        extended = torch.cat([self._inputs[layer][places], inputs], dim=1)  # [B, J, C]
+        self._inputs[layer][places] = extended[:, 1:]
         return short_convolution(extended, taps)
 
     def _places_of_rows(self) -> Tensor:
         missing = self._max_rows - len(self._rows)
         places = self._rows + [self._padding] * missing
-        return torch.tensor(places, device=self._inputs.device)
+        return torch.tensor(places, device=self._inputs[0].device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from stu.layers import GatedMLP, TensordotSTU
+from stu.layers import GatedMLP
+from stu.mixers import Mixer
 from stu.model import FlashSTU
 
 USUAL_ROWS = 32
@@ -61,19 +62,6 @@ class PackedGatedMLP(nn.Module):
         return gated
 
 
-class PackedTensordotSTU(TensordotSTU):
-    """`stu.layers.TensordotSTU`, packed."""
-
-    def __init__(self, stu: TensordotSTU) -> None:
-        nn.Module.__init__(self)
-        self.layer, self.filter_matrix = stu.layer, stu.filter_matrix
-        self.project = PackedLinear(stu.input_matrix.T)
-
-    def streams(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.project(x)
-        return projected
-
-
 def packs(weight: Tensor) -> bool:
     """Whether there is a layout to pack this weight into."""
     is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -106,8 +94,8 @@ def _packed(module: nn.Module) -> nn.Module:
     """`module`, or what takes its place."""
     if isinstance(module, GatedMLP):
         return PackedGatedMLP(module)
-    if isinstance(module, TensordotSTU):
-        return PackedTensordotSTU(module)
+    if isinstance(module, Mixer):
+        module.pack(PackedLinear)
     if isinstance(module, nn.Linear):
         return PackedLinear(module.weight)
     return module

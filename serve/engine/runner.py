@@ -14,6 +14,7 @@ from serve.cache.recent_inputs import RecentInputs
 from serve.config import INVARIANT_ROWS
 from serve.engine.packing import packed_copy, packed_product, packs
 from stu.common.errors import UserError
+from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
 
 LOGITS_AT_ONCE = 256
@@ -177,7 +178,9 @@ class Runner:
 def _require_invariance(model: FlashSTU) -> None:
     """Raise UserError for a width at which products round by a row's place among others."""
     width = model.config.width
-    is_safe = packs(model.embedding.weight) and model.config.streams_per_sequence == 1
+    is_safe = packs(model.embedding.weight) and all(
+        past.streams == 1 for past in remembered(model.mixers, PastInputs)
+    )
     if width % 16 and not is_safe:
         raise UserError(
             "batch_invariant",
@@ -187,7 +190,7 @@ def _require_invariance(model: FlashSTU) -> None:
 
 
 class _PromptMemory:
-    """`stu.layers.Memory` of prompts that lie one behind the other."""
+    """`stu.mixers.Memory` of prompts that lie one behind the other."""
 
     def __init__(
         self,
@@ -207,7 +210,7 @@ class _PromptMemory:
         return outputs
 
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        assert self._recent is not None, "only Hyena convolves shortly"
+        assert self._recent is not None
         outputs = torch.empty_like(inputs)  # [1, T, C]
         for owner, its, output in self._by_prompt(inputs, outputs):
             output.copy_(self._recent.prefill(owner, layer, its, taps))
@@ -228,7 +231,7 @@ class _PromptMemory:
 
 
 class _RowMemory:
-    """`stu.layers.Memory` of one token of rows from `first_row` on; all caches take padding."""
+    """`stu.mixers.Memory` of one token of rows from `first_row` on; all caches take padding."""
 
     def __init__(
         self,
@@ -244,7 +247,7 @@ class _RowMemory:
         return self._convolutions.step(layer, streams[:, 0], self._first_row)[:, None]
 
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        assert self._recent is not None, "only Hyena convolves shortly"
+        assert self._recent is not None
         return self._recent.step(layer, inputs, taps, self._first_row)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from stu.attention import alibi_slopes, attend, sliding_window_attention
+from stu.convolution import short_convolution
 from stu.futurefill import Continuous, OnlineConvolution
-from stu.hyena import SHORT_TAPS, short_convolution
+from stu.mixers import KeyWindow, LastInputs, PastInputs, remembered
 from stu.model import FlashSTU
 
 
@@ -40,22 +41,26 @@ class Runner:
         wide_taps, lag_step = model.convolution_taps()
         taps = wide_taps.to(model.filters.dtype)
         # The full form convolves each channel of a row as a sequence of its own.
-        self._streams_per_row = config.streams_per_sequence
+        self._streams_per_row = max(
+            [past.streams for past in remembered(model.mixers, PastInputs)], default=1
+        )
         num_streams = len(prompts) * self._streams_per_row
         self._convolution = convolution(taps, num_streams, max(max_new_tokens), lag_step)
 
         longest = max(map(len, prompts)) + max(max_new_tokens)
         size = min(config.window_tokens + 1, longest)
-        shape = 2, len(config.attention_layers), len(prompts), config.num_heads, size
+        shape = 2, len(remembered(model.mixers, KeyWindow)), len(prompts), config.num_heads, size
         # Attention sums in float32 at least: kept as it is read, no step converts the window.
         dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
         self._keys, self._values = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
         """Rings `[attn_layers, B, heads, size, head_dim]`: new token t of every row lies in slot
         `t % size`, and its prompt, whose last token has t = -1, just before."""
         self._slots = torch.arange(size, device=device)
-        last = len(config.convolution_layers), len(prompts), SHORT_TAPS - 1, 3 * config.width
-        self._last_inputs = torch.zeros(last, dtype=model.embedding.weight.dtype, device=device)
-        """Of the short convolutions: `[convolution_layers, B, 2, 3 D]`."""
+        self._last_inputs = [
+            model.embedding.weight.new_zeros(len(prompts), short.num_taps - 1, short.channels)
+            for short in remembered(model.mixers, LastInputs)
+        ]
+        """Inputs of each short convolution: `[B, J - 1, C]`."""
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._slopes = alibi_slopes(config.num_heads).to(device)
         self._distances = torch.empty(0)
@@ -99,7 +104,7 @@ class Runner:
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
         """`Memory.convolve_short` of one prompt, or of one token of each row: `[B, T, C]`."""
         row = self._prefilling
-        held = self._last_inputs[layer, slice(None) if row is None else slice(row, row + 1)]
+        held = self._last_inputs[layer][slice(None) if row is None else slice(row, row + 1)]
         before = held.clone()
         held[:] = torch.cat([before, inputs], dim=1)[:, -held.shape[1] :]
         return short_convolution(torch.cat([before, inputs], dim=1), taps)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from stu.config import ModelConfig
-from stu.convolution import causal_convolution
-from stu.hyena import after_zeros, short_convolution
+from stu.convolution import after_zeros, causal_convolution, short_convolution
 from stu.model import FlashSTU
 from tests.reference import hyena as reference
 
@@ -72,7 +71,7 @@ def test_a_later_input_gives_the_same_later():
 def test_the_convolution_is_linear_and_the_gates_are_not():
     hyena, filters = layer()
     a, b = torch.randn(2, 2, 30, 12, dtype=torch.float64)
-    convolved = [hyena.convolved(its, filters, None) for its in (a, b, 2 * a - 3 * b)]
+    convolved = [hyena.convolve(its, filters, None) for its in (a, b, 2 * a - 3 * b)]
     torch.testing.assert_close(convolved[2], 2 * convolved[0] - 3 * convolved[1])
     expected = 8 * hyena(a, filters, None)  # three factors, each linear in the input
     torch.testing.assert_close(hyena(2 * a, filters, None), expected)

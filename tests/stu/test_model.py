@@ -7,8 +7,9 @@ import torch
 
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
-from stu.layers import FullSTU, GatedMLP, RMSNorm, TensordotSTU
+from stu.layers import GatedMLP, RMSNorm
 from stu.model import FlashSTU
+from stu.stu_mixer import FullSTU, TensordotSTU
 from tests.reference import convolution as reference
 
 SMALL = {"vocab_size": 50, "width": 16, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2}

@@ -71,8 +71,8 @@ def published_names(config: ModelConfig) -> dict[str, str]:
         )
     names = {"embedding.weight": EMBEDDING, "norm.weight": "norm.weight", "filters": FILTERS}
     stu = TENSORDOT if config.stu_form == "tensordot" else FULL
-    for i in range(config.num_layers):
-        mixer = ATTENTION if i in config.attention_layers else stu
+    for i, name in enumerate(config.mixers):
+        mixer = ATTENTION if name == "attention" else stu
         names |= {f"blocks.{i}.{ours}": f"layers.{i}.{its}" for ours, its in (mixer | MLP).items()}
     return names
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stu.common.errors import UserError
-from stu.hyena import ImplicitFilter
+from stu.mixers import Mixer
 from train.optimizer.adamw import ADAMW
 from train.optimizer.base import OptimizerConfig, OptimizerKind
 from train.optimizer.lion import LION
@@ -50,19 +50,18 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
 def parameter_groups(module: nn.Module) -> list[list[str]]:
     """Return the names of parameters that are decayed, and of those that are not.
 
-    Matrices decay. They include the embedding, which is the output layer too, where decay keeps
-    scores from growing, and an STU's filter matrix and Hyena's short taps: each multiplies another
-    matrix, and decaying only one factor would move the scale into the other. Norm weights, near 1,
-    have no reason to shrink. Neither have the weights in the sines of Hyena's filters, which say
-    how fast filters may vary and not how large they are (as published).
+    Matrices decay, unless a mixer excludes them. They include the embedding, which is the output
+    layer too, where decay keeps scores from growing, and filters that follow a matrix: decaying
+    only one of two factors would move the scale into the other. Norm weights, near 1, have no
+    reason to shrink.
     """
     # Under ZeRO-3 a parameter's own shape is empty.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters()}
-    filters = [m for m in module.modules() if isinstance(m, ImplicitFilter)]
-    exempt = {id(parameter) for m in filters for parameter in m.parameters()}
-    decayed = [
-        name
-        for name, parameter in module.named_parameters()
-        if len(shapes[name]) >= 2 and id(parameter) not in exempt
-    ]
-    return [decayed, [name for name in shapes if name not in set(decayed)]]
+    excluded = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, mixer in module.named_modules()
+        if isinstance(mixer, Mixer)
+        for name in mixer.undecayed_names
+    }
+    decayed = {name for name, shape in shapes.items() if len(shape) >= 2} - excluded
+    return [[n for n in shapes if n in decayed], [n for n in shapes if n not in decayed]]

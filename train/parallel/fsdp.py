@@ -17,7 +17,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stu.hyena import ImplicitFilter
 from stu.model import FlashSTU
 from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.sharded import ShardedSaving
@@ -39,7 +38,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
     def divide(self, model: FlashSTU) -> None:
         """Among the ranks, block by block; what is outside of them stays gathered in a step."""
         is_half = self.precision_plugin.precision == "bf16-mixed"
-        filters = [its for its in model.modules() if isinstance(its, ImplicitFilter)]
+        filters = [module for mixer in model.mixers for module in mixer.filter_modules]
         for module in (*filters, *model.blocks, model):
             rounds = is_half and module not in filters
             policy = MixedPrecisionPolicy(

@@ -1,4 +1,4 @@
-"""`stu-plan`: does a run fit, how fast will it be, and what would fit instead. Without any GPU."""
+"""`stu-plan`: memory, speed and duration of a run, and what would fit instead, without a GPU."""
 
 import argparse
 import math
@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stu.config import ModelConfig
     from train.parallel.config import ParallelConfig
     from train.plan.fits import Fits
 
@@ -18,53 +17,61 @@ DAY_SECONDS = 86_400
 LOG_COLUMNS = 110
 DEFAULT_GPUS = 8
 FAULT = 3
-"""Exit code of a fault of this program."""
+"""Exit code for a fault of this program."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: 0 if it fits, 1 if not, 2 for wrong settings, 3 for a fault of our own."""
+    """Run the command. Returns 0 if the run fits, 1 if not, 2 for wrong settings and 3 for a fault
+    of this program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="stu-plan",
         usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]",
-        description="Memory, speed and days of a run of stu-train, whose settings follow. "
-        "Exit code 1 if it does not fit, 2 if a setting is wrong.",
+        description="Show memory, speed and duration of a run of stu-train, whose settings follow. "
+        "The exit code is 1 if it does not fit and 2 if a setting is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--gpu",
         default="h100-80g",
-        help="a100-40g, a100-80g, h100-80g, .., or `this`: the one here; with none that is known, "
-        "settings are checked alone",
-    )
-    parser.add_argument("--nodes", type=_count, help="in place of trainer.num_nodes")
-    parser.add_argument(
-        "--gpus", type=_count, help="of each node, in place of trainer.devices; 8 if neither says"
+        help="GPU model: a100-40g, a100-80g, h100-80g, h200-141g, l40s-48g, or `this` for the one "
+        "here; if that is none of these, only the settings are checked",
     )
     parser.add_argument(
-        "--tokens", type=_positive, help="to train on; without it, those of max_steps"
+        "--nodes", type=_count, help="number of nodes, instead of trainer.num_nodes"
     )
-    given, others = parser.parse_known_args(arguments)
-    # Imported late, for it takes seconds.
+    parser.add_argument(
+        "--gpus",
+        type=_count,
+        help="GPUs on each node, instead of trainer.devices; 8 if neither is set",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        help="tokens to train on, instead of those of trainer.max_steps steps",
+    )
+    options, others = parser.parse_known_args(arguments)
+    # Imported late: they take seconds.
+    from stu.common.errors import UserError
     from train.config import data_warnings, num_devices
     from train.gpus import GPUS
     from train.run import parse_settings
-    from train.start.agreement import UserError
+    from train.start import agreement
 
     try:
-        if given.gpu not in (*GPUS, "this"):
-            raise UserError(f"gpu={given.gpu} is not known: choose from {', '.join(GPUS)}, or this")
+        if options.gpu not in (*GPUS, "this"):
+            raise UserError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
         settings = parse_settings(others)
-    except (UserError, OSError) as error:
+    except (UserError, agreement.UserError, OSError) as error:
         print(f"stu-plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    nodes = given.nodes or settings.trainer.num_nodes
-    gpus = given.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
+    nodes = options.nodes or settings.trainer.num_nodes
+    gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
     try:
         for text in data_warnings(settings, nodes * gpus):
             print(f"warning: {text}", file=sys.stderr)
-        return plan(settings, given.gpu, nodes * gpus, given.tokens)
-    except Exception:  # Python's own code for these, 1, says that the run does not fit
+        return plan(settings, options.gpu, nodes * gpus, options.tokens)
+    except Exception:  # Python's own exit code for these is 1, which means that the run is too big
         traceback.print_exc()
         return FAULT
 
@@ -86,23 +93,23 @@ def _positive(text: str) -> float:
 
 
 def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | None) -> int:
-    """Print what is to be expected of settings that were checked; 1 if the run does not fit."""
+    """Print what to expect of a run with valid `settings`. Returns 1 if it does not fit, else 0."""
     import torch
     from rich.console import Console
     from rich.table import Table
 
     from train.config import precision_name
-    from train.flops import token_flops
+    from train.flops import num_parameters, token_flops
     from train.gpus import GPUS, known_gpu
     from train.optimizer import optimizer_kind
+    from train.plan.activations import fft_bytes
     from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
     from train.plan.fits import Fits, stages
-    from train.plan.memory import fft_bytes
 
     if gpu_name == "this":
         known = known_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if known is None:
-            print("stu-plan: the settings are valid; of this machine's device nothing is known")
+            print("stu-plan: the settings are valid; nothing is known about this machine's device")
             return 0
         gpu_name = known
     gpu = GPUS[gpu_name]
@@ -116,17 +123,15 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
     fits = Fits(config, seq_len, num_ranks, usable, is_half, state_bytes)
     flops = token_flops(config, seq_len, micro_batch, parallel.checkpoint_activations)
     console.print(
-        f"{_millions(config)} M parameters; {flops.total / 1e9:.2f} GFLOP a token: "
+        f"{num_parameters(config) / 1e6:,.1f} M parameters; "
+        f"{flops.total / 1e9:.2f} GFLOP per token: "
         f"dense {flops.dense / flops.total:.1%}, convolution "
         f"{flops.convolution / flops.total:.1%}, attention {flops.attention / flops.total:.1%}"
     )
+    parts = ["weights", "gradients", "optimizer", "buffers", "activations"]
     table = Table(
         "",
-        "weights",
-        "gradients",
-        "optimizer",
-        "buffers",
-        "activations",
+        *parts,
         "FFTs",
         "total",
         "largest",
@@ -135,57 +140,51 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         f"{usable / GIB:.1f} are usable",
     )
     ffts = fft_bytes(config, seq_len, micro_batch)
-    for name, other in stages(parallel):
-        memory = fits.memory(other, micro_batch)
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
-        values = [f"{part / GIB:.2f}" for part in (*parts, memory.activations, ffts, memory.total)]
-        mark = " <-" if other == parallel else ""
-        table.add_row(name + mark, *values, str(fits.largest(other)))
+    for name, way in stages(parallel):
+        memory = fits.memory(way, micro_batch)
+        sizes = [*(getattr(memory, part) for part in parts), ffts, memory.total]
+        mark = " <-" if way == parallel else ""
+        table.add_row(name + mark, *(f"{size / GIB:.2f}" for size in sizes), str(fits.largest(way)))
     console.print(table)
     console.print(
-        "FFTs: one layer's, among the activations; largest: the largest micro-batch that fits"
+        "FFTs: those of one layer, part of the activations; largest: the largest micro-batch that "
+        "fits"
     )
     tokens_per_step = num_ranks * accumulated * micro_batch * seq_len
     seconds = step_seconds(config, gpu, parallel, seq_len, micro_batch, accumulated, num_ranks)
     tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step
     sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half)
     console.print(
-        f"{tokens_per_step:,} tokens a step, {sent / GIB:.1f} GiB sent by each rank; about "
-        f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens a second, "
+        f"{tokens_per_step:,} tokens per step, {sent / GIB:.1f} GiB sent by each rank; about "
+        f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens per second, "
         f"{tokens / (tokens_per_step / seconds) / DAY_SECONDS:.1f} days for {tokens / 1e9:.1f} G "
-        "tokens (assumed: half of the peak in products, 60% of the bandwidth in FFTs, half of the "
-        "exchange hidden)"
+        "tokens (assuming half of the peak in products, 60% of the bandwidth in FFTs, and half of "
+        "the exchange overlapped)"
     )
     if not is_half:
-        console.print("Times are of bfloat16 (trainer.precision=bf16-mixed); float32 takes longer")
+        console.print("Times are for bfloat16 (trainer.precision=bf16-mixed); float32 is slower")
     if fits.holds(parallel, micro_batch):
         return 0
-    console.print(f"It does not fit. {_advice(fits, parallel, micro_batch, is_half)}")
+    console.print(f"It does not fit. {_advice(fits, parallel, micro_batch)}")
     return 1
 
 
-def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int, is_half: bool) -> str:
-    """What would."""
+def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int) -> str:
+    """Return a sentence with the settings nearest to `parallel` that fit."""
     from train.plan.fits import stages
 
     found = []
     for recomputes in (False, True):
-        for name, its in stages(replace(parallel, checkpoint_activations=recomputes)):
-            if name == "zero 0" and is_half:  # it trains in float32 alone
+        for name, way in stages(replace(parallel, checkpoint_activations=recomputes)):
+            if name == "zero 0" and fits.is_half:  # it trains only in float32
                 continue
-            largest = fits.largest(its, most=micro_batch)
+            largest = fits.largest(way, most=micro_batch)
             if largest > 0:
                 more = " and parallel.checkpoint_activations=true" if recomputes else ""
                 found.append((-largest, recomputes, f"{name}, micro-batch {largest}{more}"))
     if not found:
-        return "Nothing would on these: take more or larger GPUs, or a smaller model."
+        return "Nothing would on these GPUs: use more or larger ones, or a smaller model."
     return f"This would: {min(found)[2]}."
-
-
-def _millions(config: "ModelConfig") -> str:
-    from train.flops import num_parameters
-
-    return f"{num_parameters(config) / 1e6:,.1f}"
 
 
 if __name__ == "__main__":

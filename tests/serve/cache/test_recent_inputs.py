@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.cache.recent_inputs import RecentInputs
+from stu.mixers import LastInputs
 from tests.reference import convolution as reference
 
 LAYERS, WIDTH, MAX_ROWS = 2, 3, 4
 
 
 def setup(num_taps=3):
-    recent = RecentInputs(LAYERS, num_taps, WIDTH, MAX_ROWS, torch.float64)
-    recent._inputs[:, :-1] = math.nan  # what is read before it is written shows
+    recent = RecentInputs([LastInputs(WIDTH, num_taps)] * LAYERS, MAX_ROWS, torch.float64)
+    for inputs in recent._inputs:
+        inputs[:-1] = math.nan  # what is read before it is written shows
     return recent, torch.randn(LAYERS, num_taps, WIDTH, dtype=torch.float64)
 
 

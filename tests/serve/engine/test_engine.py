@@ -15,6 +15,7 @@ from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.futurefill import Naive
+from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from stu.tokenizer import train_bpe
 from tests.reference import sampling as reference
@@ -85,7 +86,8 @@ def poison(caches):
     for pool in filter(None, caches.pools):
         pool.pages[1:] = math.nan
     if caches.recent is not None:
-        caches.recent._inputs[:, :-1] = math.nan
+        for inputs in caches.recent._inputs:
+            inputs[:-1] = math.nan
 
 
 def drain(engine, answers):
@@ -240,7 +242,9 @@ def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, ne
     assert max(attention) <= (at_once if kind in ("hybrid", "attention") else 0)
     pool = engine._caches.pools[0]
     shape = MODELS[kind].config
-    page_bytes = len(shape.convolution_layers) * shape.width * page_len * 8  # of float64
+    page_bytes = (
+        len(remembered(planned_mixers(shape), PastInputs)) * shape.width * page_len * 8
+    )  # of float64
     assert pool.page_bytes == page_bytes
 
 

@@ -230,13 +230,13 @@ LOOKS_AT_TYPES = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from stu import layers
+from stu import mixers
 from train import cli
-real, seen = layers.causal_convolution, set()
+real, seen = mixers.causal_convolution, set()
 def causal_convolution(inputs, taps, *others):
     seen.add((inputs.dtype, taps.dtype))
     return real(inputs, taps, *others)
-layers.causal_convolution = causal_convolution
+mixers.causal_convolution = causal_convolution
 rfft, transformed = torch.fft.rfft, set()
 def seeing_rfft(its, *arguments, **settings):
     transformed.add(its.dtype)

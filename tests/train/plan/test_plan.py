@@ -11,20 +11,17 @@ import pytest
 import torch
 
 from stu.config import ModelConfig
+from stu.mixers import planned_mixers
 from stu.model import FlashSTU
 from train import loss
-from train.flops import num_filter_parameters, num_parameters, token_flops
+from train.flops import num_parameters, token_flops
 from train.gpus import known_gpu
 from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
+from train.plan import activations as counting
 from train.plan import cli as plan
-from train.plan import memory
-from train.plan.memory import (
-    activation_bytes,
-    fft_bytes,
-    rank_memory,
-    step_memory,
-)
+from train.plan.activations import activation_bytes, fft_bytes, step_memory
+from train.plan.memory import rank_memory
 
 SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
 
@@ -59,7 +56,7 @@ def test_blocks_counted_once_are_what_all_of_them_take(
     settings = ParallelConfig(kind=kind, checkpoint_activations=recomputes)
     given = config, 128, 2, settings, not recomputes, False
     counted = activation_bytes(*given)
-    monkeypatch.setattr(memory, "LOSS_CHUNKS", 1000)
+    monkeypatch.setattr(counting, "LOSS_CHUNKS", 1000)
     assert counted == pytest.approx(step_memory(*given).peak, abs=64)  # single numbers
     with torch.device("meta"):
         assert num_parameters(config) == FlashSTU(config).num_parameters()
@@ -166,7 +163,8 @@ def test_flops_of_other_mixers():
     fft_stu, fft_hyena = (token_flops(its, 256, 64, False).convolution for its in (stu, hyena))
     assert fft_hyena / fft_stu == pytest.approx(9 / 8, rel=0.02)  # log2 of 512 and of 256
     network = 4 * (33 * 64 + 2 * 64 * 64 + 3 * 64 + 64 + 64 * 64 + 64)
-    assert num_filter_parameters(hyena) == network
+    made = planned_mixers(hyena)[0].filter_modules
+    assert 4 * sum(p.numel() for module in made for p in module.parameters()) == network
     for batch in (1, 2, 8):
         dense = token_flops(hyena, 256, batch, recomputes=False).dense
         assert dense == 6 * (num_parameters(hyena) - network + network / batch)
@@ -181,7 +179,7 @@ def test_a_run_that_fits(settings, capsys):
     assert plan.main(["--nodes", "2", "--gpus", "4", "--gpu", "a100-40g", *settings]) == 0
     shown = capsys.readouterr().out
     assert "GiB on each of 8 a100-40g" in shown
-    assert re.search(r"tokens a second, [\d.]+ days", shown.replace("\n", " "))
+    assert re.search(r"tokens per second, [\d.]+ days", shown.replace("\n", " "))
 
 
 def test_a_plan_is_of_the_precision_that_was_given(settings, capsys):
@@ -192,7 +190,7 @@ def test_a_plan_is_of_the_precision_that_was_given(settings, capsys):
         assert plan.main(["--gpus", "1", *settings, *fine, *given]) == 0
         shown = capsys.readouterr().out
         assert f"{name}; 73.6 are usable" in " ".join(shown.split())
-        assert ("float32 takes longer" in shown) == (name == "float32")
+        assert ("float32 is slower" in shown) == (name == "float32")
         totals[name] = float(re.search(r"ddp <-.*", shown)[0].split("\u2502")[7])
     assert totals["float32"] > 1.2 * totals["bfloat16"]
 

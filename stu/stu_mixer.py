@@ -1,0 +1,108 @@
+"""The spectral transform unit (STU), a linear mixer, in its two forms.
+
+Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from stu.config import ModelConfig
+from stu.mixers import LongConvolution, Memory, PastInputs
+
+
+def make_stu(config: ModelConfig) -> "STU":
+    """Make the STU of the form that `config.stu_form` names."""
+    return TensordotSTU(config) if config.stu_form == "tensordot" else FullSTU(config)
+
+
+class STU(LongConvolution):
+    """A layer that turns its input into streams, convolves each with its own spectral filter and
+    combines the results."""
+
+    needs_filters = True
+
+    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+        return self.combine(self.convolve(self.streams(x), filters, memory), x)
+
+    @abstractmethod
+    def streams(self, x: Tensor) -> Tensor:
+        """Return the convolution's inputs: `[B, T, D] -> [S, T, C]`."""
+
+    @abstractmethod
+    def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """Return the layer's output from the convolved streams: `[S, T, C] -> [B, T, D]`."""
+
+
+class TensordotSTU(STU):
+    """`y = psi * (x W)` with one filter `psi = Phi M` per channel, plus its minus branch.
+
+    The branches share M, so their sum has the filter `2 psi[i]` at even lags and 0 at odd ones.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(PastInputs(config.width, lag_step=2))
+        self.input_matrix = nn.Parameter(torch.empty(config.width, config.width))
+        self.filter_matrix = nn.Parameter(torch.empty(config.num_filters, config.width))
+        self.project: nn.Module | None = None
+        """Product with `input_matrix`, once it is packed."""
+
+    def taps(self, filters: Tensor) -> Tensor:
+        with torch.autocast(filters.device.type, enabled=False):
+            taps = 2 * filters[::2] @ self.filter_matrix.to(filters.dtype)  # [L/2, K] @ [K, D]
+        return taps
+
+    def streams(self, x: Tensor) -> Tensor:
+        projected: Tensor = x @ self.input_matrix if self.project is None else self.project(x)
+        return projected
+
+    def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
+        return mixed
+
+    def initialize(self, depth_scale: float) -> None:
+        nn.init.xavier_normal_(self.input_matrix)
+        nn.init.xavier_normal_(self.filter_matrix)
+
+    @property
+    def decoding_weights(self) -> int:
+        return self.input_matrix.numel()
+
+    def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
+        self.project = packed(self.input_matrix.T)
+        del self.input_matrix
+
+
+class FullSTU(STU):
+    """`y[t] = sum_k M+_k U+_k[t] + M-_k U-_k[t]`, where `U±` is x convolved with `phi_k[i]` and
+    `(-1)^i phi_k[i]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(PastInputs(2 * config.num_filters, streams=config.width))
+        shape = config.num_filters, config.width, config.width
+        self.plus_matrices = nn.Parameter(torch.empty(shape))
+        self.minus_matrices = nn.Parameter(torch.empty(shape))
+
+    def taps(self, filters: Tensor) -> Tensor:
+        minus = filters.clone()
+        minus[1::2] *= -1
+        return torch.cat([filters, minus], dim=1)  # [L, 2 K]
+
+    def streams(self, x: Tensor) -> Tensor:
+        channels = x.transpose(1, 2).flatten(0, 1)  # [B, T, D] -> [B D, T]
+        return channels[..., None].expand(-1, -1, self.past.channels)  # -> [B D, T, 2 K]
+
+    def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        mixed = mixed.view(batch, width, length, -1)  # [B D, T, 2 K] -> [B, D, T, 2 K]
+        matrices = torch.cat([self.plus_matrices, self.minus_matrices])
+        return torch.einsum("bdtk,kde->bte", mixed, matrices)
+
+    def initialize(self, depth_scale: float) -> None:
+        for matrix in (*self.plus_matrices, *self.minus_matrices):
+            nn.init.xavier_normal_(matrix)
+
+    @property
+    def decoding_weights(self) -> int:
+        return self.plus_matrices.numel() + self.minus_matrices.numel()
