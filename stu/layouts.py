@@ -16,7 +16,8 @@ MIXERS: "dict[str, str | Callable[[ModelConfig], Mixer]]" = {
     "hyena": "stu.hyena:Hyena",
     "attention": "stu.attention:SlidingWindowAttention",
 }
-"""What makes each mixer from a model's configuration: a class or function, or its import path."""
+"""Constructors of mixers, which take a model's configuration: a class or function, or the import
+path of one."""
 
 LAYOUTS: dict[str, tuple[str, ...]] = {"hybrid": ("stu", "attention")}
 """Layouts of several mixers, which the blocks take in turn. The name of a mixer is a layout too:

@@ -1,0 +1,105 @@
+"""Every registered mixer keeps the promises of `stu.mixers.Mixer`, and no other file names one."""
+
+import ast
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stu import layouts
+from stu.common.errors import UserError
+from stu.config import ModelConfig
+from stu.futurefill import Continuous
+from stu.layouts import LAYOUTS, MIXERS, layout_names, register_mixer
+from stu.mixers import Kind, LongConvolution, make_mixer, planned_mixers
+from stu.model import FlashSTU
+from tests.reference.decoding import Runner
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"vocab_size": 50, "width": 16, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2}
+SMALL |= {"max_seq_len": 64, "num_filters": 5, "window_tokens": 7}
+OTHER_WAYS_TO_COMPUTE_ONE = "benchmarks/train_ways.py"
+
+
+@pytest.mark.parametrize("form", ["tensordot", "full"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_keeps_its_promises(name, form):
+    torch.manual_seed(0)
+    config = ModelConfig(**SMALL, layout=name, stu_form=form)
+    mixer = make_mixer(name, config)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.fill_(torch.nan)
+        mixer.initialize(depth_scale=0.5)
+    assert all(parameter.isfinite().all() for parameter in mixer.parameters())
+    kinds = [type(memory) for memory in mixer.remembers]
+    assert len(set(kinds)) == len(kinds) > 0
+    assert set(kinds) <= set(Kind.__constraints__)
+    assert mixer.undecayed_names <= {name for name, _ in mixer.named_parameters()}
+    planned = planned_mixers(config)[0]
+    forward, backward = planned.training_costs(64, 2)
+    assert 0 < forward.dense < backward.dense
+    assert 0 < planned.decoding_weights <= sum(p.numel() for p in mixer.parameters())
+    x, filters = torch.randn(2, 9, 16), torch.randn(64, 5 if mixer.needs_filters else 0)
+    assert mixer(x, filters, None).shape == x.shape
+
+
+def test_layouts_are_of_registered_mixers():
+    assert {name for names in LAYOUTS.values() for name in names} <= set(MIXERS)
+    assert layout_names() == ["hybrid", "stu", "hyena", "attention"]
+    with pytest.raises(ValueError, match="stu is the name of another"):
+        register_mixer("stu", "stu.stu_mixer:make_stu")
+
+
+@pytest.mark.parametrize("mixers", [("hyena", "attention"), ("attention", "hyena", "attention")])
+def test_mixers_of_several_kinds_decode_as_the_forward_pass(monkeypatch, mixers):
+    """Layers are numbered by what they remember, not by their place in the model."""
+    monkeypatch.setitem(layouts.LAYOUTS, "mixed", mixers)
+    torch.manual_seed(0)
+    model = FlashSTU(ModelConfig(**SMALL, layout="mixed")).double().eval()
+    tokens = torch.randint(50, (1, 30))
+    runner = Runner(model, [tokens[0, :10].tolist()], 20, Continuous)
+    decoded = [runner.prefill(), *(runner.step(tokens[:, t]) for t in range(10, 30))]
+    with torch.inference_mode():
+        expected = model(tokens)[:, 9:]
+    torch.testing.assert_close(torch.stack(decoded, dim=1), expected, rtol=0, atol=1e-12)
+
+
+def test_long_convolutions_of_other_shapes_cannot_be_decoded_together(monkeypatch):
+    monkeypatch.setitem(layouts.LAYOUTS, "mixed", ("hyena", "stu"))
+    model = FlashSTU(ModelConfig(**SMALL, layout="mixed"))
+    assert [mixer.past.lag_step for mixer in model.mixers] == [1, 2, 1, 2]
+    with pytest.raises(UserError, match="layout=mixed cannot be decoded"):
+        model.convolution_taps()
+
+
+def test_no_other_file_names_a_mixer():
+    makers = [pkgutil.resolve_name(path) for path in MIXERS.values()]
+    modules = [sys.modules[maker.__module__] for maker in makers]
+    own_files = {Path(module.__file__) for module in modules}
+    names = {
+        name
+        for module in modules
+        for name, found in vars(module).items()
+        if isinstance(found, type) and issubclass(found, nn.Module)
+        if found.__module__ == module.__name__
+    }
+    assert {"TensordotSTU", "FullSTU", "Hyena", "ImplicitFilter"} < names
+    assert LongConvolution.__name__ not in names
+    wrong = []
+    for package in ("stu", "train", "serve", "benchmarks"):
+        for file in (ROOT / package).rglob("*.py"):
+            if file in own_files or file == ROOT / OTHER_WAYS_TO_COMPUTE_ONE:
+                continue
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                found = {
+                    ast.Name: lambda node: node.id,
+                    ast.Attribute: lambda node: node.attr,
+                    ast.alias: lambda node: node.name,
+                }.get(type(node), lambda node: None)(node)
+                if found in names:
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {found}")
+    assert wrong == []
