@@ -30,7 +30,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW: added to the denominator. Lion does not use it."""
     weight_decay: float = 0.1
-    """Weight decay of matrices. Norms and the network behind Hyena's filters are not decayed."""
+    """Weight decay of matrices. Norms, and weights that a mixer excludes, are not decayed."""
     warmup_steps: int = 100
     """Optimizer steps in which the learning rate rises linearly from near 0."""
     schedule: Literal["cosine", "wsd"] = "cosine"
