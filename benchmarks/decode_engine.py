@@ -126,7 +126,7 @@ def seek(engine: Engine, cache: Any, prompt_tokens: int, position: int) -> None:
     for job in engine._scheduler.running:
         job.tokens[1:] = job.tokens[:1] * position
         job.replayed = len(job.tokens)
-        job.steps_left = job.request.max_new_tokens - len(job.tokens)
+        job.steps_left = job.request.sampling.max_new_tokens - len(job.tokens)
         _seek_window(engine, job.request_id, prompt_tokens + position)
     if isinstance(cache, LockstepCache):
         cache.seek(position)

@@ -11,6 +11,7 @@ from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.peers import Peer
 from benchmarks.rates import synchronize
 from serve.request import Request
+from serve.sampling_params import SamplingParams
 from stu.model import FlashSTU
 
 PEER_PROMPT_TOKENS = 8
@@ -59,8 +60,9 @@ class EngineSubject:
         self.warm_up_steps = min(page_len, new_tokens // 8) if cache_name == "paged" else 1
         if not whole:
             skip_prompts(self.engine, self._cache, prompt_tokens)
+        params = SamplingParams(max_new_tokens=new_tokens, stop_at_eos=False)
         for seed in range(batch):
-            self.engine.add(Request([seed + 1] * prompt_tokens, new_tokens))
+            self.engine.add(Request([seed + 1] * prompt_tokens, params))
         while self.engine.stats().new_tokens < batch:
             self.engine.step()
         assert self.engine.stats().running == batch, "the caches have too little room"

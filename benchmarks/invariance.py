@@ -35,7 +35,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             run: dict[str, Any] = {"threads": threads, "batch_invariant": invariant}
             for name, temperature in {"greedy": 0.0, "temperature_1": 1.0}.items():
                 requests = [
-                    Request(prompt, args.new_tokens, SamplingParams(temperature, seed=seed))
+                    Request(
+                        prompt,
+                        SamplingParams(
+                            temperature,
+                            seed=seed,
+                            max_new_tokens=args.new_tokens,
+                            stop_at_eos=False,
+                        ),
+                    )
                     for seed, prompt in enumerate(prompts)
                 ]
                 alone, _ = decode(model, tokenizer, requests, 1, invariant)
@@ -79,6 +87,6 @@ def decode(
     start = time.perf_counter()
     while engine.has_work:
         for output in engine.step():
-            tokens[output.request_id] += output.tokens
+            tokens[output.request_id] += output.new_token_ids
     seconds = time.perf_counter() - start
     return list(tokens.values()), sum(map(len, tokens.values())) / seconds

@@ -36,6 +36,7 @@ from benchmarks.machine import describe
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
+from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer, save_model
@@ -139,11 +140,12 @@ def engine_alone(path: Path, args: argparse.Namespace) -> float:
     """New tokens a second of as many requests at once, each followed by the next."""
     config = EngineConfig(cache_gib=CACHE_GIB, max_running=args.clients + 1)
     engine = Engine(load_model(path), load_tokenizer(path), config)
+    params = SamplingParams(max_new_tokens=args.new_tokens, stop_at_eos=False)
     began, number = time.perf_counter(), 0
     while engine.has_work or number < args.requests:
         stats = engine.stats()
         for _ in range(min(args.clients - stats.running - stats.waiting, args.requests - number)):
-            engine.add(Request(prompt(number), args.new_tokens))
+            engine.add(Request(prompt(number), params))
             number += 1
         engine.step()
     return engine.stats().new_tokens / (time.perf_counter() - began)

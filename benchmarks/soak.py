@@ -107,10 +107,12 @@ def random_request(draw: random.Random) -> Request:
         repetition_penalty=draw.choice([1.0, 1.0, 1.2]),
         logprobs=draw.choice([None, None, 3]),
         seed=draw.randrange(2**32),
+        max_new_tokens=count,
+        stop=draw.choice([[], ["the end"]]),
+        stop_at_eos=False,
     )
     tokens = [draw.randrange(VOCAB_SIZE) for _ in range(length)]
-    stops = draw.choice([[], ["the end"]])
-    return Request(tokens, count, sampling, stops, priority=int(draw.random() < 0.9))
+    return Request(tokens, sampling, priority=int(draw.random() < 0.9))
 
 
 def sample(engine: Engine, seconds: float) -> dict[str, Any]:

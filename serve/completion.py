@@ -1,67 +1,62 @@
-"""What comes of a request, gathered from the engine's outputs."""
+"""Completions, gathered from the engine's outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serve.request import FinishReason, Output, Request, TokenLogprobs
+from serve.request import FinishReason, Output, TokenLogprobs
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of one request, or a piece of it."""
+    """One completion of a prompt, or a piece of it."""
 
     text: str
-    num_tokens: int
-    """Without a stop token."""
+    token_ids: Sequence[int]
+    """New tokens, without the stop token that ended the text."""
     logprobs: Sequence[TokenLogprobs]
-    """Of these tokens, if they were asked for."""
+    """Log probabilities of `token_ids`, if they were asked for."""
     finish_reason: FinishReason | None
-    """None for a piece that is not the last."""
+    """Reason of the end; None for a piece that is not the last."""
     prompt_logprobs: Sequence[TokenLogprobs] = ()
-    """Of the prompt's tokens but the first, if they were asked for; in the first piece."""
+    """Log probabilities of the prompt's tokens but the first, if they were asked for; in the first
+    piece."""
 
 
 @dataclass
 class Gathering:
-    """A request's outputs so far."""
+    """Outputs of a request up to now."""
 
-    request: Request
-    tokens: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    """New tokens, without the stop token that ended the text."""
     texts: list[str] = field(default_factory=list)
-    logprobs: list[Sequence[TokenLogprobs]] = field(default_factory=list)
-    """As they came, which may be packed."""
-    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def add(self, output: Output) -> None:
-        """The next output."""
-        self.tokens += output.tokens
+        """Append the next output."""
+        self.token_ids += output.new_token_ids
+        self.logprobs += output.logprobs
+        if output.ends_with_stop_token:
+            self.token_ids.pop()
+            del self.logprobs[len(self.token_ids) :]
         self.texts.append(output.text)
-        if output.logprobs:
-            self.logprobs.append(output.logprobs)
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         self.finish_reason = output.finish_reason
 
-    @property
-    def num_tokens(self) -> int:
-        """New tokens so far, without a stop token."""
-        is_stopped = self.tokens[-1:] and self.tokens[-1] in self.request.stop_tokens
-        return len(self.tokens) - bool(is_stopped)
-
     def completion(self) -> Completion:
-        """All of it. A stop token has no text, and is not counted."""
-        logprobs = [its for part in self.logprobs for its in part]
+        """Return the completion up to now."""
         return Completion(
             "".join(self.texts),
-            self.num_tokens,
-            logprobs[: self.num_tokens],
+            self.token_ids,
+            self.logprobs,
             self.finish_reason,
             self.prompt_logprobs,
         )
 
 
-def piece_of(request: Request, output: Output) -> Completion:
-    """What one output adds."""
-    gathering = Gathering(request)
+def piece_of(output: Output) -> Completion:
+    """Return the piece of a completion that one output adds."""
+    gathering = Gathering()
     gathering.add(output)
     return gathering.completion()

@@ -1,11 +1,12 @@
-"""The settings by which a request chooses its tokens."""
+"""The settings of a request: how much text it gets, how tokens are chosen, what is reported."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.config import is_whole
+from stu.common.errors import UserError
 
 JsonWhitespace = Literal["compact", "flexible"]
 MOST_LOGPROBS = 20
@@ -13,7 +14,7 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the text of a completion must follow."""
+    """A JSON schema or regular expression that the whole new text must match."""
 
     kind: Literal["json_schema", "regex"]
     source: str
@@ -22,32 +23,70 @@ class Constraint:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request chooses its tokens. Raises ValueError for a value that is not allowed."""
+    """Settings of one request. Raises UserError for a value that no model allows."""
 
     temperature: float = 0.0
-    """Logits are divided by it; 0 takes the most probable token always."""
+    """Divisor of the logits; 0 always takes the most probable token."""
     top_k: int = 0
-    """Choose among this many most probable tokens; 0: all."""
+    """Number of most probable tokens to choose among; 0 or -1: all."""
     top_p: float = 1.0
-    """Then among the fewest most probable ones that hold this share of the probability: 1: all, 0:
-    the most probable one."""
+    """Share of the probability that the most probable tokens to choose among must hold together,
+    from 0 (the most probable token alone) to 1 (all tokens)."""
     min_p: float = 0.0
-    """Then among those at least this share as probable as the most probable one; 0: all."""
+    """Least probability of a token, relative to the most probable one; 0: all tokens."""
     repetition_penalty: float = 1.0
-    """Logits of tokens in the prompt or the new text are divided by it if positive, else multiplied
-    (Keskar et al. 2019); 1: none."""
+    """Divisor of positive logits, and factor of negative ones, of tokens in the prompt or the new
+    text (Keskar et al. 2019); 1: no penalty."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens in the new text."""
+    """Number subtracted from the logits of tokens in the new text."""
     frequency_penalty: float = 0.0
-    """Taken from the logits of tokens in the new text, once for each time they are there."""
+    """Number subtracted from a token's logit for each time it is in the new text."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids."""
-    logprobs: int | None = None
-    """Report each new token's log probability, and those of so many most probable ones."""
+    """Numbers added to the logits, by token id."""
+    max_new_tokens: int = 16
+    """Most tokens to generate; 0 only computes `prompt_logprobs`."""
+    min_new_tokens: int = 0
+    """Number of tokens before which no stop token is chosen and no stop string ends the text."""
+    stop: Sequence[str] = ()
+    """String, or list of strings, before the first of which the text ends."""
+    stop_token_ids: Sequence[int] = ()
+    """Token ids that end the text, besides EOS."""
+    stop_at_eos: bool = True
+    """Whether EOS ends the text."""
+    n: int = 1
+    """Number of completions of the prompt. An `Engine` takes 1 only."""
     seed: int = 0
-    """With a token's position, all that decides its random number."""
+    """Seed of the random choices, from 0 to 2**64 - 1."""
+    logprobs: int | None = None
+    """Number of most probable tokens whose log probabilities are reported beside each new token's
+    own, at most 20; None: no log probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first."""
+    constraint: Constraint | None = None
+    """Schema or expression that the text must match."""
 
     def __post_init__(self) -> None:
+        if self.top_k == -1:  # vLLM's way to say all
+            object.__setattr__(self, "top_k", 0)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check_choice()
+        self._check_length()
+        self._check_reports()
+        for name in ("stop", "stop_token_ids"):  # the caller's list may change
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the choice depends on more than the model's logits and the seed."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return bool(self.logit_bias) or penalties != (1, 0, 0)
+
+    def stop_ids(self, eos_id: int) -> tuple[int, ...]:
+        """Return all token ids that end the text; eos_id: -1 for a tokenizer without EOS."""
+        return (*((eos_id,) if self.stop_at_eos and eos_id >= 0 else ()), *self.stop_token_ids)
+
+    def _check_choice(self) -> None:
         self._require("temperature", _is_number(self.temperature), "a finite number >= 0")
         is_count = is_whole(self.top_k) and self.top_k < 2**31
         self._require("top_k", is_count, "a whole number from 0 (for all tokens) to 2**31 - 1")
@@ -64,20 +103,38 @@ class SamplingParams:
             is_whole(token) and _is_number(value, -100, 100) for token, value in bias.items()
         )
         self._require("logit_bias", is_bias, "a number from -100 to 100 for each of some token ids")
-        is_count = self.logprobs is None or is_whole(self.logprobs)
-        is_count = is_count and (self.logprobs or 0) <= MOST_LOGPROBS
-        self._require("logprobs", is_count, f"from 0 to {MOST_LOGPROBS}, or null for none")
         self._require("seed", is_whole(self.seed) and self.seed < 2**64, "from 0 to 2**64 - 1")
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether the logits depend on more than the model."""
-        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        return bool(self.logit_bias) or penalties != (1, 0, 0)
+    def _check_length(self) -> None:
+        most, least, constraint = self.max_new_tokens, self.min_new_tokens, self.constraint
+        self._require("max_new_tokens", is_whole(most), "a whole number >= 0")
+        is_count = is_whole(least) and least <= most
+        allowed = f"a whole number from 0 to max_new_tokens={most}"
+        self._require("min_new_tokens", is_count, allowed)
+        is_list = isinstance(self.stop, list | tuple)
+        are_strings = is_list and all(text and isinstance(text, str) for text in self.stop)
+        allowed = "a string or a list of strings, none of them empty"
+        self._require("stop", are_strings, allowed)
+        ids = self.stop_token_ids
+        are_ids = isinstance(ids, list | tuple) and all(map(is_whole, ids))
+        self._require("stop_token_ids", are_ids, "a list of token ids, whole numbers >= 0")
+        self._require("stop_at_eos", isinstance(self.stop_at_eos, bool), "true or false")
+        self._require("n", is_whole(self.n) and self.n >= 1, "a whole number >= 1")
+        if constraint is not None:
+            allowed = "0 with a constraint, which may allow no text so long"
+            self._require("min_new_tokens", least == 0, allowed)
+            allowed = "true with a constraint, whose text EOS ends"
+            self._require("stop_at_eos", self.stop_at_eos, allowed)
+
+    def _check_reports(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            is_count = count is None or (is_whole(count) and count <= MOST_LOGPROBS)
+            self._require(name, is_count, f"from 0 to {MOST_LOGPROBS}, or null for none")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+            raise UserError(name, getattr(self, name), allowed)
 
 
 def _is_number(value: object, least: float = 0, most: float = sys.float_info.max) -> bool:

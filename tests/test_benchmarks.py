@@ -17,12 +17,12 @@ from benchmarks.lockstep_cache import LockstepCache
 from benchmarks.machine import commit, describe
 from benchmarks.peak_memory import peak_gib
 from benchmarks.samples import Sample, mean_watts, merged, sampled, summary
-from serve.request import Request
 from stu.config import ModelConfig
 from stu.futurefill import Continuous
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.tokenizer import Tokenizer
+from tests.serve.requests import make_request
 from tests.train.conftest import data  # noqa: F401
 from train.data.shards import TokenShards
 
@@ -53,10 +53,10 @@ def test_caches_decode_the_same_tokens(layout):
     answers = []
     for cache in cli.CACHES:
         engine, _ = make_engine(model, cache, batch=3, prompt_tokens=7, new_tokens=100, page_len=8)
-        tokens = {engine.add(Request([row + 1] * (5 + row), 100)): [] for row in range(3)}
+        tokens = {engine.add(make_request([row + 1] * (5 + row), 100)): [] for row in range(3)}
         while any(len(its) < 90 for its in tokens.values()):
             for output in engine.step():
-                tokens[output.request_id] += output.tokens
+                tokens[output.request_id] += output.new_token_ids
         answers.append([its[:90] for its in tokens.values()])
     assert all(answer == answers[0] for answer in answers)
 

@@ -11,7 +11,6 @@ from benchmarks import cli as bench
 from serve.batch import cli as batch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu import futurefill
 from stu.config import ModelConfig
@@ -20,6 +19,7 @@ from stu.futurefill import Continuous, Epoched, Naive
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.tokenizer import train_bpe
+from tests.serve.requests import make_request
 from tests.train.conftest import data, module_settings  # noqa: F401 (fixtures)
 from train.report import read_curves
 
@@ -61,7 +61,7 @@ def requests(num_new=90):
     for number, length in enumerate([1, 2, 31, 32, 33, 100, 257]):
         tokens = torch.randint(0, VOCAB_SIZE, (length,), generator=source).tolist()
         sampling = SamplingParams(temperature=number % 2, seed=number, logprobs=1)
-        yield Request(tokens, num_new + 5 * number, sampling=sampling)
+        yield make_request(tokens, num_new + 5 * number, sampling=sampling)
 
 
 def decoded(model, tokenizer, wanted, **settings):
@@ -71,7 +71,7 @@ def decoded(model, tokenizer, wanted, **settings):
     while engine.has_work:
         for output in engine.step():
             tokens, logprobs = answers[output.request_id]
-            tokens += output.tokens
+            tokens += output.new_token_ids
             logprobs += [its.logprob for its in output.logprobs]
         engine.check_integrity()
     return list(answers.values())
@@ -136,8 +136,8 @@ def test_bfloat16_stays_near_float64(kind, tokenizer):
     found = decoded(on_cuda(model, torch.bfloat16), tokenizer, requests())
     for request, (tokens, logprobs) in zip(requests(), found, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([[*request.tokens, *tokens]]))[
-                0, len(request.tokens) - 1 : -1
+            logits = model(torch.tensor([[*request.prompt_token_ids, *tokens]]))[
+                0, len(request.prompt_token_ids) - 1 : -1
             ]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert len(logprobs) == len(tokens)

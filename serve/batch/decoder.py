@@ -116,9 +116,9 @@ class Decoder:
             for request in row.requests:
                 request_id = self._engine.add(request)
                 under_way.request_ids.append(request_id)
-                self._answers[request_id] = _Answer(request, row_number=row.number)
+                self._answers[request_id] = _Answer(row_number=row.number)
         except ValueError as error:
-            self._give_up(under_way, str(error), status_code=400)
+            self._give_up(under_way, str(error), 400, getattr(error, "code", None))
 
     def _take(self, output: Output) -> None:
         answer = self._answers.get(output.request_id)
@@ -137,13 +137,15 @@ class Decoder:
             completions = [its.completion() for its in self._end(under_way)]
             self._write(self._format.completed(under_way.row, completions))
 
-    def _give_up(self, under_way: "_UnderWay", error: str, status_code: int) -> None:
+    def _give_up(
+        self, under_way: "_UnderWay", error: str, status_code: int, code: str | None = None
+    ) -> None:
         self._end(under_way)
         for request_id in under_way.request_ids:
             self._engine.abort(request_id)
         row = under_way.row
         place = self._source.place(row.number)
-        self._refuse(Refusal(row.number, row.id, f"{place}: {error}", status_code))
+        self._refuse(Refusal(row.number, row.id, f"{place}: {error}", status_code, code))
 
     def _end(self, under_way: "_UnderWay") -> list["_Answer"]:
         del self._under_way[under_way.row.number]

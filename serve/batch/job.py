@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,10 +40,10 @@ class BatchJob:
         defaults = DEFAULTS if is_openai else load_generation(config.model)
         given = {name: getattr(config, name, None) for name in SETTINGS}
         given = {name: value for name, value in given.items() if value is not None}
-        usual = {"stop": [], "stop_at_eos": True, **asdict(SamplingParams())}
+        usual = {name: getattr(SamplingParams(), name) for name in SETTINGS}
         self.settings = {**usual, **defaults, **given}
         max_seq_len = load_config(config.model).max_seq_len
-        builder = RequestBuilder(self.tokenizer, max_seq_len, self.settings)
+        builder = RequestBuilder(self.tokenizer, self.settings)
         self._chat: dict[str, Any] = {}
         self.row_format: RowFormat = PromptRows(builder)
         if is_openai:

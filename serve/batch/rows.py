@@ -106,8 +106,8 @@ class PromptRows:
             "row": row.number,
             "prompt": row.given["prompt"],
             "completion": completion.text,
-            "num_prompt_tokens": len(request.tokens),
-            "num_completion_tokens": completion.num_tokens,
+            "num_prompt_tokens": len(request.prompt_token_ids),
+            "num_completion_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
         }
         if completion.logprobs:

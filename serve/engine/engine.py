@@ -22,6 +22,7 @@ from serve.sampling.chooser import TokenChooser
 from serve.sampling.detokenizer import TextStream
 from serve.sampling.sampler import token_logprobs
 from serve.sampling_params import Constraint
+from stu.common.errors import UserError
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 
@@ -103,7 +104,9 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queue a request and return its number. Raises ValueError if it can never be decoded."""
-        check_request(request, self._model_config, self._tokenizer.eos_id)
+        check_request(request, self._model_config)
+        if request.sampling.n != 1:
+            raise UserError("n", request.sampling.n, "1", "add a request for each completion")
         request_id = next(self._next_id)
         self._chooser.add(request_id, request)
         try:
@@ -112,10 +115,13 @@ class Engine:
             self._chooser.remove(request_id)
             raise
         text = TextStream(
-            self._tokenizer, request.tokens, request.stop_strings, request.min_new_tokens
+            self._tokenizer,
+            request.prompt_token_ids,
+            request.sampling.stop,
+            request.sampling.min_new_tokens,
         )
         self._texts[request_id] = text
-        for token in request.given:
+        for token in request.new_token_ids:
             text.append(token)
         return request_id
 
@@ -204,8 +210,8 @@ class Engine:
         (request,) = (
             job.request for job in self._scheduler.prefilling if job.request_id == piece.owner
         )
-        tokens = request.tokens[piece.first : piece.first + len(piece.logits)]
-        counts = [request.prompt_logprobs] * len(tokens)
+        tokens = request.prompt_token_ids[piece.first : piece.first + len(piece.logits)]
+        counts = [request.sampling.prompt_logprobs] * len(tokens)
         found = token_logprobs(piece.logits, tokens, counts)
         kept = self._prompt_logprobs.setdefault(piece.owner, [])
         kept += [its for its in found if its is not None]
@@ -217,8 +223,10 @@ class Engine:
         for job in jobs:
             self._runner.join(job.request_id)
         self._scheduler.running.extend(jobs)
-        ended = [self._finish(job, "length") for job in jobs if job.request.max_new_tokens == 0]
-        rows = [row for row, job in enumerate(jobs) if job.request.max_new_tokens > 0]
+        ended = [
+            self._finish(job, "length") for job in jobs if job.request.sampling.max_new_tokens == 0
+        ]
+        rows = [row for row, job in enumerate(jobs) if job.request.sampling.max_new_tokens > 0]
         going_on = logits[rows] if ended else logits
         return ended + self._choose([jobs[row] for row in rows], going_on)
 
@@ -266,18 +274,18 @@ class Engine:
 
     def _append(self, job: Job, token: int, logprobs: TokenLogprobs | None) -> Output:
         """Give `job` its new token."""
-        request, text = job.request, self._texts[job.request_id]
+        params, text = job.request.sampling, self._texts[job.request_id]
         new = [token], [] if logprobs is None else [logprobs]
         job.tokens.append(token)
         self._chooser.append(job.request_id, token)
         job.replayed += 1
         self._new_tokens += 1
-        if token in request.stop_tokens:
-            return self._finish(job, "stop", text.finish(), *new)
+        if token in params.stop_ids(self._tokenizer.eos_id):
+            return self._finish(job, "stop", text.finish(), *new, ends_with_stop_token=True)
         new_text = text.append(token)
         if text.stopped:
             return self._finish(job, "stop", new_text, *new)
-        if len(job.tokens) == request.max_new_tokens:
+        if len(job.tokens) == params.max_new_tokens:
             return self._finish(job, "length", new_text + text.finish(), *new)
         return Output(job.request_id, new[0], new_text, new[1], self._pop_prompt_logprobs(job))
 
@@ -288,6 +296,7 @@ class Engine:
         text: str = "",
         tokens: Sequence[int] = (),
         logprobs: Sequence[TokenLogprobs] = (),
+        ends_with_stop_token: bool = False,
         error: str = "",
         is_refused: bool = False,
     ) -> Output:
@@ -305,7 +314,17 @@ class Engine:
         del self._texts[job.request_id]
         self._chooser.remove(job.request_id)
         of_prompt = self._pop_prompt_logprobs(job)
-        return Output(job.request_id, tokens, text, logprobs, of_prompt, reason, error, is_refused)
+        return Output(
+            job.request_id,
+            tokens,
+            text,
+            logprobs,
+            of_prompt,
+            reason,
+            ends_with_stop_token,
+            error,
+            is_refused,
+        )
 
     def _pop_prompt_logprobs(self, job: Job) -> Sequence[TokenLogprobs]:
         return self._prompt_logprobs.pop(job.request_id, ())

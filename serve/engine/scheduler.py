@@ -22,7 +22,7 @@ SCORED_TOKEN_COST = 4
 
 def prefill_cost(request: Request) -> int:
     """Return how many usual prompt tokens take as long as one of this request."""
-    return 1 if request.prompt_logprobs is None else SCORED_TOKEN_COST
+    return 1 if request.sampling.prompt_logprobs is None else SCORED_TOKEN_COST
 
 
 @dataclass(eq=False)
@@ -43,12 +43,12 @@ class Job:
     @property
     def num_tokens(self) -> int:
         """Tokens that it has, its prompt's included: those to prefill again if it is preempted."""
-        return len(self.request.tokens) + len(self.tokens)
+        return len(self.request.prompt_token_ids) + len(self.tokens)
 
     @property
     def steps_to_come(self) -> int:
         """New tokens that it may still get."""
-        return self.request.max_new_tokens - len(self.tokens)
+        return self.request.sampling.max_new_tokens - len(self.tokens)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -83,26 +83,28 @@ class Scheduler:
 
     def add(self, request_id: int, request: Request) -> None:
         """Queue a request. Raises ValueError if it needs more pages than there are."""
-        needed = self._needed(len(request.tokens), max(0, request.max_new_tokens - 1))
+        needed = self._needed(
+            len(request.prompt_token_ids), max(0, request.sampling.max_new_tokens - 1)
+        )
         for kind in Pages._fields:
             count, most = getattr(needed, kind), getattr(self._capacity, kind)
             if count > most:
                 raise ValueError(
-                    f"a prompt of {len(request.tokens)} tokens and max_new_tokens="
-                    f"{request.max_new_tokens} need {count} {kind} pages of "
+                    f"a prompt of {len(request.prompt_token_ids)} tokens and max_new_tokens="
+                    f"{request.sampling.max_new_tokens} need {count} {kind} pages of "
                     f"{self._config.page_len} positions, and the cache has {most}: lower "
                     "max_new_tokens, or raise cache_gib"
                 )
         expected = self._config.expected_new_tokens
-        horizon = request.max_new_tokens if expected is None else expected
-        self._queue(Job(request_id, request, horizon, list(request.given)))
+        horizon = request.sampling.max_new_tokens if expected is None else expected
+        self._queue(Job(request_id, request, horizon, list(request.new_token_ids)))
 
     def prompt(self, job: Job) -> Prompt:
         """What `job` is to be taken in with."""
         _, new_tokens = self._size(job)
         given = job.tokens[: self.num_given(job)]
-        asks = job.request.prompt_logprobs is not None and not job.tokens
-        return Prompt(job.request_id, [*job.request.tokens, *given], new_tokens, asks)
+        asks = job.request.sampling.prompt_logprobs is not None and not job.tokens
+        return Prompt(job.request_id, [*job.request.prompt_token_ids, *given], new_tokens, asks)
 
     def num_given(self, job: Job) -> int:
         """How many of its new tokens are taken in together with its prompt."""
@@ -154,8 +156,8 @@ class Scheduler:
     def _size(self, job: Job) -> tuple[int, int]:
         """Tokens that `job` is to be taken in with, and new ones that it gets pages for."""
         num_given = self.num_given(job)
-        to_come = max(0, job.request.max_new_tokens - num_given - 1)
-        return len(job.request.tokens) + num_given, min(to_come, job.horizon)
+        to_come = max(0, job.request.sampling.max_new_tokens - num_given - 1)
+        return len(job.request.prompt_token_ids) + num_given, min(to_come, job.horizon)
 
     def _queue(self, job: Job) -> None:
         bisect.insort(self.waiting, job, key=lambda its: its.order)

@@ -19,7 +19,7 @@ class ChoiceWriter:
     ) -> None:
         self._tokenizer, self._request, self._index = tokenizer, request, index
         self._echo, self._adds_bos = echo, adds_bos
-        self._stream = TextStream(tokenizer, request.tokens)
+        self._stream = TextStream(tokenizer, request.prompt_token_ids)
         self._num_chars = self._num_written = 0
         self._has_begun = False
 
@@ -51,7 +51,7 @@ class ChoiceWriter:
         }
 
     def _write_prompt(self, logprobs: Json, piece: Completion) -> None:
-        tokens = self._request.tokens
+        tokens = self._request.prompt_token_ids
         stream = TextStream(self._tokenizer, ())
         if not self._adds_bos:
             self._add(logprobs, tokens[0], None)

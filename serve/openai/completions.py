@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from serve.completion import Completion
 from serve.openai.choices import ChoiceWriter
 from serve.openai.fields import HARMLESS, TEXT_NEUTRAL, without_inert
 from serve.openai.response_format import constraint_of
-from serve.prompts import SETTINGS, RequestBuilder, derived_seed
+from serve.prompts import SETTINGS, RequestBuilder, choices
 from serve.request import Request
 from serve.sampling_params import MOST_LOGPROBS, JsonWhitespace
 from stu.common.errors import show
@@ -36,7 +35,6 @@ FIELDS = [
 OWN_NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
-    "stop_tokens": "stop_token_ids",
 }
 """Clients' names of fields, in errors of what builds requests and decodes them, but in no quote."""
 OWN_NAME = re.compile(rf'\b({"|".join(OWN_NAMES)})\b(?!")')
@@ -90,12 +88,9 @@ class Completions:
         if constraint is not None:
             ignores = body.get("ignore_eos", False)
             require("ignore_eos", ignores, not ignores, "false with response_format: EOS ends it")
-        requests: list[Request] = []
-        for prompt in prompts_of(body["prompt"]):
-            request = self._builder.build(number, prompt, settings)
-            request = replace(request, prompt_logprobs=asked, constraint=constraint)
-            requests += [request] * body.get("n", 1)
-        return _with_own_seeds(requests)
+        settings |= {"n": body.get("n", 1), "prompt_logprobs": asked, "constraint": constraint}
+        prompts = prompts_of(body["prompt"])
+        return choices([self._builder.build(number, prompt, settings) for prompt in prompts])
 
     def answer(
         self,
@@ -119,8 +114,8 @@ class Completions:
     ) -> Json:
         """The body of an answer without its choices."""
         num_each = body.get("n") or 1
-        prompt_tokens = sum(len(request.tokens) for request in requests[::num_each])
-        completion_tokens = sum(completion.num_tokens for completion in completions)
+        prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::num_each])
+        completion_tokens = sum(len(completion.token_ids) for completion in completions)
         return {
             "id": f"cmpl-{number}",
             "object": "text_completion",
@@ -171,16 +166,6 @@ def prompts_of(prompt: Any) -> list[Any]:
     """One or several: text, or token ids."""
     is_several = isinstance(prompt, list) and any(isinstance(its, str | list) for its in prompt)
     return prompt if is_several else [prompt]
-
-
-def _with_own_seeds(requests: Sequence[Request]) -> list[Request]:
-    """Requests with different seeds, all from that of the first, which keeps it."""
-    seed = requests[0].sampling.seed
-    seeds = [seed, *(derived_seed(seed, index) for index in range(1, len(requests)))]
-    return [
-        replace(request, sampling=replace(request.sampling, seed=own))
-        for request, own in zip(requests, seeds, strict=True)
-    ]
 
 
 def _require_allowed(body: Mapping[str, Any]) -> None:

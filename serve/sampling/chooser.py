@@ -35,6 +35,7 @@ class TokenChooser:
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
         self._vocab_size, self._device = tokenizer.vocab_size, device
+        self._eos_id = tokenizer.eos_id
         self._grammars = Grammars(tokenizer)
         self._requests: dict[int, Request] = {}
         self._tokens: dict[int, list[int]] = {}
@@ -49,10 +50,10 @@ class TokenChooser:
 
     def add(self, request_id: int, request: Request) -> None:
         """Raises ValueError for a constraint that is not allowed."""
-        if request.constraint is not None:
-            self._matchers[request_id] = self._grammars.matcher(request.constraint)
+        if request.sampling.constraint is not None:
+            self._matchers[request_id] = self._grammars.matcher(request.sampling.constraint)
         self._requests[request_id], self._tokens[request_id] = request, []
-        for token in request.given:
+        for token in request.new_token_ids:
             self.append(request_id, token)
 
     def append(self, request_id: int, token: int) -> None:
@@ -75,7 +76,7 @@ class TokenChooser:
         requests = [self._requests[request_id] for request_id in request_ids]
         params = [request.sampling for request in requests]
         places = [
-            len(request.tokens) + len(self._tokens[request_id])
+            len(request.prompt_token_ids) + len(self._tokens[request_id])
             for request_id, request in zip(request_ids, requests, strict=True)
         ]
         is_finite = logits.amax(-1).isfinite()
@@ -105,7 +106,7 @@ class TokenChooser:
             return logits
         logits = logits.clone()
         for row in early:
-            logits[row, list(self._requests[request_ids[row]].stop_tokens)] = -torch.inf
+            logits[row, self._stop_ids(request_ids[row])] = -torch.inf
             if not logits[row].amax() > -torch.inf:
                 errors[row] = errors[row] or "min_new_tokens cannot be met: every token is to stop"
                 refused.add(row)
@@ -122,7 +123,7 @@ class TokenChooser:
         return logits
 
     def _cannot_follow(self, request_id: int, reason: str) -> str:
-        constraint = self._requests[request_id].constraint
+        constraint = self._requests[request_id].sampling.constraint
         assert constraint is not None
         num_tokens = len(self._tokens[request_id])
         return (
@@ -131,16 +132,20 @@ class TokenChooser:
         )
 
     def _is_early(self, request_id: int) -> bool:
-        request = self._requests[request_id]
-        return bool(request.stop_tokens) and (
-            len(self._tokens[request_id]) < request.min_new_tokens
-        )
+        least = self._requests[request_id].sampling.min_new_tokens
+        return len(self._tokens[request_id]) < least and bool(self._stop_ids(request_id))
+
+    def _stop_ids(self, request_id: int) -> list[int]:
+        return list(self._requests[request_id].sampling.stop_ids(self._eos_id))
 
     def _history(self, request_id: int) -> TokenHistory:
         if request_id not in self._histories:
             request = self._requests[request_id]
             history = TokenHistory(
-                self._vocab_size, request.tokens, request.sampling.logit_bias, self._device
+                self._vocab_size,
+                request.prompt_token_ids,
+                request.sampling.logit_bias,
+                self._device,
             )
             for token in self._tokens[request_id]:
                 history.append(token)

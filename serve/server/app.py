@@ -28,8 +28,8 @@ from serve.openai.schemas import (
     TokenizeBody,
     error_body,
 )
-from serve.request import ContextLengthError, check_request
 from serve.request import Request as EngineRequest
+from serve.request import check_request
 from serve.sampling.grammar import Grammars
 from serve.server.arrivals import EngineError
 from serve.server.config import ServerConfig
@@ -40,7 +40,7 @@ from serve.server.page import add_playground
 from serve.server.replicas.dispatch import Busy, Refused, Replicas, Unavailable
 from serve.server.slices import Threads, json_slices, pieces
 from serve.server.streams import Answer, TimedOut, event
-from stu.common.errors import show
+from stu.common.errors import UserError, show
 from stu.common.text import Json, require_unicode
 from stu.config import ModelConfig
 from stu.tokenizer import Tokenizer
@@ -235,7 +235,7 @@ async def _begin(
         "created": int(time.time()),
         "model": service.config.name,
     }
-    num_prompt_tokens = sum(len(its.tokens) for its in requests[:: given.get("n") or 1])
+    num_prompt_tokens = sum(len(its.prompt_token_ids) for its in requests[:: given.get("n") or 1])
     timeout = service.config.request_timeout_seconds
     # At last, when nothing can fail any more before somebody reads what comes.
     streams = service.replicas.submit(requests, exchange.client)
@@ -276,7 +276,11 @@ def _prepared(
     if not service.config.log_prompts:
         return requests, writers, None
     of_each = requests[:: given.get("n") or 1]
-    return requests, writers, [service.tokenizer.decode(request.tokens) for request in of_each]
+    return (
+        requests,
+        writers,
+        [service.tokenizer.decode(request.prompt_token_ids) for request in of_each],
+    )
 
 
 def _requests(service: Service, given: Json) -> list[EngineRequest]:
@@ -291,9 +295,10 @@ def _requests(service: Service, given: Json) -> list[EngineRequest]:
         )
     requests = service.completions.requests(secrets.randbits(32), given)
     for its in requests:
-        check_request(its, service.model, service.tokenizer.eos_id)
-    for constraint in {its.constraint for its in requests if its.constraint is not None}:
-        service.grammars.check(constraint)
+        check_request(its, service.model)
+    for constraint in {its.sampling.constraint for its in requests}:
+        if constraint is not None:
+            service.grammars.check(constraint)
     return requests
 
 
@@ -389,7 +394,7 @@ class _as_request_error:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ContextLengthError):
+        if isinstance(error, UserError) and error.code:
             raise _refused(str(error), self._prompt, error.code) from error
         if isinstance(error, ValueError):
             raise _refused(str(error)) from error

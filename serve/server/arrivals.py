@@ -57,4 +57,4 @@ def _num_bytes(output: Output | Exception | None) -> int:
         return 0
     packed = [output.logprobs, output.prompt_logprobs]
     of_logprobs = sum(its.num_bytes for its in packed if isinstance(its, PackedLogprobs))
-    return BYTES_OF_OUTPUT + BYTES_OF_TOKEN * len(output.tokens) + of_logprobs
+    return BYTES_OF_OUTPUT + BYTES_OF_TOKEN * len(output.new_token_ids) + of_logprobs

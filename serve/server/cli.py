@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,6 @@ def _service(config: ServerConfig) -> "Service":
     from serve.openai.completions import DEFAULTS, Completions
     from serve.prompts import RequestBuilder
     from serve.sampling.grammar import Grammars
-    from serve.sampling_params import SamplingParams
     from serve.server.app import Service
     from serve.server.metrics import Metrics
     from serve.server.replicas.dispatch import Replicas
@@ -186,8 +185,7 @@ def _service(config: ServerConfig) -> "Service":
         raise ValueError(
             "several engines on one device would each take half of its free memory: give cache_gib"
         )
-    usual = {"stop": [], "stop_at_eos": True, **asdict(SamplingParams()), **DEFAULTS}
-    builder = RequestBuilder(tokenizer, model.max_seq_len, usual)
+    builder = RequestBuilder(tokenizer, DEFAULTS)
     replicas = Replicas(config, devices, max(1, num_processors() // len(devices)))
     return Service(
         config,

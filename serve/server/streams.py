@@ -58,7 +58,7 @@ class Answer:
     _error: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        self._gathered = [Gathering(stream.request) for stream in self.streams]
+        self._gathered = [Gathering() for _ in self.streams]
 
     async def whole(self) -> list[bytes]:
         """Return the body of an answer in one, as JSON in pieces."""
@@ -74,7 +74,7 @@ class Answer:
         separator = "["
         for index, writer in enumerate(self.writers):
             completion = self._gathered[index].completion()
-            self._gathered[index] = Gathering(self.streams[index].request)
+            self._gathered[index] = Gathering()
             yield separator
             yield from json_slices(writer.write(completion))
             separator = ","
@@ -92,7 +92,7 @@ class Answer:
         has_usage = bool(options.include_usage)
         usage: Json = {"usage": None} if has_usage else {}
         async for index, output in _chained(first, rest):
-            piece = piece_of(self.streams[index].request, output)
+            piece = piece_of(output)
             is_last = piece.finish_reason is not None
             if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
                 choice = self.writers[index].write(piece)
@@ -106,7 +106,7 @@ class Answer:
 
     def usage(self) -> Json:
         """OpenAI's count of tokens."""
-        num_new_tokens = sum(its.num_tokens for its in self._gathered)
+        num_new_tokens = sum(len(its.token_ids) for its in self._gathered)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_new_tokens,
@@ -180,13 +180,13 @@ class Answer:
                 now = time.monotonic()
                 if num_tokens == 0:
                     metrics.queue_time.observe((stream.scheduled or now) - self.arrived)
-                    metrics.prompt_tokens.inc(len(stream.request.tokens))
-                    if output.tokens:
+                    metrics.prompt_tokens.inc(len(stream.request.prompt_token_ids))
+                    if output.new_token_ids:
                         metrics.time_to_first_token.observe(now - self.arrived)
-                elif output.tokens:
+                elif output.new_token_ids:
                     metrics.inter_token.observe(now - last)
-                num_tokens, last = num_tokens + len(output.tokens), now
-                metrics.generation_tokens.inc(len(output.tokens))
+                num_tokens, last = num_tokens + len(output.new_token_ids), now
+                metrics.generation_tokens.inc(len(output.new_token_ids))
                 if output.finish_reason == "error":
                     raise (Refused if output.is_refused else EngineError)(output.error)
                 reason = output.finish_reason or reason
@@ -198,7 +198,7 @@ class Answer:
         finally:
             metrics.finished(reason)
             metrics.latency.observe(time.monotonic() - self.arrived)
-            metrics.request_prompt_tokens.observe(len(stream.request.tokens))
+            metrics.request_prompt_tokens.observe(len(stream.request.prompt_token_ids))
             metrics.request_generation_tokens.observe(num_tokens)
 
     def _log(self) -> None:

@@ -89,11 +89,11 @@ class Stream:
     def cost(self) -> int:
         """Tokens that an engine has yet to take in or to find."""
         its = self.request
-        return len(its.tokens) + its.max_new_tokens - len(self.tokens)
+        return len(its.prompt_token_ids) + its.sampling.max_new_tokens - len(self.tokens)
 
     def rest(self) -> Request:
         """What an engine is to be asked."""
-        return replace(self.request, given=tuple(self.tokens), client=self.client)
+        return replace(self.request, new_token_ids=tuple(self.tokens), client=self.client)
 
 
 @dataclass
@@ -455,7 +455,7 @@ class Replicas:
         if stream is None:
             return  # its reader went away
         stream.num_moves = 0
-        stream.tokens += output.tokens
+        stream.tokens += output.new_token_ids
         if output.finish_reason is not None:
             del replica.streams[output.request_id]
         stream.outputs.put_nowait(output)

@@ -110,10 +110,10 @@ class Replica:
         except ValueError as error:
             self._connection.sendall(pack({"refused": number, "error": str(error)}))
             return
-        if request.constraint is None:
+        if request.sampling.constraint is None:
             self._add(engine, number, request)
         else:
-            compiled = self._compiler.submit(engine.compile, request.constraint)
+            compiled = self._compiler.submit(engine.compile, request.sampling.constraint)
             self._compiling[number] = request, compiled
 
     def _add(self, engine: Engine, number: int, request: Request) -> None:

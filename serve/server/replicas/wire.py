@@ -77,31 +77,27 @@ def request_to_wire(request: Request) -> Message:
     """All of its fields. (`asdict` would copy each token of a prompt.)"""
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     values["sampling"] = asdict(request.sampling)
-    if request.constraint is not None:
-        values["constraint"] = asdict(request.constraint)
     return values
 
 
 def request_from_wire(values: Message) -> Request:
     """From what `request_to_wire` gave."""
-    constraint = values["constraint"]
-    return Request(
-        **{
-            **values,
-            "sampling": SamplingParams(**values["sampling"]),
-            "constraint": None if constraint is None else Constraint(**constraint),
-        }
-    )
+    sampling = dict(values["sampling"])
+    if sampling["constraint"] is not None:
+        sampling["constraint"] = Constraint(**sampling["constraint"])
+    return Request(**{**values, "sampling": SamplingParams(**sampling)})
 
 
 def output_to_wire(output: Output, request_id: int) -> Message:
     """All of its fields, with the server's number of the request."""
-    values = {"request_id": request_id, "tokens": list(output.tokens), "text": output.text}
+    ids = list(output.new_token_ids)
+    values = {"request_id": request_id, "new_token_ids": ids, "text": output.text}
     for name in ("logprobs", "prompt_logprobs"):
         if its := getattr(output, name):
             values[name] = msgpack.packb([[each.token, each.logprob, each.top] for each in its])
     if output.finish_reason is not None:
-        values |= {name: getattr(output, name) for name in ("finish_reason", "error", "is_refused")}
+        names = ("finish_reason", "ends_with_stop_token", "error", "is_refused")
+        values |= {name: getattr(output, name) for name in names}
     return values
 
 

@@ -11,7 +11,7 @@ from serve.batch.rows import Refusal, Row
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.prompts import RequestBuilder
-from serve.request import Request
+from tests.serve.requests import make_request
 
 NUM_ROWS = 10**6
 
@@ -42,7 +42,7 @@ def engine(code_model, code_tokenizer):
 
 @pytest.fixture
 def build(code_tokenizer):
-    builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 8})
+    builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 8})
     return lambda prompt="x", **settings: builder.build(0, prompt, settings)
 
 
@@ -119,7 +119,7 @@ def test_a_row_ends_when_all_of_its_requests_have(engine, build):
 
 
 def test_a_request_that_can_never_be_decoded_takes_its_row_along_and_no_other(engine, build):
-    never = Request([1, 9999], 5)
+    never = make_request([1, 9999], 5)
     rows = [
         Row(0, "a", {}, [build()]),
         Row(1, "b", {}, [build(), never, build()]),

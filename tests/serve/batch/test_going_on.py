@@ -7,9 +7,9 @@ import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu.model import FlashSTU
+from tests.serve.requests import make_request
 
 SETTINGS = {
     "greedy": SamplingParams(logprobs=2),
@@ -26,17 +26,13 @@ def decode(model, tokenizer, requests, **config):
         for its in engine.step():
             tokens, text, logprobs, _ = answers[its.request_id]
             answers[its.request_id] = (
-                [*tokens, *its.tokens],
+                [*tokens, *its.new_token_ids],
                 text + its.text,
                 [*logprobs, *its.logprobs],
                 its.finish_reason,
             )
         engine.check_integrity()
     return list(answers.values())
-
-
-def replaced(request, **values):
-    return Request(**{**request.__dict__, **values})
 
 
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
@@ -52,14 +48,19 @@ def test_what_is_added_after_any_token_is_the_rest(
     if not batch_invariant:
         model = model.double()
     prompt = [code_tokenizer.bos_id, *code_tokenizer.encode("def f(")]
-    request = Request(prompt, 25, SETTINGS[settings], stop_strings=["zzz"])
-    others = [Request([1, 2, 3], 15), Request([5] * 30, 9)]
+    request = make_request(prompt, 25, SETTINGS[settings], stop=["zzz"])
+    others = [make_request([1, 2, 3], 15), make_request([5] * 30, 9)]
     config = {"batch_invariant": batch_invariant}
     (tokens, text, logprobs, reason), *_ = decode(model, code_tokenizer, [request], **config)
     assert len(tokens) == 25
     for count in (1, 2, 7, 24):
-        head = decode(model, code_tokenizer, [replaced(request, max_new_tokens=count)], **config)
-        going_on = replaced(request, given=tokens[:count])
+        head = decode(
+            model,
+            code_tokenizer,
+            [make_request(prompt, count, SETTINGS[settings], stop=["zzz"])],
+            **config,
+        )
+        going_on = replace(request, new_token_ids=tokens[:count])
         *_, rest = decode(model, code_tokenizer, [*others, going_on], **config)
         assert tokens[:count] + rest[0] == tokens
         assert rest[3] == reason
@@ -75,11 +76,11 @@ def test_what_is_added_after_any_token_is_the_rest(
 def test_a_stop_string_begun_before(code_model, code_tokenizer):
     """It is found, though its beginning came from another engine, and none of it is text."""
     prompt = [code_tokenizer.bos_id]
-    free = Request(prompt, 20, SamplingParams(temperature=1.0, seed=3))
+    free = make_request(prompt, 20, SamplingParams(temperature=1.0, seed=3))
     ((_, text, _, _),) = decode(code_model, code_tokenizer, [free], batch_invariant=True)
     stop = text[4:9]
     at = text.index(stop)
-    stopping = replaced(free, stop_strings=[stop])
+    stopping = make_request(prompt, 20, free.sampling, stop=[stop])
     ((own, whole, _, reason),) = decode(
         code_model, code_tokenizer, [stopping], batch_invariant=True
     )
@@ -88,7 +89,7 @@ def test_a_stop_string_begun_before(code_model, code_tokenizer):
         ((_, rest, _, its_reason),) = decode(
             code_model,
             code_tokenizer,
-            [replaced(stopping, given=own[:count])],
+            [replace(stopping, new_token_ids=own[:count])],
             batch_invariant=True,
         )
         assert its_reason == "stop"
@@ -97,6 +98,6 @@ def test_a_stop_string_begun_before(code_model, code_tokenizer):
 
 def test_given_tokens_are_checked(code_model, code_tokenizer):
     engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01))
-    with pytest.raises(ValueError, match="given has the id 999"):
-        engine.add(Request([1], 5, given=[999]))
+    with pytest.raises(ValueError, match="new_token_ids has the id 999"):
+        engine.add(make_request([1], 5, new_token_ids=[999]))
     assert not engine.has_work

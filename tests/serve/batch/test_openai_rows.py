@@ -13,13 +13,14 @@ from serve.completion import Completion
 from serve.openai.choices import ChoiceWriter
 from serve.openai.completions import Completions
 from serve.prompts import RequestBuilder
-from serve.request import Request, TokenLogprobs
+from serve.request import TokenLogprobs
 from serve.sampling.detokenizer import TextStream
 from serve.sampling_params import SamplingParams
 from tests.serve.conftest import generate, read_rows, write_rows
+from tests.serve.requests import make_request
 
 NO_EOS = {"stop_at_eos": False}
-REQUEST = Request([1, 100, 101], 20, SamplingParams(logprobs=1))
+REQUEST = make_request([1, 100, 101], 20, SamplingParams(logprobs=1))
 
 
 def row(custom_id, **body):
@@ -205,7 +206,7 @@ def test_tokens_that_share_a_name_share_the_larger_probability(code_tokenizer):
     byte = next(i for i in range(280) if i != letter and code_tokenizer.token_text(i) == "f")
     writer = ChoiceWriter(code_tokenizer, replace(REQUEST), 0, None, False)
     logprobs = [TokenLogprobs(byte, -5.0, {letter: -0.1})]
-    choice = writer.write(Completion("f", 1, logprobs, "length"))
+    choice = writer.write(Completion("f", [byte], logprobs, "length"))
     assert choice["logprobs"]["token_logprobs"] == [-5.0]
     assert choice["logprobs"]["top_logprobs"] == [{"f": -0.1}]
 
@@ -217,9 +218,9 @@ def test_pieces_make_the_whole(code_tokenizer, echo):
     logprobs = [
         TokenLogprobs(token, -1.0 - at, {token: -1.0 - at}) for at, token in enumerate(tokens)
     ]
-    prompt = [TokenLogprobs(token, -9.0, {}) for token in REQUEST.tokens[1:]]
+    prompt = [TokenLogprobs(token, -9.0, {}) for token in REQUEST.prompt_token_ids[1:]]
     whole = ChoiceWriter(code_tokenizer, REQUEST, 3, echo, True).write(
-        Completion(text, len(tokens), logprobs, "length", prompt)
+        Completion(text, tokens, logprobs, "length", prompt)
     )
     writer, stream = (
         ChoiceWriter(code_tokenizer, REQUEST, 3, echo, True),
@@ -230,7 +231,9 @@ def test_pieces_make_the_whole(code_tokenizer, echo):
         reason = "length" if at + 1 == len(tokens) else None
         of_prompt = prompt if at == 0 else ()
         pieces.append(
-            writer.write(Completion(stream.append(its.token), 1, [its], reason, of_prompt))
+            writer.write(
+                Completion(stream.append(its.token), [its.token], [its], reason, of_prompt)
+            )
         )
     assert "".join(its["text"] for its in pieces) == whole["text"] == (echo or "") + text
     for field, values in whole["logprobs"].items():
@@ -256,11 +259,11 @@ def test_response_formats(choices):
 
 
 def test_offsets_say_where_a_token_s_text_begins(code_tokenizer):
-    builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 40})
+    builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 40})
     completions, text = Completions(builder, code_tokenizer, "demo"), "größe = x + 1"
     tokens = code_tokenizer.encode(text + "STOP")
     logprobs = [TokenLogprobs(token, -1.0, {}) for token in tokens]
-    completion = Completion(text, len(tokens), logprobs, "stop")
+    completion = Completion(text, tokens, logprobs, "stop")
     body = {"prompt": "def", "logprobs": 0}
     requests = completions.requests(0, body)
     (choice,) = completions.answer(0, body, requests, [completion])["choices"]
@@ -363,10 +366,10 @@ BAD_ROWS = [
     (row("k", **PROMPT, logprobs=True), "k", "logprobs=true is not allowed"),
     (row("k", **PROMPT, stop=["a"] * 129), "k", "it must be at most 128 strings"),
     (row("k", **PROMPT, stop=5), "k", "stop=5 is not allowed"),
-    (row("k", **PROMPT, temperature="1"), "k", "temperature='1' is not allowed"),
-    (row("k", **PROMPT, seed="1"), "k", "seed='1' is not allowed"),
+    (row("k", **PROMPT, temperature="1"), "k", 'temperature="1" is not allowed'),
+    (row("k", **PROMPT, seed="1"), "k", 'seed="1" is not allowed'),
     (row("k", **PROMPT, presence_penalty=3), "k", "presence_penalty=3 is not allowed"),
-    (row("k", **PROMPT, logit_bias={"x": 1}), "k", 'logit_bias has the key "x"'),
+    (row("k", **PROMPT, logit_bias={"x": 1}), "k", 'logit_bias={"x": 1} is not allowed'),
     (row("k", **PROMPT, logit_bias={"280": 1}), "k", "280"),
     ("nothing", None, "not JSON"),
 ]
@@ -442,7 +445,7 @@ def test_a_template_of_the_model_s_own(tmp_path, model_directory, capsys):
 
 
 def test_a_failure_of_the_model_s_has_another_code(code_tokenizer):
-    builder = RequestBuilder(code_tokenizer, 64, {"seed": 0, "max_new_tokens": 5})
+    builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 5})
     rows = OpenAiRows(Completions(builder, code_tokenizer, "demo"), None)
     refused = rows.refused(Refusal(3, "k", "bad", 500))
     assert refused["response"]["status_code"] == 500

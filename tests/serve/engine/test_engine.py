@@ -1,6 +1,7 @@
 """The engine under traffic against each request alone, through direct sums."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from serve.engine.engine import Engine
 from serve.engine.packing import packs
 from serve.request import Request
 from serve.sampling_params import SamplingParams
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.futurefill import Naive
 from stu.mixers import PastInputs, planned_mixers, remembered
@@ -20,6 +22,7 @@ from stu.model import FlashSTU
 from stu.tokenizer import train_bpe
 from tests.reference import sampling as reference
 from tests.reference.decoding import Runner as Lockstep
+from tests.serve.requests import REQUEST_FIELDS, make_request
 
 CONFIGS = {
     "stu": {"layout": "stu"},
@@ -49,33 +52,39 @@ MODELS = {kind: build(kind) for kind in CONFIGS}
 
 def alone(model, request):
     """The request's tokens and logprobs, one by one, by direct sums over its whole past."""
-    if request.max_new_tokens == 0:
+    if request.sampling.max_new_tokens == 0:
         return [], []
-    runner = Lockstep(model, [request.tokens], request.max_new_tokens, Naive)
+    runner = Lockstep(model, [request.prompt_token_ids], request.sampling.max_new_tokens, Naive)
     logits, tokens, logprobs, its = runner.prefill(), [], [], request.sampling
     while True:
         row = logits[0].tolist()
-        place = len(request.tokens) + len(tokens)
-        banned = request.stop_tokens if len(tokens) < request.min_new_tokens else ()
+        place = len(request.prompt_token_ids) + len(tokens)
+        banned = (
+            request.sampling.stop_token_ids if len(tokens) < request.sampling.min_new_tokens else ()
+        )
         allowed = [-math.inf if at in banned else logit for at, logit in enumerate(row)]
-        token = reference.sample(allowed, its, place, request.tokens, tokens)
+        token = reference.sample(allowed, its, place, request.prompt_token_ids, tokens)
         if its.logprobs is not None:
             logprobs.append((token, *reference.logprobs(row, token, its.logprobs)))
         tokens.append(token)
-        if token in request.stop_tokens or len(tokens) == request.max_new_tokens:
+        if (
+            token in request.sampling.stop_token_ids
+            or len(tokens) == request.sampling.max_new_tokens
+        ):
             return tokens, logprobs
         logits = runner.step(torch.tensor([token]))
 
 
 def prompt_alone(model, request):
     """The logprobs of its prompt, from the model's whole forward pass."""
-    if request.prompt_logprobs is None:
+    if request.sampling.prompt_logprobs is None:
         return []
     with torch.no_grad():
-        logits = model(torch.tensor([request.tokens]))[0].tolist()
-    followed = zip(logits, request.tokens[1:], strict=False)
+        logits = model(torch.tensor([request.prompt_token_ids]))[0].tolist()
+    followed = zip(logits, request.prompt_token_ids[1:], strict=False)
     return [
-        (token, *reference.logprobs(row, token, request.prompt_logprobs)) for row, token in followed
+        (token, *reference.logprobs(row, token, request.sampling.prompt_logprobs))
+        for row, token in followed
     ]
 
 
@@ -101,7 +110,7 @@ def collect(engine, answers):
     for output in engine.step():
         tokens, _, logprobs, of_prompt = answers.get(output.request_id, ([], None, [], []))
         answers[output.request_id] = (
-            [*tokens, *output.tokens],
+            [*tokens, *output.new_token_ids],
             output.finish_reason,
             [*logprobs, *output.logprobs],
             [*of_prompt, *output.prompt_logprobs],
@@ -131,13 +140,13 @@ samplings = st.one_of(
     ),
 )
 requests = st.builds(
-    Request,
-    tokens=st.lists(st.integers(0, 279), min_size=1, max_size=90),
+    make_request,
+    st.lists(st.integers(0, 279), min_size=1, max_size=90),
     max_new_tokens=st.integers(0, 100),
     prompt_logprobs=st.sampled_from([None, 0, 2]),
     sampling=samplings,
     priority=st.integers(0, 1),
-    stop_tokens=st.lists(st.integers(0, 279), max_size=2),
+    stop_token_ids=st.lists(st.integers(0, 279), max_size=2),
 )
 
 
@@ -197,7 +206,7 @@ def test_under_traffic_every_request_equals_itself_alone(
         else:
             assert tokens == whole
             check_logprobs(logprobs, expected_logprobs)
-            is_stopped = tokens and tokens[-1] in request.stop_tokens
+            is_stopped = tokens and tokens[-1] in request.sampling.stop_token_ids
             assert reason == ("stop" if is_stopped else "length")
     stats = engine.stats()
     assert stats.convolution_pages_used == stats.attention_pages_used == 0
@@ -212,7 +221,9 @@ def test_prompts_of_few_tokens_and_pages_of_any_length(tokenizer, kind, new_toke
     poison(engine._caches)
     prompts = [list(range(3, 3 + length)) for length in (1, 2, 3, 4, 17, 1, 2)]
     params = SamplingParams(temperature=1.0, seed=3, logprobs=2)
-    requests = {engine.add(its): its for its in (Request(p, new_tokens, params) for p in prompts)}
+    requests = {
+        engine.add(its): its for its in (make_request(p, new_tokens, params) for p in prompts)
+    }
     answers = {}
     drain(engine, answers)
     for request_id, request in requests.items():
@@ -229,7 +240,7 @@ def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, ne
     pages for what the window can see."""
     page_len, window = 8, MODELS[kind].config.window_tokens
     engine = Engine(MODELS[kind], tokenizer, EngineConfig(page_len=page_len, max_running=1))
-    engine.add(Request([3] * prompt_len, new_tokens))
+    engine.add(make_request([3] * prompt_len, new_tokens))
     convolution, attention = [], []
     while engine.has_work:
         engine.step()
@@ -250,12 +261,12 @@ def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, ne
 
 def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(page_len=32, max_running=1))
-    late = Request([3], 50, priority=1)
+    late = make_request([3], 50, priority=1)
     first = engine.add(late)
     answers = {}
     for _ in range(10):
         collect(engine, answers)
-    urgent = Request([4, 5], 20, priority=0)
+    urgent = make_request([4, 5], 20, priority=0)
     second = engine.add(urgent)
     for _ in range(20):
         collect(engine, answers)
@@ -270,10 +281,10 @@ def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
 def test_no_stop_token_comes_before_the_fewest_new_tokens(tokenizer, temperature):
     """And those that a request would have chosen are not reported as less probable."""
     model, sampling = MODELS["stu"], SamplingParams(temperature, seed=5, logprobs=1)
-    free, _ = alone(model, Request([1, 50], 20, sampling))
+    free, _ = alone(model, make_request([1, 50], 20, sampling))
     stops = sorted({free[0], free[2], free[7]})
     for least in (0, 1, 3, 8, 20):
-        request = Request([1, 50], 20, sampling, stop_tokens=stops, min_new_tokens=least)
+        request = make_request([1, 50], 20, sampling, stop_token_ids=stops, min_new_tokens=least)
         engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
         engine.add(request)
         drain(engine, answers)
@@ -284,7 +295,7 @@ def test_no_stop_token_comes_before_the_fewest_new_tokens(tokenizer, temperature
         assert len(tokens) > least or reason == "length"
         assert not set(tokens[:least]) & set(stops)
     engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
-    request_id = engine.add(Request([1], 5, stop_tokens=[*range(280)], min_new_tokens=1))
+    request_id = engine.add(make_request([1], 5, stop_token_ids=[*range(280)], min_new_tokens=1))
     drain(engine, answers)
     assert answers[request_id][1] == "error"
 
@@ -295,21 +306,21 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
         MODELS["stu"], tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)
     )
     for request, message in (
-        (Request([1] * 50, 200), r"need 25 convolution pages .* the cache has \d+: lower"),
+        (make_request([1] * 50, 200), r"need 25 convolution pages .* the cache has \d+: lower"),
         (
-            Request([1] * 200, 57),
+            make_request([1] * 200, 57),
             "maximum context length is 256 .* are 257: lower max_new_tokens to 56 or",
         ),
-        (Request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
-        (Request([1], 3, stop_tokens=[280]), "stop_tokens has the id 280"),
-        (Request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
+        (make_request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
+        (make_request([1], 3, stop_token_ids=[280]), "stop_token_ids has the id 280"),
+        (make_request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.add(request)
     assert not engine.has_work
     assert engine.step() == []
     answers = {}
-    accepted = engine.add(Request([1], 2))
+    accepted = engine.add(make_request([1], 2))
     drain(engine, answers)
     assert answers[accepted][1] == "length"
     with pytest.raises(ValueError, match=r"cache_gib=.* is too little: .* give at least"):
@@ -319,46 +330,50 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tokens", []),
-        ("tokens", [1.5]),
-        ("tokens", [True]),
-        ("tokens", [-1]),
-        ("tokens", "abc"),
-        ("tokens", None),
+        ("prompt_token_ids", []),
+        ("prompt_token_ids", [1.5]),
+        ("prompt_token_ids", [True]),
+        ("prompt_token_ids", [-1]),
+        ("prompt_token_ids", "abc"),
+        ("prompt_token_ids", None),
         ("max_new_tokens", -1),
         ("prompt_logprobs", 21),
         ("prompt_logprobs", True),
-        ("given", [-1]),
-        ("given", [1, 2, 3]),
+        ("new_token_ids", [-1]),
         ("max_new_tokens", 2.0),
         ("max_new_tokens", True),
         ("max_new_tokens", math.nan),
         ("max_new_tokens", "3"),
-        ("stop_tokens", [1.5]),
-        ("stop_tokens", 5),
-        ("stop_strings", "END"),
-        ("stop_strings", [""]),
-        ("stop_strings", [5]),
-        ("stop_strings", None),
+        ("stop_token_ids", [1.5]),
+        ("stop_token_ids", 5),
+        ("n", 0),
+        ("stop_at_eos", 1),
+        ("stop", ""),
+        ("stop", [""]),
+        ("stop", [5]),
+        ("stop", None),
         ("sampling", None),
         ("priority", "high"),
         ("priority", math.nan),
     ],
 )
 def test_requests_that_no_model_could_be_asked(field, value):
-    with pytest.raises(ValueError, match=f"{field}=.* is not allowed: "):
-        Request(**{"tokens": [1], "max_new_tokens": 3, field: value})
+    is_own = field in REQUEST_FIELDS
+    made = partial(Request, [1]) if is_own and field != "prompt_token_ids" else Request
+    made = made if is_own else SamplingParams
+    with pytest.raises(UserError, match=f"{field}=.* is not allowed: "):
+        made(**{field: value})
 
 
 def test_a_request_keeps_its_tokens(tokenizer):
     tokens = [3, 4]
-    request = Request(tokens, 5)
+    request = make_request(tokens, 5)
     tokens.append(999)
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
     answers = {}
     engine.add(request)
     drain(engine, answers)
-    assert answers[0][:2] == (alone(MODELS["stu"], Request([3, 4], 5))[0], "length")
+    assert answers[0][:2] == (alone(MODELS["stu"], make_request([3, 4], 5))[0], "length")
 
 
 @pytest.mark.parametrize(
@@ -398,10 +413,10 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
     """And an abort of it disturbs no other."""
     config = EngineConfig(cache_gib=0.01, page_len=8, prompt_tokens_per_step=40)
     engine, answers = Engine(MODELS[kind], tokenizer, config), {}
-    first = engine.add(Request([1], 60, SamplingParams(repetition_penalty=1.3)))
+    first = engine.add(make_request([1], 60, SamplingParams(repetition_penalty=1.3)))
     collect(engine, answers)
-    long = engine.add(Request([2] * 200, 5))
-    kept = engine.add(Request([4] * 15, 5))
+    long = engine.add(make_request([2] * 200, 5))
+    kept = engine.add(make_request([4] * 15, 5))
     for step in range(1, 4):
         collect(engine, answers)
         assert len(answers[first][0]) == 1 + step
@@ -410,7 +425,7 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
         engine.abort(request_id)
     drain(engine, answers)
     assert answers[long][:2] == ([], "abort")
-    assert answers[kept][:2] == (alone(MODELS[kind], Request([4] * 15, 5))[0], "length")
+    assert answers[kept][:2] == (alone(MODELS[kind], make_request([4] * 15, 5))[0], "length")
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.new_tokens) == (216, 65)
     assert not engine._texts
@@ -422,12 +437,12 @@ def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokeniz
     config = EngineConfig(cache_gib=0.01, page_len=8, max_running=8, prompt_tokens_per_step=64)
     engine, answers = Engine(MODELS[kind], tokenizer, config), {}
     for _ in range(7):
-        engine.add(Request([1] * 60, 90))
+        engine.add(make_request([1] * 60, 90))
     while engine.stats().new_tokens < 30:
         collect(engine, answers)
     for _ in range(3):  # that wait behind it
-        engine.add(Request([2] * 60, 90, priority=1))
-    short = engine.add(Request([4, 5], 3))
+        engine.add(make_request([2] * 60, 90, priority=1))
+    short = engine.add(make_request([4, 5], 3))
     for _ in range(2):
         collect(engine, answers)
     assert answers[short][0]
@@ -435,7 +450,7 @@ def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokeniz
 
 def test_an_abort_alone_is_work(tokenizer):
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
-    engine.abort(engine.add(Request([1], 5)))
+    engine.abort(engine.add(make_request([1], 5)))
     assert engine.has_work
     assert [output.finish_reason for output in engine.step()] == ["abort"]
     assert not engine.has_work
@@ -445,16 +460,16 @@ def test_an_abort_alone_is_work(tokenizer):
 def test_what_fits_exactly_is_taken(tokenizer):
     """A context to its last token; and no page for a token that is never stepped with."""
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
-    engine.add(Request([1] * 200, 56))
-    engine.add(Request([1], 17))
+    engine.add(make_request([1] * 200, 56))
+    engine.add(make_request([1], 17))
     engine.step()
     assert engine.stats().convolution_pages_used == 7 + 2
     model = MODELS["stu"]
     exact = make_caches(model, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)).capacity
     engine = Engine(model, tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1))
-    engine.add(Request([1], 8 * exact.convolution + 1))
+    engine.add(make_request([1], 8 * exact.convolution + 1))
     with pytest.raises(ValueError, match=f"need {exact.convolution + 1} convolution pages"):
-        engine.add(Request([1], 8 * exact.convolution + 2))
+        engine.add(make_request([1], 8 * exact.convolution + 2))
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
@@ -474,7 +489,7 @@ def test_equal_priority_never_gives_way(tokenizer):
     config = EngineConfig(cache_gib=0.01, page_len=8, max_running=1)
     engine = Engine(MODELS["stu"], tokenizer, config)
     for _ in range(2):
-        engine.add(Request([1], 20))
+        engine.add(make_request([1], 20))
     drain(engine, {})
     assert engine.stats().preemptions == 0
 
@@ -482,7 +497,7 @@ def test_equal_priority_never_gives_way(tokenizer):
 def test_room_for_twice_as_many_tokens_each_time(tokenizer):
     config = EngineConfig(cache_gib=0.01, page_len=8, expected_new_tokens=1)
     engine = Engine(MODELS["stu"], tokenizer, config)
-    engine.add(Request([1], 64))
+    engine.add(make_request([1], 64))
     drain(engine, {})
     assert engine.stats().preemptions == 5
 
@@ -496,7 +511,7 @@ def test_text_comes_with_the_tokens(tokenizer, monkeypatch, stops, reason, text)
     left = iter(ids)
     monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
-    engine.add(Request([1], len(ids), stop_strings=stops))
+    engine.add(make_request([1], len(ids), stop=stops))
     outputs = []
     while engine.has_work:
         outputs += engine.step()
@@ -511,7 +526,7 @@ def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
     left = iter(ids)
     monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
-    engine.add(Request([1], 50, stop_strings=["sat"], stop_tokens=[2]))
+    engine.add(make_request([1], 50, stop=["sat"], stop_token_ids=[2]))
     text = ""
     for _ in ids[:-1]:
         text += "".join(output.text for output in engine.step())
@@ -525,7 +540,7 @@ def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
 def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
     decode, answers = engine._runner.decode, {}
-    requests = [Request([row + 1], 20) for row in range(3)]
+    requests = [make_request([row + 1], 20) for row in range(3)]
     for request in requests:
         engine.add(request)
     collect(engine, answers)
@@ -553,7 +568,7 @@ def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
     model = build(kind, width=width, mlp_ratio=3).float()
     config = EngineConfig(page_len=8, max_running=12, batch_invariant=True)
     params = SamplingParams(temperature=1.0, seed=3)
-    probe = Request([5, 6, 7, 8], 60, params, priority=1)
+    probe = make_request([5, 6, 7, 8], 60, params, priority=1)
 
     def answer(company, urgent):
         engine = Engine(model, tokenizer, config)
@@ -570,12 +585,12 @@ def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
 
         engine._runner.decode = spied
         for i in range(company):
-            engine.add(Request([i + 1] * (i + 1), 20 + i, priority=1))
+            engine.add(make_request([i + 1] * (i + 1), 20 + i, priority=1))
         answers = {}
         for step in range(400):
             if step == 30:
                 for i in range(urgent):
-                    engine.add(Request([i + 9] * 4, 40, priority=0))
+                    engine.add(make_request([i + 9] * 4, 40, priority=0))
             collect(engine, answers)
         assert engine.stats().preemptions >= (urgent == 12)
         return answers[request_id][0], torch.stack(logits)
@@ -590,13 +605,13 @@ def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
 def test_one_of_several_prompts_is_aborted_while_their_log_probabilities_are_found(tokenizer):
     engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.05))
     prompt = [1, 5, 6, 7]
-    ids = [engine.add(Request(prompt, 4, prompt_logprobs=2)) for _ in range(20)]
+    ids = [engine.add(make_request(prompt, 4, prompt_logprobs=2)) for _ in range(20)]
     engine.step()
     engine.abort(ids[3])
     seen = {}
     while engine.has_work:
         for output in engine.step():
-            seen.setdefault(output.request_id, []).extend(output.tokens)
+            seen.setdefault(output.request_id, []).extend(output.new_token_ids)
     engine.check_integrity()
     others = [seen[its] for its in ids if its != ids[3]]
     assert others == [others[0]] * 19
@@ -604,7 +619,7 @@ def test_one_of_several_prompts_is_aborted_while_their_log_probabilities_are_fou
 
 def test_prompts_that_are_scored_take_smaller_steps(code_model, code_tokenizer):
     """Log probabilities of 2,048 tokens took as long as four usual steps, and streams waited."""
-    requests = [Request([1] * 16, 0, prompt_logprobs=20) for _ in range(8)]
+    requests = [make_request([1] * 16, 0, prompt_logprobs=20) for _ in range(8)]
     config = EngineConfig(cache_gib=0.01, prompt_tokens_per_step=128)
 
     def num_steps(requests):
@@ -621,7 +636,7 @@ def test_prompts_that_are_scored_take_smaller_steps(code_model, code_tokenizer):
     assert count == 4
     assert len(outputs) == 8
     assert len({str(output.prompt_logprobs) for output in outputs}) == 1
-    usual = [Request([1] * 16, 1) for _ in range(8)]
+    usual = [make_request([1] * 16, 1) for _ in range(8)]
     assert num_steps(usual)[0] == 1
-    long = [Request([1] * 64, 0, prompt_logprobs=20)]
+    long = [make_request([1] * 64, 0, prompt_logprobs=20)]
     assert num_steps(long)[0] > 1

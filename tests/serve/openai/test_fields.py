@@ -53,7 +53,7 @@ AS_OTHERS = [
 @pytest.fixture(scope="module")
 def doors(code_tokenizer):
     """By path: from a body to its requests."""
-    builder = RequestBuilder(code_tokenizer, 64, {"seed": 3, "max_new_tokens": 9})
+    builder = RequestBuilder(code_tokenizer, {"seed": 3, "max_new_tokens": 9})
     completions = Completions(builder, code_tokenizer, "demo")
     template = ChatTemplate(Path("nothing"), code_tokenizer)
 
@@ -166,16 +166,16 @@ def test_every_parameter_of_openai_s_client_is_known(params, body, neutral):
 def test_stop_tokens_and_the_fewest_tokens(door, code_tokenizer):
     _, requests = door
     (request,) = requests(stop_token_ids=[5, 9], min_tokens=3)
-    assert request.stop_tokens == (code_tokenizer.eos_id, 5, 9)
-    assert request.min_new_tokens == 3
+    assert request.sampling.stop_ids(code_tokenizer.eos_id) == (code_tokenizer.eos_id, 5, 9)
+    assert request.sampling.min_new_tokens == 3
     (request,) = requests(stop_token_ids=[5], ignore_eos=True)
-    assert request.stop_tokens == (5,)
+    assert request.sampling.stop_ids(code_tokenizer.eos_id) == (5,)
 
 
 def test_many_stop_strings(door):
     _, requests = door
     stops = [f"\n{number}" for number in range(128)]
-    assert requests(stop=stops)[0].stop_strings == tuple(stops)
+    assert requests(stop=stops)[0].sampling.stop == tuple(stops)
 
 
 def test_the_documentation_names_every_field():

@@ -6,16 +6,17 @@ import re
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.request import Request
 from serve.sampling.grammar import MOST_CHARS, Grammars
 from serve.sampling_params import Constraint, SamplingParams
 from serve.server.replicas.process import Replica
 from serve.server.replicas.wire import Unpacker, pack, request_to_wire
+from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS
 
 SCHEMA = {
@@ -43,11 +44,11 @@ def decode(model, tokenizer, requests):
 @pytest.mark.parametrize("temperature", [0, 1, 5])
 def test_completions_follow_their_constraints(code_model, code_tokenizer, temperature):
     """Each its own, among requests without any, whose tokens stay what they are."""
-    eos, bos = code_tokenizer.eos_id, code_tokenizer.bos_id
+    bos = code_tokenizer.bos_id
     sampling = [SamplingParams(temperature=temperature, seed=seed) for seed in range(8)]
-    free = [Request([bos], 50, its) for its in sampling[:2]]
+    free = [make_request([bos], 50, its) for its in sampling[:2]]
     constrained = [
-        Request([bos], 60, its, stop_tokens=[eos], constraint=constraint)
+        make_request([bos], 60, its, stop_at_eos=True, constraint=constraint)
         for its in sampling
         for constraint in CONSTRAINTS.values()
     ]
@@ -55,7 +56,7 @@ def test_completions_follow_their_constraints(code_model, code_tokenizer, temper
     answers = decode(code_model, code_tokenizer, [*free, *constrained])
     assert answers[:2] == alone
     for request, (text, reason) in zip(constrained, answers[2:], strict=True):
-        if request.constraint.kind == "json_schema":
+        if request.sampling.constraint.kind == "json_schema":
             assert reason == "stop"
             assert set(json.loads(text)) == {"n", "ok"}
         elif reason == "stop":  # it may go on without end
@@ -63,17 +64,17 @@ def test_completions_follow_their_constraints(code_model, code_tokenizer, temper
 
 
 def test_a_constraint_goes_on_in_another_engine(code_model, code_tokenizer):
-    request = Request(
+    request = make_request(
         [1],
         60,
         SamplingParams(temperature=1.0, seed=5),
-        stop_tokens=[code_tokenizer.eos_id],
+        stop_at_eos=True,
         constraint=CONSTRAINTS["regex"],
     )
     engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01, batch_invariant=True))
     engine.add(request)
-    tokens = [token for _ in range(4) for its in engine.step() for token in its.tokens]
-    going_on = Request(**{**request.__dict__, "given": tokens[:3]})
+    tokens = [token for _ in range(4) for its in engine.step() for token in its.new_token_ids]
+    going_on = replace(request, new_token_ids=tokens[:3])
     ((rest, reason),) = decode(code_model, code_tokenizer, [going_on])
     head = b"".join(map(code_tokenizer.token_bytes, tokens[:3])).decode(errors="ignore")
     assert reason == "stop"
@@ -98,10 +99,11 @@ def test_constraints_that_are_not_allowed(code_tokenizer, kind, source, message)
         Grammars(code_tokenizer).check(Constraint(kind, source))
 
 
-def test_a_constraint_needs_eos(code_model, code_tokenizer):
-    engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01))
-    with pytest.raises(ValueError, match=r"stop_tokens=\[\] is not allowed with a constraint"):
-        engine.add(Request([1], 5, constraint=CONSTRAINTS["regex"]))
+def test_a_constraint_needs_eos():
+    with pytest.raises(
+        ValueError, match="stop_at_eos=false is not allowed: it must be true with a constraint"
+    ):
+        make_request([1], 5, constraint=CONSTRAINTS["regex"])
 
 
 def test_a_constraint_that_takes_too_much_work_ends_its_request_alone(code_model, code_tokenizer):
@@ -112,8 +114,8 @@ def test_a_constraint_that_takes_too_much_work_ends_its_request_alone(code_model
     with pytest.raises(ValueError, match=r"json_schema is not allowed: .* items; max is"):
         Grammars(code_tokenizer).check(costly)
     engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01))
-    other = engine.add(Request([1], 9))
-    request_id = engine.add(Request([1], 9, stop_tokens=[code_tokenizer.eos_id], constraint=costly))
+    other = engine.add(make_request([1], 9))
+    request_id = engine.add(make_request([1], 9, stop_at_eos=True, constraint=costly))
     last = {}
     while engine.has_work:
         last |= {its.request_id: its for its in engine.step()}
@@ -145,7 +147,6 @@ def test_others_go_on_while_an_engine_compiles_a_constraint(
         compile_constraint(engine, constraint)
 
     monkeypatch.setattr(Engine, "compile", compile_later)
-    stop = [code_tokenizer.eos_id]
     schema = CONSTRAINTS["schema"]
     server, connection = socket.socketpair()
     server.settimeout(SECONDS)
@@ -169,9 +170,9 @@ def test_others_go_on_while_an_engine_compiles_a_constraint(
         heard = messages()
         assert "ready" in next(heard)
         for number in (1, 2):
-            request = Request([1], 60, stop_tokens=stop, constraint=schema)
+            request = make_request([1], 60, stop_at_eos=True, constraint=schema)
             server.sendall(pack({"add": number, "request": request_to_wire(request)}))
-        server.sendall(pack({"add": 3, "request": request_to_wire(Request([1], 5))}))
+        server.sendall(pack({"add": 3, "request": request_to_wire(make_request([1], 5))}))
         server.sendall(pack({"abort": 2}))
         told = (output for message in heard for output in message["outputs"])
         for output in told:

@@ -184,7 +184,7 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
         ("temperature", math.inf, "a finite number >= 0"),
         ("temperature", "1", "a finite number >= 0"),
         ("temperature", True, "a finite number >= 0"),
-        ("top_k", -1, "a whole number from 0"),
+        ("top_k", -2, "a whole number from 0"),
         ("top_k", 2.0, "a whole number from 0"),
         ("top_k", 2**31, "a whole number from 0"),
         ("top_p", -0.1, "from 0 .* to 1"),

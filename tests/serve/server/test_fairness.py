@@ -10,16 +10,16 @@ from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.scheduler import Scheduler
-from serve.request import Request
 from serve.sampling_params import SamplingParams
 from serve.server.config import ServerConfig
 from serve.server.replicas.dispatch import Busy, Replica, Replicas, Stream
 from serve.server.replicas.fair_queue import FairQueue
+from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, eventually, serving
 
 
 def request(client, count, seed=1, prompt=(1, 100, 101), **more):
-    return Request(prompt, count, SamplingParams(seed=seed), client=client, **more)
+    return make_request(prompt, count, SamplingParams(seed=seed), client=client, **more)
 
 
 def decoded(engine, requests, later=(), after_steps=0):
@@ -31,7 +31,7 @@ def decoded(engine, requests, later=(), after_steps=0):
         if steps == after_steps:
             ids += [engine.add(given) for given in later]
         for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.tokens)
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
             if output.finish_reason is not None:
                 ended.append(output.request_id)
         scheduled += [it for it in engine.scheduled if it not in scheduled]
@@ -112,7 +112,7 @@ def test_clients_that_come_and_go_pass_none_that_waits_for_pages():
         )
         scheduler.prefilling.clear()
         scheduler.running.extend(jobs)
-        pages_of.update({job.request_id: job.request.max_new_tokens for job in jobs})
+        pages_of.update({job.request_id: job.request.sampling.max_new_tokens for job in jobs})
         return [job.request.client for job in jobs]
 
     def add(client, count):

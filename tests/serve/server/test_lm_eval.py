@@ -13,7 +13,7 @@ import yaml
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.request import Request
+from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, serving
 
 DOCUMENTS = [
@@ -71,7 +71,7 @@ def greedy_text(model, tokenizer, prompt, stop_strings):
     engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.01))
     stops = [tokenizer.eos_id]
     engine.add(
-        Request(tokenizer.encode(prompt), NEW_TOKENS, stop_strings=stop_strings, stop_tokens=stops)
+        make_request(tokenizer.encode(prompt), NEW_TOKENS, stop=stop_strings, stop_token_ids=stops)
     )
     outputs = []
     while engine.has_work:

@@ -9,8 +9,8 @@ import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.request import Request
 from serve.sampling_params import SamplingParams
+from tests.serve.requests import make_request
 from tests.serve.server_process import events, eventually, serving
 
 NO_EOS = {"stop_at_eos": False}
@@ -53,7 +53,7 @@ def decode(model, tokenizer, request):
 def test_completions_are_those_of_the_engine(client, code_model, code_tokenizer, temperature):
     tokens = [code_tokenizer.bos_id, *code_tokenizer.encode("def f(")]
     sampling = SamplingParams(temperature=temperature, top_p=0.9, seed=7)
-    expected = decode(code_model, code_tokenizer, Request(tokens, 20, sampling))
+    expected = decode(code_model, code_tokenizer, make_request(tokens, 20, sampling))
     settings = {"temperature": temperature, "top_p": 0.9, "seed": 7, "max_tokens": 20}
     for prompt in ("def f(", tokens):
         answer = client.completions.create(

@@ -17,7 +17,6 @@ import pytest
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.request import Request
 from serve.sampling_params import SamplingParams
 from serve.server.config import ServerConfig
 from serve.server.replicas import dispatch as replicas_module
@@ -27,6 +26,7 @@ from serve.server.replicas.wire import Unpacker, pack, request_to_wire
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model
+from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
 PROMPT = [1, 100, 101, 102]
@@ -45,7 +45,7 @@ def undisturbed(model, tokenizer, seeds):
     found = {}
     for seed in seeds:
         sampling = SamplingParams(temperature=1, seed=seed, logprobs=1)
-        found[engine.add(Request(PROMPT, NUM_TOKENS, sampling))] = ["", []]
+        found[engine.add(make_request(PROMPT, NUM_TOKENS, sampling))] = ["", []]
     while engine.has_work:
         for output in engine.step():
             found[output.request_id][0] += output.text
@@ -275,7 +275,7 @@ def test_an_engine_goes_on_after_a_request_of_a_single_token(model_directory):
         ours.sendall(pack({**settings, "engine": asdict(EngineConfig(cache_gib=0.01))}))
         told = reports()
         assert "ready" in next(told)
-        ours.sendall(pack({"add": 7, "request": request_to_wire(Request(PROMPT, 1))}))
+        ours.sendall(pack({"add": 7, "request": request_to_wire(make_request(PROMPT, 1))}))
         first = next(report for report in told if report["outputs"])
         assert [number for number, _ in first["scheduled"]] == [7]
         assert next(told)["scheduled"] == []

@@ -20,7 +20,6 @@ import pytest
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine, Stats
-from serve.request import Request
 from serve.server.cli import JsonFormatter
 from serve.server.config import ServerConfig
 from serve.server.connections import health_alone
@@ -28,6 +27,7 @@ from serve.server.exchange import FAULT, Exchanges
 from serve.server.listening import is_reached_from_outside, listening, url_of
 from serve.server.replicas.dispatch import NO_ENGINE, Replicas, Stream, Unavailable
 from serve.server.streams import event
+from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, eventually, serving
 
 KEYS = "first-key", "second-key"
@@ -383,7 +383,7 @@ def test_rows_of_a_batch_are_one_line_for_every_reader(run, tmp_path):
 def test_queue_time_ends_when_prefill_begins(code_model, code_tokenizer):
     """Two requests with room for one: the second is scheduled once the first has ended."""
     engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01, max_running=1))
-    first, second = (engine.add(Request([1, 2], count)) for count in (3, 1))
+    first, second = (engine.add(make_request([1, 2], count)) for count in (3, 1))
     scheduled, ended = {}, {}
     while engine.has_work:
         began = time.monotonic()
@@ -399,7 +399,7 @@ def test_queue_time_ends_when_prefill_begins(code_model, code_tokenizer):
 def test_a_stream_s_queue_time_is_the_engine_s_word(model_directory):
     """Whatever else happens between: prefill, steps, and how busy the server is."""
     replicas = Replicas(ServerConfig(model_directory), ["cpu"], 1)
-    stream = Stream(7, Request([1], 5))
+    stream = Stream(7, make_request([1], 5))
     replica = SimpleNamespace(streams={7: stream}, stats=None)
     stats = {**dict.fromkeys((its.name for its in fields(Stats)), 0), "flushes": {}}
     for scheduled in ([[7, 12.5], [8, 1.0]], [], [[7, 99.0]]):

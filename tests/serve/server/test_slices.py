@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from serve.config import EngineConfig
 from serve.engine.engine import Stats
-from serve.request import Request
 from serve.server.config import ServerConfig
 from serve.server.replicas.dispatch import Replicas, Stream
 from serve.server.replicas.wire import request_from_wire, request_to_wire
 from serve.server.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
 from serve.server.streams import Answer
+from tests.serve.requests import make_request
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(
@@ -66,7 +66,7 @@ class Ended(Answer):
 
 def test_an_answer_is_written_beside_the_event_loop():
     writers = [Writer(), Writer()]
-    streams = [Stream(number, Request([1], 4)) for number in range(2)]
+    streams = [Stream(number, make_request([1], 4)) for number in range(2)]
     answer = Ended(None, None, streams, writers, {"id": "a"}, 3, 1.0, 0.0, None)
     body = json.loads(b"".join(asyncio.run(answer.whole())))
     usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
@@ -119,9 +119,9 @@ def test_a_large_message_of_an_engine_is_read_in_slices(tmp_path, monkeypatch):
 
 
 def test_a_prompt_is_not_copied_for_an_engine():
-    request = Request(list(range(1000)), 4)
+    request = make_request(list(range(1000)), 4)
     values = request_to_wire(request)
-    assert values["tokens"] is request.tokens
+    assert values["prompt_token_ids"] is request.prompt_token_ids
     assert request_from_wire(values) == request
 
 
