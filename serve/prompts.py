@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.request import Request
+from serve.request import Request, are_token_ids
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.common.text import nearest, require_unicode
@@ -65,7 +65,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
     if isinstance(prompt, str):
         require_unicode("prompt", prompt)
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+    if isinstance(prompt, list) and are_token_ids(prompt):
         return prompt or [tokenizer.bos_id]
     raise UserError("prompt", prompt, "a string or a list of token ids")
 

@@ -159,7 +159,7 @@ BAD_ROWS = [
     (
         '{"prompt": "x", "max_new_tokens": 63}',
         2,
-        ["prompt with BOS of 2 tokens", "max_new_tokens=63", "max_seq_len=64", "to 62 or short"],
+        ["prompt of 2 tokens", "max_new_tokens=63", "max_seq_len=64", "to 62 or short"],
     ),
     (
         json.dumps({"prompt": LONG_PROMPT}),
@@ -167,7 +167,7 @@ BAD_ROWS = [
         ["of 101 tokens", "max_seq_len=64", "the prompt is too long, shorten it"],
     ),
     ('{"prompt": [1, 280]}', 2, ["prompt has the id 280, and the vocabulary ids 0 to 279"]),
-    ('{"prompt": [1, -1]}', 2, ["tokens=[1, -1] is not allowed: it must be a list of token ids"]),
+    ('{"prompt": [1, -1]}', 2, ["prompt=[1, -1] is not allowed: it must be a string or a list of"]),
     ('{"prompt": "x", "stop": [""]}', 2, ["stop=", "none of them empty"]),
 ]
 
