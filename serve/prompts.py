@@ -110,5 +110,5 @@ def _params(settings: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**settings)
     for token in bias:  # JSON has no keys but strings
         if isinstance(token, str) and not TOKEN_ID.fullmatch(token):
-            raise UserError("logit_bias", bias, "an object whose keys are token ids, in digits")
+            raise UserError("logit_bias", bias, "an object whose keys are token ids in digits")
     return SamplingParams(**{**settings, "logit_bias": {int(k): v for k, v in bias.items()}})

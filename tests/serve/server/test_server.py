@@ -299,7 +299,7 @@ BAD = [
     ({**X, "stop": ["a"] * 129}, "stop", "at most 128 strings"),
     ({**X, "stop": ""}, "stop", "none of them empty"),
     *(
-        ({**X, "logit_bias": {key: 1}}, "logit_bias", "must be token ids, in digits alone")
+        ({**X, "logit_bias": {key: 1}}, "logit_bias", "must be an object whose keys are token ids")
         for key in ("x", "1_0", " 300 ", "+3", "-1", "03", "\u0663", "1.0", "", "1" * 5000)
     ),
     ({**X, "logit_bias": {"999": 1}}, "logit_bias", "has the id 999"),
