@@ -3,10 +3,8 @@
 import json
 import os
 import subprocess
-import sys
 import time
 
-import psutil
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.tokenizer import train_bpe
+from tests import forked
 
 MAX_SEQ_LEN = 64
 
@@ -101,15 +100,15 @@ def start(monkeypatch):
 
     def call(*arguments):
         model, source, target, *options = map(str, arguments)
-        command = [sys.executable, "-m", "serve.batch.cli", model, "--input", source]
+        command = [forked.python(), "-m", "serve.batch.cli", model, "--input", source]
         command += ["--output", target, "--cache-gib", "0.01", *options]
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        processes.append(forked.Popen(command, stderr=subprocess.PIPE, text=True))
         return processes[-1]
 
     yield call
     for process in processes:
         if process.poll() is None:
-            for child in psutil.Process(process.pid).children():
+            for child in process.real.children():
                 child.kill()
             process.kill()
         process.communicate()

@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
+
+from tests import forked
 
 SECONDS = 60
 """That anything may take."""
@@ -22,11 +22,11 @@ class ServerProcess:
     """A server, `url`, with the lines that it logs."""
 
     def __init__(self, model, *options, port=0, open_files=None, **environment):
-        command = [sys.executable, "-m", "serve.server.cli", str(model), "--port", str(port)]
+        command = [forked.python(), "-m", "serve.server.cli", str(model), "--port", str(port)]
         if open_files is not None:
             command = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *command]
         command += ["--cache-gib", "0.01", *map(str, options)]
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             command,
             stderr=subprocess.PIPE,
             text=True,
@@ -51,9 +51,10 @@ class ServerProcess:
 
     def replicas(self):
         """Processes of its engines."""
-        children = psutil.Process(self.process.pid).children()
         return [
-            its for its in children if "serve.server.replicas.process" in " ".join(its.cmdline())
+            forked.real(child.pid)
+            for child in self.process.real.children()
+            if "serve.server.replicas.process" in " ".join(child.cmdline())
         ]
 
     def client(self, **settings):
@@ -75,12 +76,12 @@ class ServerProcess:
 
     def peak_bytes(self):
         """The most memory that the server's own process has had."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.real.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
     def resident_bytes(self):
         """The memory of the server's own process and of its engines, each."""
-        processes = [psutil.Process(self.process.pid), *self.replicas()]
+        processes = [self.process.real, *self.replicas()]
         return [process.memory_info().rss for process in processes]
 
     def stop(self):
@@ -91,7 +92,7 @@ class ServerProcess:
     def end(self):
         """With all it started, whatever it is doing."""
         if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
+            for child in self.process.real.children(recursive=True):
                 child.kill()
             self.process.kill()
         self.process.wait()

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
 from stu.tokenizer import train_bpe
+from tests import forked
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ except OSError as error:
 def test_full_disk_leaves_nothing_behind(saved, tmp_path):
     assert (saved / "model.safetensors").stat().st_size > 20_000
     out = tmp_path / "out" / "model"
-    command = [sys.executable, "-c", FULL_DISK, saved, out]
+    command = [forked.python(), "-c", FULL_DISK, saved, out]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "refused" in result.stderr

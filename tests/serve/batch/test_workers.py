@@ -36,7 +36,7 @@ def in_order(rows):
 
 
 def children(process):
-    return psutil.Process(process.pid).children()
+    return process.real.children()
 
 
 def own_workers():

@@ -26,6 +26,7 @@ from serve.server.replicas.wire import Unpacker, pack, request_to_wire
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model
+from tests import forked
 from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
@@ -136,7 +137,7 @@ def test_an_engine_that_stops_is_replaced(model_directory, code_model, code_toke
             client.stream("POST", "/v1/completions", json=body(3), timeout=SECONDS) as answer,
         ):
             pieces = events(answer)
-        assert not psutil.pid_exists(replica.pid)
+        eventually(lambda: not psutil.pid_exists(replica.pid))
         assert server.metric("stu:replica_restarts_total") == 1
         text = "".join(its["choices"][0]["text"] for its in pieces)
         assert text == undisturbed(code_model, code_tokenizer, [3])[0][0]
@@ -204,14 +205,14 @@ def test_a_model_that_cannot_be_loaded_is_named(model_directory, tmp_path, damag
         pass
 
 
-def starting(model, *options):
+def starting(model, *options, python=sys.executable):
     """A server that has just begun, its log to be read."""
-    command = [sys.executable, "-m", "serve.server.cli", str(model), "--port", "0", *options]
+    command = [python, "-m", "serve.server.cli", str(model), "--port", "0", *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_server_that_cannot_start_says_why_and_ends_with_2(model_directory):
-    with starting(model_directory, "--cache-gib", "1e-6") as process:
+    with starting(model_directory, "--cache-gib", "1e-6", python=forked.python()) as process:
         log = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 2
     assert "no engine could be started: engine 0 on cpu ended with code 2" in log

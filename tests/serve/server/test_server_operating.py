@@ -27,6 +27,7 @@ from serve.server.exchange import FAULT, Exchanges
 from serve.server.listening import is_reached_from_outside, listening, url_of
 from serve.server.replicas.dispatch import NO_ENGINE, Replicas, Stream, Unavailable
 from serve.server.streams import event
+from tests import forked
 from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, eventually, serving
 
@@ -202,7 +203,7 @@ def test_no_path_redirects(http, path):
 
 def refused_start(model, *options, **environment):
     """Exit code and log of a server that cannot start."""
-    command = [sys.executable, "-m", "serve.server.cli", str(model), *map(str, options)]
+    command = [forked.python(), "-m", "serve.server.cli", str(model), *map(str, options)]
     done = subprocess.run(
         command,
         stderr=subprocess.PIPE,

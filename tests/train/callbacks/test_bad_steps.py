@@ -4,12 +4,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.train.saved import load_checkpoint
 from train import report
 from train.callbacks.bad_steps import GuardConfig, StepGuard, TooManyBadSteps
@@ -59,7 +59,7 @@ def run(
     elif stage is not None:
         values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
     kept = [its for its in settings if its.split("=")[0][2:] not in values]
-    command = [sys.executable, script, *kept, *(f"--{k}={v}" for k, v in values.items())]
+    command = [forked.python(), script, *kept, *(f"--{k}={v}" for k, v in values.items())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == code, done.stderr[-3000:]

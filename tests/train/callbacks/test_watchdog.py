@@ -4,12 +4,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from train import cli
 from train.callbacks.watchdog import Watchdog
 
@@ -37,7 +37,7 @@ def test_where_one_rank_hangs_all_end_and_tell(settings, tmp_path):
     script.write_text(HANGS)
     run_dir = tmp_path / "run"
     more = ["--trainer.devices=2", "--trainer.max_steps=9", "--hang-minutes=0.1"]
-    command = [sys.executable, script, *settings, *more, f"--run-dir={run_dir}"]
+    command = [forked.python(), script, *settings, *more, f"--run-dir={run_dir}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from stu.model_dir import load_config, load_model, load_tokenizer
+from tests import forked
 from tests.train.saved import load_checkpoint
 from train import cli
 from train.checkpoint import export
@@ -82,7 +82,7 @@ sys.exit(export.main([sys.argv[1], "--output", sys.argv[2]]))
 
 
 def test_full_disk_leaves_nothing_behind(run, tmp_path):
-    command = [sys.executable, "-c", FULL_DISK, run, tmp_path / "out" / "model"]
+    command = [forked.python(), "-c", FULL_DISK, run, tmp_path / "out" / "model"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     assert "stu-export: error" in result.stderr

@@ -17,6 +17,7 @@ from stu.layers import RMSNorm
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
 from stu.tokenizer import train_bpe
+from tests import forked
 from tests.reference import published
 from train.checkpoint import export, import_published
 
@@ -489,7 +490,7 @@ sys.exit(export.main([sys.argv[1], "--output", sys.argv[2], "--format", "publish
 
 
 def test_full_disk_leaves_nothing_behind(imported, tmp_path):
-    command = [sys.executable, "-c", FULL_DISK, imported[2], tmp_path / "out" / "theirs"]
+    command = [forked.python(), "-c", FULL_DISK, imported[2], tmp_path / "out" / "theirs"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     assert f"stu-export: error: {tmp_path / 'out' / 'theirs'}: could not" in result.stderr

@@ -4,13 +4,12 @@ import os
 import random
 import re
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.train.saved import load_checkpoint
 from train import cli, report
 
@@ -31,11 +30,11 @@ def test_twenty_kills_at_random_moments_change_nothing(settings, tmp_path):
     assert cli.main([*arguments, f"--run-dir={whole}"]) == 0
 
     chance = random.Random(0)
-    command = [Path(sys.executable).with_name("stu-train"), *arguments, "--resume=auto"]
+    command = [forked.program("stu-train"), *arguments, "--resume=auto"]
     command.append(f"--run-dir={killed}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(KILLS):
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        with forked.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:
             watch = threading.Timer(SECONDS, run.kill)
             watch.start()
             first = next(line for line in run.stderr if re.match(r"step \d+/", line))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
 
+from tests import forked
 from tests.train.saved import load_checkpoint
 from train import cli, report
 from train.callbacks.progress import StepProgress
@@ -521,7 +522,7 @@ def test_the_logged_series_is_that_of_a_run_that_never_stopped(
     more += ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=16"]
     whole = train("whole", *more)
 
-    command = [sys.executable, "-c", STOPPED_AND_KILLED, *settings, *more]
+    command = [forked.python(), "-c", STOPPED_AND_KILLED, *settings, *more]
     command.append(f"--run-dir={tmp_path / 'parts'}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(command, timeout=300, env=environment)

@@ -3,13 +3,12 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 
+from tests import forked
 from train.start import agreement as start_module
 from train.start.agreement import RunFailed, Start, UserError, judge, wait_for_listener
 from train.start.launch import Launch
@@ -200,8 +199,8 @@ def start_rank(rank, address, arguments, log):
     )
     more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address[1]), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
+        return forked.Popen(
+            [forked.python(), "-c", code, *arguments],
             env={**os.environ, **variables, **more},
             stderr=file,
         )
