@@ -1,4 +1,4 @@
-# Every target makes .venv by itself. PYTHON chooses the interpreter (3.10 to 3.12). Tests run on
+# Every target makes .venv by itself. PYTHON chooses the interpreter, 3.10 or newer. Tests run on
 # three workers, a file on one of them, the longest first (tests/conftest.py): many wait for what
 # they have started, so that three keep two cores busy.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

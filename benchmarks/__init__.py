@@ -1,1 +1,1 @@
-"""What is measured against peers. `stu-bench NAME` prints JSON; ratios come from one run."""
+"""What is measured against peers. `benchmarks NAME` prints JSON; ratios come from one run."""

@@ -12,7 +12,7 @@ def fewest_threads(runs: list[Run]) -> list[Run]:
 
 
 def decoded(result: Run, batch: int, length: int, layout: str | None = None) -> dict[str, Run]:
-    """Of `stu-bench decode`, those of its first model, or of another layout, with the fewest
+    """Of `benchmarks decode`, those of its first model, or of another layout, with the fewest
     threads, or what was not run, by cache or peer."""
     first = result["runs"][0]
     least = min(run.get("threads", 1) for run in result["runs"])

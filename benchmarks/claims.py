@@ -1,6 +1,6 @@
 """What the README claims of speed and memory, and how far each claim goes.
 
-A claim's figure is taken from a result of `stu-bench`: for the README from the recorded one
+A claim's figure is taken from a result of `benchmarks`: for the README from the recorded one
 (`benchmarks/results`), for `make evidence-quick` from one that is made anew. Both must be within
 the claim's bound, which allows for other machines.
 """
@@ -115,7 +115,7 @@ def claims(results: Mapping[str, Run]) -> str:
         day, commit = result["machine"]["date"].split("T")[0], result["machine"]["commit"][:7]
         made = f"{claim.benchmark}, {day}, {commit}"
         rows.append([claim.text, shown(claim.figure(result)), claim.bound(), made])
-    return table(["claim", "measured", "holds if", "by `stu-bench`, on, at"], rows)
+    return table(["claim", "measured", "holds if", "by `benchmarks`, on, at"], rows)
 
 
 def shown(figure: float) -> str:

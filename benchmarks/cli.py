@@ -1,4 +1,4 @@
-"""`stu-bench`: what is measured against peers. Each benchmark prints JSON."""
+"""`python -m benchmarks`: what is measured against peers. Each benchmark prints JSON."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ LEAST_NEW_TOKENS, LEAST_STEPS = 16, 20
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: the name of a benchmark, and its settings."""
     args = make_parser().parse_args(argv)
-    return run_command("stu-bench", lambda: print_result(args))
+    return run_command("python -m benchmarks", lambda: print_result(args))
 
 
 def print_result(args: argparse.Namespace) -> int:
@@ -54,7 +54,9 @@ def new_file(text: str) -> Path:
 
 def make_parser() -> argparse.ArgumentParser:
     """A command for each benchmark, which is a module of that name with a `measure`."""
-    parser = argparse.ArgumentParser(prog="stu-bench", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, allow_abbrev=False
+    )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     count = at_least(1)
 
@@ -93,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=PEERS,
         default=[],
-        help="other models of as many parameters; all but s4 need pip install 'stu[peers]'",
+        help="other models of as many parameters; all but s4 need pip install 'stu[bench]'",
     )
     decode.add_argument("--rounds", type=count, default=3, help="of all caches and peers in turn")
     decode.add_argument("--page-len", type=count, default=32, help="positions in a page")
@@ -107,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     model = add("model", "what decoding steps should take, by counted costs and measured rates")
     model.add_argument(
-        "decode", metavar="FILE", type=Path, nargs="+", help="JSON of stu-bench decode"
+        "decode", metavar="FILE", type=Path, nargs="+", help="JSON of python -m benchmarks decode"
     )
     model.add_argument("--this-machine", action="store_true", help="say nothing of other machines")
     model.add_argument("--plot", type=new_file, help="PNG file")
@@ -138,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     load = add(
         "load",
-        "a server under many clients, and its engine alone; needs pip install 'stu[load]'",
+        "a server under many clients, and its engine alone; needs pip install 'stu[bench]'",
     )
     load.add_argument("--clients", type=count, default=64, help="in the closed loop")
     load.add_argument("--requests", type=count, default=256, help="of each loop")

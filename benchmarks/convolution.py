@@ -1,6 +1,6 @@
 """Convolutions for training and for decoding, against the ways they are usually computed.
 
-    stu-bench convolution > convolution.json
+    python -m benchmarks convolution > convolution.json
 
 `training`: forward and backward of the fused even-lag form against the two-branch form as it is
 published: both branches stacked on a last axis and transformed along the time axis in place.

@@ -1,4 +1,4 @@
-"""`stu-bench decode`: the engine with five convolution caches, and other language models.
+"""`benchmarks decode`: the engine with five convolution caches, and other language models.
 
 All requests of a batch start together after prompts of the same length. A run of 32,768 tokens by
 direct sums takes hours, so steps are timed at positions spread over the run, where the caches are

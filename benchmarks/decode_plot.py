@@ -1,4 +1,4 @@
-"""The picture of `stu-bench decode`: speed against length, and memory against speed."""
+"""The picture of `python -m benchmarks decode`: speed against length, and memory against speed."""
 
 import functools
 from pathlib import Path

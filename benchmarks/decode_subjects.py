@@ -1,4 +1,4 @@
-"""What `stu-bench decode` times: the engine with one of our caches, or a peer."""
+"""What `python -m benchmarks decode` times: the engine with one of our caches, or a peer."""
 
 import time
 from collections.abc import Callable

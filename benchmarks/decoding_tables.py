@@ -1,4 +1,4 @@
-"""The tables of what decoding takes, from results of `stu-bench` (`benchmarks.tables`)."""
+"""The tables of what decoding takes, from results of `benchmarks` (`benchmarks.tables`)."""
 
 from collections.abc import Callable, Iterable
 

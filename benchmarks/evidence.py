@@ -52,15 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(name: str, options: Sequence[str], folder: Path) -> None:
-    """`stu-bench NAME` in the folder, into `NAME.json`."""
-    command = [sys.executable, "-m", "benchmarks.cli", name, *options]
+    """`python -m benchmarks NAME` in the folder, into `NAME.json`."""
+    command = [sys.executable, "-m", "benchmarks", name, *options]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     unfinished = folder / f"{name}.json.part"
     with unfinished.open("wb") as file, (folder / f"{name}.log").open("wb") as log:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=log)
     if done.returncode:
-        raise SystemExit(f"stu-bench {name} failed: see {folder / name}.log")
+        raise SystemExit(f"python -m benchmarks {name} failed: see {folder / name}.log")
     unfinished.rename(folder / f"{name}.json")
 
 

@@ -1,4 +1,4 @@
-"""`stu-bench invariance`: does a request's company change its tokens?
+"""`python -m benchmarks invariance`: does a request's company change its tokens?
 
 Prompts of unlike lengths, pieces of a validation split, are each decoded greedily, and with
 temperature 1, by themselves and among others. The same settings give the same tokens, unless

@@ -1,4 +1,4 @@
-"""`stu-bench load`: a server under many streaming clients, and the engine of it alone.
+"""`python -m benchmarks load`: a server under many streaming clients, and the engine of it alone.
 
 A model of D = 512 and 8 layers is served by `stu-serve` as a process, and the same requests go
 through an engine in this process first, without HTTP. Closed loop: so many clients, each of which

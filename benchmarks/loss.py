@@ -1,4 +1,4 @@
-"""`stu-bench loss`: the loss that never holds all logits, against torch's on whole ones.
+"""`python -m benchmarks loss`: the loss that never holds all logits, against torch's on whole ones.
 
 Forward and backward pass in float32, the published vocabulary of 200,064. Memory is the most that
 was resident beyond what there was before, gradients included.

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["numpy", "transformers", "deepspeed"]
 NOT_RESULTS = [":(exclude)*.json", ":(exclude)*.png"]
-"""What `stu-bench train > train.json` makes before it begins is no change."""
+"""What `python -m benchmarks train > train.json` makes before it begins is no change."""
 
 
 def describe() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`stu-bench memory`: what a training run takes, against what `stu-plan` says it will.
+"""`python -m benchmarks memory`: what a training run takes, against what `stu-plan` says it will.
 
 Each setting is a run of `stu-train`, three steps of two micro-batches in float32 on this machine's
 CPU; the most resident memory of a rank, over what its process took before there was a model, is

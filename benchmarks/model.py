@@ -1,7 +1,7 @@
-"""`stu-bench model`: what a step should take, by counted costs and measured rates.
+"""`python -m benchmarks model`: what a step should take, by counted costs and measured rates.
 
-    stu-bench decode --output decode.json
-    stu-bench model decode.json layouts.json --plot model.png
+    python -m benchmarks decode --output decode.json
+    python -m benchmarks model decode.json layouts.json --plot model.png
 
 A step multiplies with the dense weights, which are read once for the whole batch meanwhile; it
 reads and writes the caches and filters that the algorithm asks for, behind which multiply-adds with
@@ -46,7 +46,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             curve = curves.setdefault(tuple(head.values()), head | {"points": []})
             curve["points"].append(point(run, Rates(**run["rates"])))
         if not any(head[0] == file.stem for head in curves):
-            raise ValueError(f"{file}: no timed run; make it by stu-bench decode --output {file}")
+            raise ValueError(
+                f"{file}: no timed run; make it by python -m benchmarks decode --output {file}"
+            )
     for curve in curves.values():
         curve["largest_error"] = max(abs(its["error"]) for its in curve["points"])
     result = {

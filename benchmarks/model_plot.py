@@ -1,4 +1,4 @@
-"""The picture of `stu-bench model`: predictions over measurements, and what they say elsewhere."""
+"""The picture of `benchmarks model`: predictions over measurements, and what they say elsewhere."""
 
 import functools
 from pathlib import Path

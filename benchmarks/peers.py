@@ -78,7 +78,7 @@ def build_peers(names: Iterable[str], shape: ModelConfig, num_parameters: int) -
     needing = [name for name in names if name != "s4"]
     if needing and importlib.util.find_spec("transformers") is None:
         raise ValueError(
-            f"--peers {' '.join(needing)} needs transformers: pip install 'stu[peers]', or leave "
+            f"--peers {' '.join(needing)} needs transformers: pip install 'stu[bench]', or leave "
             "all but s4 out"
         )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""`stu-bench profile`: what decoding's long convolutions spend their time on, by torch's profiler.
+"""`benchmarks profile`: what decoding's long convolutions spend their time on, by torch's profiler.
 
 In the cache's `step` and `advance`, on the CPU: in the middle of each fifth of a run, and in one
 flush of each size, each as often as it occurs (`benchmarks.samples`). `convolution_ms` is measured

@@ -1,6 +1,6 @@
-"""`stu-bench quality`: what each mixer learns from the same text, with as many weights.
+"""`python -m benchmarks quality`: what each mixer learns from the same text, with as many weights.
 
-    stu-bench quality --output quality.json --plot quality.png
+    python -m benchmarks quality --output quality.json --plot quality.png
 
 Flash-STU's hybrid, STU, Hyena and attention, of one depth and of the width that makes the number of
 weights the same, are trained by `stu-train` on the standard library's own sources: the same samples

@@ -1,4 +1,4 @@
-"""The picture of `stu-bench quality`."""
+"""The picture of `python -m benchmarks quality`."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`stu-bench sizes`: what `stu-plan` says of the published sizes and of larger ones, on H100s.
+"""`benchmarks sizes`: what `stu-plan` says of the published sizes and of larger ones, on H100s.
 
 Nothing is measured: memory is counted on tensors without contents, and times follow from data
 sheets and the shares of them that `train/plan/costs.py` assumes.

@@ -1,4 +1,4 @@
-"""`stu-bench soak`: an engine's memory under random traffic, for as long as you like.
+"""`python -m benchmarks soak`: an engine's memory under random traffic, for as long as you like.
 
 Requests of random lengths and settings keep the queue filled; some are aborted, some go before
 others. Every page must be free or owned once all along, and free at the end. What is reported is

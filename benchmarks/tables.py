@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables
 
-`benchmarks/results/NAME.json` is what `stu-bench NAME` printed; in a document its figures stand
-between `<!-- stu-bench NAME -->` and `<!-- end -->`, or between `<!-- stu-bench NAME PART -->` and
+`benchmarks/results/NAME.json` is what `benchmarks NAME` printed; in a document its figures stand
+between `<!-- benchmark NAME -->` and `<!-- end -->`, or between `<!-- benchmark NAME PART -->` and
 `<!-- end -->` where one result has several parts; those after `<!-- claims -->`
 come from several. A test holds the documents to the results.
 """
@@ -24,7 +24,7 @@ DOCUMENTS = [
     *(f"docs/{name}.md" for name in ("engine", "evidence", "slurm", "training")),
 ]
 PLACE = re.compile(
-    r"(<!-- stu-bench (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = training_tables.TABLES | decoding_tables.TABLES | serving_tables.TABLES

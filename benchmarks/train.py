@@ -1,6 +1,6 @@
 """Training steps of both layouts, against two-branch convolutions and against attention alone.
 
-    stu-bench train > train.json
+    python -m benchmarks train > train.json
 
 One optimizer step on one sequence in float32: forward pass with the chunked loss, backward pass,
 clipping and AdamW. The ways take turns, so that a busy machine slows all alike.

@@ -1,4 +1,4 @@
-"""The picture of `stu-bench train`: how fast each way trains, and where its step's time goes."""
+"""The picture of `benchmarks train`: how fast each way trains, and where its step's time goes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `stu-bench train` compares: models of one size, and other ways to mix tokens in them."""
+"""What `benchmarks train` compares: models of one size, and other ways to mix tokens in them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

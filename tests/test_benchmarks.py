@@ -210,7 +210,10 @@ def test_sampled_steps_are_all_over_a_page_and_end_none():
         ("quality --steps 2.5", "argument --steps: 2.5 is not allowed: give 20 or more"),
         ("memory --threads 1 2", "unrecognized arguments: 2"),
         ("sizes --threads 2", "unrecognized arguments: --threads 2"),
-        ("model {nothing}", "nothing.json: no timed run; make it by stu-bench decode --output"),
+        (
+            "model {nothing}",
+            "nothing.json: no timed run; make it by python -m benchmarks decode --output",
+        ),
         ("decode --whole --threads 1 2", "--whole decodes to the end, once: give one number"),
     ],
 )

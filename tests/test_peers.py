@@ -21,7 +21,7 @@ from tests.reference import s4 as s4_reference
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(
-    not HAS_TRANSFORMERS, reason="transformers is not installed: pip install 'stu[peers]'"
+    not HAS_TRANSFORMERS, reason="transformers is not installed: pip install 'stu[bench]'"
 )
 NAMES = [pytest.param(name, marks=[] if name == "s4" else [needs_transformers]) for name in PEERS]
 SHAPE = ModelConfig(

@@ -19,7 +19,7 @@ def test_a_result_that_changes_changes_its_table(tmp_path, monkeypatch):
     result["runs"][0]["measured_gib"] = 123.456
     (tmp_path / "memory.json").write_text(json.dumps(result), encoding="utf-8")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    changed = tables.with_tables("before\n<!-- stu-bench memory -->\nold\n<!-- end -->\nafter\n")
+    changed = tables.with_tables("before\n<!-- benchmark memory -->\nold\n<!-- end -->\nafter\n")
     assert "| 123.46 |" in changed
     assert "old" not in changed
     assert changed.startswith("before\n<!--")

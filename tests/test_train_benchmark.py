@@ -1,4 +1,4 @@
-"""`stu-bench train` compares what it says: one function by two ways, and causal attention."""
+"""`benchmarks train` compares what it says: one function by two ways, and causal attention."""
 
 import json
 

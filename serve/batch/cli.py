@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tally = generate(config)
         return 1 if tally.num_failed else 0
 
-    return run_command("stu-generate", decode_rows)
+    return run_command("stu-generate", decode_rows, "serve")
 
 
 def generate(config: BatchConfig) -> "Tally":

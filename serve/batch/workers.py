@@ -14,7 +14,7 @@ from typing import IO
 
 from serve.batch.decoder import Report
 from serve.batch.worker import Work
-from stu.common.processes import hangups_blocked, last_output, num_processors
+from stu.common.processes import child_command, hangups_blocked, last_output, num_processors
 
 
 class Workers:
@@ -35,7 +35,7 @@ class Workers:
             with hangups_blocked():
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "serve.batch.worker"],
+                        child_command("serve.batch.worker"),
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=self._errors[index],

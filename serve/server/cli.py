@@ -37,7 +37,7 @@ LAST_WORDS_SECONDS = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. 0: stopped when asked to; 2: it could not start."""
-    return run_command("stu-serve", lambda: serve(_parse(argv)))
+    return run_command("stu-serve", lambda: serve(_parse(argv)), "serve")
 
 
 def serve(config: ServerConfig) -> int:

@@ -1,4 +1,4 @@
-"""Command lines: errors are one clear line, name the nearest valid setting, and have a code."""
+"""Command lines: options from dataclasses, errors on one line, and exit codes."""
 
 import re
 import signal
@@ -11,64 +11,88 @@ from typing import Any, NoReturn, get_type_hints
 import docstring_parser
 import jsonargparse
 
+from stu.common.errors import UserError
 from stu.common.text import nearest
 
+USER_ERROR, FAULT = 2, 3
+"""Exit codes. Python's own code for any exception, 1, may mean something to the command."""
+USERS_ERRORS = (UserError, OSError, ValueError)
 UNKNOWN = [
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.-]+)'"),
     re.compile(r"Option '(?P<key>[\w.-]+)' is not"),
 ]
+OUR_PACKAGES = ("stu", "train", "serve")
 
 
-def run_command(program: str, body: Callable[[], int]) -> int:
-    """The exit code of a command: what `body` returns, 2 after an error that a user can mend, or 3
-    after a fault of the program (Python's own 1 may mean something to the command).
+def run_command(program: str, body: Callable[[], int], extra: str = "all") -> int:
+    """Run the body of a command and return the exit code.
 
-    SIGTERM, as a cancelled job gets it, ends `body` with an exception, as Ctrl-C does, so that what
-    is half written is removed: codes 143 and 130.
+    It is what `body` returns, 2 after an error that the user can mend, printed on one line, 3 after
+    a fault of the program, with a traceback, and 143 or 130 after SIGTERM or SIGINT, which raise an
+    exception in `body` so that half-written files are removed.
+
+    extra: the optional dependencies, `pip install "stu[EXTRA]"`, that the command needs.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return body()
-    except (ValueError, OSError) as error:
+    except USERS_ERRORS as error:
         print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:
+    except Exception as error:
+        if message := missing_extra(error, extra):
+            print(f"{program}: error: {message}", file=sys.stderr)
+            return USER_ERROR
         traceback.print_exc()
-        return 3
+        return FAULT
+
+
+def missing_extra(error: Exception, extra: str) -> str:
+    """Return what to install after an import failed for want of a package, else an empty string."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    if error.name.partition(".")[0] in OUR_PACKAGES:
+        return ""
+    return f'{error.name} is not installed: pip install "stu[{extra}]"'
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
-    """jsonargparse's, without its usage text in errors and without abbreviated names."""
+    """A jsonargparse parser with errors on one line and without abbreviated options.
+
+    An abbreviation would silently take a mistyped name for another setting.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviation would take a mistyped name for another setting, silently.
         super().__init__(*args, allow_abbrev=False, print_config="--print-config", **kwargs)
 
     def add_settings(self, dataclass: type) -> None:
-        """An option for each field of a dataclass, and of those in it, that has none yet; what
-        stands under the field is the help."""
+        """Add an option for each field of a dataclass, and of dataclasses in it, that has none.
+
+        The docstring under a field becomes the help text. Options have hyphens where fields have
+        underscores.
+        """
         types = get_type_hints(dataclass)
         texts = {
-            its.arg_name: " ".join((its.description or "").split())
-            for its in docstring_parser.parse_from_object(dataclass).params
+            param.arg_name: " ".join((param.description or "").split())
+            for param in docstring_parser.parse_from_object(dataclass).params
         }
         known = {action.dest for action in self._actions}
         for field in fields(dataclass):
-            its_type, option = types[field.name], f"--{field.name.replace('_', '-')}"
+            field_type, option = types[field.name], f"--{field.name.replace('_', '-')}"
             text = texts[field.name].replace("None:", "null:")  # as YAML and the command line say
             if field.name in known:
                 continue
-            if isinstance(its_type, type) and is_dataclass(its_type):
-                self.add_settings(its_type)
+            if isinstance(field_type, type) and is_dataclass(field_type):
+                self.add_settings(field_type)
             elif field.default is False:
                 self.add_argument(option, action="store_true", help=text)
             elif field.default is MISSING:
-                self.add_argument(option, type=its_type, required=True, help=text)
+                self.add_argument(option, type=field_type, required=True, help=text)
             else:
-                self.add_argument(option, type=its_type, default=field.default, help=text)
+                self.add_argument(option, type=field_type, default=field.default, help=text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for pattern in UNKNOWN:
@@ -77,7 +101,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 key = ".".join(filter(None, [groups.get("group"), groups["key"]]))
                 message += nearest(key, self._setting_names())
         print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
 
     def _setting_names(self) -> list[str]:
         return [

@@ -18,6 +18,21 @@ def num_processors() -> int:
     return os.cpu_count() or 1
 
 
+def child_command(module: str, *arguments: str) -> list[str]:
+    """Return a command that runs a module as a child process.
+
+    Unlike `python -m`, it does not look for modules in the current folder, where a user's own
+    `serve.py` or `train.py` may be.
+    """
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module, *arguments]
+    code = (
+        "import sys; del sys.path[0]; import runpy; "
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code, *arguments]
+
+
 def last_output(file: IO[bytes]) -> str:
     """Return the end of a file that a child process writes into, without moving its position."""
     size = os.fstat(file.fileno()).st_size

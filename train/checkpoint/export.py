@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {given.output}")
         return 0
 
-    return run_command("stu-export", write_model)
+    return run_command("stu-export", write_model, "train")
 
 
 def export(

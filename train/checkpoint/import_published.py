@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {given.output}")
         return 0
 
-    return run_command("stu-import", write_model)
+    return run_command("stu-import", write_model, "train")
 
 
 def import_published(

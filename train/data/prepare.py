@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
         return 0
 
-    return run_command("stu-prepare", write_shards)
+    return run_command("stu-prepare", write_shards, "train")
 
 
 def _train_tokenizer(

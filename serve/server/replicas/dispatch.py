@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from serve.server.config import ServerConfig
 from serve.server.replicas.fair_queue import FairQueue
 from serve.server.replicas.wire import Message, Unpacker, output_from_wire, pack, request_to_wire
 from serve.server.slices import Pauses
-from stu.common.processes import hangups_blocked, last_output
+from stu.common.processes import child_command, hangups_blocked, last_output
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class Replica:
         self._socket = ours
         with theirs, hangups_blocked():
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve.server.replicas.process", str(theirs.fileno())],
+                child_command("serve.server.replicas.process", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,

@@ -150,7 +150,7 @@ def main() -> int:
                 ) from error
         return 0
 
-    return run_command("stu-serve replica", serve)
+    return run_command("stu-serve replica", serve, "serve")
 
 
 if __name__ == "__main__":
