@@ -32,6 +32,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def folder_of_namesakes(tmp_path, monkeypatch):
+    """The current folder, with files named as the packages are, which must not be imported."""
+    folder = tmp_path / "namesakes"
+    folder.mkdir()
+    for name in ("stu", "train", "serve"):
+        (folder / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
 def quick_timing(monkeypatch):
     """A moment of each measurement: none is of interest, and benchmarks make many."""
     monkeypatch.setattr("benchmarks.samples.LEAST_MS", 1)

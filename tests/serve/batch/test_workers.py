@@ -54,6 +54,13 @@ def test_engines_in_processes_of_their_own_give_the_same_rows(
     assert own_workers() == []
 
 
+def test_workers_import_nothing_from_the_current_folder(
+    model_directory, source, target, folder_of_namesakes
+):
+    assert generate(model_directory, source, target, *TWO) == 1
+    assert len(read_rows(target)) == len(ROWS)
+
+
 def test_an_engine_that_cannot_begin_ends_the_run_and_says_why(
     model_directory, source, target, capsys
 ):

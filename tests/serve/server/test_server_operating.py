@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -280,11 +281,14 @@ def logged_until(process, text):
     return log
 
 
-def test_a_server_at_a_unix_socket_while_and_after_it_loads(model_directory, tmp_path):
+def test_a_server_at_a_unix_socket_while_and_after_it_loads(
+    model_directory, tmp_path, folder_of_namesakes
+):
     """The engine is stopped while it loads. Nobody but the user may connect with this umask, and
-    SIGHUP ends neither server nor engine."""
+    SIGHUP ends neither server nor engine. Nothing is imported from the current folder."""
     path = tmp_path / "socket"
-    command = [sys.executable, "-m", "serve.server.cli", str(model_directory), "--uds", str(path)]
+    program = Path(sys.executable).with_name("stu-serve")
+    command = [program, model_directory, "--uds", path]
     umask = os.umask(0o077)
     try:
         process = subprocess.Popen(

@@ -126,6 +126,22 @@ def test_an_alone_process_has_one_rank():
 SECONDS = 240
 
 
+@pytest.mark.slow
+def test_ranks_import_nothing_from_the_current_folder(settings, tmp_path, folder_of_namesakes):
+    program = Path(sys.executable).with_name("stu-train")
+    more = ["--trainer.devices=2", "--trainer.max_steps=1", f"--run-dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [program, *settings, *more],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trained to step 1 of 1" in done.stderr
+
+
 def test_a_signal_before_the_first_step_ends_ranks_that_it_started_itself(settings, tmp_path):
     """The first one waits for the other, which the signal has ended, and acts on none meanwhile."""
     program = Path(sys.executable).with_name("stu-train")
