@@ -20,6 +20,8 @@ class Completion:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     """Log probabilities of the prompt's tokens but the first, if they were asked for; in the first
     piece."""
+    error: str = ""
+    """Explanation of `finish_reason == "error"`."""
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Gathering:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str = ""
 
     def add(self, output: Output) -> None:
         """Append the next output."""
@@ -42,7 +45,7 @@ class Gathering:
             del self.logprobs[len(self.token_ids) :]
         self.texts.append(output.text)
         self.prompt_logprobs += output.prompt_logprobs
-        self.finish_reason = output.finish_reason
+        self.finish_reason, self.error = output.finish_reason, output.error
 
     def completion(self) -> Completion:
         """Return the completion up to now."""
@@ -52,6 +55,7 @@ class Gathering:
             self.logprobs,
             self.finish_reason,
             self.prompt_logprobs,
+            self.error,
         )
 
 

@@ -39,8 +39,9 @@ class RequestBuilder:
             if key not in SETTINGS:
                 message = f"unknown generation setting {key!r}{nearest(key, SETTINGS)}"
                 raise UserError(key, message=message)
-        self._tokenizer, self._defaults = tokenizer, defaults
-        self._seed = _params(defaults).seed
+        self._tokenizer, self._values = tokenizer, defaults
+        self.defaults = _params(defaults)
+        """Settings of a request that has none of its own."""
 
     def build(self, number: int, prompt: object, settings: Mapping[str, Any]) -> Request:
         """Return the request of row `number`.
@@ -55,8 +56,8 @@ class RequestBuilder:
         Raises UserError for a prompt or a setting that is not allowed. Whether the model has room
         for the request is checked by `serve.request.check_request`.
         """
-        seed = derived_seed(self._seed, number)
-        sampling = _params({**self._defaults, "seed": seed, **_with_seed(settings)})
+        seed = derived_seed(self.defaults.seed, number)
+        sampling = _params({**self._values, "seed": seed, **_with_seed(settings)})
         return Request(encode_prompt(self._tokenizer, prompt), sampling)
 
 
@@ -64,9 +65,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
     """Return the token ids of a prompt: BOS and those of a text, or a list of ids as it is."""
     if isinstance(prompt, str):
         require_unicode("prompt", prompt)
-        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    if isinstance(prompt, list) and are_token_ids(prompt):
-        return prompt or [tokenizer.bos_id]
+        return tokenizer.encode_prompt(prompt)
+    if isinstance(prompt, list | tuple) and are_token_ids(prompt):
+        return list(prompt) or [tokenizer.bos_id]
     raise UserError("prompt", prompt, "a string or a list of token ids")
 
 

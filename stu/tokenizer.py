@@ -55,6 +55,10 @@ class Tokenizer:
         ids: list[int] = self._processor.encode(text.encode())
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return BOS and the token ids of `text`."""
+        return [self.bos_id, *self.encode(text)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; control and unknown tokens give none, broken UTF-8 becomes U+FFFD.
 

@@ -7,13 +7,38 @@ from pathlib import Path
 
 import pytest
 
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import save_model
+from stu.tokenizer import train_bpe
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("script", ["add_a_mixer.py"])
-def test_an_example_runs(script, tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model directory."""
+    folder = tmp_path_factory.mktemp("example")
+    tokenizer = train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, folder / "tokenizer.model")
+    config = ModelConfig(
+        vocab_size=280, width=16, num_layers=2, num_filters=6, num_heads=2, max_seq_len=256
+    )
+    save_model(folder / "model", FlashSTU(config), tokenizer)
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("script", "printed"),
+    [
+        ("add_a_mixer.py", ""),
+        ("decode.py MODEL", "'import os\\n'"),
+        ("step_an_engine.py MODEL", " abort "),
+    ],
+)
+def test_an_example_runs(script, printed, model, tmp_path):
+    name, *arguments = script.replace("MODEL", str(model)).split(" ")
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script],
+        [sys.executable, EXAMPLES / name, *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -21,3 +46,4 @@ def test_an_example_runs(script, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert printed in done.stdout

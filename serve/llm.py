@@ -1,0 +1,157 @@
+"""Decoding from Python: lists of prompts in, their completions out."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from serve.completion import Completion, Gathering
+from serve.config import EngineConfig
+from serve.devices import choose_devices
+from serve.engine.engine import Engine
+from serve.prompts import RequestBuilder, choices, encode_prompt
+from serve.request import Request, are_token_ids
+from serve.sampling_params import SamplingParams
+from stu.common.errors import UserError
+from stu.model_dir import load_generation, load_model, load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """Completions of one prompt."""
+
+    prompt: str | None
+    """Text of the prompt; None for a prompt of token ids."""
+    prompt_token_ids: Sequence[int]
+    """Token ids of the prompt, with BOS."""
+    outputs: Sequence[Completion]
+    """The `n` completions."""
+
+
+class LLM:
+    """A model that decodes lists of prompts, on one device.
+
+    Args:
+        model: Model directory, as `stu-export` writes it.
+        device: torch's name of a device. None: the first CUDA device, or the CPU without any.
+        dtype: Type of the weights.
+        engine: Fields of `serve.config.EngineConfig`, such as `cache_gib` and `max_running`.
+
+    Raises UserError for files and settings that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **engine: Any,
+    ) -> None:
+        self._path, self.tokenizer = Path(model), load_tokenizer(model)
+        self.default_sampling_params = RequestBuilder(
+            self.tokenizer, load_generation(model)
+        ).defaults
+        """Settings of the model directory's `generation.json`."""
+        weights = load_model(model, device or choose_devices("auto")[0], dtype)
+        self._engine = Engine(weights, self.tokenizer, EngineConfig(**engine))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Return the completions of `prompts`, in their order.
+
+        Args:
+            prompts: A prompt or a list of prompts. Text gets BOS; token ids are used as they are.
+            sampling_params: Settings of all prompts, or of each. None: those of the model
+                directory. Prompts that share settings get different seeds, derived from theirs.
+            use_tqdm: Whether to show a progress bar, with the rate and the time left.
+
+        Raises UserError, before anything is decoded, if a prompt or setting is not allowed. A
+        completion that fails later has the `finish_reason` "error".
+        """
+        if len(prompts) == 0 and not isinstance(prompts, str):
+            return []
+        is_single = isinstance(prompts, str) or are_token_ids(prompts)
+        listed: list[Any] = [prompts] if is_single else list(prompts)
+        shared = sampling_params or self.default_sampling_params
+        params = [shared] * len(listed) if isinstance(shared, SamplingParams) else list(shared)
+        if len(params) != len(listed):
+            raise UserError(
+                "sampling_params",
+                message=f"{len(params)} sampling_params for {len(listed)} prompts: give one for "
+                "each, or one for all",
+            )
+        requests = [
+            Request(encode_prompt(self.tokenizer, prompt), own)
+            for prompt, own in zip(listed, params, strict=True)
+        ]
+        if isinstance(shared, SamplingParams):
+            single = choices(requests)
+        else:
+            single = [choice for request in requests for choice in choices([request])]
+        completions = iter(self._decode(single, use_tqdm))
+        return [
+            RequestOutput(
+                prompt if isinstance(prompt, str) else None,
+                request.prompt_token_ids,
+                [next(completions) for _ in range(request.sampling.n)],
+            )
+            for prompt, request in zip(listed, requests, strict=True)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Return the answers to one conversation, or to a list of conversations.
+
+        Args:
+            messages: Messages with a `role` and a `content`, or a list of such lists. The chat
+                template of the model directory makes prompts of them.
+            sampling_params: As for `generate`.
+            use_tqdm: As for `generate`.
+        """
+        from serve.openai.chat import ChatTemplate  # needs jinja2, of the extra `serve`
+
+        template = ChatTemplate(self._path, self.tokenizer)
+        is_single = all(isinstance(message, Mapping) for message in messages)
+        chats: list[Any] = [messages] if is_single else list(messages)
+        prompts = [template.tokens(chat) for chat in chats]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _decode(self, requests: Sequence[Request], use_tqdm: bool) -> list[Completion]:
+        gathered: dict[int, Gathering] = {}
+        unfinished: set[int] = set()
+        began, num_new_tokens = time.perf_counter(), 0
+        try:
+            for request in requests:
+                request_id = self._engine.add(request)
+                gathered[request_id] = Gathering()
+                unfinished.add(request_id)
+            with tqdm(total=len(requests), disable=not use_tqdm, unit="completion") as bar:
+                while unfinished:
+                    for output in self._engine.step():
+                        if output.request_id not in unfinished:
+                            continue  # aborted by an earlier call
+                        gathered[output.request_id].add(output)
+                        num_new_tokens += len(output.new_token_ids)
+                        if output.finish_reason is not None:
+                            unfinished.remove(output.request_id)
+                            rate = num_new_tokens / (time.perf_counter() - began)
+                            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                            bar.update()
+        finally:
+            for request_id in unfinished:
+                self._engine.abort(request_id)
+        return [gathering.completion() for gathering in gathered.values()]

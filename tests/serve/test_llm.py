@@ -1,0 +1,71 @@
+"""Lists of prompts decoded from Python."""
+
+import pytest
+
+from serve import LLM, Engine, EngineConfig, Request, SamplingParams
+from serve.prompts import derived_seed
+from stu.common.errors import UserError
+
+PROMPTS = ["def f(", "", [1, 100, 101], "return x"]
+
+
+@pytest.fixture(scope="module")
+def llm(model_directory):
+    return LLM(model_directory, "cpu", cache_gib=0.01, max_running=3)
+
+
+def alone(model, tokenizer, tokens, params):
+    engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.01))
+    engine.add(Request(tokens, params))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return "".join(output.text for output in outputs), outputs[-1].finish_reason
+
+
+def test_completions_come_in_the_order_of_the_prompts(llm, code_model, code_tokenizer, capsys):
+    """Each is that of its prompt alone, with a seed of its own."""
+    params = SamplingParams(temperature=1.0, max_new_tokens=12, n=2, seed=3, logprobs=1)
+    results = llm.generate(PROMPTS, params)
+    assert [result.prompt for result in results] == ["def f(", "", None, "return x"]
+    assert "8/8" in capsys.readouterr().err
+    made = [completion for result in results for completion in result.outputs]
+    ids = [result.prompt_token_ids for result in results for _ in range(2)]
+    for index, (tokens, completion) in enumerate(zip(ids, made, strict=True)):
+        seed = derived_seed(3, index) if index else 3
+        own = SamplingParams(temperature=1.0, max_new_tokens=12, seed=seed)
+        expected = alone(code_model, code_tokenizer, tokens, own)
+        assert (completion.text, completion.finish_reason) == expected
+        assert [item.token for item in completion.logprobs] == list(completion.token_ids)
+    assert len({completion.text for completion in made}) > 4
+
+
+def test_prompts_may_have_settings_of_their_own(llm, capsys):
+    params = [SamplingParams(max_new_tokens=count, stop_at_eos=False) for count in (0, 3, 1, 5)]
+    results = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert [len(result.outputs[0].token_ids) for result in results] == [0, 3, 1, 5]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="2 sampling_params for 4 prompts"):
+        llm.generate(PROMPTS, params[:2])
+
+
+def test_one_prompt_by_the_defaults_of_the_model_directory(llm, code_tokenizer):
+    assert llm.default_sampling_params.max_new_tokens == 9
+    (text,), (ids,) = llm.generate("def f("), llm.generate(code_tokenizer.encode_prompt("def f("))
+    assert text.outputs == ids.outputs
+    assert llm.generate([]) == []
+
+
+def test_a_prompt_that_is_refused_leaves_nothing_behind(llm):
+    with pytest.raises(UserError, match="maximum context length is 64") as found:
+        llm.generate(["x", [1] * 63, "y"])
+    assert found.value.field == "prompt"
+    (before,) = llm.generate(["x"], use_tqdm=False)
+    assert llm.generate(["x"], use_tqdm=False) == [before]
+
+
+def test_a_conversation(llm, code_tokenizer):
+    messages = [{"role": "user", "content": "f?"}]
+    (answer,) = llm.chat(messages, SamplingParams(max_new_tokens=3))
+    assert code_tokenizer.decode(answer.prompt_token_ids) == "user: f?\n\nassistant:"
+    assert [answer, answer] == llm.chat([messages, messages], SamplingParams(max_new_tokens=3))
