@@ -96,12 +96,12 @@ def check_request(request: Request, model: ModelConfig) -> None:
     longest, count = model.max_seq_len, request.sampling.max_new_tokens
     length = len(request.prompt_token_ids)
     if length + count > longest:
-        fix = f"lower max_new_tokens to {longest - length} or shorten the prompt"
+        fix = f"lower the limit of new tokens to {longest - length} or shorten the prompt"
         # Gateways know these first words, and these last ones, and fall back to another model.
         raise UserError(
             "prompt",
             message=f"This model's maximum context length is {longest} tokens (max_seq_len="
-            f"{longest}), and a prompt of {length} tokens and max_new_tokens={count} are "
+            f"{longest}), and a prompt of {length} tokens and {count} new tokens are "
             f"{length + count}: "
             f"{fix if longest > length else 'the prompt is too long, shorten it'}",
             code="context_length_exceeded",

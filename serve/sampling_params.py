@@ -109,7 +109,7 @@ class SamplingParams:
         most, least, constraint = self.max_new_tokens, self.min_new_tokens, self.constraint
         self._require("max_new_tokens", is_whole(most), "a whole number >= 0")
         is_count = is_whole(least) and least <= most
-        allowed = f"a whole number from 0 to max_new_tokens={most}"
+        allowed = f"a whole number from 0 to {most}, the limit of new tokens"
         self._require("min_new_tokens", is_count, allowed)
         is_list = isinstance(self.stop, list | tuple)
         are_strings = is_list and all(text and isinstance(text, str) for text in self.stop)

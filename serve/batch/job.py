@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve.batch.chats import BatchChats
 from serve.batch.config import BatchConfig
 from serve.batch.openai_rows import OpenAiRows
 from serve.batch.rows import PromptRows, RowFormat
 from serve.batch.source import InputDigest, Source, open_input
-from serve.openai.chat import ChatTemplate
-from serve.openai.completions import DEFAULTS, Completions
+from serve.openai.chat import ChatCompletions
+from serve.openai.chat_template import ChatTemplate
+from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
 from stu.model_dir import load_config, load_generation, load_tokenizer
@@ -47,12 +47,17 @@ class BatchJob:
         self._chat: dict[str, Any] = {}
         self.row_format: RowFormat = PromptRows(builder)
         if is_openai:
-            completions = Completions(builder, self.tokenizer, config.model.resolve().name)
             template = ChatTemplate(config.model, self.tokenizer)
             most = config.max_new_tokens
             most = load_generation(config.model)["max_new_tokens"] if most is None else most
-            chats = BatchChats(completions, template, self.tokenizer, max_seq_len, most)
-            self.row_format = OpenAiRows(completions, chats)
+            common: dict[str, Any] = {
+                "builder": builder,
+                "tokenizer": self.tokenizer,
+                "model_name": config.model.resolve().name,
+            }
+            self.row_format = OpenAiRows(
+                TextCompletions(**common), ChatCompletions(template, max_seq_len, most, **common)
+            )
             source = hashlib.sha256(template.source.encode()).hexdigest()
             self._chat = {"chat_template": source, "chat_max_tokens": most}
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve.batch.chats import BatchChats
 from serve.batch.rows import Refusal, Row
 from serve.completion import Completion
-from serve.openai.completions import Completions, in_openai_words, require, require_known
-from serve.openai.schemas import error_body
-from stu.common.errors import show
-from stu.common.text import Json, require_unicode
+from serve.openai.chat import ChatCompletions
+from serve.openai.completions import TextCompletions
+from serve.openai.errors import error_body
+from stu.common.errors import UserError, show
+from stu.common.text import Json, nearest, require_unicode
 
 FIELDS = ["custom_id", "method", "url", "body"]
 TEXT_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
@@ -18,14 +18,13 @@ ID_PREFIX = "batch_req_"
 
 class OpenAiRows:
     """`{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`, or with the url
-    "/v1/chat/completions", both in one file if need be; for the bodies see
-    `serve.openai.completions` and `serve.batch.chats`."""
+    "/v1/chat/completions", both in one file if need be; `serve.openai` reads the bodies."""
 
     name = "openai"
     id_field = "custom_id"
 
-    def __init__(self, completions: Completions, chats: BatchChats) -> None:
-        self._by_url: dict[str, Completions | BatchChats]
+    def __init__(self, completions: TextCompletions, chats: ChatCompletions) -> None:
+        self._by_url: dict[str, TextCompletions | ChatCompletions]
         self._by_url = {TEXT_URL: completions, CHAT_URL: chats}
 
     def id_of(self, given: Mapping[str, Any], number: int) -> str:
@@ -40,25 +39,30 @@ class OpenAiRows:
 
     def row(self, number: int, row_id: str | int, given: Mapping[str, Any]) -> Row:
         """`RowFormat.row`."""
-        require_known(given, FIELDS)
+        for key in given:
+            if key not in FIELDS:
+                raise UserError(key, message=f"unknown field {show(key)}{nearest(key, FIELDS)}")
         method, url, body = given.get("method"), given.get("url"), given.get("body")
-        require("method", method, method == "POST", '"POST"')
-        urls = f'"{TEXT_URL}" or "{CHAT_URL}"'
-        require("url", url, isinstance(url, str) and url in self._by_url, urls)
+        if method != "POST":
+            raise UserError("method", method, '"POST"')
+        if not isinstance(url, str) or url not in self._by_url:
+            raise UserError("url", url, f'"{TEXT_URL}" or "{CHAT_URL}"')
         if not isinstance(body, dict):
-            raise ValueError(f"body={show(body)} is not allowed: it must be a JSON object")
-        return Row(number, row_id, given, self._by_url[str(url)].requests(number, body))
+            raise UserError("body", body, "a JSON object")
+        completions: Any = self._by_url[url]
+        read = completions.read(body)
+        return Row(number, row_id, {"url": url, "body": read}, completions.requests(number, read))
 
     def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
         """`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`,
         the body that of OpenAI's completions or chat completions."""
-        writer = self._by_url[row.given["url"]]
-        body = writer.answer(row.number, row.given["body"], row.requests, completions)
+        answerer: Any = self._by_url[row.given["url"]]
+        body = answerer.answer(row.number, row.given["body"], row.requests, completions)
         return _written(row.number, row.id, 200, body, None)
 
     def refused(self, refusal: Refusal) -> Json:
         """Like `completed`, with OpenAI's error in place of the body and in `error`."""
-        message = in_openai_words(refusal.error)
+        message = refusal.error
         kind = "invalid_request_error" if refusal.status_code < 500 else "server_error"
         body = error_body(message, kind, code=refusal.code)
         error = {"code": refusal.code or kind, "message": message}

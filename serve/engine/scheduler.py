@@ -15,6 +15,7 @@ from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
 from serve.engine.runner import Prompt
 from serve.request import Request
+from stu.common.errors import UserError
 
 SCORED_TOKEN_COST = 4
 """Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
@@ -82,18 +83,19 @@ class Scheduler:
         return [*self.waiting, *self.prefilling, *self.running]
 
     def add(self, request_id: int, request: Request) -> None:
-        """Queue a request. Raises ValueError if it needs more pages than there are."""
+        """Queue a request. Raises UserError if it needs more pages than there are."""
         needed = self._needed(
             len(request.prompt_token_ids), max(0, request.sampling.max_new_tokens - 1)
         )
         for kind in Pages._fields:
             count, most = getattr(needed, kind), getattr(self._capacity, kind)
             if count > most:
-                raise ValueError(
-                    f"a prompt of {len(request.prompt_token_ids)} tokens and max_new_tokens="
-                    f"{request.sampling.max_new_tokens} need {count} {kind} pages of "
-                    f"{self._config.page_len} positions, and the cache has {most}: lower "
-                    "max_new_tokens, or raise cache_gib"
+                raise UserError(
+                    "max_new_tokens",
+                    message=f"a prompt of {len(request.prompt_token_ids)} tokens and "
+                    f"{request.sampling.max_new_tokens} new tokens need {count} {kind} pages of "
+                    f"{self._config.page_len} positions, and the cache has {most}: lower the limit "
+                    "of new tokens, or raise cache_gib",
                 )
         expected = self._config.expected_new_tokens
         horizon = request.sampling.max_new_tokens if expected is None else expected

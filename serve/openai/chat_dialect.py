@@ -1,9 +1,9 @@
 """Hugging Face's dialect of Jinja, in which chat templates are written.
 
-Beside Jinja's own: `{% generation %}` blocks, `{% break %}` and `{% continue %}`, `tojson` that
-escapes no HTML, `raise_exception`, `strftime_now`, and the names of control tokens as text. A
-template runs in a sandbox, cannot read files or change what it is given, and is stopped if it takes
-too long or writes too much.
+It adds `{% generation %}` blocks, `{% break %}` and `{% continue %}`, a `tojson` that does not
+escape HTML, `raise_exception`, `strftime_now`, and names of control tokens as text. A template runs
+in a sandbox, cannot read files or change its variables, and is stopped if it takes too long or
+writes too much.
 """
 
 import contextvars
@@ -24,14 +24,17 @@ MOST_CHARS = 2**24
 MOST_BITS = 4096
 
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline")
-"""When the template that is rendered in this context must be done."""
+"""Time by which the template that this context renders must be done."""
 
 
 class CompiledTemplate:
     """A template that can be rendered many times, in any thread.
 
-    marks: what to write in place of a text wherever the template, and nobody else, writes it.
-    Raises jinja2.TemplateError or SyntaxError for what is no template.
+    Args:
+        marks: Replacements of texts that the template itself writes; texts of variables stay.
+
+    Raises:
+        jinja2.TemplateError, SyntaxError: The source cannot be compiled.
     """
 
     def __init__(self, source: str, marks: Mapping[str, str]) -> None:
@@ -46,7 +49,7 @@ class CompiledTemplate:
         self._template = Template.from_code(environment, environment.compile(tree), self.globals)
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Return the text. Raises jinja2.TemplateError, and what expressions may raise."""
+        """Return the text. Raises jinja2.TemplateError and errors of expressions."""
         token = _deadline.set(time.monotonic() + MOST_SECONDS)
         try:
             pieces, num_chars = [], 0
@@ -61,8 +64,8 @@ class CompiledTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %} .. {% endgeneration %}`, which marks what a model is trained on, and means
-    nothing for a prompt."""
+    """`{% generation %} .. {% endgeneration %}`, which marks text that a model is trained on.
+    It has no effect on a prompt."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -88,7 +91,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
 
     def tick(self) -> None:
-        """Stop a template that takes too long; it calls this in each turn of its loops."""
+        """Stop a template that takes too long. Every iteration of its loops calls this."""
         _tick()
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +103,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         is_power = operator == "**" and isinstance(left, int) and isinstance(right, int)
         if is_power and left.bit_length() * right > MOST_BITS:
-            raise TemplateRuntimeError(f"it has a power of more than {MOST_BITS} bits")
+            raise TemplateRuntimeError(f"it computes a power of more than {MOST_BITS} bits")
         for value, count in ((left, right), (right, left)):
             if operator == "*" and hasattr(value, "__len__") and isinstance(count, int):
                 _require_short(len(value) * count)
@@ -108,7 +111,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace, whose attributes are no internals of Python, nor too long."""
+    """Jinja's namespace without access to Python's internals and without long attributes."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -124,7 +127,7 @@ class _Namespace(Namespace):
 
 
 class _Dict:
-    """`dict`, without the methods that would change a mapping."""
+    """`dict` without the methods that change a mapping."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -134,7 +137,7 @@ class _Dict:
 
 
 def _mark(tree: nodes.Template, marks: Mapping[str, str]) -> None:
-    """Replace texts by their marks in all that a template writes itself."""
+    """Replace texts by their marks wherever the template itself writes them."""
     for data in tree.find_all(nodes.TemplateData):
         data.data = _replaced(data.data, marks)
     for statement in tree.find_all((nodes.Output, nodes.Assign)):
@@ -166,7 +169,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the escapes that HTML needs."""
+    """Return JSON without the escapes that HTML needs."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,4 +1,6 @@
-"""OpenAI's choices of text completions: what came of a request, whole or piece by piece."""
+"""OpenAI's choices of text and chat completions, whole or piece by piece."""
+
+from typing import Protocol
 
 from serve.completion import Completion
 from serve.request import Request, TokenLogprobs
@@ -7,11 +9,20 @@ from stu.common.text import Json
 from stu.tokenizer import Tokenizer
 
 
-class ChoiceWriter:
-    """One choice, `index`.
+class ChoiceWriter(Protocol):
+    """Writes one choice of an answer."""
 
-    echo: the prompt's text, if it is to go before the completion. adds_bos: the first of the
-    request's tokens is BOS, which nobody wrote.
+    def write(self, piece: Completion) -> Json:
+        """Return the choice with the next piece of its completion."""
+
+
+class TextChoiceWriter:
+    """Writes one choice of a text completion.
+
+    Args:
+        index: Number of the choice.
+        echo: Text of the prompt if it goes before the completion.
+        adds_bos: Whether the first prompt token is a BOS that the client did not send.
     """
 
     def __init__(
@@ -20,11 +31,11 @@ class ChoiceWriter:
         self._tokenizer, self._request, self._index = tokenizer, request, index
         self._echo, self._adds_bos = echo, adds_bos
         self._stream = TextStream(tokenizer, request.prompt_token_ids)
-        self._num_chars = self._num_written = 0
+        self._offset = self._num_written = 0
         self._has_begun = False
 
     def write(self, piece: Completion) -> Json:
-        """The choice with the next piece of the completion."""
+        """Return the choice with the next piece of its completion."""
         text = piece.text
         logprobs: Json | None = None
         if self._request.sampling.logprobs is not None:
@@ -32,17 +43,18 @@ class ChoiceWriter:
         if not self._has_begun and self._echo is not None:
             text = self._echo + text
             if logprobs is not None:
-                self._write_prompt(logprobs, piece)
-            self._num_chars = len(self._echo)
+                self._add_prompt(logprobs, piece)
+            self._offset = len(self._echo)
         self._has_begun = True
         self._num_written += len(text)
         if logprobs is not None:
-            for its in piece.logprobs:
-                self._add(logprobs, its.token, its)
-                self._num_chars += len(self._stream.append(its.token))
-            if piece.finish_reason is not None:  # what a stop string cut off has no text
+            for token in piece.logprobs:
+                self._add(logprobs, token.token, token)
+                self._offset += len(self._stream.append(token.token))
+            if piece.finish_reason is not None:
+                # Tokens that a stop string cut off have no text.
                 offsets = logprobs["text_offset"]
-                logprobs["text_offset"] = [min(at, self._num_written) for at in offsets]
+                logprobs["text_offset"] = [min(offset, self._num_written) for offset in offsets]
         return {
             "index": self._index,
             "text": text,
@@ -50,27 +62,58 @@ class ChoiceWriter:
             "finish_reason": piece.finish_reason,
         }
 
-    def _write_prompt(self, logprobs: Json, piece: Completion) -> None:
-        tokens = self._request.prompt_token_ids
+    def _add_prompt(self, logprobs: Json, piece: Completion) -> None:
+        first = self._request.prompt_token_ids[0]
         stream = TextStream(self._tokenizer, ())
         if not self._adds_bos:
-            self._add(logprobs, tokens[0], None)
-            self._num_chars += len(stream.append(tokens[0]))
-        for its in piece.prompt_logprobs:
-            self._add(logprobs, its.token, its)
-            self._num_chars += len(stream.append(its.token))
+            self._add(logprobs, first, None)
+            self._offset += len(stream.append(first))
+        for token in piece.prompt_logprobs:
+            self._add(logprobs, token.token, token)
+            self._offset += len(stream.append(token.token))
 
-    def _add(self, logprobs: Json, token: int, its: TokenLogprobs | None) -> None:
-        """A token; None if nothing comes before it that could tell how probable it is."""
-        named = self._tokenizer.token_text
-        logprobs["tokens"].append(named(token))
-        logprobs["text_offset"].append(self._num_chars)
-        logprobs["token_logprobs"].append(None if its is None else its.logprob)
-        if its is None:
+    def _add(self, logprobs: Json, token: int, values: TokenLogprobs | None) -> None:
+        """Add a token; `values` is None for the first, whose probability depends on nothing."""
+        text_of = self._tokenizer.token_text
+        logprobs["tokens"].append(text_of(token))
+        logprobs["text_offset"].append(self._offset)
+        logprobs["token_logprobs"].append(None if values is None else values.logprob)
+        if values is None:
             logprobs["top_logprobs"].append(None)
             return
         top: dict[str, float] = {}
-        for other, logprob in [*its.top.items(), (token, its.logprob)]:
-            name = named(other)  # which two tokens may share
-            top[name] = max(logprob, top.get(name, logprob))
+        for other, logprob in [*values.top.items(), (token, values.logprob)]:
+            # Two tokens may have the same text: a byte and a character.
+            top[text_of(other)] = max(logprob, top.get(text_of(other), logprob))
         logprobs["top_logprobs"].append(top)
+
+
+class ChatChoiceWriter:
+    """Writes choice number `index` of a chat completion, in deltas if `is_stream`."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, index: int, is_stream: bool) -> None:
+        self._tokenizer, self._request, self._index = tokenizer, request, index
+        self._field = "delta" if is_stream else "message"
+        self._has_begun = False
+
+    def write(self, piece: Completion) -> Json:
+        """Return the choice with the next piece of its completion."""
+        message: Json = {} if self._has_begun else {"role": "assistant"}
+        self._has_begun = True
+        logprobs: Json | None = None
+        if self._request.sampling.logprobs is not None:
+            logprobs = {"content": [self._token(token) for token in piece.logprobs]}
+        return {
+            "index": self._index,
+            self._field: {**message, "content": piece.text},
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _token(self, token: TokenLogprobs) -> Json:
+        top = [self._logprob(other, logprob) for other, logprob in token.top.items()]
+        return {**self._logprob(token.token, token.logprob), "top_logprobs": top}
+
+    def _logprob(self, token: int, logprob: float) -> Json:
+        text, token_bytes = self._tokenizer.token_text(token), self._tokenizer.token_bytes(token)
+        return {"token": text, "logprob": logprob, "bytes": list(token_bytes)}

@@ -1,60 +1,57 @@
-"""OpenAI's text completions: from the body of a request to engine requests, and back to a body."""
+"""OpenAI's text completions: from a body to engine requests, and back to the body of an answer.
 
-import re
+`serve.openai.chat` does the same for chats.
+"""
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel
 
 from serve.completion import Completion
-from serve.openai.choices import ChoiceWriter
-from serve.openai.fields import HARMLESS, TEXT_NEUTRAL, without_inert
+from serve.openai.choices import ChoiceWriter, TextChoiceWriter
 from serve.openai.response_format import constraint_of
+from serve.openai.schemas import CompletionBody, CompletionSettings, read_body
 from serve.prompts import SETTINGS, RequestBuilder, choices
 from serve.request import Request
-from serve.sampling_params import MOST_LOGPROBS, JsonWhitespace
-from stu.common.errors import show
-from stu.common.text import Json, nearest, require_unicode
+from serve.sampling_params import JsonWhitespace
+from stu.common.errors import UserError
+from stu.common.text import Json, require_unicode
 from stu.tokenizer import Tokenizer
 
 DEFAULTS: Json = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0}
-OWN_SETTINGS = [name for name in SETTINGS if name not in ("max_new_tokens", "min_new_tokens")]
-FIELDS = [
-    *(
-        "model",
-        "prompt",
-        "max_tokens",
-        "min_tokens",
-        "n",
-        "echo",
-        "best_of",
-        "stream",
-        "ignore_eos",
-        "response_format",
-    ),
-    *OWN_SETTINGS,
-]
-OWN_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-}
-"""Clients' names of fields, in errors of what builds requests and decodes them, but in no quote."""
-OWN_NAME = re.compile(rf'\b({"|".join(OWN_NAMES)})\b(?!")')
-MOST_COMPLETIONS = 128
-MOST_PROMPTS = 128
+"""OpenAI's defaults of settings."""
+MOST_CHOICES = 128
+"""Largest `n`."""
 MOST_STOPS, MOST_STOP_CHARACTERS = 128, 1000
-CREATED = 0  # in place of the time: rows do not depend on when and how often a run was begun
+BATCH_CREATED = 0
+"""Time in the answers of a batch: rows are the same whenever a run began."""
+
+AnyBody = TypeVar("AnyBody", bound=CompletionSettings)
 
 
-def in_openai_words(error: str) -> str:
-    """An engine's error, of the fields that the client has sent."""
-    return OWN_NAME.sub(lambda found: OWN_NAMES[found[0]], error)
+class Completions(Generic[AnyBody]):
+    """What text and chat completions have in common: bodies become requests, and completions of
+    these become the body of an answer.
 
+    The choices of an answer are `n` completions of the first prompt, then of the next.
 
-class Completions:
-    """Reads and writes bodies of completions, with this project's own settings beside OpenAI's.
-
-    `prompt` may hold several prompts; they and the `n` completions of each are choices, in their
-    order.
+    Args:
+        model_name: Name in answers to bodies that give none.
+        json_whitespace: Setting of `stu-serve`.
+        max_choices: Limit of choices of one body, None for no other than those of the body's
+            fields.
     """
+
+    body_type: type[AnyBody]
+    id_prefix: ClassVar[str]
+    client_names: ClassVar[Mapping[str, str]] = {
+        "max_new_tokens": "max_tokens",
+        "min_new_tokens": "min_tokens",
+        "json_schema": "response_format",
+        "regex": "response_format",
+    }
+    """Names of fields in a body, by their names in an engine's request."""
 
     def __init__(
         self,
@@ -62,137 +59,180 @@ class Completions:
         tokenizer: Tokenizer,
         model_name: str,
         json_whitespace: JsonWhitespace = "compact",
+        max_choices: int | None = None,
     ) -> None:
         self._builder, self._tokenizer, self._model_name = builder, tokenizer, model_name
-        self._json_whitespace = json_whitespace
+        self._json_whitespace, self._max_choices = json_whitespace, max_choices
 
-    def requests(self, number: int, body: Mapping[str, Any]) -> list[Request]:
-        """One for each choice; `number` decides the seed if the body has none.
+    def read(self, values: Any) -> AnyBody:
+        """Return the body of a row of a batch. Raises UserError for the first wrong field."""
+        body = read_body(self.body_type, values)
+        if body.stream:
+            raise UserError("stream", True, "false, as a batch has no streams")
+        return body
 
-        Raises ValueError naming field, value, what is allowed, and what to do.
+    def requests(self, number: int, body: AnyBody) -> list[Request]:
+        """Return a request for each choice.
+
+        Args:
+            number: Decides the seed if the body has none.
+            body: What the client sent.
+
+        Raises:
+            UserError: A value is not allowed; it has the name that the field has in the body.
         """
-        body = without_inert(body, HARMLESS, TEXT_NEUTRAL)
-        require_known(body, FIELDS)
-        _require_allowed(body)
-        settings = {name: body[name] for name in OWN_SETTINGS if name in body}
-        if "ignore_eos" in body:
-            settings["stop_at_eos"] = not body["ignore_eos"]
-        if "max_tokens" in body:
-            settings["max_new_tokens"] = body["max_tokens"]
-        if "min_tokens" in body:
-            settings["min_new_tokens"] = body["min_tokens"]
-        asked = body.get("logprobs") if body.get("echo") else None
-        constraint = constraint_of(
-            body.get("response_format", {"type": "text"}), self._json_whitespace
-        )
-        if constraint is not None:
-            ignores = body.get("ignore_eos", False)
-            require("ignore_eos", ignores, not ignores, "false with response_format: EOS ends it")
-        settings |= {"n": body.get("n", 1), "prompt_logprobs": asked, "constraint": constraint}
-        prompts = prompts_of(body["prompt"])
-        return choices([self._builder.build(number, prompt, settings) for prompt in prompts])
+        try:
+            _check(body)
+            return choices(self._requests(number, body))
+        except UserError as error:
+            raise self.in_client_names(error) from error
+
+    def in_client_names(self, error: UserError) -> UserError:
+        """Return an error of an engine's request with the name that the field has in a body."""
+        return error.renamed(self.client_names.get(error.field, error.field))
+
+    def writers(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[ChoiceWriter]:
+        """Return a writer for each choice."""
+        raise NotImplementedError
+
+    def frame(self, answer_id: str, created: int, body: AnyBody) -> Json:
+        """Return an answer without its choices and its usage."""
+        return {
+            "id": f"{self.id_prefix}-{answer_id}",
+            "object": self._object(body),
+            "created": created,
+            "model": body.model or self._model_name,
+        }
+
+    def num_prompt_tokens(self, body: AnyBody, requests: Sequence[Request]) -> int:
+        """Return the number of prompt tokens, BOS included; a prompt of several choices counts
+        once."""
+        return sum(len(request.prompt_token_ids) for request in requests[:: body.n or 1])
 
     def answer(
         self,
         number: int,
-        body: Mapping[str, Any],
+        body: AnyBody,
         requests: Sequence[Request],
         completions: Sequence[Completion],
     ) -> Json:
-        """The body of the answer. In its `usage`, a prompt counts once, with BOS."""
-        body = _without_nulls(body)
+        """Return the body of the answer to row `number` of a batch."""
         writers = self.writers(body, requests)
-        choices = [its.write(made) for its, made in zip(writers, completions, strict=True)]
-        return {**self.frame(number, body, requests, completions), "choices": choices}
-
-    def frame(
-        self,
-        number: int,
-        body: Mapping[str, Any],
-        requests: Sequence[Request],
-        completions: Sequence[Completion],
-    ) -> Json:
-        """The body of an answer without its choices."""
-        num_each = body.get("n") or 1
-        prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::num_each])
-        completion_tokens = sum(len(completion.token_ids) for completion in completions)
+        choices = [
+            writer.write(completion)
+            for writer, completion in zip(writers, completions, strict=True)
+        ]
+        num_new_tokens = sum(len(completion.token_ids) for completion in completions)
         return {
-            "id": f"cmpl-{number}",
-            "object": "text_completion",
-            "created": CREATED,
-            "model": body.get("model") or self._model_name,
-            "choices": [],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-                "total_tokens": prompt_tokens + completion_tokens,
-            },
+            **self.frame(str(number), BATCH_CREATED, body),
+            "choices": choices,
+            "usage": usage(self.num_prompt_tokens(body, requests), num_new_tokens),
         }
 
-    def writers(self, body: Mapping[str, Any], requests: Sequence[Request]) -> list[ChoiceWriter]:
-        """Of each choice, for its pieces."""
-        prompts, num_each = prompts_of(body["prompt"]), body.get("n") or 1
+    def _requests(self, number: int, body: AnyBody) -> list[Request]:
+        """Return a request for each prompt."""
+        raise NotImplementedError
+
+    def _object(self, body: AnyBody) -> str:
+        raise NotImplementedError
+
+    def _build(
+        self, number: int, prompts: Sequence[Any], body: AnyBody, own_settings: Json
+    ) -> list[Request]:
+        """Build a request for each prompt. `own_settings` are those that text and chat completions
+        name differently."""
+        num_choices = len(prompts) * (body.n or 1)
+        if self._max_choices is not None and num_choices > self._max_choices:
+            fix = f"a body may ask for {self._max_choices} choices, not {num_choices}: send several"
+            raise UserError("n", body.n or 1, fix=fix)
+        settings = {name: getattr(body, name, None) for name in SETTINGS}
+        settings |= {"n": body.n, "min_new_tokens": body.min_tokens, **own_settings}
+        if body.ignore_eos is not None:
+            settings["stop_at_eos"] = not body.ignore_eos
+        if body.response_format is not None:
+            constraint = constraint_of(body.response_format, self._json_whitespace)
+            if constraint is not None and body.ignore_eos:
+                raise UserError("ignore_eos", True, "false with response_format, as EOS ends it")
+            settings["constraint"] = constraint
+        given = {name: value for name, value in settings.items() if value is not None}
+        return [self._builder.build(number, prompt, given) for prompt in prompts]
+
+
+class TextCompletions(Completions[CompletionBody]):
+    """Bodies of `/v1/completions`."""
+
+    body_type, id_prefix = CompletionBody, "cmpl"
+
+    def writers(self, body: CompletionBody, requests: Sequence[Request]) -> list[TextChoiceWriter]:
+        """Return a writer for each choice."""
+        prompts = prompts_of(body)
         writers = []
         for index, request in enumerate(requests):
-            prompt = prompts[index // num_each]
-            echo = self._text(prompt) if body.get("echo") else None
+            prompt = prompts[index // (body.n or 1)]
+            echo = self._text(prompt) if body.echo else None
             adds_bos = isinstance(prompt, str) or not prompt
-            writers.append(ChoiceWriter(self._tokenizer, request, index, echo, adds_bos))
+            writers.append(TextChoiceWriter(self._tokenizer, request, index, echo, adds_bos))
         return writers
+
+    def _requests(self, number: int, body: CompletionBody) -> list[Request]:
+        if body.best_of not in (None, body.n or 1):
+            raise UserError("best_of", body.best_of, "left out, or equal to n")
+        own = {
+            "max_new_tokens": body.max_tokens,
+            "logprobs": body.logprobs,
+            "prompt_logprobs": body.logprobs if body.echo else None,
+        }
+        return self._build(number, prompts_of(body), body, own)
+
+    def _object(self, body: CompletionBody) -> str:
+        return "text_completion"
 
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
 
-def require_known(given: Mapping[str, Any], known: list[str]) -> None:
-    """Raises ValueError for a field that is not `known`, with the nearest that is."""
-    for key in given:
-        if key not in known:
-            raise ValueError(f"unknown field {show(key)}{nearest(key, known)}")
+def prompts_of(body: CompletionBody) -> list[Any]:
+    """Return the prompts of a body, each a text or token ids."""
+    prompt = body.prompt
+    is_list = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
+    return list(prompt) if is_list else [prompt]
 
 
-def require(name: str, value: object, holds: bool, allowed: str) -> None:
-    """Raises ValueError unless it `holds` that a value is allowed."""
-    if not holds:
-        raise ValueError(f"{name}={show(value)} is not allowed: it must be {allowed}")
+def usage(num_prompt_tokens: int, num_new_tokens: int) -> Json:
+    """Return OpenAI's numbers of tokens."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_new_tokens,
+        "total_tokens": num_prompt_tokens + num_new_tokens,
+    }
 
 
-def _without_nulls(body: Mapping[str, Any]) -> Json:
-    """OpenAI's fields may all be null, which is as good as leaving them out."""
-    return {name: value for name, value in body.items() if value is not None}
+def _check(body: CompletionSettings) -> None:
+    """Check the values that only a body has; the builder checks the others."""
+    if body.stream_options is not None and not body.stream:
+        raise UserError("stream_options", fix="it needs stream=true, leave it out")
+    if body.n is not None and not 1 <= body.n <= MOST_CHOICES:
+        raise UserError("n", body.n, f"a whole number from 1 to {MOST_CHOICES}")
+    if body.ignore_eos is not None and body.stop_at_eos is body.ignore_eos:
+        raise UserError("ignore_eos", body.ignore_eos, "the opposite of stop_at_eos")
+    stops = body.stop if isinstance(body.stop, list) else [body.stop or ""]
+    if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):
+        allowed = f"at most {MOST_STOPS} strings of at most {MOST_STOP_CHARACTERS:,} characters"
+        raise UserError("stop", body.stop, allowed)
+    _require_unicode(body)
 
 
-def prompts_of(prompt: Any) -> list[Any]:
-    """One or several: text, or token ids."""
-    is_several = isinstance(prompt, list) and any(isinstance(its, str | list) for its in prompt)
-    return prompt if is_several else [prompt]
-
-
-def _require_allowed(body: Mapping[str, Any]) -> None:
-    """Raises ValueError for what OpenAI's body alone has; the builder sees to the rest."""
-    if "prompt" not in body:
-        raise ValueError('field "prompt" is missing: give a string, "" to start from nothing')
-    num_prompts = len(prompts_of(body["prompt"]))
-    if num_prompts > MOST_PROMPTS:
-        raise ValueError(
-            f"prompt has {num_prompts} prompts, and a row may have {MOST_PROMPTS}: write more rows"
-        )
-    model, count, echo = body.get("model", ""), body.get("n", 1), body.get("echo", False)
-    require("model", model, isinstance(model, str), "a string")
-    require_unicode("model", model)
-    is_allowed = type(count) is int and 1 <= count <= MOST_COMPLETIONS
-    require("n", count, is_allowed, f"a whole number from 1 to {MOST_COMPLETIONS}")
-    require("echo", echo, type(echo) is bool, "true or false")
-    stop, logprobs = body.get("stop", []), body.get("logprobs", 0)
-    stops = stop if isinstance(stop, list) else [stop]
-    are_short = all(len(its) <= MOST_STOP_CHARACTERS for its in stops if isinstance(its, str))
-    allowed = f"at most {MOST_STOPS} strings of at most {MOST_STOP_CHARACTERS:,} characters"
-    require("stop", stop, len(stops) <= MOST_STOPS and are_short, allowed)
-    is_allowed = type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS
-    require("logprobs", logprobs, is_allowed, f"a whole number from 0 to {MOST_LOGPROBS}")
-    best_of, stream = body.get("best_of", count), body.get("stream", False)
-    require("best_of", best_of, best_of == count, "left out, or equal to n")
-    require("stream", stream, stream is False, "false")
-    ignores = body.get("ignore_eos")
-    is_one = ignores is None or (type(ignores) is bool and body.get("stop_at_eos") is not ignores)
-    require("ignore_eos", ignores, is_one, "true or false, and the opposite of stop_at_eos")
+def _require_unicode(body: CompletionSettings) -> None:
+    """Raise UserError for a string that UTF-8 cannot hold."""
+    for name, value in body:
+        values = [] if name == "prompt" else [value]  # the builder checks prompts
+        while values:
+            value = values.pop()
+            if isinstance(value, str):
+                require_unicode(name, value)
+            elif isinstance(value, list):
+                values += value
+            elif isinstance(value, dict):
+                values += [*value, *value.values()]
+            elif isinstance(value, BaseModel):
+                values += [part for _, part in value]

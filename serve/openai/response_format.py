@@ -1,77 +1,66 @@
-"""OpenAI's `response_format`, and a regular expression beside it."""
+"""OpenAI's `response_format`, with vLLM's regular expressions beside it."""
 
 import json
 from typing import Any
 
 from serve.sampling_params import Constraint, JsonWhitespace
-from stu.common.errors import show
+from stu.common.errors import UNSET, UserError
 
 FLEXIBLE = r"\r?\n?[ \t]{0,32}"
-"""White space between two tokens of JSON: not without end, or a model might write nothing else."""
+"""White space between two tokens of JSON. It is bounded, or a model might write nothing else."""
+FIELDS = {
+    "text": {"type"},
+    "json_object": {"type", "schema"},
+    "json_schema": {"type", "json_schema"},
+    "regex": {"type", "regex"},
+}
+"""Fields of a `response_format`, by its type."""
 
 
 def constraint_of(
-    response_format: Any, json_whitespace: JsonWhitespace = "compact"
+    response_format: dict[str, Any], json_whitespace: JsonWhitespace = "compact"
 ) -> Constraint | None:
-    """Return the constraint of `{"type": "text"}` (None), `{"type": "json_object"}`, which may have
-    a `schema`, `{"type": "json_schema", "json_schema": {"name": .., "schema": {..}}}`, or `{"type":
-    "regex", "regex": ".."}`.
+    """Return the constraint that a `response_format` asks for, None for plain text.
 
-    Raises ValueError for anything else; whether a schema can be followed is found out later.
+    It may be `{"type": "text"}`, `{"type": "json_object"}` with or without a `schema`,
+    `{"type": "json_schema", "json_schema": {"name": .., "schema": {..}}}`, or
+    `{"type": "regex", "regex": ".."}`.
+
+    Raises UserError for anything else; `Grammars.check` tells whether a schema is supported.
     """
-    allowed = {
-        "text": {"type"},
-        "json_object": {"type", "schema"},
-        "json_schema": {"type", "json_schema"},
-        "regex": {"type", "regex"},
-    }
-    kind = response_format.get("type") if isinstance(response_format, dict) else None
-    if not isinstance(kind, str) or kind not in allowed:
-        raise ValueError(
-            f"response_format={show(response_format)} is not allowed: its type must be one of "
-            f"{', '.join(allowed)}"
-        )
-    for key in response_format:
-        if key not in allowed[kind]:
-            raise ValueError(
-                f"response_format has the field {show(key)}, which goes not with type {kind}: "
-                "leave it out"
-            )
+    kind = response_format.get("type")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise UserError("response_format.type", kind, f"one of {', '.join(FIELDS)}")
+    _require_known("response_format", response_format, FIELDS[kind])
     if kind == "text":
         return None
     if kind == "json_object":
         schema = response_format.get("schema")
         return _constraint({"type": "object"} if schema is None else schema, json_whitespace)
     if kind == "json_schema":
-        return _constraint(_schema(response_format.get("json_schema")), json_whitespace)
+        named = response_format.get("json_schema")
+        if not isinstance(named, dict) or named.get("schema") is None:
+            allowed = "an object with the field schema, which is a JSON schema"
+            raise UserError("response_format.json_schema", named, allowed)
+        known = {"name", "description", "schema", "strict"}
+        _require_known("response_format.json_schema", named, known)
+        return _constraint(named["schema"], json_whitespace)
     expression = response_format.get("regex")
     if not isinstance(expression, str):
-        raise ValueError(
-            f"response_format.regex={show(expression)} is not allowed: it must be a string"
-        )
+        raise UserError("response_format.regex", expression, "a string")
     return Constraint("regex", expression)
 
 
-def _schema(given: Any) -> Any:
-    if not isinstance(given, dict) or given.get("schema") is None:
-        raise ValueError(
-            f"response_format.json_schema={show(given)} is not allowed: it must be an object with "
-            "the field schema, a JSON schema"
-        )
-    for key in given:
-        if key not in ("name", "description", "schema", "strict"):
-            raise ValueError(
-                f"response_format.json_schema has the unknown field {show(key)}: leave it out"
-            )
-    return given["schema"]
+def _require_known(place: str, values: dict[str, Any], known: set[str]) -> None:
+    for name in values:
+        if name not in known:
+            fix = f"there is no such field here, use {', '.join(sorted(known))}"
+            raise UserError(f"{place}.{name}", UNSET, fix=fix)
 
 
 def _constraint(schema: Any, json_whitespace: JsonWhitespace) -> Constraint:
     if not isinstance(schema, dict | bool):
-        raise ValueError(
-            f"response_format has the schema {show(schema)}, which is not allowed: it must be an "
-            "object, or true or false"
-        )
+        raise UserError("response_format.schema", schema, "an object, or true or false")
     if json_whitespace == "flexible":
         schema = {"anyOf": [schema]} if isinstance(schema, bool) else schema
         own = schema.get("x-guidance", {})

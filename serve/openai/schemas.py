@@ -1,28 +1,29 @@
-"""The bodies of requests, as OpenAI's clients write them, with this project's settings beside.
+"""Bodies of requests as OpenAI's clients write them, with some of vLLM's and this project's fields.
 
-What pydantic checks here are types and names; what values are allowed is decided where requests are
-built (`serve.openai.completions`). Null is as good as leaving a field out. Fields that decide
-nothing are those of `serve.openai.fields`; one that is in neither place is refused by
-name, as OpenAI does.
+Pydantic checks types and names here; `serve.openai.completions` checks values where it builds
+requests. Null means the same as leaving a field out. Fields that change nothing are listed in
+`serve.openai.fields`; a field that is in neither place is refused by name, as OpenAI does.
 
-Validation stops at the first error of a list or dict. Without that, pydantic builds an error for
-each element, and a body of a million of them takes a minute and gigabytes. So every list and dict
-here has `fail_fast`, and a limit where its elements become objects.
+Validation stops at the first error of a list or object. Otherwise pydantic would build an error for
+each element, and a body of a million elements would take a minute and gigabytes. So every list and
+dict here has `fail_fast`, and a limit where its elements become objects.
 """
 
+import difflib
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from serve.openai.completions import MOST_PROMPTS
+from serve.openai.errors import body_error, located
 from serve.openai.fields import (
     CHAT_NEUTRAL,
     HARMLESS,
@@ -34,38 +35,36 @@ from serve.openai.fields import (
     without_inert,
 )
 from serve.prompts import MOST_STOP_TOKENS
-from stu.common.errors import show
+from stu.common.errors import UNSET, UserError
 
 MOST_BIASES = 4096
 MOST_MESSAGES = 1024
 MOST_PARTS = 8192
-"""Parts of all messages of a chat."""
-MOST_ERROR_CHARS = 1000
-"""Length of an error's message, which may quote what a client has sent."""
+"""Limit of text parts in all messages of a chat together."""
+MOST_PROMPTS = 128
 
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-def _few_prompts(prompt: Any) -> Any:
-    """Refuse too many prompts before one of them is looked at."""
+def _require_few_prompts(prompt: Any) -> Any:
+    """Refuse too many prompts before looking at any of them."""
     if isinstance(prompt, list) and len(prompt) > MOST_PROMPTS and type(prompt[0]) is not int:
-        raise PydanticCustomError(
-            "too_many_prompts",
-            "it has {count} elements, and may be a list of token ids or of {most} prompts at most",
-            {"count": len(prompt), "most": MOST_PROMPTS},
-        )
+        allowed = f"one prompt, or a list of at most {MOST_PROMPTS} prompts, not {len(prompt)}"
+        raise located(UserError("", UNSET, allowed))
     return prompt
 
 
 Prompt = Annotated[
-    str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)],
-    BeforeValidator(_few_prompts),
+    str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True)],
+    BeforeValidator(_require_few_prompts),
 ]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """An object in the body of a request."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     harmless: ClassVar[Mapping[str, type]] = {}
@@ -73,32 +72,50 @@ class _Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _settle(cls, given: Any) -> Any:
-        """Leave nulls out, and fields that decide nothing. Leave one unknown field to be refused by
-        its name, or each would be an error."""
-        if not isinstance(given, dict):
-            return given
-        given = without_inert(given, cls.harmless, cls.neutral)
-        known = cls.model_fields
-        unknown = next((name for name in given if name not in known), None)
-        if unknown is None:
-            return given
-        return {key: value for key, value in given.items() if key in known or key == unknown}
+    def _settle(cls, values: Any) -> Any:
+        """Leave out nulls and fields that change nothing, and refuse the first unknown field."""
+        if not isinstance(values, dict):
+            return values
+        try:
+            values = without_inert(values, cls.harmless, cls.neutral)
+            for name in values:
+                if name not in cls.model_fields:
+                    raise _unknown(name, list(cls.model_fields))
+        except UserError as error:
+            raise located(error) from error
+        return values
 
 
-class StreamOptions(_Body):
-    """What goes with a stream."""
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def read_body(kind: type[AnyBody], values: Any) -> AnyBody:
+    """Return a body of a kind from JSON values. Raises UserError for the first wrong field."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise body_error(error.errors(include_url=False)) from error
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    similar = difflib.get_close_matches(name[:100], known, n=1)
+    fix = f"did you mean {json.dumps(similar[0])}?" if similar else "leave it out"
+    return UserError(name, fix=f"there is no such field, {fix}")
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
 
     include_usage: bool | None = None
-    """End with a piece that counts tokens."""
+    """Send the numbers of tokens in a last piece."""
     continuous_usage_stats: bool | None = None
-    """Count the tokens up to there in every piece, if include_usage is on."""
+    """Send the numbers of tokens so far in every piece, if include_usage is on."""
     include_obfuscation: bool | None = None
-    """Pad pieces, so that their lengths do not show those of tokens to a listener."""
+    """Pad pieces, so that an eavesdropper cannot tell the lengths of tokens."""
 
 
-class _Sampling(_Body):
-    """Settings of both kinds of completions."""
+class CompletionSettings(Body):
+    """Fields of both text and chat completions."""
 
     model: str | None = None
     n: int | None = None
@@ -125,8 +142,8 @@ class _Sampling(_Body):
     min_tokens: int | None = None
 
 
-class CompletionBody(_Sampling):
-    """`/v1/completions`."""
+class CompletionBody(CompletionSettings):
+    """Body of `/v1/completions`."""
 
     prompt: Prompt
     max_tokens: int | None = None
@@ -138,8 +155,8 @@ class CompletionBody(_Sampling):
     neutral = TEXT_NEUTRAL
 
 
-class TextPart(_Body):
-    """A part of a message."""
+class TextPart(Body):
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -147,8 +164,8 @@ class TextPart(_Body):
     harmless = PART_HARMLESS
 
 
-class Message(_Body):
-    """A turn of a chat, also as OpenAI's client returns it."""
+class Message(Body):
+    """A message of a chat, also as OpenAI's client returns it in an answer."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -159,59 +176,52 @@ class Message(_Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_read(cls, given: Any) -> Any:
-        """Refuse what is known to be sent, and not read here, with what to do."""
-        role, content = (
-            (given.get("role"), given.get("content")) if isinstance(given, dict) else ("", "")
-        )
+    def _refuse_unsupported(cls, message: Any) -> Any:
+        """Refuse roles and parts that other servers know, with what to do instead."""
+        if not isinstance(message, dict):
+            return message
+        role, content = message.get("role"), message.get("content")
         if role in ("tool", "function"):
-            raise ValueError(
-                f'role="{role}" is not served here: the model calls no tools: put what they answer '
-                "into a message of role user"
-            )
+            fix = 'the model calls no tools, put their answers into a message of role "user"'
+            raise located(UserError("role", role, fix=fix))
         for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else "text"
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
             if kind != "text":
-                raise ValueError(
-                    f"type={show(kind)} is not served here: parts of content must be of type text"
-                )
-        return given
+                raise located(UserError("content.type", kind, '"text"'))
+        return message
 
     @model_validator(mode="after")
-    def _has_content(self) -> "Message":
+    def _require_content(self) -> "Message":
         if self.content is None and self.role != "assistant":
-            raise ValueError("content is missing: give a string")
+            raise located(UserError("content", None, "a string"))
         return self
 
     @property
     def text(self) -> str:
-        """Its parts, joined."""
+        """Content as one string."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
         return "".join(part.text for part in self.content)
 
 
-def _few_parts(messages: Any) -> Any:
-    """Refuse too many parts before one of them is looked at."""
+def _require_few_parts(messages: Any) -> Any:
+    """Refuse too many parts before looking at any of them."""
     if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
-        contents = [turn.get("content") for turn in messages if isinstance(turn, dict)]
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
         count = sum(len(content) for content in contents if isinstance(content, list))
         if count > MOST_PARTS:
-            raise PydanticCustomError(
-                "too_many_parts",
-                "they have {count} parts, and may have {most} at most",
-                {"count": count, "most": MOST_PARTS},
-            )
+            allowed = f"messages of at most {MOST_PARTS} parts together, not {count}"
+            raise located(UserError("", UNSET, allowed))
     return messages
 
 
-class ChatBody(_Sampling):
-    """`/v1/chat/completions`."""
+class ChatBody(CompletionSettings):
+    """Body of `/v1/chat/completions`."""
 
     messages: Annotated[
         list[Message],
         Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES),
-        BeforeValidator(_few_parts),
+        BeforeValidator(_require_few_parts),
     ]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -223,30 +233,17 @@ class ChatBody(_Sampling):
     neutral = CHAT_NEUTRAL
 
 
-class TokenizeBody(_Body):
-    """`/tokenize`."""
+class TokenizeBody(Body):
+    """Body of `/tokenize`."""
 
     prompt: str
     model: str | None = None
     add_special_tokens: bool = True
-    """Put BOS first, as a completion does."""
+    """Put BOS first, as for a completion."""
 
 
-class DetokenizeBody(_Body):
-    """`/detokenize`."""
+class DetokenizeBody(Body):
+    """Body of `/detokenize`."""
 
     tokens: TokenIds
     model: str | None = None
-
-
-def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Any:
-    """OpenAI's body of an error, which repeats no long part of a request."""
-    message, param = _shortened(message), param and _shortened(param)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MOST_ERROR_CHARS:
-        return text
-    half = MOST_ERROR_CHARS // 2
-    return f"{text[:half]} [..] {text[-half:]}"

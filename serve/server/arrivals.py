@@ -1,30 +1,28 @@
-"""Outputs that a client has yet to take, within bounds."""
+"""A bounded queue of outputs that a client has yet to take."""
 
 import asyncio
 from collections.abc import Callable
 
 from serve.request import Output
+from serve.server.replicas.stream import EngineError
 from serve.server.replicas.wire import PackedLogprobs
 
 MOST_BYTES_BEHIND = 16 * 2**20
-"""Memory of what one client has yet to read, beside what its socket holds."""
+"""Limit of the memory that outputs for one client take, without those in its socket."""
 BYTES_OF_OUTPUT, BYTES_OF_TOKEN = 500, 8
-"""Memory of an output without its tokens and log probabilities, about, and of a token."""
-
-
-class EngineError(Exception):
-    """An engine could not go on with a request."""
+"""Approximate memory of an output without tokens and log probabilities, and of a token."""
 
 
 class BehindError(EngineError):
-    """A client read so slowly that its connection was closed."""
+    """A client took outputs so slowly that its connection was closed."""
 
 
 class Arrivals:
-    """Outputs that a reader has yet to take.
+    """Outputs of all choices of a body that a client has yet to take.
 
-    cut_off: called with their memory, about, while it is too much. It returns whether the reader is
-    cut off, and nothing more is kept for it.
+    Args:
+        cut_off: Called with their approximate memory in bytes when that is over the limit. It
+            returns whether the client is cut off; if so, nothing more is kept for it.
     """
 
     def __init__(self, cut_off: Callable[[int], bool]) -> None:
@@ -34,7 +32,7 @@ class Arrivals:
         self._num_bytes = 0
 
     def put(self, index: int, output: Output | Exception | None) -> None:
-        """Add what came for choice `index`: an output, why there are no more, or their end."""
+        """Add an output of choice `index`, the error that ended it, or None at its end."""
         if self._is_cut_off:
             return
         if self._num_bytes > MOST_BYTES_BEHIND and self._cut_off(self._num_bytes):
@@ -46,7 +44,7 @@ class Arrivals:
         self._num_bytes += _num_bytes(output)
 
     async def take(self) -> tuple[int, Output | Exception | None]:
-        """Wait for the next one."""
+        """Wait for the next one, and return it with the index of its choice."""
         index, output = await self._queue.get()
         self._num_bytes -= _num_bytes(output)
         return index, output
@@ -56,5 +54,5 @@ def _num_bytes(output: Output | Exception | None) -> int:
     if not isinstance(output, Output):
         return 0
     packed = [output.logprobs, output.prompt_logprobs]
-    of_logprobs = sum(its.num_bytes for its in packed if isinstance(its, PackedLogprobs))
+    of_logprobs = sum(part.num_bytes for part in packed if isinstance(part, PackedLogprobs))
     return BYTES_OF_OUTPUT + BYTES_OF_TOKEN * len(output.new_token_ids) + of_logprobs

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serve.openai.schemas import error_body
+from serve.openai.errors import error_body
 from serve.server.exchange import request_id
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import psutil
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.openai.schemas import error_body
+from serve.openai.errors import error_body
 from serve.server.connection import Connection, Deadlines
 from serve.server.exchange import Exchanges, answer, exchange_of
 

@@ -1,7 +1,7 @@
-"""ASGI middleware around all others: gives every request an id, and logs every refusal.
+"""ASGI middleware around all others, which gives every request an id and logs every refusal.
 
-A client's own `X-Request-Id` is used where it is short and printable, and sent back either way, so
-that a line of this log can be found from a gateway's or a client's.
+A client's own `X-Request-Id` is used if it is short and printable, and sent back, so that a line of
+this log can be found from the log of a gateway or a client.
 """
 
 import asyncio
@@ -17,49 +17,43 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.openai.schemas import error_body
+from serve.openai.errors import error_body
 
 logger = logging.getLogger(__name__)
 
 DISCARD_SECONDS, DISCARD_BYTES = 10.0, 2**26
-"""How much is still read of a body that is refused."""
-FAULT = "the server failed; its log says why"
+"""Limits of what is still read of a refused body."""
+FAULT = "the server failed; its log has the reason under the id in the header x-request-id"
 MOST_ID_CHARACTERS = 128
 MOST_PATH_CHARACTERS = 200
 CLIENT_ID = re.compile(rf"[!-~]{{1,{MOST_ID_CHARACTERS}}}")
 """Printable ASCII without spaces."""
-ENDED = r"(?:is not (?:allowed|served)|does not exist here)"
-QUOTED = re.compile(
-    rf"""(field "[\w.]{{1,60}}")|(?<!\w)["'\[{{].*?(?= {ENDED}(?!.* {ENDED})|$)|"""
-    r"(?<=^messages cannot be written by the chat template: ).*|"
-    r"(?<=json_schema is not allowed: ).*|(?<=regex is not allowed: ).*|(?<=cannot be met: ).*",
-    re.DOTALL,
-)
-"""Parts of an error's message that may repeat a body's text, and in the group the names of fields,
-which may stay."""
 
 
 @dataclass
 class Exchange:
-    """A request and its answer, as the log and the queue know it."""
+    """A request, as the log and the queue know it."""
 
     request_id: str
     client: str = ""
-    """The client's address, or the position of its key among all keys: requests of different
-    clients are taken in turn."""
+    """Address of the client, or the position of its key among all keys. Clients take turns."""
     reason: str = ""
-    """Why the request was refused, with OpenAI's name of the error's field and code if there are
-    any."""
+    """Message of the answer if the request was refused."""
+    logged_reason: str = ""
+    """The same without what the client wrote."""
     param: str | None = None
     code: str | None = None
+    """OpenAI's names of the field and of the error."""
     cut_off_if_stalled: Callable[[str], bool] = lambda reason: True
-    """Closes the client's connection at once, for a reason that the log gets, if the client takes
-    nothing; returns whether it did."""
+    """Closes the connection at once if its client takes nothing, logs the reason, and returns
+    whether it did so."""
 
-    def refuse(self, body: Any) -> None:
-        """Remember OpenAI's body of an error, for the log."""
+    def refuse(self, body: Any, logged_reason: str | None = None) -> None:
+        """Remember the body of an error answer for the log. `logged_reason` is its message without
+        what the client wrote."""
         error = body["error"]
         self.reason, self.param, self.code = error["message"], error["param"], error["code"]
+        self.logged_reason = self.reason if logged_reason is None else logged_reason
 
 
 def exchange_of(scope: MutableMapping[str, Any]) -> Exchange:
@@ -71,8 +65,10 @@ def exchange_of(scope: MutableMapping[str, Any]) -> Exchange:
 class Exchanges:
     """The middleware.
 
-    log_texts: write reasons whole, though they may quote prompts. count: called with the status of
-    each refusal.
+    Args:
+        app: The application inside.
+        log_texts: Whether the log may have what clients wrote.
+        count: Called with the status of each refusal.
     """
 
     def __init__(
@@ -81,20 +77,18 @@ class Exchanges:
         self._app, self._log_texts, self._count = app, log_texts, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, whatever happens meanwhile."""
+        """Answer a request, even if the application fails."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         address = scope["client"][0] if scope.get("client") else "local"
         exchange = Exchange(request_id(scope["headers"]), address)
-        if cut_off := scope.get("state", {}).get(
-            "cut_off_if_stalled"
-        ):  # of serve.server.connection
-            exchange.cut_off_if_stalled = cut_off
+        state = scope.get("state", {})  # of serve.server.connection
+        exchange.cut_off_if_stalled = state.get("cut_off_if_stalled", exchange.cut_off_if_stalled)
         status, began = 0, time.monotonic()
         is_read = False
 
-        async def received() -> Message:
+        async def receive_noted() -> Message:
             nonlocal is_read
             message = await receive()
             is_read = not message.get("more_body", False)
@@ -111,15 +105,15 @@ class Exchanges:
                 # sees no answer.
                 await send({**message, "more_body": True})
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(_discard(received), DISCARD_SECONDS)
+                    await asyncio.wait_for(_discard(receive_noted), DISCARD_SECONDS)
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        # HEAD is answered as GET is; the HTTP server leaves the body out.
+        # HEAD is answered like GET; the HTTP server leaves the body out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         inner = {**scope, "method": method, "stu.exchange": exchange}
         try:
-            await self._app(inner, received, send_with_id)
+            await self._app(inner, receive_noted, send_with_id)
         except Exception:
             fields = {"request_id": exchange.request_id}
             logger.exception("a request failed", extra={"fields": fields})
@@ -127,14 +121,14 @@ class Exchanges:
                 body = error_body(FAULT, "server_error")
                 exchange.refuse(body)
                 await answer(send_with_id, 500, body, {})
-        # serve.server.connection has logged and counted what it refuses itself.
-        if status >= 400 and not scope.get("state", {}).get("is_refused"):
+        # serve.server.connection logs and counts what it refuses itself.
+        if status >= 400 and not state.get("is_refused"):
             if self._count is not None:
                 self._count(status)
             self._log(exchange, scope, status, time.monotonic() - began)
 
     def _log(self, exchange: Exchange, scope: Scope, status: int, seconds: float) -> None:
-        reason = exchange.reason if self._log_texts else unquoted(exchange.reason)
+        reason = exchange.reason if self._log_texts else exchange.logged_reason
         fields = {
             "request_id": exchange.request_id,
             "client": exchange.client,
@@ -149,13 +143,8 @@ class Exchanges:
         logger.log(level, "refused with %d: %s", status, reason, extra={"fields": fields})
 
 
-def unquoted(message: str) -> str:
-    """Return an error's message without what it may quote from a body."""
-    return QUOTED.sub(lambda match: match[1] or "..", message)
-
-
 async def answer(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
-    """Send a whole answer in JSON, and close the connection."""
+    """Send a whole answer in JSON with further headers, and close the connection."""
     content = json.dumps(body).encode()
     length = str(len(content))
     named = {"content-type": "application/json", "content-length": length, "connection": "close"}
@@ -174,9 +163,9 @@ async def _discard(receive: Receive) -> None:
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the id that a request's headers give it, or a new one."""
+    """Return the id in the headers of a request, or a new one."""
     for name, value in headers:
-        given: str = value.decode("latin-1")
-        if name == b"x-request-id" and CLIENT_ID.fullmatch(given):
-            return given
+        own: str = value.decode("latin-1")
+        if name == b"x-request-id" and CLIENT_ID.fullmatch(own):
+            return own
     return secrets.token_hex(12)

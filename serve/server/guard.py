@@ -1,4 +1,4 @@
-"""What a request must pass before it is read: its key, its size, and whether the server stops."""
+"""ASGI middleware that checks the API key and the size of a request before its body is read."""
 
 import hashlib
 import hmac
@@ -8,30 +8,31 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.openai.schemas import error_body
+from serve.openai.errors import error_body
+from serve.server.app import PLAYGROUND_FILES
 from serve.server.exchange import answer, exchange_of
-from serve.server.page import FILES
 
 MAX_HEADER_BYTES = 16 * 2**10
-OPEN_PATHS = frozenset({"/health", "/ready", *FILES})
-"""Paths that need no key: orchestrators' probes and browsers that open a page have none to send."""
+OPEN_PATHS = frozenset({"/health", "/ready", *PLAYGROUND_FILES})
+"""Paths that need no API key, which probes and browsers that open a page cannot send."""
 
 
 class Guard:
-    """ASGI middleware.
+    """The middleware.
 
-    keys: API keys; any will do, and none is needed if there are none.
+    Args:
+        app: The application inside.
+        keys: API keys, one of which a request must have; none if requests need no key.
+        max_body_bytes: Limit of a request's body.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
-        self._too_large = (
-            f"the body has more than the {max_body_bytes} bytes that are allowed: send less at once"
-        )
+        self._too_large = f"the body has more than {max_body_bytes} bytes: send less at once"
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request that must not pass, else let it."""
+        """Refuse a request, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -45,7 +46,7 @@ class Guard:
         if position is not None:
             exchange.client = f"key {position}"
         elif self._digests and scope["path"] not in OPEN_PATHS:
-            message = "no valid API key: send the header Authorization: Bearer KEY"
+            message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", code="invalid_api_key")
             await refuse(401, body, {"www-authenticate": "Bearer"})
             return
@@ -72,12 +73,12 @@ class Guard:
 
         await self._app(scope, counted, send)
 
-    def _key_position(self, given: bytes) -> int | None:
-        """Return the place of a valid key among all keys, from 1."""
-        scheme, _, key = given.partition(b" ")
+    def _key_position(self, header: bytes) -> int | None:
+        """Return the position of the key in an Authorization header among all keys, from 1."""
+        scheme, _, key = header.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # All of them, each in constant time.
-        matches = [hmac.compare_digest(digest, its) for its in self._digests]
+        # Each in constant time, and all of them.
+        matches = [hmac.compare_digest(digest, other) for other in self._digests]
         if scheme.lower() != b"bearer" or not any(matches):
             return None
         return 1 + matches.index(True)

@@ -19,7 +19,7 @@ TOKENS = [2.0**i for i in range(18)]
 
 
 class Metrics:
-    """What the server counts. prefix: of metrics that vLLM has too."""
+    """Metrics of the server. `prefix` is that of metrics that vLLM has too."""
 
     def __init__(self, replicas: Replicas, prefix: str, model_name: str) -> None:
         self._registry = CollectorRegistry()
@@ -39,24 +39,28 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "New tokens.")
         self._finished = Counter(
             f"{prefix}:request_success",
-            "Requests that ended.",
+            "Requests that ended, by reason.",
             [*self._label, "finished_reason"],
             registry=self._registry,
         )
         self.time_to_first_token = histogram(
             f"{prefix}:time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from the arrival of a request to its first token.",
             SECONDS,
         )
         self.inter_token = histogram(
-            f"{prefix}:inter_token_latency_seconds", "Between two tokens of a request.", SECONDS
+            f"{prefix}:inter_token_latency_seconds",
+            "Time between two tokens of a request.",
+            SECONDS,
         )
         self.latency = histogram(
-            f"{prefix}:e2e_request_latency_seconds", "From a request's arrival to its end.", SECONDS
+            f"{prefix}:e2e_request_latency_seconds",
+            "Time from the arrival of a request to its end.",
+            SECONDS,
         )
         self.queue_time = histogram(
             f"{prefix}:request_queue_time_seconds",
-            "From a request's arrival until an engine begins its prefill.",
+            "Time from the arrival of a request to the start of its prefill.",
             SECONDS,
         )
         self.request_prompt_tokens = histogram(
@@ -67,24 +71,24 @@ class Metrics:
         )
         self.refused = Counter(
             "stu:requests_refused",
-            "Requests that did not begin.",
+            "Requests that were refused, by HTTP status.",
             [*self._label, "status"],
             registry=self._registry,
         )
-        self._step = histogram("stu:step_seconds", "Engine steps that gave output.", SECONDS)
-        self._registry.register(_OfReplicas(replicas, prefix, model_name))
+        self._step = histogram("stu:step_seconds", "Time of engine steps with outputs.", SECONDS)
+        self._registry.register(_ReplicasCollector(replicas, prefix, model_name))
         replicas.step_observers.append(self._observe_step)
 
     def finished(self, reason: FinishReason | str) -> None:
-        """A request ended."""
+        """Count a request that ended."""
         self._finished.labels(**self._label, finished_reason=reason).inc()
 
     def count_refused(self, status: int) -> None:
-        """A request was answered with an error at once."""
+        """Count a request that was refused with a status."""
         self.refused.labels(**self._label, status=str(status)).inc()
 
     def text(self) -> bytes:
-        """In Prometheus's format."""
+        """Return all metrics in Prometheus's format."""
         return generate_latest(self._registry)
 
     def _observe_step(self, message: Message) -> None:
@@ -92,19 +96,19 @@ class Metrics:
             self._step.observe(message["step_seconds"])
 
 
-class _OfReplicas(Collector):
-    """What the engines say of themselves."""
+class _ReplicasCollector(Collector):
+    """Metrics that replicas report."""
 
     def __init__(self, replicas: Replicas, prefix: str, model_name: str) -> None:
         self._replicas, self._prefix, self._model_name = replicas, prefix, model_name
 
     def collect(self) -> Iterable[Metric]:
-        """As of now, all engines together."""
+        """Yield the current metrics, summed over replicas."""
         stats, replicas = self._replicas.stats, self._replicas
         totals = replicas.totals()
 
         def total(name: str) -> float:
-            return float(sum(getattr(its, name) for its in stats))
+            return float(sum(getattr(replica_stats, name) for replica_stats in stats))
 
         pages = total("convolution_pages"), total("attention_pages")
         used = total("convolution_pages_used"), total("attention_pages_used")
@@ -112,41 +116,44 @@ class _OfReplicas(Collector):
         started = len(stats)
         gauges = {
             f"{self._prefix}:num_requests_running": (
-                "Requests that are prefilled or decoded.",
+                "Requests in prefill or decoding.",
                 total("running"),
             ),
             f"{self._prefix}:num_requests_waiting": (
                 "Requests whose prefill has not begun.",
                 replicas.num_waiting,
             ),
-            f"{self._prefix}:kv_cache_usage_perc": ("Share of the pages in use.", share),
-            "stu:convolution_pages": ("Pages for convolutions.", pages[0]),
-            "stu:convolution_pages_used": ("Of these, in use.", used[0]),
-            "stu:attention_pages": ("Pages for attention windows.", pages[1]),
-            "stu:attention_pages_used": ("Of these, in use.", used[1]),
-            "stu:replicas_ready": ("Engines that take requests.", started),
+            f"{self._prefix}:kv_cache_usage_perc": ("Fraction of the cache pages in use.", share),
+            "stu:convolution_pages": ("Cache pages for convolutions.", pages[0]),
+            "stu:convolution_pages_used": ("Cache pages for convolutions in use.", used[0]),
+            "stu:attention_pages": ("Cache pages for attention windows.", pages[1]),
+            "stu:attention_pages_used": ("Cache pages for attention windows in use.", used[1]),
+            "stu:replicas_ready": ("Replicas that take requests.", started),
         }
         for name, (text, value) in gauges.items():
             yield self._metric(GaugeMetricFamily, name, text, value)
         counters = {
             f"{self._prefix}:num_preemptions": ("Requests preempted.", totals.preemptions),
             "stu:replica_restarts": (
-                "Engines that ended and were replaced.",
+                "Replicas that ended and were replaced.",
                 replicas.num_restarts,
             ),
-            "stu:requests_resumed": ("Requests that went on elsewhere.", replicas.num_resumed),
+            "stu:requests_resumed": (
+                "Requests that continued in another replica.",
+                replicas.num_resumed,
+            ),
         }
         for name, (text, value) in counters.items():
             yield self._metric(CounterMetricFamily, name, text, value)
 
         flushes = (
-            ("stu:flushes", "Engine steps that flushed tiles of a size."),
-            ("stu:flush_seconds", "Seconds that flushing tiles of a size took."),
+            ("stu:flushes", "Engine steps that flushed tiles, by the size of the tile."),
+            ("stu:flush_seconds", "Seconds that flushing tiles took, by the size of the tile."),
         )
-        for at, (name, text) in enumerate(flushes):
+        for column, (name, text) in enumerate(flushes):
             family = CounterMetricFamily(name, text, labels=["model_name", "tile_positions"])
             for positions, counts in sorted(totals.flushes.items()):
-                family.add_metric([self._model_name, str(positions)], counts[at])
+                family.add_metric([self._model_name, str(positions)], counts[column])
             yield family
 
     def _metric(self, kind: Any, name: str, text: str, value: float) -> Metric:

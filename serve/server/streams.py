@@ -1,4 +1,4 @@
-"""Answers of one body's requests: gathered into one, or sent piece by piece as they come."""
+"""Answers to bodies: a whole one at the end, or pieces as they come."""
 
 import asyncio
 import logging
@@ -6,16 +6,19 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from serve.completion import Completion, Gathering, piece_of
+from serve.completion import Gathering, piece_of
+from serve.openai.choices import ChoiceWriter
+from serve.openai.completions import usage
 from serve.openai.schemas import StreamOptions
 from serve.request import Output
-from serve.server.arrivals import Arrivals, EngineError
-from serve.server.exchange import Exchange, unquoted
+from serve.server.arrivals import Arrivals
+from serve.server.exchange import Exchange
 from serve.server.metrics import Metrics
-from serve.server.replicas.dispatch import Refused, Replicas, Stream
-from serve.server.slices import Pauses, json_slices, pieces
+from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.slices import Pauses, json_slices, pieces
+from serve.server.replicas.stream import EngineError, Stream
+from stu.common.errors import UserError
 from stu.common.text import Json, json_line
 
 logger = logging.getLogger(__name__)
@@ -24,50 +27,44 @@ PADDED_BYTES = 128
 
 
 class TimedOut(Exception):
-    """The requests took too long."""
-
-
-class Writer(Protocol):
-    """How a choice is written."""
-
-    def write(self, piece: Completion) -> Json:
-        """With the next piece."""
+    """The requests of a body took too long."""
 
 
 @dataclass
 class Answer:
-    """The streams of one body, and what the answer has besides its choices.
-
-    num_prompt_tokens: each prompt counts once.
-    """
+    """The answer to one body, written while its requests are decoded."""
 
     replicas: Replicas
     metrics: Metrics
     streams: Sequence[Stream]
-    writers: Sequence[Writer]
+    """A stream of outputs for each choice."""
+    writers: Sequence[ChoiceWriter]
+    """A writer for each choice."""
     frame: Json
-    """Its id, model and time."""
+    """The answer without choices and usage."""
     num_prompt_tokens: int
+    """Number of prompt tokens; a prompt of several choices counts once."""
     timeout_seconds: float
-    """From its arrival to the end."""
+    """Limit of the time from the arrival of the body to the end of its answer."""
     arrived: float
+    """Time of the arrival, by the monotonic clock."""
     exchange: Exchange
     prompts: Sequence[str] | None = None
-    """For the log, which has completions as well then."""
+    """Prompts for the log, which then has the completions too."""
     _gathered: list[Gathering] = field(init=False)
-    _error: str = field(default="", init=False)
+    _error: Exception | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._gathered = [Gathering() for _ in self.streams]
 
     async def whole(self) -> list[bytes]:
-        """Return the body of an answer in one, as JSON in pieces."""
+        """Return a whole answer, as JSON in pieces."""
         async for _ in self.outputs():
             pass
         return await asyncio.to_thread(lambda: list(pieces(self._whole())))
 
     def _whole(self) -> Iterator[str]:
-        """Yield the JSON of an answer in one. A choice is forgotten once it is written: with log
+        """Yield the JSON of a whole answer. Each choice is freed once it is written: with log
         probabilities it takes many times the memory of its text."""
         usage = self.usage()
         yield f'{"".join(json_slices(self.frame))[:-1]},"choices":'
@@ -86,55 +83,59 @@ class Answer:
         rest: AsyncIterator[tuple[int, Output]],
         options: StreamOptions,
     ) -> AsyncIterator[str]:
-        """Server-sent events: each piece that has anything, the usage if asked for, and the end.
+        """Yield server-sent events: each piece with anything in it, usage if asked for, the end.
 
-        Usage that every piece is to have counts the tokens of all choices up to there."""
+        Args:
+            first: First of the `outputs`.
+            rest: The other ones.
+            options: Those of the body.
+        """
         has_usage = bool(options.include_usage)
-        usage: Json = {"usage": None} if has_usage else {}
+        with_usage: Json = {"usage": None} if has_usage else {}
         async for index, output in _chained(first, rest):
             piece = piece_of(output)
             is_last = piece.finish_reason is not None
             if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
                 choice = self.writers[index].write(piece)
                 if has_usage and options.continuous_usage_stats:
-                    usage = {"usage": self.usage()}
-                values = {**self.frame, "choices": [choice], **usage}
+                    with_usage = {"usage": self.usage()}
+                values = {**self.frame, "choices": [choice], **with_usage}
                 yield event(_padded(values) if options.include_obfuscation else values)
         if has_usage:
             yield event({**self.frame, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
     def usage(self) -> Json:
-        """OpenAI's count of tokens."""
-        num_new_tokens = sum(len(its.token_ids) for its in self._gathered)
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_new_tokens,
-            "total_tokens": self.num_prompt_tokens + num_new_tokens,
-        }
+        """Return OpenAI's numbers of tokens, of all choices so far."""
+        num_new_tokens = sum(len(choice.token_ids) for choice in self._gathered)
+        return usage(self.num_prompt_tokens, num_new_tokens)
 
     async def outputs(self, keeps_logprobs: bool = True) -> AsyncIterator[tuple[int, Output]]:
-        """All streams' outputs as they come, each with the number of its choice. A reader that
-        stops early ends them all; so does an error of one. A reader that takes nothing is cut off
-        once it is too far behind.
+        """Yield the outputs of all streams as they come, each with the index of its choice.
 
-        keeps_logprobs: for the answer in one, which is written at the end.
+        All requests end if a reader stops early, or if one of them fails. A client that takes
+        nothing is cut off once it is too far behind.
 
-        Raises Refused, Unavailable, EngineError, or TimedOut.
+        Args:
+            keeps_logprobs: Whether to keep log probabilities for a whole answer.
+
+        Raises:
+            UserError: An engine refuses a request.
+            Unavailable, EngineError, TimedOut: A request failed for another reason.
         """
-        arrived = Arrivals(self._cut_off)
-        late = TimedOut(f"not done within {self.timeout_seconds:g} seconds")
+        arrivals = Arrivals(self._cut_off)
+        late = TimedOut(f"the request was not done within {self.timeout_seconds:g} seconds")
         left = self.arrived + self.timeout_seconds - time.monotonic()
 
         def end() -> None:
-            # Now, and not when its reader takes the next piece, which it may never do.
+            # At once, and not when a reader takes the next piece, which it may never do.
             for stream in self.streams:
                 self.replicas.abort(stream)
-            arrived.put(0, late)
+            arrivals.put(0, late)
 
         timer = asyncio.get_running_loop().call_later(left, end)
         tasks = [
-            asyncio.create_task(self._forward(index, stream, arrived))
+            asyncio.create_task(self._forward(index, stream, arrivals))
             for index, stream in enumerate(self.streams)
         ]
         pauses = Pauses()
@@ -142,36 +143,36 @@ class Answer:
             num_left = len(tasks)
             while num_left:
                 await pauses.pause_if_due()
-                index, output = await arrived.take()
+                index, output = await arrivals.take()
                 if isinstance(output, Exception):
-                    self._error = str(output)
+                    self._error = output
                     raise output
                 if output is None:
                     num_left -= 1
-                else:
-                    kept = output
-                    if not keeps_logprobs:
-                        kept = replace(output, logprobs=(), prompt_logprobs=())
-                    self._gathered[index].add(kept)
-                    yield index, output
+                    continue
+                kept = output
+                if not keeps_logprobs:
+                    kept = replace(output, logprobs=(), prompt_logprobs=())
+                self._gathered[index].add(kept)
+                yield index, output
         finally:
             timer.cancel()
             for task in tasks:
                 task.cancel()
-            for stream in self.streams:  # a task that had not begun aborts nothing
+            for stream in self.streams:  # a task that never began aborts nothing
                 self.replicas.abort(stream)
             self._log()
 
     def _cut_off(self, num_bytes: int) -> bool:
-        if not self.exchange.cut_off_if_stalled(
-            f"its client is {num_bytes} bytes of tokens behind"
-        ):
+        reason = f"its client is {num_bytes} bytes of tokens behind"
+        if not self.exchange.cut_off_if_stalled(reason):
             return False
         for stream in self.streams:
             self.replicas.abort(stream)
         return True
 
-    async def _forward(self, index: int, stream: Stream, arrived: "Arrivals") -> None:
+    async def _forward(self, index: int, stream: Stream, arrivals: Arrivals) -> None:
+        """Pass the outputs of a choice on, and count them."""
         metrics, last = self.metrics, self.arrived
         reason = "abort"
         num_tokens = 0
@@ -188,13 +189,13 @@ class Answer:
                 num_tokens, last = num_tokens + len(output.new_token_ids), now
                 metrics.generation_tokens.inc(len(output.new_token_ids))
                 if output.finish_reason == "error":
-                    raise (Refused if output.is_refused else EngineError)(output.error)
+                    raise _error_of(output)
                 reason = output.finish_reason or reason
-                arrived.put(index, output)
-            arrived.put(index, None)
+                arrivals.put(index, output)
+            arrivals.put(index, None)
         except Exception as error:
             reason = "error"
-            arrived.put(index, error)
+            arrivals.put(index, error)
         finally:
             metrics.finished(reason)
             metrics.latency.observe(time.monotonic() - self.arrived)
@@ -202,28 +203,38 @@ class Answer:
             metrics.request_generation_tokens.observe(num_tokens)
 
     def _log(self) -> None:
+        logs_texts = self.prompts is not None
         fields = {
             "request_id": self.exchange.request_id,
             "client": self.exchange.client,
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.usage(),
-            "finish_reasons": [its.finish_reason or "abort" for its in self._gathered],
+            "finish_reasons": [choice.finish_reason or "abort" for choice in self._gathered],
         }
-        if self._error:
-            fields["error"] = self._error if self.prompts is not None else unquoted(self._error)
-        if self.prompts is not None:
-            completions = ["".join(its.texts) for its in self._gathered]
+        if isinstance(self._error, UserError) and not logs_texts:
+            fields["error"] = self._error.without_value()
+        elif self._error is not None:
+            fields["error"] = str(self._error)
+        if logs_texts:
+            completions = ["".join(choice.texts) for choice in self._gathered]
             fields |= {"prompts": self.prompts, "completions": completions}
         logger.info("request ended", extra={"fields": fields})
 
 
 def event(values: Json) -> str:
-    """One server-sent event."""
+    """Return a server-sent event."""
     return f"data: {json_line(values)}\n\n"
 
 
+def _error_of(output: Output) -> Exception:
+    """Return the error that ended a request in mid-text."""
+    if output.is_refused:  # its constraint turned out to be too costly
+        return UserError("response_format", output.error, message=output.error)
+    return EngineError(output.error)
+
+
 def _padded(values: Json) -> Json:
-    """`values` with text of chance that makes their length a multiple of `PADDED_BYTES`."""
+    """Return `values` with random text that makes their length a multiple of `PADDED_BYTES`."""
     filled = {**values, "obfuscation": ""}
     missing = -len(event(filled).encode()) % PADDED_BYTES
     return {**filled, "obfuscation": secrets.token_hex(missing)[:missing]}
@@ -233,5 +244,5 @@ async def _chained(
     first: tuple[int, Output], rest: AsyncIterator[tuple[int, Output]]
 ) -> AsyncIterator[tuple[int, Output]]:
     yield first
-    async for each in rest:
-        yield each
+    async for indexed in rest:
+        yield indexed

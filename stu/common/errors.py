@@ -52,6 +52,10 @@ class UserError(ValueError):
 
 def show(value: object, most_characters: int = 60) -> str:
     """Return `value` as JSON, cut off after `most_characters`; a value that JSON has no form for is
-    written as by `repr`."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= most_characters else text[:most_characters] + "..."
+    written as by `repr`. Large and deeply nested values take no longer than small ones."""
+    text = ""
+    for part in json.JSONEncoder(default=repr).iterencode(value):
+        text += part
+        if len(text) > most_characters:
+            return text[:most_characters] + "..."
+    return text

@@ -1,10 +1,9 @@
-"""One engine of a server, as a process of its own.
+"""A replica: a process with an engine.
 
     python -m serve.server.replicas.process FD
 
-where FD is a socket to the server, on which it is told what to do (see
-`serve.server.replicas.wire`). It ends when the socket does, so that it does not outlive the server,
-however that one ends.
+FD is a socket to the server, with the messages of `serve.server.replicas.wire`. The process ends
+when the socket is closed, so it never outlives the server.
 """
 
 import gc
@@ -12,6 +11,7 @@ import select
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -21,41 +21,49 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.server.replicas.wire import Message, Unpacker, output_to_wire, pack, request_from_wire
+from serve.server.replicas.wire import (
+    Message,
+    Unpacker,
+    error_to_wire,
+    output_to_wire,
+    pack,
+    request_from_wire,
+)
 from stu.common.cli import run_command
+from stu.common.errors import UserError
 from stu.model_dir import load_model, load_tokenizer
 
 HEARTBEAT_SECONDS = 0.25
-"""Between signs of life while there is nothing to do."""
+"""Time between reports while there is nothing to do."""
 COMPILING_SECONDS = 0.01
-"""Between looks at whether a constraint is compiled, while there is nothing else to do."""
+"""Time between checks whether a constraint is compiled, while there is nothing else to do."""
 RECEIVE_BYTES = 2**20
 
 
 class Replica:
-    """Does what it is told on `connection`, until that is closed."""
+    """Decodes the requests that come on a connection until that is closed."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._unpacker = connection, Unpacker()
-        # `select` takes no descriptor from 1024 on, which a server with many connections gives.
+        # `select` takes no descriptors above 1023, which a server with many connections passes on.
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
-        self._ids: dict[int, int] = {}
-        """The server's number of a request, by the engine's,"""
+        self._numbers: dict[int, int] = {}
+        """The server's numbers of requests, by the engine's ids."""
         self._engine_ids: dict[int, int] = {}
-        """and the other way round."""
+        """The engine's ids of requests, by the server's numbers."""
         self._compiler = ThreadPoolExecutor(1)
         self._compiling: dict[int, tuple[Request, Future[None]]] = {}
-        """Requests whose constraint is being compiled, which would hold up all others here."""
+        """Requests whose constraint a thread compiles, as it would hold up all others here."""
 
     def run(self) -> None:
-        """Load what the first message names, say so, and decode."""
+        """Load the model that the first message names, then decode."""
         engine = self._load()
         was_idle = False
         while True:
             idle_seconds = COMPILING_SECONDS if self._compiling else HEARTBEAT_SECONDS
-            for message in self._received(0.0 if engine.has_work else idle_seconds):
-                self._obey(engine, message)
+            for message in self._receive(0.0 if engine.has_work else idle_seconds):
+                self._handle(engine, message)
             for number, (request, compiled) in list(self._compiling.items()):
                 if compiled.done():
                     del self._compiling[number]
@@ -66,12 +74,14 @@ class Replica:
             if is_idle and not was_idle:
                 engine.check_integrity()
             was_idle = is_idle
-            scheduled = [[self._ids[its], when] for its, when in engine.scheduled.items()]
+            scheduled = [[self._numbers[own], when] for own, when in engine.scheduled.items()]
             engine.scheduled.clear()  # or an idle turn would report requests that have ended
-            written = [output_to_wire(its, self._ids[its.request_id]) for its in outputs]
-            for its in outputs:
-                if its.finish_reason is not None:
-                    del self._engine_ids[self._ids.pop(its.request_id)]
+            written = [
+                output_to_wire(output, self._numbers[output.request_id]) for output in outputs
+            ]
+            for output in outputs:
+                if output.finish_reason is not None:
+                    del self._engine_ids[self._numbers.pop(output.request_id)]
             report: Message = {
                 "scheduled": scheduled,
                 "outputs": written,
@@ -79,26 +89,26 @@ class Replica:
             }
             if outputs:
                 report["step_seconds"] = time.monotonic() - began
-            self._connection.sendall(pack(report))
+            self._send(report)
 
     def _load(self) -> Engine:
         settings = self._first_message()
         dtype = getattr(torch, settings["dtype"])
         config = EngineConfig(**settings["engine"])
         tokenizer = load_tokenizer(settings["model"])
-        # The engine keeps what it needs of the model, which nobody else holds.
+        # The engine copies what it needs of the model, which nothing else may keep.
         engine = Engine(load_model(settings["model"], settings["device"], dtype), tokenizer, config)
         gc.collect()
-        gc.freeze()  # or a step now and then would wait for a collection of all that was imported
-        self._connection.sendall(pack({"ready": asdict(engine.stats())}))
+        gc.freeze()  # or collections of all imported modules would hold up steps
+        self._send({"ready": asdict(engine.stats())})
         return engine
 
     def _first_message(self) -> Message:
         while True:
-            for message in self._received(None):
+            for message in self._receive(None):
                 return message
 
-    def _obey(self, engine: Engine, message: Message) -> None:
+    def _handle(self, engine: Engine, message: Message) -> None:
         if "abort" in message:
             self._compiling.pop(message["abort"], None)
             if (engine_id := self._engine_ids.get(message["abort"])) is not None:
@@ -107,8 +117,8 @@ class Replica:
         number = message["add"]
         try:
             request = request_from_wire(message["request"])
-        except ValueError as error:
-            self._connection.sendall(pack({"refused": number, "error": str(error)}))
+        except Exception:
+            self._fail(number)
             return
         if request.sampling.constraint is None:
             self._add(engine, number, request)
@@ -119,13 +129,23 @@ class Replica:
     def _add(self, engine: Engine, number: int, request: Request) -> None:
         try:
             engine_id = engine.add(request)
-        except ValueError as error:
-            self._connection.sendall(pack({"refused": number, "error": str(error)}))
-            return
-        self._ids[engine_id], self._engine_ids[number] = number, engine_id
+        except UserError as error:
+            self._send({"refused": number, "error": error_to_wire(error)})
+        except Exception:
+            self._fail(number)
+        else:
+            self._numbers[engine_id], self._engine_ids[number] = number, engine_id
 
-    def _received(self, timeout: float | None) -> Iterator[Message]:
-        """Messages, if there are any within so many seconds. Ends the process with the server."""
+    def _fail(self, number: int) -> None:
+        """Report the exception that is being handled; the other requests continue."""
+        self._send({"failed": number, "trace": traceback.format_exc()})
+
+    def _send(self, message: Message) -> None:
+        self._connection.sendall(pack(message))
+
+    def _receive(self, timeout: float | None) -> Iterator[Message]:
+        """Yield the messages that come within a time in seconds. Ends the process with the
+        server."""
         milliseconds = None if timeout is None else 1000 * timeout
         while self._poll.poll(milliseconds):
             data = self._connection.recv(RECEIVE_BYTES)
@@ -136,7 +156,7 @@ class Replica:
 
 
 def main() -> int:
-    """The process. 0: the server ended; 2: an error that a user can mend, which stderr says."""
+    """Run the process; return 0 if the server ended, 2 after an error that the user can mend."""
 
     def serve() -> int:
         with socket.socket(fileno=int(sys.argv[1])) as connection:
@@ -145,8 +165,9 @@ def main() -> int:
             except ConnectionError:
                 pass  # the server ended
             except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    "out of memory: lower cache_gib, max_running or prompt_tokens_per_step"
+                raise UserError(
+                    "cache_gib",
+                    message="out of memory: lower cache_gib, max_running or prompt_tokens_per_step",
                 ) from error
         return 0
 

@@ -1,9 +1,11 @@
-"""What a server and its engines tell each other: msgpack, one map after the other, on a socket.
+"""Messages between the server and its replicas: msgpack maps, one after the other, on a socket.
 
-To an engine: its settings, then `{"add": id, "request": {..}}` and `{"abort": id}`. From it:
-`{"ready": {..}}`, `{"refused": id, "error": ..}`, and after each step, and when idle now and then,
-`{"scheduled": [[id, time], ..], "outputs": [..], "stats": {..}}`, and `step_seconds` after a step.
-Times are those of the monotonic clock, which processes of one machine share.
+To a replica: its settings, then `{"add": number, "request": {..}}` and `{"abort": number}`.
+
+From a replica: `{"ready": stats}` once. Then `{"refused": number, "error": {..}}` for a request at
+fault, `{"failed": number, "trace": ..}` for a fault of the replica, and a report after each step,
+and regularly when idle: `{"scheduled": [[number, time], ..], "outputs": [..], "stats": {..}}`, with
+`step_seconds` if there were outputs. Times are of the monotonic clock, which all processes share.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,33 +16,34 @@ import msgpack
 
 from serve.request import Output, Request, TokenLogprobs
 from serve.sampling_params import Constraint, SamplingParams
+from stu.common.errors import UserError
 
 Message = dict[str, Any]
 MOST_BYTES = 2**28
-"""Of a message: a prompt's log probabilities are the largest."""
+"""Limit of a message; those with the log probabilities of a prompt are the largest."""
 
 
 def pack(message: Message) -> bytes:
-    """A message as bytes."""
+    """Return a message as bytes."""
     packed: bytes = msgpack.packb(message)
     return packed
 
 
 class Unpacker:
-    """Messages from bytes, however they are cut."""
+    """Reads messages from bytes that may be cut anywhere."""
 
     def __init__(self) -> None:
         self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES)
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that are whole now."""
+        """Yield the messages that are whole with `data`."""
         self._unpacker.feed(data)
         yield from self._unpacker
 
 
 class PackedLogprobs(Sequence[TokenLogprobs]):
-    """Log probabilities as an engine sent them, unpacked where they are used: as objects they take
-    nine times the memory."""
+    """Log probabilities as a replica sent them, unpacked where they are used, as objects take nine
+    times the memory."""
 
     __slots__ = ("_packed",)
 
@@ -49,7 +52,7 @@ class PackedLogprobs(Sequence[TokenLogprobs]):
 
     @property
     def num_bytes(self) -> int:
-        """Memory that they take."""
+        """Memory in bytes."""
         return len(self._packed)
 
     def __len__(self) -> int:
@@ -68,33 +71,34 @@ class PackedLogprobs(Sequence[TokenLogprobs]):
         return iter(self._unpacked())
 
     def _unpacked(self) -> list[TokenLogprobs]:
-        return [
-            TokenLogprobs(*each) for each in msgpack.unpackb(self._packed, strict_map_key=False)
-        ]
+        unpacked = msgpack.unpackb(self._packed, strict_map_key=False)
+        return [TokenLogprobs(*values) for values in unpacked]
 
 
 def request_to_wire(request: Request) -> Message:
-    """All of its fields. (`asdict` would copy each token of a prompt.)"""
+    """Return a request as a message. (`asdict` would copy each token of its prompt.)"""
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     values["sampling"] = asdict(request.sampling)
     return values
 
 
 def request_from_wire(values: Message) -> Request:
-    """From what `request_to_wire` gave."""
+    """Return the request in a message of `request_to_wire`."""
     sampling = dict(values["sampling"])
     if sampling["constraint"] is not None:
         sampling["constraint"] = Constraint(**sampling["constraint"])
     return Request(**{**values, "sampling": SamplingParams(**sampling)})
 
 
-def output_to_wire(output: Output, request_id: int) -> Message:
-    """All of its fields, with the server's number of the request."""
+def output_to_wire(output: Output, number: int) -> Message:
+    """Return an output as a message, with the server's number of its request."""
     ids = list(output.new_token_ids)
-    values = {"request_id": request_id, "new_token_ids": ids, "text": output.text}
+    values = {"request_id": number, "new_token_ids": ids, "text": output.text}
     for name in ("logprobs", "prompt_logprobs"):
-        if its := getattr(output, name):
-            values[name] = msgpack.packb([[each.token, each.logprob, each.top] for each in its])
+        if logprobs := getattr(output, name):
+            values[name] = msgpack.packb(
+                [[token.token, token.logprob, token.top] for token in logprobs]
+            )
     if output.finish_reason is not None:
         names = ("finish_reason", "ends_with_stop_token", "error", "is_refused")
         values |= {name: getattr(output, name) for name in names}
@@ -102,8 +106,18 @@ def output_to_wire(output: Output, request_id: int) -> Message:
 
 
 def output_from_wire(values: Message) -> Output:
-    """From what `output_to_wire` gave."""
+    """Return the output in a message of `output_to_wire`."""
     for name in ("logprobs", "prompt_logprobs"):
         if name in values:
             values[name] = PackedLogprobs(values[name])
     return Output(**values)
+
+
+def error_to_wire(error: UserError) -> Message:
+    """Return an error as a message."""
+    return {"field": error.field, "message": str(error), "code": error.code}
+
+
+def error_from_wire(values: Message) -> UserError:
+    """Return the error in a message of `error_to_wire`."""
+    return UserError(values["field"], message=values["message"], code=values["code"])

@@ -159,7 +159,7 @@ BAD_ROWS = [
     (
         '{"prompt": "x", "max_new_tokens": 63}',
         2,
-        ["prompt of 2 tokens", "max_new_tokens=63", "max_seq_len=64", "to 62 or short"],
+        ["prompt of 2 tokens", "63 new tokens", "max_seq_len=64", "to 62 or short"],
     ),
     (
         json.dumps({"prompt": LONG_PROMPT}),
@@ -192,7 +192,7 @@ def test_a_row_that_needs_more_pages_than_there_are_is_refused(run):
     few_pages = ["--cache-gib", "1.1e-5", "--max-running", "1", "--page-len", "8"]
     code, (long, short) = run(rows, *few_pages)
     assert code == 1
-    assert "line 1: a prompt of 2 tokens and max_new_tokens=60 need 8 convo" in long["error"]
+    assert "line 1: a prompt of 2 tokens and 60 new tokens need 8 convo" in long["error"]
     assert short["num_completion_tokens"] == 9
 
 

@@ -10,8 +10,8 @@ import torch
 from serve.batch.openai_rows import OpenAiRows
 from serve.batch.rows import Refusal
 from serve.completion import Completion
-from serve.openai.choices import ChoiceWriter
-from serve.openai.completions import Completions
+from serve.openai.choices import TextChoiceWriter
+from serve.openai.completions import TextCompletions
 from serve.prompts import RequestBuilder
 from serve.request import TokenLogprobs
 from serve.sampling.detokenizer import TextStream
@@ -204,7 +204,7 @@ def test_tokens_that_share_a_name_share_the_larger_probability(code_tokenizer):
     """Clients take the largest for that of the most probable token."""
     letter = code_tokenizer.encode("f")[0]
     byte = next(i for i in range(280) if i != letter and code_tokenizer.token_text(i) == "f")
-    writer = ChoiceWriter(code_tokenizer, replace(REQUEST), 0, None, False)
+    writer = TextChoiceWriter(code_tokenizer, replace(REQUEST), 0, None, False)
     logprobs = [TokenLogprobs(byte, -5.0, {letter: -0.1})]
     choice = writer.write(Completion("f", [byte], logprobs, "length"))
     assert choice["logprobs"]["token_logprobs"] == [-5.0]
@@ -219,11 +219,11 @@ def test_pieces_make_the_whole(code_tokenizer, echo):
         TokenLogprobs(token, -1.0 - at, {token: -1.0 - at}) for at, token in enumerate(tokens)
     ]
     prompt = [TokenLogprobs(token, -9.0, {}) for token in REQUEST.prompt_token_ids[1:]]
-    whole = ChoiceWriter(code_tokenizer, REQUEST, 3, echo, True).write(
+    whole = TextChoiceWriter(code_tokenizer, REQUEST, 3, echo, True).write(
         Completion(text, tokens, logprobs, "length", prompt)
     )
     writer, stream = (
-        ChoiceWriter(code_tokenizer, REQUEST, 3, echo, True),
+        TextChoiceWriter(code_tokenizer, REQUEST, 3, echo, True),
         TextStream(code_tokenizer, ()),
     )
     pieces = []
@@ -260,11 +260,11 @@ def test_response_formats(choices):
 
 def test_offsets_say_where_a_token_s_text_begins(code_tokenizer):
     builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 40})
-    completions, text = Completions(builder, code_tokenizer, "demo"), "größe = x + 1"
+    completions, text = TextCompletions(builder, code_tokenizer, "demo"), "größe = x + 1"
     tokens = code_tokenizer.encode(text + "STOP")
     logprobs = [TokenLogprobs(token, -1.0, {}) for token in tokens]
     completion = Completion(text, tokens, logprobs, "stop")
-    body = {"prompt": "def", "logprobs": 0}
+    body = completions.read({"prompt": "def", "logprobs": 0})
     requests = completions.requests(0, body)
     (choice,) = completions.answer(0, body, requests, [completion])["choices"]
     names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
@@ -299,15 +299,31 @@ BAD_ROWS = [
     ),
     ({**row("k", **PROMPT), "url": "/v2"}, "k", 'url="/v2" is not allowed: it must be "/v1/compl'),
     ({**row("k", **PROMPT), "url": ["/v1"]}, "k", 'url=["/v1"] is not allowed: it must be'),
-    (chat("k", [HI], prompt="x"), "k", 'unknown field "prompt": leave it out'),
+    (
+        chat("k", [HI], prompt="x"),
+        "k",
+        "prompt is not allowed: there is no such field, leave it out",
+    ),
     (chat("k", None), "k", 'field "messages" is missing'),
     (chat("k", []), "k", "messages is not allowed: "),
-    (chat("k", [{"role": "bard", "content": "x"}]), "k", "messages.0.role is not allowed: "),
-    (chat("k", [{"role": "user"}]), "k", "messages.0: content is missing: give a string"),
+    (
+        chat("k", [{"role": "bard", "content": "x"}]),
+        "k",
+        "messages.0.role=\"bard\" is not allowed: it must be 'system'",
+    ),
+    (
+        chat("k", [{"role": "user"}]),
+        "k",
+        "messages.0.content=null is not allowed: it must be a string",
+    ),
     (chat("k", [{"role": "user", "content": "\ud800"}]), "k", "half of a surrogate pair"),
     (chat("k", [HI], stream=True), "k", "stream=true is not allowed: it must be false"),
     (chat("k", [HI], max_tokens=70), "k", "max_seq_len=64"),
-    (chat("k", [HI], top_logprobs=3), "k", "top_logprobs goes with logprobs=true alone"),
+    (
+        chat("k", [HI], top_logprobs=3),
+        "k",
+        "top_logprobs=3 is not allowed: it must be used with logprobs=true",
+    ),
     (chat("k", [HI], tools=[{}]), "k", "the model calls no tools"),
     (chat("k", [HI], n=0), "k", "n=0 is not allowed"),
     ({**row("k", **PROMPT), "body": []}, "k", "body=[] is not allowed: it must be a JSON object"),
@@ -319,28 +335,36 @@ BAD_ROWS = [
     (row("\ud800", **PROMPT), None, "custom_id has half of a surrogate pair"),
     (row("k"), "k", 'field "prompt" is missing'),
     (row("k", prompt=5), "k", "prompt=5 is not allowed"),
-    (row("k", prompt=["x", 5]), "k", "prompt=5 is not allowed"),
+    (row("k", prompt=["x", 5]), "k", "prompt is not allowed: it must be a string, a list of"),
     (row("k", prompt=["x", "\ud800"]), "k", "prompt has half of a surrogate pair"),
-    (row("k", prompt=["x"] * 129), "k", "prompt has 129 prompts, and a row may have 128"),
+    (row("k", prompt=["x"] * 129), "k", "a list of at most 128 prompts, not 129"),
     (row("k", prompt=[[1, 280]]), "k", "prompt has the id 280, and the vocabulary ids 0 to 279"),
     (row("k", **PROMPT, model=5), "k", "model=5 is not allowed: it must be a string"),
     (row("k", **PROMPT, model="\ud800"), "k", "model has half of a surrogate pair"),
     (row("k", **PROMPT, max_tokens=-1), "k", "max_tokens=-1 is not allowed"),
-    (row("k", **PROMPT, max_tokens=70), "k", "max_tokens=70 are 72: lower max_tokens to 62 or"),
-    (row("k", **PROMPT, max_new_tokens=5), "k", 'unknown field "max_new_tokens": did you mean'),
-    (row("k", **PROMPT, temprature=1), "k", "did you mean 'temperature'?"),
+    (
+        row("k", **PROMPT, max_tokens=70),
+        "k",
+        "70 new tokens are 72: lower the limit of new tokens to 62",
+    ),
+    (
+        row("k", **PROMPT, max_new_tokens=5),
+        "k",
+        "max_new_tokens is not allowed: there is no such field, did you mean",
+    ),
+    (row("k", **PROMPT, temprature=1), "k", 'did you mean "temperature"?'),
     (row("k", **PROMPT, n=0), "k", "n=0 is not allowed: it must be a whole number from 1 to 128"),
     (row("k", **PROMPT, n=129), "k", "n=129 is not allowed"),
     (row("k", **PROMPT, n=True), "k", "n=true is not allowed"),
     (row("k", **PROMPT, best_of=2), "k", "best_of=2 is not allowed: it must be left out, or equal"),
-    (row("k", **PROMPT, suffix="y"), "k", 'suffix="y" is not served here: text is written'),
+    (row("k", **PROMPT, suffix="y"), "k", 'suffix="y" is not allowed: the model writes only after'),
     (row("k", **PROMPT, stream=True), "k", "stream=true is not allowed: it must be false"),
     (row("k", **PROMPT, echo=1), "k", "echo=1 is not allowed: it must be true or false"),
     (row("k", **PROMPT, response_format="json"), "k", 'response_format="json" is not allowed: it'),
     (
         row("k", **PROMPT, response_format={"type": "xml"}),
         "k",
-        "its type must be one of text, json",
+        "it must be one of text, json",
     ),
     (
         row("k", **PROMPT, response_format={"type": "regex"}),
@@ -360,16 +384,20 @@ BAD_ROWS = [
     (
         row("k", **PROMPT, response_format={"type": "text", "regex": "a"}),
         "k",
-        'response_format has the field "regex", which goes not with type text',
+        "response_format.regex is not allowed: there is no such field here, use type",
     ),
-    (row("k", **PROMPT, logprobs=21), "k", "logprobs=21 is not allowed: it must be a whole number"),
+    (row("k", **PROMPT, logprobs=21), "k", "logprobs=21 is not allowed: it must be from 0 to 20"),
     (row("k", **PROMPT, logprobs=True), "k", "logprobs=true is not allowed"),
     (row("k", **PROMPT, stop=["a"] * 129), "k", "it must be at most 128 strings"),
     (row("k", **PROMPT, stop=5), "k", "stop=5 is not allowed"),
-    (row("k", **PROMPT, temperature="1"), "k", 'temperature="1" is not allowed'),
-    (row("k", **PROMPT, seed="1"), "k", 'seed="1" is not allowed'),
-    (row("k", **PROMPT, presence_penalty=3), "k", "presence_penalty=3 is not allowed"),
-    (row("k", **PROMPT, logit_bias={"x": 1}), "k", 'logit_bias={"x": 1} is not allowed'),
+    (
+        row("k", **PROMPT, temperature="1"),
+        "k",
+        'temperature="1" is not allowed: it must be a number',
+    ),
+    (row("k", **PROMPT, seed="1"), "k", 'seed="1" is not allowed: it must be a whole number'),
+    (row("k", **PROMPT, presence_penalty=3), "k", "presence_penalty=3.0 is not allowed"),
+    (row("k", **PROMPT, logit_bias={"x": 1}), "k", 'logit_bias={"x": 1.0} is not allowed'),
     (row("k", **PROMPT, logit_bias={"280": 1}), "k", "280"),
     ("nothing", None, "not JSON"),
 ]
@@ -438,7 +466,7 @@ def test_a_template_of_the_model_s_own(tmp_path, model_directory, capsys):
     first, second, refused = sorted(read_rows(target), key=lambda its: its["custom_id"])
     texts = first["response"]["body"]["choices"], second["response"]["body"]["choices"]
     assert texts[0][0]["message"]["content"] == texts[1][0]["text"]
-    assert "line 3: messages cannot be written by the chat template: no system" in str(refused)
+    assert "line 3: the chat template cannot write messages: no system" in str(refused)
     template.write_text("{{ messages[0].content }}")
     assert generate(model, source, target) == 2
     assert "was begun with chat_template=" in capsys.readouterr().err
@@ -446,7 +474,7 @@ def test_a_template_of_the_model_s_own(tmp_path, model_directory, capsys):
 
 def test_a_failure_of_the_model_s_has_another_code(code_tokenizer):
     builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 5})
-    rows = OpenAiRows(Completions(builder, code_tokenizer, "demo"), None)
+    rows = OpenAiRows(TextCompletions(builder, code_tokenizer, "demo"), None)
     refused = rows.refused(Refusal(3, "k", "bad", 500))
     assert refused["response"]["status_code"] == 500
     assert refused["response"]["body"]["error"]["type"] == "server_error"

@@ -309,7 +309,7 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
         (make_request([1] * 50, 200), r"need 25 convolution pages .* the cache has \d+: lower"),
         (
             make_request([1] * 200, 57),
-            "maximum context length is 256 .* are 257: lower max_new_tokens to 56 or",
+            "maximum context length is 256 .* are 257: lower the limit of new tokens to 56 or",
         ),
         (make_request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
         (make_request([1], 3, stop_token_ids=[280]), "stop_token_ids has the id 280"),

@@ -1,5 +1,4 @@
-"""Fields of bodies that clients are known to send: each changes nothing, is done, or is refused by
-name; the same for a server and for batches."""
+"""Fields that clients are known to send: each changes nothing, works, or is refused by name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,12 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_completion_create_params
 
 from serve.openai import fields
-from serve.openai.chat import ChatTemplate
-from serve.openai.chat_body import text_body
-from serve.openai.completions import FIELDS, Completions
-from serve.openai.schemas import ChatBody, CompletionBody
+from serve.openai.chat import ChatCompletions
+from serve.openai.chat_template import ChatTemplate
+from serve.openai.completions import TextCompletions
+from serve.openai.schemas import ChatBody, CompletionBody, read_body
 from serve.prompts import RequestBuilder
+from stu.common.errors import UserError
 
 USER = {"role": "user", "content": "hi"}
 TEXT = {"prompt": "hi", "max_tokens": 4, "temperature": 0.5}
@@ -51,28 +51,27 @@ AS_OTHERS = [
 
 
 @pytest.fixture(scope="module")
-def doors(code_tokenizer):
-    """By path: from a body to its requests."""
-    builder = RequestBuilder(code_tokenizer, {"seed": 3, "max_new_tokens": 9})
-    completions = Completions(builder, code_tokenizer, "demo")
+def endpoints(code_tokenizer):
+    """Text and chat completions, each with a body."""
+    common = {
+        "builder": RequestBuilder(code_tokenizer, {"seed": 3, "max_new_tokens": 9}),
+        "tokenizer": code_tokenizer,
+        "model_name": "demo",
+    }
     template = ChatTemplate(Path("nothing"), code_tokenizer)
-
-    def chat(**body):
-        return completions.requests(7, text_body(ChatBody(**body), template, 64, 9))
-
-    def text(**body):
-        return completions.requests(7, CompletionBody(**body).model_dump(exclude_unset=True))
-
-    def batch(**body):
-        return completions.requests(7, body)
-
-    return {"chat": (chat, CHAT), "text": (text, TEXT), "batch": (batch, TEXT)}
+    chats = ChatCompletions(template, 64, 9, **common)
+    return {"chat": (chats, CHAT), "text": (TextCompletions(**common), TEXT)}
 
 
-@pytest.fixture(params=["text", "chat", "batch"])
-def door(request, doors):
-    call, body = doors[request.param]
-    return request.param, lambda **more: call(**{**body, **more})
+@pytest.fixture(params=["text", "chat"])
+def door(request, endpoints):
+    """Kind of an endpoint, and a call with further fields of its body, which returns requests."""
+    endpoint, body = endpoints[request.param]
+
+    def requests(**fields):
+        return endpoint.requests(7, read_body(endpoint.body_type, {**body, **fields}))
+
+    return request.param, requests
 
 
 def test_harmless_fields_change_nothing(door):
@@ -82,7 +81,7 @@ def test_harmless_fields_change_nothing(door):
         assert requests(**{name: value}) == requests(), name
     assert requests(**HARMLESS) == requests()
     for name in HARMLESS:
-        with pytest.raises(ValueError, match=f"{name}=5 is not allowed: it must be"):
+        with pytest.raises(UserError, match=f"{name}=5 is not allowed: it must be"):
             requests(**{name: 5})
 
 
@@ -96,21 +95,15 @@ def test_neutral_values_change_nothing_and_others_are_refused_by_name(door):
         for value in ([7], {"a": 1}, "other", 7, 0.5, 0, 1, True, False, "", [], {}):
             if (type(value), str(value)) in allowed:
                 continue
-            with pytest.raises(ValueError, match=f"{field}=.* is not served here: ") as found:
+            with pytest.raises(UserError, match=f"{field}=.* is not allowed: ") as found:
                 requests(**{field: value})
             assert fix in str(found.value)
 
 
 def test_null_is_as_good_as_nothing(door):
     name, requests = door
-    known = {
-        *FIELDS,
-        *fields.HARMLESS,
-        *fields.CHAT_NEUTRAL,
-        *fields.TEXT_NEUTRAL,
-        "stream_options",
-    }
-    known |= {*CHAT, *TEXT, *ChatBody.model_fields, *CompletionBody.model_fields, "never_heard_of"}
+    known = {*fields.HARMLESS, *fields.CHAT_NEUTRAL, *fields.TEXT_NEUTRAL, "never_heard_of"}
+    known |= {*ChatBody.model_fields, *CompletionBody.model_fields}
     asked = CHAT if name == "chat" else TEXT
     for field in known - asked.keys():
         assert requests(**{field: None}) == requests(), field

@@ -21,7 +21,7 @@ from serve.server.connection import FED_BYTES, Connection, Deadlines
 from serve.server.connections import SPARE, Connections, connection_limit
 from serve.server.exchange import Exchanges
 from serve.server.guard import Guard
-from serve.server.repeats import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
+from serve.server.logs import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
 
 NEVER = 1000.0
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"

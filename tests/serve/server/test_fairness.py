@@ -11,9 +11,11 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.scheduler import Scheduler
 from serve.sampling_params import SamplingParams
-from serve.server.config import ServerConfig
-from serve.server.replicas.dispatch import Busy, Replica, Replicas, Stream
+from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.fair_queue import FairQueue
+from serve.server.replicas.replica import Replica
+from serve.server.replicas.stream import Busy, Stream
+from serve.server.replicas.supervisor import ReplicasConfig
 from tests.serve.requests import make_request
 from tests.serve.server_process import SECONDS, eventually, serving
 
@@ -177,7 +179,7 @@ class StoppedReplica(Replica):
 
 @pytest.fixture
 def replicas(tmp_path):
-    replicas = Replicas(ServerConfig(tmp_path, max_waiting=12), ["cpu"], 1)
+    replicas = Replicas(ReplicasConfig(tmp_path, max_waiting=12))
     replicas._replicas, replicas._has_been_ready = [StoppedReplica(4)], True
     return replicas
 

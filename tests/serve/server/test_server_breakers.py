@@ -24,13 +24,12 @@ import pytest
 from pydantic import ValidationError
 
 import serve
+from serve.openai.errors import MOST_CHARACTERS, error_body
 from serve.openai.schemas import (
-    MOST_ERROR_CHARS,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    error_body,
 )
 from serve.server.guard import Guard
 from serve.server.json_body import JsonRequest
@@ -203,7 +202,7 @@ def test_sizes_are_checked_before_elements(body):
 
 def test_errors_repeat_no_large_input(server):
     long = "x" * 100_000
-    assert len(error_body(long, "", long)["error"]["param"]) < MOST_ERROR_CHARS + 10
+    assert len(error_body(long, "", long)["error"]["param"]) < MOST_CHARACTERS + 10
     bodies = [{long: 0}, {"logit_bias": {long: 0}}, {"logit_bias": {long: None}}, {"model": long}]
     bodies += [{"n": 10**4000}, {"response_format": {"type": long}}, {"stop": [long] * 9}]
     bodies += [{"prompt": [0] * MANY + [None]}, {"logit_bias": {"1": "x" * 10_000}}]
@@ -211,7 +210,7 @@ def test_errors_repeat_no_large_input(server):
         for body in bodies:
             answer = http.post("/v1/completions", json={"prompt": "x", **body})
             assert answer.status_code in (400, 404)
-            assert len(answer.content) < 3 * MOST_ERROR_CHARS, answer.text[:100]
+            assert len(answer.content) < 3 * MOST_CHARACTERS, answer.text[:100]
 
 
 def test_a_body_of_nulls_is_refused_at_once(server):

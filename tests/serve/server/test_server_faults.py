@@ -18,10 +18,10 @@ import pytest
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling_params import SamplingParams
-from serve.server.config import ServerConfig
-from serve.server.replicas import dispatch as replicas_module
+from serve.server.replicas import supervisor
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.process import Replica
+from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.replicas.wire import Unpacker, pack, request_to_wire
 from stu.config import ModelConfig
 from stu.model import FlashSTU
@@ -141,7 +141,7 @@ def test_an_engine_that_stops_is_replaced(model_directory, code_model, code_toke
         assert server.metric("stu:replica_restarts_total") == 1
         text = "".join(its["choices"][0]["text"] for its in pieces)
         assert text == undisturbed(code_model, code_tokenizer, [3])[0][0]
-        assert len([line for line in server.lines if "no sign of life" in line]) == 1
+        assert len([line for line in server.lines if "does not respond" in line]) == 1
         (other,) = server.replicas()
         other.send_signal(signal.SIGSTOP)
         eventually(lambda: not httpx.get(f"{server.url}/health").is_success, 10)
@@ -215,7 +215,7 @@ def test_a_server_that_cannot_start_says_why_and_ends_with_2(model_directory):
     with starting(model_directory, "--cache-gib", "1e-6", python=forked.python()) as process:
         log = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 2
-    assert "no engine could be started: engine 0 on cpu ended with code 2" in log
+    assert "no replica could be started: replica 0 on cpu ended with code 2" in log
     assert "is too little" in log
     assert "closed file" not in log
 
@@ -252,7 +252,7 @@ def test_what_an_engine_warns_of_is_logged(tmp_path, code_tokenizer):
     )
     save_model(tmp_path / "model", FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
     with serving(tmp_path / "model") as server:
-        assert any("engine 0 on cpu: tiles flush through FFTs" in line for line in server.lines)
+        assert any("replica 0 on cpu: tiles flush through FFTs" in line for line in server.lines)
 
 
 def test_an_engine_goes_on_after_a_request_of_a_single_token(model_directory):
@@ -306,11 +306,11 @@ def test_an_engine_that_cannot_be_heard_is_replaced(monkeypatch, tmp_path, caplo
         async def ended(self):
             return "ended"
 
-    monkeypatch.setattr(replicas_module, "Replica", Unheard)
-    monkeypatch.setattr(replicas_module, "LONGEST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(supervisor, "Replica", Unheard)
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE_SECONDS", 0)
 
     async def run():
-        replicas = Replicas(ServerConfig(tmp_path), ["cpu"], 1)
+        replicas = Replicas(ReplicasConfig(tmp_path))
         await replicas.start()
         while len(made) < 2:
             await asyncio.sleep(0.01)
@@ -319,4 +319,4 @@ def test_an_engine_that_cannot_be_heard_is_replaced(monkeypatch, tmp_path, caplo
         await replicas.stop()
 
     asyncio.run(asyncio.wait_for(run(), SECONDS))
-    assert "engine 0 on cpu cannot be heard" in caplog.text
+    assert "a message of replica 0 on cpu failed" in caplog.text

@@ -21,12 +21,14 @@ import pytest
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine, Stats
-from serve.server.cli import JsonFormatter
 from serve.server.config import ServerConfig
 from serve.server.connections import health_alone
 from serve.server.exchange import FAULT, Exchanges
 from serve.server.listening import is_reached_from_outside, listening, url_of
-from serve.server.replicas.dispatch import NO_ENGINE, Replicas, Stream, Unavailable
+from serve.server.logs import JsonFormatter
+from serve.server.replicas.dispatch import NO_REPLICA, Replicas
+from serve.server.replicas.stream import Stream, Unavailable
+from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.streams import event
 from tests import forked
 from tests.serve.requests import make_request
@@ -76,14 +78,14 @@ def logged(server, **fields):
 
 
 REFUSED = [
-    (401, "GET", "/v1/models", {"headers": bearer("wrong")}, "no valid API key"),
+    (401, "GET", "/v1/models", {"headers": bearer("wrong")}, "the API key is missing or wrong"),
     (404, "GET", "/v1/nothing", {}, "Not Found"),
     (405, "GET", "/v1/completions", {}, "Method Not Allowed"),
     (400, "POST", "/v1/completions", {"json": {**SHORT, "n": 0}}, "n=0 is not allowed"),
     (400, "POST", "/v1/completions", {"json": {}}, 'field "prompt" is missing'),
     (400, "POST", "/v1/completions", {"json": {**SHORT, "max_tokens": 99}}, "max_seq_len=64"),
     (400, "POST", "/v1/chat/completions", {"content": b"{"}, "must be a JSON object"),
-    (404, "POST", "/v1/completions", {"json": {**SHORT, "model": "y"}}, "does not exist here"),
+    (404, "POST", "/v1/completions", {"json": {**SHORT, "model": "y"}}, "the only model here"),
     (413, "POST", "/v1/completions", {"content": b"x" * 5000}, "4096 bytes"),
     (431, "GET", "/version", {"headers": {"x-large": "x" * 20_000}}, "the headers have more"),
 ]
@@ -342,9 +344,9 @@ def test_listening_for_others_without_keys_is_warned_of(tmp_path):
 
 
 def test_why_no_engine_starts_is_in_no_answer(tmp_path):
-    replicas = Replicas(ServerConfig(tmp_path), ["cpu"], 1)
+    replicas = Replicas(ReplicasConfig(tmp_path))
     replicas._failed_starts, replicas._last_error = [3], "/a/secret/path: no such folder"
-    with pytest.raises(Unavailable, match=f"^{re.escape(NO_ENGINE)}$"):
+    with pytest.raises(Unavailable, match=f"^{re.escape(NO_REPLICA)}$"):
         replicas.submit([])
 
 
@@ -358,7 +360,7 @@ def test_no_word_of_an_engine_reaches_a_client(model_directory, tmp_path):
         server.replicas()[0].kill()
         answer = http.post("/v1/completions", json=SHORT)
         assert answer.status_code == 503
-        assert answer.json()["error"]["message"] == NO_ENGINE
+        assert answer.json()["error"]["message"] == NO_REPLICA
         eventually(lambda: "some-secret-folder" in "".join(server.lines))
         for path in ("/health", "/ready", "/v1/models", "/metrics"):
             assert "some-secret-folder" not in http.get(path).text
@@ -403,7 +405,7 @@ def test_queue_time_ends_when_prefill_begins(code_model, code_tokenizer):
 
 def test_a_stream_s_queue_time_is_the_engine_s_word(model_directory):
     """Whatever else happens between: prefill, steps, and how busy the server is."""
-    replicas = Replicas(ServerConfig(model_directory), ["cpu"], 1)
+    replicas = Replicas(ReplicasConfig(model_directory))
     stream = Stream(7, make_request([1], 5))
     replica = SimpleNamespace(streams={7: stream}, stats=None)
     stats = {**dict.fromkeys((its.name for its in fields(Stats)), 0), "flushes": {}}

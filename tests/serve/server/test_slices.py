@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.config import EngineConfig
 from serve.engine.engine import Stats
-from serve.server.config import ServerConfig
-from serve.server.replicas.dispatch import Replicas, Stream
+from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
+from serve.server.replicas.stream import Stream
+from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.replicas.wire import request_from_wire, request_to_wire
-from serve.server.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
 from serve.server.streams import Answer
 from tests.serve.requests import make_request
 
@@ -99,15 +99,15 @@ def test_long_work_pauses(monkeypatch):
         for _ in range(10):
             await pauses.pause_if_due()
 
-    monkeypatch.setattr("serve.server.slices.SLICE_SECONDS", -1)
+    monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", -1)
     assert asyncio.run(pauses_of(work())) == 10
-    monkeypatch.setattr("serve.server.slices.SLICE_SECONDS", 1000)
+    monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", 1000)
     assert asyncio.run(pauses_of(work())) == 0
 
 
 def test_a_large_message_of_an_engine_is_read_in_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.server.slices.SLICE_SECONDS", -1)
-    replicas = Replicas(ServerConfig(tmp_path, engine=EngineConfig()), ["cpu"], 1)
+    monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", -1)
+    replicas = Replicas(ReplicasConfig(tmp_path))
 
     class Replica:
         streams, stats, is_ready = {}, None, False

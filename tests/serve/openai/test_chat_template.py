@@ -6,7 +6,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import serve.openai.chat_dialect
-from serve.openai.chat import ChatTemplate
+from serve.openai.chat_template import ChatTemplate
+from stu.common.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief. <b>größe</b>"}
 HELLO = {"role": "user", "content": " Hello\n"}
@@ -137,18 +138,18 @@ def test_control_tokens_are_those_that_the_template_writes(make, code_tokenizer)
 
 def test_what_a_template_raises_is_said(make):
     template = make("{{ raise_exception('Only ' ~ messages[0].role ~ ' is not enough') }}")
-    with pytest.raises(ValueError, match="by the chat template: Only user is not enough"):
+    with pytest.raises(UserError, match="cannot write messages: Only user is not enough"):
         template.tokens([HELLO])
     for source, message in (
         ("{{ messages[0].content.nothing.more }}", "has no attribute 'nothing'"),
         ("{{ messages[5].role }}", "undefined|no element"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ messages | tojson(indent='x', separators=3) }}", "cannot be written"),
+        ("{{ messages | tojson(indent='x', separators=3) }}", "cannot write messages"),
         ("{{ nothing | tojson }}", "Undefined is not JSON"),
-        ("{{ 'x' | int(base=99) + 'y' }}", "cannot be written"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too deep|longer than"),
+        ("{{ 'x' | int(base=99) + 'y' }}", "cannot write messages"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too deeply|longer than"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             make(source).tokens([HELLO])
 
 
@@ -172,7 +173,7 @@ def test_what_a_template_raises_is_said(make):
 )
 def test_templates_run_in_a_sandbox(make, source):
     messages = [dict(HELLO)]
-    with pytest.raises(ValueError, match="cannot be written by the chat template"):
+    with pytest.raises(UserError, match="the chat template cannot write messages"):
         make(source).tokens(messages)
     assert messages == [HELLO]
 
@@ -188,7 +189,7 @@ def test_templates_run_in_a_sandbox(make, source):
 )
 def test_a_template_that_takes_too_long_is_stopped(make, monkeypatch, source):
     monkeypatch.setattr(serve.openai.chat_dialect, "MOST_SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"takes longer than 0\.2 seconds"):
+    with pytest.raises(UserError, match=r"takes longer than 0\.2 seconds"):
         make(source).tokens([HELLO])
 
 
@@ -206,13 +207,13 @@ def test_a_template_that_takes_too_long_is_stopped(make, monkeypatch, source):
 )
 def test_a_template_that_writes_too_much_is_stopped(make, monkeypatch, source):
     monkeypatch.setattr(serve.openai.chat_dialect, "MOST_CHARS", 5000)
-    with pytest.raises(ValueError, match="writes more than 5,000 characters"):
+    with pytest.raises(UserError, match="writes more than 5,000 characters"):
         make(source).tokens([HELLO])
 
 
 def test_powers_are_bounded(make):
     for source in ("{{ 10 ** 10000000 }}", "{{ 2 ** 4000 ** 100 }}", "{{ (-9) ** 9999 }}"):
-        with pytest.raises(ValueError, match="a power of more than"):
+        with pytest.raises(UserError, match="computes a power of more than"):
             make(source).tokens([HELLO])
     assert make("{{ 2 ** 10 }} {{ 2 ** -1 }} {{ 2.0 ** 3 }}").text([HELLO]) == "1024 0.5 8.0"
 
@@ -221,7 +222,7 @@ def test_powers_are_bounded(make):
     "source", ["{% for", "{% break %}", "{{ x | nothing }}", "{% generation %}", "{% else %}"]
 )
 def test_what_is_no_template_is_refused_with_its_line(make, source):
-    with pytest.raises(ValueError, match=r"chat_template\.jinja.*: not a chat template: "):
+    with pytest.raises(UserError, match=r"chat_template\.jinja.*: .* cannot be compiled: "):
         make(f"x\n{source}")
 
 
@@ -237,11 +238,14 @@ def test_templates_of_a_tokenizer_s_configuration(tmp_path, code_tokenizer):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     assert text(named) == "y"
     assert text(None) == plain
-    for wrong, message in ((named[:1], 'only "tool_use": name one'), (5, "chat_template=5 is not")):
-        with pytest.raises(ValueError, match=message):
+    for wrong, message in (
+        (named[:1], 'it has templates named "tool_use", name one "default"'),
+        (5, "chat_template=5 is not allowed: it must be a string"),
+    ):
+        with pytest.raises(UserError, match=message):
             text(wrong)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         ChatTemplate(tmp_path, code_tokenizer)
     (tmp_path / "chat_template.jinja").write_text("z")
     assert ChatTemplate(tmp_path, code_tokenizer).text([HELLO]) == "z"
@@ -249,5 +253,8 @@ def test_templates_of_a_tokenizer_s_configuration(tmp_path, code_tokenizer):
 
 @pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "raise_exception", "namespace"])
 def test_variables_that_the_server_sets(make, name):
-    with pytest.raises(ValueError, match=f'chat_template_kwargs has "{name}"'):
+    with pytest.raises(
+        UserError,
+        match=rf"chat_template_kwargs\.{name} is not allowed: the serv",
+    ):
         make("x").tokens([HELLO], {name: 1})

@@ -1,7 +1,7 @@
-"""Long work in slices, so that other requests' streams go on meanwhile.
+"""Long work in slices, between which other requests' streams go on.
 
-A thread alone does not do: a call into C, such as `json.dumps` of a large answer, lets no other
-thread run before it returns. In slices it returns every few milliseconds.
+A thread alone is not enough: a call into C, such as `json.dumps` of a large answer, lets no other
+thread run until it returns. In slices, each call returns within milliseconds.
 """
 
 import asyncio
@@ -16,28 +16,28 @@ Result = TypeVar("Result")
 
 SLICE_SECONDS = 0.005
 MOST_VALUES, MOST_CONTAINERS = 4096, 64
-"""Elements of a list that become text in one call: numbers and strings, or lists and objects."""
+"""Elements of a list that become text in one call: of numbers and strings, of lists and objects."""
 PIECE_BYTES = 2**16
 MOST_THREADS = max(2, min(32, (os.cpu_count() or 1) + 4) // 2)
-"""Threads that one client may use at once: half of those that asyncio has."""
+"""Threads that a client may use at once: half of asyncio's."""
 
 
 class Threads:
-    """Threads for long work, of which one client has half at most: the bodies of others need not
-    wait until all of its bodies are done."""
+    """Threads for long work. A client gets at most half of them, so that the bodies of others need
+    not wait for all of its bodies."""
 
     def __init__(self) -> None:
         self._limits: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def run(self, client: str, work: Callable[..., Result], *given: Any) -> Result:
-        """Return what `work` gives, called in a thread once the client may have one."""
+    async def run(self, client: str, work: Callable[..., Result], *args: Any) -> Result:
+        """Return the result of `work`, called in a thread once the client may use one."""
         limit = self._limits.setdefault(client, asyncio.Semaphore(MOST_THREADS))
         async with limit:
-            return await asyncio.to_thread(work, *given)
+            return await asyncio.to_thread(work, *args)
 
 
 class Pauses:
-    """Pauses of a task that has much to do without waiting for anything."""
+    """Pauses of a task that computes for long without waiting for anything."""
 
     def __init__(self) -> None:
         self._resumed = time.monotonic()
@@ -50,8 +50,8 @@ class Pauses:
 
 
 def json_slices(value: Any) -> Iterator[str]:
-    """Yield the text that `json.dumps` gives of `value`, without spaces and beyond ASCII as it is,
-    in parts that each take a few milliseconds at most.
+    """Yield `value` as JSON, without spaces and ASCII escapes, in parts that each take a few
+    milliseconds at most.
 
     Lists within lists are not divided. Raises ValueError for numbers that are not finite.
     """
@@ -79,7 +79,7 @@ def _json(value: Any) -> str:
 
 
 def pieces(texts: Iterator[str]) -> Iterator[bytes]:
-    """Yield texts in UTF-8, joined to pieces of `PIECE_BYTES` or a little more."""
+    """Yield texts in UTF-8, joined into pieces of `PIECE_BYTES` or a little more."""
     piece = bytearray()
     for text in texts:
         piece += text.encode()

@@ -1,25 +1,54 @@
-"""Lines of the log that say the same again and again: the first of them, and how many followed."""
+"""The server's log: lines of JSON, of which equal ones are not repeated without end."""
 
 import logging
 import re
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
+
+from stu.common.text import json_line
 
 PERIOD_SECONDS = 10.0
 MOST_EQUAL = 20
-"""Lines of a period that differ in nothing but numbers."""
+"""Lines in a period that differ only in numbers."""
 MOST_KINDS = 200
-"""Messages of a period that are told apart; of further ones the place that logs them counts."""
+"""Messages in a period that are told apart; others are counted by the place that logs them."""
 NUMBER = re.compile(r"\d+")
 LONGEST = 200
 NEVER_LEFT_OUT = frozenset({"request ended"})
-"""There are no more of them than engines decode requests."""
+"""Messages that are always written: there are no more of them than requests that engines decode."""
+
+
+def log_as_json() -> "Repeats":
+    """Write the log of this process to stderr as lines of JSON, and return the filter of repeated
+    lines."""
+    handler, repeats = logging.StreamHandler(sys.stderr), Repeats()
+    handler.setFormatter(JsonFormatter())
+    handler.addFilter(repeats)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return repeats
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as a line of JSON, with `record.fields` in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json_line(line)
 
 
 class Repeats(logging.Filter):
-    """Lets `MOST_EQUAL` equal lines pass in a period, and tells how many were left out."""
+    """Lets `MOST_EQUAL` equal lines pass in a period, and reports how many more there were."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -28,7 +57,7 @@ class Repeats(logging.Filter):
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """`logging.Filter`'s."""
+        """Return whether a record is written."""
         if record.msg in NEVER_LEFT_OUT or getattr(record, "is_summary", False):
             return True
         text = NUMBER.sub("0", record.getMessage()[:LONGEST])
@@ -40,7 +69,7 @@ class Repeats(logging.Filter):
             return self._counts[key] <= MOST_EQUAL
 
     def report(self) -> None:
-        """Log how many were left out, if a period is over. The server calls it now and then."""
+        """Log how many lines were left out if a period is over. The server calls this regularly."""
         now = self._clock()
         if now - self._began < PERIOD_SECONDS:
             return

@@ -1,0 +1,79 @@
+"""Error bodies as OpenAI writes them, and what pydantic finds wrong with a request's body."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from stu.common.errors import UNSET, UserError
+
+MOST_CHARACTERS = 1000
+"""Longest message in characters: it may quote what a client sent."""
+
+_ALLOWED = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "an object",
+    "string_type": "a string",
+    "too_long": "a list or an object of at most {max_length} elements",
+    "too_short": "a list of at least {min_length} element",
+}
+"""What is allowed, by pydantic's type of an error."""
+_ALLOWED_UNIONS = {
+    "content": "a string or a list of text parts",
+    "prompt": "a string, a list of token ids (whole numbers >= 0), or a list of such prompts",
+    "stop": "a string or a list of strings",
+}
+"""What is allowed for fields of several types, for each of which pydantic has an error."""
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return the body of an error; long texts are shortened in the middle."""
+    message, param = _shortened(message), param and _shortened(param)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def user_error_body(error: UserError) -> dict[str, Any]:
+    """Return the body of an error that the client can mend."""
+    return error_body(str(error), "invalid_request_error", error.field or None, error.code)
+
+
+def located(error: UserError) -> PydanticCustomError:
+    """Return an error for a validator to raise, which pydantic adds the place to."""
+    return PydanticCustomError("user_error", "{error}", {"error": error})
+
+
+def body_error(errors: Sequence[Mapping[str, Any]]) -> UserError:
+    """Return the first of the errors that pydantic found in a body."""
+    first = errors[0]
+    kind, location, context = first["type"], [str(part) for part in first["loc"]], first.get("ctx")
+    place = ".".join(location)
+    if kind == "user_error" and context is not None:
+        error: UserError = context["error"]
+        return error.renamed(".".join([*location, error.field]) if error.field else place)
+    if kind == "missing":
+        return UserError(place, message=f"field {json.dumps(place)} is missing")
+    allowed = _ALLOWED.get(kind, "").format(**context or {})
+    for depth, part in enumerate(location, 1):
+        if part in _ALLOWED_UNIONS:
+            place, allowed = ".".join(location[:depth]), _ALLOWED_UNIONS[part]
+    if not allowed:
+        return UserError(place, message=f"{place} is not allowed: {first['msg']}")
+    value = first["input"]
+    return UserError(place, UNSET if isinstance(value, list | dict) else value, allowed)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} [..] {text[-half:]}"

@@ -1,0 +1,157 @@
+"""Routes of OpenAI's text and chat completions."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from serve.openai.choices import ChoiceWriter
+from serve.openai.completions import Completions
+from serve.openai.schemas import ChatBody, CompletionBody, CompletionSettings, StreamOptions
+from serve.request import Request as EngineRequest
+from serve.request import check_request
+from serve.server.error_answers import error_answer
+from serve.server.exchange import exchange_of
+from serve.server.replicas.stream import EngineError, Unavailable
+from serve.server.service import Service
+from serve.server.streams import Answer, TimedOut, event
+from stu.common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+AnyBody = TypeVar("AnyBody", bound=CompletionSettings)
+
+
+def add_completion_routes(app: FastAPI, service: Service) -> None:
+    """Add `/v1/completions` and `/v1/chat/completions`."""
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        return await _complete(service, service.completions, body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        return await _complete(service, service.chats, body, request)
+
+
+async def _complete(
+    service: Service, completions: Completions[AnyBody], body: AnyBody, request: Request
+) -> Response:
+    arrived = time.monotonic()
+    if service.is_draining:
+        raise Unavailable("the server is stopping: send the request to another one")
+    service.require_served(body.model)
+    exchange = exchange_of(request.scope)
+    # In a thread: a long prompt or a large schema would hold up the streams of others.
+    requests, writers, prompts = await service.threads.run(
+        exchange.client, _prepare, service, completions, body
+    )
+    answer = Answer(
+        replicas=service.replicas,
+        metrics=service.metrics,
+        # Last, when nothing can fail any more before somebody reads the outputs.
+        streams=service.replicas.submit(requests, exchange.client),
+        writers=writers,
+        frame=completions.frame(exchange.request_id, int(time.time()), body),
+        num_prompt_tokens=completions.num_prompt_tokens(body, requests),
+        timeout_seconds=service.config.request_timeout_seconds,
+        arrived=arrived,
+        exchange=exchange,
+        prompts=prompts,
+    )
+    try:
+        return await _answer(answer, body, request)
+    except UserError as error:  # of the engine
+        raise completions.in_client_names(error) from error
+
+
+def _prepare(
+    service: Service, completions: Completions[AnyBody], body: AnyBody
+) -> tuple[list[EngineRequest], Sequence[ChoiceWriter], list[str] | None]:
+    """Return the requests of a body, the writers of their choices, and the prompts if the log is to
+    have them."""
+    requests = completions.requests(secrets.randbits(32), body)
+    first_of_prompts = requests[:: body.n or 1]
+    try:
+        for request in first_of_prompts:
+            check_request(request, service.model)
+    except UserError as error:
+        raise completions.in_client_names(error) from error
+    if (constraint := requests[0].sampling.constraint) is not None:
+        try:
+            service.grammars.check(constraint)
+        except ValueError as error:  # UserError, once serve.sampling raises no other
+            raise UserError("response_format", constraint.source, message=str(error)) from error
+    writers = completions.writers(body, requests)
+    if not service.config.log_prompts:
+        return requests, writers, None
+    prompts = [service.tokenizer.decode(request.prompt_token_ids) for request in first_of_prompts]
+    return requests, writers, prompts
+
+
+async def _answer(answer: Answer, body: CompletionSettings, request: Request) -> Response:
+    if not body.stream:
+        return response_in_pieces(await _unless_gone(request, answer.whole()))
+    outputs = answer.outputs(keeps_logprobs=False)
+    first = await _unless_gone(request, anext(outputs))
+    events = answer.events(first, outputs, body.stream_options or StreamOptions())
+    return StreamingResponse(
+        _with_error_event(answer, outputs, events),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+    )
+
+
+def response_in_pieces(body: list[bytes]) -> Response:
+    """Return a response of JSON that frees each piece once it is sent."""
+    length = sum(map(len, body))
+    body.reverse()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        while body:
+            yield body.pop()
+
+    headers = {"content-length": str(length)}
+    return StreamingResponse(pieces(), media_type="application/json", headers=headers)
+
+
+async def _with_error_event(
+    answer: Answer, outputs: Any, events: AsyncIterator[str]
+) -> AsyncIterator[str]:
+    """Yield events; an error in mid-stream becomes the last one."""
+    try:
+        async for text in events:
+            yield text
+    except Exception as error:
+        if not isinstance(error, UserError | Unavailable | EngineError | TimedOut):
+            fields = {"request_id": answer.exchange.request_id}
+            logger.exception("a stream failed", extra={"fields": fields})
+        yield event(error_answer(error)[1])
+    finally:
+        await outputs.aclose()
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """Return the result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client went away")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,175 @@
+"""The HTTP server: uvicorn with the application, its middleware and bounded connections."""
+
+import asyncio
+import gc
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from serve.server.app import make_app
+from serve.server.config import ServerConfig
+from serve.server.connection import Connection, Deadlines
+from serve.server.connections import Connections, connection_limit
+from serve.server.exchange import Exchanges
+from serve.server.guard import MAX_HEADER_BYTES, Guard
+from serve.server.listening import url_of
+from serve.server.service import Service, make_service
+
+logger = logging.getLogger("stu")
+
+KEEP_ALIVE_SECONDS = 75
+SWITCH_SECONDS = 0.001
+"""Longest time that Python code in another thread keeps the event loop waiting."""
+LAST_ANSWERS_SECONDS = 3
+"""Time for the answers to requests that did not end while the server drained."""
+
+
+def run_server(
+    config: ServerConfig,
+    keys: Sequence[str],
+    sockets: Sequence[socket.socket],
+    on_tick: Callable[[], None],
+) -> None:
+    """Serve at `sockets` until a signal stops the server.
+
+    Args:
+        config: Settings of the server.
+        keys: API keys, none if requests need no key.
+        sockets: Sockets that listen.
+        on_tick: Called a few times a second.
+
+    Raises:
+        OSError: No replica can be started.
+    """
+    server = HttpServer(config, make_service(config), keys, on_tick)
+    asyncio.run(server.serve(list(sockets)))
+    if server.failure is not None:
+        raise server.failure
+
+
+class HttpServer(uvicorn.Server):
+    """A server that answers 503 until a replica is ready, and drains when it is asked to stop."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        service: Service,
+        keys: Sequence[str],
+        on_tick: Callable[[], None],
+    ) -> None:
+        self._service, self._on_tick = service, on_tick
+        self._drain_seconds, self._is_tls = config.drain_seconds, config.tls_key is not None
+        deadlines = Deadlines(
+            config.header_timeout_seconds,
+            config.body_timeout_seconds,
+            config.request_timeout_seconds,
+        )
+        most, count_refused = connection_limit(len(service.replicas)), service.metrics.count_refused
+        self._connections = Connections(most, deadlines, count_refused)
+        self.failure: OSError | None = None
+        """Why no replica could be started."""
+        super().__init__(
+            uvicorn.Config(
+                _asgi_app(config, service, keys),
+                # Whoever may write to a Unix socket is trusted to name the client.
+                forwarded_allow_ips="*" if config.uds is not None else None,
+                log_config=None,
+                access_log=True,
+                server_header=False,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                http="h11",
+                ws="none",  # web sockets would have neither deadlines nor keys
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=max(1, round(config.drain_seconds))
+                + LAST_ANSWERS_SECONDS,
+                ssl_certfile=config.tls_certificate,
+                ssl_keyfile=config.tls_key,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal; end everything at the second."""
+        if self.should_exit:
+            self._service.replicas.kill()
+            os._exit(128 + sig)
+        self._service.is_draining = True
+        self.should_exit = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._drain_seconds, self._service.replicas.give_up)
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Accept connections, and load the model meanwhile."""
+        await super().startup([])  # uvicorn would accept connections without a limit
+        self._connections.listen(sockets, self._connection, self.config.ssl)
+        self._url = url_of(sockets[0], self._is_tls)
+        logger.info("loading the model; until then %s answers 503", self._url)
+        self._loading = asyncio.create_task(self._load())
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Stop accepting connections, and wait for the last answers."""
+        await self._connections.stop_accepting()
+        await super().shutdown(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what is done regularly; return whether the server stops."""
+        self._on_tick()
+        return await super().on_tick(counter)
+
+    async def _load(self) -> None:
+        try:
+            await self._service.replicas.ready(lambda: not self._service.is_draining)
+        except OSError as error:
+            self.failure, self.should_exit = error, True
+            return
+        if not self._service.is_draining:
+            logger.info("listening on %s", self._url)
+
+    def _connection(self) -> Connection:
+        return Connection(
+            self._connections,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+
+
+def _asgi_app(config: ServerConfig, service: Service, keys: Sequence[str]) -> ASGIApp:
+    """Return the application with its middleware."""
+    routes = make_app(service)
+    routes.router.lifespan_context = _lifespan(service)
+    app: ASGIApp = Guard(routes, keys, config.max_body_bytes)
+    origins = [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()]
+    if origins:
+        # Outside of the guard: a browser asks without a key whether it may send one.
+        app = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    return Exchanges(app, config.log_prompts, service.metrics.count_refused)
+
+
+def _lifespan(service: Service) -> Any:
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        sys.setswitchinterval(SWITCH_SECONDS)
+        gc.collect()
+        gc.freeze()  # or collections of all imported modules would hold up streams
+        await service.replicas.start()
+        try:
+            yield
+        finally:
+            await service.replicas.stop()
+
+    return lifespan

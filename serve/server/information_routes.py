@@ -1,0 +1,114 @@
+"""Routes about the model, its tokenizer, and the state of the server."""
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from serve.openai.schemas import DetokenizeBody, TokenizeBody
+from serve.server.completion_routes import response_in_pieces
+from serve.server.exchange import exchange_of
+from serve.server.replicas.slices import json_slices, pieces
+from serve.server.service import Service
+from stu.common.errors import UserError
+from stu.common.text import Json, require_unicode
+from stu.tokenizer import Tokenizer
+
+
+def add_information_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that clients and operators ask about the server."""
+    _add_models(app, service)
+    _add_tokenizer(app, service)
+    _add_state(app, service)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    name = service.config.name
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        return {"object": "list", "data": [await model(name)]}
+
+    @app.get("/v1/models/{name:path}")  # names may contain slashes
+    async def model(name: str) -> Json:
+        service.require_served(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "stu",
+            "max_model_len": service.model.max_seq_len,
+        }
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    tokenizer = service.tokenizer
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
+        service.require_served(body.model)
+
+        def tokenized() -> list[bytes]:
+            require_unicode("prompt", body.prompt)
+            tokens = _tokens(tokenizer, body.prompt)
+            if body.add_special_tokens:
+                tokens = [tokenizer.bos_id, *tokens]
+            length = service.model.max_seq_len
+            values = {"tokens": tokens, "count": len(tokens), "max_model_len": length}
+            return list(pieces(json_slices(values)))
+
+        client = exchange_of(request.scope).client
+        return response_in_pieces(await service.threads.run(client, tokenized))
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+        service.require_served(body.model)
+        if (largest := max(body.tokens, default=0)) >= tokenizer.vocab_size:
+            allowed = f"a list of ids from 0 to {tokenizer.vocab_size - 1}, not {largest}"
+            raise UserError("tokens", allowed=allowed)
+        client = exchange_of(request.scope).client
+        text = await service.threads.run(client, tokenizer.decode, body.tokens)
+        return response_in_pieces(list(pieces(json_slices({"prompt": text}))))
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Json:
+        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        return {
+            name: tokenizer.token_text(token) if token >= 0 else None
+            for name, token in special.items()
+        } | {"pad_token": None, "vocab_size": tokenizer.vocab_size}
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    replicas = service.replicas
+
+    @app.get("/health")
+    async def health() -> Response:
+        failure = "loading the model" if replicas.is_loading else "no replica responds"
+        return _state(replicas.is_healthy, failure)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        failure = "loading the model" if replicas.is_loading else "no replica is ready"
+        failure = "draining" if service.is_draining else failure
+        return _state(replicas.is_healthy and not service.is_draining, failure)
+
+    @app.get("/version")
+    async def version() -> Json:
+        return {"version": service.version}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _state(is_good: bool, failure: str) -> Response:
+    status, code = ("ok", 200) if is_good else (failure, 503)
+    return JSONResponse({"status": status}, code)
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of a text. The name of BOS or EOS alone means that token, as evaluation
+    harnesses expect."""
+    for token in (tokenizer.bos_id, tokenizer.eos_id):
+        if token >= 0 and text == tokenizer.token_text(token):
+            return [token]
+    return tokenizer.encode(text)

@@ -1,0 +1,52 @@
+"""A request of a client while replicas decode it, and how it may fail."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from serve.request import Output, Request
+
+SUSPECT_MOVES = 2
+"""Replicas that end under a request before it is taken for the cause."""
+
+
+class Busy(Exception):
+    """Too many requests wait."""
+
+
+class Unavailable(Exception):
+    """No replica can be had, or a request ended several of them."""
+
+
+class EngineError(Exception):
+    """An engine failed to decode a request."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """A request, and the outputs that its reader has yet to take."""
+
+    number: int
+    request: Request
+    client: str = ""
+    """Who asks; clients take turns."""
+    new_token_ids: list[int] = field(default_factory=list)
+    outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
+    num_moves: int = 0
+    """Replicas that ended under the request since its last token."""
+    scheduled: float | None = None
+    """Time at which an engine first began its prefill, by the monotonic clock."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the request may be what ended replicas."""
+        return self.num_moves >= SUSPECT_MOVES
+
+    @property
+    def cost(self) -> int:
+        """Number of tokens that an engine has yet to prefill or to decode."""
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        return num_prompt_tokens + self.request.sampling.max_new_tokens - len(self.new_token_ids)
+
+    def rest(self) -> Request:
+        """Return the request for the tokens that are still to be decoded."""
+        return replace(self.request, new_token_ids=tuple(self.new_token_ids), client=self.client)

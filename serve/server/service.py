@@ -1,0 +1,93 @@
+"""Everything that the routes of the server work with."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from serve.devices import choose_devices
+from serve.openai.chat import ChatCompletions
+from serve.openai.chat_template import ChatTemplate
+from serve.openai.completions import DEFAULTS, TextCompletions
+from serve.prompts import RequestBuilder
+from serve.sampling.grammar import Grammars
+from serve.server.config import ServerConfig
+from serve.server.metrics import Metrics
+from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.slices import Threads
+from serve.server.replicas.supervisor import ReplicasConfig
+from stu.common.errors import UserError
+from stu.common.processes import num_processors
+from stu.config import ModelConfig
+from stu.model_dir import load_config, load_generation, load_tokenizer
+from stu.tokenizer import Tokenizer
+
+
+@dataclass
+class Service:
+    """A served model."""
+
+    config: ServerConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    completions: TextCompletions
+    chats: ChatCompletions
+    grammars: Grammars
+    replicas: Replicas
+    metrics: Metrics
+    version: str = field(default_factory=lambda: version("stu"))
+    started: int = field(default_factory=lambda: int(time.time()))
+    """Unix time in seconds."""
+    is_draining: bool = False
+    """Whether the server stops: no request begins any more."""
+    threads: Threads = field(default_factory=Threads)
+
+    def require_served(self, model: str | None) -> None:
+        """Raise UserError if a body asks for another model."""
+        if model not in (None, self.config.name):
+            allowed = f"{json.dumps(self.config.name)}, the only model here"
+            raise UserError("model", model, allowed, code="model_not_found")
+
+
+def make_service(config: ServerConfig) -> Service:
+    """Return the service of a model directory; its replicas are not started yet."""
+    model, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    devices = choose_devices(config.devices) * config.replicas
+    if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
+        raise UserError(
+            "cache_gib",
+            message="several replicas on a device would each take half of its free memory: give "
+            "cache_gib",
+        )
+    common: dict[str, Any] = {
+        "builder": RequestBuilder(tokenizer, DEFAULTS),
+        "tokenizer": tokenizer,
+        "model_name": config.name,
+        "json_whitespace": config.json_whitespace,
+        # A client would be told to try again forever if more choices than may wait were allowed.
+        "max_choices": min(config.max_choices, config.max_waiting),
+    }
+    chat_tokens = load_generation(config.model)["max_new_tokens"]
+    template = ChatTemplate(config.model, tokenizer)
+    replicas = Replicas(
+        ReplicasConfig(
+            config.model,
+            tuple(devices),
+            max(1, num_processors() // len(devices)),
+            config.dtype,
+            config.engine,
+            config.watchdog_seconds,
+            config.max_waiting,
+        )
+    )
+    return Service(
+        config,
+        model,
+        tokenizer,
+        TextCompletions(**common),
+        ChatCompletions(template, model.max_seq_len, chat_tokens, **common),
+        Grammars(tokenizer),
+        replicas,
+        Metrics(replicas, config.metric_prefix, config.name),
+    )
