@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from serve.config import EngineConfig
-from serve.engine.engine import Engine
-from serve.request import Request
+from serve import Engine, EngineConfig, Request, SamplingParams
 from stu.config import ModelConfig
 from stu.layouts import LAYOUTS, register_mixer
 from stu.mixers import LastInputs, Memory, Mixer
@@ -84,11 +82,11 @@ def main() -> None:
     model.eval()
     engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.1))
     prompt = tokenizer.encode("class Gated")
-    engine.add(Request(prompt, max_new_tokens=40))
+    engine.add(Request(prompt, SamplingParams(max_new_tokens=40, stop_at_eos=False)))
     new: list[int] = []
     while engine.has_work:
         for output in engine.step():
-            new += output.tokens
+            new += output.new_token_ids
     print(tokenizer.decode(prompt + new))
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + new]))[0]

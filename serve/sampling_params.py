@@ -76,12 +76,6 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):  # the caller's list may change
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether the choice depends on more than the model's logits and the seed."""
-        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        return bool(self.logit_bias) or penalties != (1, 0, 0)
-
     def stop_ids(self, eos_id: int) -> tuple[int, ...]:
         """Return all token ids that end the text; eos_id: -1 for a tokenizer without EOS."""
         return (*((eos_id,) if self.stop_at_eos and eos_id >= 0 else ()), *self.stop_token_ids)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.sampling.sampler import TokenHistory, sample, token_logprobs
+from serve.sampling.processors import TokenHistory, needs_history
+from serve.sampling.sampler import sample, token_logprobs
 from serve.sampling_params import SamplingParams
 from tests.reference import sampling as reference
 
@@ -59,7 +60,7 @@ def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
     histories = {
         row: history(its, prompt, new)
         for row, (its, _, prompt, new) in enumerate(rows)
-        if its.needs_history
+        if needs_history(its)
     }
     ids = sample(logits, all_params, positions, histories)
     expected = [
