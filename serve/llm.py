@@ -122,7 +122,7 @@ class LLM:
             sampling_params: As for `generate`.
             use_tqdm: As for `generate`.
         """
-        from serve.openai.chat import ChatTemplate  # needs jinja2, of the extra `serve`
+        from serve.openai.chat_template import ChatTemplate  # needs jinja2, of the extra `serve`
 
         template = ChatTemplate(self._path, self.tokenizer)
         is_single = all(isinstance(message, Mapping) for message in messages)

@@ -31,8 +31,8 @@ AnyBody = TypeVar("AnyBody", bound=CompletionSettings)
 
 
 class Completions(Generic[AnyBody]):
-    """What text and chat completions have in common: bodies become requests, and completions of
-    these become the body of an answer.
+    """Base of text and chat completions: bodies become requests, and the completions of these
+    become the body of an answer.
 
     The choices of an answer are `n` completions of the first prompt, then of the next.
 

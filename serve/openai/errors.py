@@ -25,13 +25,13 @@ _ALLOWED = {
     "too_long": "a list or an object of at most {max_length} elements",
     "too_short": "a list of at least {min_length} element",
 }
-"""What is allowed, by pydantic's type of an error."""
+"""Allowed values, by pydantic's type of an error."""
 _ALLOWED_UNIONS = {
     "content": "a string or a list of text parts",
     "prompt": "a string, a list of token ids (whole numbers >= 0), or a list of such prompts",
     "stop": "a string or a list of strings",
 }
-"""What is allowed for fields of several types, for each of which pydantic has an error."""
+"""Allowed values of fields with several types, for each of which pydantic has an error."""
 
 
 def error_body(

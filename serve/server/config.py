@@ -1,12 +1,13 @@
 """The settings of `stu-serve`."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from serve.config import EngineConfig, is_whole
 from serve.sampling_params import JsonWhitespace
+from stu.common.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
 MetricPrefix = Literal["vllm", "stu"]
@@ -14,65 +15,65 @@ MetricPrefix = Literal["vllm", "stu"]
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What `stu-serve` serves, where, and within which limits."""
+    """Settings of `stu-serve`."""
 
     model: Path
     """Model directory."""
     host: str = "127.0.0.1"
-    """Address to listen at. Other machines reach it at 0.0.0.0: give API keys then."""
+    """Address to listen at. With 0.0.0.0 other machines can connect; use API keys then."""
     port: int = 8000
-    """0: one that is free, which the log names."""
+    """Port to listen at. 0 takes a free one, which the log names."""
     uds: Path | None = None
     """Path of a Unix socket to listen at instead of host and port. The umask decides who may
-    connect: with 0077 the same user alone, with 0007 the group as well."""
+    connect: with 0077 only the same user, with 0007 also the group."""
     model_name: str | None = None
-    """What clients call the model. None: the name of its directory."""
+    """Name of the model for clients. Default: the name of its directory."""
     devices: str = "auto"
-    """auto: the first CUDA device, or cpu without any. all: every CUDA device. Or a list: cpu, 0,
-    cuda:1, 0,1,2,3: an engine, in a process of its own, on each."""
+    """Devices, each with its own replica: a list such as cpu, 0, cuda:1 or 0,1,2,3; all for every
+    CUDA device; auto for the first CUDA device, or cpu without any."""
     replicas: int = 1
-    """Engines on each of these devices, which share its processors or memory."""
+    """Number of replicas on each device. They share its processors or memory."""
     dtype: Dtype = "float32"
-    """Of the weights."""
+    """Number format of the weights."""
     api_keys: Path | None = None
-    """File with an API key on each line. Every request must have one of them, but for those to
-    /health and /ready, and to the page at /, which shows nothing without a key. None: the keys in
-    the environment variable STU_API_KEYS, separated by commas; if that is not set, no key is
-    needed."""
+    """File with an API key on each line. Every request must have one of them, except for /health,
+    /ready and the page at /, which shows nothing without a key. Default: the keys in the
+    environment variable STU_API_KEYS, separated by commas; if it is not set, requests need no
+    key."""
     max_waiting: int = 256
-    """Requests that may wait; those beyond are told to come again (429). One client may have them
-    all; others then may have as many as an equal share still."""
+    """Number of requests that may wait. More are refused with status 429. One client may use all
+    places; even then every other client gets an equal share."""
     max_choices: int = 128
-    """Completions that one body may ask for: prompts times n."""
+    """Number of completions that one body may ask for: prompts times n."""
     max_body_bytes: int = 4 * 2**20
-    """Of a request."""
+    """Size limit of a request's body, in bytes."""
     header_timeout_seconds: float = 20.0
-    """Seconds a client may take to send the headers of a request."""
+    """Time in seconds that a client may take to send the headers of a request."""
     body_timeout_seconds: float = 50.0
-    """Seconds a client may take to send the body of a request."""
+    """Time in seconds that a client may take to send the body of a request."""
     request_timeout_seconds: float = 600.0
-    """Seconds from the arrival of a request to the end of its answer. A request that takes longer
-    is ended, and the connection of a client that does not read its answer is closed."""
+    """Time in seconds from the arrival of a request to the end of its answer. A request that takes
+    longer is ended, and a client that does not read its answer is disconnected."""
     watchdog_seconds: float = 30.0
-    """After which an engine that gives no sign of life is killed, and another started. A step may
-    take no longer."""
+    """Time in seconds without a sign of life after which a replica is replaced. It must be longer
+    than a step takes."""
     drain_seconds: float = 60.0
-    """That running requests have to end, once the server is asked to stop."""
+    """Time in seconds that running requests have to end after the server is asked to stop."""
     json_whitespace: JsonWhitespace = "compact"
-    """White space in answers that follow a JSON schema. compact: none. flexible: a line break and
-    up to 32 spaces or tabs wherever JSON allows white space."""
+    """White space in answers that follow a JSON schema: none if compact; if flexible, a line break
+    and up to 32 spaces or tabs wherever JSON allows white space."""
     cors_origins: str = ""
-    """Web pages' origins that browsers may call from, separated by commas."""
+    """Origins of web pages that may call the server from a browser, separated by commas."""
     tls_certificate: Path | None = None
-    """PEM file; with tls_key, https is served."""
+    """PEM file with a certificate. With it and tls_key the server uses https."""
     tls_key: Path | None = None
-    """PEM file."""
+    """PEM file with the key of the certificate, without a passphrase."""
     metric_prefix: MetricPrefix = "vllm"
-    """Of the metrics that vLLM has too, so that its dashboards work."""
+    """Prefix of the metrics that vLLM has too. With vllm, dashboards for vLLM work."""
     log_prompts: bool = False
-    """Write prompts and completions to the log, with the line that each request has there."""
+    """Write prompts and completions to the log."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """How requests are decoded together."""
+    """Settings of each engine."""
 
     def __post_init__(self) -> None:
         for name, least in {"replicas": 1, "max_waiting": 1, "max_choices": 1}.items():
@@ -92,67 +93,68 @@ class ServerConfig:
             is_number = isinstance(value, int | float) and 0 < value < 10**9
             self._require(name, is_number, "a number above 0, in seconds")
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key go together: give both, or none")
+            raise UserError(
+                "tls_key", message="tls_certificate and tls_key need each other: give both, or none"
+            )
         for name in ("tls_certificate", "tls_key"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
-                raise ValueError(f"{name} {path}: no such file")
+                raise UserError(name, message=f"{name} {path}: no such file")
         if self.api_keys is not None and not self.api_keys.is_file():
-            # What stands there may be a key, which no log should have.
+            # A single word may be a key itself, which no log should have.
             shown = f" {self.api_keys}" if len(self.api_keys.parts) > 1 else ""
-            raise ValueError(
-                f"api_keys{shown}: no such file; it takes the path of a file with a key on each "
-                "line, not a key"
+            raise UserError(
+                "api_keys",
+                message=f"api_keys{shown}: no such file; give the path of a file with a key on "
+                "each line, not a key",
             )
 
     @property
     def name(self) -> str:
-        """What clients call the model."""
+        """Name of the model for clients."""
         return self.model_name or self.model.resolve().name
 
     def keys(self) -> list[str]:
-        """Return the API keys, none if the server is open to all.
+        """Return the API keys, none if requests need no key.
 
-        Raises ValueError for a file or a variable without any, for both, or for a key that no
-        header can hold.
+        Raises UserError for a file or a variable without keys, for both together, or for a key that
+        a header cannot hold.
         """
         variable = os.environ.get("STU_API_KEYS")
         if self.api_keys is not None:
             if variable is not None:
-                raise ValueError(
-                    f"api_keys {self.api_keys} and the environment variable STU_API_KEYS are both "
-                    "set, and but one is read: unset the other"
+                raise UserError(
+                    "api_keys",
+                    message=f"api_keys {self.api_keys} and the environment variable STU_API_KEYS "
+                    "are both set: unset one of them",
                 )
             lines = self.api_keys.read_text(encoding="utf-8").split("\n")
             keys = [line.strip() for line in lines if line.strip()]
             if not keys:
-                raise ValueError(f"api_keys {self.api_keys}: has no key; write one on each line")
+                raise UserError(
+                    "api_keys",
+                    message=f"api_keys {self.api_keys}: has no key, write one on each line",
+                )
         elif variable is not None:
             keys = [key.strip() for key in variable.split(",") if key.strip()]
             if not keys:
-                raise ValueError(
-                    "the environment variable STU_API_KEYS is set and has no key: write keys into "
-                    "it, separated by commas, or unset it to serve everyone without a key"
+                raise UserError(
+                    "STU_API_KEYS",
+                    message="the environment variable STU_API_KEYS is set and has no key: give "
+                    "keys separated by commas, or unset it to serve everyone without a key",
                 )
         else:
             keys = []
         for key in keys:
             if not key.isascii() or not key.isprintable() or " " in key or "," in key:
-                raise ValueError(
-                    "an API key has a space, a comma, or a character beyond printable ASCII: "
-                    "change it; a file has a key on each line, STU_API_KEYS commas between keys"
+                raise UserError(
+                    "api_keys",
+                    message="an API key has a space, a comma, or a character beyond printable "
+                    "ASCII: change it, and put each key on a line of a file, or commas between "
+                    "keys in STU_API_KEYS",
                 )
         return keys
 
-    def replica_json(self, device: str) -> dict[str, Any]:
-        """What one engine's process needs to know."""
-        return {
-            "model": str(self.model),
-            "device": device,
-            "dtype": self.dtype,
-            "engine": asdict(self.engine),
-        }
-
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+            raise UserError(name, getattr(self, name), allowed)

@@ -26,7 +26,7 @@ START_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class ReplicasConfig:
-    """What replicas serve, where, and within which limits."""
+    """Settings of all replicas."""
 
     model: Path
     """Model directory."""

@@ -352,10 +352,10 @@ def test_tls(model_directory, tmp_path):
         ("port", 70000, "port=70000 is not allowed: it must be from 0 to 65535"),
         ("max_body_bytes", 5, "max_body_bytes=5 is not allowed"),
         ("watchdog_seconds", 0, "watchdog_seconds=0 is not allowed"),
-        ("drain_seconds", float("nan"), "drain_seconds=nan is not allowed"),
-        ("tls_key", "x", "tls_certificate and tls_key go together"),
+        ("drain_seconds", float("nan"), "drain_seconds=NaN is not allowed"),
+        ("tls_key", "x", "tls_certificate and tls_key need each other"),
         ("api_keys", "no/such", "api_keys no/such: no such file"),
-        ("api_keys", "sk-123", "^api_keys: no such file; it takes the path of a file"),
+        ("api_keys", "sk-123", "^api_keys: no such file; give the path of a file"),
     ],
 )
 def test_settings_that_are_not_allowed(tmp_path, name, value, message):
