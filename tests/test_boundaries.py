@@ -83,6 +83,38 @@ finally:
     assert not {"torch", "lightning", "deepspeed", "tensorboard"} & set(result.stderr.split())
 
 
+WITH_THE_BASE_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))  # not to be imported
+"""
+EXTRAS = (
+    "fastapi starlette uvicorn h11 jinja2 pydantic prometheus_client msgpack pyarrow backports "
+)
+EXTRAS += "lightning deepspeed tensorboard matplotlib aiohttp transformers"
+
+
+def test_public_names_need_no_extra():
+    code = "import stu, serve\nfor m in (stu, serve): print(*(getattr(m, n) for n in m.__all__))"
+    command = [sys.executable, "-c", WITH_THE_BASE_ALONE + code, EXTRAS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "missing"),
+    [
+        ("serve.server.cli", ["model"], "serve"),
+    ],
+)
+def test_a_missing_extra_is_named(module, arguments, missing):
+    code = f"import {module} as m\nsys.exit(m.main({arguments}))"
+    command = [sys.executable, "-c", WITH_THE_BASE_ALONE + code, EXTRAS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f' is not installed: pip install "stu[{missing}]"')
+
+
 def test_importing_the_model_library_loads_neither_lightning_nor_deepspeed():
     code = "import sys, stu.model, stu.model_dir; print(*sys.modules)"
     command = [sys.executable, "-c", code]

@@ -12,6 +12,7 @@ from serve.request import Request, TokenLogprobs
 from serve.sampling.processors import TokenHistory, needs_history
 from serve.sampling.sampler import sample, token_logprobs
 from serve.sampling_params import Constraint
+from stu.common.errors import requires_extra
 from stu.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class TokenChooser:
 
     @cached_property
     def _grammars(self) -> "Grammars":
-        from serve.sampling.grammar import Grammars  # needs llguidance, of the extra `serve`
-
+        with requires_extra("serve"):  # llguidance
+            from serve.sampling.grammar import Grammars
         return Grammars(self._tokenizer)
 
     def _history(self, state: _State) -> TokenHistory:

@@ -3,9 +3,9 @@
 import json
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
+import stu
 from serve.devices import choose_devices
 from serve.openai.chat import ChatCompletions
 from serve.openai.chat_template import ChatTemplate
@@ -36,7 +36,7 @@ class Service:
     grammars: Grammars
     replicas: Replicas
     metrics: Metrics
-    version: str = field(default_factory=lambda: version("stu"))
+    version: str = field(default_factory=lambda: stu.__version__)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
     is_draining: bool = False

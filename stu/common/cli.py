@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 import docstring_parser
 import jsonargparse
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, requires_extra
 from stu.common.text import nearest
 
 USER_ERROR, FAULT = 2, 3
@@ -22,7 +22,6 @@ UNKNOWN = [
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.-]+)'"),
     re.compile(r"Option '(?P<key>[\w.-]+)' is not"),
 ]
-OUR_PACKAGES = ("stu", "train", "serve")
 
 
 def run_command(program: str, body: Callable[[], int], extra: str = "all") -> int:
@@ -36,27 +35,16 @@ def run_command(program: str, body: Callable[[], int], extra: str = "all") -> in
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return body()
+        with requires_extra(extra):
+            return body()
     except USERS_ERRORS as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception as error:
-        if message := missing_extra(error, extra):
-            print(f"{program}: error: {message}", file=sys.stderr)
-            return USER_ERROR
+    except Exception:
         traceback.print_exc()
         return FAULT
-
-
-def missing_extra(error: Exception, extra: str) -> str:
-    """Return what to install after an import failed for want of a package, else an empty string."""
-    if not isinstance(error, ModuleNotFoundError) or not error.name:
-        return ""
-    if error.name.partition(".")[0] in OUR_PACKAGES:
-        return ""
-    return f'{error.name} is not installed: pip install "stu[{extra}]"'
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):

@@ -1,9 +1,12 @@
 """Errors that the user can mend."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 UNSET: Final[Any] = object()
+OUR_PACKAGES = ("stu", "train", "serve")
 
 
 class UserError(ValueError):
@@ -59,3 +62,16 @@ def show(value: object, most_characters: int = 60) -> str:
         if len(text) > most_characters:
             return text[:most_characters] + "..."
     return text
+
+
+@contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """Raise UserError that names the extra if the block imports a package that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", *OUR_PACKAGES):
+            raise
+        message = f'{package} is not installed: pip install "stu[{extra}]"'
+        raise UserError(message=message) from error
