@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
+from stu.common.errors import UserError
+
 MAGIC_BYTES = 8
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -36,7 +38,7 @@ def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
     """Return a buffered reader of what `file`, which must be seekable, holds: `file` itself where
     it is not compressed. Several gzip members or Zstandard frames are read one after the other.
 
-    name: how errors call the file. Raises ValueError for other compressions; so does reading, once
+    name: how errors call the file. Raises UserError for other compressions; so does reading, once
     all before it was read, where the file is cut short or damaged.
     """
     start = file.read(MAGIC_BYTES)
@@ -45,21 +47,25 @@ def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
     if kind is None:
         return file
     if kind not in _OPENERS:
-        raise ValueError(
-            f"{name}: {kind} is not supported: decompress it, or compress it with gzip or zstd"
+        raise UserError(
+            name,
+            message=f"{name}: {kind} is not supported: decompress it, or compress it with gzip or "
+            "zstd",
         )
     opened, errors = _OPENERS[kind](file, name)
-    reader = io.BufferedReader(_Decompressed(opened, errors, f"{name}: damaged {kind} file"))
+    reader = io.BufferedReader(_Decompressed(opened, errors, name, kind))
     if inner := compression_of(reader.peek(MAGIC_BYTES)[:MAGIC_BYTES]):
-        raise ValueError(f"{name}: {inner} inside {kind}: decompress it once")
+        raise UserError(name, message=f"{name}: {inner} inside {kind}: decompress it once")
     return cast(BinaryIO, reader)
 
 
 class _Decompressed(io.RawIOBase):
     """A decompressor whose errors name the file."""
 
-    def __init__(self, opened: Any, errors: tuple[type[Exception], ...], message: str) -> None:
-        self._opened, self._errors, self._message = opened, errors, message
+    def __init__(
+        self, opened: Any, errors: tuple[type[Exception], ...], name: str, kind: str
+    ) -> None:
+        self._opened, self._errors, self._name, self._kind = opened, errors, name, kind
 
     def readable(self) -> bool:
         return True
@@ -69,7 +75,8 @@ class _Decompressed(io.RawIOBase):
             # `read` would lose what it has when the end is damaged.
             data = self._opened.read1(len(buffer))
         except self._errors as error:
-            raise ValueError(f"{self._message} ({error}): copy or write it again") from error
+            message = f"{self._name}: damaged {self._kind} file ({error}): copy or write it again"
+            raise UserError(self._name, message=message) from error
         buffer[: len(data)] = data
         return len(data)
 
@@ -82,8 +89,8 @@ def _open_zstd(file: BinaryIO, name: str) -> tuple[Any, tuple[type[Exception], .
     try:
         from backports import zstd
     except ImportError as error:
-        raise ValueError(
-            f"{name}: reading Zstandard needs backports.zstd: pip install 'stu[data]'"
+        raise UserError(
+            name, message=f"{name}: reading Zstandard needs backports.zstd: pip install 'stu[data]'"
         ) from error
     options = {int(zstd.DecompressionParameter.window_log_max): ZSTD_WINDOW_LOG}
     return zstd.ZstdFile(file, options=options), (EOFError, zstd.ZstdError)

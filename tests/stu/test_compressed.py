@@ -9,6 +9,7 @@ import pytest
 from backports import zstd
 
 from stu.common.compressed import open_decompressed
+from stu.common.errors import UserError
 
 LINES = [b"row %d\n" % number for number in range(40_000)]
 TEXT = b"".join(LINES)
@@ -20,7 +21,7 @@ def read(data):
     lines = []
     try:
         lines.extend(open_decompressed(io.BytesIO(data), "f.jsonl"))
-    except ValueError as error:
+    except UserError as error:
         return lines, str(error)
     return lines, None
 
