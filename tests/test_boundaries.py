@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "serve": {"stu"},
 }
 COMMANDS = {
-    "stu-prepare": "train.data.prepare",
+    "stu-prepare": "train.data.cli",
     "stu-train": "train.cli",
     "stu-export": "train.checkpoint.export",
     "stu-import": "train.checkpoint.import_published",

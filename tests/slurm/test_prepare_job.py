@@ -6,7 +6,8 @@ import time
 import psutil
 
 from tests.slurm.conftest import ROOT
-from train.data.prepare import PrepareConfig, prepare
+from train.data.config import PrepareConfig
+from train.data.prepare import prepare
 from train.data.shards import TokenShards
 
 COUNT = 3

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train.data.prepare import PrepareConfig, prepare
+from train.data.config import PrepareConfig
+from train.data.prepare import prepare
 
 WORDS = [
     "def",

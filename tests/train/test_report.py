@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from train import report
-from train.data.prepare import PrepareConfig, prepare
+from train.data.config import PrepareConfig
+from train.data.prepare import prepare
 from train.data.shards import TokenShards
 
 DOCUMENTS = [f"def f{i}(x):\n\treturn x + {i * i}\n" * (1 + i % 3) for i in range(60)]

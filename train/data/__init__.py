@@ -1,1 +1,1 @@
-"""Token shards: prepare them from text, and read them for training."""
+"""Token shards: preparing them from text, and reading them for training."""

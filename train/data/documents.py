@@ -1,144 +1,111 @@
-"""Documents out of files: plain text, JSON lines, CSV, Parquet, Python's own sources."""
+"""Documents in plain text, JSON lines, CSV, Parquet and Python's own sources."""
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from stu.common.compressed import open_decompressed
+from stu.common.errors import UserError
+from train.data.skipped import BadInput
 from train.data.sources import MOST_PIECE_BYTES, kind_of, read_python
 
 PARQUET_ROWS = 64  # rows in memory at once: documents may be megabytes long
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 MOST_FIELD_CHARS = 1 << 26
-"""Longest field of a CSV file: more than the usual 128 Ki, less than a file whose quote is never
-closed."""
+"""Longest field of a CSV file. Python's default of 128 Ki is too short for documents; without a
+limit, a quote that is never closed would read the whole file into memory."""
 FIX = "name it with --text-key"
 
 
 class Document(NamedTuple):
-    """One text, and how much of its file it used up."""
+    """A text, or a piece of a text."""
 
     text: str
-    source_bytes: int  # sums to the sizes of the files, compressed if they are: for progress
-    starts: bool = True  # False: goes on where the one before ended
-    ends: bool = True  # False: the next one goes on
-
-
-class BadInput(ValueError):
-    """A row, or the rest of a file, that cannot be read."""
-
-    def __init__(self, path: Path, place: str, kind: str, reason: str) -> None:
-        super().__init__(f"{path}{place and ' '}{place}: {reason}")
-        self.path, self.place, self.kind, self.reason = path, place, kind, reason
+    source_bytes: int  # bytes of the file, compressed or not, that were read for it
+    starts: bool = True  # False: continues the document before it
+    ends: bool = True  # False: the next document continues it
 
 
 def read_documents(
-    files: Sequence[Path],
-    text_key: str = "text",
-    piece_bytes: int = MOST_PIECE_BYTES,
-    on_bad: Callable[[BadInput], None] | None = None,
-) -> Iterator[Document]:
-    """Every document of `files` in order: a text or .py file, a row of the other kinds.
+    files: Sequence[Path], text_key: str = "text", piece_bytes: int = MOST_PIECE_BYTES
+) -> Iterator[Document | BadInput]:
+    """Yield the documents of `files` in order: text and Python files, and rows of other files.
 
-    `text_key` names the field or column that holds a row's text; a row where it is null is an empty
-    document. A text file of more than `piece_bytes` comes in pieces of at most so many: they end at
-    blank lines, or else at line ends, or else between characters. Memory holds a few documents.
+    A row whose text is null is an empty document. A text file of more than `piece_bytes` comes in
+    pieces of at most that size, cut at blank lines, else at line ends, else between characters. A
+    row, or the rest of a file, that cannot be read comes as BadInput. Only a few documents are in
+    memory at a time.
 
-    on_bad: takes what is not readable text, and reading goes on behind it; without it the first
-    raises BadInput. Raises ValueError if a library is missing.
+    text_key: field or column that holds a row's text. Raises UserError if a library is missing.
     """
     for path in files:
-        items = _read_file(path, text_key, piece_bytes)
-        while True:
-            try:
-                item = next(items, None)
-            except BadInput as error:  # the rest of the file is lost
-                if on_bad is None:
-                    raise
-                on_bad(error)
-                break
-            if item is None:
-                break
-            if isinstance(item, Document):
-                yield item
-            elif on_bad is None:
-                raise item
-            else:
-                on_bad(item)
+        yield from _read_file(path, text_key, piece_bytes)
 
 
 def _read_file(path: Path, text_key: str, piece_bytes: int) -> Iterator[Document | BadInput]:
     kind = kind_of(path)
-    if path.suffix == ".py":
-        yield Document(read_python(path), path.stat().st_size)
-    elif kind == "parquet":
-        yield from _read_parquet(path, text_key)
-    else:
-        with path.open("rb") as raw:
-            try:
-                data = open_decompressed(raw, str(path))
-            except ValueError as error:
-                if isinstance(error.__cause__, ImportError):
-                    raise
-                raise BadInput(path, "", "damaged archive", _without_name(error, path)) from error
-            source = _Source(path, raw, data)
-            if kind == "text":
-                yield from _read_text(source, piece_bytes)
-            elif kind == "csv":
-                yield from _read_csv(source, text_key)
-            else:
-                yield from _read_json_lines(source, text_key)
+    try:
+        if path.suffix == ".py":
+            yield Document(read_python(path), path.stat().st_size)
+        elif kind == "parquet":
+            yield from _read_parquet(path, text_key)
+        else:
+            with path.open("rb") as file:
+                source = _Source(path, file)
+                if kind == "text":
+                    yield from _read_text(source, piece_bytes)
+                elif kind == "csv":
+                    yield from _read_csv(source, text_key)
+                else:
+                    yield from _read_json_lines(source, text_key)
+    except BadInput as error:  # the rest of the file is lost
+        yield error
 
 
 class _Source:
-    """A file that is being read, perhaps compressed."""
+    """An open file, decompressed while it is read. Methods raise BadInput if it is damaged."""
 
-    def __init__(self, path: Path, raw: BinaryIO, data: BinaryIO) -> None:
-        self.path, self.data = path, data
-        self._raw, self._used = raw, 0
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self._file, self._used = path, file, 0
+        try:
+            self.data = open_decompressed(file, str(path))
+        except UserError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise
+            raise _damaged(path, "", error) from error
 
     def used(self, offset: int | None = None) -> int:
-        """Bytes of the file since the last call, of which `offset` are used up if it is plain."""
-        now = self._raw.tell() if offset is None or self.data is not self._raw else offset
+        """Return the bytes of the file that were read since the last call.
+
+        offset: where reading has come to in a file that is not compressed; a buffer may be ahead.
+        """
+        now = self._file.tell() if offset is None or self.data is not self._file else offset
         used, self._used = now - self._used, now
         return used
 
     def read(self, size: int) -> bytes:
-        with _Damage(self.path, ""):
+        """Read up to `size` bytes."""
+        try:
             return self.data.read(size)
+        except UserError as error:
+            raise _damaged(self.path, "", error) from error
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines and their numbers, from 1."""
-        number = 0
-        while True:
-            number += 1
-            with _Damage(self.path, f"line {number}"):
-                line = self.data.readline()
-            if not line:
-                return
-            yield number, line
+        """Yield lines and their numbers, from 1."""
+        number = 1
+        try:
+            while line := self.data.readline():
+                yield number, line
+                number += 1
+        except UserError as error:
+            raise _damaged(self.path, f"line {number}", error) from error
 
 
-class _Damage:
-    """Turns the error of a decompressor into one of this module."""
-
-    def __init__(self, path: Path, place: str) -> None:
-        self._path, self._place = path, place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            reason = _without_name(error, self._path)
-            raise BadInput(self._path, self._place, "damaged archive", reason) from error
-
-
-def _without_name(error: Exception, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ")
+def _damaged(path: Path, place: str, error: UserError) -> BadInput:
+    return BadInput(path, place, "damaged archive", str(error).removeprefix(f"{path}: "))
 
 
 def _read_text(source: _Source, piece_bytes: int) -> Iterator[Document | BadInput]:
@@ -163,8 +130,10 @@ def _read_text(source: _Source, piece_bytes: int) -> Iterator[Document | BadInpu
 
 
 def _cut(data: bytes, size: int) -> int:
-    """Where to end a piece of at most `size` bytes: behind a blank line of the second half, or else
-    the last line, or else the last whole character."""
+    """Return where to end a piece of at most `size` bytes.
+
+    It ends after a blank line in the second half, else after a line, else after a character.
+    """
     for ending in (b"\n\n", b"\n\r\n", b"\n"):
         if (found := data.rfind(ending, size // 2 if ending != b"\n" else 0, size)) >= 0:
             return found + len(ending)
@@ -175,7 +144,7 @@ def _cut(data: bytes, size: int) -> int:
 
 
 def _decode(data: bytes, path: Path, place: str, offset: int) -> str | BadInput:
-    """`data`, which starts `offset` bytes into the text of `path`."""
+    """Decode `data`, which starts `offset` bytes into the text of `path`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -184,9 +153,8 @@ def _decode(data: bytes, path: Path, place: str, offset: int) -> str | BadInput:
             path,
             place,
             "not UTF-8",
-            f"not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file, "
-            f"for example with `iconv -f {encoding} -t UTF-8`, or leave such out with --on-error "
-            "skip",
+            f"not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file, for "
+            f"example with `iconv -f {encoding} -t UTF-8`, or skip such text with --on-error skip",
         )
 
 
@@ -198,10 +166,7 @@ def _read_json_lines(source: _Source, text_key: str) -> Iterator[Document | BadI
         offset += len(line)
         if isinstance(text, str):
             text = _json_text(text, source.path, place, text_key)
-        if isinstance(text, BadInput):
-            yield text
-        else:
-            yield Document(text, source.used(offset))
+        yield text if isinstance(text, BadInput) else Document(text, source.used(offset))
 
 
 def _json_text(line: str, path: Path, place: str, text_key: str) -> str | BadInput:
@@ -212,7 +177,7 @@ def _json_text(line: str, path: Path, place: str, text_key: str) -> str | BadInp
     except (ValueError, RecursionError) as error:
         return BadInput(path, place, "not JSON", f"not JSON ({error})")
     if not isinstance(row, dict) or text_key not in row:
-        fields = f"only {', '.join(row)}" if isinstance(row, dict) else "and no fields at all"
+        fields = f"only {', '.join(row)}" if isinstance(row, dict) else "as it is not an object"
         return BadInput(path, place, "no field", f"no field {text_key!r}, {fields}; {FIX}")
     text = row[text_key]
     if text is None:
@@ -235,25 +200,26 @@ def _read_csv(source: _Source, text_key: str) -> Iterator[Document | BadInput]:
     while True:
         place = f"line {rows.line_num + 1}"
         try:
-            with _Damage(source.path, place):
-                row = next(rows, None)
-        except (csv.Error, UnicodeDecodeError) as error:
-            is_text = isinstance(error, csv.Error)
-            kind, reason = ("not CSV", f"not CSV ({error})") if is_text else ("not UTF-8", "")
-            reason = reason or f"not UTF-8 in what follows ({error}); convert the file"
-            raise BadInput(source.path, place, kind, reason) from error
+            row = next(rows, None)
+        except UserError as error:
+            raise _damaged(source.path, place, error) from error
+        except csv.Error as error:
+            raise BadInput(source.path, place, "not CSV", f"not CSV ({error})") from error
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 from here on ({error}); convert the file"
+            raise BadInput(source.path, place, "not UTF-8", reason) from error
         if row is None:
             return
         if column is None:
             if row.count(text_key) != 1:
-                found = f"{row.count(text_key)} fields {text_key!r} in the header, of "
-                reason = f"{found}{', '.join(row)}; one is needed: {FIX}"
+                found = f"{row.count(text_key)} fields {text_key!r} in the header"
+                reason = f"{found}, which has {', '.join(row)}; exactly one is needed: {FIX}"
                 raise BadInput(source.path, "line 1", "no field", reason)
             column = row.index(text_key)
         elif len(row) > column:
             yield Document(row[column], source.used())
         elif row:  # else a blank line
-            reason = f"{len(row)} fields, and {text_key!r} is number {column + 1}"
+            reason = f"{len(row)} fields, but {text_key!r} is number {column + 1}"
             yield BadInput(source.path, place, "no field", reason)
 
 
@@ -262,9 +228,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ValueError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'stu[data]'"
-        ) from error
+        message = f"{path}: reading Parquet needs pyarrow: pip install 'stu[data]'"
+        raise UserError(str(path), message=message) from error
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -276,13 +241,14 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 reason = f"column {text_key!r} is {kind}, not a string"
                 raise BadInput(path, "", "not a string", reason)
-            size, rows, done = path.stat().st_size, file.metadata.num_rows, 0
+            size, num_rows, done = path.stat().st_size, file.metadata.num_rows, 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
-                    yield Document(text or "", size * (done + 1) // rows - size * done // rows)
+                    share = size * (done + 1) // num_rows - size * done // num_rows
+                    yield Document(text or "", share)
                     done += 1
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # a disk's, not the file's
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault
             raise
         raise BadInput(path, "", "not Parquet", f"damaged, or not Parquet ({error})") from error
     except UnicodeDecodeError as error:

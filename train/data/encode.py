@@ -1,4 +1,4 @@
-"""Documents to tokens, in parallel: the side of the split each falls on, and its ids."""
+"""Encode documents to tokens in parallel, and decide the split of each."""
 
 import hashlib
 import multiprocessing
@@ -19,34 +19,36 @@ from numpy.typing import NDArray
 from stu.tokenizer import Tokenizer
 from train.data.documents import Document
 
-BATCH_CHARS = 1 << 18  # of text sent to a worker at once: some tenths of a second of work
-PIECE_CHARS = 1 << 18  # of one document given to SentencePiece at once, which bounds its memory
+BATCH_CHARS = 1 << 18
+"""Characters of text sent to a worker at once: some tenths of a second of work."""
+PIECE_CHARS = 1 << 18
+"""Characters passed to SentencePiece at once, to bound its memory."""
 
 
 class Encoded(NamedTuple):
-    """One document, or a piece of one, ready to be written."""
+    """Tokens of a document, or of a piece of one."""
 
     split: str  # "train" or "validation"
     tokens: NDArray[Any]  # [tokens], BOS and EOS included; uint16 or uint32
     num_bytes: int  # of UTF-8 text
-    starts: bool  # False: goes on where the one before ended
-    ends: bool  # False: the next one goes on
+    starts: bool  # False: continues the document before it
+    ends: bool  # False: the next document continues it
 
 
 def split_of(text: str, seed: int, validation_fraction: float) -> str:
-    """`train` or `validation`: a function of the text and the seed, so equal texts go together."""
+    """Return `train` or `validation`, which depends on text and seed alone."""
     return "validation" if text_hash(text, seed) < validation_fraction else "train"
 
 
 def text_hash(text: str, seed: int) -> float:
-    """A number in [0, 1), uniform over texts."""
+    """Return a number in [0, 1) that is uniformly distributed over texts."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a worker does with a batch of documents."""
+    """Function that encodes a batch of documents in a worker."""
 
     tokenizer_path: Path
     seed: int
@@ -67,11 +69,11 @@ class Encoder:
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
-    """`[BOS, *tokens of text, EOS]`, in `token_dtype` of the vocabulary."""
+    """Return `[BOS, *tokens of text, EOS]` in the `token_dtype` of the vocabulary."""
     ids = [tokenizer.bos_id]
     start = 0
     while start < len(text):
-        # Ends after a newline if it can: no piece of our own tokenizers crosses one.
+        # End after a newline if possible: no token of our own tokenizers crosses one.
         stop = start + PIECE_CHARS
         if stop < len(text):
             stop = text.rfind("\n", start, stop) + 1 or stop
@@ -82,28 +84,27 @@ def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smaller of uint16 and uint32 that holds every id."""
+    """Return uint16 if it holds every id, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def encode_all(
-    texts: Iterable[Document], encoder: Encoder, workers: int
+    documents: Iterable[Document], encoder: Encoder, workers: int
 ) -> Generator[Encoded, None, None]:
-    """Encode `texts` with `workers` processes (1: in this one), in order.
+    """Yield encoded documents in order, using `workers` processes, or none besides this one if 1.
 
-    Reads only a few batches ahead of what has been consumed. Raises BrokenProcessPool if a worker
-    dies.
+    Reads only a few batches ahead. Raises BrokenProcessPool if a worker dies.
     """
     if workers == 1:
-        for batch in _batches(texts):
+        for batch in _batches(documents):
             yield from encoder(batch)
         return
     waiting: deque[Future[list[Encoded]]] = deque()
-    # Not fork: this process may have threads, of the progress bar for one.
+    # Not fork: this process has threads, such as that of the progress bar.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
         try:
-            for batch in _batches(texts):
+            for batch in _batches(documents):
                 waiting.append(pool.submit(encoder, batch))
                 if len(waiting) > 2 * workers:
                     yield from waiting.popleft().result()
@@ -113,10 +114,10 @@ def encode_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     chars = 0
-    for document in texts:
+    for document in documents:
         batch.append(document)
         chars += len(document.text)
         if chars >= BATCH_CHARS:
@@ -132,13 +133,13 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent ends the workers in good order.
+    # Ctrl-C reaches every process of the terminal, but ending the workers is up to the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its workers to stop, and they would wait for ever."""
+    """Exit when the parent does: one that was killed cannot stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

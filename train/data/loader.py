@@ -1,4 +1,4 @@
-"""Reading token shards for training: which tokens each rank gets at each position, and resuming."""
+"""Batches of token shards for training: the tokens of each rank at each position, and resuming."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,34 +11,35 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from stu.common.errors import UserError
 from train.data.order import Permutation
 from train.data.shards import TokenShards
 
 
 class Batch(TypedDict):
-    """One micro-batch for training. Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`."""
+    """Micro-batch for training. Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`."""
 
     tokens: Tensor  # int64 [micro_batch_size, seq_len + 1]
-    sample_ids: Tensor  # int64 [micro_batch_size]: which sample of the epoch each row is
+    sample_ids: Tensor  # int64 [micro_batch_size], numbers of the samples in the epoch
 
 
 class ValidationBatch(TypedDict):
-    """One micro-batch for validation. Only the first `num_targets` targets of a row count."""
+    """Micro-batch for validation. Only the first `num_targets` targets of a sequence count."""
 
-    tokens: Tensor  # int64 [micro_batch_size, seq_len + 1], 0 where there is no token
-    num_targets: Tensor  # int64 [micro_batch_size], 0 for a row that is only there for the shape
+    tokens: Tensor  # int64 [micro_batch_size, seq_len + 1], padded with 0
+    num_targets: Tensor  # int64 [micro_batch_size], 0 for a sequence that is only padding
 
 
 class SampleStream(IterableDataset[Batch]):
-    """The micro-batches of one rank, from a position on, without end.
+    """Endless micro-batches of one rank, from a position on.
 
-    Sample `i` of an epoch is tokens `i * seq_len` to `(i+1) * seq_len`, the last one included: each
-    sample's last target is the next one's first input. Positions count samples over all epochs and
+    Sample `i` of an epoch is the tokens `i * seq_len` to `(i+1) * seq_len`, both included: the last
+    target of a sample is the first input of the next. Positions count samples over all epochs and
     ranks; position `j` holds sample `Permutation(n, seed, j // n)(j % n)` of `n`. From position `p`
     on, rank `r` of `R` with micro-batches of `m` reads positions `p + r*m` to `p + r*m + m-1`, then
-    moves on by `R*m`. So a run that consumed `p` samples can go on with any `R` and `m`.
+    moves on by `R*m`. So a run that consumed `p` samples can continue with any `R` and `m`.
 
-    Raises ValueError if the shards are shorter than one sample.
+    Raises UserError if the shards are shorter than one sample.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class SampleStream(IterableDataset[Batch]):
     ) -> None:
         self.samples_per_epoch = (len(shards) - 1) // seq_len
         if self.samples_per_epoch < 1:
-            raise ValueError(
-                f"seq_len {seq_len}: the {len(shards)} tokens for training hold no sample of "
-                f"{seq_len + 1}; lower seq_len or prepare more text"
+            raise UserError(
+                "data.seq_len",
+                seq_len,
+                f"less than {len(shards)}, the number of training tokens",
+                "lower it or prepare more text",
             )
         self._shards = shards
         self._seq_len = seq_len
@@ -79,7 +82,7 @@ class SampleStream(IterableDataset[Batch]):
             first += self._stride
 
     def _samples_at(self, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The samples at positions `first` and on, which may lie in several epochs: `[m]`."""
+        """Return the samples of the micro-batch at position `first`: `[m]`."""
         positions = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
         epochs, within = np.divmod(positions, self.samples_per_epoch)
         ids = np.empty_like(positions)
@@ -90,13 +93,14 @@ class SampleStream(IterableDataset[Batch]):
 
 
 class ValidationSet:
-    """One rank's share of the validation split: every target once, in windows side by side.
+    """Micro-batches of one rank for validation; all ranks together predict every target once.
 
-    Window `w` predicts targets `w * seq_len + 1` to `(w+1) * seq_len`, the last one what is left,
-    and is row `w % m` of a batch of rank `(w // m) % R`. Every rank has the same number of batches,
-    since under ZeRO-3 ranks must run in step; rows without a window have `num_targets` 0.
+    Window `w` predicts the targets `w * seq_len + 1` to `(w+1) * seq_len` (the last window: those
+    that are left), as sequence `w % m` of a micro-batch of rank `(w // m) % R`. All ranks have the
+    same number of micro-batches, as ranks must run in step under ZeRO-3; sequences without a window
+    have `num_targets` 0.
 
-    Not a torch Dataset: Lightning would put its own sampler around one.
+    Not a torch Dataset, around which Lightning would put its own sampler.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class ValidationSet:
         world_size: int = 1,
     ) -> None:
         self.num_targets = min(len(shards) - 1, max_tokens)
-        """Tokens predicted over all ranks."""
+        """Targets over all ranks."""
         self._shards = shards
         self._seq_len = seq_len
         self._micro_batch_size = micro_batch_size
@@ -117,7 +121,7 @@ class ValidationSet:
         self._stride = world_size * micro_batch_size
 
     def __len__(self) -> int:
-        """Batches of each rank."""
+        """Return the number of micro-batches of each rank."""
         num_windows = -(-self.num_targets // self._seq_len)
         return -(-num_windows // self._stride)
 
@@ -127,12 +131,12 @@ class ValidationSet:
             first = batch * self._stride + self._rank * m
             tokens = np.zeros((m, self._seq_len + 1), dtype=np.int64)
             num_targets = np.zeros(m, dtype=np.int64)
-            for row in range(m):
-                start = (first + row) * self._seq_len
+            for i in range(m):
+                start = (first + i) * self._seq_len
                 count = min(self._seq_len, self.num_targets - start)
                 if count > 0:
-                    tokens[row, : count + 1] = self._shards.read(start, start + count + 1)
-                    num_targets[row] = count
+                    tokens[i, : count + 1] = self._shards.read(start, start + count + 1)
+                    num_targets[i] = count
             yield {
                 "tokens": torch.from_numpy(tokens),
                 "num_targets": torch.from_numpy(num_targets),
@@ -143,13 +147,14 @@ class TokenData(L.LightningDataModule):
     """Training and validation batches from a folder that `stu-prepare` made.
 
     Args:
-        dir: the folder.
-        seq_len: tokens the model reads in one sample.
-        micro_batch_size: samples each rank computes at once.
-        seed: decides the order of samples.
-        max_validation_tokens: targets of one validation, over all ranks; the first ones are used.
+        dir: Folder of token shards.
+        seq_len: Input tokens of one sample.
+        micro_batch_size: Samples that each rank processes at once.
+        seed: Seed of the order of samples.
+        max_validation_tokens: Largest number of targets in one validation, over all ranks; the
+            first ones of the split are used.
 
-    Raises ValueError if the folder is damaged, or too short for one sample.
+    Raises UserError if a value is not allowed, or the folder is damaged or has less than a sample.
     """
 
     def __init__(
@@ -167,7 +172,7 @@ class TokenData(L.LightningDataModule):
             ("max_validation_tokens", max_validation_tokens),
         ]:
             if value < 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
+                raise UserError(f"data.{name}", value, "at least 1")
         self.seq_len = seq_len
         self.micro_batch_size = micro_batch_size
         self.seed = seed
@@ -175,9 +180,9 @@ class TokenData(L.LightningDataModule):
         self.train_shards = TokenShards(dir, "train")
         self.validation_shards = TokenShards(dir, "validation")
         self.accepted_changes: set[str] = set()
-        """Parts of `identity` that may differ from a checkpoint's."""
+        """Names in `identity` whose values may differ from those of a checkpoint."""
         self._position = 0
-        self.train_dataloader()  # a seq_len too long for the data is known now, not after a queue
+        self.train_dataloader()  # fails now if seq_len is too long for the data
 
     @property
     def position(self) -> int:
@@ -203,12 +208,12 @@ class TokenData(L.LightningDataModule):
     def advance(self, num_samples: int) -> None:
         """Count `num_samples`, over all ranks, as consumed.
 
-        The training step calls this and not the loader, which may have fetched ahead.
+        The training step calls this, as the loader may have fetched samples ahead.
         """
         self._position += num_samples
 
     def train_dataloader(self) -> SampleStream:
-        """This rank's batches from `position` on, without end."""
+        """Return the endless micro-batches of this rank from `position` on."""
         rank, world_size = self._rank_and_world_size()
         return SampleStream(
             self.train_shards,
@@ -221,7 +226,7 @@ class TokenData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> ValidationSet:
-        """This rank's share of the first `max_validation_tokens` targets."""
+        """Return the micro-batches of this rank for the first `max_validation_tokens` targets."""
         rank, world_size = self._rank_and_world_size()
         return ValidationSet(
             self.validation_shards,
@@ -236,19 +241,22 @@ class TokenData(L.LightningDataModule):
         return {"position": self.position, **self.identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a run stopped; raises ValueError if it had another order of samples, unless
-        that is accepted."""
+        """Continue at the position of a checkpoint.
+
+        Raises UserError if its run had another order of samples, unless that is accepted.
+        """
         for name, value in self.identity().items():
             if state_dict.get(name, value) != value and name not in self.accepted_changes:
-                raise ValueError(
-                    f"data.{name} is {value!r}, but the checkpoint was made with "
-                    f"{state_dict[name]!r}: its position would mean other samples; use that "
-                    f"{name}, or start a new run"
+                raise UserError(
+                    f"data.{name}",
+                    message=f"data.{name} is {value!r}, but the checkpoint was made with "
+                    f"{state_dict[name]!r}, so its position would mean other samples; use that "
+                    f"{name}, or start a new run",
                 )
         self._position = state_dict["position"]
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the meaning of a position, by name."""
+        """Return all values on which the samples at a position depend, by name."""
         return {
             "seed": self.seed,
             "seq_len": self.seq_len,

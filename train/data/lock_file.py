@@ -1,4 +1,4 @@
-"""Turns that processes take, on one machine or on several that share a file system."""
+"""Locks between processes, on one machine or on several that share a file system."""
 
 import fcntl
 import os
@@ -10,11 +10,11 @@ from types import TracebackType
 
 
 class LockFile:
-    """A file with a lock for each of its bytes, none of which need be there.
+    """A file with a lock for each byte, including bytes beyond its end.
 
-    The system frees the locks of a process that is killed, and those of a machine that is lost once
-    the file server notices. The file stays: to remove it while another process waits for it would
-    let a third have a lock of the same name.
+    The system frees the locks of a process that is killed, and those of a lost machine once the
+    file server notices. The file is never removed: if it were removed while a process waits for it,
+    a third process could get a second lock of the same name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,8 +34,10 @@ class LockFile:
 
     @contextmanager
     def held(self, byte: int) -> Iterator[None]:
-        """Hold the lock of `byte`, after whoever has it now. Raises OSError if the file system has
-        no locks."""
+        """Hold the lock of `byte` in the block, once no other process holds it.
+
+        Raises OSError if the file system has no locks.
+        """
         try:
             self._take(byte)
         except OSError as error:
@@ -51,6 +53,8 @@ class LockFile:
     def _take(self, byte: int) -> None:
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):  # systems differ
-            print(f"waiting for another process that has {self._path}", file=sys.stderr, flush=True)
+        except (BlockingIOError, PermissionError):  # either, depending on the system
+            print(
+                f"waiting for another process to unlock {self._path}", file=sys.stderr, flush=True
+            )
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, byte)

@@ -1,4 +1,4 @@
-"""The order of samples: a permutation that needs no memory and can be asked at any position."""
+"""The order of samples: a permutation that needs no memory and starts at any position."""
 
 import hashlib
 
@@ -9,12 +9,12 @@ ROUNDS = 8
 
 
 class Permutation:
-    """A pseudo-random bijection of `0 .. n-1`, a function of `(n, seed, epoch)` only.
+    """A pseudo-random bijection of `0 .. n-1` that depends on `(n, seed, epoch)` only.
 
-    A Feistel network permutes the next power of four from `n` on; results outside are put through
-    it again until they fall inside (cycle walking, under four times on average). So any part of the
-    order costs what it is long, whatever `n` is. Source: Black and Rogaway, Ciphers with Arbitrary
-    Finite Domains, 2002.
+    A Feistel network permutes the numbers below the smallest power of four that is at least `n`;
+    results that are not below `n` go through it again (cycle walking, less than four times on
+    average). So the cost of a part of the order depends on its length and not on `n`. Source: Black
+    and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -27,7 +27,7 @@ class Permutation:
         self._round_keys = np.frombuffer(key, dtype="<u8")
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The elements at `positions` of the order, each in `0 .. n-1`: same shape."""
+        """Return the elements at `positions`, each in `0 .. n-1`, in an array of the same shape."""
         values = positions.astype(np.uint64)
         assert (values < self._n).all(), "positions must be in 0 .. n-1"
         values = self._encrypt(values)
@@ -43,7 +43,7 @@ class Permutation:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): all bits move all bits."""
+    """Mix all bits with the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,11 +1,11 @@
 """Token shards: a folder of raw token files, the tokenizer that made them, and an index.
 
 ```
-DIR/index.json                 Index: what is here and how it was made
+DIR/index.json                 contents of the folder, and the settings it was made with (`Index`)
 DIR/tokenizer.model
-DIR/parts.json                 of a folder made in parts: what these had in common
-DIR/skipped.jsonl              of rows that could not be read, the first ones (`--on-error skip`)
-DIR/train-00000.bin ...        little-endian unsigned integers, documents as BOS tokens EOS
+DIR/parts.json                 settings that all parts had in common, if it was made in parts
+DIR/skipped.jsonl              the first rows that could not be read (`--on-error skip`)
+DIR/train-00000.bin ...        documents, each BOS tokens EOS, as little-endian unsigned integers
 DIR/validation-00000.bin ...
 ```
 """
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from stu.common.errors import UserError
 from stu.common.files import new_file
 
 FORMAT_VERSION = 1
@@ -32,33 +33,33 @@ FINGERPRINT_PIECES, FINGERPRINT_TOKENS = 256, 1024
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens."""
+    """A file of tokens."""
 
     file: str
     num_tokens: int
     num_documents: int
     sha256: str = ""
-    """The file's checksum; empty in folders that an older stu-prepare made."""
+    """Checksum of the file; empty in folders made by an older stu-prepare."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the corpus, `train` or `validation`: its shards in order, and their totals."""
+    """Shards of the split `train` or `validation`, in order, and their totals."""
 
     num_tokens: int
-    """BOS and EOS of every document included."""
+    """Tokens, including BOS and EOS of every document."""
     num_documents: int
     num_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """Bytes of the documents' text in UTF-8."""
     shards: list[Shard]
 
 
 @dataclass(frozen=True)
 class Index:
-    """The contents of a folder of token shards, as `index.json` holds them."""
+    """Contents of a folder of token shards, as in `index.json`."""
 
     dtype: str
-    """Of the tokens in the files: `uint16` or `uint32`."""
+    """Type of the tokens in the files: `uint16` or `uint32`."""
     tokenizer_sha256: str
     vocab_size: int
     seed: int
@@ -68,35 +69,35 @@ class Index:
     num_empty_documents: int
     splits: dict[str, Split]
     num_hidden_files: int = 0
-    """Files and folders of the sources whose names begin with a dot, which were not read."""
+    """Files and folders in the sources that were not read as their names begin with a dot."""
     num_repeated_files: int = 0
     """Paths of files that were read by another path."""
     num_bad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Rows, and rests of files, that could not be read, by what was wrong (`--on-error skip`)."""
+    """Rows, and rests of files, that could not be read, by kind of error (`--on-error skip`)."""
     format_version: int = FORMAT_VERSION
 
     @property
     def num_documents(self) -> dict[str, int]:
-        """Of each split."""
+        """Documents in each split."""
         return {name: split.num_documents for name, split in self.splits.items()}
 
     @property
     def num_read(self) -> int:
-        """Documents that were read: those of both splits, and the empty ones."""
+        """Documents that were read, including empty ones."""
         return sum(self.num_documents.values()) + self.num_empty_documents
 
     def save(self, folder: Path) -> None:
-        """Write `index.json`, whole or not at all."""
+        """Write `index.json` atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
         with new_file(folder / INDEX_FILE) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Index":
-        """Raises ValueError if `folder` has no index that this version can read."""
+        """Read `index.json`. Raises UserError if this version cannot read it."""
         path = folder / INDEX_FILE
         if not path.is_file():
-            raise ValueError(f"{folder}: no {INDEX_FILE}; make token shards with stu-prepare")
+            raise _unusable(folder, f"no {INDEX_FILE}; make token shards with stu-prepare")
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if data["format_version"] != FORMAT_VERSION:
@@ -111,19 +112,19 @@ class Index:
             }
             return cls(splits=splits, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not an index of token shards ({error!r})") from error
+            raise _unusable(path, f"not an index of token shards ({error!r})") from error
 
 
 def shard_file(split: str, number: int) -> str:
-    """Name of the file with the tokens of shard `number` of a split."""
+    """Return the file name of shard `number` of a split."""
     return f"{split}-{number:05d}.bin"
 
 
 class SplitWriter:
-    """Writes the shards of one split, document by document.
+    """Writer of the shards of one split, document by document.
 
-    A shard holds whole documents, or whole pieces of those that come in pieces: at most
-    `shard_tokens` tokens unless one is longer.
+    A shard holds whole documents, or whole pieces of documents that come in pieces. It has at most
+    `shard_tokens` tokens, unless its only document is longer.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
@@ -144,9 +145,9 @@ class SplitWriter:
             self._file.close()
 
     def add(self, tokens: NDArray[Any], num_bytes: int, starts: bool = True) -> None:
-        """Append one document of `tokens` (BOS and EOS included) made of `num_bytes` of text.
+        """Append a document of `tokens`, including BOS and EOS, from `num_bytes` of text.
 
-        starts: False for what goes on with the document before.
+        starts: False for a piece that continues the document before it.
         """
         if self._file is None or self._shards[-1].num_tokens + len(tokens) > self._shard_tokens:
             self._next_shard()
@@ -160,6 +161,7 @@ class SplitWriter:
         self._shards[-1] = Shard(last.file, last.num_tokens + len(tokens), num_documents)
 
     def finish(self) -> Split:
+        """Close the last shard, and return the shards and their totals."""
         self._finish_shard()
         num_tokens = sum(shard.num_tokens for shard in self._shards)
         num_documents = sum(shard.num_documents for shard in self._shards)
@@ -180,17 +182,18 @@ class SplitWriter:
 
 
 class TokenShards:
-    """The tokens of one split as one long sequence, memory-mapped.
+    """Tokens of one split as one long sequence, memory-mapped.
 
-    Raises ValueError if the folder is not what its index says: a shard missing or of another size,
-    another tokenizer.
+    Raises UserError if the folder differs from its index: a shard is missing or has another size,
+    or the tokenizer is another.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
         self.folder = Path(folder)
         self.index = Index.load(self.folder)
         if split not in self.index.splits:
-            raise ValueError(f"{folder}: no split {split!r}, only {', '.join(self.index.splits)}")
+            splits = ", ".join(self.index.splits)
+            raise _unusable(self.folder, f"no split {split!r}, only {splits}")
         self.split = self.index.splits[split]
         self._check_tokenizer()
         dtype = np.dtype(self.index.dtype).newbyteorder("<")
@@ -199,7 +202,7 @@ class TokenShards:
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
 
     def __len__(self) -> int:
-        """Tokens in the split."""
+        """Return the number of tokens in the split."""
         return self.split.num_tokens
 
     @property
@@ -207,7 +210,7 @@ class TokenShards:
         return self.folder / TOKENIZER_FILE
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens `start` to `stop - 1`, across shards: `[stop - start]`.
+        """Return tokens `start` to `stop - 1`, which may lie in several shards: `[stop - start]`.
 
         Raises IndexError unless `0 <= start <= stop <= len(self)`.
         """
@@ -218,15 +221,17 @@ class TokenShards:
         filled = 0
         while filled < len(tokens):
             begin = start + filled - int(self._starts[shard])
-            part = self._shards[shard][begin : begin + len(tokens) - filled]
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
+            found = self._shards[shard][begin : begin + len(tokens) - filled]
+            tokens[filled : filled + len(found)] = found
+            filled += len(found)
             shard += 1
         return tokens
 
     def fingerprint(self) -> str:
-        """Return a hash that tells these tokens from others of the same number: of the checksums
-        in the index, and of pieces of the files, spread over all of them."""
+        """Return a hash of the checksums in the index and of samples of tokens from all files.
+
+        It tells these tokens from others of the same number without reading all of them.
+        """
         digest = hashlib.sha256("".join(shard.sha256 for shard in self.split.shards).encode())
         step = max(FINGERPRINT_TOKENS, len(self) // FINGERPRINT_PIECES)
         for start in range(0, len(self), step):
@@ -236,12 +241,13 @@ class TokenShards:
 
     def _check_tokenizer(self) -> None:
         if not self.tokenizer_path.is_file():
-            raise ValueError(f"{self.tokenizer_path}: no such file; run stu-prepare again")
+            raise _unusable(self.tokenizer_path, "no such file; run stu-prepare again")
         sha256 = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
         if sha256 != self.index.tokenizer_sha256:
-            raise ValueError(
-                f"{self.tokenizer_path}: not the tokenizer that made these shards (sha256 "
-                f"{sha256}, expected {self.index.tokenizer_sha256}); run stu-prepare again"
+            raise _unusable(
+                self.tokenizer_path,
+                f"not the tokenizer that made these shards (sha256 {sha256}, expected "
+                f"{self.index.tokenizer_sha256}); run stu-prepare again",
             )
 
     def _open(self, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -249,7 +255,10 @@ class TokenShards:
         size = path.stat().st_size if path.is_file() else 0
         expected = shard.num_tokens * dtype.itemsize
         if size != expected:
-            raise ValueError(
-                f"{path}: {size} bytes, expected {expected}; copy it or run stu-prepare again"
-            )
+            reason = f"{size} bytes, expected {expected}; copy it or run stu-prepare again"
+            raise _unusable(path, reason)
         return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _unusable(path: Path, reason: str) -> UserError:
+    return UserError(str(path), message=f"{path}: {reason}")

@@ -1,4 +1,4 @@
-"""Rows that could not be read and were left out: how many, of which kinds, and a list of them."""
+"""Text that is left out: empty documents, and rows that cannot be read."""
 
 import json
 from collections import Counter
@@ -6,27 +6,45 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from train.data.documents import BadInput
+from stu.common.errors import UserError
 
 SKIPPED_FILE = "skipped.jsonl"
 MOST_LISTED = 1000
 
 
+class BadInput(Exception):
+    """A row, or the rest of a file, that cannot be read.
+
+    Args:
+        path: The file.
+        place: Where in the file, such as "line 3"; empty for the file as a whole.
+        kind: Kind of error, by which errors are counted.
+        reason: Explanation for the user.
+    """
+
+    def __init__(self, path: Path, place: str, kind: str, reason: str) -> None:
+        super().__init__(f"{path}{place and ' '}{place}: {reason}")
+        self.path, self.place, self.kind, self.reason = path, place, kind, reason
+
+
 class Skipped:
-    """Counts what was left out, and remembers the first ones."""
+    """Counts of what was left out, and the first rows that could not be read."""
 
     def __init__(self) -> None:
-        self.counts = Counter[str]()
+        self.num_empty = 0
+        """Documents without text."""
+        self.num_bad = Counter[str]()
+        """Rows, and rests of files, that could not be read, by kind."""
         self.listed: list[BadInput] = []
 
     def add(self, bad: BadInput) -> None:
-        """Count one."""
-        self.counts[bad.kind] += 1
+        """Count a row, or the rest of a file, that could not be read."""
+        self.num_bad[bad.kind] += 1
         if len(self.listed) < MOST_LISTED:
             self.listed.append(bad)
 
     def save(self, folder: Path) -> None:
-        """Write the list, if there is one, as JSON lines of file, place and reason."""
+        """Write the list, unless it is empty, as JSON lines of file, place, kind and reason."""
         rows = [
             {"file": str(bad.path), "place": bad.place, "kind": bad.kind, "reason": bad.reason}
             for bad in self.listed
@@ -36,20 +54,20 @@ class Skipped:
             (folder / SKIPPED_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def join_skipped(lists: Sequence[Path], target: Path) -> None:
-    """Write one list of several, as long as it may be."""
-    if not lists:
-        return
-    lines = (line for path in lists for line in path.read_bytes().splitlines(keepends=True))
-    target.write_bytes(b"".join(islice(lines, MOST_LISTED)))
+def join_lists(lists: Sequence[Path], target: Path) -> None:
+    """Write the first rows of several lists as one list, if there are any lists."""
+    if lists:
+        lines = (line for path in lists for line in path.read_bytes().splitlines(keepends=True))
+        target.write_bytes(b"".join(islice(lines, MOST_LISTED)))
 
 
-def require_mostly_good(num_read: int, counts: Mapping[str, int], where: object) -> None:
-    """Raise ValueError if more rows were bad than not. where: what shows some of them."""
-    num_bad = sum(counts.values())
-    if num_bad > num_read:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-        raise ValueError(
-            f"{num_bad:,} rows of {num_bad + num_read:,} cannot be read ({kinds}), which is most "
-            f"of them, in spite of --on-error skip: {where}"
+def require_mostly_good(num_read: int, num_bad: Mapping[str, int], examples: object) -> None:
+    """Raise UserError if more rows could not be read than could."""
+    total = sum(num_bad.values())
+    if total > num_read:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in num_bad.items())
+        raise UserError(
+            "SOURCE",
+            message=f"{total:,} of {total + num_read:,} rows cannot be read ({kinds}), which is "
+            f"too many to skip with --on-error skip: {examples}",
         )

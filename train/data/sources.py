@@ -1,4 +1,4 @@
-"""Files that sources name: folders, globs, the Python standard library."""
+"""Find the files that sources name: folders, globs, the Python standard library."""
 
 import glob
 import os
@@ -7,6 +7,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from stu.common.errors import UserError
 
 STDLIB = "stdlib:"
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
@@ -17,21 +19,21 @@ PIECES = 256
 
 
 class Files(NamedTuple):
-    """What the sources named."""
+    """Files that the sources name."""
 
-    documents: list[Path]  # in the order they are read
-    skipped: list[Path]  # in a source folder but of another kind, or not decodable (`stdlib:` only)
+    documents: list[Path]  # to read, in this order
+    skipped: list[Path]  # in a source folder, but of another kind; in `stdlib:`, not decodable
     num_hidden: int = 0  # files and folders whose names begin with a dot
-    num_repeated: int = 0  # paths of files that had one already
-    piece_bytes: int = MOST_PIECE_BYTES  # into which large text files are cut
+    num_repeated: int = 0  # other paths of files that are in `documents`
+    piece_bytes: int = MOST_PIECE_BYTES  # largest piece of a text file
 
 
 def find_files(sources: Sequence[str]) -> Files:
-    """The files that `sources` name: `stdlib:`, a file, a folder (searched to the bottom, links
-    followed, what is hidden left out), a glob.
+    """Return the files that `sources` name: `stdlib:`, files, folders or globs.
 
-    Sorted within each source; each file once, by whatever paths it is named. Raises ValueError for
-    a source that names nothing that can be read.
+    Folders are searched recursively: links are followed, hidden files are left out. Files are
+    sorted within a source. A file that has several paths is returned once. Raises UserError for a
+    source that names nothing that can be read.
     """
     found = [_find_source(source) for source in sources]
     paths = [path for files in found for path in files.documents]
@@ -51,7 +53,7 @@ def find_files(sources: Sequence[str]) -> Files:
 
 
 def kind_of(path: Path) -> str | None:
-    """`text`, `jsonl`, `csv` or `parquet`, by the name; None for any other file."""
+    """Return `text`, `jsonl`, `csv` or `parquet` by a file's name, or None for any other kind."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if len(suffixes) > 1 and suffixes[-1] in COMPRESSED and suffixes[-2] != ".parquet":
         suffixes.pop()
@@ -59,7 +61,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_python(path: Path) -> str:
-    """A Python source as its first lines say (PEP 263), or UTF-8."""
+    """Read a Python source in the encoding that it declares (PEP 263), or else UTF-8."""
     with path.open("rb") as file:
         encoding, _ = tokenize.detect_encoding(file.readline)
     return path.read_bytes().decode(encoding)
@@ -80,14 +82,14 @@ def _find_source(source: str) -> Files:
         if kind_of(path) is None:
             hint = "; write its objects to a .jsonl file, each on a line of its own"
             is_json = path.suffix.lower() == ".json"
-            raise ValueError(f"source {source}: not a {ALLOWED} file{hint if is_json else ''}")
+            raise _bad_source(source, f"not a {ALLOWED} file{hint if is_json else ''}")
         return Files([path], [])
     if os.path.lexists(path):
-        what = "a link to nothing" if not path.exists() else "neither a file nor a folder"
-        raise ValueError(f"source {source}: {what}")
+        is_broken = not path.exists()
+        raise _bad_source(source, "a broken link" if is_broken else "neither a file nor a folder")
     matches = sorted(glob.glob(source, recursive=True))
     if not matches:
-        raise ValueError(f"source {source}: no such file or folder, and no glob that matches one")
+        raise _bad_source(source, "no such file or folder, and no glob that matches any")
     inner = [_find_source(match) for match in matches]
     return Files(
         [p for f in inner for p in f.documents],
@@ -106,14 +108,16 @@ def _find_in_folder(folder: Path) -> Files:
             inside.append(path)
     readable = [path for path in sorted(inside) if kind_of(path) and path.is_file()]
     if not readable:
-        raise ValueError(f"source {folder}: no {ALLOWED} file in this folder")
+        raise _bad_source(str(folder), f"no {ALLOWED} file in this folder")
     known = set(readable)
     return Files(readable, [path for path in sorted(inside) if path not in known], num_hidden)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`, and every hidden folder in place of what is in it. Links are
-    followed, and a folder that was seen is not entered again: they may lead round in a circle."""
+    """Yield every file below `folder`, and every hidden folder instead of the files in it.
+
+    Links are followed. As they may form a circle, no folder is entered twice.
+    """
     seen = set()
     for name, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = Path(name)
@@ -122,7 +126,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()  # so that of two names the same one is taken everywhere
+        folders.sort()  # so that the same one of two paths is taken on every machine
         yield from (here / file for file in files)
         yield from (here / inner for inner in folders if inner.startswith("."))
         folders[:] = [inner for inner in folders if not inner.startswith(".")]
@@ -132,8 +136,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def _bad_source(source: str, reason: str) -> UserError:
+    return UserError("SOURCE", source, message=f"source {source}: {reason}")
+
+
 def _find_stdlib() -> Files:
-    """The running Python's own modules, without tests and installed packages."""
+    """Return the modules of the running Python, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     modules = sorted(
@@ -142,7 +150,7 @@ def _find_stdlib() -> Files:
         if left_out.isdisjoint(path.relative_to(root).parts[:-1]) and path.is_file()
     )
     if not modules:
-        raise ValueError(f"source {STDLIB}: this Python has no library sources in {root}")
+        raise _bad_source(STDLIB, f"this Python has no library sources in {root}")
     skipped = [path for path in modules if not _is_decodable(path)]
     return Files([path for path in modules if path not in skipped], skipped)
 

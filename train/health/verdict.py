@@ -1,157 +1,84 @@
-"""Decide from the answers of its nodes whether a job may start."""
+"""Decide from the reports of its nodes whether a job may start."""
 
-import hashlib
-import itertools
-import os
-import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
-
-from train.start.agreement import versions
-
-DEFAULT_RUN_DIR = "runs/train"
-INDEX = "index.json"
-PROBE_BYTES = 2**20
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass
-class Answer:
-    """One node's."""
+class Report:
+    """Report of one node."""
 
     node: str
     problems: list[str] = field(default_factory=list)
-    """Faults of this node alone, such as too little memory."""
+    """Problems of this node alone, such as too little memory."""
     folders: dict[str, str] = field(default_factory=dict)
-    """Problems with folders that nodes must share."""
+    """Problems with folders that nodes must share, by folder."""
     facts: dict[str, str] = field(default_factory=dict)
-    """Facts that must be the same on all nodes."""
+    """Facts that must be the same on all nodes, by name."""
 
 
 @dataclass
 class Verdict:
-    """For all nodes."""
+    """Decision about all nodes."""
 
-    code: int = 0
-    """0: all are fit; 1: some are not; 2: it is not for a node, and would be the same on others."""
-    told: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    """Nodes."""
+    problems: list[str] = field(default_factory=list)
+    """Problems, one per line."""
+    bad_nodes: list[str] = field(default_factory=list)
+    """Nodes to exclude."""
+    is_refused: bool = False
+    """Whether other nodes would not help."""
+
+    @property
+    def code(self) -> int:
+        """Exit code: 0 if all nodes are fit, 1 if some are not, 2 if other nodes would not help."""
+        return 2 if self.is_refused else int(bool(self.bad_nodes))
 
 
-def judge(answers: Sequence[Answer], silent: Sequence[str] = ()) -> Verdict:
-    """Return what follows from the nodes' answers. silent: nodes that gave none.
+def judge(reports: Sequence[Report], silent: Sequence[str] = ()) -> Verdict:
+    """Return the verdict that follows from the reports, and from nodes that sent none (`silent`).
 
-    A folder or a version that half of the nodes or more have otherwise is not a node's fault.
+    A problem with a folder, or another value of a fact, that half of the nodes or more have is not
+    the fault of a node, and no node is excluded.
     """
-    verdict = Verdict(bad=list(silent))
+    problems = {report.node: report.problems for report in reports if report.problems}
+    verdict = Verdict([], [*silent, *problems])
+    verdict.problems += [f"{node}: {text}" for node, texts in problems.items() for text in texts]
     refusals = []
-    told = [f"{its.node}: {problem}" for its in answers for problem in its.problems]
-    verdict.bad += [its.node for its in answers if its.problems]
-    for folder in dict.fromkeys(name for its in answers for name in its.folders):
-        lacking = {its.node: its.folders[folder] for its in answers if folder in its.folders}
-        lines = [f"{node}: {problem}" for node, problem in lacking.items()]
-        told += lines
-        if 2 * len(lacking) >= len(answers):
+    for found in [*_folder_problems(reports), *_differences(reports)]:
+        lines = [f"{node}: {problem}" for node, problem in found.items()]
+        verdict.problems += lines
+        verdict.bad_nodes += found
+        if 2 * len(found) >= len(reports):
             refusals += lines
-        verdict.bad += lacking
-    for name in dict.fromkeys(name for its in answers for name in its.facts):
-        values = {its.node: its.facts.get(name, "none") for its in answers}
-        usual, _ = Counter(values.values()).most_common(1)[0]
-        others = {node: value for node, value in values.items() if value != usual}
-        has_it = next(node for node, value in values.items() if value == usual)
-        lines = [
-            f"{node}: {name} is {value}, and {usual} on {has_it}" for node, value in others.items()
-        ]
-        told += lines
-        if 2 * len(others) >= len(answers):
-            refusals += lines
-        verdict.bad += others
-    verdict.told = told
-    verdict.bad = list(dict.fromkeys(verdict.bad))
+    verdict.bad_nodes = list(dict.fromkeys(verdict.bad_nodes))
     if refusals:
-        verdict.bad = []
-        verdict.told.append(f"refused, as other nodes would not be better: {refusals[0]}")
-    verdict.code = 2 if refusals else int(bool(verdict.bad))
+        verdict.bad_nodes, verdict.is_refused = [], True
+        verdict.problems.append(f"refused, as other nodes would not help: {refusals[0]}")
     return verdict
 
 
-def as_dict(value: Answer | Verdict) -> dict[str, Any]:
-    """Return what the constructor takes."""
-    return asdict(value)
+def _folder_problems(reports: Sequence[Report]) -> list[dict[str, str]]:
+    """Return, for each folder, the problems by node."""
+    folders = dict.fromkeys(folder for report in reports for folder in report.folders)
+    return [
+        {report.node: report.folders[folder] for report in reports if folder in report.folders}
+        for folder in folders
+    ]
 
 
-def facts_of_node(data_dir: str | None) -> dict[str, str]:
-    """Return what all nodes must have alike: versions, and the data's index."""
-    facts = versions()
-    if data_dir is not None:
-        index = Path(data_dir) / INDEX
-        try:
-            facts[f"the hash of {index}"] = hashlib.sha256(index.read_bytes()).hexdigest()[:16]
-        except OSError as error:
-            facts[f"the hash of {index}"] = f"not there ({error.strerror})"
-    return facts
-
-
-def folder_problem(folder: Path, token: str, name: str) -> Iterator[str]:
-    """Write into `folder` and see there what the first node wrote as `token`: what is wrong.
-
-    name: of the file this node writes, which the first one leaves there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / name
-        with probe.open("wb") as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        is_seen = not token or (folder / token).exists()
-        if name != token:
-            probe.unlink()
-    except OSError as error:
-        yield f"{folder} cannot be written ({error})"
-        return
-    if not is_seen:
-        yield (
-            f"{folder} does not show what the first node wrote there: it must be on a file system "
-            "that all nodes share"
-        )
-
-
-def probe_name() -> str:
-    """Return a name for this process's probe."""
-    return f".stu-health-{socket.gethostname()}-{os.getpid()}"
-
-
-def folders_of(settings: Sequence[str]) -> tuple[str, str | None]:
-    """Return run_dir and data.dir of settings for stu-train, as far as they can be read without its
-    parser: stu-plan finds what is wrong with them."""
-    import yaml
-
-    found: dict[str, str] = {"run_dir": DEFAULT_RUN_DIR}
-    words = [part for setting in settings for part in _name_and_value(setting)]
-    for name, value in itertools.pairwise(words):
-        if name == "--run-dir":
-            found["run_dir"] = value
-        elif name == "--data.dir":
-            found["data.dir"] = value
-        elif name == "--config":
-            try:
-                contents = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError):
-                continue
-            contents = contents if isinstance(contents, dict) else {}
-            data = contents.get("data")
-            values = {
-                "run_dir": contents.get("run_dir"),
-                "data.dir": data.get("dir") if isinstance(data, dict) else None,
+def _differences(reports: Sequence[Report]) -> list[dict[str, str]]:
+    """Return, for each fact, how nodes differ from most others."""
+    differences = []
+    for name in dict.fromkeys(name for report in reports for name in report.facts):
+        values = {report.node: report.facts.get(name, "none") for report in reports}
+        usual, _ = Counter(values.values()).most_common(1)[0]
+        usual_node = next(node for node, value in values.items() if value == usual)
+        differences.append(
+            {
+                node: f"{name} is {value}, but {usual} on {usual_node}"
+                for node, value in values.items()
+                if value != usual
             }
-            found |= {name: str(value) for name, value in values.items() if value is not None}
-    return found["run_dir"], found.get("data.dir")
-
-
-def _name_and_value(setting: str) -> list[str]:
-    name, is_joined, value = setting.partition("=")
-    return [name, value] if is_joined and setting.startswith("--") else [setting]
+        )
+    return differences

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stu.common.errors import UserError
 from tests.train.token_shards import write_token_shards
 from train.data.loader import SampleStream, TokenData, ValidationSet
 from train.data.shards import TokenShards
@@ -101,9 +102,11 @@ def test_longest_and_shortest_samples(folder: Path, seq_len: int) -> None:
 
 
 def test_a_sample_longer_than_the_data_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"seq_len 1000: .* lower seq_len or prepare more text"):
+    with pytest.raises(
+        UserError, match=r"data.seq_len=1000 .* less than 1000, .*; lower it or prepare more text"
+    ):
         SampleStream(TokenShards(folder, "train"), 1000, 1)
-    with pytest.raises(ValueError, match="seq_len 1000"):
+    with pytest.raises(UserError, match=r"^data\.seq_len=1000 "):
         TokenData(str(folder), seq_len=1000, micro_batch_size=1)
 
 
@@ -193,14 +196,14 @@ def test_state_is_exactly_the_position_and_what_it_depends_on(folder: Path) -> N
 def test_a_position_of_another_order_is_refused(folder: Path, name: str, value: Any) -> None:
     data = _data(folder)
     mine = data.state_dict()[name]
-    with pytest.raises(ValueError, match=f"data.{name} is {mine!r}, .* made with {value!r}"):
+    with pytest.raises(UserError, match=f"data.{name} is {mine!r}, .* made with {value!r}"):
         data.load_state_dict(data.state_dict() | {name: value, "position": 50})
     assert data.position == 0
 
 
 @pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "max_validation_tokens"])
 def test_settings_are_checked(folder: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} 0: must be at least 1"):
+    with pytest.raises(UserError, match=f"^data.{name}=0 .* must be at least 1"):
         _data(folder, **{name: 0})
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stu.common.errors import UserError
 from stu.tokenizer import Tokenizer, train_bpe
 from train.data import encode
-from train.data.corpus import warnings
-from train.data.documents import read_documents
+from train.data.cli import main, warnings
+from train.data.config import PrepareConfig
+from train.data.documents import Document, read_documents
 from train.data.encode import encode_document, split_of, token_dtype
-from train.data.prepare import PrepareConfig, main, prepare
+from train.data.prepare import prepare
 from train.data.shards import Index, TokenShards
 from train.data.sources import LEAST_PIECE_BYTES
 
@@ -106,6 +108,7 @@ def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
     runs: dict[str, list[str]] = {"train": [], "validation": []}
     before = None
     for piece in read_documents([book], piece_bytes=LEAST_PIECE_BYTES):
+        assert isinstance(piece, Document)
         split = split_of(piece.text, 0, 0.2)
         if split == before:
             runs[split][-1] += piece.text
@@ -167,11 +170,11 @@ def test_a_list_of_bad_rows_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_corpus_that_is_mostly_bad_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 67)
-    with pytest.raises(ValueError, match=r"201 rows of 401 cannot be read .*line 201: not JSON"):
+    with pytest.raises(UserError, match=r"201 of 401 rows cannot be read .*line 201: not JSON"):
         prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
     (tmp_path / "corpus.jsonl").write_bytes(GOOD)
     wrong = _config(tmp_path / "corpus.jsonl", tmp_path / "data", text_key="body", on_error="skip")
-    with pytest.raises(ValueError, match=r"200 rows of 200 cannot be read .* no field 'body'"):
+    with pytest.raises(UserError, match=r"200 of 200 rows cannot be read .* no field 'body'"):
         prepare(wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
@@ -185,10 +188,10 @@ def test_small_splits_are_warned_about(
     assert f"the validation split has only {validation:,} tokens" in about_validation
     assert about_validation.endswith("give more text")
     assert f"the train split has only {train:,} tokens" in about_train
-    monkeypatch.setattr("train.data.corpus.FEW_TOKENS", validation)
+    monkeypatch.setattr("train.data.cli.FEW_TOKENS", validation)
     assert not warnings(index)
-    monkeypatch.setattr("train.data.corpus.FEW_TOKENS", validation + 1)
-    monkeypatch.setattr("train.data.corpus.LARGEST_SHARE", 0.9)
+    monkeypatch.setattr("train.data.cli.FEW_TOKENS", validation + 1)
+    monkeypatch.setattr("train.data.cli.LARGEST_FRACTION", 0.9)
     (only,) = warnings(index)
     assert re.search(r"raise --validation-fraction to 0\.\d+$", only)
 
@@ -236,8 +239,8 @@ def test_the_sample_for_the_tokenizer_is_bounded_and_does_not_depend_on_the_orde
         seen.append(sorted(texts))
         return train_bpe(TEXTS, vocab_size, path)
 
-    monkeypatch.setattr("train.data.prepare.TOKENIZER_SAMPLE_BYTES", 2000)
-    monkeypatch.setattr("train.data.prepare.train_bpe", spy)
+    monkeypatch.setattr("train.data.tokenizer.TOKENIZER_SAMPLE_BYTES", 2000)
+    monkeypatch.setattr("train.data.tokenizer.train_bpe", spy)
     for name, texts in [("a", TEXTS), ("b", TEXTS[::-1])]:
         source = tmp_path / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -280,7 +283,7 @@ def test_tokens_take_two_bytes_while_they_can() -> None:
         (GOOD + b'{"text": "\xe9"}\n', {}, r"not UTF-8 at byte \d+"),
         (b"", {}, "no text in .*: every document is empty"),
         (_row("") + _row("  \n"), {}, "no text in .*: every document is empty"),
-        (_row(TEXTS[0]), {}, "split got none of 1 documents .* one document cannot be on both"),
+        (_row(TEXTS[0]), {}, "split got none of 1 documents .* one document cannot be in both"),
         (GOOD, {"validation_fraction": 1e-9}, "the validation split got none of 200 .* raise it"),
         (GOOD, {"validation_fraction": 1 - 1e-9}, "the train split got none of 200 .* lower it"),
         (GOOD, {"vocab_size": 60_000}, r"vocab_size 60000 is too large .* works is \d+"),
@@ -303,7 +306,7 @@ def test_bad_input_leaves_nothing(
             tmp_path / "new" / "deep" / "data",
             **({"workers": workers} | more | changes),
         )
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare(config)
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -330,7 +333,7 @@ def test_an_output_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     prepare(_config(corpus, tmp_path / "data"))  # empty: fine
     before = _files(tmp_path / "data")
-    with pytest.raises(ValueError, match="exists and is not empty; choose another, or delete it"):
+    with pytest.raises(UserError, match="exists and is not empty; choose another, or delete it"):
         prepare(_config(corpus, tmp_path / "data", seed=1))
     assert _files(tmp_path / "data") == before
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -339,17 +342,17 @@ def test_an_output_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation_fraction": 0.0}, "validation_fraction 0.0: must be between"),
-        ({"validation_fraction": 1.0}, "validation_fraction 1.0: must be between"),
-        ({"validation_fraction": float("nan")}, "validation_fraction nan: must be between"),
-        ({"vocab_size": 0}, "vocab_size 0: must be at least 1"),
-        ({"shard_tokens": 0}, "shard_tokens 0: must be at least 1"),
-        ({"workers": -1}, "workers -1: must be at least 1, or 0"),
-        ({"seed": -1}, "seed -1: must be between"),
+        ({"validation_fraction": 0.0}, "^--validation-fraction=0.0 .* must be between"),
+        ({"validation_fraction": 1.0}, "^--validation-fraction=1.0 .* must be between"),
+        ({"validation_fraction": float("nan")}, "^--validation-fraction=NaN .* must be between"),
+        ({"vocab_size": 0}, "^--vocab-size=0 .* must be at least 1"),
+        ({"shard_tokens": 0}, "^--shard-tokens=0 .* must be at least 1"),
+        ({"workers": -1}, "^--workers=-1 .* must be at least 1, or 0"),
+        ({"seed": -1}, "^--seed=-1 .* must be between"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         _config("stdlib:", tmp_path / "data", **changes)
 
 
@@ -374,7 +377,7 @@ def test_progress_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("train.data.corpus.LOG_SECONDS", 0)
+    monkeypatch.setattr("train.data.progress.LOG_SECONDS", 0)
     prepare(_config(corpus, tmp_path / "data"))
     error = capsys.readouterr().err
     for task in ("choosing text", "tokenizing"):
@@ -387,7 +390,7 @@ def test_stopping_it_leaves_nothing(tmp_path: Path) -> None:
     source.write_bytes(_row("words and more words " * 5000) * 400)
     train_bpe(TEXTS, 300, tmp_path / "given.model")
     before = sorted(tmp_path.iterdir())
-    command = [sys.executable, "-m", "train.data.prepare", str(source), "--workers", "2"]
+    command = [sys.executable, "-m", "train.data.cli", str(source), "--workers", "2"]
     command += ["--output", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "given.model")]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     try:

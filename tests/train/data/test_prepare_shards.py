@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from stu.common.errors import UserError
 from stu.tokenizer import train_bpe
+from train.data.cli import main
+from train.data.config import PrepareConfig
 from train.data.lock_file import LockFile
-from train.data.parts import Parts
-from train.data.prepare import PrepareConfig, main, prepare
-from train.data.prepare_part import prepare_part, share
+from train.data.parts import Parts, files_of_part
+from train.data.prepare import prepare, prepare_part
 from train.data.shards import Index, TokenShards
 
 COUNT = 3
@@ -63,7 +65,7 @@ def _config(corpus: Path, output: Path, part: int | None, **changes: Any) -> Pre
 
 def _tokens(folder: Path) -> dict[str, list[int]]:
     splits = {split: TokenShards(folder, split) for split in SPLITS}
-    return {split: its.read(0, len(its)).tolist() for split, its in splits.items()}
+    return {split: shards.read(0, len(shards)).tolist() for split, shards in splits.items()}
 
 
 def _assert_equal(output: Path, whole: Path) -> None:
@@ -156,7 +158,7 @@ def test_other_settings_are_refused(
         prepare_part(_config(corpus, output, done))
         before = sorted(tmp_path.rglob("*"))
         for part in (0, 2):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(UserError, match=message):
                 prepare_part(_config(corpus, output, part, **changes))
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -167,7 +169,7 @@ def test_sources_that_have_changed_are_refused(corpus: Path, tmp_path: Path) -> 
     prepare_part(_config(copy, tmp_path / "data", 0))
     with (copy / "3.jsonl").open("a") as file:
         file.write(json.dumps({"text": "more"}) + "\n")
-    with pytest.raises(ValueError, match=r"^sources 7 files of .* was made with 7 files of"):
+    with pytest.raises(UserError, match=r"^sources 7 files of .* was made with 7 files of"):
         prepare_part(_config(copy, tmp_path / "data", 1))
 
 
@@ -182,7 +184,7 @@ def test_what_is_no_part(
 
 def test_an_output_that_was_not_made_in_parts_is_left_alone(corpus: Path, whole: Path) -> None:
     before = sorted(whole.parent.rglob("*"))
-    with pytest.raises(ValueError, match="exists and is not empty; choose another, or delete it"):
+    with pytest.raises(UserError, match="exists and is not empty; choose another, or delete it"):
         prepare_part(_config(corpus, whole, 0))
     (whole.parent / "data.lock").unlink()
     assert sorted(whole.parent.rglob("*")) == before
@@ -217,7 +219,7 @@ def test_a_part_that_fails_leaves_the_others(corpus: Path, whole: Path, tmp_path
     (copy / "6.jsonl").write_bytes(good[:-10] + b"\xe9" * 9 + b"\n")
     output, given = tmp_path / "out" / "data", {"tokenizer": whole, "vocab_size": 4096}
     prepare_part(_config(copy, output, 0, **given))
-    with pytest.raises(ValueError, match=r"6\.jsonl line 60: not UTF-8"):
+    with pytest.raises(UserError, match=r"6\.jsonl line 60: not UTF-8"):
         prepare_part(_config(copy, output, 2, **given))
     assert prepare_part(_config(copy, output, 1, **given)) == [2]
     (copy / "6.jsonl").write_bytes(good)
@@ -231,7 +233,7 @@ def test_a_split_without_documents_is_refused_when_all_parts_are_there(
     changes = {"tokenizer": whole, "validation_fraction": 1e-9}
     for part in (0, 1):
         prepare_part(_config(corpus, tmp_path / "data", part, **changes))
-    with pytest.raises(ValueError, match="the validation split got none of 224 documents"):
+    with pytest.raises(UserError, match="the validation split got none of 224 documents"):
         prepare_part(_config(corpus, tmp_path / "data", 2, **changes))
     assert not (tmp_path / "data").exists()
 
@@ -283,7 +285,7 @@ def test_a_token_file_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> 
     for part in (0, 1):
         prepare_part(_config(corpus, tmp_path / "data", part))
     (tmp_path / "data.parts" / "0-of-3" / "train-00000.bin").unlink()
-    with pytest.raises(ValueError, match=r"0-of-3/train-00000\.bin: no such file; delete its"):
+    with pytest.raises(UserError, match=r"0-of-3/train-00000\.bin: no such file; delete its"):
         prepare_part(_config(corpus, tmp_path / "data", 2))
     shutil.rmtree(tmp_path / "data.parts" / "0-of-3")
     assert prepare_part(_config(corpus, tmp_path / "data", 0)) == []
@@ -291,7 +293,7 @@ def test_a_token_file_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> 
 
 def _start(corpus: Path, output: Path, part: int) -> subprocess.Popen[str]:
     """A process of the command line."""
-    command = [sys.executable, "-m", "train.data.prepare", corpus, "--output", output]
+    command = [sys.executable, "-m", "train.data.cli", corpus, "--output", output]
     options = {**QUICK, "part": f"{part}/{COUNT}"}
     command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -339,20 +341,21 @@ def test_a_run_that_was_killed_is_done_again(whole: Path, tmp_path: Path, at: st
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 50])
-def test_shares_are_the_files_in_order(tmp_path: Path, count: int) -> None:
+def test_parts_are_the_files_in_order(tmp_path: Path, count: int) -> None:
     files = []
     for name, size in enumerate([0, 300, 100, 0, 10, 90, 250, 120, 130, 0]):
         files.append(tmp_path / str(name))
         files[-1].write_bytes(b"x" * size)
-    shares = [share(files, number, count) for number in range(count)]
-    assert [path for its in shares for path in its] == files
-    sizes = [sum(path.stat().st_size for path in its) for its in shares]
+    parts = [files_of_part(files, number, count) for number in range(count)]
+    assert [path for part in parts for path in part] == files
+    sizes = [sum(path.stat().st_size for path in part) for part in parts]
     assert max(sizes) <= 1000 / count + 300  # half of a file at either end
 
 
-def test_shares_of_empty_files(tmp_path: Path) -> None:
+def test_parts_of_empty_files(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    assert [share([tmp_path / "a"], number, 2) for number in range(2)] == [[tmp_path / "a"], []]
+    empty = tmp_path / "a"
+    assert [files_of_part([empty], number, 2) for number in range(2)] == [[empty], []]
 
 
 def test_a_file_system_without_locks_is_refused(
@@ -378,7 +381,7 @@ def test_the_command_says_what_is_missing(
     arguments = [str(corpus), "--output", str(tmp_path / "data"), "--vocab-size=320"]
     arguments += ["--validation-fraction=0.2", "--workers=1"]
     for part, says in [
-        ("0/2", "part 0/2 is done; of the others 1 are not yet"),
+        ("0/2", "part 0/2 is done; 1 other parts are not"),
         ("1/2", "left out: 7 empty documents, 1 files of another kind"),
     ]:
         assert main([*arguments, "--part", part]) == 0

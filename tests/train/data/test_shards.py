@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from stu.common.errors import UserError
 from tests.train.token_shards import write_token_shards
 from train.data.shards import Index, TokenShards
 
@@ -74,14 +75,14 @@ def test_a_shard_of_another_size_is_refused(tmp_path: Path, change: int) -> None
     path = tmp_path / "data" / "train-00001.bin"
     content = path.read_bytes() + b"\0\0"
     path.write_bytes(content[: len(content) - 2 + change])
-    with pytest.raises(ValueError, match=rf"train-00001\.bin: {588 + change} bytes, expected 588"):
+    with pytest.raises(UserError, match=rf"train-00001\.bin: {588 + change} bytes, expected 588"):
         TokenShards(tmp_path / "data", "train")
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     write_token_shards(tmp_path / "data")
     (tmp_path / "data" / "train-00002.bin").unlink()
-    with pytest.raises(ValueError, match=r"train-00002\.bin: 0 bytes, expected 588"):
+    with pytest.raises(UserError, match=r"train-00002\.bin: 0 bytes, expected 588"):
         TokenShards(tmp_path / "data", "train")
 
 
@@ -89,10 +90,10 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     write_token_shards(tmp_path / "data")
     model = tmp_path / "data" / "tokenizer.model"
     model.write_bytes(b"another tokenizer")
-    with pytest.raises(ValueError, match="not the tokenizer that made these shards"):
+    with pytest.raises(UserError, match="not the tokenizer that made these shards"):
         TokenShards(tmp_path / "data", "train")
     model.unlink()
-    with pytest.raises(ValueError, match=r"tokenizer\.model: no such file"):
+    with pytest.raises(UserError, match=r"tokenizer\.model: no such file"):
         TokenShards(tmp_path / "data", "train")
 
 
@@ -121,16 +122,16 @@ def test_an_index_that_is_not_ours_is_refused(
     write_token_shards(tmp_path / "data")
     path = tmp_path / "data" / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         TokenShards(tmp_path / "data", "train")
 
 
 def test_a_folder_without_index_or_split(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no index\.json; make token shards with stu-prepare"):
+    with pytest.raises(UserError, match=r"no index\.json; make token shards with stu-prepare"):
         TokenShards(tmp_path, "train")
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="not an index of token shards"):
+    with pytest.raises(UserError, match="not an index of token shards"):
         TokenShards(tmp_path, "train")
     write_token_shards(tmp_path / "data")
-    with pytest.raises(ValueError, match="no split 'test', only train, validation"):
+    with pytest.raises(UserError, match="no split 'test', only train, validation"):
         TokenShards(tmp_path / "data", "test")

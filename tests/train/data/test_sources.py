@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from train.data.documents import BadInput, Document, read_documents
+from stu.common.errors import UserError
+from train.data.documents import Document, read_documents
+from train.data.skipped import BadInput
 from train.data.sources import find_files, kind_of
 
 ROW = b'{"text": "a"}\n'
@@ -23,8 +25,18 @@ TEXTS = ["one\r\n", "zwei: Grüße", "", "三\n\tvier"]
 
 
 def _texts(path: Path, text_key: str = "text") -> list[str]:
-    files = find_files([str(path)]).documents
-    return [document.text for document in read_documents(files, text_key)]
+    return [document.text for document in _documents(path, text_key=text_key)]
+
+
+def _documents(*sources: Path, **settings: Any) -> list[Document]:
+    """The documents of sources. Raises the first BadInput."""
+    documents = []
+    files = find_files([str(source) for source in sources]).documents
+    for document in read_documents(files, **settings):
+        if isinstance(document, BadInput):
+            raise document
+        documents.append(document)
+    return documents
 
 
 def _write_rows(path: Path, texts: list[Any], text_key: str = "text") -> None:
@@ -64,7 +76,7 @@ def test_source_bytes_add_up_to_the_file(tmp_path: Path, name: str) -> None:
         _write(path, "Grüße\n\n".encode() * 5000)
     else:
         _write_rows(path, [f"document {i} " * 50 for i in range(333)])
-    documents = list(read_documents([path], piece_bytes=10_000))
+    documents = _documents(path, piece_bytes=10_000)
     assert sum(document.source_bytes for document in documents) == path.stat().st_size
     assert min(document.source_bytes for document in documents) >= 0
 
@@ -72,10 +84,6 @@ def test_source_bytes_add_up_to_the_file(tmp_path: Path, name: str) -> None:
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\n\r\nb\xc3\xa9 ")
     assert _texts(tmp_path / "a.txt") == ["a\r\n\r\nbé "]  # only the byte order mark goes
-
-
-def _pieces(path: Path, size: int) -> list[Document]:
-    return list(read_documents([path], piece_bytes=size))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.md.zst"])
@@ -86,7 +94,7 @@ def test_a_large_text_file_comes_in_pieces(tmp_path: Path, name: str) -> None:
         "\ufeff" + "first\n\nsecond\nline\n\n" + "a line of words\n" * 9 + "é" * 40 + "\r\n\r\nend"
     )
     _write(tmp_path / name, text.encode())
-    pieces = _pieces(tmp_path / name, 32)
+    pieces = _documents(tmp_path / name, piece_bytes=32)
     assert "".join(piece.text for piece in pieces) == text[1:]
     assert max(len(piece.text.encode()) for piece in pieces) <= 32
     assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -102,7 +110,7 @@ def test_a_large_text_file_comes_in_pieces(tmp_path: Path, name: str) -> None:
 def test_pieces_of_any_size(tmp_path: Path, size: int) -> None:
     """Also where the file is exactly as long, and no character is cut."""
     (tmp_path / "a.txt").write_text("añ€😀\n\n\nb")
-    pieces = [piece.text for piece in _pieces(tmp_path / "a.txt", max(size, 4))]
+    pieces = [piece.text for piece in _documents(tmp_path / "a.txt", piece_bytes=max(size, 4))]
     assert "".join(pieces) == "añ€😀\n\n\nb"
 
 
@@ -111,7 +119,7 @@ def test_of_a_large_file_little_is_in_memory(tmp_path: Path) -> None:
         for _ in range(30):
             file.write(b"words and words\n" * 2**16)  # 1 MiB
     tracemalloc.start()
-    total = sum(len(piece.text) for piece in read_documents([tmp_path / "a.txt.gz"]))
+    total = sum(len(piece[0]) for piece in read_documents([tmp_path / "a.txt.gz"]))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == 30 * 2**20
@@ -134,9 +142,9 @@ def test_one_bad_row_is_left_out_where_that_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(b"good\n\n" + b"\xff" * 9 + b"\n\nmore")
     (tmp_path / "d.parquet").write_bytes(b"")
     _write_rows(tmp_path / "e.csv", ["last"])
-    bad: list[BadInput] = []
-    files = find_files([str(tmp_path)]).documents
-    documents = list(read_documents(files, piece_bytes=12, on_bad=bad.append))
+    found = list(read_documents(find_files([str(tmp_path)]).documents, piece_bytes=12))
+    bad = [item for item in found if isinstance(item, BadInput)]
+    documents = [item for item in found if isinstance(item, Document)]
     assert [d.text for d in documents] == ["a"] * 52 + ["good\n\n", "more", "last"]
     marks = [(d.starts, d.ends) for d in documents[52:]]
     assert marks == [(True, False), (True, True), (True, True)]
@@ -156,7 +164,7 @@ def test_a_quote_that_is_not_closed_does_not_fill_the_memory(
 ) -> None:
     monkeypatch.setattr("train.data.documents.MOST_FIELD_CHARS", 1000)
     (tmp_path / "a.csv").write_text('text\n"never closed\n' + "and more\n" * 200)
-    with pytest.raises(ValueError, match=r"a\.csv line 2: not CSV \(field larger"):
+    with pytest.raises(BadInput, match=r"a\.csv line 2: not CSV \(field larger"):
         _texts(tmp_path / "a.csv")
 
 
@@ -207,7 +215,7 @@ def test_folder_is_searched_and_sorted(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     files = find_files([str(tmp_path)])
-    assert [d.text for d in read_documents(files.documents)] == ["a/b/c.txt", "a/z.txt", "b.txt"]
+    assert [d.text for d in _documents(tmp_path)] == ["a/b/c.txt", "a/z.txt", "b.txt"]
     assert {path.name for path in files.skipped} == {"notes.rst", "picture.png"}
 
 
@@ -233,15 +241,18 @@ def test_stdlib() -> None:
     assert not {"test", "tests", "site-packages"} & {
         part for path in files.documents for part in path.parts[-3:-1]
     }
-    some = [path for path in files.documents if path.name in ("argparse.py", "heapq.py")]
-    texts = [document.text for document in read_documents(some)]
-    assert "class ArgumentParser" in texts[0]
-    assert "François Pinard" in texts[1]
+    two = [path for path in files.documents if path.name in ("argparse.py", "heapq.py")]
+    (argparse,), (heapq,) = (list(read_documents([path])) for path in two)
+    assert isinstance(argparse, Document)
+    assert "class ArgumentParser" in argparse.text
+    assert isinstance(heapq, Document)
+    assert "François Pinard" in heapq.text
 
 
 def test_python_sources_are_read_as_pep_263_says(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\n'é'\n".encode("latin-1"))
     (document,) = read_documents([tmp_path / "a.py"])
+    assert isinstance(document, Document)
     assert document.text.endswith("'é'\n")
 
 
@@ -267,8 +278,8 @@ def test_python_sources_that_cannot_be_decoded_are_skipped(
         ("empty", r"no .txt, .md, .jsonl, .csv \(each also as .gz or .zst\) or .parquet file in"),
         ("picture.png", "not a .txt, .md, .jsonl, .csv .* or .parquet file"),
         ("*.png", "not a .txt, .md, .jsonl, .csv .* or .parquet file"),
-        ("link.txt", "link.txt: a link to nothing"),
-        ("l*.txt", "link.txt: a link to nothing"),
+        ("link.txt", "link.txt: a broken link"),
+        ("l*.txt", "link.txt: a broken link"),
         ("pipe.txt", "pipe.txt: neither a file nor a folder"),
         ("rows.json", "file; write its objects to a .jsonl file, each on a line of its own"),
     ],
@@ -279,7 +290,7 @@ def test_sources_that_name_nothing(tmp_path: Path, source: str, message: str) ->
     (tmp_path / "rows.json").write_bytes(b"[]")
     (tmp_path / "link.txt").symlink_to("nothing.txt")
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         find_files([f"{tmp_path}/{source}"])
 
 
@@ -302,10 +313,10 @@ def test_sources_that_name_nothing(tmp_path: Path, source: str, message: str) ->
         (
             "a.csv",
             b"id,words\n1,a\n",
-            "line 1: 0 fields 'text' in the header, of id, words; .*text-key",
+            "line 1: 0 fields 'text' in the header, which has id, words; .*text-key",
         ),
         ("a.csv", b"text,text\n1,a\n", "line 1: 2 fields 'text' in the header"),
-        ("a.csv", b"id,text\n1,a\n\n2\n", "line 4: 1 fields, and 'text' is number 2"),
+        ("a.csv", b"id,text\n1,a\n\n2\n", "line 4: 1 fields, but 'text' is number 2"),
         ("a.csv", b"text\na\n\xff\n", "not UTF-8"),
     ],
 )
@@ -313,16 +324,16 @@ def test_what_is_not_readable_text_is_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         _texts(tmp_path / name)
 
 
 def test_parquet_columns_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["a"], "text": [1]}), path)
-    with pytest.raises(ValueError, match=r"a\.parquet: column 'text' is int64, not a string"):
+    with pytest.raises(BadInput, match=r"a\.parquet: column 'text' is int64, not a string"):
         _texts(path)
-    with pytest.raises(ValueError, match="no column 'words', only body, text; name it with"):
+    with pytest.raises(BadInput, match="no column 'words', only body, text; name it with"):
         _texts(path, "words")
     assert _texts(path, "body") == ["a"]
 
@@ -337,5 +348,5 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    with pytest.raises(ValueError, match=r"pip install 'stu\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install 'stu\[data\]'"):
         _texts(tmp_path / "a.parquet")

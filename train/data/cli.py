@@ -1,0 +1,115 @@
+"""`stu-prepare`: text in, token shards out."""
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from stu.common.cli import ArgumentParser, run_command
+from stu.common.errors import UserError
+from train.data.config import PrepareConfig
+from train.data.prepare import prepare, prepare_part
+from train.data.shards import Index
+from train.data.skipped import SKIPPED_FILE
+
+FEW_TOKENS = 10_000
+"""Tokens in a split below which the user is warned."""
+LARGEST_FRACTION = 0.2
+"""Largest validation fraction that a warning suggests."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 after an error, which leaves nothing behind."""
+
+    def write_shards() -> int:
+        config = _parse(argv)
+        try:
+            print(_run(config))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "--workers",
+                message="a worker process died, perhaps for lack of memory; lower --workers",
+            ) from error
+        return 0
+
+    return run_command("stu-prepare", write_shards, "train")
+
+
+def warnings(index: Index) -> list[str]:
+    """Return warnings about splits that are too small to be of use."""
+    found = []
+    validation, train = index.splits["validation"], index.splits["train"]
+    if validation.num_tokens < FEW_TOKENS:
+        # Twice the fraction that is expected to do, as documents are chosen at random.
+        fraction = 2 * FEW_TOKENS / (validation.num_tokens + train.num_tokens)
+        fix = f"raise --validation-fraction to {max(fraction, index.validation_fraction):.2g}"
+        if fraction > LARGEST_FRACTION:
+            fix = "give more text"
+        found.append(
+            f"the validation split has only {validation.num_tokens:,} tokens, too few for its loss "
+            f"to tell models apart: {fix}"
+        )
+    if train.num_tokens < FEW_TOKENS:
+        found.append(
+            f"the train split has only {train.num_tokens:,} tokens: data.seq_len must be less than "
+            "that, and a step that reads more repeats them; give more text"
+        )
+    return found
+
+
+def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
+    parser = ArgumentParser(
+        prog="stu-prepare",
+        description="Tokenize text into token shards for stu-train. A source is a file, a folder, "
+        "a glob, or stdlib: (the sources of Python's standard library). Files are .txt or .md (one "
+        "document each), .jsonl, .csv or .parquet (one document per row); all but .parquet may be "
+        "compressed (.gz, .zst).",
+    )
+    parser.add_argument(
+        "sources", metavar="SOURCE", nargs="+", help="file, folder, glob or stdlib:"
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_settings(PrepareConfig)
+    values = parser.parse_args(arguments).as_dict()
+    del values["config"]
+    return PrepareConfig(**values)
+
+
+def _run(config: PrepareConfig) -> str:
+    if not config.part:
+        return _summary(prepare(config), config.output)
+    if missing := prepare_part(config):
+        return f"part {config.part} is done; {len(missing):,} other parts are not"
+    return _summary(Index.load(config.output), config.output)
+
+
+def _summary(index: Index, output: Path) -> str:
+    lines = [
+        f"{name}: {split.num_documents:,} documents, {split.num_bytes / 1e6:,.1f} MB, "
+        f"{split.num_tokens:,} tokens ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
+        for name, split in index.splits.items()
+    ]
+    left_out = [
+        f"{count:,} {name}"
+        for count, name in [
+            (index.num_empty_documents, "empty documents"),
+            (index.num_skipped_files, "files of another kind"),
+            (index.num_hidden_files, "hidden files and folders"),
+            (index.num_repeated_files, "other paths of files already read"),
+        ]
+        if count
+    ]
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}")
+    num_bad = sum(index.num_bad_rows.values())
+    if num_bad:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in index.num_bad_rows.items())
+        lines.append(f"could not be read: {num_bad:,} ({kinds}), see {output / SKIPPED_FILE}")
+    num_tokens = sum(split.num_tokens for split in index.splits.values())
+    lines.append(f"in all: {index.num_read + num_bad:,} documents, {num_tokens:,} tokens")
+    lines += [f"warning: {text}" for text in warnings(index)]
+    return "\n".join([*lines, f"wrote {output}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
