@@ -10,6 +10,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from stu.common.errors import UserError
 from stu.common.files import new_file
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -23,23 +24,23 @@ class Tokenizer:
     `train_bpe`, newlines, tabs and runs of spaces included, with one exception: SentencePiece keeps
     U+2581 for itself, and that character comes back as a space.
 
-    Raises ValueError if `path` is missing or not a SentencePiece model.
+    Raises UserError if `path` is missing or not a SentencePiece model.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"tokenizer {self.path}: no such file")
+            raise UserError(message=f"tokenizer {self.path}: no such file")
         self.model_bytes = self.path.read_bytes()
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.load_from_serialized_proto(self.model_bytes)
         except RuntimeError as error:
-            raise ValueError(f"tokenizer {self.path}: not a SentencePiece model") from error
+            raise UserError(message=f"tokenizer {self.path}: not a SentencePiece model") from error
         # An empty file loads without an error, as a model of no pieces.
         if not self.model_bytes or self._processor.get_piece_size() == 0:
-            raise ValueError(f"tokenizer {self.path}: not a SentencePiece model")
+            raise UserError(message=f"tokenizer {self.path}: not a SentencePiece model")
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id: int = self._processor.bos_id()  # -1 if the model has none
         self.eos_id: int = self._processor.eos_id()  # -1 if the model has none
@@ -120,7 +121,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
     Ids: 0 unknown (never produced), 1 BOS, 2 EOS, then newline, tab, the 256 bytes, and the learned
     pieces. The same texts give the same file. Nothing is written if training fails.
 
-    Raises ValueError if there is no text, or naming the limit if `vocab_size` is too large or too
+    Raises UserError if there is no text, or naming the limit if `vocab_size` is too large or too
     small for it.
     """
     path = Path(path)
@@ -145,7 +146,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(_training_failure(str(error), vocab_size)) from error
+        message = _training_failure(str(error), vocab_size)
+        raise UserError("--vocab-size", message=message) from error
     with new_file(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return Tokenizer(path)

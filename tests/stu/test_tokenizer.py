@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stu.common.errors import UserError
 from stu.tokenizer import Tokenizer, train_bpe
 
 TEXTS = [
@@ -124,7 +125,7 @@ def test_a_vocabulary_of_the_wrong_size_names_one_that_works(
     tmp_path: Path, vocab_size: int, limit: str
 ) -> None:
     path = tmp_path / "tokenizer.model"
-    with pytest.raises(ValueError, match=f"vocab_size {vocab_size} .* the {limit} that") as caught:
+    with pytest.raises(UserError, match=f"vocab_size {vocab_size} .* the {limit} that") as caught:
         train_bpe(TEXTS, vocab_size, path)
     assert not list(tmp_path.iterdir())
     named = int(re.findall(r"\d+", str(caught.value))[-1])
@@ -133,7 +134,7 @@ def test_a_vocabulary_of_the_wrong_size_names_one_that_works(
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n\n"]])
 def test_no_text_to_train_on(tmp_path: Path, texts: list[str]) -> None:
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(UserError, match="no text"):
         train_bpe(texts, 300, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())
 
@@ -152,14 +153,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.model"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.model: not a SentencePiece model"):
+    with pytest.raises(UserError, match=r"broken\.model: not a SentencePiece model"):
         Tokenizer(path)
 
 
 def test_a_missing_or_truncated_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.model: no such file"):
+    with pytest.raises(UserError, match=r"none\.model: no such file"):
         Tokenizer(tmp_path / "none.model")
     cut = tmp_path / "cut.model"
     cut.write_bytes(tokenizer.model_bytes[:-100])
-    with pytest.raises(ValueError, match=r"cut\.model: not a SentencePiece model"):
+    with pytest.raises(UserError, match=r"cut\.model: not a SentencePiece model"):
         Tokenizer(cut)
