@@ -147,7 +147,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
         )
     except RuntimeError as error:
         message = _training_failure(str(error), vocab_size)
-        raise UserError("--vocab-size", message=message) from error
+        raise UserError("vocab_size", message=message) from error
     with new_file(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return Tokenizer(path)

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stu.common.errors import UserError
+
 
 @contextmanager
 def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, or vanishes if it raises.
 
-    Files directly inside are on disk before the name appears. Raises ValueError if `path` is there
+    Files directly inside are on disk before the name appears. Raises UserError if `path` is there
     already and not an empty folder, unless `overwrite`: then the old one goes last.
     """
     path = path.resolve()
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and not overwrite:
-        raise ValueError(f"output {path}: exists and is not empty; choose another, or delete it")
+        message = f"output {path}: exists and is not empty; choose another, or delete it"
+        raise UserError("output", str(path), message=message)
     # Missing parents are made last, so that a failure leaves none of them either.
     existing = next(parent for parent in path.parents if parent.exists())
     temporary = _temporary_name(existing / path.name)

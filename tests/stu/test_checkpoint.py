@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
@@ -92,7 +93,7 @@ def test_bfloat16_weights_keep_float32_filters(tmp_path, saved, tokenizer):
 
 def test_existing_output_is_kept_unless_told(saved, model, tokenizer):
     before = (saved / "config.json").stat().st_ino
-    with pytest.raises(ValueError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         save_model(saved, model, tokenizer)
     assert (saved / "config.json").stat().st_ino == before
     save_model(saved, model, tokenizer, overwrite=True)

@@ -137,7 +137,7 @@ def test_a_part_that_is_there_is_left_alone(corpus: Path, whole: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "^seed 1: .* was made with 0; give that, choose another output, or delete"),
+        ({"seed": 1}, "^seed 1: .* was made with 0; use that, choose another output, or delete"),
         ({"text_key": "body"}, "^text_key body: .* was made with text;"),
         ({"on_error": "skip"}, "^on_error skip: .* was made with stop;"),
         ({"vocab_size": 321}, "^vocab_size 321: .* was made with 320;"),
