@@ -1,1 +1,1 @@
-"""OpenAI's request and response bodies."""
+"""OpenAI's text and chat completions: bodies of requests and of answers."""

@@ -1,11 +1,11 @@
-"""One connection of a client, with a deadline in each phase.
+"""A client's connection with a deadline in each phase.
 
-uvicorn has a deadline for kept connections alone. Here there is one
+uvicorn has a deadline only for idle connections. Here there is one
 
-- for headers, from their first byte or from the beginning of the connection;
-- for the body, from the end of the headers;
-- for the answer, from the end of the body: the time limit of a request and a little more;
-- and for a client that takes nothing of what is ready for it.
+- for headers, from their first byte or from the start of the connection,
+- for the body, from the end of the headers,
+- for the answer, from the end of the body: the time limit of a request and a little more,
+- and for a client that takes nothing of its answer.
 """
 
 import asyncio
@@ -27,55 +27,55 @@ from serve.server.exchange import request_id
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 60.0
-"""Time without a byte taken by the client, of what is ready for it."""
+"""Time for which a client may take no byte of its answer."""
 ANSWER_GRACE_SECONDS = 10.0
-"""Time to take the last of an answer, after the time limit of its request."""
+"""Time to take the end of an answer, after the time limit of its request."""
 LINGER_SECONDS, LINGER_BYTES = 5.0, 2**24
-"""How much is still read of a refused request, so that the client sees why: a socket that is closed
-with unread bytes resets the connection, and the answer is lost."""
+"""Limits of what is still read of a refused request: a socket that is closed with unread bytes
+resets the connection, and its client sees no answer."""
 FED_BYTES = 2**14
-"""Bytes that are parsed before others have their turn."""
+"""Bytes that are parsed before other connections have their turn."""
 CLOSE_SECONDS = 5.0
-"""Time that a connection may take to close, once its client has all that was for it."""
+"""Time that a connection may take to close once its client has the whole answer."""
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 Phase = Literal["headers", "idle", "body", "answer", "refused"]
 
 
 class Registry(Protocol):
-    """Who knows all connections."""
+    """All connections, as one of them sees it."""
 
     deadlines: "Deadlines"
 
     def note(self, connection: "Connection") -> None:
-        """A connection has entered another phase."""
+        """Note that a connection has entered another phase."""
 
     def forget(self, connection: "Connection") -> None:
-        """A connection has ended."""
+        """Forget a connection that has ended."""
 
     def count_refused(self, status: int) -> None:
-        """A request was refused with a status."""
+        """Count a request that was refused with a status."""
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a client may take."""
+    """Times in seconds that a client may take."""
 
     headers: float
     body: float
     request: float
-    """From the end of the body to the last byte of the answer."""
+    """Time from the end of the body to the end of the answer."""
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with deadlines."""
+    """uvicorn's connection with deadlines."""
 
     def __init__(self, registry: Registry, **settings: Any) -> None:
         super().__init__(**settings)
         self.app_state = {**self.app_state, "cut_off_if_stalled": self.cut_off_if_stalled}
         self._registry = registry
         self.opener = asyncio.current_task()
-        """Ends once the connection is made, with TLS after its handshake."""
+        """Task that ends once the connection is made, with TLS after its handshake."""
         self.phase: Phase = "headers"
         self._deadline = float("inf")
         self._phase_cycle: Any = None
@@ -85,12 +85,12 @@ class Connection(H11Protocol):
         self._pending = bytearray()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """`asyncio.Protocol`'s."""
+        """Begin, as `asyncio.Protocol`."""
         super().connection_made(transport)
         self._begin("headers")
 
     def data_received(self, data: bytes) -> None:
-        """`asyncio.Protocol`'s."""
+        """Handle bytes of the client, as `asyncio.Protocol`."""
         if self.phase == "refused":
             self._num_discarded += len(data)
             if self._num_discarded > LINGER_BYTES:
@@ -101,17 +101,17 @@ class Connection(H11Protocol):
             self._feed()
 
     def on_response_complete(self) -> None:
-        """`H11Protocol`'s: an answer is written."""
+        """Handle the end of an answer, as `H11Protocol`."""
         super().on_response_complete()
         self._update()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """`asyncio.Protocol`'s."""
+        """Handle the end of the connection, as `asyncio.Protocol`."""
         super().connection_lost(exc)
         self._registry.forget(self)
 
     def send_400_response(self, msg: str) -> None:
-        """`H11Protocol`'s: what was sent is no HTTP."""
+        """Refuse what is not HTTP, as `H11Protocol`."""
         limit = self.config.h11_max_incomplete_event_size or 0
         if len(self.conn.trailing_data[0]) > limit:
             self._refuse(431, f"the headers have more than {limit} bytes: send less")
@@ -119,11 +119,10 @@ class Connection(H11Protocol):
             self._refuse(400, msg)
 
     def check(self, now: float) -> None:
-        """End the connection if it has had its time."""
+        """End the connection if a deadline is over."""
         transport = self.transport
         unsent = transport.get_write_buffer_size() + _unacknowledged(transport)
-        # Of a client that takes less than is written more is unsent each time, until writing waits
-        # for it.
+        # A client may take bytes and still have more unsent, until writing waits for it.
         is_growing = unsent > self._unsent and not self.flow.write_paused
         if unsent == 0 or unsent < self._unsent or is_growing:
             self._taken_at = now
@@ -139,25 +138,25 @@ class Connection(H11Protocol):
             if is_over:
                 transport.abort()
         elif unsent and now - self._taken_at > STALL_SECONDS:
-            self.cut_off(f"its client took nothing of {unsent} bytes for {STALL_SECONDS:g} seconds")
+            self.cut_off(f"its client took none of {unsent} bytes for {STALL_SECONDS:g} seconds")
         elif now > self._deadline:
             self._expire()
 
     def cut_off(self, reason: str) -> None:
-        """End it at once, and whatever is unsent."""
+        """End the connection at once, without sending the rest."""
         logger.warning("a connection was cut off: %s", reason)
         self.transport.abort()
 
     def cut_off_if_stalled(self, reason: str) -> bool:
-        """End it at once if writing waits for its client; return whether it does. What waits for
-        this process to write it is no fault of a client."""
+        """End the connection at once if writing waits for its client; return whether it does. A
+        client is not to blame for what this process has yet to write."""
         is_stalled = self.flow.write_paused
         if is_stalled:
             self.cut_off(reason)
         return is_stalled
 
     def _feed(self) -> None:
-        """Parse what has come, a part at a time: a body of chunks of a byte takes long."""
+        """Parse what has come, a part at a time, as a body in chunks of a byte takes long."""
         if self.transport.is_closing():
             return
         part = bytes(self._pending[:FED_BYTES])
@@ -174,11 +173,11 @@ class Connection(H11Protocol):
 
     @property
     def _is_written(self) -> bool:
-        """Whether the system has all that is for the client."""
+        """Whether the operating system has the whole answer."""
         return not self.transport.get_write_buffer_size()
 
     def _update(self) -> None:
-        """Find the phase anew."""
+        """Determine the phase."""
         if self.phase == "refused" or self.transport.is_closing():
             return
         if self.conn.their_state is h11.SEND_BODY:
@@ -209,16 +208,16 @@ class Connection(H11Protocol):
     def _expire(self) -> None:
         limit = self._registry.deadlines
         if self.phase == "headers" and self.conn.trailing_data[0]:
-            self._refuse(408, f"the headers did not come within {limit.headers:g} seconds")
+            self._refuse(408, f"the headers took longer than {limit.headers:g} seconds")
         elif self.phase == "body" and not self.cycle.response_started:
-            self._refuse(408, f"the body did not come within {limit.body:g} seconds")
+            self._refuse(408, f"the body took longer than {limit.body:g} seconds")
         elif self.phase == "answer":
             self.cut_off("its client did not take an answer within the time limit of a request")
         else:
             self.transport.abort()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer in place of the application, and read for a while what is still sent."""
+        """Answer instead of the application, and read for a while what is still sent."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # its answer has begun
             return
@@ -253,7 +252,7 @@ class Connection(H11Protocol):
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Bytes that the system holds for the client, 0 where that cannot be known."""
+    """Return the bytes that the system holds for the client, 0 if it cannot tell."""
     try:
         descriptor = transport.get_extra_info("socket").fileno()
         return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4))[0])

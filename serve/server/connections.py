@@ -1,8 +1,8 @@
-"""All connections of clients: how many there may be, and who makes room for others.
+"""All connections of clients, within a limit.
 
-Their number follows from the limit of open files, of which enough are kept back for engines and
-files. Where it is reached, the client that has been idle for longest makes room; where none is
-idle, only /health is still answered.
+The limit follows from the limit of open files, some of which are reserved for replicas and files.
+When it is reached, the connection that has been idle for longest is closed for a new one. When none
+is idle, only /health is still answered.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve.openai.errors import error_body
 from serve.server.connection import Connection, Deadlines
 from serve.server.exchange import Exchanges, answer, exchange_of
+from stu.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +29,19 @@ HANDSHAKE_SECONDS = 10.0
 ACCEPTS_AT_ONCE = 64
 ACCEPT_PAUSE_SECONDS = 0.5
 SPARE = 16
-"""Connections beyond the limit on which /health is answered and all else refused."""
+"""Connections above the limit, on which only /health is answered."""
 FILES_KEPT = 32
-FILES_OF_AN_ENGINE = 8
-"""Its socket and its output, and while it starts the pipes to it."""
+FILES_OF_A_REPLICA = 8
+"""Open files of a replica: its socket and output, and pipes while it starts."""
 FEWEST, MOST = 16, 8192
-"""Connections; the most keep memory bounded, at about 50 KB for one that is idle."""
+"""Bounds of the limit. The upper one bounds memory: an idle connection takes about 50 KB."""
 MOST_FILES = 2**16
-"""Limit of open files that is asked for where the system has none."""
+"""Limit of open files to set where the system has none."""
 
 
-def connection_limit(num_engines: int) -> int:
-    """Return how many connections the limit of open files allows, which is raised as far as the
-    system lets it. Raises ValueError if these are too few to serve."""
+def connection_limit(num_replicas: int) -> int:
+    """Raise the limit of open files as far as the system allows, and return the number of
+    connections for it. Raises UserError if it is too small to serve."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -49,20 +50,24 @@ def connection_limit(num_engines: int) -> int:
             soft = wanted
     if soft == resource.RLIM_INFINITY:
         soft = MOST_FILES
-    kept = FILES_KEPT + FILES_OF_AN_ENGINE * num_engines + psutil.Process().num_fds()
+    kept = FILES_KEPT + FILES_OF_A_REPLICA * num_replicas + psutil.Process().num_fds()
     left = soft - kept - SPARE
     if left < FEWEST:
-        raise ValueError(
-            f"the limit of {soft} open files leaves {max(0, left)} connections, and {FEWEST} are "
-            "needed: raise it (ulimit -n, or LimitNOFILE of a systemd unit)"
+        raise UserError(
+            "ulimit",
+            message=f"the limit of {soft} open files leaves {max(0, left)} connections, and "
+            f"{FEWEST} are needed: raise it (ulimit -n, or LimitNOFILE of a systemd unit)",
         )
     return min(int(left), MOST)
 
 
 class Connections:
-    """All connections, `most` at once.
+    """All connections.
 
-    count_refused: called with the status of each request that is refused here.
+    Args:
+        most: Limit of connections at once.
+        deadlines: Times that clients may take.
+        count_refused: Called with the status of each request that is refused here.
     """
 
     def __init__(
@@ -76,9 +81,9 @@ class Connections:
         self._handshakes: dict[asyncio.Task[None], None] = {}
         self._busy: dict[Connection, None] = {}
         self._idle: dict[Connection, None] = {}
-        """Those that wait for a request, the longest idle first."""
+        """Connections that wait for a request, the one that has waited longest first."""
         self._sending: dict[Connection, None] = {}
-        """Those that send a body, the slowest first."""
+        """Connections that send a body, the one that began first."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def __len__(self) -> int:
@@ -90,20 +95,20 @@ class Connections:
         make: Callable[[], Connection],
         context: ssl.SSLContext | None,
     ) -> None:
-        """Accept connections on sockets that listen."""
+        """Accept connections on sockets that listen. `make` returns a new connection."""
         for listener in sockets:
             listener.setblocking(False)
             self._tasks.append(asyncio.create_task(self._accept(listener, make, context)))
         self._tasks.append(asyncio.create_task(self._sweep()))
 
     async def stop_accepting(self) -> None:
-        """Accept no more; deadlines go on. Sockets can be closed afterwards."""
+        """Accept no more connections; deadlines still apply. The sockets may be closed then."""
         for task in self._tasks[:-1]:
             task.cancel()
         await asyncio.gather(*self._tasks[:-1], return_exceptions=True)
 
     def note(self, connection: Connection) -> None:
-        """A connection has entered another phase."""
+        """Note that a connection has entered another phase."""
         self.forget(connection)
         if connection.opener is not None:
             self._handshakes.pop(connection.opener, None)
@@ -111,7 +116,7 @@ class Connections:
         groups.get(connection.phase, self._busy)[connection] = None
 
     def forget(self, connection: Connection) -> None:
-        """A connection has ended."""
+        """Forget a connection that has ended."""
         for group in (self._busy, self._idle, self._sending):
             group.pop(connection, None)
 
@@ -126,15 +131,15 @@ class Connections:
         while True:
             try:
                 accepted, _ = await loop.sock_accept(listener)
-            except OSError as error:  # no descriptor or memory is left
+            except OSError as error:  # no descriptor or no memory is left
                 logger.error("no connection can be accepted: %s", error.strerror)
                 await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
             num_accepted += 1
             if self._make_room() or num_accepted % ACCEPTS_AT_ONCE == 0:
-                await asyncio.sleep(0)  # now sockets are closed, and others have their turn
+                await asyncio.sleep(0)  # lets sockets close, and other tasks run
             if len(self) >= self._most + SPARE:
-                logger.warning("a connection was refused: %d are busy", self._most)
+                logger.warning("a connection was refused: %d others are busy", self._most)
                 accepted.close()
                 continue
             is_crowded = len(self) >= self._most
@@ -157,16 +162,18 @@ class Connections:
 
         timeout = {} if context is None else {"ssl_handshake_timeout": HANDSHAKE_SECONDS}
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):  # the client went away, or speaks no TLS
+        with contextlib.suppress(OSError):  # the client went away, or does not speak TLS
             await loop.connect_accepted_socket(made, accepted, ssl=context, **timeout)
 
     def _make_room(self) -> bool:
-        """End the connection that has been idle for longest if there are too many."""
+        """Close the connection that has been idle for longest if there are too many."""
         if len(self) < self._most:
             return False
         for group in (self._idle, self._sending):
             for connection in group:
-                logger.warning("the longest idle connection was closed: there are %d", self._most)
+                logger.warning(
+                    "the longest idle connection was closed: there are %d connections", self._most
+                )
                 self.forget(connection)
                 connection.transport.abort()
                 return True
@@ -186,16 +193,16 @@ class Connections:
 
 
 def _check(connection: Connection, now: float) -> None:
-    """End a connection that has had its time, or that fails: others must keep their deadlines."""
+    """End a connection whose deadline is over, or that fails: others keep their deadlines."""
     try:
         connection.check(now)
     except Exception:
-        logger.exception("a connection was cut off: it failed")
+        logger.exception("a connection was cut off because it failed")
         connection.transport.abort()
 
 
 def health_alone(app: ASGIApp, count_refused: Callable[[int], None] | None = None) -> ASGIApp:
-    """Return an application that refuses all but /health."""
+    """Return an application that refuses everything except /health."""
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         body = error_body("too many connections: try again later", "server_error")

@@ -1,7 +1,7 @@
-"""Sockets that a server listens at, taken before its model is loaded.
+"""Sockets that the server listens at, opened before the model is loaded.
 
-A port that another program has, or a certificate that cannot be used, is noticed at once and not
-after minutes. Clients that come while the model is loaded are answered 503.
+So a port that is in use, or a certificate that cannot be used, is found at once and not after
+minutes.
 """
 
 import errno
@@ -23,9 +23,10 @@ NO_SUCH_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 
 @contextmanager
 def listening(config: ServerConfig) -> Iterator[list[socket.socket]]:
-    """Listen where `config` says; at the end sockets are closed and the Unix socket is removed.
+    """Listen at the host and port or the Unix socket of the settings; at the end close the sockets
+    and remove the Unix socket.
 
-    Raises OSError naming the setting that cannot be used, and why.
+    Raises OSError that names the setting that cannot be used.
     """
     _require_certificate(config)
     with ExitStack() as stack:
@@ -48,14 +49,14 @@ def url_of(listener: socket.socket, is_tls: bool) -> str:
 
 
 def is_reached_from_outside(listener: socket.socket) -> bool:
-    """Return whether other machines may reach it."""
+    """Return whether other machines may reach a socket."""
     if listener.family == socket.AF_UNIX:
         return False
     return not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _tcp_sockets(host: str, port: int) -> list[socket.socket]:
-    """Return a socket for each address of `host`; with port 0 all have the same free one."""
+    """Return a socket for each address of `host`, all with the same port if it is 0."""
     sockets: list[socket.socket] = []
     skipped: OSError | None = None
     try:
@@ -68,7 +69,7 @@ def _tcp_sockets(host: str, port: int) -> list[socket.socket]:
             try:
                 sockets.append(_tcp_socket(family, kind, protocol, address))
             except OSError as error:
-                # "localhost" has an address of IPv6 on machines that have no IPv6.
+                # "localhost" has an IPv6 address even on machines without IPv6.
                 if error.errno not in NO_SUCH_FAMILY or len(found) == 1:
                     raise
                 skipped = error
@@ -79,8 +80,8 @@ def _tcp_sockets(host: str, port: int) -> list[socket.socket]:
             taken.close()
         raise OSError(
             f"host={host!r}, port={port}: the server cannot listen there "
-            f"({error.strerror or error}): choose another with --host and --port, or end the "
-            "program that has it"
+            f"({error.strerror or error}): choose another with --host and --port, or stop the "
+            "program that uses it"
         ) from error
     return sockets
 
@@ -90,7 +91,7 @@ def _tcp_socket(
 ) -> socket.socket:
     made = socket.socket(family, kind, protocol)
     try:
-        # Or connections of a server that has ended would keep its port for a minute.
+        # Otherwise connections of a server that has ended would keep its port for a minute.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -121,15 +122,15 @@ def _unix_socket(path: Path) -> Iterator[socket.socket]:
             yield made
         finally:
             with suppress(FileNotFoundError), _locked(path.parent):
-                if os.path.samestat(path.stat(), own):  # no other server's
+                if os.path.samestat(path.stat(), own):  # not the socket of another server
                     path.unlink()
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a server that was killed. Raises OSError for anything else there."""
+    """Remove the socket of a server that was killed. Raises OSError if `path` is anything else."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+            raise FileExistsError(errno.EEXIST, "there is a file that is not a socket")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
@@ -138,12 +139,12 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise OSError(errno.EADDRINUSE, "another server listens at it")
+    raise OSError(errno.EADDRINUSE, "another server listens there")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other servers that start now from taking a socket in `folder` for stale."""
+    """Keep other servers that start now from removing a new socket in `folder` as stale."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -157,11 +158,10 @@ def _require_certificate(config: ServerConfig) -> None:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Without a password for an encrypted key, OpenSSL would ask for one on the terminal.
+        # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
         context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")
     except OSError as error:
         raise OSError(
             f"tls_certificate {config.tls_certificate}, tls_key {config.tls_key}: cannot be used "
-            f"({error.strerror or error}): give a certificate in PEM and its own key, which has no "
-            "passphrase"
+            f"({error.strerror or error}): give a certificate in PEM and its key without passphrase"
         ) from error

@@ -1,1 +1,1 @@
-"""Engines of a server, each in a process of its own."""
+"""Replicas of the engine, each in its own process."""

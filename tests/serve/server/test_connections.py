@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from serve.openai.schemas import error_body
+from serve.openai.errors import error_body
 from serve.server import connection as connection_module
 from serve.server import connections as connections_module
 from serve.server.connection import FED_BYTES, Connection, Deadlines
@@ -449,7 +449,7 @@ def test_where_none_is_idle_health_is_answered_and_nothing_else(caplog):
                 writer.close()
 
     asyncio.run(asyncio.wait_for(run(), 60))
-    assert "a connection was refused: 2 are busy" in caplog.text
+    assert "a connection was refused: 2 others are busy" in caplog.text
 
 
 def test_handshakes_have_a_deadline_and_make_room(tmp_path, monkeypatch):

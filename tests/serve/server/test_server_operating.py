@@ -228,7 +228,7 @@ def test_what_cannot_be_listened_at_is_noticed_before_the_model_is_loaded(tmp_pa
     file.write_text("not to be overwritten")
     code, log = refused_start(tmp_path, "--uds", file)
     assert (code, log.count("\n")) == (2, 1)
-    assert f"uds {file}: the server cannot listen there (there is a file that is no socket)" in log
+    assert f"uds {file}: the server cannot listen there (there is a file that is not a socket)" in log
     assert file.read_text() == "not to be overwritten"
     code, log = refused_start(tmp_path, "--port", 0, "--tls-key", file, "--tls-certificate", file)
     assert (code, log.count("\n")) == (2, 1)
@@ -267,7 +267,7 @@ def test_unix_sockets(tmp_path):
     config = ServerConfig(tmp_path, uds=path)
     with listening(config) as (taken,):
         assert url_of(taken, False) == f"unix:{path}"
-        with pytest.raises(OSError, match="another server listens at it"), listening(config):
+        with pytest.raises(OSError, match="another server listens there"), listening(config):
             pass
         assert path.is_socket()
     assert not path.exists()
