@@ -124,9 +124,9 @@ def skip_prompts(engine: Engine, cache: Any, prompt_tokens: int) -> None:
 def seek(engine: Engine, cache: Any, prompt_tokens: int, position: int) -> None:
     """Set every row of the batch to so many new tokens."""
     for job in engine._scheduler.running:
-        job.tokens[1:] = job.tokens[:1] * position
-        job.replayed = len(job.tokens)
-        job.steps_left = job.request.sampling.max_new_tokens - len(job.tokens)
+        job.new_token_ids[1:] = job.new_token_ids[:1] * position
+        job.replayed = len(job.new_token_ids)
+        job.steps_left = job.request.sampling.max_new_tokens - len(job.new_token_ids)
         _seek_window(engine, job.request_id, prompt_tokens + position)
     if isinstance(cache, LockstepCache):
         cache.seek(position)

@@ -8,7 +8,8 @@ from typing import Any
 from serve.batch.rows import Refusal, Row, RowFormat
 from serve.batch.source import Source
 from serve.completion import Gathering
-from serve.engine.engine import Engine, Stats
+from serve.engine.engine import Engine
+from serve.engine.stats import Stats
 from serve.request import Output
 from stu.common.text import json_line
 

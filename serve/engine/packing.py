@@ -1,8 +1,7 @@
-"""Weights in the layout that oneDNN multiplies by fastest: on CPU, in float32.
+"""Weights in the layout that oneDNN multiplies fastest, for float32 on the CPU.
 
-`torch.nn.functional.linear` arranges the weights anew in every call, which costs a third to a half
-of a step of few rows; here they are arranged once. The
-function is the same, its sums in float32.
+`torch.nn.functional.linear` reorders the weights in every call, which takes a third to a half of a
+step of few rows. Here they are reordered once; the products are the same, summed in float32.
 """
 
 import copy
@@ -18,15 +17,15 @@ from stu.mixers import Mixer
 from stu.model import FlashSTU
 
 USUAL_ROWS = 32
-"""The layout is chosen for so many; others are multiplied in it too."""
+"""Number of rows that the layout is optimised for; others are multiplied in it too."""
 ROWS_AT_ONCE = 64
 ROWS_MULTIPLE = 8
-"""oneDNN keeps half a megabyte of code for each number of rows that it meets, so it meets few:
-these multiples up to `ROWS_AT_ONCE`, and one row alone."""
+"""oneDNN keeps half a megabyte of code for each number of rows, so rows are padded to multiples of
+this, up to `ROWS_AT_ONCE`; a single row is not padded."""
 
 
 class PackedLinear(nn.Module):
-    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, tanh-GELU of that."""
+    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, its tanh-GELU."""
 
     def __init__(self, weight: Tensor, gelu: bool = False) -> None:
         super().__init__()
@@ -63,18 +62,20 @@ class PackedGatedMLP(nn.Module):
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether there is a layout to pack this weight into."""
+    """Return whether this weight can be packed."""
     is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return is_float32_on_cpu and has_onednn
 
 
 def packed_copy(model: FlashSTU) -> FlashSTU:
-    """`model` with its linear layers packed, where that can be, and all other tensors shared.
+    """Return a copy of `model` whose linear layers are packed, if possible, and which shares all
+    other tensors.
 
-    What is packed lies in memory twice, for as long as somebody holds `model`.
+    Packed weights are in memory twice for as long as `model` is referenced.
     """
-    shared: dict[int, object] = {id(its): its for its in chain(model.parameters(), model.buffers())}
+    tensors = chain(model.parameters(), model.buffers())
+    shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
     copied = copy.deepcopy(model, shared)
     if packs(model.embedding.weight):
         for module in list(copied.modules()):
@@ -84,14 +85,14 @@ def packed_copy(model: FlashSTU) -> FlashSTU:
 
 
 def packed_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """`x -> x @ weight.T`, packed where that can be."""
+    """Return the function `x -> x @ weight.T`, packed if possible."""
     if packs(weight):
         return PackedLinear(weight)
     return lambda x: nn.functional.linear(x, weight)
 
 
 def _packed(module: nn.Module) -> nn.Module:
-    """`module`, or what takes its place."""
+    """Return `module`, or the packed module to use instead."""
     if isinstance(module, GatedMLP):
         return PackedGatedMLP(module)
     if isinstance(module, Mixer):

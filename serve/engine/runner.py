@@ -1,7 +1,8 @@
-"""The model over many sequences: prompts taken in together, and a token of every running one."""
+"""The model over many sequences: prefill of prompts, and decoding of one token of every row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,39 +19,48 @@ from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
 
 LOGITS_AT_ONCE = 256
-"""Of a prompt's tokens: a vocabulary may be large."""
+"""Tokens of a prompt whose logits are computed together: a vocabulary may be large."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sequence that is to join the batch."""
+    """A sequence to prefill."""
 
     owner: int
+    """Id of the request, under which the caches know the sequence."""
     tokens: Sequence[int]
+    """Token ids to prefill."""
     new_tokens: int
-    """That it will step through the layers."""
+    """Number of steps that the sequence needs pages for."""
     wants_logits: bool = False
-    """Those of its own tokens but the first."""
+    """Whether to compute the logits of its own tokens but the first."""
 
 
 @dataclass(frozen=True)
 class PromptLogits:
-    """Of some of a prompt's tokens."""
+    """Logits of consecutive tokens of a prompt."""
 
     owner: int
     first: int
-    """Place of the first of these tokens in the prompt."""
+    """Position of the first of these tokens in the prompt."""
     logits: Tensor
-    """`[tokens, vocab_size]`."""
+    """Logits `[tokens, vocab_size]`."""
 
 
 class Runner:
-    """A model, and what it remembers of every sequence. Rows of the batch are in joining order,
-    but that the last row takes the place of one that leaves.
+    """A model and its caches.
 
-    batch_invariant: a row's logits do not depend on other rows to the last bit. Matrix products
-    round differently for different numbers of rows, so rows then go through the model in groups of
-    a fixed size, the last one padded, and attention and prompts run one by one.
+    Rows of the batch are in the order in which they joined, except that the last row takes the
+    place of one that leaves.
+
+    Args:
+        model: On the device that decodes.
+        convolutions: Cache of the convolutions.
+        attentions: Cache of the attention windows, if the model has any.
+        batch_invariant: Make a row's logits independent of the other rows to the last bit. Matrix
+            products round differently for different numbers of rows, so rows then go through the
+            model in padded groups of a fixed size, and attention and prompts run one by one.
+        recent: Cache of the short convolutions, if the model has any.
     """
 
     def __init__(
@@ -67,10 +77,11 @@ class Runner:
         self._unembed = packed_product(model.embedding.weight)
         self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
         self._device = model.embedding.weight.device
+        self.num_layers = len(model.blocks)
         self._num_rows = 0
 
     def needed(self, prompt_tokens: int, new_tokens: int) -> Pages:
-        """Pages that a sequence owns, or may come to own."""
+        """Return the pages that a sequence owns or may come to own."""
         if self._attentions is None:
             return Pages(self._convolutions.pages_needed(new_tokens), 0)
         positions = prompt_tokens + new_tokens
@@ -79,7 +90,7 @@ class Runner:
         )
 
     def admit(self, prompt: Prompt) -> None:
-        """Allocate what `prompt` needs, or nothing and raise OutOfPages."""
+        """Allocate the pages that `prompt` needs, or none and raise OutOfPages."""
         self._convolutions.admit(prompt.owner, prompt.new_tokens)
         if self._attentions is not None:
             try:
@@ -96,13 +107,13 @@ class Runner:
             cache.release(owner)
 
     def join(self, owner: int) -> None:
-        """Make a sequence whose prompt was taken in the last row of the batch."""
+        """Append a prefilled sequence to the rows of the batch."""
         for cache in self._caches():
             cache.join(owner)
         self._num_rows += 1
 
     def leave(self, row: int) -> None:
-        """Take a row out of the batch; the last row takes its place."""
+        """Remove a row from the batch; the last row takes its place."""
         for cache in self._caches():
             cache.leave(row)
         self._num_rows -= 1
@@ -111,12 +122,12 @@ class Runner:
     def prefill(
         self, prompts: Sequence[Prompt], tokens_at_once: int
     ) -> Iterator[Tensor | PromptLogits | None]:
-        """Take prompts in, one behind the other without padding, in many small pieces of work.
+        """Prefill prompts, concatenated without padding, in many small pieces of work.
 
-        Yields None after each piece, that of a layer's mixer or of its feed-forward part for
-        `tokens_at_once` tokens, then the logits of the prompts that want them, a few at a time, and
-        at last those of each prompt's first new token, `[len(prompts), vocab_size]`. It may be
-        given up between pieces.
+        Yields None after each piece: a layer's mixer, or its feed-forward part for `tokens_at_once`
+        tokens. Then yields the logits of the prompts that want them, a few at a time, and at last
+        those of each prompt's first new token, `[len(prompts), vocab_size]`. The caller may stop
+        after any piece.
         """
         model = self._model
         ids = [token for prompt in prompts for token in prompt.tokens]
@@ -131,19 +142,18 @@ class Runner:
                 parts.append(block.feed_forward(part))
                 yield None
             x = torch.cat(parts, dim=1)
-        for prompt, its in zip(
-            prompts, x[0].split([len(its.tokens) for its in prompts]), strict=True
-        ):
-            for first in range(1, len(prompt.tokens) if prompt.wants_logits else 0, LOGITS_AT_ONCE):
-                some = its[first - 1 : min(first - 1 + LOGITS_AT_ONCE, len(its) - 1)]
-                yield PromptLogits(prompt.owner, first, self._logits(model.norm(some)))
-        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts], device=self._device)
-        last = model.norm(x[0, lengths.cumsum(0) - 1])  # [len(prompts), D]
-        yield self._logits(last)
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        for prompt, hidden in zip(prompts, x[0].split(lengths), strict=True):
+            last = len(hidden) - 1 if prompt.wants_logits else 0
+            for start in range(0, last, LOGITS_AT_ONCE):
+                part = hidden[start : min(start + LOGITS_AT_ONCE, last)]
+                yield PromptLogits(prompt.owner, start + 1, self._logits(model.norm(part)))
+        ends = torch.tensor(lengths, device=self._device).cumsum(0)
+        yield self._logits(model.norm(x[0, ends - 1]))  # [len(prompts), D] -> [.., vocab_size]
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:
-        """Take each row's next token; return the logits `[B, vocab_size]` of the one after."""
+        """Advance every row by a token, and return the logits `[B, vocab_size]` of the next."""
         assert len(tokens) == self._num_rows, "a token of each row is needed"
         if self._attentions is not None:
             self._attentions.begin_step(alone=self._batch_invariant)
@@ -160,7 +170,7 @@ class Runner:
         return self._logits(torch.cat(hidden))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """`[B, D] -> [B, vocab_size]`."""
+        """Return logits `[B, vocab_size]` of `hidden [B, D]`."""
         if not self._batch_invariant:
             return self._unembed(hidden)
         groups = []
@@ -173,6 +183,37 @@ class Runner:
     def _caches(self) -> list[ConvolutionCache | AttentionCache | RecentInputs]:
         caches = self._convolutions, self._attentions, self._recent
         return [cache for cache in caches if cache is not None]
+
+
+class Prefill:
+    """Prefill of some prompts, spread over several steps.
+
+    Args:
+        runner: The model, whose caches have admitted the prompts.
+        prompts: Prompts to prefill together.
+        costs: Cost of a token of each prompt, where that of a usual token is 1.
+        tokens_per_step: Usual tokens that a step prefills.
+    """
+
+    def __init__(
+        self, runner: Runner, prompts: Sequence[Prompt], costs: Sequence[int], tokens_per_step: int
+    ) -> None:
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        self.num_tokens = sum(lengths)
+        self._pieces = runner.prefill(prompts, tokens_per_step)
+        num_pieces = runner.num_layers * (1 + -(-self.num_tokens // tokens_per_step))
+        cost = sum(own * length for own, length in zip(costs, lengths, strict=True))
+        if cost > self.num_tokens:
+            num_pieces += -(-self.num_tokens // LOGITS_AT_ONCE)
+        steps = max(1, cost // tokens_per_step)
+        # A prefill of one step runs to its end, whatever log probabilities it computes.
+        self._pieces_per_step = -(-(num_pieces + 1) // steps) if steps > 1 else None
+
+    def step(self) -> Iterator[Tensor | PromptLogits]:
+        """Run the pieces of one step, and yield the logits that `Runner.prefill` yields."""
+        for logits in islice(self._pieces, self._pieces_per_step):
+            if logits is not None:
+                yield logits
 
 
 def _require_invariance(model: FlashSTU) -> None:
@@ -190,7 +231,7 @@ def _require_invariance(model: FlashSTU) -> None:
 
 
 class _PromptMemory:
-    """`stu.mixers.Memory` of prompts that lie one behind the other."""
+    """`stu.mixers.Memory` of concatenated prompts."""
 
     def __init__(
         self,
@@ -212,8 +253,8 @@ class _PromptMemory:
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
         assert self._recent is not None
         outputs = torch.empty_like(inputs)  # [1, T, C]
-        for owner, its, output in self._by_prompt(inputs, outputs):
-            output.copy_(self._recent.prefill(owner, layer, its, taps))
+        for owner, part, output in self._by_prompt(inputs, outputs):
+            output.copy_(self._recent.prefill(owner, layer, part, taps))
         return outputs
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -224,14 +265,14 @@ class _PromptMemory:
         return outputs
 
     def _by_prompt(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Each prompt's owner, and its part of each tensor."""
+        """Yield each prompt's owner, and its part of each tensor."""
         owners = [prompt.owner for prompt in self._prompts]
-        parts = (torch.split(its, self._lengths, dim=1) for its in tensors)
+        parts = (torch.split(tensor, self._lengths, dim=1) for tensor in tensors)
         return zip(owners, *parts, strict=True)
 
 
 class _RowMemory:
-    """`stu.mixers.Memory` of one token of rows from `first_row` on; all caches take padding."""
+    """`stu.mixers.Memory` of one token of the rows from `first_row`, padding included."""
 
     def __init__(
         self,

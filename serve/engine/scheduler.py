@@ -1,9 +1,9 @@
-"""Continuous batching: which requests run, which wait, and who must give way.
+"""Continuous batching: decides which requests run, which wait and which are preempted.
 
-Requests go in the order of their priority, then in turn by client, and those of a client in the
-order of their arrival; none overtakes one that waits for pages. A request that needs pages or a row
-takes them from running requests of less priority, or of a client that has two rows more than its
-own, if that is enough: they are preempted, and prefilled again later with the tokens they have.
+Requests are scheduled by priority, then by client in turn, and those of a client in the order of
+their arrival. None overtakes a request that waits for pages. A request that needs pages or a row
+preempts running requests of lower priority, or of a client that has at least two rows more than its
+own, if that is enough. A preempted request is prefilled again later, with the tokens it has.
 """
 
 import bisect
@@ -21,45 +21,45 @@ SCORED_TOKEN_COST = 4
 """Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
 
 
-def prefill_cost(request: Request) -> int:
-    """Return how many usual prompt tokens take as long as one of this request."""
-    return 1 if request.sampling.prompt_logprobs is None else SCORED_TOKEN_COST
-
-
 @dataclass(eq=False)
 class Job:
-    """A request on its way."""
+    """A request that has not ended."""
 
     request_id: int
     request: Request
     horizon: int
-    """New tokens it gets pages for at a time."""
-    tokens: list[int] = field(default_factory=list)
-    """New tokens so far."""
+    """Number of new tokens that it gets pages for at a time."""
+    new_token_ids: list[int] = field(default_factory=list)
+    """New tokens up to now."""
     replayed: int = 0
-    """How many of them it has been given since it was last admitted."""
+    """How many of them the model has seen, or is about to, since the request was last admitted."""
     steps_left: int = 0
-    """New tokens that it still has pages to step with."""
+    """Number of steps that it still has pages for."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that it has, its prompt's included: those to prefill again if it is preempted."""
-        return len(self.request.prompt_token_ids) + len(self.tokens)
+        """Number of tokens to prefill again if it is preempted: prompt and new tokens."""
+        return len(self.request.prompt_token_ids) + len(self.new_token_ids)
 
     @property
     def steps_to_come(self) -> int:
-        """New tokens that it may still get."""
-        return self.request.sampling.max_new_tokens - len(self.tokens)
+        """Number of new tokens that it may still get."""
+        return self.request.sampling.max_new_tokens - len(self.new_token_ids)
 
     @property
     def order(self) -> tuple[int, int]:
-        """Smaller goes first."""
+        """Key to sort jobs by: the smallest is scheduled first."""
         return self.request.priority, self.request_id
 
 
 class Scheduler:
-    """The queue of an engine. `needed` says how many pages a prompt of so many tokens needs for so
-    many new ones, and `capacity` how many there are."""
+    """The queue of an engine.
+
+    Args:
+        config: Limits.
+        needed: Returns the pages for a number of prompt tokens and a number of new tokens.
+        capacity: Pages that there are.
+    """
 
     def __init__(
         self, config: EngineConfig, needed: Callable[[int, int], Pages], capacity: Pages
@@ -68,60 +68,61 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.prefilling: list[Job] = []
         self.running: list[Job] = []
-        """In the order of the batch's rows."""
+        """Jobs in the order of the batch's rows."""
         self.num_preemptions = 0
         self._turns: dict[str, int] = {}
-        """Places of clients that have requests waiting: the lowest goes first. A client that comes
-        goes before the one that had the last turn, and behind all others; if it went before them
-        too, clients that come and go could keep them waiting for ever."""
+        """Turns of clients that have requests waiting; the lowest is next. A new client's turn is
+        before that of the client served last and after all others: if it were before those too,
+        clients that come and go could keep them waiting for ever."""
         self._turn = 0
-        """The place of a client that comes now."""
+        """Turn of the next new client."""
 
     @property
     def jobs(self) -> list[Job]:
-        """All that have not ended."""
+        """All jobs that have not ended."""
         return [*self.waiting, *self.prefilling, *self.running]
 
     def add(self, request_id: int, request: Request) -> None:
         """Queue a request. Raises UserError if it needs more pages than there are."""
-        needed = self._needed(
-            len(request.prompt_token_ids), max(0, request.sampling.max_new_tokens - 1)
-        )
+        max_new_tokens = request.sampling.max_new_tokens
+        needed = self._needed(len(request.prompt_token_ids), max(0, max_new_tokens - 1))
         for kind in Pages._fields:
             count, most = getattr(needed, kind), getattr(self._capacity, kind)
             if count > most:
                 raise UserError(
                     "max_new_tokens",
                     message=f"a prompt of {len(request.prompt_token_ids)} tokens and "
-                    f"{request.sampling.max_new_tokens} new tokens need {count} {kind} pages of "
+                    f"{max_new_tokens} new tokens need {count} {kind} pages of "
                     f"{self._config.page_len} positions, and the cache has {most}: lower the limit "
                     "of new tokens, or raise cache_gib",
                 )
         expected = self._config.expected_new_tokens
-        horizon = request.sampling.max_new_tokens if expected is None else expected
+        horizon = max_new_tokens if expected is None else expected
         self._queue(Job(request_id, request, horizon, list(request.new_token_ids)))
 
     def prompt(self, job: Job) -> Prompt:
-        """What `job` is to be taken in with."""
+        """Return what to prefill for `job`."""
         _, new_tokens = self._size(job)
-        given = job.tokens[: self.num_given(job)]
-        asks = job.request.sampling.prompt_logprobs is not None and not job.tokens
-        return Prompt(job.request_id, [*job.request.prompt_token_ids, *given], new_tokens, asks)
+        tokens = [*job.request.prompt_token_ids, *job.new_token_ids[: self.num_prefilled(job)]]
+        asks = job.request.sampling.prompt_logprobs is not None and not job.new_token_ids
+        return Prompt(job.request_id, tokens, new_tokens, asks)
 
-    def num_given(self, job: Job) -> int:
-        """How many of its new tokens are taken in together with its prompt."""
-        return 0 if self._config.batch_invariant else len(job.tokens)
+    def num_prefilled(self, job: Job) -> int:
+        """Return how many of its new tokens are prefilled together with its prompt."""
+        return 0 if self._config.batch_invariant else len(job.new_token_ids)
 
     def next_group(
         self,
         free: Callable[[], Pages],
         owned: Callable[[int], Pages],
-        set_back: Callable[[Job], None],
+        preempt: Callable[[Job], None],
     ) -> list[Job]:
-        """Move the jobs that are to be taken in next from waiting to prefilling.
+        """Move the jobs to prefill next from waiting to prefilling, and return them.
 
-        free: pages nobody has been promised. owned: what a running request gives back when
-        `set_back`, which must call `preempt`.
+        Args:
+            free: Returns the pages that are neither owned nor promised.
+            owned: Returns the pages of a running request, which become free if it is preempted.
+            preempt: Takes a running job's row and pages, and calls `Scheduler.preempt`.
         """
         group: list[Job] = []
         cost, taken = 0, Pages(0, 0)
@@ -137,7 +138,7 @@ class Scheduler:
             if victims is None:
                 break
             for victim in victims:
-                set_back(victim)
+                preempt(victim)
             self.waiting.remove(job)
             self._took_turn(job)
             group.append(job)
@@ -146,27 +147,27 @@ class Scheduler:
         return group
 
     def preempt(self, job: Job) -> None:
-        """Send a running job back to wait."""
+        """Put a job that was running back into the queue."""
         self.num_preemptions += 1
         self._queue(job)
 
     def extend(self, job: Job) -> None:
-        """Send back a job that used up its pages, to be taken in with twice as many."""
+        """Preempt a job that used up its pages; it is prefilled again with twice as many."""
         job.horizon *= 2
         self.preempt(job)
 
     def _size(self, job: Job) -> tuple[int, int]:
-        """Tokens that `job` is to be taken in with, and new ones that it gets pages for."""
-        num_given = self.num_given(job)
-        to_come = max(0, job.request.sampling.max_new_tokens - num_given - 1)
-        return len(job.request.prompt_token_ids) + num_given, min(to_come, job.horizon)
+        """Return how many tokens to prefill, and for how many new ones `job` gets pages."""
+        num_prefilled = self.num_prefilled(job)
+        to_come = max(0, job.request.sampling.max_new_tokens - num_prefilled - 1)
+        return len(job.request.prompt_token_ids) + num_prefilled, min(to_come, job.horizon)
 
     def _queue(self, job: Job) -> None:
-        bisect.insort(self.waiting, job, key=lambda its: its.order)
+        bisect.insort(self.waiting, job, key=lambda other: other.order)
         self._turns.setdefault(job.request.client, self._turn)
 
     def _first(self, has_rows: Sequence[Job]) -> Job:
-        """Return the job that goes next: one of the client with the fewest rows."""
+        """Return the job to schedule next: one of the client with the fewest rows."""
         rows = Counter(job.request.client for job in has_rows)
         first = self.waiting[0]
         same = (job for job in self.waiting if job.request.priority == first.request.priority)
@@ -178,7 +179,7 @@ class Scheduler:
         return min(same, key=turn)
 
     def _took_turn(self, job: Job) -> None:
-        """Let clients that have as few rows as that of `job` go before it the next time."""
+        """Move the client of `job` behind the clients that have as few rows."""
         waiting = {other.request.client for other in self.waiting}
         self._turn += 2
         self._turns[job.request.client] = self._turn + 1
@@ -192,7 +193,7 @@ class Scheduler:
         free: Pages,
         owned: Callable[[int], Pages],
     ) -> list[Job] | None:
-        """Running jobs that must give way before `job` fits; None if that does not help."""
+        """Return the running jobs to preempt before `job` fits; None if that does not help."""
         num_rows = self._config.max_running - len(self.running) - len(group)
         rows = Counter(other.request.client for other in [*self.running, *group])
         candidates, victims = list(self.running), list[Job]()
@@ -211,7 +212,7 @@ class Scheduler:
         return victims
 
     def _victim(self, job: Job, candidates: Sequence[Job], rows: Counter[str]) -> Job | None:
-        """Return the candidate that gives way to `job` first, if one has to."""
+        """Return the candidate to preempt first for `job`, or None."""
         lesser = [other for other in candidates if other.request.priority > job.request.priority]
         if lesser:
             return max(lesser, key=lambda other: other.order)
@@ -234,5 +235,10 @@ class Scheduler:
         )
 
 
-def _add(one: Pages, other: Pages) -> Pages:
-    return Pages(one.convolution + other.convolution, one.attention + other.attention)
+def prefill_cost(request: Request) -> int:
+    """Return how many usual prompt tokens take as long to prefill as one of this request."""
+    return 1 if request.sampling.prompt_logprobs is None else SCORED_TOKEN_COST
+
+
+def _add(pages: Pages, more: Pages) -> Pages:
+    return Pages(pages.convolution + more.convolution, pages.attention + more.attention)

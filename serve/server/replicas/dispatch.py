@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from serve.engine.engine import Stats
+from serve.engine.stats import Stats
 from serve.request import Output, Request
 from serve.server.replicas.fair_queue import FairQueue
 from serve.server.replicas.replica import Replica

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import IO, Any
 
-from serve.engine.engine import Stats
+from serve.engine.stats import Stats
 from serve.server.replicas.stream import Stream
 from serve.server.replicas.wire import Message, Unpacker, pack
 from stu.common.processes import child_command, hangups_blocked, last_output

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from serve.config import EngineConfig
-from serve.engine.engine import Stats
+from serve.engine.stats import Stats
 from serve.server.replicas.replica import Replica
 from serve.server.replicas.wire import Message
 

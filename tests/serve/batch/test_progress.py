@@ -2,7 +2,7 @@
 
 from serve.batch.decoder import Report
 from serve.batch.progress import LOG_SECONDS, Display, Tally
-from serve.engine.engine import Stats
+from serve.engine.stats import Stats
 
 
 def report(num_rows, rows_left, seconds, new_tokens, attention_pages=40):

@@ -429,7 +429,7 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.new_tokens) == (216, 65)
     assert not engine._texts
-    assert not engine._chooser._requests
+    assert not engine._chooser._states
 
 
 @pytest.mark.parametrize("kind", MIXED)
@@ -548,7 +548,7 @@ def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
     def damaged(tokens):
         logits = decode(tokens).clone()
         for row, job in enumerate(engine._scheduler.running):
-            if job.request_id == 1 and len(job.tokens) == 5:
+            if job.request_id == 1 and len(job.new_token_ids) == 5:
                 logits[row, 7] = math.nan
         return logits
 
@@ -579,7 +579,7 @@ def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
         def spied(tokens):
             result = decode(tokens)
             for row, job in enumerate(engine._scheduler.running):
-                if job.request_id == request_id and job.replayed == len(job.tokens):
+                if job.request_id == request_id and job.replayed == len(job.new_token_ids):
                     logits.append(result[row].clone())
             return result
 

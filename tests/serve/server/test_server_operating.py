@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from serve.config import EngineConfig
-from serve.engine.engine import Engine, Stats
+from serve.engine.engine import Engine
+from serve.engine.stats import Stats
 from serve.server.config import ServerConfig
 from serve.server.connections import health_alone
 from serve.server.exchange import FAULT, Exchanges

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.engine import Stats
+from serve.engine.stats import Stats
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
 from serve.server.replicas.stream import Stream

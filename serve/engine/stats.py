@@ -1,0 +1,34 @@
+"""Load and counts of an engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Load of an engine, and its counts since it was made."""
+
+    waiting: int
+    """Requests that wait for a row."""
+    running: int
+    """Requests that are prefilled or decode."""
+    convolution_pages: int
+    convolution_pages_used: int
+    attention_pages: int
+    attention_pages_used: int
+    prompt_tokens: int
+    """Tokens prefilled, again for each request that was preempted."""
+    new_tokens: int
+    """Tokens generated."""
+    preemptions: int
+    steps: int
+    flushes: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    """Steps that flushed tiles of the convolution, by the number of positions of a tile, and the
+    seconds that took (on a GPU, to launch)."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Stats":
+        """Return the stats whose `asdict` went through JSON or msgpack."""
+        flushes = {int(length): tuple(pair) for length, pair in values["flushes"].items()}
+        return cls(**{**values, "flushes": flushes})
