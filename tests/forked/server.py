@@ -252,7 +252,8 @@ def preload() -> None:
     for package in ("stu", "train", "serve"):
         module = importlib.import_module(package)
         for found in pkgutil.walk_packages(module.__path__, f"{package}."):
-            importlib.import_module(found.name)
+            if not found.name.endswith("__main__"):
+                importlib.import_module(found.name)
     for name in OTHERS:
         importlib.import_module(name)
     status = Path("/proc/self/status").read_text()

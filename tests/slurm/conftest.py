@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.slurm.cluster import SlurmCluster
 from tests.train.conftest import data, module_settings  # noqa: F401
 
@@ -20,7 +20,7 @@ def cluster(tmp_path_factory):
         pytest.skip("Slurm's daemons need root")
     subprocess.run(["sh", ROOT / "tests" / "install_slurm.sh"], check=True)
     made = SlurmCluster(tmp_path_factory.mktemp("slurm"), num_nodes=2, num_gpus=1)
-    programs = Path(sys.executable).parent
+    programs = Path(forked.program("stu-train")).parent
     made.environment["PATH"] = f"{programs}:{os.environ['PATH']}"
     made.environment["OMP_NUM_THREADS"] = "1"
     try:

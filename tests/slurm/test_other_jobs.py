@@ -1,9 +1,11 @@
 """slurm/generate.sbatch and slurm/serve.sbatch."""
 
 import json
+import os
 import re
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -120,6 +122,8 @@ def test_a_server(cluster, tmp_path, model_directory):  # noqa: F811
 @pytest.fixture(autouse=True)
 def same_environment(cluster):
     before = dict(cluster.environment)
+    # These jobs are of processes that start as a user's do.
+    cluster.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     yield
     cluster.environment.clear()
     cluster.environment |= before

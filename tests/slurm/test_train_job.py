@@ -18,7 +18,7 @@ from tests.train.saved import load_checkpoint
 from train import report
 from train.data.loader import TokenData
 
-STEPS, STOP = 200, 60
+STEPS, STOP, SAVED = 120, 30, 15
 SECONDS = 240
 HEAD = [
     *("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10"),
@@ -26,7 +26,7 @@ HEAD = [
 SETTINGS = {
     "trainer.max_steps": STEPS,
     "trainer.val_check_interval": 50,
-    "checkpoint-every-steps": 25,
+    "checkpoint-every-steps": SAVED,
     "keep-checkpoints": 100,
     "log-samples": True,
     "parallel.kind": "zero",
@@ -233,7 +233,7 @@ def test_a_full_disk_loses_no_more_than_the_steps_since_the_last_checkpoint(
     assert "could not write" in job.log
     assert cluster.restarts(job.number) == 0
     last = load_checkpoint(run_dir / "checkpoints" / "last.ckpt")
-    assert STOP - 25 < last["global_step"] < STEPS
+    assert STOP - SAVED < last["global_step"] < STEPS
     filler.unlink()
     again = Job(cluster, module_settings, tmp_path)
     again.finish()
@@ -313,24 +313,28 @@ def test_a_folder_belongs_to_one_job(cluster, module_settings, tmp_path):
 def test_what_is_refused_is_not_tried_again(cluster, module_settings, tmp_path):
     """By the script or by any rank, with code 2 for all of them, at once; and a job of fewer ranks
     than asked for does not train."""
-    given = " ".join(arguments(module_settings, tmp_path / "run"))
+
+    def settings(name):
+        return " ".join(arguments(module_settings, tmp_path / "runs" / name))
+
     common = "--cpus-per-task=1", "--mem=1G", "--time=10", f"--chdir={tmp_path}"
     nowhere = Job(cluster, module_settings, tmp_path, run_dir=Path("/proc/nope"))
     # The first rank has all that it needs, and what it says of the other one is the same.
     of_node = f"--data.dir={tmp_path}/$SLURM_NODEID"
     data = next(its for its in module_settings if its.startswith("--data.dir"))
     (tmp_path / "0").symlink_to(data.split("=")[1])
-    start = f"stu-train {given} {of_node} --trainer.num_nodes=2 --trainer.devices=1"
+    start = f"stu-train {settings('one-rank')} {of_node} --trainer.num_nodes=2 --trainer.devices=1"
     one_rank = cluster.submit(
         *(*common, "--nodes=2", "--ntasks-per-node=1", "--output=one-rank.log"),
         f"--wrap=srun --wait=60 bash -c '{start}'",
     )
     too_few = cluster.submit(
         *(*common, "--ntasks=1", "--output=too-few.log"),
-        f"--wrap=stu-train {given} --trainer.devices=2",
+        f"--wrap=stu-train {settings('too-few')} --trainer.devices=2",
     )
     too_many = cluster.submit(
-        *(*common, "--ntasks=2", "--output=too-many.log"), f"--wrap=srun stu-train {given}"
+        *(*common, "--ntasks=2", "--output=too-many.log"),
+        f"--wrap=srun stu-train {settings('too-many')}",
     )
     for job, log, message in (
         (nowhere.number, f"stu-train-{nowhere.number}.log", "n1: /proc/nope cannot be written"),
@@ -345,4 +349,4 @@ def test_what_is_refused_is_not_tried_again(cluster, module_settings, tmp_path):
         assert "ExitCode=2:0" in shown, text
         assert "Restarts=0" in shown, text
     assert len(re.findall("rank 1 on n2", (tmp_path / "one-rank.log").read_text())) == 2
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists()

@@ -88,7 +88,7 @@ def ready(server):
     return server.metric("stu:replicas_ready")
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_streams_go_on_while_engines_are_killed(model_directory, code_model, code_tokenizer, count):
     """To the last bit of every log probability."""
     seeds = range(count)
@@ -170,7 +170,8 @@ def test_health_tells_at_once_that_the_last_engine_is_gone(model_directory):
         assert after["stu:flushes_total"] > before["stu:flushes_total"]
 
 
-def test_a_thousand_readers_some_of_whom_go_away(model_directory):
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_readers_some_of_whom_go_away(model_directory, count):
     with serving(model_directory, "--max-waiting", 2000) as server:
         rng = random.Random(0)
 
@@ -186,13 +187,13 @@ def test_a_thousand_readers_some_of_whom_go_away(model_directory):
         async def run():
             at_once = asyncio.Semaphore(100)
             async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS) as client:
-                await asyncio.gather(*[read(client, seed, at_once) for seed in range(1000)])
+                await asyncio.gather(*[read(client, seed, at_once) for seed in range(count)])
 
         asyncio.run(run())
         eventually(lambda: server.metric("vllm:num_requests_running") == 0)
         eventually(lambda: server.pages_used() == 0)
         assert server.metric("vllm:num_requests_waiting") == 0
-        assert server.metric("vllm:request_success_total") == 1000
+        assert server.metric("vllm:request_success_total") == count
         assert server.stop() == 0
 
 
