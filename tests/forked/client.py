@@ -26,7 +26,7 @@ def main() -> None:
     options = []
     while arguments and arguments[0] in ("-I", "-P", "-u"):
         options.append(arguments.pop(0))
-    if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-m", "-c")) or _patched():
+    if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-m", "-c")):
         os.execv(sys.executable, [sys.executable, *options, *arguments])
     received: list[int] = []
     before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
@@ -75,12 +75,6 @@ def main() -> None:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
-
-
-def _patched() -> bool:
-    """Return whether the interpreter itself is asked for something at its start."""
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return any(os.path.exists(os.path.join(path, "sitecustomize.py")) for path in paths if path)
 
 
 def _is_inherited(descriptor: int) -> bool:

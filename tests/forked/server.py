@@ -208,6 +208,9 @@ def execute(request: dict) -> None:
     folder = {"-m": os.getcwd(), "-c": ""}.get(first, str(Path(first).resolve().parent))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [*([] if is_safe else [folder]), *paths, *sys.path[1:]]
+    for path in paths:
+        if (Path(path) / "sitecustomize.py").exists():
+            runpy.run_path(f"{path}/sitecustomize.py")
     if first == "-m":
         name = others[0]
         sys.modules.pop(name, None)  # it runs as __main__, and may be imported once more

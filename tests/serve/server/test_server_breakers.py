@@ -44,7 +44,7 @@ import os
 from serve.server.replicas import wire
 read = wire.request_from_wire
 def request_from_wire(values):
-    if list(values["tokens"]) == {POISON}:
+    if list(values["prompt_token_ids"]) == {POISON}:
         os._exit(7)
     return read(values)
 wire.request_from_wire = request_from_wire
