@@ -64,7 +64,8 @@ def make_engine(
         engine = Engine(model, tokenizer(), config)
     arguments = taps.float(), batch, new_tokens, lag_step
     cache = LockstepCache(online_convolution(cache_name, arguments, prompt_tokens))
-    engine._runner._convolutions = cache  # type: ignore[assignment]
+    cache.pool = engine._caches.convolution.pool  # which it does not use
+    engine._caches.by_kind[PastInputs] = cache
     engine._scheduler._config = replace(config, expected_new_tokens=None)
     return engine, cache
 
@@ -111,7 +112,7 @@ def skip_prompts(engine: Engine, cache: Any, prompt_tokens: int) -> None:
         if isinstance(cache, LockstepCache):
             cache.fill(prompt_tokens)
         else:
-            cache._pool.pages.fill_(0.1)
+            cache.pool.pages.fill_(0.1)
 
     def prefill(prompts: Sequence[Prompt], tokens_at_once: int) -> Iterator[Tensor]:
         for prompt in prompts:
@@ -133,7 +134,7 @@ def seek(engine: Engine, cache: Any, prompt_tokens: int, position: int) -> None:
         return
     done, place = divmod(position, cache._page_len)
     cache._columns_reached = -(-(cache._page_len - place) // cache._lag_step)
-    cache._pool.free = lambda owner, pages: None  # it may go back
+    cache.pool.free = lambda owner, pages: None  # it may go back
     tiles = cache._tiles
     for sequence in cache._sequences.values():
         cache._time = cache._starts[0] + position  # of all: they began together
@@ -154,7 +155,7 @@ def _seek_window(engine: Engine, owner: int, length: int) -> None:
     if attention is None:
         return
     its, page_len = attention._windows[owner], attention._page_len
-    attention._pool.free(owner, its.pages)
+    attention.pool.free(owner, its.pages)
     its.pages, its.length = [], length
     its.first_page = max(0, length - attention._window.window_tokens) // page_len
     attention._allocate(owner, (length - 1) // page_len - its.first_page + 1)

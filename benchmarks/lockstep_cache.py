@@ -2,24 +2,39 @@
 
 from torch import Tensor
 
+from serve.cache.base import Cache, CacheSize
+from serve.config import EngineConfig
 from stu.futurefill import Continuous, Naive, OnlineConvolution, _Filled
+from stu.model import FlashSTU
 
 MOST_FLUSHES = 4
 
 
-class LockstepCache:
+class LockstepCache(Cache):
     """The calls of `paged_futurefill.ConvolutionCache` on `convolution`; rows step together."""
 
     def __init__(self, convolution: OnlineConvolution) -> None:
         self._convolution = convolution
+        self.flushes: dict[int, tuple[int, float]] = {}
         self._first_position = convolution.position
         self._rows: dict[int, int] = {}
 
-    def pages_needed(self, new_tokens: int) -> int:
+    @classmethod
+    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:
         """None: its memory is its own."""
-        return 0
+        return None
 
-    def admit(self, owner: int, new_tokens: int) -> None:
+    @classmethod
+    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> Cache:
+        """It is put in place of another."""
+        raise NotImplementedError
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the convolution's cache."""
+        return self._convolution.cache_bytes
+
+    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
         """Give `owner` the next row."""
         self._rows[owner] = len(self._rows)
 
@@ -27,6 +42,12 @@ class LockstepCache:
         """Take a prompt `[1, P, D]`."""
         row = self._rows[owner]
         return self._convolution.prefill(layer, inputs, slice(row, row + 1))
+
+    def release(self, owner: int) -> None:
+        """All rows stay."""
+
+    def leave(self, row: int) -> None:
+        """All rows stay."""
 
     def join(self, owner: int) -> None:
         """All rows were admitted in the order in which they join."""

@@ -233,7 +233,7 @@ def test_flushes_read_and_write_what_is_counted(pages, monkeypatch):
     taps, lag_step = FlashSTU(config).convolution_taps()
     pool = PagePool(pages + 3, (1, 32, 8))
     cache = ConvolutionCache(taps, lag_step, pool, max_rows=1)
-    cache.admit(0, pages * 32)
+    cache.admit(0, 0, pages * 32)
     cache.prefill(0, 0, torch.randn(1, 1, 8))
     cache.join(0)
     watched = Watched(cache._tiles._pages)

@@ -243,7 +243,7 @@ def test_paged_costs_are_what_is_counted_and_held(monkeypatch):
     pool = PagePool(33, (2, 32, 8))
     cache = ConvolutionCache(taps, lag_step, pool, max_rows=1)
     assert convolution_costs.cache_bytes("paged", shape) == cache.num_bytes
-    cache.admit(0, 1024)
+    cache.admit(0, 0, 1024)
     for layer in range(2):
         cache.prefill(0, layer, torch.randn(1, 1, 8))
     cache.join(0)

@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from serve.cache.base import Cache, CacheSize
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from serve.config import EngineConfig
 from stu.attention import alibi_slopes, attend, sliding_window_attention
-from stu.mixers import KeyWindow
+from stu.common.errors import UserError
+from stu.mixers import KeyWindow, remembered
+from stu.model import FlashSTU
 
 BLOCK_BYTES = 2**22
 """Keys of rows that are attended to at once on CPU: few enough for a core's cache."""
@@ -33,14 +37,17 @@ class _Window:
     pages: list[int] = field(default_factory=list)
 
 
-class AttentionCache:
-    """What the attention layers remember of every sequence; its calls are `ConvolutionCache`'s.
+class AttentionCache(Cache):
+    """The keys and values of every attention layer.
 
-    pool: pages `[attn_layers, 2, page_len, heads, head_dim]`, keys and values.
+    Args:
+        pool: Pages `[attention layers, 2, page_len, heads, head_dim]`, keys and values.
     """
 
+    pool: PagePool
+
     def __init__(self, window: KeyWindow, pool: PagePool) -> None:
-        self._window, self._pool = window, pool
+        self._window, self.pool = window, pool
         self._page_len = pool.pages.shape[3]
         self._slopes = alibi_slopes(window.num_heads).to(pool.pages.device)
         self._windows: dict[int, _Window] = {}
@@ -54,35 +61,58 @@ class AttentionCache:
         self._gathered = page.new_empty(2, num_pages, *page.shape)
         self._blocks: list[tuple[slice, Tensor, Tensor]] = []
 
-    @property
-    def num_promised(self) -> int:
-        """Pages that sequences own or may come to own."""
-        return self._promised
+    @classmethod
+    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:
+        windows = remembered(model.mixers, KeyWindow)
+        if not windows:
+            return None
+        if len(set(windows)) > 1:
+            raise UserError(
+                message=f"layout={model.config.layout} cannot be decoded: the attention windows of "
+                "its mixers differ; combine others"
+            )
+        window, page_len = windows[0], config.page_len
+        numbers = len(windows) * 2 * page_len * window.num_heads * window.head_dim
+        pages = pages_for(model.config.max_seq_len, page_len)
+        pages = min(pages, window_pages(window, page_len))
+        page_bytes = numbers * model.embedding.weight.element_size()
+        return CacheSize(0, page_bytes, pages, pages, pages)
 
-    def promised_to(self, owner: int) -> int:
-        """Pages that `owner` owns or may come to own."""
+    @classmethod
+    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> "AttentionCache":
+        windows, weight = remembered(model.mixers, KeyWindow), model.embedding.weight
+        shape = len(windows), 2, config.page_len, windows[0].num_heads, windows[0].head_dim
+        return cls(windows[0], PagePool(num_pages, shape, weight.dtype, weight.device))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pool.pages.nbytes
+
+    @property
+    def num_free(self) -> int:
+        return self.pool.capacity - self._promised
+
+    def owned(self, owner: int) -> int:
         return self._windows[owner].promised
 
-    def pages_needed(self, positions: int) -> int:
-        """Pages that a sequence of so many positions may come to own at once."""
-        return min(pages_for(positions, self._page_len), window_pages(self._window, self._page_len))
+    def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
+        pages = pages_for(prompt_tokens + new_tokens, self._page_len)
+        return min(pages, window_pages(self._window, self._page_len))
 
-    def admit(self, owner: int, positions: int) -> None:
-        """Promise `owner` what it needs for so many positions; raises OutOfPages."""
-        promised = self.pages_needed(positions)
-        if self._promised + promised > self._pool.capacity:
+    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
+        promised = self.pages_needed(prompt_tokens, new_tokens)
+        if self._promised + promised > self.pool.capacity:
             raise OutOfPages(
-                f"{promised} pages are needed and {self._pool.capacity - self._promised} of "
-                f"{self._pool.capacity} not promised"
+                f"{promised} pages are needed and {self.pool.capacity - self._promised} of "
+                f"{self.pool.capacity} not promised"
             )
         self._promised += promised
         self._windows[owner] = _Window(promised)
 
     def release(self, owner: int) -> None:
-        """Forget `owner`, which is no row of the batch, and give back every page it still has."""
         assert owner not in self._rows, f"sequence {owner} is still in the batch"
         self._promised -= self._windows.pop(owner).promised
-        self._pool.free(owner, self._pool.pages_of(owner))
+        self.pool.free(owner, self.pool.pages_of(owner))
 
     def prefill(
         self, owner: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
@@ -98,35 +128,32 @@ class AttentionCache:
         for index, page in enumerate(its.pages):
             start = (its.first_page + index) * self._page_len
             new = slice(start, min(start + self._page_len, length))
-            self._pool.pages[page, layer, 0, : new.stop - start] = keys[0, new]
-            self._pool.pages[page, layer, 1, : new.stop - start] = values[0, new]
+            self.pool.pages[page, layer, 0, : new.stop - start] = keys[0, new]
+            self.pool.pages[page, layer, 1, : new.stop - start] = values[0, new]
         return sliding_window_attention(queries, keys, values, self._slopes, window, softcap)
 
     def join(self, owner: int) -> None:
-        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
         self._rows.append(owner)
 
     def leave(self, row: int) -> None:
-        """Take a row out of the batch; the last row takes its place."""
         self._rows[row] = self._rows[-1]
         self._rows.pop()
 
     def begin_step(self, alone: bool) -> None:
-        """Make room for each row's next position. alone: every row is attended to by itself."""
         pages, places = [], []
         for owner in self._rows:
             its = self._windows[owner]
             page, place = divmod(its.length, self._page_len)
             oldest = max(0, its.length - self._window.window_tokens) // self._page_len
             if oldest > its.first_page:
-                self._pool.free(owner, its.pages[: oldest - its.first_page])
+                self.pool.free(owner, its.pages[: oldest - its.first_page])
                 del its.pages[: oldest - its.first_page]
                 its.first_page = oldest
             if place == 0:
                 self._allocate(owner, 1)
             pages.append(its.pages[page - its.first_page])
             places.append(place)
-        device = self._pool.pages.device
+        device = self.pool.pages.device
         self._slots = torch.tensor(pages, device=device), torch.tensor(places, device=device)
         self._blocks = list(self._row_blocks(alone))
 
@@ -140,8 +167,8 @@ class AttentionCache:
         window = self._window
         pages, places = (slots[first_row : first_row + len(queries)] for slots in self._slots)
         for which, new in enumerate((keys, values)):
-            new = new[: len(pages), 0].to(self._pool.pages.dtype)
-            self._pool.pages[pages, layer, which, places] = new
+            new = new[: len(pages), 0].to(self.pool.pages.dtype)
+            self.pool.pages[pages, layer, which, places] = new
         dtype = torch.promote_types(queries.dtype, torch.float32)
         outputs = torch.zeros_like(queries)
         for rows, tables, distances in self._blocks:
@@ -150,7 +177,7 @@ class AttentionCache:
             here = slice(rows.start - first_row, rows.stop - first_row)
             keys_seen, values_seen = (
                 torch.index_select(
-                    self._pool.pages[:, layer, which],
+                    self.pool.pages[:, layer, which],
                     0,
                     tables,
                     out=self._gathered[which, : len(tables)],
@@ -174,22 +201,21 @@ class AttentionCache:
         return outputs
 
     def advance(self) -> None:
-        """Every layer has stepped: go on to the next position."""
         for owner in self._rows:
             self._windows[owner].length += 1
 
     def _allocate(self, owner: int, count: int) -> None:
         its = self._windows[owner]
-        pages = self._pool.allocate(owner, count)
-        self._pool.pages[pages] = 0  # what is masked must be finite all the same
+        pages = self.pool.allocate(owner, count)
+        self.pool.pages[pages] = 0  # what is masked must be finite all the same
         its.pages.extend(pages)
         assert len(its.pages) <= its.promised, f"sequence {owner} takes more than promised"
 
     def _row_blocks(self, alone: bool) -> list[tuple[slice, Tensor, Tensor]]:
         """Rows to attend to at once, their page tables padded with the null page `[B n]`, and how
         long ago each slot was, `[B, 1, 1, n page_len]`, negative for what is not yet."""
-        device, page_len = self._pool.pages.device, self._page_len
-        page_bytes = self._pool.page_bytes // (2 * len(self._pool.pages[0]))
+        device, page_len = self.pool.pages.device, self._page_len
+        page_bytes = self.pool.page_bytes // (2 * len(self.pool.pages[0]))
         blocks, start = [], 0
         while start < len(self._rows):
             stop, longest = start, 0

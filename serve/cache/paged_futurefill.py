@@ -15,15 +15,21 @@ its next page is loaded, into which a flush has put all that comes from pages be
 the dtype of the pages, float32 or float64.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from serve.cache.base import Cache, CacheSize, num_rows
 from serve.cache.page_pool import PagePool, pages_for
 from serve.cache.tiles import PagedSequence, TileFlush
+from serve.config import EngineConfig
+from stu.common.errors import UserError
 from stu.convolution import causal_convolution
+from stu.mixers import PastInputs, remembered
+from stu.model import FlashSTU
 
 
 class _StepViews(NamedTuple):
@@ -40,15 +46,16 @@ class _StepViews(NamedTuple):
     """The token's own outputs: `[B W / C, C]`."""
 
 
-class ConvolutionCache:
-    """What the convolutions of several layers remember of every sequence.
+class ConvolutionCache(Cache):
+    """The long convolutions of all layers.
 
-    Sequences have numbers, their owners' in the pool. `admit` allocates, `prefill` takes a prompt
-    in, `join` makes the sequence the last row of the batch; `step` and `advance` are for all rows.
-
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64. pool: pages `[layers,
-    page_len, W]`, W a multiple of C: a sequence is W / C streams with the same filters.
+    Args:
+        taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64.
+        pool: Pages `[layers, page_len, W]`. W is a multiple of C: a sequence is W / C streams with
+            the same filters.
     """
+
+    pool: PagePool
 
     def __init__(self, taps: Tensor, lag_step: int, pool: PagePool, max_rows: int) -> None:
         layers, page_len, width = pool.pages.shape[1:]
@@ -61,7 +68,7 @@ class ConvolutionCache:
             )
         longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
         self._tiles = TileFlush(taps, lag_step, pool.pages, longest)
-        self._taps, self._lag_step, self._pool = self._tiles.taps, lag_step, pool
+        self._taps, self._lag_step, self.pool = self._tiles.taps, lag_step, pool
         self._page_len, self._num_filters = page_len, taps.shape[2]
         columns = page_len // lag_step
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
@@ -83,28 +90,45 @@ class ConvolutionCache:
         self._starts: list[int] = []
         """Of every row, the time at its first new token."""
 
+    @classmethod
+    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize:
+        page_bytes = math.prod(_page_shape(model, config)) * model.filters.element_size()
+        longest = model.config.max_seq_len
+        usual = min(config.expected_new_tokens or max(1, longest // 2), longest)
+        rings = 2 * num_rows(config) * page_bytes
+        pages = pages_for(usual, config.page_len), pages_for(longest, config.page_len)
+        return CacheSize(rings, page_bytes, 1, *pages)
+
+    @classmethod
+    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> "ConvolutionCache":
+        taps, lag_step = model.convolution_taps()
+        if not taps.isfinite().all():
+            raise UserError(
+                message="the model's convolution filters are not finite: its weights are damaged; "
+                "try another checkpoint"
+            )
+        filters = model.filters
+        pool = PagePool(num_pages, _page_shape(model, config), filters.dtype, filters.device)
+        return cls(taps, lag_step, pool, num_rows(config))
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of all pages and rings; filters and the factors of tiles are not counted."""
-        numbers = self._pool.pages.numel() + self._pending.numel() + self._inputs.numel()
+        """Bytes of pages and rings, without those of filters and the factors of tiles."""
+        numbers = self.pool.pages.numel() + self._pending.numel() + self._inputs.numel()
         return numbers * self._pending.element_size()
 
-    def pages_needed(self, new_tokens: int) -> int:
-        """Pages that a sequence owns at first, to go through the layers with so many new tokens:
-        none where there are no layers."""
+    def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         return pages_for(new_tokens, self._page_len) if len(self._taps) else 0
 
-    def admit(self, owner: int, new_tokens: int) -> None:
-        """Allocate what `owner` needs to step through so many new tokens; raises OutOfPages."""
-        count = self.pages_needed(new_tokens)
-        pages = self._pool.allocate(owner, count)
+    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
+        count = self.pages_needed(prompt_tokens, new_tokens)
+        pages = self.pool.allocate(owner, count)
         self._sequences[owner] = PagedSequence(pages)
 
     def release(self, owner: int) -> None:
-        """Forget `owner`, which is no row of the batch, and give back every page it still has."""
         assert owner not in self._rows, f"sequence {owner} is still in the batch"
         del self._sequences[owner]
-        self._pool.free(owner, self._pool.pages_of(owner))
+        self.pool.free(owner, self.pool.pages_of(owner))
 
     def prefill(self, owner: int, layer: int, inputs: Tensor) -> Tensor:
         """The outputs `[W / C, P, C]` of a prompt, whose effect on new tokens goes into pages."""
@@ -116,11 +140,10 @@ class ConvolutionCache:
         for index, page in enumerate(sequence.pages):
             start = length + index * page_len
             pending = outputs[:, start : start + page_len].transpose(0, 1)  # [page_len, W / C, C]
-            self._pool.pages[page, layer].view(pending.shape).copy_(pending)
+            self.pool.pages[page, layer].view(pending.shape).copy_(pending)
         return outputs[:, :length].to(inputs.dtype)
 
     def join(self, owner: int) -> None:
-        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
         sequence, row = self._sequences[owner], len(self._rows)
         self._rows.append(owner)
         self._views.clear()
@@ -130,7 +153,6 @@ class ConvolutionCache:
         self._columns_reached = self._page_len // self._lag_step
 
     def leave(self, row: int) -> None:
-        """Take a row out of the batch; the last row takes its place."""
         last = len(self._rows) - 1
         self._views.clear()
         if row != last:
@@ -155,7 +177,6 @@ class ConvolutionCache:
         return due if due.dtype == inputs.dtype else due.to(inputs.dtype)
 
     def advance(self) -> None:
-        """Every layer has stepped: turn the pages that are full, flush, free what is done with."""
         self._time += 1
         first_place = self._page_len
         flushes: dict[int, list[int]] = {}
@@ -180,7 +201,7 @@ class ConvolutionCache:
             self._load_page(row, sequence.pages[sequence.done])
             if sequence.done + 1 == len(sequence.pages):  # no flush after it: it is not stored
                 pages.append(sequence.pages[-1])
-            self._pool.free(self._rows[row], pages)
+            self.pool.free(self._rows[row], pages)
         positions = self._page_len * 2**level
         count, seconds = self.flushes.get(positions, (0, 0.0))
         self.flushes[positions] = count + 1, seconds + time.perf_counter() - began
@@ -204,7 +225,7 @@ class ConvolutionCache:
 
     def _store_page(self, row: int, page: int) -> None:
         """The inputs ring of a row, turned to begin with the page's first slot, into the page."""
-        stored, start = self._pool.pages[page], self._time % self._page_len
+        stored, start = self.pool.pages[page], self._time % self._page_len
         inputs = self._inputs[:, :, row].flatten(2)  # [layers, page_len, W]
         stored[:, : self._page_len - start] = inputs[:, start:]
         stored[:, self._page_len - start :] = inputs[:, :start]
@@ -214,8 +235,14 @@ class ConvolutionCache:
         step, start = self._lag_step, self._time % self._page_len
         for first in range(step):  # of the page's positions, those that fall on one phase
             column, phase = divmod(start + first, step)
-            stored = self._pool.pages[page, :, first::step]  # [layers, columns, W]
+            stored = self.pool.pages[page, :, first::step]  # [layers, columns, W]
             pending = self._pending[:, phase, :, row].flatten(2)
             before_turn = self._page_len // step - column
             pending[:, column:] = stored[:, :before_turn]
             pending[:, :column] = stored[:, before_turn:]
+
+
+def _page_shape(model: FlashSTU, config: EngineConfig) -> tuple[int, int, int]:
+    layers = remembered(model.mixers, PastInputs)
+    width = layers[0].channels * layers[0].streams if layers else model.config.width
+    return len(layers), config.page_len, width

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from serve.cache.base import Cache, CacheSize, num_rows
+from serve.config import EngineConfig
 from stu.convolution import after_zeros, short_convolution
-from stu.mixers import LastInputs
+from stu.mixers import LastInputs, remembered
+from stu.model import FlashSTU
 
 
-class RecentInputs:
+class RecentInputs(Cache):
     """The last inputs of several layers' short convolutions, for up to `max_rows` sequences, in the
-    batch or before they join it. Its methods are those of `ConvolutionCache`."""
+    batch or before they join it."""
 
     def __init__(
         self,
@@ -38,17 +41,26 @@ class RecentInputs:
         self._index = self._places_of_rows()
         """the same as a tensor, and after the rows the padding's."""
 
+    @classmethod
+    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:
+        layers = remembered(model.mixers, LastInputs)
+        numbers = sum((layer.num_taps - 1) * layer.channels for layer in layers)
+        fixed = (num_rows(config) + 1) * numbers * model.embedding.weight.element_size()
+        return CacheSize(fixed) if layers else None
+
+    @classmethod
+    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> "RecentInputs":
+        weight, layers = model.embedding.weight, remembered(model.mixers, LastInputs)
+        return cls(layers, num_rows(config), weight.dtype, weight.device)
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of all places."""
         return sum(inputs.nbytes for inputs in self._inputs)
 
-    def admit(self, owner: int) -> None:
-        """Give `owner` a place."""
+    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
         self._places[owner] = self._free.pop()
 
     def release(self, owner: int) -> None:
-        """Forget `owner`, which is no row of the batch."""
         place = self._places.pop(owner)
         assert place not in self._rows, f"sequence {owner} is still in the batch"
         self._free.append(place)
@@ -60,12 +72,10 @@ class RecentInputs:
         return short_convolution(extended, taps)
 
     def join(self, owner: int) -> None:
-        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
         self._rows.append(self._places[owner])
         self._index = self._places_of_rows()
 
     def leave(self, row: int) -> None:
-        """Take a row out of the batch; the last row takes its place."""
         self._rows[row] = self._rows[-1]
         self._rows.pop()
         self._index = self._places_of_rows()

@@ -50,14 +50,8 @@ class Engine:
             )
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
-        self._runner = Runner(
-            model,
-            self._caches.convolution,
-            self._caches.attention,
-            config.batch_invariant,
-            self._caches.recent,
-        )
-        self._scheduler = Scheduler(config, self._runner.needed, self._caches.capacity)
+        self._runner = Runner(model, self._caches, config.batch_invariant)
+        self._scheduler = Scheduler(config, self._caches.needed, self._caches.capacity)
         self._texts: dict[int, TextStream] = {}
         self._chooser = TokenChooser(tokenizer, model.embedding.weight.device)
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}

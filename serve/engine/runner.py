@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.cache.attention_windows import AttentionCache
-from serve.cache.page_pool import OutOfPages, Pages
-from serve.cache.paged_futurefill import ConvolutionCache
-from serve.cache.recent_inputs import RecentInputs
+from serve.cache.base import Cache
+from serve.cache.budget import Caches
+from serve.cache.page_pool import OutOfPages
 from serve.config import INVARIANT_ROWS
 from serve.engine.packing import packed_copy, packed_product, packs
 from stu.common.errors import UserError
@@ -55,66 +54,48 @@ class Runner:
 
     Args:
         model: On the device that decodes.
-        convolutions: Cache of the convolutions.
-        attentions: Cache of the attention windows, if the model has any.
+        caches: Caches of everything that its layers remember.
         batch_invariant: Make a row's logits independent of the other rows to the last bit. Matrix
             products round differently for different numbers of rows, so rows then go through the
             model in padded groups of a fixed size, and attention and prompts run one by one.
-        recent: Cache of the short convolutions, if the model has any.
     """
 
-    def __init__(
-        self,
-        model: FlashSTU,
-        convolutions: ConvolutionCache,
-        attentions: AttentionCache | None,
-        batch_invariant: bool = False,
-        recent: RecentInputs | None = None,
-    ) -> None:
+    def __init__(self, model: FlashSTU, caches: Caches, batch_invariant: bool = False) -> None:
         if batch_invariant:
             _require_invariance(model)
         self._model, self._batch_invariant = packed_copy(model), batch_invariant
         self._unembed = packed_product(model.embedding.weight)
-        self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
+        self._caches = caches
         self._device = model.embedding.weight.device
         self.num_layers = len(model.blocks)
         self._num_rows = 0
 
-    def needed(self, prompt_tokens: int, new_tokens: int) -> Pages:
-        """Return the pages that a sequence owns or may come to own."""
-        if self._attentions is None:
-            return Pages(self._convolutions.pages_needed(new_tokens), 0)
-        positions = prompt_tokens + new_tokens
-        return Pages(
-            self._convolutions.pages_needed(new_tokens), self._attentions.pages_needed(positions)
-        )
-
     def admit(self, prompt: Prompt) -> None:
-        """Allocate the pages that `prompt` needs, or none and raise OutOfPages."""
-        self._convolutions.admit(prompt.owner, prompt.new_tokens)
-        if self._attentions is not None:
-            try:
-                self._attentions.admit(prompt.owner, len(prompt.tokens) + prompt.new_tokens)
-            except OutOfPages:
-                self._convolutions.release(prompt.owner)
-                raise
-        if self._recent is not None:
-            self._recent.admit(prompt.owner)
+        """Allocate what `prompt` needs in every cache, or nothing and raise OutOfPages."""
+        admitted: list[Cache] = []
+        try:
+            for cache in self._all:
+                cache.admit(prompt.owner, len(prompt.tokens), prompt.new_tokens)
+                admitted.append(cache)
+        except OutOfPages:
+            for cache in admitted:
+                cache.release(prompt.owner)
+            raise
 
     def release(self, owner: int) -> None:
         """Forget a sequence that is no row of the batch."""
-        for cache in self._caches():
+        for cache in self._all:
             cache.release(owner)
 
     def join(self, owner: int) -> None:
         """Append a prefilled sequence to the rows of the batch."""
-        for cache in self._caches():
+        for cache in self._all:
             cache.join(owner)
         self._num_rows += 1
 
     def leave(self, row: int) -> None:
         """Remove a row from the batch; the last row takes its place."""
-        for cache in self._caches():
+        for cache in self._all:
             cache.leave(row)
         self._num_rows -= 1
 
@@ -131,7 +112,7 @@ class Runner:
         """
         model = self._model
         ids = [token for prompt in prompts for token in prompt.tokens]
-        memory = _PromptMemory(self._convolutions, self._attentions, self._recent, prompts)
+        memory = _PromptMemory(self._caches, prompts)
         x = model.embedding(torch.tensor([ids], device=self._device))  # [1, T, D]
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -155,18 +136,17 @@ class Runner:
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Advance every row by a token, and return the logits `[B, vocab_size]` of the next."""
         assert len(tokens) == self._num_rows, "a token of each row is needed"
-        if self._attentions is not None:
-            self._attentions.begin_step(alone=self._batch_invariant)
+        for cache in self._all:
+            cache.begin_step(alone=self._batch_invariant)
         at_once = INVARIANT_ROWS if self._batch_invariant else len(tokens)
         hidden = []
         for first in range(0, len(tokens), at_once):
             group = list(tokens[first : first + at_once])
-            memory = _RowMemory(self._convolutions, self._attentions, self._recent, first)
+            memory = _RowMemory(self._caches, first)
             padded = torch.tensor(group + [0] * (at_once - len(group)), device=self._device)
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
-        self._convolutions.advance()
-        if self._attentions is not None:
-            self._attentions.advance()
+        for cache in self._all:
+            cache.advance()
         return self._logits(torch.cat(hidden))
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -180,9 +160,9 @@ class Runner:
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
 
-    def _caches(self) -> list[ConvolutionCache | AttentionCache | RecentInputs]:
-        caches = self._convolutions, self._attentions, self._recent
-        return [cache for cache in caches if cache is not None]
+    @property
+    def _all(self) -> list[Cache]:
+        return list(self._caches.by_kind.values())
 
 
 class Prefill:
@@ -233,35 +213,30 @@ def _require_invariance(model: FlashSTU) -> None:
 class _PromptMemory:
     """`stu.mixers.Memory` of concatenated prompts."""
 
-    def __init__(
-        self,
-        convolutions: ConvolutionCache,
-        attentions: AttentionCache | None,
-        recent: RecentInputs | None,
-        prompts: Sequence[Prompt],
-    ) -> None:
-        self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
-        self._prompts = prompts
+    def __init__(self, caches: Caches, prompts: Sequence[Prompt]) -> None:
+        self._caches, self._prompts = caches, prompts
         self._lengths = [len(prompt.tokens) for prompt in prompts]
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
         outputs = torch.empty_like(streams)  # [S, T, C]
         for owner, inputs, output in self._by_prompt(streams, outputs):
-            output.copy_(self._convolutions.prefill(owner, layer, inputs))
+            output.copy_(self._caches.convolution.prefill(owner, layer, inputs))
         return outputs
 
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        assert self._recent is not None
+        recent = self._caches.recent
+        assert recent is not None, "the model has no short convolution"
         outputs = torch.empty_like(inputs)  # [1, T, C]
         for owner, part, output in self._by_prompt(inputs, outputs):
-            output.copy_(self._recent.prefill(owner, layer, part, taps))
+            output.copy_(recent.prefill(owner, layer, part, taps))
         return outputs
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        assert self._attentions is not None, "a model of convolutions alone has no attention"
+        attention = self._caches.attention
+        assert attention is not None, "the model has no attention"
         outputs = torch.empty_like(queries)  # [1, T, heads, head_dim]
         for owner, q, k, v, output in self._by_prompt(queries, keys, values, outputs):
-            output.copy_(self._attentions.prefill(owner, layer, q, k, v))
+            output.copy_(attention.prefill(owner, layer, q, k, v))
         return outputs
 
     def _by_prompt(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -274,23 +249,18 @@ class _PromptMemory:
 class _RowMemory:
     """`stu.mixers.Memory` of one token of the rows from `first_row`, padding included."""
 
-    def __init__(
-        self,
-        convolutions: ConvolutionCache,
-        attentions: AttentionCache | None,
-        recent: RecentInputs | None,
-        first_row: int,
-    ) -> None:
-        self._convolutions, self._attentions, self._recent = convolutions, attentions, recent
-        self._first_row = first_row
+    def __init__(self, caches: Caches, first_row: int) -> None:
+        self._caches, self._first_row = caches, first_row
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        return self._convolutions.step(layer, streams[:, 0], self._first_row)[:, None]
+        return self._caches.convolution.step(layer, streams[:, 0], self._first_row)[:, None]
 
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        assert self._recent is not None
-        return self._recent.step(layer, inputs, taps, self._first_row)
+        recent = self._caches.recent
+        assert recent is not None, "the model has no short convolution"
+        return recent.step(layer, inputs, taps, self._first_row)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        assert self._attentions is not None, "a model of convolutions alone has no attention"
-        return self._attentions.step(layer, queries, keys, values, self._first_row)
+        attention = self._caches.attention
+        assert attention is not None, "the model has no attention"
+        return attention.step(layer, queries, keys, values, self._first_row)

@@ -75,7 +75,7 @@ def test_every_sequence_equals_its_direct_sum(
         for step in range(max(arrival + n for arrival, _, n in requests)):
             for owner, (arrival, prompt, new_tokens) in enumerate(requests):
                 if arrival == step:
-                    convolutions.admit(owner, new_tokens)
+                    convolutions.admit(owner, 0, new_tokens)
                     for layer in range(LAYERS):
                         first = convolutions.prefill(owner, layer, inputs[owner][layer, :, :prompt])
                         outputs[owner][layer, :, :prompt] = first
@@ -111,7 +111,7 @@ def test_every_sequence_equals_its_direct_sum(
 def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
     """Every flush reads only owned pages, and what is freed early is never read again."""
     convolutions, pool, _ = setup(page_len=4, lag_step=2)
-    convolutions.admit(0, 64)
+    convolutions.admit(0, 0, 64)
     used = []
     for layer in range(LAYERS):
         convolutions.prefill(0, layer, torch.randn(1, 5, WIDTH))
@@ -141,7 +141,7 @@ def test_sequences_in_step_are_as_each_alone():
         torch.manual_seed(1)
         convolutions, _, _ = setup(page_len=4, lag_step=2, max_rows=len(numbers), spectral=True)
         for owner, number in enumerate(numbers):
-            convolutions.admit(owner, 50)
+            convolutions.admit(owner, 0, 50)
             for layer in range(LAYERS):
                 convolutions.prefill(owner, layer, inputs[number, None, layer, :10])
             convolutions.join(owner)
@@ -167,7 +167,7 @@ def test_summaries_take_the_pages_of_their_tiles(num_pages):
     smallest, summary_pages = tiles._smallest_summary, tiles._summary_pages
     assert 2 <= smallest <= 4
     assert len(tiles._levels) > 6
-    convolutions.admit(0, num_pages * 4)
+    convolutions.admit(0, 0, num_pages * 4)
     for layer in range(LAYERS):
         convolutions.prefill(0, layer, torch.randn(1, 5, WIDTH))
     convolutions.join(0)
@@ -194,7 +194,7 @@ def test_summaries_take_the_pages_of_their_tiles(num_pages):
 def test_cache_bytes_do_not_depend_on_the_prompt(new_tokens):
     for prompt in (1, 150):
         convolutions, pool, _ = setup(page_len=16, lag_step=2)
-        convolutions.admit(3, new_tokens)
+        convolutions.admit(3, 0, new_tokens)
         convolutions.prefill(3, 0, torch.randn(1, prompt, WIDTH))
         assert pool.num_used == pages_for(new_tokens, 16)
         assert pool.page_bytes == LAYERS * 16 * WIDTH * 4
@@ -206,7 +206,7 @@ def test_cores_beyond_the_bound_are_computed_again(monkeypatch):
     def decode():
         torch.manual_seed(0)
         convolutions, _, _ = setup(4, 2, num_taps=100, dtype=torch.float64, spectral=True)
-        convolutions.admit(0, 100)
+        convolutions.admit(0, 0, 100)
         for layer in range(LAYERS):
             convolutions.prefill(0, layer, torch.randn(1, 3, WIDTH).double())
         convolutions.join(0)
@@ -228,7 +228,7 @@ def test_cores_beyond_the_bound_are_computed_again(monkeypatch):
 def test_no_room():
     convolutions, pool, _ = setup(page_len=16, lag_step=2, num_pages=5)
     with pytest.raises(OutOfPages, match="5 pages are needed and 4 of 4 free"):
-        convolutions.admit(0, 70)
+        convolutions.admit(0, 0, 70)
     assert pool.num_used == 0
 
 
@@ -262,7 +262,7 @@ def test_a_long_run(make_taps, mean, caplog):
     assert bool(caplog.messages) == (make_taps is hyena_taps)
     inputs = mean + (0.1 if mean else 1) * torch.randn(LAYERS, 2500, 8)
     outputs = torch.empty_like(inputs)
-    convolutions.admit(0, 2100)
+    convolutions.admit(0, 0, 2100)
     for layer in range(LAYERS):
         outputs[layer, :400] = convolutions.prefill(0, layer, inputs[None, layer, :400])[0]
     convolutions.join(0)

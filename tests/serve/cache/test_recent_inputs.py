@@ -43,7 +43,7 @@ def test_every_sequence_equals_its_direct_sum(requests, num_taps, seed):
     for step in range(70):
         for owner, (arrival, prompt, _) in enumerate(requests):
             if arrival == step:
-                recent.admit(owner)
+                recent.admit(owner, 1, 1)
                 for layer, its in enumerate(taps):
                     first = recent.prefill(owner, layer, inputs[owner][layer, :, :prompt], its)
                     outputs[owner][layer, :, :prompt] = first
@@ -76,11 +76,11 @@ def test_every_sequence_equals_its_direct_sum(requests, num_taps, seed):
 def test_a_prompt_that_is_given_up_leaves_its_place():
     recent, taps = setup()
     for owner in range(3 * MAX_ROWS):
-        recent.admit(owner)
+        recent.admit(owner, 1, 1)
         recent.prefill(owner, 0, torch.ones(1, 5, WIDTH).double(), taps[0])
         recent.release(owner)
     assert recent.num_bytes == LAYERS * (MAX_ROWS + 1) * 2 * WIDTH * 8
-    recent.admit(99)
+    recent.admit(99, 1, 1)
     recent.join(99)
     with pytest.raises(AssertionError, match="sequence 99 is still in the batch"):
         recent.release(99)

@@ -229,7 +229,9 @@ def test_what_cannot_be_listened_at_is_noticed_before_the_model_is_loaded(tmp_pa
     file.write_text("not to be overwritten")
     code, log = refused_start(tmp_path, "--uds", file)
     assert (code, log.count("\n")) == (2, 1)
-    assert f"uds {file}: the server cannot listen there (there is a file that is not a socket)" in log
+    assert (
+        f"uds {file}: the server cannot listen there (there is a file that is not a socket)" in log
+    )
     assert file.read_text() == "not to be overwritten"
     code, log = refused_start(tmp_path, "--port", 0, "--tls-key", file, "--tls-certificate", file)
     assert (code, log.count("\n")) == (2, 1)
