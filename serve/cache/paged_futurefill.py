@@ -62,10 +62,7 @@ class ConvolutionCache(Cache):
         assert len(taps) == layers, "the pool's pages are of another model"
         assert width % taps.shape[2] == 0, "the pool's pages are of another width"
         if page_len % lag_step or page_len & (page_len - 1):
-            raise ValueError(
-                f"page_len={page_len} is not allowed: it must be a power of two and a multiple of "
-                f"{lag_step}"
-            )
+            raise UserError("page_len", page_len, f"a power of two and a multiple of {lag_step}")
         longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
         self._tiles = TileFlush(taps, lag_step, pool.pages, longest)
         self._taps, self._lag_step, self.pool = self._tiles.taps, lag_step, pool

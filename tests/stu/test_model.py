@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.layers import GatedMLP, RMSNorm
@@ -113,7 +114,7 @@ def test_any_length_up_to_max_seq_len(layout):
     model = small(layout=layout)
     for length in (1, 3, 64):
         assert model(torch.zeros(1, length, dtype=torch.long)).shape == (1, length, 50)
-    with pytest.raises(ValueError, match="65 tokens exceeds max_seq_len=64"):
+    with pytest.raises(UserError, match="65 tokens exceeds max_seq_len=64"):
         model(torch.zeros(1, 65, dtype=torch.long))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from serve.cache import low_rank, tile_levels
 from serve.cache.page_pool import OutOfPages, PagePool, pages_for
 from serve.cache.paged_futurefill import ConvolutionCache
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
 from stu.model import FlashSTU
@@ -234,7 +235,7 @@ def test_no_room():
 
 @pytest.mark.parametrize(("page_len", "lag_step"), [(12, 2), (1, 2), (16, 3)])
 def test_page_len_is_checked(page_len, lag_step):
-    with pytest.raises(ValueError, match=f"page_len={page_len} is not allowed"):
+    with pytest.raises(UserError, match=f"page_len={page_len} is not allowed"):
         setup(page_len, lag_step)
 
 

@@ -323,7 +323,7 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
     accepted = engine.add(make_request([1], 2))
     drain(engine, answers)
     assert answers[accepted][1] == "length"
-    with pytest.raises(ValueError, match=r"cache_gib=.* is too little: .* give at least"):
+    with pytest.raises(UserError, match=r"cache_gib=.* is too little: .* give at least"):
         Engine(MODELS["hybrid"], tokenizer, EngineConfig(cache_gib=1e-6))
 
 
@@ -402,9 +402,9 @@ def test_a_model_and_a_tokenizer_that_do_not_fit(tokenizer):
     model = build("stu")
     with torch.no_grad():
         model.blocks[0].mixer.filter_matrix[0, 0] = math.inf
-    with pytest.raises(ValueError, match="filters are not finite"):
+    with pytest.raises(UserError, match="filters are not finite"):
         Engine(model, tokenizer)
-    with pytest.raises(ValueError, match="batch_invariant is not allowed for width=8: "):
+    with pytest.raises(UserError, match="batch_invariant is not allowed for width=8: "):
         Engine(MODELS["full"], tokenizer, EngineConfig(batch_invariant=True))
 
 
