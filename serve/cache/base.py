@@ -29,7 +29,7 @@ class CacheSize:
 
 
 class Cache(ABC):
-    """What all layers remember of one kind, for every sequence.
+    """The memory of one kind of all layers, for every sequence.
 
     A sequence has a number, its owner. It is admitted, takes a prompt in through each layer's
     `prefill`, joins the batch as its last row, and then steps: `begin_step`, each layer's `step`,
