@@ -15,7 +15,7 @@ from stu.model_dir import save_model
 from stu.tokenizer import train_bpe
 from tests import forked
 
-MAX_SEQ_LEN = 64
+MAX_SEQ_LEN, LONG_SEQ_LEN = 64, 8192
 
 
 @pytest.fixture(autouse=True)
@@ -47,17 +47,7 @@ def code_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def code_model(code_tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=code_tokenizer.vocab_size,
-        width=16,
-        num_layers=4,
-        num_filters=6,
-        num_heads=2,
-        window_tokens=7,
-        max_seq_len=MAX_SEQ_LEN,
-    )
-    return FlashSTU(config).eval()
+    return make_model(code_tokenizer, MAX_SEQ_LEN)
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +55,29 @@ def model_directory(tmp_path_factory, code_model, code_tokenizer):
     path = tmp_path_factory.mktemp("export") / "model"
     save_model(path, code_model, code_tokenizer, {"max_new_tokens": 9})
     return path
+
+
+@pytest.fixture(scope="session")
+def long_model_directory(tmp_path_factory, code_tokenizer):
+    """A model with a context of `LONG_SEQ_LEN`, for completions that take a while."""
+    path = tmp_path_factory.mktemp("long") / "model"
+    model = make_model(code_tokenizer, LONG_SEQ_LEN)
+    save_model(path, model, code_tokenizer, {"max_new_tokens": 9})
+    return path
+
+
+def make_model(tokenizer, max_seq_len):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=16,
+        num_layers=4,
+        num_filters=6,
+        num_heads=2,
+        window_tokens=7,
+        max_seq_len=max_seq_len,
+    )
+    return FlashSTU(config).eval()
 
 
 @pytest.fixture

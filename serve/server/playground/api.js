@@ -1,11 +1,11 @@
-// What the page asks the server, and the server's errors in words.
+// Requests to the server, and its errors.
 
 import { eventData } from "./sse.js";
 
 const KEY_NAME = "stu-api-key";
 const PATIENCE_MS = 5000;
 
-/** An answer that is an error; its message is the server's own. */
+/** An error answer, with the message of the server. */
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
@@ -13,13 +13,13 @@ export class ServerError extends Error {
   }
 }
 
-/** Nothing answers. */
+/** The server does not answer. */
 export class Unreachable extends Error {}
 
 /** The stream ended before the completion did. */
 export class Broken extends Error {}
 
-/** The API key, for as long as the tab is open. Browsers may forbid storage. */
+/** The API key, kept while the tab is open. Browsers may forbid storage. */
 export const apiKey = {
   get value() {
     try {
@@ -38,24 +38,24 @@ export const apiKey = {
   },
 };
 
-/** GET: the answer's text. Throws ServerError or Unreachable. */
+/** Return the text of a path. Throws ServerError or Unreachable. */
 export async function getText(path) {
   const answer = await ask(path, { signal: AbortSignal.timeout(PATIENCE_MS) });
   return answer.text().catch(throwUnreachable);
 }
 
-/** The model that is served: its id, and max_model_len. */
+/** Return the served model, with id and max_model_len. */
 export async function getModel() {
   return JSON.parse(await getText("v1/models")).data[0];
 }
 
-/** How many tokens a prompt has, with BOS. Throws ServerError or Unreachable. */
+/** Return the number of tokens of a prompt, with BOS. Throws ServerError or Unreachable. */
 export async function countTokens(prompt, signal) {
   const answer = await post("tokenize", { prompt }, signal);
   return (await answer.json().catch(throwUnreachable)).count;
 }
 
-/** Events of an answer as they come. Throws ServerError, Unreachable, or Broken. */
+/** Yield the events of an answer. Throws ServerError, Unreachable or Broken. */
 export async function* stream(path, body, signal) {
   const options = { stream: true, stream_options: { include_usage: true } };
   const answer = await post(path, { ...body, ...options }, signal);
@@ -79,7 +79,7 @@ function post(path, body, signal) {
 
 async function ask(path, options) {
   const key = apiKey.value;
-  // A header cannot hold others, and fetch would fail as if nobody answered.
+  // A header cannot hold other characters: fetch would fail as if the server did not answer.
   if (!/^[\x21-\x7e]*$/.test(key)) {
     throw new ServerError("the API key has a space, or a character beyond ASCII", 401);
   }
@@ -90,7 +90,7 @@ async function ask(path, options) {
   return answer;
 }
 
-// fetch throws TypeError for whatever fails below HTTP.
+// fetch throws TypeError for errors below HTTP.
 function throwUnreachable(error) {
   const isSilence = error instanceof TypeError || error.name === "TimeoutError";
   throw isSilence ? new Unreachable(error.message) : error;
@@ -101,7 +101,7 @@ async function errorMessage(answer) {
   try {
     return JSON.parse(text).error.message;
   } catch {
-    // A proxy's, perhaps.
+    // Perhaps the answer of a proxy.
     return `the server answered ${answer.status} ${answer.statusText}`;
   }
 }

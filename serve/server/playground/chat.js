@@ -1,10 +1,10 @@
-// A chat: its messages, and what can be done with the last of them.
+// The messages of a chat, and their buttons.
 
 import { copyText } from "./copy.js";
 
 const ROLES = { user: "You", assistant: "Model" };
 
-/** The messages, in their log. onEdit(text) gets the last question back; onAgain() asks it again. */
+/** The messages. onEdit(text) returns the last question for editing; onAgain() asks it again. */
 export class Transcript {
   #messages = [];
 
@@ -16,12 +16,12 @@ export class Transcript {
     return this.#messages.length;
   }
 
-  /** What the server is asked with: role and content of each. */
+  /** Messages of a request, with role and content. */
   get messages() {
     return this.#messages.map(({ role, node }) => ({ role, content: node.data }));
   }
 
-  /** Add a message, for `append`. */
+  /** Add a message, and return it for `append`. */
   add(role, text = "") {
     const node = document.createTextNode(text);
     const article = element("article", "message");
@@ -36,21 +36,21 @@ export class Transcript {
     return message;
   }
 
-  /** More of a message, which may have been removed meanwhile. */
+  /** Append text to a message, which may have been removed meanwhile. */
   append(message, text) {
     const isAtEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
     message.node.appendData(text);
     if (isAtEnd) this.#scroll();
   }
 
-  /** Remove the last message. Returns its text. */
+  /** Remove the last message, and return its text. */
   pop() {
     const { node, article } = this.#messages.pop();
     article.remove();
     return node.data;
   }
 
-  /** Remove the answer at the end, if there is one, or only if it `isEmpty`. */
+  /** Remove an answer at the end; with `isEmpty` only if it has no text. */
   dropAnswer({ isEmpty = false } = {}) {
     const last = this.#messages.at(-1);
     if (last?.role === "assistant" && !(isEmpty && last.node.data)) this.pop();
@@ -60,7 +60,7 @@ export class Transcript {
     while (this.length) this.pop();
   }
 
-  /** An answer is on its way, or not any more. */
+  /** Show whether an answer is being written. */
   setBusy(isBusy) {
     this.log.ariaBusy = String(isBusy);
     const last = this.#messages.at(-1);

@@ -1,12 +1,12 @@
-// A request as a command and as a program, to be run elsewhere.
+// A request as a curl command and as a Python program.
 
 const KEY = "STU_API_KEY";
-// What OpenAI's client takes by name; it sends others in extra_body.
+// Arguments of OpenAI's client; other fields go into extra_body.
 const NAMED = new Set(
   "model messages prompt max_tokens temperature top_p n stop seed logprobs".split(" "),
 ).add("presence_penalty").add("frequency_penalty");
 
-/** For a POSIX shell. */
+/** Return a command for a POSIX shell. */
 export function asCurl(url, body) {
   const lines = [
     `curl ${shellQuoted(url)}`,
@@ -17,7 +17,7 @@ export function asCurl(url, body) {
   return lines.join(" \\\n  ");
 }
 
-/** For OpenAI's client. baseUrl: the server's, up to and with /v1. */
+/** Return a program with OpenAI's client. baseUrl ends with /v1. */
 export function asPython(baseUrl, body) {
   const isChat = "messages" in body;
   const entries = Object.entries(body);
@@ -41,13 +41,13 @@ function shellQuoted(text) {
   return `'${text.replaceAll("'", "'\\''")}'`;
 }
 
-// JSON's strings and numbers are Python's too.
+// Strings and numbers are the same in JSON and Python.
 function python(value) {
   if (value === true) return "True";
   if (value === false) return "False";
   if (value === null) return "None";
   if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   if (typeof value !== "object") return JSON.stringify(value);
-  const pairs = Object.entries(value).map(([name, its]) => `${python(name)}: ${python(its)}`);
+  const pairs = Object.entries(value).map(([name, field]) => `${python(name)}: ${python(field)}`);
   return `{${pairs.join(", ")}}`;
 }

@@ -1,10 +1,10 @@
-// The text that comes, in its box, and what can be done with it.
+// The completion, and its buttons.
 
 import { copyText } from "./copy.js";
 import { Inspector } from "./inspector.js";
 import { TokenText } from "./tokens.js";
 
-/** The box of the completion. onContinue(text) gets a prompt that goes on with it. */
+/** The completion. onContinue(text) is called with a prompt to continue it. */
 export class CompletionBox {
   #prompt = "";
   #hasLogprobs = false;
@@ -19,26 +19,26 @@ export class CompletionBox {
     copy.addEventListener("click", () => copyText(this.box.textContent, copy));
   }
 
-  /** Wait for what follows `prompt`, with log probabilities or without. The last one stays till it
-   * comes. */
+  /** Wait for the completion of `prompt`, with or without log probabilities. The last completion
+   * stays until it comes. */
   begin(prompt, hasLogprobs) {
     this.next = { prompt, hasLogprobs };
     this.#text = null;
     this.box.setAttribute("aria-busy", "true");
-    // Heading, text and buttons, or as much of them as there is room for.
+    // Show heading, text and buttons, as far as there is room.
     this.box.closest("section").scrollIntoView({ block: "nearest" });
   }
 
-  /** An event of the stream. */
+  /** Add an event of the stream. */
   add({ choices }) {
     this.#text ??= this.#emptied();
     const isAtEnd = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < 4;
     for (const choice of choices) this.#text.add(choice);
-    // Whoever has scrolled back reads on undisturbed.
+    // Do not disturb a reader who has scrolled back.
     if (isAtEnd) this.box.scrollTop = this.box.scrollHeight;
   }
 
-  /** Nothing more comes. */
+  /** Note the end of the stream. */
   end() {
     this.box.setAttribute("aria-busy", "false");
   }

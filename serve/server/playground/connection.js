@@ -1,16 +1,16 @@
-// Whether the server is there. Asked every second; when it goes away, until it is back.
+// Whether the server responds, checked every second.
 
 import { getModel, getText, ServerError, Unreachable } from "./api.js";
 
 const INTERVAL_MS = 1000;
 const WORDS = {
   connected: "Connected",
-  gone: "Server gone, trying again",
-  starting: "Server is there, but no engine is ready: trying again",
-  "key-needed": "The server asks for an API key",
+  gone: "Server not reachable, trying again",
+  starting: "Server is loading the model, trying again",
+  "key-needed": "The server requires an API key",
 };
 
-/** Follows the server. onChange(state), onModel(model) and onMetrics(text) say what it learns. */
+/** Watches the server. Calls onChange(state), onModel(model) and onMetrics(text). */
 export class Connection {
   #state = "asking";
   #wake = () => {};
@@ -19,7 +19,7 @@ export class Connection {
     Object.assign(this, { onChange, onModel, onMetrics });
   }
 
-  /** Never ends. */
+  /** Watch; this never returns. */
   async follow() {
     for (;;) {
       this.#enter(await this.#look());
@@ -30,7 +30,7 @@ export class Connection {
     }
   }
 
-  /** Look now, not only when the second is over. */
+  /** Check at once, not only after the second. */
   lookNow() {
     this.#wake();
   }
@@ -47,7 +47,7 @@ export class Connection {
       if (error.status === 401) return "key-needed";
       if (error.status === 503) return "starting";
       const isUsual = error instanceof ServerError || error instanceof Unreachable;
-      // Something that is no stu-serve answers in its place, perhaps.
+      // Perhaps another program answers at this address.
       if (!isUsual) console.error(error);
       return "gone";
     }

@@ -1,8 +1,8 @@
-// Text to the clipboard.
+// Copying to the clipboard.
 
 const SHOWN_MS = 1500;
 
-/** Copy, and say so on the button and to screen readers. */
+/** Copy a text, and show it on the button and to screen readers. */
 export async function copyText(text, button) {
   const words = (await isCopied(text)) ? "Copied" : "Not copied";
   document.getElementById("announcement").textContent = words;
@@ -15,8 +15,8 @@ export async function copyText(text, button) {
   }, SHOWN_MS);
 }
 
-// Browsers give the clipboard to pages from this machine or over TLS alone; the old way works on
-// all others.
+// Browsers allow the clipboard only to pages from this machine or over TLS; the old way works for
+// others.
 async function isCopied(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -1,10 +1,10 @@
-// How many tokens a request would have, a moment after somebody has typed.
+// Number of tokens of a request, counted shortly after the user has typed.
 
 import { countTokens } from "./api.js";
 
 const PAUSE_MS = 300;
 
-/** Counts the tokens of `textOf()` when `field` changes. inWords(count) is what is shown. */
+/** Counts the tokens of `textOf()` when `field` changes, and shows inWords(count). */
 export class Count {
   #timer = 0;
   #controller = new AbortController();
@@ -15,7 +15,7 @@ export class Count {
     field.addEventListener("input", () => this.update());
   }
 
-  /** Count, unless it is asked again before long. */
+  /** Count after a pause without another call. */
   update() {
     clearTimeout(this.#timer);
     this.#controller.abort();
@@ -29,7 +29,7 @@ export class Count {
       const count = await countTokens(this.textOf(), signal);
       if (!signal.aborted) this.line.textContent = this.inWords(count);
     } catch {
-      // Whatever is wrong with the server, the request itself will tell.
+      // The request itself will show the error.
       if (!signal.aborted) this.line.textContent = "";
     }
   }

@@ -1,4 +1,4 @@
-// Latencies as bars.
+// Latencies as a bar chart.
 
 import { duration } from "./latencies.js";
 
@@ -11,7 +11,7 @@ const GAP = 4;
 const FEWEST_BARS = 6;
 const MOST_LABELS = 6;
 
-/** Draw the buckets that have anything, with some beside them if they are few. */
+/** Draw the buckets that are not empty, with some beside them if they are few. */
 export function drawHistogram(svg, latencies) {
   svg.toggleAttribute("hidden", latencies.total === 0);
   if (latencies.total === 0) return;
@@ -21,7 +21,7 @@ export function drawHistogram(svg, latencies) {
   const most = Math.max(...shown, 1);
   const step = (WIDTH - 2 * LEFT) / shown.length;
   const floor = HEIGHT - BOTTOM;
-  const everyWhich = Math.ceil(shown.length / MOST_LABELS);
+  const labelStep = Math.ceil(shown.length / MOST_LABELS);
   const shapes = [make("line", { x1: LEFT, x2: WIDTH - LEFT, y1: floor, y2: floor })];
   shown.forEach((count, at) => {
     const x = LEFT + at * step;
@@ -30,7 +30,7 @@ export function drawHistogram(svg, latencies) {
     const box = { x: x + GAP / 2, y: floor - height, width: step - GAP, height, rx: 2 };
     shapes.push(make("rect", box));
     if (count) shapes.push(make("text", { x: middle, y: floor - height - 5 }, short(count)));
-    if (at % everyWhich === 0) {
+    if (at % labelStep === 0) {
       shapes.push(make("text", { x: middle, y: HEIGHT - 8 }, label(bounds, from + at)));
     }
   });

@@ -1,4 +1,4 @@
-// One token of the completion, chosen by pointer or keyboard, with what else was probable.
+// Details of a token that is chosen by pointer or keyboard, with the alternatives.
 
 import { percent, quoted } from "./tokens.js";
 
@@ -9,7 +9,7 @@ const MOVES = {
   End: (_, length) => length - 1,
 };
 
-/** Shows tokens of the TokenText it is given. onChoose() hears that another is chosen, or none. */
+/** Shows tokens of a TokenText. onChoose() is called when another token, or none, is chosen. */
 export class Inspector {
   #text = null;
   #chosen = -1;
@@ -33,18 +33,18 @@ export class Inspector {
     });
   }
 
-  /** The chosen token's number; -1: none. */
+  /** Number of the chosen token, or -1. */
   get chosen() {
     return this.#chosen;
   }
 
-  /** text: a TokenText, or null for a completion without probabilities. */
+  /** Show a TokenText, or null for a completion without probabilities. */
   open(text) {
     this.#text = text;
     this.#chosen = -1;
     this.panel.hidden = text === null;
     this.table.hidden = true;
-    this.line.textContent = "Choose a token, or use the arrow keys in the text, to see more";
+    this.line.textContent = "Choose a token, or use the arrow keys in the text, for details";
     this.onChoose();
   }
 
@@ -64,8 +64,8 @@ export class Inspector {
     this.line.textContent = `${place}: ${quoted(name)}, ${percent(probability)}`;
     this.table.hidden = false;
     this.table.tBodies[0].replaceChildren(
-      ...alternatives.map((its) =>
-        row(quoted(its.name), percent(its.probability), its.name === name ? "chosen" : ""),
+      ...alternatives.map((other) =>
+        row(quoted(other.name), percent(other.probability), other.name === name ? "chosen" : ""),
       ),
     );
   }

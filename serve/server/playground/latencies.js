@@ -1,14 +1,14 @@
-// How long it was from token to token since the page was opened.
+// Times between tokens since the page was opened.
 
-/** Counts in buckets, gathered from a histogram that counts from the server's start. */
+/** Counts in buckets, from a histogram that the server has counted since its start. */
 export class Latencies {
   #before = null;
   /** Upper bounds in seconds, the last one Infinity. */
   bounds = [];
-  /** Of each bucket alone. */
+  /** Count of each bucket. */
   counts = [];
 
-  /** buckets: upper bounds with the counts up to them, as of now. */
+  /** buckets: current counts up to each upper bound. */
   add(buckets) {
     const sorted = [...buckets].sort(([one], [other]) => one - other);
     const cumulative = sorted.map(([, count]) => count);
@@ -17,7 +17,7 @@ export class Latencies {
       this.bounds = sorted.map(([bound]) => bound);
       this.counts = counts.map(() => 0);
     } else {
-      // A server that has started again counts from nothing.
+      // A server that has restarted counts from 0.
       const isReset = counts.some((count, at) => count < this.#before[at]);
       const before = isReset ? counts.map(() => 0) : this.#before;
       this.counts = this.counts.map((count, at) => count + counts[at] - before[at]);
@@ -29,7 +29,7 @@ export class Latencies {
     return this.counts.reduce((sum, count) => sum + count, 0);
   }
 
-  /** Seconds that a share of them took at most, as if they were spread evenly in each bucket. */
+  /** Return a quantile in seconds, as if times were spread evenly in each bucket. */
   quantile(share) {
     let left = share * this.total;
     for (const [at, count] of this.counts.entries()) {
@@ -43,7 +43,7 @@ export class Latencies {
     return 0;
   }
 
-  /** Of p50 and p99, in words. */
+  /** p50 and p99, in words. */
   get summary() {
     if (this.total === 0) return "No tokens since this page was opened";
     const [half, most] = [0.5, 0.99].map((share) => duration(this.quantile(share)));
@@ -51,7 +51,7 @@ export class Latencies {
   }
 }
 
-/** In milliseconds or seconds, with two digits that tell. */
+/** Return a time in milliseconds or seconds, with two significant digits. */
 export function duration(seconds) {
   const [value, unit] = seconds < 1 ? [seconds * 1000, "ms"] : [seconds, "s"];
   return `${value < 10 ? Number(value.toPrecision(2)) : Math.round(value)} ${unit}`;

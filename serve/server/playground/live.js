@@ -1,4 +1,4 @@
-// The server's figures beside the prompt.
+// Live figures of the server.
 
 import { drawHistogram } from "./histogram.js";
 import { Latencies } from "./latencies.js";
@@ -6,12 +6,12 @@ import { parseMetrics } from "./prometheus.js";
 
 const UNKNOWN = "–";
 
-/** Shows what /metrics says. */
+/** Shows the metrics of the server. */
 export class Live {
   #latencies = new Latencies();
   #before = null;
 
-  /** text: of /metrics, as of now. */
+  /** Show the current text of /metrics. */
   show(text) {
     const { values, buckets } = parseMetrics(text);
     write("running", values.get("num_requests_running"));
@@ -25,7 +25,7 @@ export class Live {
     drawHistogram(document.getElementById("histogram"), this.#latencies);
   }
 
-  /** Nothing is known for now. The latencies of the past stay as they are. */
+  /** Show that nothing is known now. The latencies so far remain. */
   blank() {
     this.#before = null;
     for (const name of ["running", "waiting", "rate"]) write(name);
@@ -37,7 +37,7 @@ export class Live {
     const { count: earlier, at } = this.#before ?? { count, at: now };
     this.#before = { count, at: now };
     if (count === undefined || now === at) return undefined;
-    // A server that has started again counts from nothing.
+    // A server that has restarted counts from 0.
     const perSecond = (1000 * (count < earlier ? count : count - earlier)) / (now - at);
     return perSecond < 10 ? Number(perSecond.toFixed(1)) : Math.round(perSecond);
   }

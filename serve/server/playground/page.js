@@ -1,4 +1,4 @@
-// Puts the page together: the two forms, what they ask for, and the server's figures.
+// The whole page: both forms, their requests, and the live figures.
 
 import { apiKey, Broken, stream, Unreachable } from "./api.js";
 import { Transcript } from "./chat.js";
@@ -30,10 +30,10 @@ const connection = new Connection({
     if (state !== "connected") live.blank();
     if (state === "key-needed") keyPanel.open = true;
   },
-  onModel(its) {
-    model = its;
-    const most = its.max_model_len;
-    byId("model")[0].textContent = `${its.id}: context of ${most.toLocaleString("en")} tokens`;
+  onModel(served) {
+    model = served;
+    const most = model.max_model_len;
+    byId("model")[0].textContent = `${model.id}: context of ${most.toLocaleString("en")} tokens`;
     maxTokens.value ||= Math.min(USUAL_TOKENS, Math.floor(most / 2));
     for (const count of Object.values(counts)) count.update();
     showCode();
@@ -43,10 +43,10 @@ const connection = new Connection({
 
 const counts = {
   text: new Count(prompt, () => prompt.value, ofContext),
-  // Without what the server's template adds.
+  // Without the text that the chat template adds.
   chat: new Count(
     message,
-    () => [...chatMessages().map((its) => its.content), message.value].join("\n"),
+    () => [...chatMessages().map(({ content }) => content), message.value].join("\n"),
     (count) => `the chat has about ${ofContext(count)}`,
   ),
 };
@@ -95,7 +95,7 @@ async function send() {
   await answer();
 }
 
-/** Ask for an answer to the last message; the one that is there goes. */
+/** Ask for a new answer to the last message. */
 async function answer() {
   if (!bodyOrError(runs.chat, chatBody)) return;
   transcript.dropAnswer();
@@ -128,7 +128,7 @@ function chatMessages() {
   return [...instructions, ...transcript.messages];
 }
 
-/** What `make` gives, or null if one is running or the error is shown. */
+/** Return the body that `make` returns, or null if a request runs or `make` fails. */
 function bodyOrError(run, make) {
   if (run.isRunning) return null;
   try {
@@ -146,7 +146,7 @@ function showCode() {
   try {
     const made = kind === "chat" ? chatBody() : textBody();
     if (kind === "chat") {
-      // What Send would ask, or else what was asked last.
+      // The request of Send, or else the last one.
       if (message.value) made.messages.push({ role: "user", content: message.value });
       else if (made.messages.at(-1)?.role === "assistant") made.messages.pop();
     }
@@ -171,7 +171,7 @@ function ofContext(count) {
   if (!model) return "";
   const numbers = [count, Number(maxTokens.value), model.max_model_len];
   const [has, more, most] = numbers.map((number) => number.toLocaleString("en"));
-  const over = numbers[0] + numbers[1] > numbers[2] ? ": too many together" : "";
+  const over = numbers[0] + numbers[1] > numbers[2] ? ": too many" : "";
   return `${has} ${count === 1 ? "token" : "tokens"} and ${more} new ones, of ${most}${over}`;
 }
 
@@ -213,7 +213,7 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   );
 }
 for (const field of [maxTokens, system]) {
-  field.addEventListener("input", () => Object.values(counts).forEach((its) => its.update()));
+  field.addEventListener("input", () => Object.values(counts).forEach((count) => count.update()));
 }
 keyField.value = apiKey.value;
 keyField.addEventListener("input", () => {

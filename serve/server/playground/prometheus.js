@@ -1,12 +1,12 @@
-// Prometheus's text format, as far as this page needs it.
+// A parser of Prometheus's text format, as far as this page needs it.
 
-// The prefix of a name (vllm: or stu:) is a setting of the server's.
+// The prefix of a name (vllm: or stu:) is a setting of the server.
 const SAMPLE = /^(?:\w+:)?(\w+)(?:\{(.*)\})? (\S+)$/;
 const BOUND = /(?:^|,)le="([^"]*)"/;
 
 /**
- * values: of each name without its prefix, all labels together. buckets: of each histogram, its
- * upper bounds with the counts up to them.
+ * Return values, by name without prefix, summed over labels; and buckets of each histogram: the
+ * counts up to each upper bound.
  */
 export function parseMetrics(text) {
   const values = new Map();

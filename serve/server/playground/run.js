@@ -1,13 +1,13 @@
-// One request of a form at a time: its buttons, how far it is, and its errors in words.
+// The request of a form, one at a time: its buttons, progress and errors.
 
 import { Broken, ServerError, Unreachable } from "./api.js";
 
 const REASONS = {
-  stop: "the model ended the text, or a stop string came",
-  length: "as many tokens as allowed",
+  stop: "end of text or a stop string",
+  length: "limit of tokens reached",
 };
 
-/** The parts of a form. onTrouble(error) hears of an error that may be the connection's. */
+/** Elements of a form. onTrouble(error) is called with errors that may come from the connection. */
 export class Run {
   #controller = null;
 
@@ -20,12 +20,12 @@ export class Run {
     return this.#controller !== null;
   }
 
-  /** End what is running, if anything is. */
+  /** Stop the request, if there is one. */
   abort() {
     this.#controller?.abort();
   }
 
-  /** Follow the events of `ask(signal)`, each of which goes to `onEvent`. */
+  /** Pass each event of `ask(signal)` to `onEvent`. */
   async follow(ask, onEvent) {
     this.showError("");
     this.#set(new AbortController());
@@ -49,30 +49,30 @@ export class Run {
     }
   }
 
-  /** Show an error at the field; "": none. */
+  /** Show an error at the field, or none if it is "". */
   showError(message) {
     this.error.textContent = message;
     this.field.toggleAttribute("aria-invalid", message !== "");
   }
 
-  // How it ended; an error that is no wish of the user's is shown at the field too.
+  // Return how it ended. Errors, unlike a stop by the user, are shown at the field too.
   #explain(error) {
     if (error.name === "AbortError") return "Stopped";
     this.onTrouble(error);
     if (error instanceof Broken) {
       this.showError("The connection broke.");
-      return "Broken off; the text so far is kept";
+      return "Interrupted; the text so far is kept";
     }
     if (error instanceof Unreachable) {
       this.showError("The server cannot be reached.");
-      return "Not begun";
+      return "Not started";
     }
     if (!(error instanceof ServerError)) throw error;
     this.showError(error.message);
     return "Ended by an error";
   }
 
-  // Buttons that nothing can be done with keep the focus, which `disabled` would take away.
+  // Not `disabled`, which would take the focus away.
   #set(controller) {
     this.#controller = controller;
     this.progress.toggleAttribute("data-busy", this.isRunning);

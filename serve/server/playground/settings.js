@@ -1,8 +1,8 @@
-// From the settings to those of a request's body. What values are allowed, the server says.
+// Settings of the form as fields of a request. The server checks their values.
 
 const ESCAPES = { "\\n": "\n", "\\t": "\t", "\\\\": "\\" };
 
-/** The fields of the body. Throws Error in words for what is no number. */
+/** Return the fields. Throws Error for a setting that is not a number. */
 export function settings() {
   const body = {};
   for (const input of document.querySelectorAll("[data-setting]")) {

@@ -1,9 +1,9 @@
-// Server-sent events, read from a body by hand: EventSource can neither POST nor send a key.
+// A parser of server-sent events, as EventSource can neither POST nor send an API key.
 
-// A carriage return at the very end may be the first half of a line's end.
+// A carriage return at the very end may be the first half of a line end.
 const LINE_END = /\r\n|\n|\r(?=[^])/;
 
-/** The data of each event, whatever chunks the bytes come in. */
+/** Yield the data of each event of a body, however its bytes are divided. */
 export async function* eventData(body) {
   let data = [];
   for await (const line of lines(body)) {
@@ -29,7 +29,7 @@ async function* lines(body) {
       yield* found;
       if (done) break;
     }
-    // What follows the last line's end is an event cut short.
+    // An event without a line end at the end of the body is incomplete.
     if (rest.endsWith("\r")) yield rest.slice(0, -1);
   } finally {
     reader.cancel().catch(() => {});

@@ -1,13 +1,13 @@
-// Two kinds of requests, one of which is shown; the page's address remembers which.
+// Tabs of two kinds of requests; the address of the page remembers which is shown.
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
-/** The name of the tab that is shown: "text" or "chat". */
+/** Return the name of the shown tab: "text" or "chat". */
 export function shownTab() {
   return tabs.find((tab) => tab.ariaSelected === "true").id.replace("-tab", "");
 }
 
-/** Show what the address says. onChange() is called whenever another one is shown. */
+/** Show the tab in the address. onChange() is called when another tab is shown. */
 export function startTabs(onChange) {
   const show = (shown) => {
     for (const tab of tabs) {
@@ -24,7 +24,7 @@ export function startTabs(onChange) {
     });
     tab.addEventListener("keydown", ({ key }) => {
       if (key !== "ArrowLeft" && key !== "ArrowRight") return;
-      const other = tabs.find((its) => its !== tab);
+      const other = tabs.find((candidate) => candidate !== tab);
       other.click();
       other.focus();
     });

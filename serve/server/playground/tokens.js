@@ -1,9 +1,9 @@
-// Tokens as spans that tell how probable they were.
+// Tokens as spans that show their probability.
 
-// A token's rank: 0 if it was more probable than the first of these, 4 if less than all.
+// Bounds of a token's rank: 0 above the first, 4 below the last.
 const RANKS = [0.9, 0.5, 0.1, 0.01];
 
-/** A completion with log probabilities, in `box`. */
+/** A completion with log probabilities in the element `box`. */
 export class TokenText {
   #chars = [];
   #tokens = [];
@@ -17,24 +17,24 @@ export class TokenText {
     return this.#tokens.length;
   }
 
-  /** Token `at`: its name, probability, alternatives and span. */
+  /** Return token number `at`: name, probability, alternatives and span. */
   token(at) {
     return this.#tokens[at];
   }
 
-  /** Which token a span shows; -1: none. */
+  /** Return the number of the token that a span shows, or -1. */
   indexOf(span) {
     return this.#tokens.findIndex((token) => token.span === span);
   }
 
-  /** The text up to the end of token `at`. */
+  /** Return the text up to the end of token number `at`. */
   textUpTo(at) {
     return this.#chars.slice(0, this.#tokens[at + 1]?.offset).join("");
   }
 
-  /** The next piece of the completion. */
+  /** Add the next piece of the completion. */
   add({ text, logprobs }) {
-    // Offsets count characters, not the halves of them that strings have.
+    // Offsets count characters, not UTF-16 units.
     this.#chars.push(...text);
     logprobs.tokens.forEach((name, at) => {
       const token = makeToken(
@@ -49,15 +49,15 @@ export class TokenText {
     this.#write();
   }
 
-  // Text may come later than its token: a character that is not whole yet, or what may become a
-  // stop string, is held back.
+  // Text may come later than its token: the server holds back incomplete characters and what may
+  // become a stop string.
   #write() {
     for (let at = this.#numSettled; at < this.#tokens.length; at++) {
       const { span, offset, name } = this.#tokens[at];
       const end = this.#tokens[at + 1]?.offset;
       const text = this.#chars.slice(offset, end).join("");
       span.textContent = text;
-      // Shown by the style sheet, so that it is not part of the text.
+      // The style sheet shows it, so that it is not part of the text.
       if (text === "") span.dataset.sign = name.replaceAll("\n", "↵");
       else if (text.startsWith("\n")) span.dataset.sign = "↵";
       else delete span.dataset.sign;
@@ -67,14 +67,14 @@ export class TokenText {
   }
 }
 
-/** How probable, in per cent. */
+/** Return a probability in per cent. */
 export function percent(probability) {
   const value = 100 * probability;
   if (value < 0.01) return "under 0.01%";
   return `${value >= 1 ? value.toFixed(1) : value.toPrecision(1)}%`;
 }
 
-/** A token's text, with what cannot be seen written out. */
+/** Return the text of a token with escapes for invisible characters. */
 export function quoted(name) {
   return JSON.stringify(name);
 }
@@ -82,13 +82,13 @@ export function quoted(name) {
 function makeToken(name, logprob, top, offset) {
   const probability = Math.exp(logprob);
   const alternatives = Object.entries(top)
-    .map(([other, its]) => ({ name: other, probability: Math.exp(its) }))
+    .map(([other, value]) => ({ name: other, probability: Math.exp(value) }))
     .sort((one, other) => other.probability - one.probability);
   const span = document.createElement("span");
   span.className = "token";
   const rank = RANKS.findIndex((least) => probability >= least);
   span.dataset.rank = rank < 0 ? RANKS.length : rank;
-  const lines = alternatives.map((its) => `${quoted(its.name)} ${percent(its.probability)}`);
+  const lines = alternatives.map((other) => `${quoted(other.name)} ${percent(other.probability)}`);
   span.title = [`${quoted(name)}: ${percent(probability)}`, "", ...lines].join("\n");
   return { name, probability, alternatives, offset, span };
 }

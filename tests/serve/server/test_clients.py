@@ -11,13 +11,9 @@ from typing import Annotated, Literal
 
 import jsonschema_rs
 import pytest
-import torch
 from openai import BadRequestError, LengthFinishReasonError, OpenAI
 from pydantic import BaseModel, Field
 
-from stu.config import ModelConfig
-from stu.model import FlashSTU
-from stu.model_dir import save_model
 from tests.serve.server_process import SECONDS, eventually, serving
 
 TESTS = Path(__file__).parents[2]
@@ -48,25 +44,8 @@ PARSED = {**ASKED, "response_format": Answer, "max_tokens": 400}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, code_tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=code_tokenizer.vocab_size,
-        width=16,
-        num_layers=4,
-        num_filters=6,
-        num_heads=2,
-        window_tokens=7,
-        max_seq_len=4096,
-    )
-    path = tmp_path_factory.mktemp("clients") / "model"
-    save_model(path, FlashSTU(config).eval(), code_tokenizer, {"max_new_tokens": 9})
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as server:
+def server(long_model_directory):
+    with serving(long_model_directory) as server:
         yield server
 
 
@@ -188,8 +167,11 @@ def test_json_goes_on_in_another_engine(server):
 
 
 @pytest.mark.slow
-def test_white_space_is_a_setting(model):
-    with serving(model, "--json-whitespace", "flexible") as flexible, flexible.client() as client:
+def test_white_space_is_a_setting(long_model_directory):
+    with (
+        serving(long_model_directory, "--json-whitespace", "flexible") as flexible,
+        flexible.client() as client,
+    ):
         asked = body(
             {"type": "array", "items": {"type": "null"}, "maxItems": 2}, n=20, max_tokens=400
         )

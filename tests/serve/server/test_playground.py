@@ -14,39 +14,18 @@ import pytest
 import torch
 from playwright.sync_api import Error, expect, sync_playwright
 
-from stu.config import ModelConfig
-from stu.model import FlashSTU
-from stu.model_dir import save_model
+from tests.serve.conftest import LONG_SEQ_LEN
 from tests.serve.server_process import SECONDS, ServerProcess, eventually, serving
 
 INSTALL = Path(__file__).parents[2] / "install_chromium.sh"
-CONTEXT = 8192
-"""Tokens, for completions that are still under way when they are stopped."""
 PHONE = {"width": 360, "height": 740}
 RANKS = (0.9, 0.5, 0.1, 0.01)
 KEY = "a-key"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, code_tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=code_tokenizer.vocab_size,
-        width=16,
-        num_layers=4,
-        num_filters=6,
-        num_heads=2,
-        window_tokens=7,
-        max_seq_len=CONTEXT,
-    )
-    path = tmp_path_factory.mktemp("playground") / "model"
-    save_model(path, FlashSTU(config).eval(), code_tokenizer, {"max_new_tokens": 9})
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as server:
+def server(long_model_directory):
+    with serving(long_model_directory) as server:
         yield server
 
 
@@ -116,7 +95,7 @@ def ask(page, prompt="def f(", **settings):
 
 def endless(page):
     """Begin a completion that lasts until it is stopped."""
-    ask(page, max_tokens=CONTEXT - 100, stop_at_eos=False)
+    ask(page, max_tokens=LONG_SEQ_LEN - 100, stop_at_eos=False)
     expect(page.locator("#completion")).not_to_be_empty()
 
 
@@ -288,8 +267,8 @@ def test_nothing_of_a_stop_string_is_shown(page, server, logprobs):
 
 def test_errors_are_told_in_words(page):
     error = page.get_by_role("alert")
-    ask(page, max_tokens=CONTEXT + 1)
-    expect(error).to_contain_text("lower max_tokens to ")
+    ask(page, max_tokens=LONG_SEQ_LEN + 1)
+    expect(error).to_contain_text("lower the limit of new tokens to ")
     expect(page.locator("#progress")).to_have_text("Ended by an error")
     expect(page.locator("#prompt")).to_have_attribute("aria-invalid", "")
     page.fill("#temperature", "")
@@ -309,13 +288,13 @@ def test_errors_are_told_in_words(page):
     expect(page.locator("#completion")).to_have_text("cut short")
 
 
-def test_goes_on_when_the_server_is_back(visit, model):
-    with serving(model) as server:
+def test_goes_on_when_the_server_is_back(visit, long_model_directory):
+    with serving(long_model_directory) as server:
         page = visit(server.url)
         endless(page)
         server.end()
     status, error = page.locator("#connection"), page.locator("#error")
-    expect(status).to_have_text("Server gone, trying again")
+    expect(status).to_have_text("Server not reachable, trying again")
     expect(error).to_have_text("The connection broke.")
     expect(page.locator("#running")).to_have_text("–")
     kept = page.locator("#completion").text_content()
@@ -323,7 +302,7 @@ def test_goes_on_when_the_server_is_back(visit, model):
     page.click("#generate")
     expect(error).to_have_text("The server cannot be reached.")
     assert page.locator("#completion").text_content() == kept
-    again = ServerProcess(model, port=urlsplit(server.url).port)
+    again = ServerProcess(long_model_directory, port=urlsplit(server.url).port)
     try:
         expect(status).to_have_text("Connected")
         expect(page.locator("#running")).to_have_text("0")
@@ -335,11 +314,11 @@ def test_goes_on_when_the_server_is_back(visit, model):
         again.end()
 
 
-def test_key_and_the_other_prefix(visit, model):
-    with serving(model, "--metric-prefix", "stu", STU_API_KEYS=KEY) as server:
+def test_key_and_the_other_prefix(visit, long_model_directory):
+    with serving(long_model_directory, "--metric-prefix", "stu", STU_API_KEYS=KEY) as server:
         page = visit(server.url)
         status, field = page.locator("#connection"), page.get_by_label("Key", exact=True)
-        expect(status).to_have_text("The server asks for an API key")
+        expect(status).to_have_text("The server requires an API key")
         field.fill("a wrong key")
         field.press("Tab")
         page.click("#generate")
@@ -376,7 +355,7 @@ def test_fits_a_phone(visit, server):
 def test_something_happens_in_sight_with_the_settings_open(visit, server):
     page = visit(server.url, viewport=PHONE, has_touch=True, is_mobile=True)
     page.evaluate("for (const its of document.querySelectorAll('details')) its.open = true")
-    ask(page, max_tokens=CONTEXT - 100, stop_at_eos=False)
+    ask(page, max_tokens=LONG_SEQ_LEN - 100, stop_at_eos=False)
     expect(page.locator("#progress")).to_have_attribute("data-busy", "")
     expect(page.locator("#completion")).to_be_in_viewport(ratio=0.9)
     expect(page.locator("#completion")).not_to_be_empty()
@@ -418,7 +397,7 @@ def test_a_prompt_s_tokens_are_counted(page, code_tokenizer):
     expect(line).to_have_text(f"{count} tokens and 128 new ones, of 8,192")
     page.evaluate("document.getElementById('sampling').open = true")
     page.fill("#max_tokens", "8192")
-    expect(line).to_have_text(f"{count} tokens and 8,192 new ones, of 8,192: too many together")
+    expect(line).to_have_text(f"{count} tokens and 8,192 new ones, of 8,192: too many")
 
 
 def test_the_request_as_code(page, server):
@@ -482,7 +461,7 @@ def test_chat(page, server):
     page.get_by_role("button", name="Edit").click()
     expect(page.locator("#message")).to_have_value("And\nyou?")
     expect(texts).to_have_count(2)
-    page.fill("#max_tokens", str(CONTEXT - 400))
+    page.fill("#max_tokens", str(LONG_SEQ_LEN - 400))
     page.uncheck("#stop_at_eos")
     page.click("#send")
     expect(texts.nth(3)).not_to_be_empty()
@@ -490,7 +469,7 @@ def test_chat(page, server):
     expect(progress).to_have_text("Stopped")
     expect(texts.nth(3)).not_to_be_empty()
     eventually(lambda: server.metric("vllm:num_requests_running") == 0)
-    page.fill("#max_tokens", str(CONTEXT + 1))
+    page.fill("#max_tokens", str(LONG_SEQ_LEN + 1))
     page.get_by_role("button", name="Regenerate").click()
     expect(page.locator("#chat-error")).to_contain_text("max_tokens")
     expect(page.get_by_role("button", name="Ask again")).to_be_visible()
@@ -532,7 +511,7 @@ def test_keyboard_alone(page):
     page.keyboard.press("Space")
     page.focus("#max_tokens")
     page.keyboard.press("Control+a")
-    page.keyboard.type(str(CONTEXT - 100))
+    page.keyboard.type(str(LONG_SEQ_LEN - 100))
     page.keyboard.press("Control+Enter")
     expect(page.locator("#completion .token").first).to_be_visible()
     page.keyboard.press("Escape")
