@@ -1,64 +1,85 @@
 """`stu-train`: train a Flash-STU model on token shards."""
 
 import argparse
+import os
+import socket
 import sys
+import traceback
 from collections.abc import Sequence
 
+from stu.common.errors import UserError
 from train.start.signals import exiting_at_once
 
-# What most runs set; `--help-all` lists every setting. A test holds these to the real parser.
+FAULT = 3
+"""Exit code after a fault of the program."""
+
+# The settings that most runs use; `--help-all` describes all. A test compares both.
 COMMON_SETTINGS = {
-    "--config": "YAML file of settings; what stands further right overrides it",
-    "--data.dir": "folder that stu-prepare made",
-    "--data.seq_len": "tokens the model reads in one sample",
-    "--data.micro_batch_size": "samples each rank computes at once",
-    "--model.config": "YAML file with the model's shape, as in configs/model/",
-    "--model.config.num_layers": "or any other field of the shape",
-    "--model.optimizer.learning_rate": "or any other field of the optimizer",
-    "--trainer.max_steps": "optimizer steps in all; the learning-rate schedule ends there",
-    "--trainer.max_time": "DD:HH:MM:SS of training in all; the schedule ends with it too",
-    "--trainer.accumulate_grad_batches": "micro-batches in one optimizer step",
-    "--trainer.gradient_clip_val": "norm that gradients are clipped to",
-    "--trainer.val_check_interval": "micro-batches between validations",
-    "--run-dir": "folder for checkpoints and logs",
-    "--resume": "`last`, `auto` (the last, if there is any), or a checkpoint, to go on from",
-    "--allow-change": "names of settings that may differ from those of the checkpoint",
-    "--checkpoint-every-steps": "optimizer steps between checkpoints",
-    "--checkpoint-every-minutes": "and at least so often",
-    "--parallel.kind": "`ddp`, `zero` for DeepSpeed, or `fsdp`",
-    "--parallel.zero_stage": "what DeepSpeed divides among the ranks",
-    "--keep-checkpoints": "how many to keep, the newest ones",
-    "--seed-everything": "decides the initial weights",
-    "--print-config": "print all settings as YAML, and stop",
-    "--help-all": "describe all settings, and stop",
+    "--config": "YAML file of settings; options to the right of it override it",
+    "--data.dir": "Folder that stu-prepare wrote",
+    "--data.seq_len": "Tokens per sample that the model reads",
+    "--data.micro_batch_size": "Samples that each rank computes at once",
+    "--model.config": "YAML file of the model's shape, as in configs/model/",
+    "--model.config.num_layers": "Number of layers; other fields of the shape likewise",
+    "--model.optimizer.name": "Optimizer: `adamw` or `lion`",
+    "--model.optimizer.learning_rate": "Highest learning rate; other fields likewise",
+    "--trainer.max_steps": "Optimizer steps of the run, where its learning-rate schedule ends",
+    "--trainer.max_time": "Training time of the run, DD:HH:MM:SS; its schedule ends then too",
+    "--trainer.accumulate_grad_batches": "Micro-batches per optimizer step",
+    "--trainer.gradient_clip_val": "Norm to which gradients are clipped",
+    "--trainer.val_check_interval": "Micro-batches between two validations",
+    "--run-dir": "Folder for checkpoints, logs and the record of jobs",
+    "--resume": "Checkpoint to continue from: a path, `last`, or `auto`, the last if any",
+    "--allow-change": "Settings that may differ from those of the checkpoint: NAME[,NAME]",
+    "--logger": "Loggers, as in `[tensorboard, csv]`",
+    "--checkpoint-every-steps": "Optimizer steps between two checkpoints",
+    "--checkpoint-every-minutes": "Longest time between two checkpoints",
+    "--keep-checkpoints": "Number of newest checkpoints to keep",
+    "--parallel.kind": "Strategy: `ddp`, `zero` for DeepSpeed, or `fsdp`",
+    "--parallel.zero_stage": "Stage of DeepSpeed's ZeRO: what is divided among the ranks",
+    "--seed-everything": "Seed of the initial weights",
+    "--print-config": "Print all settings as YAML, and exit",
+    "--help-all": "Describe all settings, and exit",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when done, 2 after an error of the user's or the system's."""
+    """Run the command, and return its exit code (docs/slurm.md lists all of them)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or {"-h", "--help"} & set(arguments):
         _short_help().print_help()
         return 0
     with exiting_at_once():
-        # Imported late, for it takes seconds.
+        # Imported late, as it takes seconds.
         from train.run import run
-        from train.start.agreement import UserError
 
         try:
             run(["--help" if argument == "--help-all" else argument for argument in arguments])
         except (UserError, OSError) as error:
             print(f"stu-train: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
+        except Exception:
+            traceback.print_exc()
+            print(f"stu-train: a fault of the program{_this_rank()}", file=sys.stderr)
+            return FAULT
     return 0
+
+
+def _this_rank() -> str:
+    """Return this process's rank and host, to add to a message."""
+    from train.start.launch import detect_launch
+
+    launch = detect_launch()
+    rank = launch.rank if launch.num_ranks > 1 else int(os.environ.get("LOCAL_RANK") or 0)
+    return f", on rank {rank} on {socket.gethostname()}"
 
 
 def _short_help() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stu-train",
         usage="stu-train --config FILE --data.dir DIR [--SETTING VALUE ...]",
-        description="Train a Flash-STU model on token shards. A setting's name is its place in the "
-        "YAML file.",
+        description="Train a Flash-STU model on token shards. The dotted name of a setting is its "
+        "path in the YAML file.",
         add_help=False,
     )
     for name, text in COMMON_SETTINGS.items():

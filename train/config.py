@@ -1,4 +1,4 @@
-"""The check of a run's settings, which `stu-plan` and `stu-train` share: both refuse the same."""
+"""Checks of a run's settings, which `stu-plan` and `stu-train` share."""
 
 import math
 from pathlib import Path
@@ -8,10 +8,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from train.callbacks.bad_steps import GuardConfig
 from train.data.loader import TokenData
 from train.data.shards import Index
+from train.loggers import check_loggers
 from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
 
@@ -19,7 +21,7 @@ COUNTS = (
     *("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"),
     "num_nodes",
 )
-"""The trainer's settings that must be whole numbers from 1."""
+"""Trainer settings that must be whole numbers >= 1."""
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PROFILERS = ("simple", "advanced", "pytorch")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -34,8 +36,8 @@ def check_settings(
     """Check every parsed setting of a run, and return the groups that are objects. A vocabulary of
     0 becomes that of the token shards.
 
-    is_plan: the data may not be there yet if the vocabulary is given, and the run may be for
-    another machine. Raises ValueError naming the setting, its value and what is allowed.
+    is_plan: whether the run may be for another machine, where the data is; the vocabulary must then
+    be given. Raises UserError.
     """
     for name in COUNTS:
         _require_count(f"trainer.{name}", settings.trainer[name])
@@ -54,6 +56,7 @@ def check_settings(
     optimizer_kind(optimizer)
     check_schedule(optimizer, settings.trainer.max_steps)
     GuardConfig(**_values(settings.model.guard))
+    check_loggers(settings.logger)
     parallel = ParallelConfig(**_values(settings.parallel))
     _check_trainer(settings.trainer)
     _check_devices(settings.trainer, is_plan)
@@ -62,7 +65,7 @@ def check_settings(
 
 
 def data_warnings(settings: Any, num_ranks: int) -> list[str]:
-    """Return what is to be said of token shards, if they are there, that are small for this run."""
+    """Return warnings about token shards that are too small for this run."""
     if not Path(settings.data.dir).exists():
         return []
     data, found = TokenData(**_values(settings.data)), []
@@ -85,30 +88,34 @@ def data_warnings(settings: Any, num_ranks: int) -> list[str]:
 
 
 def precision_name(precision: object) -> str:
-    """The one name of a precision that has several."""
+    """Return the canonical name of a precision."""
     return PRECISION_ALIASES.get(str(precision), str(precision))
 
 
 def check_vocabulary(model_size: int, data_size: int) -> None:
-    """Raise ValueError unless a model's vocabulary is that of its token shards."""
+    """Raise UserError unless a model's vocabulary is that of its token shards."""
     if model_size != data_size:
-        raise ValueError(
-            f"model.config.vocab_size={model_size}, but the token shards were made with "
-            f"{data_size} tokens: give --model.config.vocab_size {data_size}"
+        raise UserError(
+            "model.config.vocab_size",
+            model_size,
+            message=f"model.config.vocab_size={model_size}, but the token shards were made with "
+            f"{data_size} tokens: give --model.config.vocab_size {data_size}",
         )
 
 
 def check_length(seq_len: int, max_seq_len: int) -> None:
-    """Raise ValueError for samples that are longer than the model's context."""
+    """Raise UserError if samples are longer than the model's context."""
     if seq_len > max_seq_len:
-        raise ValueError(
-            f"data.seq_len={seq_len} exceeds model.config.max_seq_len={max_seq_len}: lower the one "
-            "or raise the other"
+        raise UserError(
+            "data.seq_len",
+            seq_len,
+            message=f"data.seq_len={seq_len} exceeds model.config.max_seq_len={max_seq_len}: lower "
+            "the one or raise the other",
         )
 
 
 def num_devices(trainer: Any) -> int | None:
-    """The devices of a node that the settings ask for; None: as many as there are."""
+    """Return the number of devices per node that the settings ask for; None for all there are."""
     devices = trainer.devices
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
@@ -139,7 +146,11 @@ def _check_trainer(trainer: Any) -> None:
         try:
             seconds = Timer(trainer.max_time).time_remaining()
         except (MisconfigurationException, TypeError, OverflowError) as error:
-            raise ValueError(f"trainer.max_time={trainer.max_time!r}: {error}") from error
+            raise UserError(
+                "trainer.max_time",
+                trainer.max_time,
+                message=f"trainer.max_time={trainer.max_time!r}: {error}",
+            ) from error
         is_time = seconds is not None and seconds > 0
         _require("trainer.max_time", trainer.max_time, is_time, "longer than 0 s, as DD:HH:MM:SS")
 
@@ -170,25 +181,27 @@ def _check_devices(trainer: Any, is_plan: bool) -> None:
 def _check_precision(trainer: Any, parallel: ParallelConfig) -> None:
     precision = precision_name(trainer.precision)
     if precision in ("16", "16-mixed", "16-true"):
-        raise ValueError(
-            f"trainer.precision={trainer.precision} is not allowed: float16 rounds the gradients "
-            "of a large vocabulary to zero; take bf16-mixed or 32-true"
+        raise UserError(
+            "trainer.precision",
+            trainer.precision,
+            fix="float16 rounds the gradients of a large vocabulary to zero; take bf16-mixed or "
+            "32-true",
         )
     _require("trainer.precision", trainer.precision, precision in PRECISIONS, ", ".join(PRECISIONS))
     if parallel.kind == "fsdp" and precision == "bf16-true":
-        raise ValueError(
-            "trainer.precision=bf16-true with parallel.kind=fsdp is not allowed: it must be "
-            "32-true or bf16-mixed"
+        raise UserError(
+            "trainer.precision", precision, "32-true or bf16-mixed with parallel.kind=fsdp"
         )
     if parallel.kind == "zero" and parallel.zero_stage == 0 and precision != "32-true":
-        raise ValueError(
-            "parallel.zero_stage=0 trains in float32 alone, and trainer.precision is "
-            f"{trainer.precision}: take stage 1, 2 or 3, or parallel.kind=ddp"
+        raise UserError(
+            "parallel.zero_stage",
+            0,
+            message="parallel.zero_stage=0 trains in float32 alone, but trainer.precision is "
+            f"{trainer.precision}: take stage 1, 2 or 3, or parallel.kind=ddp",
         )
     if parallel.kind == "zero" and trainer.gradient_clip_algorithm == "value":
-        raise ValueError(
-            "trainer.gradient_clip_algorithm=value with parallel.kind=zero is not allowed: "
-            "DeepSpeed clips by norm alone"
+        raise UserError(
+            "trainer.gradient_clip_algorithm", "value", "norm", "DeepSpeed clips by norm alone"
         )
 
 
@@ -199,15 +212,18 @@ def _check_model_and_data(settings: Any, is_plan: bool) -> ModelConfig:
         index = Index.load(Path(data.dir))
         shape.vocab_size = shape.vocab_size or index.vocab_size
         check_vocabulary(shape.vocab_size, index.vocab_size)
-    config = ModelConfig(**_values(shape))
+    try:
+        config = ModelConfig(**_values(shape))
+    except UserError as error:
+        raise error.renamed(f"model.config.{error.field}") from error
     check_length(data.seq_len, config.max_seq_len)
     if has_data:
-        TokenData(**_values(data))  # whether it is whole, and long enough for one sample
+        TokenData(**_values(data))  # raises if it is incomplete or too short for one sample
     return config
 
 
 def _values(group: Any) -> dict[str, Any]:
-    """The settings of a group, without the name of the file that they were read from."""
+    """Return the settings of a group, without the name of the file that they were read from."""
     return {name: value for name, value in group.as_dict().items() if name != "__path__"}
 
 
@@ -218,4 +234,4 @@ def _require_count(name: str, value: Any) -> None:
 
 def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={value} is not allowed: it must be {allowed}")
+        raise UserError(name, value, allowed)

@@ -2,9 +2,9 @@
 
     python -m train.demo [--output runs/demo] [--config configs/train/demo.yaml]
 
-Runs the commands a user would type, each of which it prints, on the Python standard library's own
-sources. Ends with the completions of prompts that were not in the training set, and with how the
-model's validation loss compares to the unigram entropy and to gzip.
+It prints and runs the commands that a user would type, on the sources of Python's standard library.
+At the end it shows completions of prompts that are not in the training set, and compares the
+model's validation loss with the unigram entropy and with gzip.
 """
 
 import argparse
@@ -22,12 +22,14 @@ PROMPT_LINES = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the whole path; the exit code is that of the first command to fail, or 0."""
+    """Run all commands, and return the exit code of the first one that fails, or 0."""
     parser = argparse.ArgumentParser(
         prog="python -m train.demo", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="where it all goes")
-    parser.add_argument("--config", default="configs/train/demo.yaml", help="of the training run")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="Folder to write")
+    parser.add_argument(
+        "--config", default="configs/train/demo.yaml", help="Settings of the training run"
+    )
     options = parser.parse_args(arguments)
     output = options.output
     data, run, model = output / "data", output / "train", output / "model"
@@ -49,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(program: str, *arguments: object) -> None:
-    """Run one of the project's own commands, of this very installation."""
+    """Run one of the project's commands, of this installation."""
     command = [program, *map(str, arguments)]
     print(f"\n$ {shlex.join(command)}", flush=True)
     subprocess.run([Path(sys.executable).with_name(program), *command[1:]], check=True)
 
 
 def _write_prompts(data: Path, path: Path) -> None:
-    """The first lines of validation documents, cut in the middle of the last one's text."""
+    """Write prompts: some lines from the middle of the longest validation documents."""
     from train.report import validation_documents
 
     longest_first = sorted(validation_documents(data), key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""What a validation says: how well the next token is told, whether context helps, and samples."""
+"""Validation: loss and accuracy of the next token, accuracy by context, and samples."""
 
 import math
 from pathlib import Path
@@ -14,34 +14,38 @@ NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS, TEMPERATURE = 4, 64, 64, 0.8
 
 
 class ValidationSums:
-    """Sums over targets, in float64, which those of several ranks add up to.
+    """Sums over targets in float64, which can be added up over ranks.
 
-    Targets are told apart by their context, the tokens that were read before them: 1, 2 to 3, 4 to
-    7 and so on.
+    Hits are counted by context, the number of tokens before a target: 1, 2 to 3, 4 to 7 and so on.
     """
 
     def __init__(self, seq_len: int, bytes_per_token: Tensor) -> None:
         self._bytes_per_token = bytes_per_token  # [vocab_size]
-        self._group = torch.arange(1, seq_len + 1).log2().floor().long()  # of each place
+        self._group = torch.arange(1, seq_len + 1).log2().floor().long()  # [T]
         self.values = torch.zeros(2 + 2 * (int(self._group[-1]) + 1), dtype=torch.float64)
-        """Nats, bytes of the targets' text, and by context hits and targets."""
+        """Nats, bytes of the targets' text, then hits and targets by context."""
 
     def add(self, nats: Tensor, hits: Tensor, targets: Tensor, counted: Tensor) -> None:
-        """Each `[B, T]`: losses, whether the target was the likeliest token, the target, and
-        whether it counts at all."""
+        """Add a batch, all `[B, T]`.
+
+        Args:
+            nats: Losses of the targets.
+            hits: Whether the target was the likeliest token.
+            targets: Tokens to predict.
+            counted: Whether the target counts.
+        """
         counted = counted.cpu()
         groups = self._group.expand(counted.shape)[counted]
         right = groups[hits.cpu()[counted]]
         num_groups = (len(self.values) - 2) // 2
-        its_bytes = self._bytes_per_token[targets.cpu()[counted]]
         self.values[0] += nats.cpu()[counted].double().sum()
-        self.values[1] += its_bytes.sum()
+        self.values[1] += self._bytes_per_token[targets.cpu()[counted]].sum()
         self.values[2 : 2 + num_groups] += right.bincount(minlength=num_groups)
         self.values[2 + num_groups :] += groups.bincount(minlength=num_groups)
 
 
 def validation_metrics(values: Tensor) -> dict[str, float]:
-    """What to log of the sums' `values` over all ranks."""
+    """Return the metrics to log, given the sums' `values` over all ranks."""
     nats, num_bytes = values[:2].tolist()
     hits, targets = values[2:].view(2, -1).tolist()
     by_context = {
@@ -58,12 +62,12 @@ def validation_metrics(values: Tensor) -> dict[str, float]:
 
 
 def context_tag(num_tokens: int) -> str:
-    """Name of the accuracy after `num_tokens` and up to twice as many."""
+    """Return the name of the accuracy after `num_tokens` to twice as many tokens."""
     return f"accuracy_by_context/from_{num_tokens:06d}_tokens"
 
 
 def plot_accuracy(metrics: dict[str, float], path: Path) -> None:
-    """Draw the accuracy by context into a PNG: where it rises, the model uses what it has read."""
+    """Plot the accuracy by context as a PNG: where it rises, longer context helps."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -93,10 +97,10 @@ def plot_accuracy(metrics: dict[str, float], path: Path) -> None:
 
 @torch.no_grad()
 def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Beginnings of `tokens [B, T]`, four at most, and in bold how the model goes on; Markdown.
+    """Return at most four rows of `tokens [B, T]` as text, with continuations, in Markdown.
 
-    Draws are the same at every call, and leave torch's generators alone. Every rank of a run must
-    call it: the whole sequence is computed for each token, wherever the weights are.
+    Sampling is the same at every call, and does not use PyTorch's global generators. Collective:
+    the whole sequence is computed for each token, wherever the weights are.
     """
     num_read = min(PROMPT_TOKENS, tokens.shape[1] // 2)
     num_all = min(num_read + NEW_TOKENS, model.config.max_seq_len)
@@ -104,7 +108,7 @@ def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[
     text[:, :num_read] = tokens[: len(text), :num_read]
     generator = torch.Generator().manual_seed(0)
     for place in range(num_read, num_all):
-        hidden = model.hidden(text)[:, place - 1]  # what stands to the right is not seen
+        hidden = model.hidden(text)[:, place - 1]  # [B, D]; tokens to the right are not seen
         odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
         text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
     return [
@@ -115,5 +119,5 @@ def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[
 
 
 def _code(text: str) -> str:
-    """As TensorBoard's Markdown shows it literally."""
+    """Return `text` as a Markdown block that is shown literally."""
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,8 +1,9 @@
 """Next-token cross-entropy that never holds the logits of all positions.
 
 With a vocabulary of 200,064 the logits of 8,192 tokens are 6.5 GB in float32, and a plain loss
-holds them three times. Here logits are made for a few rows at a time, and their gradients at once:
-what is kept for the backward pass has the size of the hidden states and of the output matrix.
+holds three tensors of that size. Here logits are computed for a few rows at a time,
+together with their gradients: the backward pass needs only tensors of the size of hidden states and
+output matrix.
 """
 
 from collections.abc import Iterator
@@ -13,18 +14,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGIT_BYTES = 2**28
-"""Of the logits that are there at a time, in float32."""
+"""Size of the logits that exist at a time, in float32."""
 
 
 def next_token_loss(
     hidden: Tensor, output: Tensor, targets: Tensor, z_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss to be minimised, and the mean cross-entropy in it, in nats per target.
+    """Return the mean loss to minimise, and the mean cross-entropy in it, in nats per target.
 
-    hidden: `[N, D]`; output: `[V, D]`, logits are `hidden @ output.T`; targets: int64 `[N]`.
-    z_weight: of the mean of the squared log-normalisers, which keeps logits from drifting (PaLM,
-    Chowdhery et al. 2022). Products are in autocast's dtype where it is on; softmax, sums over
-    targets and the output matrix's gradient are in float32 or wider.
+    Products are in autocast's dtype where it is on; softmax, sums over targets and the gradient of
+    the output matrix are in float32 or wider.
+
+    Args:
+        hidden: Hidden states `[N, D]`.
+        output: Output matrix `[V, D]`; logits are `hidden @ output.T`.
+        targets: Tokens to predict, int64 `[N]`.
+        z_weight: Weight of the mean squared log-normaliser, which keeps logits from drifting (PaLM,
+            Chowdhery et al. 2022).
     """
     loss, nats = _NextTokenLoss.apply(hidden, output, targets, z_weight)  # type: ignore[no-untyped-call]
     return loss, nats
@@ -32,7 +38,7 @@ def next_token_loss(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats of each target, and whether it has the highest logit: both `[N]`, without gradients."""
+    """Return the loss of each target in nats, and whether its logit is the highest: both `[N]`."""
     nats, hits = [], []
     for rows, logits in _logits(hidden, output):
         own = targets[rows]
@@ -42,7 +48,7 @@ def token_losses(hidden: Tensor, output: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 class _NextTokenLoss(torch.autograd.Function):
-    """Gradients for a loss of weight 1, which the backward pass scales."""
+    """Loss whose forward pass computes the gradients, which the backward pass only scales."""
 
     @staticmethod
     def forward(
@@ -59,7 +65,7 @@ class _NextTokenLoss(torch.autograd.Function):
             own = targets[rows]
             normalisers, nats[rows] = _exponentials(logits, own)
             losses[rows] = nats[rows] + z_weight * normalisers.square()
-            # From exponentials to the gradient of each logit, over the mean's count.
+            # In place: from exponentials to the gradients of the mean loss by the logits.
             logits *= ((1 + 2 * z_weight * normalisers) / (logits.sum(1) * count))[:, None]
             logits[torch.arange(len(own), device=own.device), own] -= 1 / count
             narrow = logits.to(narrow_output.dtype)
@@ -82,11 +88,11 @@ class _NextTokenLoss(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Of a few rows at a time, `[C, V]` in float32 or wider; the next ones take their place."""
+    """Yield the logits of a few rows at a time in one memory, `[C, V]`, float32 or wider."""
     wide, narrow = torch.promote_types(hidden.dtype, torch.float32), _product_dtype(hidden)
     matrix = output.to(narrow).t()
     num_rows = max(1, LOGIT_BYTES // (4 * len(output)))
-    # Fresh memory for each would cost more, in page faults, than what is done with it.
+    # Page faults of fresh memory would cost more than the computation.
     room = torch.empty(min(num_rows, len(hidden)), len(output), dtype=wide, device=hidden.device)
     for start in range(0, len(hidden), num_rows):
         rows = slice(start, start + num_rows)
@@ -100,8 +106,10 @@ def _logits(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-normalisers and the targets' losses, `[C]` each; leaves exponentials, of the logits less
-    each row's largest, in their place."""
+    """Return log-normalisers and the targets' losses, `[C]` each.
+
+    `logits` are replaced by exponentials of their differences to the row's largest.
+    """
     largest = logits.amax(1, keepdim=True)
     logits -= largest
     own = logits.gather(1, targets[:, None]).squeeze(1)

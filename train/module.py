@@ -1,4 +1,4 @@
-"""What one training step computes and logs."""
+"""The training and validation steps of a model, and what they log."""
 
 import math
 import time
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
@@ -24,8 +25,8 @@ from train.callbacks.progress import warned
 from train.config import check_length, check_vocabulary
 from train.data.loader import Batch, TokenData, ValidationBatch
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
-from train.flops import token_flops
-from train.gpus import GPUS, known_gpu, peak_bytes, resident_bytes
+from train.gpus import peak_bytes, resident_bytes
+from train.loggers import RunLogger
 from train.loss import next_token_loss, token_losses
 from train.optimizer import (
     OptimizerConfig,
@@ -33,19 +34,21 @@ from train.optimizer import (
     make_optimizer,
     optimizer_kind,
     parameter_groups,
+    replace_hyperparameters,
 )
 from train.parallel.fsdp import FsdpStrategy
-from train.start.same_run import result_settings, training_record
+from train.record import losses_since_log, result_settings, training_record
+from train.throughput import Throughput
 
 
 class FlashSTUModule(L.LightningModule):
     """Next-token training of a Flash-STU model on `TokenData`.
 
     Args:
-        config: shape of the model; its vocabulary must be that of the token shards.
-        optimizer: AdamW and its schedule.
-        z_loss: weight of the mean squared log-normaliser in what is minimised; 0: none.
-        guard: which updates are skipped.
+        config: Shape of the model; its vocabulary must be that of the token shards.
+        optimizer: Optimizer and learning-rate schedule.
+        z_loss: Weight of the z-loss, the mean squared log-normaliser of the logits; 0 for none.
+        guard: Rules for skipping harmful updates.
     """
 
     def __init__(
@@ -57,29 +60,32 @@ class FlashSTUModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self._resident_before = resident_bytes()
-        if not 0 <= z_loss < math.inf:
-            raise ValueError(f"model.z_loss={z_loss!r} is not allowed: it must be a number >= 0")
         self.z_loss = z_loss
-        self.guard_config = guard
         self.run_record: dict[str, Any] = {}
-        """Record that goes into checkpoints: where the run comes from, what was changed in it."""
+        """Provenance, schedule and changed settings of the run, for checkpoints."""
         self.is_optimizer_changed = False
-        """Whether `optimizer` is not what the checkpoint to go on from was trained with."""
+        """Whether the settings of the optimizer differ from those of the checkpoint."""
         self._guard = StepGuard(guard)
-        self._samples: list[int] = []  # of the step that is being made
-        self.config = config
-        self.optimizer_config = optimizer
+        self._samples: list[int] = []  # of the step in progress
+        self.config, self.optimizer_config = config, optimizer
         self.optimizer_kind = optimizer_kind(optimizer)
         self.model = FlashSTU(config)
         self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
 
-    def check_data(self, data: TokenData) -> None:
-        """Raise ValueError unless this model can read `data`."""
-        check_vocabulary(self.config.vocab_size, data.vocab_size)
-        check_length(data.seq_len, self.config.max_seq_len)
+    def result_settings(self, trainer: L.Trainer, data: TokenData) -> dict[str, Any]:
+        """Return by name all settings that a run's results depend on, except its length."""
+        return result_settings(
+            trainer,
+            data,
+            self.config,
+            self.optimizer_config,
+            self.z_loss,
+            self._guard.config.loss_jump,
+        )
 
     def setup(self, stage: str) -> None:
-        self.check_data(self._data)
+        check_vocabulary(self.config.vocab_size, self._data.vocab_size)
+        check_length(self._data.seq_len, self.config.max_seq_len)
         self._tokenizer = Tokenizer(self._data.tokenizer_path)
         self._bytes_per_token = torch.from_numpy(self._tokenizer.bytes_per_token())
 
@@ -88,11 +94,11 @@ class FlashSTUModule(L.LightningModule):
             self.trainer.strategy.divide(self.model)
 
     def configure_optimizers(self) -> Any:
-        # Not `estimated_stepping_batches`: reading it drops the loader's place on resume.
+        # Reading `estimated_stepping_batches` would drop the loader's position on resume.
         total_steps = self.trainer.max_steps
         if total_steps < 1:
-            raise ValueError(
-                "trainer.max_steps is not set: the schedule needs it, and the data has no end"
+            raise UserError(
+                "trainer.max_steps", total_steps, fix="set it, as the schedule ends there"
             )
         optimizer = make_optimizer(self.model, self.optimizer_config)
         schedule = LambdaLR(
@@ -106,40 +112,43 @@ class FlashSTUModule(L.LightningModule):
     def on_train_start(self) -> None:
         self._losses = [loss.to(self.device) for loss in self._losses]
         if self.is_optimizer_changed:
-            self._change_optimizer()
-        self._start_clock()
+            step, total_steps = self.trainer.global_step, self.trainer.max_steps
+            factor = learning_rate_factor(step, total_steps, self.optimizer_config)
+            scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+            replace_hyperparameters(scheduler, self.optimizer_config, factor)
+        self._throughput = Throughput(self.config, self._data, self.trainer.world_size)
 
     def training_step(self, batch: Batch) -> Tensor:
-        """What a micro-batch is to minimise: its mean loss in nats per token, and the z-loss."""
-        tokens = batch["tokens"]
-        # Here and not in a hook after the step: checkpoints are written before those run.
+        """Return the loss of a micro-batch: its mean in nats per token, plus the z-loss."""
+        tokens = batch["tokens"]  # [B, T + 1]
+        # Not in a hook after the step: checkpoints are written before those run.
         self._data.advance(len(tokens) * self.trainer.world_size)
         loss, nats = next_token_loss(*self._predictions(tokens), self.z_loss)
         self._losses.append(nats)
         self._samples += batch["sample_ids"].tolist()
         if self._guard.config.loss_jump:
-            of_all_ranks = self.trainer.strategy.reduce(nats.clone(), reduce_op="mean")
-            if self._guard.is_spike(float(of_all_ranks)):
-                return loss * math.nan  # as steps whose gradients are not finite are skipped
+            mean = self.trainer.strategy.reduce(nats.clone(), reduce_op="mean")
+            if self._guard.is_spike(float(mean)):
+                return loss * math.nan  # steps whose gradients are not finite are skipped
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         strategy: Any = self.trainer.strategy
         is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
         if is_deepspeed and not strategy.deepspeed_engine.is_gradient_accumulation_boundary():
-            return  # called after each micro-batch: they are this rank's alone as yet
+            return  # DeepSpeed calls this after each micro-batch, when gradients are not summed yet
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if not gradients:
-            return  # DeepSpeed has its own, and tells their norm after the step
-        norm = torch.nn.utils.get_total_norm(gradients)  # not yet clipped
+            return  # DeepSpeed keeps its own, and reports their norm after the step
+        norm = torch.nn.utils.get_total_norm(gradients)  # before clipping
         self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not self._gradient_norm.isfinite():
-            for parameter in self.parameters():  # the optimizer leaves these alone
+            for parameter in self.parameters():  # the optimizer skips these
                 parameter.grad = None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:  # type: ignore[override]
-        """Count the step if its update was skipped, and log what it did if it is one to log."""
-        is_logged, step = self._logs_next_step, self.trainer.global_step + 1
+        """Take a step, count it if its update was skipped, and log it if it is due."""
+        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         learning_rate = optimizer.param_groups[0]["lr"]
         is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if is_last and (timer := self._timer) is not None:
@@ -156,29 +165,14 @@ class FlashSTUModule(L.LightningModule):
             folder = Path(self.trainer.default_root_dir) / "skipped"
             self._guard.count(step, float(self._losses[-1]), self._samples, folder / file)
         self._samples = []
-        if is_logged:
+        if step % every == 0:
             self._log_step(step, learning_rate)
 
-    def _change_optimizer(self) -> None:
-        """Put `optimizer` in the place of what came with the checkpoint."""
-        config, scheduler = self.optimizer_config, self.trainer.lr_scheduler_configs[0].scheduler
-        step, total_steps = self.trainer.global_step, self.trainer.max_steps
-        factor = learning_rate_factor(step, total_steps, config)
-        scheduler.base_lrs = [config.learning_rate] * len(scheduler.base_lrs)
-        decays = (config.weight_decay, 0.0)
-        for group, decay in zip(scheduler.optimizer.param_groups, decays, strict=True):
-            group |= {
-                **self.optimizer_kind.hyperparameters(config),
-                "lr": config.learning_rate * factor,
-                "initial_lr": config.learning_rate,
-                "weight_decay": decay,
-            }
-
     def _learning_rate_by_time(self, timer: Timer) -> float:
-        """Set the rate of the step at hand, in a run that also ends when its time is up."""
+        """Set the learning rate of this step in a run that also ends when its time is up."""
         elapsed, left = timer.time_elapsed(), timer.time_remaining()
         assert left is not None
-        # The ranks' clocks differ, and their rates must not.
+        # Ranks have different clocks, and need equal rates.
         (share,) = largest_of_ranks(self.trainer, min(1.0, elapsed / (elapsed + left)))
         step, total_steps = self.trainer.global_step, self.trainer.max_steps
         factor = learning_rate_factor(step, total_steps, self.optimizer_config, share)
@@ -188,8 +182,6 @@ class FlashSTUModule(L.LightningModule):
         return learning_rate
 
     def _log_step(self, step: int, learning_rate: float) -> None:
-        tokens = (self._data.position - self._clock_position) * self._data.seq_len
-        tokens_per_second = tokens / (time.monotonic() - self._clock)
         loss = torch.stack(self._losses).mean()
         if self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
@@ -200,21 +192,19 @@ class FlashSTUModule(L.LightningModule):
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
-            "train/tokens_per_second": tokens_per_second,
-            "data/position": float(self._data.position),
-            **self._utilization(tokens_per_second / self.trainer.world_size),
+            **self._throughput.metrics(self.device),
             "train/memory_gib": gib,
         }
         self._log(metrics, step)
         self._losses.clear()
-        self._start_clock()
+        self._throughput.restart()
 
     def on_validation_epoch_start(self) -> None:
         self._validation = ValidationSums(self._data.seq_len, self._bytes_per_token)
         self._validation_start = time.monotonic()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
-        """Add the losses of the targets that count; at the first one, see how the model writes."""
+        """Add the losses of the targets that count, and log samples at the first batch."""
         if self._is_validation_cut:
             return
         tokens, targets = batch["tokens"], batch["tokens"][:, 1:]
@@ -225,10 +215,11 @@ class FlashSTUModule(L.LightningModule):
         if batch_idx == 0 and not self.trainer.sanity_checking:
             texts = sample_texts(self.model, tokens, self._tokenizer)
             for number, text in enumerate(texts if self.trainer.is_global_zero else []):
-                self._board.add_text(f"sample/{number}", text, self.trainer.global_step)
+                for logger in self._loggers:
+                    logger.log_text(f"sample/{number}", text, self.trainer.global_step)
 
     def on_validation_epoch_end(self) -> None:
-        """Log means over the whole validation split, all ranks together."""
+        """Log means over the whole validation split; collective."""
         if self._is_validation_cut:
             return
         sums = self._validation.values
@@ -241,15 +232,16 @@ class FlashSTUModule(L.LightningModule):
                 folder = Path(self.trainer.default_root_dir)
                 with warned("the accuracy's picture"):
                     plot_accuracy(metrics, folder / "accuracy-by-context.png")
-            self._clock += time.monotonic() - self._validation_start
+            self._throughput.leave_out(time.monotonic() - self._validation_start)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `stu-export` needs besides the weights, and what a resumed run must repeat."""
-        settings = result_settings(self.trainer, self, self._data)
-        record = training_record(settings, self._data.tokenizer_path)
+        """Add what `stu-export` and a resumed run need besides Lightning's state."""
+        settings = self.result_settings(self.trainer, self._data)
+        record = training_record(
+            settings, self.config, self.optimizer_config, self._data.tokenizer_path
+        )
         checkpoint["stu"] = {**record, **self.run_record}
         checkpoint["stu"]["parameter_groups"] = parameter_groups(self.model)
-        checkpoint["stu"]["state_tensors"] = list(self.optimizer_kind.state_tensors)
         checkpoint["stu"]["since_log"] = {
             "losses": self.trainer.strategy.all_gather(torch.stack(self._losses)).cpu()
             if self._losses
@@ -260,59 +252,32 @@ class FlashSTUModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.load_state_dict(checkpoint["stu"].get("guard", {}))
-        self._losses = self._losses_since_log(checkpoint["stu"].get("since_log", {}))
-        # Micro-batches count from the last step, of however many its own were.
+        self._losses = losses_since_log(
+            checkpoint["stu"].get("since_log", {}),
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+        )
+        # Batches count in today's micro-batches per step, which may differ from the checkpoint's.
         count = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update(dict.fromkeys(counts, count))
 
-    def _utilization(self, tokens_per_second: float) -> dict[str, float | Tensor]:
-        """Of a rank that computes so many. Blocks computed again count once, and convolutions
-        apart: their FFTs are not what a device's peak, in bfloat16, is stated for."""
-        data = self._data
-        flops = token_flops(self.config, data.seq_len, data.micro_batch_size, recomputes=False)
-        products = tokens_per_second * (flops.dense + flops.attention)
-        metrics: dict[str, float | Tensor] = {
-            "train/product_teraflops": products / 1e12,
-            "train/convolution_teraflops": tokens_per_second * flops.convolution / 1e12,
-        }
-        gpu = known_gpu(self.device)
-        return {**metrics, "train/mfu": products / GPUS[gpu].flops} if gpu else metrics
-
-    def _losses_since_log(self, saved: Mapping[str, Any]) -> list[Tensor]:
-        """This rank's losses of the steps after the last logged one, from a checkpoint."""
-        if not saved or not saved["losses"].numel():
-            return []
-        losses = saved["losses"].view(-1, saved["losses"].shape[-1])  # [ranks, n]
-        now, then = self.trainer.accumulate_grad_batches, saved["micro_batches"]
-        if len(losses) == self.trainer.world_size and now == then:
-            return list(losses[self.trainer.global_rank])
-        # Steps weigh the same, whatever they are divided into.
-        by_step = losses.mean(0).view(-1, then).mean(1)
-        return list(by_step.repeat_interleave(now))
-
     @property
     def _timer(self) -> Timer | None:
-        """The clock of `trainer.max_time`, if it is set."""
+        """Timer of `trainer.max_time`, if that is set."""
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
 
     @property
     def _is_validation_cut(self) -> bool:
-        """Whether the run is to stop and has no time left for a validation."""
-        return self.trainer.limit_val_batches == 0
+        return self.trainer.limit_val_batches == 0  # set by `Interruption`
 
     @property
-    def _board(self) -> Any:
-        """TensorBoard's writer."""
-        logger: Any = self.logger
-        return logger.experiment
-
-    @property
-    def _logs_next_step(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.trainer.global_step + 1) % every == 0
+    def _loggers(self) -> list[RunLogger]:
+        loggers: list[Any] = self.trainer.loggers
+        return loggers
 
     @property
     def _data(self) -> TokenData:
@@ -320,18 +285,16 @@ class FlashSTUModule(L.LightningModule):
         return data
 
     def _predictions(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states `[B T, D]`, the matrix that makes logits of them, and targets `[B T]`."""
-        hidden = self.model.hidden(tokens[:, :-1])
+        """Return hidden states `[B T, D]`, the output matrix `[V, D]`, and targets `[B T]`."""
+        hidden = self.model.hidden(tokens[:, :-1])  # [B, T, D]
         return hidden.flatten(0, 1), self.model.embedding.weight, tokens[:, 1:].flatten()
 
     def _log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
-        """Log metrics, which all ranks have alike, at once: before a checkpoint of this step is
-        written, after which a run that is killed would not come back to it."""
-        self.log_dict(dict(metrics), logger=False, sync_dist=self.trainer.validating)
-        if self.trainer.is_global_zero and self.logger is not None:
-            self.logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)
-            self._board.flush()
+        """Log metrics that are equal on all ranks.
 
-    def _start_clock(self) -> None:
-        """Begin a stretch of training whose speed is logged."""
-        self._clock, self._clock_position = time.monotonic(), self._data.position
+        They are logged at once, before this step's checkpoint: after that, a run that is killed
+        would not repeat the step.
+        """
+        self.log_dict(dict(metrics), logger=False, sync_dist=self.trainer.validating)
+        for logger in self._loggers if self.trainer.is_global_zero else ():
+            logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)

@@ -1,4 +1,4 @@
-"""What a training run achieved: its loss curve, beside what needs no model at all."""
+"""Results of a training run: its loss curve, and baselines that need no model."""
 
 import gzip
 import math
@@ -10,13 +10,13 @@ from stu.tokenizer import Tokenizer
 from train.data.shards import TokenShards
 
 Curve = tuple[list[int], list[float]]
-"""Steps, and a value at each."""
+"""Steps, and the value at each."""
 
 
 def unigram_bits_per_byte(data: Path) -> float:
-    """Cross-entropy of the validation tokens under the training tokens' frequencies.
+    """Return the cross-entropy of the validation tokens under the training tokens' frequencies.
 
-    In bits per byte of validation text; add-one smoothing, sums in float64.
+    In bits per byte of validation text, with add-one smoothing.
     """
     train, validation = TokenShards(data, "train"), TokenShards(data, "validation")
     counts = np.ones(train.index.vocab_size)
@@ -29,13 +29,13 @@ def unigram_bits_per_byte(data: Path) -> float:
 
 
 def gzip_bits_per_byte(data: Path) -> float:
-    """Size of the validation text under gzip -9, in bits per byte of it."""
+    """Return the size of the validation text after gzip -9, in bits per byte of it."""
     text = "".join(validation_documents(data)).encode()
     return 8 * len(gzip.compress(text, 9)) / len(text)
 
 
 def validation_documents(data: Path) -> list[str]:
-    """The validation split as text again, document by document."""
+    """Return the validation split as text, document by document."""
     shards = TokenShards(data, "validation")
     tokenizer = Tokenizer(shards.tokenizer_path)
     tokens = shards.read(0, len(shards))
@@ -44,7 +44,7 @@ def validation_documents(data: Path) -> list[str]:
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Every scalar that TensorBoard holds of the run in folder `run`, by tag."""
+    """Return all scalars in the TensorBoard files of the run in folder `run`, by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     curves: dict[str, Curve] = {}
@@ -62,9 +62,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
 def plot_bits_per_byte(
     curves: dict[str, Curve], bytes_per_token: float, baselines: dict[str, float], path: Path
 ) -> None:
-    """Draw training and validation loss against step, baselines as dashed lines, into a PNG.
+    """Plot training and validation loss over steps, and baselines as dashed lines, as a PNG.
 
-    The training loss, in nats per token, is drawn in bits per byte at `bytes_per_token`.
+    bytes_per_token: converts the training loss from nats per token to bits per byte.
     """
     import matplotlib
 

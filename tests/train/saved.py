@@ -1,6 +1,6 @@
 """What a run has saved."""
 
-from train.checkpoint.callback import FolderIO
+from train.checkpoint.folder_io import FolderIO
 from train.checkpoint.writer import CheckpointWriter
 
 

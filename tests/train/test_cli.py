@@ -3,6 +3,7 @@
 import math
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.train.saved import load_checkpoint
 from train import cli, report
 from train.checkpoint.export import export
 from train.data.shards import TokenShards
+from train.module import FlashSTUModule
 
 
 @pytest.fixture
@@ -137,12 +139,15 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
         ("--qqqq=1", "--qqqq=1: --help lists all names"),
         ("--trainer.max_step=3", "did you mean 'trainer.max_steps'?"),
         ("--model.config.width=abc", "model.config.width"),
-        ("--model.config.width=17", "width=17 is not divisible by num_heads=2"),
+        (
+            "--model.config.width=17",
+            "model.config.num_heads=2 is not allowed: .* that divides width=17",
+        ),
         ("--model.config.vocab_size=999", "vocab_size=999, but the token shards .* 300 tokens"),
         ("--data.seq_len=64", "seq_len=64 exceeds model.config.max_seq_len=32"),
         ("--data.dir=/nowhere", "/nowhere: no index.json"),
         ("--trainer.max_steps=-1", "trainer.max_steps=-1 is not allowed"),
-        ("--trainer.precision=16-mixed", "trainer.precision=16-mixed is not allowed: float16"),
+        ("--trainer.precision=16-mixed", 'trainer.precision="16-mixed" is not allowed: float16'),
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches=0 is not allowed"),
         ("--trainer.val_check_interval=0", "val_check_interval=0 is not allowed"),
         ("--trainer.max_epochs=3", "trainer.max_epochs is chosen by stu-train"),
@@ -184,7 +189,7 @@ def test_a_run_is_not_overwritten(run, tmp_path, capsys):
     assert run("--trainer.max_steps=1") == 0
     before = (tmp_path / "run" / "checkpoints" / "last.ckpt" / "training.pt").read_bytes()
     assert run("--trainer.max_steps=1") == 2
-    assert "go on with --resume last" in capsys.readouterr().err
+    assert "continue it with --resume last" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt" / "training.pt").read_bytes() == before
 
 
@@ -224,3 +229,16 @@ def test_a_terminated_run_does_not_look_finished(settings, tmp_path):
         last_words = process.stderr.read()
     assert process.returncode == 128 + signal.SIGTERM
     assert "for SIGTERM; the checkpoint is written" in last_words
+
+
+def test_a_fault_of_the_program_has_its_own_code_and_names_rank_and_host(
+    settings, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(FlashSTUModule, "training_step", fail)
+    assert cli.main([*settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=1"]) == 3
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert f"a fault of the program, on rank 0 on {socket.gethostname()}" in shown

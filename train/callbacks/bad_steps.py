@@ -1,4 +1,4 @@
-"""Steps that would do harm: all ranks skip their update, count it, and write it down."""
+"""Bad steps: all ranks skip their updates, count them, and record their samples."""
 
 import json
 import math
@@ -9,60 +9,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stu.common.errors import UserError
 from train.callbacks.progress import warned
 
 REMEMBERED_LOSSES = 100
 
 
 class TooManyBadSteps(Exception):
-    """A run that does not get better by itself."""
+    """Too many skipped updates for a run to recover by itself."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """When an update is skipped. One whose gradients are not all finite always is."""
+    """Rules for skipping updates. One whose gradients are not all finite is always skipped."""
 
     loss_jump: float = 0.0
-    """Nats per token over the median of the last losses, from which on a micro-batch spoils its
-    step; 0: none does."""
+    """Excess of a micro-batch's loss over the median of recent ones, in nats per token, above which
+    the update is skipped; 0 for no limit."""
     most_bad_steps: int = 20
-    """In one job; then it stops, with exit code 65."""
+    """Number of skipped updates in one job after which it stops, with exit code 65."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.loss_jump < math.inf:
-            raise ValueError(
-                f"model.guard.loss_jump={self.loss_jump!r} is not allowed: it must be a number >= 0"
-            )
+            raise UserError("model.guard.loss_jump", self.loss_jump, "a number >= 0")
         if self.most_bad_steps < 1:
-            raise ValueError(
-                f"model.guard.most_bad_steps={self.most_bad_steps!r} is not allowed: it must be a "
-                "whole number >= 1"
+            raise UserError(
+                "model.guard.most_bad_steps", self.most_bad_steps, "a whole number >= 1"
             )
 
 
 class StepGuard:
-    """Looks at losses before, and counts after."""
+    """Recent losses of a run, and the count of its skipped updates."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.num_bad_steps = 0
-        """Updates skipped so far in the run."""
+        """Number of updates skipped in the run so far."""
         self._in_this_job = 0
         self._losses: deque[float] = deque(maxlen=REMEMBERED_LOSSES)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses remembered and the updates skipped, for a checkpoint."""
+        """Return recent losses and the number of skipped updates, for a checkpoint."""
         return {"num_bad_steps": self.num_bad_steps, "losses": list(self._losses)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; from nothing if a checkpoint has none."""
+        """Restore the result of `state_dict`; old checkpoints have none."""
         self.num_bad_steps = saved.get("num_bad_steps", 0)
         self._losses.extend(saved.get("losses", []))
 
     def is_spike(self, nats: float) -> bool:
-        """Whether a micro-batch's mean loss, of all ranks, is one. Others are remembered."""
+        """Whether a micro-batch's mean loss over all ranks is a spike. Others are remembered."""
         knows_enough = len(self._losses) >= REMEMBERED_LOSSES // 2 and self.config.loss_jump > 0
-        # NaN is no spike: it spoils the step by itself.
+        # NaN is no spike: such a step is skipped anyway.
         if knows_enough and nats > statistics.median(self._losses) + self.config.loss_jump:
             return True
         if math.isfinite(nats):
@@ -70,7 +68,10 @@ class StepGuard:
         return False
 
     def count(self, step: int, loss: float, samples: list[int], file: Path) -> None:
-        """A step whose update was skipped, with this rank's samples. Raises TooManyBadSteps."""
+        """Count a step whose update was skipped, and append this rank's samples to `file`.
+
+        Raises TooManyBadSteps.
+        """
         self.num_bad_steps += 1
         self._in_this_job += 1
         line = {"step": step, "loss": str(loss), "samples": samples}

@@ -1,4 +1,4 @@
-"""Signals: a run that is told to stop does so at the end of a step, with a checkpoint."""
+"""Signals during training: the run stops at the end of a step, with a checkpoint."""
 
 import signal
 import threading
@@ -12,28 +12,28 @@ from train.start.signals import EXIT_CODES
 
 
 class Interruption(L.Callback):
-    """Sets `trainer.should_stop` on every rank once one was sent SIGUSR1, SIGTERM or SIGINT.
+    """Callback that stops all ranks after one has received SIGUSR1, SIGTERM or SIGINT.
 
     A validation is left between two of its batches; the run then stops after the next step.
 
-    A handler does nothing but note the signal: saving in it could wait for ever for other ranks. A
-    second SIGINT or SIGTERM ends the process at once, as it would without this.
+    The signal handler only records the signal, as saving in it could wait for other ranks for ever.
+    A second SIGINT or SIGTERM ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """What the run stopped for, the same on every rank."""
+        """Signal that the run stops for, the same on all ranks."""
         self._noted: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._former = {its: signal.getsignal(its) for its in EXIT_CODES}
+        self._former = {number: signal.getsignal(number) for number in EXIT_CODES}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Only now: until then there is nothing to save, and a signal ends the process at once.
         if threading.current_thread() is threading.main_thread():
-            for its in EXIT_CODES:
-                signal.signal(its, self._note)
+            for number in EXIT_CODES:
+                signal.signal(number, self._note)
 
     def on_train_batch_end(
         self,
@@ -53,7 +53,7 @@ class Interruption(L.Callback):
             self._agree(trainer)
 
     def _agree(self, trainer: L.Trainer) -> bool:
-        """Whether any rank was sent a signal; all ranks must ask. No validation follows then."""
+        """Whether any rank has received a signal; collective. If so, no validation follows."""
         (noted,) = largest_of_ranks(trainer, self._noted or 0)
         if noted:
             self.received = signal.Signals(int(noted))
@@ -69,21 +69,21 @@ class Interruption(L.Callback):
         self._restore()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        its = signal.Signals(number)
-        if self._noted == its and its != signal.SIGUSR1:
-            signal.signal(its, signal.SIG_DFL)
-            signal.raise_signal(its)
-        self._noted = its
+        received = signal.Signals(number)
+        if self._noted == received and received != signal.SIGUSR1:
+            signal.signal(received, signal.SIG_DFL)
+            signal.raise_signal(received)
+        self._noted = received
 
     def _restore(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for its, handler in self._former.items():
-                signal.signal(its, handler)
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
         self._former = {}
 
 
 def largest_of_ranks(trainer: L.Trainer, *values: float) -> list[float]:
-    """Of each value, the largest of all ranks'; all of them must ask."""
+    """Return for each value the largest of all ranks; collective."""
     if trainer.world_size == 1:
         return list(values)
     held = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""How a training run shows where it is, and what it has read."""
+"""Progress of a run on the terminal, and a log of the samples it has read."""
 
 import time
 import warnings
@@ -18,12 +18,15 @@ SHOWN = {
     "val/bits_per_byte": "{:.3f} bits/byte",
     "train/tokens_per_second": "{:,.0f} tokens/s",
 }
-"""Logged metrics that the status shows, and how."""
+"""Logged metrics that the status line shows, and their formats."""
 
 
 @contextmanager
 def warned(what: str) -> Iterator[None]:
-    """A file that a run can do without: one rank that stopped for it would leave others waiting."""
+    """Turn an OSError into a warning, for files that a run can do without.
+
+    A rank that stopped for one would leave the others waiting.
+    """
     try:
         yield
     except OSError as error:
@@ -31,9 +34,9 @@ def warned(what: str) -> Iterator[None]:
 
 
 class StepProgress(ProgressBar):
-    """A bar over optimizer steps on stderr; one line for each logged step if that is no terminal.
+    """Progress bar over optimizer steps on stderr; a line per logged step if that is no terminal.
 
-    Lightning's own bars count the batches of an epoch, and here the data never ends.
+    Lightning's bars count the batches of an epoch, but here the data never ends.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -48,7 +51,7 @@ class StepProgress(ProgressBar):
         )
 
     def disable(self) -> None:
-        """Called on all ranks but the first."""
+        """Silence the bar; called on all ranks but the first."""
         self._console.quiet = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,7 +64,7 @@ class StepProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        if step == self._last_step:  # gradients are still being accumulated
+        if step == self._last_step:  # still accumulating gradients
             return
         self._last_step = step
         status = self._status(trainer)
@@ -112,8 +115,10 @@ class StepProgress(ProgressBar):
 
 
 class SampleLog(L.Callback):
-    """A file for each rank, with a line for each micro-batch: the step it is part of, the epoch's
-    samples in it. A step that is done again after an interruption has new lines at the end."""
+    """Log of samples: a file per rank, a line per micro-batch, with its step and sample numbers.
+
+    A step that is repeated after a resume has new lines at the end.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""A run that hangs ends, and says where; one that goes on says so in a file."""
+"""Detection of hangs, and a heartbeat file of the run."""
 
 import faulthandler
 import json
@@ -16,22 +16,21 @@ from stu.common.files import new_file
 from train.callbacks.progress import warned
 
 HUNG = 70
-"""Exit code (sysexits' EX_SOFTWARE)."""
+"""Exit code of a run that hung (sysexits' EX_SOFTWARE)."""
 LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10.0
 WRITE_SECONDS = 30.0
 
 
 class Watchdog(L.Callback):
-    """Each rank looks at itself: without a batch for `hang_minutes` it writes the stacks of all its
-    threads into `folder`, and ends. Ranks wait for one another, so where one hangs all do.
+    """Callback that ends a rank without a batch for `hang_minutes`.
 
-    The first rank writes `heartbeat.json` beside it every few seconds: step, Unix time, host.
+    It writes the stacks of all threads into `RUN_DIR/stacks` first. Ranks wait for one another, so
+    that all end where one hangs. The first rank also writes `RUN_DIR/heartbeat.json` every few
+    seconds: step, Unix time, host and process.
     """
 
     def __init__(self, run_dir: Path, hang_minutes: float) -> None:
-        if not hang_minutes > 0:
-            raise ValueError(f"hang_minutes={hang_minutes} is not allowed: it must be above 0")
         self._run_dir, self._hang_seconds = run_dir, 60 * hang_minutes
         self._seen = self._written = 0.0
         self._rank = 0
@@ -79,7 +78,7 @@ class Watchdog(L.Callback):
             file=sys.stderr,
             flush=True,
         )
-        # If the disk is what hangs, so does what follows.
+        # If it is the disk that hangs, writing hangs too.
         threading.Timer(WRITE_SECONDS, os._exit, [HUNG]).start()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`stu-export`: from a training checkpoint to a model directory, or to the published layout."""
+"""`stu-export`: write a training checkpoint as a model directory, or in the published layout."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stu.common.cli import ArgumentParser, run_command
+from stu.common.errors import UserError
 
 if TYPE_CHECKING:
     from stu.model import FlashSTU
@@ -14,27 +15,34 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when done, 2 after an error, which leaves nothing behind."""
+    """Run the command, and return its exit code. An error leaves nothing behind."""
     parser = ArgumentParser(
         prog="stu-export",
-        description="Write a model directory, which stu-generate reads, from a checkpoint.",
+        description="Write the model of a training checkpoint as a model directory, which "
+        "stu-generate and stu-serve read.",
     )
     add = parser.add_argument
     add(
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a step-*.ckpt, a run's folder: its last, or a model directory",
+        help="Checkpoint (step-*.ckpt), folder of a run for its last one, or model directory",
     )
-    add("--output", metavar="DIR", type=Path, required=True, help="folder to write")
+    add("--output", metavar="DIR", type=Path, required=True, help="Folder to write")
     add(
         "--format",
         type=Literal["stu", "published"],
         default="stu",
-        help="a model directory, or the names and config.json of the published Flash-STU code",
+        help="stu: a model directory; published: tensor names and config.json of the published "
+        "Flash-STU code",
     )
-    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the weights")
-    add("--overwrite", action="store_true", help="replace the output folder")
+    add(
+        "--dtype",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="Dtype of the weights",
+    )
+    add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)
 
     def write_model() -> int:
@@ -52,12 +60,19 @@ def export(
     overwrite: bool = False,
     layout: str = "stu",
 ) -> None:
-    """Write the model of `checkpoint`, a file, a run's folder or a model directory, to `output`:
-    as a model directory, or in the published layout.
+    """Write the model of `checkpoint` to the folder `output`.
 
-    The checkpoint alone is read: it carries the model's shape and its tokenizer. Weights are
-    mapped from the disk, and cast one at a time. Raises ValueError or OSError, and then leaves
-    nothing behind.
+    Nothing but the checkpoint is read, as it carries the model's shape and its tokenizer. Weights
+    are mapped from the disk and cast one at a time.
+
+    Args:
+        checkpoint: Checkpoint, folder of a run, or model directory.
+        output: Folder to write.
+        dtype: Dtype of the weights.
+        overwrite: Whether an existing `output` is replaced.
+        layout: `stu` for a model directory, or `published`.
+
+    Raises UserError or OSError, and then leaves nothing behind.
     """
     import torch
 
@@ -65,15 +80,15 @@ def export(
     from train.checkpoint.published import save_published
 
     model, tokenizer, generation = _read(checkpoint)
-    its_dtype = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if layout == "published":
-        save_published(output, model, tokenizer, its_dtype, overwrite)
+        save_published(output, model, tokenizer, torch_dtype, overwrite)
     else:
-        save_model(output, model, tokenizer, generation, overwrite, its_dtype)
+        save_model(output, model, tokenizer, generation, overwrite, torch_dtype)
 
 
 def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
-    """The model, its tokenizer, and its defaults for decoding, if it has any."""
+    """Return the model, its tokenizer, and its defaults for decoding, if it has any."""
     import tempfile
 
     import torch
@@ -82,8 +97,8 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
     from stu.model import FlashSTU
     from stu.model_dir import load_generation, load_model, load_tokenizer
     from stu.tokenizer import Tokenizer
-    from train.checkpoint.callback import verified_checkpoint
     from train.checkpoint.folder import TRAINING_FILE, WEIGHT
+    from train.checkpoint.resume import verified_checkpoint
 
     if (checkpoint / "model.safetensors").exists():
         model = load_model(checkpoint, dtype=None)
@@ -103,14 +118,14 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
 
 
 def _last_of_run(run_dir: Path) -> "CheckpointFolder":
-    """The last checkpoint of a run, which may go on meanwhile and delete it for a newer one."""
-    from train.checkpoint.callback import last_checkpoint, verified_checkpoint
+    """Return the last checkpoint of a run, which may be deleted for a newer one meanwhile."""
+    from train.checkpoint.resume import last_checkpoint, verified_checkpoint
 
     while True:
         path = last_checkpoint(run_dir).resolve()
         try:
             return verified_checkpoint(path)
-        except ValueError:
+        except UserError:
             if path.exists() or last_checkpoint(run_dir).resolve() == path:
                 raise
 

@@ -1,13 +1,13 @@
-"""A training checkpoint on disk: a folder that any number of ranks writes and reads.
+"""The format of a training checkpoint: a folder that any number of ranks writes and reads.
 
-    training.pt               loops, schedule, place in the data, settings: plain values, tokenizer
-    rank-00000.safetensors    tensors by name: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`
+    training.pt               loops, schedule, position in the data, settings, tokenizer
+    rank-00000.safetensors    tensors by name: `weight/NAME`, and the optimizer's `exp_avg/NAME` ..
     rank-00001.safetensors    ..
-    SHA256SUMS                of each of them, as `sha256sum --check` reads it
+    SHA256SUMS                checksums of these files for `sha256sum --check`
 
-Names are those of the model's parameters, whole tensors in float32, however they were divided while
-training: so ranks, ZeRO stages and micro-batches may differ between a save and a resume. Nothing in
-it is a pickle of anything but tensors and plain values, and nothing else is read.
+Names are those of the model's parameters. Tensors are whole and float32, however they were divided
+in training, so that ranks, ZeRO stages and micro-batches may differ between a save and a resume.
+`training.pt` holds tensors and plain values only; no other pickle is read.
 """
 
 import hashlib
@@ -22,39 +22,44 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stu.common.errors import UserError
 from stu.common.files import fsync
 from stu.common.safetensors import write_safetensors
 
 FORMAT_VERSION = 3
 WITHOUT_CHECKSUMS = 2
-"""The format before this one, which is read too."""
+"""Version of the format without `SHA256SUMS`, which is read too."""
 CHECKSUM_FILE = "SHA256SUMS"
 CHECKSUM_SUFFIX = ".sha256"
 MOST_READERS = 8
-"""Files that are verified at once."""
+"""Number of files that are verified at once."""
 TRAINING_FILE = "training.pt"
+CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
+"""Folder of a run's checkpoints, and the link to its newest one."""
+TENSOR_KEYS = ("state_dict", "optimizer_states")
+"""Keys of Lightning's dictionary whose values are stored as tensors by name."""
 WEIGHT = "weight"
 OF_ADAMW = ["exp_avg", "exp_avg_sq"]
 """State tensors in checkpoints that do not name theirs."""
 
 
 class CheckpointFolder:
-    """A checkpoint to read. Tensors are mapped from the disk, one at a time.
+    """Checkpoint on disk, whose tensors are read one at a time.
 
-    Raises ValueError for what is missing, damaged, or not written by stu-train.
+    Raises UserError if it is missing, damaged, or not written by stu-train.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise ValueError(f"checkpoint {path}: no such folder")
+            raise UserError(message=f"checkpoint {path}: no such folder")
         self.path = path
         self.training = self._read_training()
-        """All but the parameters' tensors."""
+        """Contents of `training.pt`."""
         version = self.training["stu"].get("format_version", 0)
         self.has_checksums = version == FORMAT_VERSION
         if version not in (WITHOUT_CHECKSUMS, FORMAT_VERSION):
-            raise ValueError(
-                f"checkpoint {path}: format version {version}, and this stu reads "
+            raise UserError(
+                message=f"checkpoint {path}: format version {version}, and this stu reads "
                 f"{FORMAT_VERSION}: install {'a newer' if version > FORMAT_VERSION else 'an older'}"
                 " stu"
             )
@@ -64,12 +69,14 @@ class CheckpointFolder:
             try:
                 opened: Any = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"checkpoint {path}: {file.name} is damaged ({error})") from error
+                raise UserError(
+                    message=f"checkpoint {path}: {file.name} is damaged ({error})"
+                ) from error
             self._files |= dict.fromkeys(opened.keys(), opened)
 
     @property
     def names(self) -> list[str]:
-        """Of parameters and buffers."""
+        """Names of all parameters and buffers."""
         start = f"{WEIGHT}/"
         return [name.removeprefix(start) for name in self._files if name.startswith(start)]
 
@@ -83,21 +90,21 @@ class CheckpointFolder:
         """Return `weight`, or one of the `state_tensors`, of a parameter."""
         key = f"{kind}/{name}"
         if key not in self._files:
-            raise ValueError(f"checkpoint {self.path}: {key} is missing")
+            raise UserError(message=f"checkpoint {self.path}: {key} is missing")
         tensor: Tensor = self._files[key].get_tensor(key)
         return tensor
 
     def check(self) -> None:
-        """Raise ValueError unless every parameter is there, with its moments once it has any."""
+        """Raise UserError unless all tensors of all parameters are there."""
         groups = self.training["optimizer_groups"]
         kinds = [WEIGHT, *self.state_tensors] if self.training["optimizer_step"] else [WEIGHT]
         for name in [name for group in groups for name in group["params"]]:
             for kind in kinds:
                 if f"{kind}/{name}" not in self._files:
-                    raise ValueError(f"checkpoint {self.path}: {kind}/{name} is missing")
+                    raise UserError(message=f"checkpoint {self.path}: {kind}/{name} is missing")
 
     def verify(self) -> None:
-        """Read all files and compare their checksums. Raises ValueError for one that is damaged."""
+        """Read all files and compare their checksums. Raises UserError if one is damaged."""
         if not self.has_checksums:
             return
         sums = self._read_checksums()
@@ -106,9 +113,9 @@ class CheckpointFolder:
             found = readers.map(self._checksum, names)
         for name, checksum in zip(names, found, strict=True):
             if checksum != sums.get(name):
-                raise ValueError(
-                    f"checkpoint {self.path}: {name} is damaged (its sha256 is {checksum}, and "
-                    f"{sums.get(name, 'none')} in {CHECKSUM_FILE})"
+                raise UserError(
+                    message=f"checkpoint {self.path}: {name} is damaged (its sha256 is {checksum}, "
+                    f"and {sums.get(name, 'none')} in {CHECKSUM_FILE})"
                 )
 
     def _read_checksums(self) -> dict[str, str]:
@@ -116,8 +123,8 @@ class CheckpointFolder:
             lines = (self.path / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines()
             return {name: checksum for checksum, name in (line.split() for line in lines)}
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint {self.path}: {CHECKSUM_FILE} is missing or damaged ({error})"
+            raise UserError(
+                message=f"checkpoint {self.path}: {CHECKSUM_FILE} is missing or damaged ({error})"
             ) from error
 
     def _checksum(self, name: str) -> str:
@@ -127,28 +134,32 @@ class CheckpointFolder:
                 while count := file.readinto(buffer):
                     digest.update(memoryview(buffer)[:count])
         except OSError as error:
-            raise ValueError(f"checkpoint {self.path}: {name} cannot be read ({error})") from error
+            raise UserError(
+                message=f"checkpoint {self.path}: {name} cannot be read ({error})"
+            ) from error
         return digest.hexdigest()
 
     def _read_training(self) -> dict[str, Any]:
         file = self.path / TRAINING_FILE
         try:
             contents = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load documents none, and raises many kinds
+        except Exception as error:  # torch.load documents no errors, and raises many kinds
             kind = type(error).__name__
-            raise ValueError(
-                f"checkpoint {self.path}: cut short, or not written by stu-train ({kind})"
+            raise UserError(
+                message=f"checkpoint {self.path}: cut short, or not written by stu-train ({kind})"
             ) from error
         if not isinstance(contents, dict) or "stu" not in contents:
-            raise ValueError(f"checkpoint {self.path}: not written by stu-train")
+            raise UserError(message=f"checkpoint {self.path}: not written by stu-train")
         return contents
 
 
 def write_rank(
     folder: Path, rank: int, tensors: Iterable[tuple[str, str, Tensor]], path: Path
 ) -> None:
-    """One rank's share of what is to become `path`: each the kind, the name, and the tensor. Raises
-    OSError, naming rank and host, if it cannot be written."""
+    """Write one rank's share of the checkpoint `path` into the temporary `folder`.
+
+    tensors: kind, name and value. Raises OSError, naming rank and host.
+    """
     held = {f"{kind}/{name}": tensor for kind, name, tensor in tensors}
     file, digest = folder / _rank_file(rank), hashlib.sha256()
     try:
@@ -163,8 +174,10 @@ def write_rank(
 
 
 def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
-    """The rest of it, by one rank after all have written theirs. Raises OSError if it cannot be
-    written."""
+    """Write `training.pt` and the checksums, after all ranks have written their shares.
+
+    Raises OSError.
+    """
     file, contents = folder / TRAINING_FILE, io.BytesIO()
     try:
         torch.save(training, contents)
@@ -174,14 +187,14 @@ def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
         (folder / CHECKSUM_FILE).write_text("".join(part.read_text() for part in parts))
         for part in parts:
             part.unlink()
-    except (RuntimeError, OSError) as error:  # how torch reports a failed write
+    except (RuntimeError, OSError) as error:  # torch reports a failed write as RuntimeError
         raise OSError(f"checkpoint {path}: could not be written ({error})") from error
     for written in (file, folder / CHECKSUM_FILE, folder):
         fsync(written)
 
 
 def _write_checksum(file: Path, checksum: str) -> None:
-    """Until the first rank puts those of all files into one."""
+    """Write the checksum of one file, which `write_training` joins with the others."""
     file.with_name(file.name + CHECKSUM_SUFFIX).write_text(f"{checksum}  {file.name}\n")
 
 

@@ -1,4 +1,4 @@
-"""`stu-import`: from a published Flash-STU checkpoint to a model directory."""
+"""`stu-import`: write a published Flash-STU checkpoint as a model directory."""
 
 import sys
 from collections.abc import Sequence
@@ -7,38 +7,39 @@ from pathlib import Path
 from jsonargparse.typing import PositiveFloat
 
 from stu.common.cli import ArgumentParser, run_command
+from stu.common.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when done, 2 after an error, which leaves nothing behind."""
+    """Run the command, and return its exit code. An error leaves nothing behind."""
     parser = ArgumentParser(
         prog="stu-import",
-        description="Write a model directory, which stu-generate reads, from a checkpoint of the "
-        "published Flash-STU code whose MLPs gate with GELU: no checkpoint says whether they do, "
-        "and with liger-kernel that code's first version gates with SiLU.",
+        description="Write a checkpoint of the published Flash-STU code as a model directory, "
+        "which stu-generate and stu-serve read. Its MLPs must gate with GELU, which checkpoints "
+        "do not say: with liger-kernel, the first version of that code gates with SiLU.",
     )
     add = parser.add_argument
     add(
         "published",
         metavar="PUBLISHED",
         type=Path,
-        help="folder with config.json and model.safetensors, several with an index, or a torch "
-        "file; or that file",
+        help="Folder with config.json and the weights: model.safetensors, several such files with "
+        "an index, or a PyTorch file; or that file itself",
     )
-    add("--output", metavar="MODEL_DIR", type=Path, required=True, help="folder to write")
+    add("--output", metavar="MODEL_DIR", type=Path, required=True, help="Folder to write")
     add(
         "--tokenizer",
         metavar="PATH",
         type=Path,
         required=True,
-        help="a SentencePiece model, or a folder with a tokenizer.model",
+        help="SentencePiece model, or folder with a tokenizer.model",
     )
     add(
         "--norm-eps",
         type=PositiveFloat,
-        help="RMSNorm's epsilon; by default that of config.json, or else torch's default, 1.19e-7",
+        help="Epsilon of RMSNorm; by default that of config.json, or PyTorch's default, 1.19e-7",
     )
-    add("--overwrite", action="store_true", help="replace the output folder")
+    add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)
 
     def write_model() -> int:
@@ -58,11 +59,16 @@ def import_published(
     overwrite: bool = False,
     norm_eps: float | None = None,
 ) -> None:
-    """Write the published checkpoint as the model directory `output`, weights in their own dtype.
+    """Write a published checkpoint as the model directory `output`, weights in their own dtype.
 
-    norm_eps: in place of what its config.json says.
+    Args:
+        published: Folder or file of weights.
+        output: Folder to write.
+        tokenizer: SentencePiece model, or folder with a tokenizer.model.
+        overwrite: Whether an existing `output` is replaced.
+        norm_eps: Epsilon of RMSNorm, instead of that in config.json.
 
-    Raises ValueError or OSError, and then leaves nothing behind.
+    Raises UserError or OSError, and then leaves nothing behind.
     """
     from stu.model_dir import save_model
     from stu.tokenizer import Tokenizer
@@ -71,10 +77,11 @@ def import_published(
     vocabulary = Tokenizer(tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer)
     model = load_published(published, norm_eps)
     if vocabulary.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer {vocabulary.path}: has {vocabulary.vocab_size} tokens, and tok_emb.weight "
-            f"of {published} {model.config.vocab_size} rows: give the tokenizer that the "
-            "checkpoint was trained with, as a SentencePiece model"
+        raise UserError(
+            "tokenizer",
+            message=f"tokenizer {vocabulary.path}: has {vocabulary.vocab_size} tokens, and "
+            f"tok_emb.weight of {published} {model.config.vocab_size} rows: give the tokenizer "
+            "that the checkpoint was trained with, as a SentencePiece model",
         )
     save_model(output, model, vocabulary, overwrite=overwrite)
 

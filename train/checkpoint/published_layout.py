@@ -1,22 +1,23 @@
-"""How the published Flash-STU code names what a model has: its settings, and its tensors.
+"""Names of settings and tensors in the published Flash-STU code.
 
-All tensors have the layout of ours: matrices `M_*` multiply from the right as ours do, `c_attn` is
-queries, keys and values in this order, and its window is the keys to the left of a token. Its two
-parts differ in what its checkpoints cannot tell (hazan-lab/flash-stu and flash-stu-2 on GitHub):
+All tensors have the same layout as ours: matrices `M_*` multiply from the right, `c_attn` holds
+queries, keys and values in this order, and the window counts the keys to the left of a token. The
+two versions (hazan-lab/flash-stu and flash-stu-2 on GitHub) differ in what checkpoints do not tell:
 
-- The MLP's gate is GELU-tanh here and in the second part, which also stores its filters. The first
-  part stores no filters, and gates with SiLU where liger-kernel is installed.
-- RMSNorm's epsilon is torch's default, 1.2e-7 in float32. With liger-kernel installed it is that
-  package's, 1e-6. `norm_eps` in config.json, which is ours, says otherwise.
+- The MLP's gate is GELU-tanh here and in the second version, which also stores its filters. The
+  first stores no filters, and gates with SiLU where liger-kernel is installed.
+- RMSNorm's epsilon is PyTorch's default, 1.2e-7 in float32, or 1e-6 with liger-kernel. `norm_eps`
+  in config.json, an addition of ours, overrides it.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 
 NORM_EPS = 2.0**-23
-"""Torch's default of RMSNorm in float32: `torch.finfo(torch.float32).eps`."""
+"""PyTorch's default epsilon of RMSNorm in float32: `torch.finfo(torch.float32).eps`."""
 SIZES = {
     "vocab_size": "vocab_size",
     "n_embd": "width",
@@ -32,7 +33,7 @@ REFUSED = {
     "use_hankel_L": "the filters' minus branch is always computed here",
     "stu_enable_mlp_sandwich": "nothing stands between norm and STU here",
 }
-"""Switches that must be off."""
+"""Switches that must be off, and why."""
 
 TENSORDOT = {
     "mixer_norm.weight": "stu_norm.weight",
@@ -59,30 +60,31 @@ EMBEDDING, HEAD, FILTERS = "tok_emb.weight", "lm_head.weight", "phi"
 
 
 def published_names(config: ModelConfig) -> dict[str, str]:
-    """The published name of each weight of a model, and of its filters.
+    """Return the published name of each weight of a model, and of its filters.
 
-    The embedding's other name, `lm_head.weight`, is not among them. Raises ValueError for a model
-    that the published code has no layers for.
+    The embedding's second name, `lm_head.weight`, is not included. Raises UserError for a model
+    whose layers the published code does not have.
     """
     if config.layout not in ("hybrid", "stu"):
-        raise ValueError(
-            f"layout={config.layout!r} cannot be exported to the published format, whose blocks "
-            "mix with STU, or alternate with attention: export a model directory (--format stu)"
+        raise UserError(
+            message=f"layout={config.layout!r} cannot be exported to the published format, whose "
+            "blocks mix with STU, or alternate with attention: export a model directory "
+            "(--format stu)"
         )
     names = {"embedding.weight": EMBEDDING, "norm.weight": "norm.weight", "filters": FILTERS}
     stu = TENSORDOT if config.stu_form == "tensordot" else FULL
     for i, name in enumerate(config.mixers):
-        mixer = ATTENTION if name == "attention" else stu
-        names |= {f"blocks.{i}.{ours}": f"layers.{i}.{its}" for ours, its in (mixer | MLP).items()}
+        block = ((ATTENTION if name == "attention" else stu) | MLP).items()
+        names |= {f"blocks.{i}.{ours}": f"layers.{i}.{published}" for ours, published in block}
     return names
 
 
 def published_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
-    """The published config.json of a model whose weights are stored as `dtype_name`."""
+    """Return the published config.json of a model whose weights are stored as `dtype_name`."""
     return {
         "model_type": "FlashSTU",
         "architectures": ["FlashSTU"],
-        **{its: getattr(config, ours) for its, ours in SIZES.items()},
+        **{published: getattr(config, ours) for published, ours in SIZES.items()},
         "use_attn": config.layout == "hybrid",
         "use_approx": config.stu_form == "tensordot",
         **dict.fromkeys(REFUSED, False),
@@ -95,41 +97,41 @@ def published_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The model that a published config.json describes. Settings of a training run are ignored.
+    """Return the model that a published config.json describes, ignoring settings of training.
 
-    Raises ValueError, naming the key, for what no model here can be.
+    Raises UserError, naming the key, for what is not supported.
     """
     for key, reason in REFUSED.items():
         if values.get(key, False) is not False:
-            raise ValueError(
-                f"{key}={values[key]!r} is not allowed: it must be false, because {reason}; "
-                "import a checkpoint that was trained without it"
+            raise UserError(
+                message=f"{key}={values[key]!r} is not allowed: it must be false, because "
+                f"{reason}; import a checkpoint that was trained without it"
             )
     if missing := [key for key in (*SIZES, "softcap") if key not in values]:
-        raise ValueError(
-            f"{', '.join(missing)} missing: add what the checkpoint was trained with, as "
+        raise UserError(
+            message=f"{', '.join(missing)} missing: add what the checkpoint was trained with, as "
             "config.json of hazan-lab/flash-stu has it"
         )
     for key in SIZES:
         value = values[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key}={value!r} is not allowed: it must be a whole number >= 1")
-    settings = {ours: values[its] for its, ours in SIZES.items()}
+            raise UserError(
+                message=f"{key}={value!r} is not allowed: it must be a whole number >= 1"
+            )
+    settings = {ours: values[published] for published, ours in SIZES.items()}
     settings["layout"] = "hybrid" if _switch(values, "use_attn") else "stu"
     settings["stu_form"] = "tensordot" if _switch(values, "use_approx") else "full"
     settings["softcap"] = values["softcap"]
     settings["norm_eps"] = values.get("norm_eps", NORM_EPS)
     try:
         return ModelConfig(**settings)
-    except ValueError as error:
-        message = str(error)
-        for its, ours in SIZES.items():
-            message = message.replace(ours, its)
-        raise ValueError(message) from error
+    except UserError as error:
+        names = {ours: published for published, ours in SIZES.items()}
+        raise error.renamed(names.get(error.field, error.field)) from error
 
 
 def _switch(values: Mapping[str, Any], key: str) -> bool:
     value = values.get(key, True)  # as the published class has it
     if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} is not allowed: it must be true or false")
+        raise UserError(message=f"{key}={value!r} is not allowed: it must be true or false")
     return value

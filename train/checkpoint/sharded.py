@@ -1,4 +1,4 @@
-"""Checkpoints of strategies whose ranks each hold a part: each rank writes a share of the whole."""
+"""Checkpoints where each rank holds a part of the model: each writes a share of the tensors."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from train.checkpoint.callback import OF_TENSORS
-from train.checkpoint.folder import WEIGHT, CheckpointFolder
+from train.checkpoint.folder import TENSOR_KEYS, WEIGHT, CheckpointFolder
 from train.checkpoint.writer import CheckpointWriter
 from train.optimizer import parameter_groups
 
 
 class ShardedSaving:
-    """To be mixed into a Lightning strategy, before it."""
+    """Mixin for a Lightning strategy, to be named before it."""
 
     writer: CheckpointWriter
 
@@ -26,32 +25,32 @@ class ShardedSaving:
 
     @abstractmethod
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Kind, name and whole tensor, one after the other; all ranks together, in one order."""
+        """Yield kind, name and whole tensor of each; collective, in the same order on all ranks."""
 
     @abstractmethod
     def scatter(self, folder: CheckpointFolder) -> None:
-        """Of each tensor, what this rank holds."""
+        """Load this rank's part of each tensor."""
 
     @abstractmethod
     def optimizer_step_count(self) -> int:
-        """Steps that torch's optimizer has taken."""
+        """Return the number of steps that the PyTorch optimizer has taken."""
 
     @abstractmethod
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Of torch's optimizer, with their learning rates."""
+        """Return the parameter groups of the PyTorch optimizer."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: it would be gathered on every rank at once."""
+        """Return nothing: the whole would be gathered on every rank at once."""
         return {}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing, likewise."""
+        """Return nothing, for the same reason."""
         return {}
 
     def save_checkpoint(
         self: Any, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Begin to, all ranks together."""
+        """Begin to save; collective."""
         path = Path(filepath)
         if self.is_global_zero:
             self.writer.open(path, self._training(checkpoint))
@@ -61,14 +60,14 @@ class ShardedSaving:
     def load_checkpoint(
         self: Any, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """What Lightning restores by itself; tensors come with `load_model_state_dict`."""
+        """Return what Lightning restores; `load_model_state_dict` loads the tensors."""
         self._folder = CheckpointFolder(Path(checkpoint_path))
         return dict(self._folder.training)
 
     def load_model_state_dict(
         self: Any, checkpoint: Mapping[str, Any], strict: bool = True
     ) -> None:
-        """Weights, and the optimizer's state with them."""
+        """Load the weights and the optimizer's state."""
         self.scatter(self._folder)
         for name, buffer in self.lightning_module.model.named_buffers():
             buffer.copy_(self._folder.tensor(WEIGHT, name))  # the filters that it was trained with
@@ -79,7 +78,7 @@ class ShardedSaving:
         del self._folder  # a map of its files would keep them in use after they are deleted
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `load_model_state_dict` has loaded it."""
 
     def _own_share(self: Any) -> Iterator[tuple[str, str, Tensor]]:
         for number, (kind, name, tensor) in enumerate(self.gathered()):
@@ -90,11 +89,11 @@ class ShardedSaving:
                 yield WEIGHT, name, buffer
 
     def _training(self: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        training = {name: checkpoint[name] for name in checkpoint if name not in OF_TENSORS}
+        training = {name: checkpoint[name] for name in checkpoint if name not in TENSOR_KEYS}
         names = parameter_groups(self.lightning_module.model)
         training["optimizer_groups"] = [
-            {**{key: group[key] for key in group if key != "params"}, "params": its}
-            for group, its in zip(self.optimizer_groups(), names, strict=True)
+            {**{key: group[key] for key in group if key != "params"}, "params": params}
+            for group, params in zip(self.optimizer_groups(), names, strict=True)
         ]
         training["optimizer_step"] = self.optimizer_step_count()
         training["stu"].pop("parameter_groups")

@@ -1,4 +1,4 @@
-"""Writes checkpoints while training goes on: each rank its share, in a thread of its own."""
+"""Writing of checkpoints while training continues: each rank writes its share in a thread."""
 
 import copy
 import shutil
@@ -10,44 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stu.common.errors import UserError
 from stu.common.files import fsync
 from train.checkpoint.folder import CheckpointFolder, write_rank, write_training
 from train.start.owner import RunOwner
 
 Share = Iterable[tuple[str, str, Tensor]]
-"""Of a rank: the kind, the name, and the tensor."""
+"""Kind, name and value of the tensors that a rank writes."""
 
 
 class CheckpointWriter:
-    """One checkpoint at a time: `open` and `write`, and `publish` once every rank has written.
+    """Writer of one checkpoint at a time: `open`, `write`, then `publish` once all have written.
 
-    Tensors are copied before `write` returns. Nothing here raises what fails: it is told in
-    `error`, for ranks to agree on, as one alone that gave up would leave the others waiting.
+    Tensors are copied before `write` returns. Failures are not raised but kept in `error`, so that
+    ranks can agree on them: one that gave up alone would leave the others waiting.
     """
 
     error: Exception | None = None
+    """First failure since the start."""
 
     def __init__(self) -> None:
         self.owner: RunOwner | None = None
-        """Owner of the folder that checkpoints are in; the first rank has it."""
+        """Owner of the run's folder; on the first rank only."""
         self.job = 0
-        """The owner's number, on all ranks: no other job writes into the same temporary folder."""
+        """Number of the owner, on all ranks: it tells temporary folders of different jobs apart."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._opened: tuple[Path, dict[str, Any]] | None = None
 
     def open(self, path: Path, training: dict[str, Any]) -> None:
-        """By the first rank, before any rank writes: `path` is to appear, with `training` in it."""
-        self._opened = path, copy.deepcopy(training)  # parts of it are the loops' own
+        """Make room for the checkpoint `path`; on the first rank, before any rank writes."""
+        self._opened = path, copy.deepcopy(training)  # the loops go on changing parts of it
         folder = self._temporary(path)
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed
             folder.mkdir(parents=True)
         except OSError as error:
             self.error = error
 
     def write(self, path: Path, rank: int, share: Share) -> None:
-        """Begin to."""
+        """Begin to write the share of this rank."""
         held = [(kind, name, _copy(tensor)) for kind, name, tensor in share]
         self._written = self._thread.submit(write_rank, self._temporary(path), rank, held, path)
 
@@ -57,7 +59,7 @@ class CheckpointWriter:
         return self._written is not None and not self._written.done()
 
     def wait(self) -> None:
-        """Until it is not."""
+        """Wait until this rank has written its share."""
         if self._written is not None:
             failure = self._written.exception()
             if isinstance(failure, Exception):
@@ -65,8 +67,10 @@ class CheckpointWriter:
             self._written = None
 
     def publish(self) -> Path | None:
-        """By the first rank, when all are done: the checkpoint, whole and read back, if any was
-        being written."""
+        """Give the checkpoint its name and read it back; on the first rank, when all have written.
+
+        Returns the path; None if nothing was being written, or on a failure.
+        """
         if self._opened is None:
             return None
         path, training = self._opened
@@ -74,22 +78,22 @@ class CheckpointWriter:
         try:
             write_training(folder, training, path)
             if self.owner is not None:
-                self.owner.look()  # or another job's checkpoint would be replaced
+                self.owner.look()  # another job's checkpoint must not be replaced
             former = path.with_name(f".{path.name}.former.tmp")
-            if path.exists():  # of a time that this run went back behind
+            if path.exists():  # from before the run went back to an older one
                 path.rename(former)
             folder.replace(path)
             fsync(path.parent)
             shutil.rmtree(former, ignore_errors=True)
             CheckpointFolder(path).check()
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             self.error = error
             return None
         self._opened = None
         return path
 
     def give_up(self) -> None:
-        """By the first rank, when one could not write: leave nothing behind."""
+        """Delete what was written so far; on the first rank, when another could not write."""
         if self._opened is not None:
             shutil.rmtree(self._temporary(self._opened[0]), ignore_errors=True)
             self._opened = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from train.health.node import folder_problem, probe_name
 from train.health.verdict import Report, Verdict, judge
-from train.start.agreement import discovery_port
+from train.start.launch import discovery_port
 
 NUM_ADDED = 2**20
 """Numbers that are added up over all nodes."""

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from train.start.agreement import versions
+from train.start.provenance import code_versions
 
 DEFAULT_RUN_DIR = "runs/train"
 INDEX = "index.json"
@@ -68,7 +68,7 @@ def probe_name() -> str:
 
 def facts_of_node(data_dir: Path | None) -> dict[str, str]:
     """Return what all nodes must have in common: versions, and the index of the data."""
-    facts = versions()
+    facts = code_versions()
     if data_dir is not None:
         index = data_dir / INDEX
         try:

@@ -5,6 +5,7 @@ To add an optimizer, write a file that states its `OptimizerKind`, and enter it 
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from stu.common.errors import UserError
 from stu.mixers import Mixer
@@ -22,6 +23,7 @@ __all__ = [
     "make_optimizer",
     "optimizer_kind",
     "parameter_groups",
+    "replace_hyperparameters",
 ]
 
 OPTIMIZERS = {"adamw": ADAMW, "lion": LION}
@@ -45,6 +47,22 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
         )
     ]
     return kind.make(groups, **kind.hyperparameters(config))
+
+
+def replace_hyperparameters(scheduler: LambdaLR, config: OptimizerConfig, factor: float) -> None:
+    """Give a resumed run's optimizer the hyperparameters of `config` instead of the saved ones.
+
+    factor: Share of `config.learning_rate` that the next step uses.
+    """
+    scheduler.base_lrs = [config.learning_rate] * len(scheduler.base_lrs)
+    decays = (config.weight_decay, 0.0)
+    for group, weight_decay in zip(scheduler.optimizer.param_groups, decays, strict=True):
+        group |= {
+            **optimizer_kind(config).hyperparameters(config),
+            "lr": config.learning_rate * factor,
+            "initial_lr": config.learning_rate,
+            "weight_decay": weight_decay,
+        }
 
 
 def parameter_groups(module: nn.Module) -> list[list[str]]:

@@ -1,7 +1,10 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), as PyTorch implements it.
 
 It keeps two state tensors: running averages of the gradient and of its square, both corrected for
-their start at zero. DeepSpeed runs this one too: its own would be compiled when a run starts first.
+their start at zero.
+
+DeepSpeed runs this one too: its own would be compiled when a run starts first. The loop over
+parameters is PyTorch's choice: `foreach` on GPUs, one by one on CPUs.
 """
 
 from typing import Any

@@ -1,1 +1,1 @@
-"""Distributed training strategies: DDP, DeepSpeed ZeRO and FSDP2."""
+"""Strategies of distributed training: DDP, DeepSpeed ZeRO and FSDP2."""

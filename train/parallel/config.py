@@ -1,4 +1,4 @@
-"""How the ranks of a run share a model: settings, and Lightning's strategy for them."""
+"""Settings of how ranks share a model, and the Lightning strategy that follows from them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from stu.common.errors import UserError
 from stu.model import FlashSTU
 
 if TYPE_CHECKING:
@@ -17,30 +18,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """What each rank holds, and what it computes again to hold less."""
+    """Division of a model among ranks, and recomputation that saves memory."""
 
     kind: Literal["ddp", "zero", "fsdp"] = "ddp"
-    """`ddp`: every rank holds all. `zero`: DeepSpeed, see `zero_stage`. `fsdp`: PyTorch's FSDP2,
-    which divides all that ZeRO's stage 3 does."""
+    """Strategy. `ddp`: every rank holds everything. `zero`: DeepSpeed, see `zero_stage`. `fsdp`:
+    PyTorch's FSDP2, which divides everything, as ZeRO's stage 3 does."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed divides among the ranks. 1: the optimizer's state; 2: gradients too; 3:
-    weights too."""
+    """Stage of DeepSpeed's ZeRO. It divides among the ranks 1: the optimizer's state; 2: gradients
+    too; 3: weights too. 0 divides nothing."""
     offload_optimizer: bool = False
-    """With DeepSpeed: the optimizer's state and step on the CPU, in its memory."""
+    """Keep the optimizer's state in the CPU's memory, and step there. For `zero` stages 1 to 3."""
     checkpoint_activations: bool = False
-    """Compute each block again in the backward pass: a third more work, far fewer activations."""
+    """Recompute each block in the backward pass: a third more work, far fewer activations."""
     compile: bool = False
-    """torch.compile each block: minutes at the start, faster steps."""
+    """Compile each block with torch.compile: minutes at the start, faster steps."""
 
     def __post_init__(self) -> None:
         if self.offload_optimizer and (self.kind != "zero" or self.zero_stage == 0):
-            raise ValueError(
-                "parallel.offload_optimizer needs parallel.kind=zero and zero_stage 1, 2 or 3"
+            raise UserError(
+                "parallel.offload_optimizer",
+                True,
+                fix="it needs parallel.kind=zero and zero_stage 1, 2 or 3",
             )
 
 
 def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strategy | str":
-    """Lightning's strategy, or its name. writer: of checkpoints, where each rank has a share."""
+    """Return Lightning's strategy, or its name.
+
+    writer: Writer of this rank, which strategies that divide the model use.
+    """
     if config.kind == "zero":
         from train.parallel.zero import ZeroStrategy
 
@@ -53,9 +59,9 @@ def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strate
 
 
 def prepare_blocks(model: FlashSTU, config: ParallelConfig) -> None:
-    """Have each block computed as `config` says."""
+    """Compile and recompute each block as `config` says, in place."""
     for block in model.blocks:
         if config.compile:
             block.forward = torch.compile(block.forward)
-        if config.checkpoint_activations:  # around it: inside, it would end the compiled graph
+        if config.checkpoint_activations:  # outermost: inside, it would break the compiled graph
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,7 +1,8 @@
 """PyTorch's fully sharded data parallelism (FSDP2) as a Lightning strategy, on GPUs and CPUs.
 
-Each block's weights are gathered when it is computed, in bfloat16 if the run is, and its gradients
-are summed over the ranks in float32. What ranks hold, and the optimizer's steps, are float32.
+A block's weights are gathered when it is computed, in bfloat16 for mixed precision, and its
+gradients are summed over the ranks in float32. Parts of weights on the ranks, and the optimizer's
+steps, are float32.
 """
 
 from collections.abc import Iterator
@@ -24,19 +25,19 @@ from train.checkpoint.writer import CheckpointWriter
 
 
 class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
-    """Weights, gradients and the optimizer's state divided among all ranks."""
+    """Strategy that divides weights, gradients and the optimizer's state among all ranks."""
 
     def __init__(self, writer: CheckpointWriter) -> None:
         super().__init__(tensor_parallel_size=1)
         self.writer = writer
 
     def setup_environment(self) -> None:
-        # Left to itself it would have the ranks of one node not share anything.
+        # By default, the ranks of one node would hold copies.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def divide(self, model: FlashSTU) -> None:
-        """Among the ranks, block by block; what is outside of them stays gathered in a step."""
+        """Divide the model block by block; weights outside of blocks stay gathered in a step."""
         is_half = self.precision_plugin.precision == "bf16-mixed"
         filters = [module for mixer in model.mixers for module in mixer.filter_modules]
         for module in (*filters, *model.blocks, model):
@@ -44,7 +45,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if rounds else None,
                 reduce_dtype=torch.float32,
-                cast_forward_inputs=False,  # an STU's filters are one, and stay float32
+                cast_forward_inputs=False,  # the filters of an STU are an input, and stay float32
             )
             fully_shard(module, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
         register_fsdp_forward_method(model, "hidden")
@@ -76,7 +77,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
 
     def _parameters(self) -> list[tuple[str, DTensor]]:
         module: Any = self.lightning_module
-        module.model.reshard()  # after a validation the outermost ones are still gathered
+        module.model.reshard()  # after a validation, weights outside of blocks are still gathered
         return list(module.model.named_parameters())
 
 
@@ -86,7 +87,7 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def _like(parameter: DTensor, whole: Tensor) -> DTensor:
-    """This rank's share of it; every rank has the whole."""
+    """Return this rank's part of `whole`, which every rank has."""
     return distribute_tensor(
         whole.to(parameter.device),
         parameter.device_mesh,

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO as a Lightning strategy, on GPUs (NCCL) and on CPUs (gloo).
 
-Checkpoints are `train.checkpoint.folder`s, parameter by parameter: any number of ranks, at any
-stage, goes on from them, and no pickle is read, unlike in DeepSpeed's own.
+Checkpoints have the format of `train.checkpoint.folder`, by parameter: any number of ranks at any
+stage can continue from them, and no pickle is read, unlike in DeepSpeed's own format.
 """
 
 import collections
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"  # before it is imported, which looks for a device
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is imported
 
 import deepspeed
 import deepspeed.ops
@@ -27,7 +27,7 @@ from train.checkpoint.writer import CheckpointWriter
 
 
 class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
-    """Stage 0 to 3; `offload` keeps the optimizer's state and step on the CPU."""
+    """ZeRO's stage 0 to 3; `offload` keeps the optimizer's state on the CPU and steps there."""
 
     def __init__(self, stage: int, offload: bool, writer: CheckpointWriter) -> None:
         self._stage, self.writer = stage, writer
@@ -35,7 +35,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             stage=stage,
             zero_optimization=stage > 0,
             offload_optimizer=offload,
-            # Torch's own AdamW takes the step: DeepSpeed's would be compiled at the first start.
+            # PyTorch's optimizers take the step: DeepSpeed's would be compiled at the first start.
             zero_allow_untested_optimizer=True,
             contiguous_gradients=True,
             overlap_comm=torch.cuda.is_available(),
@@ -53,7 +53,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
-        # DeepSpeed would compile its own operations, for a minute; torch's do.
+        # DeepSpeed would spend a minute on compiling its operations; PyTorch's do as well.
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
         self._process_group_backend = "gloo"
         DDPStrategy.setup_environment(self)
@@ -68,25 +68,24 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         if self.zero_stage_3:
-            # The loss reads it outside the module that it belongs to.
+            # The loss reads this weight outside of its module.
             matrix = self._flash_stu.embedding.weight
             deepspeed.zero.register_external_parameter(self.lightning_module, matrix)
         super().init_deepspeed()
-
         if self._stage in (0, 3):
             self._skip_what_is_not_finite()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided the loss by the number of micro-batches, and DeepSpeed would again.
+        # Lightning has divided the loss by the number of micro-batches; DeepSpeed must not again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
-        has_moments = self.optimizer_step_count() > 0
-        if has_moments:
-            self._link_moments()
+        has_state = self.optimizer_step_count() > 0
+        if has_state:
+            self._link_state()
         for name, parameter in self._named_parameters():
             yield WEIGHT, name, self._full(parameter, None)
-            for kind in self.state_tensors if has_moments else ():
+            for kind in self.state_tensors if has_state else ():
                 yield kind, name, self._full(parameter, kind)
 
     def optimizer_step_count(self) -> int:
@@ -106,7 +105,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
                     "step": torch.tensor(float(step)),
                     **{kind: torch.zeros_like(held) for kind in self.state_tensors},
                 }
-            self._link_moments()
+            self._link_state()
         for name, parameter in self._named_parameters():
             self._set(parameter, None, folder.tensor(WEIGHT, name))
             for kind in self.state_tensors if step else ():
@@ -124,7 +123,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's optimizer, around torch's."""
+        """DeepSpeed's wrapper of the PyTorch optimizer."""
         return self.deepspeed_engine.optimizer
 
     @property
@@ -132,10 +131,10 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         return self.deepspeed_engine.basic_optimizer
 
     def _skip_what_is_not_finite(self) -> None:
-        """As stages 1 and 2 do: they leave out an update whose gradients are not finite."""
+        """Skip updates whose gradients are not finite, as stages 1 and 2 do by themselves."""
         engine, zero = self.deepspeed_engine, self._zero
         if self._stage == 0:
-            # Gradients are the module's, which drops them; there is nothing to clip then.
+            # `FlashSTUModule` drops such gradients, and then there is nothing to clip.
             clip = engine.clip_fp32_gradients
 
             def clip_if_any() -> None:
@@ -147,17 +146,19 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
         def skips_update(update_scale: bool = True) -> Any:
             zero.overflow = False
-            zero.check_overflow()  # which it does by itself in float16 alone
+            zero.check_overflow()  # by itself, DeepSpeed does this for float16 only
             if update_scale:
                 return zero._loss_scale_update_and_overflow_cleanup()
             return zero.overflow
 
         zero._overflow_check_and_loss_scale_update = skips_update
 
-    def _link_moments(self) -> None:
-        """Have DeepSpeed know which part of torch's state belongs to which parameter."""
+    def _link_state(self) -> None:
+        """Tell DeepSpeed which part of the optimizer's state belongs to which parameter."""
         if self._stage in (1, 2):
-            self._zero._hp_optimizer_states_linked = False  # it may have been to no state yet
+            self._zero._hp_optimizer_states_linked = (
+                False  # it may have been linked before there was any state
+            )
             self._zero._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -169,7 +170,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         return list(self._flash_stu.named_parameters())
 
     def _held(self) -> list[Tensor]:
-        """What torch's optimizer updates on this rank."""
+        """Return the tensors that the PyTorch optimizer updates on this rank."""
         if self._stage == 0:
             return [parameter for _, parameter in self._named_parameters()]
         if self._stage == 3:
@@ -180,7 +181,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         raise AssertionError(f"unknown optimizer of DeepSpeed: {type(self._zero).__name__}")
 
     def _full(self, parameter: Any, kind: str | None) -> Any:
-        """The whole tensor, on every rank."""
+        """Return a whole tensor: the weight, or the state tensor `kind`; collective."""
         if self._stage == 0:
             return (
                 parameter.detach() if kind is None else self._torch_optimizer.state[parameter][kind]
@@ -190,7 +191,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
 
     def _set(self, parameter: Any, kind: str | None, value: Tensor) -> None:
-        """This rank's share of it."""
+        """Set this rank's part of a tensor to that of the whole `value`."""
         if self._stage == 0:
             held = parameter if kind is None else self._torch_optimizer.state[parameter][kind]
             held.copy_(value)

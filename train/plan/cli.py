@@ -55,22 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from stu.common.errors import UserError
     from train.config import data_warnings, num_devices
     from train.gpus import GPUS
-    from train.run import parse_settings
-    from train.start import agreement
+    from train.settings import parse_settings
 
     try:
         if options.gpu not in (*GPUS, "this"):
             raise UserError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
         settings = parse_settings(others)
-    except (UserError, agreement.UserError, OSError) as error:
-        print(f"stu-plan: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    nodes = options.nodes or settings.trainer.num_nodes
-    gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
-    try:
+        nodes = options.nodes or settings.trainer.num_nodes
+        gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
         for text in data_warnings(settings, nodes * gpus):
             print(f"warning: {text}", file=sys.stderr)
         return plan(settings, options.gpu, nodes * gpus, options.tokens)
+    except (UserError, OSError) as error:
+        print(f"stu-plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except Exception:  # Python's own exit code for these is 1, which means that the run is too big
         traceback.print_exc()
         return FAULT

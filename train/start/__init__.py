@@ -1,1 +1,1 @@
-"""The start of a run: ranks agree, and one job owns the run folder."""
+"""The start of a run: ranks agree on it, and one job owns the run's folder."""

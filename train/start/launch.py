@@ -1,5 +1,4 @@
-"""Who started this process, and with how many others: as many ranks train as the settings ask for,
-or none."""
+"""How the processes of a run were started: a run has as many ranks as its settings ask for."""
 
 import os
 import re
@@ -12,82 +11,84 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from train.start.agreement import discovery_port
+from stu.common.errors import UserError
 
 SHELLS = ("bash", "interactive")
 """Names that Slurm gives to jobs which are a shell."""
+DISCOVERY_PORTS = range(25_000, 32_000)
+"""Ports above Lightning's for Slurm jobs, and below those that systems hand out."""
 
 
 class Slurm(SLURMEnvironment):
-    """Lightning's, where `Launch.check` has found the numbers right."""
+    """Lightning's view of a Slurm step whose numbers `Launch.check` has accepted."""
 
     def __init__(self) -> None:
-        # Its own way to requeue would save in the signal's handler, which can wait for ever.
+        # Lightning would save in the signal handler, which can block for ever.
         super().__init__(auto_requeue=False)
 
     @property
     def main_address(self) -> str:
-        """The node of the first rank, which need not be the job's first."""
+        """Node of the first rank, which need not be the job's first node."""
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
         return os.environ.setdefault("MASTER_ADDR", self.resolve_root_node_address(nodes))
 
     @staticmethod
     def _validate_srun_variables() -> None:
-        """Take `--ntasks` without `--ntasks-per-node` too."""
+        """Accept `--ntasks` without `--ntasks-per-node` too."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Leave it to `Launch.check`."""
+        """Leave the check to `Launch.check`."""
 
 
 class Torchrun(TorchElasticEnvironment):
-    """Lightning's, where `Launch.check` has found the numbers right."""
+    """Lightning's view of ranks of torchrun whose numbers `Launch.check` has accepted."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Leave it to `Launch.check`."""
+        """Leave the check to `Launch.check`."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes that were started for a run, this one among them."""
+    """Processes that were started for a run, and this one's place among them."""
 
     kind: Literal["slurm step", "slurm allocation", "torchrun", "alone"]
     rank: int = 0
     local_rank: int = 0
     num_ranks: int = 1
-    """Processes that run now. Where it is 1, Lightning may start more on this machine."""
+    """Number of ranks that run now. If 1, Lightning may start more on this machine."""
     num_nodes: int = 1
     ranks_per_node: tuple[int, ...] = (1,)
-    """Empty if unknown."""
+    """Number of ranks on each node; empty if unknown."""
     allocated: int = 0
-    """Tasks that an allocation is for, none of which is this process; 0 if it does not say."""
+    """Number of tasks of an allocation that this process is no task of; 0 if unknown."""
     is_shell: bool = False
-    """Whether that is an interactive one, as of `salloc`."""
+    """Whether the allocation is interactive, as by `salloc`."""
 
     def environment(self) -> ClusterEnvironment:
-        """Return Lightning's view of the same."""
+        """Return Lightning's object for this kind of launch."""
         kinds = {"slurm step": Slurm, "torchrun": Torchrun}
         return kinds.get(self.kind, LightningEnvironment)()
 
     def address(self) -> tuple[str, int]:
-        """Return host and port at which the first rank can meet the others before training."""
+        """Return host and port where the ranks meet before training."""
         main = self.environment()
         if self.kind == "torchrun":
             return main.main_address, main.main_port + (0 if self.has_store() else 1)
         return main.main_address, discovery_port()
 
     def has_store(self) -> bool:
-        """Return whether torchrun itself listens at `address`."""
+        """Whether torchrun itself listens at `address`."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def check(self, devices: int, nodes: int) -> None:
-        """Raise ValueError unless a run of `devices` ranks on each of `nodes` gets that many."""
+        """Raise UserError unless `devices` ranks on each of `nodes` nodes were started."""
         asked = (
             f"trainer.devices={devices} x trainer.num_nodes={nodes} asks for {devices * nodes} "
             f"rank{'s' * (devices * nodes > 1)}"
         )
         srun = f"srun --nodes={nodes} --ntasks-per-node={devices} stu-train .."
         if self.kind == "slurm allocation":
-            # A batch script with tasks means them to be ranks; in a shell, those of one machine
+            # The tasks of a batch script are meant as ranks. In a shell, the ranks of one machine
             # can be started from here.
             wrong = (
                 devices < self.allocated if self.is_shell else {devices, self.allocated} - {0, 1}
@@ -95,17 +96,17 @@ class Launch:
             if nodes > 1 or self.num_nodes > 1 or (self.allocated and wrong):
                 tasks = f"{self.allocated} task{'s' * (self.allocated > 1)}"
                 there = f"{tasks} on " if self.allocated else ""
-                raise ValueError(
-                    f"{asked}, the Slurm allocation is for {there}{self.num_nodes} "
+                raise UserError(
+                    message=f"{asked}, the Slurm allocation is for {there}{self.num_nodes} "
                     f"node{'s' * (self.num_nodes > 1)}, and this process was not started by srun: "
                     f"write {srun}"
                 )
             return
         if self.kind == "alone":
             if nodes > 1 and "MASTER_ADDR" not in os.environ:
-                raise ValueError(
-                    f"{asked}, and this process is the only one: start it on each node with "
-                    f"{srun}, or with torchrun"
+                raise UserError(
+                    message=f"{asked}, and this process is the only one: start it on each node "
+                    f"with {srun}, or with torchrun"
                 )
             return
         is_even = self.ranks_per_node in ((), (devices,) * nodes)
@@ -117,19 +118,19 @@ class Launch:
             here = f"--trainer.devices={per_node[0]} --trainer.num_nodes={self.num_nodes}"
             write = f"write {here}, or start "
         if self.kind == "torchrun":
-            raise ValueError(
-                f"{asked}, and torchrun (RANK, WORLD_SIZE) started {self.num_ranks}: {write}"
-                f"torchrun --nnodes={nodes} --nproc-per-node={devices}"
+            raise UserError(
+                message=f"{asked}, and torchrun (RANK, WORLD_SIZE) started {self.num_ranks}: "
+                f"{write}torchrun --nnodes={nodes} --nproc-per-node={devices}"
             )
-        raise ValueError(
-            f"{asked}, and srun started {self.num_ranks} task{'s' * (self.num_ranks > 1)}, "
+        raise UserError(
+            message=f"{asked}, and srun started {self.num_ranks} task{'s' * (self.num_ranks > 1)}, "
             f"{' and '.join(map(str, per_node))} a node on {self.num_nodes} "
             f"node{'s' * (self.num_nodes > 1)}: {write}{srun}"
         )
 
 
 def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
-    """Return how this process was started. Raises ValueError for what stu-train cannot join."""
+    """Return how this process was started. Raises UserError if its launcher is not supported."""
 
     def number(name: str, default: int) -> int:
         return int(variables.get(name) or default)
@@ -137,9 +138,9 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
     by_torchrun = "TORCHELASTIC_RUN_ID" in variables
     if by_torchrun or ("RANK" in variables and number("WORLD_SIZE", 1) > 1):
         if "LOCAL_RANK" not in variables:
-            raise ValueError(
-                f"RANK={variables['RANK']} and WORLD_SIZE={variables['WORLD_SIZE']} are set, and "
-                "LOCAL_RANK is not: start ranks with torchrun or srun, or unset all three"
+            raise UserError(
+                message=f"RANK={variables['RANK']} and WORLD_SIZE={variables['WORLD_SIZE']} are "
+                "set, and LOCAL_RANK is not: start ranks with torchrun or srun, or unset all three"
             )
         count = number("WORLD_SIZE", 1)
         local = number("LOCAL_WORLD_SIZE", 0)
@@ -148,7 +149,7 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
         return Launch(
             "torchrun", number("RANK", 0), number("LOCAL_RANK", 0), count, nodes, per_node
         )
-    # A pseudo-terminal is a step too: a shell, from which nobody else was started.
+    # A pseudo-terminal is a step too, but a shell: it was started alone.
     is_step = "SLURM_STEP_ID" in variables and "SLURM_PTY_PORT" not in variables
     if is_step:
         tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
@@ -163,8 +164,8 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
             per_node if sum(per_node) == tasks else (),
         )
     if number("OMPI_COMM_WORLD_SIZE", 1) > 1:
-        raise ValueError(
-            f"mpirun started {variables['OMPI_COMM_WORLD_SIZE']} processes "
+        raise UserError(
+            message=f"mpirun started {variables['OMPI_COMM_WORLD_SIZE']} processes "
             "(OMPI_COMM_WORLD_SIZE), each of which would be a run alone: start them with srun or "
             "torchrun"
         )
@@ -176,7 +177,13 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
     return Launch("alone")
 
 
+def discovery_port() -> int:
+    """Return a port that all nodes of a Slurm job agree on."""
+    job = int(os.environ.get("SLURM_JOB_ID", os.getpid()))
+    return DISCOVERY_PORTS[job % len(DISCOVERY_PORTS)]
+
+
 def _expand(per_node: str) -> tuple[int, ...]:
-    """Return Slurm's `2(x3),1` as numbers."""
+    """Return Slurm's `2(x3),1` as (2, 2, 2, 1)."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
     return tuple(int(tasks) for tasks, times in found for _ in range(int(times or 1)))

@@ -1,44 +1,45 @@
-"""Who trains in a run's folder: one job at a time.
+"""Ownership of a run's folder: one job at a time trains in it.
 
-    RUN_DIR/jobs/00001.json    the first job: where and what it runs, and how it ended
-    RUN_DIR/jobs/00002.json    the next one. The job with the highest number owns the folder
+    RUN_DIR/jobs/00001.json    record of the first job: where and what it runs, and how it ended
+    RUN_DIR/jobs/00002.json    record of the next one; the highest number owns the folder
 
-A job creates its own file, which fails if another was faster, on network file systems too. The
-file's modification time is the owner's heartbeat, set by the file system's clock. So no lock is
-needed that a killed process would leave, or that a file server would have to support.
+Creating the file of a number that another job has taken fails, on network file systems too. The
+file's modification time, by the file system's clock, is the owner's heartbeat. So there is no lock
+that a killed process would leave behind, or that a file server would have to support.
 """
 
 import errno
 import json
 import os
-import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from stu.common.errors import UserError
 from stu.common.files import fsync, new_file
+from train.start.processes import is_gone, is_same_job_before, this_process
 
 FOLDER = "jobs"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-"""How long the heartbeat of an owner that is gone without a word is waited for."""
+"""Time without a heartbeat after which an owner counts as gone."""
 WATCH_SECONDS = 3 * BEAT_SECONDS
-"""The least time that an owner is watched, however old its heartbeat looks."""
+"""Least time for which an owner is watched, however old its heartbeat looks."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class TakenOver(OSError):
-    """The folder of this run belongs to another job by now."""
+    """Loss of the run's folder to another job."""
 
 
 class RunOwner:
-    """This job's record in `run_dir`, from `claim` to `end`. Kept by the first rank."""
+    """Hold of this job on `run_dir`, from `claim` to `end`. The first rank has it."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / FOLDER
@@ -52,46 +53,48 @@ class RunOwner:
 
     @property
     def number(self) -> int:
-        """This job's number in the folder, from 1."""
+        """Number of this job in the folder, from 1."""
         return self._number
 
     def claim(self, details: dict[str, Any]) -> None:
-        """Own the folder from now on. details: what else the record is to say.
+        """Take ownership of the folder.
 
-        A job that ended, is gone from this machine, or was requeued by Slurm and starts again is
-        followed at once; another one after it has shown no sign of life for `STALE_SECONDS`.
-        Raises ValueError if one is alive, OSError if the folder cannot be written.
+        An owner that ended, is gone from this machine, or is an earlier start of this Slurm job is
+        followed at once; any other after it has shown no sign of life for `STALE_SECONDS`.
+
+        details: further entries of the record. Raises UserError if the owner is alive, OSError if
+        the folder cannot be written.
         """
         self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._record = {**_this_process(), **details, "ended": None}
+        self._record = {**this_process(), "began": _now(), **details, "ended": None}
         while True:
             newest = self._newest()
             if newest and not self._follows(newest):
-                continue  # it changed while it was looked at
+                continue  # another job came meanwhile
             if self._create(newest + 1):
                 break
         self._number = newest + 1
         threading.Thread(target=self._beat, daemon=True, name="owner").start()
 
     def note(self, **details: Any) -> None:
-        """Add to the record."""
+        """Add entries to the record."""
         self._record |= details
         self._write()
 
     def is_still(self) -> bool:
-        """Find out at once whether the folder is still this job's."""
+        """Look whether this job still owns the folder."""
         if not self._path(self._number).exists() or self._newest() > self._number:
             self.is_lost = True
         return not self.is_lost
 
     def look(self) -> None:
-        """Raise TakenOver if the folder is not this job's any more."""
+        """Raise TakenOver if this job no longer owns the folder."""
         if not self.is_still():
             raise self.taken_over()
 
     def taken_over(self) -> TakenOver:
-        """The error that ends this run."""
+        """Return the error that ends this run."""
         newest, own = self._newest(), self._path(self._number)
         if newest <= self._number:
             return TakenOver(f"{own}: this run's record is gone; it stops without a checkpoint")
@@ -101,8 +104,10 @@ class RunOwner:
         )
 
     def end(self, how: str) -> None:
-        """Give the folder free for the next job. Tell, and do not raise, if that cannot be written:
-        the error that a run ends with, such as a full disk, counts more."""
+        """Release the folder for the next job, and record how this one ended.
+
+        A failed write is printed and not raised: the error that ended the run matters more.
+        """
         self._ended.set()
         try:
             if not self.is_lost and self._path(self._number).exists():
@@ -111,35 +116,36 @@ class RunOwner:
             _say(f"{self._path(self._number)} could not be written ({error})")
 
     def withdraw(self) -> None:
-        """Leave nothing of a job that did not begin."""
+        """Remove all traces of a job that did not begin."""
         self._ended.set()
         try:
             self._path(self._number).unlink(missing_ok=True)
         except OSError as error:
             _say(f"{self._path(self._number)} could not be deleted ({error})")
-        with suppress(OSError):  # not empty: another job's
+        with suppress(OSError):  # another job has files there
             for path in self._made:
                 path.rmdir()
 
     def _follows(self, number: int) -> bool:
-        """Whether the owner is gone, so that this job may follow it; False if another one came."""
+        """Wait until the owner is gone. Return False if another job came meanwhile; raise UserError
+        if the owner is alive."""
         path = self._path(number)
         owner = _read(path)
         if owner.get("ended"):
             return True
-        if _is_same_job_before(owner, self._record):
+        if is_same_job_before(owner, self._record):
             _say(f"takes over from {_describe(owner)}: Slurm has started that job again")
             return True
         on_this_machine = self._record["boot"] is not None and all(
             owner.get(name) == self._record[name] for name in ("boot", "space")
         )
-        if on_this_machine and _is_gone(owner["pid"], owner["start"]):
+        if on_this_machine and is_gone(owner["pid"], owner["start"]):
             _say(f"takes over from {_describe(owner)}: its process is gone")
             return True
         beat, age = self._beat_and_age(path)
         if on_this_machine and age < WATCH_SECONDS:
             raise self._refusal(owner, age)
-        # A heartbeat from the future, where clocks differ, is not waited for any longer.
+        # A heartbeat from the future, where clocks differ, is not waited for longer than others.
         patience = min(max(WATCH_SECONDS, STALE_SECONDS - age), STALE_SECONDS)
         _say(
             f"waits up to {patience:.0f} s for a sign of life of {_describe(owner)}, which has "
@@ -156,28 +162,30 @@ class RunOwner:
         _say(f"takes over from {_describe(owner)}: no sign of life for {age:.0f} s")
         return True
 
-    def _refusal(self, owner: dict[str, Any], age: float) -> ValueError:
-        return ValueError(
-            f"run_dir={self._run_dir}: {_describe(owner)} trains there, and was alive "
+    def _refusal(self, owner: dict[str, Any], age: float) -> UserError:
+        return UserError(
+            "run_dir",
+            self._run_dir,
+            message=f"run_dir={self._run_dir}: {_describe(owner)} trains there, and was alive "
             f"{max(0.0, age):.0f} s ago: wait until it has ended, stop it, or choose another "
-            "run_dir"
+            "run_dir",
         )
 
     def _beat_and_age(self, path: Path) -> tuple[int, float]:
-        """The time of the last heartbeat and the seconds since, by the file system's clock."""
+        """Return the time of the last heartbeat and its age, by the file system's clock."""
         probe = self._folder / f".now-{uuid.uuid4().hex[:8]}"
         probe.touch()
         now = probe.stat().st_mtime_ns
         probe.unlink()
         try:
-            with path.open("rb") as file:  # opening asks the file server, and no cache
+            with path.open("rb") as file:  # opening asks the file server, not a cache
                 beat = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:  # withdrawn
             beat = 0
         return beat, (now - beat) / 1e9
 
     def _create(self, number: int) -> bool:
-        """Make the record, whole; False if another job was faster."""
+        """Create the record, complete. Return False if another job was faster."""
         path = self._path(number)
         temporary = self._folder / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
         temporary.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
@@ -185,7 +193,7 @@ class RunOwner:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # A server's answer can get lost, and the question be asked again.
+            # The file server's answer may have been lost, and the request repeated.
             return temporary.stat().st_nlink == 2
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -226,57 +234,22 @@ class RunOwner:
         return self._folder / f"{number:05d}.json"
 
 
-def _this_process() -> dict[str, Any]:
-    """Identify this process among all others, with Slurm's names for it."""
-    slurm = {
-        "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-    }
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "start": _start_of(os.getpid()),
-        "boot": _contents("/proc/sys/kernel/random/boot_id"),
-        "space": _link("/proc/self/ns/pid"),
-        "slurm": slurm if slurm["job"] else None,
-        "began": _now(),
-    }
-
-
-def _is_same_job_before(owner: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether Slurm ended `owner` before it started this process under the same number."""
-    before, now = owner.get("slurm"), own["slurm"]
-    if not before or not now:
-        return False
-    is_same = (before["cluster"], before["job"]) == (now["cluster"], now["job"])
-    return is_same and bool(before["restart"] < now["restart"])
-
-
-def _is_gone(pid: int, start: str | None) -> bool:
-    """Whether the process with this number that began at `start` is not there any more."""
-    found = _start_of(pid)
-    if found is None:  # or it is another user's, and `/proc` hides those (hidepid)
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return False
-        except ProcessLookupError:
-            return True
-    return found != start
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; None if there is none."""
-    status = _contents(f"/proc/{pid}/stat")
-    if status is None:
-        return None
-    state, *fields = status.rpartition(")")[2].split()  # the name before may hold anything
-    return None if state in "ZX" else fields[18]
+@contextmanager
+def owned(owner: RunOwner | None) -> Iterator[None]:
+    """Release the run's folder when the block ends, and record how it ended."""
+    how = "done"
+    try:
+        yield
+    except BaseException as error:
+        how = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if owner is not None:
+            owner.end(how)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A record; without contents if it is not whole or gone."""
+    """Return a record; an empty one if the file is gone or incomplete."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -289,21 +262,6 @@ def _describe(owner: dict[str, Any]) -> str:
         return "a job without a name"
     job = f"Slurm job {owner['slurm']['job']}, " if owner.get("slurm") else ""
     return f"process {owner['pid']} on {owner['host']} ({job}since {owner['began']})"
-
-
-def _contents(path: str) -> str | None:
-    return _or_none(lambda: Path(path).read_text(encoding="utf-8", errors="replace").strip())
-
-
-def _link(path: str) -> str | None:
-    return _or_none(lambda: os.readlink(path))
-
-
-def _or_none(read: Callable[[], str]) -> str | None:
-    try:
-        return read()
-    except OSError:  # not on this system
-        return None
 
 
 def _now() -> str:

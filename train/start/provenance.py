@@ -1,5 +1,6 @@
-"""Where a run's results come from: its code, what that stands on, and how it was called."""
+"""Where a run's results come from: code, versions, host and command line."""
 
+import hashlib
 import platform
 import shlex
 import socket
@@ -9,23 +10,38 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import stu
+import train
+
 PACKAGES = ("torch", "lightning", "deepspeed", "numpy", "safetensors")
 
 
 def provenance(arguments: Sequence[str]) -> dict[str, Any]:
     """Return commit, versions, host and command line as plain values."""
-    versions = {"stu": _version("stu"), "python": platform.python_version()}
-    versions |= {name: _version(name) for name in PACKAGES}
     return {
         "commit": git_commit(Path(__file__).parent),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **_versions()},
         "host": socket.gethostname(),
         "command": shlex.join(["stu-train", *arguments]),
     }
 
 
+def code_versions() -> dict[str, str]:
+    """Return the versions that a run's code consists of, and a hash of stu's own code."""
+    code = hashlib.sha256()
+    for package in (stu, train):
+        folder = Path(str(package.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return {
+        "python": platform.python_version(),
+        **_versions(),
+        "the code of stu": code.hexdigest()[:16],
+    }
+
+
 def changes_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what may make results differ between two places where a run was trained."""
+    """Return differences between two results of `provenance` that may change a run's results."""
     pairs = [("commit", before.get("commit"), now["commit"])]
     versions = before.get("versions", {})
     pairs += [(name, versions.get(name), value) for name, value in now["versions"].items()]
@@ -33,8 +49,8 @@ def changes_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def git_commit(folder: Path) -> str | None:
-    """Return the commit that `folder` is checked out from, marked if its files were changed since;
-    None if it is not part of a checkout."""
+    """Return the commit that `folder` is checked out from, marked if files were changed since; None
+    outside of a checkout."""
     file = Path(__file__).name if folder == Path(__file__).parent else "."
     # A folder can lie in a checkout of something else, as a virtual environment often does.
     if _git(folder, "ls-files", "--error-unmatch", file) is None:
@@ -45,7 +61,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """The answer of git; None if there is none."""
+    """Return the output of git, or None if it fails."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -54,8 +70,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    return {name: installed[name] for name in ("stu", *PACKAGES) if name in installed}

@@ -1,4 +1,4 @@
-"""How a process of training ends for a signal, from its first line on."""
+"""Exit codes for signals, and handlers for the time before and after training."""
 
 import atexit
 import signal
@@ -9,38 +9,31 @@ from contextlib import contextmanager
 from types import FrameType
 
 TO_BE_CONTINUED = 75
-"""Exit code after SIGUSR1 (sysexits' EX_TEMPFAIL): the run wants to go on later."""
+"""Exit code after SIGUSR1 (sysexits' EX_TEMPFAIL): the run is to be continued."""
 EXIT_CODES = {signal.SIGUSR1: TO_BE_CONTINUED, signal.SIGTERM: 143, signal.SIGINT: 130}
-
-
-def exit_at_once() -> None:
-    """Have signals end this process with their exit codes: before and after training there is
-    nothing to save."""
-    if threading.current_thread() is threading.main_thread():
-        for number in EXIT_CODES:
-            signal.signal(number, _exit)
 
 
 @contextmanager
 def exiting_at_once() -> Iterator[None]:
-    """Do so within a block."""
+    """Have signals end this process with their exit codes while the block runs.
+
+    Before and after training there is nothing to save.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
     former = {number: signal.getsignal(number) for number in EXIT_CODES}
-    exit_at_once()
+    for number in EXIT_CODES if is_main else ():
+        signal.signal(number, _exit)
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if is_main:
             for number, handler in former.items():
                 signal.signal(number, handler)
             if former[signal.SIGUSR1] == signal.SIG_DFL:
-                # Sent again while the process ends, it must not change the exit code. A function
-                # until then: what is ignored would be so for all that this process starts.
-                signal.signal(signal.SIGUSR1, _pass)
+                # Sent again while the process ends, SIGUSR1 must not change the exit code. It is
+                # not ignored yet, as child processes would inherit that.
+                signal.signal(signal.SIGUSR1, lambda *_: None)
                 atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _pass(number: int, _: FrameType | None) -> None:
-    """Do nothing."""
 
 
 def _exit(number: int, _: FrameType | None) -> None:

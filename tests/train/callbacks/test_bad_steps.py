@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stu.common.errors import UserError
 from tests import forked
 from tests.train.saved import load_checkpoint
 from train import report
@@ -144,7 +145,7 @@ def test_counting(tmp_path):
     ("name", "value"), [("loss_jump", -1), ("loss_jump", math.nan), ("most_bad_steps", 0)]
 )
 def test_settings_that_are_not_allowed(name, value):
-    with pytest.raises(ValueError, match=f"model.guard.{name}=.* is not allowed"):
+    with pytest.raises(UserError, match=f"model.guard.{name}=.* is not allowed"):
         GuardConfig(**{name: value})
 
 

@@ -520,7 +520,7 @@ def test_a_file_written_tensor_by_tensor(tmp_path):
 PEAK = """
 import sys, torch
 from pathlib import Path
-import train.checkpoint.callback, train.checkpoint.published, stu.model_dir
+import train.checkpoint.resume, train.checkpoint.published, stu.model_dir
 from train.checkpoint import export
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stu.common.errors import UserError
 from train.start.launch import Launch, detect_launch
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "wrap", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
@@ -103,7 +104,7 @@ def test_as_many_ranks_as_asked_for(variables, devices, nodes, kind):
     ],
 )
 def test_fewer_or_more_ranks_than_asked_for(variables, devices, nodes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         detect_launch(variables).check(devices, nodes)
 
 
@@ -115,7 +116,7 @@ def test_fewer_or_more_ranks_than_asked_for(variables, devices, nodes, message):
     ],
 )
 def test_what_cannot_be_joined(variables, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         detect_launch(variables)
 
 

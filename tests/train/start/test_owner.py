@@ -10,14 +10,14 @@ import threading
 
 import pytest
 
+from stu.common.errors import UserError
 from tests.train.saved import load_checkpoint
 from train import cli
 from train.callbacks.progress import StepProgress
 from train.checkpoint import callback as checkpoints
 from train.checkpoint.writer import CheckpointWriter
-from train.run import owned
-from train.start import owner
-from train.start.owner import RunOwner
+from train.start import owner, processes
+from train.start.owner import RunOwner, owned
 
 FOREVER = 1e6
 
@@ -81,7 +81,7 @@ def test_another_machine_that_shows_a_sign_of_life_is_not_followed(tmp_path, mon
     life = threading.Thread(target=live)
     life.start()
     try:
-        with pytest.raises(ValueError, match=r"process \d+ on far .* was alive 0 s ago: wait"):
+        with pytest.raises(UserError, match=r"process \d+ on far .* was alive 0 s ago: wait"):
             RunOwner(tmp_path).claim({})
     finally:
         ended.set()
@@ -97,7 +97,7 @@ def test_a_job_that_slurm_started_again_follows_itself_at_once(tmp_path, monkeyp
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
     monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
     mine = {"slurm": {**job, "restart": restart}}
-    assert owner._is_same_job_before(record(tmp_path, 1), mine) == (restart == 2)
+    assert processes.is_same_job_before(record(tmp_path, 1), mine) == (restart == 2)
     if restart == 2:
         RunOwner(tmp_path).claim({})
         assert record(tmp_path, 2)["slurm"] == mine["slurm"]
@@ -167,16 +167,16 @@ def test_a_heartbeat_from_the_future_is_not_waited_for_any_longer(tmp_path, monk
 
 
 def test_another_users_process_that_the_system_hides_is_not_gone(monkeypatch):
-    start = owner._start_of(os.getpid())
-    assert not owner._is_gone(os.getpid(), start)
-    assert owner._is_gone(os.getpid(), "another time")
+    start = processes._start_of(os.getpid())
+    assert not processes.is_gone(os.getpid(), start)
+    assert processes.is_gone(os.getpid(), "another time")
 
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr(owner, "_contents", lambda path: None)
+    monkeypatch.setattr(processes, "_contents", lambda path: None)
     monkeypatch.setattr(os, "kill", refuse)
-    assert not owner._is_gone(os.getpid(), start)
+    assert not processes.is_gone(os.getpid(), start)
 
 
 def test_all_ranks_hear_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from stu.common.errors import UserError
 from tests import forked
 from train.start import agreement as start_module
-from train.start.agreement import RunFailed, Start, UserError, judge, wait_for_listener
+from train.start.agreement import RunFailed, Start, judge, wait_for_listener
 from train.start.launch import Launch
 
 SECONDS = 120
@@ -54,7 +55,7 @@ def succeed(start):
 
 def refuse(start):
     with start.together():
-        raise ValueError("data.dir=/nowhere: no such folder")
+        raise UserError(message="data.dir=/nowhere: no such folder")
 
 
 def fail(start):

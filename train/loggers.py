@@ -1,0 +1,76 @@
+"""Loggers of a run, chosen by name. To add one, write its class and enter it in `LOGGERS`."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from stu.common.errors import UserError
+from stu.common.files import fsync
+
+
+class RunLogger(Logger, ABC):
+    """Requirements on a logger, besides Lightning's."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Log a text in Markdown; a logger without texts leaves it out."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Bring to the disk what was logged: a checkpoint that is written next must not outlive it.
+
+        Raises OSError.
+        """
+
+
+class TensorBoard(TensorBoardLogger, RunLogger):
+    """TensorBoard's event files in `RUN_DIR/tensorboard`, one for each job."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        # Steps after the checkpoint that an interrupted job has logged are about to come again.
+        super().__init__(run_dir, name="", version="tensorboard", purge_step=first_step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self.experiment.add_text(name, text, step)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        self.experiment.flush()
+
+    def sync(self) -> None:
+        self.experiment.flush()
+        for file in Path(self.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+            fsync(file)
+
+
+class Csv(CSVLogger, RunLogger):
+    """Tables of metrics in `RUN_DIR/csv`, one folder for each job: `version_0/metrics.csv` ..
+
+    A step that a job repeats after a resume is in the tables of both.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        super().__init__(run_dir, name="csv", flush_logs_every_n_steps=1)
+
+    def sync(self) -> None:
+        self.save()
+        if Path(self.experiment.metrics_file_path).exists():
+            fsync(Path(self.experiment.metrics_file_path))
+
+
+LOGGERS: dict[str, Callable[[Path, int], RunLogger]] = {"tensorboard": TensorBoard, "csv": Csv}
+"""Loggers by name: each takes the run's folder and the first step that is to be logged."""
+
+
+def check_loggers(names: list[str]) -> None:
+    """Raise UserError unless all names are known and different."""
+    if not set(names) <= LOGGERS.keys() or len(set(names)) < len(names):
+        raise UserError("logger", names, f"a list of different names of {', '.join(LOGGERS)}")
+
+
+def make_loggers(names: list[str], run_dir: Path, first_step: int) -> list[RunLogger]:
+    """Return the loggers that settings name, in that order."""
+    return [LOGGERS[name](run_dir, first_step) for name in names]

@@ -1,0 +1,80 @@
+"""The record of a run that its checkpoints carry: the settings that its results depend on."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from stu.config import ModelConfig
+from train.checkpoint.folder import FORMAT_VERSION
+from train.config import precision_name
+from train.data.loader import TokenData
+from train.optimizer import OptimizerConfig, optimizer_kind
+
+MODEL, OPTIMIZER, DATA = "model.config.", "model.optimizer.", "data."
+"""Prefixes of the names of settings."""
+SAMPLES = "samples_per_step"
+
+
+def result_settings(
+    trainer: L.Trainer,
+    data: TokenData,
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    z_loss: float,
+    loss_jump: float,
+) -> dict[str, Any]:
+    """Return by name all settings that a run's results depend on, except its length.
+
+    The values are plain, so that they can be stored and compared.
+    """
+    ranks = trainer.num_devices * trainer.num_nodes
+    return {
+        **{MODEL + name: value for name, value in config.to_dict().items()},
+        **{OPTIMIZER + name: value for name, value in asdict(optimizer).items()},
+        "model.z_loss": z_loss,
+        "model.guard.loss_jump": loss_jump,
+        "trainer.gradient_clip_val": trainer.gradient_clip_val or None,
+        "trainer.gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "trainer.precision": precision_name(trainer.precision),
+        SAMPLES: ranks * trainer.accumulate_grad_batches * data.micro_batch_size,
+        **{DATA + name: value for name, value in data.identity().items()},
+    }
+
+
+def training_record(
+    settings: Mapping[str, Any], config: ModelConfig, optimizer: OptimizerConfig, tokenizer: Path
+) -> dict[str, Any]:
+    """Return what a checkpoint holds besides Lightning's state: tensors and plain values."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model_config": config.to_dict(),
+        "settings": dict(settings),
+        "state_tensors": list(optimizer_kind(optimizer).state_tensors),
+        "tokenizer": torch.frombuffer(bytearray(tokenizer.read_bytes()), dtype=torch.uint8),
+    }
+
+
+def losses_since_log(
+    saved: Mapping[str, Any], rank: int, num_ranks: int, micro_batches: int
+) -> list[Tensor]:
+    """Return the losses of the steps after the last logged one that `rank` continues with.
+
+    Args:
+        saved: Losses of all ranks, and micro-batches per step, in the checkpoint; may be empty.
+        rank: Rank of this process.
+        num_ranks: Number of ranks.
+        micro_batches: Micro-batches per step.
+    """
+    if not saved or not saved["losses"].numel():
+        return []
+    losses = saved["losses"].view(-1, saved["losses"].shape[-1])  # [ranks, n]
+    if (len(losses), saved["micro_batches"]) == (num_ranks, micro_batches):
+        return list(losses[rank])
+    # Steps weigh the same, however many micro-batches they have.
+    by_step = losses.mean(0).view(-1, saved["micro_batches"]).mean(1)
+    return list(by_step.repeat_interleave(micro_batches))

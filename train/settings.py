@@ -1,0 +1,138 @@
+"""The settings of a run, as its parser reads them from the command line and from YAML files."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser
+
+from stu.common.cli import ArgumentParser
+from train.config import check_settings
+from train.data.loader import TokenData
+from train.loggers import LOGGERS
+from train.module import FlashSTUModule
+from train.parallel.config import ParallelConfig
+from train.start.agreement import ParseError
+
+DEFAULTS = {
+    "max_steps": 10_000,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 1,
+}
+"""Defaults of trainer settings that differ from Lightning's."""
+FORCED: dict[str, Any] = {
+    "use_distributed_sampler": False,  # the data divides itself among the ranks
+    "check_val_every_n_epoch": None,  # the stream has no end: count batches, not epochs
+    "enable_model_summary": False,
+}
+"""Trainer settings that a run cannot choose."""
+LEFT_OUT = {
+    *FORCED,
+    *("logger", "plugins", "default_root_dir", "enable_checkpointing", "enable_progress_bar"),
+    "strategy",  # see `parallel`
+    # These count epochs, or would do nothing here.
+    *("max_epochs", "min_epochs", "min_steps", "limit_train_batches", "limit_test_batches"),
+    *("limit_predict_batches", "overfit_batches", "reload_dataloaders_every_n_epochs"),
+    *("fast_dev_run", "barebones", "sync_batchnorm", "model_registry", "enable_autolog_hparams"),
+}
+"""Trainer settings that `stu-train` does not offer."""
+
+
+class Parser(ArgumentParser, LightningArgumentParser):
+    """Lightning's parser of settings, whose errors are one line each."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for name in LEFT_OUT:
+            if re.search(rf"--trainer\.{name}\b|Group 'trainer' .* '{name}'", message):
+                message = f"trainer.{name} is chosen by stu-train: leave it out"
+        message = " ".join(message.split())
+        try:
+            super().error(message, ex)
+        except SystemExit as error:
+            raise ParseError(message) from error
+
+
+def add_settings(parser: LightningArgumentParser) -> None:
+    """Add every setting of a run to `parser`."""
+    parser.add_class_arguments(
+        L.Trainer, "trainer", instantiate=False, sub_configs=True, skip=LEFT_OUT
+    )
+    parser.set_defaults({f"trainer.{name}": value for name, value in DEFAULTS.items()})
+    parser.add_lightning_class_args(FlashSTUModule, "model")
+    parser.add_lightning_class_args(TokenData, "data")
+    parser.add_class_arguments(ParallelConfig, "parallel")
+    # Users need not repeat what the token shards say.
+    parser.set_defaults({"model.config.vocab_size": 0})
+    add = parser.add_argument
+    add(
+        "--seed-everything",
+        type=bool | int,
+        default=0,
+        help="Seed of the initial weights; true for a random one",
+    )
+    add(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/train"),
+        help="Folder for checkpoints, logs and the record of jobs",
+    )
+    add(
+        "--resume",
+        type=str | None,
+        help="Checkpoint to continue from: a path, `last`, or `auto`, the last one if there is any",
+    )
+    add(
+        "--allow-change",
+        action="append",
+        help="Settings that may differ from those of the checkpoint: NAME[,NAME]",
+    )
+    add(
+        "--logger",
+        type=list[str],
+        default=["tensorboard"],
+        help=f"Names of loggers, of {', '.join(LOGGERS)}",
+    )
+    add(
+        "--checkpoint-every-steps",
+        type=int,
+        default=1000,
+        help="Optimizer steps between two checkpoints",
+    )
+    add(
+        "--checkpoint-every-minutes",
+        type=float,
+        default=30.0,
+        help="Longest time between two checkpoints",
+    )
+    add("--keep-checkpoints", type=int, default=3, help="Number of newest checkpoints to keep")
+    add(
+        "--hang-minutes",
+        type=float,
+        default=30.0,
+        help="Time without a batch after which a run ends itself",
+    )
+    add(
+        "--log-samples",
+        type=bool,
+        default=False,
+        help="Write the numbers of the samples of each step into a file per rank",
+    )
+
+
+def parse_settings(arguments: Sequence[str]) -> Any:
+    """Return the checked settings of a run that is only planned: no model is built, and of the data
+    only the index is read.
+
+    Raises UserError; exits with code 2 for arguments that cannot be parsed.
+    """
+    parser = Parser(prog="stu-plan")
+    parser.add_argument("--config", action="config")
+    add_settings(parser)
+    settings = parser.parse_args(list(arguments))
+    config, optimizer, parallel = check_settings(settings, is_plan=True)
+    settings.model.config, settings.model.optimizer, settings.parallel = config, optimizer, parallel
+    return settings
