@@ -1,6 +1,7 @@
 """Batches of token shards for training: the tokens of each rank at each position, and resuming."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,6 +31,7 @@ class ValidationBatch(TypedDict):
     num_targets: Tensor  # int64 [micro_batch_size], 0 for a sequence that is only padding
 
 
+@dataclass(eq=False)
 class SampleStream(IterableDataset[Batch]):
     """Endless micro-batches of one rank, from a position on.
 
@@ -42,56 +44,49 @@ class SampleStream(IterableDataset[Batch]):
     Raises UserError if the shards are shorter than one sample.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        seq_len: int,
-        micro_batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        position: int = 0,
-    ) -> None:
-        self.samples_per_epoch = (len(shards) - 1) // seq_len
+    shards: TokenShards
+    seq_len: int
+    micro_batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        self.samples_per_epoch = (len(self.shards) - 1) // self.seq_len
         if self.samples_per_epoch < 1:
             raise UserError(
                 "data.seq_len",
-                seq_len,
-                f"less than {len(shards)}, the number of training tokens",
+                self.seq_len,
+                f"less than {len(self.shards)}, the number of training tokens",
                 "lower it or prepare more text",
             )
-        self._shards = shards
-        self._seq_len = seq_len
-        self._micro_batch_size = micro_batch_size
-        self._seed = seed
-        self._first = position + rank * micro_batch_size
-        self._stride = world_size * micro_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self._first
+        first = self.position + self.rank * self.micro_batch_size
         while True:
             ids = self._samples_at(first)
             windows = [
-                self._shards.read(i * self._seq_len, (i + 1) * self._seq_len + 1)
-                for i in ids.tolist()
+                self.shards.read(i * self.seq_len, (i + 1) * self.seq_len + 1) for i in ids.tolist()
             ]
             yield {
                 "tokens": torch.from_numpy(np.stack(windows)),
                 "sample_ids": torch.from_numpy(ids),
             }
-            first += self._stride
+            first += self.world_size * self.micro_batch_size
 
     def _samples_at(self, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the samples of the micro-batch at position `first`: `[m]`."""
-        positions = np.arange(first, first + self._micro_batch_size, dtype=np.int64)
+        positions = np.arange(first, first + self.micro_batch_size, dtype=np.int64)
         epochs, within = np.divmod(positions, self.samples_per_epoch)
         ids = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
-            order = Permutation(self.samples_per_epoch, self._seed, epoch)
+            order = Permutation(self.samples_per_epoch, self.seed, epoch)
             ids[epochs == epoch] = order(within[epochs == epoch])
         return ids
 
 
+@dataclass(frozen=True)
 class ValidationSet:
     """Micro-batches of one rank for validation; all ranks together predict every target once.
 
@@ -103,39 +98,34 @@ class ValidationSet:
     Not a torch Dataset, around which Lightning would put its own sampler.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        seq_len: int,
-        micro_batch_size: int,
-        max_tokens: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_targets = min(len(shards) - 1, max_tokens)
+    shards: TokenShards
+    seq_len: int
+    micro_batch_size: int
+    max_tokens: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def num_targets(self) -> int:
         """Targets over all ranks."""
-        self._shards = shards
-        self._seq_len = seq_len
-        self._micro_batch_size = micro_batch_size
-        self._rank = rank
-        self._stride = world_size * micro_batch_size
+        return min(len(self.shards) - 1, self.max_tokens)
 
     def __len__(self) -> int:
         """Return the number of micro-batches of each rank."""
-        num_windows = -(-self.num_targets // self._seq_len)
-        return -(-num_windows // self._stride)
+        num_windows = -(-self.num_targets // self.seq_len)
+        return -(-num_windows // (self.world_size * self.micro_batch_size))
 
     def __iter__(self) -> Iterator[ValidationBatch]:
-        m = self._micro_batch_size
+        m = self.micro_batch_size
         for batch in range(len(self)):
-            first = batch * self._stride + self._rank * m
-            tokens = np.zeros((m, self._seq_len + 1), dtype=np.int64)
+            first = (batch * self.world_size + self.rank) * m
+            tokens = np.zeros((m, self.seq_len + 1), dtype=np.int64)
             num_targets = np.zeros(m, dtype=np.int64)
             for i in range(m):
-                start = (first + i) * self._seq_len
-                count = min(self._seq_len, self.num_targets - start)
+                start = (first + i) * self.seq_len
+                count = min(self.seq_len, self.num_targets - start)
                 if count > 0:
-                    tokens[i, : count + 1] = self._shards.read(start, start + count + 1)
+                    tokens[i, : count + 1] = self.shards.read(start, start + count + 1)
                     num_targets[i] = count
             yield {
                 "tokens": torch.from_numpy(tokens),
@@ -214,27 +204,17 @@ class TokenData(L.LightningDataModule):
 
     def train_dataloader(self) -> SampleStream:
         """Return the endless micro-batches of this rank from `position` on."""
-        rank, world_size = self._rank_and_world_size()
+        ranks = self._rank_and_world_size()
         return SampleStream(
-            self.train_shards,
-            self.seq_len,
-            self.micro_batch_size,
-            self.seed,
-            rank,
-            world_size,
-            self.position,
+            self.train_shards, self.seq_len, self.micro_batch_size, self.seed, *ranks, self.position
         )
 
     def val_dataloader(self) -> ValidationSet:
         """Return the micro-batches of this rank for the first `max_validation_tokens` targets."""
-        rank, world_size = self._rank_and_world_size()
+        ranks = self._rank_and_world_size()
+        tokens = self.max_validation_tokens
         return ValidationSet(
-            self.validation_shards,
-            self.seq_len,
-            self.micro_batch_size,
-            self.max_validation_tokens,
-            rank,
-            world_size,
+            self.validation_shards, self.seq_len, self.micro_batch_size, tokens, *ranks
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import closing
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def prepare_part(config: PrepareConfig) -> list[int]:
     parts = Parts(config.output.resolve(), task.count)
     parts.output.parent.mkdir(parents=True, exist_ok=True)
     lock_path = parts.output.with_name(f"{parts.output.name}.lock")
-    with LockFile(lock_path) as lock, lock.held(1 + task.index):
+    with closing(LockFile(lock_path)) as lock, lock.held(1 + task.index):
         with lock.held(ALL_PARTS):
             if _is_output_complete(parts.output, common):
                 return []
@@ -93,11 +94,7 @@ def _is_output_complete(output: Path, common: dict[str, Any]) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / COMMON_FILE).is_file():
-        raise UserError(
-            "--output",
-            str(output),
-            message=f"output {output}: exists and is not empty; choose another, or delete it",
-        )
+        raise UserError("--output", str(output), "new or empty", "choose another, or delete it")
     require_same(output, common)
     return True
 

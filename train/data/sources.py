@@ -35,7 +35,7 @@ def find_files(sources: Sequence[str]) -> Files:
     sorted within a source. A file that has several paths is returned once. Raises UserError for a
     source that names nothing that can be read.
     """
-    found = [_find_source(source) for source in sources]
+    found = [_find_path(path) for source in sources for path in _expand(source)]
     paths = [path for files in found for path in files.documents]
     first: dict[tuple[int, int], Path] = {}
     for path in paths:
@@ -72,30 +72,28 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _find_source(source: str) -> Files:
+def _expand(source: str) -> list[str]:
+    """Return the paths that match a glob, or any other source by itself."""
+    if source == STDLIB or os.path.lexists(source):
+        return [source]
+    if matches := sorted(glob.glob(source, recursive=True)):
+        return matches
+    raise _bad_source(source, "no such file or folder, and no glob that matches any")
+
+
+def _find_path(source: str) -> Files:
+    path = Path(source)
     if source == STDLIB:
         return _find_stdlib()
-    path = Path(source)
     if path.is_dir():
         return _find_in_folder(path)
-    if path.is_file():
-        if kind_of(path) is None:
-            hint = "; write its objects to a .jsonl file, each on a line of its own"
-            is_json = path.suffix.lower() == ".json"
-            raise _bad_source(source, f"not a {ALLOWED} file{hint if is_json else ''}")
+    if path.is_file() and kind_of(path):
         return Files([path], [])
-    if os.path.lexists(path):
-        is_broken = not path.exists()
-        raise _bad_source(source, "a broken link" if is_broken else "neither a file nor a folder")
-    matches = sorted(glob.glob(source, recursive=True))
-    if not matches:
-        raise _bad_source(source, "no such file or folder, and no glob that matches any")
-    inner = [_find_source(match) for match in matches]
-    return Files(
-        [p for f in inner for p in f.documents],
-        [p for f in inner for p in f.skipped],
-        sum(f.num_hidden for f in inner),
-    )
+    if path.is_file():
+        hint = "; write its objects to a .jsonl file, each on a line of its own"
+        is_json = path.suffix.lower() == ".json"
+        raise _bad_source(source, f"not a {ALLOWED} file{hint if is_json else ''}")
+    raise _bad_source(source, "neither a file nor a folder" if path.exists() else "a broken link")
 
 
 def _find_in_folder(folder: Path) -> Files:
@@ -121,11 +119,10 @@ def _walk(folder: Path) -> Iterator[Path]:
     seen = set()
     for name, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = Path(name)
-        status = here.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        if _identity(here) in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(_identity(here))
         folders.sort()  # so that the same one of two paths is taken on every machine
         yield from (here / file for file in files)
         yield from (here / inner for inner in folders if inner.startswith("."))

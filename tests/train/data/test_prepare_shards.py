@@ -1,5 +1,6 @@
 """`stu-prepare --part i/n`: n runs make together what one makes alone, however they end."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -184,7 +185,7 @@ def test_what_is_no_part(
 
 def test_an_output_that_was_not_made_in_parts_is_left_alone(corpus: Path, whole: Path) -> None:
     before = sorted(whole.parent.rglob("*"))
-    with pytest.raises(UserError, match="exists and is not empty; choose another, or delete it"):
+    with pytest.raises(UserError, match="it must be new or empty; choose another, or delete it"):
         prepare_part(_config(corpus, whole, 0))
     (whole.parent / "data.lock").unlink()
     assert sorted(whole.parent.rglob("*")) == before
@@ -366,7 +367,7 @@ def test_a_file_system_without_locks_is_refused(
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     with (
-        LockFile(tmp_path / "a.lock") as lock,
+        contextlib.closing(LockFile(tmp_path / "a.lock")) as lock,
         pytest.raises(
             OSError, match=r"a\.lock: cannot be locked .Function not .* choose an output"
         ),
