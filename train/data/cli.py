@@ -20,19 +20,7 @@ LARGEST_FRACTION = 0.2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after an error, which leaves nothing behind."""
-
-    def write_shards() -> int:
-        config = _parse(argv)
-        try:
-            print(_run(config))
-        except BrokenProcessPool as error:
-            raise UserError(
-                "--workers",
-                message="a worker process died, perhaps for lack of memory; lower --workers",
-            ) from error
-        return 0
-
-    return run_command("stu-prepare", write_shards, "train")
+    return run_command("stu-prepare", lambda: _run(_parse(argv)), "train")
 
 
 def warnings(index: Index) -> list[str]:
@@ -66,21 +54,26 @@ def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
         "compressed (.gz, .zst).",
     )
     parser.add_argument(
-        "sources", metavar="SOURCE", nargs="+", help="file, folder, glob or stdlib:"
+        "sources", metavar="SOURCE", nargs="+", help="File, folder, glob or stdlib:"
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_settings(PrepareConfig)
     values = parser.parse_args(arguments).as_dict()
     del values["config"]
     return PrepareConfig(**values)
 
 
-def _run(config: PrepareConfig) -> str:
-    if not config.part:
-        return _summary(prepare(config), config.output)
-    if missing := prepare_part(config):
-        return f"part {config.part} is done; {len(missing):,} other parts are not"
-    return _summary(Index.load(config.output), config.output)
+def _run(config: PrepareConfig) -> int:
+    try:
+        if config.part and (missing := prepare_part(config)):
+            print(f"part {config.part} is done; {len(missing):,} other parts are not")
+            return 0
+        index = Index.load(config.output) if config.part else prepare(config)
+    except BrokenProcessPool as error:
+        message = "a worker process died, perhaps for lack of memory; lower --workers"
+        raise UserError("--workers", message=message) from error
+    print(_summary(index, config.output))
+    return 0
 
 
 def _summary(index: Index, output: Path) -> str:

@@ -18,7 +18,7 @@ class PrepareConfig:
     output: Path
     """Folder for the token shards; it must be new or empty."""
     vocab_size: int = 4096
-    """Vocabulary size of the tokenizer to train; ignored with `--tokenizer`."""
+    """Vocabulary size of the tokenizer to train; unused with `--tokenizer`."""
     tokenizer: Path | None = None
     """SentencePiece model, or folder with a `tokenizer.model`, to use instead of training one."""
     validation_fraction: float = 0.01
@@ -32,12 +32,12 @@ class PrepareConfig:
     text_key: str = "text"
     """JSON field, or CSV or Parquet column, that holds the text."""
     on_error: Literal["stop", "skip"] = "stop"
-    """Reaction to a row, or the rest of a damaged file, that cannot be read: `stop` with an error
-    that names it, or `skip` it and list the first 1,000 in `skipped.jsonl` in the output."""
+    """What to do about a row, or the rest of a damaged file, that cannot be read: `stop` with an
+    error that names it, or `skip` it and list the first 1,000 in `skipped.jsonl` in the output."""
     part: str | None = None
-    """Part of the corpus to tokenize, I/N with I from 0 to N - 1, as one of N runs; the run that
-    completes the last part joins all of them in the output. Files are not divided. None: the whole
-    corpus."""
+    """Part of the corpus that this run tokenizes: I/N with I from 0 to N - 1, for one of N runs.
+    The run that completes the last part joins all of them in the output. Files are not divided.
+    None: the whole corpus."""
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -77,14 +77,10 @@ class _Source:
                 raise
             raise _damaged(path, "", error) from error
 
-    def used(self, offset: int | None = None) -> int:
-        """Return the bytes of the file that were read since the last call.
-
-        offset: where reading has come to in a file that is not compressed; a buffer may be ahead.
-        """
-        now = self._file.tell() if offset is None or self.data is not self._file else offset
-        used, self._used = now - self._used, now
-        return used
+    def used(self) -> int:
+        """Return the bytes of the file, compressed or not, that were read since the last call."""
+        before, self._used = self._used, self._file.tell()
+        return self._used - before
 
     def read(self, size: int) -> bytes:
         """Read up to `size` bytes."""
@@ -122,7 +118,7 @@ def _read_text(source: _Source, piece_bytes: int) -> Iterator[Document | BadInpu
         else:
             if not offset:
                 text = text.removeprefix("\ufeff")
-            yield Document(text, source.used(offset + cut), starts, ends)
+            yield Document(text, source.used(), starts, ends)
             starts = False
         offset += cut
         if ends:
@@ -166,7 +162,7 @@ def _read_json_lines(source: _Source, text_key: str) -> Iterator[Document | BadI
         offset += len(line)
         if isinstance(text, str):
             text = _json_text(text, source.path, place, text_key)
-        yield text if isinstance(text, BadInput) else Document(text, source.used(offset))
+        yield text if isinstance(text, BadInput) else Document(text, source.used())
 
 
 def _json_text(line: str, path: Path, place: str, text_key: str) -> str | BadInput:
