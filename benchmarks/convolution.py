@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from stu.convolution import causal_convolution
-from stu.futurefill import Continuous, Naive, OnlineConvolution
+from stu.futurefill import Continuous
+from stu.online_convolution import Naive, OnlineConvolution
 
 REPEATS = 7
 

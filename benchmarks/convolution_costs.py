@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from benchmarks.costs import FLOAT_BYTES, Costs
 from serve.cache.tiles import TILES_AT_ONCE, TileFlush
 from stu.convolution import fast_fft_length
-from stu.futurefill import Naive
+from stu.online_convolution import Naive
 
 TURNS, TURNS_TRANSPOSED = 2, 4
 """How often a number is read, and as often written, when a page is put away and the next one is

@@ -21,9 +21,10 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.runner import Prompt
 from stu.config import ModelConfig
-from stu.futurefill import Continuous, Epoched, Naive, OnlineConvolution
+from stu.futurefill import Continuous, Epoched
 from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
+from stu.online_convolution import Naive, OnlineConvolution
 from stu.tokenizer import Tokenizer, train_bpe
 
 VOCAB_SIZE = 4096

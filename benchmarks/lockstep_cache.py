@@ -4,8 +4,9 @@ from torch import Tensor
 
 from serve.cache.base import Cache, CacheSize
 from serve.config import EngineConfig
-from stu.futurefill import Continuous, Naive, OnlineConvolution, _Filled
+from stu.futurefill import Continuous, _Filled
 from stu.model import FlashSTU
+from stu.online_convolution import Naive, OnlineConvolution
 
 MOST_FLUSHES = 4
 

@@ -100,7 +100,7 @@ def operands(
 
 
 def streams(batch: int, vectors: tuple[Tensor, Tensor]) -> tuple[int, Callable[[], Tensor]]:
-    """Direct sums of the shortest pasts, as `stu.futurefill.Naive` has them: how many filters, and
+    """Direct sums of the shortest pasts, as those of `Naive`: how many filters, and
     a call that goes to other places of memory each time."""
     num_filters = READ // (batch * STREAM_SPACE)
     whole = num_filters * batch * STREAM_SPACE

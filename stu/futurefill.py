@@ -1,36 +1,33 @@
-"""Online convolution: one output per token, while the inputs are still being generated.
+"""FutureFill: what a finished stretch of inputs adds to each later output of a convolution.
 
-Agarwal et al., "FutureFill: Fast Generation from Convolutional Sequence Models", ICLR 2026. The
-primitive computes what a finished stretch of inputs adds to each later output. `Epoched` fills
-from the whole past once per epoch, `Continuous` from tiles that double in size, `Naive` sums
-directly. All three are exact: they order the same multiply-adds differently.
+The engine in `serve` uses `future_fill`. `Epoched` and `Continuous`, which decode sequences in
+step, are for comparison: tests and benchmarks use them. Both are exact, as they only order the
+multiply-adds of `stu.online_convolution.Naive` differently.
 
-Every class takes `taps [layers, N, D]`, tap j at lag `lag_step * j`, so any causal filter will do,
-and an STU-T filter, which is zero at odd lags, skips half the taps. Time runs in phases as in
-`stu.convolution`: position t is column `t // lag_step` of phase `t % lag_step`, and phases never
-mix. Sums are in the dtype of the taps, float32 or float64.
+Source: Agarwal et al., "FutureFill: Fast Generation from Convolutional Sequence Models", ICLR 2026.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from stu.convolution import causal_convolution, fast_fft_length
+from stu.online_convolution import OnlineConvolution
 
 CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**18, 2**26
-"""Elements transformed at once: on CPU large enough to hide call overheads, small enough for L2; on
-a GPU enough for all of it, but no more, as transforms take several times their memory."""
+"""Elements transformed at once. On a CPU that hides the overhead of calls and fits L2; on a GPU all
+of them fit, up to a limit, as transforms take several times their memory."""
 
 
 def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
-    """What `past [..., T]` adds to the `num_outputs` outputs after it: `[..., num_outputs]`.
+    """Return what `past [..., T]` adds to the `num_outputs` outputs after it: `[..., num_outputs]`.
 
-    taps `[..., N]` start at lag 0; those from lag `T + num_outputs` on reach no wanted output.
-    Equals `numpy.convolve(past, taps)[T : T + num_outputs]`, by one circular FFT whose wrap-around
-    falls on the first T values only.
+    taps: `[..., N]`, from lag 0; those from lag `T + num_outputs` on reach no wanted output. The
+    result is that of `numpy.convolve(past, taps)[T : T + num_outputs]`, computed by one circular
+    FFT, which wraps around to the first T values only.
     """
     length = past.shape[-1]
     n = fast_fft_length(length + num_outputs)
@@ -39,140 +36,12 @@ def future_fill(past: Tensor, taps: Tensor, num_outputs: int) -> Tensor:
     return filled
 
 
-class OnlineConvolution(ABC):
-    """Convolutions of several layers, for a batch of sequences decoded in step.
-
-    `prefill` each layer (and each row, where prompts differ in length), then for every token call
-    `step` on each layer in turn and `advance` once.
-    """
-
-    def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be >= 1")
-        self.taps, self.batch = taps, batch
-        self.max_new_tokens, self.lag_step = max_new_tokens, lag_step
-        self.num_columns = -(-max_new_tokens // lag_step)
-        self.position = 0
-        """Tokens stepped through since the prompt."""
-        self.multiply_adds = 0
-        """Real multiply-adds of all steps; a real FFT of length n counts n log2 n, a complex
-        product four."""
-
-    @property
-    @abstractmethod
-    def cache_bytes(self) -> int:
-        """Bytes held of the past and the future of all sequences; filters are not counted."""
-
-    @abstractmethod
-    def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Take the prompts `[rows, P, D]` of all rows or some; return their outputs."""
-
-    @abstractmethod
-    def step(self, layer: int, inputs: Tensor) -> Tensor:
-        """Take one token's inputs `[B, D]`; return its outputs `[B, D]`."""
-
-    def advance(self) -> None:
-        """Every layer has stepped: go on to the next token."""
-        self.position += 1
-
-    def _check_room(self) -> None:
-        if self.position >= self.max_new_tokens:
-            raise ValueError(
-                f"all max_new_tokens={self.max_new_tokens} tokens are decoded: allow for more"
-            )
-
-
-class Naive(OnlineConvolution):
-    """Direct sums over the whole past: `O(L)` per token, and a cache as long as the context.
-
-    The latest inputs lie apart, time-major, until there is a cache line of each channel's: one by
-    one, each would wait for memory, for the channels' streams lie far from each other.
-
-    max_prompt_tokens: of the longest prompt, for which there is room; the filters' reach if not
-    given.
-    """
-
-    LINE_COLUMNS = 16
-
-    def __init__(
-        self,
-        taps: Tensor,
-        batch: int,
-        max_new_tokens: int,
-        lag_step: int = 1,
-        max_prompt_tokens: int | None = None,
-    ) -> None:
-        super().__init__(taps, batch, max_new_tokens, lag_step)
-        layers, num_taps, width = taps.shape
-        self._reversed_taps = taps.flip(1).transpose(1, 2).contiguous()[:, :, None]  # [.., D, 1, N]
-        self._latest_taps = taps[:, : self.LINE_COLUMNS].flip(1)[:, :, None]  # [layers, n, 1, D]
-        self._max_prompt_tokens = max_prompt_tokens
-        self._origin = num_taps
-        """Column of the first new token, just before which prompts end."""
-        if max_prompt_tokens is not None:
-            self._origin = min(num_taps, -(-max_prompt_tokens // lag_step))
-        columns = self._origin + self.num_columns + self.LINE_COLUMNS
-        self._inputs = taps.new_zeros(layers, lag_step, width, batch, columns)
-        self._latest = taps.new_zeros(layers, lag_step, self.LINE_COLUMNS, batch, width)
-        self._prompt_columns = 0
-
-    @property
-    def cache_bytes(self) -> int:
-        columns = self._prompt_columns + self.num_columns
-        elements = self._inputs[..., :columns].numel() + self._latest.numel()
-        return elements * self._inputs.element_size()
-
-    def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
-        most = self._max_prompt_tokens
-        if most is not None and inputs.shape[1] > most:
-            raise ValueError(
-                f"the prompt has {inputs.shape[1]} tokens, and there is room for {most}: give a "
-                "larger max_prompt_tokens"
-            )
-        origin, step, width = self._origin, self.lag_step, self.taps.shape[2]
-        reached = inputs[:, -origin * step :]
-        columns = -(-reached.shape[1] // step)
-        phases = pad(reached, (0, 0, columns * step - reached.shape[1], 0))
-        phases = phases.view(-1, columns, step, width).permute(2, 3, 0, 1)  # -> [g, D, B, columns]
-        self._inputs[layer, :, :, rows, origin - columns : origin] = phases
-        self._prompt_columns = max(self._prompt_columns, columns)
-        return causal_convolution(inputs, self.taps[layer], step)
-
-    def step(self, layer: int, inputs: Tensor) -> Tensor:
-        self._check_room()
-        num_taps, width = self.taps.shape[1:]
-        column, phase = divmod(self.position, self.lag_step)
-        count = min(num_taps, self._prompt_columns + column + 1)
-        latest = self._latest[layer, phase]  # [columns, B, D]
-        place = column % self.LINE_COLUMNS
-        latest[place] = inputs
-        near = min(place + 1, count)
-        near_taps = self._latest_taps[layer, -near:]
-        outputs = (latest[place + 1 - near : place + 1] * near_taps).sum(0)
-        if count > near:
-            # [D, 1, n] @ [D, n, B]: of einsum, matmul and vecdot, in any layout, the fastest.
-            end = self._origin + column - place
-            past = self._inputs[layer, phase, :, :, end - (count - near) : end]
-            far_taps = self._reversed_taps[layer, :, :, num_taps - count : num_taps - near]
-            outputs += (far_taps @ past.transpose(1, 2))[:, 0].t()
-        self.multiply_adds += count * self.batch * width
-        return outputs.to(inputs.dtype)
-
-    def advance(self) -> None:
-        super().advance()
-        column, phase = divmod(self.position, self.lag_step)
-        if phase == 0 and column % self.LINE_COLUMNS == 0:
-            end = self._origin + column
-            streams = self._inputs[..., end - self.LINE_COLUMNS : end]
-            streams.copy_(self._latest.permute(0, 1, 4, 3, 2))
-
-
 class _Filled(OnlineConvolution):
-    """Slots that hold the future until their token is decoded and the past afterwards.
+    """Slots that hold pending outputs until their token is decoded, and inputs afterwards.
 
-    The current page of columns lies apart, time-major, and each input is added to the outputs
-    left in its page at once. When the page is full it joins the past, and a flush fills the future
-    from it; the slots are time-contiguous, as the FFTs want them.
+    The current page of columns is a separate, time-major buffer, where each input is added at once
+    to the outputs that are left in the page. A full page is copied to the slots, which are
+    contiguous in time for the FFTs, and a flush then fills later slots.
     """
 
     def __init__(
@@ -191,7 +60,7 @@ class _Filled(OnlineConvolution):
         self._transposed = taps.new_zeros(layers, lag_step, batch, width, self.page_columns)
         self._filters = taps.transpose(1, 2).contiguous()  # [layers, D, N]
         near = pad(taps[:, : self.page_columns], (0, 0, 0, max(0, self.page_columns - num_taps)))
-        # One view each per layer and place in the page: slicing would cost more than the sums.
+        # Views are made once for all steps: slicing would cost more than the sums.
         self._views = [
             [
                 (
@@ -205,7 +74,7 @@ class _Filled(OnlineConvolution):
             for layer in range(layers)
         ]
         self._place = 0
-        """Tokens already in the current page."""
+        """Number of tokens in the current page."""
 
     @property
     def cache_bytes(self) -> int:
@@ -214,7 +83,7 @@ class _Filled(OnlineConvolution):
 
     def prefill(self, layer: int, inputs: Tensor, rows: slice = slice(None)) -> Tensor:
         length, columns = inputs.shape[1], self.num_columns
-        # Widened first, or the pending values would be rounded to the dtype of the inputs.
+        # In the taps' dtype: that of the inputs would round the pending outputs.
         outputs = causal_convolution(
             inputs.to(self.taps.dtype),
             self.taps[layer],
@@ -244,7 +113,7 @@ class _Filled(OnlineConvolution):
         end = self.position // self.lag_step
         if end >= self.num_columns:
             return
-        # By way of a small contiguous copy: `copy_` blocks a transposition only of whole matrices.
+        # Through a small contiguous copy, as `copy_` transposes only whole matrices in blocks.
         self._transposed.view(-1, self.page_columns).copy_(
             self._page.view(self.page_columns, -1).t()
         )
@@ -258,12 +127,14 @@ class _Filled(OnlineConvolution):
 
     @abstractmethod
     def _flush(self, end: int) -> None:
-        """Fill pending slots from the past, which now ends before column `end`."""
+        """Fill pending slots from the inputs, which are complete before column `end`."""
 
 
 class Epoched(_Filled):
-    """FutureFill of the whole past into the next epoch, once per epoch of `sqrt(L log L)` columns:
-    `O(L^1.5 sqrt(log L))` in all."""
+    """FutureFill of the whole past into the next epoch, once per epoch of `sqrt(L log L)` columns.
+
+    `O(L^1.5 sqrt(log L))` in all.
+    """
 
     def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
         columns = -(-max_new_tokens // lag_step)
@@ -284,8 +155,11 @@ class Epoched(_Filled):
 
 
 class Continuous(_Filled):
-    """FutureFill of tiles that double in size: after page j, the tile of `page * lowbit(j)` columns
-    into as many columns after it: `O(L log^2 L)` in all."""
+    """FutureFill of tiles that double in size.
+
+    After page j the tile of `page_columns * lowbit(j)` columns that ends there is filled into as
+    many columns after it: `O(L log^2 L)` in all.
+    """
 
     def __init__(
         self,
@@ -305,7 +179,7 @@ class Continuous(_Filled):
         self.multiply_adds += plan.multiply_adds
 
     def _plan(self, end: int) -> "_TilePlan":
-        """Of the tile that ends before column `end`."""
+        """Return the plan of the tile that ends before column `end`."""
         pages = end // self.page_columns
         tile = self.page_columns * (pages & -pages)
         if tile not in self._plans:
@@ -314,9 +188,9 @@ class Continuous(_Filled):
 
 
 class _TilePlan:
-    """The transforms of one tile size: spectra of the filters, and a zero-padded buffer.
+    """Transforms of one tile size: the filters' spectra and a zero-padded buffer.
 
-    The transforms take no `out=`: torch would compute into a fresh tensor all the same, and copy.
+    They take no `out=`, as torch would compute into a fresh tensor all the same, and copy.
     """
 
     def __init__(self, tile: int, slots: Tensor, filters: Tensor) -> None:
@@ -329,7 +203,7 @@ class _TilePlan:
         self.multiply_adds = rows * int(2 * n * math.log2(n) + 4 * (tile + 1))
 
     def fill(self, past: Tensor, future: Tensor) -> None:
-        """Add to `future [.., D, <= tile]` what `past [.., D, tile]` contributes."""
+        """Add what `past [.., D, tile]` contributes to `future [.., D, <= tile]`."""
         tile, count = self.tile, future.shape[-1]
         for block in self._blocks:
             width = past[..., block, 0].shape[-1]
@@ -349,5 +223,5 @@ def _channel_blocks(slots: Tensor, fft_length: int) -> list[slice]:
 
 
 def _fft_multiply_adds(n: int, rows: int, filter_rows: int) -> int:
-    """Transforms to and from, of the filters too, and the products between."""
+    """Count transforms there and back, the filters' own, and the products between."""
     return int((2 * rows + filter_rows) * n * math.log2(n)) + 4 * rows * (n // 2 + 1)

@@ -15,9 +15,10 @@ from serve.sampling_params import SamplingParams
 from stu import futurefill
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
-from stu.futurefill import Continuous, Epoched, Naive
+from stu.futurefill import Continuous, Epoched
 from stu.model import FlashSTU
 from stu.model_dir import save_model
+from stu.online_convolution import Naive
 from stu.tokenizer import train_bpe
 from tests.serve.requests import make_request
 from tests.train.conftest import data, module_settings  # noqa: F401 (fixtures)

@@ -14,8 +14,9 @@ from benchmarks.s4 import S4Model
 from serve.cache.page_pool import PagePool
 from serve.cache.paged_futurefill import ConvolutionCache
 from stu.config import ModelConfig
-from stu.futurefill import Continuous, Epoched, Naive
+from stu.futurefill import Continuous, Epoched
 from stu.model import FlashSTU
+from stu.online_convolution import Naive
 from tests.reference import convolution as reference
 from tests.reference import s4 as s4_reference
 

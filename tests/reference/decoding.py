@@ -7,9 +7,10 @@ from torch import Tensor
 
 from stu.attention import alibi_slopes, attend, sliding_window_attention
 from stu.convolution import short_convolution
-from stu.futurefill import Continuous, OnlineConvolution
+from stu.futurefill import Continuous
 from stu.mixers import KeyWindow, LastInputs, PastInputs, remembered
 from stu.model import FlashSTU
+from stu.online_convolution import OnlineConvolution
 
 
 class Runner:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stu.config import ModelConfig
-from stu.futurefill import Continuous, Epoched, Naive
+from stu.futurefill import Continuous, Epoched
 from stu.model import FlashSTU
+from stu.online_convolution import Naive
 from tests.reference.decoding import Runner
 
 VOCAB_SIZE = 40

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stu.futurefill import Continuous, Epoched, Naive, future_fill
+from stu.futurefill import Continuous, Epoched, future_fill
+from stu.online_convolution import Naive
 from tests.reference import convolution as reference
 
 KINDS = {
@@ -169,12 +170,12 @@ def test_prompt_cache_is_as_small_as_the_number_of_tokens_to_generate():
     assert naive.cache_bytes == (3000 + 512 + Naive.LINE_COLUMNS) * slot_bytes
 
 
-def test_direct_sums_have_room_for_the_prompts_that_are_told():
+def test_direct_sums_have_room_for_the_longest_prompt_alone():
     torch.manual_seed(0)
     inputs, taps = torch.randn(2, 2, 60, 3), torch.randn(2, 30, 3)
     wide, narrow = Naive(taps, 2, 50, 2), Naive(taps, 2, 50, 2, max_prompt_tokens=10)
     expected, actual = (decode(its, inputs, [10, 7]) for its in (wide, narrow))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     assert narrow._inputs.shape[-1] == 5 + 25 + Naive.LINE_COLUMNS
-    with pytest.raises(ValueError, match="has 11 tokens, and there is room for 10: give a larger"):
+    with pytest.raises(ValueError, match="has 11 tokens, and there is room for 10; raise max"):
         narrow.prefill(0, inputs[0, :, :11])

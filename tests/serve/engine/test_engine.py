@@ -16,9 +16,9 @@ from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.futurefill import Naive
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
+from stu.online_convolution import Naive
 from stu.tokenizer import train_bpe
 from tests.reference import sampling as reference
 from tests.reference.decoding import Runner as Lockstep
