@@ -3,31 +3,33 @@
 import math
 from dataclasses import dataclass
 
+from stu.common.errors import UserError
+
 INVARIANT_ROWS = 8
 """Rows that go through the model together under `batch_invariant`."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine may use, and how it shares it out."""
+    """Cache size and limits of an engine. Raises UserError for a value that is not allowed."""
 
     cache_gib: float | None = None
-    """GiB for what running requests remember (see `serve.cache.budget`). None: half of the memory
-    that is free once the model is loaded."""
+    """Size of the caches of all running requests, in GiB. None: half of the memory that is free
+    once the model is loaded."""
     page_len: int = 32
-    """Positions in a cache page, and the smallest tile of FutureFill: a power of two."""
+    """Positions in a cache page, a power of two: the smallest tile of FutureFill."""
     max_running: int = 32
-    """Requests that decode together."""
+    """Most requests that decode together."""
     prompt_tokens_per_step: int = 2048
-    """Prompt tokens that one step takes in, beside a token of each running request: more fill the
-    cache sooner, fewer let running requests go on more evenly. A token of a prompt whose log
-    probabilities are asked for counts as four."""
+    """Prompt tokens to prefill in one step, besides decoding a token of each running request. More
+    start new requests sooner, fewer keep the pace of running ones steadier. A token of a prompt
+    whose log probabilities are asked for counts as four."""
     expected_new_tokens: int | None = None
-    """A request gets pages for so many new tokens at first; one that goes on is set back, and its
-    prompt and new tokens are taken in again with room for twice as many. More requests run together
-    where most stop long before their `max_new_tokens`. None: room for all from the start."""
+    """New tokens that a request gets cache pages for at first. One that needs more is preempted and
+    prefilled again with pages for twice as many. With it more requests run together, if most stop
+    long before their `max_new_tokens`. None: pages for all new tokens from the start."""
     batch_invariant: bool = False
-    """Give a request the same tokens to the last bit whatever runs beside it, at some cost."""
+    """Compute a request's logits to the last bit independently of the other requests. Slower."""
 
     def __post_init__(self) -> None:
         gib, page_len, expected = self.cache_gib, self.page_len, self.expected_new_tokens
@@ -45,16 +47,17 @@ class EngineConfig:
         is_switch = isinstance(self.batch_invariant, bool)
         self._require("batch_invariant", is_switch, "true or false")
         if self.batch_invariant and expected is not None:
-            raise ValueError(
-                f"expected_new_tokens={expected} cannot go with batch_invariant: taking a request "
-                "in again rounds differently; leave one of them out"
+            raise UserError(
+                "expected_new_tokens",
+                message=f"expected_new_tokens={expected} is not allowed with batch_invariant: "
+                "prefilling a request again rounds differently; leave one of them out",
             )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+            raise UserError(name, getattr(self, name), allowed)
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number >= 0, and no bool."""
+    """Return whether `value` is a whole number >= 0, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,4 +1,4 @@
-"""Which devices decode."""
+"""Names of the devices that decode."""
 
 import os
 import re
@@ -6,17 +6,16 @@ import re
 import torch
 
 from stu.common.array_task import in_step_of_tasks
+from stu.common.errors import UserError
 
-ALLOWED = "it must be auto, all, or some of cpu, 0, cuda:0 and the like, with commas between them"
+ALLOWED = "auto, all, or a list of cpu, 0, cuda:0 and the like, separated by commas"
 
 
 def choose_devices(text: str) -> list[str]:
-    """torch's names of the devices that `--devices` means: `auto`, `all`, `cpu`, `0`, `cuda:1,cpu`.
+    """Return torch's names of the devices in `text`: `auto`, `all`, `cpu`, `0` or `cuda:1,cpu`.
 
-    auto: the first CUDA device, or cpu without any. Tasks of one SLURM step that see several
-    devices take one each.
-
-    Raises ValueError for a device that is not there.
+    `auto` is the first CUDA device, or the CPU without any; tasks of one SLURM step that see
+    several devices take one each. Raises UserError for a device that does not exist.
     """
     num_cuda = torch.cuda.device_count()
     if text == "auto" and num_cuda:
@@ -35,8 +34,8 @@ def _device(name: str, text: str, num_cuda: int) -> str:
         return name
     match = re.fullmatch(r"(?:cuda:)?(\d+)", name)
     if not match:
-        raise ValueError(f"devices={text!r} is not allowed: {ALLOWED}")
+        raise UserError("devices", text, ALLOWED)
     if int(match[1]) >= num_cuda:
-        seen = f"only {num_cuda} of them" if num_cuda else "no CUDA device"
-        raise ValueError(f"devices={text!r}, and torch sees {seen}: choose others, cpu, or auto")
+        seen = f"only {num_cuda} CUDA devices" if num_cuda else "no CUDA device"
+        raise UserError("devices", text, fix=f"torch sees {seen}; choose others, cpu, or auto")
     return f"cuda:{int(match[1])}"

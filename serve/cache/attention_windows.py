@@ -1,10 +1,9 @@
-"""Sliding-window attention caches in pages: the keys and values that a next token can still see.
+"""Paged cache of sliding-window attention: keys and values that the next token can still see.
 
-A page holds `page_len` consecutive positions of one sequence, counted from its prompt's first
-token. A sequence owns the pages of its window, and gives each back when the last of its positions
-leaves the window. What it may come to own is promised to it when it is admitted:
-`min(pages of all its positions, pages that a window can touch)`, whatever the prompt's length.
-Scores and sums are in float32 at least.
+A page holds `page_len` consecutive positions of one sequence, counted from the first token of its
+prompt. A sequence owns the pages of its window, and frees each when the last of its positions
+leaves the window. On admission it is promised all pages that it may come to own, `min(pages of all
+its positions, pages that a window can touch)`. Scores and sums are in float32 at least.
 """
 
 from dataclasses import dataclass, field
@@ -21,19 +20,19 @@ from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
 
 BLOCK_BYTES = 2**22
-"""Keys of rows that are attended to at once on CPU: few enough for a core's cache."""
+"""Bytes of keys that are attended to at once on the CPU: they should fit the cache of a core."""
 
 
 @dataclass
 class _Window:
-    """One sequence's place in the cache."""
+    """Window of one sequence."""
 
     promised: int
-    """Pages it may come to own."""
+    """Number of pages that it may come to own."""
     length: int = 0
-    """Positions that went through all layers."""
+    """Number of positions that went through all layers."""
     first_page: int = 0
-    """Of its pages, counted by position, the first that it still owns."""
+    """Index, among all pages of the sequence, of the first that it still owns."""
     pages: list[int] = field(default_factory=list)
 
 
@@ -54,8 +53,8 @@ class AttentionCache(Cache):
         self._rows: list[int] = []
         self._promised = 0
         self._slots = torch.empty(0), torch.empty(0)
-        # What is gathered for a block, keys and values: new memory each time is cleared by the
-        # system before it is written to, which takes longer than the gathering.
+        # Keys and values of a block are gathered here: the system clears new memory, which takes
+        # longer than the gathering.
         page = pool.pages[0, 0, 0]
         num_pages = max(window_pages(window, self._page_len), BLOCK_BYTES // page.nbytes)
         self._gathered = page.new_empty(2, num_pages, *page.shape)
@@ -117,16 +116,16 @@ class AttentionCache(Cache):
     def prefill(
         self, owner: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """What a whole prompt's attention yields; all `[1, P, heads, head_dim]`."""
+        """Return the attention output of a whole prompt; all `[1, P, heads, head_dim]`."""
         window, softcap = self._window.window_tokens, self._window.softcap
-        its, length = self._windows[owner], keys.shape[1]
-        if not its.pages:
-            its.length = length
-            its.first_page = max(0, length - window) // self._page_len
+        sequence, length = self._windows[owner], keys.shape[1]
+        if not sequence.pages:
+            sequence.length = length
+            sequence.first_page = max(0, length - window) // self._page_len
             last_page = (length - 1) // self._page_len
-            self._allocate(owner, last_page - its.first_page + 1)
-        for index, page in enumerate(its.pages):
-            start = (its.first_page + index) * self._page_len
+            self._allocate(owner, last_page - sequence.first_page + 1)
+        for index, page in enumerate(sequence.pages):
+            start = (sequence.first_page + index) * self._page_len
             new = slice(start, min(start + self._page_len, length))
             self.pool.pages[page, layer, 0, : new.stop - start] = keys[0, new]
             self.pool.pages[page, layer, 1, : new.stop - start] = values[0, new]
@@ -142,16 +141,16 @@ class AttentionCache(Cache):
     def begin_step(self, alone: bool) -> None:
         pages, places = [], []
         for owner in self._rows:
-            its = self._windows[owner]
-            page, place = divmod(its.length, self._page_len)
-            oldest = max(0, its.length - self._window.window_tokens) // self._page_len
-            if oldest > its.first_page:
-                self.pool.free(owner, its.pages[: oldest - its.first_page])
-                del its.pages[: oldest - its.first_page]
-                its.first_page = oldest
+            sequence = self._windows[owner]
+            page, place = divmod(sequence.length, self._page_len)
+            oldest = max(0, sequence.length - self._window.window_tokens) // self._page_len
+            if oldest > sequence.first_page:
+                self.pool.free(owner, sequence.pages[: oldest - sequence.first_page])
+                del sequence.pages[: oldest - sequence.first_page]
+                sequence.first_page = oldest
             if place == 0:
                 self._allocate(owner, 1)
-            pages.append(its.pages[page - its.first_page])
+            pages.append(sequence.pages[page - sequence.first_page])
             places.append(place)
         device = self.pool.pages.device
         self._slots = torch.tensor(pages, device=device), torch.tensor(places, device=device)
@@ -160,15 +159,14 @@ class AttentionCache(Cache):
     def step(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first_row: int = 0
     ) -> Tensor:
-        """One token of rows from `first_row` on: all `[B, 1, heads, head_dim]`.
-
-        Rows beyond the batch's are padding, and attend to nothing.
+        """Return the outputs of one token of the rows from `first_row`: all `[B, 1, heads,
+        head_dim]`. Rows beyond those of the batch are padding, whose outputs are 0.
         """
         window = self._window
         pages, places = (slots[first_row : first_row + len(queries)] for slots in self._slots)
-        for which, new in enumerate((keys, values)):
+        for kind, new in enumerate((keys, values)):
             new = new[: len(pages), 0].to(self.pool.pages.dtype)
-            self.pool.pages[pages, layer, which, places] = new
+            self.pool.pages[pages, layer, kind, places] = new
         dtype = torch.promote_types(queries.dtype, torch.float32)
         outputs = torch.zeros_like(queries)
         for rows, tables, distances in self._blocks:
@@ -180,12 +178,12 @@ class AttentionCache(Cache):
                     self.pool.pages[:, layer, which],
                     0,
                     tables,
-                    out=self._gathered[which, : len(tables)],
+                    out=self._gathered[kind, : len(tables)],
                 )
                 .view(rows.stop - rows.start, -1, *keys.shape[2:])
                 .to(dtype)
                 .transpose(1, 2)  # [B, heads, S, head_dim]
-                for which in (0, 1)
+                for kind in (0, 1)
             )
             asked = queries[here].to(dtype).transpose(1, 2)  # [B, heads, 1, head_dim]
             attended = attend(
@@ -205,15 +203,18 @@ class AttentionCache(Cache):
             self._windows[owner].length += 1
 
     def _allocate(self, owner: int, count: int) -> None:
-        its = self._windows[owner]
+        sequence = self._windows[owner]
         pages = self.pool.allocate(owner, count)
         self.pool.pages[pages] = 0  # what is masked must be finite all the same
-        its.pages.extend(pages)
-        assert len(its.pages) <= its.promised, f"sequence {owner} takes more than promised"
+        sequence.pages.extend(pages)
+        assert len(sequence.pages) <= sequence.promised, (
+            f"sequence {owner} takes more than promised"
+        )
 
     def _row_blocks(self, alone: bool) -> list[tuple[slice, Tensor, Tensor]]:
-        """Rows to attend to at once, their page tables padded with the null page `[B n]`, and how
-        long ago each slot was, `[B, 1, 1, n page_len]`, negative for what is not yet."""
+        """Return blocks of rows to attend to at once: the rows, their page tables padded with the
+        null page `[B n]`, and the distance back to each slot `[B, 1, 1, n page_len]`, negative for
+        later positions."""
         device, page_len = self.pool.pages.device, self._page_len
         page_bytes = self.pool.page_bytes // (2 * len(self.pool.pages[0]))
         blocks, start = [], 0
@@ -226,8 +227,8 @@ class AttentionCache(Cache):
                     break
                 stop, longest = stop + 1, longest_with
             windows = [self._windows[owner] for owner in self._rows[start:stop]]
-            tables = [its.pages + [NULL_PAGE] * (longest - len(its.pages)) for its in windows]
-            newest = [its.length - its.first_page * page_len for its in windows]
+            tables = [own.pages + [NULL_PAGE] * (longest - len(own.pages)) for own in windows]
+            newest = [own.length - own.first_page * page_len for own in windows]
             distances = torch.tensor(newest, device=device)[:, None] - torch.arange(
                 longest * page_len, device=device
             )
@@ -243,5 +244,5 @@ class AttentionCache(Cache):
 
 
 def window_pages(window: KeyWindow, page_len: int) -> int:
-    """Pages that the window of one token, and the token itself, can touch."""
+    """Return the number of pages that a token and its window can touch."""
     return pages_for(window.window_tokens, page_len) + 1

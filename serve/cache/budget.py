@@ -61,7 +61,7 @@ class Caches:
 
     @property
     def capacity(self) -> Pages:
-        """Pages that requests can own."""
+        """Numbers of pages that requests can own."""
         return Pages(*(pool.capacity if pool else 0 for pool in self.pools))
 
     def free(self) -> Pages:

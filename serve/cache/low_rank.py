@@ -1,4 +1,4 @@
-"""What a finished tile adds to the tile after it, as a product of thin matrices.
+"""Product of thin matrices for the values that a finished tile adds to the tile after it.
 
 A filter `f[m]` takes a tile of `h` inputs to the outputs after it by the Hankel matrix
 `H[q, i] = f[q + i + 1]`, `q` counted forwards and `i` backwards from the boundary between the two.
@@ -28,7 +28,7 @@ SMALLEST_SAMPLE = 64
 LARGEST_SAMPLE = 128
 """A space that takes more is not worth factoring, and might not fit in memory."""
 SPARE = 16
-"""Of them beyond the rank they are to find."""
+"""Random vectors beyond the rank that they are to find."""
 CHANNELS_AT_ONCE = 1024
 
 
@@ -50,11 +50,11 @@ class FilterBasis:
 
 @dataclass(frozen=True)
 class TileFactors:
-    """Of the matrices of one tile size, whose basis `V [h, p]` has a row for each input, oldest
-    first."""
+    """Factors of the matrices of one tile size, whose basis `V [h, p]` has a row for each input,
+    the oldest first."""
 
     transfer: Tensor
-    """Of the smallest tiles `V` itself; of others from the bases of both halves, the older first:
+    """For the smallest tiles `V` itself; for others from the bases of both halves, the older first:
     `[2 p of a half, p]`. Its columns are orthonormal, and so are those of `V`."""
     cores: Tensor
     """`[K, r, p]` of each filter of the basis: takes what `V^T` makes of the inputs to coordinates
@@ -136,9 +136,9 @@ def _thin_factors(matrices: Tensor, filters: FilterBasis) -> tuple[Tensor, Tenso
         return basis.T @ flat
 
     def shares(within: Tensor) -> Tensor:
-        """What each channel, a sum of filters of the basis, has of each coordinate, squared."""
-        its = within.view(len(within), num_filters, num_columns)
-        products, weights = its @ its.transpose(1, 2), filters.weights  # [r, K, K], [K, F]
+        """Return the squared share of each coordinate in each channel, a sum of basis filters."""
+        factors = within.view(len(within), num_filters, num_columns)
+        products, weights = factors @ factors.transpose(1, 2), filters.weights  # [r, K, K], [K, F]
         return torch.stack([((one @ weights) * weights).sum(0) for one in products])
 
     if num_rows <= LARGEST_SAMPLE:  # twice as many coordinates as a half has, at most

@@ -1,7 +1,7 @@
-"""A fixed pool of cache pages: each is free, or owned by one sequence.
+"""A fixed pool of cache pages, each free or owned by one sequence.
 
-A page holds `page_len` consecutive positions of one sequence, all layers of one kind together. Page
-0 is the null page: a place for padding to be read from and written to, never owned.
+A page holds `page_len` consecutive positions of one sequence, for all layers of one kind. Page 0 is
+the null page, which padding is read from and written to; it is never owned.
 """
 
 from collections.abc import Sequence
@@ -11,26 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stu.common.errors import UserError
+
 NULL_PAGE = 0
 FREE = -1
 NULL_OWNER = -2
 
 
 class OutOfPages(Exception):
-    """There are fewer free pages than a sequence needs at the moment."""
+    """Fewer pages are free at the moment than a sequence needs."""
 
 
 class Pages(NamedTuple):
-    """Pages of both kinds."""
+    """Numbers of pages of both kinds."""
 
     convolution: int
     attention: int
 
 
 class PagePool:
-    """Pages of one kind, allocated once: `pages [num_pages, *page_shape]`, the null page included.
+    """Pages of one kind, allocated once.
 
     Owners are sequence numbers >= 0. The same calls in the same order give the same pages.
+
+    Args:
+        num_pages: Number of pages, including the null page.
+        page_shape: Shape of a page.
+        dtype: Type of the numbers.
+        device: Device of the pages.
     """
 
     def __init__(
@@ -41,11 +49,13 @@ class PagePool:
         device: str | torch.device = "cpu",
     ) -> None:
         if num_pages < 2:
-            raise ValueError(
-                f"num_pages={num_pages} is not allowed: the null page and at least one more are "
-                "needed; give the cache more bytes, or make pages smaller"
+            raise UserError(
+                "cache_gib",
+                message=f"{num_pages} pages do not suffice: the null page and at least one more "
+                "are needed; raise cache_gib, or lower page_len",
             )
         self.pages: Tensor = torch.zeros(num_pages, *page_shape, dtype=dtype, device=device)
+        """`[num_pages, *page_shape]`."""
         self._owners = np.full(num_pages, FREE, dtype=np.int64)
         self._owners[NULL_PAGE] = NULL_OWNER
         # A stack: pages used last are the ones still in the processor's cache.
@@ -53,17 +63,17 @@ class PagePool:
 
     @property
     def capacity(self) -> int:
-        """Pages that sequences can own."""
+        """Number of pages that sequences can own."""
         return len(self._owners) - 1
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
+        """Number of free pages."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Pages that a sequence owns."""
+        """Number of pages that sequences own."""
         return self.capacity - self.num_free
 
     @property
@@ -72,7 +82,7 @@ class PagePool:
         return self.pages[NULL_PAGE].numel() * self.pages.element_size()
 
     def allocate(self, owner: int, count: int) -> list[int]:
-        """Give `count` pages to `owner`, or none and raise OutOfPages. Their contents are old."""
+        """Allocate `count` pages, whose contents are undefined, or raise OutOfPages."""
         assert owner >= 0, f"owner {owner} is not a sequence number"
         assert count >= 0, f"{count} pages cannot be allocated"
         if count > self.num_free:
@@ -85,7 +95,7 @@ class PagePool:
         return taken
 
     def free(self, owner: int, pages: Sequence[int]) -> None:
-        """Take `pages` back from `owner`; each must be its own, and be named once."""
+        """Free `pages` of `owner`, each named once."""
         for page in pages:
             assert self._owners[page] == owner, (
                 f"page {page} belongs to {self._owners[page]}, not to {owner}"
@@ -94,12 +104,12 @@ class PagePool:
             self._free.append(page)
 
     def pages_of(self, owner: int) -> list[int]:
-        """The pages of `owner`, in ascending order."""
+        """Return the pages of `owner` in ascending order."""
         pages: list[int] = np.flatnonzero(self._owners == owner).tolist()
         return pages
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless every page but the null page is free or owned, once."""
+        """Raise AssertionError unless every page but the null page is either free or owned."""
         assert self._owners[NULL_PAGE] == NULL_OWNER, "the null page has an owner"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         free = sorted(self._free)
@@ -108,5 +118,5 @@ class PagePool:
 
 
 def pages_for(positions: int, page_len: int) -> int:
-    """Pages that hold so many positions."""
+    """Return the number of pages that hold so many positions."""
     return -(-positions // page_len)

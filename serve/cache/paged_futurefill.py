@@ -1,18 +1,18 @@
-"""Convolution caches in pages: FutureFill for many sequences, each at its own position.
+"""Paged cache of convolutions: FutureFill for many sequences, each at its own position.
 
-A page's slot holds the pending output of its position until the token is decoded, and the
+A slot of a page holds the pending output of its position until the token is decoded, and the
 convolution's input afterwards. A sequence owns `ceil(new tokens / page_len)` pages at first,
-whatever its prompt's length, and gives each back once nothing later reads it: every page is
-`layers * width * page_len` numbers. When a page is full, the tile of `page_len * lowbit(pages
-done)` positions that ends with it fills the tile after it (Continuous FutureFill, with the page as
-the smallest tile; see `serve.cache.tiles`).
+whatever its prompt's length, and frees each once nothing later reads it; a page is `layers * width
+* page_len` numbers. When a page is full, the tile of `page_len * lowbit(pages done)` positions that
+ends with it is flushed into the tile after it (Continuous FutureFill, with the page as the smallest
+tile; see `serve.cache.tiles`).
 
-The page that a running sequence is in lies in two rings of `page_len` slots besides, one for
-pending outputs and one for inputs, at the engine's time modulo `page_len`: a step then does the
-same to every row of the batch, wherever in its page each one is. It adds a token to the slots that
-follow, up to where the last of these pages ends; those beyond a row's own page are overwritten when
-its next page is loaded, into which a flush has put all that comes from pages before. Sums are in
-the dtype of the pages, float32 or float64.
+The page that a running sequence is in is also in two rings of `page_len` slots, one for pending
+outputs and one for inputs, at the engine's time modulo `page_len`, so that a step does the same for
+every row of the batch. It adds each new input to the slots that follow, up to where the last of the
+rows' pages ends. Slots beyond a row's own page are overwritten when its next page is loaded, into
+which a flush has put everything from earlier pages. Sums are in the dtype of the pages, float32 or
+float64.
 """
 
 import math
@@ -27,23 +27,24 @@ from serve.cache.page_pool import PagePool, pages_for
 from serve.cache.tiles import PagedSequence, TileFlush
 from serve.config import EngineConfig
 from stu.common.errors import UserError
+from stu.common.errors import UserError
 from stu.convolution import causal_convolution
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 
 
 class _StepViews(NamedTuple):
-    """What one step of some rows reads and writes of a layer; slicing costs more than the sums."""
+    """Views of a layer that one step reads and writes; slicing costs more than the sums."""
 
     reached: list[tuple[Tensor, Tensor]]
-    """Outputs that the token adds to, up to the ring's end and from its beginning, `[columns, B,
-    W / C, C]`, each after its taps, `[columns, 1, 1, C]`."""
+    """Pairs of taps `[columns, 1, 1, C]` and the outputs `[columns, B, W / C, C]` that the token
+    adds to with them, up to the end of the ring and from its beginning."""
     new: Tensor
-    """Where its inputs go: `[B, W / C, C]`,"""
+    """Slots of the token's inputs, `[B, W / C, C]`."""
     taken: Tensor
-    """and once more, as they come: `[B W / C, C]`."""
+    """The same slots in the shape of a step's inputs, `[B W / C, C]`."""
     due: Tensor
-    """The token's own outputs: `[B W / C, C]`."""
+    """Outputs of the token, `[B W / C, C]`."""
 
 
 class ConvolutionCache(Cache):
@@ -71,21 +72,21 @@ class ConvolutionCache(Cache):
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = taps[:, :columns]
         self._near = near[:, :, None, None]  # [layers, columns, 1, 1, C]
-        # The columns that a step adds to lie together, those of the other phases apart.
+        # The columns that a step adds to are contiguous, those of each phase apart.
         row_shape = max_rows, width // self._num_filters, self._num_filters
         self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
         self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
         self._views: dict[tuple[int, int, int, int], list[_StepViews]] = {}
-        """By slot, columns reached, first row and number of streams, until the batch changes."""
+        """Views by slot, columns reached, first row and number of streams, until rows change."""
         self._columns_reached = 0
-        """Of the next step: up to the end of the page that ends last, of those that rows are in."""
+        """Columns that the next step adds to: up to the end of the page that ends last."""
         self.flushes: dict[int, tuple[int, float]] = {}
-        """How many steps flushed tiles of so many positions, and the seconds that took."""
+        """Steps that flushed tiles, by the positions of a tile, and the seconds that took."""
         self._time = 0
         self._sequences: dict[int, PagedSequence] = {}
         self._rows: list[int] = []
         self._starts: list[int] = []
-        """Of every row, the time at its first new token."""
+        """Time of each row's first new token."""
 
     @classmethod
     def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize:
@@ -128,7 +129,7 @@ class ConvolutionCache(Cache):
         self.pool.free(owner, self.pool.pages_of(owner))
 
     def prefill(self, owner: int, layer: int, inputs: Tensor) -> Tensor:
-        """The outputs `[W / C, P, C]` of a prompt, whose effect on new tokens goes into pages."""
+        """Return the outputs `[W / C, P, C]` of a prompt, and write its pending values to pages."""
         sequence, page_len = self._sequences[owner], self._page_len
         length = inputs.shape[1]
         num_outputs = length + len(sequence.pages) * page_len
@@ -160,8 +161,10 @@ class ConvolutionCache(Cache):
         self._starts.pop()
 
     def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
-        """One token of rows from `first_row` on: inputs `[B W / C, C]` -> their outputs, which are
-        valid until `advance`. Rows beyond the batch's are padding, and may have any finite input.
+        """Return the outputs of one token of the rows from `first_row`, valid until `advance`.
+
+        inputs: `[B W / C, C]`, as the outputs. Rows beyond those of the batch are padding, with any
+        finite input.
         """
         key = self._time % self._page_len, self._columns_reached, first_row, len(inputs)
         views = self._views.get(key)
@@ -190,7 +193,7 @@ class ConvolutionCache(Cache):
         self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
 
     def _flush(self, level: int, rows: Sequence[int]) -> None:
-        """What rows have done in tiles of this level into their pages, and the next into rings."""
+        """Flush the tiles of this level of some rows, and load their next pages into the rings."""
         began = time.perf_counter()
         sequences = [self._sequences[self._rows[row]] for row in rows]
         spare = self._tiles.flush(level, sequences)
@@ -221,16 +224,16 @@ class ConvolutionCache(Cache):
         return views
 
     def _store_page(self, row: int, page: int) -> None:
-        """The inputs ring of a row, turned to begin with the page's first slot, into the page."""
+        """Copy a row's ring of inputs to the page, from the page's first slot on."""
         stored, start = self.pool.pages[page], self._time % self._page_len
         inputs = self._inputs[:, :, row].flatten(2)  # [layers, page_len, W]
         stored[:, : self._page_len - start] = inputs[:, start:]
         stored[:, self._page_len - start :] = inputs[:, :start]
 
     def _load_page(self, row: int, page: int) -> None:
-        """A page's pending outputs into a row's ring, in place of what is there."""
+        """Copy a page's pending outputs to a row's ring."""
         step, start = self._lag_step, self._time % self._page_len
-        for first in range(step):  # of the page's positions, those that fall on one phase
+        for first in range(step):  # first position of the page in each phase
             column, phase = divmod(start + first, step)
             stored = self.pool.pages[page, :, first::step]  # [layers, columns, W]
             pending = self._pending[:, phase, :, row].flatten(2)

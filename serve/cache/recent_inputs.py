@@ -37,9 +37,9 @@ class RecentInputs(Cache):
         self._free = list(range(max_rows))
         self._places: dict[int, int] = {}
         self._rows: list[int] = []
-        """The place of each row's sequence,"""
+        """Place of each row's sequence."""
         self._index = self._places_of_rows()
-        """the same as a tensor, and after the rows the padding's."""
+        """The same as a tensor, followed by the places of padding rows."""
 
     @classmethod
     def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:

@@ -16,12 +16,12 @@ from serve.cache.low_rank import TileFactors, filter_basis, nested, tile_factors
 from serve.cache.page_pool import pages_for
 
 CORE_BYTES = 2**30
-"""Of cores kept from flush to flush; those of larger tiles are computed for each."""
+"""Bytes of cores kept between flushes; those of larger tiles are computed in each flush."""
 
 
 @dataclass(frozen=True)
 class TileLevel:
-    """What tiles of one size take: what concerns halves in float64, else in the pages' dtype."""
+    """Factors of one tile size: in float64 between halves, else in the dtype of the pages."""
 
     inwards: Tensor
     """To the summary from each page of the tile, `[pages, p, rows]`, or from the summaries of its
@@ -46,7 +46,7 @@ class TileLevel:
 
 @dataclass(frozen=True)
 class TileLevels:
-    """Of tiles of 1, 2, 4 .. pages."""
+    """Factors of tiles of 1, 2, 4 .. pages."""
 
     levels: list[TileLevel]
     summary_pages: int
@@ -63,16 +63,16 @@ def make_levels(taps: Tensor, rows: int, num_levels: int, dtype: torch.dtype) ->
     """
     filters = filter_basis(taps.transpose(0, 1).flatten(1), dtype)
     factors = list(islice(tile_factors(filters, rows), num_levels))
-    summary_pages = pages_for(max(its.transfer.shape[1] for its in factors), rows)
+    summary_pages = pages_for(max(own.transfer.shape[1] for own in factors), rows)
     smallest = (2 * summary_pages - 1).bit_length()
     weights = filters.weights.view(-1, len(taps), taps.shape[2])
     levels: list[TileLevel] = []
     bytes_left, basis = CORE_BYTES, factors[0].transfer
-    for number, its in enumerate(factors):
+    for number, own in enumerate(factors):
         if 0 < number <= smallest:
-            basis = nested(basis, its.transfer)
-        level = _level(its, basis if number <= smallest else None, rows, weights, dtype)
-        num_bytes = taps[:, 0].numel() * its.cores[0].numel() * dtype.itemsize
+            basis = nested(basis, own.transfer)
+        level = _level(own, basis if number <= smallest else None, rows, weights, dtype)
+        num_bytes = taps[:, 0].numel() * own.cores[0].numel() * dtype.itemsize
         if num_bytes <= bytes_left:
             bytes_left -= num_bytes
             # Layer by layer: float64 takes twice the room.

@@ -27,7 +27,7 @@ from stu.futurefill import future_fill
 logger = logging.getLogger(__name__)
 
 TILES_AT_ONCE = 4
-"""Of one size, that are mixed together, which reads the cores once: more would take much space."""
+"""Tiles of one size that are mixed together, which reads the cores once; more take much space."""
 
 
 @dataclass
@@ -85,9 +85,9 @@ class TileFlush:
         summaries = [self._summary(level, *each) for each in zip(sequences, spare, strict=True)]
         added = self._through_cores(self._levels[level], torch.cat(summaries, 2))
         outputs = added.chunk(len(sequences), 2)
-        for sequence, summary, its, pages in zip(sequences, summaries, outputs, spare, strict=True):
+        for sequence, summary, own, pages in zip(sequences, summaries, outputs, spare, strict=True):
             self._keep(level, sequence, summary, pages)
-            self._spread(level, sequence, its, pages)
+            self._spread(level, sequence, own, pages)
         return spare
 
     def _summary(self, level: int, sequence: PagedSequence, spare: list[int]) -> Tensor:
@@ -108,7 +108,7 @@ class TileFlush:
         return summary.to(self._pages.dtype)
 
     def _keep(self, level: int, sequence: PagedSequence, summary: Tensor, spare: list[int]) -> None:
-        """Of a tile that is one half of another which ends before the sequence does."""
+        """Keep the summary of a tile that is half of another one within the sequence."""
         if sequence.done + 2**level >= len(sequence.pages):
             return
         if level < self._smallest_summary:
@@ -120,23 +120,23 @@ class TileFlush:
     def _spread(
         self, level: int, sequence: PagedSequence, outputs: Tensor, spare: list[int]
     ) -> None:
-        """What a tile adds, `[layers, r, lag_step W]`, and what is pending, to the next pages."""
-        done, its = sequence.done, self._levels[level]
+        """Add a tile's outputs `[layers, r, lag_step W]` and what is pending to the next pages."""
+        done, own = sequence.done, self._levels[level]
         pending = sequence.pending.pop(level + 1, None)
-        if pending is not None or not its.writes_pages:
+        if pending is not None or not own.writes_pages:
             outputs = outputs.double()
         if pending is not None:
             basis = self._bases(self._levels[level + 1].outwards)[1]
             outputs.baddbmm_(basis, self._held(pending, basis.shape[2]))
             spare += pending
-        while not its.writes_pages:
+        while not own.writes_pages:
             if done + 2 ** (level - 1) < len(sequence.pages):
                 sequence.pending[level] = self._hold(outputs, spare)
-            outputs = torch.bmm(self._bases(its.outwards)[0], outputs)
+            outputs = torch.bmm(self._bases(own.outwards)[0], outputs)
             level -= 1
-            its = self._levels[level]
+            own = self._levels[level]
         outputs = outputs.to(self._pages.dtype)
-        for page, basis in zip(sequence.pages[done:], self._bases(its.outwards), strict=False):
+        for page, basis in zip(sequence.pages[done:], self._bases(own.outwards), strict=False):
             self._pages[page].baddbmm_(basis, outputs)
 
     def _hold(self, numbers: Tensor, spare: list[int]) -> list[int]:
@@ -149,7 +149,7 @@ class TileFlush:
         return pages
 
     def _held(self, pages: Sequence[int], num_rows: int) -> Tensor:
-        """What was put there, in float64."""
+        """Return what `_hold` put there, in float64."""
         return torch.cat([self._pages[page] for page in pages], 1)[:, :num_rows].double()
 
     def _bases(self, bases: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From tokens to text while they come: whole characters only, and nothing of a stop string."""
+"""Text of tokens as they are generated, in whole characters and without stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from stu.tokenizer import Tokenizer
 
 MOST_BYTES = 4
-"""Of a UTF-8 character."""
+"""Most bytes of a UTF-8 character."""
 
 
 class TextStream:
-    """The completion of one prompt. All that `append` and `finish` return, joined, is its text, cut
-    before the first of `stop_strings` in it that begins after the first `min_tokens` tokens. Bytes
-    that are no UTF-8 become U+FFFD."""
+    """Text of one completion: what `append` and `finish` return, joined.
+
+    It ends before the first of `stop_strings` that begins after the first `min_tokens` tokens.
+    Bytes that are not UTF-8 become U+FFFD.
+    """
 
     def __init__(
         self,
@@ -23,18 +25,18 @@ class TextStream:
     ) -> None:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # A character that the prompt begins belongs to the completion that ends it.
+        # A character that begins in the prompt belongs to the completion.
         for token in prompt[-MOST_BYTES:]:
             self._decoder.decode(tokenizer.token_bytes(token))
         self._num_early = min_tokens
-        """Tokens to come whose text is looked through for no stop string."""
+        """Number of next tokens whose text is not searched for stop strings."""
         self._held = ""
         """Text that may be the beginning of a stop string."""
         self.stopped = False
-        """A stop string has come: no text is to follow."""
+        """Whether a stop string was found, after which there is no text."""
 
     def append(self, token: int) -> str:
-        """The text that is certain now that `token` has come."""
+        """Return the text that is certain after `token`."""
         text = self._decoder.decode(self._tokenizer.token_bytes(token))
         if self._num_early > 0:
             self._num_early -= 1
@@ -42,7 +44,7 @@ class TextStream:
         return self._cut(text)
 
     def finish(self) -> str:
-        """What was held back, now that no token will follow."""
+        """Return the text that was held back, after the last token."""
         if self.stopped:
             return ""
         text = self._cut(self._decoder.decode(b"", final=True)) + self._held
@@ -50,7 +52,7 @@ class TextStream:
         return text
 
     def _cut(self, text: str) -> str:
-        """`text` and what was held before it, up to a stop string or what may become one."""
+        """Return held and new text, up to a stop string or what may become one."""
         text = self._held + text
         self._held = ""
         found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]

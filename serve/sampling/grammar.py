@@ -1,8 +1,7 @@
-"""Text that must follow a JSON schema or a regular expression, through llguidance.
+"""Constraints on text by a JSON schema or a regular expression, through llguidance.
 
-What a grammar allows is decided token by token, as a mask over the vocabulary. Everything a caller
-can get wrong is found by `Grammars.check`, before the engine hears of the request; limits hold for
-a grammar's size and for the work of each token.
+A grammar gives a mask over the vocabulary for each token. Limits hold for the size of a grammar and
+for the work of each token.
 """
 
 import functools
@@ -17,25 +16,27 @@ from torch import Tensor
 from serve.sampling.json_schema import Node, children, prepare, target
 from serve.sampling.schema_rewrites import Schema
 from serve.sampling_params import Constraint
+from stu.common.errors import UserError
+from stu.common.text import require_unicode
 from stu.tokenizer import Tokenizer
 
 MOST_COMPILED = 16
 MOST_CHARS = 2**16
-"""Of a schema or expression."""
+"""Longest schema or expression."""
 LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000, max_lexer_states=50_000, max_items_in_row=4500
 )
-"""Beyond its defaults, which bound the work of a token: what a server can afford for a request."""
+"""Limits for one request of a server; llguidance's defaults bound the work of a token besides."""
 PROBES, PROBE_TOKENS = 3, 24
-"""Texts that are begun, and their tokens, to find out whether a constraint stays within LIMITS."""
+"""Random texts, and tokens of each, that check whether a constraint stays within LIMITS."""
 MOST_PLACES = 100
-"""Schemas within a schema that are tried to find the one that is wrong."""
+"""Most inner schemas that are tried to find the one that is wrong."""
 
 
 class Grammars:
-    """Makes matchers of a tokenizer's tokens; the tokenizer must have EOS, which ends the text.
+    """Compiles constraints for one tokenizer, whose EOS ends the text.
 
-    The constraints that were used last stay compiled: completions of one request share theirs.
+    The constraints that were used last stay compiled, so the completions of a request share theirs.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -48,13 +49,13 @@ class Grammars:
             self._tokenizer = llguidance.LLTokenizer(wrapper)
 
     def matcher(self, constraint: Constraint) -> "GrammarMatcher":
-        """For one completion. Raises ValueError for what is no schema or expression, or too large,
-        or not supported."""
+        """Return a matcher for one completion. Raises UserError for a constraint that is malformed,
+        too large or not supported."""
         return GrammarMatcher(self._compiled(constraint).deep_copy())
 
     def check(self, constraint: Constraint) -> None:
-        """Raises ValueError as `matcher` does, and for what is over the limits of a token's work
-        near its beginning."""
+        """Raise UserError as `matcher` does, and for a constraint that exceeds the limits of a
+        token's work near the beginning of a text."""
         self._checked(constraint)
 
     def _check(self, constraint: Constraint) -> None:
@@ -71,20 +72,16 @@ class Grammars:
     def _allowed(self, matcher: "GrammarMatcher", constraint: Constraint) -> list[int]:
         allowed = matcher.allowed(self._vocab_size).nonzero()[:, 0].tolist()
         if matcher.error or not allowed:
-            raise _refused(constraint, matcher.error or "no text follows it")
+            raise _refused(constraint.kind, matcher.error or "no text follows it")
         return allowed
 
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
         kind, source = constraint.kind, constraint.source
         if self._tokenizer is None:
-            raise ValueError(
-                f"{kind} is not allowed: the model's tokenizer has no EOS token to end the text"
-            )
+            raise _refused(kind, "the model's tokenizer has no EOS token to end the text")
+        require_unicode(kind, source)
         if len(source) > MOST_CHARS:
-            raise ValueError(
-                f"{kind} of {len(source)} characters is not allowed: it must have {MOST_CHARS} at "
-                "most"
-            )
+            raise _refused(kind, f"it has {len(source)} characters and may have {MOST_CHARS}")
         if kind == "regex":
             grammar = str(llguidance.LLMatcher.grammar_from_regex(source))
         else:
@@ -95,82 +92,82 @@ class Grammars:
             reason = _reason(grammar) or GrammarMatcher(compiled).error
             if kind == "json_schema":
                 reason = f"at {_place(schema, reason)}, {reason}"
-            raise _refused(constraint, reason)
-        # What is well formed may still allow no text at all, or take more than the limits.
+            raise _refused(kind, reason)
+        # A well-formed constraint may still allow no text at all, or exceed the limits.
         self._allowed(GrammarMatcher(compiled.deep_copy()), constraint)
         return compiled
 
 
 class GrammarMatcher:
-    """How far a completion has come in its grammar."""
+    """Position of a completion in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self, vocab_size: int) -> Tensor:
-        """Which tokens may come next: bool `[vocab_size]`, on the CPU."""
+        """Return which tokens may come next: bool `[vocab_size]`, on the CPU."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool))
 
     def append(self, token: int) -> None:
-        """Go on after `token`."""
+        """Advance by `token`."""
         self._matcher.consume_token(token)
 
     @property
     def error(self) -> str:
-        """Why it cannot go on (a limit), or nothing; without llguidance's own state."""
+        """Reason why it cannot continue (a limit), or nothing."""
         text = str(self._matcher.get_error()) if self._matcher.is_error() else ""
         return text.partition("\n")[0]
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance takes one."""
+    """A tokenizer with the interface that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-        self.special_token_ids = [i for i, its in enumerate(self.tokens) if not its]
-        for token in self.special_token_ids:  # no bytes of a text, but they need a name
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text]
+        for token in self.special_token_ids:  # they have no bytes, but need a name
             self.tokens[token] = tokenizer.token_text(token).encode()
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
 
 
-def _refused(constraint: Constraint, reason: str) -> ValueError:
-    return ValueError(f"{constraint.kind} is not allowed: {reason[:500]}")
+def _refused(kind: str, reason: object) -> UserError:
+    return UserError(kind, message=f"{kind} is not allowed: {str(reason)[:500]}")
 
 
 def _schema(source: str) -> Schema:
     try:
         schema = json.loads(source)
-        if isinstance(schema, bool):
-            schema = {"anyOf": [schema]}
-        if not isinstance(schema, dict):
-            raise ValueError("it must be an object or boolean")
     except ValueError as error:
-        raise ValueError(f"json_schema is not allowed: {error}") from error
+        raise _refused("json_schema", error) from error
     except RecursionError as error:
-        raise ValueError("json_schema is not allowed: it is nested too deeply") from error
+        raise _refused("json_schema", "it is nested too deeply") from error
+    if isinstance(schema, bool):
+        schema = {"anyOf": [schema]}
+    if not isinstance(schema, dict):
+        raise _refused("json_schema", "it must be an object or boolean")
     try:
         return prepare(schema)
     except RecursionError as error:
-        raise ValueError("json_schema is not allowed: it is nested too deeply") from error
+        raise _refused("json_schema", "it is nested too deeply") from error
 
 
 def _json_grammar(schema: Schema) -> str:
-    """Compact, unless the schema's own `x-guidance` says otherwise: where white space is allowed
-    anywhere, a model may write nothing else."""
+    """Return the grammar of a schema. It allows no white space unless the schema's `x-guidance`
+    does: where white space is allowed anywhere, a model may write nothing else."""
     compile_schema = llguidance.LLMatcher.grammar_from_json_schema
     try:
         return str(compile_schema(json.dumps(schema), {"whitespace_flexible": False}))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"json_schema is not allowed: {error}") from error
+        raise _refused("json_schema", error) from error
 
 
 def _reason(grammar: str) -> str:
-    """Why a grammar cannot be compiled, or nothing."""
+    """Return why a grammar cannot be compiled, or nothing."""
     is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     if not is_wrong:
         return ""
@@ -178,7 +175,7 @@ def _reason(grammar: str) -> str:
 
 
 def _place(schema: Schema, reason: str) -> str:
-    """Find the innermost schema that is refused for `reason`."""
+    """Return the place of the innermost schema that is refused for `reason`."""
     definitions: Schema = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     place, left, seen = "#", [Node(schema, "#")], 0
     while left and seen < MOST_PLACES:
@@ -186,9 +183,9 @@ def _place(schema: Schema, reason: str) -> str:
         inner = list(children(node))
         found = target(node.schema.get("$ref"), schema)
         inner += [] if found is None else [Node(found, str(node.schema["$ref"]))]
-        for its in inner[:MOST_PLACES]:
+        for child in inner[:MOST_PLACES]:
             seen += 1
-            if _reason(_json_grammar({**its.schema, **definitions})) == reason:
-                place, left = its.place, [its]
+            if _reason(_json_grammar({**child.schema, **definitions})) == reason:
+                place, left = child.place, [child]
                 break
     return place

@@ -1,7 +1,7 @@
 """JSON schemas, rewritten for llguidance.
 
-llguidance refuses some schemas that could be followed, follows some so that texts never end or
-clients cannot read them, and does not say where in a schema it found what it refuses.
+llguidance refuses some schemas that could be followed, follows some with texts that never end or
+that clients cannot read, and does not say which part of a schema it refuses.
 """
 
 import math
@@ -27,9 +27,9 @@ from serve.sampling.schema_rewrites import (
 )
 
 MOST_OPTIONAL = 1000
-"""Properties that may be left out, in one place: a token's mask takes time with their square."""
+"""Optional properties of one object: the time of a token's mask grows with their square."""
 MOST_MULTIPLE = 10_000
-"""Least common multiple of all multipleOf, without decimal points: compiling takes time with it."""
+"""Least common multiple of all multipleOf, without decimal points: compiling time grows with it."""
 KNOWN_DRAFT = re.compile(
     r"https?://json-schema\.org/(draft-0[4-7]|draft/2019-09|draft/2020-12)/schema#?"
 )
@@ -45,11 +45,11 @@ class Node(NamedTuple):
 
     schema: Schema
     place: str
-    """JSON pointer, as the fragment of a URI."""
+    """JSON pointer to the schema, as the fragment of a URI."""
 
 
 def prepare(schema: Schema) -> Schema:
-    """Rewrite `schema` in place, and return it. Raises ValueError naming keyword and place."""
+    """Rewrite `schema` in place and return it. Raises UserError naming keyword and place."""
     _check_numbers(schema)
     draft = schema.get("$schema")
     if isinstance(draft, str) and not KNOWN_DRAFT.fullmatch(draft):
@@ -79,16 +79,16 @@ def prepare(schema: Schema) -> Schema:
                 f"common multiple of all, without decimal points, must be {MOST_MULTIPLE} at most",
             )
     if integers:
-        given = schema.get("$defs")
-        schema["$defs"] = {**(given if isinstance(given, dict) else {}), **integers}
+        definitions = schema.get("$defs")
+        schema["$defs"] = {**(definitions if isinstance(definitions, dict) else {}), **integers}
     for node in nodes:
         _rewrite_one_of(node.schema, schema)
     endless = endless_schemas([node.schema for node in nodes], lambda ref: target(ref, schema))
     if id(schema) in endless:
-        place = max((its.place for its in nodes if id(its.schema) in endless), key=len)
+        place = max((node.place for node in nodes if id(node.schema) in endless), key=len)
         raise refused(place, "every value would hold another one of its kind, without end")
     for node in nodes:
-        if id(node.schema) in endless:  # others have another branch
+        if id(node.schema) in endless:  # values take another branch
             node.schema.clear()
             node.schema["enum"] = []
     joined = _joined(schema, nodes)
@@ -106,7 +106,7 @@ def prepare(schema: Schema) -> Schema:
 
 
 def children(node: Node) -> Iterator[Node]:
-    """The schemas directly within, but for definitions."""
+    """Yield the schemas directly within a schema, without definitions."""
     schema, place = node
     for key in _ONE:
         if isinstance(schema.get(key), dict):
@@ -124,7 +124,7 @@ def children(node: Node) -> Iterator[Node]:
 
 
 def target(ref: object, root: Schema) -> Schema | None:
-    """The schema that a `$ref` names by a JSON pointer, if it does."""
+    """Return the schema that a `$ref` names by a JSON pointer, or None."""
     if not isinstance(ref, str) or not re.match("#(/|$)", ref):
         return None
     found: Any = root
@@ -140,7 +140,7 @@ def target(ref: object, root: Schema) -> Schema | None:
 
 
 def _nodes(root: Schema) -> Iterator[Node]:
-    """All schemas that are used, each once."""
+    """Yield all schemas that are used, each once."""
     seen: set[int] = set()
     left = [Node(root, "#")]
     while left:
@@ -157,12 +157,12 @@ def _nodes(root: Schema) -> Iterator[Node]:
                 inner.append(Node(found, ref))
             else:  # by an anchor or address: any definition
                 for key in ("$defs", "definitions"):
-                    given = root.get(key)
-                    names = given if isinstance(given, dict) else {}
+                    definitions = root.get(key)
+                    names = definitions if isinstance(definitions, dict) else {}
                     inner += [
-                        Node(its, f"#/{key}/{_escaped(name)}")
-                        for name, its in names.items()
-                        if isinstance(its, dict)
+                        Node(inner_schema, f"#/{key}/{_escaped(name)}")
+                        for name, inner_schema in names.items()
+                        if isinstance(inner_schema, dict)
                     ]
         left += reversed(inner)
 
@@ -172,7 +172,7 @@ def _escaped(name: str) -> str:
 
 
 def _check_numbers(root: Schema) -> None:
-    """Refuse numbers that would become others on the way."""
+    """Refuse numbers that llguidance would read as others."""
     left: list[tuple[Any, str, bool]] = [(root, "#", False)]
     while left:
         value, place, is_literal = left.pop()
@@ -215,19 +215,19 @@ def _coefficient(multiple: Any) -> int:
 
 
 def _rewrite_one_of(schema: Schema, root: Schema) -> None:
-    """oneOf as anyOf, where no value follows two of its options."""
+    """Rewrite oneOf as anyOf if no value follows two of its options."""
     options = schema.get("oneOf")
     if not isinstance(options, list) or "anyOf" in schema:
         return
     if not are_disjoint(options, lambda ref: target(ref, root)):
         return
-    given = list(schema.items())
+    items = list(schema.items())
     schema.clear()  # the order of keywords is that of properties
-    schema.update({"anyOf" if key == "oneOf" else key: value for key, value in given})
+    schema.update({"anyOf" if key == "oneOf" else key: value for key, value in items})
 
 
 def _joined(root: Schema, nodes: list[Node]) -> set[int]:
-    """Schemas that may hold for a value together with others, by their `id`."""
+    """Return the `id`s of schemas that may hold for a value together with others."""
     joined: set[int] = set()
     for schema, _ in nodes:
         all_of = schema.get("allOf")
@@ -237,20 +237,20 @@ def _joined(root: Schema, nodes: list[Node]) -> set[int]:
             continue
         left = [schema]
         while left:
-            one = left.pop()
-            if id(one) not in joined:
-                joined.add(id(one))
-                left += [inner.schema for inner in children(Node(one, ""))]
-                found = target(one.get("$ref"), root)
+            part = left.pop()
+            if id(part) not in joined:
+                joined.add(id(part))
+                left += [inner.schema for inner in children(Node(part, ""))]
+                found = target(part.get("$ref"), root)
                 left += [found] if found is not None else []
     return joined
 
 
 def _close(schema: Schema) -> None:
-    """Allow no properties but those that are listed, if the schema does not say."""
+    """Allow only the listed properties, if the schema does not say."""
     listed = schema.get("properties", {}), schema.get("patternProperties", {})
     required = schema.get("required", [])
-    if not all(isinstance(its, dict) for its in listed) or not any(listed):
+    if not all(isinstance(properties, dict) for properties in listed) or not any(listed):
         return
     if schema.keys() & {"additionalProperties", "minProperties"}:
         return
@@ -259,18 +259,19 @@ def _close(schema: Schema) -> None:
 
 
 def _width(schema: Schema, root: Schema, known: dict[int, int]) -> int:
-    """Optional properties that may come next where a value of `schema` begins."""
+    """Return how many optional properties may come next where a value of `schema` begins."""
     if id(schema) in known:
         return known[id(schema)]
-    known[id(schema)] = 0  # for one that holds itself
+    known[id(schema)] = 0  # for a schema within itself
     properties, required = schema.get("properties"), schema.get("required")
     width = 0
     if isinstance(properties, dict):
         needed = set(map(str, required)) if isinstance(required, list) else set()
         width = len(properties.keys() - needed)
-    inner = [schema[key] for key in IN_PLACE if isinstance(schema.get(key), list)]
-    for its in [*(each for options in inner for each in options), target(schema.get("$ref"), root)]:
-        if isinstance(its, dict):
-            width += _width(its, root, known)
+    lists = [schema[key] for key in IN_PLACE if isinstance(schema.get(key), list)]
+    inner = [option for options in lists for option in options]
+    for option in [*inner, target(schema.get("$ref"), root)]:
+        if isinstance(option, dict):
+            width += _width(option, root, known)
     known[id(schema)] = width
     return width

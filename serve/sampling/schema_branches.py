@@ -1,4 +1,4 @@
-"""Whether a value can follow two JSON schemas at once, and whether it can end."""
+"""Checks of JSON schemas: whether two exclude each other, and whether a value can end."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,30 +7,34 @@ from typing import Any
 
 MOST_COMPARISONS = 20_000
 DEEPEST = 8
-"""Refs and properties in one another."""
+"""Deepest nesting of refs and properties that is looked at."""
 
 Resolve = Callable[[object], dict[str, Any] | None]
 
 
 def are_disjoint(schemas: Sequence[Any], resolve: Resolve) -> bool:
-    """Whether it is sure that no value follows two of `schemas`; `resolve` finds what a `$ref`
-    names."""
+    """Return whether it is certain that no value follows two of `schemas`.
+
+    resolve: Returns the schema that a `$ref` names, or None.
+    """
     budget = iter(range(MOST_COMPARISONS))
     return all(_are_disjoint(*pair, resolve, budget, 0) for pair in combinations(schemas, 2))
 
 
 def endless_schemas(schemas: Sequence[dict[str, Any]], resolve: Resolve) -> set[int]:
-    """The `id`s of those that no value follows, for it would have to hold itself; `schemas` has all
-    that are used."""
+    """Return the `id`s of the schemas that no value follows, because it would contain itself.
+
+    schemas: All schemas that are used.
+    """
     left = {id(schema): schema for schema in schemas}
-    while ending := [its for its, schema in left.items() if _ends(schema, left, resolve)]:
-        for its in ending:
-            del left[its]
+    while ending := [key for key, schema in left.items() if _ends(schema, left, resolve)]:
+        for key in ending:
+            del left[key]
     return set(left)
 
 
 def _ends(schema: dict[str, Any], endless: Mapping[int, object], resolve: Resolve) -> bool:
-    """Whether a value can follow `schema` that needs none of `endless`."""
+    """Return whether a value can follow `schema` without following one of `endless`."""
 
     def ends(inner: Any) -> bool:
         return id(inner) not in endless
@@ -51,22 +55,22 @@ def _ends(schema: dict[str, Any], endless: Mapping[int, object], resolve: Resolv
 
 
 def _are_disjoint(
-    one: Any, other: Any, resolve: Resolve, budget: Iterator[int], depth: int
+    left: Any, right: Any, resolve: Resolve, budget: Iterator[int], depth: int
 ) -> bool:
-    if one is False or other is False:
+    if left is False or right is False:
         return True
-    if not isinstance(one, dict) or not isinstance(other, dict) or depth > DEEPEST:
+    if not isinstance(left, dict) or not isinstance(right, dict) or depth > DEEPEST:
         return False
-    others = list(_parts(other, resolve, depth))
+    right_parts = list(_parts(right, resolve, depth))
     return any(
-        next(budget, None) is not None and _parts_are_disjoint(part, its, resolve, budget, depth)
-        for part in _parts(one, resolve, depth)
-        for its in others
+        next(budget, None) is not None and _parts_are_disjoint(part, other, resolve, budget, depth)
+        for part in _parts(left, resolve, depth)
+        for other in right_parts
     )
 
 
 def _parts(schema: dict[str, Any], resolve: Resolve, depth: int) -> Iterator[dict[str, Any]]:
-    """Schemas that all hold for a value that follows `schema`."""
+    """Yield schemas that all hold for a value that follows `schema`."""
     yield schema
     if depth > DEEPEST:
         return
@@ -77,33 +81,33 @@ def _parts(schema: dict[str, Any], resolve: Resolve, depth: int) -> Iterator[dic
 
 
 def _parts_are_disjoint(
-    one: dict[str, Any],
-    other: dict[str, Any],
+    left: dict[str, Any],
+    right: dict[str, Any],
     resolve: Resolve,
     budget: Iterator[int],
     depth: int,
 ) -> bool:
-    for part, that in ((one, other), (other, one)):
+    for part, other in ((left, right), (right, left)):
         for key in ("anyOf", "oneOf"):
             options = part.get(key)
             if isinstance(options, list) and all(
-                _are_disjoint(its, that, resolve, budget, depth + 1) for its in options
+                _are_disjoint(option, other, resolve, budget, depth + 1) for option in options
             ):
                 return True
-    values, other_values = _values(one), _values(other)
-    if values is not None and other_values is not None:
-        return not values & other_values
-    types, other_types = _types(one), _types(other)
-    if types is None or other_types is None:
+    left_values, right_values = _values(left), _values(right)
+    if left_values is not None and right_values is not None:
+        return not left_values & right_values
+    left_types, right_types = _types(left), _types(right)
+    if left_types is None or right_types is None:
         return False
-    if not any(_overlap(its, that) for its in types for that in other_types):
+    if not any(_overlap(kind, other) for kind in left_types for other in right_types):
         return True
-    if types != {"object"} or other_types != {"object"}:
+    if left_types != {"object"} or right_types != {"object"}:
         return False
-    properties, other_properties = one.get("properties"), other.get("properties")
+    properties, other_properties = left.get("properties"), right.get("properties")
     if not isinstance(properties, dict) or not isinstance(other_properties, dict):
         return False
-    required = {*_names(one), *_names(other)}
+    required = {*_names(left), *_names(right)}
     return any(
         _are_disjoint(properties[name], other_properties[name], resolve, budget, depth + 1)
         for name in required & properties.keys() & other_properties.keys()
@@ -112,27 +116,32 @@ def _parts_are_disjoint(
 
 def _names(schema: dict[str, Any]) -> list[str]:
     required = schema.get("required")
-    return [its for its in required if isinstance(its, str)] if isinstance(required, list) else []
+    return (
+        [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    )
 
 
 def _values(schema: dict[str, Any]) -> set[str] | None:
-    """The values that are allowed, as JSON, if they are listed and neither lists nor objects."""
+    """Return the allowed values as JSON, if they are listed and neither lists nor objects."""
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(listed, list) or any(isinstance(its, list | dict) for its in listed):
+    if not isinstance(listed, list) or any(isinstance(value, list | dict) for value in listed):
         return None
-    # 1.0 and 1 are one value.
-    whole = [int(its) if isinstance(its, float) and its == int(its) else its for its in listed]
-    return {json.dumps(its) for its in whole}
+    return {json.dumps(_whole(value)) for value in listed}
+
+
+def _whole(value: Any) -> Any:
+    """Return 1 for 1.0: they are the same value."""
+    return int(value) if isinstance(value, float) and value == int(value) else value
 
 
 def _types(schema: dict[str, Any]) -> set[str] | None:
-    given = schema.get("type")
-    if isinstance(given, str):
-        return {given}
-    if isinstance(given, list):
-        return {str(its) for its in given}
+    types = schema.get("type")
+    if isinstance(types, str):
+        return {types}
+    if isinstance(types, list):
+        return set(map(str, types))
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    return {_type_of(its) for its in listed} if isinstance(listed, list) else None
+    return set(map(_type_of, listed)) if isinstance(listed, list) else None
 
 
 def _type_of(value: Any) -> str:
@@ -142,6 +151,5 @@ def _type_of(value: Any) -> str:
     return kinds.get(type(value), "object")
 
 
-def _overlap(one: str, other: str) -> bool:
-    numbers = {"integer", "number"}
-    return one == other or {one, other} <= numbers
+def _overlap(kind: str, other: str) -> bool:
+    return kind == other or {kind, other} <= {"integer", "number"}

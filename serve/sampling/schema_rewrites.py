@@ -1,6 +1,6 @@
-"""What of a JSON schema is rewritten for llguidance, schema by schema.
+"""Rewritings of single JSON schemas for llguidance.
 
-Every rewriting allows a subset of the texts that the schema allows: a text that ends is valid.
+Each allows a subset of the texts that the schema allows, so every text that ends is valid.
 """
 
 import json
@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from stu.common.errors import UserError
+
 Schema = dict[str, Any]
 
 IN_PLACE = ("anyOf", "oneOf", "allOf")
-"""Keywords whose schemas hold for the same value."""
+"""Keywords whose schemas apply to the same value."""
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 MOST_INTEGER = 2**63 - 1024
 """The largest 64-bit integer that a double holds: llguidance keeps bounds as doubles."""
@@ -30,23 +32,23 @@ STRICTER_FORMATS = {
     "time": f"^{_TIME}$",
     "email": rf"^{_WORD}(\.{_WORD}){{0,2}}@({_LABEL}\.){{1,3}}[A-Za-z]{{2,20}}$",
 }
-"""llguidance's own allow what most libraries refuse to read: leap seconds, 29 February in any year,
-parts of an address of any length."""
+"""Patterns for formats that llguidance takes too widely for most libraries to read: with leap
+seconds, 29 February in any year, and parts of an address of any length."""
 PATTERNS = {
     **STRICTER_FORMATS,
     "uuid": "^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$",
 }
 """Formats that names of properties may have."""
 FORMATS = {"duration", "hostname", "ipv4", "ipv6", "uuid", "uri"}
-"""Those of llguidance's formats that are used as they are. All others are annotations."""
+"""Formats of llguidance that are used unchanged. All others are annotations."""
 DURATION = "^P([0-9]{1,4}[A-Z]T?|T)+$"
 DECIMAL = "^(?!^[-+.]*$)"
-"""How pydantic begins the pattern of a Decimal's strings, which may be numbers as well."""
+"""Beginning of pydantic's pattern for the strings of a Decimal, which may be numbers as well."""
 
 
-def refused(place: str, reason: str) -> ValueError:
-    """The error for a keyword at `place`."""
-    return ValueError(f"json_schema is not allowed: at {place}, {reason}")
+def refused(place: str, reason: str) -> UserError:
+    """Return the error for a keyword at `place`."""
+    return UserError("json_schema", message=f"json_schema is not allowed: at {place}, {reason}")
 
 
 UNSUPPORTED: dict[str, Callable[[Schema, Any], bool]] = {
@@ -70,11 +72,11 @@ UNSUPPORTED: dict[str, Callable[[Schema, Any], bool]] = {
     "$dynamicRef": lambda _, __: False,
     "$recursiveRef": lambda _, __: False,
 }
-"""Keywords that llguidance does not follow, and when they restrict nothing."""
+"""Keywords that llguidance does not follow, with a check for whether they restrict nothing."""
 
 
 def drop_void(schema: Schema) -> None:
-    """Drop keywords that are not supported, and restrict nothing."""
+    """Drop unsupported keywords that restrict nothing."""
     for key, is_void in UNSUPPORTED.items():
         if key in schema and is_void(schema, schema[key]):
             del schema[key]
@@ -84,24 +86,24 @@ def drop_void(schema: Schema) -> None:
 
 
 def rewrite_names(schema: Schema) -> None:
-    """propertyNames that lists names, or has a pattern, as the properties that it allows."""
+    """Rewrite propertyNames with a list or a pattern as the properties that it allows."""
     names = schema.get("propertyNames")
     if not isinstance(names, dict) or "patternProperties" in schema:
         return
     values = schema.get("additionalProperties", True)
-    given = schema.get("properties", {})
+    properties = schema.get("properties", {})
     kinds = names.keys() - {"type", "title", "description"}
     listed = names.get("enum")
-    if kinds == {"enum"} and isinstance(listed, list) and isinstance(given, dict):
+    if kinds == {"enum"} and isinstance(listed, list) and isinstance(properties, dict):
         texts = [name for name in listed if isinstance(name, str)]
-        if len(json.dumps(values)) * len(texts) > 2**16 or not given.keys() <= set(texts):
+        if len(json.dumps(values)) * len(texts) > 2**16 or not properties.keys() <= set(texts):
             return
-        # Copies, for each is rewritten by itself.
+        # Copies, because each is rewritten by itself.
         made = {name: json.loads(json.dumps(values)) for name in texts}
-        schema |= {"properties": {**made, **given}, "additionalProperties": False}
-    elif kinds == {"pattern"} and not given:
+        schema |= {"properties": {**made, **properties}, "additionalProperties": False}
+    elif kinds == {"pattern"} and not properties:
         schema |= {"patternProperties": {names["pattern"]: values}, "additionalProperties": False}
-    elif kinds == {"format"} and not given and names["format"] in PATTERNS:
+    elif kinds == {"format"} and not properties and names["format"] in PATTERNS:
         pattern = PATTERNS[names["format"]]
         schema |= {"patternProperties": {pattern: values}, "additionalProperties": False}
     else:
@@ -126,12 +128,12 @@ def rewrite_format(schema: Schema) -> None:
     if "pattern" not in schema:
         schema["pattern"] = pattern
     else:
-        given = schema.get("allOf", [])
-        schema["allOf"] = [*given, {"pattern": pattern}] if isinstance(given, list) else given
+        parts = schema.get("allOf", [])
+        schema["allOf"] = [*parts, {"pattern": pattern}] if isinstance(parts, list) else parts
 
 
 def clamp_bounds(schema: Schema, place: str) -> None:
-    """Keep bounds of numbers to those that llguidance takes: others end its process."""
+    """Clamp bounds of numbers to those that llguidance accepts: others end the process."""
     for keys, sign in ((_LOWER, 1), (_UPPER, -1)):
         for key in keys:
             bound = schema.get(key)
@@ -143,17 +145,17 @@ def clamp_bounds(schema: Schema, place: str) -> None:
 
 
 def rewrite_integer(schema: Schema, place: str, definitions: Schema) -> None:
-    """Keep integers to 64 bits, as readers do, and their bounds to what llguidance keeps.
+    """Limit integers to 64 bits, as readers do, with bounds that llguidance stores exactly.
 
-    Equal ones share one of `definitions`, for each range takes work to compile.
+    Equal schemas share one of `definitions`, because each range takes time to compile.
     """
     types = schema.get("type")
     listed = types if isinstance(types, list) else [types]
     if "integer" not in listed or "number" in listed or schema.keys() & {"const", "enum"}:
         return
     bounds = (*_LOWER, *_UPPER)
-    least, above, most, below = (schema.get(key) for key in bounds)
-    if not all(its is None or isinstance(its, int | float) for its in (least, above, most, below)):
+    least, above, most, below = limits = [schema.get(key) for key in bounds]
+    if not all(bound is None or isinstance(bound, int | float) for bound in limits):
         return
     low, high = -MOST_INTEGER, MOST_INTEGER
     if least is not None:  # exclusive bounds were booleans in draft 4
@@ -181,7 +183,7 @@ def rewrite_integer(schema: Schema, place: str, definitions: Schema) -> None:
 
 
 def _double(value: int, direction: float) -> int:
-    """The next integer that a double holds, `value` itself if it does."""
+    """Return `value` if a double holds it, else the next integer in `direction` that one holds."""
     found = float(value)
     while (int(found) < value) if direction > 0 else (int(found) > value):
         found = math.nextafter(found, direction)
@@ -189,11 +191,11 @@ def _double(value: int, direction: float) -> int:
 
 
 def drop_decimal_strings(schema: Schema) -> None:
-    """Drop pydantic's second way to write a Decimal: its pattern looks ahead."""
+    """Drop pydantic's string form of a Decimal, whose pattern looks ahead."""
     options = schema.get("anyOf")
-    if not isinstance(options, list) or not all(isinstance(its, dict) for its in options):
+    if not isinstance(options, list) or not all(isinstance(option, dict) for option in options):
         return
-    if any(its.get("type") == "number" for its in options):
+    if any(option.get("type") == "number" for option in options):
         schema["anyOf"] = [
-            its for its in options if not str(its.get("pattern", "")).startswith(DECIMAL)
+            option for option in options if not str(option.get("pattern", "")).startswith(DECIMAL)
         ]

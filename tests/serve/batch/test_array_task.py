@@ -74,14 +74,14 @@ def test_devices(monkeypatch, num_cuda, text, devices):
 @pytest.mark.parametrize(
     ("num_cuda", "text", "message"),
     [
-        (0, "all", "devices='all', and torch sees no CUDA device: choose others, cpu, or auto"),
-        (0, "0", "devices='0', and torch sees no CUDA device"),
-        (2, "0,2", "devices='0,2', and torch sees only 2 of them"),
-        (2, "gpu", "devices='gpu' is not allowed: it must be auto, all, or some of cpu, 0"),
-        (2, "0,", "devices='0,' is not allowed"),
-        (2, "", "devices='' is not allowed"),
-        (2, "-1", "devices='-1' is not allowed"),
-        (2, "cpu,auto", "devices='cpu,auto' is not allowed"),
+        (0, "all", 'all" is not allowed: torch sees no CUDA device; choose others, cpu, or auto'),
+        (0, "0", '0" is not allowed: torch sees no CUDA device'),
+        (2, "0,2", '0,2" is not allowed: torch sees only 2 CUDA devices'),
+        (2, "gpu", 'devices="gpu" is not allowed: it must be auto, all, or a list of cpu, 0'),
+        (2, "0,", 'devices="0," is not allowed'),
+        (2, "", 'devices="" is not allowed'),
+        (2, "-1", 'devices="-1" is not allowed'),
+        (2, "cpu,auto", 'devices="cpu,auto" is not allowed'),
     ],
 )
 def test_devices_that_are_not_there(monkeypatch, num_cuda, text, message):

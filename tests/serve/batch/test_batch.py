@@ -271,7 +271,7 @@ def test_parquet(tmp_path, model_directory, run):
         (["--page-len", "3"], "page_len=3 is not allowed: it must be a power of two"),
         (["--column", "text"], "column='text' is for Parquet"),
         (["--part", "2/2"], 'part="2/2" is not allowed: it must be i/n with 0 <= i < n'),
-        (["--devices", "gpu"], "devices='gpu' is not allowed: it must be auto, all, or"),
+        (["--devices", "gpu"], 'devices="gpu" is not allowed: it must be auto, all, or'),
         (["--devices", "cuda:99"], "devices='cuda:99', and torch sees"),
     ],
 )

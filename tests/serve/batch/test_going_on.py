@@ -8,6 +8,7 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling_params import SamplingParams
+from stu.common.errors import UserError
 from stu.model import FlashSTU
 from tests.serve.requests import make_request
 
@@ -98,6 +99,6 @@ def test_a_stop_string_begun_before(code_model, code_tokenizer):
 
 def test_given_tokens_are_checked(code_model, code_tokenizer):
     engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01))
-    with pytest.raises(ValueError, match="new_token_ids has the id 999"):
+    with pytest.raises(UserError, match="new_token_ids has the id 999"):
         engine.add(make_request([1], 5, new_token_ids=[999]))
     assert not engine.has_work

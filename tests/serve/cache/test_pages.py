@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from stu.common.errors import UserError
 
 NUM_PAGES = 12
 
@@ -91,7 +92,7 @@ def test_a_page_freed_twice_or_lost_is_found():
 
 
 def test_too_small_a_pool():
-    with pytest.raises(ValueError, match="num_pages=1 is not allowed"):
+    with pytest.raises(UserError, match="1 pages do not suffice"):
         PagePool(1, (1,))
 
 

@@ -315,7 +315,7 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
         (make_request([1], 3, stop_token_ids=[280]), "stop_token_ids has the id 280"),
         (make_request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             engine.add(request)
     assert not engine.has_work
     assert engine.step() == []
@@ -392,12 +392,12 @@ def test_a_request_keeps_its_tokens(tokenizer):
     ],
 )
 def test_settings_that_are_not_allowed(name, value):
-    with pytest.raises(ValueError, match=f"{name}=.* is not allowed: it must be "):
+    with pytest.raises(UserError, match=f"{name}=.* is not allowed: it must be "):
         EngineConfig(**{name: value})
 
 
 def test_a_model_and_a_tokenizer_that_do_not_fit(tokenizer):
-    with pytest.raises(ValueError, match="the tokenizer has 280 tokens and the model"):
+    with pytest.raises(UserError, match="the tokenizer has 280 tokens and the model"):
         Engine(FlashSTU(ModelConfig(vocab_size=300, max_seq_len=64)), tokenizer)
     model = build("stu")
     with torch.no_grad():
@@ -468,7 +468,7 @@ def test_what_fits_exactly_is_taken(tokenizer):
     exact = make_caches(model, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)).capacity
     engine = Engine(model, tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1))
     engine.add(make_request([1], 8 * exact.convolution + 1))
-    with pytest.raises(ValueError, match=f"need {exact.convolution + 1} convolution pages"):
+    with pytest.raises(UserError, match=f"need {exact.convolution + 1} convolution pages"):
         engine.add(make_request([1], 8 * exact.convolution + 2))
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, PositiveInt, create_model
 from serve.openai.response_format import constraint_of
 from serve.sampling.grammar import Grammars
 from serve.sampling_params import Constraint
+from stu.common.errors import UserError
 
 TOKENS = 200
 STRING = re.compile(r'"([^"\\]|\\.)*"')
@@ -301,7 +302,7 @@ def test_pydantic_reads_what_its_own_schemas_allow(grammars, code_tokenizer, kin
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_its_place(grammars, schema, message):
-    with pytest.raises(ValueError, match="json_schema is not allowed") as caught:
+    with pytest.raises(UserError, match="json_schema is not allowed") as caught:
         grammars.check(Constraint("json_schema", json.dumps(schema)))
     assert message in str(caught.value)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from serve.sampling.processors import TokenHistory, needs_history
 from serve.sampling.sampler import sample, token_logprobs
 from serve.sampling_params import SamplingParams
+from stu.common.errors import UserError
 from tests.reference import sampling as reference
 
 VOCAB_SIZE = 50
@@ -213,7 +214,7 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
     ],
 )
 def test_values_that_are_not_allowed(name, value, allowed):
-    with pytest.raises(ValueError, match=f"{name}=.*is not allowed: it must be {allowed}"):
+    with pytest.raises(UserError, match=f"{name}=.*is not allowed: it must be {allowed}"):
         SamplingParams(**{name: value})
 
 
