@@ -175,7 +175,7 @@ class AttentionCache(Cache):
             here = slice(rows.start - first_row, rows.stop - first_row)
             keys_seen, values_seen = (
                 torch.index_select(
-                    self.pool.pages[:, layer, which],
+                    self.pool.pages[:, layer, kind],
                     0,
                     tables,
                     out=self._gathered[kind, : len(tables)],

@@ -27,7 +27,6 @@ from serve.cache.page_pool import PagePool, pages_for
 from serve.cache.tiles import PagedSequence, TileFlush
 from serve.config import EngineConfig
 from stu.common.errors import UserError
-from stu.common.errors import UserError
 from stu.convolution import causal_convolution
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
