@@ -1,7 +1,7 @@
-"""Files that must not change between two readings: the second compares what it reads to the first.
+"""Files that must stay the same between two readings.
 
-Each block of a file has a hash of its own, so that a change is seen before anything of a changed
-block is used, whatever the file's size and times say.
+The first reading hashes each block of a file; the second compares each block before any of it is
+used, so that a change is found even where size and times are the same.
 """
 
 import hashlib
@@ -12,75 +12,82 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from stu.common.errors import UserError
+
 MIN_BLOCK_BYTES = 2**20
-MOST_BLOCKS = 2**16
-HASH_BYTES = 16  # of a block
+MAX_BLOCKS = 2**16
+HASH_BYTES = 16
+"""Bytes of a block's hash."""
 BUFFER_BYTES = 2**16
 
 
-class Changed(ValueError):
-    """A file has other bytes than it had."""
+class Changed(UserError):
+    """A file no longer has the bytes that it had at first."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"input {path}: has changed since this run began; the rows that are written are those "
-            "of the old content. Put that back and give the same command again, or decode the new "
-            "content into another output or with --overwrite"
+            "input",
+            message=f"input {path}: has changed since this run began. The output has rows of the "
+            "old content: restore it and give the same command again, or decode the new content "
+            "into another output or with --overwrite",
         )
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """The hashes of a file."""
+    """Hashes of a file."""
 
     num_bytes: int
     sha256: str
     block_bytes: int
+    """Bytes of each block but the last."""
     blocks: str
-    """Hexadecimal hashes, one after the other."""
+    """Hexadecimal hashes of the blocks, concatenated."""
     signature: tuple[int, ...]
-    """Inode, size and times: while these stay, nobody has written to the file."""
+    """Inode, size and times; while they stay the same, nobody has written to the file."""
 
     @classmethod
     def of(cls, path: Path) -> "FileDigest":
-        """Read a file. Raises ValueError if it is written meanwhile."""
+        """Read and hash a file. Raises UserError if it is written meanwhile."""
         with path.open("rb", buffering=0) as file:
             before = _signature(file.fileno())
             num_bytes = os.fstat(file.fileno()).st_size
-            block_bytes = max(MIN_BLOCK_BYTES, -(-num_bytes // MOST_BLOCKS))
+            block_bytes = max(MIN_BLOCK_BYTES, -(-num_bytes // MAX_BLOCKS))
             whole, blocks = hashlib.sha256(), []
             num_read = 0
-            # Not to its end, from which a writer may keep it away for ever.
+            # A writer could move the end of the file for ever: stop at its size of now.
             while num_read < num_bytes and (block := _read_whole(file, block_bytes)):
                 whole.update(block)
                 blocks.append(_hash(block).hex())
                 num_read += len(block)
             if num_read != num_bytes or _signature(file.fileno()) != before:
-                raise ValueError(
-                    f"input {path}: is being written: give the command again when it is complete"
+                raise UserError(
+                    "input",
+                    message=f"input {path}: is being written; give the command again when it is "
+                    "complete",
                 )
         return cls(num_read, whole.hexdigest(), block_bytes, "".join(blocks), before)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "FileDigest":
-        """From `to_json`."""
+        """Return the digest that `to_json` wrote."""
         return cls(**{**values, "signature": tuple(values["signature"])})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the digest as JSON values."""
         return asdict(self)
 
     def open(self, path: Path) -> BinaryIO:
-        """A buffered reader of the file; it raises Changed where the file has other bytes."""
+        """Return a buffered reader of `path` that raises Changed at a block that differs."""
         return cast(BinaryIO, io.BufferedReader(_CheckedFile(path, self), BUFFER_BYTES))
 
     def check(self, path: Path) -> None:
-        """Raises Changed unless `path` is a file with these bytes."""
+        """Raise Changed unless `path` is a file with these bytes."""
         try:
-            with path.open("rb") as file:  # a network file system looks anew when a file is opened
+            with path.open("rb") as file:  # network file systems look again when a file is opened
                 is_same = _signature(file.fileno()) == self.signature
             is_same = is_same or FileDigest.of(path).sha256 == self.sha256
-        except (ValueError, FileNotFoundError):  # being written, or gone
+        except (UserError, FileNotFoundError):  # it is being written, or is gone
             is_same = False
         if not is_same:
             raise Changed(path)
@@ -112,7 +119,7 @@ class _CheckedFile(io.RawIOBase):
                 raise Changed(self._path)
             return 0
         index, start = divmod(self._position, self._digest.block_bytes)
-        part = self._verified(index)[start : start + len(buffer)]
+        part = self._checked_block(index)[start : start + len(buffer)]
         buffer[: len(part)] = part
         self._position += len(part)
         return len(part)
@@ -121,7 +128,7 @@ class _CheckedFile(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def _verified(self, index: int) -> bytes:
+    def _checked_block(self, index: int) -> bytes:
         if index != self._index:
             self._file.seek(index * self._digest.block_bytes)
             block = _read_whole(self._file, self._digest.block_bytes)
@@ -137,7 +144,7 @@ def _hash(block: bytes) -> bytes:
 
 
 def _read_whole(file: io.RawIOBase | io.FileIO, num_bytes: int) -> bytes:
-    """As many bytes, or those up to the end."""
+    """Read `num_bytes`, or up to the end of the file."""
     parts: list[bytes] = []
     while num_bytes and (part := file.read(num_bytes)):
         parts.append(part)

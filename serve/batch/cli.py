@@ -1,4 +1,4 @@
-"""`stu-generate`: a file of prompts in, a file of completions out."""
+"""`stu-generate`: decode a file of prompts into a file of completions."""
 
 import os
 import socket
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.batch.config import BatchConfig
-from serve.batch.spool import STANDARD, readable_again
+from serve.batch.spool import STANDARD, rereadable
 from serve.config import EngineConfig
 from stu.common.array_task import ArrayTask
 from stu.common.cli import ArgumentParser, run_command
+from stu.common.errors import UserError
 
-# torch takes a second to import: only `generate` does, after the command line is found valid.
+# torch takes a second to import: `generate` imports it once the command line is checked.
 if TYPE_CHECKING:
     from serve.batch.decoder import Report
     from serve.batch.progress import Tally
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. 0: done; 1: done, and some rows have an error; 2: it could not go on."""
+    """Run the command. Returns 0 if all rows are decoded, 1 if some have an error, 2 if the run
+    could not finish."""
 
     def decode_rows() -> int:
         config = _parse(argv)
@@ -34,19 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(config: BatchConfig) -> "Tally":
-    """Decode the rows of `config.input` that `config.output` does not have yet into rows of it, in
-    the order in which they end.
+    """Decode the rows of `config.input` that `config.output` does not have yet, and append them to
+    it in the order in which they end.
 
-    Rows in and out: see `serve.batch.rows.PromptRows` and `serve.batch.openai_rows.OpenAiRows`.
-    However the run ends, the rows that are written stay, and the same call goes on from there.
+    `serve.batch.rows.PromptRows` and `serve.batch.openai_rows.OpenAiRows` define the rows. However
+    the run ends, written rows stay, and the same call resumes.
 
-    Raises ValueError or OSError.
+    Raises UserError or OSError.
     """
     task = ArrayTask.parse(config.part) if config.part else ArrayTask.from_slurm_step(os.environ)
     path = config.output if config.output == STANDARD else task.output(config.output)
     with _naming(task):
         _check_output(config, path)
-        with readable_again(config.input, path) as source:
+        with rereadable(config.input, path) as source:
             return _generate(replace(config, input=source), task, path)
 
 
@@ -94,23 +96,23 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
             if tally.num_done and path != STANDARD:
                 print(
                     f"stu-generate: stopped; {path} has {tally.num_done:,} rows, and the same "
-                    "command goes on from there",
+                    "command resumes from there",
                     file=sys.stderr,
                 )
             raise
         if reading_error:
-            raise ValueError(f"{reading_error}; {tally.num_done:,} rows are in {path}")
-        # The rows are those of the old input even so, for it was compared while it was read.
+            raise UserError("input", message=f"{reading_error}; {path} has {tally.num_done:,} rows")
+        # Rows are those of the old content in any case, since all that was read was compared.
         job.digest.check(config.input)
-        # Weights may be mapped from the disk. A model that is replaced by another file, as
-        # stu-export does, stays as it is for those who have it open.
+        # Weights may be mapped from the disk. If the file is replaced, as by stu-export, those who
+        # have it open keep the old one.
         if fingerprint_of(weights) != loaded:
             reason = (
-                f"model {config.model}: model.safetensors was written over while it was decoded "
-                "with, and rows may be of both models: begin anew with --overwrite"
+                f"model {config.model}: model.safetensors was overwritten during this run, and "
+                "rows may be of either model; start anew with --overwrite"
             )
             output.condemn(reason)
-            raise ValueError(reason)
+            raise UserError("model", message=reason)
         require_same_job(identity, others)
     print(f"{tally}; wrote {path}", file=sys.stderr)
     return tally
@@ -121,9 +123,10 @@ def _devices(config: BatchConfig) -> list[str]:
 
     devices = choose_devices(config.devices)
     if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
-        raise ValueError(
-            f"devices={config.devices!r} names one twice, and each process would take half of its "
-            "free memory: give cache_gib"
+        raise UserError(
+            "devices",
+            message=f"devices={config.devices!r} names a device twice, and each process would take "
+            "half of its free memory; give --cache-gib",
         )
     return devices
 
@@ -131,7 +134,7 @@ def _devices(config: BatchConfig) -> list[str]:
 def _reports(
     works: Sequence["Work"],
 ) -> Generator[list[tuple[int, "Report"]], None, None]:
-    """Of one engine in this process, or of several in others: a list of what there is now."""
+    """Decode in this process, or in several, and yield lists of (engine, report)."""
     from serve.batch.worker import decode
     from serve.batch.workers import Workers
 
@@ -146,46 +149,48 @@ def _check_output(config: BatchConfig, path: Path) -> None:
     if path == STANDARD:
         return
     if config.input.is_dir() and config.input.resolve() in path.resolve().parents:
-        raise ValueError(f"output {path}: lies in the input {config.input}; choose another folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"output {path}: there is no folder {path.parent}; make it first")
-    if not path.exists():
+        problem = f"is inside the input {config.input}; choose another folder"
+    elif not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}; create it first"
+    elif path.exists() and not path.is_file():
+        problem = "is not a file; choose another, or - for standard output"
+    elif path.exists() and config.input.exists() and path.samefile(config.input):
+        problem = "is the input; choose another"
+    else:
         return
-    if not path.is_file():
-        raise ValueError(f"output {path}: is not a file; choose another, or - for standard output")
-    if config.input.exists() and path.samefile(config.input):
-        raise ValueError(f"output {path}: is the input; choose another")
+    raise UserError("output", message=f"output {path}: {problem}")
 
 
 @contextmanager
 def _naming(task: ArrayTask) -> Iterator[None]:
-    """Errors tell which of many runs they are of."""
+    """Add the part and the host to errors of one of several array tasks."""
     try:
         yield
     except (ValueError, OSError) as error:
         if task.count == 1:
             raise
-        raise ValueError(f"part {task} on {socket.gethostname()}: {error}") from error
+        message = f"part {task} on {socket.gethostname()}: {error}"
+        raise UserError("part", message=message) from error
 
 
 def _parse(argv: Sequence[str] | None) -> BatchConfig:
     parser = ArgumentParser(
         prog="stu-generate",
-        description="Decode a file of prompts with the model of a model directory. Input: a JSON "
-        'object a line, {"prompt": "..."}, with an "id" if you like, and any of the settings '
-        "max-new-tokens to stop-at-eos (with _ for -) for that row alone; or the lines of OpenAI's "
-        "batch format, for /v1/completions and /v1/chat/completions; or Parquet. - is standard "
-        "input. Output: a line for each, in any order. A "
-        "run that was stopped, or killed, goes on when the same command is given again. Exits with "
-        "1 if a row could not be decoded; its line says why.",
+        description="Decode a file of prompts. Each line of the input is a JSON object with a "
+        '"prompt", and optionally an "id" and settings for this row (max_new_tokens, ..); or '
+        "a line of OpenAI's batch format, for /v1/completions or /v1/chat/completions. The "
+        "output has a line for each, in any order. The same command resumes a run that was stopped "
+        "or killed. The exit code is 1 if some rows could not be decoded; their lines say why.",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder of stu-export")
+    parser.add_argument(
+        "model", metavar="MODEL_DIR", type=Path, help="model directory, as stu-export writes it"
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_settings(BatchConfig)
-    given = parser.parse_args(argv).as_dict()
-    del given["config"]
-    engine = {field.name: given.pop(field.name) for field in fields(EngineConfig)}
-    return BatchConfig(**given, engine=EngineConfig(**engine))
+    settings = parser.parse_args(argv).as_dict()
+    del settings["config"]
+    engine = {field.name: settings.pop(field.name) for field in fields(EngineConfig)}
+    return BatchConfig(**settings, engine=EngineConfig(**engine))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The settings of `stu-generate`."""
+"""Settings of `stu-generate`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,64 +14,66 @@ FormatName = Literal["auto", "prompts", "openai"]
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What `stu-generate` reads and writes, and with what."""
+    """Settings of a batch run. Settings that are None take the model directory's default, or
+    OpenAI's for rows of OpenAI's format."""
 
     model: Path
-    """Model directory."""
+    """Model directory, as stu-export writes it."""
     input: Path
     """JSON lines of prompts or of OpenAI's batch format, plain or compressed with gzip or
-    Zstandard; Parquet; a folder of such files; a pipe, or - for standard input."""
+    Zstandard; Parquet; a folder of such files; a pipe; or - for standard input."""
     output: Path
-    """JSON lines to write, or - for standard output, where a run cannot go on after a stop. What
-    decides its rows goes into a file beside it, .job.json."""
+    """JSON lines to write, or - for standard output, where a stopped run cannot resume. A file
+    beside it, .job.json, records the input, model and settings."""
     format: FormatName = "auto"
-    """Of the rows. auto: openai if the first one has a custom_id or a body."""
+    """Format of the rows. auto: openai if the first row has a custom_id or a body, else prompts."""
     column: str | None = None
-    """Column of a Parquet file with the prompts; struct.field within a struct. None: prompt."""
+    """Parquet column of the prompts, struct.field within a struct. None: prompt."""
     id_column: str | None = None
-    """Of a Parquet file, with the ids. None: a row's id is its number."""
+    """Parquet column of the ids. None: the id of a row is its number."""
     max_new_tokens: int | None = None
-    """Tokens after which a completion ends. None: the model directory's (for rows of OpenAI's
-    format: OpenAI's); likewise below."""
+    """Maximum number of new tokens of a row. None: the model directory's default."""
     temperature: float | None = None
-    """0: the most probable token always."""
+    """Sampling temperature; 0 always chooses the most probable token. None: the model
+    directory's."""
     top_k: int | None = None
-    """Choose among so many tokens; 0: all."""
+    """Number of most probable tokens to sample from; 0: all. None: the model directory's."""
     top_p: float | None = None
-    """Choose among tokens of this share of probability; 1: all."""
+    """Total probability of the most probable tokens to sample from; 1: all. None: the model
+    directory's."""
     min_p: float | None = None
-    """Leave out tokens less probable than this share of the most probable one's."""
+    """Least probability of a token to sample, relative to the most probable token's. None: the
+    model directory's."""
     seed: int | None = None
-    """Of the random choices. None: 0."""
+    """Seed of the random choices. None: 0."""
     stop_at_eos: bool | None = None
-    """End a completion at the token that ends a document. None: true."""
+    """End a completion at the end-of-text token. None: true."""
     dtype: Dtype = "float32"
-    """Of the weights."""
+    """Data type of the weights."""
     devices: str = "auto"
-    """auto: the first CUDA device, or cpu without any. all: every CUDA device. Or a list: cpu, 0,
-    cuda:1, 0,1,2,3, or cpu,cpu, each with a process of its own."""
+    """Devices to decode on. auto: the first CUDA device, or cpu if there is none. all: every CUDA
+    device. Or a list such as cpu, 0, cuda:1, 0,1,2,3 or cpu,cpu, with a process for each."""
     part: str | None = None
-    """i/n, from 0: decode the rows whose numbers leave i when divided by n, into OUTPUT with
-    .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, with the N of the whole
-    array, for one that is run again in part does not know it. None: all rows, or among several
-    tasks of one srun step each its own."""
+    """Part of the rows to decode, as i/n with i from 0: those whose number modulo n is i, into
+    OUTPUT with .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, where N is the
+    size of the whole array, also when only some tasks run again. None: all rows, or the share of
+    this task if srun started several."""
     overwrite: bool = False
-    """Begin anew if there is an output already, in place of going on with it. Not for a job that
-    may be requeued."""
+    """Replace an existing output instead of resuming it. Not for a job that may be requeued."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """How rows are decoded together."""
+    """Settings of the engine."""
 
     def __post_init__(self) -> None:
         if self.part is not None:
             ArrayTask.parse(self.part)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the settings as JSON values."""
         paths = {name: str(getattr(self, name)) for name in ("model", "input", "output")}
         return {**asdict(self), **paths}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BatchConfig":
-        """From what `to_json` gave."""
+        """Return the settings that `to_json` wrote."""
         paths = {name: Path(values[name]) for name in ("model", "input", "output")}
         return cls(**{**values, **paths, "engine": EngineConfig(**values["engine"])})

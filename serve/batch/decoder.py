@@ -1,4 +1,4 @@
-"""Rows through an engine: a few wait there, each is reported when its last request has ended."""
+"""Rows decoded by one engine, and reports of those that have ended."""
 
 import time
 from collections.abc import Iterator
@@ -15,55 +15,54 @@ from stu.common.text import json_line
 
 REPORT_SECONDS = 0.5
 REPORT_ROWS = 256
-"""At most, but for those that end together: a million refused rows are not to pile up."""
+"""Rows after which a report is due: refused rows take no time, and must not pile up."""
 READING_ERRORS = (ValueError, OSError)
-"""Raised by an input that is damaged, has changed, or whose disk fails."""
+"""Errors of an input that is damaged, has changed, or whose disk fails."""
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an engine has done since the last report."""
+    """Rows that an engine has decoded since its last report, and its state."""
 
     lines: list[str]
-    """The rows that ended, as JSON."""
+    """Output rows, as JSON."""
     num_failed: int
-    """Of these, the ones with an error."""
+    """Rows in `lines` that have an error."""
     rows_left: float
-    """Rows under way, and an estimate of those that have not been read."""
+    """Rows being decoded, and an estimate of those not yet read."""
     seconds: float
-    """Since decoding began."""
+    """Seconds since decoding began."""
     stats: Stats
     reading_error: str = ""
-    """Why the rest of the input cannot be read, in the last report."""
+    """Reason why the rest of the input cannot be read; in the last report."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the report as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Report":
-        """From what `to_json` gave."""
+        """Return the report that `to_json` wrote."""
         return cls(**{**values, "stats": Stats.from_json(values["stats"])})
 
 
 class Decoder:
     """Decodes rows with `engine`.
 
-    source: where the rows are read from. stride: one row in so many of it is to be decoded.
-    most_waiting: requests that wait in the engine's queue, but for those of one row; the rows after
-    them are not read yet.
+    stride: one in so many rows of `source` is for this engine. max_waiting: no further row is read
+    while so many requests wait in the engine.
     """
 
     def __init__(
-        self, engine: Engine, row_format: RowFormat, source: Source, stride: int, most_waiting: int
+        self, engine: Engine, row_format: RowFormat, source: Source, stride: int, max_waiting: int
     ) -> None:
         self._engine, self._format, self._source = engine, row_format, source
-        self._stride, self._most_waiting = stride, most_waiting
+        self._stride, self._max_waiting = stride, max_waiting
         self._under_way: dict[int, _UnderWay] = {}
-        """By the number of the row."""
+        """Rows being decoded, by number."""
         self._answers: dict[int, _Answer] = {}
-        """By the id of the request."""
+        """Outputs so far, by request id."""
         self._lines: list[str] = []
         self._num_failed = 0
         self._unread = 0.0
@@ -71,9 +70,10 @@ class Decoder:
         self._start = 0.0
 
     def decode(self, rows: Iterator[Row | Refusal]) -> Iterator[Report]:
-        """Decode all rows: a report after each step in which some ended, and every half a second.
+        """Decode all rows, and yield a report after each step in which some end, and at least every
+        half second.
 
-        Rows end in any order. Where the input cannot be read any further, those before are decoded,
+        Rows end in any order. If the input cannot be read to its end, the rows before are decoded,
         and the last report says why.
         """
         self._start = reported = time.monotonic()
@@ -90,11 +90,11 @@ class Decoder:
             yield self._report()
 
     def _has_room(self) -> bool:
-        is_full = self._engine.stats().waiting >= self._most_waiting
+        is_full = self._engine.stats().waiting >= self._max_waiting
         return not is_full and len(self._lines) < REPORT_ROWS
 
     def _begin_next(self, rows: Iterator[Row | Refusal]) -> bool:
-        """Whether there was another row."""
+        """Read a row and start it; return whether there was one."""
         try:
             row = next(rows, None)
         except READING_ERRORS as error:
@@ -111,7 +111,7 @@ class Decoder:
         return True
 
     def _begin(self, row: Row) -> None:
-        """Queue a row's requests, or refuse it for one that can never be decoded."""
+        """Queue a row's requests, or refuse the row if one of them can never be decoded."""
         under_way = self._under_way[row.number] = _UnderWay(row, len(row.requests))
         try:
             for request in row.requests:
@@ -124,7 +124,7 @@ class Decoder:
     def _take(self, output: Output) -> None:
         answer = self._answers.get(output.request_id)
         if answer is None:
-            return  # of a row that was given up
+            return  # its row was refused meanwhile
         answer.add(output)
         if output.finish_reason is None:
             return
@@ -135,7 +135,7 @@ class Decoder:
             return
         under_way.num_unfinished -= 1
         if under_way.num_unfinished == 0:
-            completions = [its.completion() for its in self._end(under_way)]
+            completions = [answer.completion() for answer in self._end(under_way)]
             self._write(self._format.completed(under_way.row, completions))
 
     def _give_up(
@@ -170,7 +170,7 @@ class Decoder:
 
 @dataclass
 class _UnderWay:
-    """A row whose requests have not all ended."""
+    """A row with requests that have not ended."""
 
     row: Row
     num_unfinished: int
@@ -179,6 +179,6 @@ class _UnderWay:
 
 @dataclass
 class _Answer(Gathering):
-    """What has come of a request of a row."""
+    """Outputs of a request so far."""
 
     row_number: int = 0

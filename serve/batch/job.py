@@ -1,4 +1,4 @@
-"""What decides the rows of a batch: the model, the input and the settings."""
+"""The model, input and settings that decide the rows of a batch."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
+from stu.common.errors import UserError
 from stu.model_dir import load_config, load_generation, load_tokenizer
 
 READ_BYTES = 2**20
@@ -24,10 +25,10 @@ NUM_SAMPLES = 4096
 
 
 class BatchJob:
-    """The rows that `config` asks for, and how they are read and written.
+    """Rows of a batch run, and their formats.
 
-    digest: of the input, which must not change any more. Raises ValueError for files that cannot be
-    used and settings that are not allowed.
+    digest: digest of the input, which must not change afterwards. Raises UserError for a model or
+    input that cannot be used and for settings that are not allowed.
     """
 
     def __init__(self, config: BatchConfig, digest: InputDigest) -> None:
@@ -38,10 +39,10 @@ class BatchJob:
             config.format == "auto" and _is_openai(self.source)
         )
         defaults = DEFAULTS if is_openai else load_generation(config.model)
-        given = {name: getattr(config, name, None) for name in SETTINGS}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = {name: getattr(config, name, None) for name in SETTINGS}
+        options = {name: value for name, value in options.items() if value is not None}
         usual = {name: getattr(SamplingParams(), name) for name in SETTINGS}
-        self.settings = {**usual, **defaults, **given}
+        self.settings = {**usual, **defaults, **options}
         max_seq_len = load_config(config.model).max_seq_len
         builder = RequestBuilder(self.tokenizer, self.settings)
         self._chat: dict[str, Any] = {}
@@ -62,8 +63,9 @@ class BatchJob:
             self._chat = {"chat_template": source, "chat_max_tokens": most}
 
     def model_and_settings(self) -> dict[str, Any]:
-        """All that decides a row besides the input, as JSON values, the files of the model read
-        anew: what only decides how fast rows come, or how they round, is left out."""
+        """Return all that decides a row besides the input, as JSON values.
+
+        The files of the model are read anew. Settings that only affect speed are left out."""
         config = self.config
         values = {
             "format": self.row_format.name,
@@ -75,30 +77,31 @@ class BatchJob:
             **self.settings,
             **self._chat,
         }
-        return dict(json.loads(json.dumps(values)))  # to compare with what was written as JSON
+        return dict(json.loads(json.dumps(values)))  # to compare with values that were read as JSON
 
     def require_same(self, model_and_settings: Mapping[str, Any]) -> None:
-        """Raises ValueError if `model_and_settings` is not what it was: for a run that begins."""
+        """Raise UserError if `model_and_settings` has changed since the run began."""
         now = self.model_and_settings()
         different = [name for name in now if now[name] != model_and_settings.get(name)]
         if different:
-            raise ValueError(
-                f"model {self.config.model}: {', '.join(different)} changed while this run loaded "
-                "it: put the old one back and give the same command again, or begin anew with "
-                "--overwrite"
+            raise UserError(
+                "model",
+                message=f"model {self.config.model}: {', '.join(different)} changed while this run "
+                "loaded it; restore the old one and give the same command again, or start anew "
+                "with --overwrite",
             )
 
 
 def _is_openai(source: Source) -> bool:
-    first = next((given for _, given in source if not isinstance(given, ValueError)), {})
+    first = next((fields for _, fields in source if not isinstance(fields, UserError)), {})
     return "custom_id" in first or "body" in first
 
 
 def _fingerprint(model: Path) -> dict[str, str]:
-    """Of each file of a model directory that decides what it computes.
+    """Return a fingerprint of each file of a model directory that affects its outputs.
 
-    The weights may be many gigabytes: of those, samples, close enough for each large matrix to
-    have some, for training changes every matrix.
+    Weights may take many gigabytes, so only samples of them are read, close enough to touch every
+    large matrix: training changes them all.
     """
     with open_weights(model) as weights:
         return {
@@ -109,15 +112,15 @@ def _fingerprint(model: Path) -> dict[str, str]:
 
 
 def open_weights(model: Path) -> BinaryIO:
-    """The file with the weights. Raises ValueError if there is none."""
+    """Open the file of the weights. Raises UserError if there is none."""
     path = model / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; is {model} a model directory?")
+        raise UserError("model", message=f"{path}: no such file; is {model} a model directory?")
     return path.open("rb")
 
 
 def fingerprint_of(weights: BinaryIO) -> str:
-    """Size and a hash of samples."""
+    """Return the size of the weights and a hash of samples."""
     num_bytes = os.fstat(weights.fileno()).st_size
     return f"{num_bytes} bytes, samples {_sha256(_samples(weights, num_bytes))}"
 

@@ -1,4 +1,4 @@
-"""The rows of OpenAI's batch format."""
+"""Rows of OpenAI's batch format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +17,8 @@ ID_PREFIX = "batch_req_"
 
 
 class OpenAiRows:
-    """`{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`, or with the url
-    "/v1/chat/completions", both in one file if need be; `serve.openai` reads the bodies."""
+    """Rows of `{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`, or with
+    the url "/v1/chat/completions"; a file may have both. `serve.openai` reads the bodies."""
 
     name = "openai"
     id_field = "custom_id"
@@ -27,22 +27,23 @@ class OpenAiRows:
         self._by_url: dict[str, TextCompletions | ChatCompletions]
         self._by_url = {TEXT_URL: completions, CHAT_URL: chats}
 
-    def id_of(self, given: Mapping[str, Any], number: int) -> str:
-        """`RowFormat.id_of`."""
-        if "custom_id" not in given:
-            raise ValueError('field "custom_id" is missing: give a string that no other row has')
-        row_id = given["custom_id"]
+    def id_of(self, fields: Mapping[str, Any], number: int) -> str:
+        """See `RowFormat.id_of`."""
+        if "custom_id" not in fields:
+            message = 'field "custom_id" is missing: give a string that no other row has'
+            raise UserError("custom_id", message=message)
+        row_id = fields["custom_id"]
         if not isinstance(row_id, str):
-            raise ValueError(f"custom_id={show(row_id)} is not allowed: it must be a string")
+            raise UserError("custom_id", row_id, "a string")
         require_unicode("custom_id", row_id)
         return row_id
 
-    def row(self, number: int, row_id: str | int, given: Mapping[str, Any]) -> Row:
-        """`RowFormat.row`."""
-        for key in given:
+    def row(self, number: int, row_id: str | int, fields: Mapping[str, Any]) -> Row:
+        """See `RowFormat.row`."""
+        for key in fields:
             if key not in FIELDS:
                 raise UserError(key, message=f"unknown field {show(key)}{nearest(key, FIELDS)}")
-        method, url, body = given.get("method"), given.get("url"), given.get("body")
+        method, url, body = fields.get("method"), fields.get("url"), fields.get("body")
         if method != "POST":
             raise UserError("method", method, '"POST"')
         if not isinstance(url, str) or url not in self._by_url:
@@ -54,14 +55,14 @@ class OpenAiRows:
         return Row(number, row_id, {"url": url, "body": read}, completions.requests(number, read))
 
     def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
-        """`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}`,
-        the body that of OpenAI's completions or chat completions."""
-        answerer: Any = self._by_url[row.given["url"]]
-        body = answerer.answer(row.number, row.given["body"], row.requests, completions)
+        """Return `{"id", "custom_id", "response": {"status_code", "request_id", "body"},
+        "error": null}` with OpenAI's body."""
+        answerer: Any = self._by_url[row.fields["url"]]
+        body = answerer.answer(row.number, row.fields["body"], row.requests, completions)
         return _written(row.number, row.id, 200, body, None)
 
     def refused(self, refusal: Refusal) -> Json:
-        """Like `completed`, with OpenAI's error in place of the body and in `error`."""
+        """Return a row like `completed`, with OpenAI's error as the body and in `error`."""
         message = refusal.error
         kind = "invalid_request_error" if refusal.status_code < 500 else "server_error"
         body = error_body(message, kind, code=refusal.code)
@@ -69,7 +70,7 @@ class OpenAiRows:
         return _written(refusal.number, refusal.id, refusal.status_code, body, error)
 
     def recognise(self, written: Json) -> tuple[int, bool]:
-        """`RowFormat.recognise`."""
+        """See `RowFormat.recognise`."""
         written_id = str(written["id"])
         if not written_id.startswith(ID_PREFIX):
             raise ValueError(f"id={show(written_id)} does not begin with {ID_PREFIX}")

@@ -1,4 +1,4 @@
-"""How far a batch is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a batch run: a bar on a terminal, a line every 30 seconds in a log."""
 
 import sys
 import time
@@ -14,13 +14,13 @@ from serve.batch.decoder import Report
 
 LOG_SECONDS = 30
 SPEED_SECONDS = 15
-"""Tokens per second are those of so long a time up to now."""
+"""Time over which tokens per second are averaged."""
 
 
 class Tally:
-    """What a run has done, all its engines together, and what is left.
+    """Counts of what all engines of a run have done, and what is left.
 
-    num_before, num_failed: rows that were there already, and those of them that have an error.
+    num_before, num_failed: rows that the output had already, and how many of them have an error.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Tally:
     ) -> None:
         self.num_before, self.num_failed = num_before, num_failed
         self.num_rows = 0
-        """By this run."""
+        """Rows written by this run."""
         self._latest: dict[int, Report] = {}
         self._clock = clock
-        self._lately: deque[tuple[float, int]] = deque()
-        """Times, and tokens up to them."""
+        self._samples: deque[tuple[float, int]] = deque()
+        """Times, and new tokens up to then."""
 
     def add(self, engine: int, report: Report) -> None:
         """Count the report of one engine."""
@@ -40,11 +40,11 @@ class Tally:
         self.num_failed += report.num_failed
         self._latest[engine] = report
         now = self._clock()
-        if not self._lately:
-            self._lately.append((now - report.seconds, 0))
-        self._lately.append((now, self._num_tokens))
-        while len(self._lately) > 2 and self._lately[1][0] < now - SPEED_SECONDS:
-            self._lately.popleft()
+        if not self._samples:
+            self._samples.append((now - report.seconds, 0))
+        self._samples.append((now, self._num_tokens))
+        while len(self._samples) > 2 and self._samples[1][0] < now - SPEED_SECONDS:
+            self._samples.popleft()
 
     @property
     def num_done(self) -> int:
@@ -53,31 +53,31 @@ class Tally:
 
     @property
     def rows_left(self) -> float:
-        """An estimate, for the input is not read ahead."""
+        """Estimate of the rows that are left; the input is not read ahead."""
         return sum(report.rows_left for report in self._latest.values())
 
     def now(self) -> str:
-        """The state of the run, in two lines."""
-        (then, before), (now, tokens) = self._lately[0], self._lately[-1]
+        """Return the state of the run in two lines."""
+        (then, before), (now, tokens) = self._samples[0], self._samples[-1]
         speed = (tokens - before) / (now - then) if now > then else 0.0
         rows = f"{self.num_done:,} of about {self.num_done + self.rows_left:,.0f} rows"
         parts = [rows, f"{speed:,.0f} tokens/s"]
         if self.num_rows:
             seconds_left = round(self.rows_left * self._seconds / self.num_rows)
             parts.append(f"about {timedelta(seconds=seconds_left)} left")
-        stats = [report.stats for report in self._latest.values()]
-        used = [f"{sum(its.running for its in stats):,} running"]
-        used.append(f"{sum(its.waiting for its in stats):,} waiting")
+        all_stats = [report.stats for report in self._latest.values()]
+        used = [f"{sum(stats.running for stats in all_stats):,} running"]
+        used.append(f"{sum(stats.waiting for stats in all_stats):,} waiting")
         for kind in ("convolution", "attention"):
-            num_pages = sum(getattr(its, f"{kind}_pages") for its in stats)
+            num_pages = sum(getattr(stats, f"{kind}_pages") for stats in all_stats)
             if num_pages:
-                num_used = sum(getattr(its, f"{kind}_pages_used") for its in stats)
+                num_used = sum(getattr(stats, f"{kind}_pages_used") for stats in all_stats)
                 used.append(f"{num_used:,} of {num_pages:,} {kind} pages")
         return f"{', '.join(parts)}\n{', '.join(used)}"
 
     def __str__(self) -> str:
-        before = f" besides {self.num_before:,} that were there" if self.num_before else ""
-        failed = f" ({self.num_failed:,} of them with an error)" if self.num_failed else ""
+        before = f", besides {self.num_before:,} from before" if self.num_before else ""
+        failed = f" ({self.num_failed:,} with an error)" if self.num_failed else ""
         speed = self._num_tokens / self._seconds if self._seconds else 0.0
         return (
             f"{self.num_rows:,} rows{before}{failed}, {self._num_tokens:,} tokens in "
@@ -90,12 +90,12 @@ class Tally:
 
     @property
     def _seconds(self) -> float:
-        """Of decoding: loading models is not counted."""
+        """Seconds of decoding, without loading models."""
         return max((report.seconds for report in self._latest.values()), default=0.0)
 
 
 class Display:
-    """Shows a tally on stderr, as a context: a bar on a terminal, else a line every 30 seconds."""
+    """Shows a tally on standard error while its context is open."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         console = Console(stderr=True)
@@ -108,14 +108,6 @@ class Display:
         self._bar.start()
         return self
 
-    def show(self, tally: Tally) -> None:
-        """Show how it stands now."""
-        total = tally.num_done + tally.rows_left
-        self._bar.update(self._task, description=tally.now(), completed=tally.num_done, total=total)
-        if self._bar.disable and self._clock() - self._last_log >= LOG_SECONDS:
-            self._last_log = self._clock()
-            print(tally.now().replace("\n", ", "), file=sys.stderr)
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -123,3 +115,11 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def show(self, tally: Tally) -> None:
+        """Show the present state."""
+        total = tally.num_done + tally.rows_left
+        self._bar.update(self._task, description=tally.now(), completed=tally.num_done, total=total)
+        if self._bar.disable and self._clock() - self._last_log >= LOG_SECONDS:
+            self._last_log = self._clock()
+            print(tally.now().replace("\n", ", "), file=sys.stderr)

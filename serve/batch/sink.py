@@ -1,4 +1,4 @@
-"""The rows of a batch on disk: none is lost, doubled or half there, however a run ends."""
+"""Output rows on disk: a run that ends in any way loses, repeats or halves none."""
 
 import errno
 import fcntl
@@ -10,26 +10,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stu.common.errors import show
+from stu.common.errors import UserError, show
 from stu.common.files import new_file
 
 SPOILT = "spoilt"
-"""In a job file: why its output must not be gone on with."""
+"""Field of a job file: why its output cannot be resumed."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class OutputFile:
-    """Lines that are on disk once they are appended; as a context, this run's alone.
+    """A file of lines, locked by this run while the context is open.
 
-    Beside it lies a job file with `identity`, what decides its rows. An output that was begun with
-    the same is gone on with: a last line that was cut off in the middle is removed, and the numbers
-    of the others are in `done`.
+    A job file beside it holds `identity`, which decides the rows. An output of the same identity is
+    resumed: a last line that was cut off is removed, and `done` has the numbers of the others.
 
-    recognise: the number of a row that was written, and whether it is one of an error; it raises
-    KeyError, TypeError or ValueError for what is no such row.
+    recognise: returns the number of a written row and whether it has an error, and raises KeyError,
+    TypeError or ValueError for anything else.
 
-    Raises ValueError if another run writes to it, or if it has rows of another identity or none and
-    `overwrite` is off.
+    Raises UserError if another run is writing the file, or if it has rows of another or an unknown
+    identity and `overwrite` is off.
     """
 
     def __init__(
@@ -40,11 +39,11 @@ class OutputFile:
         overwrite: bool = False,
     ) -> None:
         self.done: set[int] = set()
+        """Numbers of the rows that are written."""
         self.num_failed = 0
-        """Of the rows in `done`."""
+        """Rows in `done` that have an error."""
         self._path, self._recognise = path, recognise
-        self._identity = json.loads(json.dumps(identity))  # as it is once it was written
-        self._job_file = _job_file(path)
+        self._identity = json.loads(json.dumps(identity))  # as it will be read from the job file
         self._overwrite = overwrite
 
     def __enter__(self) -> "OutputFile":
@@ -57,20 +56,6 @@ class OutputFile:
             raise
         return self
 
-    def append(self, lines: Sequence[str]) -> None:
-        """Add lines, and return when they would outlast a crash of the machine."""
-        data = "".join(line + "\n" for line in lines).encode()
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise OSError(f"output {self._path}: {error.strerror}") from error
-
-    def condemn(self, reason: str) -> None:
-        """Let no run go on with these rows."""
-        self._write_job({**self._identity, SPOILT: reason})
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -79,45 +64,54 @@ class OutputFile:
     ) -> None:
         os.close(self._descriptor)
 
+    def append(self, lines: Sequence[str]) -> None:
+        """Append lines, and return when they would survive a crash of the machine."""
+        _write_lines(self._descriptor, lines, f"output {self._path}", is_durable=True)
+
+    def condemn(self, reason: str) -> None:
+        """Record that no run may resume this output."""
+        self._write_job({**self._identity, SPOILT: reason})
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"output {self._path}: another run is writing it; wait for that one, or choose "
-                "another"
+            raise UserError(
+                "output",
+                message=f"output {self._path}: another run is writing it; wait for that run, or "
+                "choose another output",
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             print(
-                f"output {self._path}: its file system has no locks; see to it that no other run "
+                f"output {self._path}: its file system has no locks; make sure that no other run "
                 "writes it",
                 file=sys.stderr,
             )
 
     def _begin(self) -> None:
-        """Recover the rows that are there, or begin without any."""
         has_rows = os.fstat(self._descriptor).st_size > 0
         if has_rows and not self._overwrite:
             _require_same(self._path, self._old_identity(), self._identity)
             self._recover()
             return
-        # Before the job file, so that no rows are ever taken for those of another job.
+        # Before the job file, so that its rows are never taken for those of another job.
         os.ftruncate(self._descriptor, 0)
         os.fsync(self._descriptor)
         self._write_job(self._identity)
 
     def _write_job(self, values: Mapping[str, Any]) -> None:
-        with new_file(self._job_file) as temporary:
+        with new_file(_job_file(self._path)) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def _old_identity(self) -> Mapping[str, Any]:
-        identity = _read_job(self._job_file)
+        identity = _read_job(_job_file(self._path))
         if identity is None:
-            raise ValueError(
-                f"output {self._path}: exists, and no {self._job_file.name} beside it says what it "
-                "was begun with; choose another, or give --overwrite"
+            raise UserError(
+                "output",
+                message=f"output {self._path}: exists, and there is no {_job_file(self._path).name}"
+                " that records how it was made; choose another output, or give --overwrite",
             )
         return identity
 
@@ -126,7 +120,7 @@ class OutputFile:
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    break  # the run was killed while it wrote this one
+                    break  # the run was killed while it wrote this line
                 self._count(line, number)
                 num_bytes += len(line)
         os.ftruncate(self._descriptor, num_bytes)
@@ -136,18 +130,21 @@ class OutputFile:
         try:
             number, is_failed = self._recognise(json.loads(line))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{place} is no row of this job; mend or delete it, or give --overwrite"
+            raise UserError(
+                "output",
+                message=f"{place} is not a row of this job; mend or delete it, or give --overwrite",
             ) from error
         if number in self.done:
-            raise ValueError(f"{place} has row {number} a second time; delete one of them")
+            raise UserError(
+                "output", message=f"{place} has row {number} a second time; delete one of them"
+            )
         self.done.add(number)
         self.num_failed += is_failed
 
 
 class StandardOutput:
-    """Lines on standard output, where no other run's are. As a context: what else this process
-    prints there goes to standard error."""
+    """Standard output as a file of lines. While the context is open, everything else that this
+    process prints there goes to standard error."""
 
     done: frozenset[int] = frozenset()
     num_failed = 0
@@ -157,18 +154,6 @@ class StandardOutput:
         self._descriptor = os.dup(1)
         os.dup2(2, 1)
         return self
-
-    def append(self, lines: Sequence[str]) -> None:
-        """Write lines."""
-        data = "".join(line + "\n" for line in lines).encode()
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        except OSError as error:
-            raise OSError(f"standard output: {error.strerror}") from error
-
-    def condemn(self, reason: str) -> None:
-        """Nothing: no run goes on with these rows."""
 
     def __exit__(
         self,
@@ -180,13 +165,33 @@ class StandardOutput:
         os.dup2(self._descriptor, 1)
         os.close(self._descriptor)
 
+    def append(self, lines: Sequence[str]) -> None:
+        """Write lines."""
+        _write_lines(self._descriptor, lines, "standard output")
+
+    def condemn(self, reason: str) -> None:
+        """Do nothing: no run resumes standard output."""
+
 
 def require_same_job(identity: Mapping[str, Any], others: Sequence[Path]) -> None:
-    """Raises ValueError if one of the `others`, the outputs of the other tasks, has rows of
-    another job: together they would be a mixture."""
+    """Raise UserError if one of `others`, the outputs of the other array tasks, has rows of another
+    job: they could not be put together."""
     for other in others:
         if other.exists() and other.stat().st_size and (old := _read_job(_job_file(other))):
             _require_same(other, {**old, "part": None}, {**identity, "part": None})
+
+
+def _write_lines(
+    descriptor: int, lines: Sequence[str], name: str, is_durable: bool = False
+) -> None:
+    data = "".join(line + "\n" for line in lines).encode()
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        if is_durable:
+            os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(f"{name}: {error.strerror}") from error
 
 
 def _job_file(output: Path) -> Path:
@@ -194,27 +199,27 @@ def _job_file(output: Path) -> Path:
 
 
 def _read_job(file: Path) -> dict[str, Any] | None:
-    """The settings that the output was begun with, if they were written."""
+    """Return the identity of the output that `file` is beside, or None if there is no such file."""
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        raise UserError("output", message=f"{file}: is not JSON ({error})") from error
     if not isinstance(identity, dict):
-        raise ValueError(f"{file}: a JSON object is needed")
+        raise UserError("output", message=f"{file}: is not a JSON object")
     return identity
 
 
 def _require_same(output: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises ValueError naming what differs."""
     if SPOILT in old:
-        raise ValueError(f"output {output}: {old[SPOILT]}")
+        raise UserError("output", message=f"output {output}: {old[SPOILT]}")
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if different:
-        was = ", ".join(f"{name}={show(old.get(name))}" for name in different)
+        before = ", ".join(f"{name}={show(old.get(name))}" for name in different)
         now = ", ".join(f"{name}={show(new.get(name))}" for name in different)
-        raise ValueError(
-            f"output {output}: was begun with {was}, and this run has {now}: run it as it was "
-            "begun, choose another output, or begin anew with --overwrite"
+        raise UserError(
+            "output",
+            message=f"output {output}: was begun with {before}, and this run has {now}; run it as "
+            "it was begun, choose another output, or start anew with --overwrite",
         )

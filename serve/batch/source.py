@@ -1,5 +1,4 @@
-"""Where rows come from: JSON lines, compressed or not, or Parquet; one file or a folder of them;
-never all rows in memory."""
+"""Rows of an input: JSON lines or Parquet, one file or a folder, read one by one."""
 
 import hashlib
 import json
@@ -10,53 +9,55 @@ from typing import Any, Protocol
 
 from serve.batch.checked_file import Changed, FileDigest
 from stu.common.compressed import open_decompressed
-from stu.common.errors import show
+from stu.common.errors import UserError, show
 
 PARQUET_MAGIC = b"PAR1"
+NumberedRow = tuple[int, Mapping[str, Any] | UserError]
+"""Number of a row from 0, and its fields, or why they cannot be read."""
 
 
 class Source(Protocol):
-    """Rows in order, each with its number, from 0: its fields, or why it cannot be read.
+    """Rows in order.
 
-    Iteration raises ValueError where the input is damaged, or is not what it was when its digest
-    was made; all rows before were given then.
+    Iteration yields `NumberedRow`. It raises UserError where the input is damaged or differs from
+    its digest, after it has yielded all rows before.
     """
 
     fraction_read: float
-    """Of the last iteration, 0 to 1."""
+    """Part of the input that the last iteration has read, 0 to 1."""
     num_read: int
-    """Numbers given out by the last iteration, with those of blank lines."""
+    """Row numbers that the last iteration has used, including those of blank lines."""
 
-    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
-        """From the beginning."""
+    def __iter__(self) -> Iterator[NumberedRow]:
+        """Read from the beginning."""
 
     def place(self, number: int) -> str:
-        """How an error calls row `number`."""
+        """Return the name of row `number` in error messages."""
 
 
 @dataclass(frozen=True)
 class InputDigest:
-    """The hashes of an input's files, by their names within it: "" for an input of one file."""
+    """Digests of the files of an input, by their names within it; "" if it is a single file."""
 
     files: Mapping[str, FileDigest]
 
     @classmethod
     def of(cls, path: Path) -> "InputDigest":
-        """Read an input. Raises ValueError if it is none, or is written meanwhile."""
+        """Read and hash an input. Raises UserError if there is none or it is being written."""
         return cls({name: FileDigest.of(path / name) for name in _names(path)})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "InputDigest":
-        """From `to_json`."""
+        """Return the digest that `to_json` wrote."""
         return cls({name: FileDigest.from_json(file) for name, file in values.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the digest as JSON values."""
         return {name: file.to_json() for name, file in self.files.items()}
 
     def check(self, path: Path) -> None:
-        """Raises Changed unless `path` is still what was read."""
-        if _names(path, self.files) != list(self.files):
+        """Raise Changed unless `path` still has the same content."""
+        if _names(path, may_be_missing=True) != list(self.files):
             raise Changed(path)
         for name, file in self.files.items():
             file.check(path / name)
@@ -73,9 +74,9 @@ class InputDigest:
 def open_input(
     path: Path, digest: InputDigest, column: str | None, id_column: str | None
 ) -> Source:
-    """The rows of an input of which `digest` was made. Columns are for Parquet alone.
+    """Return the rows of an input whose digest is `digest`; columns are for Parquet only.
 
-    Raises ValueError if it cannot be read, or has not these columns.
+    Raises UserError if the input cannot be read or has no such columns.
     """
     sources = [
         _open_file(path / name, file, column, id_column) for name, file in digest.files.items()
@@ -84,13 +85,13 @@ def open_input(
 
 
 class JsonLines:
-    """One JSON object a line, in UTF-8; blank lines are no rows, but counted."""
+    """A JSON object on each line, in UTF-8. Blank lines are numbered but skipped."""
 
     def __init__(self, path: Path, digest: FileDigest) -> None:
         self.fraction_read, self.num_read = 0.0, 0
         self._path, self._digest = path, digest
 
-    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
+    def __iter__(self) -> Iterator[NumberedRow]:
         num_bytes = self.num_read = 0
         with self._digest.open(self._path) as file:
             lines = open_decompressed(file, f"input {self._path}")
@@ -99,57 +100,54 @@ class JsonLines:
                 self.fraction_read, self.num_read = num_bytes / self._digest.num_bytes, number + 1
                 if number == 0:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.isspace() and line:
+                if line.strip():
                     yield number, _parse(line)
         self.fraction_read = 1.0
 
     def place(self, number: int) -> str:
-        """Lines count from 1, as editors do."""
+        """Return the line's number from 1, as editors count."""
         return f"line {number + 1}"
 
 
 class Folder:
-    """The rows of several files, one after the other, numbered throughout."""
+    """Rows of several files in turn, numbered throughout."""
 
     def __init__(self, names: list[str], sources: list[Source]) -> None:
         self.fraction_read, self.num_read = 0.0, 0
         self._names, self._sources = names, sources
         self._starts: list[int] = []
-        """Numbers of the first rows of the files that were read."""
+        """Number of the first row of each file read so far."""
 
-    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
+    def __iter__(self) -> Iterator[NumberedRow]:
         self._starts = []
         start = 0
         for index, source in enumerate(self._sources):
             self._starts.append(start)
-            for number, given in source:
+            for number, fields in source:
                 self.fraction_read = (index + source.fraction_read) / len(self._sources)
                 self.num_read = start + source.num_read
-                yield start + number, given
+                yield start + number, fields
             start += source.num_read
         self.fraction_read, self.num_read = 1.0, start
 
     def place(self, number: int) -> str:
-        """With the name of the file."""
+        """Return the name of the file and the row's place in it."""
         index = max(i for i, start in enumerate(self._starts) if start <= number)
         return f"{self._names[index]} {self._sources[index].place(number - self._starts[index])}"
 
 
-def _names(path: Path, known: Mapping[str, Any] | None = None) -> list[str]:
-    """The files of an input, in order: "" for an input of one file.
-
-    known: what was there before, for an input that may have vanished.
-    """
+def _names(path: Path, may_be_missing: bool = False) -> list[str]:
+    """Return the names of an input's files in order; "" if it is a single file."""
     if not path.is_dir():
-        if not path.is_file() and known is None:
-            raise ValueError(f"input {path}: no such file")
+        if not path.is_file() and not may_be_missing:
+            raise UserError("input", message=f"input {path}: no such file")
         return [""]
-    names = [its.relative_to(path) for its in path.rglob("*") if its.is_file()]
-    # As Spark and Arrow do: what begins with _ or . is no data.
-    names = [its for its in names if not any(part[0] in "_." for part in its.parts)]
-    if not names and known is None:
-        raise ValueError(f"input {path}: a folder without files; give a file, or a folder of some")
-    return sorted(its.as_posix() for its in names)
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    # Spark and Arrow skip these names too: they are not data.
+    names = [name for name in names if not any(part[0] in "_." for part in name.parts)]
+    if not names and not may_be_missing:
+        raise UserError("input", message=f"input {path}: the folder has no files to read")
+    return sorted(name.as_posix() for name in names)
 
 
 def _open_file(path: Path, digest: FileDigest, column: str | None, id_column: str | None) -> Source:
@@ -158,31 +156,39 @@ def _open_file(path: Path, digest: FileDigest, column: str | None, id_column: st
         file.seek(0)
         lines = open_decompressed(file, f"input {path}")
         if lines is not file and lines.peek(4).startswith(PARQUET_MAGIC):  # type: ignore[attr-defined]
-            raise ValueError(f"input {path}: Parquet inside a compressed file: decompress it first")
+            raise UserError(
+                "input", message=f"input {path}: Parquet inside a compressed file; decompress it"
+            )
     if is_parquet:
         from serve.batch.parquet import ParquetRows
 
         return ParquetRows(path, digest, column or "prompt", id_column)
     if path.suffix == ".parquet":
-        raise ValueError(f"input {path}: not a Parquet file: write or copy it again, or rename it")
-    for name, value in {"column": column, "id_column": id_column}.items():
+        raise UserError(
+            "input", message=f"input {path}: is not a Parquet file; copy it again, or rename it"
+        )
+    for option, value in {"column": column, "id-column": id_column}.items():
         if value is not None:
-            raise ValueError(
-                f"{name}={value!r} is for Parquet, and input {path} is not: leave it out, rows of "
-                'JSON have the fields "prompt" and "id"'
+            raise UserError(
+                option,
+                value,
+                fix=f"it is for Parquet, and {path} has rows of JSON, whose fields are "
+                '"prompt" and "id"; leave it out',
             )
     return JsonLines(path, digest)
 
 
-def _parse(line: bytes) -> Mapping[str, Any] | ValueError:
+def _parse(line: bytes) -> Mapping[str, Any] | UserError:
+    problem = ""
     try:
         row = json.loads(line.decode())
+        if isinstance(row, dict):
+            return row
+        problem = f'{show(row)} is not a JSON object; write {{"prompt": "..."}}'
     except UnicodeDecodeError:
-        return ValueError("not UTF-8; convert the file")
+        problem = "is not UTF-8; convert the file"
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON ({error.msg}, column {error.colno}): write one object a line")
-    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
-        return ValueError(f"not JSON that can be read ({error})")
-    if not isinstance(row, dict):
-        return ValueError(f'{show(row)} is not a JSON object: write {{"prompt": "..."}}')
-    return row
+        problem = f"is not JSON ({error.msg}, column {error.colno}); write an object on each line"
+    except (ValueError, RecursionError) as error:  # too long a number, too deep nesting
+        problem = f"is not JSON that can be read ({error})"
+    return UserError("input", message=problem)

@@ -1,4 +1,4 @@
-"""Standard input and pipes can be read once: they are kept in a file, which can be read again."""
+"""Copies of standard input and pipes, so that a batch run can read them again."""
 
 import hashlib
 import os
@@ -13,25 +13,18 @@ from pathlib import Path
 from stu.common.files import fsync
 
 STANDARD = Path("-")
-DESCRIPTORS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # another process has others
+DESCRIPTORS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # they differ between processes
 READ_BYTES = 2**20
 HASH_DIGITS = 16
 
 
-def is_stream(path: Path) -> bool:
-    """Whether an input can be read once only, or by this process only."""
-    if path == STANDARD or str(path).startswith(DESCRIPTORS):
-        return True
-    return path.exists() and not (path.is_file() or path.is_dir())
-
-
 @contextmanager
-def readable_again(source: Path, output: Path) -> Iterator[Path]:
-    """The path of `source`, or of a copy of it if it is a stream.
+def rereadable(source: Path, output: Path) -> Iterator[Path]:
+    """Yield `source`, or the path of a copy if it is standard input or a pipe.
 
-    The copy lies beside `output` as OUTPUT.input-HASH, and stays if the run does not come to its
-    end; all copies go when one does, be it a run that reads one of them. Beside standard output it
-    is a temporary file.
+    The copy is OUTPUT.input-HASH, beside the output. It stays if the block raises, so that a later
+    run can read it, and is removed when a run ends, including one that reads the copy itself.
+    For standard output the copy is a temporary file.
     """
     if not is_stream(source):
         yield source
@@ -46,13 +39,20 @@ def readable_again(source: Path, output: Path) -> Iterator[Path]:
         copy = _copy(source, folder, name)
         if output != STANDARD:
             print(
-                f"stu-generate: {source} was read to its end; if this run is stopped, the same "
-                f"command with --input {copy} goes on",
+                f"stu-generate: read all of {source}; to resume this run after a stop, give the "
+                f"same command with --input {copy}",
                 file=sys.stderr,
             )
         yield copy
         if output != STANDARD:
             _remove_copies(output)
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether an input can be read only once, or only by this process."""
+    if path == STANDARD or str(path).startswith(DESCRIPTORS):
+        return True
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _copies(output: Path) -> list[Path]:
@@ -66,14 +66,14 @@ def _remove_copies(output: Path) -> None:
 
 
 def _copy(source: Path, folder: Path, name: str) -> Path:
-    """A file that is whole on disk, under a name that its contents decide."""
+    """Write a copy named after a hash of its contents, and return when it is on disk."""
     digest = hashlib.sha256()
     descriptor, temporary = tempfile.mkstemp(prefix=f".{name}", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file, _open(source) as stream:
-            while piece := stream.read1(READ_BYTES):
-                digest.update(piece)
-                file.write(piece)
+            while block := stream.read1(READ_BYTES):
+                digest.update(block)
+                file.write(block)
         copy = folder / f"{name}{digest.hexdigest()[:HASH_DIGITS]}"
         fsync(Path(temporary))
         os.replace(temporary, copy)

@@ -1,9 +1,9 @@
-"""One engine and its part of a batch: in this process, or as a process of its own.
+"""One engine with its part of a batch, in this process or in one of its own.
 
     python -m serve.batch.worker
 
-takes its work as a line of JSON on stdin, and gives its reports as lines of JSON on stdout. It ends
-when its stdin does, so that it does not outlive the run that it works for, however that one ends.
+reads its work as a line of JSON from stdin and writes its reports as lines of JSON to stdout. It
+ends when stdin does, so that it never outlives the run that started it.
 """
 
 import gc
@@ -26,26 +26,28 @@ from serve.batch.source import InputDigest
 from serve.engine.engine import Engine
 from stu.common.array_task import ArrayTask
 from stu.common.cli import run_command
+from stu.common.errors import UserError
 from stu.model_dir import load_model
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one engine is to decode."""
+    """Rows for one engine to decode."""
 
     config: BatchConfig
     device: str
-    """torch's name of it."""
+    """torch's name of the device."""
     task: ArrayTask
+    """Rows of this engine."""
     done: frozenset[int]
-    """Numbers of the rows of `task` that need no decoding."""
+    """Numbers of the rows of `task` that are written already."""
     digest: InputDigest
     """Digest that the input must still have."""
     model_and_settings: Mapping[str, Any]
-    """`BatchJob.model_and_settings` as the run began with it."""
+    """`BatchJob.model_and_settings` when the run began."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the work as JSON values."""
         return {
             "config": self.config.to_json(),
             "device": self.device,
@@ -57,7 +59,7 @@ class Work:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Work":
-        """From what `to_json` gave."""
+        """Return the work that `to_json` wrote."""
         return cls(
             BatchConfig.from_json(values["config"]),
             values["device"],
@@ -69,10 +71,10 @@ class Work:
 
 
 def decode(work: Work) -> Iterator[Report]:
-    """Decode all rows of `work`, reporting now and then; the model is loaded if there are any.
+    """Decode all rows of `work` and yield reports. The model is loaded only if there are rows.
 
-    An input that cannot be read any further is told by the last report. Raises ValueError or
-    OSError for what keeps all rows from being decoded.
+    The last report says why the rest of the input cannot be read, if so. Raises UserError or
+    OSError if nothing can be decoded.
     """
     job = BatchJob(work.config, work.digest)
     rows = read_rows(
@@ -89,32 +91,34 @@ def decode(work: Work) -> Iterator[Report]:
         return
     try:
         dtype = getattr(torch, work.config.dtype)
-        # The engine keeps what it needs of the model, which nobody else holds.
+        # No variable holds the model: the engine keeps only what it needs of it.
         engine = Engine(
             load_model(work.config.model, work.device, dtype), job.tokenizer, work.config.engine
         )
-        # Afterwards, or one that is exported now might be loaded in part.
+        # After loading, since an export may have replaced the model meanwhile.
         job.require_same(work.model_and_settings)
-        # Or a step now and then would wait for a collection of all that was ever imported.
+        # Objects of the imports need no garbage collection, which would delay a step at times.
         gc.collect()
         gc.freeze()
-        most_waiting = 2 * work.config.engine.max_running
-        decoder = Decoder(engine, job.row_format, job.source, work.task.count, most_waiting)
+        max_waiting = 2 * work.config.engine.max_running
+        decoder = Decoder(engine, job.row_format, job.source, work.task.count, max_waiting)
         yield from decoder.decode(chain([first], rows))
     except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{work.device} is out of memory: lower cache_gib, max_running or "
-            "prompt_tokens_per_step, or choose another device"
+        raise UserError(
+            "devices",
+            message=f"{work.device} is out of memory; lower --cache-gib, --max-running or "
+            "--prompt-tokens-per-step, or choose another device",
         ) from error
 
 
 def main() -> int:
-    """The worker process. 0: all is reported; 2: an error, which stderr says."""
+    """Run a worker process. Returns 0 when everything is reported, 2 after an error, which is on
+    stderr."""
 
     def report_all() -> int:
         work = Work.from_json(json.loads(sys.stdin.buffer.readline()))
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-        # What a library prints must not come between the reports.
+        # Output of libraries must not come between the reports.
         with os.fdopen(os.dup(1), "w", encoding="utf-8") as reports:
             os.dup2(2, 1)
             for report in decode(work):
@@ -125,7 +129,7 @@ def main() -> int:
 
 
 def _end_with_stdin() -> None:
-    # sys.stdin would be locked by this thread when the process ends.
+    # os.read, since this thread would hold the lock of sys.stdin when the process ends.
     while os.read(0, 1):
         pass
     os._exit(1)

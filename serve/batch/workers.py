@@ -1,4 +1,4 @@
-"""Several engines, each in a process of its own, that work on one batch."""
+"""Several engines decoding one batch, each in a process of its own."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from stu.common.processes import child_command, hangups_blocked, last_output, nu
 
 
 class Workers:
-    """A process for each of `works`. As a context: when it ends, so do they."""
+    """A worker process for each of `works`, ended with the context."""
 
     def __init__(self, works: Sequence[Work]) -> None:
         self._works = works
@@ -40,7 +40,7 @@ class Workers:
                         stdout=subprocess.PIPE,
                         stderr=self._errors[index],
                         env=environment,
-                        # Ctrl-C is for this process alone, which ends the others.
+                        # Ctrl-C ends this process alone, which ends the workers.
                         start_new_session=True,
                     )
                 )
@@ -49,10 +49,9 @@ class Workers:
         return self
 
     def reports(self) -> Iterator[list[tuple[int, Report]]]:
-        """All that the workers report, each time as much as there is, with the worker's index.
+        """Yield lists of the reports that have arrived, each with the index of its worker.
 
-        Raises OSError if one of them ends before its work is done, once the reports before are
-        given.
+        Raises OSError if a worker ends before its work is done, after its last report.
         """
         num_left = len(self._works)
         while num_left:
@@ -78,10 +77,10 @@ class Workers:
             thread.join()
         for process, errors in zip(self._processes, self._errors, strict=True):
             with process, errors:
-                pass  # closes what leads there
+                pass  # closes the pipes
 
     def _serve(self, index: int) -> None:
-        """Give a worker its work, and queue its reports and a None after the last."""
+        """Send a worker its work, and queue its reports, with None after the last."""
         process = self._processes[index]
         assert process.stdin is not None
         assert process.stdout is not None
@@ -89,9 +88,9 @@ class Workers:
             process.stdin.write(json.dumps(self._works[index].to_json()).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died, which its exit code tells
+            pass  # it has died: see its exit code
         for line in process.stdout:
-            if line.endswith(b"\n"):  # not cut off by its death
+            if line.endswith(b"\n"):  # else its death cut it off
                 self._reports.put((index, Report.from_json(json.loads(line))))
         self._reports.put((index, None))
 
@@ -106,6 +105,5 @@ class Workers:
             f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )
         raise OSError(
-            f"the worker on {self._works[index].device} {how}; what it said last: "
-            f"{tail or 'nothing'}"
+            f"the worker on {self._works[index].device} {how}; its last output: {tail or 'none'}"
         )

@@ -10,6 +10,7 @@ import torch
 
 from serve.devices import choose_devices
 from stu.common.array_task import ArrayTask
+from stu.common.errors import UserError
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -32,7 +33,7 @@ def test_split_tasks_share_the_rows(text, num_parts):
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "1/0", "a/b", "0/2/3", " 0/2", ""])
 def test_malformed_parts(text):
-    with pytest.raises(ValueError, match="it must be i/n with 0 <= i < n"):
+    with pytest.raises(UserError, match="it must be i/n with 0 <= i < n"):
         ArrayTask.parse(text)
 
 
@@ -86,7 +87,7 @@ def test_devices(monkeypatch, num_cuda, text, devices):
 )
 def test_devices_that_are_not_there(monkeypatch, num_cuda, text, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cuda)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         choose_devices(text)
 
 

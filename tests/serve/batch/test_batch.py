@@ -135,9 +135,9 @@ def test_no_rows_give_an_empty_file(run):
 
 
 BAD_ROWS = [
-    (b'{"prompt": "gr\xf6\xdfe"}', 2, ["not UTF-8; convert the file"]),
-    ('{"prompt": "x"', 2, ["not JSON", "write one object a line"]),
-    ("[" * 100_000, 2, ["not JSON that can be read"]),
+    (b'{"prompt": "gr\xf6\xdfe"}', 2, ["is not UTF-8; convert the file"]),
+    ('{"prompt": "x"', 2, ["is not JSON", "write an object on each line"]),
+    ("[" * 100_000, 2, ["is not JSON that can be read"]),
     ('["x"]', 2, ['["x"] is not a JSON object', '{"prompt": "..."}']),
     ("{}", 2, ['field "prompt" is missing', "give a string"]),
     ('{"prompt": 5}', 2, ["prompt=5", "must be a string or a list of token ids"]),
@@ -145,8 +145,16 @@ BAD_ROWS = [
     ('{"prompt": "x", "id": "\\ud800"}', 2, ["id has half of a surrogate pair"]),
     ('{"prompt": "x", "id": true}', 2, ["id=true", "a string or whole number"]),
     ('{"prompt": "x", "id": [1]}', 2, ["id=[1]", "a string or whole number"]),
-    ('{"prompt": "x", "id": "a"}', "a", ["id='a' is taken by line 1", "give another"]),
-    ('{"prompt": "x", "id": 1}', 1, ["id=1 is taken by line 2", "its number, from 0"]),
+    (
+        '{"prompt": "x", "id": "a"}',
+        "a",
+        ['id="a" is not allowed: line 1 has it already', "give another"],
+    ),
+    (
+        '{"prompt": "x", "id": 1}',
+        1,
+        ["id=1 is not allowed: line 2 has it already", "its number, from 0"],
+    ),
     ('{"promt": "x"}', 2, ['unknown field "promt"', "did you mean 'prompt'?"]),
     ('{"prompt": "x", "topk": 1}', 2, ['unknown field "topk"', "did you mean 'top_k'?"]),
     ('{"prompt": "x", "temperature": NaN}', 2, ["temperature=NaN", "a finite number >= 0"]),
@@ -206,7 +214,7 @@ def test_a_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code
     rows = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
     assert rows[0]["error"].startswith("line 1: the model's logits are not finite")
     assert rows[1]["error"].startswith("line 2: unknown field")
-    assert "2 rows (2 of them with an error)" in capsys.readouterr().err
+    assert "2 rows (2 with an error)" in capsys.readouterr().err
 
 
 def test_a_prompt_may_fill_the_context(run):
@@ -269,7 +277,7 @@ def test_parquet(tmp_path, model_directory, run):
         (["--max-new-tokens", "-1"], "max_new_tokens=-1 is not allowed"),
         (["--max-running", "0"], "max_running=0 is not allowed: it must be a whole number >= 1"),
         (["--page-len", "3"], "page_len=3 is not allowed: it must be a power of two"),
-        (["--column", "text"], "column='text' is for Parquet"),
+        (["--column", "text"], 'column="text" is not allowed: it is for Parquet'),
         (["--part", "2/2"], 'part="2/2" is not allowed: it must be i/n with 0 <= i < n'),
         (["--devices", "gpu"], 'devices="gpu" is not allowed: it must be auto, all, or'),
         (["--devices", "cuda:99"], "devices='cuda:99', and torch sees"),
@@ -283,7 +291,7 @@ def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
 
 def test_a_device_named_twice_needs_a_cache_size(run, capsys):
     assert run([{"prompt": "x"}], "--devices", "cpu,cpu", "--cache-gib", "null") == (2, [])
-    assert "devices='cpu,cpu' names one twice" in capsys.readouterr().err
+    assert "devices='cpu,cpu' names a device twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -329,7 +337,7 @@ def test_files_that_cannot_be_used(tmp_path, model_directory, capsys):
 
     target = tmp_path / "out.jsonl"
     assert "no such file" in refused(model_directory, tmp_path / "none.jsonl", target)
-    assert "exists, and no other.jsonl.job.json" in refused(model_directory, source, other)
+    assert "exists, and there is no other.jsonl.job.json" in refused(model_directory, source, other)
     assert "is the input" in refused(model_directory, source, source, "--overwrite")
     folder = tmp_path / "folder"
     assert "is not a file" in refused(model_directory, source, folder, "--overwrite")
@@ -340,7 +348,7 @@ def test_files_that_cannot_be_used(tmp_path, model_directory, capsys):
 def test_the_last_line_says_what_was_done(run, capsys):
     run([{"prompt": "x"}, "{}"])
     last = capsys.readouterr().err.strip().split("\n")[-1]
-    assert last.startswith("2 rows (1 of them with an error), 9 tokens in ")
+    assert last.startswith("2 rows (1 with an error), 9 tokens in ")
     assert "tokens/s; wrote " in last
 
 

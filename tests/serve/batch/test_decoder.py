@@ -47,7 +47,7 @@ def build(code_tokenizer):
 
 
 def decode(engine, rows, **options):
-    options = {"stride": 1, "most_waiting": 6, **options}
+    options = {"stride": 1, "max_waiting": 6, **options}
     yield from Decoder(engine, Names(), Endless(), **options).decode(iter(rows))
 
 
@@ -83,7 +83,7 @@ def test_what_is_left_is_estimated_from_what_was_read(engine, build):
             source.fraction_read = (number + 1) / 300
             yield Row(number, number, {}, [build()])
 
-    decoder = Decoder(engine, Names(), source, stride=3, most_waiting=6)
+    decoder = Decoder(engine, Names(), source, stride=3, max_waiting=6)
     num_written = 0
     for report in decoder.decode(every_third_row()):
         num_written += len(report.lines)

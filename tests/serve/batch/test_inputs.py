@@ -18,6 +18,7 @@ from serve.batch import checked_file
 from serve.batch.checked_file import Changed
 from serve.batch.source import InputDigest, open_input
 from serve.engine.engine import Engine
+from stu.common.errors import UserError
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from tests.serve.conftest import generate, read_rows
@@ -126,7 +127,7 @@ def test_an_input_that_is_written_while_it_is_hashed(source, monkeypatch):
         return hashed(block)
 
     monkeypatch.setattr(checked_file, "_hash", append_and_hash)
-    with pytest.raises(ValueError, match="is being written: give the command again when it is"):
+    with pytest.raises(UserError, match="is being written; give the command again when it is"):
         InputDigest.of(source)
 
 
@@ -177,11 +178,11 @@ def test_rows_of_a_model_that_was_written_over_are_not_gone_on_with(
 
     during(12, write_over)
     assert generate(model, source, target) == 2
-    assert "was written over while it was decoded with" in capsys.readouterr().err
+    assert "was overwritten during this run" in capsys.readouterr().err
     monkeypatch.undo()
     weights.write_bytes(old)
     assert generate(model, source, target) == 2
-    assert "rows may be of both models: begin anew with --overwrite" in capsys.readouterr().err
+    assert "rows may be of either model; start anew with --overwrite" in capsys.readouterr().err
     assert generate(model, source, target, "--overwrite") == 0
 
 
@@ -217,7 +218,7 @@ def test_rows_before_the_damage_are_written(
     assert len(written) > 10
     error = capsys.readouterr().err
     assert f"input {source}: damaged gzip file (" in error
-    assert f"copy or write it again; {len(written)} rows are in {target}" in error
+    assert f"copy or write it again; {target} has {len(written)} rows" in error
 
 
 def test_what_a_compressed_file_must_not_hold(tmp_path, model_directory, target, capsys):
@@ -225,7 +226,7 @@ def test_what_a_compressed_file_must_not_hold(tmp_path, model_directory, target,
     source = tmp_path / "a.parquet.gz"
     source.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
     assert generate(model_directory, source, target) == 2
-    assert "Parquet inside a compressed file: decompress it first" in capsys.readouterr().err
+    assert "Parquet inside a compressed file; decompress it" in capsys.readouterr().err
 
 
 def test_a_pipe_is_kept_until_its_rows_are_written(
@@ -246,7 +247,7 @@ def test_a_pipe_is_kept_until_its_rows_are_written(
 
     assert decode(stops=True) == 130
     (kept,) = tmp_path.glob("out.jsonl.input-*")
-    assert f"the same command with --input {kept} goes on" in capsys.readouterr().err
+    assert f"the same command with --input {kept}" in capsys.readouterr().err
     assert kept.read_bytes() == b"".join(LINES)
     assert decode(LINES[1:]) == 2
     assert "was begun with input=" in capsys.readouterr().err
@@ -301,7 +302,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     with pytest.raises(Changed):
         digest.check(folder)
     (folder / "e.parquet").touch()
-    with pytest.raises(ValueError, match=r"e\.parquet: not a Parquet file: write or copy it again"):
+    with pytest.raises(UserError, match=r"e\.parquet: is not a Parquet file; copy it again"):
         read(folder)
 
 
@@ -309,10 +310,10 @@ def test_an_output_must_not_lie_in_the_input(tmp_path, model_directory, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(LINES[0])
     assert generate(model_directory, tmp_path / "in", tmp_path / "in" / "out.jsonl") == 2
-    assert "lies in the input" in capsys.readouterr().err
+    assert "is inside the input" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
     assert generate(model_directory, tmp_path / "none", tmp_path / "out.jsonl") == 2
-    assert "a folder without files" in capsys.readouterr().err
+    assert "the folder has no files to read" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -346,14 +347,14 @@ def test_a_string_that_is_not_utf8_is_an_error_of_its_row(parquet):
     buffers = [good.buffers()[0], good.buffers()[1], pa.py_buffer(b"a\xffcd")]
     rows = parquet([pa.Array.from_buffers(pa.string(), 3, buffers)], names=["prompt"])
     assert [rows[0], rows[2]] == [{"prompt": "a"}, {"prompt": "d"}]
-    assert str(rows[1]) == "not UTF-8; convert the file"
+    assert str(rows[1]) == "is not UTF-8; convert the file"
 
 
 def test_columns_of_one_name(parquet):
     arrays = [pa.array(["x"]), pa.array(["y"]), pa.array(["z"])]
-    with pytest.raises(ValueError, match=r"2 columns have the name 'prompt'; rename all but one"):
+    with pytest.raises(UserError, match=r"2 columns are named 'prompt'; rename all but one"):
         parquet(arrays, names=["prompt", "prompt", "other"])
-    with pytest.raises(ValueError, match=r"2 columns have the name 'key'.* with --id-column"):
+    with pytest.raises(UserError, match=r"2 columns are named 'key'.* with --id-column"):
         parquet(arrays, "other", "key", names=["key", "key", "other"])
     assert parquet(arrays, "other", names=["key", "key", "other"]) == [{"prompt": "z"}]
     assert parquet({"k": ["x"]}, "k", "k") == [{"prompt": "x", "id": "x"}]
@@ -367,7 +368,7 @@ def test_names_with_dots_and_columns_in_structs(parquet):
     assert rows == [{"prompt": "nested", "id": 5}, {"prompt": None, "id": None}]
     assert parquet(columns, "a")[0]["prompt"]["b"] == "nested"
     for name in ("a.x", "a.b.c", "x.b"):
-        with pytest.raises(ValueError, match=f"no column '{name}', only a; name it with --column"):
+        with pytest.raises(UserError, match=f"no column '{name}', only a; name one with --column"):
             parquet({"a": nested}, name)
 
 
@@ -380,11 +381,11 @@ def test_a_damaged_or_changed_parquet_file(tmp_path, parquet, monkeypatch):
     damaged[len(data) // 2 : len(data) // 2 + 9000] = b"\xff" * 9000
     path.write_bytes(damaged)
     rows = []
-    with pytest.raises(ValueError, match=r"in.parquet: damaged after row \d{4} \("):
+    with pytest.raises(UserError, match=r"in.parquet: is damaged after row \d{4} \("):
         rows.extend(open_input(path, InputDigest.of(path), None, None))
     assert len(rows) >= 8000
     path.write_bytes(data[:-100])
-    with pytest.raises(ValueError, match=r"in.parquet: .*magic bytes"):
+    with pytest.raises(UserError, match=r"in.parquet: .*magic bytes"):
         read(path)
     path.write_bytes(data)
     monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 4096)

@@ -331,7 +331,7 @@ BAD_ROWS = [
     ({"custom_id": "k"}, "k", 'method=null is not allowed: it must be "POST"'),
     ({**row("k", **PROMPT), "custom_id": 5}, None, "custom_id=5 is not allowed: it must be a str"),
     ({"body": {"prompt": "x"}}, None, 'field "custom_id" is missing'),
-    (row("a", **PROMPT), "a", "custom_id='a' is taken by line 1: give another"),
+    (row("a", **PROMPT), "a", 'custom_id="a" is not allowed: line 1 has it already'),
     (row("\ud800", **PROMPT), None, "custom_id has half of a surrogate pair"),
     (row("k"), "k", 'field "prompt" is missing'),
     (row("k", prompt=5), "k", "prompt=5 is not allowed"),

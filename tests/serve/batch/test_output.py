@@ -8,6 +8,7 @@ import os
 import pytest
 
 from serve.batch.sink import OutputFile
+from stu.common.errors import UserError
 
 IDENTITY = {"seed": 0, "top_k": 5, "part": "0/1"}
 
@@ -85,10 +86,10 @@ def test_settings_that_differ_are_named_with_both_values(path):
     before = path.read_bytes()
     expected = (
         "was begun with seed=0, top_k=5, min_p=null, and this run has seed=1, top_k=null, "
-        "min_p=0.5: run it as it was begun, choose another output, or begin anew with --overwrite"
+        "min_p=0.5; run it as it was begun, choose another output, or start anew with --overwrite"
     )
     with (
-        pytest.raises(ValueError, match=expected),
+        pytest.raises(UserError, match=expected),
         begin(path, {"seed": 1, "part": "0/1", "min_p": 0.5}),
     ):
         pass
@@ -126,16 +127,16 @@ def test_overwriting_begins_anew(path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}\n", "line 1 is no row of this job"),
-        ("[]\n", "line 1 is no row of this job"),
-        ('{"row": 1}\nnothing\n', "line 2 is no row of this job; mend or delete it"),
-        ('{"row": 1}\n\n{"row": 2}\n', "line 2 is no row of this job"),
+        ("{}\n", "line 1 is not a row of this job"),
+        ("[]\n", "line 1 is not a row of this job"),
+        ('{"row": 1}\nnothing\n', "line 2 is not a row of this job; mend or delete it"),
+        ('{"row": 1}\n\n{"row": 2}\n', "line 2 is not a row of this job"),
         ('{"row": 1}\n{"row": 2}\n{"row": 1}\n', "line 3 has row 1 a second time"),
     ],
 )
 def test_rows_that_are_not_of_the_job(path, content, message):
     path.write_text(content)
-    with pytest.raises(ValueError, match=message), begin(path):
+    with pytest.raises(UserError, match=message), begin(path):
         pass
     assert path.read_text() == content
 
@@ -143,9 +144,9 @@ def test_rows_that_are_not_of_the_job(path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "exists, and no out.jsonl.job.json beside it"),
-        ("{", "out.jsonl.job.json: not JSON"),
-        ("[]", "out.jsonl.job.json: a JSON object is needed"),
+        (None, "exists, and there is no out.jsonl.job.json"),
+        ("{", "out.jsonl.job.json: is not JSON"),
+        ("[]", "out.jsonl.job.json: is not a JSON object"),
     ],
 )
 def test_a_job_file_that_cannot_be_read(path, content, message):
@@ -154,7 +155,7 @@ def test_a_job_file_that_cannot_be_read(path, content, message):
     if content is not None:
         job_file.write_text(content)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=message), begin(path):
+    with pytest.raises(UserError, match=message), begin(path):
         pass
     assert path.read_bytes() == before
 
@@ -164,7 +165,7 @@ def test_one_run_at_a_time(path, overwrite):
     before = path.read_bytes()
     with (
         begin(path),
-        pytest.raises(ValueError, match="another run is writing it"),
+        pytest.raises(UserError, match="another run is writing it"),
         begin(path, overwrite=overwrite),
     ):
         pass

@@ -47,8 +47,7 @@ def test_a_tally_adds_engines_up():
         "4 running, 6 waiting, 60 of 200 convolution pages, 20 of 80 attention pages"
     )
     assert str(tally) == (
-        "30 rows besides 1,000 that were there (1 of them with an error), 900 tokens in 20.0 s, "
-        "45 tokens/s"
+        "30 rows, besides 1,000 from before (1 with an error), 900 tokens in 20.0 s, 45 tokens/s"
     )
 
 

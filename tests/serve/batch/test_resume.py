@@ -68,13 +68,13 @@ def test_a_run_that_is_stopped_keeps_what_it_has(
     monkeypatch.undo()
     before = read_rows(target)
     assert 0 < len(before) < len(ROWS)
-    expected = f"stopped; {target} has {len(before)} rows, and the same command goes on from there"
+    expected = f"stopped; {target} has {len(before)} rows, and the same command resumes from there"
     assert expected in capsys.readouterr().err
     assert generate(model_directory, source, target) == 1
     after = read_rows(target)
     assert after[: len(before)] == before
     assert sorted(row["row"] for row in after) == list(range(len(ROWS)))
-    assert f" besides {len(before)} that were there (2 of them" in capsys.readouterr().err
+    assert f", besides {len(before)} from before (2" in capsys.readouterr().err
 
 
 def test_a_run_that_is_done_loads_no_model(model_directory, source, target, monkeypatch, capsys):
@@ -87,7 +87,7 @@ def test_a_run_that_is_done_loads_no_model(model_directory, source, target, monk
     monkeypatch.setattr("serve.batch.worker.load_model", load_model)
     assert generate(model_directory, source, target) == 1
     assert target.read_bytes() == before
-    assert "0 rows besides 160 that were there (2 of them with an error)" in capsys.readouterr().err
+    assert "0 rows, besides 160 from before (2 with an error)" in capsys.readouterr().err
 
 
 def cut_in_half(path):
@@ -179,7 +179,7 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_later(
     monkeypatch.setattr(OutputFile, "append", append_until_full)
     assert generate(model_directory, source, target) == 2
     error = capsys.readouterr().err
-    assert "and the same command goes on from there" in error
+    assert "and the same command resumes from there" in error
     assert "error: output out.jsonl: No space left on device" in error
     monkeypatch.undo()
     assert generate(model_directory, source, target) == 1

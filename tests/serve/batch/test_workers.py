@@ -50,7 +50,7 @@ def test_engines_in_processes_of_their_own_give_the_same_rows(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert generate(model_directory, source, target, *TWO) == 1
     assert in_order(read_rows(target)) == expected
-    assert "60 rows (1 of them with an error), " in capsys.readouterr().err
+    assert "60 rows (1 with an error), " in capsys.readouterr().err
     assert own_workers() == []
 
 
@@ -66,7 +66,7 @@ def test_an_engine_that_cannot_begin_ends_the_run_and_says_why(
 ):
     assert generate(model_directory, source, target, *TWO, "--cache-gib", "1e-6") == 2
     error = capsys.readouterr().err
-    assert "the worker on cpu ended with code 2; what it said last: " in error
+    assert "the worker on cpu ended with code 2; its last output: " in error
     assert "cache_gib=9.993e-07 is too little" in error
     assert own_workers() == []
 
@@ -83,10 +83,10 @@ def test_an_engine_that_dies_ends_the_run_and_it_goes_on_later(
     victim.kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "the worker on cpu was ended by SIGKILL; what it said last: nothing" in error
+    assert "the worker on cpu was ended by SIGKILL; its last output: none" in error
     assert not other.is_running()
     before = read_rows(target)
-    assert f"{len(before):,} rows, and the same command goes on from there" in error
+    assert f"{len(before):,} rows, and the same command resumes from there" in error
     assert 0 < len(before) < 300
     assert generate(model_directory, source, target) == 0
     after = read_rows(target)
@@ -150,4 +150,4 @@ def test_errors_of_a_part_name_it_and_its_host(model_directory, source, target, 
     assert generate(model_directory, source, target, "--part", "1/2") == 2
     error = capsys.readouterr().err
     assert f"error: part 1/2 on {socket.gethostname()}: output " in error
-    assert "out.1-of-2.jsonl: exists, and no out.1-of-2.jsonl.job.json" in error
+    assert "out.1-of-2.jsonl: exists, and there is no out.1-of-2.jsonl.job.json" in error
