@@ -1,1 +1,4 @@
-"""What is measured against peers. `benchmarks NAME` prints JSON; ratios come from one run."""
+"""Benchmarks behind the figures of README.md and docs/.
+
+`python -m benchmarks NAME` prints JSON; every ratio comes from a single run.
+"""

@@ -1,130 +1,131 @@
-"""What the README claims of speed and memory, and how far each claim goes.
+"""Claims of the README about speed and memory, with bounds.
 
-A claim's figure is taken from a result of `benchmarks`: for the README from the recorded one
-(`benchmarks/results`), for `make evidence-quick` from one that is made anew. Both must be within
-the claim's bound, which allows for other machines.
+Each figure comes from a result of a benchmark: in the README from the recorded one, for
+`make evidence-quick` from a new one. Both must be within the claim's bound, which allows for other
+machines.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.choice import Run, decoded, fewest_threads
-from benchmarks.cli import CACHES
-from benchmarks.markdown import table
+from benchmarks.recorded import Columns, Run, decoded, fewest_threads, table
 
 BATCH, LENGTH = 8, 8192
-"""Of the decoding claims: long enough for convolutions to count, short enough to measure soon."""
+"""Batch and new tokens of the claims about decoding: long enough for convolutions to count, short
+enough to measure soon."""
 COMPARED = ["llama", "mamba2", "rwkv", "s4"]
 """Models that ours is compared with."""
+CURVES = ["paged", "continuous", "epoched", "flashinference", "naive", *COMPARED]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One figure."""
+    """A figure and its bound."""
 
     text: str
-    """What it is."""
     benchmark: str
     figure: Callable[[Run], float]
+    """Takes the figure from a result."""
     at_least: float | None = None
     at_most: float | None = None
 
     def bound(self) -> str:
-        """In words."""
-        return (
-            f"at least {self.at_least:g}" if self.at_most is None else f"at most {self.at_most:g}"
-        )
+        """Return the bound in words."""
+        if self.at_most is None:
+            return f"at least {self.at_least:g}"
+        return f"at most {self.at_most:g}"
 
     def holds(self, figure: float) -> bool:
-        """Whether it is within the bound."""
+        """Return whether a figure is within the bound."""
         above = self.at_least is None or figure >= self.at_least
         return above and (self.at_most is None or figure <= self.at_most)
+
+
+def first(result: Run) -> Run:
+    """Return the first run with the lowest number of threads."""
+    return fewest_threads(result["runs"])[0]
+
+
+def ratio(cache: str, name: str) -> Callable[[Run], float]:
+    """Return what takes a ratio to the paged cache from a result of `decode`."""
+    return lambda result: float(decoded(result, BATCH, LENGTH)[cache][name])
 
 
 CLAIMS = [
     Claim(
         f"decoding {BATCH} x {LENGTH:,} tokens, convolution alone: time of direct sums over ours",
         "decode",
-        lambda its: decoded(its, BATCH, LENGTH)["naive"]["convolution_over_paged"],
+        ratio("naive", "convolution_over_paged"),
         at_least=15,
     ),
-    Claim(
-        "the same, whole step",
-        "decode",
-        lambda its: decoded(its, BATCH, LENGTH)["naive"]["step_over_paged"],
-        at_least=1.25,
-    ),
+    Claim("the same, whole step", "decode", ratio("naive", "step_over_paged"), at_least=1.25),
     Claim(
         "the same, convolution alone: epoched FutureFill over ours",
         "decode",
-        lambda its: decoded(its, BATCH, LENGTH)["epoched"]["convolution_over_paged"],
+        ratio("epoched", "convolution_over_paged"),
         at_least=2,
     ),
     Claim(
         "cost model of decoding: largest error of any curve, of five caches and four models",
         "model",
-        lambda its: max(its["largest_error"][name] for name in [*CACHES, *COMPARED]),
+        lambda result: max(result["largest_error"][name] for name in CURVES),
         at_most=0.2,
     ),
     Claim(
         "training at 2,048 tokens, convolution alone: two branches over ours",
         "convolution",
-        lambda its: fewest_threads(its["runs"])[0]["training"][0]["ratio"],
+        lambda result: first(result)["training"][0]["ratio"],
         at_least=3,
     ),
     Claim(
         "training at 2,048 tokens, whole step: the two-branch model's time over ours",
         "train",
-        lambda its: fewest_threads(its["runs"])[0]["ratios"]["stu_over_two_branch"],
+        lambda result: first(result)["ratios"]["stu_over_two_branch"],
         at_least=1.2,
     ),
     Claim(
         "loss at a vocabulary of 200,064: memory of whole logits over ours",
         "loss",
-        lambda its: min(run["memory_ratio"] for run in its["runs"]),
+        lambda result: min(run["memory_ratio"] for run in result["runs"]),
         at_least=5,
     ),
     Claim(
         "the same, its speed over that with whole logits",
         "loss",
-        lambda its: min(run["speed_ratio"] for run in its["runs"]),
+        lambda result: min(run["speed_ratio"] for run in result["runs"]),
         at_least=0.9,
     ),
     Claim(
-        "stu-plan: how far planned memory is from measured, at most",
+        "stu-plan: largest difference of planned from measured memory, as a share",
         "memory",
-        lambda its: max(abs(run["planned_over_measured"] - 1) for run in its["runs"]),
+        lambda result: max(abs(run["planned_over_measured"] - 1) for run in result["runs"]),
         at_most=0.1,
     ),
     Claim(
         "serving 64 streams: share of the engine's speed that is lost",
         "load",
-        lambda its: fewest_threads(its["runs"])[0]["overhead_share"],
+        lambda result: first(result)["overhead_share"],
         at_most=0.15,
     ),
 ]
 
 
 def claims(results: Mapping[str, Run]) -> str:
-    """The table of the README."""
-    rows = []
-    for claim in CLAIMS:
-        result = results[claim.benchmark]
-        day, commit = result["machine"]["date"].split("T")[0], result["machine"]["commit"][:7]
-        made = f"{claim.benchmark}, {day}, {commit}"
-        rows.append([claim.text, shown(claim.figure(result)), claim.bound(), made])
-    return table(["claim", "measured", "holds if", "by `benchmarks`, on, at"], rows)
+    """Return the table of the README."""
+
+    def made(claim: Claim) -> str:
+        machine = results[claim.benchmark]["machine"]
+        return f"{claim.benchmark}, {machine['date'].split('T')[0]}, {machine['commit'][:7]}"
+
+    columns: Columns = {
+        "claim": lambda claim: claim.text,
+        "measured": lambda claim: shown(claim.figure(results[claim.benchmark])),
+        "holds if": Claim.bound,
+        "benchmark, date, commit": made,
+    }
+    return table(CLAIMS, columns)
 
 
 def shown(figure: float) -> str:
-    """To three digits."""
+    """Return a figure with three digits."""
     return f"{figure:.3g}"
-
-
-def recorded(folder: Path) -> dict[str, Run]:
-    """All results of a folder, by benchmark."""
-    return {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")
-    }

@@ -1,7 +1,7 @@
-"""`make evidence-quick`: measures the README's claims anew, in minutes, and says which hold.
+"""`make evidence-quick`: measure the README's claims again, in minutes, and say which hold.
 
-Small versions of the benchmarks, one after the other: nothing else should run beside them. Each
-writes its result to the folder as soon as it has one. Exits with 1 if a claim does not hold.
+Small versions of the benchmarks run one after the other; nothing else should run beside them. Each
+writes its result into the folder as soon as it has one. Exits with 1 if a claim does not hold.
 """
 
 import argparse
@@ -12,37 +12,41 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.claims import BATCH, CLAIMS, COMPARED, LENGTH, recorded, shown
+from benchmarks.claims import BATCH, CLAIMS, COMPARED, LENGTH, shown
+from benchmarks.recorded import ROOT, recorded
 
-QUICK: dict[str, list[str]] = {
-    "decode": f"--batch {BATCH} --new-tokens {LENGTH} --rounds 1 --peers".split() + COMPARED,
-    "model": ["decode.json", "--this-machine"],
-    "convolution": ["--first", "1"],
-    "train": ["--context", "2048", "--repeats", "1"],
-    "loss": ["--first", "1", "--repeats", "1"],
-    "memory": ["--first", "1"],
-    "load": ["--requests", "128"],
+QUICK: dict[str, str] = {
+    "decode": f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 1 "
+    f"--peers [{','.join(COMPARED)}]",
+    "model": "--decode [decode.json]",
+    "convolution": "--first 1",
+    "train": "--context [2048] --repeats 1",
+    "loss": "--first 1 --repeats 1",
+    "memory": "--first 1",
+    "load": "--requests 128",
 }
-"""Each benchmark's options."""
+"""Options of each benchmark."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the benchmarks and print the claims."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of the results")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/evidence"), help="Folder of the results."
+    )
     folder: Path = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    start = time.monotonic()
     for number, (name, options) in enumerate(QUICK.items()):
-        minutes = (time.monotonic() - began) / 60
+        minutes = (time.monotonic() - start) / 60
         print(f"{name}, {number + 1} of {len(QUICK)}, after {minutes:.1f} min", file=sys.stderr)
-        measure(name, options, folder)
+        measure(name, options.split(), folder)
     results = recorded(folder)
     failed = 0
     for claim in CLAIMS:
         try:
             figure = claim.figure(results[claim.benchmark])
-        except KeyError:  # it was not run, for want of memory
+        except KeyError:  # it did not fit into memory
             figure = float("nan")
         failed += not claim.holds(figure)
         verdict = "holds" if claim.holds(figure) else "DOES NOT HOLD"
@@ -52,15 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(name: str, options: Sequence[str], folder: Path) -> None:
-    """`python -m benchmarks NAME` in the folder, into `NAME.json`."""
+    """Run a benchmark in the folder and write its result into `NAME.json`."""
     command = [sys.executable, "-m", "benchmarks", name, *options]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     unfinished = folder / f"{name}.json.part"
     with unfinished.open("wb") as file, (folder / f"{name}.log").open("wb") as log:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=log)
     if done.returncode:
-        raise SystemExit(f"python -m benchmarks {name} failed: see {folder / name}.log")
+        raise SystemExit(f"benchmark {name} failed: see {folder / name}.log")
     unfinished.rename(folder / f"{name}.json")
 
 

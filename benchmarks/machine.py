@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Description of the machine and of the versions behind a result."""
 
 import importlib.metadata
 import os
@@ -11,14 +11,15 @@ from typing import Any
 import psutil
 import torch
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.recorded import ROOT
+
 PACKAGES = ["numpy", "transformers", "deepspeed"]
 NOT_RESULTS = [":(exclude)*.json", ":(exclude)*.png"]
-"""What `python -m benchmarks train > train.json` makes before it begins is no change."""
+"""Files that a benchmark is about to write do not count as changes."""
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions, time and commit, for the head of a result."""
+    """Return machine, versions, time and commit, for the head of a result."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -38,7 +39,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
+    """Return the version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -46,7 +47,7 @@ def version(package: str) -> str:
 
 
 def commit(folder: Path) -> str:
-    """The commit that is checked out, with `-dirty` if files differ from it, results left out."""
+    """Return the commit that is checked out, with `-dirty` if files other than results differ."""
     try:
         head, changes = (
             subprocess.run(

@@ -1,59 +1,55 @@
-"""Writes the figures of the documents from what the benchmarks measured.
+"""Write the figures and pictures of the documents from what the benchmarks measured.
 
     python -m benchmarks.tables
 
-`benchmarks/results/NAME.json` is what `benchmarks NAME` printed; in a document its figures stand
-between `<!-- benchmark NAME -->` and `<!-- end -->`, or between `<!-- benchmark NAME PART -->` and
-`<!-- end -->` where one result has several parts; those after `<!-- claims -->`
-come from several. A test holds the documents to the results.
+`benchmarks/results/NAME.json` is what `python -m benchmarks` printed. In a document its figures
+stand between `<!-- benchmark NAME -->` and `<!-- end -->`, with a PART after NAME where one result
+has several tables; those after `<!-- claims -->` come from several results. A test
+compares the documents with the results.
 """
 
-import json
 import re
 import sys
-from pathlib import Path
 
-from benchmarks import decoding_tables, serving_tables, training_tables
-from benchmarks.choice import Run
-from benchmarks.claims import claims, recorded
+from benchmarks import decoding_tables, other_tables
+from benchmarks.claims import claims
+from benchmarks.recorded import ROOT, Run, recorded
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [
-    "README.md",
-    *(f"docs/{name}.md" for name in ("engine", "evidence", "slurm", "training")),
-]
+DOCUMENTS = ["README.md", "docs/evidence.md", "docs/slurm.md", "docs/training.md"]
 PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
+TABLES = decoding_tables.TABLES | other_tables.TABLES
 CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = training_tables.TABLES | decoding_tables.TABLES | serving_tables.TABLES
 
 
 def main() -> int:
-    """Rewrite every document whose figures differ."""
+    """Rewrite every document whose figures differ, and draw the pictures."""
+    from benchmarks.plots import draw_pictures
+
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_pictures(ROOT / "docs")
     return 0
 
 
 def with_tables(text: str) -> str:
-    """A document with its figures as the results have them."""
+    """Return a document with the figures of the results."""
+    results = recorded()
 
     def figures(place: re.Match[str]) -> str:
-        result = json.loads((RESULTS / f"{place['name']}.json").read_text(encoding="utf-8"))
-        its = TABLES[place["part"]](result)
-        return f"{place[1]}\n{its}\n\n{made_on(result)}\n{place[4]}"
+        result = results[place["name"]]
+        return f"{place[1]}\n{TABLES[place['part']](result)}\n\n{made_on(result)}\n{place[4]}"
 
     def claimed(place: re.Match[str]) -> str:
-        return f"{place[1]}\n{claims(recorded(RESULTS))}\n\n{place[2]}"
+        return f"{place[1]}\n{claims(results)}\n\n{place[2]}"
 
     return CLAIMS.sub(claimed, PLACE.sub(figures, text))
 
 
 def made_on(result: Run) -> str:
-    """Where and when a result was made."""
+    """Return where and when a result was made."""
     machine = result["machine"]
     day, commit = machine["date"].split("T")[0], machine["commit"][:7]
     on_gpu = any(run.get("device") == "cuda" for run in result.get("runs", []))

@@ -40,11 +40,3 @@ def folder_of_namesakes(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')")
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture
-def quick_timing(monkeypatch):
-    """A moment of each measurement: none is of interest, and benchmarks make many."""
-    monkeypatch.setattr("benchmarks.samples.LEAST_MS", 1)
-    for name, value in {"LEAST_SECONDS": 0.0, "LEAST_CALLS": 1, "READ": 2**22, "KEYS": 256}.items():
-        monkeypatch.setattr(f"benchmarks.rates.{name}", value)

@@ -24,7 +24,7 @@ COMMANDS = {
     "stu-plan": "train.plan.cli",
     "stu-generate": "serve.batch.cli",
     "stu-serve": "serve.server.cli",
-    "python -m benchmarks": "benchmarks.cli",
+    "python -m benchmarks": "benchmarks.__main__",
 }
 
 

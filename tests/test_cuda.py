@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cli as bench
+from benchmarks.__main__ import main as bench
 from serve.batch import cli as batch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
@@ -189,8 +189,8 @@ def train(module_settings, tmp_path):  # noqa: F811
 
 
 def test_the_decoding_benchmark_times_it(capsys):
-    settings = ["--device", "cuda", "--width", "64", "--new-tokens", "512", "--batch", "2"]
-    bench.main(["decode", *settings, "--rounds", "1", "--peers", "s4"])
+    settings = ["--device", "cuda", "--width", "64", "--new-tokens", "[512]", "--batch", "[2]"]
+    bench(["decode", *settings, "--rounds", "1", "--peers", "[s4]"])
     for run in json.loads(capsys.readouterr().out)["runs"]:
         assert run["operations_per_step"] > 50
         assert run["cache"] == "s4" or 0 < run["convolution_ms"] < run["step_ms"]

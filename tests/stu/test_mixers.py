@@ -21,7 +21,7 @@ from tests.reference.decoding import Runner
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 50, "width": 16, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2}
 SMALL |= {"max_seq_len": 64, "num_filters": 5, "window_tokens": 7}
-OTHER_WAYS_TO_COMPUTE_ONE = "train_ways.py"
+OTHER_WAYS_TO_COMPUTE_ONE = "benchmarks/training/ways.py"
 
 
 @pytest.mark.parametrize("form", ["tensordot", "full"])

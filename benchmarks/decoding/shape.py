@@ -1,0 +1,79 @@
+"""Shapes of decoding runs, and the memory that their caches take."""
+
+import math
+from dataclasses import dataclass
+
+from serve.cache.attention_windows import window_pages
+from serve.cache.page_pool import pages_for
+from stu.common.errors import UserError
+from stu.config import ModelConfig
+from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered
+from stu.online_convolution import Naive
+
+FLOAT_BYTES = 4
+PAGE_LEN = 32
+"""Positions of a page of the engine's caches."""
+PAGE_COLUMNS = 32
+"""Columns of a page of `stu.futurefill.Continuous`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Convolutions of a batch that decodes in step. Raises UserError for a model without any."""
+
+    config: ModelConfig
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        if not remembered(planned_mixers(self.config), PastInputs):
+            raise UserError("layout", self.config.layout, "one with long convolutions")
+
+    @property
+    def lag_step(self) -> int:
+        """Distance between taps, in positions."""
+        return remembered(planned_mixers(self.config), PastInputs)[0].lag_step
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a sequence; its first new token comes with the prompt."""
+        return pages_for(self.new_tokens - 1, PAGE_LEN)
+
+    def cache_bytes(self, cache: str) -> int:
+        """Return the bytes that a convolution cache allocates for the batch.
+
+        Direct sums hold all inputs, the latest apart; the others a slot for each new token (tiles
+        over prompt and generation: for each token) and two pages for the one that is decoded. The
+        engine's pages include a null page.
+        """
+        channels = len(remembered(planned_mixers(self.config), PastInputs)) * self.config.width
+        if cache == "paged":
+            positions = PAGE_LEN * (self.batch * (self.num_pages + 2) + 1)
+            return channels * FLOAT_BYTES * positions
+        prompt, columns = (
+            -(-self.prompt_tokens // self.lag_step),
+            -(-self.new_tokens // self.lag_step),
+        )
+        if cache == "naive":
+            columns += prompt + Naive.LINE_COLUMNS
+        else:
+            if cache == "flashinference":
+                columns = -(-(self.prompt_tokens + self.new_tokens) // self.lag_step)
+            epoch = math.ceil(math.sqrt(columns * max(1.0, math.log2(columns))))
+            columns += 2 * min(epoch if cache == "epoched" else PAGE_COLUMNS, columns)
+        return channels * FLOAT_BYTES * self.batch * self.lag_step * columns
+
+    def other_bytes(self, number_bytes: int) -> int:
+        """Return the bytes of attention windows, null page included, and of short convolutions.
+
+        number_bytes: bytes of a number of the weights.
+        """
+        mixers = planned_mixers(self.config)
+        windows, short = remembered(mixers, KeyWindow), remembered(mixers, LastInputs)
+        numbers = sum((layer.num_taps - 1) * layer.channels for layer in short) * (self.batch + 1)
+        if windows:
+            num_pages = pages_for(self.prompt_tokens + self.new_tokens, PAGE_LEN)
+            num_pages = self.batch * min(num_pages, window_pages(windows[0], PAGE_LEN)) + 1
+            numbers += num_pages * 2 * len(windows) * self.config.width * PAGE_LEN
+        return numbers * number_bytes

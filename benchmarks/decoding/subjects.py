@@ -1,0 +1,188 @@
+"""Models that decode a batch in step: ours with one of several caches, or a peer."""
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decoding.caches import Flush, make_cache
+from benchmarks.decoding.counting import counted
+from benchmarks.decoding.shape import PAGE_LEN, Shape
+from benchmarks.peers.peer import Peer
+from benchmarks.timing import timed
+from serve.cache.attention_windows import AttentionCache, window_pages
+from serve.cache.page_pool import PagePool
+from serve.cache.recent_inputs import RecentInputs
+from serve.engine.packing import packed_copy, packed_product
+from stu.mixers import KeyWindow, LastInputs, remembered
+from stu.model import FlashSTU
+
+PEER_PROMPT_TOKENS = 8
+"""Prompt tokens that a peer really reads, before its cache is set to a later position."""
+
+
+class CacheSubject:
+    """Our model over the engine's packed matrices and caches, the convolutions' cache chosen by
+    name, decoded greedily. A step's `convolution` is the time in that cache; on a GPU on its own
+    time line, gaps in which it waits for work included."""
+
+    def __init__(self, model: FlashSTU, cache: str, shape: Shape) -> None:
+        self._model, self._unembed = packed_copy(model), packed_product(model.embedding.weight)
+        device = model.embedding.weight.device
+        self.cache = make_cache(cache, model, shape)
+        self._clock = Clock(device.type == "cuda")
+        self._windows = make_windows(model, shape)
+        self._recent = make_recent_inputs(model, shape)
+        self._tokens = torch.arange(shape.batch, device=device)
+
+    @torch.inference_mode()
+    def step(self) -> dict[str, float]:
+        """Decode a token of each sequence; return the milliseconds of it and of its parts."""
+        self._clock.restart()
+        milliseconds = 1e3 * timed(self._decode)
+        return {"step": milliseconds, "convolution": self._clock.milliseconds()}
+
+    @torch.inference_mode()
+    def seek(self, position: int) -> None:
+        """Go on as if this number of new tokens had been decoded. It may not go back."""
+        self.cache.seek(position)
+
+    @torch.inference_mode()
+    def count(self) -> Counter[str]:
+        """Decode a token of each sequence; return what its operations do."""
+        self._clock.restart()
+        return counted(self._decode, lambda: self._clock.is_running)
+
+    def flushes(self) -> list[Flush]:
+        """Return what the steps of a run do besides."""
+        return self.cache.flushes()
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        """Step the convolution's cache, as `stu.mixers.Memory` says."""
+        with self._clock:
+            return self.cache.step(layer, streams[:, 0])[:, None]
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        """Step the short convolutions, as `stu.mixers.Memory` says."""
+        assert self._recent is not None
+        return self._recent.step(layer, inputs, taps)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Step the attention windows, as `stu.mixers.Memory` says."""
+        assert self._windows is not None
+        return self._windows.step(layer, queries, keys, values)
+
+    def _decode(self) -> None:
+        if self._windows:
+            self._windows.begin_step(alone=False)
+        hidden = self._model.hidden(self._tokens[:, None], self)[:, 0]
+        with self._clock:
+            self.cache.advance()
+        if self._windows:
+            self._windows.advance()
+        self._tokens = self._unembed(hidden).argmax(-1)
+
+
+class PeerSubject:
+    """A peer, decoded greedily. Its methods are those of `CacheSubject`."""
+
+    @torch.inference_mode()
+    def __init__(self, peer: Peer, shape: Shape, device: str) -> None:
+        self._peer, self._prompt_tokens = peer, shape.prompt_tokens
+        self._device = torch.device(device)
+        with self._device:
+            peer.start(shape.batch, shape.prompt_tokens + shape.new_tokens)
+            prompts = torch.arange(shape.batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
+            self._tokens = peer.prefill(prompts).argmax(-1)
+
+    @torch.inference_mode()
+    def step(self) -> dict[str, float]:
+        return {"step": 1e3 * timed(self._decode)}
+
+    @torch.inference_mode()
+    def count(self) -> Counter[str]:
+        return counted(self._decode, lambda: False)
+
+    @torch.inference_mode()
+    def seek(self, position: int) -> None:
+        with self._device:
+            self._peer.seek(self._prompt_tokens + position)
+
+    def flushes(self) -> list[Flush]:
+        return []
+
+    def _decode(self) -> None:
+        self._tokens = self._peer.step(self._tokens).argmax(-1)
+
+
+Subject = CacheSubject | PeerSubject
+
+
+class Clock:
+    """Time spent within `with clock`."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the time so far."""
+        self._marks: list[Any] = []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether time is being spent within the clock now."""
+        return len(self._marks) % 2 == 1
+
+    def milliseconds(self) -> float:
+        """Return the time since the restart."""
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self._on_gpu:
+            return float(sum(start.elapsed_time(end) for start, end in pairs))
+        return 1e3 * float(sum(end - start for start, end in pairs))
+
+    def __enter__(self) -> None:
+        self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
+        if not self._on_gpu:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append(event)
+
+
+def make_recent_inputs(model: FlashSTU, shape: Shape) -> RecentInputs | None:
+    """Return the cache of short convolutions, or None for a model without any."""
+    layers, weight = remembered(model.mixers, LastInputs), model.embedding.weight
+    if not layers:
+        return None
+    recent = RecentInputs(layers, shape.batch, weight.dtype, weight.device)
+    for row in range(shape.batch):
+        recent.admit(row, shape.prompt_tokens, shape.new_tokens)
+        recent.join(row)
+    return recent
+
+
+def make_windows(model: FlashSTU, shape: Shape) -> AttentionCache | None:
+    """Return attention windows in the middle of a run, or None for a model without attention."""
+    layers, weight = remembered(model.mixers, KeyWindow), model.embedding.weight
+    if not layers:
+        return None
+    heads, head_dim = layers[0].num_heads, layers[0].head_dim
+    num_pages = shape.batch * window_pages(layers[0], PAGE_LEN) + 1
+    page = len(layers), 2, PAGE_LEN, heads, head_dim
+    windows = AttentionCache(layers[0], PagePool(num_pages, page, weight.dtype, weight.device))
+    some = weight.new_full((1, shape.prompt_tokens + shape.new_tokens // 2, heads, head_dim), 0.1)
+    for row in range(shape.batch):
+        windows.admit(row, shape.prompt_tokens, shape.new_tokens)
+        for layer in range(len(layers)):
+            windows.prefill(row, layer, some, some, some)
+        windows.join(row)
+    return windows

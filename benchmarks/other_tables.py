@@ -1,0 +1,125 @@
+"""The tables of what training and serving take, each from one result."""
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.recorded import Columns, Run, fewest_threads, table
+
+WAYS = {
+    "stu": "STU",
+    "stu_two_branch": "STU, two branches",
+    "hybrid": "hybrid",
+    "hybrid_two_branch": "hybrid, two branches",
+    "attention_sdpa": "attention",
+    "attention_windowed": "attention in a window",
+}
+"""Ways to mix tokens in training."""
+
+
+def convolution(result: Run) -> str:
+    """Show the convolution in training."""
+    columns: Columns = {
+        "forward and backward (B=2, D=256)": lambda row: f"{row['length']:,} tokens",
+        "two branches, ms": lambda row: f"{row['two_branch_ms']:,.0f}",
+        "fused, ms": lambda row: f"{row['fused_ms']:,.0f}",
+        "ratio": lambda row: f"{row['ratio']:.1f}",
+    }
+    return table(fewest_threads(result["runs"])[0]["training"], columns)
+
+
+def train(result: Run) -> str:
+    """Show the speed of training by context."""
+
+    def cell(run: Run, way: str) -> str:
+        compared: list[tuple[str, str]] = []
+        if way.endswith("_two_branch"):
+            compared = [(way.removesuffix("_two_branch"), "two_branch")]
+        elif way.startswith("attention"):
+            compared = [("stu", way), ("hybrid", way)]
+        ratios = [f"{a} {run['ratios'][f'{a}_over_{b}']:.2f} times" for a, b in compared]
+        speed = f"{run['ways'][way]['tokens_per_second']:,.0f}"
+        return speed + (f" ({', '.join(ratios)})" if ratios else "")
+
+    columns: Columns = {"tokens a second": WAYS.__getitem__}
+    for run in fewest_threads(result["runs"]):
+        columns[f"{run['context']:,} tokens"] = partial(cell, run)
+    return table(WAYS, columns)
+
+
+def loss(result: Run) -> str:
+    """Show memory and time of the loss beside those of whole logits."""
+    columns: Columns = {
+        "targets x width": lambda run: f"{run['targets']:,} x {run['width']}",
+        "memory, GiB": lambda run: f"{run['chunked_gib']:.2f}",
+        "of whole logits": lambda run: f"{run['plain_gib']:.2f}",
+        "ratio": lambda run: f"{run['memory_ratio']:.1f}",
+        "seconds": lambda run: f"{run['chunked_seconds']:.1f}",
+        "of whole logits#2": lambda run: f"{run['plain_seconds']:.1f}",
+        "ratio#2": lambda run: f"{run['speed_ratio']:.2f}",
+    }
+    return table(fewest_threads(result["runs"]), columns)
+
+
+def memory(result: Run) -> str:
+    """Show planned and measured memory of training runs."""
+
+    def model(run: Run) -> str:
+        again = ", blocks computed again" if run["checkpoint_activations"] else ""
+        return f"{run['layout']}, mlp_ratio {run['mlp_ratio']}{again}"
+
+    def ranks(run: Run) -> str:
+        zero = f"ZeRO {run['zero_stage']}"
+        return f"{run['ranks']}, {run['parallel'] if run['zero_stage'] is None else zero}"
+
+    columns: Columns = {
+        "model": model,
+        "ranks": ranks,
+        "tokens x micro-batch": lambda run: f"{run['seq_len']:,} x {run['micro_batch_size']}",
+        "planned, GiB": lambda run: f"{run['planned_gib']:.2f}",
+        "measured, GiB": lambda run: f"{run['measured_gib']:.2f}",
+        "ratio": lambda run: f"{run['planned_over_measured']:.2f}",
+    }
+    return table(result["runs"], columns)
+
+
+def load(result: Run) -> str:
+    """Show the server under many clients, and the engine alone."""
+
+    def quantiles(name: str, loop: Run) -> str:
+        return f"{loop[f'p50_{name}_ms']:.0f}, {loop[f'p99_{name}_ms']:.0f}"
+
+    columns: Columns = {
+        "threads": lambda run: str(run["threads"]),
+        "tokens/s over HTTP": lambda run: f"{run['closed_loop']['output_throughput']:,.0f}",
+        "engine alone": lambda run: f"{run['engine_only_tokens_per_second']:,.0f}",
+        "lost": lambda run: f"{run['overhead_share']:.0%}",
+        "between tokens, ms: p50, p99": lambda run: quantiles("itl", run["closed_loop"]),
+        "first token, ms: p50, p99 (at so many requests/s)": lambda run: (
+            f"{quantiles('ttft', run['open_loop'])} ({run['open_loop']['rate']:.1f})"
+        ),
+        "ready after s": lambda run: f"{run['seconds_to_ready']:.1f}",
+        "GiB": lambda run: f"{run['resident_mib'] / 1024:.1f}",
+    }
+    return table(result["runs"], columns)
+
+
+def invariance(result: Run) -> str:
+    """Show how many prompts change with the batch, and what avoiding that costs."""
+    columns: Columns = {
+        "`--batch-invariant`": lambda run: "yes" if run["batch_invariant"] else "no",
+        "changed, greedy": lambda run: str(run["greedy_prompts_changed"]),
+        "at temperature 1": lambda run: str(run["temperature_1_prompts_changed"]),
+        "tokens/s, greedy": lambda run: f"{run['greedy_tokens_per_second']:,.0f}",
+        "at temperature 1#2": lambda run: f"{run['temperature_1_tokens_per_second']:,.0f}",
+    }
+    return table(fewest_threads(result["runs"]), columns)
+
+
+TABLES: dict[str, Callable[[Run], str]] = {
+    "convolution": convolution,
+    "train": train,
+    "loss": loss,
+    "memory": memory,
+    "load": load,
+    "invariance": invariance,
+}

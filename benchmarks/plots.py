@@ -1,0 +1,138 @@
+"""The pictures of the documents, drawn from results by `python -m benchmarks.tables`."""
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decoding_tables import LABELS
+from benchmarks.other_tables import WAYS
+from benchmarks.recorded import Run, fewest_threads, recorded
+
+STYLES = {
+    "paged": ("o", "-"),
+    "continuous": ("s", "-"),
+    "epoched": ("D", "-"),
+    "flashinference": ("^", "--"),
+    "naive": ("v", "--"),
+    "llama": ("P", ":"),
+    "mamba2": ("*", "-."),
+    "rwkv": ("x", "-."),
+    "s4": ("h", "-."),
+}
+"""Marker and line of each cache or peer. FutureFill is black and the others are grey, so that they
+can be told apart without colours."""
+GREY, LARGE_BATCH, DPI = "0.45", 32, 140
+MANY_LABELS = 300
+"""Ratio of an axis' ends from which powers of ten are labels enough."""
+
+
+def draw_pictures(folder: Path) -> None:
+    """Draw all pictures into a folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    results = recorded()
+    draw_decode(results["decode"], folder / "decode.png")
+    draw_train(results["train"], folder / "training-step.png")
+
+
+def draw_decode(result: Run, file: Path) -> None:
+    """Draw speed against length at a small and a large batch, and memory against speed."""
+    from matplotlib import pyplot, ticker
+
+    timed = [run for run in fewest_threads(result["runs"]) if "step_ms" in run]
+    runs = [run | {"cache_mib": run["cache_bytes"] / 2**20} for run in timed]
+    batches = sorted({run["batch"] for run in runs})
+    lengths = sorted({run["new_tokens"] for run in runs})
+    large = min(batches, key=lambda batch: abs(batch - LARGE_BATCH))
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
+    for axes, batch in zip(panels, (batches[0], large), strict=False):
+        draw_lines(axes, [run for run in runs if run["batch"] == batch], "new_tokens")
+        axes.set_title(f"batch {batch}", fontsize=10)
+        axes.set_xlabel("new tokens of each sequence")
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    counts = Counter(run["new_tokens"] for run in runs)
+    length = max(lengths, key=lambda length: (counts[length], length))
+    draw_lines(panels[2], [run for run in runs if run["new_tokens"] == length], "cache_mib")
+    along = f"along a line, batch {', '.join(map(str, batches))}"
+    panels[2].set_title(f"{length:,} new tokens; {along}", fontsize=10)
+    panels[2].set_xlabel("cache of the batch (MiB)")
+    for axes in panels:
+        axes.set_ylabel("tokens per second, all sequences")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    first = runs[0]
+    figure.suptitle(
+        f"Decoding after prompts of {first['prompt_tokens']:,} tokens: models of about "
+        f"{first['parameters'] / 1e6:.1f} M parameters, D = {first['width']}, {first['dtype']}, "
+        f"{first['threads']} thread(s)",
+        fontsize=11,
+    )
+    figure.savefig(file, dpi=DPI)
+    pyplot.close(figure)
+
+
+def draw_lines(axes: Any, runs: list[Run], by: str) -> None:
+    """Draw a line for each cache or peer, on logarithmic axes."""
+    for name, (marker, line) in STYLES.items():
+        points = sorted((run[by], run["tokens_per_second"]) for run in runs if run["cache"] == name)
+        is_paged = name == "paged"
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            line,
+            label=LABELS[name],
+            marker=marker,
+            color="black" if name in ("paged", "continuous", "epoched") else GREY,
+            markerfacecolor="black" if is_paged else "white",
+            markersize=8,
+            linewidth=2.2 if is_paged else 1.1,
+            zorder=3 if is_paged else 2,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        label = functools.partial(plain_number, "1" if high / low > MANY_LABELS else "125")
+        axis.set_major_formatter(label)
+        axis.set_minor_formatter(label)
+
+
+def plain_number(digits: str, value: float, _: int) -> str:
+    """Return the label of a number that begins with one of these digits, or none."""
+    return f"{value:,.5g}" if f"{value:e}"[0] in digits else ""
+
+
+def draw_train(result: Run, file: Path) -> None:
+    """Draw how fast each way trains."""
+    from matplotlib import pyplot
+
+    runs = fewest_threads(result["runs"])
+    figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        speeds = [run["ways"][name]["tokens_per_second"] for name in WAYS]
+        places = [i + width * (number - (len(runs) - 1) / 2) for i in range(len(WAYS))]
+        grey = str(0.85 - 0.5 * number / len(runs))
+        label = f"{run['context']:,} tokens"
+        bars = axes.bar(places, speeds, width, color=grey, edgecolor="black", label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(
+        range(len(WAYS)), [label.replace(", ", ",\n") for label in WAYS.values()], fontsize=8
+    )
+    axes.set_ylabel("tokens per second")
+    first = runs[0]
+    size = first["ways"]["stu"]["parameters"] / 1e6
+    axes.set_title(
+        f"One optimizer step of one sequence in float32: D={first['width']}, {first['layers']} "
+        f"layers, {size:.0f} million weights, {first['threads']} thread(s)",
+        fontsize=10,
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=DPI)
+    pyplot.close(figure)

@@ -1,0 +1,51 @@
+"""Results of benchmarks, as claims, tables and pictures read them."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+"""A whole result, or the figures of one of its settings."""
+Columns = dict[str, Callable[[Any], str]]
+"""Title and cell of each column. Titles differ; what follows a `#` in one is not shown."""
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def recorded(folder: Path = RESULTS) -> dict[str, Run]:
+    """Return all results of a folder by the name of their file."""
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")
+    }
+
+
+def fewest_threads(runs: list[Run]) -> list[Run]:
+    """Return the runs with the lowest number of threads."""
+    threads = [run["threads"] for run in runs if "threads" in run]
+    return [run for run in runs if run.get("threads", min(threads)) == min(threads)]
+
+
+def decoded(result: Run, batch: int, length: int, layout: str | None = None) -> dict[str, Run]:
+    """Return the runs of `decode` in one setting, by cache or peer.
+
+    layout: the mixers of our model; by default those of the first run.
+    """
+    wanted = layout or result["runs"][0]["layout"], batch, length
+    return {
+        run["cache"]: run
+        for run in fewest_threads(result["runs"])
+        if (run["layout"], run["batch"], run["new_tokens"]) == wanted
+    }
+
+
+def settings(result: Run) -> list[tuple[int, int]]:
+    """Return the batches and lengths of a result of `decode`."""
+    return sorted({(run["batch"], run["new_tokens"]) for run in result["runs"]})
+
+
+def table(items: Iterable[Any], columns: Columns) -> str:
+    """Return a Markdown table with a row for each item."""
+    head = [title.split("#")[0] for title in columns]
+    rows = [[cell(item) for cell in columns.values()] for item in items]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -1,0 +1,215 @@
+"""`python -m benchmarks load`: a server under many streaming clients, and its engine alone.
+
+A model of D = 512 and 8 layers is served by stu-serve as a process; first the same requests go
+through an engine in this process, without HTTP. Closed loop: each client sends a request when its
+last one ends. Open loop: requests arrive at random moments (Poisson), at a share of the closed
+loop's rate, however long others take. Figures have vLLM's names: time to first token (ttft) and
+inter-token latency (itl), in milliseconds.
+"""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import torch
+from jsonargparse.typing import PositiveInt
+
+from benchmarks.machine import describe
+from serve.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.request import Request
+from serve.sampling_params import SamplingParams
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import load_model, load_tokenizer, save_model
+from stu.tokenizer import train_bpe
+
+VOCAB_SIZE, WIDTH = 4096, 512
+CACHE_GIB, PROMPT_TOKENS = 2.0, 64
+OPEN_SHARE = 0.7
+"""Rate of the open loop as a share of the closed loop's."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the benchmark."""
+
+    clients: PositiveInt = 64
+    """Clients of the closed loop."""
+    requests: PositiveInt = 256
+    """Requests of each loop."""
+    new_tokens: PositiveInt = 128
+    """New tokens of each request."""
+
+
+@dataclass
+class Stream:
+    """Times of one request, by the clock."""
+
+    sent: float = field(default_factory=time.perf_counter)
+    pieces: list[float] = field(default_factory=list)
+    """When each piece of text arrived."""
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Return the figures of the engine alone, and of the server in both loops."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        save_random_model(path, PROMPT_TOKENS + options.new_tokens + 1)
+        alone = engine_alone(path, options)
+        with serving(path, options.clients + 1) as (url, seconds_to_ready, pid):
+            closed = asyncio.run(load(url, options, None))
+            rate = OPEN_SHARE * closed["request_throughput"]
+            opened = asyncio.run(load(url, options, rate))
+            server = psutil.Process(pid)
+            family = [server, *server.children(recursive=True)]
+            resident = sum(process.memory_info().rss for process in family) / 2**20
+    run = {
+        "threads": torch.get_num_threads(),
+        "clients": options.clients,
+        "new_tokens": options.new_tokens,
+        "engine_only_tokens_per_second": alone,
+        "closed_loop": closed,
+        "overhead_share": 1 - closed["output_throughput"] / alone,
+        "open_loop": {"rate": rate, **opened},
+        "seconds_to_ready": seconds_to_ready,
+        "resident_mib": resident,
+    }
+    return {"machine": describe(), "runs": [run]}
+
+
+def save_random_model(path: Path, max_seq_len: int) -> None:
+    """Save a model directory, with a tokenizer of the standard library's modules."""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    texts = (module.read_text(encoding="utf-8") for module in modules)
+    tokenizer = train_bpe(texts, VOCAB_SIZE, path.with_suffix(".tokenizer"))
+    config = ModelConfig(vocab_size=VOCAB_SIZE, width=WIDTH, layout="stu", max_seq_len=max_seq_len)
+    torch.manual_seed(0)
+    save_model(path, FlashSTU(config), tokenizer)
+
+
+def engine_alone(path: Path, options: Options) -> float:
+    """Return the new tokens per second of an engine with as many requests at once."""
+    config = EngineConfig(cache_gib=CACHE_GIB, max_running=options.clients + 1)
+    engine = Engine(load_model(path), load_tokenizer(path), config)
+    sampling = SamplingParams(max_new_tokens=options.new_tokens, stop_at_eos=False)
+    start, number = time.perf_counter(), 0
+    while engine.has_work or number < options.requests:
+        stats = engine.stats()
+        idle = options.clients - stats.running - stats.waiting
+        for _ in range(min(idle, options.requests - number)):
+            engine.add(Request(prompt(number), sampling))
+            number += 1
+        engine.step()
+    return engine.stats().new_tokens / (time.perf_counter() - start)
+
+
+@contextmanager
+def serving(path: Path, max_running: int) -> Iterator[tuple[str, float, int]]:
+    """Start a server; yield its address, the seconds until it was ready, and its process id."""
+    command = [sys.executable, "-m", "serve.server.cli", str(path), "--port", "0"]
+    command += ["--cache-gib", str(CACHE_GIB), "--max-running", str(max_running)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    start = time.perf_counter()
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert server.stderr is not None
+        url = ""
+        while not url:
+            line = server.stderr.readline()
+            assert line, "the server did not start"
+            if "listening on " in line:
+                url = json.loads(line)["message"].split()[-1]
+        ready = time.perf_counter() - start
+        drained = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
+        yield url, ready, server.pid
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+        drained.wait(60)
+    finally:
+        server.kill()
+
+
+async def load(url: str, options: Options, rate: float | None) -> dict[str, Any]:
+    """Send all requests, from the clients, or at `rate` per second; return the figures."""
+    streams: list[Stream] = []
+    numbers = iter(range(options.requests))
+    # Without a limit of connections.
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        start = time.perf_counter()
+
+        async def send(number: int) -> None:
+            streams.append(Stream())
+            await receive(session, prompt(number), options.new_tokens, streams[-1])
+
+        async def client() -> None:
+            for number in numbers:
+                await send(number)
+
+        if rate is None:
+            await asyncio.gather(*[client() for _ in range(options.clients)])
+        else:
+            draw, tasks = random.Random(0), []
+            for number in numbers:
+                tasks.append(asyncio.ensure_future(send(number)))
+                await asyncio.sleep(draw.expovariate(rate))
+            await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - start
+    gaps = [
+        1e3 * (later - sooner)
+        for stream in streams
+        for sooner, later in zip(stream.pieces, stream.pieces[1:], strict=False)
+    ]
+    return {
+        "completed": len(streams),
+        "duration": seconds,
+        "request_throughput": len(streams) / seconds,
+        "output_throughput": len(streams) * options.new_tokens / seconds,
+        **quantiles("ttft", [1e3 * (stream.pieces[0] - stream.sent) for stream in streams]),
+        **quantiles("itl", gaps),
+    }
+
+
+async def receive(
+    session: aiohttp.ClientSession, tokens: list[int], new_tokens: int, stream: Stream
+) -> None:
+    """Send one request and read its stream to the end."""
+    body = {"prompt": tokens, "max_tokens": new_tokens, "temperature": 0}
+    body |= {"stream": True, "stop_at_eos": False}
+    is_done = False
+    async with session.post("/v1/completions", json=body) as answer:
+        assert answer.status == 200, await answer.text()
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                stream.pieces.append(time.perf_counter())
+            is_done |= line.startswith(b"data: [DONE]")
+    assert is_done, "a stream ended too early"
+
+
+def prompt(number: int) -> list[int]:
+    """Return the prompt of a request."""
+    draw = random.Random(number)
+    return [draw.randrange(300, VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
+
+
+def quantiles(name: str, values: list[float]) -> dict[str, float]:
+    """Return median, 99th percentile and maximum under vLLM's names."""
+    ordered = sorted(values)
+    return {
+        f"p50_{name}_ms": ordered[len(ordered) // 2],
+        f"p99_{name}_ms": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        f"max_{name}_ms": ordered[-1],
+    }

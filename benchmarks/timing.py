@@ -1,0 +1,51 @@
+"""Times of calls: single ones, medians, and several ways to do the same in turn."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+LEAST_SECONDS, LEAST_CALLS = 0.2, 3
+"""How long `seconds` measures."""
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds of a call, including the work that it starts on a GPU."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait until a GPU, if torch uses one, has finished its work."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return the median seconds of several calls."""
+    call()
+    taken: list[float] = []
+    while len(taken) < LEAST_CALLS or sum(taken) < LEAST_SECONDS:
+        taken.append(timed(call))
+    return statistics.median(taken)
+
+
+def median_seconds(
+    ways: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True
+) -> dict[str, float]:
+    """Return the median seconds of each way. They take turns, so that a busy machine slows all of
+    them alike.
+
+    warm_up: whether each way runs once before it is timed.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values() if warm_up else ():
+        way()
+    for _ in range(repeats):
+        for name, way in ways.items():
+            taken[name].append(timed(way))
+    return {name: statistics.median(times) for name, times in taken.items()}

@@ -1,0 +1,48 @@
+"""The serving benchmarks, their prompts and the head of a result."""
+
+from datetime import datetime
+
+import pytest
+
+from benchmarks.machine import commit, describe
+from benchmarks.serving import invariance, load
+from stu.common.errors import UserError
+from stu.tokenizer import Tokenizer, train_bpe
+from tests.train.conftest import data  # noqa: F401
+from train.data.shards import TokenShards
+
+
+def test_prompts_of_invariance_are_pieces_of_the_validation_split(data, tmp_path):  # noqa: F811
+    tokenizer = Tokenizer(data / "tokenizer.model")
+    prompts = invariance.read_prompts(data, tokenizer, 9, 4)
+    assert [len(prompt) for prompt in prompts] == [1, 2, 3, 4, 1, 2, 3, 4, 1]
+    split = TokenShards(data, "validation")
+    assert prompts[0] == split.read(0, 1).tolist()
+    start = 7 * len(split) // 9
+    assert prompts[7] == split.read(start, start + 4).tolist()
+    with pytest.raises(UserError, match="do not make 1000 prompts of up to 40; lower --prompts"):
+        invariance.read_prompts(data, tokenizer, 1000, 40)
+    other = train_bpe(["the end of the beginning\n"] * 20, 280, tmp_path / "other.model")
+    with pytest.raises(UserError, match="made by the model's tokenizer"):
+        invariance.read_prompts(data, other, 9, 4)
+
+
+def test_a_server_is_compared_with_its_engine(monkeypatch):
+    monkeypatch.setattr(load, "WIDTH", 64)
+    options = load.Options(clients=2, requests=4, new_tokens=8)
+    (run,) = load.measure(options)["runs"]
+    closed, opened = run["closed_loop"], run["open_loop"]
+    assert closed["completed"] == opened["completed"] == 4
+    share = 1 - closed["output_throughput"] / run["engine_only_tokens_per_second"]
+    assert run["overhead_share"] == share
+    for loop in (closed, opened):
+        for name in ("ttft", "itl"):
+            assert 0 < loop[f"p50_{name}_ms"] <= loop[f"p99_{name}_ms"] <= loop[f"max_{name}_ms"]
+    assert run["resident_mib"] > 100
+
+
+def test_the_head_of_a_result_names_the_commit_and_the_time(tmp_path):
+    head = describe()
+    assert head["commit"] == "unknown" or len(head["commit"].removesuffix("-dirty")) == 40
+    assert datetime.fromisoformat(head["date"]).tzinfo is not None
+    assert commit(tmp_path) == "unknown"

@@ -1,0 +1,139 @@
+"""The documents' tables are what the benchmarks' results say."""
+
+import json
+
+import pytest
+
+from benchmarks import decoding_tables, other_tables, tables
+from benchmarks.recorded import RESULTS, ROOT, recorded
+
+
+@pytest.mark.parametrize("name", tables.DOCUMENTS)
+def test_tables_are_those_of_the_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert tables.PLACE.search(text) or tables.CLAIMS.search(text), "no table is left there"
+    assert tables.with_tables(text) == text, "run python -m benchmarks.tables"
+
+
+def test_a_result_that_changes_changes_its_table(tmp_path, monkeypatch):
+    result = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
+    result["runs"][0]["measured_gib"] = 123.456
+    (tmp_path / "memory.json").write_text(json.dumps(result), encoding="utf-8")
+    monkeypatch.setattr(tables, "recorded", lambda: recorded(tmp_path))
+    changed = tables.with_tables("before\n<!-- benchmark memory -->\nold\n<!-- end -->\nafter\n")
+    assert "| 123.46 |" in changed
+    assert "old" not in changed
+    assert changed.startswith("before\n<!--")
+    assert changed.endswith("<!-- end -->\nafter\n")
+
+
+def test_every_result_is_of_a_commit():
+    """With machine and versions; not of files that nobody has."""
+    for path in RESULTS.glob("*.json"):
+        machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
+        assert {"processor", "torch", "python", "date"} <= machine.keys()
+        assert len(machine["commit"]) == 40, path
+
+
+def decode_run(cache, step, convolution, mib, **others):
+    run = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
+    run |= {"prompt_tokens": 512, "cache": cache, "cache_bytes": mib * 2**20, "step_ms": step}
+    run |= {"convolution_share": convolution / step, "step_over_paged": step / 10.0}
+    run["step_over_paged_by_round"] = [step / 10.0, step / 8.0, step / 16.0]
+    run |= {"convolution_ms": convolution, "tokens_per_second": 8e3 / step} | others
+    return run
+
+
+def rows(text):
+    """Cells of a table's rows after its head."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+
+
+def decode_result():
+    adds = {"dense": 7e6, "convolution": 2e6, "fft": 1e6, "total": 10e6}
+    moved = {"weights": 11e6, "filters": 2e6, "cache_read": 3e6, "total": 16e6}
+    counted = {"multiply_adds_per_token": adds, "bytes_moved_per_token": moved}
+    ours = decode_run("paged", 10.0, 1.0, 100, **counted)
+    naive = decode_run("naive", 40.0, 30.0, 120, convolution_over_paged=30.0)
+    others = [
+        decode_run("epoched", 13.0, 4.0, 130),
+        decode_run("continuous", 12.0, 3.0, 105),
+        decode_run("flashinference", 12.5, 3.5, 145),
+    ]
+    two_threads = [its | {"threads": 2, "step_ms": 99.0, "convolution_ms": 98.0} for its in others]
+    missing = decode_run("naive", 1, 1, 900, batch=32)
+    for name in ("step_ms", "convolution_ms", "tokens_per_second", "threads"):
+        del missing[name]
+    return {"runs": [ours, *two_threads, naive, *others, missing | {"not_run": "does not fit"}]}
+
+
+def test_decoding_tables_show_the_runs_of_one_thread():
+    result = decode_result()
+    steps = rows(decoding_tables.decode_steps(result))
+    assert steps[0] == ["8, 8,192", "10", "13", "40", "1", "30", "30", "100", "120"]
+    assert steps[1] == ["32, 8,192", "-", "-", "-", "-", "-", "-", "-", "900"]
+    costs = rows(decoding_tables.decode_costs(result))
+    assert costs == [["FutureFill, paged (ours)", "7.0", "3.00", "11.0", "5.00"]]
+    tiles = rows(decoding_tables.flash_inference(result))
+    assert tiles == [["512, 8,192", "8", "145", "105", "100", "3.5", "3", "1"]]
+    shares = rows(decoding_tables.decode_shares(result))
+    assert shares == [["8, 8,192", "75%", "10.0%", "4.00 (2.50 to 5.00)", "4.00"]]
+    peers = rows(decoding_tables.decode_peers(result))
+    assert ["direct sums", "32", "does not fit (900)"] in peers
+
+
+def test_tables_of_a_gpu_show_what_its_data_sheet_says():
+    adds = {"dense": 1e9, "convolution": 0.0, "recurrence": 0.0, "attention": 0.0, "fft": 0.0}
+    moved = {"weights": 3.35e9 / 8, "filters": 0.0, "cache_read": 0.0, "cache_written": 0.0}
+    counted = {"multiply_adds_per_token": adds, "bytes_moved_per_token": moved}
+    counted |= {"streams_per_token": 1e9, "operations_per_step": 77}
+    runs = [decode_run(name, 10.0, 2.0, 100, **counted) for name in ("paged", "naive")]
+    missing = decode_run("naive", 1, 1, 900, batch=64)
+    for name in ("step_ms", "convolution_ms", "threads"):
+        del missing[name]
+    result = {"runs": [*runs, missing | {"not_run": "does not fit"}]}
+    # A gigabyte of weights for each of 3.35 a second, behind which the multiply-adds hide.
+    assert rows(decoding_tables.gpu_launches(result)) == [
+        ["8, 8,192", "10", "1", "77", "10", "1", "77"],
+    ]
+    assert rows(decoding_tables.gpu_steps(result)) == [
+        ["FutureFill, paged (ours)", "10 (2)", "-"],
+        ["direct sums", "10 (2)", "does not fit"],
+    ]
+
+
+def test_a_table_of_mixers_shows_each_of_them():
+    runs = [
+        decode_run("paged", 10.0, 1.0, 100),
+        decode_run("naive", 40.0, 30.0, 120),
+        decode_run("paged", 12.0, 2.5, 100, layout="hyena"),
+        decode_run("continuous", 13.0, 3.5, 100, layout="hyena"),
+    ]
+    assert rows(decoding_tables.layouts({"runs": runs})) == [
+        ["stu", "8, 8,192", "10", "-", "40", "1", "-", "30"],
+        ["hyena", "8, 8,192", "12", "13", "-", "2.5", "3.5", "-"],
+    ]
+
+
+def test_model_tables_show_the_worst_of_all_curves():
+    def curve(cache, batch, error, layout="stu"):
+        return {"layout": layout, "cache": cache, "batch": batch, "largest_error": error}
+
+    curves = [curve("paged", 1, 0.3), curve("paged", 1, 0.05), curve("naive", 8, 0.11)]
+    curves.append(curve("paged", 8, 0.04, "hyena"))
+    assert rows(decoding_tables.model_errors({"curves": curves})) == [
+        ["FutureFill, paged (ours)", "30%", "-"],
+        ["direct sums", "-", "11%"],
+        ["FutureFill, paged (ours), hyena", "-", "4%"],
+    ]
+
+
+def test_other_tables_show_what_was_measured():
+    run = {"threads": 1, "targets": 2048, "width": 512, "plain_gib": 9.0, "chunked_gib": 1.5}
+    run |= {"memory_ratio": 6.0, "plain_seconds": 8.0, "chunked_seconds": 4.0, "speed_ratio": 2.0}
+    loss = rows(other_tables.loss({"runs": [run, run | {"threads": 2, "plain_gib": 99.0}]}))
+    assert loss == [["2,048 x 512", "1.50", "9.00", "6.0", "4.0", "8.0", "2.00"]]
+    run = {"threads": 1, "batch_invariant": True, "greedy_prompts_changed": 1}
+    run |= {"temperature_1_prompts_changed": 4, "greedy_tokens_per_second": 1000.4}
+    run["temperature_1_tokens_per_second"] = 900.0
+    assert rows(other_tables.invariance({"runs": [run]})) == [["yes", "1", "4", "1,000", "900"]]
