@@ -1,9 +1,9 @@
 """Causal convolution of a whole sequence by FFT, for training and for prefill.
 
-Transforms run in float32 (float64 for float64 input) whatever the model's dtype, and along a
-contiguous time axis, which is two to three times faster than along an inner one. On CPU they
-run over blocks of channels small enough for the cache: whole-width temporaries cost more in page
-faults than the FFTs themselves.
+Transforms are in float32 (float64 for float64 inputs) in models of any dtype, and along a
+contiguous time axis, which is two to three times faster than a strided one. On a CPU they run over
+blocks of channels that fit the cache: temporaries of the whole width cost more in page faults than
+the FFTs themselves.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ CPU_BLOCK_ELEMENTS = 2**18  # 1 MiB of float32: the best of 2^14..2^19 with 1 Mi
 def causal_convolution(
     inputs: Tensor, taps: Tensor, lag_step: int = 1, num_outputs: int | None = None
 ) -> Tensor:
-    """`y[t] = sum_j taps[j] * inputs[t - lag_step * j]`, one filter per channel.
+    """Compute `y[t] = sum_j taps[j] * inputs[t - lag_step * j]`, with a filter per channel.
 
     inputs: `[B, T, D]`, any T >= 1; taps: `[N, D]`, tap j at lag `lag_step * j`. Returns
-    `[B, num_outputs, D]` in the dtype of `inputs`; outputs past T are what the inputs add to the
-    future. Differentiable in both arguments; the backward pass transforms the inputs again, so
-    nothing but the arguments is kept for it.
+    `[B, num_outputs, D]` in the dtype of `inputs`; outputs beyond T are what the inputs add to the
+    future. Differentiable in both; the backward pass transforms the inputs again, so that only the
+    arguments are kept for it.
 
     The two branches of an STU layer, filters `psi[i]` and `(-1)^i psi[i]`, share their weights and
     sum to `2 psi[i]` at even lags and 0 at odd ones: `lag_step=2` with `taps = 2 psi[0::2]`. Even
@@ -60,7 +60,7 @@ def after_zeros(inputs: Tensor, num_taps: int) -> Tensor:
 
 
 def fast_fft_length(at_least: int) -> int:
-    """The smallest `2^a * {1, 3, 5, 9, 15}` that is `>= at_least`: lengths FFTs are fast at."""
+    """Return the smallest `2^a * {1, 3, 5, 9, 15}` from `at_least` on: FFTs are fast at those."""
     return min(odd << max(0, (-(-at_least // odd) - 1).bit_length()) for odd in (1, 3, 5, 9, 15))
 
 
@@ -80,7 +80,7 @@ def _check(inputs: Tensor, taps: Tensor, lag_step: int, num_outputs: int) -> Non
 
 
 class _CausalConvolution(torch.autograd.Function):
-    """Own gradients, because autograd through `rfft` runs full complex transforms."""
+    """Has its own backward pass, because autograd through `rfft` runs full complex transforms."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, taps: Tensor, lag_step: int, num_outputs: int) -> Tensor:
@@ -117,7 +117,7 @@ class _CausalConvolution(torch.autograd.Function):
 
 
 def _fft_length(length: int, num_taps: int, lag_step: int, num_outputs: int) -> int:
-    """Long enough that the circular wrap-around never reaches a wanted value."""
+    """Return a length at which the circular wrap-around reaches no wanted value."""
     per_phase = -(-length // lag_step)
     return fast_fft_length(max(per_phase + num_taps - 1, -(-num_outputs // lag_step)))
 
@@ -131,9 +131,9 @@ def _channel_blocks(inputs: Tensor, fft_length: int) -> Iterator[slice]:
 
 
 def _spectrum(sequence: Tensor, lag_step: int, fft_length: int) -> Tensor:
-    """`[B, T, C]` -> spectra of the zero-padded phases `[C, B, lag_step, fft_length // 2 + 1]`."""
+    """Transform zero-padded phases: `[B, T, C] -> [C, B, lag_step, fft_length // 2 + 1]`."""
     batch, _, width = sequence.shape
-    sequence = sequence.contiguous()  # across whole rows its columns would be read from memory
+    sequence = sequence.contiguous()  # a block of columns lies scattered over memory
     padded = sequence.new_zeros(width, batch, lag_step, fft_length)
     for phase in range(lag_step):
         part = sequence[:, phase::lag_step]  # [B, T/g, C] -> [C, B, T/g]

@@ -1,13 +1,13 @@
-"""Spectral filters: the top eigenvectors of a Hankel matrix, without building the matrix.
+"""Spectral filters: the top eigenvectors of a Hankel matrix, found without building the matrix.
 
-The matrix is `Z[i, j] = 2 / ((i + j)^3 - (i + j))`, `i, j = 1..L` (Hazan, Singh, Zhang 2017,
-"Learning Linear Dynamical Systems via Spectral Filtering"). It is an integral,
+The matrix is `Z[i, j] = 2 / ((i + j)^3 - (i + j))`, `i, j = 1..L` (Hazan, Singh, Zhang, "Learning
+Linear Dynamical Systems via Spectral Filtering", 2017). It equals an integral,
 
     Z[i, j] = integral_0^1 (1 - a)^2 a^(i + j - 2) da,
 
 so with `a = exp(-x)` and a quadrature rule in `x` it factors as `Z = G G^T` with `G` of shape
 `[L, n]`, n a few hundred. The eigenvectors of `Z` are the left singular vectors of `G`:
-`O(L n^2)` time and `O(L n)` memory in place of `O(L^3)` and `O(L^2)`.
+`O(L n^2)` time and `O(L n)` memory instead of `O(L^3)` and `O(L^2)`.
 """
 
 import os
@@ -24,10 +24,11 @@ LARGEST_X = 40.0  # exp(-40) is below float64's resolution of Z[1, 1]
 
 
 def spectral_filters(length: int, num_filters: int) -> NDArray[np.float64]:
-    """The filters `sigma_k^(1/4) phi_k`, largest eigenvalue first, cached on disk.
+    """Return the filters `sigma_k^(1/4) phi_k`, `[length, num_filters]` in float64.
 
-    Returns `[length, num_filters]` float64. The first entry of each filter is positive, so two
-    machines agree on the signs. Raises ValueError unless `1 <= num_filters <= length`.
+    The largest eigenvalue comes first. The first entry of each filter is positive, so two machines
+    agree on the signs. Results are cached on disk. Raises ValueError unless
+    `1 <= num_filters <= length`.
     """
     path = platformdirs.user_cache_path("stu") / f"filters-v1-{length}x{num_filters}.npy"
     cached = _read(path, (length, num_filters))
@@ -42,12 +43,12 @@ def spectral_filters(length: int, num_filters: int) -> NDArray[np.float64]:
 def hankel_eigenpairs(
     length: int, num_pairs: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The largest eigenvalues `[num_pairs]` and eigenvectors `[length, num_pairs]` of `Z`."""
+    """Return the largest eigenvalues `[num_pairs]` and their eigenvectors `[length, num_pairs]`."""
     if not 1 <= num_pairs <= length:
         raise ValueError(
             f"num_filters={num_pairs} is not allowed for length {length}: choose 1..{length}"
         )
-    # QR of blocks of rows, then of their stacked triangles: the whole factor is never held.
+    # QR of blocks of rows, then of their stacked triangles, never holds the whole factor.
     blocks = [np.arange(i, min(i + BLOCK_ROWS, length)) for i in range(0, length, BLOCK_ROWS)]
     triangles = [np.linalg.qr(_hankel_factor(rows, length), mode="r") for rows in blocks]
     splits = np.cumsum([len(triangle) for triangle in triangles])[:-1]
@@ -64,9 +65,9 @@ def hankel_eigenpairs(
 
 
 def _hankel_factor(rows: NDArray[np.int64], length: int) -> NDArray[np.float64]:
-    """Some rows of `G [length, n]`, `G G^T = Z`: composite Gauss-Legendre on dyadic panels in `x`.
+    """Return rows of `G [length, n]`, `G G^T = Z`: Gauss-Legendre rules on dyadic panels in `x`.
 
-    exp(-2 L x) varies on the scale 1 / (2 L), so that is the first panel; each next one doubles.
+    exp(-2 L x) varies on the scale 1 / (2 L), the width of the first panel; each next one doubles.
     """
     num_doublings = int(np.ceil(np.log2(LARGEST_X * 2 * length)))
     edges = np.concatenate([[0.0], 2.0 ** np.arange(num_doublings + 1) / (2 * length)])
@@ -84,13 +85,13 @@ def _hankel_factor(rows: NDArray[np.int64], length: int) -> NDArray[np.float64]:
 def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float64] | None:
     try:
         filters = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk: compute again
+    except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk: computed again
         return None
     return filters if filters.shape == shape and filters.dtype == np.float64 else None
 
 
 def _write(path: Path, filters: NDArray[np.float64]) -> None:
-    """Write by rename, so that a concurrent reader sees a whole file; a full disk is no error."""
+    """Write by renaming, so that a concurrent reader sees a whole file; ignore a full disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".npy")

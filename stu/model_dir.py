@@ -1,12 +1,12 @@
-"""A model directory: what training exports and serving loads.
+"""Model directories, which training exports and serving loads.
 
     config.json          ModelConfig
     model.safetensors    weights and spectral filters, `[L, 0]` where no layer is an STU; the format
-                         version is in its metadata
-    tokenizer.model      SentencePiece
+                         version is in the metadata
+    tokenizer.model      SentencePiece model
     generation.json      defaults for decoding
 
-It is written under a temporary name and renamed, so a reader sees all of it or none.
+A directory is written under a temporary name and renamed, so readers see all of it or nothing.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
 from stu.config import ModelConfig
@@ -40,16 +41,25 @@ def save_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model directory. Weights are cast to `dtype`, one at a time, or keep theirs; the
-    model's `wide_names` keep theirs, which is float32 or wider.
+    """Write a model directory.
 
-    Raises ValueError if `path` exists and `overwrite` is off, or if tokenizer and model disagree;
-    OSError, leaving nothing behind, if the disk is full.
+    Args:
+        path: Directory to make.
+        model: Model to save.
+        tokenizer: Tokenizer that the model was trained with.
+        generation: Defaults for decoding, in place of those of `GENERATION_DEFAULTS`.
+        overwrite: Whether to replace what is at `path`.
+        dtype: What weights are cast to, one at a time. None: they keep their dtypes, as the model's
+            `wide_names`, which are float32 or wider, always do.
+
+    Raises UserError if `path` is occupied and `overwrite` is off, or if the vocabularies differ;
+    OSError, with nothing left behind, if the disk is full.
     """
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"vocab_size={model.config.vocab_size}: give the tokenizer the model was trained with"
+        raise UserError(
+            "tokenizer",
+            message=f"the tokenizer has {tokenizer.vocab_size} tokens and the model has "
+            f"vocab_size={model.config.vocab_size}; give the tokenizer that it was trained with",
         )
     with new_directory(Path(path), overwrite) as folder:
         _write_json(folder / "config.json", model.config.to_dict())
@@ -71,11 +81,15 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> FlashSTU:
-    """The model of a model directory, on `device`, weights cast to `dtype`, in eval mode.
+    """Load the model of a model directory, in eval mode. `load_tokenizer` loads the tokenizer.
 
-    With None they keep their own and, on the CPU, are mapped from the disk. Raises ValueError,
-    naming the file, for anything missing, cut short, of another shape, or written by a newer
-    version.
+    Args:
+        path: Model directory.
+        device: Device of the weights.
+        dtype: Dtype of the weights. None: they keep theirs and, on the CPU, are mapped from disk.
+
+    Raises UserError, naming the file, for one that is missing, cut short, of other shapes, or
+    written by a newer version.
     """
     path = Path(path)
     config = load_config(path)
@@ -88,46 +102,53 @@ def load_model(
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The configuration of a model directory."""
+    """Load the configuration of a model directory. Raises UserError."""
     file = Path(path) / "config.json"
     values = _read_json(file)
     try:
         return ModelConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+    except UserError as error:
+        raise UserError(error.field, message=f"{file}: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory."""
+    """Load the tokenizer of a model directory. Raises UserError."""
     return Tokenizer(Path(path) / "tokenizer.model")
 
 
 def load_generation(path: str | Path) -> dict[str, Any]:
-    """The decoding defaults of a model directory: the keys of `GENERATION_DEFAULTS`."""
+    """Load the decoding defaults of a model directory, with the keys of `GENERATION_DEFAULTS`."""
     return {**GENERATION_DEFAULTS, **_read_json(Path(path) / "generation.json")}
 
 
 def _read_weights(file: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; is {file.parent} a model directory?")
+        raise UserError(
+            str(file), message=f"{file}: no such file; is {file.parent} a model directory?"
+        )
     try:
         with safe_open(file, framework="pt", device=str(device)) as archive:
             _check_version(file, archive.metadata() or {})
             return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); export or copy it again"
+        raise UserError(
+            str(file),
+            message=f"{file}: not a whole safetensors file ({error}); export or copy it again",
         ) from error
 
 
 def _check_version(file: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version", "")
     if metadata.get("format") != "stu" or not version.isdecimal():
-        raise ValueError(f"{file}: not written by stu-export (its metadata names no stu format)")
+        raise UserError(
+            str(file),
+            message=f"{file}: not written by stu-export (its metadata names no stu format)",
+        )
     if int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format version {version}, and this stu reads up to {FORMAT_VERSION}: "
-            "install a newer stu"
+        raise UserError(
+            str(file),
+            message=f"{file}: format version {version}, and this stu reads up to {FORMAT_VERSION}: "
+            "install a newer stu",
         )
 
 
@@ -148,7 +169,9 @@ def _check_weights(
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{file} does not fit config.json: {', '.join(problems[:3])}{more}")
+        raise UserError(
+            str(file), message=f"{file} does not fit config.json: {', '.join(problems[:3])}{more}"
+        )
 
 
 def _is_wide_enough(name: str, dtype: torch.dtype) -> bool:
@@ -163,9 +186,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file; is {file.parent} a model directory?") from error
+        raise UserError(
+            str(file), message=f"{file}: no such file; is {file.parent} a model directory?"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+        raise UserError(str(file), message=f"{file}: not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: a JSON object is needed")
+        raise UserError(str(file), message=f"{file}: a JSON object is needed")
     return values

@@ -18,7 +18,7 @@ TRAINING_PIECE_CHARS = 1000  # SentencePiece drops sentences of more than 4192 b
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """A SentencePiece model, which maps text to token ids and back.
 
     `decode(encode(text)) == text` for every text that UTF-8 can hold and a model made by
     `train_bpe`, newlines, tabs and runs of spaces included, with one exception: SentencePiece keeps
@@ -44,12 +44,12 @@ class Tokenizer:
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id: int = self._processor.bos_id()  # -1 if the model has none
         self.eos_id: int = self._processor.eos_id()  # -1 if the model has none
-        # A long answer with log probabilities asks a million times.
+        # Kept, as a long answer with log probabilities asks a million times.
         self._token_texts: dict[int, str] = {}
         self._token_bytes: dict[int, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without BOS and EOS. Text never yields a control token.
+        """Return the token ids of `text`, without BOS and EOS. Text never yields a control token.
 
         Raises ValueError if UTF-8 cannot hold `text` (half of a surrogate pair).
         """
@@ -61,38 +61,38 @@ class Tokenizer:
         return [self.bos_id, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; control and unknown tokens give none, broken UTF-8 becomes U+FFFD.
+        """Return the text of `ids`. Control and unknown tokens have none; broken UTF-8 is U+FFFD.
 
         Raises IndexError for an id outside the vocabulary.
         """
         known = [int(i) for i in ids if i != self._processor.unk_id()]
-        # SentencePiece takes an empty list for an empty batch.
+        # SentencePiece would take an empty list for an empty batch.
         text: str = self._processor.decode(known) if known else ""
         return text
 
     def token_text(self, token: int) -> str:
-        """How one token is shown by itself: its text, `bytes:\\xe2` for a byte of a longer
-        character, or the name of a token that has no text."""
+        """Return a token as it is shown alone: its text, `bytes:\\xe2` for a byte of a longer
+        character, or the name of a token without text."""
         text = self._token_texts.get(token)
         if text is None:
             text = self._token_texts[token] = self._token_text(token)
         return text
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for in UTF-8: part of a character perhaps, or nothing."""
-        its_bytes = self._token_bytes.get(token)
-        if its_bytes is None:
-            its_bytes = self._token_bytes[token] = self._find_bytes(token)
-        return its_bytes
+        """Return the UTF-8 bytes of a token: perhaps a part of a character, perhaps none."""
+        token_bytes = self._token_bytes.get(token)
+        if token_bytes is None:
+            token_bytes = self._token_bytes[token] = self._find_bytes(token)
+        return token_bytes
 
     def _token_text(self, token: int) -> str:
-        its_bytes = self.token_bytes(token)
-        if not its_bytes:
+        token_bytes = self.token_bytes(token)
+        if not token_bytes:
             name: str = self._processor.id_to_piece(token)
             return name
-        if self._processor.is_byte(token) and its_bytes[0] >= 128:
-            return f"bytes:\\x{its_bytes[0]:02x}"
-        return its_bytes.decode()
+        if self._processor.is_byte(token) and token_bytes[0] >= 128:
+            return f"bytes:\\x{token_bytes[0]:02x}"
+        return token_bytes.decode()
 
     def _find_bytes(self, token: int) -> bytes:
         model = self._processor
@@ -104,13 +104,13 @@ class Tokenizer:
         return piece.replace(SPACE_MARK, " ").encode()
 
     def control_tokens(self) -> dict[str, int]:
-        """Names and ids of the tokens that no text yields, BOS and EOS among them."""
+        """Return the ids, by name, of the tokens that no text yields, such as BOS and EOS."""
         model = self._processor
         ids = [token for token in range(self.vocab_size) if model.is_control(token)]
         return {model.id_to_piece(token): token for token in ids}
 
     def bytes_per_token(self) -> NDArray[np.int64]:
-        """UTF-8 bytes each token stands for, 0 for control and unknown ones: `[vocab_size]`."""
+        """Return the UTF-8 length of each token, 0 for control and unknown ones: `[vocab_size]`."""
         sizes = [len(self.token_bytes(token)) for token in range(self.vocab_size)]
         return np.array(sizes, dtype=np.int64)
 
@@ -154,7 +154,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
 
 
 def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, since no learned piece crosses a newline, cut to what the trainer accepts."""
+    """Split texts into lines, which no learned piece crosses, cut to what the trainer accepts."""
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), TRAINING_PIECE_CHARS):
@@ -162,7 +162,7 @@ def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _training_failure(message: str, vocab_size: int) -> str:
-    """What the user can do about SentencePiece's error `message`."""
+    """Translate SentencePiece's error `message` into what the user can do."""
     if "sentences_.empty()" in message:
         return "there is no text to train a tokenizer on"
     if limit := re.search(r"value <= (\d+)", message):

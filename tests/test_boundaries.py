@@ -104,6 +104,8 @@ def test_public_names_need_no_extra():
     ("module", "arguments", "missing"),
     [
         ("serve.server.cli", ["model"], "serve"),
+        ("train.cli", ["--run-dir=run"], "train"),
+        ("train.plan.cli", ["--data.dir=data"], "train"),
     ],
 )
 def test_a_missing_extra_is_named(module, arguments, missing):

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, requires_extra
 from train.start.signals import exiting_at_once
 
 FAULT = 3
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _short_help().print_help()
         return 0
     with exiting_at_once():
-        # Imported late, as it takes seconds.
-        from train.run import run
-
         try:
+            with requires_extra("train"):
+                from train.run import run  # takes seconds
+
             run(["--help" if argument == "--help-all" else argument for argument in arguments])
         except (UserError, OSError) as error:
             print(f"stu-train: error: {' '.join(str(error).split())}", file=sys.stderr)

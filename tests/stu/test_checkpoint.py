@@ -103,7 +103,7 @@ def test_existing_output_is_kept_unless_told(saved, model, tokenizer):
 
 def test_tokenizer_of_another_size(tmp_path, tokenizer):
     model = FlashSTU(ModelConfig(vocab_size=17, width=16, num_heads=2, max_seq_len=32))
-    with pytest.raises(ValueError, match=r"290 tokens and the model vocab_size=17"):
+    with pytest.raises(UserError, match=r"290 tokens and the model has vocab_size=17"):
         save_model(tmp_path / "model", model, tokenizer)
     assert os.listdir(tmp_path) == []
 
@@ -113,7 +113,7 @@ def test_truncated_weights(saved):
     whole = file.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        with pytest.raises(UserError, match=r"model\.safetensors: not a whole safetensors file"):
             load_model(saved)
 
 
@@ -128,7 +128,7 @@ def test_truncated_weights(saved):
 def test_other_formats(saved, metadata, message):
     file = saved / "model.safetensors"
     save_file(load_file(file), file, metadata)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_model(saved)
 
 
@@ -138,7 +138,7 @@ def test_weights_of_another_model(saved):
     weights["extra"] = weights.pop("norm.weight")
     weights["embedding.weight"] = weights["embedding.weight"][:5].clone()
     save_file(weights, file, {"format": "stu", "format_version": "1"})
-    with pytest.raises(ValueError, match=r"norm\.weight is missing, extra is unknown, embedding"):
+    with pytest.raises(UserError, match=r"norm\.weight is missing, extra is unknown, embedding"):
         load_model(saved)
 
 
@@ -148,19 +148,19 @@ def test_filters_that_are_too_narrow(saved, dtype):
     weights = load_file(file)
     weights["filters"] = weights["filters"].to(dtype)
     save_file(weights, file, {"format": "stu", "format_version": "1"})
-    with pytest.raises(ValueError, match=f"filters is {dtype}"):
+    with pytest.raises(UserError, match=f"filters is {dtype}"):
         load_model(saved)
 
 
 def test_missing_and_damaged_files(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere.*no such file; is .* a model directory"):
+    with pytest.raises(UserError, match=r"nowhere.*no such file; is .* a model directory"):
         load_model(tmp_path / "nowhere")
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"num_layer": 3}))
-    with pytest.raises(ValueError, match=r"config\.json: unknown model setting 'num_layer'"):
+    with pytest.raises(UserError, match=r"config\.json: unknown model setting 'num_layer'"):
         load_model(saved)
     (saved / "config.json").write_text('{"vocab_size"')
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
         load_model(saved)
 
 

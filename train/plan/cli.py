@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from stu.common.errors import UserError, requires_extra
+
 if TYPE_CHECKING:
     from train.parallel.config import ParallelConfig
     from train.plan.fits import Fits
@@ -51,13 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="tokens to train on, instead of those of trainer.max_steps steps",
     )
     options, others = parser.parse_known_args(arguments)
-    # Imported late: they take seconds.
-    from stu.common.errors import UserError
-    from train.config import data_warnings, num_devices
-    from train.gpus import GPUS
-    from train.settings import parse_settings
-
     try:
+        with requires_extra("train"):  # modules that take seconds to import
+            from train.config import data_warnings, num_devices
+            from train.gpus import GPUS
+            from train.settings import parse_settings
+
         if options.gpu not in (*GPUS, "this"):
             raise UserError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
         settings = parse_settings(others)
