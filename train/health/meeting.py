@@ -12,7 +12,6 @@ from pathlib import Path
 
 from train.health.node import folder_problem, probe_name
 from train.health.verdict import Report, Verdict, judge
-from train.start.launch import discovery_port
 
 NUM_ADDED = 2**20
 """Numbers that are added up over all nodes."""
@@ -27,6 +26,8 @@ class Meeting:
 
     def __init__(self, rank: int, count: int, timeout_seconds: float) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        from train.start.launch import discovery_port
 
         self._rank, self._nodes = rank, _node_names(count)
         self._timeout = timedelta(seconds=timeout_seconds)
