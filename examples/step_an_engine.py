@@ -5,11 +5,11 @@ python examples/step_an_engine.py models/mine
 
 import sys
 
+import stu
 from serve import Engine, Request, SamplingParams
-from stu.model_dir import load_model, load_tokenizer
 
-tokenizer = load_tokenizer(sys.argv[1])
-engine = Engine(load_model(sys.argv[1]), tokenizer)
+tokenizer = stu.load_tokenizer(sys.argv[1])
+engine = Engine(stu.load_model(sys.argv[1]), tokenizer)
 
 
 def add(prompt: str, **settings: int) -> int:

@@ -47,3 +47,13 @@ def test_an_example_runs(script, printed, model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout
+
+
+@pytest.mark.parametrize("page", ["engine.md", "python.md"])
+def test_snippets_of_a_page_run(page, model):
+    text = (EXAMPLES.parent / "docs" / page).read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    whole = [block for block in blocks if '"models/mine"' in block]
+    assert whole
+    for block in whole:
+        exec(block.replace("models/mine", str(model)), {})

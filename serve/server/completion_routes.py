@@ -86,7 +86,7 @@ def _prepare(
     if (constraint := requests[0].sampling.constraint) is not None:
         try:
             service.grammars.check(constraint)
-        except ValueError as error:  # UserError, once serve.sampling raises no other
+        except UserError as error:
             raise UserError("response_format", constraint.source, message=str(error)) from error
     writers = completions.writers(body, requests)
     if not service.config.log_prompts:

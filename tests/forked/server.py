@@ -14,6 +14,7 @@ import random
 import resource
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -45,6 +46,7 @@ class Server:
     """Forks for each request on its socket, until the pytest run that it serves is over."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(folder / "new"))
@@ -124,6 +126,7 @@ class Server:
     def _end(self) -> None:
         for pid in self._clients.values():
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)  # where pytest was killed
         sys.exit()
 
 

@@ -127,7 +127,11 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig(**settings)
     except UserError as error:
         names = {ours: published for published, ours in SIZES.items()}
-        raise error.renamed(names.get(error.field, error.field)) from error
+        allowed, fix = error.allowed, error.fix
+        for ours, published in names.items():
+            allowed, fix = allowed.replace(ours, published), fix.replace(ours, published)
+        field = names.get(error.field, error.field)
+        raise UserError(field, error.value, allowed, fix) from error
 
 
 def _switch(values: Mapping[str, Any], key: str) -> bool:

@@ -32,7 +32,7 @@ class PrepareConfig:
     text_key: str = "text"
     """JSON field, or CSV or Parquet column, that holds the text."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about a row, or the rest of a damaged file, that cannot be read: `stop` with an
+    """Action for a row, or the rest of a damaged file, that cannot be read: `stop` with an
     error that names it, or `skip` it and list the first 1,000 in `skipped.jsonl` in the output."""
     part: str | None = None
     """Part of the corpus that this run tokenizes: I/N with I from 0 to N - 1, for one of N runs.

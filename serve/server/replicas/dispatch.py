@@ -184,7 +184,9 @@ class Replicas(Supervisor):
             stream.num_moves += 1
             if stream.num_moves > MOST_MOVES:
                 del streams[stream.number]
-                message = f"{stream.num_moves} replicas ended during this request: it may end them"
+                message = (
+                    f"{stream.num_moves} replicas ended during this request, which may be the cause"
+                )
                 stream.outputs.put_nowait(Unavailable(message))
         self.num_resumed += len(streams)
         self._waiting.put_back(streams.values())

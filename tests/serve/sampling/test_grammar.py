@@ -102,7 +102,7 @@ def test_constraints_that_are_not_allowed(code_tokenizer, kind, source, message)
 
 def test_a_constraint_needs_eos():
     with pytest.raises(
-        ValueError, match="stop_at_eos=false is not allowed: it must be true with a constraint"
+        UserError, match="stop_at_eos=false is not allowed: it must be true with a constraint"
     ):
         make_request([1], 5, constraint=CONSTRAINTS["regex"])
 

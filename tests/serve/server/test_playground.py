@@ -471,7 +471,7 @@ def test_chat(page, server):
     eventually(lambda: server.metric("vllm:num_requests_running") == 0)
     page.fill("#max_tokens", str(LONG_SEQ_LEN + 1))
     page.get_by_role("button", name="Regenerate").click()
-    expect(page.locator("#chat-error")).to_contain_text("max_tokens")
+    expect(page.locator("#chat-error")).to_contain_text("lower the limit of new tokens")
     expect(page.get_by_role("button", name="Ask again")).to_be_visible()
     page.click("#new-chat")
     expect(texts).to_have_count(0)

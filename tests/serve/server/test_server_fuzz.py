@@ -118,7 +118,7 @@ def mutated(rng, is_chat):
     return content
 
 
-@pytest.mark.parametrize("count", [3_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutated_bodies(server, count):
     rng, statuses = random.Random(0), {}
     with server.client(headers=JSON) as http:

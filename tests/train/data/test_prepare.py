@@ -1,4 +1,4 @@
-"""`stu-prepare` makes the same shards of the same text every time, or nothing at all."""
+"""`stu-prepare` writes the same shards for the same text every time, or nothing at all."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ GOOD = b"".join(_row(text) for text in TEXTS)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", " \n"]))
+    return _write(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", [*TEXTS, "", " \n"])
+
+
+def _write(path: Path, texts: Sequence[str]) -> Path:
+    path.write_bytes(b"".join(_row(text) for text in texts))
     return path
 
 
@@ -52,7 +56,7 @@ def _config(source: Path | str, output: Path, **changes: Any) -> PrepareConfig:
 
 
 def _documents(folder: Path, split: str) -> list[str]:
-    """The documents of a split, cut at BOS and EOS and decoded."""
+    """Cut a split at BOS and EOS, and decode the documents."""
     shards, tokenizer = TokenShards(folder, split), Tokenizer(folder / "tokenizer.model")
     tokens = shards.read(0, len(shards))
     starts = np.flatnonzero(tokens == tokenizer.bos_id)
@@ -88,7 +92,7 @@ def test_every_document_is_in_one_split_in_order(corpus: Path, tmp_path: Path) -
 def test_the_result_does_not_depend_on_the_number_of_workers(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "BATCH_CHARS", 500)  # so that each worker gets many batches
+    monkeypatch.setattr(encode, "BATCH_CHARS", 500)  # many batches for each worker
     prepare(_config(corpus, tmp_path / "one", workers=1))
     prepare(_config(corpus, tmp_path / "two", workers=2))
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
@@ -96,15 +100,15 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file as they come: of paragraphs, much longer than a piece."""
+    """A text file with paragraphs, much longer than a piece."""
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text("\n".join(text + ("\n" if i % 3 else "") for i, text in enumerate(TEXTS * 6)))
     return path
 
 
 def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
-    """Its pieces go to both sides. Where a side has the piece before, the text goes on without
-    marks; and it ends once."""
+    """Its pieces go to both splits. Pieces that follow one another in a split are joined without
+    marks, and EOS stands once."""
     runs: dict[str, list[str]] = {"train": [], "validation": []}
     before = None
     for piece in read_documents([book], piece_bytes=LEAST_PIECE_BYTES):
@@ -121,11 +125,8 @@ def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
     assert _files(tmp_path / "data") == _files(tmp_path / "again")
     num_ends = 0
     for split, texts in runs.items():
-        shards, tokenizer = (
-            TokenShards(tmp_path / "data", split),
-            Tokenizer(tmp_path / "data" / "tokenizer.model"),
-        )
-        tokens = shards.read(0, len(shards))
+        shards = TokenShards(tmp_path / "data", split)
+        tokenizer, tokens = Tokenizer(shards.tokenizer_path), shards.read(0, len(shards))
         starts = np.flatnonzero(tokens == tokenizer.bos_id)
         found = np.split(tokens, starts)
         assert not len(found[0])
@@ -139,7 +140,7 @@ def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
 BAD = b'{\n{"words": 1}\n{"text": "\xff"}\n'
 
 
-def test_bad_rows_are_left_out_and_listed(
+def test_bad_rows_are_skipped_and_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(BAD + GOOD + BAD)
@@ -161,7 +162,7 @@ def test_bad_rows_are_left_out_and_listed(
     assert rows[1]["file"].endswith("corpus.jsonl")
 
 
-def test_a_list_of_bad_rows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_of_bad_rows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.skipped.MOST_LISTED", 4)
     (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 3)
     prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
@@ -204,16 +205,14 @@ def test_the_seed_decides_the_split(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_equal_documents_fall_on_the_same_side(tmp_path: Path) -> None:
-    source = tmp_path / "twice.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 2))
-    prepare(_config(source, tmp_path / "data"))
+    prepare(_config(_write(tmp_path / "twice.jsonl", TEXTS * 2), tmp_path / "data"))
     train, validation = (_documents(tmp_path / "data", s) for s in ("train", "validation"))
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(TEXTS * 2)
 
 
 def test_the_split_of_a_text_never_changes() -> None:
-    """Or an old validation text would be trained on when a corpus is prepared again."""
+    """Otherwise validation text would be trained on when a corpus is prepared again."""
     held_out = [i for i in range(8) if split_of(f"text {i}", 0, 0.3) == "validation"]
     assert held_out == [4]
 
@@ -224,9 +223,7 @@ def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> No
     # The mark changes the hash: keep those that are still held out.
     marked = [t for t in marked if ("zyzzyva" in t) == (split_of(t, 0, 0.2) == "validation")]
     assert sum("zyzzyva" in text for text in marked) > 3
-    source = tmp_path / "marked.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in marked))
-    prepare(_config(source, tmp_path / "data"))
+    prepare(_config(_write(tmp_path / "marked.jsonl", marked), tmp_path / "data"))
     assert len(Tokenizer(tmp_path / "data" / "tokenizer.model").encode("zyzzyva")) >= 6
 
 
@@ -242,9 +239,7 @@ def test_the_sample_for_the_tokenizer_is_bounded_and_does_not_depend_on_the_orde
     monkeypatch.setattr("train.data.tokenizer.TOKENIZER_SAMPLE_BYTES", 2000)
     monkeypatch.setattr("train.data.tokenizer.train_bpe", spy)
     for name, texts in [("a", TEXTS), ("b", TEXTS[::-1])]:
-        source = tmp_path / f"{name}.jsonl"
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        prepare(_config(source, tmp_path / name))
+        prepare(_config(_write(tmp_path / f"{name}.jsonl", texts), tmp_path / name))
     assert seen[0] == seen[1]
     assert 1900 < sum(len(text.encode()) for text in seen[0]) <= 2000
 
@@ -253,7 +248,7 @@ def test_a_given_tokenizer_is_used(corpus: Path, tmp_path: Path) -> None:
     given = train_bpe(TEXTS, 300, tmp_path / "given.model")
     index = prepare(_config(corpus, tmp_path / "a", tokenizer=given.path))
     assert (index.vocab_size, index.tokenizer_sha256) == (300, given.sha256)
-    again = prepare(_config(corpus, tmp_path / "b", tokenizer=tmp_path / "a"))  # of a folder
+    again = prepare(_config(corpus, tmp_path / "b", tokenizer=tmp_path / "a"))  # a folder
     assert again == index
 
 
@@ -271,9 +266,8 @@ def test_long_documents_are_encoded_in_pieces(
 
 
 def test_tokens_take_two_bytes_while_they_can() -> None:
-    assert [token_dtype(size).name for size in (4096, 2**16, 2**16 + 1)] == ["uint16"] * 2 + [
-        "uint32"
-    ]
+    names = [token_dtype(size).name for size in (4096, 2**16, 2**16 + 1)]
+    assert names == ["uint16", "uint16", "uint32"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -298,7 +292,7 @@ def test_bad_input_leaves_nothing(
     (tmp_path / "in" / "corpus.jsonl").write_bytes(content)
     given = train_bpe(TEXTS, 300, tmp_path / "in" / "given.model").path
     before = sorted(tmp_path.rglob("*"))
-    for more in [{}, {"tokenizer": given}]:  # an error may come from either pass over the text
+    for more in [{}, {"tokenizer": given}]:  # errors in either pass over the text
         if "vocab_size" in changes and more:
             continue
         config = _config(
@@ -385,7 +379,7 @@ def test_progress_without_a_terminal(
 
 
 def test_stopping_it_leaves_nothing(tmp_path: Path) -> None:
-    """What a scheduler does when a job is cancelled, while two workers run."""
+    """A scheduler sends SIGTERM to cancel a job."""
     source = tmp_path / "corpus.jsonl"
     source.write_bytes(_row("words and more words " * 5000) * 400)
     train_bpe(TEXTS, 300, tmp_path / "given.model")

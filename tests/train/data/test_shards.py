@@ -69,20 +69,14 @@ def test_index_round_trip(tmp_path: Path) -> None:
     assert Index.load(tmp_path / "data") == index
 
 
-@pytest.mark.parametrize("change", [-2, -1, 2])
-def test_a_shard_of_another_size_is_refused(tmp_path: Path, change: int) -> None:
+@pytest.mark.parametrize("size", [None, 586, 587, 590])
+def test_a_shard_of_another_size_is_refused(tmp_path: Path, size: int | None) -> None:
     write_token_shards(tmp_path / "data")
     path = tmp_path / "data" / "train-00001.bin"
-    content = path.read_bytes() + b"\0\0"
-    path.write_bytes(content[: len(content) - 2 + change])
-    with pytest.raises(UserError, match=rf"train-00001\.bin: {588 + change} bytes, expected 588"):
-        TokenShards(tmp_path / "data", "train")
-
-
-def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
-    write_token_shards(tmp_path / "data")
-    (tmp_path / "data" / "train-00002.bin").unlink()
-    with pytest.raises(UserError, match=r"train-00002\.bin: 0 bytes, expected 588"):
+    path.unlink()
+    if size is not None:
+        path.write_bytes(bytes(size))
+    with pytest.raises(UserError, match=rf"train-00001\.bin: {size or 0} bytes, expected 588"):
         TokenShards(tmp_path / "data", "train")
 
 

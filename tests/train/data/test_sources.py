@@ -1,4 +1,4 @@
-"""Documents from every kind of source, and a clear error for what is not text."""
+"""Documents from every kind of source, and clear errors about what is not text."""
 
 import builtins
 import csv
@@ -54,7 +54,7 @@ def _write_rows(path: Path, texts: list[Any], text_key: str = "text") -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Compressed, if the name says so."""
+    """Write a file, compressed if its name says so."""
     compress = {".gz": gzip.compress, ".zst": zstd.compress}.get(path.suffix.lower(), bytes)
     path.write_bytes(compress(data))
 
@@ -88,8 +88,7 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.md.zst"])
 def test_a_large_text_file_comes_in_pieces(tmp_path: Path, name: str) -> None:
-    """That end at blank lines, or else at line ends, or else between characters, and are all of
-    it."""
+    """Pieces end at blank lines, else at line ends, else between characters."""
     text = (
         "\ufeff" + "first\n\nsecond\nline\n\n" + "a line of words\n" * 9 + "é" * 40 + "\r\n\r\nend"
     )
@@ -108,13 +107,13 @@ def test_a_large_text_file_comes_in_pieces(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("size", range(1, 12))
 def test_pieces_of_any_size(tmp_path: Path, size: int) -> None:
-    """Also where the file is exactly as long, and no character is cut."""
+    """No character is cut, and the file may be exactly as long as a piece."""
     (tmp_path / "a.txt").write_text("añ€😀\n\n\nb")
     pieces = [piece.text for piece in _documents(tmp_path / "a.txt", piece_bytes=max(size, 4))]
     assert "".join(pieces) == "añ€😀\n\n\nb"
 
 
-def test_of_a_large_file_little_is_in_memory(tmp_path: Path) -> None:
+def test_little_of_a_large_file_is_in_memory(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.txt.gz", "wb", compresslevel=1) as file:
         for _ in range(30):
             file.write(b"words and words\n" * 2**16)  # 1 MiB
@@ -135,7 +134,7 @@ def test_files_are_cut_where_they_are_much_of_the_corpus(tmp_path: Path) -> None
     assert find_files([str(tmp_path)]).piece_bytes == 2**20
 
 
-def test_one_bad_row_is_left_out_where_that_is_wanted(tmp_path: Path) -> None:
+def test_reading_continues_after_bad_rows(tmp_path: Path) -> None:
     rows = [ROW, b"{", b'{"b": 1}\n', b"\xff\n", b'{"text": 1}\n', ROW]
     (tmp_path / "a.jsonl").write_bytes(rows[0] + rows[1] + b"\n" + b"".join(rows[2:]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(ROW * 50, mtime=0)[:-9])
@@ -185,7 +184,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(
         find_files([str(tmp_path)])
 
 
-def test_what_is_hidden_is_left_out(tmp_path: Path) -> None:
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
     for name in ["a.txt", ".b.txt", ".git/c.txt", "d/.ipynb_checkpoints/e.txt", "d/f.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -320,9 +319,7 @@ def test_sources_that_name_nothing(tmp_path: Path, source: str, message: str) ->
         ("a.csv", b"text\na\n\xff\n", "not UTF-8"),
     ],
 )
-def test_what_is_not_readable_text_is_named(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_errors_name_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
         _texts(tmp_path / name)

@@ -1,4 +1,4 @@
-"""`stu-prepare --part i/n`: n runs make together what one makes alone, however they end."""
+"""Runs of `stu-prepare --part I/N` together write what one run writes, however they end."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one run makes of it."""
+    """Token shards of the corpus made by one run."""
     output = tmp_path_factory.mktemp("whole") / "data"
     prepare(_config(corpus, output, None))
     return output
@@ -70,7 +70,7 @@ def _tokens(folder: Path) -> dict[str, list[int]]:
 
 
 def _assert_equal(output: Path, whole: Path) -> None:
-    """But for where one file ends and the next begins."""
+    """Compare two folders, except for the ends of their token files."""
     assert _tokens(output) == _tokens(whole)
     model = "tokenizer.model"
     assert (output / model).read_bytes() == (whole / model).read_bytes()
@@ -85,40 +85,20 @@ def _assert_equal(output: Path, whole: Path) -> None:
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.name}.lock"}
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_parts_are_together_what_one_run_makes(
+@pytest.mark.parametrize("order", [(0,), (0, 1, 2), (2, 0, 1), tuple(range(12))])
+def test_parts_together_equal_one_run(
     corpus: Path, whole: Path, tmp_path: Path, order: tuple[int, ...]
 ) -> None:
-    output = tmp_path / "new" / "data"
+    """Also with more parts than files. Token files are moved, not copied."""
+    output, count, moved = tmp_path / "new" / "data", len(order), set()
     for done, part in enumerate(order, start=1):
         assert not output.exists()
-        missing = prepare_part(_config(corpus, output, part))
+        missing = prepare_part(_config(corpus, output, part, count=count))
         assert missing == sorted(order[done:])
+        moved |= {path.stat().st_ino for path in output.parent.glob("data.parts/*/*.bin")}
     _assert_equal(output, whole)
+    assert moved <= {path.stat().st_ino for path in output.iterdir()}
     assert len(Index.load(output).splits["train"].shards) > COUNT
-
-
-def test_more_parts_than_files(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    output = tmp_path / "data"
-    for part in range(12):
-        prepare_part(_config(corpus, output, part, count=12))
-    _assert_equal(output, whole)
-
-
-def test_one_part_of_one(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    assert prepare_part(_config(corpus, tmp_path / "data", 0, count=1)) == []
-    _assert_equal(tmp_path / "data", whole)
-
-
-def test_token_files_are_moved(corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "data"
-    for part in (0, 1):
-        prepare_part(_config(corpus, output, part))
-    of_part_0 = tmp_path / "data.parts" / "0-of-3"
-    before = {path.name: path.stat().st_ino for path in of_part_0.glob("*.bin")}
-    prepare_part(_config(corpus, output, 2))
-    assert before
-    assert before == {name: (output / name).stat().st_ino for name in before}
 
 
 def test_a_part_that_is_there_is_left_alone(corpus: Path, whole: Path, tmp_path: Path) -> None:
@@ -130,7 +110,7 @@ def test_a_part_that_is_there_is_left_alone(corpus: Path, whole: Path, tmp_path:
     assert index.stat() == before
     for part in (0, 2):
         prepare_part(_config(corpus, output, part))
-    for part in range(COUNT):  # as a task that is killed after it has put all together
+    for part in range(COUNT):  # as a task that is killed after it has joined the parts
         assert prepare_part(_config(corpus, output, part)) == []
     _assert_equal(output, whole)
 
@@ -155,7 +135,7 @@ def test_other_settings_are_refused(
         given = train_bpe(_texts(0, 100), 300, tmp_path / "given.model").path
         changes = {"tokenizer": given}
     output = tmp_path / "data"
-    for done in range(COUNT):  # when there are parts, and when there is the whole
+    for done in range(COUNT):  # with some parts, and with all of them joined
         prepare_part(_config(corpus, output, done))
         before = sorted(tmp_path.rglob("*"))
         for part in (0, 2):
@@ -175,7 +155,7 @@ def test_sources_that_have_changed_are_refused(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "1/0", "a/b", ""])
-def test_what_is_no_part(
+def test_invalid_parts_are_refused(
     corpus: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(corpus), "--output", str(tmp_path / "data"), f"--part={part}"]) == 2
@@ -191,16 +171,12 @@ def test_an_output_that_was_not_made_in_parts_is_left_alone(corpus: Path, whole:
     assert sorted(whole.parent.rglob("*")) == before
 
 
-def test_parts_leave_out_together_what_one_run_does(corpus: Path, tmp_path: Path) -> None:
-    copy, output, alone = (
-        tmp_path / "corpus",
-        tmp_path / "out" / "data",
-        tmp_path / "alone" / "data",
-    )
+def test_parts_together_skip_what_one_run_skips(corpus: Path, tmp_path: Path) -> None:
+    copy, output, alone = (tmp_path / name for name in ("corpus", "out/data", "alone/data"))
     shutil.copytree(corpus, copy)
     (copy / "book.txt").write_text("".join(_texts(9, 500)))  # in pieces
     with (copy / "0.jsonl").open("a") as file:
-        file.write("{\n" * 20)  # most of its part, and of all not
+        file.write("{\n" * 20)  # most of this part, but not of the corpus
     with (copy / "6.jsonl").open("a") as file:
         file.write("{}\n")
     prepare(_config(copy, alone, None, on_error="skip"))
@@ -213,7 +189,7 @@ def test_parts_leave_out_together_what_one_run_does(corpus: Path, tmp_path: Path
 
 
 def test_a_part_that_fails_leaves_the_others(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    """The tokenizer is given, as its training would have read all files."""
+    """The tokenizer exists, as training one would read all files."""
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)
     good = (copy / "6.jsonl").read_bytes()
@@ -240,10 +216,10 @@ def test_a_split_without_documents_is_refused_when_all_parts_are_there(
 
 
 class Interruption(BaseException):
-    """As a kill: nothing catches it."""
+    """Stands for a kill: no code catches it."""
 
 
-def test_putting_together_goes_on_wherever_it_was_interrupted(
+def test_joining_continues_wherever_it_was_interrupted(
     corpus: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = tmp_path / "ready"
@@ -252,7 +228,7 @@ def test_putting_together_goes_on_wherever_it_was_interrupted(
             patch.setattr(Parts, "missing", lambda _: list(range(COUNT)))
             prepare_part(_config(corpus, ready / "data", part))
     for left in ["data.parts/.index.json.01.tmp", "data.parts/.0-of-3.01.tmp/train-00000.bin"]:
-        (ready / left).parent.mkdir(exist_ok=True)  # as a kill leaves it
+        (ready / left).parent.mkdir(exist_ok=True)  # left by a kill
         (ready / left).touch()
     for step in range(100):
         output = tmp_path / str(step) / "data"
@@ -293,7 +269,7 @@ def test_a_token_file_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> 
 
 
 def _start(corpus: Path, output: Path, part: int) -> subprocess.Popen[str]:
-    """A process of the command line."""
+    """Start the command as a process."""
     command = [sys.executable, "-m", "train.data.cli", corpus, "--output", output]
     options = {**QUICK, "part": f"{part}/{COUNT}"}
     command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
@@ -301,10 +277,8 @@ def _start(corpus: Path, output: Path, part: int) -> subprocess.Popen[str]:
     return subprocess.Popen([*map(str, command)], text=True, **pipes)
 
 
-def test_parts_at_once_of_which_each_is_started_twice(
-    corpus: Path, whole: Path, tmp_path: Path
-) -> None:
-    """As when an array is submitted again while it runs."""
+def test_each_part_is_started_twice_at_once(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """An array may be submitted again while it runs."""
     processes = [_start(corpus, tmp_path / "data", part % COUNT) for part in range(2 * COUNT)]
     said = [process.communicate(timeout=100) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
@@ -315,8 +289,8 @@ def test_parts_at_once_of_which_each_is_started_twice(
 
 
 @pytest.mark.parametrize("at", [".data.parts.*.tmp", "data.parts/.1-of-3.*.tmp"])
-def test_a_run_that_was_killed_is_done_again(whole: Path, tmp_path: Path, at: str) -> None:
-    """While it made the tokenizer, and while it made its part: what is left of it goes."""
+def test_a_killed_run_is_repeated(whole: Path, tmp_path: Path, at: str) -> None:
+    """Files left while it made the tokenizer or its part are removed."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for name in range(COUNT):
@@ -350,7 +324,7 @@ def test_parts_are_the_files_in_order(tmp_path: Path, count: int) -> None:
     parts = [files_of_part(files, number, count) for number in range(count)]
     assert [path for part in parts for path in part] == files
     sizes = [sum(path.stat().st_size for path in part) for part in parts]
-    assert max(sizes) <= 1000 / count + 300  # half of a file at either end
+    assert max(sizes) <= 1000 / count + 300  # up to half of a file at either end
 
 
 def test_parts_of_empty_files(tmp_path: Path) -> None:
@@ -376,7 +350,7 @@ def test_a_file_system_without_locks_is_refused(
         pass
 
 
-def test_the_command_says_what_is_missing(
+def test_the_command_prints_how_many_parts_are_missing(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(corpus), "--output", str(tmp_path / "data"), "--vocab-size=320"]
