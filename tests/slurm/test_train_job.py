@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from tests import forked
 from tests.slurm.conftest import ROOT
 from tests.train.saved import load_checkpoint
 from train import report
@@ -45,7 +45,7 @@ def whole(module_settings, tmp_path_factory):
     """A run of as many ranks that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     environment = {name: its for name, its in os.environ.items() if "SLURM" not in name}
-    command = [Path(sys.executable).with_name("stu-train"), *arguments(module_settings, folder)]
+    command = [forked.program("stu-train"), *arguments(module_settings, folder)]
     subprocess.run(
         [*command, "--trainer.devices=2"],
         check=True,

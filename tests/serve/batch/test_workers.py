@@ -16,6 +16,7 @@ from serve.batch.source import InputDigest
 from serve.batch.worker import Work
 from serve.config import EngineConfig
 from stu.common.array_task import ArrayTask
+from tests import forked
 from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
 
 ROWS = [{"prompt": "def f(x)"[: number % 9], "seed": number} for number in range(60)]
@@ -62,8 +63,9 @@ def test_workers_import_nothing_from_the_current_folder(
 
 
 def test_an_engine_that_cannot_begin_ends_the_run_and_says_why(
-    model_directory, source, target, capsys
+    model_directory, source, target, capsys, monkeypatch
 ):
+    monkeypatch.setattr("sys.executable", forked.python())
     assert generate(model_directory, source, target, *TWO, "--cache-gib", "1e-6") == 2
     error = capsys.readouterr().err
     assert "the worker on cpu ended with code 2; its last output: " in error
