@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
@@ -87,7 +88,10 @@ def _open_gzip(file: BinaryIO, name: str) -> tuple[Any, tuple[type[Exception], .
 
 def _open_zstd(file: BinaryIO, name: str) -> tuple[Any, tuple[type[Exception], ...]]:
     try:
-        from backports import zstd
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
     except ImportError as error:
         raise UserError(
             name, message=f"{name}: reading Zstandard needs backports.zstd: pip install 'stu[data]'"
