@@ -66,7 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
 def _run(config: PrepareConfig) -> int:
     try:
         if config.part and (missing := prepare_part(config)):
-            print(f"part {config.part} is done; {len(missing):,} other parts are not")
+            print(f"part {config.part} is done; parts still missing: {len(missing):,}")
             return 0
         index = Index.load(config.output) if config.part else prepare(config)
     except BrokenProcessPool as error:

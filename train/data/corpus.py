@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from stu.common.errors import UserError
@@ -9,7 +10,7 @@ from stu.common.processes import num_processors
 from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
 from train.data.documents import Document, read_documents
-from train.data.encode import Encoder, encode_all, token_dtype
+from train.data.encode import encode_all, encode_batch, token_dtype
 from train.data.progress import show_progress
 from train.data.shards import Index, SplitWriter
 from train.data.skipped import BadInput, Skipped, require_mostly_good
@@ -55,7 +56,12 @@ def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, fold
     worker dies.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    encoder = Encoder(tokenizer.path, config.seed, config.validation_fraction)
+    encoder = partial(
+        encode_batch,
+        tokenizer_path=tokenizer.path,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+    )
     skipped = Skipped()
     with (
         SplitWriter(folder, "train", dtype, config.shard_tokens) as train,

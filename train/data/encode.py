@@ -6,9 +6,8 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,26 +45,21 @@ def text_hash(text: str, seed: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Function that encodes a batch of documents in a worker."""
-
-    tokenizer_path: Path
-    seed: int
-    validation_fraction: float
-
-    def __call__(self, documents: list[Document]) -> list[Encoded]:
-        tokenizer = _load_tokenizer(self.tokenizer_path)
-        return [
-            Encoded(
-                split_of(document.text, self.seed, self.validation_fraction),
-                encode_document(tokenizer, document.text),
-                len(document.text.encode()),
-                document.starts,
-                document.ends,
-            )
-            for document in documents
-        ]
+def encode_batch(
+    documents: list[Document], tokenizer_path: Path, seed: int, validation_fraction: float
+) -> list[Encoded]:
+    """Encode a batch of documents, in a worker."""
+    tokenizer = _load_tokenizer(tokenizer_path)
+    return [
+        Encoded(
+            split_of(text, seed, validation_fraction),
+            encode_document(tokenizer, text),
+            len(text.encode()),
+            starts,
+            ends,
+        )
+        for text, _, starts, ends in documents
+    ]
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
@@ -89,9 +83,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def encode_all(
-    documents: Iterable[Document], encoder: Encoder, workers: int
+    documents: Iterable[Document], encoder: Callable[[list[Document]], list[Encoded]], workers: int
 ) -> Generator[Encoded, None, None]:
-    """Yield encoded documents in order, using `workers` processes, or none besides this one if 1.
+    """Yield documents encoded by `encoder`, in order, using `workers` processes (1: this one).
 
     Reads only a few batches ahead. Raises BrokenProcessPool if a worker dies.
     """

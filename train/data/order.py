@@ -18,8 +18,7 @@ class Permutation:
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
-        if n < 1:
-            raise ValueError(f"n {n}: a permutation needs at least one element")
+        assert n >= 1, "a permutation needs at least one element"
         self._n = np.uint64(n)
         self._half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self._half_mask = np.uint64((1 << int(self._half_bits)) - 1)

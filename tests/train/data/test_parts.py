@@ -356,7 +356,7 @@ def test_the_command_prints_how_many_parts_are_missing(
     arguments = [str(corpus), "--output", str(tmp_path / "data"), "--vocab-size=320"]
     arguments += ["--validation-fraction=0.2", "--workers=1"]
     for part, says in [
-        ("0/2", "part 0/2 is done; 1 other parts are not"),
+        ("0/2", "part 0/2 is done; parts still missing: 1"),
         ("1/2", "left out: 7 empty documents, 1 files of another kind"),
     ]:
         assert main([*arguments, "--part", part]) == 0
