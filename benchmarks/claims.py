@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from benchmarks.recorded import Columns, Run, decoded, fewest_threads, table
 
 BATCH, LENGTH = 8, 8192
-"""Batch and new tokens of the claims about decoding: long enough for convolutions to count, short
-enough to measure soon."""
+"""Batch and new tokens of the claims about decoding."""
 COMPARED = ["llama", "mamba2", "rwkv", "s4"]
 """Models that ours is compared with."""
 CURVES = ["paged", "continuous", "epoched", "flashinference", "naive", *COMPARED]

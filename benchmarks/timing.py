@@ -34,16 +34,11 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def median_seconds(
-    ways: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True
-) -> dict[str, float]:
+def median_seconds(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each way. They take turns, so that a busy machine slows all of
-    them alike.
-
-    warm_up: whether each way runs once before it is timed.
-    """
+    them alike; before that, each runs once."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values() if warm_up else ():
+    for way in ways.values():
         way()
     for _ in range(repeats):
         for name, way in ways.items():

@@ -6,8 +6,8 @@ schedule of Oncescu, Purandare, Idreos and Kakade, "Flash Inference: Near Linear
 Long Convolution Sequence Models and Beyond", arXiv:2410.12982: positions are counted from the
 prompt's first token, whose input stays in the buffer. `paged`: the engine's own.
 
-Only the time of a step matters: caches are filled with a number, because memory that was never
-written to is read too fast, and pages of the past are those of decoded random inputs.
+Only the time of a step matters. Caches are filled with a number, because memory that was never
+written to is read too fast.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,6 @@ from stu.online_convolution import Naive
 
 NUMBER = 0.1
 CACHES = ["paged", "continuous", "epoched", "flashinference", "naive"]
-MOST_FLUSHES = 4
-"""Epochs that are timed, of all those of a run."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +89,17 @@ class _Slots:
 
 
 class SeekableEpoched(_Slots, Epoched):
-    """Epoched FutureFill."""
+    """Epoched FutureFill, of whose fills one in each quarter of a run is timed."""
 
     def flushes(self) -> list[Flush]:
-        ends = self.page_ends()
-        chosen = ends[len(ends) // (2 * MOST_FLUSHES) :: max(1, -(-len(ends) // MOST_FLUSHES))]
-        return [
-            Flush(
-                f"a fill from {end} positions",
-                [end],
-                len(ends) // len(chosen) + (i < len(ends) % len(chosen)),
-                end,
-            )
-            for i, end in enumerate(chosen)
-        ]
+        ends, flushes = self.page_ends(), []
+        for part in range(4):
+            part_ends = ends[len(ends) * part // 4 : len(ends) * (part + 1) // 4]
+            if part_ends:
+                end = part_ends[len(part_ends) // 2]
+                does = f"a fill from {end} positions"
+                flushes.append(Flush(does, [end], len(part_ends), end))
+        return flushes
 
 
 class SeekableContinuous(_Slots, Continuous):

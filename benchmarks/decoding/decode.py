@@ -146,12 +146,9 @@ def described(
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add to each run of a setting the ratio of its times to those of the paged cache."""
-    timed = [run for run in runs if "step_ms" in run]
-    paged = next((run for run in timed if run["cache"] == "paged"), None)
-    for run in timed if paged else []:
-        assert paged is not None
-        if run is paged:
-            continue
+    timed = {run["cache"]: run for run in runs if "step_ms" in run}
+    paged = timed.pop("paged", {})
+    for run in timed.values() if paged else ():
         rounds = zip(run["step_ms_by_round"], paged["step_ms_by_round"], strict=True)
         run["step_over_paged_by_round"] = [own / reference for own, reference in rounds]
         run["step_over_paged"] = statistics.median(run["step_over_paged_by_round"])

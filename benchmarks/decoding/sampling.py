@@ -24,8 +24,8 @@ from benchmarks.decoding.rates import Rates, mean_rates, measured_rates, operati
 from benchmarks.decoding.subjects import Subject
 from benchmarks.process_memory import return_freed_memory
 
-TIMED_STEPS = 5
-"""Timed steps in the middle of a fifth, between one that is not and one that is counted."""
+TIMED_STEPS = 6
+"""Timed steps in the middle of a fifth, after one that is counted."""
 PAGE_PAIR = 64
 PLACES = [12, 53, 2, 38, 24]
 """First steps in pages of 64 positions, and so of 32: spread over them, and none of the timed steps
@@ -124,21 +124,18 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
     visits += [(flush.counted_at, True, flush) for flush in flushes]
     for number, place in enumerate(PLACES):
         middle = (2 * number + 1) * new_tokens // (2 * len(PLACES))
-        first = middle - middle % PAGE_PAIR + place + 1  # the step before is not timed
+        first = middle - middle % PAGE_PAIR + place + 1
         visits.append((first, False, Flush("", [first], num_plain, first)))
     steps: dict[tuple[str, int], list[dict[str, float]]] = {}
     counts: dict[tuple[str, int], Counter[str]] = {}
     for end, counts_only, kind in sorted(visits, key=lambda visit: visit[:2]):
         key = kind.does, kind.counted_at
         subject.seek(end - 1)
-        if counts_only:
+        if counts_only or not kind.does:
             counts[key] = subject.count()
-        elif kind.does:
-            steps.setdefault(key, []).append(subject.step())
-        else:
-            subject.step()
-            steps[key] = [subject.step() for _ in range(TIMED_STEPS)]
-            counts[key] = subject.count()
+        if not counts_only:
+            num_steps = 1 if kind.does else TIMED_STEPS
+            steps.setdefault(key, []).extend(subject.step() for _ in range(num_steps))
     weights = {(kind.does, kind.counted_at): kind.count for _, _, kind in visits}
     return [
         Sample(weights[key], middle_step(timed), key[0], counts[key])

@@ -47,9 +47,7 @@ def measure(options: Options) -> dict[str, Any]:
         run |= {"targets": num_targets, "width": width}
         for name, loss in {"plain": plain, "chunked": chunked}.items():
             way = {name: partial(both_passes, loss, hidden, output, targets)}
-            seconds, run[f"{name}_gib"] = peak_gib(
-                partial(median_seconds, way, options.repeats, warm_up=False)
-            )
+            seconds, run[f"{name}_gib"] = peak_gib(partial(median_seconds, way, options.repeats))
             run[f"{name}_seconds"] = seconds[name]
             hidden.grad = output.grad = None
         run["memory_ratio"] = run["plain_gib"] / run["chunked_gib"]

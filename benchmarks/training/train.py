@@ -4,8 +4,8 @@ One optimizer step on one sequence in float32: forward pass with the chunked los
 clipping and AdamW. The ways to mix tokens (`benchmarks.training.ways`) take turns.
 """
 
-import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 
 from benchmarks.machine import describe
 from benchmarks.timing import median_seconds
-from benchmarks.training.ways import WAYS, make_model
+from benchmarks.training.ways import WAYS, Way, make_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train.loss import next_token_loss
@@ -62,10 +62,7 @@ def compare(options: Options, context: int) -> dict[str, Any]:
     torch.manual_seed(0)
     layouts = dict.fromkeys(way.layout for way in WAYS.values())
     trainees = {layout: Trainee(make_model(layout, shape)) for layout in layouts}
-    steps = {
-        name: functools.partial(changed_step, trainees[way.layout], name, context)
-        for name, way in WAYS.items()
-    }
+    steps = {name: partial(trainees[way.layout].step, way, context) for name, way in WAYS.items()}
     seconds = median_seconds(steps, options.repeats)
     speeds = {name: context / seconds[name] for name in WAYS}
     ratios = {}
@@ -83,7 +80,6 @@ def compare(options: Options, context: int) -> dict[str, Any]:
             name: {
                 "parameters": trainees[way.layout].model.num_parameters(),
                 "tokens_per_second": speeds[name],
-                "median_seconds": {"step": seconds[name]},
             }
             for name, way in WAYS.items()
         },
@@ -97,18 +93,13 @@ class Trainee:
     def __init__(self, model: FlashSTU) -> None:
         self.model, self.optimizer = model, make_optimizer(model, OptimizerConfig())
 
-    def step(self, context: int) -> None:
+    def step(self, way: Way, context: int) -> None:
         """Make one optimizer step on random tokens."""
         tokens = torch.randint(self.model.config.vocab_size, (1, context + 1))
-        hidden = self.model.hidden(tokens[:, :-1]).flatten(0, 1)
-        loss, _ = next_token_loss(hidden, self.model.embedding.weight, tokens[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        with way.change():
+            hidden = self.model.hidden(tokens[:, :-1]).flatten(0, 1)
+            loss, _ = next_token_loss(hidden, self.model.embedding.weight, tokens[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def changed_step(trainee: Trainee, way: str, context: int) -> None:
-    """Make one optimizer step in one of the ways."""
-    with WAYS[way].change():
-        trainee.step(context)
