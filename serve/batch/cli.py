@@ -166,7 +166,7 @@ def _naming(task: ArrayTask) -> Iterator[None]:
     """Add the part and the host to errors of one of several array tasks."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if task.count == 1:
             raise
         message = f"part {task} on {socket.gethostname()}: {error}"

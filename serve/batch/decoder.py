@@ -11,12 +11,13 @@ from serve.completion import Gathering
 from serve.engine.engine import Engine
 from serve.engine.stats import Stats
 from serve.request import Output
+from stu.common.errors import UserError
 from stu.common.text import json_line
 
 REPORT_SECONDS = 0.5
 REPORT_ROWS = 256
 """Rows after which a report is due: refused rows take no time, and must not pile up."""
-READING_ERRORS = (ValueError, OSError)
+READING_ERRORS = (UserError, OSError)
 """Errors of an input that is damaged, has changed, or whose disk fails."""
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -118,7 +119,7 @@ class Decoder:
                 request_id = self._engine.add(request)
                 under_way.request_ids.append(request_id)
                 self._answers[request_id] = _Answer(row_number=row.number)
-        except ValueError as error:
+        except UserError as error:
             self._give_up(under_way, str(error), 400, getattr(error, "code", None))
 
     def _take(self, output: Output) -> None:

@@ -149,9 +149,8 @@ def read_rows(
             numbers[row_id] = number
             if is_wanted(number):
                 row = row_format.row(number, row_id, fields)
-        except ValueError as error:
+        except UserError as error:
             if is_wanted(number):
-                code = getattr(error, "code", None)
-                row = Refusal(number, row_id, f"{source.place(number)}: {error}", code=code)
+                row = Refusal(number, row_id, f"{source.place(number)}: {error}", code=error.code)
         if row is not None:
             yield row

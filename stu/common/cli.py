@@ -16,7 +16,6 @@ from stu.common.text import nearest
 
 USER_ERROR, FAULT = 2, 3
 """Exit codes. Python's own code for any exception, 1, may mean something to the command."""
-USERS_ERRORS = (UserError, OSError, ValueError)
 UNKNOWN = [
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.-]+)'"),
@@ -37,7 +36,7 @@ def run_command(program: str, body: Callable[[], int], extra: str = "all") -> in
     try:
         with requires_extra(extra):
             return body()
-    except USERS_ERRORS as error:
+    except (UserError, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

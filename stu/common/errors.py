@@ -3,13 +3,19 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, Final
 
-UNSET: Final[Any] = object()
+
+class _Unset(Enum):
+    UNSET = "unset"
+
+
+UNSET: Final = _Unset.UNSET
 OUR_PACKAGES = ("stu", "train", "serve")
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something that the user can mend: exit code 2, HTTP 400, or an error row.
 
     Args:
@@ -36,6 +42,9 @@ class UserError(ValueError):
         self._message = message
         super().__init__(message or self._composed(value))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), str(self), self.__dict__)
+
     def renamed(self, field: str) -> "UserError":
         """Return the same error about a field with another name."""
         return UserError(
@@ -51,6 +60,13 @@ class UserError(ValueError):
         reasons = [f"it must be {self.allowed}" if self.allowed else "", self.fix]
         reason = "; ".join(filter(None, reasons))
         return f"{name} is not allowed" + (f": {reason}" if reason else "")
+
+
+def _restore(kind: type[UserError], message: str, attributes: dict[str, Any]) -> UserError:
+    """Return an error that another process raised: its constructor may take other arguments."""
+    error = kind.__new__(kind, message)
+    error.__dict__.update(attributes)
+    return error
 
 
 def show(value: object, most_characters: int = 60) -> str:

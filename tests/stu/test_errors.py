@@ -1,0 +1,67 @@
+"""Errors that the user can mend, and how commands end with them."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from stu.common.cli import run_command
+from stu.common.errors import UserError
+from train.data.documents import BadInput
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("top_p", 3, "in (0, 1]"), "top_p=3 is not allowed: it must be in (0, 1]"),
+        (
+            UserError("top_p", 3, "in (0, 1]", "leave it out"),
+            "top_p=3 is not allowed: it must be in (0, 1]; leave it out",
+        ),
+        (UserError("tools", fix="leave it out"), "tools is not allowed: leave it out"),
+        (UserError("prompt", "x" * 100), f'prompt="{"x" * 59}... is not allowed'),
+        (UserError("input", message="input a: no such file"), "input a: no such file"),
+    ],
+)
+def test_messages(error, message):
+    assert str(error) == message
+
+
+def test_a_renamed_error_says_the_new_name():
+    error = UserError("max_new_tokens", -1, "a whole number >= 0", code="c").renamed("max_tokens")
+    assert str(error) == "max_tokens=-1 is not allowed: it must be a whole number >= 0"
+    assert (error.field, error.value, error.code) == ("max_tokens", -1, "c")
+
+
+def test_logs_leave_the_value_out():
+    assert "secret" not in UserError("prompt", "secret", "a list").without_value()
+
+
+def _raise(error):
+    raise error
+
+
+def test_errors_keep_their_parts_between_processes(tmp_path):
+    errors = [
+        UserError("top_p", 3, "in (0, 1]"),
+        UserError("input", message="input a: no such file"),
+        BadInput(tmp_path, "line 1", "not JSON", "not JSON"),
+    ]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for error in errors:
+            with pytest.raises(type(error)) as raised:
+                pool.submit(_raise, error).result()
+            assert str(raised.value) == str(error)
+            assert raised.value.__dict__ == error.__dict__
+
+
+@pytest.mark.parametrize("error", [ValueError("our own"), KeyError("our own"), AssertionError()])
+def test_a_fault_has_a_traceback_and_a_code_of_its_own(error, capsys):
+    assert run_command("stu-test", lambda: _raise(error)) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [UserError("a", 1, "2"), FileNotFoundError(2, "gone", "x")])
+def test_an_error_that_can_be_mended_is_one_line(error, capsys):
+    assert run_command("stu-test", lambda: _raise(error)) == 2
+    assert capsys.readouterr().err == f"stu-test: error: {error}\n"
