@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
-    "stu": {"backports", "docstring_parser", "flash_attn", "jsonargparse", "numpy", "platformdirs"}
+    "stu": {
+        "backports",
+        "compression",
+        "docstring_parser",
+        "flash_attn",
+        "jsonargparse",
+        "numpy",
+        "platformdirs",
+    }
     | {"safetensors", "sentencepiece", "torch"},
     "train": {"stu"},
     "serve": {"stu"},

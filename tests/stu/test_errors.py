@@ -5,9 +5,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from serve.batch.checked_file import Changed
 from stu.common.cli import run_command
 from stu.common.errors import UserError
-from train.data.documents import BadInput
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_errors_keep_their_parts_between_processes(tmp_path):
     errors = [
         UserError("top_p", 3, "in (0, 1]"),
         UserError("input", message="input a: no such file"),
-        BadInput(tmp_path, "line 1", "not JSON", "not JSON"),
+        Changed(tmp_path),
     ]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for error in errors:
