@@ -68,7 +68,7 @@ def check(
         verdict = meeting.check_network()
     if rank == 0:
         lines = [*verdict.problems, *(f"bad node: {node}" for node in verdict.bad_nodes)]
-        for line in lines or [f"{count} nodes are fit"]:
+        for line in lines or [f"all nodes are fit ({count})"]:
             print(f"stu-health: {line}", file=sys.stderr, flush=True)
     return verdict.code
 

@@ -92,7 +92,7 @@ def test_a_node_that_does_not_report_is_bad(monkeypatch, capsys, tmp_path, count
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     assert cli.check(tmp_path, 0.001, timeout_seconds=2.0) == count - 1
     said = capsys.readouterr().err
-    assert ("stu-health: 1 nodes are fit" in said) == (count == 1)
+    assert ("stu-health: all nodes are fit (1)" in said) == (count == 1)
     assert ("stu-health: bad node: 127.0.0.1" in said) == (count == 2)
     assert ("127.0.0.1: no answer within 2 seconds" in said) == (count == 2)
     assert not list(tmp_path.iterdir())
