@@ -127,7 +127,7 @@ def compare(setting: Setting, data: Path, run_dir: Path) -> dict[str, Any]:
 
 def prepare(folder: Path) -> Path:
     """Tokenize Python's standard library into `folder`; return the folder."""
-    command = [sys.executable, "-m", "train.data.prepare", "stdlib:", "--output", str(folder)]
+    command = [sys.executable, "-m", "train.data.cli", "stdlib:", "--output", str(folder)]
     command += ["--vocab-size", str(VOCAB_SIZE), "--validation-fraction", "0.02"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return folder
