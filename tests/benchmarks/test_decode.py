@@ -175,7 +175,7 @@ def test_timed_steps_are_spread_over_a_page_and_end_none(monkeypatch):
     timed = [place for i, place in enumerate(subject.places) if i % 7]
     assert len(set(timed)) == len(timed) == 30
     for page in (32, 64):
-        assert all((place + 1) % page for place in subject.places)
+        assert all((place + 1) % page for place in [*subject.places, subject.position])
         middle = sum(place % page for place in timed) / len(timed)
         assert middle == pytest.approx((page - 1) / 2, rel=0.1)
 
