@@ -6,8 +6,6 @@ python examples/resume.py /tmp/example
 import sys
 from pathlib import Path
 
-import yaml
-
 from train.report import read_curves
 from train.run import run
 

@@ -9,8 +9,10 @@ import pytest
 
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from stu.model_dir import save_model
+from stu.model_dir import load_model, save_model
 from stu.tokenizer import train_bpe
+from tests import forked
+from tests.serve.server_process import serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,17 +38,33 @@ def model(tmp_path_factory):
     ],
 )
 def test_an_example_runs(script, printed, model, tmp_path):
-    name, *arguments = script.replace("MODEL", str(model)).split(" ")
+    assert printed in run(sys.executable, tmp_path, *script.replace("MODEL", str(model)).split(" "))
+
+
+def test_the_examples_of_training_run(tmp_path):
+    pages, folder = EXAMPLES.parent / "docs", tmp_path / "example"
+    assert "wrote" in run(forked.python(), tmp_path, "train.py", str(pages), str(folder))
+    load_model(folder / "model")
+    assert "step 30: loss" in run(forked.python(), tmp_path, "resume.py", str(folder))
+
+
+def test_the_example_of_a_client_runs(model, tmp_path):
+    with serving(model) as server:
+        text = run(sys.executable, tmp_path, "stream.py", f"{server.url}/v1")
+    assert text.endswith(("[length]\n", "[stop]\n"))
+
+
+def run(python, folder, name, *arguments):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
+        [python, EXAMPLES / name, *arguments],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert printed in done.stdout
+    return done.stdout
 
 
 @pytest.mark.parametrize("page", ["engine.md", "python.md"])
