@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.decoding.shape import FLOAT_BYTES
+from benchmarks.peers.peer import FLOAT_BYTES
 from benchmarks.timing import seconds, timed
 from serve.engine.packing import packed_product
 from stu.layers import RMSNorm

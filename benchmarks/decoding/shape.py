@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from benchmarks.peers.peer import FLOAT_BYTES
 from serve.cache.attention_windows import window_pages
 from serve.cache.page_pool import pages_for
 from stu.common.errors import UserError
@@ -10,7 +11,6 @@ from stu.config import ModelConfig
 from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered
 from stu.online_convolution import Naive
 
-FLOAT_BYTES = 4
 PAGE_LEN = 32
 """Positions of a page of the engine's caches."""
 PAGE_COLUMNS = 32

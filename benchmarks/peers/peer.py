@@ -13,6 +13,7 @@ from stu.layers import GatedMLP
 
 LARGEST_DIFFERENCE = 0.05
 """Largest difference of a peer's number of parameters from the number asked for."""
+FLOAT_BYTES = 4
 MULTIPLE = 16
 """Hidden widths are multiples of this."""
 

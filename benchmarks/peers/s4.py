@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoding.shape import FLOAT_BYTES
-from benchmarks.peers.peer import MULTIPLE, Peer, fitted
+from benchmarks.peers.peer import FLOAT_BYTES, MULTIPLE, Peer, fitted
 from stu.config import ModelConfig
 from stu.layers import GatedMLP, RMSNorm
 

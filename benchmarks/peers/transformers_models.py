@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from benchmarks.decoding.shape import FLOAT_BYTES
-from benchmarks.peers.peer import MULTIPLE, Peer, fitted
+from benchmarks.peers.peer import FLOAT_BYTES, MULTIPLE, Peer, fitted
 
 STATE_SIZE, EXPAND, HEAD_DIM, CONV_KERNEL = 128, 2, 64, 4
 """Sizes of Mamba-2, as published."""

@@ -85,7 +85,13 @@ def real(pid: int) -> psutil.Process:
     """Return the process that a client stands for; for one that is no client, itself."""
     folder = Path(os.environ[FOLDER])
     client = psutil.Process(pid)
-    while any(Path(word).parent == folder / "bin" for word in client.cmdline()[:3]):
+    # A process that has just begun to execute its program has an empty command line.
+    while not (words := client.cmdline()) or any(
+        Path(word).parent == folder / "bin" for word in words[:3]
+    ):
+        if not words:
+            time.sleep(0.002)
+            continue
         with socket.socket(socket.AF_UNIX) as server:
             server.connect(str(folder / "socket"))
             _send(server, {"client": pid})

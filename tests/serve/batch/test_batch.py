@@ -280,7 +280,7 @@ def test_parquet(tmp_path, model_directory, run):
         (["--column", "text"], 'column="text" is not allowed: it is for Parquet'),
         (["--part", "2/2"], 'part="2/2" is not allowed: it must be i/n with 0 <= i < n'),
         (["--devices", "gpu"], 'devices="gpu" is not allowed: it must be auto, all, or'),
-        (["--devices", "cuda:99"], "devices='cuda:99', and torch sees"),
+        (["--devices", "cuda:99"], 'devices="cuda:99" is not allowed: torch sees'),
     ],
 )
 def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):

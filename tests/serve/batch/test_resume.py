@@ -120,7 +120,7 @@ def test_what_decides_the_rows_may_not(
         return capsys.readouterr().err
 
     capsys.readouterr()
-    assert "was begun with temperature=0.0, and this run has temperature=0.5: run it as" in refused(
+    assert "was begun with temperature=0.0, and this run has temperature=0.5; run it as" in refused(
         "--temperature", "0.5"
     )
     assert "with seed=0, and this run has seed=7" in refused("--seed", "7")

@@ -22,6 +22,7 @@ from serve.server.connections import SPARE, Connections, connection_limit
 from serve.server.exchange import Exchanges
 from serve.server.guard import Guard
 from serve.server.logs import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
+from stu.common.errors import UserError
 
 NEVER = 1000.0
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -125,7 +126,10 @@ def test_what_does_not_come_in_time(sent, app, deadlines, status):
     answer = asyncio.run(run())
     assert status_of(answer) == status
     if status == 408:
-        assert "within 0.1 seconds" in json.loads(answer.split(b"\r\n\r\n")[1])["error"]["message"]
+        assert (
+            "took longer than 0.1 seconds"
+            in json.loads(answer.split(b"\r\n\r\n")[1])["error"]["message"]
+        )
     if sent.startswith(GET):
         assert answer.count(b"HTTP/1.1") == 2, "the second request has its own deadline"
 
@@ -164,7 +168,7 @@ def test_a_reader_that_reads_nothing_is_cut_off(monkeypatch, caplog):
             writer.close()
 
     asyncio.run(asyncio.wait_for(run(), 60))
-    assert "took nothing of" in caplog.text
+    assert "its client took none of" in caplog.text
 
 
 def test_an_answer_ends_with_its_time_limit(monkeypatch, caplog):
@@ -581,7 +585,7 @@ def test_connections_leave_files_to_engines(monkeypatch):
         assert connection_limit(4) <= connection_limit(1)
     assert limits[resource.RLIMIT_NOFILE] == (2**16, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
-    with pytest.raises(ValueError, match="limit of 64 open files leaves 0 connections"):
+    with pytest.raises(UserError, match="limit of 64 open files leaves 0 connections"):
         connection_limit(1)
 
 
