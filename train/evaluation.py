@@ -112,7 +112,7 @@ def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[
         odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
         text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
     return [
-        f"{_code(tokenizer.decode(row[:num_read]))}\n\n**goes on:**\n\n"
+        f"{_code(tokenizer.decode(row[:num_read]))}\n\n**continuation:**\n\n"
         f"{_code(tokenizer.decode(row[num_read:]))}"
         for row in text.tolist()
     ]

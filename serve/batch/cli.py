@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tally = generate(config)
         return 1 if tally.num_failed else 0
 
-    return run_command("stu-generate", decode_rows, "serve")
+    return run_command("stu-generate", decode_rows, "serve", BatchConfig)
 
 
 def generate(config: BatchConfig) -> "Tally":
@@ -125,7 +125,7 @@ def _devices(config: BatchConfig) -> list[str]:
     if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
         raise UserError(
             "devices",
-            message=f"devices={config.devices!r} names a device twice, and each process would take "
+            message=f"--devices {config.devices} names a device twice, and each process would take "
             "half of its free memory; give --cache-gib",
         )
     return devices

@@ -167,7 +167,7 @@ def _open_file(path: Path, digest: FileDigest, column: str | None, id_column: st
         raise UserError(
             "input", message=f"input {path}: is not a Parquet file; copy it again, or rename it"
         )
-    for option, value in {"column": column, "id-column": id_column}.items():
+    for option, value in {"column": column, "id_column": id_column}.items():
         if value is not None:
             raise UserError(
                 option,

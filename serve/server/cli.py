@@ -18,7 +18,7 @@ logger = logging.getLogger("stu")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if a signal stopped the server, 2 if it could not start."""
-    return run_command("stu-serve", lambda: serve(_parse(argv)), "serve")
+    return run_command("stu-serve", lambda: serve(_parse(argv)), "serve", ServerConfig)
 
 
 def serve(config: ServerConfig) -> int:
@@ -32,8 +32,8 @@ def serve(config: ServerConfig) -> int:
     with listening(config) as sockets:
         if not keys and any(map(is_reached_from_outside, sockets)):
             logger.warning(
-                "host=%s without API keys: everyone who reaches this machine may use the server; "
-                "set api_keys or STU_API_KEYS",
+                "--host %s without API keys: everyone who reaches this machine may use the "
+                "server; give --api-keys, or set STU_API_KEYS",
                 config.host,
             )
         # This imports torch and the HTTP stack, which takes seconds: not for a wrong command line.

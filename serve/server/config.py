@@ -7,6 +7,7 @@ from typing import Literal
 
 from serve.config import EngineConfig, is_whole
 from serve.sampling_params import JsonWhitespace
+from stu.common.cli import option
 from stu.common.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -94,18 +95,19 @@ class ServerConfig:
             self._require(name, is_number, "a number above 0, in seconds")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise UserError(
-                "tls_key", message="tls_certificate and tls_key need each other: give both, or none"
+                "tls_key",
+                message="--tls-certificate and --tls-key need each other: give both, or none",
             )
         for name in ("tls_certificate", "tls_key"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
-                raise UserError(name, message=f"{name} {path}: no such file")
+                raise UserError(name, message=f"{option(name)} {path}: no such file")
         if self.api_keys is not None and not self.api_keys.is_file():
             # A single word may be a key itself, which no log should have.
             shown = f" {self.api_keys}" if len(self.api_keys.parts) > 1 else ""
             raise UserError(
                 "api_keys",
-                message=f"api_keys{shown}: no such file; give the path of a file with a key on "
+                message=f"--api-keys{shown}: no such file; give the path of a file with a key on "
                 "each line, not a key",
             )
 
@@ -125,7 +127,7 @@ class ServerConfig:
             if variable is not None:
                 raise UserError(
                     "api_keys",
-                    message=f"api_keys {self.api_keys} and the environment variable STU_API_KEYS "
+                    message=f"--api-keys {self.api_keys} and the environment variable STU_API_KEYS "
                     "are both set: unset one of them",
                 )
             lines = self.api_keys.read_text(encoding="utf-8").split("\n")
@@ -133,7 +135,7 @@ class ServerConfig:
             if not keys:
                 raise UserError(
                     "api_keys",
-                    message=f"api_keys {self.api_keys}: has no key, write one on each line",
+                    message=f"--api-keys {self.api_keys}: has no key; write one on each line",
                 )
         elif variable is not None:
             keys = [key.strip() for key in variable.split(",") if key.strip()]

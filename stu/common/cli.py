@@ -4,7 +4,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn, get_type_hints
 
@@ -23,7 +23,9 @@ UNKNOWN = [
 ]
 
 
-def run_command(program: str, body: Callable[[], int], extra: str = "all") -> int:
+def run_command(
+    program: str, body: Callable[[], int], extra: str = "all", settings: type | None = None
+) -> int:
     """Run the body of a command and return the exit code.
 
     It is what `body` returns, 2 after an error that the user can mend, printed on one line, 3 after
@@ -31,12 +33,15 @@ def run_command(program: str, body: Callable[[], int], extra: str = "all") -> in
     exception in `body` so that half-written files are removed.
 
     extra: the optional dependencies, `pip install "stu[EXTRA]"`, that the command needs.
+    settings: the dataclass of the options, whose fields errors then name as options.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with requires_extra(extra):
             return body()
     except (UserError, OSError) as error:
+        if isinstance(error, UserError) and settings and error.field in _field_names(settings):
+            error = error.renamed(option(error.field))
         print(f"{program}: error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
@@ -44,6 +49,20 @@ def run_command(program: str, body: Callable[[], int], extra: str = "all") -> in
     except Exception:
         traceback.print_exc()
         return FAULT
+
+
+def option(field: str) -> str:
+    """Return the option that sets a field, `--max-running` for `max_running`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def _field_names(dataclass: type) -> Iterator[str]:
+    """Yield the names of the fields of a dataclass and of dataclasses in it."""
+    types = get_type_hints(dataclass)
+    for field in fields(dataclass):
+        yield field.name
+        if is_dataclass(types[field.name]):
+            yield from _field_names(types[field.name])
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
@@ -68,18 +87,18 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         }
         known = {action.dest for action in self._actions}
         for field in fields(dataclass):
-            field_type, option = types[field.name], f"--{field.name.replace('_', '-')}"
+            field_type, name = types[field.name], option(field.name)
             text = texts[field.name].replace("None:", "null:")  # as YAML and the command line say
             if field.name in known:
                 continue
             if isinstance(field_type, type) and is_dataclass(field_type):
                 self.add_settings(field_type)
             elif field.default is False:
-                self.add_argument(option, action="store_true", help=text)
+                self.add_argument(name, action="store_true", help=text)
             elif field.default is MISSING:
-                self.add_argument(option, type=field_type, required=True, help=text)
+                self.add_argument(name, type=field_type, required=True, help=text)
             else:
-                self.add_argument(option, type=field_type, default=field.default, help=text)
+                self.add_argument(name, type=field_type, default=field.default, help=text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for pattern in UNKNOWN:

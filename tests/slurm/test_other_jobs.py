@@ -80,7 +80,7 @@ def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_d
     until(target.exists, log)
     alone = tmp_path / "alone.jsonl"
     assert generate(model_directory, source, alone, *options[2:]) == 0
-    assert "after SIGUSR1\nrequeued: it goes on" in log()
+    assert "after SIGUSR1\nrequeued: it continues" in log()
     rows = {row["id"]: row for row in read_rows(target)}
     assert len(read_rows(target)) == len(ROWS)
     assert rows == {row["id"]: row for row in read_rows(alone)}

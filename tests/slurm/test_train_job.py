@@ -266,7 +266,7 @@ def test_goes_on_without_a_node_that_is_not_fit(cluster, module_settings, tmp_pa
         assert cluster.wait(after, SECONDS) == "COMPLETED"
         assert (tmp_path / "found").read_text() == "step-00000020.ckpt\n"
         assert "n1: 0.0 GiB of memory are free, but 4 are needed" in log.read_text()
-        assert "requeued: to go on without n1" in log.read_text()
+        assert "requeued: to continue without n1" in log.read_text()
         shown = cluster.call("scontrol", "show", "job", job.number)
         for kept in ("JobName=mine", "MinMemoryNode=2G", "Nice=7", "ExcNodeList=n1", "Restarts=1"):
             assert kept in shown

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from serve.batch.checked_file import Changed
+from serve.batch.config import BatchConfig
 from stu.common.cli import run_command
 from stu.common.errors import UserError
 
@@ -59,6 +60,15 @@ def test_errors_keep_their_parts_between_processes(tmp_path):
 def test_a_fault_has_a_traceback_and_a_code_of_its_own(error, capsys):
     assert run_command("stu-test", lambda: _raise(error)) == 3
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_names_settings_as_options(capsys):
+    names = {"max_running": "--max-running", "top_k": "--top-k", "other": "other"}
+    for name, shown in names.items():
+        error = UserError(name, 0, "a whole number >= 1")
+        assert run_command("stu-test", lambda error=error: _raise(error), settings=BatchConfig) == 2
+        expected = f"stu-test: error: {shown}=0 is not allowed: it must be a whole number >= 1\n"
+        assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize("error", [UserError("a", 1, "2"), FileNotFoundError(2, "gone", "x")])

@@ -71,8 +71,8 @@ def test_samples_follow_what_the_model_says(data):
     assert len(texts) == 4
     # The stream's sign decides between that token and all others.
     hidden = model.hidden(tokens[:, :8])[0, -1, 0]
-    goes_on = texts[0].split("**goes on:**")[1]
-    assert (goes_on.count("return") == MODEL["max_seq_len"] - 8) == bool(hidden > 0)
+    continuation = texts[0].split("**continuation:**")[1]
+    assert (continuation.count("return") == MODEL["max_seq_len"] - 8) == bool(hidden > 0)
     assert texts[0].startswith("    def value")
 
 
@@ -97,7 +97,7 @@ def test_where_it_shows(settings, tmp_path):
     for number in (0, 1):
         shown = log.Tensors(f"sample/{number}/text_summary")
         assert [event.step for event in shown] == steps
-        assert b"goes on" in shown[0].tensor_proto.string_val[0]
+        assert b"continuation" in shown[0].tensor_proto.string_val[0]
     picture = (tmp_path / "run" / "accuracy-by-context.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
 

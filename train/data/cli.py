@@ -20,7 +20,7 @@ LARGEST_FRACTION = 0.2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 after an error, which leaves nothing behind."""
-    return run_command("stu-prepare", lambda: _run(_parse(argv)), "train")
+    return run_command("stu-prepare", lambda: _run(_parse(argv)), "train", PrepareConfig)
 
 
 def warnings(index: Index) -> list[str]:
@@ -71,7 +71,7 @@ def _run(config: PrepareConfig) -> int:
         index = Index.load(config.output) if config.part else prepare(config)
     except BrokenProcessPool as error:
         message = "a worker process died, perhaps for lack of memory; lower --workers"
-        raise UserError("--workers", message=message) from error
+        raise UserError("workers", message=message) from error
     print(_summary(index, config.output))
     return 0
 

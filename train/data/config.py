@@ -50,7 +50,6 @@ class PrepareConfig:
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
         ]:
             if not is_allowed:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(option, getattr(self, name), allowed)
+                raise UserError(name, getattr(self, name), allowed)
         if self.part is not None:
             ArrayTask.parse(self.part)

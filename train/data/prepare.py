@@ -94,7 +94,7 @@ def _is_output_complete(output: Path, common: dict[str, Any]) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / COMMON_FILE).is_file():
-        raise UserError("--output", str(output), "new or empty", "choose another, or delete it")
+        raise UserError("output", str(output), "new or empty", "choose another, or delete it")
     require_same(output, common)
     return True
 

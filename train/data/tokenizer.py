@@ -37,7 +37,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a model, or the one in a folder. Raises UserError if it cannot mark documents."""
     tokenizer = Tokenizer(path / TOKENIZER_FILE if path.is_dir() else path)
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError("--tokenizer", str(path), "a model with BOS and EOS, which mark documents")
+        raise UserError("tokenizer", str(path), "a model with BOS and EOS, which mark documents")
     return tokenizer
 
 

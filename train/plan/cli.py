@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from train.settings import parse_settings
 
         if options.gpu not in (*GPUS, "this"):
-            raise UserError("gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
+            raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
         settings = parse_settings(others)
         nodes = options.nodes or settings.trainer.num_nodes
         gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS

@@ -272,15 +272,15 @@ def test_parquet(tmp_path, model_directory, run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "-1"], "temperature=-1.0 is not allowed"),
-        (["--top-p", "7"], "top_p=7.0 is not allowed"),
-        (["--max-new-tokens", "-1"], "max_new_tokens=-1 is not allowed"),
-        (["--max-running", "0"], "max_running=0 is not allowed: it must be a whole number >= 1"),
-        (["--page-len", "3"], "page_len=3 is not allowed: it must be a power of two"),
-        (["--column", "text"], 'column="text" is not allowed: it is for Parquet'),
-        (["--part", "2/2"], 'part="2/2" is not allowed: it must be i/n with 0 <= i < n'),
-        (["--devices", "gpu"], 'devices="gpu" is not allowed: it must be auto, all, or'),
-        (["--devices", "cuda:99"], 'devices="cuda:99" is not allowed: torch sees'),
+        (["--temperature", "-1"], "--temperature=-1.0 is not allowed"),
+        (["--top-p", "7"], "--top-p=7.0 is not allowed"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens=-1 is not allowed"),
+        (["--max-running", "0"], "--max-running=0 is not allowed: it must be a whole number >= 1"),
+        (["--page-len", "3"], "--page-len=3 is not allowed: it must be a power of two"),
+        (["--column", "text"], '--column="text" is not allowed: it is for Parquet'),
+        (["--part", "2/2"], '--part="2/2" is not allowed: it must be i/n with 0 <= i < n'),
+        (["--devices", "gpu"], '--devices="gpu" is not allowed: it must be auto, all, or'),
+        (["--devices", "cuda:99"], '--devices="cuda:99" is not allowed: torch sees'),
     ],
 )
 def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
@@ -291,7 +291,7 @@ def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
 
 def test_a_device_named_twice_needs_a_cache_size(run, capsys):
     assert run([{"prompt": "x"}], "--devices", "cpu,cpu", "--cache-gib", "null") == (2, [])
-    assert "devices='cpu,cpu' names a device twice" in capsys.readouterr().err
+    assert "--devices cpu,cpu names a device twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

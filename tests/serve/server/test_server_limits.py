@@ -354,9 +354,9 @@ def test_tls(model_directory, tmp_path):
         ("max_body_bytes", 5, "max_body_bytes=5 is not allowed"),
         ("watchdog_seconds", 0, "watchdog_seconds=0 is not allowed"),
         ("drain_seconds", float("nan"), "drain_seconds=NaN is not allowed"),
-        ("tls_key", "x", "tls_certificate and tls_key need each other"),
-        ("api_keys", "no/such", "api_keys no/such: no such file"),
-        ("api_keys", "sk-123", "^api_keys: no such file; give the path of a file"),
+        ("tls_key", "x", "--tls-certificate and --tls-key need each other"),
+        ("api_keys", "no/such", "--api-keys no/such: no such file"),
+        ("api_keys", "sk-123", "^--api-keys: no such file; give the path of a file"),
     ],
 )
 def test_settings_that_are_not_allowed(tmp_path, name, value, message):

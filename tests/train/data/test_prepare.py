@@ -336,13 +336,13 @@ def test_an_output_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation_fraction": 0.0}, "^--validation-fraction=0.0 .* must be between"),
-        ({"validation_fraction": 1.0}, "^--validation-fraction=1.0 .* must be between"),
-        ({"validation_fraction": float("nan")}, "^--validation-fraction=NaN .* must be between"),
-        ({"vocab_size": 0}, "^--vocab-size=0 .* must be at least 1"),
-        ({"shard_tokens": 0}, "^--shard-tokens=0 .* must be at least 1"),
-        ({"workers": -1}, "^--workers=-1 .* must be at least 1, or 0"),
-        ({"seed": -1}, "^--seed=-1 .* must be between"),
+        ({"validation_fraction": 0.0}, "^validation_fraction=0.0 .* must be between"),
+        ({"validation_fraction": 1.0}, "^validation_fraction=1.0 .* must be between"),
+        ({"validation_fraction": float("nan")}, "^validation_fraction=NaN .* must be between"),
+        ({"vocab_size": 0}, "^vocab_size=0 .* must be at least 1"),
+        ({"shard_tokens": 0}, "^shard_tokens=0 .* must be at least 1"),
+        ({"workers": -1}, "^workers=-1 .* must be at least 1, or 0"),
+        ({"seed": -1}, "^seed=-1 .* must be between"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
