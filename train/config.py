@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
+from stu.common.cli import option
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from train.callbacks.bad_steps import GuardConfig
@@ -44,14 +45,14 @@ def check_settings(
     for name in ("seq_len", "micro_batch_size", "max_validation_tokens"):
         _require_count(f"data.{name}", settings.data[name])
     for name in ("checkpoint_every_steps", "keep_checkpoints"):
-        _require_count(name, settings[name])
+        _require_count(option(name), settings[name])
     for name in ("checkpoint_every_minutes", "hang_minutes"):
-        _require(name, settings[name], settings[name] > 0, "above 0")
+        _require(option(name), settings[name], settings[name] > 0, "above 0")
     z_loss = settings.model.z_loss
     _require("model.z_loss", z_loss, 0 <= z_loss < math.inf, "a number >= 0")
     seed = settings.seed_everything
     is_seed = isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED
-    _require("seed_everything", seed, is_seed, f"from 0 to {LARGEST_SEED}")
+    _require(option("seed_everything"), seed, is_seed, f"from 0 to {LARGEST_SEED}")
     optimizer = OptimizerConfig(**_values(settings.model.optimizer))
     optimizer_kind(optimizer)
     check_schedule(optimizer, settings.trainer.max_steps)

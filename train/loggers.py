@@ -68,7 +68,7 @@ LOGGERS: dict[str, Callable[[Path, int], RunLogger]] = {"tensorboard": TensorBoa
 def check_loggers(names: list[str]) -> None:
     """Raise UserError unless all names are known and different."""
     if not set(names) <= LOGGERS.keys() or len(set(names)) < len(names):
-        raise UserError("logger", names, f"a list of different names of {', '.join(LOGGERS)}")
+        raise UserError("--logger", names, f"a list of different names of {', '.join(LOGGERS)}")
 
 
 def make_loggers(names: list[str], run_dir: Path, first_step: int) -> list[RunLogger]:

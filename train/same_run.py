@@ -71,7 +71,7 @@ def check_same(
     Raises UserError, naming every other setting that changed and both its values.
     """
     if unknown := sorted(set(allowed) - settings.keys()):
-        raise UserError("allow_change", ",".join(unknown), f"names of {', '.join(settings)}")
+        raise UserError("--allow-change", ",".join(unknown), f"names of {', '.join(settings)}")
     changed = {
         name: (saved[name], value)
         for name, value in settings.items()

@@ -294,7 +294,7 @@ def test_a_folder_belongs_to_one_job(cluster, module_settings, tmp_path):
     assert cluster.wait(second, SECONDS) == "FAILED"
     text = (tmp_path / "second.log").read_text()
     assert "ExitCode=2:0" in cluster.call("scontrol", "show", "job", second), text
-    assert f"run_dir={job.run_dir}" in text
+    assert f"--run-dir {job.run_dir}" in text
     assert re.search(rf"on n1 \(Slurm job {job.number}\b", text), text
     job.tell("USR1")
     job.wait_for("start 2: on ")

@@ -158,7 +158,7 @@ def test_checkpoint_is_all_that_export_needs(run, tmp_path, data):
             r"warmup_steps=3 is longer than the run .*max_steps=2",
         ),
         ("--model.optimizer.beta1=2", r"optimizer.beta1=2.0 is not allowed"),
-        ("--checkpoint-every-steps=0", "checkpoint_every_steps=0 is not allowed"),
+        ("--checkpoint-every-steps=0", "--checkpoint-every-steps=0 is not allowed"),
         ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such folder"),
         ("--optimizer=SGD", "unrecognized arguments"),
         ("--trainer.max_time=00:01", "not a valid duration"),

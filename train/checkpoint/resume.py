@@ -21,8 +21,8 @@ def choose_checkpoint(run_dir: Path, resume: str | None) -> Path | None:
         raise UserError(
             "run_dir",
             run_dir,
-            message=f"run_dir={run_dir}: a run is there already; continue it with --resume last, "
-            "choose another run_dir, or delete it",
+            message=f"--run-dir {run_dir}: a run is there already; continue it with --resume last, "
+            "choose another folder, or delete it",
         )
     if resume is None:
         return None
@@ -33,7 +33,8 @@ def choose_checkpoint(run_dir: Path, resume: str | None) -> Path | None:
         raise UserError(
             "resume",
             path,
-            message=f"resume={path}: run_dir={run_dir} holds another run; choose another run_dir",
+            message=f"--resume {path}: --run-dir {run_dir} holds another run; choose "
+            "another folder",
         )
     verified_checkpoint(path)
     return path

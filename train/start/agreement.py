@@ -248,12 +248,12 @@ def _check_seen(folder: Path, path: Path) -> None:
             probe.unlink()
     except OSError as error:
         raise UserError(
-            "run_dir", folder, message=f"run_dir={folder} cannot be written ({error})"
+            "run_dir", folder, message=f"--run-dir {folder} cannot be written ({error})"
         ) from error
     if not is_seen:
         raise UserError(
             "run_dir",
             folder,
-            message=f"run_dir={folder} does not show what the first rank wrote there: choose a "
-            "run_dir on a file system that all nodes share",
+            message=f"--run-dir {folder} does not show what the first rank wrote there: choose a "
+            "folder on a file system that all nodes share",
         )

@@ -99,8 +99,8 @@ class RunOwner:
         if newest <= self._number:
             return TakenOver(f"{own}: this run's record is gone; it stops without a checkpoint")
         return TakenOver(
-            f"run_dir={self._run_dir}: {_describe(_read(self._path(newest)))} has taken over, for "
-            f"this run ({own.name}) had shown no sign of life; it stops without a checkpoint"
+            f"--run-dir {self._run_dir}: {_describe(_read(self._path(newest)))} has taken over, "
+            f"as this run ({own.name}) had shown no sign of life; it stops without a checkpoint"
         )
 
     def end(self, how: str) -> None:
@@ -166,9 +166,9 @@ class RunOwner:
         return UserError(
             "run_dir",
             self._run_dir,
-            message=f"run_dir={self._run_dir}: {_describe(owner)} trains there, and was alive "
+            message=f"--run-dir {self._run_dir}: {_describe(owner)} trains there, and was alive "
             f"{max(0.0, age):.0f} s ago: wait until it has ended, stop it, or choose another "
-            "run_dir",
+            "folder",
         )
 
     def _beat_and_age(self, path: Path) -> tuple[int, float]:

@@ -284,7 +284,7 @@ def test_all_that_changes_the_result_is_refused_by_name(train, settings, data, t
         (f"--data.dir={other}", "data.contents is '"),
         (
             "--allow-change=trainer.clip",
-            'allow_change="trainer.clip" is not allowed: it must be names of model',
+            '--allow-change="trainer.clip" is not allowed: it must be names of model',
         ),
         ("--allow-change=data.seed --data.seed=3 --model.z_loss=1", "error: model.z_loss=1.0, but"),
     ]:
