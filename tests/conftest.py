@@ -11,8 +11,8 @@ torch.set_num_threads(1)  # such small tensors are slower on more
 # Workers ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ["test_train_job.py", "test_zero.py", "test_server_faults.py"]
-"""Of minutes, in which the first mostly waits: they begin first, one on each worker."""
+LONGEST = ["test_train_job.py", "test_zero.py", "test_resume.py", "test_server_faults.py"]
+"""Files that take minutes, and begin first; the first of them mostly waits."""
 
 
 def pytest_configure(config):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.decoding import rates
+
 
 @pytest.fixture(autouse=True)
 def threads():
@@ -19,3 +21,6 @@ def quick_timing(monkeypatch):
     monkeypatch.setattr("benchmarks.timing.LEAST_CALLS", 1)
     monkeypatch.setattr("benchmarks.decoding.rates.READ", 2**22)
     monkeypatch.setattr("benchmarks.decoding.rates.KEYS", 256)
+    rates.operands.cache_clear()
+    yield
+    rates.operands.cache_clear()

@@ -56,6 +56,7 @@ def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_d
     target.parent.mkdir()
     write_rows(source, ROWS)
     options = "--cache-gib", "0.01", "--devices", "cpu", "--temperature", "1", "--batch-invariant"
+    options += "--max-running", "2"  # so that rows end one after the other
     script = ROOT / "slurm" / "generate.sbatch"
     job = cluster.submit(
         "--array=0-2",
@@ -71,9 +72,10 @@ def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_d
     def log():
         return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
 
-    until(lambda: processes(f"--output {target} --part 1/3"), log)
+    part = target.with_name("completions.1-of-3")
+    until(lambda: part.exists() and part.stat().st_size, log)
     (generating,) = processes(f"--output {target} --part 1/3")
-    generating.suspend()  # and so does not end before the signal is there
+    generating.suspend()  # it must not end before the signal arrives
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
     until(lambda: is_told_to_end(generating), log)
     generating.resume()
