@@ -60,8 +60,8 @@ WRONG = [
     ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
     ("--parallel.zero_stage=4", "parallel.zero_stage"),
     ("--parallel.offload_optimizer=true", "parallel.offload_optimizer"),
-    ("--checkpoint-every-steps=0", "checkpoint_every_steps=0"),
-    ("--checkpoint-every-minutes=.nan", "checkpoint_every_minutes=NaN"),
+    ("--checkpoint-every-steps=0", "--checkpoint-every-steps=0"),
+    ("--checkpoint-every-minutes=.nan", "--checkpoint-every-minutes=NaN"),
     ("--keep-checkpoints=0", "--keep-checkpoints=0"),
     ("--hang-minutes=0", "--hang-minutes=0"),
     (
