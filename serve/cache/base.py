@@ -17,7 +17,7 @@ class CacheSize:
     """Memory that a cache takes."""
 
     fixed_bytes: int = 0
-    """Bytes for all rows, whatever they decode."""
+    """Bytes allocated for all rows, independent of the number of pages."""
     page_bytes: int = 0
     """Bytes of one page; 0 for a cache without pages."""
     least_pages: int = 0
@@ -29,11 +29,11 @@ class CacheSize:
 
 
 class Cache(ABC):
-    """The memory of one kind of all layers, for every sequence.
+    """Memory of one kind, for all layers and every sequence.
 
-    A sequence has a number, its owner. It is admitted, takes a prompt in through each layer's
-    `prefill`, joins the batch as its last row, and then steps: `begin_step`, each layer's `step`,
-    `advance`. The arguments of `prefill` and `step` depend on the kind of memory.
+    A sequence is known by a number, its owner. It is admitted, its prompt goes through each layer's
+    `prefill`, it joins the batch as the last row, and then it steps: `begin_step`, each layer's
+    `step`, `advance`. The arguments of `prefill` and `step` depend on the kind of memory.
     """
 
     pool: PagePool | None = None
@@ -64,7 +64,7 @@ class Cache(ABC):
         return len(self.pool.pages_of(owner)) if self.pool else 0
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
-        """Return the pages that a sequence with so many tokens owns, or may come to own."""
+        """Return the pages that a sequence of this length owns, or may come to own."""
         return 0
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Cache(ABC):
 
     @abstractmethod
     def join(self, owner: int) -> None:
-        """Make `owner`, whose prompt all layers have taken in, the last row of the batch."""
+        """Make `owner`, whose prompt has been prefilled, the last row of the batch."""
 
     @abstractmethod
     def leave(self, row: int) -> None:
@@ -87,7 +87,7 @@ class Cache(ABC):
         """Prepare for a token of every row. alone: compute each row by itself."""
 
     def advance(self) -> None:  # noqa: B027
-        """Finish a step, once all layers have made it."""
+        """Finish a step, after `step` for every layer."""
 
 
 def num_rows(config: EngineConfig) -> int:

@@ -1,20 +1,20 @@
-"""Product of thin matrices for the values that a finished tile adds to the tile after it.
+"""Low-rank factors of the matrices by which a finished tile adds to the tile after it.
 
-A filter `f[m]` takes a tile of `h` inputs to the outputs after it by the Hankel matrix
-`H[q, i] = f[q + i + 1]`, `q` counted forwards and `i` backwards from the boundary between the two.
-Spectral filters are integrals of exponentials over decay rates (`stu.filters`), and an exponential
-has a Hankel matrix of rank one: the matrices of 24 filters of 16,384 lags share a basis `V` of some
-30 columns to the last bit of float32, whatever `h` (a matrix of moments has singular values that
-decay exponentially, Beckermann and Townsend 2017). So `H = V S V^T` with a small core `S` for each
-channel. Where `V` is that of all outputs after the tile, however late, it is also what a larger
-tile needs to know of this one, and the basis of the larger is a small matrix times those of its
-halves (the nested bases of H2 matrices, Hackbusch and Boerm 2002): tiles of all sizes together cost
-little more than the small ones.
+A filter `f[m]` maps a tile of `h` inputs to the outputs after it by the Hankel matrix
+`H[q, i] = f[q + i + 1]`, with `q` counted forwards and `i` backwards from the tile's end. Spectral
+filters are integrals of exponentials over decay rates (`stu.filters`), and an exponential has a
+Hankel matrix of rank one. The matrices of 24 filters of 16,384 lags therefore share a basis `V` of
+about 30 columns, to the last bit of float32 and for any `h` (a matrix of moments has singular
+values that decay exponentially, Beckermann and Townsend 2017). So `H = V S V^T` with a small core
+`S` for each channel. If `V` covers all later outputs, and not only those of the next tile, then
+larger tiles can be computed from it: their basis is a small matrix times the bases of their halves
+(nested bases of H2 matrices, Hackbusch and Boerm 2002), and tiles of all sizes together cost little
+more than the small ones.
 
-The rank is found, not assumed; filters that have none to speak of are not factored. What is left
-out of a channel's matrix is at most an epsilon of the pages' dtype of it, in the Frobenius norm:
-about what float32 filters leave uncertain, and any less would be their noise, which has no low
-rank. For the same reason taps should be summed in float64. All of this is computed in float64.
+The rank is measured, not assumed, and filters without a low one are not factored. The part of a
+channel's matrix that is left out is at most an epsilon of the pages' dtype of the whole, in the
+Frobenius norm. That is about the rounding error of float32 filters, and rounding errors have no low
+rank; for the same reason taps should be summed in float64. All of this is computed in float64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 SMALLEST_SAMPLE = 64
-"""Random vectors that a space is made of at first; twice as many until they are enough."""
+"""Random vectors with which the search for a basis begins; doubled until they are enough."""
 LARGEST_SAMPLE = 128
-"""A space that takes more is not worth factoring, and might not fit in memory."""
+"""Most random vectors: a larger basis is not worth factoring, and might not fit in memory."""
 SPARE = 16
-"""Random vectors beyond the rank that they are to find."""
+"""Random vectors beyond the rank that is looked for."""
 CHANNELS_AT_ONCE = 1024
 
 
@@ -38,36 +38,37 @@ class NotLowRank(Exception):
 
 @dataclass(frozen=True)
 class FilterBasis:
-    """Filters `taps @ weights`, each within the tolerance."""
+    """A basis of filters: each filter is a column of `taps @ weights`, within the tolerance."""
 
     taps: Tensor
-    """`[N, K]` float64, orthogonal, each as large as what the filters have of it."""
+    """Basis filters `[N, K]`, float64 and orthogonal, scaled by their shares in the filters."""
     weights: Tensor
     """`[K, F]` float64."""
     tolerance: float
-    """How much of a channel may be left out."""
+    """Largest error of a channel, relative to its norm."""
 
 
 @dataclass(frozen=True)
 class TileFactors:
-    """Factors of the matrices of one tile size, whose basis `V [h, p]` has a row for each input,
-    the oldest first."""
+    """Factors of the matrices of one tile size.
+
+    Their basis `V [h, p]` has a row for each input, oldest first.
+    """
 
     transfer: Tensor
-    """For the smallest tiles `V` itself; for others from the bases of both halves, the older first:
-    `[2 p of a half, p]`. Its columns are orthonormal, and so are those of `V`."""
+    """`V` of the smallest tiles; for others, the matrix `[2 p of a half, p]` that makes `V` from
+    the bases of both halves, older half first. Its columns and those of `V` are orthonormal."""
     cores: Tensor
-    """`[K, r, p]` of each filter of the basis: takes what `V^T` makes of the inputs to coordinates
-    of the outputs."""
+    """`[K, r, p]`: maps, one for each basis filter, from `V^T inputs` to coordinates of outputs."""
     outwards: Tensor | None
-    """`[num_outputs, r]` from those to the outputs, where there are fewer than inputs, as no
-    sequence is longer than there are taps. None: `V`, its last row first."""
+    """`[num_outputs, r]`: maps coordinates to outputs, if the taps end before the next tile does.
+    None: that map is `V` with its rows reversed."""
 
 
 def filter_basis(filters: Tensor, dtype: torch.dtype) -> FilterBasis:
-    """As few filters as have all of `filters [N, F]` in their span, each weighed by its share.
+    """Return the smallest basis of `filters [N, F]`.
 
-    dtype: of the pages they are to be used on. Raises NotLowRank.
+    dtype: Dtype of the pages that the factors are used on. Raises NotLowRank.
     """
     # Spectral filters are known to 1e-13 of the largest: float64 asks for no more than they have.
     tolerance = max(torch.finfo(dtype).eps, 1e-11)
@@ -75,10 +76,10 @@ def filter_basis(filters: Tensor, dtype: torch.dtype) -> FilterBasis:
     scale = torch.where(largest > 0, largest, 1.0).double()
 
     def blocks() -> Iterator[Tensor]:
-        """The filters, of which the largest taps are 1, in float64: few at once, they are many."""
+        """Yield the filters, in float64 and scaled to a largest tap of 1, a few at a time."""
         for start in range(0, filters.shape[1], CHANNELS_AT_ONCE):
-            some = slice(start, start + CHANNELS_AT_ONCE)
-            yield filters[:, some].double() / scale[some]
+            part = slice(start, start + CHANNELS_AT_ONCE)
+            yield filters[:, part].double() / scale[part]
 
     def sample(size: int, random: torch.Generator) -> Tensor:
         mixed = filters.new_zeros(len(filters), size, dtype=torch.float64)
@@ -96,8 +97,8 @@ def filter_basis(filters: Tensor, dtype: torch.dtype) -> FilterBasis:
 
 
 def tile_factors(filters: FilterBasis, smallest: int) -> Iterator[TileFactors]:
-    """For tiles of `smallest`, `2 smallest`, `4 smallest` .. inputs, while there are taps that
-    reach beyond. Raises NotLowRank.
+    """Yield the factors for tiles of `smallest`, `2 smallest`, `4 smallest` .. inputs, as long as
+    taps reach beyond the tile. Raises NotLowRank.
     """
     taps, num_taps, length = filters.taps.T, len(filters.taps), smallest
     # What each input, later each coordinate, adds to every later output: [inputs, K, outputs].
@@ -112,20 +113,20 @@ def tile_factors(filters: FilterBasis, smallest: int) -> Iterator[TileFactors]:
             outwards, within = _thin_factors(after.permute(2, 1, 0), filters)
             cores = within.permute(2, 1, 0)
         yield TileFactors(transfer, cores.permute(1, 2, 0).contiguous(), outwards)
-        # Outputs begin where the tile does that this one is the newer half of.
+        # As the older and the newer half of the next tile: outputs begin at that tile's end.
         num_later = max(0, num_taps - 2 * length)
         after = torch.cat([after[..., length:], after[..., :num_later]])
         length *= 2
 
 
 def nested(basis: Tensor, transfer: Tensor) -> Tensor:
-    """The basis `[2 h, p]` of tiles from that of their halves, `[h, p of a half]`."""
+    """Return the basis `[2 h, p]` of tiles from the basis `[h, p of a half]` of their halves."""
     return torch.cat([basis @ half for half in transfer.chunk(2)])
 
 
 def _thin_factors(matrices: Tensor, filters: FilterBasis) -> tuple[Tensor, Tensor]:
-    """`[rows, K, columns]`, a matrix for each filter of the basis, as `U [rows, r]`, of orthonormal
-    columns that all share, times `[r, K, columns]`."""
+    """Factor `matrices [rows, K, columns]`, one for each basis filter, into a shared `U [rows, r]`
+    with orthonormal columns and coordinates `[r, K, columns]`."""
     num_rows, num_filters, num_columns = matrices.shape
     flat = matrices.reshape(num_rows, -1)
 
@@ -139,7 +140,7 @@ def _thin_factors(matrices: Tensor, filters: FilterBasis) -> tuple[Tensor, Tenso
         """Return the squared share of each coordinate in each channel, a sum of basis filters."""
         factors = within.view(len(within), num_filters, num_columns)
         products, weights = factors @ factors.transpose(1, 2), filters.weights  # [r, K, K], [K, F]
-        return torch.stack([((one @ weights) * weights).sum(0) for one in products])
+        return torch.stack([((product @ weights) * weights).sum(0) for product in products])
 
     if num_rows <= LARGEST_SAMPLE:  # twice as many coordinates as a half has, at most
         basis, within = _truncated(flat, shares, filters.tolerance)
@@ -155,12 +156,17 @@ def _thin_svd(
     shape: Sequence[int],
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    """A matrix of `shape` as `U [rows, r] @ V [r, columns]`, U with orthonormal columns, from its
-    products with random vectors (Halko, Martinsson, Tropp 2011, section 5.1).
+    """Factor a matrix into `U [rows, r] @ V [r, columns]`, where U has orthonormal columns.
 
-    sample: so many of the products, as columns. coordinates: a basis, transposed, times the matrix.
-    shares: from coordinates `[r, columns]` to the squares of what each channel has of each, `[r,
-    F]`.
+    The basis comes from products with random vectors (Halko, Martinsson, Tropp 2011, section 5.1).
+
+    Args:
+        sample: Returns the matrix times the given number of random vectors, as columns.
+        coordinates: Returns the transpose of a basis times the matrix.
+        shares: Returns the squared share of each coordinate in each channel, `[r, F]`, from
+            coordinates `[r, columns]`.
+        shape: Shape of the matrix.
+        tolerance: Largest error of a channel, relative to its norm.
     """
     random = torch.Generator().manual_seed(0)  # the same factors in every run
     size = SMALLEST_SAMPLE
@@ -177,8 +183,8 @@ def _thin_svd(
 def _truncated(
     matrix: Tensor, shares: Callable[[Tensor], Tensor], tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """As `U [rows, r] @ V [r, columns]`; the rank is the least for which no channel lacks more than
-    the tolerance."""
+    """Factor `matrix` into `U [rows, r] @ V [r, columns]` of the least rank that keeps the error of
+    every channel within the tolerance."""
     # By way of the small triangle: the long singular vectors would cost far more.
     left = torch.linalg.svd(torch.linalg.qr(matrix.T, mode="r").R.T).U
     within = left.T @ matrix

@@ -89,10 +89,10 @@ class PagePool:
             raise OutOfPages(
                 f"{count} pages are needed and {self.num_free} of {self.capacity} free"
             )
-        taken = self._free[len(self._free) - count :][::-1]
+        pages = self._free[len(self._free) - count :][::-1]
         del self._free[len(self._free) - count :]
-        self._owners[taken] = owner
-        return taken
+        self._owners[pages] = owner
+        return pages
 
     def free(self, owner: int, pages: Sequence[int]) -> None:
         """Free `pages` of `owner`, each named once."""
@@ -118,5 +118,5 @@ class PagePool:
 
 
 def pages_for(positions: int, page_len: int) -> int:
-    """Return the number of pages that hold so many positions."""
+    """Return the number of pages that hold `positions`."""
     return -(-positions // page_len)

@@ -1,18 +1,18 @@
 """Paged cache of convolutions: FutureFill for many sequences, each at its own position.
 
 A slot of a page holds the pending output of its position until the token is decoded, and the
-convolution's input afterwards. A sequence owns `ceil(new tokens / page_len)` pages at first,
-whatever its prompt's length, and frees each once nothing later reads it; a page is `layers * width
-* page_len` numbers. When a page is full, the tile of `page_len * lowbit(pages done)` positions that
+convolution's input afterwards. A sequence of any prompt length first owns `ceil(new tokens /
+page_len)` pages, and frees each once nothing later reads it; a page is `layers * width * page_len`
+numbers. When a page is full, the tile of `page_len * lowbit(pages done)` positions that
 ends with it is flushed into the tile after it (Continuous FutureFill, with the page as the smallest
 tile; see `serve.cache.tiles`).
 
-The page that a running sequence is in is also in two rings of `page_len` slots, one for pending
-outputs and one for inputs, at the engine's time modulo `page_len`, so that a step does the same for
-every row of the batch. It adds each new input to the slots that follow, up to where the last of the
-rows' pages ends. Slots beyond a row's own page are overwritten when its next page is loaded, into
-which a flush has put everything from earlier pages. Sums are in the dtype of the pages, float32 or
-float64.
+The current page of each running sequence is also in two rings of `page_len` slots, one for pending
+outputs and one for inputs. A slot's place in them is the engine's time modulo `page_len`, so a step
+does the same for every row of the batch: it adds the new input to the slots that follow, up to the
+end of the page that ends last. Slots beyond a row's own page are overwritten when the next page is
+loaded, to which a flush has added everything from earlier pages. Sums are in the dtype of the
+pages, float32 or float64.
 """
 
 import math
@@ -33,21 +33,21 @@ from stu.model import FlashSTU
 
 
 class _StepViews(NamedTuple):
-    """Views of a layer that one step reads and writes; slicing costs more than the sums."""
+    """Views of a layer that one step reads and writes; slicing would cost more than the sums."""
 
     reached: list[tuple[Tensor, Tensor]]
-    """Pairs of taps `[columns, 1, 1, C]` and the outputs `[columns, B, W / C, C]` that the token
-    adds to with them, up to the end of the ring and from its beginning."""
+    """Pairs of taps `[columns, 1, 1, C]` and the pending outputs `[columns, B, W / C, C]` that they
+    add to: up to the end of the ring, then from its start."""
     new: Tensor
-    """Slots of the token's inputs, `[B, W / C, C]`."""
-    taken: Tensor
+    """Slots for the token's inputs, `[B, W / C, C]`."""
+    flat_new: Tensor
     """The same slots in the shape of a step's inputs, `[B W / C, C]`."""
     due: Tensor
     """Outputs of the token, `[B W / C, C]`."""
 
 
 class ConvolutionCache(Cache):
-    """The long convolutions of all layers.
+    """Cache of the long convolutions of all layers.
 
     Args:
         taps: `[layers, N, C]`, tap j at lag `lag_step * j`, best in float64.
@@ -80,7 +80,7 @@ class ConvolutionCache(Cache):
         self._columns_reached = 0
         """Columns that the next step adds to: up to the end of the page that ends last."""
         self.flushes: dict[int, tuple[int, float]] = {}
-        """Steps that flushed tiles, by the positions of a tile, and the seconds that took."""
+        """Number of steps that flushed tiles, and their seconds, by the positions of a tile."""
         self._time = 0
         self._sequences: dict[int, PagedSequence] = {}
         self._rows: list[int] = []
@@ -110,7 +110,7 @@ class ConvolutionCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of pages and rings, without those of filters and the factors of tiles."""
+        """Bytes of pages and rings, without filters and the factors of tiles."""
         numbers = self.pool.pages.numel() + self._pending.numel() + self._inputs.numel()
         return numbers * self._pending.element_size()
 
@@ -169,8 +169,8 @@ class ConvolutionCache(Cache):
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self._step_views(*key)
-        reached, new, taken, due = views[layer]
-        taken.copy_(inputs)
+        reached, new, flat_new, due = views[layer]
+        flat_new.copy_(inputs)
         for taps, pending in reached:
             pending.addcmul_(taps, new)
         return due if due.dtype == inputs.dtype else due.to(inputs.dtype)
@@ -192,13 +192,13 @@ class ConvolutionCache(Cache):
         self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
 
     def _flush(self, level: int, rows: Sequence[int]) -> None:
-        """Flush the tiles of this level of some rows, and load their next pages into the rings."""
+        """Flush the tiles of this level in `rows`, and load their next pages into the rings."""
         began = time.perf_counter()
         sequences = [self._sequences[self._rows[row]] for row in rows]
         spare = self._tiles.flush(level, sequences)
         for row, sequence, pages in zip(rows, sequences, spare, strict=True):
             self._load_page(row, sequence.pages[sequence.done])
-            if sequence.done + 1 == len(sequence.pages):  # no flush after it: it is not stored
+            if sequence.done + 1 == len(sequence.pages):  # the last page is never stored
                 pages.append(sequence.pages[-1])
             self.pool.free(self._rows[row], pages)
         positions = self._page_len * 2**level
@@ -218,12 +218,12 @@ class ConvolutionCache(Cache):
             if columns_reached > before_end:
                 rest = columns_reached - before_end
                 reached.append((near[before_end:columns_reached], pending[:rest]))
-            taken, due = new.flatten(0, 1), pending[column].flatten(0, 1)
-            views.append(_StepViews(reached, new, taken, due))
+            flat_new, due = new.flatten(0, 1), pending[column].flatten(0, 1)
+            views.append(_StepViews(reached, new, flat_new, due))
         return views
 
     def _store_page(self, row: int, page: int) -> None:
-        """Copy a row's ring of inputs to the page, from the page's first slot on."""
+        """Copy a row's ring of inputs to a page, in the order of positions."""
         stored, start = self.pool.pages[page], self._time % self._page_len
         inputs = self._inputs[:, :, row].flatten(2)  # [layers, page_len, W]
         stored[:, : self._page_len - start] = inputs[:, start:]

@@ -1,6 +1,7 @@
 """Caches of short convolutions: the last few inputs of every sequence in every layer.
 
-They are too few to be paged. Each sequence has a place for them from its admission on.
+They are too few to be paged: each sequence has one place for them, from its admission until its
+release.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from stu.model import FlashSTU
 
 
 class RecentInputs(Cache):
-    """The last inputs of several layers' short convolutions, for up to `max_rows` sequences, in the
-    batch or before they join it."""
+    """The last inputs of several layers' short convolutions, for up to `max_rows` sequences.
+
+    A sequence counts from its admission, before it joins the batch.
+    """
 
     def __init__(
         self,
@@ -26,7 +29,7 @@ class RecentInputs(Cache):
         dtype: torch.dtype,
         device: str | torch.device = "cpu",
     ) -> None:
-        # One place more than there are sequences: padding reads and writes it.
+        # The last place is for padding rows.
         self._inputs = [
             torch.zeros(
                 max_rows + 1, layer.num_taps - 1, layer.channels, dtype=dtype, device=device
@@ -39,7 +42,7 @@ class RecentInputs(Cache):
         self._rows: list[int] = []
         """Place of each row's sequence."""
         self._index = self._places_of_rows()
-        """The same as a tensor, followed by the places of padding rows."""
+        """`_rows` as a tensor, padded with the padding place to `max_rows`."""
 
     @classmethod
     def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:
@@ -66,7 +69,7 @@ class RecentInputs(Cache):
         self._free.append(place)
 
     def prefill(self, owner: int, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        """The outputs `[1, P, C]` of a prompt, and its end into the sequence's place."""
+        """Return the outputs `[1, P, C]` of a prompt, and keep its last inputs."""
         extended = after_zeros(inputs, len(taps))  # [1, J - 1 + P, C]
         self._inputs[layer][self._places[owner]] = extended[0, inputs.shape[1] :]
         return short_convolution(extended, taps)
@@ -81,9 +84,9 @@ class RecentInputs(Cache):
         self._index = self._places_of_rows()
 
     def step(self, layer: int, inputs: Tensor, taps: Tensor, first_row: int = 0) -> Tensor:
-        """One token of rows from `first_row` on: `[B, 1, C]` both ways.
+        """Return the outputs `[B, 1, C]` of one token of the rows from `first_row`.
 
-        Rows beyond the batch's are padding, and may have any finite input.
+        inputs: `[B, 1, C]`. Rows beyond those of the batch are padding, with any finite input.
         """
         places = self._index[first_row : first_row + len(inputs)]
         extended = torch.cat([self._inputs[layer][places], inputs], dim=1)  # [B, J, C]

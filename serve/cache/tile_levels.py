@@ -1,8 +1,8 @@
-"""The factors of all tile sizes, laid out for pages.
+"""Factors of all tile sizes, laid out for pages.
 
-A tile of few pages is read from them and written to them. The basis of a large one has far fewer
-rows than its pages: such a tile is known by a summary, which comes from the summaries of its halves
-and fits in a few pages, and what it adds reaches the pages by way of its halves as well.
+Small tiles are read from and written to their pages directly. A large tile is replaced by a
+summary, which is computed from the summaries of its halves and fits in a few pages; what it adds
+also reaches the pages by way of the halves.
 """
 
 from dataclasses import dataclass, replace
@@ -21,25 +21,25 @@ CORE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class TileLevel:
-    """Factors of one tile size: in float64 between halves, else in the dtype of the pages."""
+    """Factors of one tile size, in float64 between halves and else in the dtype of the pages."""
 
     inwards: Tensor
-    """To the summary from each page of the tile, `[pages, p, rows]`, or from the summaries of its
-    halves, the older first: `[2, p, p of a half]`."""
+    """Maps to the summary: from each page of the tile, `[pages, p, rows]`, or from the summary of
+    each half, older first, `[2, p, p of a half]`."""
     outwards: Tensor
-    """From coordinates of the outputs to each page, `[pages, rows, r]`, or to the coordinates of
-    each half, the nearer first: `[2, r of a half, r]`."""
+    """Maps from coordinates of outputs: to each page, `[pages, rows, r]`, or to the coordinates of
+    each half, nearer first, `[2, r of a half, r]`."""
     writes_pages: bool
-    """Whether `outwards` is to pages."""
+    """Whether `outwards` maps to pages."""
     basis_cores: Tensor
-    """`[K, r, p]` float64, of which every channel's core is a sum"""
+    """Cores of the basis filters, `[K, r, p]`, float64."""
     weights: Tensor
-    """with these weights, `[K, layers, C]` float64."""
+    """Weights `[K, layers, C]`, float64, of the basis cores in each channel's core."""
     cores: Tensor | None = None
-    """Every layer's, `[layers, p, r, 1, C]`, if there is room to keep them."""
+    """Cores of all layers, `[layers, p, r, 1, C]`, if there is room to keep them."""
 
     def cores_of(self, layers: slice) -> Tensor:
-        """`[layers, p, r, 1, C]`, computed in float64."""
+        """Compute the cores `[layers, p, r, 1, C]` of these layers in float64."""
         cores = torch.einsum("krp,klc->lprc", self.basis_cores, self.weights[:, layers])
         return cores[:, :, :, None]
 
@@ -50,10 +50,10 @@ class TileLevels:
 
     levels: list[TileLevel]
     summary_pages: int
-    """How many pages a summary takes, of whatever tile."""
+    """Number of pages that a summary takes, the same for all tiles."""
     smallest_summary: int
-    """The level of the smallest tiles that are known by summaries: where it takes half of their
-    pages at most. What is kept for halves to come fits in the rest."""
+    """Level of the smallest tiles with summaries. A summary takes at most half of their pages, and
+    what is kept for a second half fits in the rest."""
 
 
 def make_levels(taps: Tensor, rows: int, num_levels: int, dtype: torch.dtype) -> TileLevels:
@@ -63,16 +63,16 @@ def make_levels(taps: Tensor, rows: int, num_levels: int, dtype: torch.dtype) ->
     """
     filters = filter_basis(taps.transpose(0, 1).flatten(1), dtype)
     factors = list(islice(tile_factors(filters, rows), num_levels))
-    summary_pages = pages_for(max(own.transfer.shape[1] for own in factors), rows)
+    summary_pages = pages_for(max(tile.transfer.shape[1] for tile in factors), rows)
     smallest = (2 * summary_pages - 1).bit_length()
     weights = filters.weights.view(-1, len(taps), taps.shape[2])
     levels: list[TileLevel] = []
     bytes_left, basis = CORE_BYTES, factors[0].transfer
-    for number, own in enumerate(factors):
+    for number, tile in enumerate(factors):
         if 0 < number <= smallest:
-            basis = nested(basis, own.transfer)
-        level = _level(own, basis if number <= smallest else None, rows, weights, dtype)
-        num_bytes = taps[:, 0].numel() * own.cores[0].numel() * dtype.itemsize
+            basis = nested(basis, tile.transfer)
+        level = _level(tile, basis if number <= smallest else None, rows, weights, dtype)
+        num_bytes = taps[:, 0].numel() * tile.cores[0].numel() * dtype.itemsize
         if num_bytes <= bytes_left:
             bytes_left -= num_bytes
             # Layer by layer: float64 takes twice the room.
@@ -85,7 +85,10 @@ def make_levels(taps: Tensor, rows: int, num_levels: int, dtype: torch.dtype) ->
 def _level(
     factors: TileFactors, basis: Tensor | None, rows: int, weights: Tensor, dtype: torch.dtype
 ) -> TileLevel:
-    """basis: of tiles that are read from their pages."""
+    """Return the level of these factors.
+
+    basis: `V` of a tile that is read from its pages; None for one that has a summary.
+    """
     rank = factors.transfer.shape[1]
     parts = factors.transfer.view(2, -1, rank) if basis is None else basis.view(-1, rows, rank)
     outwards = (parts if basis is None else parts.flip(1)).flip(0)

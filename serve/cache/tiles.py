@@ -1,15 +1,16 @@
 """FutureFill from finished tiles of pages into the pages after them.
 
-A tile is a power-of-two number of pages, and what it adds to as many pages after it is a Hankel
-matrix of each channel's filter (Agarwal et al., ICLR 2026, Algorithm 3), a product of thin matrices
-(`serve.cache.low_rank`). Of a large tile only a summary is kept, in some of its pages; and what it
-adds goes to the next of the smallest tiles that have summaries, and is kept as coordinates of
-outputs, in others of its pages, for the halves that are yet to come. So a page is read and written
-a few times, however large the tiles, and no flush takes much longer than another.
+A tile is a power-of-two number of pages. It adds to as many pages after it the product of its
+inputs with a Hankel matrix of each channel's filter (Agarwal et al., ICLR 2026, Algorithm 3), which
+factors into thin matrices (`serve.cache.low_rank`). A large tile is not kept whole: some of its
+pages hold a summary of it instead, and others hold the coordinates of what it adds to later tiles,
+which are expanded to outputs one half after the other. So each page is read and written only a few
+times, and no flush takes much longer than another.
 
-Filters that have no such factors, unlike spectral ones, go through FFTs. Where only even lags have
-taps, even and odd positions are channels of their own. Sums over the halves of tiles are in
-float64, as they add up from level to level, others in the dtype of the pages, float32 or float64.
+Filters that are not of low rank, unlike spectral ones, go through FFTs. Where only even lags have
+taps, even and odd positions are separate channels. Sums over the halves of tiles are in float64,
+because rounding would add up from level to level; other sums are in the dtype of the pages, float32
+or float64.
 """
 
 import logging
@@ -27,7 +28,7 @@ from stu.futurefill import future_fill
 logger = logging.getLogger(__name__)
 
 TILES_AT_ONCE = 4
-"""Tiles of one size that are mixed together, which reads the cores once; more take much space."""
+"""Tiles of one size that share one pass over the cores; more would take much memory."""
 
 
 @dataclass
@@ -35,22 +36,24 @@ class PagedSequence:
     """One sequence's pages, and what they hold."""
 
     pages: list[int]
-    """Page of each stretch of `page_len` new tokens; some of those done have been given back, or
-    hold something else."""
+    """Page of each `page_len` new tokens. Full ones may have been freed, or hold summaries."""
     done: int = 0
-    """How many pages are full."""
+    """Number of full pages."""
     tiles: list[list[int]] = field(default_factory=list)
-    """The pages that hold each finished tile which is part of a later one, the last at the end."""
+    """Pages that hold each finished tile that is part of a later, larger one; latest tile last."""
     pending: dict[int, list[int]] = field(default_factory=dict)
-    """By level, the pages that hold what a tile to come gets, for its second half."""
+    """By level, the pages that hold what is still to be added to the second half of a tile."""
 
 
 class TileFlush:
-    """All layers' convolutions of one tile size after another; level `i` is tiles of `2^i` pages.
+    """Flushes of finished tiles, for all layers' convolutions; level `i` is tiles of `2^i` pages.
 
-    taps: `[layers, N, C]`, tap j at lag `lag_step * j`; no sequence is longer. pages:
-    `[num_pages, layers, page_len, W]`, where W is a multiple of C and channel w has the filter
-    `w % C`; read and written in place. longest: the most pages that a sequence has.
+    Args:
+        taps: `[layers, N, C]`, tap j at lag `lag_step * j`; no sequence is longer.
+        lag_step: Distance between taps, in positions.
+        pages: `[num_pages, layers, page_len, W]`, read and written in place. W is a multiple of C,
+            and channel w has the filter `w % C`.
+        longest: Largest number of pages of a sequence.
     """
 
     def __init__(self, taps: Tensor, lag_step: int, pages: Tensor, longest: int) -> None:
@@ -68,10 +71,10 @@ class TileFlush:
             self._factorize(taps, num_levels)
 
     def flush(self, level: int, sequences: Sequence[PagedSequence]) -> list[list[int]]:
-        """Tiles of this level, which end with the pages done, into the pages after them.
+        """Add the tile of this level that ends with the last full page to the pages after it.
 
-        Returns of each sequence the pages that it does not need any more. Of what is to come, pages
-        beyond its last are not computed.
+        Returns the pages that each sequence no longer needs. Outputs beyond a sequence's last page
+        are not computed.
         """
         if not self._levels:
             return [self._flush_by_fft(level, sequence) for sequence in sequences]
@@ -82,7 +85,10 @@ class TileFlush:
 
     def _flush(self, level: int, sequences: Sequence[PagedSequence]) -> list[list[int]]:
         spare: list[list[int]] = [[] for _ in sequences]
-        summaries = [self._summary(level, *each) for each in zip(sequences, spare, strict=True)]
+        summaries = [
+            self._summary(level, sequence, pages)
+            for sequence, pages in zip(sequences, spare, strict=True)
+        ]
         added = self._through_cores(self._levels[level], torch.cat(summaries, 2))
         outputs = added.chunk(len(sequences), 2)
         for sequence, summary, own, pages in zip(sequences, summaries, outputs, spare, strict=True):
@@ -91,7 +97,10 @@ class TileFlush:
         return spare
 
     def _summary(self, level: int, sequence: PagedSequence, spare: list[int]) -> Tensor:
-        """`[layers, p, lag_step W]` of the tile that ends here, whose pages are spare from now."""
+        """Return the summary `[layers, p, lag_step W]` of the tile that ends here.
+
+        The pages of the tile become spare.
+        """
         read_level = min(level, self._smallest_summary)
         tile = _taken_tile(read_level, sequence)
         spare += tile
@@ -108,7 +117,7 @@ class TileFlush:
         return summary.to(self._pages.dtype)
 
     def _keep(self, level: int, sequence: PagedSequence, summary: Tensor, spare: list[int]) -> None:
-        """Keep the summary of a tile that is half of another one within the sequence."""
+        """Keep a tile, whole or as its summary, if it is half of a larger one in the sequence."""
         if sequence.done + 2**level >= len(sequence.pages):
             return
         if level < self._smallest_summary:
@@ -140,7 +149,7 @@ class TileFlush:
             self._pages[page].baddbmm_(basis, outputs)
 
     def _hold(self, numbers: Tensor, spare: list[int]) -> list[int]:
-        """Put `[layers, p, lag_step W]` into pages that are spare."""
+        """Write `numbers [layers, p, lag_step W]` to spare pages, and return these."""
         pages = spare[: self._summary_pages]
         assert len(pages) == self._summary_pages, "a tile has too few pages for what it is to hold"
         del spare[: self._summary_pages]
@@ -149,11 +158,11 @@ class TileFlush:
         return pages
 
     def _held(self, pages: Sequence[int], num_rows: int) -> Tensor:
-        """Return what `_hold` put there, in float64."""
+        """Return the numbers that `_hold` wrote, in float64."""
         return torch.cat([self._pages[page] for page in pages], 1)[:, :num_rows].double()
 
     def _bases(self, bases: Tensor) -> Tensor:
-        """Each `[a, b]` for every layer, as bmm takes it."""
+        """Repeat every basis for all layers: `[n, a, b] -> [n, layers, a, b]`."""
         return bases[:, None].expand(-1, self._layers, -1, -1)
 
     def _flush_by_fft(self, level: int, sequence: PagedSequence) -> list[int]:
@@ -161,9 +170,9 @@ class TileFlush:
         future = sequence.pages[sequence.done : sequence.done + 2**level]
         num_outputs = len(future) * self._pages.shape[2]
         reached = (len(past) + len(future)) * self._pages.shape[2]
-        for layer, every in enumerate(self.taps[:, :reached]):
+        for layer, layer_taps in enumerate(self.taps[:, :reached]):
             # Transposed copies: transforms along strides are slower.
-            taps, inputs = every.t().contiguous(), self._pages[past, layer].flatten(0, 1)
+            taps, inputs = layer_taps.t().contiguous(), self._pages[past, layer].flatten(0, 1)
             streams = inputs.t().contiguous().view(-1, len(taps), len(inputs))  # [.., C, T]
             filled = future_fill(streams, taps, num_outputs).flatten(0, 1).t()
             for page, added in zip(future, torch.split(filled, self._pages.shape[2]), strict=True):
@@ -174,15 +183,16 @@ class TileFlush:
         return past
 
     def _through_cores(self, level: TileLevel, summary: Tensor) -> Tensor:
-        """`[layers, p, tiles lag_step W]` of summaries -> `[layers, r, ..]` of what they add."""
+        """Return the coordinates `[layers, r, n]` of what tiles add, from their summaries
+        `[layers, p, n]`, where n is tiles x lag_step x W."""
         rank = level.outwards.shape[2]
         result = summary.new_zeros(self._layers, rank, summary.shape[2])
         if level.cores is not None:
             self._mix(summary, level.cores, result)
             return result
         for layer in range(self._layers):
-            one = slice(layer, layer + 1)
-            self._mix(summary[one], level.cores_of(one).to(summary.dtype), result[one])
+            only = slice(layer, layer + 1)
+            self._mix(summary[only], level.cores_of(only).to(summary.dtype), result[only])
         return result
 
     def _mix(self, summary: Tensor, cores: Tensor, result: Tensor) -> None:
@@ -202,14 +212,14 @@ class TileFlush:
         try:
             made = make_levels(taps, self._pages.shape[2], num_levels, self._pages.dtype)
         except NotLowRank as reason:
-            logger.warning("tiles flush through FFTs, which is slower: of the filters %s", reason)
+            logger.warning("tiles flush through FFTs, which is slower: %s", reason)
             return
         self._levels, self._smallest_summary = made.levels, made.smallest_summary
         self._summary_pages = made.summary_pages
 
 
 def _taken_tile(level: int, sequence: PagedSequence) -> list[int]:
-    """The pages of a tile that is kept whole, oldest first: its parts' and the last one."""
+    """Return the pages of a tile that is kept whole, oldest first, and forget its parts."""
     first = len(sequence.tiles) - level
     parts = sequence.tiles[first:]
     del sequence.tiles[first:]
