@@ -46,7 +46,7 @@ def first(result: Run) -> Run:
 
 
 def ratio(cache: str, name: str) -> Callable[[Run], float]:
-    """Return what takes a ratio to the paged cache from a result of `decode`."""
+    """Return a function that takes a ratio to the paged cache from a result of `decode`."""
     return lambda result: float(decoded(result, BATCH, LENGTH)[cache][name])
 
 

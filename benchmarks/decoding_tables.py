@@ -1,4 +1,4 @@
-"""The tables of what decoding takes, each from one result."""
+"""Tables of time and memory of decoding, each from one result."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,4 +1,4 @@
-"""The tables of what training and serving take, each from one result."""
+"""Tables of time and memory of training and serving, each from one result."""
 
 from collections.abc import Callable
 from functools import partial

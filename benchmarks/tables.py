@@ -1,11 +1,11 @@
-"""Write the figures and pictures of the documents from what the benchmarks measured.
+"""Write the figures and pictures of the documents from the results of the benchmarks.
 
     python -m benchmarks.tables
 
-`benchmarks/results/NAME.json` is what `python -m benchmarks` printed. In a document its figures
-stand between `<!-- benchmark NAME -->` and `<!-- end -->`, with a PART after NAME where one result
-has several tables; those after `<!-- claims -->` come from several results. A test
-compares the documents with the results.
+`benchmarks/results/NAME.json` is what `python -m benchmarks` printed. In a document, its figures
+are between `<!-- benchmark NAME -->` and `<!-- end -->`, with a PART after NAME if a result has
+several tables. Figures after `<!-- claims -->` come from several results. A test compares the
+documents with the results.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Times of calls: single ones, medians, and several ways to do the same in turn."""
+"""Times of calls: of one, the median of several, and several calls compared in turn."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 LEAST_SECONDS, LEAST_CALLS = 0.2, 3
-"""How long `seconds` measures."""
+"""Least time and number of calls that `seconds` measures."""
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -34,13 +34,15 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def median_seconds(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each way. They take turns, so that a busy machine slows all of
-    them alike; before that, each runs once."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
+def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each call, after a first one to warm up.
+
+    Calls take turns, so that a busy machine slows all of them alike.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in range(repeats):
-        for name, way in ways.items():
-            taken[name].append(timed(way))
+        for name, call in calls.items():
+            taken[name].append(timed(call))
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -16,7 +16,7 @@ class Completion:
     logprobs: Sequence[TokenLogprobs]
     """Log probabilities of `token_ids`, if they were asked for."""
     finish_reason: FinishReason | None
-    """Reason of the end; None for a piece that is not the last."""
+    """Why the completion ended; None for a piece that is not the last."""
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     """Log probabilities of the prompt's tokens but the first, if they were asked for; in the first
     piece."""

@@ -21,7 +21,7 @@ class EngineConfig:
     max_running: int = 32
     """Most requests that decode together."""
     prompt_tokens_per_step: int = 2048
-    """Prompt tokens to prefill in one step, besides decoding a token of each running request. More
+    """Prompt tokens to prefill in one step, in addition to a token of each running request. More
     start new requests sooner, fewer keep the pace of running ones steadier. A token of a prompt
     whose log probabilities are asked for counts as four."""
     expected_new_tokens: int | None = None

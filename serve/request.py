@@ -70,7 +70,7 @@ class Output:
     """Log probabilities of the prompt's tokens but the first, if the request asks for them, in the
     first output that holds anything."""
     finish_reason: FinishReason | None = None
-    """Reason of the end, in the last output of a request; None in all others."""
+    """Why the request ended, in its last output; None in all others."""
     ends_with_stop_token: bool = False
     """Whether the last of `new_token_ids` is a stop token."""
     error: str = ""

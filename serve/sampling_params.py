@@ -1,4 +1,4 @@
-"""The settings of a request: how much text it gets, how tokens are chosen, what is reported."""
+"""Settings of a request: length of the text, choice of tokens, and reported probabilities."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The layers of a block besides its mixer: RMSNorm and the gated MLP."""
+"""Layers of a block other than its mixer: RMSNorm and the gated MLP."""
 
 import torch
 from torch import Tensor, nn

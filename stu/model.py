@@ -15,12 +15,12 @@ from stu.mixers import LongConvolution, Memory, Mixer, Remembered, make_mixer
 
 
 class FlashSTU(nn.Module):
-    """Blocks of a mixer and a gated MLP between a tied embedding.
+    """A language model of blocks, each a mixer and a gated MLP, with a tied embedding.
 
-    Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489, and the same with
-    the other mixers of `stu.layouts`. Weights are initialised from torch's global generator, except
-    on the meta device. The filters and the weights in `wide_names` stay float32 or wider when the
-    model is cast.
+    The model of Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489, and
+    variants with the other mixers of `stu.layouts`. Weights are initialised from torch's global
+    generator, except on the meta device. The filters and the weights in `wide_names` stay float32
+    or wider when the model is cast.
     """
 
     filters: Tensor

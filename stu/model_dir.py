@@ -47,10 +47,10 @@ def save_model(
         path: Directory to make.
         model: Model to save.
         tokenizer: Tokenizer that the model was trained with.
-        generation: Defaults for decoding, in place of those of `GENERATION_DEFAULTS`.
+        generation: Defaults for decoding, which override `GENERATION_DEFAULTS`.
         overwrite: Whether to replace what is at `path`.
-        dtype: What weights are cast to, one at a time. None: they keep their dtypes, as the model's
-            `wide_names`, which are float32 or wider, always do.
+        dtype: Dtype to cast weights to, one at a time; None keeps their dtypes. Tensors in the
+            model's `wide_names` are never cast.
 
     Raises UserError if `path` is occupied and `overwrite` is off, or if the vocabularies differ;
     OSError, with nothing left behind, if the disk is full.
@@ -63,8 +63,8 @@ def save_model(
         )
     with new_directory(Path(path), overwrite) as folder:
         _write_json(folder / "config.json", model.config.to_dict())
-        room = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
-        defaults = {**GENERATION_DEFAULTS, **room, **(generation or {})}
+        limit = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
+        defaults = {**GENERATION_DEFAULTS, **limit, **(generation or {})}
         _write_json(folder / "generation.json", defaults)
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         weights = model.state_dict()
@@ -86,7 +86,8 @@ def load_model(
     Args:
         path: Model directory.
         device: Device of the weights.
-        dtype: Dtype of the weights. None: they keep theirs and, on the CPU, are mapped from disk.
+        dtype: Dtype of the weights; None keeps the stored dtypes and, on the CPU, maps the weights
+            from disk.
 
     Raises UserError, naming the file, for one that is missing, cut short, of other shapes, or
     written by a newer version.

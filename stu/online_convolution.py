@@ -1,12 +1,12 @@
 """Online convolution: one output per token, while the inputs are still being generated.
 
-For comparison: tests and benchmarks decode with these classes, and with those of
-`stu.futurefill`, which use FutureFill. The engine in `serve` has caches of its own.
+Tests and benchmarks decode with these classes, and compare them with those of `stu.futurefill`; the
+engine in `serve` has its own caches.
 
-Classes take `taps [layers, N, D]`, tap j at lag `lag_step * j`, so any causal filter will do, and
-an STU-T filter, which is zero at odd lags, skips half the taps. As in `stu.convolution`, position t
-is column `t // lag_step` of phase `t % lag_step`, and phases never mix. Sums have the dtype of the
-taps, float32 or float64.
+Filters are `taps [layers, N, D]`, tap j at lag `lag_step * j`. They may be any causal filters;
+those of an STU-T are zero at odd lags, so `lag_step=2` skips half of the taps. As in
+`stu.convolution`, position t is column `t // lag_step` of phase `t % lag_step`, and phases never
+mix. Sums have the dtype of the taps, float32 or float64.
 """
 
 from abc import ABC, abstractmethod
@@ -63,8 +63,9 @@ class OnlineConvolution(ABC):
 class Naive(OnlineConvolution):
     """Direct sums over the whole past: `O(L)` per token, and a cache as long as the context.
 
-    The latest inputs are a separate, time-major buffer until there is a cache line of each channel:
-    channels are far apart in the cache, and every single write would wait for memory.
+    The latest inputs stay in a separate, time-major buffer until they fill a cache line per
+    channel: channels are far apart in the cache, so writing every single input there would wait for
+    memory.
 
     max_prompt_tokens: Length of the longest prompt to make room for. None: as many tokens as the
     filters reach.
@@ -141,5 +142,5 @@ class Naive(OnlineConvolution):
         column, phase = divmod(self.position, self.lag_step)
         if phase == 0 and column % self.LINE_COLUMNS == 0:
             end = self._origin + column
-            streams = self._inputs[..., end - self.LINE_COLUMNS : end]
-            streams.copy_(self._latest.permute(0, 1, 4, 3, 2))
+            lines = self._inputs[..., end - self.LINE_COLUMNS : end]
+            lines.copy_(self._latest.permute(0, 1, 4, 3, 2))

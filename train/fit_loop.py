@@ -1,4 +1,4 @@
-"""The last validation of a run, made after a resume if the job before did not come to its end."""
+"""The last validation of a run, made after a resume if the previous job stopped before its end."""
 
 from pathlib import Path
 
@@ -10,13 +10,15 @@ from train.report import read_curves
 
 
 class FitLoop(_FitLoop):
-    """Lightning's loop, except that a run without steps left makes its last validation if the log
-    lacks it: the last checkpoint is written before that validation, which may be left for a signal.
+    """Lightning's loop, which also makes the last validation of a resumed run without steps left.
+
+    It does so if the log lacks that validation: the last checkpoint is written before it, and a
+    signal may cut it short.
     """
 
     @classmethod
     def replace(cls, trainer: L.Trainer) -> None:
-        """Put one in the place of `trainer`'s own, before training."""
+        """Replace the loop of `trainer`, before training."""
         former = trainer.fit_loop
         loop = cls(trainer, former.min_epochs, former.max_epochs)
         loop.epoch_loop = former.epoch_loop
@@ -43,5 +45,5 @@ class FitLoop(_FitLoop):
         if trainer.is_global_zero:
             steps, _ = read_curves(Path(trainer.default_root_dir)).get("val/loss", ([], []))
             is_logged = trainer.global_step in steps
-        (lacks,) = largest_of_ranks(trainer, not is_logged)
-        return bool(lacks)
+        (is_missing,) = largest_of_ranks(trainer, not is_logged)
+        return bool(is_missing)

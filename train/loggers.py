@@ -13,14 +13,14 @@ from stu.common.files import fsync
 
 
 class RunLogger(Logger, ABC):
-    """Requirements on a logger, besides Lightning's."""
+    """Interface of a logger, in addition to Lightning's."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Log a text in Markdown; a logger without texts leaves it out."""
+        """Log a text in Markdown; a logger without support for texts ignores it."""
 
     @abstractmethod
     def sync(self) -> None:
-        """Bring to the disk what was logged: a checkpoint that is written next must not outlive it.
+        """Write to disk what was logged, so that a crash cannot leave the log behind a checkpoint.
 
         Raises OSError.
         """
@@ -30,7 +30,7 @@ class TensorBoard(TensorBoardLogger, RunLogger):
     """TensorBoard's event files in `RUN_DIR/tensorboard`, one for each job."""
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        # Steps after the checkpoint that an interrupted job has logged are about to come again.
+        # Drops steps that an interrupted job logged after its checkpoint: they are repeated now.
         super().__init__(run_dir, name="", version="tensorboard", purge_step=first_step)
 
     def log_text(self, name: str, text: str, step: int) -> None:

@@ -73,7 +73,7 @@ class FlashSTUModule(L.LightningModule):
         self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
 
     def result_settings(self, trainer: L.Trainer, data: TokenData) -> dict[str, Any]:
-        """Return by name all settings that a run's results depend on, except its length."""
+        """Return all settings that a run's results depend on, by name, except its length."""
         return result_settings(
             trainer,
             data,
@@ -148,7 +148,7 @@ class FlashSTUModule(L.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:  # type: ignore[override]
         """Take a step, count it if its update was skipped, and log it if it is due."""
-        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = self.trainer.global_step + 1
         learning_rate = optimizer.param_groups[0]["lr"]
         is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if is_last and (timer := self._timer) is not None:
@@ -165,11 +165,11 @@ class FlashSTUModule(L.LightningModule):
             folder = Path(self.trainer.default_root_dir) / "skipped"
             self._guard.count(step, float(self._losses[-1]), self._samples, folder / file)
         self._samples = []
-        if step % every == 0:
+        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_step(step, learning_rate)
 
     def _learning_rate_by_time(self, timer: Timer) -> float:
-        """Set the learning rate of this step in a run that also ends when its time is up."""
+        """Set and return the learning rate of this step, in a run that has a time limit."""
         elapsed, left = timer.time_elapsed(), timer.time_remaining()
         assert left is not None
         # Ranks have different clocks, and need equal rates.
@@ -258,7 +258,7 @@ class FlashSTUModule(L.LightningModule):
             self.trainer.world_size,
             self.trainer.accumulate_grad_batches,
         )
-        # Batches count in today's micro-batches per step, which may differ from the checkpoint's.
+        # Lightning counts micro-batches, and a step may have another number of them than before.
         count = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
@@ -292,8 +292,8 @@ class FlashSTUModule(L.LightningModule):
     def _log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
         """Log metrics that are equal on all ranks.
 
-        They are logged at once, before this step's checkpoint: after that, a run that is killed
-        would not repeat the step.
+        They are logged now, before this step's checkpoint: a run that is killed after its
+        checkpoint does not repeat the step.
         """
         self.log_dict(dict(metrics), logger=False, sync_dist=self.trainer.validating)
         for logger in self._loggers if self.trainer.is_global_zero else ():

@@ -28,7 +28,7 @@ def result_settings(
     z_loss: float,
     loss_jump: float,
 ) -> dict[str, Any]:
-    """Return by name all settings that a run's results depend on, except its length.
+    """Return all settings that a run's results depend on, by name, except its length.
 
     The values are plain, so that they can be stored and compared.
     """
@@ -62,7 +62,7 @@ def training_record(
 def losses_since_log(
     saved: Mapping[str, Any], rank: int, num_ranks: int, micro_batches: int
 ) -> list[Tensor]:
-    """Return the losses of the steps after the last logged one that `rank` continues with.
+    """Return the losses since the last logged step, for `rank` to continue with.
 
     Args:
         saved: Losses of all ranks, and micro-batches per step, in the checkpoint; may be empty.
@@ -75,6 +75,6 @@ def losses_since_log(
     losses = saved["losses"].view(-1, saved["losses"].shape[-1])  # [ranks, n]
     if (len(losses), saved["micro_batches"]) == (num_ranks, micro_batches):
         return list(losses[rank])
-    # Steps weigh the same, however many micro-batches they have.
+    # Every step weighs the same, whether it has few or many micro-batches.
     by_step = losses.mean(0).view(-1, saved["micro_batches"]).mean(1)
     return list(by_step.repeat_interleave(micro_batches))

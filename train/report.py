@@ -29,7 +29,7 @@ def unigram_bits_per_byte(data: Path) -> float:
 
 
 def gzip_bits_per_byte(data: Path) -> float:
-    """Return the size of the validation text after gzip -9, in bits per byte of it."""
+    """Return the bits that gzip -9 takes per byte of the validation text."""
     text = "".join(validation_documents(data)).encode()
     return 8 * len(gzip.compress(text, 9)) / len(text)
 
@@ -64,7 +64,7 @@ def plot_bits_per_byte(
 ) -> None:
     """Plot training and validation loss over steps, and baselines as dashed lines, as a PNG.
 
-    bytes_per_token: converts the training loss from nats per token to bits per byte.
+    bytes_per_token: Converts the training loss from nats per token to bits per byte.
     """
     import matplotlib
 
@@ -80,8 +80,8 @@ def plot_bits_per_byte(
     )
     for (name, value), color in zip(baselines.items(), ("#636363", "#d94801"), strict=False):
         axes.axhline(value, color=color, linestyle="--", linewidth=1)
-        label, beside = f"{name}\n{value:.2f}", axes.get_yaxis_transform()
-        axes.text(1.01, value, label, color=color, va="center", transform=beside)
+        label, transform = f"{name}\n{value:.2f}", axes.get_yaxis_transform()
+        axes.text(1.01, value, label, color=color, va="center", transform=transform)
     axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, max(steps)))
     axes.set_ylim(0.9 * min(bits), min(max(bits), 1.5 * max(baselines.values())))
     axes.spines[["top", "right"]].set_visible(False)

@@ -180,7 +180,7 @@ class TrainCLI(LightningCLI):
                 launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
             )
         FitLoop.replace(trainer)
-        # Lightning's handler of SIGTERM broadcasts, whatever the other ranks are doing.
+        # Lightning's handler of SIGTERM broadcasts, even if the other ranks are elsewhere.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
@@ -205,7 +205,7 @@ class TrainCLI(LightningCLI):
 
 
 def is_first_rank(launch: Launch) -> bool:
-    """Whether this process is the first rank of its run, which may have to start the others."""
+    """Return whether this process is the first rank of its run, which may start the others."""
     by_lightning: int = rank_zero_only.rank  # type: ignore[attr-defined]
     return launch.rank == by_lightning == int(os.environ.get("NODE_RANK") or 0) == 0
 

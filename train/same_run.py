@@ -16,7 +16,7 @@ from train.record import DATA, MODEL, OPTIMIZER, SAMPLES
 from train.start.provenance import changes_since
 
 SCHEDULE = ("trainer.max_steps", "trainer.max_time")
-"""Settings that prolong a run, and bend its schedule: another value gets a warning."""
+"""Settings of a run's length, which also change its schedule: a change only gets a warning."""
 OPTIMIZER_NAME = f"{OPTIMIZER}name"
 
 

@@ -28,13 +28,13 @@ CACHES = ["paged", "continuous", "epoched", "flashinference", "naive"]
 
 @dataclass(frozen=True)
 class Flush:
-    """Work that some steps do besides a token's."""
+    """Work that some steps do beyond decoding a token."""
 
     does: str
     positions: list[int]
     """Numbers of new tokens after which it occurs, in the middle of a run."""
     count: float
-    """How many of a run's steps do it."""
+    """Number of a run's steps that do it."""
     counted_at: int
     """Number of new tokens after which its operations are counted. Where it occurs only once, a
     cache that cannot go back counts a step without it."""
@@ -58,7 +58,7 @@ class SeekableNaive(Naive):
 
 
 class _Slots:
-    """Slots for new tokens, and a page of them that is decoded now."""
+    """Slots for new tokens, and the page that is being decoded."""
 
     _slots: Tensor
     _page: Tensor
@@ -68,7 +68,7 @@ class _Slots:
     page_columns: int
     lag_step: int
     first_position = 0
-    """Position, as the convolution counts, of the first new token."""
+    """Position of the first new token, as the convolution counts."""
 
     def seek(self, position: int) -> None:
         if self.position == 0:
@@ -89,7 +89,7 @@ class _Slots:
 
 
 class SeekableEpoched(_Slots, Epoched):
-    """Epoched FutureFill, of whose fills one in each quarter of a run is timed."""
+    """Epoched FutureFill; one fill in each quarter of a run is timed."""
 
     def flushes(self) -> list[Flush]:
         ends, flushes = self.page_ends(), []
@@ -103,8 +103,10 @@ class SeekableEpoched(_Slots, Epoched):
 
 
 class SeekableContinuous(_Slots, Continuous):
-    """Continuous FutureFill. first_position: length of the prompt, if its inputs stay in the
-    buffer, or 0."""
+    """Continuous FutureFill.
+
+    first_position: Length of the prompt if its inputs stay in the buffer, else 0.
+    """
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class SeekableContinuous(_Slots, Continuous):
 
 
 class Paged:
-    """The engine's cache, which gets to a later position by decoding random inputs."""
+    """The engine's cache, which reaches a later position by decoding random inputs."""
 
     def __init__(self, taps: Tensor, lag_step: int, shape: Shape, filters: Tensor) -> None:
         self.num_layers, self.num_pages = len(taps), shape.num_pages
@@ -160,7 +162,7 @@ class Paged:
 def by_tile(page_ends: range, first: int) -> list[Flush]:
     """Return a flush for each tile size, in the middle of the run.
 
-    page_ends: numbers of new tokens after which pages end; first: position of the first one.
+    page_ends: Numbers of new tokens after which pages end. first: Position of the first new token.
     """
     ends: dict[int, list[int]] = {}
     for end in page_ends:
@@ -178,8 +180,11 @@ Cache = Paged | SeekableNaive | SeekableEpoched | SeekableContinuous
 
 
 def make_cache(name: str, model: FlashSTU, shape: Shape) -> Cache:
-    """Return the cache of that name. Besides `step` and `advance` caches have `seek`, which goes on
-    as if a number of new tokens had been decoded and may not go back, and `flushes`."""
+    """Return the cache of that name.
+
+    Caches have `step`, `advance`, `flushes` and `seek`, which moves forward to the state after a
+    number of new tokens.
+    """
     taps, lag_step = model.convolution_taps()
     if name == "paged":
         return Paged(taps, lag_step, shape, model.filters)

@@ -57,7 +57,7 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self._in_convolution = in_convolution
         self._made: dict[int, Tensor] = {}
-        """Tensors made in the step by their memory, which none of them gives back meanwhile."""
+        """Tensors made in the step by their address, kept so that no address is used twice."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

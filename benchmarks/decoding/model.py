@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from stu.common.errors import UserError
 
 CURVE = ["layout", "mlp_ratio", "cache", "batch", "threads"]
-"""Figures that the runs of a curve have in common, besides their result."""
+"""Figures that the runs of a curve have in common, beyond their result."""
 
 
 @dataclass(frozen=True)

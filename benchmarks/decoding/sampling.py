@@ -1,9 +1,9 @@
-"""Times of long runs from some of their steps, measured in rounds.
+"""Times of long runs, estimated from a sample of their steps.
 
-A run of 32,768 tokens by direct sums takes hours. So steps are timed in the middle of each fifth of
-a run, and some of each kind of flush; the time of the run is their sum, each weighted by how often
-it occurs. A machine that others use is faster at one time than at another: candidates take turns,
-several rounds of them, and the figures of a run are the medians of its rounds.
+A run of 32,768 tokens by direct sums takes hours. So only steps in the middle of each fifth of a
+run are timed, and a few of each kind of flush; the time of the run is their sum, each weighted by
+how often it occurs. A shared machine is faster at some times than at others, so candidates take
+turns for several rounds, and the figures of a run are the medians of its rounds.
 """
 
 import gc
@@ -32,7 +32,7 @@ PLACES = [12, 53, 2, 38, 22]
 nor the one after them end a page."""
 LEAST_NEW_TOKENS = len(PLACES) * PAGE_PAIR
 SHARE_OF_MEMORY = 0.75
-"""Share of the free memory that a cache may take: filters and spectra take some GiB besides."""
+"""Share of the free memory that a cache may take; filters and spectra take a few GiB more."""
 GIB = 2**30
 
 
@@ -41,13 +41,13 @@ class Sample:
     """One kind of step."""
 
     weight: float
-    """How many steps of a run are of this kind."""
+    """Number of steps of this kind in a run."""
     figures: dict[str, float]
     """Milliseconds of the `step`, and of its parts."""
     does: str = ""
-    """Work of the step besides decoding a token."""
+    """Work of the step beyond decoding a token."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Counts of what the operations of such a step do."""
+    """Counts of the work in such a step's operations."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Candidate:
     """A cache or a peer, in one setting."""
 
     setting: dict[str, Any]
-    """The head of its run."""
+    """First fields of its run in the results."""
     begin: Callable[[], Subject]
     end: Callable[[], object] = lambda: None
     """Frees memory that the subject does not own."""
@@ -80,7 +80,9 @@ def timed_runs(
     candidates: Sequence[Candidate], num_rounds: int, max_bytes: float, progress: "tqdm[Any]"
 ) -> list[dict[str, Any]]:
     """Return a run for each candidate, or a note that a cache is larger than `max_bytes`."""
-    fitting = [number for number, it in enumerate(candidates) if it.cache_bytes <= max_bytes]
+    fitting = [
+        number for number, candidate in enumerate(candidates) if candidate.cache_bytes <= max_bytes
+    ]
     progress.update(num_rounds * (len(candidates) - len(fitting)))
     rounds: dict[int, list[Round]] = {number: [] for number in fitting}
     for _ in range(num_rounds):
@@ -106,7 +108,7 @@ def one_round(candidate: Candidate) -> Round:
     batch, device, dtype = setting["batch"], setting["device"], getattr(torch, setting["dtype"])
     subject = candidate.begin()
     gc.collect()
-    gc.freeze()  # or a step in a hundred waits for a collection of everything ever imported
+    gc.freeze()  # without it, one step in a hundred waits for a collection of all modules
     rates = [measured_rates(batch, device, dtype)]
     samples = sampled(subject, setting["new_tokens"])
     num_operations = operations(subject.step)
@@ -144,7 +146,7 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
 
 
 def middle_step(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Return the figures of the step that takes the median time, of two on average."""
+    """Return the figures of the step with the median time, or the means of the middle two."""
     ordered = sorted(steps, key=lambda step: step["step"])
     middle = ordered[(len(steps) - 1) // 2 : len(steps) // 2 + 1]
     return {name: statistics.fmean(step[name] for step in middle) for name in steps[0]}
@@ -187,13 +189,13 @@ def mean_counts(samples: Sequence[Sample]) -> Counter[str]:
 def figures(rounds: Sequence[Round], candidate: Candidate) -> dict[str, Any]:
     """Return the figures of a run."""
     setting = candidate.setting
-    run = {"threads": torch.get_num_threads()} | summary(merged([it.samples for it in rounds]))
-    run["step_ms_by_round"] = [summary(it.samples)["step_ms"] for it in rounds]
+    run = {"threads": torch.get_num_threads()} | summary(merged([turn.samples for turn in rounds]))
+    run["step_ms_by_round"] = [summary(turn.samples)["step_ms"] for turn in rounds]
     run["tokens_per_second"] = 1e3 * setting["batch"] / run["step_ms"]
     weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
     run |= report(mean_counts(rounds[0].samples), setting["batch"], weight_bytes)
     run["operations_per_step"] = rounds[0].operations
-    run["rates"] = asdict(mean_rates([rates for it in rounds for rates in it.rates]))
+    run["rates"] = asdict(mean_rates([rates for turn in rounds for rates in turn.rates]))
     return run
 
 

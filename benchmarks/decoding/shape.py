@@ -43,9 +43,9 @@ class Shape:
     def cache_bytes(self, cache: str) -> int:
         """Return the bytes that a convolution cache allocates for the batch.
 
-        Direct sums hold all inputs, the latest apart; the others a slot for each new token (tiles
-        over prompt and generation: for each token) and two pages for the one that is decoded. The
-        engine's pages include a null page.
+        Direct sums hold all inputs, and the latest once more. Other caches hold a slot for each new
+        token (`flashinference`: also for each prompt token) and two pages for the current one. The
+        engine's cache also has a null page.
         """
         channels = len(remembered(planned_mixers(self.config), PastInputs)) * self.config.width
         if cache == "paged":
@@ -67,7 +67,7 @@ class Shape:
     def other_bytes(self, number_bytes: int) -> int:
         """Return the bytes of attention windows, null page included, and of short convolutions.
 
-        number_bytes: bytes of a number of the weights.
+        number_bytes: Bytes of one weight.
         """
         mixers = planned_mixers(self.config)
         windows, short = remembered(mixers, KeyWindow), remembered(mixers, LastInputs)

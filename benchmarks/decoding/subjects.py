@@ -24,9 +24,11 @@ PEER_PROMPT_TOKENS = 8
 
 
 class CacheSubject:
-    """Our model over the engine's packed matrices and caches, the convolutions' cache chosen by
-    name, decoded greedily. A step's `convolution` is the time in that cache; on a GPU on its own
-    time line, gaps in which it waits for work included."""
+    """Our model, decoded greedily with the engine's matrices and one of the convolution caches.
+
+    A step's `convolution` is the time in that cache; on a GPU it is the GPU's time, with gaps in
+    which it waits for work.
+    """
 
     def __init__(self, model: FlashSTU, cache: str, shape: Shape) -> None:
         self._model, self._unembed = packed_copy(model), packed_product(model.embedding.weight)
@@ -46,7 +48,7 @@ class CacheSubject:
 
     @torch.inference_mode()
     def seek(self, position: int) -> None:
-        """Go on as if this number of new tokens had been decoded. It may not go back."""
+        """Move to the state after this number of new tokens, which must not be an earlier one."""
         self.cache.seek(position)
 
     @torch.inference_mode()
@@ -56,7 +58,7 @@ class CacheSubject:
         return counted(self._decode, lambda: self._clock.is_running)
 
     def flushes(self) -> list[Flush]:
-        """Return what the steps of a run do besides."""
+        """Return the work that some steps of a run do beyond decoding a token."""
         return self.cache.flushes()
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class CacheSubject:
 
 
 class PeerSubject:
-    """A peer, decoded greedily. Its methods are those of `CacheSubject`."""
+    """A peer, decoded greedily, with the methods of `CacheSubject`."""
 
     @torch.inference_mode()
     def __init__(self, peer: Peer, shape: Shape, device: str) -> None:

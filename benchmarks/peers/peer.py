@@ -19,8 +19,11 @@ MULTIPLE = 16
 
 
 class Peer(ABC):
-    """A model and its cache. `start` a batch and `prefill` it, perhaps `seek` to a later position,
-    then call `step` for each token. Raises UserError if no model has about `num_parameters`."""
+    """A model and its cache.
+
+    Call `start` for a batch, `prefill`, perhaps `seek` to a later position, and `step` for each
+    token. Raises UserError if no size of the model has about `num_parameters`.
+    """
 
     note = ""
     """Remark for readers of the figures."""
@@ -37,13 +40,13 @@ class Peer(ABC):
             )
 
     def pack(self) -> None:
-        """Pack the matrices as the engine packs its own, for the fastest products of oneDNN."""
+        """Pack the matrices for oneDNN, as the engine packs those of its own model."""
         for module in list(self.model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear) and child.bias is None and packs(child.weight):
                     packed = PackedLinear(child.weight)
-                    if name == "lm_head":  # Mamba-2 asks it for its dtype
-                        packed.weight = child.weight  # the embedding's: it takes no memory
+                    if name == "lm_head":  # Mamba-2 reads its dtype; the weight is the embedding's
+                        packed.weight = child.weight
                     setattr(module, name, packed)
                 elif isinstance(child, GatedMLP) and packs(child.gate.weight):
                     setattr(module, name, PackedGatedMLP(child))
@@ -65,7 +68,7 @@ class Peer(ABC):
         """Read a token of each sequence, `[B]`; return the logits `[B, vocab_size]` of the next."""
 
     def seek(self, position: int) -> None:  # noqa: B027, a state is the same at any position
-        """Go on as if this number of tokens had been read."""
+        """Move to the state after this number of tokens."""
 
     @abstractmethod
     def cache_bytes(self, batch: int, positions: int) -> int:
@@ -73,7 +76,7 @@ class Peer(ABC):
 
 
 def fitted(build: Callable[[int], Any], num_parameters: int) -> Any:
-    """Build the size that comes nearest; parameters must be linear in the size."""
+    """Build the size nearest to `num_parameters`, which must be linear in the size."""
     with device("meta"):
         first, second = _count(build(1)), _count(build(2))
     size = 1 + round((num_parameters - first) / (second - first))

@@ -1,8 +1,8 @@
 """S4 with diagonal state matrices, in recurrent form: a peer whose state does not grow.
 
 Gu, Gupta, Goel and Re 2022, "On the Parameterization and Initialization of Diagonal State Space
-Models", arXiv:2206.11893 (S4D-Lin, zero-order hold), a state of 64 numbers for each channel: 32
-conjugate pairs, of which one each is kept. It takes the place of the STU in a Flash-STU's block.
+Models", arXiv:2206.11893 (S4D-Lin, zero-order hold). The state of a channel is 64 numbers: one of
+each of 32 conjugate pairs. S4 takes the place of the STU in the blocks of a Flash-STU.
 """
 
 import math
@@ -95,7 +95,7 @@ class S4Block(nn.Module):
 
 
 class S4Model(nn.Module):
-    """A language model of such blocks, decoded token by token. hidden: width inside its MLPs."""
+    """A language model of `S4Block`s, decoded token by token. hidden: Width inside the MLPs."""
 
     def __init__(self, shape: ModelConfig, hidden: int) -> None:
         super().__init__()

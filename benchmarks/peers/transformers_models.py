@@ -12,8 +12,8 @@ from benchmarks.peers.peer import FLOAT_BYTES, MULTIPLE, Peer, fitted
 STATE_SIZE, EXPAND, HEAD_DIM, CONV_KERNEL = 128, 2, 64, 4
 """Sizes of Mamba-2, as published."""
 CHUNK = 16
-"""Prompt tokens that Mamba-2 reads at once: of the published 256 most would be padding of the short
-prompts here, which are not timed."""
+"""Prompt tokens that Mamba-2 reads at once. The published 256 would mostly be padding for the short
+prompts here, whose prefill is not timed."""
 
 
 class CachedPeer(Peer):

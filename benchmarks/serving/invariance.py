@@ -1,8 +1,8 @@
 """`python -m benchmarks invariance`: does batch composition change a request's tokens?
 
 Prompts of different lengths, pieces of a validation split, are decoded greedily and at temperature
-1, each by itself and many at a time. The tokens are the same unless rounding tips a choice: matrix
-products round differently for another number of rows. With `batch_invariant` they do not. A prompt
+1, one at a time and many at a time. The tokens are the same unless rounding tips a choice: matrix
+products of different numbers of rows round differently, except with `batch_invariant`. A prompt
 counts as changed if any of its tokens differs.
 """
 

@@ -3,8 +3,8 @@
 A model of D = 512 and 8 layers is served by stu-serve as a process; first the same requests go
 through an engine in this process, without HTTP. Closed loop: each client sends a request when its
 last one ends. Open loop: requests arrive at random moments (Poisson), at a share of the closed
-loop's rate, however long others take. Figures have vLLM's names: time to first token (ttft) and
-inter-token latency (itl), in milliseconds.
+loop's rate and without waiting for others. Figures have vLLM's names: time to first token (ttft)
+and inter-token latency (itl), in milliseconds.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class Stream:
 
     sent: float = field(default_factory=time.perf_counter)
     pieces: list[float] = field(default_factory=list)
-    """When each piece of text arrived."""
+    """Arrival of each piece of text."""
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -147,7 +147,7 @@ async def load(url: str, options: Options, rate: float | None) -> dict[str, Any]
     """Send all requests, from the clients, or at `rate` per second; return the figures."""
     streams: list[Stream] = []
     numbers = iter(range(options.requests))
-    # Without a limit of connections.
+    # By default, aiohttp opens 100 connections at most.
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
         start = time.perf_counter()
 

@@ -57,7 +57,7 @@ def compare(length: int) -> dict[str, Any]:
 
 
 def two_branch_convolution(inputs: Tensor, psi: Tensor) -> Tensor:
-    """Compute `psi * x` plus `((-1)^i psi) * x`, both of length L, as published."""
+    """Compute `psi * x` plus `((-1)^i psi) * x` in two transforms, as published."""
     length = inputs.shape[1]
     n = 2 * length
     sign = torch.ones(length, 1)

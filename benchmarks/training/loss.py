@@ -46,8 +46,8 @@ def measure(options: Options) -> dict[str, Any]:
         run: dict[str, Any] = {"threads": torch.get_num_threads()}
         run |= {"targets": num_targets, "width": width}
         for name, loss in {"plain": plain, "chunked": chunked}.items():
-            way = {name: partial(both_passes, loss, hidden, output, targets)}
-            seconds, run[f"{name}_gib"] = peak_gib(partial(median_seconds, way, options.repeats))
+            call = {name: partial(both_passes, loss, hidden, output, targets)}
+            seconds, run[f"{name}_gib"] = peak_gib(partial(median_seconds, call, options.repeats))
             run[f"{name}_seconds"] = seconds[name]
             hidden.grad = output.grad = None
         run["memory_ratio"] = run["plain_gib"] / run["chunked_gib"]

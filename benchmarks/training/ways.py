@@ -1,4 +1,4 @@
-"""Models of one size that `python -m benchmarks train` compares, and other ways to mix tokens.
+"""Ways to mix tokens that `python -m benchmarks train` compares, in models of about one size.
 
 `stu`, `hybrid`: the model as it is. `.._two_branch`: the same weights, with the convolution as
 published (`benchmarks.training.convolution`) and torch's gradients. `attention_windowed`: attention

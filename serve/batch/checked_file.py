@@ -55,7 +55,7 @@ class FileDigest:
             block_bytes = max(MIN_BLOCK_BYTES, -(-num_bytes // MAX_BLOCKS))
             whole, blocks = hashlib.sha256(), []
             num_read = 0
-            # A writer could move the end of the file for ever: stop at its size of now.
+            # A writer could move the end of the file for ever: stop at its present size.
             while num_read < num_bytes and (block := _read_whole(file, block_bytes)):
                 whole.update(block)
                 blocks.append(_hash(block).hex())

@@ -51,8 +51,8 @@ class Report:
 class Decoder:
     """Decodes rows with `engine`.
 
-    stride: one in so many rows of `source` is for this engine. max_waiting: no further row is read
-    while so many requests wait in the engine.
+    stride: Number of rows of `source` of which this engine decodes one. max_waiting: Number of
+    requests waiting in the engine at which no further row is read.
     """
 
     def __init__(

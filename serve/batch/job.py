@@ -63,7 +63,7 @@ class BatchJob:
             self._chat = {"chat_template": source, "chat_max_tokens": most}
 
     def model_and_settings(self) -> dict[str, Any]:
-        """Return all that decides a row besides the input, as JSON values.
+        """Return everything except the input that determines the rows, as JSON values.
 
         The files of the model are read anew. Settings that only affect speed are left out."""
         config = self.config

@@ -1,4 +1,4 @@
-"""Output rows on disk: a run that ends in any way loses, repeats or halves none."""
+"""Output rows on disk, of which none is lost, doubled or cut off when a run ends early."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from stu.common.errors import UserError, show
 from stu.common.files import new_file
 
 SPOILT = "spoilt"
-"""Field of a job file: why its output cannot be resumed."""
+"""Field of a job file with the reason why its output cannot be resumed."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -24,8 +24,8 @@ class OutputFile:
     A job file beside it holds `identity`, which decides the rows. An output of the same identity is
     resumed: a last line that was cut off is removed, and `done` has the numbers of the others.
 
-    recognise: returns the number of a written row and whether it has an error, and raises KeyError,
-    TypeError or ValueError for anything else.
+    recognise: Function that returns the number of a written row and whether it has an error, and
+    raises KeyError, TypeError or ValueError for anything else.
 
     Raises UserError if another run is writing the file, or if it has rows of another or an unknown
     identity and `overwrite` is off.

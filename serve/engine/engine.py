@@ -1,4 +1,4 @@
-"""The engine: takes requests and generates their tokens, one step at a time."""
+"""The engine, which takes requests and generates their tokens one step at a time."""
 
 import itertools
 import time
@@ -58,8 +58,9 @@ class Engine:
         """Log probabilities of prompts, by request, until its first output takes them."""
         self._prefill: Prefill | None = None
         self._aborted: list[Output] = []
+        """Last outputs of aborted requests, until the next step returns them."""
         self.scheduled: dict[int, float] = {}
-        """Requests whose prefill began in the last step, and the times of the monotonic clock."""
+        """Requests whose prefill began in the last step, and when, by the monotonic clock."""
         self._next_id = itertools.count()
         self._prompt_tokens = self._new_tokens = self._steps = 0
 
@@ -203,7 +204,7 @@ class Engine:
         rows = []
         for row, job in enumerate(jobs):
             if job.replayed < len(job.new_token_ids):
-                job.replayed += 1  # it has this token since before it was preempted
+                job.replayed += 1  # this token was generated before the job was preempted
             else:
                 rows.append(row)
         chosen = [jobs[row] for row in rows]
@@ -246,14 +247,14 @@ class Engine:
         return Output(job.request_id, text=new_text, prompt_logprobs=of_prompt, **new)
 
     def _finish(self, job: Job, reason: FinishReason, text: str = "", **values: Any) -> Output:
-        """End `job`, whatever its state, free its pages, and return its last output.
+        """End `job` in any state, free its pages, and return its last output.
 
         values: Other fields of `Output`.
         """
         if job in self._scheduler.running:
             self._remove_row(job)
         elif job in self._scheduler.prefilling:
-            # Several prompts are prefilled within one step: between steps there is only one.
+            # A group of several prompts is prefilled within one step, and cannot be interrupted.
             assert self._scheduler.prefilling == [job]
             self._scheduler.prefilling.clear()
             self._runner.release(job.request_id)

@@ -72,7 +72,7 @@ def packed_copy(model: FlashSTU) -> FlashSTU:
     """Return a copy of `model` whose linear layers are packed, if possible, and which shares all
     other tensors.
 
-    Packed weights are in memory twice for as long as `model` is referenced.
+    Packed weights are in memory twice while `model` is referenced.
     """
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}

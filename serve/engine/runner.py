@@ -186,7 +186,7 @@ class Prefill:
         if cost > self.num_tokens:
             num_pieces += -(-self.num_tokens // LOGITS_AT_ONCE)
         steps = max(1, cost // tokens_per_step)
-        # A prefill of one step runs to its end, whatever log probabilities it computes.
+        # A prefill of one step runs to its end, even if it computes log probabilities.
         self._pieces_per_step = -(-(num_pieces + 1) // steps) if steps > 1 else None
 
     def step(self) -> Iterator[Tensor | PromptLogits]:
@@ -197,7 +197,7 @@ class Prefill:
 
 
 def _require_invariance(model: FlashSTU) -> None:
-    """Raise UserError for a width at which products round by a row's place among others."""
+    """Raise UserError for a width at which a row's products round according to its place."""
     width = model.config.width
     is_safe = packs(model.embedding.weight) and all(
         past.streams == 1 for past in remembered(model.mixers, PastInputs)

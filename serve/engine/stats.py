@@ -24,8 +24,8 @@ class Stats:
     preemptions: int
     steps: int
     flushes: Mapping[int, tuple[int, float]] = field(default_factory=dict)
-    """Steps that flushed tiles of the convolution, by the number of positions of a tile, and the
-    seconds that took (on a GPU, to launch)."""
+    """Number of steps that flushed tiles of the convolution, and their seconds (on a GPU, until
+    launched), by the positions of a tile."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Stats":

@@ -31,16 +31,15 @@ AnyBody = TypeVar("AnyBody", bound=CompletionSettings)
 
 
 class Completions(Generic[AnyBody]):
-    """Base of text and chat completions: bodies become requests, and the completions of these
-    become the body of an answer.
+    """Base of text and chat completions, which turns bodies into requests, and the completions of
+    these into the body of an answer.
 
     The choices of an answer are `n` completions of the first prompt, then of the next.
 
     Args:
         model_name: Name in answers to bodies that give none.
         json_whitespace: Setting of `stu-serve`.
-        max_choices: Limit of choices of one body, None for no other than those of the body's
-            fields.
+        max_choices: Limit of choices of one body. None: only the limits of the fields apply.
     """
 
     body_type: type[AnyBody]

@@ -1,4 +1,4 @@
-"""Error bodies as OpenAI writes them, and what pydantic finds wrong with a request's body."""
+"""Error bodies in OpenAI's format, and pydantic's errors as UserError."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ _ALLOWED_UNIONS = {
     "prompt": "a string, a list of token ids (whole numbers >= 0), or a list of such prompts",
     "stop": "a string or a list of strings",
 }
-"""Allowed values of fields with several types, for each of which pydantic has an error."""
+"""Allowed values of fields with several types, where pydantic reports an error for each type."""
 
 
 def error_body(
@@ -53,7 +53,7 @@ def located(error: UserError) -> PydanticCustomError:
 
 
 def body_error(errors: Sequence[Mapping[str, Any]]) -> UserError:
-    """Return the first of the errors that pydantic found in a body."""
+    """Return the first of the errors that pydantic found in a body as a UserError."""
     first = errors[0]
     kind, location, context = first["type"], [str(part) for part in first["loc"]], first.get("ctx")
     place = ".".join(location)

@@ -12,7 +12,7 @@ from stu.common.errors import UserError
 from stu.common.text import Json
 
 Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
-"""By the name of a field: the values that are accepted, and what to do instead of any other."""
+"""For the name of a field, the values that are accepted, and what to do instead of any other."""
 
 HARMLESS: Mapping[str, type] = {
     "user": str,

@@ -1,4 +1,4 @@
-"""The next tokens of requests: options, grammars and stop tokens applied to their logits."""
+"""Choice of the next tokens of requests, under their options, grammars and stop tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 @dataclass
 class _State:
-    """One request, and its new tokens up to now."""
+    """A request, and its new tokens so far."""
 
     request: Request
     new_token_ids: list[int]

@@ -26,7 +26,7 @@ MOST_CHARS = 2**16
 LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000, max_lexer_states=50_000, max_items_in_row=4500
 )
-"""Limits for one request of a server; llguidance's defaults bound the work of a token besides."""
+"""Limits for one request of a server; llguidance's defaults also bound the work of a token."""
 PROBES, PROBE_TOKENS = 3, 24
 """Random texts, and tokens of each, that check whether a constraint stays within LIMITS."""
 MOST_PLACES = 100

@@ -151,5 +151,5 @@ WEIGHT_PROCESSORS = [
     Processor(("top_k", "top_p"), _keep_most_probable),
     Processor(("min_p",), _keep_probable),
 ]
-"""Options that change float64 weights proportional to the probabilities, of which the largest is
-1: they leave tokens out of a random choice."""
+"""Options that leave tokens out of a random choice. They change float64 weights that are
+proportional to the probabilities, with a largest weight of 1."""

@@ -1,4 +1,4 @@
-"""Token ids from logits. A row's id is the same whatever else is in its batch."""
+"""Sampling of token ids from logits, where a row's token does not depend on the other rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,11 +26,11 @@ def sample(
     """Return the next token of every row: logits `[B, vocab_size]` -> ids `[B]`.
 
     Args:
-        logits: Of every row the largest must be finite. Of equal logits the lower id counts as more
+        logits: The largest of every row must be finite. The lower id of equal logits counts as more
             probable.
         params: Settings of each row.
         positions: Position of each row's new token in its own sequence.
-        histories: By row, for those whose settings need one (`needs_history`).
+        histories: Token histories by row, for rows whose settings need one (`needs_history`).
     """
     changed = [row for row, own in enumerate(params) if needs_history(own)]
     if changed:
@@ -70,7 +70,7 @@ def _most_probable(logprobs: Tensor, counts: Sequence[int]) -> list[dict[int, fl
     """Return each row's `count` largest of `logprobs [R, vocab_size]` by token id, in order."""
     vocab_size = logprobs.shape[1]
     values, ids = logprobs.topk(min(max(counts) + 1, vocab_size), sorted=True)
-    # Of equal values the lower id comes first, which topk does not guarantee.
+    # The lower id of equal values comes first, which topk does not guarantee.
     ids, order = ids.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, order)
@@ -99,9 +99,11 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()  # [R, vocab_size]
     process(WEIGHT_PROCESSORS, weights, params, {})
     cumulative = weights.cumsum(-1)
-    uniforms = column([_uniform(own.seed, at) for own, at in zip(params, positions, strict=True)])
+    numbers = [
+        _uniform(own.seed, position) for own, position in zip(params, positions, strict=True)
+    ]
     # The first token whose cumulative weight is above the target: never one of weight 0.
-    return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative, column(numbers) * cumulative[:, -1:], right=True)[:, 0]
 
 
 def _uniform(seed: int, position: int) -> float:

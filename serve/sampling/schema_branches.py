@@ -1,4 +1,4 @@
-"""Checks of JSON schemas: whether two exclude each other, and whether a value can end."""
+"""Checks of JSON schemas: do two exclude each other, and can a finite value follow one?"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 MOST_COMPARISONS = 20_000
 DEEPEST = 8
-"""Deepest nesting of refs and properties that is looked at."""
+"""Deepest nesting of refs and properties that is compared."""
 
 Resolve = Callable[[object], dict[str, Any] | None]
 
@@ -22,9 +22,9 @@ def are_disjoint(schemas: Sequence[Any], resolve: Resolve) -> bool:
 
 
 def endless_schemas(schemas: Sequence[dict[str, Any]], resolve: Resolve) -> set[int]:
-    """Return the `id`s of the schemas that no value follows, because it would contain itself.
+    """Return the `id`s of the schemas that no value can follow, because it would contain itself.
 
-    schemas: All schemas that are used.
+    schemas: All schemas in use.
     """
     left = {id(schema): schema for schema in schemas}
     while ending := [key for key, schema in left.items() if _ends(schema, left, resolve)]:
@@ -70,7 +70,7 @@ def _are_disjoint(
 
 
 def _parts(schema: dict[str, Any], resolve: Resolve, depth: int) -> Iterator[dict[str, Any]]:
-    """Yield schemas that all hold for a value that follows `schema`."""
+    """Yield the schemas that a value must follow to follow `schema`."""
     yield schema
     if depth > DEEPEST:
         return
@@ -130,7 +130,7 @@ def _values(schema: dict[str, Any]) -> set[str] | None:
 
 
 def _whole(value: Any) -> Any:
-    """Return 1 for 1.0: they are the same value."""
+    """Return 1 for 1.0, which JSON schemas take for the same value."""
     return int(value) if isinstance(value, float) and value == int(value) else value
 
 

@@ -44,7 +44,7 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
-        # A redirect would lead to whatever host the request names.
+        # A redirect would lead to any host that the request names.
         redirect_slashes=False,
     )
     app.router.route_class = JsonRoute

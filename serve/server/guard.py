@@ -22,7 +22,7 @@ class Guard:
 
     Args:
         app: The application inside.
-        keys: API keys, one of which a request must have; none if requests need no key.
+        keys: Valid API keys; none if requests need no key.
         max_body_bytes: Limit of a request's body.
     """
 

@@ -28,7 +28,7 @@ logger = logging.getLogger("stu")
 
 KEEP_ALIVE_SECONDS = 75
 SWITCH_SECONDS = 0.001
-"""Longest time that Python code in another thread keeps the event loop waiting."""
+"""Time after which Python code in another thread gives way to the event loop."""
 LAST_ANSWERS_SECONDS = 3
 """Time for the answers to requests that did not end while the server drained."""
 
@@ -120,7 +120,7 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """Do what is done regularly; return whether the server stops."""
+        """Run the periodic callback; return whether the server stops."""
         self._on_tick()
         return await super().on_tick(counter)
 

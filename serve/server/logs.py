@@ -1,4 +1,4 @@
-"""The server's log: lines of JSON, of which equal ones are not repeated without end."""
+"""The server's log: lines of JSON, with a limit on repeated messages."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ PERIOD_SECONDS = 10.0
 MOST_EQUAL = 20
 """Lines in a period that differ only in numbers."""
 MOST_KINDS = 200
-"""Messages in a period that are told apart; others are counted by the place that logs them."""
+"""Different messages counted in a period; others are counted by the place that logs them."""
 NUMBER = re.compile(r"\d+")
 LONGEST = 200
 NEVER_LEFT_OUT = frozenset({"request ended"})

@@ -40,7 +40,7 @@ class Service:
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
     is_draining: bool = False
-    """Whether the server stops: no request begins any more."""
+    """Whether the server is stopping and takes no more requests."""
     threads: Threads = field(default_factory=Threads)
 
     def require_served(self, model: str | None) -> None:
@@ -65,7 +65,7 @@ def make_service(config: ServerConfig) -> Service:
         "tokenizer": tokenizer,
         "model_name": config.name,
         "json_whitespace": config.json_whitespace,
-        # A client would be told to try again forever if more choices than may wait were allowed.
+        # With more choices than may wait, a request could never be queued, only retried for ever.
         "max_choices": min(config.max_choices, config.max_waiting),
     }
     chat_tokens = load_generation(config.model)["max_new_tokens"]

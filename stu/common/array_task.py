@@ -1,4 +1,4 @@
-"""Parts of an input that several runs, such as the tasks of a SLURM array, share."""
+"""Division of an input among several runs, such as the tasks of a SLURM array."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from stu.common.errors import UserError
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """One of `count` runs that share an input, by index from 0.
+    """Task `index` (from 0) of `count` runs that share an input.
 
     It contains the rows whose numbers leave `index` when divided by `count`.
     """

@@ -25,8 +25,10 @@ ZSTD_WINDOW_LOG = 31
 
 
 def compression_of(start: bytes) -> str | None:
-    """The compression of a file that begins with `start` (`MAGIC_BYTES` or more bytes): "gzip",
-    "zstd", the name of one that cannot be read here, or None."""
+    """Return the compression of a file that begins with `start` (`MAGIC_BYTES` or more bytes).
+
+    It is "gzip", "zstd", the name of a compression that is not supported, or None.
+    """
     if start.startswith(GZIP_MAGIC):
         return "gzip"
     is_skippable = start[1:4] == ZSTD_SKIPPABLE and 0x50 <= start[0] <= 0x5F
@@ -36,11 +38,16 @@ def compression_of(start: bytes) -> str | None:
 
 
 def open_decompressed(file: BinaryIO, name: str) -> BinaryIO:
-    """Return a buffered reader of what `file`, which must be seekable, holds: `file` itself where
-    it is not compressed. Several gzip members or Zstandard frames are read one after the other.
+    """Return a buffered reader of the decompressed contents, or `file` itself if not compressed.
 
-    name: how errors call the file. Raises UserError for other compressions; so does reading, once
-    all before it was read, where the file is cut short or damaged.
+    Several gzip members or Zstandard frames are read one after the other.
+
+    Args:
+        file: A seekable file.
+        name: Name of the file in errors.
+
+    Raises UserError for other compressions. Reading raises it where the file is cut short or
+    damaged, after all data before that place.
     """
     start = file.read(MAGIC_BYTES)
     file.seek(0)

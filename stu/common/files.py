@@ -12,10 +12,10 @@ from stu.common.errors import UserError
 
 @contextmanager
 def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends, or vanishes if it raises.
+    """Yield a temporary folder that becomes `path` when the block ends, or vanishes if it raises.
 
-    Files directly inside are on disk before the name appears. Raises UserError if `path` is there
-    already and not an empty folder, unless `overwrite`: then the old one goes last.
+    Files directly inside it are on disk before `path` appears. Raises UserError if `path` exists
+    and is not an empty folder, unless `overwrite`, which deletes the old one last.
     """
     path = path.resolve()
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -45,7 +45,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path`, or vanishes on an error."""
+    """Yield a temporary path to write to; it becomes `path`, or vanishes on an error."""
     path = path.resolve()
     temporary = _temporary_name(path)
     try:
@@ -63,7 +63,7 @@ def _temporary_name(path: Path) -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Return when a file, or the names in a folder, would outlast a crash of the machine."""
+    """Return when a file, or the names in a folder, would survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

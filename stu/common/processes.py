@@ -54,7 +54,7 @@ def ignore_hangups() -> None:
 
 @contextmanager
 def hangups_blocked() -> Iterator[None]:
-    """Block SIGHUP, from their first instruction on, for processes that the block starts."""
+    """Start child processes in the block with SIGHUP blocked from their first instruction on."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield

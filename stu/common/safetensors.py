@@ -4,7 +4,7 @@ A tensor is cast and turned into bytes only when its turn comes, so a model mapp
 be written in another dtype without a second model in memory, which `safetensors.torch` needs.
 
     8 bytes    length of the header, little-endian
-    header     JSON: of each name dtype, shape and place; padded with spaces to a multiple of 8
+    header     JSON: dtype, shape and place of each tensor; padded with spaces to a multiple of 8
     data       the tensors, without gaps
 """
 
@@ -25,10 +25,10 @@ DTYPE_NAMES = {
 
 
 class Digest(Protocol):
-    """A hash, as those of `hashlib`."""
+    """A hash like those of `hashlib`."""
 
     def update(self, data: bytes | memoryview, /) -> object:
-        """Take more bytes."""
+        """Add bytes to the hash."""
 
 
 def write_safetensors(
@@ -38,10 +38,10 @@ def write_safetensors(
     dtypes: Mapping[str, torch.dtype],
     digest: Digest | None = None,
 ) -> None:
-    """Write floating-point `tensors`, those that `dtypes` names in that dtype, the rest in theirs.
+    """Write floating-point tensors to `file`, casting those that `dtypes` names.
 
-    digest: is updated with all bytes of the file. Raises OSError if it cannot be written; what is
-    there of the file by then stays.
+    digest: Hash to update with every byte of the file. Raises OSError if the file cannot be
+    written; the part that was written stays.
     """
     dtypes = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
     # Wide elements first: each tensor then starts where its dtype can be mapped.

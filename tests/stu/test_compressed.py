@@ -1,4 +1,4 @@
-"""Compressed files are recognised by their first bytes, and damage is told."""
+"""Compressed files are recognised by their first bytes, and damage is reported."""
 
 import bz2
 import gzip

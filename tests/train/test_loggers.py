@@ -1,4 +1,4 @@
-"""Loggers by name: a run writes into all that its settings name, and a resumed one goes on."""
+"""Loggers by name: a run writes to all that its settings name, and a resumed run continues them."""
 
 import csv
 

@@ -21,7 +21,7 @@ class TooManyBadSteps(Exception):
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Rules for skipping updates. One whose gradients are not all finite is always skipped."""
+    """Rules for skipping updates. Those whose gradients are not all finite are always skipped."""
 
     loss_jump: float = 0.0
     """Excess of a micro-batch's loss over the median of recent ones, in nats per token, above which
@@ -58,7 +58,7 @@ class StepGuard:
         self._losses.extend(saved.get("losses", []))
 
     def is_spike(self, nats: float) -> bool:
-        """Whether a micro-batch's mean loss over all ranks is a spike. Others are remembered."""
+        """Return whether a micro-batch's mean loss over all ranks is a spike, else remember it."""
         knows_enough = len(self._losses) >= REMEMBERED_LOSSES // 2 and self.config.loss_jump > 0
         # NaN is no spike: such a step is skipped anyway.
         if knows_enough and nats > statistics.median(self._losses) + self.config.loss_jump:

@@ -14,7 +14,7 @@ from train.start.signals import EXIT_CODES
 class Interruption(L.Callback):
     """Callback that stops all ranks after one has received SIGUSR1, SIGTERM or SIGINT.
 
-    A validation is left between two of its batches; the run then stops after the next step.
+    A validation is cut short between two batches; the run then stops after the next step.
 
     The signal handler only records the signal, as saving in it could wait for other ranks for ever.
     A second SIGINT or SIGTERM ends the process at once.
@@ -53,7 +53,7 @@ class Interruption(L.Callback):
             self._agree(trainer)
 
     def _agree(self, trainer: L.Trainer) -> bool:
-        """Whether any rank has received a signal; collective. If so, no validation follows."""
+        """Return whether any rank received a signal; collective. If so, no validation follows."""
         (noted,) = largest_of_ranks(trainer, self._noted or 0)
         if noted:
             self.received = signal.Signals(int(noted))

@@ -26,7 +26,7 @@ class Watchdog(L.Callback):
     """Callback that ends a rank without a batch for `hang_minutes`.
 
     It writes the stacks of all threads into `RUN_DIR/stacks` first. Ranks wait for one another, so
-    that all end where one hangs. The first rank also writes `RUN_DIR/heartbeat.json` every few
+    if one hangs, all end. The first rank also writes `RUN_DIR/heartbeat.json` every few
     seconds: step, Unix time, host and process.
     """
 

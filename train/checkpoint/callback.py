@@ -21,8 +21,8 @@ from train.start.owner import TakenOver
 class Checkpoints(Checkpoint):
     """Callback that writes `step-00000500.ckpt` and so on, and links the newest as `last.ckpt`.
 
-    Checkpoints are written while training continues; only when it stops is the last one waited for.
-    From the first checkpoint on, `last.ckpt` is always one that was read back and found complete.
+    Checkpoints are written while training continues, which waits only for the last one, at its end.
+    `last.ckpt` always links a checkpoint that was read back and found complete.
 
     Args:
         folder: Folder of the checkpoints.
@@ -148,7 +148,7 @@ class Checkpoints(Checkpoint):
         raise owner.taken_over() if owner else TakenOver(f"{self._folder}: another job owns it")
 
     def _sync_logs(self, trainer: L.Trainer) -> None:
-        """Bring the logs to the disk before the checkpoint after them is published."""
+        """Write the logs to disk before the checkpoint after them is published."""
         loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
         for logger in loggers:
             with warned("the log"):
@@ -158,7 +158,7 @@ class Checkpoints(Checkpoint):
         others = [path for path in self._folder.glob("step-*.ckpt") if path != newest]
         by_age = sorted(others, key=lambda path: path.stat().st_mtime_ns)
         for old in by_age[: max(0, len(others) + 1 - self._keep)]:
-            shutil.rmtree(old, ignore_errors=True)  # failing to is not worth a run
+            shutil.rmtree(old, ignore_errors=True)  # a failure must not end the run
 
     def _agree(self, trainer: L.Trainer) -> None:
         error = self._writer.error

@@ -146,7 +146,7 @@ def _read_config(file: Path, norm_eps: float | None) -> ModelConfig:
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     """Return tensors by their published names, mapped from the disk where the file allows it."""
     tensors: dict[str, Any] = {}
-    for name, tensor in _stored(file).items():
+    for name, tensor in _read_file(file).items():
         plain = _plain_name(str(name))
         if not isinstance(tensor, Tensor):
             raise UserError(message=f"{name} is not a tensor: save model.state_dict() alone")
@@ -157,14 +157,14 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _plain_name(name: str) -> str:
-    """Return `name` without the parts that modules around the model and wrappers in it insert."""
+    """Return `name` without the parts that wrappers of the model or of its modules insert."""
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in {*WRAPPERS, *HOLDERS}:
         parts.pop(0)
     return ".".join(part for part in parts if part not in WRAPPERS)
 
 
-def _indexed(index: Path) -> dict[str, Any]:
+def _read_index(index: Path) -> dict[str, Any]:
     """Return the tensors of all files that an index names. Raises UserError if a file or a tensor
     is missing."""
     try:
@@ -180,7 +180,7 @@ def _indexed(index: Path) -> dict[str, Any]:
                 message=f"{name}, which it names, is not a file beside it: copy all of them"
             )
         try:
-            contents = _stored(file)
+            contents = _read_file(file)
         except UserError as error:
             raise UserError(message=f"{name}: {error}") from error
         wanted = [tensor for tensor, place in places.items() if place == name]
@@ -192,9 +192,10 @@ def _indexed(index: Path) -> dict[str, Any]:
     return stored
 
 
-def _stored(file: Path) -> Mapping[Any, Any]:
+def _read_file(file: Path) -> Mapping[Any, Any]:
+    """Return the contents of a safetensors file, a PyTorch file or an index, by stored name."""
     if file.name.endswith(INDEX_SUFFIX):
-        return _indexed(file)
+        return _read_index(file)
     if file.suffix not in TORCH_SUFFIXES:
         try:
             archive: Any = safe_open(file, framework="pt")
@@ -204,8 +205,8 @@ def _stored(file: Path) -> Mapping[Any, Any]:
                 message=f"not a whole safetensors file ({error}); copy it again"
             ) from error
     try:
-        mapped = zipfile.is_zipfile(file)  # files of old PyTorch versions are not
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        is_zip = zipfile.is_zipfile(file)  # old PyTorch versions wrote files that cannot be mapped
+        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch.load documents no errors, and raises many kinds
         kind = type(error).__name__
         raise UserError(
@@ -222,7 +223,7 @@ def _stored(file: Path) -> Mapping[Any, Any]:
 def _model_weights(
     tensors: dict[str, Tensor], config: ModelConfig, shapes: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors by the names of our model."""
+    """Return the tensors by the names of `FlashSTU`."""
     _merge_head(tensors)
     _merge_filters(tensors)
     names = published_names(config)

@@ -2,7 +2,8 @@
 
 All tensors have the same layout as ours: matrices `M_*` multiply from the right, `c_attn` holds
 queries, keys and values in this order, and the window counts the keys to the left of a token. The
-two versions (hazan-lab/flash-stu and flash-stu-2 on GitHub) differ in what checkpoints do not tell:
+two versions (hazan-lab/flash-stu and flash-stu-2 on GitHub) differ in ways that checkpoints do not
+record:
 
 - The MLP's gate is GELU-tanh here and in the second version, which also stores its filters. The
   first stores no filters, and gates with SiLU where liger-kernel is installed.

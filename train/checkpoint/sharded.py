@@ -13,7 +13,7 @@ from train.optimizer import parameter_groups
 
 
 class ShardedSaving:
-    """Mixin for a Lightning strategy, to be named before it."""
+    """Mixin for a Lightning strategy, to be listed before it among base classes."""
 
     writer: CheckpointWriter
 

@@ -23,7 +23,7 @@ class CheckpointWriter:
     """Writer of one checkpoint at a time: `open`, `write`, then `publish` once all have written.
 
     Tensors are copied before `write` returns. Failures are not raised but kept in `error`, so that
-    ranks can agree on them: one that gave up alone would leave the others waiting.
+    ranks can agree on them: a rank that gave up alone would leave the others waiting.
     """
 
     error: Exception | None = None
@@ -39,8 +39,8 @@ class CheckpointWriter:
         self._opened: tuple[Path, dict[str, Any]] | None = None
 
     def open(self, path: Path, training: dict[str, Any]) -> None:
-        """Make room for the checkpoint `path`; on the first rank, before any rank writes."""
-        self._opened = path, copy.deepcopy(training)  # the loops go on changing parts of it
+        """Make the temporary folder of `path`; on the first rank, before any rank writes."""
+        self._opened = path, copy.deepcopy(training)  # training changes parts of it meanwhile
         folder = self._temporary(path)
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed
@@ -80,7 +80,7 @@ class CheckpointWriter:
             if self.owner is not None:
                 self.owner.look()  # another job's checkpoint must not be replaced
             former = path.with_name(f".{path.name}.former.tmp")
-            if path.exists():  # from before the run went back to an older one
+            if path.exists():  # the run continued from an earlier checkpoint and got here again
                 path.rename(former)
             folder.replace(path)
             fsync(path.parent)

@@ -50,7 +50,7 @@ def read_texts(
 
 
 def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, folder: Path) -> Index:
-    """Write the token shards of both splits of `files`, either of which may be empty.
+    """Write the token shards of both splits of `files`; a split may be empty.
 
     Returns the index, which is not saved. Raises UserError, OSError, or BrokenProcessPool if a
     worker dies.

@@ -1,4 +1,4 @@
-"""Turn text into token shards: a whole corpus in one run, or a part of it in each of several."""
+"""Turn text into token shards: a whole corpus in one run, or one part in each of several runs."""
 
 import hashlib
 import json
@@ -122,8 +122,8 @@ def _write_part(config: PrepareConfig, files: Files, number: int, parts: Parts) 
 
 def _remove_unfinished(path: Path) -> None:
     """Remove what killed processes left. The lock ensures that no other process makes `path`."""
-    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-        shutil.rmtree(left)
+    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def _join(config: PrepareConfig, parts: Parts) -> list[int]:

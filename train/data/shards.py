@@ -69,9 +69,9 @@ class Index:
     num_empty_documents: int
     splits: dict[str, Split]
     num_hidden_files: int = 0
-    """Files and folders in the sources that were not read as their names begin with a dot."""
+    """Files and folders in the sources that were not read because their names begin with a dot."""
     num_repeated_files: int = 0
-    """Paths of files that were read by another path."""
+    """Paths that lead to a file already read by another path."""
     num_bad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rows, and rests of files, that could not be read, by kind of error (`--on-error skip`)."""
     format_version: int = FORMAT_VERSION
@@ -185,7 +185,7 @@ class TokenShards:
     """Tokens of one split as one long sequence, memory-mapped.
 
     Raises UserError if the folder differs from its index: a shard is missing or has another size,
-    or the tokenizer is another.
+    or the tokenizer is a different one.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
@@ -230,7 +230,7 @@ class TokenShards:
     def fingerprint(self) -> str:
         """Return a hash of the checksums in the index and of samples of tokens from all files.
 
-        It tells these tokens from others of the same number without reading all of them.
+        It detects other tokens of the same number without reading all of them.
         """
         digest = hashlib.sha256("".join(shard.sha256 for shard in self.split.shards).encode())
         step = max(FINGERPRINT_TOKENS, len(self) // FINGERPRINT_PIECES)

@@ -19,8 +19,8 @@ from train.health.verdict import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0 if all nodes are fit, 1 if some are not, 2 if others would not
-    help."""
+    """Run the command. Returns 0 if all nodes are fit, 1 if some are not, 2 if other nodes
+    would not help."""
     parser = ArgumentParser(
         prog="stu-health",
         usage="stu-health --folder DIR [options] [-- settings of stu-train]",

@@ -1,4 +1,4 @@
-"""The tasks of all nodes report to the first one, and add up numbers over the network."""
+"""Exchange of reports between the nodes of a job, and a sum over their network."""
 
 import json
 import os
@@ -22,7 +22,7 @@ READ_SECONDS = timedelta(seconds=10)
 
 
 class Meeting:
-    """One task per node, which exchange values through a store that the first task serves."""
+    """Tasks, one per node, that exchange values through a store of the first task."""
 
     def __init__(self, rank: int, count: int, timeout_seconds: float) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

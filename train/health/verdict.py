@@ -36,10 +36,10 @@ class Verdict:
 
 
 def judge(reports: Sequence[Report], silent: Sequence[str] = ()) -> Verdict:
-    """Return the verdict that follows from the reports, and from nodes that sent none (`silent`).
+    """Return the verdict on the reports, and on the nodes that sent none (`silent`).
 
-    A problem with a folder, or another value of a fact, that half of the nodes or more have is not
-    the fault of a node, and no node is excluded.
+    If half of the nodes or more have a problem with a folder, or differ in a fact, no node is at
+    fault, and none is excluded.
     """
     problems = {report.node: report.problems for report in reports if report.problems}
     verdict = Verdict([], [*silent, *problems])

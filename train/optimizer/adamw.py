@@ -3,8 +3,8 @@
 It keeps two state tensors: running averages of the gradient and of its square, both corrected for
 their start at zero.
 
-DeepSpeed runs this one too: its own would be compiled when a run starts first. The loop over
-parameters is PyTorch's choice: `foreach` on GPUs, one by one on CPUs.
+DeepSpeed runs this AdamW too, because its own would have to be compiled when a run first starts.
+PyTorch chooses how to loop over parameters: `foreach` on GPUs, one by one on CPUs.
 """
 
 from typing import Any

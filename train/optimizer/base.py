@@ -1,4 +1,4 @@
-"""Settings that optimizers share, and the statement that each of them makes of itself."""
+"""Settings that optimizers share, and the description that each optimizer gives of itself."""
 
 import math
 from collections.abc import Callable

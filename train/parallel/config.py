@@ -1,4 +1,4 @@
-"""Settings of how ranks share a model, and the Lightning strategy that follows from them."""
+"""Settings for dividing a model among ranks, and the Lightning strategy that they select."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,8 @@ class ParallelConfig:
     """Strategy. `ddp`: every rank holds everything. `zero`: DeepSpeed, see `zero_stage`. `fsdp`:
     PyTorch's FSDP2, which divides everything, as ZeRO's stage 3 does."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """Stage of DeepSpeed's ZeRO. It divides among the ranks 1: the optimizer's state; 2: gradients
-    too; 3: weights too. 0 divides nothing."""
+    """Stage of DeepSpeed's ZeRO: what is divided among the ranks. 0: nothing; 1: the optimizer's
+    state; 2: gradients too; 3: weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the CPU's memory, and step there. For `zero` stages 1 to 3."""
     checkpoint_activations: bool = False
@@ -45,7 +45,7 @@ class ParallelConfig:
 def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strategy | str":
     """Return Lightning's strategy, or its name.
 
-    writer: Writer of this rank, which strategies that divide the model use.
+    writer: This rank's writer of checkpoints, for strategies that divide the model.
     """
     if config.kind == "zero":
         from train.parallel.zero import ZeroStrategy

@@ -1,8 +1,8 @@
 """PyTorch's fully sharded data parallelism (FSDP2) as a Lightning strategy, on GPUs and CPUs.
 
 A block's weights are gathered when it is computed, in bfloat16 for mixed precision, and its
-gradients are summed over the ranks in float32. Parts of weights on the ranks, and the optimizer's
-steps, are float32.
+gradients are summed over the ranks in float32. Each rank keeps its part of the weights, and takes
+the optimizer's steps, in float32.
 """
 
 from collections.abc import Iterator
@@ -37,13 +37,13 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
         super().setup_environment()
 
     def divide(self, model: FlashSTU) -> None:
-        """Divide the model block by block; weights outside of blocks stay gathered in a step."""
+        """Divide the model by blocks; weights outside of blocks stay gathered during a step."""
         is_half = self.precision_plugin.precision == "bf16-mixed"
         filters = [module for mixer in model.mixers for module in mixer.filter_modules]
         for module in (*filters, *model.blocks, model):
-            rounds = is_half and module not in filters
+            is_rounded = is_half and module not in filters
             policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if rounds else None,
+                param_dtype=torch.bfloat16 if is_rounded else None,
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,  # the filters of an STU are an input, and stay float32
             )

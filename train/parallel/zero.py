@@ -53,7 +53,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
-        # DeepSpeed would spend a minute on compiling its operations; PyTorch's do as well.
+        # DeepSpeed would spend a minute compiling operations that PyTorch has as well.
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
         self._process_group_backend = "gloo"
         DDPStrategy.setup_environment(self)
@@ -73,7 +73,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             deepspeed.zero.register_external_parameter(self.lightning_module, matrix)
         super().init_deepspeed()
         if self._stage in (0, 3):
-            self._skip_what_is_not_finite()
+            self._skip_bad_updates()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the number of micro-batches; DeepSpeed must not again.
@@ -100,7 +100,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     def scatter(self, folder: CheckpointFolder) -> None:
         step = folder.training["optimizer_step"]
         if step:
-            for held in self._held():
+            for held in self._updated_tensors():
                 self._torch_optimizer.state[held] = {
                     "step": torch.tensor(float(step)),
                     **{kind: torch.zeros_like(held) for kind in self.state_tensors},
@@ -130,7 +130,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     def _torch_optimizer(self) -> Any:
         return self.deepspeed_engine.basic_optimizer
 
-    def _skip_what_is_not_finite(self) -> None:
+    def _skip_bad_updates(self) -> None:
         """Skip updates whose gradients are not finite, as stages 1 and 2 do by themselves."""
         engine, zero = self.deepspeed_engine, self._zero
         if self._stage == 0:
@@ -156,9 +156,8 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     def _link_state(self) -> None:
         """Tell DeepSpeed which part of the optimizer's state belongs to which parameter."""
         if self._stage in (1, 2):
-            self._zero._hp_optimizer_states_linked = (
-                False  # it may have been linked before there was any state
-            )
+            # It may have been linked before there was any state.
+            self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -169,7 +168,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     def _named_parameters(self) -> list[tuple[str, Any]]:
         return list(self._flash_stu.named_parameters())
 
-    def _held(self) -> list[Tensor]:
+    def _updated_tensors(self) -> list[Tensor]:
         """Return the tensors that the PyTorch optimizer updates on this rank."""
         if self._stage == 0:
             return [parameter for _, parameter in self._named_parameters()]
@@ -183,9 +182,8 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     def _full(self, parameter: Any, kind: str | None) -> Any:
         """Return a whole tensor: the weight, or the state tensor `kind`; collective."""
         if self._stage == 0:
-            return (
-                parameter.detach() if kind is None else self._torch_optimizer.state[parameter][kind]
-            )
+            state = self._torch_optimizer.state
+            return parameter.detach() if kind is None else state[parameter][kind]
         if kind is None:
             return deepspeed.utils.safe_get_full_fp32_param(parameter)
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)

@@ -40,7 +40,7 @@ def activation_bytes(
     is_half: bool,
     on_gpu: bool,
 ) -> int:
-    """Return the bytes over weights and gradients at the peak of a forward and backward pass.
+    """Return the bytes beyond weights and gradients at the peak of a forward and backward pass.
 
     Two periods of the layout are counted; each further period adds what one keeps for the backward
     pass. on_gpu: count what the GPU's kernels keep, such as flash-attn's if `is_half`.
@@ -54,7 +54,7 @@ def activation_bytes(
 
 
 class StepMemory(NamedTuple):
-    """Bytes over weights and gradients in one forward and backward pass."""
+    """Bytes beyond weights and gradients in one forward and backward pass."""
 
     peak: int
     """Bytes at the peak."""
@@ -77,7 +77,7 @@ def step_memory(
     with FakeTensorMode(), _whole_width_ffts(on_gpu), _without_repetition():
         # DeepSpeed and FSDP cast the model; otherwise autocast makes 16-bit copies on the way.
         casts = is_half and parallel.kind != "ddp"
-        model = _with_weights_in(torch.bfloat16 if casts else torch.float32, config)
+        model = _make_model(torch.bfloat16 if casts else torch.float32, config)
         for mixer in model.mixers if on_gpu else ():
             mixer.imitate_gpu(is_half)
         autocast: Any = nullcontext()
@@ -93,7 +93,7 @@ def step_memory(
         kept: list[int] = []  # bytes at the second period's beginning and end
         peaks: list[int] = []  # peak until the backward pass has left the second period
 
-        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             kept.append(_total(tracker, "current"))
             if len(kept) == 1:
                 inputs[0].register_hook(  # type: ignore[no-untyped-call]
@@ -102,12 +102,12 @@ def step_memory(
 
         period = len(mixer_names(config.layout))
         for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:
-            module.register_forward_pre_hook(see)
+            module.register_forward_pre_hook(record)
         with tracker, autocast:
             tokens = torch.zeros(micro_batch_size, seq_len + 1, dtype=torch.int64)
             hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)  # [B, T, D] -> [B T, D]
-            minimised, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
-            minimised.backward()  # type: ignore[no-untyped-call]
+            objective, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
+            objective.backward()  # type: ignore[no-untyped-call]
         peak = _total(tracker, "peak")
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     held += sum(p.nbytes for p in model.parameters())
@@ -143,13 +143,13 @@ def _total(tracker: MemTracker, moment: str) -> int:
     return int(snapshot["Total"])
 
 
-def _with_weights_in(dtype: torch.dtype, config: ModelConfig) -> FlashSTU:
-    usual = torch.get_default_dtype()
+def _make_model(dtype: torch.dtype, config: ModelConfig) -> FlashSTU:
+    default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         return FlashSTU(config)
     finally:
-        torch.set_default_dtype(usual)
+        torch.set_default_dtype(default)
 
 
 @contextmanager
@@ -164,8 +164,8 @@ def _whole_width_ffts(on_gpu: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_repetition() -> Iterator[None]:
-    """Leave out what changes no peak: the values of filters, and further chunks of the loss, each
-    of which replaces the one before."""
+    """Skip work that changes no peak: the values of filters, and chunks of the loss that only
+    replace an earlier chunk."""
     logits = loss._logits
 
     def few(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:

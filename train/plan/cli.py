@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpu",
         default="h100-80g",
-        help="GPU model: a100-40g, a100-80g, h100-80g, h200-141g, l40s-48g, or `this` for the one "
-        "here; if that is none of these, only the settings are checked",
+        help="GPU model: a100-40g, a100-80g, h100-80g, h200-141g, l40s-48g, or `this` for this "
+        "machine's; if that is none of these, only the settings are checked",
     )
     parser.add_argument(
         "--nodes", type=_count, help="number of nodes, instead of trainer.num_nodes"
@@ -139,11 +139,12 @@ def plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | No
         f"{usable / GIB:.1f} are usable",
     )
     ffts = fft_bytes(config, seq_len, micro_batch)
-    for name, way in stages(parallel):
-        memory = fits.memory(way, micro_batch)
+    for name, candidate in stages(parallel):
+        memory = fits.memory(candidate, micro_batch)
         sizes = [*(getattr(memory, part) for part in parts), ffts, memory.total]
-        mark = " <-" if way == parallel else ""
-        table.add_row(name + mark, *(f"{size / GIB:.2f}" for size in sizes), str(fits.largest(way)))
+        mark = " <-" if candidate == parallel else ""
+        largest = fits.largest(candidate)
+        table.add_row(name + mark, *(f"{size / GIB:.2f}" for size in sizes), str(largest))
     console.print(table)
     console.print(
         "FFTs: those of one layer, part of the activations; largest: the largest micro-batch that "
@@ -174,10 +175,10 @@ def _advice(fits: "Fits", parallel: "ParallelConfig", micro_batch: int) -> str:
 
     found = []
     for recomputes in (False, True):
-        for name, way in stages(replace(parallel, checkpoint_activations=recomputes)):
+        for name, candidate in stages(replace(parallel, checkpoint_activations=recomputes)):
             if name == "zero 0" and fits.is_half:  # it trains only in float32
                 continue
-            largest = fits.largest(way, most=micro_batch)
+            largest = fits.largest(candidate, most=micro_batch)
             if largest > 0:
                 more = " and parallel.checkpoint_activations=true" if recomputes else ""
                 found.append((-largest, recomputes, f"{name}, micro-batch {largest}{more}"))

@@ -48,10 +48,15 @@ def rank_memory(
 ) -> RankMemory:
     """Return the memory of each of `num_ranks` ranks.
 
-    activations: bytes from `activation_bytes`. is_half: whether the run is bf16-mixed. on_gpu: ZeRO
-    stages 1 and 2 allocate whole buckets there; on a CPU, a bucket takes memory only as gradients
-    move into it, whose own memory is then freed. state_bytes:
-    bytes of the optimizer's state per weight (`OptimizerKind.state_bytes`).
+    Args:
+        config: Shape of the model.
+        parallel: Division of the model among the ranks.
+        num_ranks: Number of ranks.
+        activations: Bytes from `activation_bytes`.
+        is_half: Whether the run is bf16-mixed.
+        on_gpu: Whether ranks are GPUs. There, ZeRO stages 1 and 2 allocate whole buckets; on a CPU,
+            a bucket grows only as gradients move into it and are freed.
+        state_bytes: Bytes of the optimizer's state per weight (`OptimizerKind.state_bytes`).
     """
     count = num_parameters(config)
     stage = parallel.zero_stage if parallel.kind == "zero" else 0

@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 600.0
 SHARED_PREFIX = "STU_TRAIN_"
 """Prefix of environment variables that pass values to the ranks that Lightning starts later."""
 BEATS, BEAT_SECONDS = "beats", 10.0
-"""Counter with which the first rank shows the others that it is at work."""
+"""Counter by which the other ranks see that the first one is still at work."""
 SHOWN_GROUPS = 4
 
 
@@ -42,7 +42,7 @@ class RunFailed(SystemExit):
 
 
 class Start:
-    """The ranks of a run before training, when there is no process group yet."""
+    """Exchange among the ranks of a run before training, without a process group."""
 
     def __init__(self, launch: Launch, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._launch, self._patience = launch, patience_seconds
@@ -54,8 +54,8 @@ class Start:
         """Run the block on all ranks, and yield a dictionary for what must be the same everywhere.
 
         Raises UserError on every rank if one of them raised UserError or OSError, or if the
-        dictionaries differ, and RunFailed if one raised anything else. The other ranks wait for the
-        first one as long as it is at work.
+        dictionaries differ, and RunFailed if one raised anything else. The other ranks wait while
+        the first one is at work.
         """
         facts: dict[str, str] = {}
         try:

@@ -77,7 +77,7 @@ class Launch:
         return main.main_address, discovery_port()
 
     def has_store(self) -> bool:
-        """Whether torchrun itself listens at `address`."""
+        """Return whether torchrun itself listens at `address`."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def check(self, devices: int, nodes: int) -> None:

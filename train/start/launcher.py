@@ -15,7 +15,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0
-"""Time the first rank has to end by itself when another one has failed or was stopped."""
+"""Time the first rank has to end by itself after another one failed or was stopped."""
 STOP_SECONDS = 10.0
 """Time the other ranks have to end when the first one tells them to."""
 
@@ -23,8 +23,8 @@ STOP_SECONDS = 10.0
 class Launcher(_SubprocessScriptLauncher):
     """Lightning's launcher, except that all ranks end, and with the exit codes they chose.
 
-    Lightning kills the first rank a few seconds after another one ended with a code other than 0,
-    whatever the first one is at, and leaves the others alone when the first one ends early.
+    Lightning kills the first rank, busy or not, a few seconds after another one ended with a code
+    other than 0, and does not end the others when the first one ends early.
     """
 
     def launch(
@@ -46,7 +46,7 @@ class Launcher(_SubprocessScriptLauncher):
             raise
 
     def _stop_others(self) -> None:
-        """Stop the ranks that wait for this one, which was told to stop before training."""
+        """Stop the ranks that wait for this one, which received a signal before training."""
         self.kill(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         while any(process.poll() is None for process in self.procs):

@@ -25,7 +25,7 @@ def this_process() -> dict[str, Any]:
 
 
 def is_same_job_before(owner: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether `owner` is an earlier start of this process's Slurm job, which Slurm has ended."""
+    """Return whether `owner` is an earlier, ended start of this process's Slurm job."""
     before, now = owner.get("slurm"), own["slurm"]
     if not before or not now:
         return False
@@ -34,7 +34,7 @@ def is_same_job_before(owner: dict[str, Any], own: dict[str, Any]) -> bool:
 
 
 def is_gone(pid: int, start: str | None) -> bool:
-    """Whether the process `pid` that began at `start` no longer exists."""
+    """Return whether the process `pid` that began at `start` no longer exists."""
     found = _start_of(pid)
     if found is None:  # another user's process may be hidden in `/proc` (hidepid)
         try:

@@ -1,8 +1,8 @@
-"""Requests of all clients, given to replicas and moved between them.
+"""Dispatch of clients' requests to replicas.
 
-A request goes to the replica that has the least to do. If that ends or no longer responds, the
-request continues in another from the tokens it has. Its reader sees no gap and no repeat, as a
-token depends only on the request, its seed and its position.
+A request goes to the replica that has the least to do. If that replica ends or no longer responds,
+the request continues in another one, after the tokens that it has. Its reader sees no gap and no
+repetition, because a token depends only on the request, its seed and its position.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from serve.server.replicas.wire import Message, error_from_wire, output_from_wir
 logger = logging.getLogger(__name__)
 
 MOST_MOVES = 5
-"""Replicas that may end under a request before its next token."""
+"""Replicas that may end during a request before its next token."""
 ENGINE_FAILED = "the engine failed; the server's log has the reason"
 NO_REPLICA = "no replica can be started; the server's log has the reason"
 
@@ -37,7 +37,7 @@ class Replicas(Supervisor):
         self.num_resumed = 0
         """Requests that continued in another replica."""
         self.step_observers: list[Callable[[Message], None]] = []
-        """Called with each report of an engine."""
+        """Functions to call with each report of an engine."""
 
     @property
     def num_waiting(self) -> int:

@@ -1,4 +1,4 @@
-"""Long work in slices, between which other requests' streams go on.
+"""Long work in slices, between which other requests' streams continue.
 
 A thread alone is not enough: a call into C, such as `json.dumps` of a large answer, lets no other
 thread run until it returns. In slices, each call returns within milliseconds.

@@ -1,4 +1,4 @@
-"""A request of a client while replicas decode it, and how it may fail."""
+"""A client's request while replicas decode it, and the ways in which it may fail."""
 
 import asyncio
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from serve.request import Output, Request
 
 SUSPECT_MOVES = 2
-"""Replicas that end under a request before it is taken for the cause."""
+"""Replicas that end during a request before it is suspected as the cause."""
 
 
 class Busy(Exception):
@@ -14,7 +14,7 @@ class Busy(Exception):
 
 
 class Unavailable(Exception):
-    """No replica can be had, or a request ended several of them."""
+    """No replica is available, or several of them ended during a request."""
 
 
 class EngineError(Exception):
@@ -28,17 +28,17 @@ class Stream:
     number: int
     request: Request
     client: str = ""
-    """Who asks; clients take turns."""
+    """Name of the client; clients take turns."""
     new_token_ids: list[int] = field(default_factory=list)
     outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
     num_moves: int = 0
-    """Replicas that ended under the request since its last token."""
+    """Replicas that ended during the request since its last token."""
     scheduled: float | None = None
     """Time at which an engine first began its prefill, by the monotonic clock."""
 
     @property
     def is_suspect(self) -> bool:
-        """Whether the request may be what ended replicas."""
+        """Whether the request may have caused the end of replicas."""
         return self.num_moves >= SUSPECT_MOVES
 
     @property

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.2
 MOST_FAILED_STARTS = 3
-"""Failed starts of every replica in a row, after which requests no longer wait for one."""
+"""Consecutive failed starts of every replica after which requests no longer wait for one."""
 LONGEST_PAUSE_SECONDS = 30.0
-"""Longest pause between two starts of a replica that ends again and again."""
+"""Longest pause before a replica that keeps failing is started again."""
 START_SECONDS = 600.0
 """Time that a replica may take to load its model."""
 
@@ -67,7 +67,7 @@ class Supervisor(ABC):
         self._replicas: list[Replica | None] = [None] * len(config.devices)
         self._failed_starts = [0] * len(config.devices)
         self._last_error = ""
-        """For the log: the output of a process may have paths, which no client gets."""
+        """Only for the log: the output of a process may have paths, which clients must not see."""
         self._has_been_ready = False
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = Totals()
@@ -97,7 +97,7 @@ class Supervisor(ABC):
             task.add_done_callback(_log_failure)
 
     async def ready(self, is_wanted: Callable[[], bool]) -> None:
-        """Wait until a replica takes requests, or none is wanted any more.
+        """Wait until a replica takes requests or `is_wanted` returns False.
 
         Raises OSError if no replica can be started.
         """

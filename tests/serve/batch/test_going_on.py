@@ -1,4 +1,4 @@
-"""A request that goes on in another engine, from the tokens it has, ends as it would have."""
+"""A request that continues in another engine, from the tokens it has, ends as it would have."""
 
 from dataclasses import replace
 

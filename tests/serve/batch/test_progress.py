@@ -1,4 +1,4 @@
-"""What a run says about itself while it goes on."""
+"""Progress that a run reports."""
 
 from serve.batch.decoder import Report
 from serve.batch.progress import LOG_SECONDS, Display, Tally

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on, and one that was killed as well."""
+"""A run that was stopped or killed can be resumed."""
 
 import json
 import os

@@ -175,14 +175,14 @@ def test_others_go_on_while_an_engine_compiles_a_constraint(
             server.sendall(pack({"add": number, "request": request_to_wire(request)}))
         server.sendall(pack({"add": 3, "request": request_to_wire(make_request([1], 5))}))
         server.sendall(pack({"abort": 2}))
-        told = (output for message in heard for output in message["outputs"])
-        for output in told:
+        outputs = (output for message in heard for output in message["outputs"])
+        for output in outputs:
             assert output["request_id"] == 3
             if "finish_reason" in output:
                 break
         may_compile.set()
         text = ""
-        for output in told:
+        for output in outputs:
             assert output["request_id"] == 1, "the second was aborted"
             text += output["text"]
             if "finish_reason" in output:

@@ -150,7 +150,7 @@ def test_seven_hundred_optional_properties(server):
 
 @pytest.mark.slow
 def test_json_goes_on_in_another_engine(server):
-    """An engine is killed within an array; its stream goes on in the next to the end."""
+    """An engine is killed within an array; its stream continues in the next to the end."""
     (replica,) = server.replicas()
     asked = body(NUMBERS, max_tokens=3000, stream=True, temperature=0)
     with server.client() as client, client.stream("POST", "/v1/completions", json=asked) as answer:

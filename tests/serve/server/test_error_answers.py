@@ -116,9 +116,9 @@ def test_an_error_in_mid_stream_is_the_last_event(caplog, error, kind, message):
 
     first, last = asyncio.run(read())
     assert first == "data: {}\n\n"
-    told = json.loads(last.removeprefix("data: "))["error"]
-    assert told["type"] == kind
-    assert told["message"].startswith(message)
+    body = json.loads(last.removeprefix("data: "))["error"]
+    assert body["type"] == kind
+    assert body["message"].startswith(message)
     faults = [record.fields for record in caplog.records if record.exc_info]
     assert faults == ([{"request_id": "own"}] if message == FAULT else [])
 
@@ -143,17 +143,17 @@ def test_a_faulty_request_does_not_end_its_replica(model_directory):
     with ours:
         settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
         ours.sendall(pack({**settings, "engine": asdict(EngineConfig(cache_gib=0.01))}))
-        told = reports()
-        assert "ready" in next(told)
+        messages = reports()
+        assert "ready" in next(messages)
         ours.sendall(pack({"add": 7, "request": {"of": "another version"}}))
-        failed = next(report for report in told if "failed" in report)
+        failed = next(report for report in messages if "failed" in report)
         assert failed["failed"] == 7
         assert "Traceback" in failed["trace"]
         ours.sendall(pack({"add": 8, "request": too_long}))
-        refused = next(report for report in told if "refused" in report)
+        refused = next(report for report in messages if "refused" in report)
         assert refused["error"]["code"] == "context_length_exceeded"
         ours.sendall(pack({"add": 9, "request": good}))
-        outputs = (output for report in told for output in report["outputs"])
+        outputs = (output for report in messages for output in report["outputs"])
         assert next(outputs)["request_id"] == 9
     thread.join(SECONDS)
     assert not thread.is_alive()

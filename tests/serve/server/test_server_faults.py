@@ -275,18 +275,18 @@ def test_an_engine_goes_on_after_a_request_of_a_single_token(model_directory):
     with ours:
         settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
         ours.sendall(pack({**settings, "engine": asdict(EngineConfig(cache_gib=0.01))}))
-        told = reports()
-        assert "ready" in next(told)
+        messages = reports()
+        assert "ready" in next(messages)
         ours.sendall(pack({"add": 7, "request": request_to_wire(make_request(PROMPT, 1))}))
-        first = next(report for report in told if report["outputs"])
+        first = next(report for report in messages if report["outputs"])
         assert [number for number, _ in first["scheduled"]] == [7]
-        assert next(told)["scheduled"] == []
+        assert next(messages)["scheduled"] == []
     thread.join(SECONDS)
     assert not thread.is_alive()
 
 
 def test_an_engine_that_cannot_be_heard_is_replaced(monkeypatch, tmp_path, caplog):
-    """Nobody read what engines say any more, and /health alone told."""
+    """Messages of engines were no longer read, and only /health showed it."""
     made = []
 
     class Unheard:

@@ -1,4 +1,4 @@
-"""DeepSpeed's stages on several ranks equal one process, and go on from one another."""
+"""DeepSpeed's stages on several ranks equal one process, and continue from one another."""
 
 import hashlib
 import os
@@ -267,7 +267,7 @@ def test_filters_and_ffts_are_float32_in_bfloat16_training(settings, whole, tmp_
     assert torch.equal(saved["state_dict"]["model.filters"], filters)
     losses = report.read_curves(folder)["train/loss"][1]
     assert losses == pytest.approx(report.read_curves(whole)["train/loss"][1], rel=0.02)
-    # It goes on from the weights in float32, and not from those it computes with.
+    # It continues from the float32 weights, not from those that it computes with.
     resumed = tmp_path / "resumed"
     given = [*arguments(settings, resumed, 2, stage), "--trainer.precision=bf16-mixed"]
     given.append(f"--resume={checkpoint(folder, SAVED)}")

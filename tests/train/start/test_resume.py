@@ -1,4 +1,4 @@
-"""A run that stops and goes on equals one that never stopped."""
+"""A run that stops and continues equals one that never stopped."""
 
 import json
 import os
@@ -194,8 +194,10 @@ def test_the_saved_settings_resume_a_run(train, capsys):
     run = train("run", "--trainer.max_steps=2")
     arguments = [f"--config={run / 'config.yaml'}", "--trainer.max_steps=4", "--resume=last"]
     assert cli.main(arguments) == 0
-    told = capsys.readouterr().err
-    assert "\nwarning: trainer.max_steps=4, but the checkpoint was trained with 2: " in f"\n{told}"
+    printed = capsys.readouterr().err
+    assert (
+        "\nwarning: trainer.max_steps=4, but the checkpoint was trained with 2: " in f"\n{printed}"
+    )
     assert state(run)["global_step"] == 4
 
 
@@ -391,9 +393,9 @@ def test_a_checkpoint_of_an_older_stu_is_taken_with_a_word(train, capsys):
     torch.save(training, folder / "training.pt")
     (folder / "SHA256SUMS").unlink()
     train("run", "--trainer.max_steps=2", "--resume=last")
-    told = capsys.readouterr().err
-    assert "an older stu wrote it without checksums" in told
-    assert "another schedule" not in told
+    printed = capsys.readouterr().err
+    assert "an older stu wrote it without checksums" in printed
+    assert "another schedule" not in printed
     assert state(run)["global_step"] == 2
 
 
@@ -419,8 +421,8 @@ def test_ranks_that_go_on_from_different_steps_stop(train, settings, monkeypatch
     monkeypatch.setattr(checkpoints, "largest_of_ranks", other_rank_is_behind)
     again = [*settings, f"--run-dir={run}", "--resume=last", "--trainer.max_steps=6"]
     assert cli.main(again) == 2
-    told = capsys.readouterr().err
-    assert re.search("rank 0 on .* continues from step 3, and others from another", told)
+    printed = capsys.readouterr().err
+    assert re.search("rank 0 on .* continues from step 3, and others from another", printed)
     assert state(run)["global_step"] == 3
 
 
@@ -464,7 +466,7 @@ def rates(run):
 
 
 class Clock:
-    """A clock that goes on whenever it is read, so that steps take the same time everywhere."""
+    """A clock that advances whenever it is read, so that steps take the same time everywhere."""
 
     now = 0.0
 

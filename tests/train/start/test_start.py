@@ -178,9 +178,9 @@ def test_a_first_rank_without_a_sign_is_not_waited_for(address, monkeypatch):
 
 def test_many_messages_are_cut():
     answers = [{"host": f"n{rank}", "refuses": f"problem {rank}"} for rank in range(9)]
-    told = judge(answers)["refuses"]
-    assert told.startswith("rank 0 on n0: problem 0; rank 1 on n1: problem 1")
-    assert told.endswith("and 5 more")
+    message = judge(answers)["refuses"]
+    assert message.startswith("rank 0 on n0: problem 0; rank 1 on n1: problem 1")
+    assert message.endswith("and 5 more")
 
 
 def start_rank(rank, address, arguments, log):
