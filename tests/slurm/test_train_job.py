@@ -190,7 +190,7 @@ def test_saves_and_goes_on_when_it_is_preempted(cluster, job, whole, data):
     job.finish()
     assert cluster.state(urgent) == "COMPLETED"
     assert "requeued: preempted while training, with code 143" in job.log
-    assert cluster.restarts(job.number) == 1
+    assert cluster.restarts(job.number) >= 1  # it may begin again before the urgent job does
     stopped = int(re.findall(r"stopped at step (\d+) of", job.log)[0])
     assert (job.run_dir / "checkpoints" / f"step-{stopped:08d}.ckpt").exists()
     assert_as_if_nothing_had_been(job, whole, data)
@@ -233,7 +233,7 @@ def test_a_full_disk_loses_no_more_than_the_steps_since_the_last_checkpoint(
     assert "could not write" in job.log
     assert cluster.restarts(job.number) == 0
     last = load_checkpoint(run_dir / "checkpoints" / "last.ckpt")
-    assert STOP - SAVED < last["global_step"] < STEPS
+    assert STOP - SAVED <= last["global_step"] < STEPS  # that of STOP may have been under way
     filler.unlink()
     again = Job(cluster, module_settings, tmp_path)
     again.finish()
