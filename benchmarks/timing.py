@@ -35,10 +35,8 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each call, after a first one to warm up.
-
-    Calls take turns, so that a busy machine slows all of them alike.
-    """
+    """Return the median seconds of each call, after a first one to warm up. Calls take turns, so
+    that a busy machine slows all of them alike."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

@@ -103,10 +103,7 @@ class SeekableEpoched(_Slots, Epoched):
 
 
 class SeekableContinuous(_Slots, Continuous):
-    """Continuous FutureFill.
-
-    first_position: Length of the prompt if its inputs stay in the buffer, else 0.
-    """
+    """Continuous FutureFill. first_position: Prompt's length if its inputs stay, else 0."""
 
     def __init__(
         self,
@@ -180,11 +177,8 @@ Cache = Paged | SeekableNaive | SeekableEpoched | SeekableContinuous
 
 
 def make_cache(name: str, model: FlashSTU, shape: Shape) -> Cache:
-    """Return the cache of that name.
-
-    Caches have `step`, `advance`, `flushes` and `seek`, which moves forward to the state after a
-    number of new tokens.
-    """
+    """Return the cache of that name, with `step`, `advance`, `flushes` and `seek`, which moves
+    forward to the state after a number of new tokens."""
     taps, lag_step = model.convolution_taps()
     if name == "paged":
         return Paged(taps, lag_step, shape, model.filters)

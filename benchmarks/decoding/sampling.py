@@ -80,9 +80,7 @@ def timed_runs(
     candidates: Sequence[Candidate], num_rounds: int, max_bytes: float, progress: "tqdm[Any]"
 ) -> list[dict[str, Any]]:
     """Return a run for each candidate, or a note that a cache is larger than `max_bytes`."""
-    fitting = [
-        number for number, candidate in enumerate(candidates) if candidate.cache_bytes <= max_bytes
-    ]
+    fitting = [i for i, candidate in enumerate(candidates) if candidate.cache_bytes <= max_bytes]
     progress.update(num_rounds * (len(candidates) - len(fitting)))
     rounds: dict[int, list[Round]] = {number: [] for number in fitting}
     for _ in range(num_rounds):

@@ -19,11 +19,8 @@ MULTIPLE = 16
 
 
 class Peer(ABC):
-    """A model and its cache.
-
-    Call `start` for a batch, `prefill`, perhaps `seek` to a later position, and `step` for each
-    token. Raises UserError if no size of the model has about `num_parameters`.
-    """
+    """A model and its cache. Call `start` for a batch, `prefill`, perhaps `seek` to a position, and
+    `step` for each token. Raises UserError if no size has about `num_parameters`."""
 
     note = ""
     """Remark for readers of the figures."""
