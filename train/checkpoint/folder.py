@@ -165,18 +165,15 @@ def write_rank(
     try:
         write_safetensors(file, held, {"format": "stu-train"}, {}, digest)
         _write_checksum(file, digest.hexdigest())
+        fsync(file)
     except OSError as error:
-        raise OSError(
-            f"checkpoint {path}: could not be written by rank {rank} on {socket.gethostname()} "
-            f"({error})"
-        ) from error
-    fsync(file)
+        raise _not_written(path, rank, error) from error
 
 
 def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
-    """Write `training.pt` and the checksums, after all ranks have written their shares.
+    """Write `training.pt` and the checksums on the first rank, after all have written their shares.
 
-    Raises OSError.
+    Raises OSError, naming rank and host.
     """
     file, contents = folder / TRAINING_FILE, io.BytesIO()
     try:
@@ -187,10 +184,15 @@ def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
         (folder / CHECKSUM_FILE).write_text("".join(part.read_text() for part in parts))
         for part in parts:
             part.unlink()
+        for written in (file, folder / CHECKSUM_FILE, folder):
+            fsync(written)
     except (RuntimeError, OSError) as error:  # torch reports a failed write as RuntimeError
-        raise OSError(f"checkpoint {path}: could not be written ({error})") from error
-    for written in (file, folder / CHECKSUM_FILE, folder):
-        fsync(written)
+        raise _not_written(path, 0, error) from error
+
+
+def _not_written(path: Path, rank: int, error: Exception) -> OSError:
+    host = socket.gethostname()
+    return OSError(f"checkpoint {path}: could not be written by rank {rank} on {host} ({error})")
 
 
 def _write_checksum(file: Path, checksum: str) -> None:
