@@ -3,6 +3,7 @@
 `serve.openai.chat` does the same for chats.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -30,7 +31,7 @@ BATCH_CREATED = 0
 AnyBody = TypeVar("AnyBody", bound=CompletionSettings)
 
 
-class Completions(Generic[AnyBody]):
+class Completions(ABC, Generic[AnyBody]):
     """Base of text and chat completions, which turns bodies into requests, and the completions of
     these into the body of an answer.
 
@@ -90,9 +91,9 @@ class Completions(Generic[AnyBody]):
         """Return an error of an engine's request with the name that the field has in a body."""
         return error.renamed(self.client_names.get(error.field, error.field))
 
+    @abstractmethod
     def writers(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[ChoiceWriter]:
         """Return a writer for each choice."""
-        raise NotImplementedError
 
     def frame(self, answer_id: str, created: int, body: AnyBody) -> Json:
         """Return an answer without its choices and its usage."""
@@ -128,12 +129,13 @@ class Completions(Generic[AnyBody]):
             "usage": usage(self.num_prompt_tokens(body, requests), num_new_tokens),
         }
 
+    @abstractmethod
     def _requests(self, number: int, body: AnyBody) -> list[Request]:
         """Return a request for each prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _object(self, body: AnyBody) -> str:
-        raise NotImplementedError
+        """Return the `object` of an answer."""
 
     def _build(
         self, number: int, prompts: Sequence[Any], body: AnyBody, own_settings: Json
