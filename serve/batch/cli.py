@@ -13,7 +13,7 @@ from serve.batch.config import BatchConfig
 from serve.batch.spool import STANDARD, rereadable
 from serve.config import EngineConfig
 from stu.common.array_task import ArrayTask
-from stu.common.cli import ArgumentParser, run_command
+from stu.common.cli import ArgumentParser, exit_if_terminated, run_command
 from stu.common.errors import UserError
 
 # torch takes a second to import: `generate` imports it once the command line is checked.
@@ -59,6 +59,7 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
     from serve.batch.source import InputDigest
     from serve.batch.worker import Work
 
+    exit_if_terminated()
     devices, job = _devices(config), BatchJob(config, InputDigest.of(config.input))
     decisive = job.model_and_settings()
     identity = {"input": str(job.digest), "part": str(task), **decisive}
@@ -92,6 +93,7 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
                         tally.add(engine, report)
                         reading_error = reading_error or report.reading_error
                     display.show(tally)
+                    exit_if_terminated()
         except (KeyboardInterrupt, SystemExit, OSError):
             if tally.num_done and path != STANDARD:
                 print(

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import IO
 
 from serve.batch.decoder import Report
@@ -65,12 +64,7 @@ class Workers:
                     num_left -= 1
                     self._require_done(index)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
         for thread in self._threads:

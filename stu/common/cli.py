@@ -22,6 +22,9 @@ UNKNOWN = [
     re.compile(r"Option '(?P<key>[\w.-]+)' is not"),
 ]
 
+_is_terminated = False
+"""Whether SIGTERM has come during the command."""
+
 
 def run_command(
     program: str, body: Callable[[], int], extra: str = "all", settings: type | None = None
@@ -30,16 +33,22 @@ def run_command(
 
     It is what `body` returns, 2 after an error that the user can mend, printed on one line, 3 after
     a fault of the program, with a traceback, and 143 or 130 after SIGTERM or SIGINT, which raise an
-    exception in `body` so that half-written files are removed.
+    exception in `body` so that half-written files are removed. The code is 143 also where a library
+    catches that of SIGTERM; a long body calls `exit_if_terminated` to end soon even then.
 
     extra: the optional dependencies, `pip install "stu[EXTRA]"`, that the command needs.
     settings: the dataclass of the options, whose fields errors then name as options.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    global _is_terminated
+    _is_terminated = False
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with requires_extra(extra):
-            return body()
+            code = body()
+        exit_if_terminated()
+        return code
     except (UserError, OSError) as error:
+        exit_if_terminated()
         if isinstance(error, UserError) and settings and error.field in _field_names(settings):
             error = error.renamed(option(error.field))
         print(f"{program}: error: {error}", file=sys.stderr)
@@ -47,8 +56,22 @@ def run_command(
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception:
+        exit_if_terminated()
         traceback.print_exc()
         return FAULT
+
+
+def exit_if_terminated() -> None:
+    """Raise SystemExit if SIGTERM has come and a bare except, say of a module that was being
+    imported, has caught the exception of its handler."""
+    if _is_terminated:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _terminate(*_: object) -> None:
+    global _is_terminated
+    _is_terminated = True
+    exit_if_terminated()
 
 
 def option(field: str) -> str:

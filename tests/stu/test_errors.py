@@ -1,7 +1,9 @@
 """Errors that the user can mend, and how commands end with them."""
 
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -75,3 +77,18 @@ def test_a_command_names_settings_as_options(capsys):
 def test_an_error_that_can_be_mended_is_one_line(error, capsys):
     assert run_command("stu-test", lambda: _raise(error)) == 2
     assert capsys.readouterr().err == f"stu-test: error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    "after", [lambda: 0, lambda: _raise(ImportError("broken")), lambda: _raise(OSError())]
+)
+def test_sigterm_ends_a_command_whose_library_catches_its_exception(after, capsys):
+    def body():
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        return after()
+
+    with pytest.raises(SystemExit, match="143"):
+        run_command("stu-test", body)
+    assert capsys.readouterr().err == ""
+    assert run_command("stu-test", lambda: 0) == 0

@@ -1,9 +1,10 @@
 """A run that was stopped or killed can be resumed."""
 
 import json
-import os
 import random
 import signal
+from contextlib import suppress
+from itertools import count
 
 import pytest
 import torch
@@ -46,17 +47,20 @@ def test_a_run_that_is_killed_loses_and_doubles_no_row(
     assert sorted_lines(target) == sorted_lines(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_keeps_what_it_has(
-    model_directory, source, target, monkeypatch, capsys, number
+@pytest.mark.parametrize(
+    ("number", "caught"),
+    [(signal.SIGTERM, ()), (signal.SIGTERM, SystemExit), (signal.SIGINT, ())],
+)
+def test_stopped_run_keeps_its_rows_and_resumes(
+    model_directory, source, target, monkeypatch, capsys, number, caught
 ):
-    step, num_steps = Engine.step, 0
+    """Also where a library catches the exception of the signal's handler."""
+    step, steps = Engine.step, count(1)
 
     def step_and_stop(self):
-        nonlocal num_steps
-        num_steps += 1
-        if num_steps == 60:
-            os.kill(os.getpid(), number)
+        if next(steps) == 60:
+            with suppress(caught):
+                signal.raise_signal(number)
         return step(self)
 
     monkeypatch.setattr(Engine, "step", step_and_stop)
