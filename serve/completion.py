@@ -1,4 +1,4 @@
-"""Completions, gathered from the engine's outputs."""
+"""Completions, built from the engine's outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ class Completion:
 
 
 @dataclass
-class Gathering:
-    """Outputs of a request up to now."""
+class CompletionBuilder:
+    """Builds the completion of a request from its outputs."""
 
     token_ids: list[int] = field(default_factory=list)
     """New tokens, without the stop token that ended the text."""
@@ -63,6 +63,6 @@ class Gathering:
 
 def piece_of(output: Output) -> Completion:
     """Return the piece of a completion that one output adds."""
-    gathering = Gathering()
-    gathering.add(output)
-    return gathering.completion()
+    builder = CompletionBuilder()
+    builder.add(output)
+    return builder.completion()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 
 INVARIANT_ROWS = 8
 """Rows that go through the model together under `batch_invariant`."""
@@ -49,8 +49,9 @@ class EngineConfig:
         if self.batch_invariant and expected is not None:
             raise UserError(
                 "expected_new_tokens",
-                message=f"expected_new_tokens={expected} is not allowed with batch_invariant: "
-                "prefilling a request again rounds differently; leave one of them out",
+                message=f"{setting_name('expected_new_tokens')}={expected} is not allowed with "
+                f"{setting_name('batch_invariant')}: prefilling a request again rounds "
+                "differently; leave one of them out",
             )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from serve.completion import Completion, Gathering
+from serve.completion import Completion, CompletionBuilder
 from serve.config import EngineConfig
 from serve.devices import choose_devices
 from serve.engine.engine import Engine
 from serve.prompts import RequestBuilder, choices, encode_prompt
 from serve.request import Request, are_token_ids
 from serve.sampling_params import SamplingParams
-from stu.common.errors import UserError
+from stu.common.errors import UserError, requires_extra
 from stu.model_dir import load_generation, load_model, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -121,8 +121,11 @@ class LLM:
                 template of the model directory makes prompts of them.
             sampling_params: As for `generate`.
             use_tqdm: As for `generate`.
+
+        Raises UserError as `generate` does, and without jinja2, which the extra `serve` installs.
         """
-        from serve.openai.chat_template import ChatTemplate  # needs jinja2, of the extra `serve`
+        with requires_extra("serve"):  # jinja2
+            from serve.openai.chat_template import ChatTemplate
 
         template = ChatTemplate(self._path, self.tokenizer)
         is_single = all(isinstance(message, Mapping) for message in messages)
@@ -131,20 +134,20 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _decode(self, requests: Sequence[Request], use_tqdm: bool) -> list[Completion]:
-        gathered: dict[int, Gathering] = {}
+        builders: dict[int, CompletionBuilder] = {}
         unfinished: set[int] = set()
         began, num_new_tokens = time.perf_counter(), 0
         try:
             for request in requests:
                 request_id = self._engine.add(request)
-                gathered[request_id] = Gathering()
+                builders[request_id] = CompletionBuilder()
                 unfinished.add(request_id)
             with tqdm(total=len(requests), disable=not use_tqdm, unit="completion") as bar:
                 while unfinished:
                     for output in self._engine.step():
                         if output.request_id not in unfinished:
                             continue  # aborted by an earlier call
-                        gathered[output.request_id].add(output)
+                        builders[output.request_id].add(output)
                         num_new_tokens += len(output.new_token_ids)
                         if output.finish_reason is not None:
                             unfinished.remove(output.request_id)
@@ -154,4 +157,4 @@ class LLM:
         finally:
             for request_id in unfinished:
                 self._engine.abort(request_id)
-        return [gathering.completion() for gathering in gathered.values()]
+        return [builder.completion() for builder in builders.values()]

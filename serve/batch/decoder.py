@@ -7,7 +7,7 @@ from typing import Any
 
 from serve.batch.rows import Refusal, Row, RowFormat
 from serve.batch.source import Source
-from serve.completion import Gathering
+from serve.completion import CompletionBuilder
 from serve.engine.engine import Engine
 from serve.engine.stats import Stats
 from serve.request import Output
@@ -179,7 +179,7 @@ class _UnderWay:
 
 
 @dataclass
-class _Answer(Gathering):
+class _Answer(CompletionBuilder):
     """Outputs of a request so far."""
 
     row_number: int = 0

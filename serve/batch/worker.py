@@ -125,7 +125,7 @@ def main() -> int:
                 print(json.dumps(report.to_json()), file=reports, flush=True)
         return 0
 
-    return run_command("stu-generate worker", report_all, "serve")
+    return run_command("stu-generate worker", report_all, "serve", BatchConfig)
 
 
 def _end_with_stdin() -> None:

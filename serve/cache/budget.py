@@ -16,7 +16,7 @@ from serve.cache.page_pool import PagePool, Pages
 from serve.cache.paged_futurefill import ConvolutionCache
 from serve.cache.recent_inputs import RecentInputs
 from serve.config import EngineConfig
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered
 from stu.model import FlashSTU
 
@@ -105,9 +105,10 @@ def _num_pages(
     if num_bytes < least:
         raise UserError(
             "cache_gib",
-            message=f"cache_gib={num_bytes / GIB:.4g} is too little: {config.max_running} rows "
-            f"take {fixed / GIB:.4g} and one short request {(least - fixed) / GIB:.4g}; give at "
-            f"least {least / GIB:.4g}, or lower max_running or page_len",
+            message=f"{setting_name('cache_gib')}={num_bytes / GIB:.4g} is too little: "
+            f"{config.max_running} rows take {fixed / GIB:.4g} and one short request "
+            f"{(least - fixed) / GIB:.4g}; give at least {least / GIB:.4g}, or lower "
+            f"{setting_name('max_running')} or {setting_name('page_len')}",
         )
     left = num_bytes - fixed - null_pages
     paged = {kind: size for kind, size in sizes.items() if size.page_bytes}

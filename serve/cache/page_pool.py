@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 
 NULL_PAGE = 0
 FREE = -1
@@ -52,7 +52,8 @@ class PagePool:
             raise UserError(
                 "cache_gib",
                 message=f"{num_pages} pages do not suffice: the null page and at least one more "
-                "are needed; raise cache_gib, or lower page_len",
+                f"are needed; raise {setting_name('cache_gib')}, or lower "
+                f"{setting_name('page_len')}",
             )
         self.pages: Tensor = torch.zeros(num_pages, *page_shape, dtype=dtype, device=device)
         """`[num_pages, *page_shape]`."""

@@ -82,6 +82,11 @@ class Engine:
         check_request(request, self._model_config)
         if request.sampling.n != 1:
             raise UserError("n", request.sampling.n, "1", "add a request for each completion")
+        return self.add_checked(request)
+
+    def add_checked(self, request: Request) -> int:
+        """Queue a request of one completion that `check_request` allows, and return its id. Raises
+        UserError if the cache never has room for it, or for a constraint that is not allowed."""
         request_id = next(self._next_id)
         self._chooser.add(request_id, request)
         try:

@@ -15,7 +15,7 @@ from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
 from serve.engine.runner import Prompt
 from serve.request import Request
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 
 SCORED_TOKEN_COST = 4
 """Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
@@ -94,7 +94,7 @@ class Scheduler:
                     message=f"a prompt of {len(request.prompt_token_ids)} tokens and "
                     f"{max_new_tokens} new tokens need {count} {kind} pages of "
                     f"{self._config.page_len} positions, and the cache has {most}: lower the limit "
-                    "of new tokens, or raise cache_gib",
+                    f"of new tokens, or raise {setting_name('cache_gib')}",
                 )
         expected = self._config.expected_new_tokens
         horizon = max_new_tokens if expected is None else expected

@@ -17,7 +17,7 @@ from serve.server.metrics import Metrics
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import Threads
 from serve.server.replicas.supervisor import ReplicasConfig
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 from stu.common.processes import num_processors
 from stu.config import ModelConfig
 from stu.model_dir import load_config, load_generation, load_tokenizer
@@ -58,7 +58,7 @@ def make_service(config: ServerConfig) -> Service:
         raise UserError(
             "cache_gib",
             message="several replicas on a device would each take half of its free memory: give "
-            "cache_gib",
+            f"{setting_name('cache_gib')}",
         )
     common: dict[str, Any] = {
         "builder": RequestBuilder(tokenizer, DEFAULTS),

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from serve.completion import Gathering, piece_of
+from serve.completion import CompletionBuilder, piece_of
 from serve.openai.choices import ChoiceWriter
 from serve.openai.completions import usage
 from serve.openai.schemas import StreamOptions
@@ -51,11 +51,11 @@ class Answer:
     exchange: Exchange
     prompts: Sequence[str] | None = None
     """Prompts for the log, which then has the completions too."""
-    _gathered: list[Gathering] = field(init=False)
+    _builders: list[CompletionBuilder] = field(init=False)
     _error: Exception | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._gathered = [Gathering() for _ in self.streams]
+        self._builders = [CompletionBuilder() for _ in self.streams]
 
     async def whole(self) -> list[bytes]:
         """Return a whole answer, as JSON in pieces."""
@@ -70,8 +70,8 @@ class Answer:
         yield f'{"".join(json_slices(self.frame))[:-1]},"choices":'
         separator = "["
         for index, writer in enumerate(self.writers):
-            completion = self._gathered[index].completion()
-            self._gathered[index] = Gathering()
+            completion = self._builders[index].completion()
+            self._builders[index] = CompletionBuilder()
             yield separator
             yield from json_slices(writer.write(completion))
             separator = ","
@@ -107,7 +107,7 @@ class Answer:
 
     def usage(self) -> Json:
         """Return OpenAI's numbers of tokens, of all choices so far."""
-        num_new_tokens = sum(len(choice.token_ids) for choice in self._gathered)
+        num_new_tokens = sum(len(choice.token_ids) for choice in self._builders)
         return usage(self.num_prompt_tokens, num_new_tokens)
 
     async def outputs(self, keeps_logprobs: bool = True) -> AsyncIterator[tuple[int, Output]]:
@@ -153,7 +153,7 @@ class Answer:
                 kept = output
                 if not keeps_logprobs:
                     kept = replace(output, logprobs=(), prompt_logprobs=())
-                self._gathered[index].add(kept)
+                self._builders[index].add(kept)
                 yield index, output
         finally:
             timer.cancel()
@@ -209,14 +209,14 @@ class Answer:
             "client": self.exchange.client,
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.usage(),
-            "finish_reasons": [choice.finish_reason or "abort" for choice in self._gathered],
+            "finish_reasons": [choice.finish_reason or "abort" for choice in self._builders],
         }
         if isinstance(self._error, UserError) and not logs_texts:
             fields["error"] = self._error.without_value()
         elif self._error is not None:
             fields["error"] = str(self._error)
         if logs_texts:
-            completions = ["".join(choice.texts) for choice in self._gathered]
+            completions = ["".join(choice.texts) for choice in self._builders]
             fields |= {"prompts": self.prompts, "completions": completions}
         logger.info("request ended", extra={"fields": fields})
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 import docstring_parser
 import jsonargparse
 
-from stu.common.errors import UserError, requires_extra
+from stu.common.errors import UserError, requires_extra, settings_named
 from stu.common.text import nearest
 
 USER_ERROR, FAULT = 2, 3
@@ -42,15 +42,20 @@ def run_command(
     global _is_terminated
     _is_terminated = False
     signal.signal(signal.SIGTERM, _terminate)
+    names = set(_field_names(settings)) if settings else set()
+
+    def name(field: str) -> str:
+        return option(field) if field in names else field
+
     try:
-        with requires_extra(extra):
+        with requires_extra(extra), settings_named(name):
             code = body()
         exit_if_terminated()
         return code
     except (UserError, OSError) as error:
         exit_if_terminated()
-        if isinstance(error, UserError) and settings and error.field in _field_names(settings):
-            error = error.renamed(option(error.field))
+        if isinstance(error, UserError):
+            error = error.renamed(name(error.field))
         print(f"{program}: error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """Errors that the user can mend."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ class _Unset(Enum):
 
 UNSET: Final = _Unset.UNSET
 OUR_PACKAGES = ("stu", "train", "serve")
+_naming: ContextVar[Callable[[str], str]] = ContextVar("naming", default=str)
 
 
 class UserError(Exception):
@@ -78,6 +80,21 @@ def show(value: object, most_characters: int = 60) -> str:
         if len(text) > most_characters:
             return text[:most_characters] + "..."
     return text
+
+
+def setting_name(field: str) -> str:
+    """Return the name of a setting for a message: its field's, or its option's in a command."""
+    return _naming.get()(field)
+
+
+@contextmanager
+def settings_named(name: Callable[[str], str]) -> Iterator[None]:
+    """Let `setting_name` return `name(field)` in the block."""
+    token = _naming.set(name)
+    try:
+        yield
+    finally:
+        _naming.reset(token)
 
 
 @contextmanager

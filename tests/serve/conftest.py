@@ -148,12 +148,13 @@ def read_rows(path):
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture
-def patched(tmp_path):
-    """Environment in which a server's processes run this first."""
+@pytest.fixture(scope="session")
+def patched(tmp_path_factory):
+    """Call with code: the environment of a server whose processes run it first."""
 
     def environment(code):
-        (tmp_path / "sitecustomize.py").write_text(code)
-        return {"PYTHONPATH": str(tmp_path)}
+        folder = tmp_path_factory.mktemp("patched")
+        (folder / "sitecustomize.py").write_text(code)
+        return {"PYTHONPATH": str(folder)}
 
     return environment

@@ -30,7 +30,7 @@ from serve.server.replicas.wire import (
     request_from_wire,
 )
 from stu.common.cli import run_command
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 from stu.model_dir import load_model, load_tokenizer
 
 HEARTBEAT_SECONDS = 0.25
@@ -128,7 +128,7 @@ class Replica:
 
     def _add(self, engine: Engine, number: int, request: Request) -> None:
         try:
-            engine_id = engine.add(request)
+            engine_id = engine.add_checked(request)  # the server has checked it
         except UserError as error:
             self._send({"refused": number, "error": error_to_wire(error)})
         except Exception:
@@ -165,13 +165,12 @@ def main() -> int:
             except ConnectionError:
                 pass  # the server ended
             except torch.OutOfMemoryError as error:
-                raise UserError(
-                    "cache_gib",
-                    message="out of memory: lower cache_gib, max_running or prompt_tokens_per_step",
-                ) from error
+                fields = map(setting_name, ("cache_gib", "max_running", "prompt_tokens_per_step"))
+                message = f"out of memory: lower one of {', '.join(fields)}"
+                raise UserError("cache_gib", message=message) from error
         return 0
 
-    return run_command("stu-serve replica", serve, "serve")
+    return run_command("stu-serve replica", serve, "serve", EngineConfig)
 
 
 if __name__ == "__main__":

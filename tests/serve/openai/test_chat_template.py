@@ -1,11 +1,11 @@
-"""Chat templates: rendered as transformers does, in a sandbox, and bounded."""
+"""Chat templates: rendered as by transformers, sandboxed and bounded."""
 
 import json
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import serve.openai.chat_dialect
+from serve.openai import chat_dialect
 from serve.openai.chat_template import ChatTemplate
 from stu.common.errors import UserError
 
@@ -109,7 +109,7 @@ def make(tmp_path, code_tokenizer):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_are_rendered_as_transformers_does(make, code_tokenizer, name):
+def test_templates_are_rendered_as_by_transformers(make, code_tokenizer, name):
     template = make(TEMPLATES[name])
     for messages in CHATS:
         for variables in ({}, {"enable_thinking": False}):
@@ -126,7 +126,7 @@ def test_templates_are_rendered_as_transformers_does(make, code_tokenizer, name)
             assert written == expected[0].replace("<s>", "").replace("</s>", "")
 
 
-def test_control_tokens_are_those_that_the_template_writes(make, code_tokenizer):
+def test_only_the_template_writes_control_tokens(make, code_tokenizer):
     bos, eos, encode = code_tokenizer.bos_id, code_tokenizer.eos_id, code_tokenizer.encode
     source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}</s>{{ '</s>' }}x"
     tokens = make(source + "{% endfor %}").tokens([{"role": "user", "content": "a</s><s>b"}])
@@ -136,11 +136,13 @@ def test_control_tokens_are_those_that_the_template_writes(make, code_tokenizer)
     assert without == [bos, *encode(" Hello\n")]
 
 
-def test_what_a_template_raises_is_said(make):
-    template = make("{{ raise_exception('Only ' ~ messages[0].role ~ ' is not enough') }}")
-    with pytest.raises(UserError, match="cannot write messages: Only user is not enough"):
-        template.tokens([HELLO])
-    for source, message in (
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{{ raise_exception('Only ' ~ messages[0].role ~ ' is not enough') }}",
+            "cannot write messages: Only user is not enough",
+        ),
         ("{{ messages[0].content.nothing.more }}", "has no attribute 'nothing'"),
         ("{{ messages[5].role }}", "undefined|no element"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -148,9 +150,11 @@ def test_what_a_template_raises_is_said(make):
         ("{{ nothing | tojson }}", "Undefined is not JSON"),
         ("{{ 'x' | int(base=99) + 'y' }}", "cannot write messages"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "too deeply|longer than"),
-    ):
-        with pytest.raises(UserError, match=message):
-            make(source).tokens([HELLO])
+    ],
+)
+def test_errors_of_a_template_reach_the_user(make, source, message):
+    with pytest.raises(UserError, match=message):
+        make(source).tokens([HELLO])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_templates_run_in_a_sandbox(make, source):
     ],
 )
 def test_a_template_that_takes_too_long_is_stopped(make, monkeypatch, source):
-    monkeypatch.setattr(serve.openai.chat_dialect, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(chat_dialect, "MOST_SECONDS", 0.2)
     with pytest.raises(UserError, match=r"takes longer than 0\.2 seconds"):
         make(source).tokens([HELLO])
 
@@ -206,7 +210,7 @@ def test_a_template_that_takes_too_long_is_stopped(make, monkeypatch, source):
     ],
 )
 def test_a_template_that_writes_too_much_is_stopped(make, monkeypatch, source):
-    monkeypatch.setattr(serve.openai.chat_dialect, "MOST_CHARS", 5000)
+    monkeypatch.setattr(chat_dialect, "MOST_CHARS", 5000)
     with pytest.raises(UserError, match="writes more than 5,000 characters"):
         make(source).tokens([HELLO])
 
@@ -221,12 +225,12 @@ def test_powers_are_bounded(make):
 @pytest.mark.parametrize(
     "source", ["{% for", "{% break %}", "{{ x | nothing }}", "{% generation %}", "{% else %}"]
 )
-def test_what_is_no_template_is_refused_with_its_line(make, source):
+def test_a_template_that_cannot_be_compiled_is_refused_with_the_line(make, source):
     with pytest.raises(UserError, match=r"chat_template\.jinja.*: .* cannot be compiled: "):
         make(f"x\n{source}")
 
 
-def test_templates_of_a_tokenizer_s_configuration(tmp_path, code_tokenizer):
+def test_templates_of_tokenizer_config(tmp_path, code_tokenizer):
     def text(chat_template):
         config = {"chat_template": chat_template, "bos_token": "<s>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -252,9 +256,7 @@ def test_templates_of_a_tokenizer_s_configuration(tmp_path, code_tokenizer):
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "raise_exception", "namespace"])
-def test_variables_that_the_server_sets(make, name):
-    with pytest.raises(
-        UserError,
-        match=rf"chat_template_kwargs\.{name} is not allowed: the serv",
-    ):
+def test_variables_of_the_server_cannot_be_set(make, name):
+    refusal = rf"chat_template_kwargs\.{name} is not allowed: the serv"
+    with pytest.raises(UserError, match=refusal):
         make("x").tokens([HELLO], {name: 1})

@@ -1,4 +1,4 @@
-"""Fields that clients are known to send: each changes nothing, works, or is refused by name."""
+"""Fields that clients send: they change nothing, work, or are refused by name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ AS_OTHERS = [
     ({"min_tokens": 0}, {}),
     ({"logit_bias": {}}, {}),
 ]
-"""Settings, and others that mean the same."""
+"""Pairs of settings with the same meaning."""
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +64,18 @@ def endpoints(code_tokenizer):
 
 
 @pytest.fixture(params=["text", "chat"])
-def door(request, endpoints):
-    """Kind of an endpoint, and a call with further fields of its body, which returns requests."""
-    endpoint, body = endpoints[request.param]
+def endpoint(request, endpoints):
+    """Kind of an endpoint, and a function from more fields of its body to requests."""
+    completions, body = endpoints[request.param]
 
     def requests(**fields):
-        return endpoint.requests(7, read_body(endpoint.body_type, {**body, **fields}))
+        return completions.requests(7, read_body(completions.body_type, {**body, **fields}))
 
     return request.param, requests
 
 
-def test_harmless_fields_change_nothing(door):
-    _, requests = door
+def test_harmless_fields_change_nothing(endpoint):
+    _, requests = endpoint
     assert HARMLESS.keys() == fields.HARMLESS.keys()
     for name, value in HARMLESS.items():
         assert requests(**{name: value}) == requests(), name
@@ -85,8 +85,8 @@ def test_harmless_fields_change_nothing(door):
             requests(**{name: 5})
 
 
-def test_neutral_values_change_nothing_and_others_are_refused_by_name(door):
-    name, requests = door
+def test_neutral_values_change_nothing_and_others_are_refused_by_name(endpoint):
+    name, requests = endpoint
     neutral = fields.CHAT_NEUTRAL if name == "chat" else fields.TEXT_NEUTRAL
     for field, (values, fix) in neutral.items():
         for value in values:
@@ -100,8 +100,8 @@ def test_neutral_values_change_nothing_and_others_are_refused_by_name(door):
             assert fix in str(found.value)
 
 
-def test_null_is_as_good_as_nothing(door):
-    name, requests = door
+def test_null_means_the_same_as_leaving_out(endpoint):
+    name, requests = endpoint
     known = {*fields.HARMLESS, *fields.CHAT_NEUTRAL, *fields.TEXT_NEUTRAL, "never_heard_of"}
     known |= {*ChatBody.model_fields, *CompletionBody.model_fields}
     asked = CHAT if name == "chat" else TEXT
@@ -110,22 +110,20 @@ def test_null_is_as_good_as_nothing(door):
 
 
 @pytest.mark.parametrize(("settings", "others"), AS_OTHERS)
-def test_settings_that_mean_the_same(door, settings, others):
-    _, requests = door
+def test_settings_that_mean_the_same(endpoint, settings, others):
+    _, requests = endpoint
     assert requests(**settings) == requests(**others)
 
 
-def test_negative_seeds_are_seeds(door):
-    _, requests = door
-    seeds = [requests(seed=seed)[0].sampling.seed for seed in (-2, -3, -(2**63), 2)]
-    assert len(set(seeds)) == 4
+def test_negative_seeds_are_seeds(endpoint):
+    _, requests = endpoint
+    assert len({requests(seed=seed)[0].sampling.seed for seed in (-2, -3, -(2**63), 2)}) == 4
     (request,), (plain,) = requests(seed=-2), requests()
     assert replace(request, sampling=plain.sampling) == plain
 
 
-def test_what_clients_are_known_to_send_is_taken(door):
-    """Their parameters' defaults, as they send them when nobody sets them."""
-    name, requests = door
+def test_defaults_of_known_clients_change_nothing(endpoint):
+    name, requests = endpoint
     litellm = {"n": 1, "stream": False, "store": False, "metadata": {}, "service_tier": "auto"}
     vllm = {"use_beam_search": False, "length_penalty": 1.0, "include_stop_str_in_output": False}
     vllm |= {"skip_special_tokens": True, "spaces_between_special_tokens": True, "priority": 0}
@@ -151,13 +149,13 @@ def test_what_clients_are_known_to_send_is_taken(door):
     ],
 )
 def test_every_parameter_of_openai_s_client_is_known(params, body, neutral):
-    """A newer client that sends more shows here what is to be decided."""
+    """A new parameter of a newer client fails here, until somebody decides about it."""
     sent = params.CompletionCreateParamsBase.__annotations__.keys()
     assert sent - {*body.model_fields, *fields.HARMLESS, *neutral} == set()
 
 
-def test_stop_tokens_and_the_fewest_tokens(door, code_tokenizer):
-    _, requests = door
+def test_stop_tokens_and_min_tokens(endpoint, code_tokenizer):
+    _, requests = endpoint
     (request,) = requests(stop_token_ids=[5, 9], min_tokens=3)
     assert request.sampling.stop_ids(code_tokenizer.eos_id) == (code_tokenizer.eos_id, 5, 9)
     assert request.sampling.min_new_tokens == 3
@@ -165,8 +163,8 @@ def test_stop_tokens_and_the_fewest_tokens(door, code_tokenizer):
     assert request.sampling.stop_ids(code_tokenizer.eos_id) == (5,)
 
 
-def test_many_stop_strings(door):
-    _, requests = door
+def test_many_stop_strings(endpoint):
+    _, requests = endpoint
     stops = [f"\n{number}" for number in range(128)]
     assert requests(stop=stops)[0].sampling.stop == tuple(stops)
 

@@ -1,4 +1,4 @@
-"""Structured output as clients ask for it, unmodified, from a server whose model knows no JSON."""
+"""Structured output for unmodified clients, from a server whose model knows no JSON."""
 
 import json
 import os
@@ -50,9 +50,11 @@ def server(long_model_directory):
 
 
 @pytest.fixture(scope="module")
-def openai(server):
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=SECONDS) as its:
-        yield its
+def chat(server):
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=SECONDS
+    ) as client:
+        yield client.chat.completions
 
 
 def json_schema(schema):
@@ -63,63 +65,51 @@ def body(schema, **settings):
     return {"prompt": "x", "max_tokens": 200, "response_format": json_schema(schema), **settings}
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_forty_requests_of_two_fields_end(server, temperature):
+def test_many_requests_end_with_valid_json(server):
+    bodies = [body(TWO_FIELDS, prompt=f"x{i}", temperature=i % 2, seed=i) for i in range(40)]
     with server.client() as client, ThreadPoolExecutor(8) as pool:
-        bodies = [
-            body(TWO_FIELDS, prompt=f"x{at}", temperature=temperature, seed=at) for at in range(40)
-        ]
-        answers = list(pool.map(lambda its: client.post("/v1/completions", json=its), bodies))
+        answers = list(pool.map(lambda asked: client.post("/v1/completions", json=asked), bodies))
     assert {answer.status_code for answer in answers} == {200}
-    choices = [answer.json()["choices"][0] for answer in answers]
-    assert [choice["finish_reason"] for choice in choices] == ["stop"] * 40
-    for choice in choices:
+    for answer in answers:
+        (choice,) = answer.json()["choices"]
+        assert choice["finish_reason"] == "stop"
         jsonschema_rs.validate(TWO_FIELDS, json.loads(choice["text"]))
 
 
-def test_openai_parses(openai):
-    whole = openai.chat.completions.parse(**PARSED, temperature=0)
-    assert isinstance(whole.choices[0].message.parsed, Answer)
-    several = openai.chat.completions.parse(
-        **PARSED, n=3, seed=1, logprobs=True, top_logprobs=2, stop=["\x00"]
-    )
+def test_openai_parses_whole_and_streamed_answers(chat):
+    several = chat.parse(**PARSED, n=3, seed=1, logprobs=True, top_logprobs=2, stop=["\x00"])
     for choice in several.choices:
         assert choice.finish_reason == "stop"
         assert isinstance(choice.message.parsed, Answer)
         tokens = [bytes(token.bytes) for token in choice.logprobs.content]
         assert b"".join(tokens).decode() == choice.message.content
-
-
-def test_openai_streams_what_it_parses(openai):
-    with openai.chat.completions.stream(**PARSED, temperature=0) as stream:
-        deltas = [event for event in stream if event.type == "content.delta"]
+    (whole,) = chat.parse(**PARSED, temperature=0).choices
+    with chat.stream(**PARSED, temperature=0) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
         message = stream.get_final_completion().choices[0].message
     assert isinstance(message.parsed, Answer)
-    assert "".join(event.delta for event in deltas) == message.content
-    whole = openai.chat.completions.parse(**PARSED, temperature=0)
-    assert whole.choices[0].message.parsed == message.parsed
+    assert message.parsed == whole.message.parsed
+    assert "".join(deltas) == message.content
 
 
-def test_openai_says_what_was_cut_off(openai):
+def test_openai_reports_an_answer_that_was_cut_off(chat):
     with pytest.raises(LengthFinishReasonError):
-        openai.chat.completions.parse(**{**PARSED, "max_tokens": 5})
-
-
-def test_what_cannot_be_followed_is_refused_before_it_begins(openai):
-    schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
-    for is_stream in (False, True):
-        refusal = "at #/properties/tags, uniqueItems cannot"
-        with pytest.raises(BadRequestError, match=refusal) as caught:
-            openai.chat.completions.create(
-                **ASKED, response_format=json_schema(schema), stream=is_stream
-            )
-        assert caught.value.param == "response_format"
+        chat.parse(**{**PARSED, "max_tokens": 5})
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_what_takes_too_much_work_in_mid_text_ends_its_request_in_words(server, is_stream):
-    properties = [[{"properties": {f"{at}{its}": {}}} for its in "ab"] for at in range(8)]
-    costly = {"type": "object", "allOf": [{"anyOf": options} for options in properties]}
+def test_an_unsupported_schema_is_refused_before_the_answer_begins(chat, is_stream):
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    refusal = "at #/properties/tags, uniqueItems cannot"
+    with pytest.raises(BadRequestError, match=refusal) as caught:
+        chat.create(**ASKED, response_format=json_schema(schema), stream=is_stream)
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_schema_that_becomes_too_costly_ends_its_request_with_a_reason(server, is_stream):
+    options = [[{"properties": {f"{i}{name}": {}}} for name in "ab"] for i in range(8)]
+    costly = {"type": "object", "allOf": [{"anyOf": pair} for pair in options]}
     first = {"type": "array", "items": {"type": "boolean"}, "minItems": 30, "maxItems": 30}
     schema = {"type": "array", "prefixItems": [first, costly], "minItems": 2}
     with server.client() as client:
@@ -136,21 +126,17 @@ def test_what_takes_too_much_work_in_mid_text_ends_its_request_in_words(server, 
 
 
 def test_seven_hundred_optional_properties(server):
-    schema = {
-        "type": "object",
-        "properties": {f"field_{at}": {"type": "integer"} for at in range(700)},
-    }
-    with server.client() as client:
-        answer = client.post("/v1/completions", json=body(schema, n=4, seed=1)).json()
-    for choice in answer["choices"]:
-        if choice["finish_reason"] == "stop":
-            jsonschema_rs.validate(schema, json.loads(choice["text"]))
-    assert "stop" in {choice["finish_reason"] for choice in answer["choices"]}
+    fields = {f"field_{i}": {"type": "integer"} for i in range(700)}
+    schema = {"type": "object", "properties": fields}
+    choices = server.post("/v1/completions", json=body(schema, n=4, seed=1)).json()["choices"]
+    ended = [choice["text"] for choice in choices if choice["finish_reason"] == "stop"]
+    assert ended
+    for text in ended:
+        jsonschema_rs.validate(schema, json.loads(text))
 
 
 @pytest.mark.slow
-def test_json_goes_on_in_another_engine(server):
-    """An engine is killed within an array; its stream continues in the next to the end."""
+def test_json_continues_in_another_engine_after_a_kill(server):
     (replica,) = server.replicas()
     asked = body(NUMBERS, max_tokens=3000, stream=True, temperature=0)
     with server.client() as client, client.stream("POST", "/v1/completions", json=asked) as answer:
@@ -167,18 +153,14 @@ def test_json_goes_on_in_another_engine(server):
 
 
 @pytest.mark.slow
-def test_white_space_is_a_setting(long_model_directory):
-    with (
-        serving(long_model_directory, "--json-whitespace", "flexible") as flexible,
-        flexible.client() as client,
-    ):
-        asked = body(
-            {"type": "array", "items": {"type": "null"}, "maxItems": 2}, n=20, max_tokens=400
-        )
-        choices = client.post("/v1/completions", json=asked).json()["choices"]
-    texts = [its["text"] for its in choices if its["finish_reason"] == "stop"]
+def test_json_whitespace_is_a_setting(long_model_directory):
+    schema = {"type": "array", "items": {"type": "null"}, "maxItems": 2}
+    with serving(long_model_directory, "--json-whitespace", "flexible") as server:
+        answer = server.post("/v1/completions", json=body(schema, n=20, max_tokens=400))
+    choices = answer.json()["choices"]
+    texts = [choice["text"] for choice in choices if choice["finish_reason"] == "stop"]
     assert all(len(json.loads(text)) <= 2 for text in texts)
-    assert any(any(its.isspace() for its in text) for text in texts)
+    assert any(character.isspace() for text in texts for character in text)
 
 
 def install(*more):
@@ -187,12 +169,8 @@ def install(*more):
 
 
 def answers_of(server, *command):
-    done = subprocess.run(
-        [*map(str, command), f"{server.url}/v1"],
-        capture_output=True,
-        text=True,
-        timeout=5 * SECONDS,
-    )
+    command = [*map(str, command), f"{server.url}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(map(json.loads, done.stdout.splitlines()))
 
@@ -206,17 +184,18 @@ def test_instructor_and_langchain(server):
     for name in ("json_schema None", "json_schema True", "stream"):
         Answer.model_validate({"note": None, **answers.pop(f"langchain {name}")})
     for name in ("instructor JSON", "langchain json_mode"):
-        assert all(isinstance(its, dict) for its in answers[name])
-        assert answers.pop(name), "none of eight objects has ended"
+        objects = answers.pop(name)
+        assert objects, "none of eight answers ended"
+        assert all(isinstance(value, dict) for value in objects)
     assert not answers
 
 
 @pytest.mark.slow
 def test_node_clients(server, tmp_path):
     if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("there is no node, or no npm")
+        pytest.skip("needs node and npm")
     install("npm")
-    # Modules are looked for beside the script.
+    # Node looks for modules beside the script.
     (tmp_path / "node_modules").symlink_to(INSTALLED / "node_modules")
     script = shutil.copy(CLIENTS / "structured.mjs", tmp_path)
     answers = answers_of(server, "node", script)

@@ -1,4 +1,4 @@
-"""lm-eval's `local-completions` against a live server: a task's results are those of the model."""
+"""lm-eval's `local-completions` against a live server has the results of the model itself."""
 
 import importlib.util
 import json
@@ -11,9 +11,7 @@ import pytest
 import torch
 import yaml
 
-from serve.config import EngineConfig
-from serve.engine.engine import Engine
-from tests.serve.requests import make_request
+from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS, serving
 
 DOCUMENTS = [
@@ -23,14 +21,16 @@ DOCUMENTS = [
     {"query": "x", "choices": ["\n\n", " f(", "0"], "gold": 1},
 ]
 TASK = """
-task: code_choices
+task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {data}
 test_split: test
-output_type: multiple_choice
 doc_to_text: query
+"""
+CHOICES = """
+output_type: multiple_choice
 doc_to_choice: choices
 doc_to_target: gold
 target_delimiter: ""
@@ -38,17 +38,8 @@ metric_list:
   - metric: acc
   - metric: acc_norm
 """
-
-
 GENERATION = """
-task: code_lines
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
 output_type: generate_until
-doc_to_text: query
 doc_to_target: "{{{{choices[gold]}}}}"
 metric_list:
   - metric: exact_match
@@ -58,8 +49,7 @@ NEW_TOKENS = 20
 
 
 def humaneval_settings():
-    """The generation settings of lm-eval's own task, but for its length; to the five strings that
-    end its texts, lm-eval adds the name of EOS."""
+    """The generation settings of lm-eval's own task, except for the number of new tokens."""
     folder = Path(importlib.util.find_spec("lm_eval").origin).parent
     text = (folder / "tasks/humaneval/humaneval.yaml").read_text(encoding="utf-8")
     settings = yaml.safe_load(text.replace("!function ", ""))["generation_kwargs"]
@@ -67,67 +57,47 @@ def humaneval_settings():
     return {**settings, "max_gen_toks": NEW_TOKENS}
 
 
-def greedy_text(model, tokenizer, prompt, stop_strings):
-    engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.01))
-    stops = [tokenizer.eos_id]
-    engine.add(
-        make_request(tokenizer.encode(prompt), NEW_TOKENS, stop=stop_strings, stop_token_ids=stops)
-    )
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-    return "".join(output.text for output in outputs)
-
-
 def loglikelihood(model, tokenizer, context, continuation):
-    """Of a continuation, and whether greedy decoding would give it."""
+    """Log probability of a continuation, and whether greedy decoding would give it."""
     context_tokens = tokenizer.encode(context)
     tokens = tokenizer.encode(context + continuation)
     with torch.no_grad():
         logprobs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
     rest = range(len(context_tokens), len(tokens))
-    found = sum(logprobs[at - 1, tokens[at]].item() for at in rest)
-    return found, all(logprobs[at - 1].argmax() == tokens[at] for at in rest)
+    total = sum(logprobs[at - 1, tokens[at]].item() for at in rest)
+    return total, all(logprobs[at - 1].argmax() == tokens[at] for at in rest)
+
+
+def samples_of(folder, task):
+    (path,) = folder.rglob(f"samples_{task}_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(samples) == len(DOCUMENTS)
+    return samples
 
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_task_s_results_are_the_model_s(
+def test_tasks_have_the_results_of_the_model(
     tmp_path, model_directory, code_model, code_tokenizer, batch_size
 ):
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(its) + "\n" for its in DOCUMENTS))
-    task = TASK.format(data=tmp_path / "data.jsonl")
-    (tmp_path / "code_choices.yaml").write_text(task)
-    settings = humaneval_settings()
-    generation = GENERATION.format(data=tmp_path / "data.jsonl", settings=json.dumps(settings))
-    (tmp_path / "code_lines.yaml").write_text(generation)
+    data, settings = tmp_path / "data.jsonl", humaneval_settings()
+    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    generation = GENERATION.format(settings=json.dumps(settings))
+    for name, kind in {"code_choices": CHOICES, "code_lines": generation}.items():
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
     with serving(model_directory) as server:
         arguments = f"base_url={server.url}/v1/completions,model=model,tokenizer_backend=remote"
+        arguments += ",tokenized_requests=True,num_concurrent=2,max_length=64"
         command = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
-        command += [
-            "--model_args",
-            arguments + ",tokenized_requests=True,num_concurrent=2,max_length=64",
-        ]
+        command += ["--model_args", arguments]
         command += ["--tasks", "code_choices,code_lines", "--include_path", str(tmp_path)]
         command += ["--batch_size", str(batch_size), "--log_samples"]
         command += ["--output_path", str(tmp_path / "results")]
-        offline = {
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-        }
-        done = subprocess.run(
-            command,
-            env={**os.environ, **offline},
-            capture_output=True,
-            text=True,
-            timeout=3 * SECONDS,
-        )
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **offline}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3 * SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "results").rglob("samples_code_choices_*.jsonl")
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(samples) == len(DOCUMENTS)
     num_right = 0
-    for sample in samples:
+    for sample in samples_of(tmp_path, "code_choices"):
         document = sample["doc"]
         expected = [
             loglikelihood(code_model, code_tokenizer, document["query"], choice)
@@ -142,11 +112,10 @@ def test_a_task_s_results_are_the_model_s(
     (path,) = (tmp_path / "results").rglob("results_*.json")
     accuracy = json.loads(path.read_text())["results"]["code_choices"]["acc,none"]
     assert accuracy == pytest.approx(num_right / len(DOCUMENTS))
-    (path,) = (tmp_path / "results").rglob("samples_code_lines_*.jsonl")
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(samples) == len(DOCUMENTS)
-    for sample in samples:
-        stops = [*settings["until"], code_tokenizer.token_text(code_tokenizer.eos_id)]
-        assert len(stops) == 6
-        expected = greedy_text(code_model, code_tokenizer, sample["doc"]["query"], stops)
-        assert sample["resps"] == [[expected]]
+    eos = code_tokenizer.eos_id
+    stops = [*settings["until"], code_tokenizer.token_text(eos)]  # lm-eval adds the name of EOS
+    for sample in samples_of(tmp_path, "code_lines"):
+        prompt = code_tokenizer.encode(sample["doc"]["query"])
+        request = make_request(prompt, NEW_TOKENS, stop=stops, stop_token_ids=[eos])
+        (expected,) = decode(code_model, code_tokenizer, [request])
+        assert sample["resps"] == [[expected.text]]

@@ -1,6 +1,6 @@
 """instructor and langchain-openai against the server at argv[1]: a line of JSON for each answer.
 
-Runs in an environment of its own (tests/install_clients.sh)."""
+Runs in the environment of tests/install_clients.sh."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ class Answer(BaseModel):
 
 
 class Anything(BaseModel):
-    """Which any object is."""
+    """Any object."""
 
     title: object = None
 
@@ -52,7 +52,7 @@ partial = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA).creat
 )
 report("instructor partial", [piece.model_dump() for piece in partial][-1])
 
-# Of a model that knows no JSON, any object is as good as it gets, and few end.
+# A model that knows no JSON ends few objects.
 patched = instructor.from_openai(client, mode=instructor.Mode.JSON)
 ended = []
 for seed in range(8):
