@@ -1,10 +1,13 @@
 """Lists of prompts decoded from Python."""
 
+import sys
+
 import pytest
 
-from serve import LLM, Engine, EngineConfig, Request, SamplingParams
+from serve import LLM, Request, SamplingParams
 from serve.prompts import derived_seed
 from stu.common.errors import UserError
+from tests.serve.requests import decode
 
 PROMPTS = ["def f(", "", [1, 100, 101], "return x"]
 
@@ -12,15 +15,6 @@ PROMPTS = ["def f(", "", [1, 100, 101], "return x"]
 @pytest.fixture(scope="module")
 def llm(model_directory):
     return LLM(model_directory, "cpu", cache_gib=0.01, max_running=3)
-
-
-def alone(model, tokenizer, tokens, params):
-    engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.01))
-    engine.add(Request(tokens, params))
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-    return "".join(output.text for output in outputs), outputs[-1].finish_reason
 
 
 def test_completions_come_in_the_order_of_the_prompts(llm, code_model, code_tokenizer, capsys):
@@ -34,8 +28,8 @@ def test_completions_come_in_the_order_of_the_prompts(llm, code_model, code_toke
     for index, (tokens, completion) in enumerate(zip(ids, made, strict=True)):
         seed = derived_seed(3, index) if index else 3
         own = SamplingParams(temperature=1.0, max_new_tokens=12, seed=seed)
-        expected = alone(code_model, code_tokenizer, tokens, own)
-        assert (completion.text, completion.finish_reason) == expected
+        (alone,) = decode(code_model, code_tokenizer, [Request(tokens, own)])
+        assert (completion.text, completion.finish_reason) == (alone.text, alone.finish_reason)
         assert [item.token for item in completion.logprobs] == list(completion.token_ids)
     assert len({completion.text for completion in made}) > 4
 
@@ -69,3 +63,11 @@ def test_a_conversation(llm, code_tokenizer):
     (answer,) = llm.chat(messages, SamplingParams(max_new_tokens=3))
     assert code_tokenizer.decode(answer.prompt_token_ids) == "user: f?\n\nassistant:"
     assert [answer, answer] == llm.chat([messages, messages], SamplingParams(max_new_tokens=3))
+
+
+def test_a_conversation_without_jinja2_names_the_extra_to_install(llm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    for name in ("chat_dialect", "chat_template"):
+        monkeypatch.delitem(sys.modules, f"serve.openai.{name}", raising=False)
+    with pytest.raises(UserError, match=r'jinja2 is not installed: pip install "stu\[serve\]"'):
+        llm.chat([{"role": "user", "content": "f?"}])

@@ -10,7 +10,7 @@ import pytest
 from serve.batch.checked_file import Changed
 from serve.batch.config import BatchConfig
 from stu.common.cli import run_command
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,18 @@ def test_a_command_names_settings_as_options(capsys):
         assert run_command("stu-test", lambda error=error: _raise(error), settings=BatchConfig) == 2
         expected = f"stu-test: error: {shown}=0 is not allowed: it must be a whole number >= 1\n"
         assert capsys.readouterr().err == expected
+
+
+def test_messages_name_settings_as_options_only_in_a_command(capsys):
+    def refuse():
+        raise UserError("devices", message=f"lower {setting_name('cache_gib')}, not {other}")
+
+    other = setting_name("other")
+    with pytest.raises(UserError, match="lower cache_gib, not other"):
+        refuse()
+    assert run_command("stu-test", refuse, settings=BatchConfig) == 2
+    assert capsys.readouterr().err == "stu-test: error: lower --cache-gib, not other\n"
+    assert setting_name("cache_gib") == "cache_gib"
 
 
 @pytest.mark.parametrize("error", [UserError("a", 1, "2"), FileNotFoundError(2, "gone", "x")])

@@ -69,7 +69,7 @@ def test_an_engine_that_cannot_begin_ends_the_run_and_says_why(
     assert generate(model_directory, source, target, *TWO, "--cache-gib", "1e-6") == 2
     error = capsys.readouterr().err
     assert "the worker on cpu ended with code 2; its last output: " in error
-    assert "cache_gib=9.993e-07 is too little" in error
+    assert "--cache-gib=9.993e-07 is too little" in error
     assert own_workers() == []
 
 

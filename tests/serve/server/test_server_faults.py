@@ -258,7 +258,11 @@ def test_a_server_stops_while_its_engine_loads(model_directory):
 
 def test_warnings_of_an_engine_are_logged(tmp_path, code_tokenizer):
     config = ModelConfig(
-        vocab_size=code_tokenizer.vocab_size, width=16, num_layers=2, layout="hyena", max_seq_len=64
+        vocab_size=code_tokenizer.vocab_size,
+        width=16,
+        num_layers=2,
+        layout="hyena",
+        max_seq_len=512,
     )
     save_model(tmp_path / "model", FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
     with serving(tmp_path / "model") as server:
