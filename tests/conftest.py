@@ -1,4 +1,4 @@
-"""What holds for all tests, whichever worker runs them."""
+"""Settings of all tests."""
 
 import signal
 
@@ -16,7 +16,7 @@ LONGEST = ["test_train_job.py", "test_zero.py", "test_resume.py", "test_server_f
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # workers use that of their controller
+    if not hasattr(config, "workerinput"):  # workers use the folder of their controller
         forked.make_folder()
 
 
@@ -26,14 +26,14 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files of the longest first; the others keep their order."""
+    """Put the tests of the longest files first, and keep the order of the others."""
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda its: order.get(its.path.name, len(order)))
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture
 def folder_of_namesakes(tmp_path, monkeypatch):
-    """The current folder, with files named as the packages are, which must not be imported."""
+    """Change to a folder with modules named as the packages, which must not be imported."""
     folder = tmp_path / "namesakes"
     folder.mkdir()
     for name in ("stu", "train", "serve"):

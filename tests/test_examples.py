@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as a reader would run them."""
+"""The scripts in examples/ and the snippets in docs/ run."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model directory."""
+    """Return a model directory."""
     folder = tmp_path_factory.mktemp("example")
     tokenizer = train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, folder / "tokenizer.model")
     config = ModelConfig(
@@ -30,27 +30,28 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("script", "printed"),
+    ("script", "expected"),
     [
         ("add_a_mixer.py", ""),
         ("decode.py MODEL", "'import os\\n'"),
         ("step_an_engine.py MODEL", " abort "),
     ],
 )
-def test_an_example_runs(script, printed, model, tmp_path):
-    assert printed in run(sys.executable, tmp_path, *script.replace("MODEL", str(model)).split(" "))
+def test_example(script, expected, model, tmp_path):
+    python = sys.executable if "decode" in script else forked.python()
+    assert expected in run(python, tmp_path, *script.replace("MODEL", str(model)).split(" "))
 
 
-def test_the_examples_of_training_run(tmp_path):
+def test_examples_of_training(tmp_path):
     pages, folder = EXAMPLES.parent / "docs", tmp_path / "example"
     assert "wrote" in run(forked.python(), tmp_path, "train.py", str(pages), str(folder))
     load_model(folder / "model")
     assert "step 30: loss" in run(forked.python(), tmp_path, "resume.py", str(folder))
 
 
-def test_the_example_of_a_client_runs(model, tmp_path):
+def test_example_of_a_client(model, tmp_path):
     with serving(model) as server:
-        text = run(sys.executable, tmp_path, "stream.py", f"{server.url}/v1")
+        text = run(forked.python(), tmp_path, "stream.py", f"{server.url}/v1")
     assert text.endswith(("[length]\n", "[stop]\n"))
 
 
@@ -68,7 +69,7 @@ def run(python, folder, name, *arguments):
 
 
 @pytest.mark.parametrize("page", ["engine.md", "python.md"])
-def test_snippets_of_a_page_run(page, model):
+def test_snippets_of_a_page(page, model):
     text = (EXAMPLES.parent / "docs" / page).read_text(encoding="utf-8")
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     whole = [block for block in blocks if '"models/mine"' in block]

@@ -1,10 +1,11 @@
-"""A real Slurm of a few nodes on this machine: own ports, key, state and logs in one folder.
+"""A real Slurm on this machine, with its own ports and key, and state and logs in one folder.
 
-Nodes are `slurmd` processes, each with a host name and process numbers of its own, so that a node
-can be lost as a whole. Needs root, and nothing of the machine's own Slurm, if it has one.
+Nodes are `slurmd` processes, each with its own host name and process numbers, so that a node
+can be lost as a whole. It needs root, and is independent of a Slurm that the machine has.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,31 +51,33 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP GraceTime=300
-# Jobs of this one preempt those of main.
-PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP GraceTime=300
+# Jobs in it preempt jobs in main.
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2 MaxTime=INFINITE State=UP
+PartitionName=scarce Nodes=n3,n1 MaxTime=INFINITE State=UP
 """
 NODE = """
 hostname {name}
 mount --bind hosts /etc/hosts
-{more}
-slurmd -D -N {name} -f {folder}/slurm.conf
+[ {name} != n3 ] || mount --bind meminfo /proc/meminfo
+exec slurmd -D -N {name} -f {folder}/slurm.conf
 """
+NAMES = "n3", "n1", "n2"  # n3 is only in the partition scarce
+NUM_GPUS = 8
+"""GPUs of each node, as far as Slurm knows."""
 SECONDS = 60
 
 
 class SlurmCluster:
-    """Started with `start`, ended with `stop`, in any state."""
+    """Nodes n1 and n2, and n3, which has almost no free memory."""
 
-    def __init__(self, folder: Path, num_nodes: int = 2, num_cpus: int = 8, num_gpus: int = 0):
+    def __init__(self, folder: Path):
         self.folder, self.small_disk = folder, folder / "small"
-        self.names = [f"n{number}" for number in range(1, num_nodes + 1)]
-        self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._processes: dict[str, subprocess.Popen] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self):
-        """Every node idle, or an AssertionError with what the daemons said."""
+        """Start all nodes. Raises AssertionError with the daemons' logs if one does not start."""
         (self.folder / "state").mkdir(parents=True)
         self.small_disk.mkdir()
         subprocess.run(
@@ -93,13 +96,13 @@ class SlurmCluster:
         )
         self._until(sock.exists)
         self._run_daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.folder / "slurm.conf")
-        for name in self.names:
+        for name in NAMES:
             self.start_node(name)
-        self.wait_for_nodes()
+        self._until(lambda: self._idle() == {*NAMES})
 
     def stop(self):
-        """Every job and process that it started."""
-        for name in self.names:
+        """End all jobs and processes of the cluster."""
+        for name in NAMES:
             self.kill_node(name)
         for process in reversed(self._processes.values()):
             process.terminate()
@@ -111,50 +114,44 @@ class SlurmCluster:
         self._processes.clear()
         subprocess.run(["umount", "--lazy", self.small_disk], check=True)
 
-    def start_node(self, name, more=""):
-        """Again, too, after `kill_node`. more: what is to be done there first."""
-        script = NODE.format(name=name, folder=self.folder, more=more)
+    def start_node(self, name):
+        script = NODE.format(name=name, folder=self.folder)
         namespaces = "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"
         self._run_daemon(name, "unshare", *namespaces, "sh", "-c", script)
 
     def kill_node(self, name):
-        """As when its power fails: all that runs on it goes at once."""
+        """End all processes of a node at once, as a power failure does."""
         process = self._processes.pop(name, None)
         if process is not None:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
-    def call(self, *command, **settings):
-        """Run a command of Slurm's: what it prints."""
+    def call(self, *command):
+        """Run a command of Slurm, and return its output."""
         result = subprocess.run(
             [*map(str, command)],
             env=self.environment,
             capture_output=True,
             text=True,
             timeout=SECONDS,
-            **settings,
         )
         assert result.returncode == 0, (command, result.stdout, result.stderr)
         return result.stdout.strip()
 
-    def submit(self, *arguments, **settings):
-        """`sbatch`: the job's number."""
-        return self.call("sbatch", "--parsable", *arguments, **settings).split(";")[0]
+    def submit(self, *arguments):
+        """Submit a job with `sbatch`, and return its number."""
+        return self.call("sbatch", "--parsable", *arguments).split(";")[0]
 
     def state(self, job):
-        """Of a job, such as RUNNING."""
+        """Return the state of a job, such as RUNNING."""
         return self._field(job, "JobState")
 
     def restarts(self, job):
-        """How often it began again."""
+        """Return how often a job was requeued."""
         return int(self._field(job, "Restarts"))
 
-    def wait_for_nodes(self):
-        """Until all are idle."""
-        self._until(lambda: self._idle() == set(self.names))
-
     def wait(self, job, seconds=SECONDS):
-        """Until it is over: its state. A job that is requeued is not over."""
+        """Wait until a job is over, and return its state. A job that is requeued is not over."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
         self._until(lambda: self.state(job) in over, seconds)
         return self.state(job)
@@ -172,13 +169,13 @@ class SlurmCluster:
         )
         return set(shown.stdout.split())
 
-    def _until(self, holds, seconds=SECONDS):
+    def _until(self, is_true, seconds=SECONDS):
         deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, self._said()
-            time.sleep(0.1)
+        while not is_true():
+            assert time.monotonic() < deadline, self._logs()
+            time.sleep(0.2)
 
-    def _said(self):
+    def _logs(self):
         return "\n".join(
             f"{path.name}: {path.read_text(errors='replace')[-1000:]}"
             for path in sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
@@ -197,18 +194,20 @@ class SlurmCluster:
 
     def _write_files(self):
         hosts = Path("/etc/hosts").read_text()
-        lines = [f"127.0.0.1 {name}" for name in self.names]
+        lines = [f"127.0.0.1 {name}" for name in NAMES]
         (self.folder / "hosts").write_text("\n".join([hosts.rstrip(), *lines]) + "\n")
-        gpus = [self.folder / f"gpu{number}" for number in range(self._num_gpus)]
-        for gpu in gpus:  # Slurm wants devices
-            os.mknod(gpu, 0o666 | 0o020000, os.makedev(1, 3))
-        gres = f"Name=gpu File={self.folder}/gpu[0-{len(gpus) - 1}]\n" if gpus else ""
+        memory = Path("/proc/meminfo").read_text()
+        scarce = re.sub(r"(MemAvailable: +)\d+", r"\g<1>1000", memory)
+        (self.folder / "meminfo").write_text(scarce)
+        for number in range(NUM_GPUS):  # Slurm wants devices
+            os.mknod(self.folder / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
+        gres = f"Name=gpu File={self.folder}/gpu[0-{NUM_GPUS - 1}]\n"
         (self.folder / "gres.conf").write_text(gres)
         nodes = [
-            # One address for all: srun listens at one, and steps call back there.
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={_free_port()} CPUs={self._num_cpus} "
-            f"RealMemory=8000 Gres=gpu:{self._num_gpus} State=UNKNOWN"
-            for name in self.names
+            # All have one address, as srun listens at one, and steps connect there.
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=16 "
+            f"RealMemory=16000 Gres=gpu:{NUM_GPUS} State=UNKNOWN Weight={weight}"
+            for weight, name in enumerate(NAMES, start=1)  # jobs start on the first one
         ]
         text = CONFIGURATION.format(port=_free_port(), folder=self.folder, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(text)

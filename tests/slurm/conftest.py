@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,16 @@ from tests.slurm.cluster import SlurmCluster
 from tests.train.conftest import data, module_settings  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 240
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """Two nodes with a GPU each, as far as Slurm knows."""
     if os.geteuid() != 0:
         pytest.skip("Slurm's daemons need root")
     subprocess.run(["sh", ROOT / "tests" / "install_slurm.sh"], check=True)
-    made = SlurmCluster(tmp_path_factory.mktemp("slurm"), num_nodes=2, num_gpus=1)
     programs = Path(forked.program("stu-train")).parent
+    made = SlurmCluster(tmp_path_factory.mktemp("slurm"))
     made.environment["PATH"] = f"{programs}:{os.environ['PATH']}"
     made.environment["OMP_NUM_THREADS"] = "1"
     try:
@@ -28,3 +29,15 @@ def cluster(tmp_path_factory):
         yield made
     finally:
         made.stop()
+
+
+def until(is_true, describe):
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + SECONDS
+    while not is_true():
+        assert time.monotonic() < deadline, describe()
+        time.sleep(0.05)
+
+
+def read_logs(folder):
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))

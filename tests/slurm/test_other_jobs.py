@@ -1,18 +1,15 @@
-"""slurm/generate.sbatch and slurm/serve.sbatch."""
+"""slurm/prepare.sbatch, slurm/generate.sbatch and slurm/serve.sbatch."""
 
 import json
-import os
 import re
 import signal
 import socket
-import sys
-import time
 from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
+from tests import forked
 from tests.serve.conftest import (  # noqa: F401
     code_model,
     code_tokenizer,
@@ -21,113 +18,132 @@ from tests.serve.conftest import (  # noqa: F401
     read_rows,
     write_rows,
 )
-from tests.slurm.conftest import ROOT
+from tests.slurm.conftest import ROOT, SECONDS, read_logs, until
+from train.data.config import PrepareConfig
+from train.data.prepare import prepare
+from train.data.shards import TokenShards
 
-HEAD = ["--gpus-per-node=1", "--cpus-per-task=1", "--mem=1G", "--time=10"]
-SECONDS = 240
+HEAD = ["--cpus-per-task=1", "--mem=1G", "--time=10"]
+COUNT = 3
 ROWS = [{"id": str(i), "prompt": f"def f{i}(", "max_new_tokens": 40} for i in range(60)]
+KILL_TASK_1_ONCE = """
+import os, signal
+if os.environ["SLURM_ARRAY_TASK_ID"] == "1" and "SLURM_RESTART_COUNT" not in os.environ:
+    from train.data.shards import SplitWriter
+    SplitWriter.finish = lambda writer: os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-def until(holds, message):
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, message()
-        time.sleep(0.05)
+def tokens(folder):
+    splits = [TokenShards(folder, split) for split in ("train", "validation")]
+    return [shards.read(0, len(shards)).tolist() for shards in splits]
 
 
-def processes(word):
-    """On this machine, whose command has it."""
-    return [
-        its
-        for its in psutil.process_iter(["cmdline"])
-        if word in " ".join(its.info["cmdline"] or []) and "python" in its.info["cmdline"][0]
-    ]
+def test_prepare_repeats_a_killed_task_of_an_array(cluster, tmp_path):
+    """It equals one run, though a task is killed before its part is complete."""
+    corpus, output, alone = tmp_path / "corpus", tmp_path / "out" / "data", tmp_path / "alone"
+    corpus.mkdir()
+    for name in range(COUNT):
+        rows = [{"text": f"def f_{name}_{i}(x):\n\treturn x + {i * i}\n"} for i in range(100)]
+        write_rows(corpus / f"{name}.jsonl", rows)
+    (tmp_path / "sitecustomize.py").write_text(KILL_TASK_1_ONCE)
+    job = cluster.submit(
+        *(f"--array=0-{COUNT - 1}", *HEAD, f"--chdir={tmp_path}"),
+        *(f"--export=ALL,PYTHONPATH={tmp_path}", ROOT / "slurm" / "prepare.sbatch"),
+        *(corpus, "--output", output, "--vocab-size=320", "--validation-fraction=0.2"),
+    )
+    for task in range(COUNT):
+        assert cluster.wait(f"{job}_{task}", SECONDS) == "COMPLETED", read_logs(tmp_path)
+    assert [cluster.restarts(f"{job}_{task}") for task in range(COUNT)] == [0, 1, 0]
+    assert "stu-prepare ended with code 137" in read_logs(tmp_path)
+    assert {path.name for path in output.parent.iterdir()} == {"data", "data.lock"}
+    assert read_logs(tmp_path).count("training the tokenizer") == 1
+    prepare(PrepareConfig([str(corpus)], alone, vocab_size=320, validation_fraction=0.2, workers=1))
+    assert tokens(output) == tokens(alone)
 
 
-def is_told_to_end(process):
-    """Whether SIGTERM waits until a suspended process can take it."""
+def find_process(words):
+    """Return the process of `stu-generate` whose command line has these words."""
+    (client,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if words in " ".join(process.info["cmdline"] or [])
+        and "python" in process.info["cmdline"][0]
+    )
+    (process,) = forked.real(client.pid).children()  # it runs in the namespaces of its node
+    return process
+
+
+def has_pending_sigterm(process):
+    """Return whether a suspended process has received SIGTERM."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    (waiting,) = re.findall(r"^ShdPnd:\s*(\w+)$", status, re.MULTILINE)
-    return bool(int(waiting, 16) >> (signal.SIGTERM - 1) & 1)
+    (pending,) = re.findall(r"^ShdPnd:\s*(\w+)$", status, re.MULTILINE)
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def test_an_array_the_time_of_one_task_of_which_is_up(cluster, tmp_path, model_directory):  # noqa: F811
+def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
+    cluster,
+    tmp_path,
+    model_directory,  # noqa: F811
+):
     source, target = tmp_path / "in.jsonl", tmp_path / "of.mine" / "completions"
     target.parent.mkdir()
     write_rows(source, ROWS)
-    options = "--cache-gib", "0.01", "--devices", "cpu", "--temperature", "1", "--batch-invariant"
+    options = "--devices", "cpu", "--temperature", "1", "--batch-invariant"
     options += "--max-running", "2"  # so that rows end one after the other
-    script = ROOT / "slurm" / "generate.sbatch"
     job = cluster.submit(
-        "--array=0-2",
-        *HEAD,
-        f"--chdir={tmp_path}",
-        script,
-        model_directory,
-        source,
-        target,
-        *options,
+        *(f"--array=0-{COUNT - 1}", *HEAD, "--gpus-per-node=1", f"--chdir={tmp_path}"),
+        *(ROOT / "slurm" / "generate.sbatch", model_directory, source, target),
+        *("--cache-gib", "0.01", *options),
     )
 
     def log():
-        return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+        return read_logs(tmp_path)
 
     part = target.with_name("completions.1-of-3")
     until(lambda: part.exists() and part.stat().st_size, log)
-    (generating,) = processes(f"--output {target} --part 1/3")
-    generating.suspend()  # it must not end before the signal arrives
+    process = find_process(f"--output {target} --part 1/3")
+    process.suspend()  # it must not end before the signal arrives
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    until(lambda: is_told_to_end(generating), log)
-    generating.resume()
+    until(lambda: has_pending_sigterm(process), log)
+    process.resume()
     until(target.exists, log)
     alone = tmp_path / "alone.jsonl"
-    assert generate(model_directory, source, alone, *options[2:]) == 0
+    assert generate(model_directory, source, alone, *options) == 0
     # Slurm's own line about the requeue may stand between these two.
     for line in ("stu-generate ended with code 143 after SIGUSR1\n", "\nrequeued: it continues"):
         assert line in log()
-    rows = {row["id"]: row for row in read_rows(target)}
-    assert len(read_rows(target)) == len(ROWS)
-    assert rows == {row["id"]: row for row in read_rows(alone)}
-    cluster.call("scancel", job)
+    rows = read_rows(target)
+    assert len(rows) == len(ROWS)
+    assert {row["id"]: row for row in rows} == {row["id"]: row for row in read_rows(alone)}
+    for task in range(COUNT):
+        assert cluster.wait(f"{job}_{task}") == "COMPLETED", log()
     assert not list(target.parent.glob("*.done"))
 
 
-def test_a_server(cluster, tmp_path, model_directory):  # noqa: F811
+def test_serve_finishes_running_requests_when_it_is_stopped(cluster, tmp_path, model_directory):  # noqa: F811
     keys = tmp_path / "keys"
     keys.write_text("a-key\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cluster.environment |= {"STU_API_KEY_FILE": str(keys), "STU_PORT": str(port)}
-    script = ROOT / "slurm" / "serve.sbatch"
-    options = "--devices", "cpu", "--cache-gib", "0.01"
-    job = cluster.submit(*HEAD, f"--chdir={tmp_path}", script, model_directory, *options)
-
-    def log():
-        return "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
-
-    until(lambda: "listening on" in log(), log)
+    job = cluster.submit(
+        *(*HEAD, "--gpus-per-node=1", f"--chdir={tmp_path}"),
+        *(f"--export=ALL,STU_API_KEY_FILE={keys},STU_PORT={port}", ROOT / "slurm" / "serve.sbatch"),
+        *(model_directory, "--devices", "cpu", "--cache-gib", "0.01"),
+    )
+    until(lambda: "listening on" in read_logs(tmp_path), lambda: read_logs(tmp_path))
     url = f"http://127.0.0.1:{port}"
     assert httpx.get(f"{url}/v1/models").status_code == 401
     headers = {"authorization": "Bearer a-key"}
     body = {"prompt": "def f(", "max_tokens": 40, "stream": True, "stop_at_eos": False}
     with httpx.stream(
         "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=SECONDS
-    ) as answer:
-        lines = answer.iter_lines()
+    ) as response:
+        lines = response.iter_lines()
         next(lines)
         cluster.call("scancel", "--signal=TERM", "--batch", job)
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    assert cluster.wait(job, SECONDS) == "COMPLETED", log()
-
-
-@pytest.fixture(autouse=True)
-def same_environment(cluster):
-    before = dict(cluster.environment)
-    # These jobs are of processes that start as a user's do.
-    cluster.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    yield
-    cluster.environment.clear()
-    cluster.environment |= before
+    assert cluster.wait(job, SECONDS) == "COMPLETED", read_logs(tmp_path)

@@ -2,9 +2,7 @@
 
 import math
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import lightning as L
 import pytest
@@ -22,23 +20,21 @@ NUM_SAMPLES = 124  # (1000 - 1) // SEQ_LEN
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shards"
     write_token_shards(folder, num_train=1000, num_validation=100)
     return folder
 
 
-def _stream(folder: Path, m: int = 1, **settings: int) -> SampleStream:
+def _stream(folder, m=1, **settings):
     return SampleStream(TokenShards(folder, "train"), SEQ_LEN, m, **settings)
 
 
-def _ids(stream: SampleStream, num_batches: int) -> list[list[int]]:
+def _ids(stream, num_batches):
     return [batch["sample_ids"].tolist() for batch in islice(stream, num_batches)]
 
 
-def _over_all_ranks(
-    folder: Path, num_steps: int, m: int, world_size: int, position: int
-) -> list[int]:
+def _over_all_ranks(folder, num_steps, m, world_size, position):
     """Sample ids that `num_steps` steps of all ranks consume, in order of position."""
     ranks = [
         _ids(_stream(folder, m, rank=r, world_size=world_size, position=position), num_steps)
@@ -47,7 +43,7 @@ def _over_all_ranks(
     return [i for step in range(num_steps) for rank in ranks for i in rank[step]]
 
 
-def test_a_sample_is_its_window_of_tokens(folder: Path) -> None:
+def test_a_sample_is_its_window_of_tokens(folder):
     for batch in islice(_stream(folder, m=3), 50):
         assert batch["tokens"].dtype == batch["sample_ids"].dtype == torch.int64
         assert batch["tokens"].shape == (3, SEQ_LEN + 1)
@@ -56,52 +52,40 @@ def test_a_sample_is_its_window_of_tokens(folder: Path) -> None:
         assert torch.equal(batch["tokens"], expected)
 
 
-def test_an_epoch_holds_every_sample_once_and_the_next_one_in_another_order(folder: Path) -> None:
+def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(folder):
     ids = [i for (i,) in _ids(_stream(folder), 3 * NUM_SAMPLES)]
     epochs = [ids[k * NUM_SAMPLES : (k + 1) * NUM_SAMPLES] for k in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM_SAMPLES))
     assert epochs[0] != epochs[1] != epochs[2] != list(range(NUM_SAMPLES))
-
-
-def test_the_order_is_a_function_of_the_seed(folder: Path) -> None:
-    assert _ids(_stream(folder, seed=5), 20) == _ids(_stream(folder, seed=5), 20)
-    assert _ids(_stream(folder, seed=5), 20) != _ids(_stream(folder, seed=6), 20)
+    assert _ids(_stream(folder, seed=5), 20) != _ids(_stream(folder), 20)
 
 
 sizes = st.integers(1, 5)
 
 
-@settings(deadline=None, max_examples=60)
-@given(num_steps=sizes, m=sizes, world_size=sizes, position=st.integers(0, 3 * NUM_SAMPLES))
-def test_ranks_together_read_what_one_rank_reads(
-    folder: Path, num_steps: int, m: int, world_size: int, position: int
-) -> None:
-    together = _over_all_ranks(folder, num_steps, m, world_size, position)
-    alone = _over_all_ranks(folder, len(together), 1, 1, position)
-    assert together == alone
-
-
-@settings(deadline=None, max_examples=60)
-@given(legs=st.lists(st.tuples(st.integers(1, 9), sizes, sizes), min_size=2, max_size=4))
-def test_changing_the_number_of_ranks_neither_repeats_nor_skips(
-    folder: Path, legs: list[tuple[int, int, int]]
-) -> None:
-    consumed: list[int] = []
+@settings(deadline=None, max_examples=40)
+@given(
+    start=st.integers(0, 3 * NUM_SAMPLES),
+    legs=st.lists(st.tuples(st.integers(1, 5), sizes, sizes), min_size=1, max_size=3),
+)
+def test_changing_the_number_of_ranks_neither_repeats_nor_skips_samples(folder, start, legs):
+    consumed = []
     for num_steps, m, world_size in legs:
-        consumed += _over_all_ranks(folder, num_steps, m, world_size, position=len(consumed))
-    assert consumed == _over_all_ranks(folder, len(consumed), 1, 1, 0)
+        position = start + len(consumed)
+        consumed += _over_all_ranks(folder, num_steps, m, world_size, position)
+    assert consumed == _over_all_ranks(folder, 1, len(consumed), 1, start)
 
 
 @pytest.mark.parametrize("seq_len", [1, 998, 999])
-def test_longest_and_shortest_samples(folder: Path, seq_len: int) -> None:
+def test_shortest_and_longest_samples(folder, seq_len):
     stream = SampleStream(TokenShards(folder, "train"), seq_len, 1)
     assert stream.samples_per_epoch == 999 // seq_len
     last = max(islice(stream, stream.samples_per_epoch), key=lambda b: int(b["sample_ids"]))
     assert last["tokens"][0, -1] == stream.samples_per_epoch * seq_len
 
 
-def test_a_sample_longer_than_the_data_is_refused(folder: Path) -> None:
+def test_a_sample_longer_than_the_data_is_refused(folder):
     with pytest.raises(
         UserError, match=r"data.seq_len=1000 .* less than 1000, .*; lower it or prepare more text"
     ):
@@ -112,9 +96,7 @@ def test_a_sample_longer_than_the_data_is_refused(folder: Path) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(seq_len=st.integers(1, 120), m=sizes, world_size=sizes, max_tokens=st.integers(1, 120))
-def test_validation_predicts_every_target_once(
-    folder: Path, seq_len: int, m: int, world_size: int, max_tokens: int
-) -> None:
+def test_validation_predicts_every_target_once(folder, seq_len, m, world_size, max_tokens):
     shards = TokenShards(folder, "validation")
     num_batches = math.ceil(min(99, max_tokens) / (seq_len * m * world_size))
     targets = []
@@ -131,14 +113,14 @@ def test_validation_predicts_every_target_once(
     assert sorted(targets) == list(range(1, min(99, max_tokens) + 1))
 
 
-def _data(folder: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> TokenData:
+def _data(folder, rank=0, world_size=1, **changes):
     data = TokenData(str(folder), **{"seq_len": SEQ_LEN, "micro_batch_size": 2} | changes)
     if world_size > 1:
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
     return data
 
 
-def test_data_says_what_it_holds(folder: Path) -> None:
+def test_properties_of_the_data(folder):
     data = _data(folder)
     assert data.vocab_size == 65536
     assert data.samples_per_epoch == NUM_SAMPLES
@@ -146,7 +128,7 @@ def test_data_says_what_it_holds(folder: Path) -> None:
     assert len(data.tokenizer_sha256) == 64
 
 
-def test_a_resumed_run_goes_on_with_the_next_sample_on_other_ranks(folder: Path) -> None:
+def test_a_resumed_run_continues_with_the_next_sample_on_other_ranks(folder):
     reference = _over_all_ranks(folder, 40, 1, 1, 0)
     data = _data(folder)
     seen = []
@@ -163,18 +145,13 @@ def test_a_resumed_run_goes_on_with_the_next_sample_on_other_ranks(folder: Path)
     assert seen == reference
 
 
-def test_fetching_ahead_does_not_move_the_position(folder: Path) -> None:
-    data = _data(folder)
-    list(islice(data.train_dataloader(), 10))
-    assert data.position == 0
-    data.advance(6)
-    assert data.state_dict()["position"] == data.position == 6
-
-
-def test_state_is_exactly_the_position_and_what_it_depends_on(folder: Path) -> None:
+def test_state_is_the_position_and_the_values_it_depends_on(folder):
     data = _data(folder, seed=3)
+    list(islice(data.train_dataloader(), 10))
+    assert data.position == 0  # batches that were fetched ahead do not count
+    data.advance(6)
     assert data.state_dict() == {
-        "position": 0,
+        "position": 6,
         "seed": 3,
         "seq_len": SEQ_LEN,
         "tokenizer_sha256": data.tokenizer_sha256,
@@ -193,7 +170,7 @@ def test_state_is_exactly_the_position_and_what_it_depends_on(folder: Path) -> N
         ("contents", "0"),
     ],
 )
-def test_a_position_of_another_order_is_refused(folder: Path, name: str, value: Any) -> None:
+def test_a_position_of_another_order_is_refused(folder, name, value):
     data = _data(folder)
     mine = data.state_dict()[name]
     with pytest.raises(UserError, match=f"data.{name} is {mine!r}, .* made with {value!r}"):
@@ -202,7 +179,7 @@ def test_a_position_of_another_order_is_refused(folder: Path, name: str, value: 
 
 
 @pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "max_validation_tokens"])
-def test_settings_are_checked(folder: Path, name: str) -> None:
+def test_settings_are_checked(folder, name):
     with pytest.raises(UserError, match=f"^data.{name}=0 .* must be at least 1"):
         _data(folder, **{name: 0})
 
@@ -210,26 +187,26 @@ def test_settings_are_checked(folder: Path, name: str) -> None:
 class _Recorder(L.LightningModule):
     """Records which samples Lightning hands over."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[int] = []
         self.num_validation_targets = 0
 
-    def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def training_step(self, batch):
         self.seen += batch["sample_ids"].tolist()
-        self.trainer.datamodule.advance(len(batch["sample_ids"]))  # type: ignore[attr-defined]
+        self.trainer.datamodule.advance(len(batch["sample_ids"]))
         return self.weight * 1.0
 
-    def validation_step(self, batch: dict[str, torch.Tensor]) -> None:
+    def validation_step(self, batch):
         self.num_validation_targets += int(batch["num_targets"].sum())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_lightning_resumes_where_the_checkpoint_was_made(folder: Path, tmp_path: Path) -> None:
-    def fit(max_steps: int, checkpoint: Path | None = None) -> tuple[_Recorder, L.Trainer]:
+def test_lightning_resumes_where_the_checkpoint_was_made(folder, tmp_path):
+    def fit(max_steps, checkpoint=None):
         trainer = L.Trainer(
             accelerator="cpu",
             max_steps=max_steps,

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from train.data.order import Permutation
 
 
-def _all(n: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = Permutation(n, seed, epoch)(np.arange(n, dtype=np.int64)).tolist()
-    return order
+def _all(n, seed, epoch):
+    return Permutation(n, seed, epoch)(np.arange(n, dtype=np.int64)).tolist()
 
 
 @given(
@@ -18,12 +17,12 @@ def _all(n: int, seed: int, epoch: int) -> list[int]:
     seed=st.integers(0, 2**63 - 1),
     epoch=st.integers(0, 10**6),
 )
-def test_bijection(n: int, seed: int, epoch: int) -> None:
+def test_bijection(n, seed, epoch):
     assert sorted(_all(n, seed, epoch)) == list(range(n))
 
 
 @given(n=st.integers(1, 2**40), data=st.data())
-def test_any_part_of_a_long_order(n: int, data: st.DataObject) -> None:
+def test_any_part_of_a_long_order(n, data):
     order = Permutation(n, seed=1, epoch=2)
     positions = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=50, unique=True)))
     positions = positions.astype(np.int64)
@@ -35,13 +34,13 @@ def test_any_part_of_a_long_order(n: int, data: st.DataObject) -> None:
     assert together.tolist() == one_by_one
 
 
-def test_seed_and_epoch_change_the_order() -> None:
+def test_seed_and_epoch_change_the_order():
     orders = {tuple(_all(100, seed, epoch)) for seed in range(20) for epoch in range(20)}
     assert len(orders) == 400
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 64, 100])
-def test_every_sample_is_about_equally_likely_at_every_position(n: int) -> None:
+@pytest.mark.parametrize("n", [2, 7, 40])
+def test_every_sample_is_about_equally_likely_at_every_position(n):
     num_orders = 4000
     counts = np.zeros((n, n))
     for epoch in range(num_orders):
@@ -52,20 +51,20 @@ def test_every_sample_is_about_equally_likely_at_every_position(n: int) -> None:
     assert chi_squared < (n - 1) ** 2 + 5 * np.sqrt(2) * (n - 1) + 5
 
 
-def test_neighbours_in_the_order_are_not_neighbours_in_the_text() -> None:
+def test_neighbours_in_the_order_are_not_neighbours_in_the_text():
     steps = np.diff(_all(10_000, 3, 0))
     assert (np.abs(steps) < 10).mean() < 0.01
     assert np.unique(steps).size > 5000
 
 
-def test_order_never_changes() -> None:
+def test_order_never_changes():
     """A checkpoint's position means these samples: a change here breaks every resumed run."""
     assert _all(10, seed=0, epoch=0) == [2, 3, 0, 6, 5, 1, 7, 4, 8, 9]
     ends = Permutation(10**12, seed=7, epoch=3)(np.array([0, 1, 10**12 - 1]))
     assert ends.tolist() == [416544143483, 643503337289, 538452078198]
 
 
-def test_positions_and_sizes_are_checked() -> None:
+def test_positions_and_sizes_are_checked():
     with pytest.raises(AssertionError, match="at least one element"):
         Permutation(0, 0, 0)
     with pytest.raises(AssertionError):

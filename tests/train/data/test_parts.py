@@ -1,14 +1,12 @@
-"""Runs of `stu-prepare --part I/N` together write what one run writes, however they end."""
+"""Runs of `stu-prepare --part I/N` together write the same shards as one run."""
 
 import contextlib
 import dataclasses
 import errno
 import json
 import shutil
+import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 
 from stu.common.errors import UserError
 from stu.tokenizer import train_bpe
+from tests import forked
 from train.data.cli import main
 from train.data.config import PrepareConfig
 from train.data.lock_file import LockFile
@@ -33,7 +32,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-def _texts(name: int, num_documents: int) -> list[str]:
+def _texts(name, num_documents):
     return [
         f"def function_{name}_{i}(x):\n\treturn x + {i * i}  # número\n"
         for i in range(num_documents)
@@ -41,7 +40,7 @@ def _texts(name: int, num_documents: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory):
     """Seven files of different sizes, an empty document in each."""
     folder = tmp_path_factory.mktemp("corpus")
     for name in range(7):
@@ -52,24 +51,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(corpus, tmp_path_factory):
     """Token shards of the corpus made by one run."""
     output = tmp_path_factory.mktemp("whole") / "data"
     prepare(_config(corpus, output, None))
     return output
 
 
-def _config(corpus: Path, output: Path, part: int | None, **changes: Any) -> PrepareConfig:
+def _config(corpus, output, part, **changes):
     name = None if part is None else f"{part}/{changes.pop('count', COUNT)}"
     return PrepareConfig([str(corpus)], output, part=name, **(QUICK | changes))
 
 
-def _tokens(folder: Path) -> dict[str, list[int]]:
+def _tokens(folder):
     splits = {split: TokenShards(folder, split) for split in SPLITS}
     return {split: shards.read(0, len(shards)).tolist() for split, shards in splits.items()}
 
 
-def _assert_equal(output: Path, whole: Path) -> None:
+def _assert_equal(output, whole):
     """Compare two folders, except for the ends of their token files."""
     assert _tokens(output) == _tokens(whole)
     model = "tokenizer.model"
@@ -85,10 +84,8 @@ def _assert_equal(output: Path, whole: Path) -> None:
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.name}.lock"}
 
 
-@pytest.mark.parametrize("order", [(0,), (0, 1, 2), (2, 0, 1), tuple(range(12))])
-def test_parts_together_equal_one_run(
-    corpus: Path, whole: Path, tmp_path: Path, order: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("order", [(0,), (2, 0, 1), tuple(range(12))])
+def test_joined_parts_equal_one_run(corpus, whole, tmp_path, order):
     """Also with more parts than files. Token files are moved, not copied."""
     output, count, moved = tmp_path / "new" / "data", len(order), set()
     for done, part in enumerate(order, start=1):
@@ -101,7 +98,7 @@ def test_parts_together_equal_one_run(
     assert len(Index.load(output).splits["train"].shards) > COUNT
 
 
-def test_a_part_that_is_there_is_left_alone(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_part_that_exists_is_not_made_again(corpus, whole, tmp_path):
     output = tmp_path / "data"
     prepare_part(_config(corpus, output, 1))
     index = tmp_path / "data.parts" / "1-of-3" / "index.json"
@@ -115,36 +112,29 @@ def test_a_part_that_is_there_is_left_alone(corpus: Path, whole: Path, tmp_path:
     _assert_equal(output, whole)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "^seed 1: .* was made with 0; use that, choose another output, or delete"),
-        ({"text_key": "body"}, "^text_key body: .* was made with text;"),
-        ({"on_error": "skip"}, "^on_error skip: .* was made with stop;"),
-        ({"vocab_size": 321}, "^vocab_size 321: .* was made with 320;"),
-        ({"validation_fraction": 0.1}, "^validation_fraction 0.1: .* was made with 0.2;"),
-        ({"shard_tokens": 501}, "^shard_tokens 501: .* was made with 500;"),
-        ({"count": 4}, "^number of parts 4: .* was made with 3;"),
-        ({"tokenizer": "given"}, "^tokenizer [0-9a-f]{64}: .* was made with trained;"),
-    ],
-)
-def test_other_settings_are_refused(
-    corpus: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    if "tokenizer" in changes:
-        given = train_bpe(_texts(0, 100), 300, tmp_path / "given.model").path
-        changes = {"tokenizer": given}
+def test_other_settings_are_refused(corpus, tmp_path):
+    tokenizer = train_bpe(_texts(0, 100), 300, tmp_path / "other.model").path
     output = tmp_path / "data"
     for done in range(COUNT):  # with some parts, and with all of them joined
         prepare_part(_config(corpus, output, done))
         before = sorted(tmp_path.rglob("*"))
-        for part in (0, 2):
-            with pytest.raises(UserError, match=message):
-                prepare_part(_config(corpus, output, part, **changes))
+        for changes, message in [
+            ({"seed": 1}, "^seed 1: .* was made with 0; use that, choose another output, or"),
+            ({"text_key": "body"}, "^text_key body: .* was made with text;"),
+            ({"on_error": "skip"}, "^on_error skip: .* was made with stop;"),
+            ({"vocab_size": 321}, "^vocab_size 321: .* was made with 320;"),
+            ({"validation_fraction": 0.1}, "^validation_fraction 0.1: .* was made with 0.2;"),
+            ({"shard_tokens": 501}, "^shard_tokens 501: .* was made with 500;"),
+            ({"count": 4}, "^number of parts 4: .* was made with 3;"),
+            ({"tokenizer": tokenizer}, "^tokenizer [0-9a-f]{64}: .* was made with trained;"),
+        ]:
+            for part in (0, 2):
+                with pytest.raises(UserError, match=message):
+                    prepare_part(_config(corpus, output, part, **changes))
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sources_that_have_changed_are_refused(corpus: Path, tmp_path: Path) -> None:
+def test_sources_that_have_changed_are_refused(corpus, tmp_path):
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)
     prepare_part(_config(copy, tmp_path / "data", 0))
@@ -155,15 +145,13 @@ def test_sources_that_have_changed_are_refused(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "1/0", "a/b", ""])
-def test_invalid_parts_are_refused(
-    corpus: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_parts_are_refused(corpus, tmp_path, part, capsys):
     assert main([str(corpus), "--output", str(tmp_path / "data"), f"--part={part}"]) == 2
     assert "it must be i/n with 0 <= i < n" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_was_not_made_in_parts_is_left_alone(corpus: Path, whole: Path) -> None:
+def test_an_output_that_was_not_made_in_parts_is_not_changed(corpus, whole):
     before = sorted(whole.parent.rglob("*"))
     with pytest.raises(UserError, match="it must be new or empty; choose another, or delete it"):
         prepare_part(_config(corpus, whole, 0))
@@ -171,7 +159,7 @@ def test_an_output_that_was_not_made_in_parts_is_left_alone(corpus: Path, whole:
     assert sorted(whole.parent.rglob("*")) == before
 
 
-def test_parts_together_skip_what_one_run_skips(corpus: Path, tmp_path: Path) -> None:
+def test_joined_parts_skip_the_rows_that_one_run_skips(corpus, tmp_path):
     copy, output, alone = (tmp_path / name for name in ("corpus", "out/data", "alone/data"))
     shutil.copytree(corpus, copy)
     (copy / "book.txt").write_text("".join(_texts(9, 500)))  # in pieces
@@ -188,7 +176,7 @@ def test_parts_together_skip_what_one_run_skips(corpus: Path, tmp_path: Path) ->
     assert skipped[0] == skipped[1]
 
 
-def test_a_part_that_fails_leaves_the_others(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_part_that_fails_leaves_the_others(corpus, whole, tmp_path):
     """The tokenizer exists, as training one would read all files."""
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)
@@ -204,9 +192,7 @@ def test_a_part_that_fails_leaves_the_others(corpus: Path, whole: Path, tmp_path
     assert _tokens(output) == _tokens(whole)
 
 
-def test_a_split_without_documents_is_refused_when_all_parts_are_there(
-    corpus: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_split_without_documents_is_refused_when_all_parts_exist(corpus, whole, tmp_path):
     changes = {"tokenizer": whole, "validation_fraction": 1e-9}
     for part in (0, 1):
         prepare_part(_config(corpus, tmp_path / "data", part, **changes))
@@ -219,9 +205,7 @@ class Interruption(BaseException):
     """Stands for a kill: no code catches it."""
 
 
-def test_joining_continues_wherever_it_was_interrupted(
-    corpus: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_joining_continues_after_any_interruption(corpus, whole, tmp_path, monkeypatch):
     ready = tmp_path / "ready"
     for part in range(COUNT):
         with monkeypatch.context() as patch:
@@ -249,8 +233,8 @@ def test_joining_continues_wherever_it_was_interrupted(
     assert 100 > step >= num_files + 1 + COUNT + 1  # index, folders of the parts, the whole
 
 
-def _interrupted(action: Any, steps: Iterator[int]) -> Any:
-    def act(*arguments: Any, **named: Any) -> Any:
+def _interrupted(action, steps):
+    def act(*arguments, **named):
         if next(steps, None) is None:
             raise Interruption
         return action(*arguments, **named)
@@ -258,7 +242,7 @@ def _interrupted(action: Any, steps: Iterator[int]) -> Any:
     return act
 
 
-def test_a_token_file_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> None:
+def test_a_token_file_that_is_missing_is_named(corpus, tmp_path):
     for part in (0, 1):
         prepare_part(_config(corpus, tmp_path / "data", part))
     (tmp_path / "data.parts" / "0-of-3" / "train-00000.bin").unlink()
@@ -268,55 +252,51 @@ def test_a_token_file_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> 
     assert prepare_part(_config(corpus, tmp_path / "data", 0)) == []
 
 
-def _start(corpus: Path, output: Path, part: int) -> subprocess.Popen[str]:
-    """Start the command as a process."""
-    command = [sys.executable, "-m", "train.data.cli", corpus, "--output", output]
-    options = {**QUICK, "part": f"{part}/{COUNT}"}
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], text=True, **pipes)
+def _start(corpus, output, part, setup="pass"):
+    """Start the command as a process, after the code `setup`."""
+    options = {**QUICK, "output": output, "part": f"{part}/{COUNT}"}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    code = f"import sys; from train.data import cli; {setup}; sys.exit(cli.main())"
+    return forked.Popen(
+        [forked.python(), "-c", code, corpus, *arguments], stderr=subprocess.PIPE, text=True
+    )
 
 
-def test_each_part_is_started_twice_at_once(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_parts_may_be_started_twice_at_once(corpus, whole, tmp_path):
     """An array may be submitted again while it runs."""
     processes = [_start(corpus, tmp_path / "data", part % COUNT) for part in range(2 * COUNT)]
-    said = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    errors = "".join(error for _, error in said)
+    errors = "".join(process.communicate(timeout=100)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
     assert errors.count("training the tokenizer") == 1
     assert "Traceback" not in errors
     _assert_equal(tmp_path / "data", whole)
 
 
-@pytest.mark.parametrize("at", [".data.parts.*.tmp", "data.parts/.1-of-3.*.tmp"])
-def test_a_killed_run_is_repeated(whole: Path, tmp_path: Path, at: str) -> None:
-    """Files left while it made the tokenizer or its part are removed."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for name in range(COUNT):
-        lines = [json.dumps({"text": text * 80}) for text in _texts(name, 250)]
-        (corpus / f"{name}.jsonl").write_text("\n".join(lines))
-    (tmp_path / "out").mkdir()
+@pytest.mark.parametrize(
+    ("function", "leftover"),
+    [
+        ("tokenizer.train_bpe", ".data.parts.*.tmp"),
+        ("shards.SplitWriter.finish", "data.parts/.1-of-3.*.tmp"),
+    ],
+)
+def test_a_killed_run_is_repeated(corpus, whole, tmp_path, function, leftover):
+    """Files left by a kill while it made the tokenizer or its part are removed."""
     output = tmp_path / "out" / "data"
-    process = _start(corpus, output, 1)
-    try:
-        while not list(output.parent.glob(at)):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.001)
-    finally:
-        process.kill()
-        process.communicate()
-    assert len(list(output.parent.glob(at))) == 1
+    kill = "import os; from train.data import shards, tokenizer; "
+    kill += f"{function} = lambda *_: os.kill(os.getpid(), 9)"
+    process = _start(corpus, output, 1, kill)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert len(list(output.parent.glob(leftover))) == 1
     assert not Parts(output, COUNT).path(1).exists()
     for done, part in enumerate((1, 0, 2), start=1):
         assert len(prepare_part(_config(corpus, output, part))) == COUNT - done
-        assert not list(output.parent.glob(at))
-    prepare(_config(corpus, tmp_path / "alone" / "data", None))
-    _assert_equal(output, tmp_path / "alone" / "data")
+        assert not list(output.parent.glob(leftover))
+    _assert_equal(output, whole)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 50])
-def test_parts_are_the_files_in_order(tmp_path: Path, count: int) -> None:
+def test_parts_divide_the_files_in_order(tmp_path, count):
     files = []
     for name, size in enumerate([0, 300, 100, 0, 10, 90, 250, 120, 130, 0]):
         files.append(tmp_path / str(name))
@@ -325,18 +305,11 @@ def test_parts_are_the_files_in_order(tmp_path: Path, count: int) -> None:
     assert [path for part in parts for path in part] == files
     sizes = [sum(path.stat().st_size for path in part) for part in parts]
     assert max(sizes) <= 1000 / count + 300  # up to half of a file at either end
+    assert files_of_part(files[:1], 0, count) == files[:1]  # an empty file
 
 
-def test_parts_of_empty_files(tmp_path: Path) -> None:
-    (tmp_path / "a").touch()
-    empty = tmp_path / "a"
-    assert [files_of_part([empty], number, 2) for number in range(2)] == [[empty], []]
-
-
-def test_a_file_system_without_locks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*_: object) -> None:
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
@@ -350,14 +323,12 @@ def test_a_file_system_without_locks_is_refused(
         pass
 
 
-def test_the_command_prints_how_many_parts_are_missing(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_how_many_parts_are_missing(corpus, tmp_path, capsys):
     arguments = [str(corpus), "--output", str(tmp_path / "data"), "--vocab-size=320"]
     arguments += ["--validation-fraction=0.2", "--workers=1"]
-    for part, says in [
+    for part, message in [
         ("0/2", "part 0/2 is done; parts still missing: 1"),
         ("1/2", "left out: 7 empty documents, 1 files of another kind"),
     ]:
         assert main([*arguments, "--part", part]) == 0
-        assert says in capsys.readouterr().out
+        assert message in capsys.readouterr().out

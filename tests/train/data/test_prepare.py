@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from stu.tokenizer import Tokenizer, train_bpe
 from train.data import encode
 from train.data.cli import main, warnings
 from train.data.config import PrepareConfig
-from train.data.documents import Document, read_documents
+from train.data.documents import read_documents
 from train.data.encode import encode_document, split_of, token_dtype
 from train.data.prepare import prepare
 from train.data.shards import Index, TokenShards
@@ -33,7 +31,7 @@ TEXTS = [
 ]
 
 
-def _row(text: str) -> bytes:
+def _row(text):
     return json.dumps({"text": text}).encode() + b"\n"
 
 
@@ -41,21 +39,21 @@ GOOD = b"".join(_row(text) for text in TEXTS)
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory):
     return _write(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", [*TEXTS, "", " \n"])
 
 
-def _write(path: Path, texts: Sequence[str]) -> Path:
+def _write(path, texts):
     path.write_bytes(b"".join(_row(text) for text in texts))
     return path
 
 
-def _config(source: Path | str, output: Path, **changes: Any) -> PrepareConfig:
+def _config(source, output, **changes):
     quick = {"vocab_size": 320, "validation_fraction": 0.2, "workers": 1}
     return PrepareConfig(sources=[str(source)], output=output, **(quick | changes))
 
 
-def _documents(folder: Path, split: str) -> list[str]:
+def _documents(folder, split):
     """Cut a split at BOS and EOS, and decode the documents."""
     shards, tokenizer = TokenShards(folder, split), Tokenizer(folder / "tokenizer.model")
     tokens = shards.read(0, len(shards))
@@ -69,11 +67,11 @@ def _documents(folder: Path, split: str) -> list[str]:
     ]
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def _files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_document_is_in_one_split_in_order(corpus: Path, tmp_path: Path) -> None:
+def test_every_document_is_in_one_split_in_order(corpus, tmp_path):
     index = prepare(_config(corpus, tmp_path / "data", shard_tokens=500))
     train, validation = (_documents(tmp_path / "data", s) for s in ("train", "validation"))
     assert train == [text for text in TEXTS if text in set(train)]
@@ -89,30 +87,20 @@ def test_every_document_is_in_one_split_in_order(corpus: Path, tmp_path: Path) -
         assert max(shard.num_tokens for shard in index.splits[split].shards) <= 500
 
 
-def test_the_result_does_not_depend_on_the_number_of_workers(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_result_does_not_depend_on_the_number_of_workers(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "BATCH_CHARS", 500)  # many batches for each worker
     prepare(_config(corpus, tmp_path / "one", workers=1))
     prepare(_config(corpus, tmp_path / "two", workers=2))
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
 
 
-@pytest.fixture(scope="module")
-def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file with paragraphs, much longer than a piece."""
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text("\n".join(text + ("\n" if i % 3 else "") for i, text in enumerate(TEXTS * 6)))
-    return path
-
-
-def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
-    """Its pieces go to both splits. Pieces that follow one another in a split are joined without
-    marks, and EOS stands once."""
-    runs: dict[str, list[str]] = {"train": [], "validation": []}
+def test_one_large_text_file_is_divided_between_the_splits(tmp_path):
+    """Consecutive pieces in a split are joined without marks, and EOS occurs once."""
+    book = tmp_path / "book.txt"
+    book.write_text("\n".join(text + ("\n" if i % 3 else "") for i, text in enumerate(TEXTS * 6)))
+    runs = {"train": [], "validation": []}
     before = None
     for piece in read_documents([book], piece_bytes=LEAST_PIECE_BYTES):
-        assert isinstance(piece, Document)
         split = split_of(piece.text, 0, 0.2)
         if split == before:
             runs[split][-1] += piece.text
@@ -140,9 +128,7 @@ def test_one_large_text_file_is_divided(book: Path, tmp_path: Path) -> None:
 BAD = b'{\n{"words": 1}\n{"text": "\xff"}\n'
 
 
-def test_bad_rows_are_skipped_and_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_rows_are_skipped_and_listed(tmp_path, capsys):
     (tmp_path / "corpus.jsonl").write_bytes(BAD + GOOD + BAD)
     output = tmp_path / "data"
     arguments = [str(tmp_path / "corpus.jsonl"), "--output", str(output), "--vocab-size=320"]
@@ -162,14 +148,14 @@ def test_bad_rows_are_skipped_and_listed(
     assert rows[1]["file"].endswith("corpus.jsonl")
 
 
-def test_the_list_of_bad_rows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_of_bad_rows_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("train.data.skipped.MOST_LISTED", 4)
     (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 3)
     prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
     assert len((tmp_path / "data" / "skipped.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_corpus_that_is_mostly_bad_is_refused(tmp_path: Path) -> None:
+def test_a_corpus_that_is_mostly_bad_is_refused(tmp_path):
     (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 67)
     with pytest.raises(UserError, match=r"201 of 401 rows cannot be read .*line 201: not JSON"):
         prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
@@ -180,9 +166,7 @@ def test_a_corpus_that_is_mostly_bad_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_small_splits_are_warned_about(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_splits_cause_warnings(corpus, tmp_path, monkeypatch):
     index = prepare(_config(corpus, tmp_path / "data"))
     train, validation = (index.splits[name].num_tokens for name in ("train", "validation"))
     about_validation, about_train = warnings(index)
@@ -197,27 +181,26 @@ def test_small_splits_are_warned_about(
     assert re.search(r"raise --validation-fraction to 0\.\d+$", only)
 
 
-def test_the_seed_decides_the_split(corpus: Path, tmp_path: Path) -> None:
-    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        prepare(_config(corpus, tmp_path / name, seed=seed))
-    assert _files(tmp_path / "a") == _files(tmp_path / "b")
-    assert set(_documents(tmp_path / "a", "train")) != set(_documents(tmp_path / "c", "train"))
+def test_the_seed_decides_the_split(corpus, tmp_path):
+    for seed in (0, 1):
+        prepare(_config(corpus, tmp_path / str(seed), seed=seed))
+    assert set(_documents(tmp_path / "0", "train")) != set(_documents(tmp_path / "1", "train"))
 
 
-def test_equal_documents_fall_on_the_same_side(tmp_path: Path) -> None:
+def test_equal_documents_are_in_the_same_split(tmp_path):
     prepare(_config(_write(tmp_path / "twice.jsonl", TEXTS * 2), tmp_path / "data"))
     train, validation = (_documents(tmp_path / "data", s) for s in ("train", "validation"))
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(TEXTS * 2)
 
 
-def test_the_split_of_a_text_never_changes() -> None:
+def test_the_split_of_a_text_never_changes():
     """Otherwise validation text would be trained on when a corpus is prepared again."""
     held_out = [i for i in range(8) if split_of(f"text {i}", 0, 0.3) == "validation"]
     assert held_out == [4]
 
 
-def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> None:
+def test_the_tokenizer_learns_from_training_documents_only(tmp_path):
     held_out = [text for text in TEXTS if split_of(text, 0, 0.2) == "validation"]
     marked = [t + "zyzzyva " * 40 if t in held_out else t for t in TEXTS]
     # The mark changes the hash: keep those that are still held out.
@@ -228,11 +211,11 @@ def test_the_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> No
 
 
 def test_the_sample_for_the_tokenizer_is_bounded_and_does_not_depend_on_the_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[str]] = []
+    tmp_path, monkeypatch
+):
+    seen = []
 
-    def spy(texts: Any, vocab_size: int, path: Path) -> Tokenizer:
+    def spy(texts, vocab_size, path):
         seen.append(sorted(texts))
         return train_bpe(TEXTS, vocab_size, path)
 
@@ -244,17 +227,15 @@ def test_the_sample_for_the_tokenizer_is_bounded_and_does_not_depend_on_the_orde
     assert 1900 < sum(len(text.encode()) for text in seen[0]) <= 2000
 
 
-def test_a_given_tokenizer_is_used(corpus: Path, tmp_path: Path) -> None:
-    given = train_bpe(TEXTS, 300, tmp_path / "given.model")
-    index = prepare(_config(corpus, tmp_path / "a", tokenizer=given.path))
-    assert (index.vocab_size, index.tokenizer_sha256) == (300, given.sha256)
+def test_another_tokenizer_can_be_used(corpus, tmp_path):
+    other = train_bpe(TEXTS, 300, tmp_path / "other.model")
+    index = prepare(_config(corpus, tmp_path / "a", tokenizer=other.path))
+    assert (index.vocab_size, index.tokenizer_sha256) == (300, other.sha256)
     again = prepare(_config(corpus, tmp_path / "b", tokenizer=tmp_path / "a"))  # a folder
     assert again == index
 
 
-def test_long_documents_are_encoded_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_documents_are_encoded_in_pieces(tmp_path, monkeypatch):
     tokenizer = train_bpe(TEXTS, 320, tmp_path / "tokenizer.model")
     text = "".join(TEXTS[:20])
     whole = encode_document(tokenizer, text)
@@ -265,12 +246,11 @@ def test_long_documents_are_encoded_in_pieces(
     assert tokenizer.decode(encode_document(tokenizer, text).tolist()) == text
 
 
-def test_tokens_take_two_bytes_while_they_can() -> None:
+def test_tokens_take_two_bytes_if_the_vocabulary_allows():
     names = [token_dtype(size).name for size in (4096, 2**16, 2**16 + 1)]
     assert names == ["uint16", "uint16", "uint32"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
@@ -285,30 +265,24 @@ def test_tokens_take_two_bytes_while_they_can() -> None:
         (GOOD, {"text_key": "body"}, "no field 'body', only text"),
     ],
 )
-def test_bad_input_leaves_nothing(
-    tmp_path: Path, content: bytes, changes: dict[str, Any], message: str, workers: int
-) -> None:
+def test_bad_input_leaves_nothing(tmp_path, content, changes, message):
+    """Errors in either pass over the text, with one worker and with two."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "corpus.jsonl").write_bytes(content)
-    given = train_bpe(TEXTS, 300, tmp_path / "in" / "given.model").path
+    tokenizer = train_bpe(TEXTS, 300, tmp_path / "in" / "other.model").path
     before = sorted(tmp_path.rglob("*"))
-    for more in [{}, {"tokenizer": given}]:  # errors in either pass over the text
-        if "vocab_size" in changes and more:
+    for more in [{"workers": 1}, {"workers": 2, "tokenizer": tokenizer}]:
+        if "vocab_size" in changes and "tokenizer" in more:
             continue
-        config = _config(
-            tmp_path / "in" / "corpus.jsonl",
-            tmp_path / "new" / "deep" / "data",
-            **({"workers": workers} | more | changes),
-        )
+        output = tmp_path / "new" / "deep" / "data"
+        config = _config(tmp_path / "in" / "corpus.jsonl", output, **(more | changes))
         with pytest.raises(UserError, match=message):
             prepare(config)
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_full_disk_leaves_nothing(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def disk_full(*_: object) -> None:
+def test_a_full_disk_leaves_nothing(corpus, tmp_path, monkeypatch):
+    def disk_full(*_):
         raise OSError(28, "No space left on device")
 
     for place in [
@@ -323,7 +297,7 @@ def test_a_full_disk_leaves_nothing(
         assert not list(tmp_path.iterdir())
 
 
-def test_an_output_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_not_empty_is_refused(corpus, tmp_path):
     (tmp_path / "data").mkdir()
     prepare(_config(corpus, tmp_path / "data"))  # empty: fine
     before = _files(tmp_path / "data")
@@ -345,12 +319,12 @@ def test_an_output_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
         ({"seed": -1}, "^seed=-1 .* must be between"),
     ],
 )
-def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_are_checked(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         _config("stdlib:", tmp_path / "data", **changes)
 
 
-def test_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_and_config_file(corpus, tmp_path, capsys):
     settings = tmp_path / "settings.yaml"
     settings.write_text("vocab_size: 310\nvalidation_fraction: 0.2\nworkers: 1\n")
     output = tmp_path / "data"
@@ -365,12 +339,7 @@ def test_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Traceback" not in error
 
 
-def test_progress_without_a_terminal(
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_progress_without_a_terminal(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.data.progress.LOG_SECONDS", 0)
     prepare(_config(corpus, tmp_path / "data"))
     error = capsys.readouterr().err
@@ -378,14 +347,13 @@ def test_progress_without_a_terminal(
         assert re.search(rf"{task}: [\d.]+ of [\d.]+ MB, [\d.]+ MB/s, 0:\d\d:\d\d left", error)
 
 
-def test_stopping_it_leaves_nothing(tmp_path: Path) -> None:
-    """A scheduler sends SIGTERM to cancel a job."""
+def test_sigterm_leaves_nothing(tmp_path):
     source = tmp_path / "corpus.jsonl"
     source.write_bytes(_row("words and more words " * 5000) * 400)
-    train_bpe(TEXTS, 300, tmp_path / "given.model")
+    tokenizer = train_bpe(TEXTS, 300, tmp_path / "other.model").path
     before = sorted(tmp_path.iterdir())
     command = [sys.executable, "-m", "train.data.cli", str(source), "--workers", "2"]
-    command += ["--output", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "given.model")]
+    command += ["--output", str(tmp_path / "data"), "--tokenizer", str(tokenizer)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         while not list(tmp_path.glob(".data.*/*.bin")):

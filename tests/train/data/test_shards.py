@@ -1,8 +1,6 @@
 """Token shards are read back as written, and refused when they are not what the index says."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +13,13 @@ from train.data.shards import Index, TokenShards
 
 
 @pytest.fixture(scope="module")
-def thousand(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+def thousand(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "data"
     write_token_shards(folder, num_train=1000, shard_tokens=300, document_tokens=7)
     return TokenShards(folder, "train")
 
 
-def test_shards_hold_whole_documents(thousand: TokenShards) -> None:
+def test_shards_hold_whole_documents(thousand):
     split = thousand.split
     assert [shard.file for shard in split.shards] == [f"train-0000{i}.bin" for i in range(4)]
     assert [shard.num_tokens for shard in split.shards] == [294, 294, 294, 118]
@@ -30,12 +28,12 @@ def test_shards_hold_whole_documents(thousand: TokenShards) -> None:
     assert len(thousand) == 1000
 
 
-def test_a_document_longer_than_a_shard_has_its_own(tmp_path: Path) -> None:
+def test_a_document_longer_than_a_shard_has_its_own(tmp_path):
     index = write_token_shards(tmp_path / "data", num_train=20, shard_tokens=3, document_tokens=9)
     assert [shard.num_tokens for shard in index.splits["train"].shards] == [9, 9, 2]
 
 
-def test_files_are_little_endian(tmp_path: Path) -> None:
+def test_files_are_little_endian(tmp_path):
     write_token_shards(tmp_path / "data", num_train=300, shard_tokens=1000)
     data = (tmp_path / "data" / "train-00000.bin").read_bytes()
     assert data == b"".join(i.to_bytes(2, "little") for i in range(300))
@@ -44,7 +42,7 @@ def test_files_are_little_endian(tmp_path: Path) -> None:
 @given(ends=st.tuples(st.integers(0, 1000), st.integers(0, 1000)))
 @example(ends=(0, 1000))
 @example(ends=(294, 588))
-def test_any_range_is_read_across_shards(thousand: TokenShards, ends: tuple[int, int]) -> None:
+def test_any_range_is_read_across_shards(thousand, ends):
     start, stop = sorted(ends)
     tokens = thousand.read(start, stop)
     assert tokens.dtype == np.int64
@@ -52,25 +50,25 @@ def test_any_range_is_read_across_shards(thousand: TokenShards, ends: tuple[int,
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 1001), (6, 5)])
-def test_a_range_outside_is_an_index_error(thousand: TokenShards, start: int, stop: int) -> None:
+def test_a_range_outside_is_an_index_error(thousand, start, stop):
     with pytest.raises(IndexError):
         thousand.read(start, stop)
 
 
-def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+def test_large_vocabularies_take_four_bytes(tmp_path):
     write_token_shards(tmp_path / "data", num_train=70_000, shard_tokens=10**6, dtype=np.uint32)
     shards = TokenShards(tmp_path / "data", "train")
     assert (tmp_path / "data" / "train-00000.bin").stat().st_size == 280_000
     assert shards.read(65_534, 65_538).tolist() == [65_534, 65_535, 65_536, 65_537]
 
 
-def test_index_round_trip(tmp_path: Path) -> None:
+def test_index_round_trip(tmp_path):
     index = write_token_shards(tmp_path / "data")
     assert Index.load(tmp_path / "data") == index
 
 
 @pytest.mark.parametrize("size", [None, 586, 587, 590])
-def test_a_shard_of_another_size_is_refused(tmp_path: Path, size: int | None) -> None:
+def test_a_shard_of_another_size_is_refused(tmp_path, size):
     write_token_shards(tmp_path / "data")
     path = tmp_path / "data" / "train-00001.bin"
     path.unlink()
@@ -80,7 +78,7 @@ def test_a_shard_of_another_size_is_refused(tmp_path: Path, size: int | None) ->
         TokenShards(tmp_path / "data", "train")
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(tmp_path):
     write_token_shards(tmp_path / "data")
     model = tmp_path / "data" / "tokenizer.model"
     model.write_bytes(b"another tokenizer")
@@ -91,7 +89,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         TokenShards(tmp_path / "data", "train")
 
 
-def test_an_index_from_before_bad_rows_were_counted_is_read(tmp_path: Path) -> None:
+def test_an_index_from_before_bad_rows_were_counted_is_read(tmp_path):
     index = write_token_shards(tmp_path / "data")
     path = tmp_path / "data" / "index.json"
     values = json.loads(path.read_text())
@@ -110,9 +108,7 @@ def test_an_index_from_before_bad_rows_were_counted_is_read(tmp_path: Path) -> N
         ({"surprise": 5}, "not an index of token shards.*surprise"),
     ],
 )
-def test_an_index_that_is_not_ours_is_refused(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_an_index_that_is_not_ours_is_refused(tmp_path, change, message):
     write_token_shards(tmp_path / "data")
     path = tmp_path / "data" / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -120,7 +116,7 @@ def test_an_index_that_is_not_ours_is_refused(
         TokenShards(tmp_path / "data", "train")
 
 
-def test_a_folder_without_index_or_split(tmp_path: Path) -> None:
+def test_a_folder_without_index_or_split(tmp_path):
     with pytest.raises(UserError, match=r"no index\.json; make token shards with stu-prepare"):
         TokenShards(tmp_path, "train")
     (tmp_path / "index.json").write_text("{")
