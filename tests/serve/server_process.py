@@ -1,4 +1,4 @@
-"""`stu-serve` as a process, and what tests ask it."""
+"""`stu-serve` as a process, with what tests ask of it."""
 
 import json
 import os
@@ -15,11 +15,11 @@ import httpx
 from tests import forked
 
 SECONDS = 60
-"""That anything may take."""
+"""Timeout of everything that tests wait for."""
 
 
 class ServerProcess:
-    """A server, `url`, with the lines that it logs."""
+    """A server at `url`, with the `lines` that it has logged."""
 
     def __init__(self, model, *options, port=0, open_files=None, **environment):
         command = [forked.python(), "-m", "serve.server.cli", str(model), "--port", str(port)]
@@ -49,8 +49,13 @@ class ServerProcess:
                 self._has_started.set()
         self._has_started.set()
 
+    @property
+    def address(self):
+        url = httpx.URL(self.url)
+        return url.host, url.port
+
     def replicas(self):
-        """Processes of its engines."""
+        """Processes of replicas."""
         return [
             forked.real(child.pid)
             for child in self.process.real.children()
@@ -71,7 +76,7 @@ class ServerProcess:
             return client.post(path, **settings)
 
     def metric(self, name, **headers):
-        """The value of a metric, all labels together."""
+        """The value of a metric, summed over its labels."""
         text = self.get("/metrics", headers=headers).text
         values = [
             float(line.rsplit(" ", 1)[1])
@@ -85,22 +90,22 @@ class ServerProcess:
         return self.metric("stu:convolution_pages_used") + self.metric("stu:attention_pages_used")
 
     def peak_bytes(self):
-        """The most memory that the server's own process has had."""
+        """Peak memory of the server's own process."""
         status = Path(f"/proc/{self.process.real.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
     def resident_bytes(self):
-        """The memory of the server's own process and of its engines, each."""
+        """Memory of the server's own process and of each replica."""
         processes = [self.process.real, *self.replicas()]
         return [process.memory_info().rss for process in processes]
 
     def stop(self):
-        """Ask it to, and wait: its exit code."""
+        """Ask the server to stop; return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(SECONDS)
 
     def end(self):
-        """With all it started, whatever it is doing."""
+        """Kill the server with everything that it started."""
         if self.process.poll() is None:
             for child in self.process.real.children(recursive=True):
                 child.kill()
@@ -112,7 +117,7 @@ class ServerProcess:
 
 @contextmanager
 def serving(model, *options, **settings):
-    """A server that is ended at the end."""
+    """A server that is killed at the end of the block."""
     server = ServerProcess(model, *options, **settings)
     try:
         yield server
@@ -121,15 +126,15 @@ def serving(model, *options, **settings):
 
 
 def eventually(holds, seconds=SECONDS):
-    """Wait until it does; never for longer."""
+    """Wait until `holds` returns true."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
         time.sleep(0.02)
 
 
 def events(response):
-    """The data of server-sent events, up to [DONE]."""
+    """The data of server-sent events up to [DONE]."""
     found = []
     for line in response.iter_lines():
         if line == "data: [DONE]":

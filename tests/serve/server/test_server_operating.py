@@ -1,4 +1,4 @@
-"""What operators rely on: ids, the log, probes, and where a server listens."""
+"""What operators rely on: keys, IDs, the log, probes, and where a server listens."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,6 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.stats import Stats
 from serve.server.config import ServerConfig
-from serve.server.connections import health_alone
-from serve.server.exchange import Exchanges
 from serve.server.listening import is_reached_from_outside, listening, url_of
 from serve.server.logs import JsonFormatter
 from serve.server.replicas.dispatch import NO_REPLICA, Replicas
@@ -38,6 +37,8 @@ from tests.serve.server_process import SECONDS, eventually, serving
 KEYS = "first-key", "second-key"
 SHORT = {"prompt": "x", "max_tokens": 1, "stop_at_eos": False}
 SECRET = "xyzzy"
+WRONG_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": SECRET}}}
+ORIGIN = "https://example.org"
 
 
 def bearer(key):
@@ -48,9 +49,11 @@ def bearer(key):
 def server(model_directory, tmp_path_factory):
     path = tmp_path_factory.mktemp("keys") / "keys.txt"
     path.write_text("\n".join(KEYS) + "\n")
-    with serving(model_directory, "--api-keys", path, "--max-body-bytes", 4096) as server:
+    options = "--api-keys", path, "--max-body-bytes", 4096, "--max-choices", 3
+    with serving(model_directory, *options, "--cors-origins", ORIGIN) as server:
         yield server
         assert not [line for line in server.lines if any(key in line for key in KEYS)]
+        assert all(json.loads(line)["level"] for line in server.lines)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,13 @@ def http(server):
 
 def num_refused(server, status):
     """The counter of refusals with a status."""
-    text = httpx.get(f"{server.url}/metrics", headers=bearer(KEYS[0]), timeout=SECONDS).text
+    text = server.get("/metrics", headers=bearer(KEYS[0])).text
     found = re.search(rf'^stu:requests_refused_total.*status="{status}".* (\S+)$', text, re.M)
     return float(found[1]) if found else 0.0
 
 
 def logged(server, **fields):
-    """The one line of the log with these fields, once it is there."""
+    """The only line of the log with these fields, once it is there."""
 
     def found():
         lines = [json.loads(line) for line in server.lines]
@@ -78,31 +81,48 @@ def logged(server, **fields):
     return line
 
 
-REFUSED = [
-    (401, "GET", "/v1/models", {"headers": bearer("wrong")}, "the API key is missing or wrong"),
-    (404, "GET", "/v1/nothing", {}, "Not Found"),
-    (405, "GET", "/v1/completions", {}, "Method Not Allowed"),
-    (400, "POST", "/v1/completions", {"json": {**SHORT, "n": 0}}, "n=0 is not allowed"),
-    (400, "POST", "/v1/completions", {"json": {}}, 'field "prompt" is missing'),
-    (400, "POST", "/v1/completions", {"json": {**SHORT, "max_tokens": 99}}, "max_seq_len=64"),
-    (400, "POST", "/v1/chat/completions", {"content": b"{"}, "must be a JSON object"),
-    (404, "POST", "/v1/completions", {"json": {**SHORT, "model": "y"}}, "the only model here"),
-    (413, "POST", "/v1/completions", {"content": b"x" * 5000}, "4096 bytes"),
-    (431, "GET", "/version", {"headers": {"x-large": "x" * 20_000}}, "the headers have more"),
-]
+def test_only_probes_need_no_key(server):
+    with server.client() as http:
+        for headers in ({}, bearer("wrong"), bearer(KEYS[0] + "x"), {"authorization": KEYS[0]}):
+            answer = http.post("/v1/completions", json=SHORT, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert http.get("/health", headers=headers).status_code == 200
+            assert http.get("/ready", headers=headers).status_code == 200
+        for path in ("/v1/models", "/metrics", "/version", "/openapi.json"):
+            assert http.get(path).status_code == 401
+        for key in KEYS:
+            assert http.get("/v1/models", headers=bearer(key)).status_code == 200
 
 
-@pytest.mark.parametrize(("status", "method", "path", "given", "reason"), REFUSED)
+@pytest.mark.parametrize(
+    ("status", "method", "path", "settings", "reason"),
+    [
+        (401, "GET", "/v1/models", {"headers": bearer("wrong")}, "the API key is missing or wrong"),
+        (404, "GET", "/v1/nothing", {}, "Not Found"),
+        (405, "GET", "/v1/completions", {}, "Method Not Allowed"),
+        (400, "POST", "/v1/completions", {"json": {**SHORT, "n": 0}}, "n=0 is not allowed"),
+        (400, "POST", "/v1/completions", {"json": {**SHORT, "n": 4}}, "may ask for 3"),
+        (400, "POST", "/v1/completions", {"json": {}}, 'field "prompt" is missing'),
+        (400, "POST", "/v1/completions", {"json": {**SHORT, "max_tokens": 99}}, "max_seq_len=64"),
+        (400, "POST", "/v1/chat/completions", {"content": b"{"}, "must be a JSON object"),
+        (404, "POST", "/v1/completions", {"json": {**SHORT, "model": "y"}}, "the only model here"),
+        (413, "POST", "/v1/completions", {"content": b"x" * 5000}, "4096 bytes"),
+        # Without a content-length.
+        (413, "POST", "/v1/completions", {"content": [b'{"prompt": "', b"x" * 5000]}, "4096 bytes"),
+        (431, "GET", "/version", {"headers": {"x-large": "x" * 20_000}}, "the headers have more"),
+    ],
+)
 def test_refusals_have_an_id_and_a_line_in_the_log(
-    server, http, status, method, path, given, reason
+    server, http, status, method, path, settings, reason
 ):
-    own = f"gateway/{status}:{abs(hash(reason))}"
-    headers = {"X-Request-Id": own, **given.get("headers", {})}
+    own_id = f"gateway/{uuid.uuid4()}"
+    headers = {"X-Request-Id": own_id, **settings.get("headers", {})}
     before = num_refused(server, status)
-    answer = http.request(method, path, **{**given, "headers": headers})
+    answer = http.request(method, path, **{**settings, "headers": headers})
     assert answer.status_code == status
-    assert answer.headers.get_list("x-request-id") == [own]
-    line = logged(server, request_id=own)
+    assert answer.headers.get_list("x-request-id") == [own_id]
+    line = logged(server, request_id=own_id)
     assert num_refused(server, status) == before + 1
     error = answer.json()["error"]
     assert reason in error["message"]
@@ -112,47 +132,70 @@ def test_refusals_have_an_id_and_a_line_in_the_log(
     assert line["client"] == ("127.0.0.1" if status == 401 else "key 2")
 
 
-def test_what_is_no_http_is_refused_with_an_id(server):
-    """Before any application has seen it."""
-    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as raw:
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"no HTTP at all\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nx-large: " + b"x" * 100_000 + b"\r\n\r\n", 431),
+    ],
+)
+def test_refusals_below_the_application_have_an_id(server, sent, status):
+    with socket.create_connection(server.address) as raw:
         raw.settimeout(SECONDS)
-        raw.sendall(b"no HTTP at all\r\n\r\n")
+        raw.sendall(sent)
         answer = b"".join(iter(lambda: raw.recv(2**16), b""))
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    own = re.search(rb"x-request-id: (\w{24})\r\n", answer)[1].decode()
-    assert logged(server, request_id=own)["status"] == 400
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    own_id = re.search(rb"x-request-id: (\w{24})\r\n", answer)[1].decode()
+    assert logged(server, request_id=own_id)["status"] == status
 
 
-def test_a_crowded_server_refuses_with_an_id():
-    async def ask(path):
-        transport = httpx.ASGITransport(health_alone(Exchanges(healthy, log_texts=False)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://stu") as http:
-            return await http.get(path, headers={"x-request-id": "own"})
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("size", [10_000, 5_000_000, 20_000_000])
+def test_node_sees_that_its_body_is_too_large(server, size):
+    program = """
+        const [url, key, size] = process.argv.slice(1);
+        const body = JSON.stringify({prompt: "x".repeat(Number(size))});
+        const headers = {"content-type": "application/json", authorization: `Bearer ${key}`};
+        const answer = await fetch(`${url}/v1/completions`, {method: "POST", body, headers});
+        console.log(answer.status, (await answer.json()).error.message);
+    """
+    command = ["node", "--input-type=module", "-e", program, server.url, KEYS[0], str(size)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+    assert found.stdout.startswith("413 the body has more than"), found.stdout
 
-    async def healthy(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
 
-    for path, status in {"/health": 200, "/v1/models": 503}.items():
-        answer = asyncio.run(ask(path))
-        assert (answer.status_code, answer.headers["x-request-id"]) == (status, "own")
+def test_browser_asks_without_a_key_whether_it_may_send_one(server):
+    with server.client(headers={"origin": ORIGIN}) as http:
+        headers = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        answer = http.options("/v1/completions", headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+        refused = http.get("/v1/models")
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == ORIGIN
+        other = http.get("/v1/models", headers={"origin": "https://other.org"})
+        assert "access-control-allow-origin" not in other.headers
 
 
-def test_own_ids_are_used_if_they_are_short_and_printable(server, http):
-    for own in ("a", "x" * 128, "{7f-3e}/1"):
-        answer = http.post("/v1/completions", json=SHORT, headers={"x-request-id": own})
-        assert answer.headers["x-request-id"] == own
-        assert answer.json()["id"] == f"cmpl-{own}"
-        assert logged(server, request_id=own)["message"] == "request ended"
-    given = set()
+def test_request_ids_of_clients_are_used_if_they_are_short_and_printable(server, http):
+    for own_id in ("a", "x" * 128, "{7f-3e}/1"):
+        answer = http.post("/v1/completions", json=SHORT, headers={"x-request-id": own_id})
+        assert answer.headers["x-request-id"] == own_id
+        assert answer.json()["id"] == f"cmpl-{own_id}"
+        assert logged(server, request_id=own_id)["message"] == "request ended"
+    new_ids = set()
     for other in ("", "x" * 129, "a b", "größe".encode(), None):
         headers = {} if other is None else {"x-request-id": other}
-        given.add(http.get("/health", headers=headers).headers["x-request-id"])
-    assert len(given) == 5
-    assert all(len(own) == 24 and own.isalnum() for own in given)
+        new_ids.add(http.get("/health", headers=headers).headers["x-request-id"])
+    assert len(new_ids) == 5
+    assert all(len(new_id) == 24 and new_id.isalnum() for new_id in new_ids)
 
 
-def test_what_refused_bodies_say_is_in_no_log(server, http):
+def test_no_text_of_a_request_is_logged(server, http):
     bodies = [
         {**SHORT, "prompt": [SECRET, {"a": SECRET}]},
         {**SHORT, "prompt": f"{SECRET} " * 40},
@@ -167,13 +210,7 @@ def test_what_refused_bodies_say_is_in_no_log(server, http):
         {**SHORT, "response_format": {"type": SECRET}},
         {**SHORT, "response_format": {"type": "regex", "regex": f"{SECRET}("}},
         {**SHORT, "response_format": {"type": "json_schema", "json_schema": {SECRET: 1}}},
-        {
-            **SHORT,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"schema": {"type": SECRET}},
-            },
-        },
+        {**SHORT, "response_format": WRONG_SCHEMA},
     ]
     before = len(server.lines)
     for number, body in enumerate(bodies):
@@ -181,17 +218,18 @@ def test_what_refused_bodies_say_is_in_no_log(server, http):
         answer = http.post("/v1/completions", content=json.dumps(body), headers=headers)
         assert answer.status_code == 400, answer.text
         logged(server, request_id=f"secret-{number}", status=400)
+    headers = {"x-request-id": "secret-stream"}
+    http.post("/v1/completions", json={**SHORT, "prompt": SECRET, "stream": True}, headers=headers)
+    logged(server, request_id="secret-stream", message="request ended")
     assert not [line for line in server.lines[before:] if SECRET in line]
 
 
-def test_probes_need_no_key_and_take_head(server, http):
+def test_probes_take_head(http):
     for path in ("/health", "/ready", "/version", "/metrics", "/v1/models", "/tokenizer_info"):
-        given, head = http.get(path), http.head(path)
-        assert (given.status_code, head.status_code) == (200, 200)
+        answer, head = http.get(path), http.head(path)
+        assert (answer.status_code, head.status_code) == (200, 200)
         assert head.content == b""
-        assert head.headers["content-type"] == given.headers["content-type"]
-        status = 200 if path in ("/health", "/ready") else 401
-        assert httpx.head(f"{server.url}{path}", timeout=SECONDS).status_code == status
+        assert head.headers["content-type"] == answer.headers["content-type"]
     assert http.head("/v1/completions").status_code == 405
     assert http.get("/v1/completions").headers["allow"] == "POST"
 
@@ -205,65 +243,60 @@ def test_no_path_redirects(http, path):
         assert "evil.example" not in answer.headers.values()
 
 
-def refused_start(model, *options, **environment):
+def refused_start(model, *options):
     """Exit code and log of a server that cannot start."""
     command = [forked.python(), "-m", "serve.server.cli", str(model), *map(str, options)]
-    done = subprocess.run(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=SECONDS,
-    )
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     return done.returncode, done.stderr
 
 
-def test_what_cannot_be_listened_at_is_noticed_before_the_model_is_loaded(tmp_path):
-    """There is no model, which nobody has found out."""
+def test_port_in_use_is_noticed_before_the_model_is_loaded(tmp_path):
+    """There is no model, which is not noticed."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         code, log = refused_start(tmp_path, "--port", port)
     assert (code, log.count("\n")) == (2, 1)
     assert f"host='127.0.0.1', port={port}: the server cannot listen there (Address" in log
-    file = tmp_path / "file"
-    file.write_text("not to be overwritten")
-    code, log = refused_start(tmp_path, "--uds", file)
-    assert (code, log.count("\n")) == (2, 1)
-    assert (
-        f"uds {file}: the server cannot listen there (there is a file that is not a socket)" in log
-    )
-    assert file.read_text() == "not to be overwritten"
-    code, log = refused_start(tmp_path, "--port", 0, "--tls-key", file, "--tls-certificate", file)
-    assert (code, log.count("\n")) == (2, 1)
-    assert f"tls_certificate {file}, tls_key {file}: cannot be used" in log
-    code, log = refused_start(tmp_path, "--port", 0, STU_API_KEYS=" ")
-    assert (code, log.count("\n")) == (2, 1)
-    assert "STU_API_KEYS is set and has no key" in log
+
+
+def test_listening_to_other_machines_without_keys_logs_a_warning(tmp_path):
+    code, log = refused_start(tmp_path, "--host", "0.0.0.0", "--port", 0)
+    assert code == 2  # there is no model
+    (line,) = [json.loads(line) for line in log.splitlines() if "without API keys" in line]
+    assert line["level"] == "warning"
 
 
 @pytest.mark.parametrize(
-    ("host", "message"),
+    ("settings", "message"),
     [
-        ("256.0.0.1", "host='256.0.0.1', port=0: the server cannot listen there"),
-        ("192.0.2.1", "(Cannot assign requested address)"),
+        ({"host": "256.0.0.1"}, "host='256.0.0.1', port=0: the server cannot listen there"),
+        ({"host": "192.0.2.1"}, "(Cannot assign requested address)"),
+        ({"uds": "file"}, "file: the server cannot listen there (there is a file that is not a so"),
+        ({"tls_key": "file", "tls_certificate": "file"}, "file, tls_key file: cannot be used"),
     ],
 )
-def test_addresses_of_no_use_are_named(tmp_path, host, message):
-    config = ServerConfig(tmp_path, host=host, port=0)
+def test_addresses_and_files_that_cannot_be_used_are_named(
+    tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    file = Path("file")
+    file.write_text("not to be overwritten")
+    settings = {name: file if value == "file" else value for name, value in settings.items()}
+    config = ServerConfig(tmp_path, port=0, **settings)
     with pytest.raises(OSError, match=re.escape(message)), listening(config):
         pass
+    assert file.read_text() == "not to be overwritten"
 
 
 def test_all_addresses_of_a_host_have_one_port(tmp_path):
     with listening(ServerConfig(tmp_path, host="localhost", port=0)) as sockets:
-        assert len({its.getsockname()[1] for its in sockets}) == 1
+        assert len({listener.getsockname()[1] for listener in sockets}) == 1
         assert not any(map(is_reached_from_outside, sockets))
     with listening(ServerConfig(tmp_path, host="0.0.0.0", port=0)) as sockets:
         assert all(map(is_reached_from_outside, sockets))
 
 
-def test_unix_sockets(tmp_path):
-    """A stale one is replaced, one that is used is not, and none is left behind."""
+def test_unix_socket_is_replaced_if_stale_and_removed_at_the_end(tmp_path):
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(path))
@@ -277,7 +310,7 @@ def test_unix_sockets(tmp_path):
 
 
 def logged_until(process, text):
-    """All that is logged up to a line with `text`."""
+    """The log up to a line with `text`."""
     log = ""
     while text not in log:
         line = process.stderr.readline()
@@ -286,11 +319,11 @@ def logged_until(process, text):
     return log
 
 
-def test_a_server_at_a_unix_socket_while_and_after_it_loads(
+def test_server_at_a_unix_socket_while_and_after_it_loads(
     model_directory, tmp_path, folder_of_namesakes
 ):
-    """The engine is stopped while it loads. Nobody but the user may connect with this umask, and
-    SIGHUP ends neither server nor engine. Nothing is imported from the current folder."""
+    """The replica is stopped while it loads. Only the user may connect with this umask, SIGHUP
+    ends neither server nor replica, and nothing is imported from the current folder."""
     path = tmp_path / "socket"
     program = Path(sys.executable).with_name("stu-serve")
     command = [program, model_directory, "--uds", path]
@@ -339,14 +372,7 @@ def test_a_server_at_a_unix_socket_while_and_after_it_loads(
         process.wait()
 
 
-def test_listening_for_others_without_keys_is_warned_of(tmp_path):
-    code, log = refused_start(tmp_path, "--host", "0.0.0.0", "--port", 0)
-    assert code == 2  # there is no model
-    (line,) = [json.loads(line) for line in log.splitlines() if "without API keys" in line]
-    assert line["level"] == "warning"
-
-
-def test_why_no_engine_starts_is_in_no_answer(tmp_path):
+def test_why_no_replica_starts_is_in_no_answer(tmp_path):
     replicas = Replicas(ReplicasConfig(tmp_path))
     replicas._failed_starts, replicas._last_error = [3], "/a/secret/path: no such folder"
     with pytest.raises(Unavailable, match=f"^{re.escape(NO_REPLICA)}$"):
@@ -354,8 +380,8 @@ def test_why_no_engine_starts_is_in_no_answer(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_word_of_an_engine_reaches_a_client(model_directory, tmp_path):
-    """Its folder is gone when it is to be started again."""
+def test_messages_of_replicas_reach_no_client(model_directory, tmp_path):
+    """The model is gone when the replica is to be started again."""
     folder = tmp_path / "some-secret-folder"
     shutil.copytree(model_directory, folder)
     with serving(folder, "--model-name", "model") as server, server.client() as http:
@@ -382,7 +408,7 @@ def test_events_and_log_lines_are_one_line_for_every_reader():
     assert "é" in line
 
 
-def test_rows_of_a_batch_are_one_line_for_every_reader(run, tmp_path):
+def test_rows_of_stu_generate_are_one_line_for_every_reader(run, tmp_path):
     code, rows = run([{"prompt": LINE_ENDS, "id": LINE_ENDS}], "--max-new-tokens", 2)
     assert code == 0
     assert [(row["prompt"], row["id"]) for row in rows] == [(LINE_ENDS, LINE_ENDS)]
@@ -402,16 +428,15 @@ def test_queue_time_ends_when_prefill_begins(code_model, code_tokenizer):
             assert began <= when <= time.monotonic()
             assert request_id not in scheduled
             scheduled[request_id] = when
-        ended |= {its.request_id: time.monotonic() for its in outputs if its.finish_reason}
+        ended |= {output.request_id: time.monotonic() for output in outputs if output.finish_reason}
     assert scheduled[first] < ended[first] <= scheduled[second] < ended[second]
 
 
-def test_a_stream_s_queue_time_is_the_engine_s_word(model_directory):
-    """Whatever else happens between: prefill, steps, and how busy the server is."""
+def test_queue_time_of_a_stream_is_the_first_that_the_engine_reports(model_directory):
     replicas = Replicas(ReplicasConfig(model_directory))
     stream = Stream(7, make_request([1], 5))
     replica = SimpleNamespace(streams={7: stream}, stats=None)
-    stats = {**dict.fromkeys((its.name for its in fields(Stats)), 0), "flushes": {}}
+    stats = {**dict.fromkeys((field.name for field in fields(Stats)), 0), "flushes": {}}
     for scheduled in ([[7, 12.5], [8, 1.0]], [], [[7, 99.0]]):
         message = {"scheduled": scheduled, "outputs": [], "stats": stats}
         asyncio.run(replicas._hear(0, replica, message))
