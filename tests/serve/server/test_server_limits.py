@@ -67,7 +67,7 @@ def test_idle_connections_starve_neither_health_nor_replicas(
         assert server.get("/health").status_code == 200
         (replica,) = server.replicas()
         replica.kill()
-        answer = server.post(PATH, json=SHORT)
+        answer = server.post(PATH, json=SHORT, timeout=2 * SECONDS)
         assert answer.status_code == 200
         assert server.metric("stu:replica_restarts_total") == 1
         for connection in opened:
