@@ -1,4 +1,4 @@
-"""`stu-generate`: its file format, its errors, and what it leaves behind."""
+"""`stu-generate`: rows, settings, errors and exit codes."""
 
 import copy
 import json
@@ -24,16 +24,16 @@ ROW_KEYS = [
     "finish_reason",
 ]
 PROMPTS = ["def f(x):\n", "", "return größe + 1", "x", "\tx = 1\n\ty"]
-LONG_PROMPT = "".join(chr(ord("0") + i % 7) for i in range(100))
 
 
 def completions(result):
+    """Return the completions of a run without errors."""
     code, rows = result
     assert code == 0
     return [row["completion"] for row in rows]
 
 
-def test_greedy_completions_follow_the_forward_pass(run, code_model, code_tokenizer):
+def test_greedy_completions_equal_the_forward_pass(run, code_model, code_tokenizer):
     code, rows = run([{"prompt": prompt} for prompt in PROMPTS], "--stop-at-eos", "false")
     assert code == 0
     assert [row["prompt"] for row in rows] == PROMPTS
@@ -50,43 +50,43 @@ def test_greedy_completions_follow_the_forward_pass(run, code_model, code_tokeni
         assert (row["num_completion_tokens"], row["finish_reason"]) == (9, "length")
 
 
-def test_a_row_s_settings_go_before_the_command_s_and_those_before_the_model_s(run):
+def test_settings_of_a_row_override_the_command_line_and_that_the_model_directory(run):
     rows = [{"prompt": "x", "max_new_tokens": 3}, {"prompt": "x"}]
     assert [row["num_completion_tokens"] for row in run(rows)[1]] == [3, 9]
-    by_command = run(rows, "--max-new-tokens", "5")[1]
-    assert [row["num_completion_tokens"] for row in by_command] == [3, 5]
-    cold = {"prompt": "x", "temperature": 0}
-    greedy = completions(run([cold, cold]))
-    assert completions(run([cold, {"prompt": "x"}], "--temperature", "2"))[0] == greedy[0]
-    assert completions(run([cold, {"prompt": "x"}], "--temperature", "2"))[1] != greedy[1]
-    assert completions(run([{"prompt": "x"}], "--temperature", "2", "--top-k", "1")) == greedy[:1]
-    assert completions(run([{"prompt": "x"}], "--temperature", "2", "--top-p", "0.001")) == [
-        greedy[0]
-    ]
+    _, with_option = run(rows, "--max-new-tokens", "5")
+    assert [row["num_completion_tokens"] for row in with_option] == [3, 5]
+    rows = [{"prompt": "x", "temperature": 0}, {"prompt": "x"}]
+    greedy, default = completions(run(rows))
+    assert greedy == default
+    cold, hot = completions(run(rows, "--temperature", "2"))
+    assert cold == greedy != hot
+    for option in (["--top-k", "1"], ["--top-p", "0.001"]):
+        assert completions(run(rows[1:], "--temperature", "2", *option)) == [greedy]
 
 
-def test_settings_may_come_from_a_file(run, tmp_path):
+def test_settings_may_come_from_a_config_file(run, tmp_path):
     config = tmp_path / "settings.yaml"
     config.write_text("max_new_tokens: 4\nmax_running: 2\nbatch_invariant: true\n")
     _, rows = run([{"prompt": "x"}] * 3, "--config", config)
     assert [row["num_completion_tokens"] for row in rows] == [4, 4, 4]
 
 
-def test_completions_depend_on_the_seed_and_not_on_the_batch(run):
+def test_completions_depend_on_the_seed_and_not_on_the_batch_composition(run):
     rows = [
         {"prompt": prompt, "max_new_tokens": 5 + 3 * number}
         for number, prompt in enumerate(PROMPTS)
     ]
     rows[3] |= {"top_k": 20, "top_p": 0.9}
 
-    def with_options(*options):
-        return completions(run(rows, "--temperature", "1.5", *options))
+    def decode(seed, max_running):
+        options = ["--temperature", "1.5", "--seed", seed, "--max-running", max_running]
+        return completions(run(rows, *options))
 
-    expected = with_options("--seed", "1")
-    for max_running in ("1", "2", "3"):
-        assert with_options("--seed", "1", "--max-running", max_running) == expected
-    others = with_options("--seed", "2")
-    assert all(other != one for other, one in zip(others, expected, strict=True))
+    expected = decode("1", "3")
+    for max_running in ("1", "2"):
+        assert decode("1", max_running) == expected
+    for text, other_text in zip(expected, decode("2", "3"), strict=True):
+        assert text != other_text
 
 
 def test_equal_prompts_differ_unless_their_seeds_are_equal(run):
@@ -96,7 +96,7 @@ def test_equal_prompts_differ_unless_their_seeds_are_equal(run):
     assert third == fourth
 
 
-def test_rows_stop_at_eos_one_by_one(run):
+def test_each_row_stops_at_its_own_eos(run):
     rows = [{"prompt": "x", "max_new_tokens": 60}] * 30
     _, whole = run(rows, "--temperature", "1.5", "--stop-at-eos", "false")
     _, stopped = run(rows, "--temperature", "1.5", "--stop-at-eos", "true")
@@ -115,7 +115,7 @@ def test_rows_stop_at_eos_one_by_one(run):
     assert [row["completion"] for row in cut] == [row["completion"] for row in stopped]
 
 
-def test_any_text_comes_through(run):
+def test_ids_and_prompts_may_have_any_text(run):
     rows = [
         {"id": "ключ", "prompt": "日本\u2028語"},
         "",
@@ -135,16 +135,12 @@ def test_no_rows_give_an_empty_file(run):
 
 
 BAD_ROWS = [
-    (b'{"prompt": "gr\xf6\xdfe"}', 2, ["is not UTF-8; convert the file"]),
-    ('{"prompt": "x"', 2, ["is not JSON", "write an object on each line"]),
-    ("[" * 100_000, 2, ["is not JSON that can be read"]),
-    ('["x"]', 2, ['["x"] is not a JSON object', '{"prompt": "..."}']),
-    ("{}", 2, ['field "prompt" is missing', "give a string"]),
-    ('{"prompt": 5}', 2, ["prompt=5", "must be a string or a list of token ids"]),
+    (b'{"prompt": "gr\xf6\xdfe"}', None, ["is not UTF-8; convert the file"]),
+    ('{"prompt": "x"', None, ["is not JSON", "write an object on each line"]),
+    ("[" * 100_000, None, ["is not JSON that can be read"]),
+    ('["x"]', None, ['["x"] is not a JSON object', '{"prompt": "..."}']),
+    ("{}", None, ['field "prompt" is missing', "give a string"]),
     ('{"prompt": "\\ud800", "id": "k"}', "k", ["prompt has half of a surrogate pair"]),
-    ('{"prompt": "x", "id": "\\ud800"}', 2, ["id has half of a surrogate pair"]),
-    ('{"prompt": "x", "id": true}', 2, ["id=true", "a string or whole number"]),
-    ('{"prompt": "x", "id": [1]}', 2, ["id=[1]", "a string or whole number"]),
     (
         '{"prompt": "x", "id": "a"}',
         "a",
@@ -155,47 +151,52 @@ BAD_ROWS = [
         1,
         ["id=1 is not allowed: line 2 has it already", "its number, from 0"],
     ),
-    ('{"promt": "x"}', 2, ['unknown field "promt"', "did you mean 'prompt'?"]),
-    ('{"prompt": "x", "topk": 1}', 2, ['unknown field "topk"', "did you mean 'top_k'?"]),
-    ('{"prompt": "x", "temperature": NaN}', 2, ["temperature=NaN", "a finite number >= 0"]),
-    ('{"prompt": "x", "temperature": "1"}', 2, ['temperature="1"', "a finite number >= 0"]),
-    ('{"prompt": "x", "top_k": -3}', 2, ["top_k=-3", "a whole number from 0"]),
-    ('{"prompt": "x", "top_p": -1}', 2, ["top_p=-1", "from 0 (for the most probable token"]),
-    ('{"prompt": "x", "seed": 1.5}', 2, ["seed=1.5", "from 0 to"]),
-    ('{"prompt": "x", "max_new_tokens": -1}', 2, ["max_new_tokens=-1", "whole number >= 0"]),
-    ('{"prompt": "x", "max_new_tokens": null}', 2, ["max_new_tokens=null", ">= 0"]),
     (
-        '{"prompt": "x", "max_new_tokens": 63}',
-        2,
-        ["prompt of 2 tokens", "63 new tokens", "max_seq_len=64", "to 62 or short"],
+        json.dumps({"prompt": "0123456" * 15}),
+        None,
+        ["max_seq_len=64", "the prompt is too long, sh"],
     ),
-    (
-        json.dumps({"prompt": LONG_PROMPT}),
-        2,
-        ["of 101 tokens", "max_seq_len=64", "the prompt is too long, shorten it"],
+    ('{"promt": "x"}', None, ['unknown field "promt"', "did you mean 'prompt'?"]),
+    *(
+        (f'{{"prompt": "x", {fields}}}', None, parts)
+        for fields, parts in [
+            (r'"id": "\ud800"', ["id has half of a surrogate pair"]),
+            ('"id": true', ["id=true", "a string or whole number"]),
+            ('"id": [1]', ["id=[1]", "a string or whole number"]),
+            ('"prompt": 5', ["prompt=5", "must be a string or a list of token ids"]),
+            ('"prompt": [1, 280]', ["prompt has the id 280, and the vocabulary ids 0 to 279"]),
+            ('"prompt": [1, -1]', ["prompt=[1, -1] is not allowed: it must be a string or a list"]),
+            ('"topk": 1', ['unknown field "topk"', "did you mean 'top_k'?"]),
+            ('"temperature": NaN', ["temperature=NaN", "a finite number >= 0"]),
+            ('"temperature": "1"', ['temperature="1"', "a finite number >= 0"]),
+            ('"top_k": -3', ["top_k=-3", "a whole number from 0"]),
+            ('"top_p": -1', ["top_p=-1", "from 0 (for the most probable token"]),
+            ('"seed": 1.5', ["seed=1.5", "from 0 to"]),
+            ('"max_new_tokens": -1', ["max_new_tokens=-1", "whole number >= 0"]),
+            ('"max_new_tokens": null', ["max_new_tokens=null", ">= 0"]),
+            ('"max_new_tokens": 63', ["prompt of 2 tokens", "63 new tokens", "to 62 or short"]),
+            ('"stop": [""]', ["stop=", "none of them empty"]),
+        ]
     ),
-    ('{"prompt": [1, 280]}', 2, ["prompt has the id 280, and the vocabulary ids 0 to 279"]),
-    ('{"prompt": [1, -1]}', 2, ["prompt=[1, -1] is not allowed: it must be a string or a list of"]),
-    ('{"prompt": "x", "stop": [""]}', 2, ["stop=", "none of them empty"]),
 ]
 
 
-@pytest.mark.parametrize(("line", "row_id", "parts"), BAD_ROWS)
-def test_a_bad_row_is_refused_and_the_others_are_not(run, line, row_id, parts):
-    good = {"prompt": "def", "id": "a"}, {"prompt": "x"}, {"prompt": "f(x)", "id": "z"}
-    code, rows = run([good[0], good[1], line, good[2]])
+def test_bad_rows_are_refused_and_change_no_other(run):
+    good = [{"prompt": "def", "id": "a"}, {"prompt": "x"}, {"prompt": "f(x)", "id": "z"}]
+    code, rows = run([*good[:2], *(line for line, _, _ in BAD_ROWS), good[2]])
     assert code == 1
-    assert rows[2].keys() == {"id", "row", "error"}
-    assert rows[2]["id"] == row_id
-    assert rows[2]["error"].startswith("line 3: ")
-    for part in parts:
-        assert part in rows[2]["error"]
-    alone = run(good)[1]
-    alone[2]["row"] = 3
-    assert [rows[0], rows[1], rows[3]] == alone
+    for number, (row, (_, row_id, parts)) in enumerate(zip(rows[2:-1], BAD_ROWS, strict=True), 2):
+        assert row.keys() == {"id", "row", "error"}
+        assert row["id"] == (number if row_id is None else row_id)
+        assert row["error"].startswith(f"line {number + 1}: ")
+        assert [part for part in parts if part not in row["error"]] == [], row["error"]
+    code, alone = run(good)
+    assert code == 0
+    alone[2]["row"] = len(rows) - 1
+    assert [*rows[:2], rows[-1]] == alone
 
 
-def test_a_row_that_needs_more_pages_than_there_are_is_refused(run):
+def test_row_that_needs_more_pages_than_the_cache_has_is_refused(run):
     rows = [{"prompt": "x", "max_new_tokens": 60}, {"prompt": "x"}]
     few_pages = ["--cache-gib", "1.1e-5", "--max-running", "1", "--page-len", "8"]
     code, (long, short) = run(rows, *few_pages)
@@ -204,7 +205,7 @@ def test_a_row_that_needs_more_pages_than_there_are_is_refused(run):
     assert short["num_completion_tokens"] == 9
 
 
-def test_a_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code_tokenizer, capsys):
+def test_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code_tokenizer, capsys):
     damaged = copy.deepcopy(code_model)
     with torch.no_grad():
         damaged.embedding.weight[7] = torch.inf
@@ -217,12 +218,12 @@ def test_a_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code
     assert "2 rows (2 with an error)" in capsys.readouterr().err
 
 
-def test_a_prompt_may_fill_the_context(run):
+def test_row_may_fill_the_context(run):
     code, rows = run([{"prompt": "x", "max_new_tokens": 62}], "--stop-at-eos", "false")
     assert (code, rows[0]["num_completion_tokens"]) == (0, 62)
 
 
-def test_stop_strings_end_a_completion_before_them(run):
+def test_stop_strings_end_a_completion(run):
     _, (whole,) = run([{"prompt": "x"}])
     stop = whole["completion"][3:5]
     _, (cut,) = run([{"prompt": "x", "stop": ["never", stop]}])
@@ -230,22 +231,22 @@ def test_stop_strings_end_a_completion_before_them(run):
     assert cut["finish_reason"] == "stop"
 
 
-def test_logprobs_are_those_of_the_model(run, code_model, code_tokenizer):
+def test_logprobs_equal_the_forward_pass(run, code_model, code_tokenizer):
     prompt = [code_tokenizer.bos_id, *code_tokenizer.encode("def")]
     _, (row,) = run([{"prompt": prompt, "logprobs": 3, "temperature": 2, "top_k": 50}])
-    tokens = [its["token"] for its in row["logprobs"]]
+    tokens = [logprob["token"] for logprob in row["logprobs"]]
     assert len(tokens) == row["num_completion_tokens"] > 0
     with torch.inference_mode():
         logits = code_model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)
-    for at, its in enumerate(row["logprobs"]):
-        assert its["logprob"] == pytest.approx(expected[at, tokens[at]].item(), abs=1e-4)
-        values, indices = expected[at].topk(3)
-        assert [int(token) for token in its["top"]] == indices.tolist()
-        assert list(its["top"].values()) == pytest.approx(values.tolist(), abs=1e-4)
+    for logprob, row_logprobs in zip(row["logprobs"], expected, strict=True):
+        assert logprob["logprob"] == pytest.approx(row_logprobs[logprob["token"]].item(), abs=1e-4)
+        values, indices = row_logprobs.topk(3)
+        assert [int(token) for token in logprob["top"]] == indices.tolist()
+        assert list(logprob["top"].values()) == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_parquet(tmp_path, model_directory, run):
+def test_parquet_rows(tmp_path, model_directory, run):
     table = pa.table({"text": ["x", None, "def"], "key": ["a", "b", "c"], "other": [1, 2, 3]})
     pq.write_table(table, tmp_path / "in.parquet")
 
@@ -281,17 +282,13 @@ def test_parquet(tmp_path, model_directory, run):
         (["--part", "2/2"], '--part="2/2" is not allowed: it must be i/n with 0 <= i < n'),
         (["--devices", "gpu"], '--devices="gpu" is not allowed: it must be auto, all, or'),
         (["--devices", "cuda:99"], '--devices="cuda:99" is not allowed: torch sees'),
+        (["--devices", "cpu,cpu", "--cache-gib", "null"], "--devices cpu,cpu names a device twice"),
     ],
 )
-def test_settings_that_are_not_allowed(run, tmp_path, capsys, options, message):
+def test_wrong_settings_are_refused(run, tmp_path, capsys, options, message):
     assert run([{"prompt": "x"}], *options) == (2, [])
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["1.in.jsonl"]
-
-
-def test_a_device_named_twice_needs_a_cache_size(run, capsys):
-    assert run([{"prompt": "x"}], "--devices", "cpu,cpu", "--cache-gib", "null") == (2, [])
-    assert "--devices cpu,cpu names a device twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -305,25 +302,21 @@ def test_a_device_named_twice_needs_a_cache_size(run, capsys):
         (["--temperature", "warm"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--format", "chat"], "'openai'"),
+        (["--config", "settings.yaml"], "did you mean 'top-k'?"),
     ],
 )
-def test_options_that_the_parser_refuses(run, tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as exit_info:
+def test_unknown_options_and_values_of_another_type_are_refused(
+    run, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_text("topk: 4\n")
+    with pytest.raises(SystemExit, match="2"):
         run([{"prompt": "x"}], *options)
-    assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["1.in.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"1.in.jsonl", "settings.yaml"}
 
 
-def test_an_unknown_key_in_a_settings_file(run, tmp_path, capsys):
-    config = tmp_path / "settings.yaml"
-    config.write_text("topk: 4\n")
-    with pytest.raises(SystemExit):
-        run([{"prompt": "x"}], "--config", config)
-    assert "did you mean 'top-k'?" in capsys.readouterr().err
-
-
-def test_files_that_cannot_be_used(tmp_path, model_directory, capsys):
+def test_unusable_paths_are_refused_and_nothing_is_written(tmp_path, model_directory, capsys):
     source, other = tmp_path / "in.jsonl", tmp_path / "other.jsonl"
     write_rows(source, [{"prompt": "x"}])
     write_rows(other, [{"prompt": "x"}])
@@ -345,14 +338,14 @@ def test_files_that_cannot_be_used(tmp_path, model_directory, capsys):
     assert "no such file" in refused(tmp_path / "model", source, target)
 
 
-def test_the_last_line_says_what_was_done(run, capsys):
+def test_last_line_of_stderr_sums_up_the_run(run, capsys):
     run([{"prompt": "x"}, "{}"])
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert last.startswith("2 rows (1 with an error), 9 tokens in ")
     assert "tokens/s; wrote " in last
 
 
-def test_the_command_line_is_read_before_torch_is_imported():
+def test_help_imports_no_torch():
     code = (
         "import sys, serve.batch.cli\n"
         "try: serve.batch.cli.main(['--help'])\n"

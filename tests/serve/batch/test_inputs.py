@@ -1,12 +1,14 @@
-"""Inputs of `stu-generate`: compressed, Parquet, folders, pipes; those that change meanwhile."""
+"""Inputs of `stu-generate`: compressed files, Parquet, folders, pipes, and inputs that change."""
 
 import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from itertools import count
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +22,7 @@ from serve.batch.source import InputDigest, open_input
 from serve.engine.engine import Engine
 from stu.common.errors import UserError
 from stu.model import FlashSTU
-from stu.model_dir import save_model
+from stu.model_dir import load_model, save_model
 from tests.serve.conftest import generate, read_rows
 
 ROWS = [{"id": f"r{number}", "prompt": "def f(x)"[: number % 9]} for number in range(60)]
@@ -34,29 +36,32 @@ def in_order(path):
 
 @pytest.fixture
 def expected(tmp_path, model_directory, source):
-    """What is written for ROWS."""
+    """Rows written for ROWS."""
     path = tmp_path / "expected.jsonl"
     assert generate(model_directory, source, path) == 0
     return in_order(path)
 
 
 @pytest.fixture
-def during(monkeypatch):
-    """Call with a number of a step and what to do before it."""
+def before_step(monkeypatch):
+    """Return a function of a step's number and what to call before that step."""
 
-    def call(at, act):
-        step, num_steps = Engine.step, 0
+    def patch(number, act):
+        step, steps = Engine.step, count(1)
 
         def act_and_step(self):
-            nonlocal num_steps
-            num_steps += 1
-            if num_steps == at:
+            if next(steps) == number:
                 act()
             return step(self)
 
         monkeypatch.setattr(Engine, "step", act_and_step)
 
-    return call
+    return patch
+
+
+@pytest.fixture
+def model_copy(tmp_path, model_directory):
+    return shutil.copytree(model_directory, tmp_path / "model")
 
 
 def replaced(path):
@@ -81,17 +86,13 @@ def same_size_and_time(path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def removed(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("change", [replaced, truncated, appended, same_size_and_time, removed])
-def test_an_input_that_changes_while_it_is_read_is_refused(
-    model_directory, source, target, during, expected, monkeypatch, capsys, change
+@pytest.mark.parametrize("change", [replaced, truncated, appended, same_size_and_time, os.unlink])
+def test_input_that_changes_while_it_is_read_is_refused(
+    model_directory, source, target, before_step, expected, monkeypatch, capsys, change
 ):
     old = source.read_bytes()
     monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 256)
-    during(12, lambda: change(source))
+    before_step(12, lambda: change(source))
     assert generate(model_directory, source, target, *TWO_AT_ONCE) == 2
     assert f"input {source}: has changed since this run began" in capsys.readouterr().err
     monkeypatch.undo()
@@ -106,7 +107,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
     assert in_order(target) == expected
 
 
-def test_no_changed_block_is_used(source, monkeypatch):
+def test_no_row_of_a_changed_block_is_read(source, monkeypatch):
     monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 256)
     digest = InputDigest.of(source)
     rows = iter(open_input(source, digest, None, None))
@@ -119,7 +120,7 @@ def test_no_changed_block_is_used(source, monkeypatch):
     assert len(read) > len(ROWS) // 2
 
 
-def test_an_input_that_is_written_while_it_is_hashed(source, monkeypatch):
+def test_input_that_is_written_while_it_is_hashed_is_refused(source, monkeypatch):
     hashed = checked_file._hash
 
     def append_and_hash(block):
@@ -131,62 +132,54 @@ def test_an_input_that_is_written_while_it_is_hashed(source, monkeypatch):
         InputDigest.of(source)
 
 
-def other_model(path, code_model, tokenizer):
+def export_another(path, code_model, tokenizer):
     torch.manual_seed(5)
     save_model(path, FlashSTU(code_model.config), tokenizer, {"max_new_tokens": 9}, overwrite=True)
 
 
-def test_a_model_that_is_exported_again_before_it_is_loaded(
-    tmp_path, model_directory, source, target, code_model, code_tokenizer, monkeypatch, capsys
+def test_model_that_is_replaced_before_it_is_loaded_is_refused(
+    model_copy, source, target, code_model, code_tokenizer, monkeypatch, capsys
 ):
-    model = tmp_path / "model"
-    shutil.copytree(model_directory, model)
-    from serve.batch.worker import load_model
-
     def export_and_load(*arguments):
-        other_model(model, code_model, code_tokenizer)
+        export_another(model_copy, code_model, code_tokenizer)
         return load_model(*arguments)
 
     monkeypatch.setattr("serve.batch.worker.load_model", export_and_load)
-    assert generate(model, source, target) == 2
+    assert generate(model_copy, source, target) == 2
     assert "model.safetensors changed while this run loaded it" in capsys.readouterr().err
     assert read_rows(target) == []
 
 
-def test_a_model_that_is_exported_again_afterwards_changes_no_row(
-    tmp_path, model_directory, source, target, code_model, code_tokenizer, during, expected
+def test_model_that_is_replaced_after_loading_changes_no_row(
+    model_copy, source, target, code_model, code_tokenizer, before_step, expected
 ):
-    model = tmp_path / "model"
-    shutil.copytree(model_directory, model)
-    during(12, lambda: other_model(model, code_model, code_tokenizer))
-    assert generate(model, source, target) == 0
+    before_step(12, lambda: export_another(model_copy, code_model, code_tokenizer))
+    assert generate(model_copy, source, target) == 0
     assert in_order(target) == expected
 
 
-def test_rows_of_a_model_that_was_written_over_are_not_gone_on_with(
-    tmp_path, model_directory, source, target, during, monkeypatch, capsys
+def test_run_whose_model_was_overwritten_in_place_cannot_resume(
+    model_copy, source, target, before_step, monkeypatch, capsys
 ):
-    model = tmp_path / "model"
-    shutil.copytree(model_directory, model)
-    weights = model / "model.safetensors"
+    weights = model_copy / "model.safetensors"
     old = weights.read_bytes()
 
-    def write_over():
+    def overwrite():
         with weights.open("r+b") as file:
             file.seek(-400, os.SEEK_END)
             file.write(bytes(400))
 
-    during(12, write_over)
-    assert generate(model, source, target) == 2
+    before_step(12, overwrite)
+    assert generate(model_copy, source, target) == 2
     assert "was overwritten during this run" in capsys.readouterr().err
     monkeypatch.undo()
     weights.write_bytes(old)
-    assert generate(model, source, target) == 2
+    assert generate(model_copy, source, target) == 2
     assert "rows may be of either model; start anew with --overwrite" in capsys.readouterr().err
-    assert generate(model, source, target, "--overwrite") == 0
+    assert generate(model_copy, source, target, "--overwrite") == 0
 
 
-def test_parts_of_different_inputs_do_not_go_together(model_directory, source, target, capsys):
+def test_parts_of_different_inputs_are_refused(model_directory, source, target, capsys):
     assert generate(model_directory, source, target, "--part", "0/2") == 0
     appended(source)
     assert generate(model_directory, source, target, "--part", "1/2") == 2
@@ -195,7 +188,9 @@ def test_parts_of_different_inputs_do_not_go_together(model_directory, source, t
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd.compress])
-def test_compressed_rows(model_directory, source, target, expected, compress):
+def test_compressed_input_is_decoded_and_resumed(
+    model_directory, source, target, expected, compress
+):
     half = len(LINES) // 2
     source.write_bytes(compress(b"".join(LINES[:half])) + compress(b"".join(LINES[half:])))
     assert generate(model_directory, source, target) == 0
@@ -207,9 +202,7 @@ def test_compressed_rows(model_directory, source, target, expected, compress):
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
-def test_rows_before_the_damage_are_written(
-    model_directory, source, target, expected, capsys, devices
-):
+def test_rows_before_damage_are_written(model_directory, source, target, expected, capsys, devices):
     compressed = gzip.compress(b"".join(LINES))
     source.write_bytes(compressed[:-30])
     assert generate(model_directory, source, target, "--devices", devices) == 2
@@ -221,7 +214,7 @@ def test_rows_before_the_damage_are_written(
     assert f"copy or write it again; {target} has {len(written)} rows" in error
 
 
-def test_what_a_compressed_file_must_not_hold(tmp_path, model_directory, target, capsys):
+def test_parquet_inside_a_compressed_file_is_refused(tmp_path, model_directory, target, capsys):
     pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "a.parquet")
     source = tmp_path / "a.parquet.gz"
     source.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
@@ -229,15 +222,15 @@ def test_what_a_compressed_file_must_not_hold(tmp_path, model_directory, target,
     assert "Parquet inside a compressed file; decompress it" in capsys.readouterr().err
 
 
-def test_a_pipe_is_kept_until_its_rows_are_written(
-    tmp_path, model_directory, target, during, expected, monkeypatch, capsys
+def test_spooled_pipe_is_kept_until_its_rows_are_written(
+    tmp_path, model_directory, target, before_step, expected, monkeypatch, capsys
 ):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 
     def decode(lines=LINES, stops=False):
         if stops:
-            during(12, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            before_step(12, lambda: signal.raise_signal(signal.SIGINT))
         writer = threading.Thread(target=pipe.write_bytes, args=[b"".join(lines)])
         writer.start()
         code = generate(model_directory, pipe, target, *TWO_AT_ONCE)
@@ -273,11 +266,11 @@ def test_standard_input_and_output(model_directory, expected):
     assert b"60 rows, " in result.stderr
 
 
-def read(path, column=None, id_column=None):
-    return [given for _, given in open_input(path, InputDigest.of(path), column, id_column)]
+def read_fields(path, column=None, id_column=None):
+    return [fields for _, fields in open_input(path, InputDigest.of(path), column, id_column)]
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+def test_folder_is_read_in_the_order_of_its_names(tmp_path):
     folder = tmp_path / "in"
     (folder / "part=1").mkdir(parents=True)
     texts = {"b.parquet": ["b0", "b1"], "part=1/a.parquet": ["c"], "a.parquet": [], "_c": None}
@@ -286,7 +279,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         pq.write_table(table, folder / name)
     (folder / "_SUCCESS").touch()
     (folder / ".hidden").write_text("x")
-    assert [row["prompt"] for row in read(folder)] == ["b0", "b1", "c"]
+    assert [row["prompt"] for row in read_fields(folder)] == ["b0", "b1", "c"]
     digest = InputDigest.of(folder)
     source = open_input(folder, digest, None, None)
     assert [number for number, _ in source] == [0, 1, 2]
@@ -303,10 +296,10 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         digest.check(folder)
     (folder / "e.parquet").touch()
     with pytest.raises(UserError, match=r"e\.parquet: is not a Parquet file; copy it again"):
-        read(folder)
+        read_fields(folder)
 
 
-def test_an_output_must_not_lie_in_the_input(tmp_path, model_directory, capsys):
+def test_output_inside_the_input_and_empty_folder_are_refused(tmp_path, model_directory, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(LINES[0])
     assert generate(model_directory, tmp_path / "in", tmp_path / "in" / "out.jsonl") == 2
@@ -318,23 +311,21 @@ def test_an_output_must_not_lie_in_the_input(tmp_path, model_directory, capsys):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """Call with columns (a dict, or arrays and names) and options: the rows."""
+    """Return a function that writes columns (a dict, or arrays and names) and reads the rows."""
 
     def call(columns, *options, names=None, **settings):
         table = pa.Table.from_arrays(columns, names) if names else pa.table(columns)
         pq.write_table(table, tmp_path / "in.parquet", **settings)
-        return read(tmp_path / "in.parquet", *options)
+        return read_fields(tmp_path / "in.parquet", *options)
 
     return call
 
 
-def test_strings_of_all_kinds(parquet):
+def test_parquet_strings_of_all_types(parquet):
     texts = ["a", None, "größe"]
-    kinds = pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())
-    for kind in kinds:
-        array = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else None
-        rows = parquet({"prompt": pa.array(texts, kind) if array is None else array})
-        assert [row["prompt"] for row in rows] == texts
+    arrays = [pa.array(texts, kind) for kind in (pa.string(), pa.large_string(), pa.string_view())]
+    for array in [*arrays, pa.array(texts).dictionary_encode()]:
+        assert [row["prompt"] for row in parquet({"prompt": array})] == texts
     assert parquet({"prompt": pa.array([], pa.string())}) == []
     assert parquet({"prompt": [[1, 2], None]})[0] == {"prompt": [1, 2]}
     many = [str(number) for number in range(1000)]
@@ -342,7 +333,7 @@ def test_strings_of_all_kinds(parquet):
     assert [row["prompt"] for row in rows] == many
 
 
-def test_a_string_that_is_not_utf8_is_an_error_of_its_row(parquet):
+def test_parquet_string_that_is_not_utf8_is_an_error_of_its_row(parquet):
     good = pa.array(["a", "bc", "d"])
     buffers = [good.buffers()[0], good.buffers()[1], pa.py_buffer(b"a\xffcd")]
     rows = parquet([pa.Array.from_buffers(pa.string(), 3, buffers)], names=["prompt"])
@@ -350,7 +341,7 @@ def test_a_string_that_is_not_utf8_is_an_error_of_its_row(parquet):
     assert str(rows[1]) == "is not UTF-8; convert the file"
 
 
-def test_columns_of_one_name(parquet):
+def test_parquet_columns_of_one_name_are_ambiguous(parquet):
     arrays = [pa.array(["x"]), pa.array(["y"]), pa.array(["z"])]
     with pytest.raises(UserError, match=r"2 columns are named 'prompt'; rename all but one"):
         parquet(arrays, names=["prompt", "prompt", "other"])
@@ -360,7 +351,7 @@ def test_columns_of_one_name(parquet):
     assert parquet({"k": ["x"]}, "k", "k") == [{"prompt": "x", "id": "x"}]
 
 
-def test_names_with_dots_and_columns_in_structs(parquet):
+def test_parquet_column_names_with_dots_and_columns_in_structs(parquet):
     nested = pa.array([{"b": "nested", "c": {"d": 5}}, None])
     columns = {"a.b": ["top", "level"], "a": nested}
     assert [row["prompt"] for row in parquet(columns, "a.b")] == ["top", "level"]
@@ -372,7 +363,7 @@ def test_names_with_dots_and_columns_in_structs(parquet):
             parquet({"a": nested}, name)
 
 
-def test_a_damaged_or_changed_parquet_file(tmp_path, parquet, monkeypatch):
+def test_damaged_or_changed_parquet_file_is_refused(tmp_path, parquet, monkeypatch):
     path = tmp_path / "in.parquet"
     columns = {"prompt": [f"{number:09}" for number in range(20_000)]}
     parquet(columns, row_group_size=1000, use_dictionary=False, compression="none")
@@ -386,7 +377,7 @@ def test_a_damaged_or_changed_parquet_file(tmp_path, parquet, monkeypatch):
     assert len(rows) >= 8000
     path.write_bytes(data[:-100])
     with pytest.raises(UserError, match=r"in.parquet: .*magic bytes"):
-        read(path)
+        read_fields(path)
     path.write_bytes(data)
     monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 4096)
     digest = InputDigest.of(path)
