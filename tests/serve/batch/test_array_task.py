@@ -1,8 +1,9 @@
-"""Shards of an input, and the devices of a run."""
+"""Rows of array tasks, and devices of a run."""
 
 import json
 import os
 import subprocess
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -22,36 +23,33 @@ def test_every_row_is_in_one_task(count):
 
 @pytest.mark.parametrize("text", ["0/3", "1/3", "2/3", "0/1"])
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
-def test_split_tasks_share_the_rows(text, num_parts):
+def test_split_divides_the_rows_of_a_task_evenly(text, num_parts):
     task = ArrayTask.parse(text)
-    parts = task.split(num_parts)
-    sizes = [sum(number in part for number in range(300)) for part in parts]
+    rows = [[number for number in range(300) if number in part] for part in task.split(num_parts)]
+    assert sorted(chain(*rows)) == [number for number in range(300) if number in task]
+    sizes = [len(numbers) for numbers in rows]
     assert max(sizes) - min(sizes) <= 1
-    for number in range(300):
-        assert [number in part for part in parts].count(True) == (number in task)
 
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "1/0", "a/b", "0/2/3", " 0/2", ""])
-def test_malformed_parts(text):
+def test_malformed_parts_are_refused(text):
     with pytest.raises(UserError, match="it must be i/n with 0 <= i < n"):
         ArrayTask.parse(text)
 
 
-def test_each_task_has_an_output_of_its_own():
+def test_each_task_has_its_own_output():
     assert ArrayTask(2, 8).output(Path("a.b/out.jsonl")) == Path("a.b/out.2-of-8.jsonl")
     assert ArrayTask(2, 8).output(Path("out")) == Path("out.2-of-8")
     assert ArrayTask().output(Path("out.jsonl")) == Path("out.jsonl")
 
 
-def test_the_tasks_of_a_step_share_the_rows():
+def test_tasks_of_a_slurm_step_share_the_rows():
     task = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "9"}
     assert ArrayTask.from_slurm_step(task) == ArrayTask(3, 4)
-    # A batch script, or a shell in an allocation, is no task of a step.
-    assert ArrayTask.from_slurm_step({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == ArrayTask()
-    assert (
-        ArrayTask.from_slurm_step({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == ArrayTask()
-    )
-    assert ArrayTask.from_slurm_step({}) == ArrayTask()
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    single_task = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for environment in (batch_script, single_task, {}):
+        assert ArrayTask.from_slurm_step(environment) == ArrayTask()
 
 
 @pytest.mark.parametrize(
@@ -85,13 +83,13 @@ def test_devices(monkeypatch, num_cuda, text, devices):
         (2, "cpu,auto", 'devices="cpu,auto" is not allowed'),
     ],
 )
-def test_devices_that_are_not_there(monkeypatch, num_cuda, text, message):
+def test_missing_and_malformed_devices_are_refused(monkeypatch, num_cuda, text, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cuda)
     with pytest.raises(UserError, match=message):
         choose_devices(text)
 
 
-def test_tasks_of_one_host_that_see_all_of_its_devices_take_one_each(monkeypatch):
+def test_tasks_of_one_host_take_one_device_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     for local_task, device in {"0": "cuda:0", "3": "cuda:3"}.items():
@@ -102,8 +100,8 @@ def test_tasks_of_one_host_that_see_all_of_its_devices_take_one_each(monkeypatch
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_an_array_puts_parts_of_one_job_together_and_no_others(tmp_path, is_same):
-    """The last task's part of slurm/generate.sbatch, with a stu-generate that has nothing to do."""
+def test_last_array_task_joins_parts_of_one_job_only(tmp_path, is_same):
+    """slurm/generate.sbatch with a stu-generate that does nothing."""
     command = tmp_path / "stu-generate"
     command.write_text("#!/bin/sh\nexit 0\n")
     command.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Rows through an engine: how far ahead they are read, and what becomes of the bad ones."""
+"""Rows through an engine: how far ahead they are read, and errors."""
 
 import json
 from dataclasses import replace
@@ -16,18 +16,18 @@ from tests.serve.requests import make_request
 NUM_ROWS = 10**6
 
 
-class Names:
-    """A `RowFormat` of which a decoder needs the writing half."""
+class SimpleFormat:
+    """The part of a `RowFormat` that a decoder uses."""
 
     def completed(self, row, completions):
-        return {"row": row.number, "texts": [its.text for its in completions]}
+        return {"row": row.number, "texts": [completion.text for completion in completions]}
 
     def refused(self, refusal):
         return {"row": refusal.number, "error": refusal.error, "code": refusal.status_code}
 
 
-class Endless:
-    """A `Source` of which a decoder needs the progress."""
+class QuarterRead:
+    """The part of a `Source` that a decoder uses."""
 
     fraction_read = 0.25
 
@@ -48,7 +48,7 @@ def build(code_tokenizer):
 
 def decode(engine, rows, **options):
     options = {"stride": 1, "max_waiting": 6, **options}
-    yield from Decoder(engine, Names(), Endless(), **options).decode(iter(rows))
+    yield from Decoder(engine, SimpleFormat(), QuarterRead(), **options).decode(iter(rows))
 
 
 def written(reports):
@@ -56,7 +56,7 @@ def written(reports):
     return {row.pop("row"): row for row in rows}
 
 
-def test_rows_are_read_as_they_are_needed(engine, build):
+def test_rows_are_read_only_as_they_are_needed(engine, build):
     num_read = 0
 
     def rows():
@@ -75,15 +75,15 @@ def test_rows_are_read_as_they_are_needed(engine, build):
     assert num_read <= 4 * 21 + 4 + 6
 
 
-def test_what_is_left_is_estimated_from_what_was_read(engine, build):
-    source = Endless()
+def test_rows_left_are_estimated_from_the_fraction_read(engine, build):
+    source = QuarterRead()
 
     def every_third_row():
         for number in range(0, 300, 3):
             source.fraction_read = (number + 1) / 300
             yield Row(number, number, {}, [build()])
 
-    decoder = Decoder(engine, Names(), source, stride=3, max_waiting=6)
+    decoder = Decoder(engine, SimpleFormat(), source, stride=3, max_waiting=6)
     num_written = 0
     for report in decoder.decode(every_third_row()):
         num_written += len(report.lines)
@@ -91,34 +91,34 @@ def test_what_is_left_is_estimated_from_what_was_read(engine, build):
     assert (num_written, report.rows_left) == (100, 0)
 
 
-def test_refused_rows_do_not_pile_up(engine):
+def test_many_refused_rows_are_reported_in_parts(engine):
     rows = [Refusal(number, number, "bad") for number in range(10_000)]
     reports = list(decode(engine, rows))
     assert max(len(report.lines) for report in reports) == decoder_module.REPORT_ROWS
     assert sum(report.num_failed for report in reports) == len(written(reports)) == 10_000
 
 
-def test_a_report_comes_when_time_has_passed_too(engine, build, monkeypatch):
+def test_reports_come_at_intervals_without_finished_rows(engine, build, monkeypatch):
     monkeypatch.setattr(decoder_module, "REPORT_SECONDS", 0)
     reports = list(decode(engine, [Row(0, 0, {}, [build()])]))
     assert [len(report.lines) for report in reports] == [0] * (len(reports) - 1) + [1]
     assert [report.stats.new_tokens for report in reports][-3:] == [6, 7, 8]
 
 
-def test_a_row_ends_when_all_of_its_requests_have(engine, build):
+def test_row_ends_with_its_last_request(engine, build):
     lengths = [3, 30, 1, 9]
     requests = [build(max_new_tokens=count, stop_at_eos=False) for count in lengths]
     rows = [Row(0, 0, {}, requests), Row(1, 1, {}, requests[:1])]
     reports = list(decode(engine, rows))
     ended = [list(rows) for report in reports if (rows := written([report]))]
-    assert ended == [[1], [0]], "each at its time; a report without rows tells of progress"
+    assert ended == [[1], [0]], "each row is reported when it ends"
     results = written(reports)
     assert len(results[0]["texts"]) == 4
     assert results[0]["texts"][:1] == results[1]["texts"]
     assert results[0]["texts"][1].startswith(results[0]["texts"][3])
 
 
-def test_a_request_that_can_never_be_decoded_takes_its_row_along_and_no_other(engine, build):
+def test_refused_request_refuses_its_row_only(engine, build):
     never = make_request([1, 9999], 5)
     rows = [
         Row(0, "a", {}, [build()]),
@@ -135,7 +135,7 @@ def test_a_request_that_can_never_be_decoded_takes_its_row_along_and_no_other(en
     engine.check_integrity()
 
 
-def test_a_request_that_fails_takes_its_row_along_and_no_other(engine, build, monkeypatch):
+def test_failed_request_fails_its_row_only(engine, build, monkeypatch):
     poisoned = build("def", max_new_tokens=20)
     step = engine.step
 
@@ -158,10 +158,10 @@ def test_a_request_that_fails_takes_its_row_along_and_no_other(engine, build, mo
     assert results[1] == {"error": "place 1: not finite", "code": 500}
     assert results[0] == results[2]
     assert sum(report.num_failed for report in reports) == 1
-    assert engine.stats().new_tokens < 40  # the others of its row did not go on
+    assert engine.stats().new_tokens < 40  # the other requests of its row were aborted
     engine.check_integrity()
 
 
-def test_a_report_travels_as_json(engine, build):
+def test_report_can_be_sent_as_json(engine, build):
     for report in decode(engine, [Row(0, "ö", {}, [build()])]):
         assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report

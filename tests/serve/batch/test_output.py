@@ -1,4 +1,4 @@
-"""The output of a batch: what is recovered, cut off, refused and locked."""
+"""The output file of a batch: recovery, refusals and the lock."""
 
 import errno
 import fcntl
@@ -36,7 +36,7 @@ def path(tmp_path):
     return path
 
 
-def test_rows_that_are_there_are_recovered(path):
+def test_written_rows_are_recovered(path):
     with begin(path) as output:
         assert (output.done, output.num_failed) == ({2, 4}, 1)
         output.append([line(0), line(1)])
@@ -44,7 +44,7 @@ def test_rows_that_are_there_are_recovered(path):
     assert [json.loads(line)["row"] for line in lines[:-1]] == [4, 2, 0, 1]
 
 
-def test_a_line_that_was_cut_off_anywhere_is_removed(path):
+def test_incomplete_last_line_is_removed(path):
     whole = path.read_bytes()
     last = (line(7, text="größe") + "\n").encode()
     for num_bytes in range(len(last)):
@@ -56,17 +56,13 @@ def test_a_line_that_was_cut_off_anywhere_is_removed(path):
 
 def test_appended_rows_are_on_disk(path, monkeypatch):
     synced = []
-
-    def fsync(descriptor):
-        synced.append(os.stat(descriptor).st_size)
-
     with begin(path) as output:
-        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.stat(file).st_size))
         output.append([line(0)])
         assert synced == [path.stat().st_size]
 
 
-def test_a_full_disk(path, monkeypatch):
+def test_full_disk_is_an_error_and_loses_no_row(path, monkeypatch):
     write = os.write
 
     def write_a_byte_and_fail(descriptor, data):
@@ -82,7 +78,7 @@ def test_a_full_disk(path, monkeypatch):
         assert output.done == {2, 4}
 
 
-def test_settings_that_differ_are_named_with_both_values(path):
+def test_other_settings_are_named_with_both_values(path):
     before = path.read_bytes()
     expected = (
         "was begun with seed=0, top_k=5, min_p=null, and this run has seed=1, top_k=null, "
@@ -98,7 +94,7 @@ def test_settings_that_differ_are_named_with_both_values(path):
         assert output.done == {2, 4}
 
 
-def test_values_that_json_has_no_word_for_are_compared_as_they_are_written(tmp_path):
+def test_values_are_compared_as_json(tmp_path):
     path = tmp_path / "out.jsonl"
     identity = {"stop": ("a", "b"), "logit_bias": {1: 2.0}}
     with begin(path, identity) as output:
@@ -107,7 +103,7 @@ def test_values_that_json_has_no_word_for_are_compared_as_they_are_written(tmp_p
         assert output.done == {0}
 
 
-def test_an_output_without_rows_may_be_begun_with_anything(tmp_path):
+def test_empty_output_may_have_any_settings(tmp_path):
     path = tmp_path / "out.jsonl"
     path.touch()
     for seed in (1, 2):
@@ -115,7 +111,7 @@ def test_an_output_without_rows_may_be_begun_with_anything(tmp_path):
             assert json.loads((tmp_path / "out.jsonl.job.json").read_text()) == {"seed": seed}
 
 
-def test_overwriting_begins_anew(path):
+def test_overwrite_starts_anew(path):
     with begin(path, {"seed": 3}, overwrite=True) as output:
         assert (output.done, output.num_failed) == (set(), 0)
         assert path.read_bytes() == b""
@@ -134,7 +130,7 @@ def test_overwriting_begins_anew(path):
         ('{"row": 1}\n{"row": 2}\n{"row": 1}\n', "line 3 has row 1 a second time"),
     ],
 )
-def test_rows_that_are_not_of_the_job(path, content, message):
+def test_lines_that_are_no_rows_of_the_job_are_refused(path, content, message):
     path.write_text(content)
     with pytest.raises(UserError, match=message), begin(path):
         pass
@@ -149,7 +145,7 @@ def test_rows_that_are_not_of_the_job(path, content, message):
         ("[]", "out.jsonl.job.json: is not a JSON object"),
     ],
 )
-def test_a_job_file_that_cannot_be_read(path, content, message):
+def test_unreadable_job_file_is_refused(path, content, message):
     job_file = path.with_name("out.jsonl.job.json")
     job_file.unlink()
     if content is not None:
@@ -161,7 +157,7 @@ def test_a_job_file_that_cannot_be_read(path, content, message):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_one_run_at_a_time(path, overwrite):
+def test_output_is_locked_while_a_run_writes_it(path, overwrite):
     before = path.read_bytes()
     with (
         begin(path),
@@ -174,7 +170,7 @@ def test_one_run_at_a_time(path, overwrite):
         assert output.done == {2, 4}
 
 
-def test_a_file_system_without_locks(path, monkeypatch, capsys):
+def test_file_system_without_locks_is_a_warning(path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 

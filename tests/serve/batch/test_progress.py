@@ -1,4 +1,4 @@
-"""Progress that a run reports."""
+"""Progress of a batch run."""
 
 from serve.batch.decoder import Report
 from serve.batch.progress import LOG_SECONDS, Display, Tally
@@ -31,7 +31,7 @@ class Clock:
         return self.now
 
 
-def test_a_tally_adds_engines_up():
+def test_tally_sums_over_engines():
     clock = Clock()
     tally = Tally(num_before=1000, num_failed=1, clock=clock)
     tally.add(0, report(5, 80, seconds=10, new_tokens=400))
@@ -51,7 +51,7 @@ def test_a_tally_adds_engines_up():
     )
 
 
-def test_the_speed_is_that_of_late():
+def test_speed_is_of_the_last_seconds():
     clock = Clock()
     tally = Tally(0, 0, clock)
     for second in range(100):
@@ -60,14 +60,14 @@ def test_the_speed_is_that_of_late():
     assert ", 0 tokens/s\n" in tally.now()
 
 
-def test_a_run_without_rows_yet_has_no_time_left():
+def test_no_time_is_estimated_before_the_first_row():
     tally = Tally(0, 0, Clock())
     tally.add(0, report(0, 80, 1, 5, attention_pages=0))
     assert "left" not in tally.now()
     assert "attention" not in tally.now()
 
 
-def test_a_log_gets_a_line_now_and_then(capsys):
+def test_log_gets_a_line_every_thirty_seconds(capsys):
     clock = Clock()
     tally = Tally(0, 0, clock)
     tally.add(0, report(1, 10, 1, 5))

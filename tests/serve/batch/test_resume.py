@@ -1,4 +1,4 @@
-"""A run that was stopped or killed can be resumed."""
+"""Runs of `stu-generate` that were stopped or killed resume."""
 
 import json
 import random
@@ -16,10 +16,10 @@ from stu.model_dir import save_model
 from tests.serve.conftest import generate, read_rows, wait_for_bytes
 
 ROWS = [
-    {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 20 + number % 35, "temperature": 1}
-    for number in range(160)
+    {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 10 + number % 35, "temperature": 1}
+    for number in range(100)
 ]
-ROWS[50] = ROWS[120] = {"promt": "x"}
+ROWS[30] = ROWS[70] = {"promt": "x"}
 
 
 def sorted_lines(path):
@@ -27,10 +27,10 @@ def sorted_lines(path):
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_loses_and_doubles_no_row(
+def test_killed_run_loses_and_doubles_no_row(
     tmp_path, model_directory, source, target, start, num_kills
 ):
-    # Rows of a batch round differently in other company, unless they are batch-invariant.
+    # Otherwise rounding depends on the batch composition.
     options = ["--batch-invariant", "--max-running", "4"]
     uninterrupted = tmp_path / "uninterrupted.jsonl"
     assert generate(model_directory, source, uninterrupted, *options) == 1
@@ -58,7 +58,7 @@ def test_stopped_run_keeps_its_rows_and_resumes(
     step, steps = Engine.step, count(1)
 
     def step_and_stop(self):
-        if next(steps) == 60:
+        if next(steps) == 25:
             with suppress(caught):
                 signal.raise_signal(number)
         return step(self)
@@ -81,7 +81,7 @@ def test_stopped_run_keeps_its_rows_and_resumes(
     assert f", besides {len(before)} from before (2" in capsys.readouterr().err
 
 
-def test_a_run_that_is_done_loads_no_model(model_directory, source, target, monkeypatch, capsys):
+def test_finished_run_loads_no_model(model_directory, source, target, monkeypatch, capsys):
     assert generate(model_directory, source, target) == 1
     before = target.read_bytes()
 
@@ -91,7 +91,7 @@ def test_a_run_that_is_done_loads_no_model(model_directory, source, target, monk
     monkeypatch.setattr("serve.batch.worker.load_model", load_model)
     assert generate(model_directory, source, target) == 1
     assert target.read_bytes() == before
-    assert "0 rows, besides 160 from before (2 with an error)" in capsys.readouterr().err
+    assert "0 rows, besides 100 from before (2 with an error)" in capsys.readouterr().err
 
 
 def cut_in_half(path):
@@ -99,7 +99,7 @@ def cut_in_half(path):
     path.write_bytes(b"".join(lines[: len(lines) // 2]))
 
 
-def test_what_decides_no_row_may_change(model_directory, source, target):
+def test_settings_that_decide_no_row_may_change(model_directory, source, target):
     assert generate(model_directory, source, target) == 1
     whole = sorted_lines(target)
     cut_in_half(target)
@@ -109,7 +109,7 @@ def test_what_decides_no_row_may_change(model_directory, source, target):
     assert sorted_lines(target) == whole
 
 
-def test_what_decides_the_rows_may_not(
+def test_settings_that_decide_rows_may_not_change(
     tmp_path, model_directory, source, target, code_model, code_tokenizer, capsys
 ):
     model = tmp_path / "model"
@@ -147,19 +147,7 @@ def test_what_decides_the_rows_may_not(
     assert len(read_rows(target)) == len(ROWS)
 
 
-def test_a_row_that_is_written_by_another_run_is_not_touched(
-    model_directory, source, target, capsys
-):
-    with OutputFile(target, {}, lambda row: (row, False)) as output:
-        output.append(["1"])
-        assert generate(model_directory, source, target, "--overwrite") == 2
-        assert "another run is writing it" in capsys.readouterr().err
-        assert target.read_text() == "1\n"
-
-
-def test_a_fault_of_the_program_does_not_look_like_the_end(
-    model_directory, source, target, monkeypatch, capsys
-):
+def test_fault_of_the_program_has_exit_code_3(model_directory, source, target, monkeypatch, capsys):
     def step(self):
         raise RuntimeError("no such kernel")
 
@@ -168,15 +156,11 @@ def test_a_fault_of_the_program_does_not_look_like_the_end(
     assert "no such kernel" in capsys.readouterr().err
 
 
-def test_a_full_disk_ends_the_run_and_it_goes_on_later(
-    model_directory, source, target, monkeypatch, capsys
-):
-    append, num_appends = OutputFile.append, 0
+def test_run_that_a_full_disk_ended_resumes(model_directory, source, target, monkeypatch, capsys):
+    append, calls = OutputFile.append, count(1)
 
     def append_until_full(self, lines):
-        nonlocal num_appends
-        num_appends += 1
-        if num_appends == 5:
+        if next(calls) == 5:
             raise OSError("output out.jsonl: No space left on device")
         append(self, lines)
 

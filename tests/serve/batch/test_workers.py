@@ -1,10 +1,9 @@
-"""Several engines on one batch, and several runs on one input."""
+"""Batches decoded by several workers, and by several array tasks."""
 
 import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import psutil
@@ -21,12 +20,13 @@ from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
 
 ROWS = [{"prompt": "def f(x)"[: number % 9], "seed": number} for number in range(60)]
 ROWS[31] = {"promt": "x"}
+MANY_ROWS = [{"prompt": "x", "max_new_tokens": 60}] * 300
 TWO = ["--devices", "cpu,cpu"]
 
 
 @pytest.fixture
 def expected(tmp_path, model_directory, source):
-    """The rows, by one engine."""
+    """Rows written by one engine in this process."""
     path = tmp_path / "expected.jsonl"
     assert generate(model_directory, source, path) == 1
     return in_order(read_rows(path))
@@ -41,12 +41,13 @@ def children(process):
 
 
 def own_workers():
-    """Engines of this process."""
-    return [its for its in psutil.Process().children() if "serve.batch.worker" in its.cmdline()]
+    """Return worker processes of this process."""
+    processes = psutil.Process().children()
+    return [process for process in processes if "serve.batch.worker" in process.cmdline()]
 
 
-def test_engines_in_processes_of_their_own_give_the_same_rows(
-    model_directory, source, target, expected, monkeypatch, capsys
+def test_workers_write_the_same_rows_and_import_nothing_from_the_current_folder(
+    model_directory, source, target, expected, folder_of_namesakes, monkeypatch, capsys
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert generate(model_directory, source, target, *TWO) == 1
@@ -55,14 +56,7 @@ def test_engines_in_processes_of_their_own_give_the_same_rows(
     assert own_workers() == []
 
 
-def test_workers_import_nothing_from_the_current_folder(
-    model_directory, source, target, folder_of_namesakes
-):
-    assert generate(model_directory, source, target, *TWO) == 1
-    assert len(read_rows(target)) == len(ROWS)
-
-
-def test_an_engine_that_cannot_begin_ends_the_run_and_says_why(
+def test_worker_that_cannot_start_ends_the_run_with_its_error(
     model_directory, source, target, capsys, monkeypatch
 ):
     monkeypatch.setattr("sys.executable", forked.python())
@@ -73,15 +67,12 @@ def test_an_engine_that_cannot_begin_ends_the_run_and_says_why(
     assert own_workers() == []
 
 
-def test_an_engine_that_dies_ends_the_run_and_it_goes_on_later(
-    model_directory, source, target, start
-):
-    write_rows(source, [{"prompt": "x", "max_new_tokens": 60}] * 300)
-    options = [*TWO, "--max-running", "2"]
-    process = start(model_directory, source, target, *options)
+def test_run_whose_worker_died_ends_and_resumes(model_directory, source, target, start):
+    write_rows(source, MANY_ROWS)
+    process = start(model_directory, source, target, *TWO, "--max-running", "2")
     wait_for_bytes(process, target, 1)
     victim, other = children(process)
-    victim.send_signal(signal.SIGHUP)  # ends none
+    victim.send_signal(signal.SIGHUP)  # workers ignore it
     victim.kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -89,21 +80,21 @@ def test_an_engine_that_dies_ends_the_run_and_it_goes_on_later(
     assert not other.is_running()
     before = read_rows(target)
     assert f"{len(before):,} rows, and the same command resumes from there" in error
-    assert 0 < len(before) < 300
+    assert 0 < len(before) < len(MANY_ROWS)
     assert generate(model_directory, source, target) == 0
     after = read_rows(target)
     assert after[: len(before)] == before
-    assert [row["row"] for row in in_order(after)] == list(range(300))
+    assert [row["row"] for row in in_order(after)] == list(range(len(MANY_ROWS)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_engine_outlives_its_run(model_directory, source, target, start, number):
-    write_rows(source, [{"prompt": "x", "max_new_tokens": 60}] * 300)
+def test_no_worker_outlives_its_run(model_directory, source, target, start, number):
+    write_rows(source, MANY_ROWS)
     process = start(model_directory, source, target, *TWO, "--max-running", "2")
     if number == signal.SIGKILL:
         wait_for_bytes(process, target, 1)
     else:
-        while len(children(process)) < 2:  # while they load
+        while len(children(process)) < 2:  # they load the model then
             assert process.poll() is None
             time.sleep(0.01)
     workers = children(process)
@@ -114,15 +105,13 @@ def test_no_engine_outlives_its_run(model_directory, source, target, start, numb
     assert alive == []
 
 
-def test_a_worker_ends_with_its_stdin_and_not_only_at_its_next_report(
-    tmp_path, model_directory, source, target
-):
+def test_worker_ends_when_its_stdin_does(tmp_path, model_directory, source, target):
     config = BatchConfig(model_directory, source, target, engine=EngineConfig(cache_gib=0.01))
     digest = InputDigest.of(source)
     decisive = BatchJob(config, digest).model_and_settings()
     work = Work(config, "cpu", ArrayTask(), frozenset(), digest, decisive)
     result = subprocess.run(
-        [sys.executable, "-m", "serve.batch.worker"],
+        [forked.python(), "-m", "serve.batch.worker"],
         input=json.dumps(work.to_json()) + "\n",
         stdout=subprocess.PIPE,
         text=True,
@@ -130,24 +119,24 @@ def test_a_worker_ends_with_its_stdin_and_not_only_at_its_next_report(
     assert result.returncode == 1
 
 
-def test_parts_hold_all_rows_between_them(model_directory, source, target, expected, monkeypatch):
-    by_option, by_task = [], []
+def test_parts_together_have_all_rows(model_directory, source, target, expected, monkeypatch):
+    from_options, from_tasks = [], []
     for index in range(3):
         generate(model_directory, source, target, "--part", f"{index}/3")
         rows = read_rows(target.with_name(f"out.{index}-of-3.jsonl"))
         assert {row["row"] % 3 for row in rows} == {index}
-        by_option += rows
+        from_options += rows
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     for index in range(2):
-        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
         monkeypatch.setenv("SLURM_PROCID", str(index))
         monkeypatch.setenv("SLURM_LOCALID", str(index))
         generate(model_directory, source, target)
-        by_task += read_rows(target.with_name(f"out.{index}-of-2.jsonl"))
-    assert in_order(by_option) == in_order(by_task) == expected
+        from_tasks += read_rows(target.with_name(f"out.{index}-of-2.jsonl"))
+    assert in_order(from_options) == in_order(from_tasks) == expected
     assert not target.exists()
 
 
-def test_errors_of_a_part_name_it_and_its_host(model_directory, source, target, capsys):
+def test_errors_of_an_array_task_name_its_part_and_host(model_directory, source, target, capsys):
     target.with_name("out.1-of-2.jsonl").write_text("something\n")
     assert generate(model_directory, source, target, "--part", "1/2") == 2
     error = capsys.readouterr().err
