@@ -1,4 +1,4 @@
-"""What a CUDA device computes, against the CPU in float64. Skipped where there is none."""
+"""A CUDA device computes the same as the CPU in float64. Skipped without one."""
 
 import json
 import subprocess
@@ -49,8 +49,7 @@ def build(kind, **settings):
     return FlashSTU(ModelConfig(**{**shape, **LAYOUTS[kind], **settings})).double()
 
 
-def on_cuda(model, dtype):
-    """A copy."""
+def copy_to_cuda(model, dtype):
     copied = FlashSTU(model.config).to(dtype)
     copied.load_state_dict(model.state_dict())
     return copied.cuda().eval()
@@ -65,17 +64,17 @@ def requests(num_new=90):
         yield make_request(tokens, num_new + 5 * number, sampling=sampling)
 
 
-def decoded(model, tokenizer, wanted, **settings):
-    """Of each request its tokens and their logprobs."""
+def decode(model, tokenizer, wanted, **settings):
+    """Return the tokens of each request and their log probabilities."""
     engine = Engine(model, tokenizer, EngineConfig(**{"cache_gib": 0.02, **settings}))
-    answers = {engine.add(request): ([], []) for request in wanted}
+    results = {engine.add(request): ([], []) for request in wanted}
     while engine.has_work:
         for output in engine.step():
-            tokens, logprobs = answers[output.request_id]
+            tokens, logprobs = results[output.request_id]
             tokens += output.new_token_ids
-            logprobs += [its.logprob for its in output.logprobs]
+            logprobs += [token.logprob for token in output.logprobs]
         engine.check_integrity()
-    return list(answers.values())
+    return list(results.values())
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -83,17 +82,17 @@ def decoded(model, tokenizer, wanted, **settings):
 def test_logits_and_gradients(kind, dtype, tolerance):
     model = build(kind)
     tokens = torch.randint(0, VOCAB_SIZE, (2, 131), generator=torch.manual_seed(3))
-    copied = on_cuda(model, dtype)
+    copied = copy_to_cuda(model, dtype)
     expected, found = model(tokens), copied(tokens.cuda())
     assert distance(found, expected) < tolerance
     for logits in expected, found:
         logits.logsumexp(-1).sum().backward()
     gradients = zip(copied.parameters(), model.parameters(), strict=True)
-    assert all(distance(its.grad, theirs.grad) < 10 * tolerance for its, theirs in gradients)
+    assert all(distance(mine.grad, theirs.grad) < 10 * tolerance for mine, theirs in gradients)
 
 
 def distance(found, expected):
-    """Of the norms."""
+    """Return the norm of the difference relative to the expected norm."""
     expected = expected.detach()
     return ((found.detach().cpu().double() - expected).norm() / expected.norm()).item()
 
@@ -108,7 +107,7 @@ def test_online_convolutions(kind, lag_step, block, monkeypatch):
     taps = torch.randn(2, 400 // lag_step, 5, generator=source, dtype=torch.float64)
     inputs = torch.randn(3, length + num_new, 5, generator=source, dtype=torch.float64)
     online = kind(taps.float().cuda(), 3, num_new, lag_step)
-    found = [[online.prefill(its, inputs[:, :length].float().cuda())] for its in range(2)]
+    found = [[online.prefill(layer, inputs[:, :length].float().cuda())] for layer in range(2)]
     for position in range(length, length + num_new):
         for layer in range(2):
             step = online.step(layer, inputs[:, position].float().cuda())
@@ -121,11 +120,11 @@ def test_online_convolutions(kind, lag_step, block, monkeypatch):
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("page_len", [4, 32])
-def test_a_batch_decodes_the_cpu_s_tokens(kind, page_len, tokenizer):
+def test_a_batch_decodes_the_same_tokens_as_the_cpu(kind, page_len, tokenizer):
     model = build(kind)
     settings = {"page_len": page_len, "prompt_tokens_per_step": 50}
-    expected = decoded(model, tokenizer, requests(), **settings)
-    found = decoded(on_cuda(model, torch.float64), tokenizer, requests(), **settings)
+    expected = decode(model, tokenizer, requests(), **settings)
+    found = decode(copy_to_cuda(model, torch.float64), tokenizer, requests(), **settings)
     for (tokens, logprobs), (their_tokens, their_logprobs) in zip(found, expected, strict=True):
         assert tokens == their_tokens
         assert logprobs == pytest.approx(their_logprobs, abs=1e-8)
@@ -134,7 +133,7 @@ def test_a_batch_decodes_the_cpu_s_tokens(kind, page_len, tokenizer):
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_bfloat16_stays_near_float64(kind, tokenizer):
     model = build(kind)
-    found = decoded(on_cuda(model, torch.bfloat16), tokenizer, requests())
+    found = decode(copy_to_cuda(model, torch.bfloat16), tokenizer, requests())
     for request, (tokens, logprobs) in zip(requests(), found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*request.prompt_token_ids, *tokens]]))[
@@ -147,10 +146,10 @@ def test_bfloat16_stays_near_float64(kind, tokenizer):
 
 @pytest.mark.parametrize("kind", ["stu", "hybrid", "hyena"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_company_changes_no_bit_of_invariant_batches(kind, dtype, tokenizer):
-    model = on_cuda(build(kind), dtype)
-    together = decoded(model, tokenizer, requests(), batch_invariant=True)
-    alone = [decoded(model, tokenizer, [its], batch_invariant=True)[0] for its in requests()]
+def test_outputs_of_invariant_batches_do_not_depend_on_their_composition(kind, dtype, tokenizer):
+    model = copy_to_cuda(build(kind), dtype)
+    together = decode(model, tokenizer, requests(), batch_invariant=True)
+    alone = [decode(model, tokenizer, [request], batch_invariant=True)[0] for request in requests()]
     assert together == alone
 
 
@@ -162,7 +161,7 @@ def test_training_lowers_the_loss(layout, precision, train):
 
 
 @pytest.mark.parametrize("parallel", [{"kind": "zero", "zero_stage": 2}, {"kind": "fsdp"}])
-def test_shared_weights_train_as_whole_ones(parallel, train):
+def test_sharded_training_equals_unsharded_training(parallel, train):
     if parallel["kind"] == "zero":
         pytest.importorskip("deepspeed")
     expected = train({})
@@ -172,11 +171,11 @@ def test_shared_weights_train_as_whole_ones(parallel, train):
 
 @pytest.fixture
 def train(module_settings, tmp_path):  # noqa: F811
-    """40 steps on the device; the loss of each."""
+    """Train 40 steps on the device, and return their losses."""
 
-    def of(settings):
+    def call(settings):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        kept = [its for its in module_settings if not its.startswith("--trainer.accelerator")]
+        kept = [name for name in module_settings if not name.startswith("--trainer.accelerator")]
         values = {"trainer.accelerator": "gpu", "trainer.devices": 1, "trainer.max_steps": 40}
         values |= {"run-dir": run} | settings
         command = [sys.executable, "-m", "train.cli", *kept]
@@ -185,10 +184,10 @@ def train(module_settings, tmp_path):  # noqa: F811
         assert done.returncode == 0, done.stderr[-3000:]
         return read_curves(run)["train/loss"][1]
 
-    return of
+    return call
 
 
-def test_the_decoding_benchmark_times_it(capsys):
+def test_the_decoding_benchmark_times_the_device(capsys):
     settings = ["--device", "cuda", "--width", "64", "--new-tokens", "[512]", "--batch", "[2]"]
     bench(["decode", *settings, "--rounds", "1", "--peers", "[s4]"])
     for run in json.loads(capsys.readouterr().out)["runs"]:
@@ -197,20 +196,13 @@ def test_the_decoding_benchmark_times_it(capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stu_generate_takes_the_first_device_by_itself(dtype, tokenizer, tmp_path):
+def test_stu_generate_uses_the_first_device_by_default(dtype, tokenizer, tmp_path):
     save_model(tmp_path / "model", build("hybrid").to(getattr(torch, dtype)), tokenizer)
     rows = [{"id": str(number), "prompt": "a cat " * number} for number in range(1, 20)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = batch.main(
-        [
-            str(tmp_path / "model"),
-            f"--input={tmp_path / 'in.jsonl'}",
-            f"--output={tmp_path / 'out.jsonl'}",
-            f"--dtype={dtype}",
-            "--max-new-tokens=40",
-        ]
-    )
-    assert code == 0
+    files = [f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    options = [f"--dtype={dtype}", "--max-new-tokens=40"]
+    assert batch.main([str(tmp_path / "model"), *files, *options]) == 0
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(lines) == len(rows)
     assert not any("error" in json.loads(line) for line in lines)

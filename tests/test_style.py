@@ -1,4 +1,4 @@
-"""The shape of the code: imports without circles, small files and folders, and rules of prose."""
+"""Imports form no circles, files and folders are small, and docstrings are no fragments."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -28,7 +28,7 @@ def is_for_types(node):
 
 
 def imports(tree):
-    """Modules that are imported anywhere in a file, but for type checkers alone."""
+    """Yield the modules that a file imports anywhere, except for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -39,7 +39,7 @@ def imports(tree):
 
 
 def graph():
-    """The modules of the packages that each of their modules imports."""
+    """Yield each module of the packages with the ones that it imports."""
     paths = {module_of(path): path for path in FILES}
     for module, path in paths.items():
         names = set(imports(ast.parse(path.read_text(encoding="utf-8"))))
@@ -52,7 +52,7 @@ def test_imports_of_files_have_no_circle():
 
 
 def test_imports_of_folders_have_no_circle():
-    """Folders of one package, and the files beside them, count as one place each."""
+    """Each folder of a package is one node, and so is each file at its top."""
 
     def place(module):
         path = ROOT.joinpath(*module.split("."))
@@ -82,7 +82,7 @@ def test_folders_are_small(folder):
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_prose(path):
-    """No docstring is a fragment that begins like an answer, and no name is `its`."""
+    """No docstring begins like an answer, and no name is `its`."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

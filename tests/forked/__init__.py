@@ -47,7 +47,7 @@ def remove_folder() -> None:
 
 def program(name: str) -> str:
     """Return the path of a command, such as stu-train, that the server runs."""
-    if torch.cuda.is_available():  # which a process that forks may not have looked at
+    if torch.cuda.is_available():  # CUDA does not work in forks
         return str(Path(sys.executable).with_name(name))
     folder = Path(os.environ[FOLDER])
     with (folder / "lock").open("w") as lock:
@@ -67,13 +67,13 @@ class Popen(subprocess.Popen):
 
     @property
     def real(self) -> psutil.Process:
-        """The process itself; `pid` is that of the client, which waits for it."""
+        """The process itself; `pid` is the client, which waits for it."""
         if not hasattr(self, "_real"):
             self._real = real(self.pid)
         return self._real
 
     def send_signal(self, sig: int) -> None:
-        """Send it to the process itself; there is nothing to do where that has ended."""
+        """Send a signal to the process itself, unless it has ended."""
         if self.poll() is None:
             try:
                 self.real.send_signal(sig)
@@ -82,7 +82,7 @@ class Popen(subprocess.Popen):
 
 
 def real(pid: int) -> psutil.Process:
-    """Return the process that a client stands for; for one that is no client, itself."""
+    """Return the process that a client represents, or the process `pid` if it is no client."""
     folder = Path(os.environ[FOLDER])
     client = psutil.Process(pid)
     # A process that has just begun to execute its program has an empty command line.
@@ -95,7 +95,7 @@ def real(pid: int) -> psutil.Process:
         with socket.socket(socket.AF_UNIX) as server:
             server.connect(str(folder / "socket"))
             _send(server, {"client": pid})
-            if answer := int(server.makefile("r").readline()):  # it has come to its turn
+            if answer := int(server.makefile("r").readline()):  # the server has forked it
                 return psutil.Process(answer)
         time.sleep(0.002)
     return client

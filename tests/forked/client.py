@@ -1,7 +1,7 @@
-"""Python as tests start it: asks tests/forked/server.py for a process, and stands for it.
+"""Python as tests start it: asks tests/forked/server.py for a process, and represents it.
 
-Installed as `python` and as every command by `forked.make_folder`; needs only the standard library.
-Signals go to the process, its exit status comes back, and killing this kills it.
+`forked.make_folder` installs it as `python` and as every command. It needs only the standard
+library. It forwards signals and returns the exit status, and the process is killed with it.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def main() -> None:
 def _is_inherited(descriptor: int) -> bool:
     try:
         return os.get_inheritable(descriptor)
-    except OSError:  # that of the listing itself
+    except OSError:  # the one of the listing itself, now closed
         return False
 
 

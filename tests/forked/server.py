@@ -53,14 +53,14 @@ class Server:
         self._listener.listen(100)
         (folder / "new").rename(folder / "socket")
         self._clients: dict[int, int] = {}
-        """By process number of the client, that of the process it stands for."""
+        """Process number of each client to that of the process it represents."""
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         owner = os.pidfd_open(int((folder / "owner").read_text()))
         self._selector.register(owner, selectors.EVENT_READ, self._end)
         self._child: dict | None = None
 
     def run(self) -> dict:
-        """Serve; return, in a forked process, what is asked of it."""
+        """Serve requests. In a forked process, return its request."""
         while self._child is None:
             for key, _ in self._selector.select():
                 key.data()
@@ -78,7 +78,7 @@ class Server:
             body = b""
             while len(body) < int.from_bytes(head, "big"):
                 body += connection.recv(2**20) or _hang_up()
-        except OSError:  # killed meanwhile
+        except OSError:  # the client was killed
             connection.close()
             return
         request = json.loads(body)
@@ -135,7 +135,7 @@ def _hang_up() -> bytes:
 
 
 def become(request: dict) -> None:
-    """Make this process what a new one with the client's settings would be."""
+    """Give this process all that a new one would inherit from the client."""
     _take_descriptors(request)
     os.setsid()
     _enter_namespaces(request["client"])
@@ -162,10 +162,10 @@ def become(request: dict) -> None:
 
 
 def _take_descriptors(request: dict) -> None:
-    """Have the client's files open under its numbers, and no others."""
+    """Open the client's files under the same numbers, and close all others."""
     numbers, connection = request["descriptors"], request["connection"]
     above = max([*numbers, 2]) + 1
-    kept = [fcntl.fcntl(it, fcntl.F_DUPFD_CLOEXEC, above) for it in request["received"]]
+    kept = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in request["received"]]
     request["connection"] = socket.socket(
         fileno=fcntl.fcntl(connection, fcntl.F_DUPFD_CLOEXEC, above)
     )
@@ -181,7 +181,7 @@ def _take_descriptors(request: dict) -> None:
 
 
 def _enter_namespaces(client: int) -> None:
-    """Go where the client is: the nodes of the tests' Slurm are namespaces."""
+    """Enter the namespaces of the client, such as those of a node of the tests' Slurm."""
     paths = {name: f"/proc/{client}/ns/{name}" for name in NAMESPACES}
     own = {name: f"/proc/self/ns/{name}" for name in NAMESPACES}
     if all(os.readlink(paths[name]) == os.readlink(own[name]) for name in NAMESPACES):
@@ -205,7 +205,7 @@ def _enter_namespaces(client: int) -> None:
 
 
 def execute(request: dict) -> None:
-    """Run what the client was given, as the interpreter would."""
+    """Run the client's arguments as the interpreter would."""
     first, *others = request["arguments"]
     is_safe = {"-I", "-P"} & {*request["options"]} or os.environ.get("PYTHONSAFEPATH")
     folder = {"-m": os.getcwd(), "-c": ""}.get(first, str(Path(first).resolve().parent))
@@ -230,7 +230,7 @@ def execute(request: dict) -> None:
 
 
 def finish(execute: Callable[[], None]) -> None:
-    """End as the interpreter does, but for taking all modules apart: half a second."""
+    """End as the interpreter does, except for destroying all modules, which takes half a second."""
     code: object = 0
     try:
         execute()
@@ -253,7 +253,7 @@ def finish(execute: Callable[[], None]) -> None:
 
 
 def preload() -> None:
-    """Import all that a process may need, without a thread."""
+    """Import all modules that a process may need, without starting a thread."""
     torch.set_num_threads(1)
     for package in ("stu", "train", "serve"):
         module = importlib.import_module(package)

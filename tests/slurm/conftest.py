@@ -1,13 +1,15 @@
-"""A cluster for all tests of this folder, and what training on it needs."""
+"""A cluster for all tests of this folder, and a model and data for its jobs."""
 
 import os
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import forked
+from tests.serve.conftest import code_model, code_tokenizer, model_directory  # noqa: F401
 from tests.slurm.cluster import SlurmCluster
 from tests.train.conftest import data, module_settings  # noqa: F401
 
@@ -41,3 +43,10 @@ def until(is_true, describe):
 
 def read_logs(folder):
     return "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
+
+
+def find_clients(*words):
+    """Return the processes (tests/forked/client.py) whose command lines have these words."""
+    processes = [(process, process.info["cmdline"]) for process in psutil.process_iter(["cmdline"])]
+    found = [process for process, command in processes if {*words} <= {*(command or ())}]
+    return [process for process in found if "python" in process.info["cmdline"][0]]

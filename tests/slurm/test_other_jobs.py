@@ -7,21 +7,13 @@ import socket
 from pathlib import Path
 
 import httpx
-import psutil
 
 from tests import forked
-from tests.serve.conftest import (  # noqa: F401
-    code_model,
-    code_tokenizer,
-    generate,
-    model_directory,
-    read_rows,
-    write_rows,
-)
-from tests.slurm.conftest import ROOT, SECONDS, read_logs, until
+from tests.serve.conftest import generate, read_rows, write_rows
+from tests.slurm.conftest import ROOT, SECONDS, find_clients, read_logs, until
+from tests.train.token_shards import read_tokens
 from train.data.config import PrepareConfig
 from train.data.prepare import prepare
-from train.data.shards import TokenShards
 
 HEAD = ["--cpus-per-task=1", "--mem=1G", "--time=10"]
 COUNT = 3
@@ -32,11 +24,6 @@ if os.environ["SLURM_ARRAY_TASK_ID"] == "1" and "SLURM_RESTART_COUNT" not in os.
     from train.data.shards import SplitWriter
     SplitWriter.finish = lambda writer: os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def tokens(folder):
-    splits = [TokenShards(folder, split) for split in ("train", "validation")]
-    return [shards.read(0, len(shards)).tolist() for shards in splits]
 
 
 def test_prepare_repeats_a_killed_task_of_an_array(cluster, tmp_path):
@@ -59,19 +46,7 @@ def test_prepare_repeats_a_killed_task_of_an_array(cluster, tmp_path):
     assert {path.name for path in output.parent.iterdir()} == {"data", "data.lock"}
     assert read_logs(tmp_path).count("training the tokenizer") == 1
     prepare(PrepareConfig([str(corpus)], alone, vocab_size=320, validation_fraction=0.2, workers=1))
-    assert tokens(output) == tokens(alone)
-
-
-def find_process(words):
-    """Return the process of `stu-generate` whose command line has these words."""
-    (client,) = (
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if words in " ".join(process.info["cmdline"] or [])
-        and "python" in process.info["cmdline"][0]
-    )
-    (process,) = forked.real(client.pid).children()  # it runs in the namespaces of its node
-    return process
+    assert read_tokens(output) == read_tokens(alone)
 
 
 def has_pending_sigterm(process):
@@ -82,9 +57,7 @@ def has_pending_sigterm(process):
 
 
 def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
-    cluster,
-    tmp_path,
-    model_directory,  # noqa: F811
+    cluster, tmp_path, model_directory
 ):
     source, target = tmp_path / "in.jsonl", tmp_path / "of.mine" / "completions"
     target.parent.mkdir()
@@ -102,7 +75,8 @@ def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
 
     part = target.with_name("completions.1-of-3")
     until(lambda: part.exists() and part.stat().st_size, log)
-    process = find_process(f"--output {target} --part 1/3")
+    (client,) = find_clients(str(target), "1/3")
+    (process,) = forked.real(client.pid).children()  # it runs in the namespaces of its node
     process.suspend()  # it must not end before the signal arrives
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
     until(lambda: has_pending_sigterm(process), log)
@@ -121,7 +95,7 @@ def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
     assert not list(target.parent.glob("*.done"))
 
 
-def test_serve_finishes_running_requests_when_it_is_stopped(cluster, tmp_path, model_directory):  # noqa: F811
+def test_serve_finishes_running_requests_when_it_is_stopped(cluster, tmp_path, model_directory):
     keys = tmp_path / "keys"
     keys.write_text("a-key\n")
     with socket.socket() as free:

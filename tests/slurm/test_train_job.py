@@ -1,25 +1,23 @@
 """slurm/train.sbatch on two nodes: interruptions do not change what is trained.
 
 Jobs mostly wait, so all scenarios run at the same time, each in a thread, and each test waits for
-one of them. Tests that take a node away run alone.
+one of them. Tests that preempt jobs or lose a node run alone.
 """
 
 import contextlib
 import os
 import re
-import signal
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from tests import forked
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import ROOT, SECONDS, until
+from tests.slurm.conftest import ROOT, SECONDS, find_clients, until
 from tests.train.saved import load_checkpoint
 from train import report
 from train.data.loader import TokenData
@@ -78,15 +76,6 @@ class Job:
         """Send a signal to the script."""
         self.cluster.call("scancel", f"--signal={name}", "--batch", self.number)
 
-    def ranks(self):
-        """Return the processes of the ranks."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            command = process.info["cmdline"] or []
-            if f"--run-dir={self.run_dir}" in command and "python" in command[0]:
-                found.append(process)
-        return found
-
     def finish(self, state="COMPLETED"):
         assert self.cluster.wait(self.number, SECONDS) == state, self.log
 
@@ -99,7 +88,12 @@ class Scene:
     module_settings: list[str]
     folder: Path
     uninterrupted: "Future[Path]"
-    """Run folder of as many ranks that nothing interrupted."""
+    """Folder of a run of as many ranks that was not interrupted."""
+
+    @property
+    def data_dir(self):
+        (setting,) = (name for name in self.module_settings if name.startswith("--data.dir="))
+        return setting.split("=")[1]
 
     def submit(self, *options, run_dir=None, more=()):
         run_dir = run_dir or self.folder / "run"
@@ -120,8 +114,7 @@ class Scene:
         assert curve[0] == list(range(1, STEPS + 1))
         seen, expected = map(samples, folders)
         assert seen == expected
-        (data,) = (its for its in self.module_settings if its.startswith("--data.dir="))
-        loader = TokenData(data.split("=")[1], seq_len=16, micro_batch_size=2)
+        loader = TokenData(self.data_dir, seq_len=16, micro_batch_size=2)
         in_order = [number for step in sorted(seen) for number in seen[step]]
         first = loader.samples_per_epoch // 4 * 4  # samples of whole steps
         assert len(set(in_order[:first])) == first
@@ -171,7 +164,7 @@ def is_requeued_when_its_time_is_up_before_training(scene):
 def continues_after_a_rank_is_killed(scene):
     job = scene.submit()
     job.wait_for_step(STOP)
-    job.ranks()[-1].send_signal(signal.SIGKILL)
+    find_clients(f"--run-dir={job.run_dir}")[-1].kill()
     job.finish()
     assert scene.cluster.restarts(job.number) == 1
     scene.assert_same_result(job)
@@ -246,8 +239,7 @@ def is_not_repeated_after_a_refusal(scene):
     nowhere = scene.submit(run_dir=Path("/proc/nope"))
     # The first rank has all that it needs, and reports the other one's problem.
     of_node = f"--data.dir={folder}/$SLURM_NODEID"
-    data = next(its for its in scene.module_settings if its.startswith("--data.dir"))
-    (folder / "0").symlink_to(data.split("=")[1])
+    (folder / "0").symlink_to(scene.data_dir)
     start = f"stu-train {settings('one-rank')} {of_node} --trainer.num_nodes=2 --trainer.devices=1"
     one_rank = cluster.submit(
         *(*common, "--nodes=2", "--ntasks-per-node=1", "--output=one-rank.log"),
@@ -294,7 +286,7 @@ def loses_little_when_the_disk_is_full(scene):
     assert "could not write" in job.log
     assert scene.cluster.restarts(job.number) == 0
     last = load_checkpoint(job.run_dir / "checkpoints" / "last.ckpt")
-    assert STOP - SAVED <= last["global_step"] < STEPS  # the one of step STOP may be incomplete
+    assert STOP - SAVED <= last["global_step"] < STEPS  # saving at step STOP may have failed
     filler.unlink()
     again = scene.submit()
     again.finish()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.shards import TOKENIZER_FILE, Index, SplitWriter
+from train.data.shards import TOKENIZER_FILE, Index, SplitWriter, TokenShards
 
 
 def write_token_shards(
@@ -40,3 +40,9 @@ def write_token_shards(
     )
     index.save(folder)
     return index
+
+
+def read_tokens(folder: Path) -> dict[str, list[int]]:
+    """Return all tokens of both splits."""
+    splits = {split: TokenShards(folder, split) for split in ("train", "validation")}
+    return {split: shards.read(0, len(shards)).tolist() for split, shards in splits.items()}

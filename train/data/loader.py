@@ -170,14 +170,10 @@ class TokenData(L.LightningDataModule):
         self.train_shards = TokenShards(dir, "train")
         self.validation_shards = TokenShards(dir, "validation")
         self.accepted_changes: set[str] = set()
-        """Names in `identity` whose values may differ from those of a checkpoint."""
-        self._position = 0
-        self.train_dataloader()  # fails now if seq_len is too long for the data
-
-    @property
-    def position(self) -> int:
+        """Names in `identity` whose values may differ from the checkpoint's."""
+        self.position = 0
         """Samples consumed so far, over all ranks and epochs."""
-        return self._position
+        self.train_dataloader()  # fails now if seq_len is too long for the data
 
     @property
     def samples_per_epoch(self) -> int:
@@ -200,7 +196,7 @@ class TokenData(L.LightningDataModule):
 
         The training step calls this, as the loader may have fetched samples ahead.
         """
-        self._position += num_samples
+        self.position += num_samples
 
     def train_dataloader(self) -> SampleStream:
         """Return the endless micro-batches of this rank from `position` on."""
@@ -233,7 +229,7 @@ class TokenData(L.LightningDataModule):
                     f"{state_dict[name]!r}, so its position would mean other samples; use that "
                     f"{name}, or start a new run",
                 )
-        self._position = state_dict["position"]
+        self.position = state_dict["position"]
 
     def identity(self) -> dict[str, Any]:
         """Return all values on which the samples at a position depend, by name."""

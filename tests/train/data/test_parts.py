@@ -15,15 +15,15 @@ import pytest
 from stu.common.errors import UserError
 from stu.tokenizer import train_bpe
 from tests import forked
+from tests.train.token_shards import read_tokens
 from train.data.cli import main
 from train.data.config import PrepareConfig
 from train.data.lock_file import LockFile
 from train.data.parts import Parts, files_of_part
 from train.data.prepare import prepare, prepare_part
-from train.data.shards import Index, TokenShards
+from train.data.shards import Index
 
 COUNT = 3
-SPLITS = "train", "validation"
 QUICK: dict[str, Any] = {
     "vocab_size": 320,
     "validation_fraction": 0.2,
@@ -63,14 +63,9 @@ def _config(corpus, output, part, **changes):
     return PrepareConfig([str(corpus)], output, part=name, **(QUICK | changes))
 
 
-def _tokens(folder):
-    splits = {split: TokenShards(folder, split) for split in SPLITS}
-    return {split: shards.read(0, len(shards)).tolist() for split, shards in splits.items()}
-
-
 def _assert_equal(output, whole):
     """Compare two folders, except for the ends of their token files."""
-    assert _tokens(output) == _tokens(whole)
+    assert read_tokens(output) == read_tokens(whole)
     model = "tokenizer.model"
     assert (output / model).read_bytes() == (whole / model).read_bytes()
     indexes = []
@@ -170,7 +165,7 @@ def test_joined_parts_skip_the_rows_that_one_run_skips(corpus, tmp_path):
     prepare(_config(copy, alone, None, on_error="skip"))
     for part in range(COUNT):
         prepare_part(_config(copy, output, part, on_error="skip"))
-    assert _tokens(output) == _tokens(alone)
+    assert read_tokens(output) == read_tokens(alone)
     assert Index.load(output).num_bad_rows == {"not JSON": 20, "no field": 1}
     skipped = [(folder / "skipped.jsonl").read_text() for folder in (output, alone)]
     assert skipped[0] == skipped[1]
@@ -182,14 +177,14 @@ def test_a_part_that_fails_leaves_the_others(corpus, whole, tmp_path):
     shutil.copytree(corpus, copy)
     good = (copy / "6.jsonl").read_bytes()
     (copy / "6.jsonl").write_bytes(good[:-10] + b"\xe9" * 9 + b"\n")
-    output, given = tmp_path / "out" / "data", {"tokenizer": whole, "vocab_size": 4096}
-    prepare_part(_config(copy, output, 0, **given))
+    output, changes = tmp_path / "out" / "data", {"tokenizer": whole, "vocab_size": 4096}
+    prepare_part(_config(copy, output, 0, **changes))
     with pytest.raises(UserError, match=r"6\.jsonl line 60: not UTF-8"):
-        prepare_part(_config(copy, output, 2, **given))
-    assert prepare_part(_config(copy, output, 1, **given)) == [2]
+        prepare_part(_config(copy, output, 2, **changes))
+    assert prepare_part(_config(copy, output, 1, **changes)) == [2]
     (copy / "6.jsonl").write_bytes(good)
-    assert prepare_part(_config(copy, output, 2, **given)) == []
-    assert _tokens(output) == _tokens(whole)
+    assert prepare_part(_config(copy, output, 2, **changes)) == []
+    assert read_tokens(output) == read_tokens(whole)
 
 
 def test_a_split_without_documents_is_refused_when_all_parts_exist(corpus, whole, tmp_path):
@@ -280,7 +275,7 @@ def test_parts_may_be_started_twice_at_once(corpus, whole, tmp_path):
     ],
 )
 def test_a_killed_run_is_repeated(corpus, whole, tmp_path, function, leftover):
-    """Files left by a kill while it made the tokenizer or its part are removed."""
+    """Unfinished files of the tokenizer or the part are removed."""
     output = tmp_path / "out" / "data"
     kill = "import os; from train.data import shards, tokenizer; "
     kill += f"{function} = lambda *_: os.kill(os.getpid(), 9)"

@@ -27,13 +27,11 @@ def _texts(path, text_key="text"):
 
 
 def _documents(*sources, **settings):
-    """The documents of sources. Raises the first BadInput."""
-    documents = []
-    files = find_files([str(source) for source in sources]).documents
-    for document in read_documents(files, **settings):
+    """Return the documents of sources. Raises the first BadInput."""
+    documents = list(read_documents(find_files([*map(str, sources)]).documents, **settings))
+    for document in documents:
         if isinstance(document, BadInput):
             raise document
-        documents.append(document)
     return documents
 
 
@@ -103,15 +101,15 @@ def test_a_large_text_file_comes_in_pieces(tmp_path, name):
     assert "é" * 16 in [piece.text for piece in pieces]
 
 
-@pytest.mark.parametrize("size", range(1, 12))
+@pytest.mark.parametrize("size", range(4, 12))
 def test_pieces_of_any_size(tmp_path, size):
     """No character is cut, and the file may be exactly as long as a piece."""
     (tmp_path / "a.txt").write_text("añ€😀\n\n\nb")
-    pieces = [piece.text for piece in _documents(tmp_path / "a.txt", piece_bytes=max(size, 4))]
+    pieces = [piece.text for piece in _documents(tmp_path / "a.txt", piece_bytes=size)]
     assert "".join(pieces) == "añ€😀\n\n\nb"
 
 
-def test_little_of_a_large_file_is_in_memory(tmp_path):
+def test_a_large_file_is_not_read_at_once(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wb", compresslevel=1) as file:
         for _ in range(30):
             file.write(b"words and words\n" * 2**16)  # 1 MiB
@@ -123,7 +121,7 @@ def test_little_of_a_large_file_is_in_memory(tmp_path):
     assert most < 8 * 2**20
 
 
-def test_files_are_cut_where_they_are_much_of_the_corpus(tmp_path):
+def test_pieces_are_small_in_a_small_corpus(tmp_path):
     for name, size in [("a.txt", 100), ("b.txt", 2**19), ("c.txt", 2**28)]:
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
@@ -156,14 +154,14 @@ def test_reading_continues_after_bad_rows(tmp_path):
     ]
 
 
-def test_a_quote_that_is_not_closed_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_a_quote_that_is_not_closed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("train.data.documents.MOST_FIELD_CHARS", 1000)
     (tmp_path / "a.csv").write_text('text\n"never closed\n' + "and more\n" * 200)
     with pytest.raises(BadInput, match=r"a\.csv line 2: not CSV \(field larger"):
         _texts(tmp_path / "a.csv")
 
 
-def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_text("a")
     scan = os.scandir
@@ -176,17 +174,6 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(PermissionError, match="Permission denied"):
         find_files([str(tmp_path)])
-
-
-def test_hidden_files_are_left_out(tmp_path):
-    for name in ["a.txt", ".b.txt", ".git/c.txt", "d/.ipynb_checkpoints/e.txt", "d/f.txt"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    files = find_files([str(tmp_path)])
-    assert [path.name for path in files.documents] == ["a.txt", "f.txt"]
-    assert files.num_hidden == 3
-    assert not files.skipped
-    assert _texts(tmp_path / ".git") == [".git/c.txt"]  # named by itself
 
 
 def test_one_file_by_several_paths_is_read_once(tmp_path):
@@ -203,59 +190,52 @@ def test_one_file_by_several_paths_is_read_once(tmp_path):
     assert [path.name for path in files.skipped] == ["gone.txt", "gone.txt"]
 
 
-def test_folder_is_searched_and_sorted(tmp_path):
-    for name in ["b.txt", "a/z.txt", "a/b/c.txt", "notes.rst", "a/picture.png"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
+def _make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_a_folder_is_searched_and_sorted(tmp_path):
+    """Hidden files and files of another kind are left out; a hidden folder can be a source."""
+    hidden = ".b.txt", ".git/c.txt", "d/.ipynb_checkpoints/e.txt"
+    _make_files(tmp_path, "b.txt", "a/z.txt", "a/b/c.txt", "notes.rst", "a/picture.png", *hidden)
     files = find_files([str(tmp_path)])
-    assert [d.text for d in _documents(tmp_path)] == ["a/b/c.txt", "a/z.txt", "b.txt"]
+    assert [path.name for path in files.documents] == ["c.txt", "z.txt", "b.txt"]
     assert {path.name for path in files.skipped} == {"notes.rst", "picture.png"}
+    assert files.num_hidden == 3
+    assert _texts(tmp_path / ".git") == [".git/c.txt"]
 
 
-def test_glob_and_repeated_sources_give_each_file_once(tmp_path):
-    for name in ["b.txt", "a.txt", "c.jsonl", "d/e.txt"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
+def test_a_glob_names_each_file_once(tmp_path):
+    """A file whose name looks like a glob is that file."""
+    _make_files(tmp_path, "b.txt", "a.txt", "c.jsonl", "d/e.txt")
     found = find_files([f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt"]).documents
     assert found == [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "d" / "e.txt"]
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
-    (tmp_path / "a[1].txt").write_text("bracket")
-    (tmp_path / "a1.txt").write_text("other")
-    assert _texts(tmp_path / "a[1].txt") == ["bracket"]
+    _make_files(tmp_path, "a[1].txt", "a1.txt")
+    assert _texts(tmp_path / "a[1].txt") == ["a[1].txt"]
 
 
 def test_stdlib():
-    files = find_files(["stdlib:"])
-    names = [path.name for path in files.documents]
-    assert len(names) > 400
-    assert "argparse.py" in names
-    assert not {"test", "tests", "site-packages"} & {
-        part for path in files.documents for part in path.parts[-3:-1]
-    }
-    two = [path for path in files.documents if path.name in ("argparse.py", "heapq.py")]
-    (argparse,), (heapq,) = (list(read_documents([path])) for path in two)
-    assert "class ArgumentParser" in argparse.text
-    assert "François Pinard" in heapq.text
+    paths = {path.name: path for path in find_files(["stdlib:"]).documents}
+    assert len(paths) > 400
+    parts = {part for path in paths.values() for part in path.parts[-3:-1]}
+    assert not {"test", "tests", "site-packages"} & parts
+    (document,) = read_documents([paths["heapq.py"]])
+    assert "François Pinard" in document.text
 
 
-def test_python_sources_are_read_as_pep_263_says(tmp_path):
-    (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\n'é'\n".encode("latin-1"))
-    (document,) = read_documents([tmp_path / "a.py"])
-    assert document.text.endswith("'é'\n")
-
-
-def test_python_sources_that_cannot_be_decoded_are_skipped(tmp_path, monkeypatch):
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "left_out.py").write_text("pass")
-    (tmp_path / "good.py").write_text("pass")
+def test_python_sources_have_the_encoding_they_declare(tmp_path, monkeypatch):
+    """PEP 263. Files that cannot be decoded are skipped."""
+    _make_files(tmp_path, "test/left_out.py")
+    (tmp_path / "good.py").write_bytes("# -*- coding: latin-1 -*-\n'é'\n".encode("latin-1"))
     (tmp_path / "bad.py").write_bytes(b"x = '\xff'\n")
     (tmp_path / "odd.py").write_bytes(b"# coding: no-such-thing\n")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     files = find_files(["stdlib:"])
-    assert files.documents == [tmp_path / "good.py"]
     assert files.skipped == [tmp_path / "bad.py", tmp_path / "odd.py"]
+    (document,) = read_documents(files.documents)
+    assert document.text.endswith("'é'\n")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +252,7 @@ def test_python_sources_that_cannot_be_decoded_are_skipped(tmp_path, monkeypatch
         ("rows.json", "file; write its objects to a .jsonl file, each on a line of its own"),
     ],
 )
-def test_sources_that_name_nothing(tmp_path, source, message):
+def test_sources_without_files_are_refused(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "picture.png").write_bytes(b"")
     (tmp_path / "rows.json").write_bytes(b"[]")
