@@ -17,7 +17,7 @@ from train.data.prepare import prepare
 
 HEAD = ["--cpus-per-task=1", "--mem=1G", "--time=10"]
 COUNT = 3
-ROWS = [{"id": str(i), "prompt": f"def f{i}(", "max_new_tokens": 40} for i in range(60)]
+ROWS = [{"id": str(i), "prompt": f"def f{i}(", "max_new_tokens": 40} for i in range(45)]
 KILL_TASK_1_ONCE = """
 import os, signal
 if os.environ["SLURM_ARRAY_TASK_ID"] == "1" and "SLURM_RESTART_COUNT" not in os.environ:
@@ -63,11 +63,11 @@ def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
     target.parent.mkdir()
     write_rows(source, ROWS)
     options = "--devices", "cpu", "--temperature", "1", "--batch-invariant"
-    options += "--max-running", "2"  # so that rows end one after the other
     job = cluster.submit(
         *(f"--array=0-{COUNT - 1}", *HEAD, "--gpus-per-node=1", f"--chdir={tmp_path}"),
         *(ROOT / "slurm" / "generate.sbatch", model_directory, source, target),
-        *("--cache-gib", "0.01", *options),
+        # With two at a time, rows end one after the other.
+        *("--cache-gib", "0.01", "--max-running", "2", *options),
     )
 
     def log():
