@@ -1,9 +1,9 @@
-"""Rows and places in the queue are shared between clients, whoever asks for more."""
+"""Rows and places in the queue are shared between clients."""
 
 import json
-import threading
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
 from serve.cache.page_pool import Pages
@@ -17,7 +17,7 @@ from serve.server.replicas.replica import Replica
 from serve.server.replicas.stream import Busy, Stream
 from serve.server.replicas.supervisor import ReplicasConfig
 from tests.serve.requests import make_request
-from tests.serve.server_process import SECONDS, eventually, serving
+from tests.serve.server_process import eventually, serving
 
 
 def request(client, count, seed=1, prompt=(1, 100, 101), **more):
@@ -25,21 +25,21 @@ def request(client, count, seed=1, prompt=(1, 100, 101), **more):
 
 
 def decoded(engine, requests, later=(), after_steps=0):
-    """Tokens of each request, and the order in which they were scheduled and ended. `later` are
-    added after so many steps."""
-    ids = [engine.add(given) for given in requests]
+    """The tokens of each request, and the orders in which requests were scheduled and ended.
+    `later` are added after a number of steps."""
+    ids = [engine.add(request) for request in requests]
     tokens, scheduled, ended, steps = {}, [], [], 0
     while engine.has_work:
         if steps == after_steps:
-            ids += [engine.add(given) for given in later]
+            ids += [engine.add(request) for request in later]
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
             if output.finish_reason is not None:
                 ended.append(output.request_id)
-        scheduled += [it for it in engine.scheduled if it not in scheduled]
+        scheduled += [number for number in engine.scheduled if number not in scheduled]
         steps += 1
         engine.check_integrity()
-    return [tokens[it] for it in ids], scheduled, ended
+    return [tokens[number] for number in ids], scheduled, ended
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def make_engine(code_model, code_tokenizer):
 
 
 def test_a_short_request_runs_beside_many_of_another_client(make_engine):
-    """It takes one of the two rows, and what gives way to it goes on as it would have."""
+    """It takes one of the two rows, and the request that is preempted continues exactly."""
     many = [request("a", 30, seed) for seed in range(6)]
     short = request("b", 3)
     alone, *_ = decoded(make_engine(batch_invariant=True), [*many, short])
@@ -72,22 +72,18 @@ def test_requests_of_one_client_keep_their_order(make_engine):
 
 
 def test_rows_are_shared_evenly(make_engine):
-    """Four rows: the two clients that come later get one each, or two of them two."""
     engine = make_engine(max_running=4)
-    first = [request("a", 40, seed) for seed in range(6)]
-    later = [request("b", 40, seed) for seed in range(6)]
-    ids = [engine.add(given) for given in first]
-    for _ in range(3):
-        engine.step()
-    ids += [engine.add(given) for given in later]
-    for _ in range(5):
-        engine.step()
+    for client, num_steps in (("a", 3), ("b", 5)):
+        for seed in range(6):
+            engine.add(request(client, 40, seed))
+        for _ in range(num_steps):
+            engine.step()
     clients = [job.request.client for job in engine._scheduler.running]
     assert sorted(clients) == ["a", "a", "b", "b"]
     assert engine.stats().preemptions == 2
 
 
-def test_none_gives_way_where_waiting_costs_less(make_engine):
+def test_no_request_is_preempted_if_waiting_costs_less(make_engine):
     """A row is free two steps later, and to prefill 40 tokens again would take longer."""
     engine = make_engine()
     many = [request("a", 9, seed, prompt=[1, *range(100, 139)]) for seed in range(4)]
@@ -98,12 +94,13 @@ def test_none_gives_way_where_waiting_costs_less(make_engine):
 
 def test_clients_take_turns_at_a_single_row(make_engine):
     clients = "aaaabbc"
-    _, scheduled, _ = decoded(make_engine(max_running=1), [request(it, 2) for it in clients])
-    assert "".join(clients[it] for it in scheduled) == "abcabaa"
+    _, scheduled, _ = decoded(
+        make_engine(max_running=1), [request(client, 2) for client in clients]
+    )
+    assert "".join(clients[number] for number in scheduled) == "abcabaa"
 
 
-def test_clients_that_come_and_go_pass_none_that_waits_for_pages():
-    """Each was new again with every request, and a large one waited for ever."""
+def test_clients_that_come_and_go_do_not_overtake_a_request_that_waits_for_pages():
     pages_of, capacity, numbers = {}, 100, iter(range(1000))
 
     def prefill():
@@ -130,9 +127,9 @@ def test_clients_that_come_and_go_pass_none_that_waits_for_pages():
     assert prefill() == ["large"]
     add("b", 10)
     assert prefill() == ["b"], "it goes before a client that had the last turn"
-    end()  # the first of them
-    for coming in "cbcbcb":
-        add(coming, 10)
+    end()  # the first request
+    for client in "cbcbcb":
+        add(client, 10)
         assert prefill() == []
     end()
     assert prefill() == ["large"]
@@ -170,7 +167,7 @@ def test_clients_take_turns_in_the_queue():
 
 
 class StoppedReplica(Replica):
-    """One that takes requests and does nothing."""
+    """A replica that takes requests and decodes nothing."""
 
     def __init__(self, max_running):
         self.settings = {"engine": {"max_running": max_running}}
@@ -184,17 +181,19 @@ def replicas(tmp_path):
     return replicas
 
 
-def test_an_engine_that_is_full_takes_the_first_of_another_client(replicas):
+def test_full_replica_takes_the_first_request_of_another_client(replicas):
+    def clients():
+        return [stream.client for stream in replica.streams.values()]
+
     replicas.submit([request("", 5)] * 8, "a")
     (replica,) = replicas.running
-    assert len(replica.streams) == 5  # of the four that run, and a quarter ahead
+    assert len(replica.streams) == 5  # four that run, and a quarter ahead
     replicas.submit([request("", 5)] * 2, "b")
-    assert [its.client for its in replica.streams.values()] == ["a"] * 5 + ["b"]
-    assert [its.rest().client for its in replica.streams.values()] == ["a"] * 5 + ["b"]
+    assert clients() == ["a"] * 5 + ["b"]
+    assert [stream.rest().client for stream in replica.streams.values()] == clients()
     for number in range(2):
         replicas.abort(replica.streams[number])
-    # b, whose turn was the last, waits for a.
-    assert [its.client for its in replica.streams.values()] == ["a"] * 3 + ["b", "a"]
+    assert clients() == ["a"] * 3 + ["b", "a"]  # b had its turn last
 
 
 def test_one_client_alone_may_fill_the_queue_and_others_get_a_share(replicas):
@@ -211,27 +210,29 @@ def test_one_client_alone_may_fill_the_queue_and_others_get_a_share(replicas):
     assert replicas.num_waiting == 22
 
 
-def test_a_short_request_of_another_key_does_not_wait_for_a_large_body(model_directory, tmp_path):
+def test_short_request_of_another_key_does_not_wait_for_a_large_body(model_directory, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first-key\nsecond-key\n")
 
     def ask(key, **more):
         headers = {"authorization": f"Bearer {key}", "x-request-id": key}
         body = {"prompt": "x", "stop_at_eos": False, **more}
-        url = f"{server.url}/v1/completions"
-        httpx.post(url, json=body, headers=headers, timeout=SECONDS).raise_for_status()
+        server.post("/v1/completions", json=body, headers=headers).raise_for_status()
 
-    with serving(model_directory, "--api-keys", keys, "--max-running", 4) as server:
-        thread = threading.Thread(
-            target=ask, args=["first-key"], kwargs={"n": 64, "max_tokens": 60}
-        )
-        thread.start()
+    options = "--api-keys", keys, "--max-running", 4
+    with serving(model_directory, *options) as server, ThreadPoolExecutor() as pool:
         header = {"authorization": "Bearer second-key"}
-        eventually(lambda: server.metric("vllm:num_requests_running", **header) == 4)
-        ask("second-key", max_tokens=5)
-        thread.join()
+        (replica,) = server.replicas()
+        replica.send_signal(signal.SIGSTOP)  # until both bodies are in the queue
+        answers = [pool.submit(ask, "first-key", n=12, max_tokens=60)]
+        eventually(lambda: server.metric("vllm:num_requests_waiting", **header) == 12)
+        answers.append(pool.submit(ask, "second-key", max_tokens=5))
+        eventually(lambda: server.metric("vllm:num_requests_waiting", **header) == 13)
+        replica.send_signal(signal.SIGCONT)
+        for answer in answers:
+            answer.result()
         ended = [json.loads(line) for line in list(server.lines) if "request ended" in line]
-    assert [(its["request_id"], its["client"]) for its in ended] == [
+    assert [(line["request_id"], line["client"]) for line in ended] == [
         ("second-key", "key 2"),
         ("first-key", "key 1"),
     ]

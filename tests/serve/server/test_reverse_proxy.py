@@ -1,4 +1,4 @@
-"""The page for operators has a block for nginx: it does what the page says."""
+"""The configuration of nginx in docs/serving.md."""
 
 import json
 import os
@@ -37,12 +37,11 @@ http {{
 
 
 def block():
-    """nginx's block of the page."""
+    """The block for nginx in the documentation."""
     return re.search(r"^    location / \{\n.*?^    \}\n", PAGE.read_text(), re.M | re.S)[0]
 
 
-def test_the_page_s_limits_are_those_of_the_server():
-    """4 MiB, and a time above that of a request."""
+def test_documented_limits_are_those_of_the_server():
     assert "client_max_body_size 4m;" in block()
     assert "proxy_read_timeout 610s;" in block()
     assert "proxy_buffering off;" in block()
@@ -54,9 +53,9 @@ def test_nginx_passes_streams_bodies_and_ids_on(model_directory, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path = tmp_path / "socket"
-    given = block().replace("http://127.0.0.1:8000", f"http://unix:{path}:")
-    user = "user root;" if os.geteuid() == 0 else ""  # whom the socket lets in
-    config = CONFIG.format(user=user, folder=tmp_path, port=port, block=given)
+    location = block().replace("http://127.0.0.1:8000", f"http://unix:{path}:")
+    user = "user root;" if os.geteuid() == 0 else ""  # who may open the socket
+    config = CONFIG.format(user=user, folder=tmp_path, port=port, block=location)
     (tmp_path / "nginx.conf").write_text(config)
     url = f"http://127.0.0.1:{port}"
     with serving(model_directory, "--uds", path) as server:
@@ -68,17 +67,19 @@ def test_nginx_passes_streams_bodies_and_ids_on(model_directory, tmp_path):
                 body = {"prompt": "x", "max_tokens": 30, "stop_at_eos": False, "stream": True}
                 with http.stream("POST", "/v1/completions", json=body) as answer:
                     assert len(events(answer)) > 1
-                own = answer.headers["x-request-id"]
+                request_id = answer.headers["x-request-id"]
                 large = http.post("/v1/completions", json={"prompt": "x" * (4 * 2**20 - 100)})
                 assert large.status_code == 400
                 assert "max_seq_len" in large.json()["error"]["message"]
-            eventually(
-                lambda: sum("x-request-id" not in its and own in its for its in server.lines)
-            )
-            lines = [json.loads(line) for line in list(server.lines)]
-            (line,) = [line for line in lines if line.get("request_id") == own]
-            assert re.fullmatch("[0-9a-f]{32}", own)  # nginx's
-            assert line["client"] == "127.0.0.1"  # and no name of a socket
+
+            def found():
+                lines = [json.loads(line) for line in server.lines]
+                return [line for line in lines if line.get("request_id") == request_id]
+
+            eventually(found)
+            (line,) = found()
+            assert re.fullmatch("[0-9a-f]{32}", request_id)  # nginx's
+            assert line["client"] == "127.0.0.1"  # not the name of the socket
         finally:
             proxy.terminate()
             proxy.wait(SECONDS)

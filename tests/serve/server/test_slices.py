@@ -1,9 +1,10 @@
-"""Long work leaves the event loop to others: it is done in slices, or in another thread."""
+"""Long work is done in slices or in another thread, so that the event loop serves others."""
 
 import asyncio
 import json
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,8 @@ from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.replicas.wire import request_from_wire, request_to_wire
 from serve.server.streams import Answer
 from tests.serve.requests import make_request
+
+pytestmark = pytest.mark.anyio
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(
@@ -43,7 +46,7 @@ def test_slices_and_pieces_are_small():
     assert all(PIECE_BYTES <= len(part) < 2 * PIECE_BYTES for part in parts[:-1])
 
 
-def test_numbers_that_are_not_finite_are_no_json():
+def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="JSON compliant"):
         list(json_slices([math.inf]))
 
@@ -57,26 +60,25 @@ class Writer:
         return {"index": 0, "text": piece.text}
 
 
-class Ended(Answer):
+class EndedAnswer(Answer):
     async def outputs(self):
-        """Nothing more."""
-        for _ in ():
-            yield
+        for output in ():
+            yield output
 
 
-def test_an_answer_is_written_beside_the_event_loop():
+async def test_answer_is_written_in_another_thread():
     writers = [Writer(), Writer()]
     streams = [Stream(number, make_request([1], 4)) for number in range(2)]
-    answer = Ended(None, None, streams, writers, {"id": "a"}, 3, 1.0, 0.0, None)
-    body = json.loads(b"".join(asyncio.run(answer.whole())))
+    answer = EndedAnswer(None, None, streams, writers, {"id": "a"}, 3, 1.0, 0.0, None)
+    body = json.loads(b"".join(await answer.whole()))
     usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
     assert body == {"id": "a", "choices": [{"index": 0, "text": ""}] * 2, "usage": usage}
     threads = {thread for writer in writers for thread in writer.threads}
     assert threading.current_thread() not in threads
 
 
-async def pauses_of(work):
-    """How often others run while `work` does."""
+async def num_pauses(work):
+    """The number of times that another task runs while `work` does."""
     count = 0
 
     async def other():
@@ -93,51 +95,42 @@ async def pauses_of(work):
     return count - before
 
 
-def test_long_work_pauses(monkeypatch):
+@pytest.mark.parametrize(("slice_seconds", "expected"), [(-1, 10), (1000, 0)])
+async def test_long_work_pauses(monkeypatch, slice_seconds, expected):
     async def work():
         pauses = Pauses()
         for _ in range(10):
             await pauses.pause_if_due()
 
-    monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", -1)
-    assert asyncio.run(pauses_of(work())) == 10
-    monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", 1000)
-    assert asyncio.run(pauses_of(work())) == 0
+    monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", slice_seconds)
+    assert await num_pauses(work()) == expected
 
 
-def test_a_large_message_of_an_engine_is_read_in_slices(tmp_path, monkeypatch):
+async def test_large_message_of_a_replica_is_read_in_slices(tmp_path, monkeypatch):
     monkeypatch.setattr("serve.server.replicas.slices.SLICE_SECONDS", -1)
     replicas = Replicas(ReplicasConfig(tmp_path))
-
-    class Replica:
-        streams, stats, is_ready = {}, None, False
-
+    replica = SimpleNamespace(streams={}, stats=None, is_ready=False)
     stats = {**dict.fromkeys(Stats.__dataclass_fields__, 0), "flushes": {}}
     outputs = [{"request_id": number} for number in range(10)]
     message = {"outputs": outputs, "stats": stats, "scheduled": []}
-    assert asyncio.run(pauses_of(replicas._hear(0, Replica(), message))) == 10
+    assert await num_pauses(replicas._hear(0, replica, message)) == 10
 
 
-def test_a_prompt_is_not_copied_for_an_engine():
+def test_prompt_is_not_copied_for_a_replica():
     request = make_request(list(range(1000)), 4)
     values = request_to_wire(request)
     assert values["prompt_token_ids"] is request.prompt_token_ids
     assert request_from_wire(values) == request
 
 
-def test_a_client_has_half_of_the_threads_at_most():
-    """Bodies that take seconds, of one client, held up those of all others."""
+async def test_client_has_at_most_half_of_the_threads():
     is_over, threads = threading.Event(), Threads()
-
-    async def run():
-        long = [asyncio.create_task(threads.run("a", is_over.wait)) for _ in range(100)]
-        await asyncio.sleep(0)
-        try:
-            assert await asyncio.wait_for(threads.run("b", lambda: "done"), 30) == "done"
-            assert not any(task.done() for task in long)
-        finally:
-            is_over.set()
-        assert all(await asyncio.gather(*long))
-
-    asyncio.run(run())
+    long = [asyncio.create_task(threads.run("a", is_over.wait)) for _ in range(100)]
+    await asyncio.sleep(0)
+    try:
+        assert await asyncio.wait_for(threads.run("b", lambda: "done"), 30) == "done"
+        assert not any(task.done() for task in long)
+    finally:
+        is_over.set()
+    assert all(await asyncio.gather(*long))
     assert not threads._limits
