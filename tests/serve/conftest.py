@@ -1,4 +1,4 @@
-"""The smallest model directory, and `stu-generate` on it."""
+"""A small model directory, `stu-generate` on it, and a server of it."""
 
 import json
 import os
@@ -14,13 +14,14 @@ from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.tokenizer import train_bpe
 from tests import forked
+from tests.serve.server_process import eventually, serving
 
 MAX_SEQ_LEN, LONG_SEQ_LEN = 64, 8192
 
 
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch):
-    """Tests may run in a SLURM step of their own."""
+    """Hide a SLURM step that the tests run in."""
     for name in os.environ:
         if name.startswith("SLURM_"):
             monkeypatch.delenv(name)
@@ -80,6 +81,18 @@ def make_model(tokenizer, max_seq_len):
     return FlashSTU(config).eval()
 
 
+@pytest.fixture(scope="session")
+def server(model_directory):
+    """A server that no test may leave with a fault, a request or a page."""
+    with serving(model_directory, "--batch-invariant") as server:
+        yield server
+        eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+        assert server.pages_used() == 0
+        assert server.metric("stu:replica_restarts_total") == 0
+        assert server.stop() == 0
+        assert not [line for line in server.lines if '"error"' in line]
+
+
 @pytest.fixture
 def run(tmp_path, model_directory):
     """Call with rows (or raw lines) and options: the exit code and the rows written, in the order
@@ -106,8 +119,7 @@ def generate(*arguments):
 
 @pytest.fixture
 def start(monkeypatch):
-    """`generate` as a process: call it, and it is killed at the end of the test with all it
-    started."""
+    """`generate` as a process, which is killed with its children at the end of the test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     processes = []
 
@@ -128,7 +140,7 @@ def start(monkeypatch):
 
 
 def wait_for_bytes(process, path, num_bytes):
-    """Until `path` has so many, or `process` has ended; never for more than a minute."""
+    """Wait until `path` has `num_bytes`, or `process` has ended, for a minute at most."""
     deadline = time.monotonic() + 60
     while process.poll() is None and not (path.exists() and path.stat().st_size >= num_bytes):
         assert time.monotonic() < deadline, f"{path} does not grow"
@@ -136,7 +148,7 @@ def wait_for_bytes(process, path, num_bytes):
 
 
 def write_rows(path, rows):
-    """Each may be an object, or a line as text or bytes."""
+    """Write rows, which may be objects or lines as text or bytes."""
     lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in lines))

@@ -9,21 +9,11 @@ import torch
 
 from serve.sampling_params import SamplingParams
 from tests.serve.requests import decode, make_request
-from tests.serve.server_process import events, serving
+from tests.serve.server_process import events
 
 NO_EOS = {"stop_at_eos": False}
 JSON = {"content-type": "application/json"}
 USER = {"role": "user", "content": "hi"}
-
-
-@pytest.fixture(scope="module")
-def server(model_directory):
-    with serving(model_directory, "--batch-invariant") as server:
-        yield server
-        assert server.pages_used() == 0
-        assert server.metric("stu:replica_restarts_total") == 0
-        assert server.stop() == 0
-        assert not [line for line in server.lines if '"error"' in line]
 
 
 @pytest.fixture(scope="module")

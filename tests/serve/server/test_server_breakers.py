@@ -56,13 +56,6 @@ pages.PagePool.check_integrity = check_integrity
 
 
 @pytest.fixture(scope="module")
-def server(model_directory):
-    with serving(model_directory, "--batch-invariant") as server:
-        yield server
-        assert server.metric("stu:replica_restarts_total") == 0
-
-
-@pytest.fixture(scope="module")
 def marker(tmp_path_factory):
     return tmp_path_factory.mktemp("fault") / "marker"
 
