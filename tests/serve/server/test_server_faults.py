@@ -91,7 +91,7 @@ def test_killed_replicas_change_no_stream(
     options = "--replicas", 2, "--max-running", 8, "--batch-invariant", "--max-waiting", 600
     with serving(model_directory, *options) as server:
         eventually(lambda: ready(server) == 2)
-        rng, num_tokens, streams = random.Random(0), 0, []
+        num_tokens, streams, killed = 0, [], []
 
         async def read(client, seed):
             nonlocal num_tokens
@@ -103,12 +103,16 @@ def test_killed_replicas_change_no_stream(
             return text, logprobs
 
         async def kill_replicas():
-            # Spread over the tokens, which so advance between two kills on the slowest machine.
-            for kill in range(num_kills):
-                while num_tokens < (kill + 1) * count * NUM_TOKENS / (num_kills + 1):
-                    assert not any(stream.done() and stream.exception() for stream in streams)
-                    await asyncio.sleep(0.01)
-                rng.choice(server.replicas()).send_signal(signal.SIGKILL)
+            # Streams advance between two kills, on the slowest machine too.
+            while len(killed) < num_kills:
+                await asyncio.sleep(0.01)
+                assert not any(stream.done() and stream.exception() for stream in streams)
+                if num_tokens >= (len(killed) + 1) * count * NUM_TOKENS / (num_kills + 1):
+                    with contextlib.suppress(psutil.NoSuchProcess):  # one that was killed before
+                        alive = [replica for replica in server.replicas() if replica not in killed]
+                        for oldest in sorted(alive, key=psutil.Process.create_time)[:1]:
+                            oldest.kill()
+                            killed.append(oldest)
 
         async def run():
             limits = httpx.Limits(max_connections=80)
