@@ -34,4 +34,5 @@ def decode(
     while engine.has_work:
         for output in engine.step():
             builders[output.request_id].add(output)
+        engine.check_integrity()
     return [builder.completion() for builder in builders.values()]

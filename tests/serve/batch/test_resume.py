@@ -31,7 +31,7 @@ def test_killed_run_loses_and_doubles_no_row(
     tmp_path, model_directory, source, target, start, num_kills
 ):
     # Otherwise rounding depends on the batch composition.
-    options = ["--batch-invariant", "--max-running", "4"]
+    options = ["--batch-invariant", "--max-running", "8"]
     uninterrupted = tmp_path / "uninterrupted.jsonl"
     assert generate(model_directory, source, uninterrupted, *options) == 1
     num_bytes = uninterrupted.stat().st_size

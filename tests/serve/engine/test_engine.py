@@ -1,4 +1,4 @@
-"""The engine under traffic against each request alone, through direct sums."""
+"""The engine against each request decoded alone by direct sums."""
 
 import math
 from functools import partial
@@ -40,6 +40,17 @@ def tokenizer(tmp_path_factory):
     return train_bpe(texts, 280, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
+@pytest.fixture(scope="module")
+def make_engine(tokenizer):
+    """Return a function of a kind or a model, and settings."""
+
+    def make(model="stu", **settings):
+        config = EngineConfig(**{"cache_gib": 0.01, "page_len": 8, **settings})
+        return Engine(MODELS.get(model, model), tokenizer, config)
+
+    return make
+
+
 def build(kind, **settings):
     torch.manual_seed(1)
     shape = {"width": 8, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
@@ -50,46 +61,41 @@ def build(kind, **settings):
 MODELS = {kind: build(kind) for kind in CONFIGS}
 
 
-def alone(model, request):
-    """The request's tokens and logprobs, one by one, by direct sums over its whole past."""
-    if request.sampling.max_new_tokens == 0:
+def decode_alone(model, request):
+    """Return the request's tokens and logprobs, by direct sums over its whole past."""
+    params, prompt = request.sampling, request.prompt_token_ids
+    if params.max_new_tokens == 0:
         return [], []
-    runner = Lockstep(model, [request.prompt_token_ids], request.sampling.max_new_tokens, Naive)
-    logits, tokens, logprobs, its = runner.prefill(), [], [], request.sampling
+    runner = Lockstep(model, [prompt], params.max_new_tokens, Naive)
+    logits, tokens, logprobs = runner.prefill(), [], []
     while True:
         row = logits[0].tolist()
-        place = len(request.prompt_token_ids) + len(tokens)
-        banned = (
-            request.sampling.stop_token_ids if len(tokens) < request.sampling.min_new_tokens else ()
-        )
+        banned = params.stop_token_ids if len(tokens) < params.min_new_tokens else ()
         allowed = [-math.inf if at in banned else logit for at, logit in enumerate(row)]
-        token = reference.sample(allowed, its, place, request.prompt_token_ids, tokens)
-        if its.logprobs is not None:
-            logprobs.append((token, *reference.logprobs(row, token, its.logprobs)))
+        token = reference.sample(allowed, params, len(prompt) + len(tokens), prompt, tokens)
+        if params.logprobs is not None:
+            logprobs.append((token, *reference.logprobs(row, token, params.logprobs)))
         tokens.append(token)
-        if (
-            token in request.sampling.stop_token_ids
-            or len(tokens) == request.sampling.max_new_tokens
-        ):
+        if token in params.stop_token_ids or len(tokens) == params.max_new_tokens:
             return tokens, logprobs
         logits = runner.step(torch.tensor([token]))
 
 
-def prompt_alone(model, request):
-    """The logprobs of its prompt, from the model's whole forward pass."""
-    if request.sampling.prompt_logprobs is None:
+def prompt_logprobs(model, request):
+    """Return the logprobs of the request's prompt, by the model's full forward pass."""
+    count, prompt = request.sampling.prompt_logprobs, request.prompt_token_ids
+    if count is None:
         return []
     with torch.no_grad():
-        logits = model(torch.tensor([request.prompt_token_ids]))[0].tolist()
-    followed = zip(logits, request.prompt_token_ids[1:], strict=False)
+        logits = model(torch.tensor([prompt]))[0].tolist()
     return [
-        (token, *reference.logprobs(row, token, request.sampling.prompt_logprobs))
-        for row, token in followed
+        (token, *reference.logprobs(row, token, count))
+        for row, token in zip(logits, prompt[1:], strict=False)
     ]
 
 
 def poison(caches):
-    """So that what is read before it is written shows."""
+    """Fill caches with NaN, which shows if it is read before it is written."""
     caches.convolution._pending.fill_(math.nan)
     caches.convolution._inputs.fill_(math.nan)
     for pool in filter(None, caches.pools):
@@ -102,11 +108,11 @@ def poison(caches):
 def drain(engine, answers):
     while engine.has_work:
         collect(engine, answers)
+    return answers
 
 
 def collect(engine, answers):
-    """One step; an answer is a request's tokens, its finish reason, and its logprobs and those of
-    its prompt."""
+    """Run a step and extend the answers: tokens, finish reason, logprobs and prompt logprobs."""
     for output in engine.step():
         tokens, _, logprobs, of_prompt = answers.get(output.request_id, ([], None, [], []))
         answers[output.request_id] = (
@@ -120,10 +126,10 @@ def collect(engine, answers):
 
 def check_logprobs(found, expected):
     assert len(found) == len(expected)
-    for its, (token, logprob, top) in zip(found, expected, strict=True):
-        assert its.token == token
-        assert its.logprob == pytest.approx(logprob, abs=1e-9)
-        assert its.top == pytest.approx(top, abs=1e-9)
+    for logprobs, (token, logprob, top) in zip(found, expected, strict=True):
+        assert logprobs.token == token
+        assert logprobs.logprob == pytest.approx(logprob, abs=1e-9)
+        assert logprobs.top == pytest.approx(top, abs=1e-9)
 
 
 samplings = st.one_of(
@@ -160,8 +166,8 @@ requests = st.builds(
     spare_bytes=st.integers(0, 30_000),
 )
 @settings(max_examples=40, deadline=None)
-def test_under_traffic_every_request_equals_itself_alone(
-    tokenizer,
+def test_requests_decode_in_traffic_as_if_alone(
+    make_engine,
     kind,
     traffic,
     aborts,
@@ -171,14 +177,14 @@ def test_under_traffic_every_request_equals_itself_alone(
     spare_bytes,
 ):
     model = MODELS[kind]
-    config = EngineConfig(
+    engine = make_engine(
+        kind,
         cache_gib=(200_000 * (8 if kind == "full" else 1) + spare_bytes) / 2**30,
         page_len=page_len,
         max_running=3,
         prompt_tokens_per_step=prompt_tokens_per_step,
         expected_new_tokens=expected_new_tokens,
     )
-    engine = Engine(model, tokenizer, config)
     poison(engine._caches)
     expected, answers, refused = {}, {}, 0
     for step in range(82):
@@ -197,9 +203,9 @@ def test_under_traffic_every_request_equals_itself_alone(
     assert set(answers) == set(expected)
     for request_id, request in expected.items():
         tokens, reason, logprobs, of_prompt = answers[request_id]
-        whole, expected_logprobs = alone(model, request)
+        whole, expected_logprobs = decode_alone(model, request)
         if tokens or reason == "length":
-            check_logprobs(of_prompt, prompt_alone(model, request))
+            check_logprobs(of_prompt, prompt_logprobs(model, request))
         if reason == "abort":
             assert tokens == whole[: len(tokens)]
             check_logprobs(logprobs, expected_logprobs[: len(tokens)])
@@ -213,33 +219,33 @@ def test_under_traffic_every_request_equals_itself_alone(
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-@pytest.mark.parametrize("new_tokens", [1, 2, 3, 9, 40])
-@pytest.mark.parametrize("page_len", [2, 4, 16, 64])
-def test_prompts_of_few_tokens_and_pages_of_any_length(tokenizer, kind, new_tokens, page_len):
-    """Taken in together, more of them than there are rows."""
-    engine = Engine(MODELS[kind], tokenizer, EngineConfig(0.01, page_len, max_running=3))
-    poison(engine._caches)
-    prompts = [list(range(3, 3 + length)) for length in (1, 2, 3, 4, 17, 1, 2)]
+def test_short_prompts_decode_with_pages_of_any_length(make_engine, kind):
+    """More requests than rows, prefilled together."""
     params = SamplingParams(temperature=1.0, seed=3, logprobs=2)
-    requests = {
-        engine.add(its): its for its in (make_request(p, new_tokens, params) for p in prompts)
-    }
-    answers = {}
-    drain(engine, answers)
-    for request_id, request in requests.items():
-        tokens, logprobs = alone(MODELS[kind], request)
-        assert answers[request_id][0] == tokens
-        check_logprobs(answers[request_id][2], logprobs)
+    requests = [
+        make_request([*range(3, 3 + prompt_len)], new_tokens, params)
+        for new_tokens in (1, 2, 3, 9, 40)
+        for prompt_len in (1, 2, 3, 4, 17)
+    ]
+    expected = [decode_alone(MODELS[kind], request) for request in requests]
+    for page_len in (2, 4, 16, 64):
+        engine = make_engine(kind, page_len=page_len, max_running=3)
+        poison(engine._caches)
+        for request in requests:
+            engine.add(request)
+        answers = drain(engine, {})
+        for request_id, (tokens, logprobs) in enumerate(expected):
+            assert answers[request_id][0] == tokens
+            check_logprobs(answers[request_id][2], logprobs)
 
 
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("prompt_len", [1, 16, 150])
 @pytest.mark.parametrize("new_tokens", [2, 9, 17, 100])
-def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, new_tokens):
-    """Convolution pages for its new tokens, all of them at first and never more, and attention
-    pages for what the window can see."""
+def test_request_owns_as_many_pages_as_it_needs(make_engine, kind, prompt_len, new_tokens):
+    """Convolution pages of all its new tokens from the start, and attention pages of its window."""
     page_len, window = 8, MODELS[kind].config.window_tokens
-    engine = Engine(MODELS[kind], tokenizer, EngineConfig(page_len=page_len, max_running=1))
+    engine = make_engine(kind, page_len=page_len, max_running=1)
     engine.add(make_request([3] * prompt_len, new_tokens))
     convolution, attention = [], []
     while engine.has_work:
@@ -253,58 +259,49 @@ def test_a_request_owns_the_pages_of_the_formula(tokenizer, kind, prompt_len, ne
     assert max(attention) <= (at_once if kind in ("hybrid", "attention") else 0)
     pool = engine._caches.pools[0]
     shape = MODELS[kind].config
-    page_bytes = (
-        len(remembered(planned_mixers(shape), PastInputs)) * shape.width * page_len * 8
-    )  # of float64
-    assert pool.page_bytes == page_bytes
+    num_layers = len(remembered(planned_mixers(shape), PastInputs))
+    assert pool.page_bytes == num_layers * shape.width * page_len * 8  # bytes of float64
 
 
-def test_a_request_of_priority_takes_the_row_of_another(tokenizer):
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(page_len=32, max_running=1))
-    late = make_request([3], 50, priority=1)
-    first = engine.add(late)
+def test_preempted_request_continues_exactly(make_engine):
+    engine = make_engine(page_len=32, max_running=1)
+    late, urgent = make_request([3], 50, priority=1), make_request([4, 5], 20, priority=0)
     answers = {}
+    first = engine.add(late)
     for _ in range(10):
         collect(engine, answers)
-    urgent = make_request([4, 5], 20, priority=0)
     second = engine.add(urgent)
     for _ in range(20):
         collect(engine, answers)
-    assert answers[second][:2] == (alone(MODELS["stu"], urgent)[0], "length")
+    assert answers[second][:2] == (decode_alone(MODELS["stu"], urgent)[0], "length")
     assert answers[first][1] is None
     assert engine.stats().preemptions == 1
     drain(engine, answers)
-    assert answers[first][:2] == (alone(MODELS["stu"], late)[0], "length")
+    assert answers[first][:2] == (decode_alone(MODELS["stu"], late)[0], "length")
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_no_stop_token_comes_before_the_fewest_new_tokens(tokenizer, temperature):
-    """And those that a request would have chosen are not reported as less probable."""
+def test_no_stop_token_comes_before_min_new_tokens(make_engine, temperature):
+    """The logprobs still have the stop tokens."""
     model, sampling = MODELS["stu"], SamplingParams(temperature, seed=5, logprobs=1)
-    free, _ = alone(model, make_request([1, 50], 20, sampling))
+    free, _ = decode_alone(model, make_request([1, 50], 20, sampling))
     stops = sorted({free[0], free[2], free[7]})
+    engine = make_engine()
     for least in (0, 1, 3, 8, 20):
         request = make_request([1, 50], 20, sampling, stop_token_ids=stops, min_new_tokens=least)
-        engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
-        engine.add(request)
-        drain(engine, answers)
-        ((tokens, reason, logprobs, _),) = answers.values()
-        expected, expected_logprobs = alone(model, request)
+        request_id = engine.add(request)
+        tokens, reason, logprobs, _ = drain(engine, {})[request_id]
+        expected, expected_logprobs = decode_alone(model, request)
         assert tokens == expected
         check_logprobs(logprobs, expected_logprobs)
         assert len(tokens) > least or reason == "length"
         assert not set(tokens[:least]) & set(stops)
-    engine, answers = Engine(model, tokenizer, EngineConfig(cache_gib=0.01)), {}
     request_id = engine.add(make_request([1], 5, stop_token_ids=[*range(280)], min_new_tokens=1))
-    drain(engine, answers)
-    assert answers[request_id][1] == "error"
+    assert drain(engine, {})[request_id][1] == "error"
 
 
-def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
-    """And leaves the engine as it was."""
-    engine = Engine(
-        MODELS["stu"], tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)
-    )
+def test_requests_that_can_never_be_decoded_are_refused_with_the_numbers(make_engine):
+    engine = make_engine(cache_gib=3e-5, max_running=1)
     for request, message in (
         (make_request([1] * 50, 200), r"need 25 convolution pages .* the cache has \d+: lower"),
         (
@@ -319,12 +316,10 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
             engine.add(request)
     assert not engine.has_work
     assert engine.step() == []
-    answers = {}
     accepted = engine.add(make_request([1], 2))
-    drain(engine, answers)
-    assert answers[accepted][1] == "length"
-    with pytest.raises(UserError, match=r"cache_gib=.* is too little: .* give at least"):
-        Engine(MODELS["hybrid"], tokenizer, EngineConfig(cache_gib=1e-6))
+    assert drain(engine, {})[accepted][1] == "length"
+    with pytest.raises(UserError, match=r"cache.gib=.* is too little: .* give at least"):
+        make_engine("hybrid", cache_gib=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -357,23 +352,23 @@ def test_what_can_never_be_decoded_is_refused_with_the_numbers(tokenizer):
         ("priority", math.nan),
     ],
 )
-def test_requests_that_no_model_could_be_asked(field, value):
-    is_own = field in REQUEST_FIELDS
-    made = partial(Request, [1]) if is_own and field != "prompt_token_ids" else Request
-    made = made if is_own else SamplingParams
+def test_malformed_requests_are_refused(field, value):
+    if field == "prompt_token_ids":
+        make = Request
+    else:
+        make = partial(Request, [1]) if field in REQUEST_FIELDS else SamplingParams
     with pytest.raises(UserError, match=f"{field}=.* is not allowed: "):
-        made(**{field: value})
+        make(**{field: value})
 
 
-def test_a_request_keeps_its_tokens(tokenizer):
+def test_request_copies_its_prompt(make_engine):
     tokens = [3, 4]
     request = make_request(tokens, 5)
     tokens.append(999)
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
-    answers = {}
-    engine.add(request)
-    drain(engine, answers)
-    assert answers[0][:2] == (alone(MODELS["stu"], make_request([3, 4], 5))[0], "length")
+    engine = make_engine()
+    request_id = engine.add(request)
+    expected = decode_alone(MODELS["stu"], make_request([3, 4], 5))[0], "length"
+    assert drain(engine, {})[request_id][:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -391,28 +386,27 @@ def test_a_request_keeps_its_tokens(tokenizer):
         ("batch_invariant", "no"),
     ],
 )
-def test_settings_that_are_not_allowed(name, value):
+def test_wrong_settings_are_refused(name, value):
     with pytest.raises(UserError, match=f"{name}=.* is not allowed: it must be "):
         EngineConfig(**{name: value})
 
 
-def test_a_model_and_a_tokenizer_that_do_not_fit(tokenizer):
+def test_models_that_cannot_be_served_are_refused(make_engine):
     with pytest.raises(UserError, match="the tokenizer has 280 tokens and the model"):
-        Engine(FlashSTU(ModelConfig(vocab_size=300, max_seq_len=64)), tokenizer)
+        make_engine(FlashSTU(ModelConfig(vocab_size=300, max_seq_len=64)))
     model = build("stu")
     with torch.no_grad():
         model.blocks[0].mixer.filter_matrix[0, 0] = math.inf
     with pytest.raises(UserError, match="filters are not finite"):
-        Engine(model, tokenizer)
-    with pytest.raises(UserError, match="batch_invariant is not allowed for width=8: "):
-        Engine(MODELS["full"], tokenizer, EngineConfig(batch_invariant=True))
+        make_engine(model)
+    with pytest.raises(UserError, match=r"batch.invariant is not allowed for width=8: "):
+        make_engine("full", batch_invariant=True)
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind):
-    """And an abort of it disturbs no other."""
-    config = EngineConfig(cache_gib=0.01, page_len=8, prompt_tokens_per_step=40)
-    engine, answers = Engine(MODELS[kind], tokenizer, config), {}
+def test_running_requests_advance_while_a_long_prompt_is_prefilled(make_engine, kind):
+    """Also when the long prompt is aborted."""
+    engine, answers = make_engine(kind, prompt_tokens_per_step=40), {}
     first = engine.add(make_request([1], 60, SamplingParams(repetition_penalty=1.3)))
     collect(engine, answers)
     long = engine.add(make_request([2] * 200, 5))
@@ -425,7 +419,8 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
         engine.abort(request_id)
     drain(engine, answers)
     assert answers[long][:2] == ([], "abort")
-    assert answers[kept][:2] == (alone(MODELS[kind], make_request([4] * 15, 5))[0], "length")
+    expected = decode_alone(MODELS[kind], make_request([4] * 15, 5))[0]
+    assert answers[kept][:2] == (expected, "length")
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.new_tokens) == (216, 65)
     assert not engine._texts
@@ -433,14 +428,13 @@ def test_running_requests_go_on_while_a_long_prompt_is_taken_in(tokenizer, kind)
 
 
 @pytest.mark.parametrize("kind", MIXED)
-def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokenizer, kind):
-    config = EngineConfig(cache_gib=0.01, page_len=8, max_running=8, prompt_tokens_per_step=64)
-    engine, answers = Engine(MODELS[kind], tokenizer, config), {}
+def test_short_prompt_gets_its_first_token_within_two_steps(make_engine, kind):
+    engine, answers = make_engine(kind, max_running=8, prompt_tokens_per_step=64), {}
     for _ in range(7):
         engine.add(make_request([1] * 60, 90))
     while engine.stats().new_tokens < 30:
         collect(engine, answers)
-    for _ in range(3):  # that wait behind it
+    for _ in range(3):  # of lower priority
         engine.add(make_request([2] * 60, 90, priority=1))
     short = engine.add(make_request([4, 5], 3))
     for _ in range(2):
@@ -448,8 +442,8 @@ def test_a_short_prompt_beside_many_has_its_first_token_within_two_steps(tokeniz
     assert answers[short][0]
 
 
-def test_an_abort_alone_is_work(tokenizer):
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+def test_abort_alone_is_work(make_engine):
+    engine = make_engine()
     engine.abort(engine.add(make_request([1], 5)))
     assert engine.has_work
     assert [output.finish_reason for output in engine.step()] == ["abort"]
@@ -457,25 +451,25 @@ def test_an_abort_alone_is_work(tokenizer):
     assert engine.stats().steps == 1
 
 
-def test_what_fits_exactly_is_taken(tokenizer):
-    """A context to its last token; and no page for a token that is never stepped with."""
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+def test_request_that_just_fits_is_admitted(make_engine):
+    """It may fill the context, and needs no page for its last token."""
+    engine = make_engine()
     engine.add(make_request([1] * 200, 56))
     engine.add(make_request([1], 17))
     engine.step()
     assert engine.stats().convolution_pages_used == 7 + 2
-    model = MODELS["stu"]
-    exact = make_caches(model, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)).capacity
-    engine = Engine(model, tokenizer, EngineConfig(cache_gib=3e-5, page_len=8, max_running=1))
-    engine.add(make_request([1], 8 * exact.convolution + 1))
-    with pytest.raises(UserError, match=f"need {exact.convolution + 1} convolution pages"):
-        engine.add(make_request([1], 8 * exact.convolution + 2))
+    config = EngineConfig(cache_gib=3e-5, page_len=8, max_running=1)
+    num_pages = make_caches(MODELS["stu"], config).capacity.convolution
+    engine = make_engine(cache_gib=3e-5, max_running=1)
+    engine.add(make_request([1], 8 * num_pages + 1))
+    with pytest.raises(UserError, match=f"need {num_pages + 1} convolution pages"):
+        engine.add(make_request([1], 8 * num_pages + 2))
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 @pytest.mark.parametrize("num_bytes", [60e3, 100e3, 250e3])
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_the_caches_keep_to_their_budget(kind, num_bytes, batch_invariant):
+def test_caches_keep_to_their_budget(kind, num_bytes, batch_invariant):
     gib = num_bytes * (8 if kind == "full" else 1) / 2**30
     config = EngineConfig(gib, page_len=4, max_running=5, batch_invariant=batch_invariant)
     caches = make_caches(build(kind, width=16).float(), config)
@@ -485,32 +479,40 @@ def test_the_caches_keep_to_their_budget(kind, num_bytes, batch_invariant):
     assert caches.convolution.num_bytes + attention + recent <= gib * 2**30
 
 
-def test_equal_priority_never_gives_way(tokenizer):
-    config = EngineConfig(cache_gib=0.01, page_len=8, max_running=1)
-    engine = Engine(MODELS["stu"], tokenizer, config)
-    for _ in range(2):
-        engine.add(make_request([1], 20))
+@pytest.mark.parametrize(
+    ("settings", "new_tokens", "preemptions"),
+    [
+        pytest.param({"max_running": 1}, [20, 20], 0, id="none by a request of equal priority"),
+        pytest.param({"expected_new_tokens": 1}, [64], 5, id="room doubles each time"),
+    ],
+)
+def test_preemptions(make_engine, settings, new_tokens, preemptions):
+    engine = make_engine(**settings)
+    for count in new_tokens:
+        engine.add(make_request([1], count))
     drain(engine, {})
-    assert engine.stats().preemptions == 0
+    assert engine.stats().preemptions == preemptions
 
 
-def test_room_for_twice_as_many_tokens_each_time(tokenizer):
-    config = EngineConfig(cache_gib=0.01, page_len=8, expected_new_tokens=1)
-    engine = Engine(MODELS["stu"], tokenizer, config)
-    engine.add(make_request([1], 64))
-    drain(engine, {})
-    assert engine.stats().preemptions == 5
+@pytest.fixture
+def forced_engine(make_engine, monkeypatch):
+    """Return a function of tokens that returns an engine which chooses them in turn."""
+
+    def make(tokens):
+        left = iter(tokens)
+        monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
+        return make_engine()
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("stops", "reason", "text"),
     [(["cat"], "stop", "a "), (["sat!"], "length", "a cat sat")],
 )
-def test_text_comes_with_the_tokens(tokenizer, monkeypatch, stops, reason, text):
+def test_text_is_cut_at_a_stop_string(tokenizer, forced_engine, stops, reason, text):
     ids = tokenizer.encode("a cat sat")
-    left = iter(ids)
-    monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine = forced_engine(ids)
     engine.add(make_request([1], len(ids), stop=stops))
     outputs = []
     while engine.has_work:
@@ -520,16 +522,11 @@ def test_text_comes_with_the_tokens(tokenizer, monkeypatch, stops, reason, text)
 
 
 @pytest.mark.parametrize("ending", ["abort", "stop"])
-def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
-    """The beginning of a stop string is no part of one after all."""
+def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer, forced_engine, ending):
     ids = [*tokenizer.encode("a cat sa"), 2]
-    left = iter(ids)
-    monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+    engine = forced_engine(ids)
     engine.add(make_request([1], 50, stop=["sat"], stop_token_ids=[2]))
-    text = ""
-    for _ in ids[:-1]:
-        text += "".join(output.text for output in engine.step())
+    text = "".join(output.text for _ in ids[:-1] for output in engine.step())
     assert text == "a cat "
     if ending == "abort":
         engine.abort(0)
@@ -537,8 +534,8 @@ def test_held_text_comes_at_the_end(tokenizer, monkeypatch, ending):
     assert (output.text, output.finish_reason) == ("sa", ending)
 
 
-def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.01, page_len=8))
+def test_logits_that_are_not_finite_end_their_request_only(make_engine):
+    engine = make_engine()
     decode, answers = engine._runner.decode, {}
     requests = [make_request([row + 1], 20) for row in range(3)]
     for request in requests:
@@ -555,7 +552,7 @@ def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
     engine._runner.decode = damaged
     drain(engine, answers)
     for row, request in enumerate(requests):
-        whole = alone(MODELS["stu"], request)[0]
+        whole = decode_alone(MODELS["stu"], request)[0]
         expected = (whole[:5], "error") if row == 1 else (whole, "length")
         assert answers[row][:2] == expected
 
@@ -563,80 +560,70 @@ def test_logits_that_are_not_finite_end_one_request_alone(tokenizer):
 @pytest.mark.skipif(not packs(torch.ones(1)), reason="odd widths need packed weights")
 @pytest.mark.parametrize("width", [8, 6, 50])
 @pytest.mark.parametrize("kind", MIXED)
-def test_batch_invariant_rows_are_equal_to_the_last_bit(tokenizer, kind, width):
-    """In float32, alone, in company, and after giving way."""
+def test_batch_invariant_logits_are_equal_to_the_last_bit(make_engine, kind, width):
+    """In float32, alone, with other requests, and after preemption."""
     model = build(kind, width=width, mlp_ratio=3).float()
-    config = EngineConfig(page_len=8, max_running=12, batch_invariant=True)
     params = SamplingParams(temperature=1.0, seed=3)
     probe = make_request([5, 6, 7, 8], 60, params, priority=1)
 
-    def answer(company, urgent):
-        engine = Engine(model, tokenizer, config)
+    def decode(num_others, num_urgent):
+        engine = make_engine(model, max_running=12, batch_invariant=True)
         logits = []
-        decode = engine._runner.decode
+        decode_step = engine._runner.decode
         request_id = engine.add(probe)
 
-        def spied(tokens):
-            result = decode(tokens)
+        def record(tokens):
+            result = decode_step(tokens)
             for row, job in enumerate(engine._scheduler.running):
                 if job.request_id == request_id and job.replayed == len(job.new_token_ids):
                     logits.append(result[row].clone())
             return result
 
-        engine._runner.decode = spied
-        for i in range(company):
+        engine._runner.decode = record
+        for i in range(num_others):
             engine.add(make_request([i + 1] * (i + 1), 20 + i, priority=1))
         answers = {}
-        for step in range(400):
-            if step == 30:
-                for i in range(urgent):
-                    engine.add(make_request([i + 9] * 4, 40, priority=0))
+        for _ in range(30):
             collect(engine, answers)
-        assert engine.stats().preemptions >= (urgent == 12)
+        for i in range(num_urgent):
+            engine.add(make_request([i + 9] * 4, 40, priority=0))
+        drain(engine, answers)
+        assert engine.stats().preemptions >= (num_urgent == 12)
         return answers[request_id][0], torch.stack(logits)
 
-    tokens, logits = answer(0, 0)
-    for company, urgent in ((10, 0), (3, 12)):
-        others_tokens, others_logits = answer(company, urgent)
-        assert others_tokens == tokens
-        assert torch.equal(others_logits, logits)
+    tokens, logits = decode(0, 0)
+    for num_others, num_urgent in ((10, 0), (3, 12)):
+        found_tokens, found_logits = decode(num_others, num_urgent)
+        assert found_tokens == tokens
+        assert torch.equal(found_logits, logits)
 
 
-def test_one_of_several_prompts_is_aborted_while_their_log_probabilities_are_found(tokenizer):
-    engine = Engine(MODELS["stu"], tokenizer, EngineConfig(cache_gib=0.05))
-    prompt = [1, 5, 6, 7]
-    ids = [engine.add(make_request(prompt, 4, prompt_logprobs=2)) for _ in range(20)]
+def test_abort_of_one_of_several_scored_prompts_leaves_the_others(make_engine):
+    engine = make_engine(cache_gib=0.05, page_len=16)
+    ids = [engine.add(make_request([1, 5, 6, 7], 4, prompt_logprobs=2)) for _ in range(20)]
     engine.step()
     engine.abort(ids[3])
-    seen = {}
-    while engine.has_work:
-        for output in engine.step():
-            seen.setdefault(output.request_id, []).extend(output.new_token_ids)
-    engine.check_integrity()
-    others = [seen[its] for its in ids if its != ids[3]]
+    answers = drain(engine, {})
+    others = [answers[request_id][0] for request_id in ids if request_id != ids[3]]
     assert others == [others[0]] * 19
 
 
-def test_prompts_that_are_scored_take_smaller_steps(code_model, code_tokenizer):
-    """Log probabilities of 2,048 tokens took as long as four usual steps, and streams waited."""
-    requests = [make_request([1] * 16, 0, prompt_logprobs=20) for _ in range(8)]
-    config = EngineConfig(cache_gib=0.01, prompt_tokens_per_step=128)
+def test_scored_prompts_are_prefilled_in_smaller_steps(make_engine):
+    """Log probabilities of 2,048 tokens take as long as four other steps; streams would wait."""
 
     def num_steps(requests):
-        engine = Engine(code_model, code_tokenizer, config)
+        engine = make_engine(prompt_tokens_per_step=128)
         for request in requests:
             engine.add(request)
-        outputs, count = [], 0
+        outputs = []
         while engine.has_work:
             outputs += engine.step()
-            count += 1
-        return count, outputs
+        return engine.stats().steps, outputs
 
-    count, outputs = num_steps(requests)
+    scored = [make_request([1] * 16, 0, prompt_logprobs=20) for _ in range(8)]
+    count, outputs = num_steps(scored)
     assert count == 4
     assert len(outputs) == 8
     assert len({str(output.prompt_logprobs) for output in outputs}) == 1
-    usual = [make_request([1] * 16, 1) for _ in range(8)]
-    assert num_steps(usual)[0] == 1
-    long = [make_request([1] * 64, 0, prompt_logprobs=20)]
-    assert num_steps(long)[0] > 1
+    assert num_steps([make_request([1] * 16, 1) for _ in range(8)])[0] == 1
+    assert num_steps([make_request([1] * 64, 0, prompt_logprobs=20)])[0] > 1

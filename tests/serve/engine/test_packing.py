@@ -23,7 +23,7 @@ def build(dtype=torch.float32, layout="hybrid"):
 
 @needs_packing
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 21, 22, 64, 100])
-def test_products_are_those_of_the_plain_weights(num_rows):
+def test_packed_products_equal_plain_ones(num_rows):
     weight, x = torch.randn(48, 20), torch.randn(num_rows, 3, 20)
     expected = x.double() @ weight.double().T
     for product in (PackedLinear(weight), packed_product(weight)):
@@ -40,7 +40,7 @@ def test_products_are_those_of_the_plain_weights(num_rows):
         ("attention", {f"blocks.{i}.mixer.{name}" for i in (0, 1) for name in ("qkv", "output")}),
     ],
 )
-def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype, layout, mixers):
+def test_packed_copy_computes_the_same_and_shares_other_weights(dtype, layout, mixers):
     model = build(dtype, layout)
     copied = packed_copy(model)
     tokens = torch.arange(30)[None]
@@ -50,20 +50,19 @@ def test_a_packed_copy_computes_the_same_and_shares_the_rest(dtype, layout, mixe
     assert error <= (1e-5 if dtype == torch.float32 else 0)
     assert copied.embedding.weight is model.embedding.weight
     assert copied.filters is model.filters
-    packed = {name for name, its in copied.named_modules() if isinstance(its, PackedLinear)}
+    packed = {name for name, module in copied.named_modules() if isinstance(module, PackedLinear)}
     mlps = {f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("gate", "up", "down")}
     assert packed == (mixers | mlps if dtype == torch.float32 else set())
-    shared = {id(its) for its in model.parameters()}
-    assert {id(its) for its in copied.parameters()} <= shared
+    assert set(map(id, copied.parameters())) <= set(map(id, model.parameters()))
 
 
 @needs_packing
-def test_few_numbers_of_rows_reach_onednn(monkeypatch):
-    """It would keep half a megabyte for each: prompts come in all lengths."""
+def test_onednn_sees_few_different_numbers_of_rows(monkeypatch):
+    """It keeps half a megabyte for each, and prompts have all lengths."""
     numbers = set()
     product = torch.ops.mkldnn._linear_pointwise
 
-    class Spied:
+    class Recorded:
         _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
 
         @staticmethod
@@ -71,7 +70,7 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch):
             numbers.add(len(x))
             return product(x, *rest)
 
-    monkeypatch.setattr(torch.ops, "mkldnn", Spied)
+    monkeypatch.setattr(torch.ops, "mkldnn", Recorded)
     linear = PackedLinear(torch.randn(8, 4))
     for num_rows in range(1, 300):
         assert linear(torch.ones(num_rows, 4)).shape == (num_rows, 8)
@@ -79,7 +78,7 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch):
 
 
 @needs_packing
-def test_plain_weights_go_with_the_model():
+def test_packed_copy_keeps_no_plain_weights():
     model = build()
     copied = packed_copy(model)
     plain = weakref.ref(model.blocks[0].mlp.gate.weight)

@@ -1,5 +1,4 @@
-"""Texts of random tokens that a JSON schema's grammar allows, against an independent validator, and
-what is refused before any text begins."""
+"""Random texts that the grammar of a JSON schema allows, against an independent validator."""
 
 import enum
 import json
@@ -29,7 +28,7 @@ def grammars(code_tokenizer):
 
 
 def write(grammars, tokenizer, schema, count=30):
-    """Random texts that the schema allows; those that end within TOKENS."""
+    """Return random texts that the schema allows and that end within TOKENS."""
     constraint = Constraint("json_schema", json.dumps(schema))
     grammars.check(constraint)
     texts = []
@@ -64,7 +63,7 @@ def optional(count, values=None):
     return {"type": "object", "properties": {f"field_{at}": values for at in range(count)}}
 
 
-# Schemas whose every text ends, and one or more texts that each allows.
+# Schemas whose texts all end.
 SCHEMAS = {
     "unbounded integer": {"type": "integer"},
     "64 bits": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
@@ -150,7 +149,7 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
-def test_every_text_ends_and_follows_its_schema(grammars, code_tokenizer, schema):
+def test_every_text_ends_and_is_valid(grammars, code_tokenizer, schema):
     texts = write(grammars, code_tokenizer, schema)
     known = {**schema, "$schema": schema.get("$schema", "").replace("http://localhost/schema", "")}
     if not known["$schema"]:
@@ -158,12 +157,12 @@ def test_every_text_ends_and_follows_its_schema(grammars, code_tokenizer, schema
     validator = jsonschema_rs.validator_for(known, validate_formats=True)
     for text in texts:
         validator.validate(json.loads(text))
-    assert len(texts) >= 29, "of thirty, a rare one is longer"
+    assert len(texts) >= 29, "at most one is longer than TOKENS"
     if "x-guidance" not in schema:
         assert not any(re.search(r"\s", STRING.sub("", text)) for text in texts)
 
 
-# What may be longer than TOKENS, for the schema bounds it not.
+# Schemas whose texts may be longer than TOKENS.
 OPEN = {
     "anything": {},
     "any object": {"type": "object"},
@@ -185,7 +184,7 @@ OPEN = {
 
 
 @pytest.mark.parametrize("schema", OPEN.values(), ids=OPEN)
-def test_texts_that_end_follow_their_schema(grammars, code_tokenizer, schema):
+def test_texts_that_end_are_valid(grammars, code_tokenizer, schema):
     texts = write(grammars, code_tokenizer, schema)
     validator = jsonschema_rs.validator_for(schema)
     assert texts
@@ -237,7 +236,7 @@ PYDANTIC = {
 
 
 @pytest.mark.parametrize("kind", PYDANTIC.values(), ids=PYDANTIC)
-def test_pydantic_reads_what_its_own_schemas_allow(grammars, code_tokenizer, kind):
+def test_pydantic_reads_texts_of_its_own_schemas(grammars, code_tokenizer, kind):
     model = create_model("Model", field=kind if isinstance(kind, tuple) else (kind, ...))
     texts = write(grammars, code_tokenizer, model.model_json_schema())
     assert len(texts) >= 25
@@ -301,20 +300,20 @@ def test_pydantic_reads_what_its_own_schemas_allow(grammars, code_tokenizer, kin
         (False, "schema is false"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_with_its_place(grammars, schema, message):
+def test_unsupported_schemas_are_refused_with_the_place(grammars, schema, message):
     with pytest.raises(UserError, match="json_schema is not allowed") as caught:
         grammars.check(Constraint("json_schema", json.dumps(schema)))
     assert message in str(caught.value)
 
 
-def test_a_schema_may_have_unsupported_keywords_ignored(grammars, code_tokenizer):
+def test_lenient_schema_ignores_unsupported_keywords(grammars, code_tokenizer):
     schema = {"x-guidance": {"lenient": True}, "type": "array", "items": NULL, "uniqueItems": True}
     assert any(len(json.loads(text)) > 1 for text in write(grammars, code_tokenizer, schema))
 
 
 @pytest.mark.parametrize("json_whitespace", ["compact", "flexible"])
-def test_flexible_white_space_ends_too(grammars, code_tokenizer, json_whitespace):
-    """A writer that takes white space wherever it may; a schema's own setting counts first."""
+def test_flexible_white_space_ends(grammars, code_tokenizer, json_whitespace):
+    """Even if white space is chosen wherever it is allowed. A schema's own setting prevails."""
     schema = {"type": "array", "items": NULL, "minItems": 2, "maxItems": 2}
     blank = {
         token
@@ -327,7 +326,7 @@ def test_flexible_white_space_ends_too(grammars, code_tokenizer, json_whitespace
         matcher, tokens = grammars.matcher(constraint), []
         while len(tokens) < most:
             allowed = matcher.allowed(code_tokenizer.vocab_size).nonzero()[:, 0].tolist()
-            token = next((its for its in allowed if its in blank), allowed[0])
+            token = next(filter(blank.__contains__, allowed), allowed[0])
             if token == code_tokenizer.eos_id:
                 break
             matcher.append(token)

@@ -39,29 +39,29 @@ def random_logits(num_rows, seed, distinct_values=None):
     return logits.double()
 
 
-def history(its, prompt, new):
-    made = TokenHistory(VOCAB_SIZE, prompt, its.logit_bias)
+def make_history(params, prompt, new, vocab_size=VOCAB_SIZE):
+    history = TokenHistory(vocab_size, prompt, params.logit_bias)
     for token in new:
-        made.append(token)
-    return made
+        history.append(token)
+    return history
 
 
 def draw(logits, params, positions):
-    """Where no params need a history."""
+    """Sample with parameters that need no history."""
     return sample(logits, params, positions, {})
 
 
 @given(rows, st.integers(0, 1000), st.sampled_from([None, 0.3, 0.0]))
 @settings(max_examples=150, deadline=None)
 def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
-    """Few distinct logits make many ties; a factor of 0 makes all equal."""
+    """A small factor makes many ties, 0 makes all logits equal."""
     logits = random_logits(len(rows), logits_seed, distinct_values)
     before = logits.clone()
     all_params, positions, prompts, texts = zip(*rows, strict=True)
     histories = {
-        row: history(its, prompt, new)
-        for row, (its, _, prompt, new) in enumerate(rows)
-        if needs_history(its)
+        row: make_history(own, prompt, new)
+        for row, (own, _, prompt, new) in enumerate(rows)
+        if needs_history(own)
     }
     ids = sample(logits, all_params, positions, histories)
     expected = [
@@ -74,13 +74,13 @@ def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
 
 @given(rows, st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
-def test_a_row_does_not_depend_on_its_batch(rows, logits_seed):
+def test_row_does_not_depend_on_its_batch(rows, logits_seed):
     logits = random_logits(len(rows), logits_seed).float()
-    histories = [history(its, prompt, new) for its, _, prompt, new in rows]
+    histories = [make_history(own, prompt, new) for own, _, prompt, new in rows]
     all_params, positions, _, _ = zip(*rows, strict=True)
     together = sample(logits, all_params, positions, dict(enumerate(histories)))
-    for row, (its, position, _, _) in enumerate(rows):
-        alone = sample(logits[row : row + 1], [its], [position], {0: histories[row]})
+    for row, (own, position, _, _) in enumerate(rows):
+        alone = sample(logits[row : row + 1], [own], [position], {0: histories[row]})
         assert alone.item() == together[row]
 
 
@@ -93,7 +93,7 @@ def test_a_row_does_not_depend_on_its_batch(rows, logits_seed):
 )
 @settings(max_examples=50, deadline=None)
 def test_logprobs_equal_the_reference(asked, logits_seed, distinct_values):
-    """Of equal ones the lower id comes first."""
+    """Of equal tokens the lower id comes first."""
     logits = random_logits(len(asked), logits_seed, distinct_values)
     counts, tokens = zip(*asked, strict=True)
     results = token_logprobs(logits, tokens, counts)
@@ -111,21 +111,22 @@ def test_logprobs_equal_the_reference(asked, logits_seed, distinct_values):
 
 
 @pytest.mark.parametrize(
-    "its", [SamplingParams(1.0), SamplingParams(0.5, top_k=5), SamplingParams(2.0, 8, 0.8)]
+    "params", [SamplingParams(1.0), SamplingParams(0.5, top_k=5), SamplingParams(2.0, 8, 0.8)]
 )
-def test_tokens_come_as_often_as_they_are_probable(its):
+def test_tokens_are_as_frequent_as_probable(params):
     num_draws = 20_000
     logits = random_logits(1, seed=4)[:, :12]
-    draws = draw(logits.expand(num_draws, -1), [its] * num_draws, range(num_draws))
+    draws = draw(logits.expand(num_draws, -1), [params] * num_draws, range(num_draws))
     counts = torch.bincount(draws, minlength=12).tolist()
-    probabilities = reference.kept(logits[0].tolist(), its.temperature, its.top_k, its.top_p)
-    assert len(probabilities) == {0: 12, 5: 5}.get(its.top_k, len(probabilities))
+    kept = params.temperature, params.top_k, params.top_p
+    probabilities = reference.kept(logits[0].tolist(), *kept)
+    assert len(probabilities) == {0: 12, 5: 5}.get(params.top_k, len(probabilities))
     for token, count in enumerate(counts):
         expected = num_draws * probabilities.get(token, 0.0)
         assert abs(count - expected) <= 4.5 * math.sqrt(expected)
 
 
-def test_seeds_and_positions_draw_apart():
+def test_seeds_and_positions_give_different_draws():
     logits = torch.zeros(1000, VOCAB_SIZE)
     by_seed = draw(logits, [SamplingParams(1.0, seed=seed) for seed in range(1000)], [0] * 1000)
     by_position = draw(logits, [SamplingParams(1.0)] * 1000, range(1000))
@@ -134,8 +135,8 @@ def test_seeds_and_positions_draw_apart():
         assert (ids[1:] == ids[:-1]).float().mean() < 3 / VOCAB_SIZE
 
 
-def test_bfloat16_logits_are_drawn_from_wider_sums():
-    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # 1/4096 of a bfloat16 sum is nothing
+def test_bfloat16_logits_are_summed_in_higher_precision():
+    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # bfloat16 cannot add 1/4096
     draws = draw(logits.expand(500, -1), [SamplingParams(1.0)] * 500, range(500))
     assert draws.max() > 3500
     assert len(draws.unique()) > 400
@@ -144,20 +145,18 @@ def test_bfloat16_logits_are_drawn_from_wider_sums():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_penalties_stay_finite(dtype, temperature):
-    its = SamplingParams(temperature, repetition_penalty=0.01)
+    params = SamplingParams(temperature, repetition_penalty=0.01)
     logits = torch.full((1, VOCAB_SIZE), -1.0, dtype=dtype)
     logits[0, 3] = 3e38
-    assert sample(logits, [its], [0], {0: history(its, [3], [5])}).item() == 3
+    assert sample(logits, [params], [0], {0: make_history(params, [3], [5])}).item() == 3
 
 
-def test_frequencies_count():
-    its = SamplingParams(frequency_penalty=1.0)
+def test_frequency_penalty_counts_new_tokens():
+    params = SamplingParams(frequency_penalty=1.0)
     logits = torch.tensor([[0.0, 1.5, 1.0]])
     for new, expected in (([], 1), ([1], 2), ([1, 2], 1), ([1, 1, 2], 0)):
-        made = TokenHistory(3, [0], {})
-        for token in new:
-            made.append(token)
-        assert sample(logits, [its], [0], {0: made}).item() == expected
+        history = make_history(params, [0], new, vocab_size=3)
+        assert sample(logits, [params], [0], {0: history}).item() == expected
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
@@ -169,8 +168,8 @@ def test_impossible_tokens_are_never_drawn(monkeypatch, uniform):
     assert set(draws.tolist()) <= {3, 7}
 
 
-def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
-    """Not even a tail that adds nothing to the sum, once the sum has its largest term."""
+def test_unlikely_tokens_of_a_row_do_not_depend_on_other_rows(monkeypatch):
+    """The first of them is drawn at 0, though they add nothing to the sum of the weights."""
     monkeypatch.setattr("serve.sampling.sampler._uniform", lambda seed, position: 0.0)
     logits = torch.full((2, 1001), -40.0)
     logits[:, 1000] = 0.0
@@ -213,14 +212,14 @@ def test_nothing_is_left_out_of_a_row_because_of_another_one(monkeypatch):
         ("seed", 0.5, "from 0 to"),
     ],
 )
-def test_values_that_are_not_allowed(name, value, allowed):
+def test_wrong_sampling_params_are_refused(name, value, allowed):
     with pytest.raises(UserError, match=f"{name}=.*is not allowed: it must be {allowed}"):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 50])
-def test_the_most_probable_of_many_rows_are_those_of_each(vocab_size):
-    """Of equal ones the lower id, also where more are equal than are asked for."""
+def test_top_logprobs_of_many_rows_equal_those_of_each(vocab_size):
+    """Of equal tokens the lower id is taken, also where more are equal than are asked for."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 4, (40, vocab_size), generator=generator).float()
     counts = [None if row % 5 == 0 else row % 21 for row in range(40)]
