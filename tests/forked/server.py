@@ -73,15 +73,10 @@ class Server:
         connection.settimeout(60)
         try:
             head, descriptors, _, _ = socket.recv_fds(connection, 8, 253)
-            while len(head) < 8:
-                head += connection.recv(8 - len(head)) or _hang_up()
-            body = b""
-            while len(body) < int.from_bytes(head, "big"):
-                body += connection.recv(2**20) or _hang_up()
-        except OSError:  # the client was killed
+            request = json.loads(connection.makefile("rb").read(int.from_bytes(head, "big")))
+        except (OSError, ValueError):  # the client was killed
             connection.close()
             return
-        request = json.loads(body)
         if "client" in request:
             with connection:
                 connection.sendall(b"%d\n" % self._clients.get(request["client"], 0))
@@ -128,10 +123,6 @@ class Server:
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)  # where pytest was killed
         sys.exit()
-
-
-def _hang_up() -> bytes:
-    raise ConnectionError("the client is gone")
 
 
 def become(request: dict) -> None:
