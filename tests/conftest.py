@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # such small tensors are slower on more
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = ["test_train_job.py", "test_zero.py", "test_resume.py", "test_server_faults.py"]
-"""Files that take minutes, and begin first; the first of them mostly waits."""
+"""Files that take longest, which begin first."""
 
 
 def pytest_configure(config):

@@ -22,7 +22,7 @@ from tests.train.saved import load_checkpoint
 from train import report
 from train.data.loader import TokenData
 
-STEPS, STOP, SAVED = 90, 30, 15
+STEPS, STOP, SAVED = 70, 30, 15
 RANK = ["--cpus-per-task=1", "--mem=1G", "--time=10"]
 HEAD = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", *RANK]
 SETTINGS = {

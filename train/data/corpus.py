@@ -96,7 +96,7 @@ def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, fold
 
 
 def require_both_splits(config: PrepareConfig, num_documents: Mapping[str, int]) -> None:
-    """Raise UserError if one of the splits, given by name, has no documents."""
+    """Raise UserError if a split has no documents. num_documents: by name of the split."""
     train, validation = num_documents["train"], num_documents["validation"]
     total = train + validation
     if not total:

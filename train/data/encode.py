@@ -94,7 +94,7 @@ def encode_all(
             yield from encoder(batch)
         return
     waiting: deque[Future[list[Encoded]]] = deque()
-    # Not fork: this process has threads, such as that of the progress bar.
+    # Not fork, as this process has threads, such as the progress bar's.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
         try:
@@ -133,7 +133,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent does: one that was killed cannot stop its workers."""
+    """Exit with the parent, which cannot stop its workers if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

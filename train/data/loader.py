@@ -90,12 +90,12 @@ class SampleStream(IterableDataset[Batch]):
 class ValidationSet:
     """Micro-batches of one rank for validation; all ranks together predict every target once.
 
-    Window `w` predicts the targets `w * seq_len + 1` to `(w+1) * seq_len` (the last window: those
-    that are left), as sequence `w % m` of a micro-batch of rank `(w // m) % R`. All ranks have the
+    Window `w` predicts the targets `w * seq_len + 1` to `(w+1) * seq_len` (the last one may have
+    fewer), as sequence `w % m` of a micro-batch of rank `(w // m) % R`. All ranks have the
     same number of micro-batches, as ranks must run in step under ZeRO-3; sequences without a window
     have `num_targets` 0.
 
-    Not a torch Dataset, around which Lightning would put its own sampler.
+    It is not a torch Dataset, as Lightning would replace the sampler of one.
     """
 
     shards: TokenShards

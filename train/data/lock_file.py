@@ -11,9 +11,9 @@ from pathlib import Path
 class LockFile:
     """A file with a lock for each byte, including bytes beyond its end.
 
-    The system frees the locks of a process that is killed, and those of a lost machine once the
-    file server notices. The file is never removed: if it were removed while a process waits for it,
-    a third process could get a second lock of the same name.
+    The locks of a killed process are released by the system, and the locks of a lost machine by the
+    file server once it notices. The file is never removed: if it were removed while a process waits
+    for it, a third process could get a second lock of the same name.
     """
 
     def __init__(self, path: Path) -> None:

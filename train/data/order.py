@@ -13,8 +13,8 @@ class Permutation:
 
     A Feistel network permutes the numbers below the smallest power of four that is at least `n`;
     results that are not below `n` go through it again (cycle walking, less than four times on
-    average). So the cost of a part of the order depends on its length and not on `n`. Source: Black
-    and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.
+    average). So reading a part of the order takes time for its length and not for `n`. Source:
+    Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:

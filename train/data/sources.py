@@ -32,8 +32,8 @@ def find_files(sources: Sequence[str]) -> Files:
     """Return the files that `sources` name: `stdlib:`, files, folders or globs.
 
     Folders are searched recursively: links are followed, hidden files are left out. Files are
-    sorted within a source. A file that has several paths is returned once. Raises UserError for a
-    source that names nothing that can be read.
+    sorted within a source. A file with several paths is returned once. Raises UserError for a
+    source without readable files.
     """
     found = [_find_path(path) for source in sources for path in _expand(source)]
     paths = [path for files in found for path in files.documents]
@@ -123,7 +123,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(_identity(here))
-        folders.sort()  # so that the same one of two paths is taken on every machine
+        folders.sort()  # of two paths to a folder, take the same one on every machine
         yield from (here / file for file in files)
         yield from (here / inner for inner in folders if inner.startswith("."))
         folders[:] = [inner for inner in folders if not inner.startswith(".")]
