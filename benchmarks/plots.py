@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.decoding_tables import LABELS
-from benchmarks.other_tables import WAYS
 from benchmarks.recorded import Run, fewest_threads, recorded
+from benchmarks.train_serve_tables import VARIANTS
 
 STYLES = {
     "paged": ("o", "-"),
@@ -115,14 +115,16 @@ def draw_train(result: Run, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 4.6), layout="constrained")
     width = 0.8 / len(runs)
     for number, run in enumerate(runs):
-        speeds = [run["ways"][name]["tokens_per_second"] for name in WAYS]
-        places = [i + width * (number - (len(runs) - 1) / 2) for i in range(len(WAYS))]
+        speeds = [run["ways"][name]["tokens_per_second"] for name in VARIANTS]
+        places = [i + width * (number - (len(runs) - 1) / 2) for i in range(len(VARIANTS))]
         grey = str(0.85 - 0.5 * number / len(runs))
         label = f"{run['context']:,} tokens"
         bars = axes.bar(places, speeds, width, color=grey, edgecolor="black", label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(
-        range(len(WAYS)), [label.replace(", ", ",\n") for label in WAYS.values()], fontsize=8
+        range(len(VARIANTS)),
+        [label.replace(", ", ",\n") for label in VARIANTS.values()],
+        fontsize=8,
     )
     axes.set_ylabel("tokens per second")
     first = runs[0]

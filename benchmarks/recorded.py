@@ -29,7 +29,7 @@ def fewest_threads(runs: list[Run]) -> list[Run]:
 def decoded(result: Run, batch: int, length: int, layout: str | None = None) -> dict[str, Run]:
     """Return the runs of `decode` in one setting, by cache or peer.
 
-    layout: the mixers of our model; by default those of the first run.
+    layout: Layout of our model; by default that of the first run.
     """
     wanted = layout or result["runs"][0]["layout"], batch, length
     return {

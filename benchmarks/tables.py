@@ -11,7 +11,7 @@ documents with the results.
 import re
 import sys
 
-from benchmarks import decoding_tables, other_tables
+from benchmarks import decoding_tables, train_serve_tables
 from benchmarks.claims import claims
 from benchmarks.recorded import ROOT, Run, recorded
 
@@ -19,7 +19,7 @@ DOCUMENTS = ["README.md", "docs/evidence.md", "docs/slurm.md", "docs/training.md
 PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-TABLES = decoding_tables.TABLES | other_tables.TABLES
+TABLES = decoding_tables.TABLES | train_serve_tables.TABLES
 CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

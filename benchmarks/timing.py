@@ -1,13 +1,10 @@
-"""Times of calls: of one, the median of several, and several calls compared in turn."""
+"""Times of calls: of a single one, and medians of several that take turns."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
-
-LEAST_SECONDS, LEAST_CALLS = 0.2, 3
-"""Least time and number of calls that `seconds` measures."""
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -23,15 +20,6 @@ def synchronize() -> None:
     """Wait until a GPU, if torch uses one, has finished its work."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Return the median seconds of several calls."""
-    call()
-    taken: list[float] = []
-    while len(taken) < LEAST_CALLS or sum(taken) < LEAST_SECONDS:
-        taken.append(timed(call))
-    return statistics.median(taken)
 
 
 def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -48,6 +48,7 @@ def report(counts: Counter[str], batch: int, weight_bytes: int) -> dict[str, Any
         "multiply_adds_per_token": multiply_adds | {"total": sum(multiply_adds.values())},
         "bytes_moved_per_token": moved | {"total": sum(moved.values())},
         "streams_per_token": counts["streams"] / batch,
+        "stream_bytes_per_token": counts["stream_bytes"] / batch,
     }
 
 
@@ -106,6 +107,7 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.counts["cache_read"] += sum(map(_num_bytes, read))
         if name in BATCHED:
             self.counts["streams"] += sum(map(_num_runs, read))
+            self.counts["stream_bytes"] += sum(map(_num_bytes, read))
         if self._is_moved(output) if in_place else _num_bytes(output) >= LARGE_BYTES:
             self.counts["cache_written"] += _num_bytes(output)
 

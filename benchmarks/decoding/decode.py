@@ -2,7 +2,7 @@
 
 All sequences of a batch start together, after prompts of the same length. Caches
 (`benchmarks.decoding.caches`) and peers (`benchmarks.peers`), which have as many parameters as our
-model, take turns. Steps are those of the bare models, with the matrices and caches that the engine
+model, take turns. Steps run the bare models, with the matrices and caches that the engine
 uses, and greedy choices; `benchmarks.decoding.sampling` says which are timed. A cache that does not
 fit into memory is reported and not run.
 """
@@ -145,7 +145,7 @@ def described(
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each run of a setting the ratio of its times to those of the paged cache."""
+    """Add to each run of a setting its times over the times of the paged cache."""
     timed = {run["cache"]: run for run in runs if "step_ms" in run}
     paged = timed.pop("paged", {})
     for run in timed.values() if paged else ():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers.peer import FLOAT_BYTES
-from benchmarks.timing import seconds, timed
+from benchmarks.timing import timed
 from serve.engine.packing import packed_product
 from stu.layers import RMSNorm
 from train.gpus import GPUS
@@ -29,8 +29,9 @@ MATRICES = [(WIDTH, WIDTH), (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)] *
 """Weights of four blocks, `[out, in]`: small ones take longer than their share."""
 HEADS, KEYS, HEAD_DIM = 128, 4096, 128
 """Heads of one query each."""
-STREAM, STREAM_SPACE = 128, 4096
-"""Numbers of a stream that are read, and from one stream to the next."""
+SHORT_STREAM, LONG_STREAM, STREAM_SPACE = 128, 4096, 4416
+"""Numbers of a stream that are read, and from one stream to the next: at a power of two, streams
+would share few lines of the processor's caches."""
 FFT_ROWS, FFT_LENGTH = 64, 4096
 """A quarter of a million numbers at once, as `stu.futurefill` transforms them."""
 
@@ -54,33 +55,61 @@ class Rates:
     operations: float
     """Operations of torch on a vector of each sequence, between products, whose weights have
     driven everything else out of the processor's caches."""
+    stream_bytes: float = math.inf
+    """Bytes of long streams of the same kind. Results without it have no count of such bytes."""
 
 
-@torch.inference_mode()
-def measured_rates(batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
-    """Measure this machine with torch's number of threads and weights of `dtype`, for a second."""
-    vectors, keys, products = operands(device, dtype)
-    queries = torch.randn(HEADS, 1, HEAD_DIM, device=device)
-    signals = torch.randn(FFT_ROWS, FFT_LENGTH, device=device)
-    rows = {
-        width: torch.randn(batch, width, dtype=dtype, device=device) for width in (WIDTH, HIDDEN)
-    }
-    norm = functools.partial(RMSNorm(WIDTH, eps=1e-5).to(device, dtype), rows[WIDTH])
-    transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
-    weights = sum(outputs * inputs for outputs, inputs in MATRICES)
-    multiply = [
-        functools.partial(product, rows[inputs])
-        for product, (_, inputs) in zip(products, MATRICES, strict=True)
-    ]
-    num_filters, begin = streams(batch, vectors)
-    return Rates(
-        bytes=2 * FLOAT_BYTES * READ / seconds(lambda: torch.dot(*vectors)),
-        products=batch * weights / seconds(lambda: [product() for product in multiply]),
-        single_products=HEADS * KEYS * HEAD_DIM / seconds(lambda: torch.bmm(queries, keys.mT)),
-        ffts=transforms / seconds(lambda: torch.fft.irfft(torch.fft.rfft(signals))),
-        streams=num_filters * (1 + batch) / seconds(begin),
-        operations=operations(norm) / seconds_after(norm, multiply),
-    )
+class Meter:
+    """Measures this machine with torch's number of threads, a fraction of a second at a time.
+
+    Every call is timed once, when the others have driven its operands out of the processor's
+    caches, as it is with the steps of a large model.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._batch = batch
+        self._vectors, self._keys, products = operands(device, dtype)
+        with torch.device(device):
+            rows = {width: torch.randn(batch, width, dtype=dtype) for width in (WIDTH, HIDDEN)}
+            self._queries = torch.randn(HEADS, 1, HEAD_DIM)
+            self._signals = torch.randn(FFT_ROWS, FFT_LENGTH)
+        self._norm = functools.partial(RMSNorm(WIDTH, eps=1e-5).to(device, dtype), rows[WIDTH])
+        self._norm_operations = operations(self._norm)
+        self._products = [
+            functools.partial(product, rows[inputs])
+            for product, (_, inputs) in zip(products, MATRICES, strict=True)
+        ]
+        self._num_filters = READ // (batch * STREAM_SPACE)
+        self._places = itertools.cycle(range(0, LONG_STREAM, SHORT_STREAM))
+        self.rates()  # the first calls allocate and plan
+
+    @torch.inference_mode()
+    def rates(self) -> Rates:
+        """Measure once."""
+        in_turn = [(timed(product), timed(self._norm)) for product in self._products]
+        products, norms = zip(*in_turn, strict=True)
+        weights = sum(outputs * inputs for outputs, inputs in MATRICES)
+        transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
+        streams, place = self._num_filters * (1 + self._batch), next(self._places)
+        stream_bytes, keys = FLOAT_BYTES * streams * LONG_STREAM, self._keys
+        return Rates(
+            bytes=2 * FLOAT_BYTES * READ / timed(lambda: torch.dot(*self._vectors)),
+            products=self._batch * weights / sum(products),
+            single_products=keys.numel() / timed(lambda: torch.bmm(self._queries, keys.mT)),
+            ffts=transforms / timed(lambda: torch.fft.irfft(torch.fft.rfft(self._signals))),
+            streams=streams / timed(lambda: self._sum_streams(place, SHORT_STREAM)),
+            operations=self._norm_operations / statistics.median(norms),
+            stream_bytes=stream_bytes / timed(lambda: self._sum_streams(0, LONG_STREAM)),
+        )
+
+    def _sum_streams(self, start: int, length: int) -> Tensor:
+        """Sum the pasts of channels, as `Naive` does."""
+        whole = self._num_filters * self._batch * STREAM_SPACE
+        inputs = self._vectors[0][:whole].view(self._num_filters, self._batch, STREAM_SPACE)
+        filters = self._vectors[1][:whole].view(self._num_filters, 1, -1)
+        stretch = slice(start, start + length)
+        return filters[:, :, stretch] @ inputs[:, :, stretch].mT
 
 
 @functools.cache
@@ -94,25 +123,14 @@ def operands(
     return vectors, keys, [packed_product(weight) for weight in weights]
 
 
-def streams(batch: int, vectors: tuple[Tensor, Tensor]) -> tuple[int, Callable[[], Tensor]]:
-    """Return a number of filters and a call that sums the shortest pasts, as `Naive` does, at other
-    places of memory each time."""
-    num_filters = READ // (batch * STREAM_SPACE)
-    whole = num_filters * batch * STREAM_SPACE
-    inputs = vectors[0][:whole].view(num_filters, batch, STREAM_SPACE).mT
-    filters = vectors[1][:whole].view(num_filters, 1, batch * STREAM_SPACE)
-    places = itertools.cycle(range(0, STREAM_SPACE, STREAM))
-
-    def begin() -> Tensor:
-        place = next(places)
-        return filters[:, :, place : place + STREAM] @ inputs[:, place : place + STREAM]
-
-    return num_filters, begin
+def median_rates(several: Sequence[Rates]) -> Rates:
+    """Return the medians of what was measured at nearly the same time."""
+    return Rates(*map(statistics.median, zip(*map(astuple, several), strict=True)))
 
 
 def mean_rates(several: Sequence[Rates]) -> Rates:
-    """Return the mean of what was measured at several times."""
-    return Rates(*map(statistics.mean, zip(*map(astuple, several), strict=True)))
+    """Return the rates at which as much is done at several times takes the time of all."""
+    return Rates(*map(statistics.harmonic_mean, zip(*map(astuple, several), strict=True)))
 
 
 def rates_of_gpu(name: str) -> Rates:
@@ -128,6 +146,7 @@ def rates_of_gpu(name: str) -> Rates:
         ffts=transformed * math.log2(FFT_LENGTH),
         streams=math.inf,
         operations=math.inf,
+        stream_bytes=gpu.bytes_per_second,
     )
 
 
@@ -140,14 +159,16 @@ def step_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     """
     batch, multiply_adds = run["batch"], run["multiply_adds_per_token"]
     moved = run["bytes_moved_per_token"]
-    caches = moved["filters"] + moved["cache_read"] + moved["cache_written"]
+    streams = run.get("stream_bytes_per_token", 0.0)
+    caches = moved["filters"] + moved["cache_read"] + moved["cache_written"] - streams
+    reading = caches / rates.bytes + streams / rates.stream_bytes
     others = (multiply_adds["convolution"] + multiply_adds["recurrence"]) / rates.products
     others += multiply_adds["attention"] / rates.single_products
     weights = batch * moved["weights"] / rates.bytes
     return {
         "weights": weights,
         "products": max(0.0, batch * multiply_adds["dense"] / rates.products - weights),
-        "caches": batch * max(caches / rates.bytes, others),
+        "caches": batch * max(reading, others),
         "streams": batch * run["streams_per_token"] / rates.streams,
         "ffts": batch * multiply_adds["fft"] / rates.ffts,
         "operations": run["operations_per_step"] / rates.operations,
@@ -159,12 +180,3 @@ def operations(call: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         call()
     return sum(not event.cpu_children for event in profiled.events() or [])
-
-
-def seconds_after(call: Callable[[], object], others: Sequence[Callable[[], object]]) -> float:
-    """Return the median seconds of calls, each of which follows one of the others."""
-    taken: list[float] = []
-    for other in others:
-        other()
-        taken.append(timed(call))
-    return statistics.median(taken)

@@ -20,12 +20,14 @@ from tqdm import tqdm
 
 from benchmarks.decoding.caches import Flush
 from benchmarks.decoding.counting import report
-from benchmarks.decoding.rates import Rates, mean_rates, measured_rates, operations
+from benchmarks.decoding.rates import Meter, Rates, mean_rates, median_rates, operations
 from benchmarks.decoding.subjects import Subject
 from benchmarks.process_memory import return_freed_memory
 
 TIMED_STEPS = 6
 """Timed steps in the middle of a fifth, after one that is counted."""
+PASSES = TIMED_STEPS // 2
+"""Measurements of the machine's rates beside the steps of a fifth."""
 PAGE_PAIR = 64
 PLACES = [12, 53, 2, 38, 22]
 """First steps in pages of 64 positions, and so of 32: spread over them, and neither the timed steps
@@ -72,6 +74,7 @@ class Round:
 
     samples: list[Sample]
     rates: list[Rates]
+    """Rates in the middle of each fifth of the run."""
     operations: int
     """Operations of torch in a step."""
 
@@ -107,17 +110,22 @@ def one_round(candidate: Candidate) -> Round:
     subject = candidate.begin()
     gc.collect()
     gc.freeze()  # without it, one step in a hundred waits for a collection of all modules
-    rates = [measured_rates(batch, device, dtype)]
-    samples = sampled(subject, setting["new_tokens"])
+    meter, rates = Meter(batch, device, dtype), list[Rates]()
+    samples = sampled(subject, setting["new_tokens"], lambda: rates.append(meter.rates()))
     num_operations = operations(subject.step)
-    rates.append(measured_rates(batch, device, dtype))
     gc.unfreeze()
     candidate.end()
-    return Round(samples, rates, num_operations)
+    by_place = [rates[i : i + PASSES] for i in range(0, len(rates), PASSES)]
+    return Round(samples, [median_rates(place) for place in by_place], num_operations)
 
 
-def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
-    """Time steps in the middle of each fifth of a run, and some of each kind of flush."""
+def sampled(
+    subject: Subject, new_tokens: int, between: Callable[[], None] = lambda: None
+) -> list[Sample]:
+    """Time steps in the middle of each fifth of a run, and some of each kind of flush.
+
+    between: Called after every pair of steps in the middle of a fifth.
+    """
     flushes = subject.flushes()
     num_plain = (new_tokens - sum(flush.count for flush in flushes)) / len(PLACES)
     visits = [(end, False, flush) for flush in flushes for end in flush.positions]
@@ -134,8 +142,11 @@ def sampled(subject: Subject, new_tokens: int) -> list[Sample]:
         if counts_only or not kind.does:
             counts[key] = subject.count()
         if not counts_only:
-            num_steps = 1 if kind.does else TIMED_STEPS
-            steps.setdefault(key, []).extend(subject.step() for _ in range(num_steps))
+            timed = steps.setdefault(key, [])
+            for number in range(1 if kind.does else TIMED_STEPS):
+                timed.append(subject.step())
+                if number % 2:
+                    between()
     weights = {(kind.does, kind.counted_at): kind.count for _, _, kind in visits}
     return [
         Sample(weights[key], middle_step(timed), key[0], counts[key])
@@ -193,7 +204,8 @@ def figures(rounds: Sequence[Round], candidate: Candidate) -> dict[str, Any]:
     weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
     run |= report(mean_counts(rounds[0].samples), setting["batch"], weight_bytes)
     run["operations_per_step"] = rounds[0].operations
-    run["rates"] = asdict(mean_rates([rates for turn in rounds for rates in turn.rates]))
+    by_place = zip(*(turn.rates for turn in rounds), strict=True)
+    run["rates"] = asdict(mean_rates([median_rates(several) for several in by_place]))
     return run
 
 

@@ -37,7 +37,7 @@ class Peer(ABC):
             )
 
     def pack(self) -> None:
-        """Pack the matrices for oneDNN, as the engine packs those of its own model."""
+        """Pack the matrices for oneDNN, as the engine does."""
         for module in list(self.model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear) and child.bias is None and packs(child.weight):

@@ -1,7 +1,7 @@
 """`python -m benchmarks train`: training steps against two-branch convolutions and attention.
 
 One optimizer step on one sequence in float32: forward pass with the chunked loss, backward pass,
-clipping and AdamW. The ways to mix tokens (`benchmarks.training.ways`) take turns.
+clipping and AdamW. The variants of the model (`benchmarks.training.variants`) take turns.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 
 from benchmarks.machine import describe
 from benchmarks.timing import median_seconds
-from benchmarks.training.ways import WAYS, Way, make_model
+from benchmarks.training.variants import VARIANTS, Variant, make_model
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from train.loss import next_token_loss
@@ -37,11 +37,11 @@ class Options:
     window: PositiveInt = 1024
     """Tokens of the attention windows."""
     repeats: PositiveInt = 3
-    """Timed steps of each way."""
+    """Timed steps of each variant."""
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Return the speed of each way at each context, and ratios."""
+    """Return the speed of each variant at each context, and ratios."""
     return {
         "machine": describe(),
         "runs": [compare(options, context) for context in options.context],
@@ -60,11 +60,14 @@ def compare(options: Options, context: int) -> dict[str, Any]:
         window_tokens=options.window,
     )
     torch.manual_seed(0)
-    layouts = dict.fromkeys(way.layout for way in WAYS.values())
+    layouts = dict.fromkeys(variant.layout for variant in VARIANTS.values())
     trainees = {layout: Trainee(make_model(layout, shape)) for layout in layouts}
-    steps = {name: partial(trainees[way.layout].step, way, context) for name, way in WAYS.items()}
+    steps = {
+        name: partial(trainees[variant.layout].step, variant, context)
+        for name, variant in VARIANTS.items()
+    }
     seconds = median_seconds(steps, options.repeats)
-    speeds = {name: context / seconds[name] for name in WAYS}
+    speeds = {name: context / seconds[name] for name in VARIANTS}
     ratios = {}
     for layout in ("stu", "hybrid"):
         ratios[f"{layout}_over_two_branch"] = speeds[layout] / speeds[f"{layout}_two_branch"]
@@ -76,12 +79,12 @@ def compare(options: Options, context: int) -> dict[str, Any]:
         "width": options.width,
         "layers": options.layers,
         "window": options.window,
-        "ways": {
+        "ways": {  # as in the recorded results
             name: {
-                "parameters": trainees[way.layout].model.num_parameters(),
+                "parameters": trainees[variant.layout].model.num_parameters(),
                 "tokens_per_second": speeds[name],
             }
-            for name, way in WAYS.items()
+            for name, variant in VARIANTS.items()
         },
         "ratios": ratios,
     }
@@ -93,10 +96,10 @@ class Trainee:
     def __init__(self, model: FlashSTU) -> None:
         self.model, self.optimizer = model, make_optimizer(model, OptimizerConfig())
 
-    def step(self, way: Way, context: int) -> None:
+    def step(self, variant: Variant, context: int) -> None:
         """Make one optimizer step on random tokens."""
         tokens = torch.randint(self.model.config.vocab_size, (1, context + 1))
-        with way.change():
+        with variant.change():
             hidden = self.model.hidden(tokens[:, :-1]).flatten(0, 1)
             loss, _ = next_token_loss(hidden, self.model.embedding.weight, tokens[:, 1:].flatten())
             loss.backward()  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.decoding import decode, sampling
+from benchmarks.decoding import decode, model, sampling
 from benchmarks.decoding.caches import CACHES, Flush, make_cache
 from benchmarks.decoding.sampling import Sample, merged, sampled, summary
 from benchmarks.decoding.shape import Shape
@@ -80,14 +80,15 @@ def test_a_batch_can_be_set_to_later_positions(layout, name):
 
 def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
     settings = ["--layout", "[hybrid]", "--width", "64", "--layers", "2", "--new-tokens", "[320]"]
-    settings += ["--batch", "[2]", "--caches", "[paged,continuous,flashinference]"]
+    settings += ["--batch", "[2]", "--caches", "[paged,flashinference]"]
     assert main(["decode", *settings, "--peers", "[s4]", "--rounds", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     runs = {run["cache"]: run for run in result["runs"]}
-    assert list(runs) == ["paged", "continuous", "flashinference", "s4"]
+    assert list(runs) == ["paged", "flashinference", "s4"]
     for cache, run in runs.items():
         assert run["tokens_per_second"] == pytest.approx(2000 / run["step_ms"])
         assert run["operations_per_step"] > 50
+        assert 0 < model.point(run)["predicted_ms"] < 1e3 * run["step_ms"]
         for counts in (run["multiply_adds_per_token"], run["bytes_moved_per_token"]):
             assert counts["total"] == pytest.approx(sum(counts.values()) / 2)
         if cache != "paged":
@@ -99,7 +100,6 @@ def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
             assert 0 < run["convolution_ms"] < run["step_ms"]
     parameters = runs["s4"]["parameters"] / runs["paged"]["parameters"]
     assert parameters == pytest.approx(1, abs=0.05)
-    assert runs["flashinference"]["cache_bytes"] > runs["continuous"]["cache_bytes"]
 
 
 def test_a_cache_that_does_not_fit_is_reported_and_not_run(monkeypatch):
@@ -202,7 +202,7 @@ def test_rounds_give_the_median_of_each_sample():
 
 @pytest.mark.parametrize(("name", "page"), [("paged", 32), ("continuous", 64)])
 def test_flushes_of_every_size_are_timed_in_mid_run(name, page):
-    """Those of 32 positions are 1, 3, .. 31 pages in: 16 of them; the largest is there once."""
+    """Tiles of one page are flushed after 1, 3, .. 31 pages, 16 times; the largest only once."""
     flushes = make_cache(name, *make(new=1024, batch=1)).flushes()
     sizes = [page * 2**i for i in range(len(flushes))]
     assert [flush.does for flush in flushes] == [f"a flush of {size} positions" for size in sizes]

@@ -1,18 +1,20 @@
 """The cost model: counts of operations, speeds of a machine, and the times that follow."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from benchmarks.__main__ import main
+from benchmarks.decoding import rates
 from benchmarks.decoding.caches import CACHES
 from benchmarks.decoding.counting import counted, report
 from benchmarks.decoding.model import Options, measure
 from benchmarks.decoding.rates import (
+    Meter,
     Rates,
     mean_rates,
-    measured_rates,
+    median_rates,
     operations,
     rates_of_gpu,
     step_parts,
@@ -23,24 +25,34 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 
 RATES = Rates(
-    bytes=1000.0, products=100.0, single_products=20.0, ffts=10.0, streams=5.0, operations=4.0
+    bytes=1000.0,
+    products=100.0,
+    single_products=20.0,
+    ffts=10.0,
+    streams=5.0,
+    operations=4.0,
+    stream_bytes=500.0,
 )
 
 
-def parts(batch, streams=0.0, num_operations=0, **changed):
+def make_run(batch, streams=0.0, stream_bytes=0.0, num_operations=0, **changed):
     names = ["dense", "convolution", "fft", "attention", "recurrence"]
     adds = dict.fromkeys(names, 0.0)
     moved = dict.fromkeys(["weights", "filters", "cache_read", "cache_written"], 0.0)
     for name, value in changed.items():
         (adds if name in adds else moved)[name] = value
-    run = {
+    return {
         "batch": batch,
         "multiply_adds_per_token": adds,
         "bytes_moved_per_token": moved,
         "streams_per_token": streams,
+        "stream_bytes_per_token": stream_bytes,
         "operations_per_step": num_operations,
     }
-    return step_parts(run, RATES)
+
+
+def parts(batch, **counts):
+    return step_parts(make_run(batch, **counts), RATES)
 
 
 def seconds(batch, **changed):
@@ -48,12 +60,13 @@ def seconds(batch, **changed):
 
 
 def test_a_step_takes_the_sum_of_its_parts():
-    """Counts are those of a token, times those of a step of the batch."""
+    """Counts are per token, times per step of the batch."""
     assert seconds(2, weights=3000.0) == pytest.approx(6.0)
     assert seconds(2, dense=500.0) == pytest.approx(10.0)
     assert seconds(4, filters=500.0, cache_read=200.0, cache_written=300.0) == pytest.approx(4.0)
     assert seconds(1, convolution=50.0, attention=16.0, recurrence=20.0) == pytest.approx(1.5)
     assert seconds(2, streams=10.0) == pytest.approx(4.0)
+    assert seconds(2, cache_read=700.0, stream_bytes=500.0) == pytest.approx(2.4)
     assert seconds(3, fft=20.0) == pytest.approx(6.0)
     assert seconds(3, num_operations=20) == pytest.approx(5.0), "of the whole batch"
     everything = {"weights": 1e3, "dense": 3e2, "filters": 1e3, "convolution": 1e2, "fft": 1e1}
@@ -63,28 +76,31 @@ def test_a_step_takes_the_sum_of_its_parts():
         assert (step["weights"], step["products"]) == pytest.approx((3.0, products))
 
 
-def test_rates_are_counts_by_time(monkeypatch):
+def test_rates_are_counts_by_time(quick_timing, monkeypatch):
     """Each call takes a second."""
-    for module in ("timing", "decoding.rates"):
-        monkeypatch.setattr(f"benchmarks.{module}.timed", lambda call: float(call() is not None))
-    rates = measured_rates(3)
-    assert rates.bytes == 2 * 4 * 2**26
-    assert rates.products == 3 * 4 * (1 + 3 * 4) * 1024**2, "of four blocks"
-    assert rates.single_products == 128 * 4096 * 128
-    assert rates.ffts == 2 * 64 * 4096 * 12, "there and back"
-    assert rates.streams == 2**26 // (3 * 4096) * 4, "three sequences' and a filter"
-    assert 5 <= rates.operations <= 30, "of a norm"
+    monkeypatch.setattr(rates, "timed", lambda call: float(call() is not None))
+    measured = Meter(3).rates()
+    assert measured.bytes == 2 * 4 * 2**22
+    assert measured.products == 3 * (1 + 3 * 4) * 1024**2 / 4, "a block has four products"
+    assert measured.single_products == 128 * 256 * 128
+    assert measured.ffts == 2 * 64 * 4096 * 12, "there and back"
+    streams = 2**22 // (3 * 4416) * 4
+    assert measured.streams == streams, "three sequences' and a filter"
+    assert measured.stream_bytes == 4 * 4096 * streams
+    assert 5 <= measured.operations <= 30, "of a norm"
 
 
 def test_rates_are_measured_and_averaged(quick_timing):
-    rates = measured_rates(8)
-    assert 1e8 < rates.bytes < 1e13
-    for multiply_adds in (rates.products, rates.single_products, rates.ffts):
+    measured = Meter(8).rates()
+    assert 1e8 < measured.bytes < 1e13
+    for multiply_adds in (measured.products, measured.single_products, measured.ffts):
         assert 1e7 < multiply_adds < 1e14
-    assert 1e5 < rates.streams < 1e9
-    assert 1e3 < rates.operations < 1e7
-    several = [Rates(1.0, 6.0, 7.0, 2.0, 9.0, 8.0), Rates(2.0, 5.0, 9.0, 4.0, 1.0, 2.0)]
-    assert mean_rates(several) == Rates(1.5, 5.5, 8.0, 3.0, 5.0, 5.0)
+    assert 1e5 < measured.streams < 1e9
+    assert 1e8 < measured.stream_bytes < 1e13
+    assert 1e3 < measured.operations < 1e7
+    several = [Rates(*(n * scale for n in range(1, 8))) for scale in (1.0, 3.0, 9.0)]
+    assert median_rates(several) == several[1]
+    assert mean_rates(several[:2]) == Rates(*(1.5 * n for n in range(1, 8))), "1 / 1 + 1 / 3"
 
 
 def test_operations_are_those_without_others_inside():
@@ -95,10 +111,10 @@ def test_operations_are_those_without_others_inside():
 
 
 def test_a_gpu_has_the_rates_of_its_data_sheet():
-    rates = rates_of_gpu("h100-80g")
-    assert rates.bytes == 3.35e12
-    assert rates.products == rates.single_products == pytest.approx(0.5 * 989e12 / 2)
-    assert rates.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
+    gpu = rates_of_gpu("h100-80g")
+    assert gpu.bytes == gpu.stream_bytes == 3.35e12
+    assert gpu.products == gpu.single_products == pytest.approx(0.5 * 989e12 / 2)
+    assert gpu.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
 
 
 @pytest.mark.parametrize("in_convolution", [False, True])
@@ -118,7 +134,7 @@ def test_operations_are_counted_by_kind(in_convolution):
     expected = {"dense": 2 * 7 * 5, "fft": 3 * 16 * 4}
     expected["cache_read"] = 4 * keys.numel() + 4 * state.numel()
     expected["cache_written"] = 4 * 30 + 4 * state.numel()
-    expected["streams"] = 1
+    expected |= {"streams": 1, "stream_bytes": 4 * keys.numel()}
     numbers = {kinds[0]: 4 * 2 * 9 * 3}
     numbers[kinds[1]] = numbers.get(kinds[1], 0) + state.numel()
     assert {name: count for name, count in counts.items() if count} == expected | numbers
@@ -155,35 +171,38 @@ def test_a_step_counts_what_the_algorithm_does(name):
     assert numbers > convolution / (1 if name != "naive" else 1.1)
     streams = layers * width * (batch + 1)
     assert counts["streams"] == (streams if name == "naive" else 0)
+    assert (counts["stream_bytes"] > 0) == (name == "naive")
 
 
-def test_every_curve_has_its_error(tmp_path, capsys, quick_timing):
-    file = tmp_path / "decode.json"
-    settings = ["--width", "64", "--layers", "2", "--batch", "[1,2]", "--new-tokens", "[320,330]"]
-    settings += ["--rounds", "1", "--caches", "[paged,naive]"]
-    assert main(["decode", *settings]) == 0
-    file.write_text(capsys.readouterr().out)
-    other = tmp_path / "layouts.json"
-    other.write_text(file.read_text())
-    result = measure(Options(decode=(file, other)))
-    assert [(curve["result"], curve["cache"], curve["batch"]) for curve in result["curves"]] == [
-        (name, cache, batch)
-        for name in ("decode", "layouts")
-        for batch in (1, 2)
-        for cache in ("paged", "naive")
-    ], "those of one setting stay apart by result"
-    measured = json.loads(file.read_text())
-    runs = {(run["cache"], run["batch"], run["new_tokens"]): run for run in measured["runs"]}
-    for curve in result["curves"]:
-        assert [point["new_tokens"] for point in curve["points"]] == [320, 330]
-        for point in curve["points"]:
-            run = runs[curve["cache"], curve["batch"], point["new_tokens"]]
-            assert point["measured_ms"] == run["step_ms"]
-            assert point["error"] == pytest.approx(point["predicted_ms"] / run["step_ms"] - 1)
-            assert sum(point["predicted_shares"].values()) == pytest.approx(1)
-            predicted = sum(step_parts(run, Rates(**run["rates"])).values())
-            assert point["predicted_ms"] == pytest.approx(1e3 * predicted)
-        assert curve["largest_error"] == max(abs(point["error"]) for point in curve["points"])
-    for cache, error in result["largest_error"].items():
-        curves = [curve for curve in result["curves"] if curve["cache"] == cache]
-        assert error == max(curve["largest_error"] for curve in curves)
+def test_a_curve_has_the_largest_error_of_its_points(tmp_path):
+    """Predicted are 1 and 2 s a step."""
+    head = {"layout": "stu", "mlp_ratio": 4, "threads": 1, "rates": asdict(RATES)}
+    runs = [
+        head | {"cache": cache, "new_tokens": tokens, "step_ms": step_ms}
+        for cache, steps in {"paged": (800.0, 1250.0), "naive": (1000.0, 1000.0)}.items()
+        for tokens, step_ms in zip((320, 330), steps, strict=True)
+    ]
+    runs = [run | make_run(batch, weights=1000.0) for batch in (1, 2) for run in runs]
+    runs.append({"not_run": "does not fit"})
+    files = tmp_path / "decode.json", tmp_path / "layouts.json"
+    for file in files:
+        file.write_text(json.dumps({"machine": {}, "runs": runs}))
+    result = measure(Options(decode=files))
+    errors = {
+        (curve["result"], curve["batch"], curve["cache"]): [p["error"] for p in curve["points"]]
+        for curve in result["curves"]
+    }
+    for name in ("decode", "layouts"):  # the same setting stays apart by result
+        assert errors.pop((name, 1, "paged")) == pytest.approx([0.25, -0.2])
+        assert errors.pop((name, 2, "paged")) == pytest.approx([1.5, 0.6])
+        assert errors.pop((name, 1, "naive")) == pytest.approx([0, 0])
+        assert errors.pop((name, 2, "naive")) == pytest.approx([1, 1])
+    assert not errors
+    assert [curve["largest_error"] for curve in result["curves"]] == pytest.approx(
+        [0.25, 0, 1.5, 1] * 2
+    )
+    assert result["largest_error"] == pytest.approx({"paged": 1.5, "naive": 1})
+    (first, second) = result["curves"][0]["points"]
+    assert (first["new_tokens"], second["new_tokens"]) == (320, 330)
+    assert (first["measured_ms"], first["predicted_ms"]) == pytest.approx((800, 1000))
+    assert first["predicted_shares"]["weights"] == pytest.approx(1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import decoding_tables, other_tables, tables
+from benchmarks import decoding_tables, tables, train_serve_tables
 from benchmarks.recorded import RESULTS, ROOT, recorded
 
 
@@ -128,12 +128,14 @@ def test_model_tables_show_the_worst_of_all_curves():
     ]
 
 
-def test_other_tables_show_what_was_measured():
+def test_training_and_serving_tables_show_the_results():
     run = {"threads": 1, "targets": 2048, "width": 512, "plain_gib": 9.0, "chunked_gib": 1.5}
     run |= {"memory_ratio": 6.0, "plain_seconds": 8.0, "chunked_seconds": 4.0, "speed_ratio": 2.0}
-    loss = rows(other_tables.loss({"runs": [run, run | {"threads": 2, "plain_gib": 99.0}]}))
+    loss = rows(train_serve_tables.loss({"runs": [run, run | {"threads": 2, "plain_gib": 99.0}]}))
     assert loss == [["2,048 x 512", "1.50", "9.00", "6.0", "4.0", "8.0", "2.00"]]
     run = {"threads": 1, "batch_invariant": True, "greedy_prompts_changed": 1}
     run |= {"temperature_1_prompts_changed": 4, "greedy_tokens_per_second": 1000.4}
     run["temperature_1_tokens_per_second"] = 900.0
-    assert rows(other_tables.invariance({"runs": [run]})) == [["yes", "1", "4", "1,000", "900"]]
+    assert rows(train_serve_tables.invariance({"runs": [run]})) == [
+        ["yes", "1", "4", "1,000", "900"]
+    ]

@@ -9,7 +9,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.process_memory import peak_gib
 from benchmarks.training import convolution, loss
-from benchmarks.training.ways import WAYS, make_model, torch_attention, two_branches
+from benchmarks.training.variants import VARIANTS, make_model, torch_attention, two_branches
 from stu import attention
 from stu.config import ModelConfig
 from train.loss import next_token_loss
@@ -67,7 +67,7 @@ def test_attention_sees_all_that_it_should_and_nothing_to_come(make, name):
     tokens = torch.randint(50, (1, 64))
     changed = tokens.clone()
     changed[0, 20] = (tokens[0, 20] + 1) % 50
-    with WAYS[name].change(), torch.no_grad():
+    with VARIANTS[name].change(), torch.no_grad():
         difference = (model.hidden(tokens) - model.hidden(changed)).abs().amax(2)[0]
     last = 20 + SMALL.window_tokens if name == "attention_windowed" else 63
     assert (difference[:20] == 0).all()
@@ -99,8 +99,8 @@ def test_train_reports_every_way(capsys):
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [run["context"] for run in runs] == [64, 96]
     for run in runs:
-        assert list(run["ways"]) == list(WAYS)
-        speeds = {name: way["tokens_per_second"] for name, way in run["ways"].items()}
+        assert list(run["ways"]) == list(VARIANTS)
+        speeds = {name: variant["tokens_per_second"] for name, variant in run["ways"].items()}
         assert run["ratios"]["stu_over_two_branch"] == speeds["stu"] / speeds["stu_two_branch"]
         ratio = speeds["hybrid"] / speeds["attention_sdpa"]
         assert run["ratios"]["hybrid_over_attention_sdpa"] == ratio

@@ -5,7 +5,7 @@ from functools import partial
 
 from benchmarks.recorded import Columns, Run, fewest_threads, table
 
-WAYS = {
+VARIANTS = {
     "stu": "STU",
     "stu_two_branch": "STU, two branches",
     "hybrid": "hybrid",
@@ -13,7 +13,7 @@ WAYS = {
     "attention_sdpa": "attention",
     "attention_windowed": "attention in a window",
 }
-"""Ways to mix tokens in training."""
+"""Names of the variants in tables and pictures."""
 
 
 def convolution(result: Run) -> str:
@@ -30,24 +30,24 @@ def convolution(result: Run) -> str:
 def train(result: Run) -> str:
     """Show the speed of training by context."""
 
-    def cell(run: Run, way: str) -> str:
+    def cell(run: Run, variant: str) -> str:
         compared: list[tuple[str, str]] = []
-        if way.endswith("_two_branch"):
-            compared = [(way.removesuffix("_two_branch"), "two_branch")]
-        elif way.startswith("attention"):
-            compared = [("stu", way), ("hybrid", way)]
+        if variant.endswith("_two_branch"):
+            compared = [(variant.removesuffix("_two_branch"), "two_branch")]
+        elif variant.startswith("attention"):
+            compared = [("stu", variant), ("hybrid", variant)]
         ratios = [f"{a} {run['ratios'][f'{a}_over_{b}']:.2f} times" for a, b in compared]
-        speed = f"{run['ways'][way]['tokens_per_second']:,.0f}"
+        speed = f"{run['ways'][variant]['tokens_per_second']:,.0f}"
         return speed + (f" ({', '.join(ratios)})" if ratios else "")
 
-    columns: Columns = {"tokens a second": WAYS.__getitem__}
+    columns: Columns = {"tokens a second": VARIANTS.__getitem__}
     for run in fewest_threads(result["runs"]):
         columns[f"{run['context']:,} tokens"] = partial(cell, run)
-    return table(WAYS, columns)
+    return table(VARIANTS, columns)
 
 
 def loss(result: Run) -> str:
-    """Show memory and time of the loss beside those of whole logits."""
+    """Show memory and time of our loss and of a loss with whole logits."""
     columns: Columns = {
         "targets x width": lambda run: f"{run['targets']:,} x {run['width']}",
         "memory, GiB": lambda run: f"{run['chunked_gib']:.2f}",

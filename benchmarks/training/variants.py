@@ -1,4 +1,4 @@
-"""Ways to mix tokens that `python -m benchmarks train` compares, in models of about one size.
+"""Variants of the model that `python -m benchmarks train` compares, in models of about one size.
 
 `stu`, `hybrid`: the model as it is. `.._two_branch`: the same weights, with the convolution as
 published (`benchmarks.training.convolution`) and torch's gradients. `attention_windowed`: attention
@@ -25,7 +25,7 @@ from stu.stu_mixer import TensordotSTU
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """A layout, and a change to the model while it runs."""
 
     layout: str
@@ -60,11 +60,11 @@ def torch_attention() -> AbstractContextManager[Any]:
     return patch.object(attention, "sliding_window_attention", attend)
 
 
-WAYS = {
-    "stu": Way("stu"),
-    "stu_two_branch": Way("stu", two_branches),
-    "hybrid": Way("hybrid"),
-    "hybrid_two_branch": Way("hybrid", two_branches),
-    "attention_sdpa": Way("attention", torch_attention),
-    "attention_windowed": Way("attention"),
+VARIANTS = {
+    "stu": Variant("stu"),
+    "stu_two_branch": Variant("stu", two_branches),
+    "hybrid": Variant("hybrid"),
+    "hybrid_two_branch": Variant("hybrid", two_branches),
+    "attention_sdpa": Variant("attention", torch_attention),
+    "attention_windowed": Variant("attention"),
 }
