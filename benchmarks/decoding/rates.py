@@ -87,8 +87,8 @@ class Meter:
     @torch.inference_mode()
     def rates(self) -> Rates:
         """Measure once."""
-        in_turn = [(timed(product), timed(self._norm)) for product in self._products]
-        products, norms = zip(*in_turn, strict=True)
+        times = [(timed(product), timed(self._norm)) for product in self._products]
+        products, norms = zip(*times, strict=True)
         weights = sum(outputs * inputs for outputs, inputs in MATRICES)
         transforms = 2 * FFT_ROWS * FFT_LENGTH * math.log2(FFT_LENGTH)
         streams, place = self._num_filters * (1 + self._batch), next(self._places)

@@ -18,11 +18,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import psutil
 import torch
 from jsonargparse.typing import PositiveInt
@@ -53,15 +55,6 @@ class Options:
     """Requests of each loop."""
     new_tokens: PositiveInt = 128
     """New tokens of each request."""
-
-
-@dataclass
-class Stream:
-    """Times of one request, by the clock."""
-
-    sent: float = field(default_factory=time.perf_counter)
-    pieces: list[float] = field(default_factory=list)
-    """Arrival of each piece of text."""
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -145,14 +138,14 @@ def serving(path: Path, max_running: int) -> Iterator[tuple[str, float, int]]:
 
 async def load(url: str, options: Options, rate: float | None) -> dict[str, Any]:
     """Send all requests, from the clients, or at `rate` per second; return the figures."""
-    streams: list[Stream] = []
+    streams: list[list[float]] = []  # when a request was sent, and when its pieces of text came
     numbers = iter(range(options.requests))
     # By default, aiohttp opens 100 connections at most.
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
         start = time.perf_counter()
 
         async def send(number: int) -> None:
-            streams.append(Stream())
+            streams.append([time.perf_counter()])
             await receive(session, prompt(number), options.new_tokens, streams[-1])
 
         async def client() -> None:
@@ -168,25 +161,21 @@ async def load(url: str, options: Options, rate: float | None) -> dict[str, Any]
                 await asyncio.sleep(draw.expovariate(rate))
             await asyncio.gather(*tasks)
         seconds = time.perf_counter() - start
-    gaps = [
-        1e3 * (later - sooner)
-        for stream in streams
-        for sooner, later in zip(stream.pieces, stream.pieces[1:], strict=False)
-    ]
+    gaps = [[1e3 * (later - sooner) for sooner, later in pairwise(times)] for times in streams]
     return {
         "completed": len(streams),
         "duration": seconds,
         "request_throughput": len(streams) / seconds,
         "output_throughput": len(streams) * options.new_tokens / seconds,
-        **quantiles("ttft", [1e3 * (stream.pieces[0] - stream.sent) for stream in streams]),
-        **quantiles("itl", gaps),
+        **quantiles("ttft", [first for first, *_ in gaps]),
+        **quantiles("itl", [gap for _, *others in gaps for gap in others]),
     }
 
 
 async def receive(
-    session: aiohttp.ClientSession, tokens: list[int], new_tokens: int, stream: Stream
+    session: aiohttp.ClientSession, tokens: list[int], new_tokens: int, times: list[float]
 ) -> None:
-    """Send one request and read its stream to the end."""
+    """Send one request and read its stream to the end; append the arrival of each piece."""
     body = {"prompt": tokens, "max_tokens": new_tokens, "temperature": 0}
     body |= {"stream": True, "stop_at_eos": False}
     is_done = False
@@ -194,7 +183,7 @@ async def receive(
         assert answer.status == 200, await answer.text()
         async for line in answer.content:
             if line.startswith(b"data: {"):
-                stream.pieces.append(time.perf_counter())
+                times.append(time.perf_counter())
             is_done |= line.startswith(b"data: [DONE]")
     assert is_done, "a stream ended too early"
 
@@ -207,9 +196,5 @@ def prompt(number: int) -> list[int]:
 
 def quantiles(name: str, values: list[float]) -> dict[str, float]:
     """Return median, 99th percentile and maximum under vLLM's names."""
-    ordered = sorted(values)
-    return {
-        f"p50_{name}_ms": ordered[len(ordered) // 2],
-        f"p99_{name}_ms": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        f"max_{name}_ms": ordered[-1],
-    }
+    found = np.percentile(values, [50, 99, 100])
+    return {f"{at}_{name}_ms": float(x) for at, x in zip(("p50", "p99", "max"), found, strict=True)}

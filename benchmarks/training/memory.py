@@ -97,18 +97,10 @@ def compare(setting: Setting, data: Path, run_dir: Path) -> dict[str, Any]:
     }
     train(run_dir, config, settings)
     measured = max(read_curves(run_dir)["train/memory_gib"][1])
-    activations = activation_bytes(
-        config, seq_len, micro_batch, parallel, is_half=False, on_gpu=False
-    )
-    memory = rank_memory(
-        config,
-        parallel,
-        ranks,
-        activations,
-        is_half=False,
-        on_gpu=False,
-        state_bytes=OPTIMIZERS["adamw"].state_bytes,
-    )
+    device = {"is_half": False, "on_gpu": False}
+    activations = activation_bytes(config, seq_len, micro_batch, parallel, **device)
+    state_bytes = OPTIMIZERS["adamw"].state_bytes
+    memory = rank_memory(config, parallel, ranks, activations, **device, state_bytes=state_bytes)
     planned = memory.total / 2**30
     return {
         "layout": config.layout,
