@@ -408,14 +408,6 @@ def test_events_and_log_lines_are_one_line_for_every_reader():
     assert "é" in line
 
 
-def test_rows_of_stu_generate_are_one_line_for_every_reader(run, tmp_path):
-    code, rows = run([{"prompt": LINE_ENDS, "id": LINE_ENDS}], "--max-new-tokens", 2)
-    assert code == 0
-    assert [(row["prompt"], row["id"]) for row in rows] == [(LINE_ENDS, LINE_ENDS)]
-    (target,) = tmp_path.glob("*.out.jsonl")
-    assert len(target.read_text().splitlines()) == 1
-
-
 def test_queue_time_ends_when_prefill_begins(code_model, code_tokenizer):
     """Two requests with room for one: the second is scheduled once the first has ended."""
     engine = Engine(code_model, code_tokenizer, EngineConfig(cache_gib=0.01, max_running=1))
