@@ -79,9 +79,8 @@ def _tcp_sockets(host: str, port: int) -> list[socket.socket]:
         for taken in sockets:
             taken.close()
         raise OSError(
-            f"host={host!r}, port={port}: the server cannot listen there "
-            f"({error.strerror or error}): choose another with --host and --port, or stop the "
-            "program that uses it"
+            f"--host {host} --port {port}: the server cannot listen there "
+            f"({error.strerror or error}): choose others, or stop the program that uses them"
         ) from error
     return sockets
 
@@ -115,7 +114,7 @@ def _unix_socket(path: Path) -> Iterator[socket.socket]:
             own = path.stat()
         except OSError as error:
             raise OSError(
-                f"uds {path}: the server cannot listen there ({error.strerror or error}): choose "
+                f"--uds {path}: the server cannot listen there ({error.strerror or error}): choose "
                 "another path"
             ) from error
         try:
@@ -162,6 +161,7 @@ def _require_certificate(config: ServerConfig) -> None:
         context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")
     except OSError as error:
         raise OSError(
-            f"tls_certificate {config.tls_certificate}, tls_key {config.tls_key}: cannot be used "
-            f"({error.strerror or error}): give a certificate in PEM and its key without passphrase"
+            f"--tls-certificate {config.tls_certificate}, --tls-key {config.tls_key}: cannot be "
+            f"used ({error.strerror or error}): give a certificate in PEM and its key without a "
+            "passphrase"
         ) from error

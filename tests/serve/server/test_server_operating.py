@@ -256,7 +256,7 @@ def test_port_in_use_is_noticed_before_the_model_is_loaded(tmp_path):
         port = other.getsockname()[1]
         code, log = refused_start(tmp_path, "--port", port)
     assert (code, log.count("\n")) == (2, 1)
-    assert f"host='127.0.0.1', port={port}: the server cannot listen there (Address" in log
+    assert f"--host 127.0.0.1 --port {port}: the server cannot listen there (Address" in log
 
 
 def test_listening_to_other_machines_without_keys_logs_a_warning(tmp_path):
@@ -269,10 +269,10 @@ def test_listening_to_other_machines_without_keys_logs_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"host": "256.0.0.1"}, "host='256.0.0.1', port=0: the server cannot listen there"),
+        ({"host": "256.0.0.1"}, "--host 256.0.0.1 --port 0: the server cannot listen there"),
         ({"host": "192.0.2.1"}, "(Cannot assign requested address)"),
         ({"uds": "file"}, "file: the server cannot listen there (there is a file that is not a so"),
-        ({"tls_key": "file", "tls_certificate": "file"}, "file, tls_key file: cannot be used"),
+        ({"tls_key": "file", "tls_certificate": "file"}, "file, --tls-key file: cannot be used"),
     ],
 )
 def test_addresses_and_files_that_cannot_be_used_are_named(
