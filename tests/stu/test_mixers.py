@@ -21,7 +21,8 @@ from tests.reference.decoding import Runner
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 50, "width": 16, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2}
 SMALL |= {"max_seq_len": 64, "num_filters": 5, "window_tokens": 7}
-OTHER_WAYS_TO_COMPUTE_ONE = ROOT / "benchmarks/training/ways.py"
+VARIANTS = ROOT / "benchmarks/training/variants.py"
+"""Replaces the convolution of a mixer."""
 
 
 @pytest.mark.parametrize("form", ["tensordot", "full"])
@@ -92,7 +93,7 @@ def test_no_other_file_names_a_mixer():
     wrong = []
     for package in ("stu", "train", "serve", "benchmarks"):
         for file in (ROOT / package).rglob("*.py"):
-            if file in own_files or file == OTHER_WAYS_TO_COMPUTE_ONE:
+            if file in own_files or file == VARIANTS:
                 continue
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 found = {
