@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {
-    "stu": {
-        *("backports", "compression", "docstring_parser", "flash_attn", "jsonargparse", "numpy"),
-        *("platformdirs", "safetensors", "sentencepiece", "torch"),
-    },
-    "train": {"stu"},
-    "serve": {"stu"},
-}
+PACKAGES = "stu", "train", "serve"
+LIBRARIES_OF_STU = {
+    *("backports", "compression", "docstring_parser", "flash_attn", "jsonargparse", "numpy"),
+    *("platformdirs", "safetensors", "sentencepiece", "torch"),
+}  # Python 3.14 has `compression`
 COMMANDS = {
     "stu-prepare": "train.data.cli",
     "stu-train": "train.cli",
@@ -48,23 +45,21 @@ def imported(package):
                 yield file.relative_to(ROOT), name.split(".")[0]
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_only_stu(package):
-    others = set(MAY_IMPORT) - {package} - MAY_IMPORT[package]
-    wrong = [(str(file), name) for file, name in imported(package) if name in others]
-    assert wrong == []
+    others = {"train", "serve"} - {package}
+    assert [(str(file), name) for file, name in imported(package) if name in others] == []
 
 
 def test_stu_imports_few_packages():
-    # Python 3.14 has `compression`.
-    allowed = MAY_IMPORT["stu"] | sys.stdlib_module_names | {"stu", "compression"}
+    allowed = LIBRARIES_OF_STU | sys.stdlib_module_names | {"stu"}
     assert [(str(file), name) for file, name in imported("stu") if name not in allowed] == []
 
 
 def test_no_pickle():
-    names = {name for package in MAY_IMPORT for _, name in imported(package)}
+    names = {name for package in PACKAGES for _, name in imported(package)}
     assert not {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} & names
-    for package in MAY_IMPORT:
+    for package in PACKAGES:
         for file in (ROOT / package).rglob("*.py"):
             lines = file.read_text(encoding="utf-8").splitlines()
             assert all("weights_only=True" in line for line in lines if "torch.load(" in line), file

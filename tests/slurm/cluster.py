@@ -65,7 +65,7 @@ exec slurmd -D -N {name} -f {folder}/slurm.conf
 NAMES = "n3", "n1", "n2"  # n3 is only in the partition scarce
 NUM_GPUS = 8
 """GPUs of each node, as far as Slurm knows."""
-SECONDS = 60
+SECONDS = 240
 
 
 class SlurmCluster:
@@ -94,11 +94,11 @@ class SlurmCluster:
             *("munged", "--foreground", "--force", f"--socket={sock}", f"--key-file={key}"),
             *(f"--pid-file={files}.pid", f"--log-file={files}.log", f"--seed-file={files}.seed"),
         )
-        self._until(sock.exists)
+        until(sock.exists, self._logs)
         self._run_daemon("slurmctld", "slurmctld", "-D", "-i", "-f", self.folder / "slurm.conf")
         for name in NAMES:
             self.start_node(name)
-        self._until(lambda: self._idle() == {*NAMES})
+        until(lambda: self._idle() == {*NAMES}, self._logs)
 
     def stop(self):
         """End all jobs and processes of the cluster."""
@@ -150,10 +150,10 @@ class SlurmCluster:
         """Return how often a job was requeued."""
         return int(self._field(job, "Restarts"))
 
-    def wait(self, job, seconds=SECONDS):
+    def wait(self, job):
         """Wait until a job is over, and return its state. A job that is requeued is not over."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
-        self._until(lambda: self.state(job) in over, seconds)
+        until(lambda: self.state(job) in over, self._logs, interval=0.5)
         return self.state(job)
 
     def _field(self, job, name):
@@ -168,12 +168,6 @@ class SlurmCluster:
             text=True,
         )
         return set(shown.stdout.split())
-
-    def _until(self, is_true, seconds=SECONDS):
-        deadline = time.monotonic() + seconds
-        while not is_true():
-            assert time.monotonic() < deadline, self._logs()
-            time.sleep(0.2)
 
     def _logs(self):
         return "\n".join(
@@ -211,6 +205,14 @@ class SlurmCluster:
         ]
         text = CONFIGURATION.format(port=_free_port(), folder=self.folder, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(text)
+
+
+def until(is_true, describe, interval=0.1):
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + SECONDS
+    while not is_true():
+        assert time.monotonic() < deadline, describe()
+        time.sleep(interval)
 
 
 def _free_port():

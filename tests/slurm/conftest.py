@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,6 @@ from tests.slurm.cluster import SlurmCluster
 from tests.train.conftest import data, module_settings  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +29,6 @@ def cluster(tmp_path_factory):
         yield made
     finally:
         made.stop()
-
-
-def until(is_true, describe):
-    """Wait until a condition is true."""
-    deadline = time.monotonic() + SECONDS
-    while not is_true():
-        assert time.monotonic() < deadline, describe()
-        time.sleep(0.05)
 
 
 def read_logs(folder):

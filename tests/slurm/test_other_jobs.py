@@ -10,7 +10,8 @@ import httpx
 
 from tests import forked
 from tests.serve.conftest import generate, read_rows, write_rows
-from tests.slurm.conftest import ROOT, SECONDS, find_clients, read_logs, until
+from tests.slurm.cluster import SECONDS, until
+from tests.slurm.conftest import ROOT, find_clients, read_logs
 from tests.train.token_shards import read_tokens
 from train.data.config import PrepareConfig
 from train.data.prepare import prepare
@@ -40,7 +41,7 @@ def test_prepare_repeats_a_killed_task_of_an_array(cluster, tmp_path):
         *(corpus, "--output", output, "--vocab-size=320", "--validation-fraction=0.2"),
     )
     for task in range(COUNT):
-        assert cluster.wait(f"{job}_{task}", SECONDS) == "COMPLETED", read_logs(tmp_path)
+        assert cluster.wait(f"{job}_{task}") == "COMPLETED", read_logs(tmp_path)
     assert [cluster.restarts(f"{job}_{task}") for task in range(COUNT)] == [0, 1, 0]
     assert "stu-prepare ended with code 137" in read_logs(tmp_path)
     assert {path.name for path in output.parent.iterdir()} == {"data", "data.lock"}
@@ -120,4 +121,4 @@ def test_serve_finishes_running_requests_when_it_is_stopped(cluster, tmp_path, m
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    assert cluster.wait(job, SECONDS) == "COMPLETED", read_logs(tmp_path)
+    assert cluster.wait(job) == "COMPLETED", read_logs(tmp_path)

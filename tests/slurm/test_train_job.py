@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from tests import forked
-from tests.slurm.cluster import SlurmCluster
-from tests.slurm.conftest import ROOT, SECONDS, find_clients, until
+from tests.slurm.cluster import SECONDS, SlurmCluster, until
+from tests.slurm.conftest import ROOT, find_clients
 from tests.train.saved import load_checkpoint
 from train import report
 from train.data.loader import TokenData
@@ -77,7 +77,7 @@ class Job:
         self.cluster.call("scancel", f"--signal={name}", "--batch", self.number)
 
     def finish(self, state="COMPLETED"):
-        assert self.cluster.wait(self.number, SECONDS) == state, self.log
+        assert self.cluster.wait(self.number) == state, self.log
 
 
 @dataclass
@@ -186,8 +186,8 @@ def continues_without_an_unfit_node(scene):
         *(f"--dependency=afterok:{job.number}", "--kill-on-invalid-dep=yes", "--mem=1G"),
         *(f"--chdir={folder}", f"--wrap={found}"),
     )
-    assert cluster.wait(job.number, SECONDS) == "COMPLETED", log.read_text()
-    assert cluster.wait(after, SECONDS) == "COMPLETED"
+    assert cluster.wait(job.number) == "COMPLETED", log.read_text()
+    assert cluster.wait(after) == "COMPLETED"
     assert (folder / "found").read_text() == "step-00000020.ckpt\n"
     assert "n3: 0.0 GiB of memory are free, but 4 are needed" in log.read_text()
     assert "requeued: to continue without n3" in log.read_text()
@@ -208,7 +208,7 @@ def owns_its_folder(scene):
         *("--ntasks=1", *RANK, f"--chdir={scene.folder}", "--output=second.log"),
         f"--wrap=stu-train {settings} --resume=auto",
     )
-    assert scene.cluster.wait(second, SECONDS) == "FAILED"
+    assert scene.cluster.wait(second) == "FAILED"
     text = (scene.folder / "second.log").read_text()
     assert "ExitCode=2:0" in scene.cluster.call("scontrol", "show", "job", second), text
     assert f"--run-dir {job.run_dir}" in text
@@ -259,7 +259,7 @@ def is_not_repeated_after_a_refusal(scene):
         (too_few, "too-few.log", "asks for 2 ranks.* 1 task on 1 node.* write srun"),
         (too_many, "too-many.log", r"asks for 1 rank.* srun started 2 tasks.* \(all 2 ranks\)"),
     ):
-        assert cluster.wait(job, SECONDS) == "FAILED"
+        assert cluster.wait(job) == "FAILED"
         text = (folder / log).read_text()
         assert re.search(message, text), text
         shown = cluster.call("scontrol", "show", "job", job)
@@ -314,7 +314,7 @@ def make_scene(cluster, module_settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(make_scene, request):
-    """The results of the scenarios that were selected, by their names."""
+    """The results of the selected scenarios."""
     tests = [item for item in request.session.items if item.originalname == test_a_job.__name__]
     scenarios = [test.callspec.params["scenario"] for test in tests]
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
