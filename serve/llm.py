@@ -71,8 +71,9 @@ class LLM:
 
         Args:
             prompts: A prompt or a list of prompts. Text gets BOS; token ids are used as they are.
-            sampling_params: Settings of all prompts, or of each. None: those of the model
-                directory. Prompts that share settings get different seeds, derived from theirs.
+            sampling_params: Settings of all prompts, or a list with settings for each prompt. None:
+                `default_sampling_params`. Prompts that share settings get different seeds, derived
+                from the settings' seed.
             use_tqdm: Whether to show a progress bar, with the rate and the time left.
 
         Raises UserError, before anything is decoded, if a prompt or setting is not allowed. A

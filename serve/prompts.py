@@ -15,7 +15,7 @@ from stu.tokenizer import Tokenizer
 
 NOT_IN_ROWS = ("n", "prompt_logprobs", "constraint")
 SETTINGS = [field.name for field in fields(SamplingParams) if field.name not in NOT_IN_ROWS]
-"""Settings that a row of a file may have; their names are those of `SamplingParams`."""
+"""Fields of `SamplingParams` that a row of a file may have."""
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,99}")
 MOST_STOP_TOKENS = 128
 LEAST_SEED = -(2**63)
@@ -41,7 +41,7 @@ class RequestBuilder:
                 raise UserError(key, message=message)
         self._tokenizer, self._values = tokenizer, defaults
         self.defaults = _params(defaults)
-        """Settings of a request that has none of its own."""
+        """Settings of a request that names none."""
 
     def build(self, number: int, prompt: object, settings: Mapping[str, Any]) -> Request:
         """Return the request of row `number`.
@@ -62,7 +62,7 @@ class RequestBuilder:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
-    """Return the token ids of a prompt: BOS and those of a text, or a list of ids as it is."""
+    """Return the token ids of a text, with BOS, or a list of token ids unchanged."""
     if isinstance(prompt, str):
         require_unicode("prompt", prompt)
         return tokenizer.encode_prompt(prompt)
@@ -72,7 +72,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
 
 
 def choices(requests: Sequence[Request]) -> list[Request]:
-    """Return a request for each of the `n` completions of each request, with seeds of their own.
+    """Return a request with its own seed for each of the `n` completions of each request.
 
     All seeds derive from that of the first request, which keeps it.
     """

@@ -61,7 +61,7 @@ class Output:
 
     request_id: int
     new_token_ids: Sequence[int] = ()
-    """New token ids, including those without text: a stop token, and those of a stop string."""
+    """New token ids, including a stop token and the tokens of a stop string, which have no text."""
     text: str = ""
     """New text in whole characters. The texts of a request, joined, are its completion."""
     logprobs: Sequence[TokenLogprobs] = ()

@@ -104,10 +104,10 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
             raise
         if reading_error:
             raise UserError("input", message=f"{reading_error}; {path} has {tally.num_done:,} rows")
-        # Rows are those of the old content in any case, since all that was read was compared.
+        # All rows are of the old content in any case: blocks are compared before they are used.
         job.digest.check(config.input)
-        # Weights may be mapped from the disk. If the file is replaced, as by stu-export, those who
-        # have it open keep the old one.
+        # Weights may be mapped from the disk. Where stu-export replaces the file, a process that
+        # has it open keeps the old one.
         if fingerprint_of(weights) != loaded:
             reason = (
                 f"model {config.model}: model.safetensors was overwritten during this run, and "

@@ -81,9 +81,9 @@ class Decoder:
         are_more = True
         while are_more or self._engine.has_work:
             while are_more and self._has_room():
-                are_more = self._begin_next(rows)
+                are_more = self._start_next(rows)
             for output in self._engine.step() if self._engine.has_work else []:
-                self._take(output)
+                self._add(output)
             if self._lines or time.monotonic() - reported >= REPORT_SECONDS:
                 yield self._report()
                 reported = time.monotonic()
@@ -94,7 +94,7 @@ class Decoder:
         is_full = self._engine.stats().waiting >= self._max_waiting
         return not is_full and len(self._lines) < REPORT_ROWS
 
-    def _begin_next(self, rows: Iterator[Row | Refusal]) -> bool:
+    def _start_next(self, rows: Iterator[Row | Refusal]) -> bool:
         """Read a row and start it; return whether there was one."""
         try:
             row = next(rows, None)
@@ -108,10 +108,10 @@ class Decoder:
         if isinstance(row, Refusal):
             self._refuse(row)
         else:
-            self._begin(row)
+            self._start_row(row)
         return True
 
-    def _begin(self, row: Row) -> None:
+    def _start_row(self, row: Row) -> None:
         """Queue a row's requests, or refuse the row if one of them can never be decoded."""
         under_way = self._under_way[row.number] = _UnderWay(row, len(row.requests))
         try:
@@ -120,9 +120,9 @@ class Decoder:
                 under_way.request_ids.append(request_id)
                 self._answers[request_id] = _Answer(row_number=row.number)
         except UserError as error:
-            self._give_up(under_way, str(error), 400, getattr(error, "code", None))
+            self._fail(under_way, str(error), 400, getattr(error, "code", None))
 
-    def _take(self, output: Output) -> None:
+    def _add(self, output: Output) -> None:
         answer = self._answers.get(output.request_id)
         if answer is None:
             return  # its row was refused meanwhile
@@ -132,14 +132,14 @@ class Decoder:
         under_way = self._under_way[answer.row_number]
         if output.finish_reason == "error":
             status_code = 400 if output.is_refused else 500
-            self._give_up(under_way, output.error, status_code=status_code)
+            self._fail(under_way, output.error, status_code=status_code)
             return
         under_way.num_unfinished -= 1
         if under_way.num_unfinished == 0:
             completions = [answer.completion() for answer in self._end(under_way)]
             self._write(self._format.completed(under_way.row, completions))
 
-    def _give_up(
+    def _fail(
         self, under_way: "_UnderWay", error: str, status_code: int, code: str | None = None
     ) -> None:
         self._end(under_way)

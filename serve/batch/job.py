@@ -41,26 +41,28 @@ class BatchJob:
         defaults = DEFAULTS if is_openai else load_generation(config.model)
         options = {name: getattr(config, name, None) for name in SETTINGS}
         options = {name: value for name, value in options.items() if value is not None}
-        usual = {name: getattr(SamplingParams(), name) for name in SETTINGS}
-        self.settings = {**usual, **defaults, **options}
+        builtin = {name: getattr(SamplingParams(), name) for name in SETTINGS}
+        self.settings = {**builtin, **defaults, **options}
         max_seq_len = load_config(config.model).max_seq_len
         builder = RequestBuilder(self.tokenizer, self.settings)
         self._chat: dict[str, Any] = {}
         self.row_format: RowFormat = PromptRows(builder)
         if is_openai:
             template = ChatTemplate(config.model, self.tokenizer)
-            most = config.max_new_tokens
-            most = load_generation(config.model)["max_new_tokens"] if most is None else most
+            max_tokens = config.max_new_tokens
+            if max_tokens is None:
+                max_tokens = load_generation(config.model)["max_new_tokens"]
             common: dict[str, Any] = {
                 "builder": builder,
                 "tokenizer": self.tokenizer,
                 "model_name": config.model.resolve().name,
             }
             self.row_format = OpenAiRows(
-                TextCompletions(**common), ChatCompletions(template, max_seq_len, most, **common)
+                TextCompletions(**common),
+                ChatCompletions(template, max_seq_len, max_tokens, **common),
             )
             source = hashlib.sha256(template.source.encode()).hexdigest()
-            self._chat = {"chat_template": source, "chat_max_tokens": most}
+            self._chat = {"chat_template": source, "chat_max_tokens": max_tokens}
 
     def model_and_settings(self) -> dict[str, Any]:
         """Return everything except the input that determines the rows, as JSON values.
@@ -77,7 +79,7 @@ class BatchJob:
             **self.settings,
             **self._chat,
         }
-        return dict(json.loads(json.dumps(values)))  # to compare with values that were read as JSON
+        return dict(json.loads(json.dumps(values)))  # to compare with values read from JSON
 
     def require_same(self, model_and_settings: Mapping[str, Any]) -> None:
         """Raise UserError if `model_and_settings` has changed since the run began."""

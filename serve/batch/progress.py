@@ -55,7 +55,7 @@ class Tally:
         """Estimate of the rows that are left; the input is not read ahead."""
         return sum(report.rows_left for report in self._latest.values())
 
-    def now(self) -> str:
+    def status(self) -> str:
         """Return the state of the run in two lines."""
         (then, before), (now, tokens) = self._samples[0], self._samples[-1]
         speed = (tokens - before) / (now - then) if now > then else 0.0
@@ -113,7 +113,9 @@ class Display:
     def show(self, tally: Tally) -> None:
         """Show the present state."""
         total = tally.num_done + tally.rows_left
-        self._bar.update(self._task, description=tally.now(), completed=tally.num_done, total=total)
+        self._bar.update(
+            self._task, description=tally.status(), completed=tally.num_done, total=total
+        )
         if self._bar.disable and self._clock() - self._last_log >= LOG_SECONDS:
             self._last_log = self._clock()
-            print(tally.now().replace("\n", ", "), file=sys.stderr)
+            print(tally.status().replace("\n", ", "), file=sys.stderr)

@@ -90,7 +90,7 @@ class OutputFile:
             _require_same(self._path, self._old_identity(), self._identity)
             self._recover()
             return
-        # Before the job file, so that its rows are never taken for those of another job.
+        # Before the job file, so that old rows are never taken for rows of the new job.
         os.ftruncate(self._descriptor, 0)
         os.fsync(self._descriptor)
         self._write_job(self._identity)

@@ -26,7 +26,7 @@ class Source(Protocol):
     fraction_read: float
     """Part of the input that the last iteration has read, 0 to 1."""
     num_read: int
-    """Row numbers that the last iteration has used, including those of blank lines."""
+    """Row numbers that the last iteration has used, including blank lines."""
 
     def __iter__(self) -> Iterator[NumberedRow]:
         """Read from the beginning."""

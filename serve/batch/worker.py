@@ -1,4 +1,4 @@
-"""One engine with its part of a batch, in this process or in one of its own.
+"""One engine that decodes its part of a batch, in this process or in a child process.
 
     python -m serve.batch.worker
 

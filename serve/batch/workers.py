@@ -1,4 +1,4 @@
-"""Several engines decoding one batch, each in a process of its own."""
+"""Several engines that decode one batch, each in a child process."""
 
 import json
 import os

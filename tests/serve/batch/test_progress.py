@@ -35,14 +35,14 @@ def test_tally_sums_over_engines():
     clock = Clock()
     tally = Tally(num_before=1000, num_failed=1, clock=clock)
     tally.add(0, report(5, 80, seconds=10, new_tokens=400))
-    assert tally.now() == (
+    assert tally.status() == (
         "1,005 of about 1,085 rows, 40 tokens/s, about 0:02:40 left\n"
         "2 running, 3 waiting, 30 of 100 convolution pages, 10 of 40 attention pages"
     )
     clock.now += 10
     tally.add(1, report(15, 100, seconds=5, new_tokens=100))
     tally.add(0, report(10, 80, seconds=20, new_tokens=800))
-    assert tally.now() == (
+    assert tally.status() == (
         "1,030 of about 1,210 rows, 45 tokens/s, about 0:02:00 left\n"
         "4 running, 6 waiting, 60 of 200 convolution pages, 20 of 80 attention pages"
     )
@@ -57,14 +57,14 @@ def test_speed_is_of_the_last_seconds():
     for second in range(100):
         clock.now += 1
         tally.add(0, report(0, 1, second, 10 * second if second < 50 else 500))
-    assert ", 0 tokens/s\n" in tally.now()
+    assert ", 0 tokens/s\n" in tally.status()
 
 
 def test_no_time_is_estimated_before_the_first_row():
     tally = Tally(0, 0, Clock())
     tally.add(0, report(0, 80, 1, 5, attention_pages=0))
-    assert "left" not in tally.now()
-    assert "attention" not in tally.now()
+    assert "left" not in tally.status()
+    assert "attention" not in tally.status()
 
 
 def test_log_gets_a_line_every_thirty_seconds(capsys):
