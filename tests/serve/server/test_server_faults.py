@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -34,6 +35,8 @@ from tests.serve.server_process import SECONDS, eventually, serving
 
 PROMPT = [1, 100, 101, 102]
 NUM_TOKENS = 55
+ENGINE = "serve.server.replicas.process"
+NO_REPLICA = "no replica could be started: replica 0 on cpu ended with code 2"
 NO_PAUSES = "from serve.server.replicas import supervisor; supervisor.LONGEST_PAUSE_SECONDS = 0"
 
 
@@ -205,22 +208,15 @@ def starting(model, *options, python=sys.executable, **environment):
 
 
 @pytest.mark.parametrize(
-    ("damaged", "cache_gib", "reasons"),
+    ("damaged", "cache_gib", "reason"),
     [
-        ("config.json", "0.01", ["config.json"]),
-        ("model.safetensors", "0.01", ["ended with code 2", "model.safetensors"]),
-        (
-            None,
-            "1e-6",
-            [
-                "no replica could be started: replica 0 on cpu ended with code 2",
-                "--cache-gib=9.993e-07 is too little",
-            ],
-        ),
+        ("config.json", "0.01", "config.json"),
+        ("model.safetensors", "0.01", NO_REPLICA + ".*model.safetensors"),
+        (None, "1e-6", NO_REPLICA + ".*--cache-gib=9.993e-07 is too little"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_and_exits_with_2(
-    model_directory, tmp_path, patched, damaged, cache_gib, reasons
+    model_directory, tmp_path, patched, damaged, cache_gib, reason
 ):
     model = tmp_path / "model"
     shutil.copytree(model_directory, model)
@@ -230,7 +226,7 @@ def test_a_server_that_cannot_start_says_why_and_exits_with_2(
     with starting(model, *options, python=forked.python(), **patched(NO_PAUSES)) as process:
         log = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 2
-    assert all(reason in log for reason in reasons), log
+    assert re.search(reason, log.splitlines()[-1]), log
     assert "closed file" not in log
 
 
@@ -242,16 +238,12 @@ def test_a_server_stops_while_its_engine_loads(model_directory):
                     break
             parent = psutil.Process(process.pid)
 
-            def engine():
+            def engines():
                 # Before its own program runs, the server waits for it to begin.
-                return [
-                    child
-                    for child in parent.children()
-                    if "serve.server.replicas.process" in child.cmdline()
-                ]
+                return [child for child in parent.children() if ENGINE in child.cmdline()]
 
-            eventually(engine)
-            (replica,) = engine()
+            eventually(engines)
+            (replica,) = engines()
             replica.suspend()  # and so is never ready
             process.terminate()
             assert process.wait(SECONDS) == 0
@@ -261,13 +253,8 @@ def test_a_server_stops_while_its_engine_loads(model_directory):
 
 
 def test_warnings_of_an_engine_are_logged(tmp_path, code_tokenizer):
-    config = ModelConfig(
-        vocab_size=code_tokenizer.vocab_size,
-        width=16,
-        num_layers=2,
-        layout="hyena",
-        max_seq_len=512,
-    )
+    shape = {"width": 16, "num_layers": 2, "max_seq_len": 512}
+    config = ModelConfig(vocab_size=code_tokenizer.vocab_size, layout="hyena", **shape)
     save_model(tmp_path / "model", FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
     with serving(tmp_path / "model") as server:
         assert any("replica 0 on cpu: tiles flush through FFTs" in line for line in server.lines)
