@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,12 +23,7 @@ from train.data.prepare import prepare, prepare_part
 from train.data.shards import Index
 
 COUNT = 3
-QUICK: dict[str, Any] = {
-    "vocab_size": 320,
-    "validation_fraction": 0.2,
-    "workers": 1,
-    "shard_tokens": 500,
-}
+QUICK = {"vocab_size": 320, "validation_fraction": 0.2, "workers": 1, "shard_tokens": 500}
 
 
 def _texts(name, num_documents):
@@ -50,6 +44,12 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def copied_corpus(corpus, tmp_path):
+    """A corpus to change."""
+    return shutil.copytree(corpus, tmp_path / "corpus")
+
+
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """Token shards of the corpus made by one run."""
@@ -68,13 +68,11 @@ def _assert_equal(output, whole):
     assert read_tokens(output) == read_tokens(whole)
     model = "tokenizer.model"
     assert (output / model).read_bytes() == (whole / model).read_bytes()
-    indexes = []
-    for folder in (output, whole):
-        index = Index.load(folder)
-        splits = {name: dataclasses.replace(s, shards=[]) for name, s in index.splits.items()}
-        indexes.append(dataclasses.replace(index, splits=splits))
-    assert indexes[0] == indexes[1]
-    named = {shard.file for split in Index.load(output).splits.values() for shard in split.shards}
+    index, expected = (Index.load(folder) for folder in (output, whole))
+    for name, split in index.splits.items():
+        expected.splits[name] = dataclasses.replace(expected.splits[name], shards=split.shards)
+    assert index == expected
+    named = {shard.file for split in index.splits.values() for shard in split.shards}
     assert {path.name for path in output.iterdir()} == named | {model, "index.json", "parts.json"}
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.name}.lock"}
 
@@ -129,14 +127,12 @@ def test_other_settings_are_refused(corpus, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sources_that_have_changed_are_refused(corpus, tmp_path):
-    copy = tmp_path / "corpus"
-    shutil.copytree(corpus, copy)
-    prepare_part(_config(copy, tmp_path / "data", 0))
-    with (copy / "3.jsonl").open("a") as file:
+def test_sources_that_have_changed_are_refused(copied_corpus, tmp_path):
+    prepare_part(_config(copied_corpus, tmp_path / "data", 0))
+    with (copied_corpus / "3.jsonl").open("a") as file:
         file.write(json.dumps({"text": "more"}) + "\n")
     with pytest.raises(UserError, match=r"^sources 7 files of .* was made with 7 files of"):
-        prepare_part(_config(copy, tmp_path / "data", 1))
+        prepare_part(_config(copied_corpus, tmp_path / "data", 1))
 
 
 @pytest.mark.parametrize("part", ["3/3", "-1/3", "1", "1/0", "a/b", ""])
@@ -154,36 +150,33 @@ def test_an_output_that_was_not_made_in_parts_is_not_changed(corpus, whole):
     assert sorted(whole.parent.rglob("*")) == before
 
 
-def test_joined_parts_skip_the_rows_that_one_run_skips(corpus, tmp_path):
-    copy, output, alone = (tmp_path / name for name in ("corpus", "out/data", "alone/data"))
-    shutil.copytree(corpus, copy)
-    (copy / "book.txt").write_text("".join(_texts(9, 500)))  # in pieces
-    with (copy / "0.jsonl").open("a") as file:
+def test_joined_parts_skip_the_rows_that_one_run_skips(copied_corpus, tmp_path):
+    output, alone = tmp_path / "out" / "data", tmp_path / "alone" / "data"
+    (copied_corpus / "book.txt").write_text("".join(_texts(9, 500)))  # in pieces
+    with (copied_corpus / "0.jsonl").open("a") as file:
         file.write("{\n" * 20)  # most of this part, but not of the corpus
-    with (copy / "6.jsonl").open("a") as file:
+    with (copied_corpus / "6.jsonl").open("a") as file:
         file.write("{}\n")
-    prepare(_config(copy, alone, None, on_error="skip"))
+    prepare(_config(copied_corpus, alone, None, on_error="skip"))
     for part in range(COUNT):
-        prepare_part(_config(copy, output, part, on_error="skip"))
+        prepare_part(_config(copied_corpus, output, part, on_error="skip"))
     assert read_tokens(output) == read_tokens(alone)
     assert Index.load(output).num_bad_rows == {"not JSON": 20, "no field": 1}
     skipped = [(folder / "skipped.jsonl").read_text() for folder in (output, alone)]
     assert skipped[0] == skipped[1]
 
 
-def test_a_part_that_fails_leaves_the_others(corpus, whole, tmp_path):
+def test_a_part_that_fails_leaves_the_others(copied_corpus, whole, tmp_path):
     """The tokenizer exists, as training one would read all files."""
-    copy = tmp_path / "corpus"
-    shutil.copytree(corpus, copy)
-    good = (copy / "6.jsonl").read_bytes()
-    (copy / "6.jsonl").write_bytes(good[:-10] + b"\xe9" * 9 + b"\n")
+    good = (copied_corpus / "6.jsonl").read_bytes()
+    (copied_corpus / "6.jsonl").write_bytes(good[:-10] + b"\xe9" * 9 + b"\n")
     output, changes = tmp_path / "out" / "data", {"tokenizer": whole, "vocab_size": 4096}
-    prepare_part(_config(copy, output, 0, **changes))
+    prepare_part(_config(copied_corpus, output, 0, **changes))
     with pytest.raises(UserError, match=r"6\.jsonl line 60: not UTF-8"):
-        prepare_part(_config(copy, output, 2, **changes))
-    assert prepare_part(_config(copy, output, 1, **changes)) == [2]
-    (copy / "6.jsonl").write_bytes(good)
-    assert prepare_part(_config(copy, output, 2, **changes)) == []
+        prepare_part(_config(copied_corpus, output, 2, **changes))
+    assert prepare_part(_config(copied_corpus, output, 1, **changes)) == [2]
+    (copied_corpus / "6.jsonl").write_bytes(good)
+    assert prepare_part(_config(copied_corpus, output, 2, **changes)) == []
     assert read_tokens(output) == read_tokens(whole)
 
 
