@@ -1,5 +1,6 @@
 """Validation: loss and accuracy of the next token, accuracy by context, and samples."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from stu.common.files import new_file
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 
+RESULTS_FILE = "validation.json"
+"""File in a run's folder with step and metrics of its last validation."""
 NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS, TEMPERATURE = 4, 64, 64, 0.8
 
 
@@ -64,6 +67,22 @@ def validation_metrics(values: Tensor) -> dict[str, float]:
 def context_tag(num_tokens: int) -> str:
     """Return the name of the accuracy after `num_tokens` to twice as many tokens."""
     return f"accuracy_by_context/from_{num_tokens:06d}_tokens"
+
+
+def write_results(metrics: dict[str, float], step: int, run_dir: Path) -> None:
+    """Write the metrics of a validation as JSON, and plot the accuracy by context."""
+    with new_file(run_dir / RESULTS_FILE) as temporary:
+        temporary.write_text(json.dumps({"step": step, **metrics}, indent=1) + "\n")
+    plot_accuracy(metrics, run_dir / "accuracy-by-context.png")
+
+
+def validated_step(run_dir: Path) -> int | None:
+    """Return the step of the last validation; None if there is no readable `validation.json`."""
+    try:
+        step: int = json.loads((run_dir / RESULTS_FILE).read_text())["step"]
+    except (OSError, ValueError):
+        return None
+    return step
 
 
 def plot_accuracy(metrics: dict[str, float], path: Path) -> None:

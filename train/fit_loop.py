@@ -6,14 +6,15 @@ import lightning as L
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from train.callbacks.interruption import largest_of_ranks
-from train.report import read_curves
+from train.callbacks.progress import warned
+from train.evaluation import RESULTS_FILE, validated_step
 
 
 class FitLoop(_FitLoop):
     """Lightning's loop, which also makes the last validation of a resumed run without steps left.
 
-    It does so if the log lacks that validation: the last checkpoint is written before it, and a
-    signal may cut it short.
+    The last checkpoint is written before that validation, and a signal may cut it short. Whether it
+    was made follows from the results in the run's folder, whatever the run logs to.
     """
 
     @classmethod
@@ -27,6 +28,9 @@ class FitLoop(_FitLoop):
     def run(self) -> None:
         self.setup_data()
         if not (self.skip and self._lacks_validation()):
+            if not self.skip and self.trainer.is_global_zero:
+                with warned(RESULTS_FILE):  # it may be of a step that this job repeats
+                    (self._run_dir / RESULTS_FILE).unlink(missing_ok=True)
             super().run()
             return
         self.on_run_start()
@@ -41,9 +45,9 @@ class FitLoop(_FitLoop):
         trainer = self.trainer
         if not trainer.enable_validation or trainer.global_step == 0:
             return False
-        is_logged = True
-        if trainer.is_global_zero:
-            steps, _ = read_curves(Path(trainer.default_root_dir)).get("val/loss", ([], []))
-            is_logged = trainer.global_step in steps
-        (is_missing,) = largest_of_ranks(trainer, not is_logged)
-        return bool(is_missing)
+        is_missing = trainer.is_global_zero and validated_step(self._run_dir) != trainer.global_step
+        return bool(*largest_of_ranks(trainer, is_missing))
+
+    @property
+    def _run_dir(self) -> Path:
+        return Path(self.trainer.default_root_dir)

@@ -24,7 +24,7 @@ from train.callbacks.interruption import largest_of_ranks
 from train.callbacks.progress import warned
 from train.config import check_length, check_vocabulary
 from train.data.loader import Batch, TokenData, ValidationBatch
-from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
+from train.evaluation import ValidationSums, sample_texts, validation_metrics, write_results
 from train.gpus import peak_bytes, resident_bytes
 from train.loggers import RunLogger
 from train.loss import next_token_loss, token_losses
@@ -229,9 +229,9 @@ class FlashSTUModule(L.LightningModule):
         if not self.trainer.sanity_checking:
             self._log(metrics, self.trainer.global_step)
             if self.trainer.is_global_zero:
-                folder = Path(self.trainer.default_root_dir)
-                with warned("the accuracy's picture"):
-                    plot_accuracy(metrics, folder / "accuracy-by-context.png")
+                with warned("the results of a validation"):
+                    run_dir = Path(self.trainer.default_root_dir)
+                    write_results(metrics, self.trainer.global_step, run_dir)
             self._throughput.leave_out(time.monotonic() - self._validation_start)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

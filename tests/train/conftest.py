@@ -1,29 +1,19 @@
-"""A small corpus as token shards, and the smallest model that trains on it."""
+"""A small corpus as token shards, the smallest model that trains on it, and runs of `stu-train`."""
 
+import itertools
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from train import cli
 from train.data.config import PrepareConfig
 from train.data.prepare import prepare
 
-WORDS = [
-    "def",
-    "return",
-    "self",
-    "value",
-    "for",
-    "import",
-    "None",
-    "x",
-    "y",
-    "(",
-    ")",
-    ":",
-    "=",
-    "1",
-]
+WORDS = ["def", "return", "self", "value", "for", "import", "None", *"xy():=1"]
 
 MODEL = {
     "vocab_size": 300,
@@ -39,7 +29,7 @@ MODEL = {
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of token shards: 60 training samples or so of 16 tokens."""
+    """A folder of token shards: 166 training samples of 16 tokens."""
     source = random.Random(0)
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(40):
@@ -52,16 +42,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shards
 
 
-@pytest.fixture
-def settings(module_settings: list[str]) -> list[str]:
-    """Arguments of `stu-train` but for the run's folder."""
-    return module_settings
-
-
 @pytest.fixture(scope="session")
-def module_settings(data: Path) -> list[str]:
-    """The same, for fixtures of a module."""
+def settings(data: Path) -> list[str]:
+    """Arguments of `stu-train`, except for the folder and the length of the run."""
     values = {f"model.config.{name}": value for name, value in MODEL.items()}
+    del values["model.config.vocab_size"]  # the token shards have it
     values |= {
         "data.dir": data,
         "data.seq_len": 16,
@@ -73,3 +58,48 @@ def module_settings(data: Path) -> list[str]:
         "trainer.val_check_interval": 5,
     }
     return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="session")
+def module_settings(settings: list[str]) -> list[str]:
+    return settings
+
+
+@pytest.fixture(scope="session")
+def train(settings: list[str]) -> Callable[..., Path]:
+    """Function that runs `stu-train` in a folder, checks its exit code and returns the folder."""
+
+    def run(folder: Path, *arguments: object, code: int = 0) -> Path:
+        try:
+            ended = cli.main([*settings, f"--run-dir={folder}", *map(str, arguments)])
+        except SystemExit as stop:  # how a parser stops, and a run that received a signal
+            ended = stop.code
+        assert ended == code
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps, for tests that only read it."""
+    return train(
+        tmp_path_factory.mktemp("trained") / "run",
+        "--trainer.max_steps=12",
+        "--checkpoint-every-steps=5",
+        "--keep-checkpoints=1",
+        "--model.optimizer.warmup_steps=2",
+    )
+
+
+@pytest.fixture
+def ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event files of a run sort in the order of their jobs.
+
+    TensorBoard orders them by the second in their names, and these runs take less.
+    """
+    clock = itertools.count(time.time() + 3600)
+    monkeypatch.setattr(
+        "tensorboard.summary.writer.event_file_writer.time",
+        SimpleNamespace(time=lambda: next(clock)),
+    )

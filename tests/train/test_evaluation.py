@@ -1,4 +1,4 @@
-"""What a validation says, against sums by hand; and where it shows."""
+"""Metrics of a validation against sums by hand, and where a run shows them."""
 
 import math
 
@@ -14,7 +14,6 @@ from tests.train.conftest import MODEL
 from train import report
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
 from train.flops import token_flops
-from train.run import run
 
 
 def test_metrics_against_sums_by_hand():
@@ -46,7 +45,7 @@ def test_metrics_against_sums_by_hand():
     assert len(metrics) == 7
 
 
-def test_a_context_without_targets_is_left_out():
+def test_context_without_targets_is_left_out():
     sums = ValidationSums(8, torch.ones(5, dtype=torch.int64))
     first = torch.arange(8)[None] < 2
     zeros = torch.zeros(1, 8)
@@ -55,12 +54,12 @@ def test_a_context_without_targets_is_left_out():
     assert names == [f"accuracy_by_context/from_{n:06d}_tokens" for n in (1, 2)]
 
 
-def test_samples_follow_what_the_model_says(data):
+def test_samples_follow_the_model(data):
     tokenizer = Tokenizer(data / "tokenizer.model")
     torch.manual_seed(0)
     model = FlashSTU(ModelConfig(**MODEL))
     wanted = tokenizer.encode("return")[-1]
-    with torch.no_grad():  # whatever it reads, one token
+    with torch.no_grad():  # it predicts one token everywhere
         model.norm.weight.zero_()[0] = 1e4
         model.embedding.weight[:, 0] = -model.embedding.weight[:, 0].abs()
         model.embedding.weight[wanted, 0] *= -1
@@ -76,10 +75,9 @@ def test_samples_follow_what_the_model_says(data):
     assert texts[0].startswith("    def value")
 
 
-def test_where_it_shows(settings, tmp_path):
-    run([*settings, "--trainer.max_steps=6", f"--run-dir={tmp_path / 'run'}"])
-    curves = report.read_curves(tmp_path / "run")
-    steps = [5, 6]
+def test_curves_samples_and_picture_of_a_run(trained):
+    curves = report.read_curves(trained)
+    steps = [5, 10, 12]
     assert curves["val/accuracy"][0] == steps
     assert 0 < curves["val/accuracy"][1][-1] < 1
     contexts = [name for name in curves if name.startswith("accuracy_by_context")]
@@ -92,13 +90,13 @@ def test_where_it_shows(settings, tmp_path):
     np.testing.assert_allclose(products, speeds * (flops.dense + flops.attention) / 1e12, rtol=1e-5)
     np.testing.assert_allclose(convolutions, speeds * flops.convolution / 1e12, rtol=1e-5)
     assert "train/mfu" not in curves  # nobody states a CPU's peak
-    log = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"tensors": 0})
+    log = EventAccumulator(str(trained / "tensorboard"), size_guidance={"tensors": 0})
     log.Reload()
     for number in (0, 1):
         shown = log.Tensors(f"sample/{number}/text_summary")
         assert [event.step for event in shown] == steps
         assert b"continuation" in shown[0].tensor_proto.string_val[0]
-    picture = (tmp_path / "run" / "accuracy-by-context.png").read_bytes()
+    picture = (trained / "accuracy-by-context.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
 
 

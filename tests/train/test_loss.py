@@ -29,7 +29,7 @@ def test_equals_the_plain_loss(monkeypatch, rows_at_once, num_rows, z_weight, dt
     vocab_size = 31
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * vocab_size * rows_at_once)
     hidden, output, targets = inputs(num_rows, vocab_size, dtype=dtype)
-    exact = [its.detach().double().requires_grad_() for its in (hidden, output)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, output)]
     expected, expected_nats = plain(*exact, targets, z_weight)
     (2.5 * expected).backward()
     loss, nats = next_token_loss(hidden, output, targets, z_weight)
@@ -45,7 +45,7 @@ def test_equals_the_plain_loss(monkeypatch, rows_at_once, num_rows, z_weight, dt
     assert not nats.requires_grad
 
 
-def test_of_each_token(monkeypatch):
+def test_losses_and_hits_of_each_token(monkeypatch):
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 31 * 3)
     hidden, output, targets = inputs(20, 31)
     targets[:5] = (hidden @ output.t())[:5].argmax(1)
@@ -66,8 +66,7 @@ def test_large_logits_stay_finite():
     assert hidden.grad.isfinite().all()
 
 
-def test_under_autocast():
-    """Products in bfloat16, and nothing else."""
+def test_autocast_affects_only_the_products():
     hidden, output, targets = inputs(40, 31, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss, nats = next_token_loss(hidden, output, targets)
@@ -76,7 +75,7 @@ def test_under_autocast():
     torch.testing.assert_close(nats, F.cross_entropy(logits, targets), rtol=1e-6, atol=0)
     loss.backward()
     assert output.grad.dtype == hidden.grad.dtype == torch.float32
-    exact = [its.detach().double().requires_grad_() for its in (hidden, output)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, output)]
     plain(*exact, targets, 0.0)[0].backward()
     for actual, wanted in zip((hidden.grad, output.grad), exact, strict=True):
         assert (actual - wanted.grad).abs().max() < 0.02 * wanted.grad.abs().max()

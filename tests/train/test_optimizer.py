@@ -24,7 +24,7 @@ from train.optimizer import (
     [("hybrid", "tensordot"), ("hybrid", "full"), ("hyena", "tensordot"), ("attention", "full")],
 )
 def test_only_matrices_decay(layout, form):
-    """And not those that make Hyena's filters."""
+    """Those that make Hyena's filters do not."""
     model = FlashSTU(ModelConfig(**MODEL, layout=layout, stu_form=form))
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {
@@ -90,19 +90,19 @@ def test_degenerate_lengths(schedule):
         ("final_lr_fraction", 2.0),
     ],
 )
-def test_bad_value_is_named(name, value):
+def test_wrong_value_is_named(name, value):
     with pytest.raises(UserError, match="is not allowed: it must be") as caught:
         OptimizerConfig(**{name: value})
     assert (caught.value.field, caught.value.value) == (f"model.optimizer.{name}", value)
 
 
-def test_an_unknown_optimizer_is_refused_with_the_names_of_all():
+def test_unknown_optimizer_is_refused_with_all_names():
     with pytest.raises(UserError, match="must be adamw or lion"):
         make_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sgd"))
 
 
 def test_lion_steps_by_the_sign_of_a_mixed_gradient():
-    """As algorithm 2 of the paper has it, on numbers that leave no doubt about signs."""
+    """As in algorithm 2 of the paper, on numbers whose signs are clear."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(5, 3, generator=generator))
     config = OptimizerConfig(name="lion", learning_rate=0.1, beta1=0.7, beta2=0.9, weight_decay=0.2)
@@ -126,7 +126,7 @@ def test_lion_steps_by_the_sign_of_a_mixed_gradient():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_a_run_decays_by_its_steps_or_its_time_whichever_is_further_along(schedule):
+def test_schedule_follows_steps_or_time_whichever_is_further(schedule):
     config = OptimizerConfig(schedule=schedule, warmup_steps=10, final_lr_fraction=0.1)
     assert learning_rate_factor(5, 1001, config, 0.01) == 0.6  # the warm-up counts steps
     assert learning_rate_factor(100, 1001, config, 0.9) == learning_rate_factor(900, 1001, config)
@@ -142,7 +142,7 @@ def test_a_run_decays_by_its_steps_or_its_time_whichever_is_further_along(schedu
         ({"schedule": "wsd"}, 124, r"warmup_steps=100 overlaps .* begins at step 99"),
     ],
 )
-def test_a_warmup_that_does_not_fit_is_refused(settings, steps, message):
+def test_warmup_that_does_not_fit_is_refused(settings, steps, message):
     with pytest.raises(UserError, match=message):
         check_schedule(OptimizerConfig(**settings), steps)
     check_schedule(OptimizerConfig(**settings), steps + 1)

@@ -1,4 +1,4 @@
-"""The figures a report compares a model with, each computed another way."""
+"""Baselines of a report, each computed in another way."""
 
 import gzip
 import math

@@ -35,17 +35,8 @@ class Interruption(L.Callback):
             for number in EXIT_CODES:
                 signal.signal(number, self._note)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        if self._agree(trainer):
+    def on_train_batch_end(self, trainer: L.Trainer, *hook: Any) -> None:
+        if ends_step(trainer, *hook) and self._agree(trainer):
             trainer.should_stop = True
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -80,6 +71,13 @@ class Interruption(L.Callback):
             for number, handler in self._former.items():
                 signal.signal(number, handler)
         self._former = {}
+
+
+def ends_step(
+    trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+) -> bool:
+    """Return whether a micro-batch was the last of its optimizer step: see `on_train_batch_end`."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def largest_of_ranks(trainer: L.Trainer, *values: float) -> list[float]:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from stu.common.errors import UserError
 from train.callbacks.bad_steps import TooManyBadSteps
-from train.callbacks.interruption import largest_of_ranks
+from train.callbacks.interruption import ends_step, largest_of_ranks
 from train.callbacks.progress import warned
 from train.checkpoint.folder import LAST
 from train.checkpoint.writer import CheckpointWriter
@@ -66,17 +66,10 @@ class Checkpoints(Checkpoint):
             if path.parent == self._folder.resolve():  # later ones will be written again
                 self._point_at(path.name)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *hook: Any) -> None:
         # A checkpoint holds no gradients: save and stop only after an optimizer step.
         self._stop_wanted |= trainer.should_stop
-        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        step_done = ends_step(trainer, *hook)
         # Lightning validates before it stops early, but not before it stops at max_steps.
         last_step = trainer.global_step == trainer.max_steps
         trainer.should_stop = step_done and (self._stop_wanted or last_step)

@@ -1,4 +1,17 @@
-"""Agreement of all ranks on a run's start: if one refuses it, all do, with the same exit code."""
+"""Agreement of all ranks on a run's start: if one refuses it, all do, with the same exit code.
+
+Ranks meet in a key-value store (torch's TCPStore) that the first rank, or torchrun, serves. Each
+block of `Start.together` is a round, numbered from 1:
+
+1. Each rank runs the block, and stores its answer under `ROUND/RANK`: a message if it refuses or
+   fails, else facts that must be equal everywhere. The first rank counts up `beats` meanwhile.
+2. The first rank reads all answers and stores the verdict under `ROUND/verdict`.
+3. Each rank reads the verdict and stores `ROUND/read/RANK`. The first rank waits for these, since
+   the store ends with its process; then all continue, or all raise the same error.
+
+Waiting is polling, so that signals are handled. It ends after `PATIENCE_SECONDS` without a value
+and, for the other ranks, without a beat of the first one.
+"""
 
 import json
 import os

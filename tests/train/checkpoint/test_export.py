@@ -1,6 +1,7 @@
 """From a checkpoint to a model directory."""
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -8,66 +9,53 @@ import torch
 
 from stu.model_dir import load_config, load_model, load_tokenizer
 from tests import forked
-from tests.train.saved import load_checkpoint
-from train import cli
+from tests.train.saved import last_checkpoint
 from train.checkpoint import export
 
 
-@pytest.fixture
-def run(settings, tmp_path):
-    arguments = [*settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=2"]
-    assert cli.main(arguments) == 0
-    return tmp_path / "run"
-
-
-def test_export_of_a_run(run, tmp_path, data):
-    assert export.main([str(run), "--output", str(tmp_path / "model")]) == 0
-    model = load_model(tmp_path / "model")
-    trained = load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
-    assert {f"model.{name}" for name in model.state_dict()} == set(trained)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_of_a_run(trained, tmp_path, data, dtype):
+    output, dtype_name = tmp_path / "model", str(dtype).removeprefix("torch.")
+    assert export.main([str(trained), "--output", str(output), "--dtype", dtype_name]) == 0
+    model = load_model(output, dtype=dtype)
+    expected = last_checkpoint(trained)["state_dict"]
+    assert {f"model.{name}" for name in model.state_dict()} == set(expected)
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, trained[f"model.{name}"])
-    assert load_config(tmp_path / "model").width == 16
-    model_bytes = (data / "tokenizer.model").read_bytes()
-    assert load_tokenizer(tmp_path / "model").model_bytes == model_bytes
+        stored = expected[f"model.{name}"]
+        assert torch.equal(weight, stored if name == "filters" else stored.to(dtype)), name
+    assert load_config(output).width == 16
+    assert load_tokenizer(output).model_bytes == (data / "tokenizer.model").read_bytes()
 
 
-def test_bfloat16(run, tmp_path):
+def test_existing_output_is_kept_unless_overwritten(trained, tmp_path, capsys):
     output = tmp_path / "model"
-    assert export.main([str(run), "--output", str(output), "--dtype", "bfloat16"]) == 0
-    model = load_model(output, dtype=torch.bfloat16)
-    single = load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
-    assert torch.equal(model.embedding.weight, single["model.embedding.weight"].bfloat16())
-    assert torch.equal(model.filters, single["model.filters"])
-
-
-def test_existing_output(run, tmp_path, capsys):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "notes").write_text("mine")
-    assert export.main([str(run), "--output", str(tmp_path / "model")]) == 2
+    output.mkdir()
+    (output / "notes").write_text("mine")
+    assert export.main([str(trained), "--output", str(output)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert os.listdir(tmp_path / "model") == ["notes"]
-    assert export.main([str(run), "--output", str(tmp_path / "model"), "--overwrite"]) == 0
-    assert "notes" not in os.listdir(tmp_path / "model")
+    assert os.listdir(output) == ["notes"]
+    assert export.main([str(trained), "--output", str(output), "--overwrite"]) == 0
+    assert "notes" not in os.listdir(output)
 
 
-def test_mistakes(run, tmp_path, capsys):
+def test_mistakes_are_named(trained, tmp_path, capsys):
     for name in ("other", "object", "text"):
         (tmp_path / f"{name}.ckpt").mkdir()
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt" / "training.pt")
     torch.save({"stu": ValueError("any object")}, tmp_path / "object.ckpt" / "training.pt")
     (tmp_path / "text.ckpt" / "training.pt").write_text("hello")
+    output = ["--output", str(tmp_path / "model")]
     for checkpoint, message in [
-        (tmp_path / "other.ckpt", "not written by stu-train"),
-        (tmp_path / "object.ckpt", "cut short, or not written by stu-train"),
-        (tmp_path / "text.ckpt", "cut short, or not written by stu-train"),
-        (tmp_path / "none.ckpt", "no such folder"),
-        (tmp_path, "no checkpoints/last.ckpt"),
+        ("other.ckpt", "not written by stu-train"),
+        ("object.ckpt", "cut short, or not written by stu-train"),
+        ("text.ckpt", "cut short, or not written by stu-train"),
+        ("none.ckpt", "no such folder"),
+        ("", "no checkpoints/last.ckpt"),
     ]:
-        assert export.main([str(checkpoint), "--output", str(tmp_path / "model")]) == 2
+        assert export.main([str(tmp_path / checkpoint), *output]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        export.main([str(run), "--output", str(tmp_path / "model"), "--dtyp", "bfloat16"])
+        export.main([str(trained), *output, "--dtyp", "bfloat16"])
     assert "did you mean 'dtype'" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
@@ -77,14 +65,16 @@ import resource, signal, sys
 from train.checkpoint import export
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
-sys.exit(export.main([sys.argv[1], "--output", sys.argv[2]]))
+sys.exit(export.main(sys.argv[1:]))
 """
 
 
-def test_full_disk_leaves_nothing_behind(run, tmp_path):
-    command = [forked.python(), "-c", FULL_DISK, run, tmp_path / "out" / "model"]
+@pytest.mark.parametrize("layout", ["stu", "published"])
+def test_full_disk_leaves_nothing_behind(trained, tmp_path, layout):
+    output = tmp_path / "out" / "model"
+    command = [forked.python(), "-c", FULL_DISK, trained, "--output", output, "--format", layout]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
-    assert "stu-export: error" in result.stderr
+    assert re.search(f"stu-export: error: {output}: .*could not be written", result.stderr)
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == []

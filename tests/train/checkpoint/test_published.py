@@ -1,4 +1,4 @@
-"""Checkpoints of the published code: the same function here, and back without a bit changed."""
+"""Checkpoints of the published code compute the same here, and survive a round trip bit for bit."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from stu.layers import RMSNorm
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
 from stu.tokenizer import train_bpe
-from tests import forked
 from tests.reference import published
 from train.checkpoint import export, import_published
 
@@ -41,6 +40,7 @@ HYBRID = {
     "torch_dtype": "float32",
     "hidden_act": "swish",
 }
+MISSING = "missing"
 FULL = {**HYBRID, "use_approx": False, "use_attn": False, "n_layers": 2, "norm_eps": 0.01}
 
 
@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory):
 
 
 def random_weights(config):
-    """Under their published names, all of a size that matters; filters are not ours in sign."""
+    """Return weights by published name, none of them negligible; the filters differ in sign."""
     random = torch.Generator().manual_seed(7)
     width, hidden = config["n_embd"], config["n_embd"] * config["mlp_scale"]
     num_filters = config["num_eigh"]
@@ -108,7 +108,7 @@ def imported(request, tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 20, 37])
-def test_the_same_logits_as_the_published_formula(imported, length):
+def test_logits_equal_the_published_formula(imported, length):
     config, source, folder = imported
     weights = load_file(source / "model.safetensors")
     weights = {name: value.double().numpy() for name, value in weights.items()}
@@ -122,7 +122,7 @@ def test_the_same_logits_as_the_published_formula(imported, length):
     assert np.abs(single.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_what_is_beside_the_weights(imported, tokenizer):
+def test_settings_and_tokenizer_are_imported(imported, tokenizer):
     config, _, folder = imported
     assert load_config(folder).norm_eps == config.get("norm_eps", 2**-23)
     assert load_tokenizer(folder).sha256 == tokenizer.sha256
@@ -177,7 +177,7 @@ def test_round_trip(tmp_path, tokenizer, form, layout, caplog):
 
 
 @pytest.mark.parametrize("layout", ["hyena", "attention"])
-def test_layouts_that_the_published_code_lacks(tmp_path, tokenizer, layout, capsys):
+def test_layouts_that_the_published_code_lacks_are_refused(tmp_path, tokenizer, layout, capsys):
     config = ModelConfig(vocab_size=290, width=16, num_heads=2, max_seq_len=33, layout=layout)
     save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
     arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
@@ -216,7 +216,7 @@ def test_bfloat16(tmp_path, tokenizer):
     assert written["torch_dtype"] == "bfloat16"
 
 
-def test_a_model_directory_is_exported_again_with_its_defaults(imported, tmp_path, tokenizer):
+def test_model_directory_is_exported_with_its_defaults(imported, tmp_path, tokenizer):
     _, _, folder = imported
     save_model(tmp_path / "a", load_model(folder), tokenizer, {"temperature": 0.7})
     arguments = [str(tmp_path / "a"), "--output", str(tmp_path / "b"), "--dtype=bfloat16"]
@@ -241,7 +241,7 @@ def held_within(weights):
     return {f"module._orig_mod.model.module.{name}": value for name, value in weights.items()}
 
 
-def of_a_training_checkpoint(weights):
+def within_a_training_checkpoint(weights):
     return {"state_dict": held(weights), "epoch": 3}
 
 
@@ -264,38 +264,38 @@ def without_embedding(weights):
     return weights
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
 @pytest.mark.parametrize(
-    "change",
+    ("change", "suffix"),
     [
-        *(wrapped, held, held_within, compiled_layers, filters_in_layers),
-        *(without_head, without_embedding, nested, of_a_training_checkpoint),
+        (wrapped, ".safetensors"),
+        (held, ".pt"),
+        (held_within, ".pth"),
+        (compiled_layers, ".safetensors"),
+        (filters_in_layers, ".bin"),
+        (without_head, ".safetensors"),
+        (without_embedding, ".bin"),
+        (nested, ".pt"),
+        (within_a_training_checkpoint, ".pth"),
     ],
 )
 def test_other_files_and_names(tmp_path, tokenizer, change, suffix):
     weights = random_weights(HYBRID)
     source = write(tmp_path / "theirs", HYBRID, None)
-    changed, file = change(dict(weights)), source / f"model_00500{suffix}"
-    if suffix == ".safetensors":
-        if change in (nested, of_a_training_checkpoint):
-            pytest.skip("a safetensors file is flat")
-        save_file(changed, file)
-    else:
-        torch.save(changed, file)
-    assert run_import(source, tokenizer, tmp_path / "a") == 0
-    assert run_import(file, tokenizer, tmp_path / "b") == 0
-    for name in "ab":
+    save = save_file if suffix == ".safetensors" else torch.save
+    save(change(dict(weights)), source / f"model_00500{suffix}")
+    for name, path in {"a": source, "b": source / f"model_00500{suffix}"}.items():
+        assert run_import(path, tokenizer, tmp_path / name) == 0
         model = load_model(tmp_path / name)
         assert torch.equal(model.filters, weights["phi"])
         assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
         assert torch.equal(model.blocks[2].mixer.input_matrix, weights["layers.2.stu.M_inputs"])
 
 
-def in_parts(folder, weights, suffix="safetensors"):
-    """Three files and their index."""
+def write_parts(folder, weights):
+    """Write three files and their index, and return the index."""
     places = {}
     for number in range(3):
-        names, file = sorted(weights)[number::3], f"model-{number + 1:05d}-of-00003.{suffix}"
+        names, file = sorted(weights)[number::3], f"model-{number + 1:05d}-of-00003.safetensors"
         save_file({name: weights[name] for name in names}, folder / file)
         places |= dict.fromkeys(names, file)
     index = folder / "model.safetensors.index.json"
@@ -306,7 +306,7 @@ def in_parts(folder, weights, suffix="safetensors"):
 def test_several_files_with_an_index(tmp_path, tokenizer, capsys):
     weights = random_weights(HYBRID)
     source = write(tmp_path / "theirs", HYBRID, None)
-    index = in_parts(source, held(weights))
+    index = write_parts(source, held(weights))
     for name, path in {"a": source, "b": index}.items():
         assert run_import(path, tokenizer, tmp_path / name) == 0
         model = load_model(tmp_path / name)
@@ -334,20 +334,19 @@ def test_several_files_with_an_index(tmp_path, tokenizer, capsys):
     assert not (tmp_path / "c").exists()
 
 
-def test_the_norms_epsilon(tmp_path, tokenizer, caplog, capsys):
-    """Torch's default, which is what these files were computed with, unless something else is
-    said; and then what is said last."""
+def test_epsilon_of_the_norms(tmp_path, tokenizer, caplog, capsys):
+    """The option overrides config.json, which overrides PyTorch's default."""
     weights = random_weights(HYBRID)
-    silent = write(tmp_path / "silent", HYBRID, weights)
-    said = write(tmp_path / "said", HYBRID | {"norm_eps": 1e-3}, weights)
+    without = write(tmp_path / "without", HYBRID, weights)
+    with_eps = write(tmp_path / "with", HYBRID | {"norm_eps": 1e-3}, weights)
     torch.manual_seed(0)
     theirs = torch.nn.RMSNorm(8)
     x = 1e-3 * torch.randn(5, 8)
     for name, source, more, expected in [
-        ("a", silent, [], torch.finfo(torch.float32).eps),
-        ("b", said, [], 1e-3),
-        ("c", silent, ["--norm-eps=1e-6"], 1e-6),
-        ("d", said, ["--norm-eps=1e-6"], 1e-6),
+        ("a", without, [], torch.finfo(torch.float32).eps),
+        ("b", with_eps, [], 1e-3),
+        ("c", without, ["--norm-eps=1e-6"], 1e-6),
+        ("d", with_eps, ["--norm-eps=1e-6"], 1e-6),
     ]:
         caplog.clear()
         arguments = [str(source), "--output", str(tmp_path / name), *more]
@@ -363,7 +362,7 @@ def test_the_norms_epsilon(tmp_path, tokenizer, caplog, capsys):
     assert "norm-eps" in capsys.readouterr().err.replace("_", "-")
 
 
-def test_torch_files_of_before_they_were_archives(tmp_path, tokenizer):
+def test_torch_file_that_is_not_an_archive(tmp_path, tokenizer):
     source = write(tmp_path / "theirs", HYBRID, None)
     torch.save(random_weights(HYBRID), source / "model.pt", _use_new_zipfile_serialization=False)
     assert run_import(source, tokenizer, tmp_path / "ours") == 0
@@ -385,21 +384,18 @@ def test_torch_files_of_before_they_were_archives(tmp_path, tokenizer):
         ({"use_approx": False}, "layers.0.stu.M_phi_plus is missing"),
         ({"n_layers": 2}, "does not fit config.json: layers.2."),
         ({"seq_len": 40}, "phi is torch.float32 [37, 4], not floating point [40, 4]"),
+        *(
+            ({key: MISSING}, f"config.json: {key} missing: add what")
+            for key in ("n_embd", "n_heads", "window_size", "softcap", "mlp_scale")
+        ),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
-    source = write(tmp_path / "theirs", HYBRID | change, random_weights(HYBRID))
+    config = {name: value for name, value in (HYBRID | change).items() if value != MISSING}
+    source = write(tmp_path / "theirs", config, random_weights(HYBRID))
     assert run_import(source, tokenizer, tmp_path / "ours") == 2
     assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["theirs"]
-
-
-@pytest.mark.parametrize("key", ["n_embd", "n_heads", "window_size", "softcap", "mlp_scale"])
-def test_missing_settings(tmp_path, tokenizer, key, capsys):
-    config = {name: value for name, value in HYBRID.items() if name != key}
-    source = write(tmp_path / "theirs", config, random_weights(HYBRID))
-    assert run_import(source, tokenizer, tmp_path / "ours") == 2
-    assert f"config.json: {key} missing: add what" in capsys.readouterr().err
 
 
 def bias(weights):
@@ -448,7 +444,7 @@ def test_weights_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
     assert os.listdir(tmp_path) == ["theirs"]
 
 
-def test_another_tokenizer(tmp_path, tokenizer, capsys):
+def test_tokenizer_of_another_size_is_refused(tmp_path, tokenizer, capsys):
     config = HYBRID | {"vocab_size": 300}
     source = write(tmp_path / "theirs", config, random_weights(config))
     assert run_import(source, tokenizer, tmp_path / "ours") == 2
@@ -457,7 +453,7 @@ def test_another_tokenizer(tmp_path, tokenizer, capsys):
     assert "300 rows: give the tokenizer that the checkpoint was trained with" in error
 
 
-def test_files_that_are_none(tmp_path, tokenizer, capsys):
+def test_files_that_are_no_checkpoint(tmp_path, tokenizer, capsys):
     source = write(tmp_path / "theirs", HYBRID, None)
     other = tmp_path / "other.pt"
     torch.save({"norm.weight": torch.zeros(2), "epoch": 3}, other)
@@ -481,25 +477,8 @@ def test_files_that_are_none(tmp_path, tokenizer, capsys):
     assert not (tmp_path / "ours").exists()
 
 
-FULL_DISK = """
-import resource, signal, sys
-from train.checkpoint import export
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with an error
-resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
-sys.exit(export.main([sys.argv[1], "--output", sys.argv[2], "--format", "published"]))
-"""
-
-
-def test_full_disk_leaves_nothing_behind(imported, tmp_path):
-    command = [forked.python(), "-c", FULL_DISK, imported[2], tmp_path / "out" / "theirs"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2, result.stderr
-    assert f"stu-export: error: {tmp_path / 'out' / 'theirs'}: could not" in result.stderr
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_file_written_tensor_by_tensor(tmp_path):
-    """What safetensors reads is what was given, cast where asked, and can be mapped."""
+def test_safetensors_written_one_by_one(tmp_path):
+    """They are cast where asked, and aligned so that they can be mapped."""
     tensors = {
         "odd": torch.arange(3.0).bfloat16(),
         "wide": torch.randn(2, 5, dtype=torch.float64),
@@ -527,19 +506,19 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-before = peak()
-export.export(Path(sys.argv[1]), Path(sys.argv[2]), "bfloat16", layout=sys.argv[3])
+before, model, output = peak(), Path(sys.argv[1]), Path(sys.argv[2])
+for layout in ("stu", "published"):
+    export.export(model, output / layout, "bfloat16", layout=layout)
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' /proc")
-@pytest.mark.parametrize("layout", ["stu", "published"])
-def test_an_export_holds_no_second_model(tmp_path, tokenizer, layout):
+def test_exports_hold_no_second_model(tmp_path, tokenizer):
     config = ModelConfig(vocab_size=290, width=512, num_layers=8, max_seq_len=64, layout="stu")
     save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
     size = (tmp_path / "ours" / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", PEAK, tmp_path / "ours", tmp_path / "out", layout]
+    command = [sys.executable, "-c", PEAK, tmp_path / "ours", tmp_path / "out"]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=120, env=environment

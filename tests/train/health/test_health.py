@@ -1,4 +1,4 @@
-"""`stu-health` finds nodes that are not fit; tests/slurm runs it on the nodes of a job."""
+"""`stu-health` finds nodes that are not fit. Tests of Slurm run it on the nodes of a job."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,13 @@ from train.health import cli, node
 from train.health.verdict import Report, judge
 
 
-def test_too_little_memory():
+def test_too_little_memory_is_a_problem():
     assert list(node.local_problems(0.001)) == []
     (memory,) = node.local_problems(1e6)
     assert "1e+06 are needed" in memory
 
 
-def test_folders_that_can_be_written(tmp_path):
+def test_folder_must_be_shared_and_writable(tmp_path):
     folder = tmp_path / "logs"
     assert node.folder_problem(folder, "first", "first") == ""
     assert node.folder_problem(folder, "first", "second") == ""
@@ -77,8 +77,8 @@ def test_folders_are_read_from_settings(tmp_path):
 
 
 @pytest.mark.parametrize("has_gpus", [False, True])
-def test_gpus_that_do_not_answer(monkeypatch, has_gpus):
-    """A machine without any is for the CPU, though SLURM may name GPUs."""
+def test_gpus_that_do_not_respond(monkeypatch, has_gpus):
+    """A machine without GPUs is meant for the CPU, though Slurm may name some."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(node, "_has_nvidia_gpus", lambda: has_gpus)
@@ -91,8 +91,8 @@ def test_a_node_that_does_not_report_is_bad(monkeypatch, capsys, tmp_path, count
     monkeypatch.setenv("SLURM_NTASKS", str(count))
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     assert cli.check(tmp_path, 0.001, timeout_seconds=2.0) == count - 1
-    said = capsys.readouterr().err
-    assert ("stu-health: all nodes are fit (1)" in said) == (count == 1)
-    assert ("stu-health: bad node: 127.0.0.1" in said) == (count == 2)
-    assert ("127.0.0.1: no answer within 2 seconds" in said) == (count == 2)
+    printed = capsys.readouterr().err
+    assert ("stu-health: all nodes are fit (1)" in printed) == (count == 1)
+    assert ("stu-health: bad node: 127.0.0.1" in printed) == (count == 2)
+    assert ("127.0.0.1: no answer within 2 seconds" in printed) == (count == 2)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a run will take, before it begins."""
+"""Memory, speed and advice of `stu-plan`, against counts of another kind."""
 
 import re
 import resource
@@ -31,7 +31,7 @@ def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
     return activation_bytes(config, seq_len, micro_batch, settings, is_half=False, on_gpu=False)
 
 
-def test_activations_grow_with_the_micro_batch_and_little_else_does():
+def test_activations_grow_with_micro_batch_and_layers():
     one, two, four = (activations(micro_batch=size) for size in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
     six, eight = (activations(replace(SMALL, num_layers=count)) for count in (6, 8))
@@ -47,24 +47,23 @@ def test_activations_grow_with_the_micro_batch_and_little_else_does():
         ("hyena", 4, 300, False, "zero"),
     ],
 )
-def test_blocks_counted_once_are_what_all_of_them_take(
+def test_counting_two_periods_and_few_rows_equals_counting_all(
     monkeypatch, layout, num_layers, vocab_size, recomputes, kind
 ):
-    """And the loss of a few rows what that of all rows does."""
     config = replace(SMALL, layout=layout, num_layers=num_layers, vocab_size=vocab_size)
     monkeypatch.setattr(loss, "LOGIT_BYTES", 4 * vocab_size * 30)
     settings = ParallelConfig(kind=kind, checkpoint_activations=recomputes)
-    given = config, 128, 2, settings, not recomputes, False
-    counted = activation_bytes(*given)
+    arguments = config, 128, 2, settings, not recomputes, False
+    counted = activation_bytes(*arguments)
     monkeypatch.setattr(counting, "LOSS_CHUNKS", 1000)
-    assert counted == pytest.approx(step_memory(*given).peak, abs=64)  # single numbers
+    assert counted == pytest.approx(step_memory(*arguments).peak, abs=64)  # single numbers
     with torch.device("meta"):
         assert num_parameters(config) == FlashSTU(config).num_parameters()
 
 
 @pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
-def test_activations_are_at_least_what_is_saved_for_the_backward_pass(layout):
-    """Counted on real tensors, one by one."""
+def test_activations_include_what_is_saved_for_the_backward_pass(layout):
+    """Saved tensors are counted one by one in a real pass."""
     config = replace(SMALL, layout=layout)
     model = FlashSTU(config)
     parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -83,7 +82,7 @@ def test_activations_are_at_least_what_is_saved_for_the_backward_pass(layout):
 
 
 @pytest.mark.parametrize("is_half", [False, True])
-def test_stages_divide_what_they_say(is_half):
+def test_stages_divide_weights_gradients_and_optimizer(is_half):
     count = num_parameters(SMALL)
     held = [
         rank_memory(
@@ -93,9 +92,9 @@ def test_stages_divide_what_they_say(is_half):
     ]
     width = 2 if is_half else 4
     filters = 4 * SMALL.max_seq_len * SMALL.num_filters
-    assert [its.weights - filters for its in held[:3]] == [width * count] * 3
+    assert [memory.weights - filters for memory in held[:3]] == [width * count] * 3
     assert held[3].weights - filters == pytest.approx(width * count / 8, rel=0.01)
-    assert [its.gradients for its in held[:2]] == [width * count] * 2
+    assert [memory.gradients for memory in held[:2]] == [width * count] * 2
     assert held[2].gradients == held[3].gradients == pytest.approx(width * count / 8, rel=0.01)
     assert held[1].optimizer == held[3].optimizer == pytest.approx(12 * count / 8, rel=0.01)
     assert held[0].optimizer == (12 if is_half else 8) * count
@@ -113,13 +112,13 @@ def test_lion_takes_half_the_state_of_adamw(kind):
 
 
 @pytest.mark.parametrize("layout", ["hyena", "attention"])
-def test_no_room_for_spectral_filters_where_there_are_none(layout):
+def test_model_without_stu_holds_no_filters(layout):
     config = replace(SMALL, layout=layout)
     memory = rank_memory(config, ParallelConfig(), 1, 0, is_half=False, on_gpu=True, state_bytes=8)
     assert memory.weights == 4 * num_parameters(config)
 
 
-def test_fsdp_divides_all_but_what_is_being_computed():
+def test_fsdp_divides_all_but_its_buffers():
     one, eight = (
         rank_memory(SMALL, ParallelConfig(kind="fsdp"), ranks, 0, True, True, state_bytes=8)
         for ranks in (1, 8)
@@ -129,8 +128,8 @@ def test_fsdp_divides_all_but_what_is_being_computed():
     assert one.total - eight.total == pytest.approx(16 * count * 7 / 8, rel=1e-3)
 
 
-def test_ffts_work_in_what_their_lengths_make():
-    """Of twice the padded length: two spectra and a padded copy, or what is transformed back."""
+def test_ffts_work_in_spectra_and_padded_copies():
+    """Of twice the padded length: two spectra and a padded copy, or the inverse transforms."""
     config = replace(SMALL, layout="stu")
     sequences = 2 * 2 * config.width  # phases, micro-batch
     padded = 4 * 256 * sequences  # bytes; each phase has 128 positions
@@ -140,7 +139,7 @@ def test_ffts_work_in_what_their_lengths_make():
 
 
 def test_flops_of_dense_layers_and_attention():
-    """Against the usual count, six for each weight and token."""
+    """The usual count is six for each weight and token."""
     flops = token_flops(SMALL, 256, 2, recomputes=False)
     assert flops.dense == 6 * num_parameters(SMALL)
     assert flops.attention == pytest.approx(2 * 3.5 * 4 * 64 * 32, rel=0.1)
@@ -150,8 +149,8 @@ def test_flops_of_dense_layers_and_attention():
 
 
 def test_flops_of_other_mixers():
-    """Attention has no FFTs; Hyena's are twice as long as an STU's, and half as many; and what
-    makes its filters is computed once for a batch."""
+    """Attention has no FFTs. Hyena's are twice as long as an STU's and half as many, and its filters
+    are computed once for a batch."""
     stu, hyena, attention = (
         replace(SMALL, layout=layout) for layout in ("stu", "hyena", "attention")
     )
@@ -160,7 +159,9 @@ def test_flops_of_other_mixers():
     assert flops.dense == 6 * num_parameters(attention)
     assert flops.attention == pytest.approx(4 * 3.5 * 4 * 64 * 32, rel=0.1)
     assert token_flops(hyena, 256, 2, recomputes=False).attention == 0
-    fft_stu, fft_hyena = (token_flops(its, 256, 64, False).convolution for its in (stu, hyena))
+    fft_stu, fft_hyena = (
+        token_flops(config, 256, 64, False).convolution for config in (stu, hyena)
+    )
     assert fft_hyena / fft_stu == pytest.approx(9 / 8, rel=0.02)  # log2 of 512 and of 256
     network = 4 * (33 * 64 + 2 * 64 * 64 + 3 * 64 + 64 + 64 * 64 + 64)
     made = planned_mixers(hyena)[0].filter_modules
@@ -170,24 +171,19 @@ def test_flops_of_other_mixers():
         assert dense == 6 * (num_parameters(hyena) - network + network / batch)
 
 
-@pytest.fixture
-def settings(module_settings):
-    return module_settings
-
-
-def test_a_run_that_fits(settings, capsys):
+def test_run_that_fits(settings, capsys):
     assert plan.main(["--nodes", "2", "--gpus", "4", "--gpu", "a100-40g", *settings]) == 0
     shown = capsys.readouterr().out
     assert "GiB on each of 8 a100-40g" in shown
     assert re.search(r"tokens per second, [\d.]+ days", shown.replace("\n", " "))
 
 
-def test_a_plan_is_of_the_precision_that_was_given(settings, capsys):
-    """Which is float32 where none was, as in `stu-train`."""
+def test_plan_follows_the_precision(settings, capsys):
+    """The default is float32, as in `stu-train`."""
     totals = {}
-    for name, given in {"float32": [], "bfloat16": ["--trainer.precision=bf16-mixed"]}.items():
-        fine = ["--model.config.width=512", "--data.micro_batch_size=512"]  # more than weights
-        assert plan.main(["--gpus", "1", *settings, *fine, *given]) == 0
+    for name, more in {"float32": [], "bfloat16": ["--trainer.precision=bf16-mixed"]}.items():
+        large = ["--model.config.width=512", "--data.micro_batch_size=512"]  # more than weights
+        assert plan.main(["--gpus", "1", *settings, *large, *more]) == 0
         shown = capsys.readouterr().out
         assert f"{name}; 73.6 are usable" in " ".join(shown.split())
         assert ("float32 is slower" in shown) == (name == "float32")
@@ -195,11 +191,10 @@ def test_a_plan_is_of_the_precision_that_was_given(settings, capsys):
     assert totals["float32"] > 1.2 * totals["bfloat16"]
 
 
-def test_a_run_that_does_not_fit_is_told_what_would(settings, capsys):
+def test_advice_for_a_run_that_does_not_fit_fits(settings, capsys):
     large = {"layout": "stu", "width": 6144, "num_layers": 4, "mlp_ratio": 12}
     large |= {"num_heads": 8, "max_seq_len": 8192, "vocab_size": 200_064, "num_filters": 24}
-    others = [its for its in settings if not its.startswith(("--model.config", "--data.seq_len"))]
-    given = [*others, *(f"--model.config.{name}={its}" for name, its in large.items())]
+    given = [*settings, *(f"--model.config.{name}={value}" for name, value in large.items())]
     given += ["--data.seq_len=8192", "--trainer.precision=bf16-mixed", "--data.dir=/not/yet"]
     assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given]) == 1
     shown = " ".join(capsys.readouterr().out.split())
@@ -212,7 +207,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(settings, capsys):
     assert plan.main(["--gpus", "8", "--gpu", "l40s-48g", *given, *again]) == 0
 
 
-def test_this_machine_has_nothing_to_plan_for(settings, capsys, monkeypatch):
+def test_unknown_machine_gets_only_a_check_of_the_settings(settings, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert plan.main(["--gpu", "this", *settings]) == 0
     assert "the settings are valid" in capsys.readouterr().out
@@ -234,9 +229,9 @@ def test_this_machine_has_nothing_to_plan_for(settings, capsys, monkeypatch):
         ("NVIDIA T4", 15, None),
     ],
 )
-def test_gpus_are_known_by_name_and_memory(monkeypatch, name, gib, known):
-    its = SimpleNamespace(name=name, total_memory=int(gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: its)
+def test_gpus_are_identified_by_name_and_memory(monkeypatch, name, gib, known):
+    properties = SimpleNamespace(name=name, total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert known_gpu(torch.device("cuda", 0)) == known
 
 
@@ -247,13 +242,13 @@ def test_gpus_are_known_by_name_and_memory(monkeypatch, name, gib, known):
         (["--model.config.vocab_size=999"], "vocab_size=999, but the token shards were made with"),
     ],
 )
-def test_wrong_settings(settings, capsys, arguments, message):
+def test_wrong_data_is_named(settings, capsys, arguments, message):
     assert plan.main([*settings, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_help_is_quick():
-    """In seconds of a processor, of which others may take their share."""
+    """In processor seconds, which do not count the work of others."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "train.plan.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends where one ends that is not."""
+"""A run that is killed again and again ends like one that is never killed."""
 
 import os
 import random
@@ -7,11 +7,9 @@ import subprocess
 import threading
 
 import pytest
-import torch
 
 from tests import forked
-from tests.train.saved import load_checkpoint
-from train import cli, report
+from tests.train.saved import assert_same_state, last_checkpoint, losses
 
 KILLS = 20
 STEPS = 600
@@ -19,18 +17,13 @@ SECONDS = 300
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(settings, tmp_path):
+def test_twenty_kills_at_random_moments_change_nothing(train, settings, tmp_path):
     """A checkpoint after every second step: about every second kill cuts one short."""
-    changed = {"trainer.max_steps": STEPS, "trainer.val_check_interval": 200}
-    changed["checkpoint-every-steps"] = 2
-    replaced = {f"--{name}" for name in changed}
-    arguments = [its for its in settings if its.split("=")[0] not in replaced]
-    arguments += [f"--{name}={value}" for name, value in changed.items()]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli.main([*arguments, f"--run-dir={whole}"]) == 0
-
+    more = [f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=200"]
+    more.append("--checkpoint-every-steps=2")
+    whole, killed = train(tmp_path / "whole", *more), tmp_path / "killed"
     chance = random.Random(0)
-    command = [forked.program("stu-train"), *arguments, "--resume=auto"]
+    command = [forked.program("stu-train"), *settings, *more, "--resume=auto"]
     command.append(f"--run-dir={killed}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(KILLS):
@@ -45,14 +38,7 @@ def test_twenty_kills_at_random_moments_change_nothing(settings, tmp_path):
         assert run.returncode == -9
     subprocess.run(command, check=True, timeout=SECONDS, env=environment)
 
-    actual, expected = (
-        load_checkpoint(run / "checkpoints" / "last.ckpt") for run in (killed, whole)
-    )
+    actual = last_checkpoint(killed)
     assert actual["global_step"] == STEPS
-    assert actual["TokenData"] == expected["TokenData"]
-    for name, weight in expected["state_dict"].items():
-        assert torch.equal(actual["state_dict"][name], weight), name
-    moments = [its["optimizer_states"][0]["state"] for its in (actual, expected)]
-    for mine, other in zip(*(its.values() for its in moments), strict=True):
-        assert all(torch.equal(mine[kind], other[kind]) for kind in other)
-    assert report.read_curves(killed)["train/loss"] == report.read_curves(whole)["train/loss"]
+    assert_same_state(actual, last_checkpoint(whole))
+    assert losses(killed) == losses(whole)

@@ -1,4 +1,4 @@
-"""As many ranks train as the settings ask for, or none: who started a process, by its variables."""
+"""How a process was started, by its environment: a run has as many ranks as it asks for."""
 
 import contextlib
 import os
@@ -12,14 +12,15 @@ import psutil
 import pytest
 
 from stu.common.errors import UserError
-from train.start.launch import Launch, detect_launch
+from train.start.launch import detect_launch
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "wrap", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
+SECONDS = 240
 STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0"}
 
 
 def step(tasks, nodes, per_node, **more):
-    """As srun sets them, whatever the job is called."""
+    """Return the variables of a step of srun."""
     numbers = {
         "SLURM_NTASKS": str(tasks),
         "SLURM_STEP_NUM_TASKS": str(tasks),
@@ -30,7 +31,7 @@ def step(tasks, nodes, per_node, **more):
 
 
 def shell(name, **more):
-    """As salloc sets them, or srun --pty."""
+    """Return the variables of a shell of salloc or of `srun --pty`."""
     return {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": name, "SLURM_NNODES": "1", **more}
 
 
@@ -58,12 +59,12 @@ def torchrun(ranks, local):
         (shell("interactive", SLURM_NTASKS="2"), 2, 1, "slurm allocation"),
         (step(1, 1, "1", SLURM_JOB_NAME="bash", SLURM_PTY_PORT="9"), 2, 1, "slurm allocation"),
         (torchrun(4, 2), 2, 2, "torchrun"),
-        # Within a job, torchrun's own are what counts.
+        # Within a job, torchrun's variables are the ones that count.
         ({**step(1, 1, "1"), **torchrun(2, 2)}, 2, 1, "torchrun"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, 1, 1, "alone"),
     ],
 )
-def test_as_many_ranks_as_asked_for(variables, devices, nodes, kind):
+def test_matching_launch_is_accepted(variables, devices, nodes, kind):
     launch = detect_launch(variables)
     launch.check(devices, nodes)
     assert launch.kind == kind
@@ -103,7 +104,7 @@ def test_as_many_ranks_as_asked_for(variables, devices, nodes, kind):
         ({}, 1, 2, "this process is the only one"),
     ],
 )
-def test_fewer_or_more_ranks_than_asked_for(variables, devices, nodes, message):
+def test_fewer_or_more_ranks_are_refused(variables, devices, nodes, message):
     with pytest.raises(UserError, match=message):
         detect_launch(variables).check(devices, nodes)
 
@@ -115,36 +116,23 @@ def test_fewer_or_more_ranks_than_asked_for(variables, devices, nodes, message):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not"),
     ],
 )
-def test_what_cannot_be_joined(variables, message):
+def test_unsupported_launch_is_refused(variables, message):
     with pytest.raises(UserError, match=message):
         detect_launch(variables)
-
-
-def test_an_alone_process_has_one_rank():
-    assert detect_launch({}) == Launch("alone")
-
-
-SECONDS = 240
 
 
 @pytest.mark.slow
 def test_ranks_import_nothing_from_the_current_folder(settings, tmp_path, folder_of_namesakes):
     program = Path(sys.executable).with_name("stu-train")
     more = ["--trainer.devices=2", "--trainer.max_steps=1", f"--run-dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [program, *settings, *more],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    command, environment = [program, *settings, *more], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert "trained to step 1 of 1" in done.stderr
 
 
-def test_a_signal_before_the_first_step_ends_ranks_that_it_started_itself(settings, tmp_path):
-    """The first one waits for the other, which the signal has ended, and acts on none meanwhile."""
+def test_signal_before_the_first_step_ends_all_ranks_of_one_machine(settings, tmp_path):
+    """The first rank handles no signal while it waits for the other, which the signal has ended."""
     program = Path(sys.executable).with_name("stu-train")
     log = tmp_path / "log"
     variables = {name: value for name, value in os.environ.items() if "SLURM" not in name}

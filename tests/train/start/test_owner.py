@@ -11,8 +11,7 @@ import threading
 import pytest
 
 from stu.common.errors import UserError
-from tests.train.saved import load_checkpoint
-from train import cli
+from tests.train.saved import last_checkpoint
 from train.callbacks.progress import StepProgress
 from train.checkpoint import callback as checkpoints
 from train.checkpoint.writer import CheckpointWriter
@@ -26,11 +25,11 @@ def record(run_dir, number):
     return json.loads((run_dir / "jobs" / f"{number:05d}.json").read_text())
 
 
-def elsewhere(run_dir, seconds_ago=0.0, **changes):
-    """An owner on another machine, which has not ended."""
+def claim_elsewhere(run_dir, seconds_ago=0.0, **changes):
+    """Let an owner on another machine claim the folder, and return the path of its record."""
     first = RunOwner(run_dir)
     first.claim({})
-    first._ended.set()  # no heartbeat any more
+    first._ended.set()  # ends the heartbeat
     path = run_dir / "jobs" / "00001.json"
     path.write_text(json.dumps({**record(run_dir, 1), "boot": "another", "host": "far", **changes}))
     then = path.stat().st_mtime - seconds_ago
@@ -38,40 +37,40 @@ def elsewhere(run_dir, seconds_ago=0.0, **changes):
     return path
 
 
-def test_a_second_run_is_refused_by_name(settings, tmp_path, capsys):
+def test_second_run_is_refused_and_the_owner_named(train, tmp_path, capsys):
     first = RunOwner(tmp_path)
     first.claim({"command": "this one"})
-    arguments = [*settings, f"--run-dir={tmp_path}", "--trainer.max_steps=1", "--resume=auto"]
-    assert cli.main(arguments) == 2
+    more = "--trainer.max_steps=1", "--resume=auto"
+    train(tmp_path, *more, code=2)
     assert f"process {os.getpid()} on " in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["00001.json", "jobs"]
     first.end("done")
-    assert cli.main(arguments) == 0
+    train(tmp_path, *more)
     assert record(tmp_path, 1)["ended"]["how"] == record(tmp_path, 2)["ended"]["how"] == "done"
 
 
-def test_a_killed_process_is_followed_at_once(tmp_path, capsys):
+def test_killed_owner_is_succeeded_at_once(tmp_path, capsys):
     code = "import os, sys; from pathlib import Path; from train.start.owner import RunOwner\n"
     code += "RunOwner(Path(sys.argv[1])).claim({}); os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    next_one = RunOwner(tmp_path)
-    next_one.claim({})
-    assert next_one.number == 2
+    second = RunOwner(tmp_path)
+    second.claim({})
+    assert second.number == 2
     assert "its process is gone" in capsys.readouterr().err
-    next_one.end("done")
+    second.end("done")
 
 
-def test_another_machine_without_a_sign_of_life_is_followed(tmp_path, monkeypatch, capsys):
+def test_owner_elsewhere_without_a_heartbeat_is_succeeded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(owner, "WATCH_SECONDS", 0.01)
-    elsewhere(tmp_path, seconds_ago=1000)
+    claim_elsewhere(tmp_path, seconds_ago=1000)
     RunOwner(tmp_path).claim({})
     assert "no sign of life for 100" in capsys.readouterr().err
 
 
-def test_another_machine_that_shows_a_sign_of_life_is_not_followed(tmp_path, monkeypatch):
-    """However old its heartbeat looked at first."""
-    path, ended = elsewhere(tmp_path, seconds_ago=1000), threading.Event()
+def test_owner_elsewhere_with_a_heartbeat_keeps_the_folder(tmp_path, monkeypatch):
+    """Its heartbeat looks old at first."""
+    path, ended = claim_elsewhere(tmp_path, seconds_ago=1000), threading.Event()
     monkeypatch.setattr(owner, "WATCH_SECONDS", FOREVER)
 
     def live():
@@ -89,10 +88,10 @@ def test_another_machine_that_shows_a_sign_of_life_is_not_followed(tmp_path, mon
 
 
 @pytest.mark.parametrize("restart", [1, 2])
-def test_a_job_that_slurm_started_again_follows_itself_at_once(tmp_path, monkeypatch, restart):
+def test_restarted_slurm_job_succeeds_itself_at_once(tmp_path, monkeypatch, restart):
     monkeypatch.setattr(owner, "WATCH_SECONDS", FOREVER)
     job = {"cluster": "", "job": "77", "restart": 1}
-    elsewhere(tmp_path, slurm=job)
+    claim_elsewhere(tmp_path, slurm=job)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
     monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
@@ -104,23 +103,23 @@ def test_a_job_that_slurm_started_again_follows_itself_at_once(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_of_two_that_follow_one_gets_it(tmp_path, monkeypatch, has_links):
+def test_one_of_two_successors_gets_the_folder(tmp_path, monkeypatch, has_links):
     def no_links(*_):
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     if not has_links:
         monkeypatch.setattr(os, "link", no_links)
-    one, two = RunOwner(tmp_path), RunOwner(tmp_path)
-    one.claim({})
-    assert not two._create(1)
+    first, second = RunOwner(tmp_path), RunOwner(tmp_path)
+    first.claim({})
+    assert not second._create(1)
     assert record(tmp_path, 1)["pid"] == os.getpid()
     assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["00001.json"]
-    one.withdraw()
+    first.withdraw()
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_run_that_was_taken_over_writes_no_checkpoint(settings, tmp_path, monkeypatch, capsys):
-    """It was suspended, say, and wakes up."""
+def test_run_that_was_taken_over_writes_no_checkpoint(train, tmp_path, monkeypatch, capsys):
+    """It may have been suspended meanwhile."""
     run = tmp_path / "run"
 
     def take_over(self, trainer, *_):
@@ -128,8 +127,7 @@ def test_a_run_that_was_taken_over_writes_no_checkpoint(settings, tmp_path, monk
             (run / "jobs" / "00002.json").write_text(json.dumps(record(run, 1)))
 
     monkeypatch.setattr(StepProgress, "on_train_batch_end", take_over)
-    arguments = [*settings, f"--run-dir={run}", "--trainer.max_steps=9"]
-    assert cli.main([*arguments, "--checkpoint-every-steps=2"]) == 2
+    train(run, "--trainer.max_steps=9", "--checkpoint-every-steps=2", code=2)
     error = capsys.readouterr().err
     assert "has taken over" in error
     assert "Traceback" not in error
@@ -137,14 +135,14 @@ def test_a_run_that_was_taken_over_writes_no_checkpoint(settings, tmp_path, monk
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert names <= {"last.ckpt", "step-00000002.ckpt"}
     if names:
-        assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+        assert last_checkpoint(run)["global_step"] == 2
 
 
 def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device", "a record")
 
 
-def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, capsys):
+def test_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, capsys):
     """A full disk ends the run, and its own message is the one that counts."""
     ending, not_begun = RunOwner(tmp_path / "a"), RunOwner(tmp_path / "b")
     ending.claim({})
@@ -158,15 +156,15 @@ def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch, c
     assert "00001.json could not be deleted" in capsys.readouterr().err
 
 
-def test_a_heartbeat_from_the_future_is_not_waited_for_any_longer(tmp_path, monkeypatch, capsys):
-    elsewhere(tmp_path, seconds_ago=-5)
+def test_heartbeat_from_the_future_is_not_waited_for_longer(tmp_path, monkeypatch, capsys):
+    claim_elsewhere(tmp_path, seconds_ago=-5)
     monkeypatch.setattr(owner, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(owner, "STALE_SECONDS", 0.01)
     RunOwner(tmp_path).claim({})
     assert "waits up to 0 s for a sign of life" in capsys.readouterr().err
 
 
-def test_another_users_process_that_the_system_hides_is_not_gone(monkeypatch):
+def test_hidden_process_of_another_user_is_not_gone(monkeypatch):
     start = processes._start_of(os.getpid())
     assert not processes.is_gone(os.getpid(), start)
     assert processes.is_gone(os.getpid(), "another time")
@@ -179,12 +177,12 @@ def test_another_users_process_that_the_system_hides_is_not_gone(monkeypatch):
     assert not processes.is_gone(os.getpid(), start)
 
 
-def test_all_ranks_hear_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch):
-    """One that raised alone would leave the others waiting for it."""
-    heard = []
+def test_all_ranks_learn_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch):
+    """If it raised the error alone, the others would wait for it."""
+    exchanged = []
 
     def largest(trainer, *values):
-        heard.append(values)
+        exchanged.append(values)
         return list(map(float, values))
 
     monkeypatch.setattr(checkpoints, "largest_of_ranks", largest)
@@ -194,4 +192,4 @@ def test_all_ranks_hear_that_the_first_cannot_see_the_owner(tmp_path, monkeypatc
     callback = checkpoints.Checkpoints(tmp_path, writer, 1, 1.0, 1)
     with pytest.raises(OSError, match="a record"):
         callback._check_owner(None)
-    assert heard == [(False,), (True,)]
+    assert exchanged == [(False,), (True,)]

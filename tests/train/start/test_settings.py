@@ -3,9 +3,10 @@
 import math
 import re
 
+import hypothesis
 import lightning as L
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, given, strategies
 
 from train import cli
 from train.data.shards import Index
@@ -14,6 +15,7 @@ from train.plan import cli as plan
 WRONG = [
     ("--model.config.num_layers=0", "num_layers=0"),
     ("--model.config.width=0", "width=0"),
+    ("--model.config.width=abc", "model.config.width"),
     ("--model.config.num_heads=3", "model.config.num_heads=3 .* divides width=16"),
     ("--model.config.num_filters=-1", "num_filters=-1"),
     ("--model.config.softcap=.nan", "softcap=NaN"),
@@ -77,10 +79,10 @@ WRONG = [
 
 
 @pytest.fixture
-def commands(module_settings, tmp_path, monkeypatch):
-    """Both, until training or counting would begin. Each returns its code."""
+def commands(settings, tmp_path, monkeypatch):
+    """Both commands as functions that return the exit code, without training or counting."""
     monkeypatch.setattr(L.Trainer, "fit", lambda *_, **__: None)
-    monkeypatch.setattr(plan, "plan", lambda *_: 0)
+    monkeypatch.setattr("train.plan.report.show_plan", lambda *_: 0)
 
     def code(main, arguments):
         try:
@@ -89,13 +91,16 @@ def commands(module_settings, tmp_path, monkeypatch):
             return stop.code
 
     def train(*arguments):
-        return code(cli.main, [*module_settings, f"--run-dir={tmp_path / 'run'}", *arguments])
+        return code(cli.main, [*settings, f"--run-dir={tmp_path / 'run'}", *arguments])
 
-    return {"stu-train": train, "stu-plan": lambda *its: code(plan.main, [*module_settings, *its])}
+    def plan_run(*arguments):
+        return code(plan.main, [*settings, *arguments])
+
+    return {"stu-train": train, "stu-plan": plan_run}
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[its[0][2:] for its in WRONG])
-def test_what_both_refuse(commands, tmp_path, capsys, arguments, message):
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[wrong[0][2:] for wrong in WRONG])
+def test_wrong_setting_is_refused_by_both(commands, tmp_path, capsys, arguments, message):
     for name, command in commands.items():
         assert command(*arguments.split()) == 2
         error = capsys.readouterr().err.replace('"', "")  # around strings
@@ -131,15 +136,14 @@ VALUES = {
 
 
 @given(strategies.data())
-@settings(
+@hypothesis.settings(
     max_examples=25,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_both_are_of_one_mind(commands, data):
-    """The check sees all that a trainer, made of the same settings, refuses: few are changed, so
-    that many are valid."""
+def test_both_refuse_the_same_of_random_settings(commands, data):
+    """Few settings are changed at once, so that many runs are valid."""
     names = data.draw(strategies.lists(strategies.sampled_from(sorted(VALUES)), max_size=3))
     chosen = [f"--{name}={data.draw(strategies.sampled_from(VALUES[name]))}" for name in names]
     codes = {name: command(*chosen) for name, command in commands.items()}
@@ -147,8 +151,7 @@ def test_both_are_of_one_mind(commands, data):
     assert codes["stu-plan"] in (0, 2)
 
 
-def test_both_warn_of_little_data(commands, module_settings, data, capsys):
-    """Such as is less than a step reads, or than a sample to validate with."""
+def test_both_warn_of_less_data_than_a_step_or_a_sample(commands, data, capsys):
     index = Index.load(data)
     samples = (index.splits["train"].num_tokens - 1) // 16
     validation = index.splits["validation"].num_tokens - 1
@@ -167,7 +170,7 @@ def test_both_warn_of_little_data(commands, module_settings, data, capsys):
 
 
 @pytest.mark.parametrize("kind", ["zero", "fsdp"])
-def test_both_take_what_is_right(commands, kind):
+def test_both_accept_valid_settings(commands, kind):
     arguments = [f"--parallel.kind={kind}", "--trainer.precision=bf16-mixed"]
     assert [command(*arguments) for command in commands.values()] == [0, 0]
 
@@ -185,7 +188,7 @@ def test_both_take_what_is_right(commands, kind):
         (["--gpu", "abacus"], 'gpu="abacus" is not allowed: it must be one of a100-40g'),
     ],
 )
-def test_what_plan_alone_has(commands, capsys, arguments, message):
+def test_wrong_option_of_plan_is_refused(commands, capsys, arguments, message):
     assert commands["stu-plan"](*arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -198,14 +201,14 @@ def test_what_plan_alone_has(commands, capsys, arguments, message):
         (["--trainer.devices=2", "--trainer.num_nodes=3", "--nodes=1", "--gpus=4"], 4),
     ],
 )
-def test_ranks_are_those_of_the_settings(commands, monkeypatch, arguments, ranks):
-    planned = []
-    monkeypatch.setattr(plan, "plan", lambda *its: planned.append(its[2]) or 0)
-    assert commands["stu-plan"](*arguments) == 0
-    assert planned == [ranks]
+def test_number_of_ranks_follows_the_settings(commands, monkeypatch, arguments, ranks):
+    monkeypatch.setattr(
+        "train.plan.report.show_plan", lambda settings, gpu, num_ranks, tokens: num_ranks
+    )
+    assert commands["stu-plan"](*arguments) == ranks
 
 
-def test_a_fault_of_the_program_is_not_a_run_that_does_not_fit(commands, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "plan", lambda *_: math.sqrt(-1))
+def test_fault_of_the_program_has_its_own_code(commands, monkeypatch, capsys):
+    monkeypatch.setattr("train.plan.report.show_plan", lambda *_: math.sqrt(-1))
     assert commands["stu-plan"]() == 3
     assert "Traceback" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A start that one rank refuses is refused by all: ranks as srun starts them, on one machine."""
+"""If one rank refuses a start, all do. Ranks are started as by srun, on one machine."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import pytest
 
 from stu.common.errors import UserError
 from tests import forked
+from tests.train.start.test_launch import step
 from train.start import agreement as start_module
 from train.start.agreement import RunFailed, Start, judge, wait_for_listener
 from train.start.launch import Launch
@@ -20,7 +21,7 @@ STORE = ("set", "get", "check")
 
 @pytest.fixture
 def address(monkeypatch):
-    """Where torch and stu meet; no other test's."""
+    """Free ports where stu and torch meet."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -30,7 +31,7 @@ def address(monkeypatch):
 
 
 def run_ranks(*bodies):
-    """Each body on a thread, as a rank: what each raised."""
+    """Run functions on threads, a rank each, and return what they raised."""
     raised = [None] * len(bodies)
     count = len(bodies)
 
@@ -40,7 +41,7 @@ def run_ranks(*bodies):
         except BaseException as error:
             raised[rank] = error
 
-    threads = [threading.Thread(target=run, args=its) for its in enumerate(bodies)]
+    threads = [threading.Thread(target=run, args=rank) for rank in enumerate(bodies)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -71,33 +72,31 @@ def with_facts(**facts):
     return body
 
 
-def test_all_go_on_if_none_refuses(address):
-    assert (
-        run_ranks(with_facts(torch="2"), with_facts(torch="2"), with_facts(torch="2")) == [None] * 3
-    )
+def test_all_continue_if_none_refuses(address):
+    assert run_ranks(*[with_facts(torch="2")] * 3) == [None] * 3
 
 
 @pytest.mark.parametrize("bodies", [(succeed, refuse), (refuse, succeed)])
-def test_a_refusal_is_everyones(address, bodies):
+def test_refusal_of_one_rank_is_raised_on_all(address, bodies):
     host, rank = socket.gethostname(), bodies.index(refuse)
     for error in run_ranks(*bodies):
         assert isinstance(error, UserError)
         assert str(error) == f"rank {rank} on {host}: data.dir=/nowhere: no such folder"
 
 
-def test_a_refusal_of_all_is_told_once(address):
+def test_refusal_of_all_ranks_is_shown_once(address):
     for error in run_ranks(refuse, refuse):
         assert str(error) == "data.dir=/nowhere: no such folder (all 2 ranks)"
 
 
-def test_a_failure_ends_all_as_one(address):
+def test_failure_of_one_rank_ends_all(address):
     first, second = run_ranks(succeed, fail)
     assert isinstance(first, RunFailed)
     assert first.code == 1
     assert isinstance(second, RuntimeError)
 
 
-def test_what_differs_is_named(address):
+def test_different_facts_are_named(address):
     host = socket.gethostname()
     for error in run_ranks(with_facts(torch="2.13.0"), with_facts(torch="2.12.1")):
         assert str(error).startswith(
@@ -105,12 +104,12 @@ def test_what_differs_is_named(address):
         )
 
 
-def test_a_folder_that_ranks_do_not_share(address, tmp_path):
+def test_folder_that_ranks_do_not_share_is_refused(address, tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     for error in run_ranks(
         lambda start: start.check_folder(tmp_path / "0"),
-        # As if it were the same name on another node.
+        # It stands for the same path on another node.
         lambda start: _on_another_node(start).check_folder(tmp_path / "1"),
     ):
         assert "rank 1" in str(error)
@@ -118,7 +117,7 @@ def test_a_folder_that_ranks_do_not_share(address, tmp_path):
     assert not list((tmp_path / "0").iterdir())
 
 
-def test_a_folder_that_ranks_share(address, tmp_path):
+def test_folder_that_ranks_share_is_accepted(address, tmp_path):
     bodies = [lambda start: start.check_folder(tmp_path)] * 2
     assert run_ranks(*bodies) == [None] * 2
     assert not list(tmp_path.iterdir())
@@ -129,8 +128,8 @@ def _on_another_node(start):
     return start
 
 
-def test_the_first_rank_may_take_longer_than_the_others_wait(address, monkeypatch):
-    """As it verifies a checkpoint of hundreds of gigabytes."""
+def test_first_rank_that_is_at_work_may_exceed_the_patience_of_the_others(address, monkeypatch):
+    """It may verify a checkpoint of hundreds of gigabytes."""
     monkeypatch.setattr(start_module, "BEAT_SECONDS", 0.01)
     waited = threading.Event()
 
@@ -141,8 +140,8 @@ def test_the_first_rank_may_take_longer_than_the_others_wait(address, monkeypatc
     def wait(start):
         add = start._connect().add
 
-        def look(*given):
-            count = add(*given)
+        def look(*arguments):
+            count = add(*arguments)
             if count > 2:
                 waited.set()
             return count
@@ -156,11 +155,11 @@ def test_the_first_rank_may_take_longer_than_the_others_wait(address, monkeypatc
     assert run_ranks(work, wait) == [None] * 2
 
 
-def test_a_first_rank_without_a_sign_is_not_waited_for(address, monkeypatch):
+def test_first_rank_that_shows_no_work_is_not_waited_for(address, monkeypatch):
     waited = threading.Event()
 
     def work(start):
-        start._patience = 0.5  # with the one that has gone, afterwards
+        start._patience = 0.5  # for the other rank, which has ended by then
         with start.together():
             waited.wait(SECONDS)
 
@@ -176,7 +175,7 @@ def test_a_first_rank_without_a_sign_is_not_waited_for(address, monkeypatch):
     assert isinstance(second, RunFailed)
 
 
-def test_many_messages_are_cut():
+def test_long_list_of_messages_is_shortened():
     answers = [{"host": f"n{rank}", "refuses": f"problem {rank}"} for rank in range(9)]
     message = judge(answers)["refuses"]
     assert message.startswith("rank 0 on n0: problem 0; rank 1 on n1: problem 1")
@@ -184,16 +183,7 @@ def test_many_messages_are_cut():
 
 
 def start_rank(rank, address, arguments, log):
-    variables = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_STEP_ID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank),
-        "SLURM_NODEID": "0",
-    }
+    variables = step(2, 1, "2", SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0")
     code = (
         "import sys; from train.start.launch import Launch; from train.cli import main; "
         f"Launch.address = lambda self: ('127.0.0.1', {address[0]}); sys.exit(main(sys.argv[1:]))"
@@ -207,14 +197,14 @@ def start_rank(rank, address, arguments, log):
         )
 
 
-def test_commands_that_refuse_end_with_the_same_code(address, settings, tmp_path):
-    """One rank's data is not there, and it would not come to the others in time."""
+def test_commands_whose_start_is_refused_end_with_the_same_code(address, settings, tmp_path):
+    """The data of one rank is missing."""
     ranks = ["--trainer.devices=2", f"--run-dir={tmp_path / 'run'}"]
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    lacking = [f"--data.dir={tmp_path / 'none'}"]
+    missing = f"--data.dir={tmp_path / 'none'}"
     processes = [
         start_rank(0, address, [*settings, *ranks], logs[0]),
-        start_rank(1, address, [*settings, *ranks, *lacking], logs[1]),
+        start_rank(1, address, [*settings, *ranks, missing], logs[1]),
     ]
     try:
         codes = [process.wait(SECONDS) for process in processes]
@@ -227,8 +217,7 @@ def test_commands_that_refuse_end_with_the_same_code(address, settings, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_before_the_first_step_has_its_exit_code(address, settings, tmp_path):
-    """Also while it waits for another rank, which never comes."""
+def test_signal_while_waiting_for_another_rank_has_its_exit_code(address, settings, tmp_path):
     log = tmp_path / "log"
     arguments = [*settings, "--trainer.devices=2", f"--run-dir={tmp_path / 'run'}"]
     process = start_rank(0, address, arguments, log)
