@@ -21,7 +21,7 @@ from stu.model_dir import save_model
 from stu.online_convolution import Naive
 from stu.tokenizer import train_bpe
 from tests.serve.requests import make_request
-from tests.train.conftest import data, module_settings  # noqa: F401 (fixtures)
+from tests.train.conftest import data, train_settings  # noqa: F401 (fixtures)
 from train.report import read_curves
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -170,14 +170,14 @@ def test_sharded_training_equals_unsharded_training(parallel, train):
 
 
 @pytest.fixture
-def train(module_settings, tmp_path):  # noqa: F811
+def train(settings, tmp_path):
     """Train 40 steps on the device, and return their losses."""
 
-    def call(settings):
+    def call(changes):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        kept = [name for name in module_settings if not name.startswith("--trainer.accelerator")]
+        kept = [name for name in settings if not name.startswith("--trainer.accelerator")]
         values = {"trainer.accelerator": "gpu", "trainer.devices": 1, "trainer.max_steps": 40}
-        values |= {"run-dir": run} | settings
+        values |= {"run-dir": run} | changes
         command = [sys.executable, "-m", "train.cli", *kept]
         command += [f"--{name}={value}" for name, value in values.items()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -10,7 +10,7 @@ import pytest
 from tests import forked
 from tests.serve.conftest import code_model, code_tokenizer, model_directory  # noqa: F401
 from tests.slurm.cluster import SlurmCluster
-from tests.train.conftest import data, module_settings  # noqa: F401
+from tests.train.conftest import data, train_settings  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 

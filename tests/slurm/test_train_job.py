@@ -36,15 +36,15 @@ SETTINGS = {
 }
 
 
-def arguments(module_settings, run_dir):
+def arguments(settings, run_dir):
     changes = {f"--{name}": value for name, value in {**SETTINGS, "run-dir": run_dir}.items()}
-    kept = [setting for setting in module_settings if setting.split("=")[0] not in changes]
+    kept = [setting for setting in settings if setting.split("=")[0] not in changes]
     return [*kept, *(f"{name}={value}" for name, value in changes.items())]
 
 
-def train_without_slurm(module_settings, run_dir):
+def train_without_slurm(settings, run_dir):
     environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
-    command = [forked.program("stu-train"), *arguments(module_settings, run_dir)]
+    command = [forked.program("stu-train"), *arguments(settings, run_dir)]
     environment["OMP_NUM_THREADS"] = "1"
     subprocess.run([*command, "--trainer.devices=2"], check=True, timeout=SECONDS, env=environment)
     return run_dir
@@ -85,20 +85,20 @@ class Scene:
     """A cluster and a folder for a scenario."""
 
     cluster: SlurmCluster
-    module_settings: list[str]
+    settings: list[str]
     folder: Path
     uninterrupted: "Future[Path]"
     """Folder of a run of as many ranks that was not interrupted."""
 
     @property
     def data_dir(self):
-        (setting,) = (name for name in self.module_settings if name.startswith("--data.dir="))
+        (setting,) = (name for name in self.settings if name.startswith("--data.dir="))
         return setting.split("=")[1]
 
     def submit(self, *options, run_dir=None, more=()):
         run_dir = run_dir or self.folder / "run"
         script = ROOT / "slurm" / "train.sbatch"
-        settings = arguments(self.module_settings, run_dir)
+        settings = arguments(self.settings, run_dir)
         return Job(self.cluster, self.folder, run_dir, *options, script, *settings, *more)
 
     def assert_same_result(self, job):
@@ -203,7 +203,7 @@ def owns_its_folder(scene):
     more = "--trainer.max_steps=1000000", "--parallel.kind=ddp", "--log-samples=false"
     job = scene.submit("--nodes=1", more=more)
     job.wait_for_step(3)
-    settings = " ".join([*arguments(scene.module_settings, job.run_dir), *more])
+    settings = " ".join([*arguments(scene.settings, job.run_dir), *more])
     second = scene.cluster.submit(
         *("--ntasks=1", *RANK, f"--chdir={scene.folder}", "--output=second.log"),
         f"--wrap=stu-train {settings} --resume=auto",
@@ -233,7 +233,7 @@ def is_not_repeated_after_a_refusal(scene):
     cluster, folder = scene.cluster, scene.folder
 
     def settings(name):
-        return " ".join(arguments(scene.module_settings, folder / "runs" / name))
+        return " ".join(arguments(scene.settings, folder / "runs" / name))
 
     common = *RANK, f"--chdir={folder}"
     nowhere = scene.submit(run_dir=Path("/proc/nope"))
@@ -305,11 +305,11 @@ SCENARIOS = [
 
 
 @pytest.fixture(scope="module")
-def make_scene(cluster, module_settings, tmp_path_factory):
+def make_scene(cluster, settings, tmp_path_factory):
     with ThreadPoolExecutor() as pool:
         run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-        whole = pool.submit(train_without_slurm, module_settings, run_dir)
-        yield lambda name: Scene(cluster, module_settings, tmp_path_factory.mktemp(name), whole)
+        whole = pool.submit(train_without_slurm, settings, run_dir)
+        yield lambda name: Scene(cluster, settings, tmp_path_factory.mktemp(name), whole)
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shards
 
 
-@pytest.fixture(scope="session")
-def settings(data: Path) -> list[str]:
+@pytest.fixture(scope="session", name="settings")
+def train_settings(data: Path) -> list[str]:
     """Arguments of `stu-train`, except for the folder and the length of the run."""
     values = {f"model.config.{name}": value for name, value in MODEL.items()}
     del values["model.config.vocab_size"]  # the token shards have it
@@ -58,11 +58,6 @@ def settings(data: Path) -> list[str]:
         "trainer.val_check_interval": 5,
     }
     return [f"--{name}={value}" for name, value in values.items()]
-
-
-@pytest.fixture(scope="session")
-def module_settings(settings: list[str]) -> list[str]:
-    return settings
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ from train import report
 from train.callbacks.bad_steps import GuardConfig, StepGuard, TooManyBadSteps
 
 STU_TRAIN = """
-import json, math, sys, time
+import json, os, sys, time
 from torch import distributed
 from train.checkpoint import writer as checkpoint_writer
 from train import cli
 from train import module
-bad, bad_rank, value, write_seconds = json.loads(sys.argv.pop(1))
+bad, bad_rank, value, write_seconds = json.loads(os.environ["BAD_LOSSES"])
 next_token_loss, calls = module.next_token_loss, 0
 def spoiled_loss(*arguments):
     global calls
@@ -42,7 +42,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def train_with_bad_losses(settings, tmp_path):
     """Function that runs `stu-train` where these micro-batches of the last rank have a bad loss."""
 
-    def run(ranks, stage, bad, value="nan", write_seconds=0, code=0, **more):
+    def run(ranks, stage, bad, bad_value="nan", write_seconds=0, code=0, **more):
         script = tmp_path / "train.py"
         script.write_text(STU_TRAIN)
         values = {"trainer.devices": ranks, "data.micro_batch_size": 4 // ranks}
@@ -51,11 +51,11 @@ def train_with_bad_losses(settings, tmp_path):
             values["parallel.kind"] = "fsdp"
         elif stage is not None:
             values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
-        patch = json.dumps([bad, ranks - 1, value, write_seconds])
         arguments = [*settings, *(f"--{name}={value}" for name, value in values.items())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+        environment["BAD_LOSSES"] = json.dumps([bad, ranks - 1, bad_value, write_seconds])
         done = subprocess.run(
-            [forked.python(), script, patch, *arguments],
+            [forked.python(), script, *arguments],
             capture_output=True,
             text=True,
             timeout=300,

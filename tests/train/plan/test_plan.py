@@ -149,8 +149,8 @@ def test_flops_of_dense_layers_and_attention():
 
 
 def test_flops_of_other_mixers():
-    """Attention has no FFTs. Hyena's are twice as long as an STU's and half as many, and its filters
-    are computed once for a batch."""
+    """Attention has no FFTs. Hyena has half as many as STU, of twice the length, and computes its
+    filters once for a batch."""
     stu, hyena, attention = (
         replace(SMALL, layout=layout) for layout in ("stu", "hyena", "attention")
     )
