@@ -39,8 +39,8 @@ CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
 TENSOR_KEYS = ("state_dict", "optimizer_states")
 """Keys of Lightning's dictionary whose values are stored as tensors by name."""
 WEIGHT = "weight"
-OF_ADAMW = ["exp_avg", "exp_avg_sq"]
-"""State tensors in checkpoints that do not name theirs."""
+DEFAULT_STATE_TENSORS = ["exp_avg", "exp_avg_sq"]
+"""State tensors in old checkpoints, which do not name them: those of AdamW."""
 
 
 class CheckpointFolder:
@@ -83,7 +83,7 @@ class CheckpointFolder:
     @property
     def state_tensors(self) -> list[str]:
         """Names of the tensors that the optimizer keeps for each parameter."""
-        names: list[str] = self.training["stu"].get("state_tensors", OF_ADAMW)
+        names: list[str] = self.training["stu"].get("state_tensors", DEFAULT_STATE_TENSORS)
         return names
 
     def tensor(self, kind: str, name: str) -> Tensor:

@@ -81,12 +81,14 @@ def last_checkpoint(run_dir: Path) -> Path:
     folder = run_dir / CHECKPOINTS
     if (folder / LAST).exists():
         return folder / LAST
-    # The first checkpoint of a run that was killed before the link was made: it is whole if it has
-    # a name.
-    if whole := sorted(folder.glob("step-*.ckpt")):
-        return whole[-1]
+    # The run may have been killed before it linked its first checkpoint, which has its name only
+    # when it is complete.
+    if complete := sorted(folder.glob("step-*.ckpt")):
+        return complete[-1]
     raise UserError(
-        "run_dir", run_dir, message=f"{run_dir}: no {CHECKPOINTS}/{LAST}; has a run been here?"
+        "run_dir",
+        run_dir,
+        message=f"{run_dir}: no {CHECKPOINTS}/{LAST}; is it the folder of a run?",
     )
 
 

@@ -3,20 +3,17 @@
 import argparse
 import math
 import sys
-import traceback
 from collections.abc import Sequence
 
-from stu.common.errors import UserError, requires_extra
+from stu.common.cli import run_command
+from stu.common.errors import UserError
 
 DEFAULT_GPUS = 8
-FAULT = 3
-"""Exit code for a fault of this program."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the run fits, 1 if not, 2 for wrong settings and 3 for a fault
     of this program."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="stu-plan",
         usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]",
@@ -43,28 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_positive,
         help="tokens to train on, instead of those of trainer.max_steps steps",
     )
-    options, others = parser.parse_known_args(arguments)
-    try:
-        with requires_extra("train"):  # modules that take seconds to import
-            from train.config import data_warnings, num_devices
-            from train.gpus import GPUS
-            from train.plan.report import show_plan
-            from train.settings import parse_settings
+    options, others = parser.parse_known_args(argv)
+    return run_command("stu-plan", lambda: _plan(options, others), "train")
 
-        if options.gpu not in (*GPUS, "this"):
-            raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
-        settings = parse_settings(others)
-        nodes = options.nodes or settings.trainer.num_nodes
-        gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
-        for text in data_warnings(settings, nodes * gpus):
-            print(f"warning: {text}", file=sys.stderr)
-        return show_plan(settings, options.gpu, nodes * gpus, options.tokens)
-    except (UserError, OSError) as error:
-        print(f"stu-plan: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Exception:  # Python's own exit code for these is 1, which means that the run is too big
-        traceback.print_exc()
-        return FAULT
+
+def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from train.config import data_warnings, num_devices  # modules that take seconds to import
+    from train.gpus import GPUS
+    from train.plan.report import show_plan
+    from train.settings import parse_settings
+
+    if options.gpu not in (*GPUS, "this"):
+        raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
+    settings = parse_settings(arguments)
+    nodes = options.nodes or settings.trainer.num_nodes
+    gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
+    for text in data_warnings(settings, nodes * gpus):
+        print(f"warning: {text}", file=sys.stderr)
+    return show_plan(settings, options.gpu, nodes * gpus, options.tokens)
 
 
 def _count(text: str) -> int:

@@ -536,3 +536,13 @@ def test_resume_makes_an_interrupted_last_validation_once(
         train(run, *more)
         assert validated_steps(run) == [last]
     assert last_checkpoint(run)["global_step"] == last
+
+
+def test_last_validation_is_repeated_with_the_steps_before_it(
+    train, copied_run, signalled_validations
+):
+    more = "--trainer.max_steps=6", "--trainer.val_check_interval=1000", "--logger=[csv]"
+    train(copied_run, *more, f"--resume={checkpoint(copied_run, 4)}", code=75)
+    signalled_validations.undo()
+    train(copied_run, *more, "--resume=last")
+    assert validated_steps(copied_run) == [6]
