@@ -16,14 +16,7 @@ from stu.online_convolution import OnlineConvolution
 class Runner:
     """The memory of a batch, and the model over it: `prefill` once, then `step` by step.
 
-    prompts: token ids, one sequence for each of B rows. max_new_tokens: steps to make room for, one
-    number for all rows or one for each; all rows step until the largest is reached, and what a row
-    returns beyond its own number is of no meaning. What the convolutions and the attention remember
-    is allocated here; its size does not depend on the prompts' lengths with `Epoched` and
-    `Continuous`, beyond the attention window.
-
-    Raises ValueError for no prompt, an empty one, an id outside the vocabulary, or a prompt that
-    with its new tokens exceeds `max_seq_len`.
+    prompts: Token ids of each of B rows. max_new_tokens: Steps of every row.
     """
 
     @torch.inference_mode()
@@ -31,12 +24,9 @@ class Runner:
         self,
         model: FlashSTU,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int | Sequence[int],
+        max_new_tokens: int,
         convolution: type[OnlineConvolution] = Continuous,
     ) -> None:
-        if isinstance(max_new_tokens, int):
-            max_new_tokens = [max_new_tokens] * len(prompts)
-        _check(model, prompts, max_new_tokens)
         self._model, self._prompts = model, prompts
         config, device = model.config, model.embedding.weight.device
         wide_taps, lag_step = model.convolution_taps()
@@ -46,9 +36,9 @@ class Runner:
             [past.streams for past in remembered(model.mixers, PastInputs)], default=1
         )
         num_streams = len(prompts) * self._streams_per_row
-        self._convolution = convolution(taps, num_streams, max(max_new_tokens), lag_step)
+        self._convolution = convolution(taps, num_streams, max_new_tokens, lag_step)
 
-        longest = max(map(len, prompts)) + max(max_new_tokens)
+        longest = max(map(len, prompts)) + max_new_tokens
         size = min(config.window_tokens + 1, longest)
         shape = 2, len(remembered(model.mixers, KeyWindow)), len(prompts), config.num_heads, size
         # Attention sums in float32 at least: kept as it is read, no step converts the window.
@@ -132,32 +122,3 @@ class Runner:
             softcap,
         )
         return attended.transpose(1, 2).to(queries.dtype)
-
-
-def _check(
-    model: FlashSTU, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
-) -> None:
-    vocab_size, longest = model.config.vocab_size, model.config.max_seq_len
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    if len(max_new_tokens) != len(prompts):
-        raise ValueError(
-            f"max_new_tokens has {len(max_new_tokens)} numbers for {len(prompts)} prompts: "
-            "give one number, or one for each prompt"
-        )
-    for row, (prompt, num_new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
-        if not prompt:
-            raise ValueError(f"prompt {row} has no tokens: start it with BOS")
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prompt {row} has the token id {token}, and the vocabulary ids 0 to "
-                    f"{vocab_size - 1}: use the model's own tokenizer"
-                )
-        if num_new < 1:
-            raise ValueError(f"max_new_tokens={num_new} is not allowed: it must be >= 1")
-        if len(prompt) + num_new > longest:
-            raise ValueError(
-                f"prompt {row} of {len(prompt)} tokens and max_new_tokens={num_new} exceed "
-                f"max_seq_len={longest}: shorten the prompt or lower max_new_tokens"
-            )

@@ -78,20 +78,6 @@ def test_decoding_equals_the_forward_pass(
         assert worst < tolerance, f"prompt of {length} tokens"
 
 
-@pytest.mark.parametrize(
-    ("layout", "stu_form"), [("hybrid", "tensordot"), ("hybrid", "full"), ("hyena", "tensordot")]
-)
-def test_a_row_does_not_depend_on_its_batch(layout, stu_form):
-    settings = {"layout": layout, "stu_form": stu_form, "window_tokens": WINDOW_SMALLER}
-    model = build(torch.float64, **settings)
-    sequences = random_tokens(4, 60)
-    lengths = 1, 40, 8, 13
-    together = decode(model, sequences, lengths, 20)
-    for row, length in enumerate(lengths):
-        alone = decode(model, sequences[row : row + 1], [length], 20)
-        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("layout", ["hybrid", "hyena"])
 def test_a_context_can_be_filled_to_the_last_token(layout):
     model = build(torch.float64, max_seq_len=64, layout=layout)
@@ -112,45 +98,6 @@ def test_bfloat16_decodes_as_it_trains(layout, convolution):
     assert decoded.dtype == torch.bfloat16
     # Sums differ by a float32 rounding, which now and then crosses one of bfloat16.
     assert (decoded - forward).abs().mean() < 1e-3 * forward.abs().max()
-
-
-def test_rows_may_differ_in_new_tokens():
-    model = build(torch.float64, max_seq_len=32)
-    sequences = random_tokens(2, 62)
-    runner = Runner(model, [sequences[0, :30].tolist(), sequences[1, :2].tolist()], [2, 30])
-    decoded = [runner.prefill()]
-    decoded += [runner.step(sequences[[0, 1], [30 + step, 2 + step]]) for step in range(30)]
-    with torch.inference_mode():
-        expected = model(sequences[:, :32])
-    for step in range(31):
-        torch.testing.assert_close(decoded[step][1], expected[1, 1 + step], rtol=0, atol=1e-12)
-    for step in range(3):
-        torch.testing.assert_close(decoded[step][0], expected[0, 29 + step], rtol=0, atol=1e-12)
-
-
-def test_memory_for_attention_is_bounded_by_the_window():
-    model = build(window_tokens=WINDOW_SMALLER)
-    long, short = (Runner(model, [[1] * length], 8) for length in (100, 20))
-    held = long._keys.shape[-2], short._keys.shape[-2]
-    assert held == (WINDOW_SMALLER + 1, WINDOW_SMALLER + 1)
-    assert long._convolution.cache_bytes == short._convolution.cache_bytes
-
-
-@pytest.mark.parametrize(
-    ("prompts", "max_new_tokens", "message"),
-    [
-        ([], 1, "prompts is empty: give at least one"),
-        ([[1], []], 1, "prompt 1 has no tokens: start it with BOS"),
-        ([[1], [2, 40]], 1, "prompt 1 has the token id 40, and the vocabulary ids 0 to 39: use"),
-        ([[-1]], 1, "prompt 0 has the token id -1"),
-        ([[1]], 0, "max_new_tokens=0 is not allowed: it must be >= 1"),
-        ([[1] * 100], 29, "prompt 0 of 100 tokens and max_new_tokens=29 exceed max_seq_len=128: "),
-        ([[1], [2]], [1], "max_new_tokens has 1 numbers for 2 prompts"),
-    ],
-)
-def test_bad_arguments_are_refused(prompts, max_new_tokens, message):
-    with pytest.raises(ValueError, match=message):
-        Runner(build(), prompts, max_new_tokens)
 
 
 def test_stepping_too_far_is_refused():

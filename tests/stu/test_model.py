@@ -44,33 +44,6 @@ def test_each_form_equals_plus_and_minus_branches(form, kind, by_branches, matri
     torch.testing.assert_close(stu(x, filters, None), expected, rtol=0, atol=1e-13)
 
 
-def two_branches(x, filters, input_matrix, filter_matrix):
-    """STU-T by plain differentiable torch sums, both branches."""
-    psi, projected = filters @ filter_matrix, x @ input_matrix
-    sign = (-1.0) ** torch.arange(len(filters), dtype=x.dtype)[:, None]
-    return sum(
-        torch.stack(
-            [(branch[: t + 1].flip(0) * projected[:, : t + 1]).sum(1) for t in range(x.shape[1])],
-            dim=1,
-        )
-        for branch in (psi, sign * psi)
-    )
-
-
-def test_gradients_equal_those_of_the_branches():
-    stu, filters = stu_layer("tensordot")
-    x = torch.randn(2, 33, 16, dtype=torch.float64, requires_grad=True)
-    arguments = (x, stu.input_matrix, stu.filter_matrix)
-    grad = torch.randn_like(x)
-    expected = two_branches(x, filters, stu.input_matrix, stu.filter_matrix)
-    torch.testing.assert_close(
-        torch.autograd.grad(stu(x, filters, None), arguments, grad),
-        torch.autograd.grad(expected, arguments, grad),
-        rtol=0,
-        atol=1e-12,
-    )
-
-
 @pytest.mark.parametrize(
     ("layout", "form"), [("stu", "tensordot"), ("stu", "full"), ("hyena", "tensordot")]
 )
