@@ -40,6 +40,14 @@ def target(tmp_path):
     return tmp_path / "out.jsonl"
 
 
+@pytest.fixture
+def expected(tmp_path, model_directory, source):
+    """Rows written for the test module's ROWS by one engine in this process."""
+    path = tmp_path / "expected.jsonl"
+    assert generate(model_directory, source, path) in (0, 1)
+    return rows_in_order(path)
+
+
 @pytest.fixture(scope="session")
 def code_tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
@@ -95,8 +103,8 @@ def server(model_directory):
 
 @pytest.fixture
 def run(tmp_path, model_directory):
-    """Call with rows (or raw lines) and options: the exit code and the rows written, in the order
-    of the input."""
+    """Return a function of rows (or raw lines) and options that runs `stu-generate` and returns the
+    exit code and the written rows in the order of the input."""
     num_calls = 0
 
     def call(rows, *options):
@@ -105,14 +113,13 @@ def run(tmp_path, model_directory):
         source, target = tmp_path / f"{num_calls}.in.jsonl", tmp_path / f"{num_calls}.out.jsonl"
         write_rows(source, rows)
         code = generate(model_directory, source, target, *options)
-        written = read_rows(target) if target.exists() else []
-        return code, sorted(written, key=lambda row: row.get("row", row["id"]))
+        return code, rows_in_order(target) if target.exists() else []
 
     return call
 
 
 def generate(*arguments):
-    """`stu-generate MODEL INPUT OUTPUT ...`, in this process: the exit code."""
+    """Run `stu-generate MODEL INPUT OUTPUT ...` in this process and return the exit code."""
     model, source, target, *options = map(str, arguments)
     return main([model, "--input", source, "--output", target, "--cache-gib", "0.01", *options])
 
@@ -152,6 +159,11 @@ def write_rows(path, rows):
     lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def rows_in_order(path):
+    """Return the rows of an output in the order of the input."""
+    return sorted(read_rows(path), key=lambda row: row.get("row", row["id"]))
 
 
 def read_rows(path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stu.model_dir import save_model
-from tests.serve.conftest import generate, read_rows, write_rows
+from tests.serve.conftest import generate, rows_in_order, write_rows
 
 ROW_KEYS = [
     "id",
@@ -213,7 +213,7 @@ def test_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code_t
     save_model(tmp_path / "model", damaged, code_tokenizer, {"max_new_tokens": 3})
     write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}, {"promt": "x"}])
     assert generate(tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 1
-    rows = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
+    rows = rows_in_order(tmp_path / "out.jsonl")
     assert rows[0]["error"].startswith("line 1: the model's logits are not finite")
     assert rows[1]["error"].startswith("line 2: unknown field")
     last = capsys.readouterr().err.strip().split("\n")[-1]
@@ -250,7 +250,7 @@ def test_parquet_rows(tmp_path, model_directory, run):
     def decode(*options):
         target = tmp_path / "out.jsonl"
         code = generate(model_directory, tmp_path / "in.parquet", target, "--overwrite", *options)
-        return code, sorted(read_rows(target), key=lambda row: row["row"])
+        return code, rows_in_order(target)
 
     code, rows = decode("--column", "text", "--id-column", "key")
     assert code == 1

@@ -23,23 +23,11 @@ from serve.engine.engine import Engine
 from stu.common.errors import UserError
 from stu.model import FlashSTU
 from stu.model_dir import load_model, save_model
-from tests.serve.conftest import generate, read_rows
+from tests.serve.conftest import generate, read_rows, rows_in_order
 
 ROWS = [{"id": f"r{number}", "prompt": "def f(x)"[: number % 9]} for number in range(60)]
 LINES = [json.dumps(row).encode() + b"\n" for row in ROWS]
 TWO_AT_ONCE = ["--max-running", "2"]
-
-
-def in_order(path):
-    return sorted(read_rows(path), key=lambda row: row["row"])
-
-
-@pytest.fixture
-def expected(tmp_path, model_directory, source):
-    """Rows written for ROWS."""
-    path = tmp_path / "expected.jsonl"
-    assert generate(model_directory, source, path) == 0
-    return in_order(path)
 
 
 @pytest.fixture
@@ -96,7 +84,7 @@ def test_input_that_changes_while_it_is_read_is_refused(
     assert generate(model_directory, source, target, *TWO_AT_ONCE) == 2
     assert f"input {source}: has changed since this run began" in capsys.readouterr().err
     monkeypatch.undo()
-    written = in_order(target)
+    written = rows_in_order(target)
     assert written
     assert all(row == expected[row["row"]] for row in written)
     if source.exists():
@@ -104,7 +92,7 @@ def test_input_that_changes_while_it_is_read_is_refused(
         assert "was begun with input=" in capsys.readouterr().err
     source.write_bytes(old)
     assert generate(model_directory, source, target) == 0
-    assert in_order(target) == expected
+    assert rows_in_order(target) == expected
 
 
 def test_no_row_of_a_changed_block_is_read(source, monkeypatch):
@@ -155,7 +143,7 @@ def test_model_that_is_replaced_after_loading_changes_no_row(
 ):
     before_step(12, lambda: export_another(model_copy, code_model, code_tokenizer))
     assert generate(model_copy, source, target) == 0
-    assert in_order(target) == expected
+    assert rows_in_order(target) == expected
 
 
 def test_run_whose_model_was_overwritten_in_place_cannot_resume(
@@ -194,11 +182,11 @@ def test_compressed_input_is_decoded_and_resumed(
     half = len(LINES) // 2
     source.write_bytes(compress(b"".join(LINES[:half])) + compress(b"".join(LINES[half:])))
     assert generate(model_directory, source, target) == 0
-    assert in_order(target) == expected
+    assert rows_in_order(target) == expected
     lines = target.read_bytes().splitlines(keepends=True)
     target.write_bytes(b"".join(lines[:20]) + lines[20][:10])
     assert generate(model_directory, source, target) == 0
-    assert in_order(target) == expected
+    assert rows_in_order(target) == expected
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
@@ -206,7 +194,7 @@ def test_rows_before_damage_are_written(model_directory, source, target, expecte
     compressed = gzip.compress(b"".join(LINES))
     source.write_bytes(compressed[:-30])
     assert generate(model_directory, source, target, "--devices", devices) == 2
-    written = in_order(target)
+    written = rows_in_order(target)
     assert written == expected[: len(written)]
     assert len(written) > 10
     error = capsys.readouterr().err
@@ -248,10 +236,10 @@ def test_spooled_pipe_is_kept_until_its_rows_are_written(
     other = tmp_path / "out.jsonl.input-of-mine"
     other.touch()
     assert generate(model_directory, kept, target) == 0
-    assert in_order(target) == expected
+    assert rows_in_order(target) == expected
     assert list(tmp_path.glob("*input-*")) == [other]
     assert decode() == 0
-    assert in_order(target) == expected
+    assert rows_in_order(target) == expected
     assert list(tmp_path.glob("*input-*")) == [other]
 
 

@@ -24,14 +24,6 @@ MANY_ROWS = [{"prompt": "x", "max_new_tokens": 60}] * 300
 TWO = ["--devices", "cpu,cpu"]
 
 
-@pytest.fixture
-def expected(tmp_path, model_directory, source):
-    """Rows written by one engine in this process."""
-    path = tmp_path / "expected.jsonl"
-    assert generate(model_directory, source, path) == 1
-    return in_order(read_rows(path))
-
-
 def in_order(rows):
     return sorted(rows, key=lambda row: row["row"])
 
