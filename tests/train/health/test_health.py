@@ -87,7 +87,7 @@ def test_gpus_that_do_not_respond(monkeypatch, has_gpus):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_node_that_does_not_report_is_bad(monkeypatch, capsys, tmp_path, count):
+def test_node_that_does_not_report_is_bad(monkeypatch, capsys, tmp_path, count):
     monkeypatch.setenv("SLURM_NTASKS", str(count))
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     assert cli.check(tmp_path, 0.001, timeout_seconds=2.0) == count - 1
