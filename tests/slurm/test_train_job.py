@@ -233,7 +233,7 @@ def is_not_repeated_after_a_refusal(scene):
     cluster, folder = scene.cluster, scene.folder
 
     def settings(name):
-        return " ".join(arguments(scene.settings, folder / "runs" / name))
+        return " ".join(arguments(scene.settings, folder / f"run-{name}"))
 
     common = *RANK, f"--chdir={folder}"
     nowhere = scene.submit(run_dir=Path("/proc/nope"))
@@ -266,7 +266,7 @@ def is_not_repeated_after_a_refusal(scene):
         assert "ExitCode=2:0" in shown, text
         assert "Restarts=0" in shown, text
     assert len(re.findall("rank 1 on n2", (folder / "one-rank.log").read_text())) == 2
-    assert not (folder / "runs").exists()
+    assert not list(folder.glob("run-*"))
 
 
 def loses_little_when_the_disk_is_full(scene):
