@@ -9,7 +9,7 @@ from benchmarks.claims import CLAIMS, CURVES, Claim
 from benchmarks.recorded import Run, recorded
 
 
-def test_a_bound_is_a_bound():
+def test_claims_hold_within_their_bounds():
     least = Claim("speed", "x", lambda result: result["figure"], at_least=2)
     most = Claim("error", "x", lambda result: result["figure"], at_most=0.2)
     assert [least.holds(figure) for figure in (1.9, 2.0, 3.0)] == [False, True, True]
@@ -33,7 +33,7 @@ def test_every_claim_has_one_bound_and_is_measured_anew():
 
 
 def recorded_benchmark(monkeypatch, changed: dict[str, Run]):
-    """Instead of measuring, what is recorded."""
+    """Replace measuring by the recorded results."""
     results = recorded() | changed
 
     def measure(name, options, folder):
@@ -55,7 +55,7 @@ def test_a_claim_that_does_not_hold_fails_and_is_named(tmp_path, monkeypatch, ca
     assert "memory of whole logits over ours: 4.9 (at least 5)" in failed[0]
 
 
-def test_a_claim_about_what_was_not_run_does_not_hold(tmp_path, monkeypatch, capsys):
+def test_claim_without_its_run_does_not_hold(tmp_path, monkeypatch, capsys):
     decode = recorded()["decode"]
     for run in decode["runs"]:
         if run["cache"] == "naive":
@@ -77,8 +77,8 @@ def test_the_cost_model_is_held_to_every_cache_and_peer(missing, tmp_path, monke
 
 def test_claims_are_about_the_figures_that_they_name():
     def run(cache, step, convolution):
-        its = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
-        return its | {
+        head = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
+        return head | {
             "cache": cache,
             "step_over_paged": step,
             "convolution_over_paged": convolution,
@@ -91,7 +91,7 @@ def test_claims_are_about_the_figures_that_they_name():
         "convolution": {"runs": [{"threads": 1, "training": [{"ratio": 6.5}, {"ratio": 9.0}]}]},
         "train": {"runs": [{"threads": 1, "ratios": {"stu_over_two_branch": 1.6}}]},
         "loss": {"runs": [{"memory_ratio": 7.0, "speed_ratio": 1.1}] * 2},
-        "memory": {"runs": [{"planned_over_measured": its} for its in (0.92, 1.03)]},
+        "memory": {"runs": [{"planned_over_measured": ratio} for ratio in (0.92, 1.03)]},
         "load": {"runs": [{"threads": 1, "overhead_share": 0.04}]},
     }
     for result in results.values():
@@ -117,5 +117,5 @@ def test_a_benchmark_writes_its_result_where_it_is_looked_for(tmp_path):
     evidence.measure("model", ["--decode", "[decode.json]"], tmp_path)
     result = recorded(tmp_path)["model"]
     assert result["measured_on"] == [decoded["machine"]]
-    assert [its["cache"] for its in result["curves"]] == ["paged"]
+    assert [curve["cache"] for curve in result["curves"]] == ["paged"]
     assert not list(tmp_path.glob("*.part"))

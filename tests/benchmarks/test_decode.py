@@ -159,7 +159,7 @@ class LinearSubject:
 
 
 @pytest.mark.parametrize("new_tokens", [5000, 8192])
-def test_a_run_takes_the_time_of_its_middle_where_steps_take_ever_longer(new_tokens):
+def test_samples_estimate_the_mean_of_growing_steps(new_tokens):
     samples = sampled(LinearSubject(), new_tokens)
     assert sum(sample.weight for sample in samples) == pytest.approx(new_tokens)
     plain = [sample for sample in samples if not sample.does]
@@ -168,7 +168,7 @@ def test_a_run_takes_the_time_of_its_middle_where_steps_take_ever_longer(new_tok
     assert (flush.weight, flush.figures, flush.counts) == (64, {"step": 4095.0}, {"dense": 4191.0})
 
 
-def test_timed_steps_are_spread_over_a_page_and_end_none(monkeypatch):
+def test_timed_steps_are_spread_over_pages_and_end_none(monkeypatch):
     subject = LinearSubject()
     subject.flushes = list
     sampled(subject, 2048)

@@ -103,7 +103,7 @@ def test_rates_are_measured_and_averaged(quick_timing):
     assert mean_rates(several[:2]) == Rates(*(1.5 * n for n in range(1, 8))), "1 / 1 + 1 / 3"
 
 
-def test_operations_are_those_without_others_inside():
+def test_only_innermost_operations_are_counted():
     x = torch.randn(4, 4)
     assert operations(lambda: x.add(x).mul(x)) == 2
     assert operations(lambda: None) == 0

@@ -27,8 +27,7 @@ def test_a_result_that_changes_changes_its_table(tmp_path, monkeypatch):
     assert changed.endswith("<!-- end -->\nafter\n")
 
 
-def test_every_result_is_of_a_commit():
-    """With machine and versions; not of files that nobody has."""
+def test_every_result_names_machine_versions_and_commit():
     for path in RESULTS.glob("*.json"):
         machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
         assert {"processor", "torch", "python", "date"} <= machine.keys()
@@ -45,7 +44,7 @@ def decode_run(cache, step, convolution, mib, **others):
 
 
 def rows(text):
-    """Cells of a table's rows after its head."""
+    """Return the cells of a table below its head."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
 
 
@@ -60,7 +59,7 @@ def decode_result():
         decode_run("continuous", 12.0, 3.0, 105),
         decode_run("flashinference", 12.5, 3.5, 145),
     ]
-    two_threads = [its | {"threads": 2, "step_ms": 99.0, "convolution_ms": 98.0} for its in others]
+    two_threads = [run | {"threads": 2, "step_ms": 99.0, "convolution_ms": 98.0} for run in others]
     missing = decode_run("naive", 1, 1, 900, batch=32)
     for name in ("step_ms", "convolution_ms", "tokens_per_second", "threads"):
         del missing[name]

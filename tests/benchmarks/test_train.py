@@ -1,5 +1,4 @@
-"""The training benchmarks compare what they say: one function in two ways, causal attention, and
-the memory of one call."""
+"""The training benchmarks: their variants of the model, and the memory of one call."""
 
 import json
 
@@ -50,7 +49,7 @@ def test_two_branches_are_the_same_function_with_the_same_gradients(make, layout
             branches = model(tokens[:, :-1])
         other_loss, other_gradients = loss_and_gradients(model, tokens)
     torch.testing.assert_close(branches, fused, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(branches, fused)  # by another way
+    assert not torch.equal(branches, fused), "computed differently"
     torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=1e-6)
     for name, gradient in gradients.items():
         largest = gradient.abs().max()
@@ -61,7 +60,7 @@ def test_two_branches_are_the_same_function_with_the_same_gradients(make, layout
 
 
 @pytest.mark.parametrize("name", ["attention_sdpa", "attention_windowed"])
-def test_attention_sees_all_that_it_should_and_nothing_to_come(make, name):
+def test_attention_sees_its_window_and_no_later_token(make, name):
     model = make("attention")
     model.blocks = model.blocks[:1]  # more of them would reach beyond a window
     tokens = torch.randint(50, (1, 64))
@@ -93,7 +92,7 @@ def test_attention_alone_has_the_size_of_an_stu_model(width):
     assert models[1].num_parameters() == pytest.approx(models[0].num_parameters(), rel=0.01)
 
 
-def test_train_reports_every_way(capsys):
+def test_train_reports_every_variant(capsys):
     size = ["--width", "32", "--layers", "2", "--window", "16", "--repeats", "2"]
     assert main(["train", "--context", "[64,96]", *size]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
@@ -124,7 +123,7 @@ def test_both_losses_are_one_function(monkeypatch):
     assert run["speed_ratio"] == run["plain_seconds"] / run["chunked_seconds"]
 
 
-def test_peak_memory_is_that_of_the_call():
+def test_peak_memory_is_measured_per_call():
     result, gib = peak_gib(lambda: float(torch.ones(60 * 2**20).sum()))
     assert result == 60 * 2**20
     assert 1024 * gib == pytest.approx(240, rel=0.1)

@@ -10,7 +10,7 @@ from tests.reference import attention as reference
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16])
-def test_slopes(heads):
+def test_slopes_equal_reference(heads):
     np.testing.assert_allclose(alibi_slopes(heads), reference.slopes(heads), rtol=1e-6)
 
 
@@ -20,7 +20,7 @@ def test_slopes_of_eight_heads_are_the_published_ones():
 
 @pytest.mark.parametrize("window", [1, 5, 128, 300])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 290])
-def test_equals_reference(length, window):
+def test_attention_equals_reference(length, window):
     torch.manual_seed(0)
     # Large enough that the softcap bends the scores.
     q, k, v = (4 * torch.randn(2, length, 3, 4, dtype=torch.float64) for _ in range(3))
@@ -44,7 +44,7 @@ def test_float32_and_bfloat16_stay_near_float64():
 
 
 def test_autocast_changes_nothing():
-    """Or scores would have 8 bits, and the backward pass, which is outside of it, other weights."""
+    """Otherwise scores would have 8 bits, and the backward pass would use other weights."""
     torch.manual_seed(0)
     inputs = [(2 * torch.randn(1, 150, 2, 8)).requires_grad_() for _ in range(3)]
     results = []
@@ -88,7 +88,7 @@ def test_gradients_across_blocks(length, window):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements any operation's result had."""
+    """Records the largest number of elements of any result."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_memory_grows_with_length_times_window_never_squared():
+def test_memory_does_not_grow_with_the_square_of_the_length():
     for length in (1024, 4096):
         q, k, v = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(3))
         with LargestTensor() as largest:

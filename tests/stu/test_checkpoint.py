@@ -60,7 +60,7 @@ def test_round_trip(saved, model, tokenizer):
 @pytest.mark.parametrize("layout", ["hyena", "attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_without_spectral_filters(tmp_path, tokenizer, layout, dtype):
-    """And filters of Hyena that no cast to 16 bits changes."""
+    """A cast to 16 bits does not change the filters of Hyena."""
     torch.manual_seed(0)
     shape = {"width": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32}
     model = FlashSTU(ModelConfig(vocab_size=tokenizer.vocab_size, layout=layout, **shape))
@@ -91,7 +91,7 @@ def test_bfloat16_weights_keep_float32_filters(tmp_path, saved, tokenizer):
     assert weights["embedding.weight"].dtype == torch.bfloat16
 
 
-def test_existing_output_is_kept_unless_told(saved, model, tokenizer):
+def test_existing_output_is_kept_without_overwrite(saved, model, tokenizer):
     before = (saved / "config.json").stat().st_ino
     with pytest.raises(UserError, match="exists and is not empty"):
         save_model(saved, model, tokenizer)
@@ -101,14 +101,14 @@ def test_existing_output_is_kept_unless_told(saved, model, tokenizer):
     assert os.listdir(saved.parent) == ["model"]
 
 
-def test_tokenizer_of_another_size(tmp_path, tokenizer):
+def test_tokenizer_of_another_size_is_refused(tmp_path, tokenizer):
     model = FlashSTU(ModelConfig(vocab_size=17, width=16, num_heads=2, max_seq_len=32))
     with pytest.raises(UserError, match=r"290 tokens and the model has vocab_size=17"):
         save_model(tmp_path / "model", model, tokenizer)
     assert os.listdir(tmp_path) == []
 
 
-def test_truncated_weights(saved):
+def test_truncated_weights_are_refused(saved):
     file = saved / "model.safetensors"
     whole = file.read_bytes()
     for length in (0, 4, 100, len(whole) - 1):
@@ -125,14 +125,14 @@ def test_truncated_weights(saved):
         (None, "not written by stu-export"),
     ],
 )
-def test_other_formats(saved, metadata, message):
+def test_other_formats_are_refused(saved, metadata, message):
     file = saved / "model.safetensors"
     save_file(load_file(file), file, metadata)
     with pytest.raises(UserError, match=message):
         load_model(saved)
 
 
-def test_weights_of_another_model(saved):
+def test_weights_of_another_model_are_refused(saved):
     file = saved / "model.safetensors"
     weights = load_file(file)
     weights["extra"] = weights.pop("norm.weight")
@@ -143,7 +143,7 @@ def test_weights_of_another_model(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
-def test_filters_that_are_too_narrow(saved, dtype):
+def test_filters_of_a_narrow_dtype_are_refused(saved, dtype):
     file = saved / "model.safetensors"
     weights = load_file(file)
     weights["filters"] = weights["filters"].to(dtype)
@@ -152,7 +152,7 @@ def test_filters_that_are_too_narrow(saved, dtype):
         load_model(saved)
 
 
-def test_missing_and_damaged_files(saved, tmp_path):
+def test_missing_and_damaged_files_are_named(saved, tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*no such file; is .* a model directory"):
         load_model(tmp_path / "nowhere")
     config = json.loads((saved / "config.json").read_text())

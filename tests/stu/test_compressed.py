@@ -17,7 +17,7 @@ COMPRESS = {"gzip": gzip.compress, "zstd": zstd.compress}
 
 
 def read(data):
-    """The lines of `data`, and the error after them."""
+    """Return the lines of `data`, and the error after them."""
     lines = []
     try:
         lines.extend(open_decompressed(io.BytesIO(data), "f.jsonl"))
@@ -26,14 +26,14 @@ def read(data):
     return lines, None
 
 
-def test_what_is_not_compressed_is_read_as_it_is():
+def test_uncompressed_data_is_read_unchanged():
     assert read(TEXT) == (LINES, None)
     assert read(b"") == ([], None)
     assert read(b"\x1f") == ([b"\x1f"], None)
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
-def test_members_and_frames_are_read_one_after_the_other(kind):
+def test_concatenated_members_and_frames_are_read(kind):
     compress = COMPRESS[kind]
     assert read(compress(TEXT) + compress(b"") + compress(b"more\n")) == ([*LINES, b"more\n"], None)
     assert read(compress(b"")) == ([], None)
@@ -48,7 +48,7 @@ def test_frames_without_data_and_the_largest_window():
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
-def test_what_stands_before_the_damage_is_read(kind):
+def test_lines_before_damage_are_read(kind):
     data = COMPRESS[kind](TEXT)
     for damaged in (data[: len(data) // 2], data[:-1], data + b"tail", data[:-9] + b"\0" * 9):
         lines, error = read(damaged)
@@ -60,7 +60,7 @@ def test_what_stands_before_the_damage_is_read(kind):
         assert len(read(data[:-1])[0]) == len(LINES)
 
 
-def test_other_compressions_are_refused_by_name():
+def test_other_compressions_are_named():
     for data, kind in ((bz2.compress(TEXT), "bzip2"), (lzma.compress(TEXT), "xz")):
         assert read(data) == (
             [],

@@ -49,7 +49,7 @@ def test_bad_value_is_named(name, value):
     assert refused.value.field == name
 
 
-def test_values_that_do_not_fit_each_other():
+def test_inconsistent_values_are_refused():
     with pytest.raises(
         UserError, match="num_heads=8 is not allowed: it must be a number that divides"
     ):

@@ -23,7 +23,7 @@ def random(*shape, dtype=torch.float64):
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_direct_sum(length, num_taps, lag_step, extra_outputs, seed):
+def test_convolution_equals_direct_sum(length, num_taps, lag_step, extra_outputs, seed):
     torch.manual_seed(seed)
     num_outputs = max(1, length + extra_outputs)
     inputs, taps = random(2, length, 3), random(num_taps, 3)
@@ -87,7 +87,7 @@ def test_bfloat16_is_transformed_in_float32():
         (torch.ones(1, 4, 2), torch.ones(4, 2), (1, 0)),
     ],
 )
-def test_what_cannot_be_convolved_is_refused(inputs, taps, arguments):
+def test_bad_arguments_are_refused(inputs, taps, arguments):
     with pytest.raises(ValueError, match="inputs"):
         causal_convolution(inputs, taps, *arguments)
 

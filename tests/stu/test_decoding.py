@@ -40,7 +40,7 @@ def build(dtype=torch.float32, **settings):
 
 
 def decode(model, sequences, prompt_lengths, num_new, convolution=Continuous):
-    """Logits `[B, num_new + 1, vocab]` from each prompt's last token on, the rest fed in."""
+    """Return logits `[B, num_new + 1, vocab]` from the last prompt token on."""
     prompts = [row[:length].tolist() for row, length in zip(sequences, prompt_lengths, strict=True)]
     runner = Runner(model, prompts, num_new, convolution)
     logits = [runner.prefill()]
@@ -58,7 +58,7 @@ def random_tokens(num_rows, length):
 @pytest.mark.parametrize(
     ("convolution", "layout", "stu_form", "window_tokens"),
     [
-        *((its, *layout) for its in CONVOLUTIONS for layout in LAYOUTS),
+        *((convolution, *layout) for convolution in CONVOLUTIONS for layout in LAYOUTS),
         (Naive, "attention", "tensordot", WINDOW_SMALLER),  # of no layers
         (Naive, "attention", "tensordot", WINDOW_LARGER),
     ],
@@ -79,7 +79,7 @@ def test_decoding_equals_the_forward_pass(
 
 
 @pytest.mark.parametrize("layout", ["hybrid", "hyena"])
-def test_a_context_can_be_filled_to_the_last_token(layout):
+def test_decoding_can_fill_the_whole_context(layout):
     model = build(torch.float64, max_seq_len=64, layout=layout)
     sequences = random_tokens(2, 64)
     decoded = decode(model, sequences, [63, 63], 1)
@@ -89,7 +89,7 @@ def test_a_context_can_be_filled_to_the_last_token(layout):
 
 @pytest.mark.parametrize("convolution", [Naive, Epoched, Continuous])
 @pytest.mark.parametrize("layout", ["stu", "hybrid", "hyena"])
-def test_bfloat16_decodes_as_it_trains(layout, convolution):
+def test_bfloat16_decoding_stays_near_the_forward_pass(layout, convolution):
     model = build(torch.bfloat16, layout=layout, window_tokens=WINDOW_SMALLER)
     sequences = random_tokens(2, 60)
     decoded = decode(model, sequences, [20, 20], 40, convolution)
@@ -100,7 +100,7 @@ def test_bfloat16_decodes_as_it_trains(layout, convolution):
     assert (decoded - forward).abs().mean() < 1e-3 * forward.abs().max()
 
 
-def test_stepping_too_far_is_refused():
+def test_step_beyond_max_new_tokens_raises():
     runner = Runner(build(), [[1, 2]], 1)
     runner.prefill()
     runner.step(torch.tensor([3]))

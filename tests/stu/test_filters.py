@@ -53,7 +53,7 @@ def test_small_eigenpairs_are_accurate_relative_to_themselves():
     np.testing.assert_allclose(values, exact, rtol=1e-6)
 
 
-def test_blocks_of_rows_make_no_difference(monkeypatch):
+def test_block_size_does_not_change_the_result(monkeypatch):
     whole = filters.hankel_eigenpairs(1000, 24)
     monkeypatch.setattr(filters, "BLOCK_ROWS", 77)
     blocked = filters.hankel_eigenpairs(1000, 24)
@@ -75,7 +75,7 @@ def test_second_call_reads_the_cache(cache, monkeypatch):
     np.testing.assert_array_equal(filters.spectral_filters(100, 8), first)
 
 
-def test_a_damaged_cache_is_computed_again(cache):
+def test_damaged_cache_is_replaced(cache):
     first = filters.spectral_filters(100, 8)
     file = cache / "filters-v1-100x8.npy"
     for damage in (file.read_bytes()[:200], b"", b"not numpy"):
@@ -84,7 +84,7 @@ def test_a_damaged_cache_is_computed_again(cache):
         assert np.load(file).shape == (100, 8)
 
 
-def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
+def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "file" / name)
     assert filters.spectral_filters(10, 2).shape == (10, 2)

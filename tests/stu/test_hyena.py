@@ -1,4 +1,4 @@
-"""Hyena against its formulas, and what its filters are."""
+"""Hyena against its formulas; the dtype and initialisation of its filters."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def build(max_seq_len=64, **changes):
 
 
 def layer(max_seq_len=64, **changes):
-    """A float64 layer whose weights are all random, the biases too, and the model's filters."""
+    """Return a float64 layer with random weights and biases, and the filters of its model."""
     model = build(max_seq_len, **changes).double()
     mixer = model.blocks[0].mixer
     torch.nn.init.normal_(mixer.filter.biases, std=0.02)
@@ -32,10 +32,10 @@ def layer(max_seq_len=64, **changes):
     [(1, 1), (1, 2), (2, 2), (1, 64), (2, 64), (3, 64), (33, 64), (64, 64)],
 )
 @pytest.mark.parametrize("width", [12, 1])
-def test_equals_its_formulas(length, max_seq_len, width):
+def test_hyena_equals_reference(length, max_seq_len, width):
     hyena, filters = layer(max_seq_len, width=width, num_heads=1)
     x = torch.randn(2, length, width, dtype=torch.float64)
-    weights = {name: its.detach().numpy() for name, its in hyena.named_parameters()}
+    weights = {name: weight.detach().numpy() for name, weight in hyena.named_parameters()}
     expected = torch.from_numpy(reference.hyena(x.numpy(), weights, max_seq_len))
     actual = hyena(x, filters, None)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -50,7 +50,7 @@ def test_taps_of_the_first_lags_are_those_of_all():
 
 
 def test_float32_taps_of_a_long_context():
-    """Of angles up to a hundred, which float32 alone would have to 1e-5."""
+    """Computed in float32 alone, angles of up to a hundred would have errors of 1e-5."""
     hyena, filters = layer(16_384)
     exact = hyena.taps(filters)
     single = hyena.float().taps(filters.float())
@@ -59,7 +59,7 @@ def test_float32_taps_of_a_long_context():
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7])
-def test_short_convolution_after_what_came_before(length):
+def test_short_convolution_continues_after_earlier_inputs(length):
     x, taps = torch.randn(2, 7, 5).double(), torch.randn(3, 5).double()
     whole = short_convolution(after_zeros(x, len(taps)), taps)
     torch.testing.assert_close(whole, causal_convolution(x, taps), rtol=0, atol=1e-14)
@@ -69,7 +69,7 @@ def test_short_convolution_after_what_came_before(length):
     )
 
 
-def test_casts_leave_the_filters_alone():
+def test_casts_do_not_change_the_filters():
     model = build()
     hyena = model.blocks[0].mixer
     taps = hyena.taps(model.filters)
@@ -80,14 +80,15 @@ def test_casts_leave_the_filters_alone():
     assert model(torch.zeros(1, 5, dtype=torch.long)).dtype == torch.bfloat16
     names = {"filters", *(f"blocks.{i}.mixer.filter.{name}" for i in (0, 1) for name in FILTER)}
     assert model.wide_names == names
-    wide = {name for name, its in model.state_dict().items() if its.dtype == torch.float32}
+    state = model.state_dict()
+    wide = {name for name, tensor in state.items() if tensor.dtype == torch.float32}
     assert wide == names
     taps = hyena.taps(model.double().filters)
     assert taps.dtype == torch.float64
 
 
 def test_taps_of_16_bit_weights_are_computed_in_float32():
-    """As they are where DeepSpeed or FSDP casts every weight."""
+    """DeepSpeed and FSDP may cast every weight."""
     model = build()
     hyena = model.blocks[0].mixer
     for parameter in model.parameters():
@@ -134,8 +135,8 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("layout", ["attention", "hyena"])
 def test_parameters_are_counted(layout):
-    """Of a mixer: its projections; of Hyena three taps for each of three projections, and what
-    makes its filters: three layers of sines and one without, and the skip term."""
+    """A mixer has four projections; Hyena also has three taps for each of three projections, four
+    layers that make its filters, and the skip term."""
     mixer = 4 * 12**2
     if layout == "hyena":
         mixer += 9 * 12 + 33 * 64 + 2 * 64 * 64 + 3 * 64 + 64 + 64 * 12 + 12

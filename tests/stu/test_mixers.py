@@ -1,4 +1,4 @@
-"""Every registered mixer keeps the promises of `stu.mixers.Mixer`, and no other file names one."""
+"""Every registered mixer fulfils the contract of `stu.mixers.Mixer`; no other file names one."""
 
 import ast
 import pkgutil
@@ -27,7 +27,7 @@ VARIANTS = ROOT / "benchmarks/training/variants.py"
 
 @pytest.mark.parametrize("form", ["tensordot", "full"])
 @pytest.mark.parametrize("name", MIXERS)
-def test_a_mixer_keeps_its_promises(name, form):
+def test_mixer_fulfils_its_contract(name, form):
     torch.manual_seed(0)
     config = ModelConfig(**SMALL, layout=name, stu_form=form)
     mixer = make_mixer(name, config)
@@ -69,7 +69,7 @@ def test_mixers_of_several_kinds_decode_as_the_forward_pass(monkeypatch, mixers)
     torch.testing.assert_close(torch.stack(decoded, dim=1), expected, rtol=0, atol=1e-12)
 
 
-def test_long_convolutions_of_other_shapes_cannot_be_decoded_together(monkeypatch):
+def test_decoding_convolutions_with_different_lag_steps_is_refused(monkeypatch):
     monkeypatch.setitem(layouts.LAYOUTS, "mixed", ("hyena", "stu"))
     model = FlashSTU(ModelConfig(**SMALL, layout="mixed"))
     assert [mixer.past.lag_step for mixer in model.mixers] == [1, 2, 1, 2]

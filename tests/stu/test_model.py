@@ -72,7 +72,7 @@ def test_gradcheck(layout, form):
         ("attention", "tensordot"),
     ],
 )
-def test_causal(layout, form):
+def test_outputs_do_not_depend_on_later_tokens(layout, form):
     model = small(layout=layout, stu_form=form).double()
     tokens = torch.randint(50, (1, 40))
     changed = tokens.clone()
@@ -83,7 +83,7 @@ def test_causal(layout, form):
 
 
 @pytest.mark.parametrize("layout", ["hybrid", "hyena", "attention"])
-def test_any_length_up_to_max_seq_len(layout):
+def test_lengths_up_to_max_seq_len_are_accepted(layout):
     model = small(layout=layout)
     for length in (1, 3, 64):
         assert model(torch.zeros(1, length, dtype=torch.long)).shape == (1, length, 50)
@@ -125,7 +125,7 @@ def test_float32_forward_stays_near_float64(layout):
     assert (single - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
-def test_norm_and_mlp_by_their_formulas():
+def test_norm_and_mlp_equal_their_formulas():
     torch.manual_seed(0)
     x = torch.randn(3, 8, dtype=torch.float64)
     norm = RMSNorm(8, 1e-5).double()

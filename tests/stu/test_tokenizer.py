@@ -1,4 +1,4 @@
-"""The tokenizer gives back the text it was given, and says so when it cannot be made."""
+"""Round trips of the tokenizer, its training, and damaged files."""
 
 import re
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_round_trip_of_awkward_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_known_limit_the_space_mark_comes_back_as_a_space(tokenizer: Tokenizer) -> None:
+def test_the_space_mark_decodes_to_a_space(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
 
 
@@ -133,7 +133,7 @@ def test_a_vocabulary_of_the_wrong_size_names_one_that_works(
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n\n"]])
-def test_no_text_to_train_on(tmp_path: Path, texts: list[str]) -> None:
+def test_training_without_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(UserError, match="no text"):
         train_bpe(texts, 300, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())
