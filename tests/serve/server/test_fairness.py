@@ -51,7 +51,7 @@ def make_engine(code_model, code_tokenizer):
     return make
 
 
-def test_a_short_request_runs_beside_many_of_another_client(make_engine):
+def test_short_request_runs_beside_many_of_another_client(make_engine):
     """It takes one of the two rows, and the request that is preempted continues exactly."""
     many = [request("a", 30, seed) for seed in range(6)]
     short = request("b", 3)
@@ -135,7 +135,7 @@ def test_clients_that_come_and_go_do_not_overtake_a_request_that_waits_for_pages
     assert prefill() == ["large"]
 
 
-def test_a_lower_priority_number_goes_before_any_turn(make_engine):
+def test_lower_priority_number_goes_before_any_turn(make_engine):
     engine = make_engine(max_running=1)
     first = [request("a", 3, priority=1), request("b", 3, priority=1), request("a", 3, priority=0)]
     _, scheduled, _ = decoded(engine, first)
