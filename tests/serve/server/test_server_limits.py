@@ -226,7 +226,7 @@ def test_tls(model_directory, tmp_path, certificate):
     subprocess.run([*command, "-out", encrypted], check=True, capture_output=True)
     config = ServerConfig(model_directory, port=0, tls_certificate=chain, tls_key=encrypted)
     # Refused, without a question on the terminal.
-    with pytest.raises(OSError, match="without passphrase"), listening(config):
+    with pytest.raises(OSError, match="without a passphrase"), listening(config):
         pass
 
 
