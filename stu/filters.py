@@ -10,13 +10,10 @@ so with `a = exp(-x)` and a quadrature rule in `x` it factors as `Z = G G^T` wit
 `O(L n^2)` time and `O(L n)` memory instead of `O(L^3)` and `O(L^2)`.
 """
 
-import os
-import tempfile
-from pathlib import Path
-
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
+
+from stu.common.array_cache import Arrays, cached_arrays
 
 NODES_PER_PANEL = 14
 BLOCK_ROWS = 8192
@@ -30,14 +27,12 @@ def spectral_filters(length: int, num_filters: int) -> NDArray[np.float64]:
     agree on the signs. Results are cached on disk. Raises ValueError unless
     `1 <= num_filters <= length`.
     """
-    path = platformdirs.user_cache_path("stu") / f"filters-v1-{length}x{num_filters}.npy"
-    cached = _read(path, (length, num_filters))
-    if cached is not None:
-        return cached
-    eigenvalues, eigenvectors = hankel_eigenpairs(length, num_filters)
-    filters = eigenvalues**0.25 * eigenvectors
-    _write(path, filters)
-    return filters
+
+    def compute() -> Arrays:
+        eigenvalues, eigenvectors = hankel_eigenpairs(length, num_filters)
+        return {"filters": eigenvalues**0.25 * eigenvectors}
+
+    return cached_arrays(f"filters-v1-{length}x{num_filters}", compute)["filters"]
 
 
 def hankel_eigenpairs(
@@ -80,26 +75,3 @@ def _hankel_factor(rows: NDArray[np.int64], length: int) -> NDArray[np.float64]:
     factor = np.exp(np.multiply.outer(rows, -x))
     factor *= scale
     return factor
-
-
-def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float64] | None:
-    try:
-        filters = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk: computed again
-        return None
-    return filters if filters.shape == shape and filters.dtype == np.float64 else None
-
-
-def _write(path: Path, filters: NDArray[np.float64]) -> None:
-    """Write by renaming, so that a concurrent reader sees a whole file; ignore a full disk."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".npy")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, filters)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import log2
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class PastInputs:
     """Distance between the taps of a filter, in positions."""
     streams: int = 1
     """Streams of C channels into which a layer divides a sequence; they share the filters."""
+    basis: Literal["mixed", "alternating"] | None = None
+    """How the filters come from the few that `LongConvolution.basis` returns. mixed: as weighted
+    sums. alternating: the first half of the channels has them, and the second half has them with
+    the sign (-1)^i at lag i, and all channels of a stream have the same input. None: otherwise."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,11 @@ class LongConvolution(Mixer):
     def taps(self, filters: Tensor) -> Tensor:
         """Compute the taps `[N, C]` at the lags below `len(filters)`, in the dtype of `filters`,
         which is float32 or wider."""
+
+    def basis(self, filters: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the filters `[N, K]` that `PastInputs.basis` speaks of, tap j at lag `lag_step j`,
+        and their weights `[K, C]` in each channel if they are mixed."""
+        raise NotImplementedError(f"the filters of {type(self).__name__} have no basis")
 
     def convolve(self, streams: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
         """Convolve each stream with its own filter: `[S, T, C]` both ways."""

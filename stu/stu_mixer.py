@@ -43,7 +43,7 @@ class TensordotSTU(STU):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(PastInputs(config.width, lag_step=2))
+        super().__init__(PastInputs(config.width, lag_step=2, basis="mixed"))
         self.input_matrix = nn.Parameter(torch.empty(config.width, config.width))
         self.filter_matrix = nn.Parameter(torch.empty(config.num_filters, config.width))
         self.project: nn.Module | None = None
@@ -51,8 +51,11 @@ class TensordotSTU(STU):
 
     def taps(self, filters: Tensor) -> Tensor:
         with torch.autocast(filters.device.type, enabled=False):
-            taps = 2 * filters[::2] @ self.filter_matrix.to(filters.dtype)  # [L/2, K] @ [K, D]
-        return taps
+            basis, weights = self.basis(filters)
+            return basis @ weights  # [L/2, K] @ [K, D]
+
+    def basis(self, filters: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * filters[::2], self.filter_matrix.to(filters.dtype)
 
     def streams(self, x: Tensor) -> Tensor:
         projected: Tensor = x @ self.input_matrix if self.project is None else self.project(x)
@@ -79,7 +82,8 @@ class FullSTU(STU):
     `(-1)^i phi_k[i]`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(PastInputs(2 * config.num_filters, streams=config.width))
+        channels = 2 * config.num_filters
+        super().__init__(PastInputs(channels, streams=config.width, basis="alternating"))
         shape = config.num_filters, config.width, config.width
         self.plus_matrices = nn.Parameter(torch.empty(shape))
         self.minus_matrices = nn.Parameter(torch.empty(shape))
@@ -88,6 +92,9 @@ class FullSTU(STU):
         minus = filters.clone()
         minus[1::2] *= -1
         return torch.cat([filters, minus], dim=1)  # [L, 2 K]
+
+    def basis(self, filters: Tensor) -> tuple[Tensor, None]:
+        return filters, None
 
     def streams(self, x: Tensor) -> Tensor:
         channels = x.transpose(1, 2).flatten(0, 1)  # [B, T, D] -> [B D, T]

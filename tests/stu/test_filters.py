@@ -3,6 +3,7 @@
 import numpy as np
 import platformdirs
 import pytest
+from safetensors.numpy import load_file
 
 from stu import filters
 
@@ -70,18 +71,18 @@ def test_filters_are_scaled_eigenvectors():
 
 def test_second_call_reads_the_cache(cache, monkeypatch):
     first = filters.spectral_filters(100, 8)
-    assert [file.name for file in cache.iterdir()] == ["filters-v1-100x8.npy"]
+    assert [file.name for file in cache.iterdir()] == ["filters-v1-100x8.safetensors"]
     monkeypatch.setattr(filters, "hankel_eigenpairs", None)  # must not be needed again
     np.testing.assert_array_equal(filters.spectral_filters(100, 8), first)
 
 
 def test_damaged_cache_is_replaced(cache):
     first = filters.spectral_filters(100, 8)
-    file = cache / "filters-v1-100x8.npy"
-    for damage in (file.read_bytes()[:200], b"", b"not numpy"):
+    file = cache / "filters-v1-100x8.safetensors"
+    for damage in (file.read_bytes()[:200], b"", b"not safetensors"):
         file.write_bytes(damage)
         np.testing.assert_array_equal(filters.spectral_filters(100, 8), first)
-        assert np.load(file).shape == (100, 8)
+        assert load_file(file)["filters"].shape == (100, 8)
 
 
 def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
