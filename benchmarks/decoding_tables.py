@@ -6,7 +6,7 @@ from functools import partial
 from benchmarks.recorded import Columns, Run, decoded, settings, table
 
 LABELS = {
-    "paged": "FutureFill, paged (ours)",
+    "ours": "ours",
     "continuous": "FutureFill, continuous",
     "epoched": "FutureFill, epoched",
     "flashinference": "tiles over prompt and generation",
@@ -65,18 +65,18 @@ def decode_steps(result: Run) -> str:
     """Show milliseconds of a step with three caches, and of two of the convolutions."""
 
     def ratio(runs: Runs) -> str:
-        value = runs.get("naive", {}).get("convolution_over_paged")
+        value = runs.get("naive", {}).get("convolution_over_ours")
         return f"{value:.0f}" if value else "-"
 
     columns: Columns = {
         "batch, new tokens": batch_and_length,
-        "paged": partial(ms, "paged", "step_ms"),
+        "ours": partial(ms, "ours", "step_ms"),
         "epoched": partial(ms, "epoched", "step_ms"),
         "direct sums": partial(ms, "naive", "step_ms"),
-        "convolution alone, paged": partial(ms, "paged", "convolution_ms"),
+        "convolution alone, ours": partial(ms, "ours", "convolution_ms"),
         "direct sums#2": partial(ms, "naive", "convolution_ms"),
         "ratio": ratio,
-        "cache, paged, MiB": partial(cache_mib, "paged"),
+        "cache, ours, MiB": partial(cache_mib, "ours"),
         "direct sums#3": partial(cache_mib, "naive"),
     }
     rows = (decoded(result, *pair) for pair in settings(result) if pair[1] in LENGTHS)
@@ -87,8 +87,8 @@ def decode_shares(result: Run) -> str:
     """Show the gain of FutureFill in a step, and that of a convolution that takes no time."""
 
     def gain(runs: Runs) -> str:
-        rounds = runs["naive"]["step_over_paged_by_round"]
-        return f"{runs['naive']['step_over_paged']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
+        rounds = runs["naive"]["step_over_ours_by_round"]
+        return f"{runs['naive']['step_over_ours']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
 
     def bound(runs: Runs) -> str:
         return f"{1 / (1 - runs['naive']['convolution_share']):.2f}"
@@ -98,30 +98,30 @@ def decode_shares(result: Run) -> str:
         "convolution's share, direct sums": lambda runs: (
             f"{runs['naive']['convolution_share']:.0%}"
         ),
-        "paged": lambda runs: f"{runs['paged']['convolution_share']:.1%}",
+        "ours": lambda runs: f"{runs['ours']['convolution_share']:.1%}",
         "times as fast (of the rounds)": gain,
         "with a convolution that takes no time": bound,
     }
-    return table(timed(result, ["paged", "naive"]), columns)
+    return table(timed(result, ["ours", "naive"]), columns)
 
 
 def flash_inference(result: Run) -> str:
     """Show cache and convolution of tiles over prompt and generation beside ours."""
-    names = ["flashinference", "continuous", "paged"]
+    names = ["flashinference", "continuous", "ours"]
     columns: Columns = {
         "prompt, new tokens": lambda runs: (
-            f"{runs['paged']['prompt_tokens']:,}, {runs['paged']['new_tokens']:,}"
+            f"{runs['ours']['prompt_tokens']:,}, {runs['ours']['new_tokens']:,}"
         ),
-        "batch": lambda runs: str(runs["paged"]["batch"]),
+        "batch": lambda runs: str(runs["ours"]["batch"]),
     }
     columns |= {f"{LABELS[name]}, MiB": partial(cache_mib, name) for name in names}
     columns |= {f"{LABELS[name]}, ms": partial(ms, name, "convolution_ms") for name in names}
-    return table(sorted(timed(result, names), key=lambda runs: runs["paged"]["batch"]), columns)
+    return table(sorted(timed(result, names), key=lambda runs: runs["ours"]["batch"]), columns)
 
 
 def layouts(result: Run) -> str:
     """Show milliseconds of a step and of its convolutions, by mixer."""
-    names = ["paged", "continuous", "naive"]
+    names = ["ours", "continuous", "naive"]
     columns: Columns = {
         "mixers": lambda runs: next(iter(runs.values()))["layout"],
         "batch, new tokens": batch_and_length,
@@ -161,13 +161,13 @@ def gpu_launches(result: Run) -> str:
         return str(runs[name]["operations_per_step"])
 
     columns: Columns = {"batch, new tokens": batch_and_length}
-    for name in ("paged", "naive"):
+    for name in ("ours", "naive"):
         columns |= {
             f"{LABELS[name]}, ms": partial(ms, name, "step_ms"),
             f"by the data sheet, ms#{name}": partial(ideal, name),
             f"operations#{name}": partial(operations, name),
         }
-    return table(timed(result, ["paged", "naive"]), columns)
+    return table(timed(result, ["ours", "naive"]), columns)
 
 
 def model_errors(result: Run) -> str:

@@ -10,7 +10,7 @@ from benchmarks.recorded import Run, fewest_threads, recorded
 from benchmarks.train_serve_tables import VARIANTS
 
 STYLES = {
-    "paged": ("o", "-"),
+    "ours": ("o", "-"),
     "continuous": ("s", "-"),
     "epoched": ("D", "-"),
     "flashinference": ("^", "--"),
@@ -80,18 +80,18 @@ def draw_lines(axes: Any, runs: list[Run], by: str) -> None:
     """Draw a line for each cache or peer, on logarithmic axes."""
     for name, (marker, line) in STYLES.items():
         points = sorted((run[by], run["tokens_per_second"]) for run in runs if run["cache"] == name)
-        is_paged = name == "paged"
+        is_ours = name == "ours"
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
             line,
             label=LABELS[name],
             marker=marker,
-            color="black" if name in ("paged", "continuous", "epoched") else GREY,
-            markerfacecolor="black" if is_paged else "white",
+            color="black" if name in ("ours", "continuous", "epoched") else GREY,
+            markerfacecolor="black" if is_ours else "white",
             markersize=8,
-            linewidth=2.2 if is_paged else 1.1,
-            zorder=3 if is_paged else 2,
+            linewidth=2.2 if is_ours else 1.1,
+            zorder=3 if is_ours else 2,
         )
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from stu.common.errors import UserError, setting_name
 
@@ -17,7 +18,7 @@ class EngineConfig:
     """Size of the caches of all running requests, in GiB. None: half of the memory that is free
     once the model is loaded."""
     page_len: int = 32
-    """Positions in a cache page, a power of two: the smallest tile of FutureFill."""
+    """Positions in a cache page, a power of two."""
     max_running: int = 32
     """Most requests that decode together."""
     prompt_tokens_per_step: int = 2048
@@ -25,9 +26,14 @@ class EngineConfig:
     start new requests sooner, fewer keep the pace of running ones steadier. A token of a prompt
     whose log probabilities are asked for counts as four."""
     expected_new_tokens: int | None = None
-    """New tokens that a request gets cache pages for at first. One that needs more is preempted and
-    prefilled again with pages for twice as many. With it more requests run together, if most stop
-    long before their `max_new_tokens`. None: pages for all new tokens from the start."""
+    """New tokens that a request gets cache pages for at first, where convolutions are cached in
+    pages. One that needs more is preempted and prefilled again with pages for twice as many. With
+    it more requests run together, if most stop long before their `max_new_tokens`. None: pages for
+    all new tokens from the start. A state needs no pages, and ignores this."""
+    convolution_cache: Literal["state", "pages"] | None = None
+    """How long convolutions remember the past. state: as a state of constant size, which the
+    filters of a spectral transform unit allow. pages: as pending outputs in pages, by FutureFill,
+    which grows with the new tokens. None: as a state if the filters allow it, else in pages."""
     batch_invariant: bool = False
     """Compute a request's logits to the last bit independently of the other requests. Slower."""
 
@@ -44,6 +50,8 @@ class EngineConfig:
             self._require(name, is_whole(count) and count >= 1, "a whole number >= 1")
         is_count = expected is None or (is_whole(expected) and expected >= 1)
         self._require("expected_new_tokens", is_count, "a whole number >= 1, or null")
+        is_cache = self.convolution_cache in (None, "state", "pages")
+        self._require("convolution_cache", is_cache, "state or pages, or null to choose by itself")
         is_switch = isinstance(self.batch_invariant, bool)
         self._require("batch_invariant", is_switch, "true or false")
         if self.batch_invariant and expected is not None:

@@ -86,7 +86,8 @@ def sliding_window_attention(
 ) -> Tensor:
     """Attend from each token to itself and to `window_tokens` before it.
 
-    Queries, keys, values and the result are `[B, T, heads, head_dim]`; slopes `[heads]`. Runs
+    Queries and the result are `[B, T, heads, head_dim]`; slopes `[heads]`. Keys and values are of
+    the same tokens, and may begin with those of earlier ones. Runs
     flash-attn for 16-bit tensors on CUDA where it is installed, and otherwise blocks of queries in
     float32, `O(T * window)` in time.
     """
@@ -147,7 +148,7 @@ class _BlockedAttention(torch.autograd.Function):
         softcap: float,
     ) -> Tensor:
         attended = torch.empty_like(queries)
-        for block, seen, bias in _blocks(queries, slopes, window_tokens):
+        for block, seen, bias in _blocks(queries, keys, slopes, window_tokens):
             weights, _ = _weights(queries[:, :, block], keys[:, :, seen], bias, softcap)
             attended[:, :, block] = weights @ values[:, :, seen]
         ctx.save_for_backward(queries, keys, values, attended, slopes)
@@ -161,7 +162,7 @@ class _BlockedAttention(torch.autograd.Function):
         queries_grad = torch.empty_like(queries)
         keys_grad, values_grad = torch.zeros_like(keys), torch.zeros_like(values)
         scale = queries.shape[-1] ** -0.5
-        for block, seen, bias in _blocks(queries, slopes, ctx.window_tokens):
+        for block, seen, bias in _blocks(queries, keys, slopes, ctx.window_tokens):
             own_queries, own_keys, own_grad = (
                 queries[:, :, block],
                 keys[:, :, seen],
@@ -179,20 +180,21 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _blocks(
-    queries: Tensor, slopes: Tensor, window_tokens: int
+    queries: Tensor, keys: Tensor, slopes: Tensor, window_tokens: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield blocks of queries, the keys that they see and the bias of their scores,
     `[heads, Q, K]`."""
-    length, device = queries.shape[2], queries.device
+    length, device = keys.shape[2], queries.device
+    earlier = length - queries.shape[2]
     shape, bias = None, torch.empty(0)
-    for start in range(0, length, QUERY_BLOCK):
+    for start in range(earlier, length, QUERY_BLOCK):
         stop, first = min(start + QUERY_BLOCK, length), max(0, start - window_tokens)
         if shape != (stop - start, start - first):  # most blocks are alike
             shape = stop - start, start - first
             positions = torch.arange(first, stop, device=device)
             distances = positions[start - first :, None] - positions
             bias = _bias(distances, slopes, window_tokens, queries.dtype)
-        yield slice(start, stop), slice(first, stop), bias
+        yield slice(start - earlier, stop - earlier), slice(first, stop), bias
 
 
 def _bias(distances: Tensor, slopes: Tensor, window_tokens: int, dtype: torch.dtype) -> Tensor:

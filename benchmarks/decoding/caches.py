@@ -1,10 +1,10 @@
 """Convolution caches that can be set to any position of a run, for a batch that decodes in step.
 
-`naive`: direct sums, which read even lags only. `epoched`, `continuous`: FutureFill as in
-`stu.futurefill`. `flashinference`: the tiles of `continuous` over prompt and generation alike, the
-schedule of Oncescu, Purandare, Idreos and Kakade, "Flash Inference: Near Linear Time Inference for
-Long Convolution Sequence Models and Beyond", arXiv:2410.12982: positions are counted from the
-prompt's first token, whose input stays in the buffer. `paged`: the engine's own.
+`ours`: the engine's own. `naive`: direct sums, which read even lags only. `epoched`, `continuous`:
+FutureFill as in `stu.futurefill`. `flashinference`: the tiles of `continuous` over prompt and
+generation alike, the schedule of Oncescu, Purandare, Idreos and Kakade, "Flash Inference: Near
+Linear Time Inference for Long Convolution Sequence Models and Beyond", arXiv:2410.12982: positions
+are counted from the prompt's first token, whose input stays in the buffer.
 
 Only the time of a step matters. Caches are filled with a number, because memory that was never
 written to is read too fast.
@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.decoding.shape import PAGE_LEN, Shape
-from serve.cache.page_pool import PagePool
-from serve.cache.paged_futurefill import ConvolutionCache
+from serve.cache.base import CachePlan
+from serve.cache.budget import cache_plan
+from serve.cache.paged_futurefill import PagedFutureFill
+from serve.cache.spectral_state import SpectralStates
+from serve.config import EngineConfig
 from stu.futurefill import Continuous, Epoched
+from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 from stu.online_convolution import Naive
 
 NUMBER = 0.1
-CACHES = ["paged", "continuous", "epoched", "flashinference", "naive"]
+CACHES = ["ours", "continuous", "epoched", "flashinference", "naive"]
 
 
 @dataclass(frozen=True)
@@ -125,35 +129,67 @@ class SeekableContinuous(_Slots, Continuous):
         return by_tile(self.page_ends(), self.first_position)
 
 
-class Paged:
+class EngineCache:
     """The engine's cache, which reaches a later position by decoding random inputs."""
 
-    def __init__(self, taps: Tensor, lag_step: int, shape: Shape, filters: Tensor) -> None:
-        self.num_layers, self.num_pages = len(taps), shape.num_pages
-        width = shape.config.width
-        page = self.num_layers, PAGE_LEN, width
-        num_pages = shape.batch * self.num_pages + 1
-        pool = PagePool(num_pages, page, filters.dtype, filters.device)
-        pool.pages.fill_(NUMBER)
-        self.cache = ConvolutionCache(taps, lag_step, pool, shape.batch)
-        self.step, self.position = self.cache.step, 0
-        self._inputs = 0.01 * torch.randn(shape.batch, width).to(pool.pages)
-        for row in range(shape.batch):
+    def __init__(self, model: FlashSTU, shape: Shape) -> None:
+        plan = engine_plan(model, shape)
+        self.cache = plan.make(shape.batch * plan.size.usual_pages)
+        assert isinstance(self.cache, SpectralStates | PagedFutureFill)
+        self._convolutions = self.cache
+        if self.cache.pool is not None:
+            self.cache.pool.pages.fill_(NUMBER)
+        past = remembered(model.mixers, PastInputs)
+        self.num_layers, self.position, self._shape = len(past), 0, shape
+        self._rows = list(range(shape.batch))
+        self._inputs = 0.01 * torch.randn(shape.batch, past[0].channels).to(model.filters)
+        for row in self._rows:
             self.cache.admit(row, shape.prompt_tokens, shape.new_tokens - 1)
             self.cache.join(row)
+
+    def step(self, layer: int, inputs: Tensor) -> Tensor:
+        if layer == 0:
+            self.cache.begin_step(self._rows, alone=False)
+        return self._convolutions.step(layer, inputs)
 
     def advance(self) -> None:
         self.position += 1
         self.cache.advance()
 
     def seek(self, position: int) -> None:
-        while self.position < position:
+        steps = position - self.position
+        if not self.cache.pool:  # how long a step takes depends only on its place in a page
+            steps %= PAGE_LEN
+        for _ in range(steps):
             for layer in range(self.num_layers):
                 self.step(layer, self._inputs)
             self.advance()
+        self.position = position
 
     def flushes(self) -> list[Flush]:
-        return by_tile(range(PAGE_LEN, self.num_pages * PAGE_LEN, PAGE_LEN), 0)
+        num_pages = self._shape.num_pages
+        if not isinstance(self.cache, SpectralStates):
+            return by_tile(range(PAGE_LEN, num_pages * PAGE_LEN, PAGE_LEN), 0)
+        ends = sorted(PAGE_LEN * (num_pages // 2) + end for end in set(self.cache.page_ends()))
+        return [Flush("page ends of some layers", ends[:3], len(ends) * num_pages, ends[-1])]
+
+
+def engine_plan(model: FlashSTU, shape: Shape) -> CachePlan:
+    """Return the plan of the engine's cache for this batch."""
+    config = EngineConfig(
+        page_len=PAGE_LEN, max_running=shape.batch, expected_new_tokens=max(1, shape.new_tokens - 1)
+    )
+    plan = cache_plan(PastInputs, model, config)
+    assert plan is not None, "the model has no long convolutions"
+    return plan
+
+
+def cache_bytes(name: str, model: FlashSTU, shape: Shape) -> int:
+    """Return the bytes that a convolution cache allocates for the batch."""
+    if name != "ours":
+        return shape.cache_bytes(name)
+    size = engine_plan(model, shape).size
+    return size.fixed_bytes + shape.batch * size.usual_pages * size.page_bytes
 
 
 def by_tile(page_ends: range, first: int) -> list[Flush]:
@@ -173,15 +209,15 @@ def by_tile(page_ends: range, first: int) -> list[Flush]:
     return flushes
 
 
-Cache = Paged | SeekableNaive | SeekableEpoched | SeekableContinuous
+Cache = EngineCache | SeekableNaive | SeekableEpoched | SeekableContinuous
 
 
 def make_cache(name: str, model: FlashSTU, shape: Shape) -> Cache:
     """Return the cache of that name, with `step`, `advance`, `flushes` and `seek`, which moves
     forward to the state after a number of new tokens."""
+    if name == "ours":
+        return EngineCache(model, shape)
     taps, lag_step = model.convolution_taps()
-    if name == "paged":
-        return Paged(taps, lag_step, shape, model.filters)
     arguments = taps.float(), shape.batch, shape.new_tokens, lag_step
     if name == "naive":
         return SeekableNaive(*arguments, max_prompt_tokens=shape.prompt_tokens)

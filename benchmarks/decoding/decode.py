@@ -16,7 +16,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from benchmarks.decoding.caches import CACHES
+from benchmarks.decoding.caches import CACHES, cache_bytes
 from benchmarks.decoding.sampling import LEAST_NEW_TOKENS, Candidate, max_cache_bytes, timed_runs
 from benchmarks.decoding.shape import Shape
 from benchmarks.decoding.subjects import CacheSubject, PeerSubject
@@ -60,7 +60,7 @@ class Options:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure every combination of the settings, and each cache's ratio to the paged one."""
+    """Measure every combination of the settings, and each cache's ratio to ours."""
     check(options)
     runs: list[dict[str, Any]] = []
     models = list(itertools.product(options.layout, options.new_tokens))
@@ -108,7 +108,7 @@ def check(options: Options) -> None:
 
 def of_cache(model: FlashSTU, cache: str, shape: Shape, options: Options) -> Candidate:
     """Return our model with one of its caches."""
-    num_bytes = shape.cache_bytes(cache)
+    num_bytes = cache_bytes(cache, model, shape)
     num_bytes += shape.other_bytes(getattr(torch, options.dtype).itemsize)
     setting = described(cache, shape, options, model.num_parameters(), num_bytes)
     return Candidate(setting, lambda: CacheSubject(model, cache, shape))
@@ -145,13 +145,13 @@ def described(
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each run of a setting its times over the times of the paged cache."""
+    """Add to each run of a setting its times over those of our cache."""
     timed = {run["cache"]: run for run in runs if "step_ms" in run}
-    paged = timed.pop("paged", {})
-    for run in timed.values() if paged else ():
-        rounds = zip(run["step_ms_by_round"], paged["step_ms_by_round"], strict=True)
-        run["step_over_paged_by_round"] = [own / reference for own, reference in rounds]
-        run["step_over_paged"] = statistics.median(run["step_over_paged_by_round"])
+    ours = timed.pop("ours", {})
+    for run in timed.values() if ours else ():
+        rounds = zip(run["step_ms_by_round"], ours["step_ms_by_round"], strict=True)
+        run["step_over_ours_by_round"] = [own / reference for own, reference in rounds]
+        run["step_over_ours"] = statistics.median(run["step_over_ours_by_round"])
         if "convolution_ms" in run:
-            run["convolution_over_paged"] = run["convolution_ms"] / paged["convolution_ms"]
+            run["convolution_over_ours"] = run["convolution_ms"] / ours["convolution_ms"]
     return runs

@@ -41,16 +41,12 @@ class Shape:
         return pages_for(self.new_tokens - 1, PAGE_LEN)
 
     def cache_bytes(self, cache: str) -> int:
-        """Return the bytes that a convolution cache allocates for the batch.
+        """Return the bytes that a cache which is not the engine's allocates for the batch.
 
         Direct sums hold all inputs, and the latest once more. Other caches hold a slot for each new
-        token (`flashinference`: also for each prompt token) and two pages for the current one. The
-        engine's cache also has a null page.
+        token (`flashinference`: also for each prompt token) and two pages for the current one.
         """
         channels = len(remembered(planned_mixers(self.config), PastInputs)) * self.config.width
-        if cache == "paged":
-            positions = PAGE_LEN * (self.batch * (self.num_pages + 2) + 1)
-            return channels * FLOAT_BYTES * positions
         prompt, columns = (
             -(-self.prompt_tokens // self.lag_step),
             -(-self.new_tokens // self.lag_step),

@@ -77,8 +77,9 @@ class CacheSubject:
         return self._windows.step(layer, queries, keys, values)
 
     def _decode(self) -> None:
-        if self._windows:
-            self._windows.begin_step(alone=False)
+        rows = list(range(len(self._tokens)))
+        for cache in filter(None, (self._windows, self._recent)):
+            cache.begin_step(rows, alone=False)
         hidden = self._model.hidden(self._tokens[:, None], self)[:, 0]
         with self._clock:
             self.cache.advance()
@@ -168,7 +169,6 @@ def make_recent_inputs(model: FlashSTU, shape: Shape) -> RecentInputs | None:
     recent = RecentInputs(layers, shape.batch, weight.dtype, weight.device)
     for row in range(shape.batch):
         recent.admit(row, shape.prompt_tokens, shape.new_tokens)
-        recent.join(row)
     return recent
 
 
@@ -184,7 +184,7 @@ def make_windows(model: FlashSTU, shape: Shape) -> AttentionCache | None:
     some = weight.new_full((1, shape.prompt_tokens + shape.new_tokens // 2, heads, head_dim), 0.1)
     for row in range(shape.batch):
         windows.admit(row, shape.prompt_tokens, shape.new_tokens)
+        windows.begin_chunk(row, some.shape[1])
         for layer in range(len(layers)):
             windows.prefill(row, layer, some, some, some)
-        windows.join(row)
     return windows

@@ -1,1 +1,1 @@
-"""Decoding caches in pages."""
+"""Caches of what the layers of a model remember while they decode."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CacheSize
+from serve.cache.base import Cache, CachePlan, CacheSize
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
 from serve.config import EngineConfig
 from stu.attention import alibi_slopes, attend, sliding_window_attention
@@ -30,10 +30,15 @@ class _Window:
     promised: int
     """Number of pages that it may come to own."""
     length: int = 0
-    """Number of positions that went through all layers."""
+    """Number of positions that went through all layers, or are going through them."""
     first_page: int = 0
     """Index, among all pages of the sequence, of the first that it still owns."""
     pages: list[int] = field(default_factory=list)
+    chunk_tokens: int = 0
+    """Positions at the end that are going through the layers as a chunk of a prompt."""
+    earlier: slice = field(default_factory=lambda: slice(0))
+    """Positions in the window of the chunk, among those of `earlier_pages`."""
+    earlier_pages: list[int] = field(default_factory=list)
 
 
 class AttentionCache(Cache):
@@ -61,7 +66,7 @@ class AttentionCache(Cache):
         self._blocks: list[tuple[slice, Tensor, Tensor]] = []
 
     @classmethod
-    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:
+    def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
         windows = remembered(model.mixers, KeyWindow)
         if not windows:
             return None
@@ -74,14 +79,13 @@ class AttentionCache(Cache):
         numbers = len(windows) * 2 * page_len * window.num_heads * window.head_dim
         pages = pages_for(model.config.max_seq_len, page_len)
         pages = min(pages, window_pages(window, page_len))
-        page_bytes = numbers * model.embedding.weight.element_size()
-        return CacheSize(0, page_bytes, pages, pages, pages)
-
-    @classmethod
-    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> "AttentionCache":
-        windows, weight = remembered(model.mixers, KeyWindow), model.embedding.weight
-        shape = len(windows), 2, config.page_len, windows[0].num_heads, windows[0].head_dim
-        return cls(windows[0], PagePool(num_pages, shape, weight.dtype, weight.device))
+        weight = model.embedding.weight
+        page_bytes = numbers * weight.element_size()
+        shape = len(windows), 2, page_len, window.num_heads, window.head_dim
+        return CachePlan(
+            CacheSize(page_bytes, page_bytes, pages, pages, pages),
+            lambda count: cls(window, PagePool(count + 1, shape, weight.dtype, weight.device)),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -91,14 +95,14 @@ class AttentionCache(Cache):
     def num_free(self) -> int:
         return self.pool.capacity - self._promised
 
-    def owned(self, owner: int) -> int:
-        return self._windows[owner].promised
+    def owned(self, row: int) -> int:
+        return self._windows[row].promised
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         pages = pages_for(prompt_tokens + new_tokens, self._page_len)
         return min(pages, window_pages(self._window, self._page_len))
 
-    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
+    def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
         promised = self.pages_needed(prompt_tokens, new_tokens)
         if self._promised + promised > self.pool.capacity:
             raise OutOfPages(
@@ -106,50 +110,68 @@ class AttentionCache(Cache):
                 f"{self.pool.capacity} not promised"
             )
         self._promised += promised
-        self._windows[owner] = _Window(promised)
+        self._windows[row] = _Window(promised)
 
-    def release(self, owner: int) -> None:
-        assert owner not in self._rows, f"sequence {owner} is still in the batch"
-        self._promised -= self._windows.pop(owner).promised
-        self.pool.free(owner, self.pool.pages_of(owner))
+    def release(self, row: int) -> None:
+        self._promised -= self._windows.pop(row).promised
+        self.pool.free(row, self.pool.pages_of(row))
+
+    def begin_chunk(self, row: int, num_tokens: int) -> None:
+        sequence, page_len = self._windows[row], self._page_len
+        before, window = sequence.length, self._window.window_tokens
+        first = max(0, before - window) - sequence.first_page * page_len
+        sequence.earlier = slice(first, before - sequence.first_page * page_len)
+        sequence.earlier_pages = sequence.pages
+        sequence.length, sequence.chunk_tokens = before + num_tokens, num_tokens
+        first_page = max(0, sequence.length - window) // page_len
+        num_pages = (sequence.length - 1) // page_len + 1 - first_page
+        # Pages that leave the window are used again for what follows: each layer reads its earlier
+        # keys before it writes new ones.
+        leaving = max(0, first_page - sequence.first_page)
+        spare, pages = sequence.pages[:leaving], sequence.pages[leaving:]
+        pages = [*pages, *spare[: num_pages - len(pages)]]
+        self.pool.free(row, spare[max(0, num_pages - len(sequence.pages[leaving:])) :])
+        sequence.pages, sequence.first_page = pages, first_page
+        self._allocate(row, num_pages - len(pages))
 
     def prefill(
-        self, owner: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
+        self, row: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """Return the attention output of a whole prompt; all `[1, P, heads, head_dim]`."""
-        window, softcap = self._window.window_tokens, self._window.softcap
-        sequence, length = self._windows[owner], keys.shape[1]
-        if not sequence.pages:
-            sequence.length = length
-            sequence.first_page = max(0, length - window) // self._page_len
-            last_page = (length - 1) // self._page_len
-            self._allocate(owner, last_page - sequence.first_page + 1)
-        for index, page in enumerate(sequence.pages):
-            start = (sequence.first_page + index) * self._page_len
-            new = slice(start, min(start + self._page_len, length))
-            self.pool.pages[page, layer, 0, : new.stop - start] = keys[0, new]
-            self.pool.pages[page, layer, 1, : new.stop - start] = values[0, new]
-        return sliding_window_attention(queries, keys, values, self._slopes, window, softcap)
+        """Return the attention output of the chunk that begins; all `[1, T, heads, head_dim]`."""
+        sequence, pages = self._windows[row], self.pool.pages[:, layer]
+        both = torch.stack([keys[0], values[0]])  # [2, T, heads, head_dim]
+        earlier = pages[sequence.earlier_pages].transpose(0, 1).flatten(1, 2)[:, sequence.earlier]
+        start = sequence.length - sequence.chunk_tokens
+        for index, page in enumerate(sequence.pages, sequence.first_page):
+            own = range(index * self._page_len, (index + 1) * self._page_len)
+            first, stop = max(own.start, start), min(own.stop, sequence.length)
+            if first < stop:
+                pages[page, :, first - own.start : stop - own.start] = both[
+                    :, first - start : stop - start
+                ]
+        seen = torch.cat([earlier, both], 1)[:, None]
+        return sliding_window_attention(
+            queries,
+            seen[0],
+            seen[1],
+            self._slopes,
+            self._window.window_tokens,
+            self._window.softcap,
+        )
 
-    def join(self, owner: int) -> None:
-        self._rows.append(owner)
-
-    def leave(self, row: int) -> None:
-        self._rows[row] = self._rows[-1]
-        self._rows.pop()
-
-    def begin_step(self, alone: bool) -> None:
+    def begin_step(self, rows: list[int], alone: bool) -> None:
         pages, places = [], []
-        for owner in self._rows:
-            sequence = self._windows[owner]
+        self._rows = rows
+        for row in rows:
+            sequence = self._windows[row]
             page, place = divmod(sequence.length, self._page_len)
             oldest = max(0, sequence.length - self._window.window_tokens) // self._page_len
             if oldest > sequence.first_page:
-                self.pool.free(owner, sequence.pages[: oldest - sequence.first_page])
+                self.pool.free(row, sequence.pages[: oldest - sequence.first_page])
                 del sequence.pages[: oldest - sequence.first_page]
                 sequence.first_page = oldest
             if place == 0:
-                self._allocate(owner, 1)
+                self._allocate(row, 1)
             pages.append(sequence.pages[page - sequence.first_page])
             places.append(place)
         device = self.pool.pages.device
@@ -157,22 +179,24 @@ class AttentionCache(Cache):
         self._blocks = list(self._row_blocks(alone))
 
     def step(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first_row: int = 0
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first: int = 0
     ) -> Tensor:
-        """Return the outputs of one token of the rows from `first_row`: all `[B, 1, heads,
-        head_dim]`. Rows beyond those of the batch are padding, whose outputs are 0.
+        """Return the outputs of one token of the rows from the `first` of the batch.
+
+        All are `[B, 1, heads, head_dim]`. Those beyond the rows of the batch are padding, and their
+        outputs are 0.
         """
         window = self._window
-        pages, places = (slots[first_row : first_row + len(queries)] for slots in self._slots)
+        pages, places = (slots[first : first + len(queries)] for slots in self._slots)
         for kind, new in enumerate((keys, values)):
             new = new[: len(pages), 0].to(self.pool.pages.dtype)
             self.pool.pages[pages, layer, kind, places] = new
         dtype = torch.promote_types(queries.dtype, torch.float32)
         outputs = torch.zeros_like(queries)
         for rows, tables, distances in self._blocks:
-            if not first_row <= rows.start < first_row + len(queries):
+            if not first <= rows.start < first + len(queries):
                 continue
-            here = slice(rows.start - first_row, rows.stop - first_row)
+            here = slice(rows.start - first, rows.stop - first)
             keys_seen, values_seen = (
                 torch.index_select(
                     self.pool.pages[:, layer, kind],
@@ -199,17 +223,15 @@ class AttentionCache(Cache):
         return outputs
 
     def advance(self) -> None:
-        for owner in self._rows:
-            self._windows[owner].length += 1
+        for row in self._rows:
+            self._windows[row].length += 1
 
-    def _allocate(self, owner: int, count: int) -> None:
-        sequence = self._windows[owner]
-        pages = self.pool.allocate(owner, count)
+    def _allocate(self, row: int, count: int) -> None:
+        sequence = self._windows[row]
+        pages = self.pool.allocate(row, count)
         self.pool.pages[pages] = 0  # what is masked must be finite all the same
         sequence.pages.extend(pages)
-        assert len(sequence.pages) <= sequence.promised, (
-            f"sequence {owner} takes more than promised"
-        )
+        assert len(sequence.pages) <= sequence.promised, f"row {row} takes more than promised"
 
     def _row_blocks(self, alone: bool) -> list[tuple[slice, Tensor, Tensor]]:
         """Return blocks of rows to attend to at once: the rows, their page tables padded with the

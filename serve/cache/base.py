@@ -5,10 +5,15 @@ and for all sequences. `serve.cache.budget.CACHES` lists them.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from serve.cache.page_pool import PagePool
 from serve.config import INVARIANT_ROWS, EngineConfig
+from stu.common.errors import UserError
 from stu.model import FlashSTU
 
 
@@ -28,26 +33,40 @@ class CacheSize:
     """Pages of the longest request."""
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache that can hold what a model remembers."""
+
+    size: CacheSize
+    make: Callable[[int], "Cache"]
+    """Allocates the cache with that many pages, besides a null page if it needs one."""
+    describe: str = ""
+    """One line for the log."""
+
+
+class CannotHold(Exception):
+    """A cache is not made for what this model remembers."""
+
+
 class Cache(ABC):
     """Memory of one kind, for all layers and every sequence.
 
-    A sequence is known by a number, its owner. It is admitted, its prompt goes through each layer's
-    `prefill`, it joins the batch as the last row, and then it steps: `begin_step`, each layer's
-    `step`, `advance`. The arguments of `prefill` and `step` depend on the kind of memory.
+    A sequence is known by its row of the batch, which it keeps from `admit` to `release`. Its
+    prompt goes through each layer's `prefill`, in one or more chunks, each announced by
+    `begin_chunk`. It joins the batch, and then it steps: `begin_step`, each layer's `step`,
+    `advance`. The arguments of `prefill` and `step` depend on the kind of memory.
     """
 
+    takes_chunks: ClassVar[bool] = True
+    """Whether prompts may come in several chunks."""
     pool: PagePool | None = None
-    """Pool of the cache's pages, if it has any."""
+    """Pool of the cache's pages, if it has any. Rows own them."""
 
     @classmethod
     @abstractmethod
-    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize | None:
-        """Return the memory that this cache takes, or None if the model has no use for it."""
-
-    @classmethod
-    @abstractmethod
-    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> "Cache":
-        """Allocate the cache with a pool of `num_pages`, the null page included."""
+    def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
+        """Return how to make this cache, or None if the model has no use for it. Raises CannotHold
+        if another cache of this kind of memory has to be used."""
 
     @property
     @abstractmethod
@@ -55,36 +74,63 @@ class Cache(ABC):
         """Bytes of everything that the cache has allocated."""
 
     @property
+    def capacity(self) -> int:
+        """Pages that there are."""
+        return self.pool.capacity if self.pool else 0
+
+    @property
+    def num_used(self) -> int:
+        """Pages that rows own."""
+        return self.pool.num_used if self.pool else 0
+
+    @property
     def num_free(self) -> int:
-        """Pages that no sequence owns or has been promised."""
+        """Pages that no row owns or has been promised."""
         return self.pool.num_free if self.pool else 0
 
-    def owned(self, owner: int) -> int:
-        """Return the number of pages that `owner` has or has been promised."""
-        return len(self.pool.pages_of(owner)) if self.pool else 0
+    def owned(self, row: int) -> int:
+        """Return the number of pages that a row has or has been promised."""
+        return len(self.pool.pages_of(row)) if self.pool else 0
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         """Return the pages that a sequence of this length owns, or may come to own."""
         return 0
 
-    @abstractmethod
-    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Reserve what `owner` needs for a prompt and new tokens, or raise OutOfPages."""
+    def check_integrity(self, rows: Collection[int]) -> None:
+        """Raise AssertionError if a page is lost, has two owners or belongs to none of `rows`."""
+        if self.pool:
+            self.pool.check_integrity()
+            held = sum(len(self.pool.pages_of(row)) for row in rows)
+            assert held == self.pool.num_used, "a page belongs to a row that has ended"
 
     @abstractmethod
-    def release(self, owner: int) -> None:
-        """Forget `owner`, which is no row of the batch, and free what it has."""
+    def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
+        """Reserve what `row` needs for a prompt and new tokens, or raise OutOfPages."""
+
+    def release(self, row: int) -> None:  # noqa: B027
+        """Forget `row`, which has left the batch or never joined it, and free what it has."""
+
+    def begin_chunk(self, row: int, num_tokens: int) -> None:  # noqa: B027
+        """Prepare for the next tokens of the prompt of `row`."""
+
+    def steps_until_aligned(self, num_tokens: int) -> int:
+        """Return the number of steps after which a sequence of so many tokens can join where it
+        always joins, so that its sums do not depend on when it does."""
+        return 0
+
+    def skip(self, num_steps: int) -> None:  # noqa: B027
+        """Let steps pass, while there is no row in the batch."""
+
+    def join(self, row: int) -> None:  # noqa: B027
+        """Add `row`, whose prompt has been prefilled, to the batch."""
+
+    def leave(self, row: int) -> None:  # noqa: B027
+        """Remove `row` from the batch."""
 
     @abstractmethod
-    def join(self, owner: int) -> None:
-        """Make `owner`, whose prompt has been prefilled, the last row of the batch."""
-
-    @abstractmethod
-    def leave(self, row: int) -> None:
-        """Remove a row from the batch; the last row takes its place."""
-
-    def begin_step(self, alone: bool) -> None:  # noqa: B027
-        """Prepare for a token of every row. alone: compute each row by itself."""
+    def begin_step(self, rows: list[int], alone: bool) -> None:
+        """Prepare for a token of `rows`, all of the batch, in ascending order. alone: compute each
+        row by itself."""
 
     def advance(self) -> None:  # noqa: B027
         """Finish a step, after `step` for every layer."""
@@ -94,3 +140,26 @@ def num_rows(config: EngineConfig) -> int:
     """Return the rows of the batch, padded to whole groups where the batch is invariant."""
     at_once = INVARIANT_ROWS if config.batch_invariant else 1
     return -(-config.max_running // at_once) * at_once
+
+
+def require_finite(*filters: Tensor) -> None:
+    """Raise UserError for filters of a damaged model."""
+    if not all(tensor.isfinite().all() for tensor in filters):
+        raise UserError(
+            message="the model's convolution filters are not finite: its weights are damaged; try "
+            "another checkpoint"
+        )
+
+
+Runs = list[tuple[slice, slice]]
+"""Consecutive rows: their places among some rows in ascending order, and the rows."""
+
+
+def runs_of(rows: Sequence[int]) -> Runs:
+    """Divide rows in ascending order into consecutive ones, so that slices reach them."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    ends = [*starts, len(rows)][1:]
+    return [
+        (slice(start, stop), slice(rows[start], rows[stop - 1] + 1))
+        for start, stop in zip(starts, ends, strict=True)
+    ]

@@ -4,32 +4,38 @@ Caches with pages share what the rows leave over, so that equally many requests 
 find room in each. What a page and a row of a cache take is stated in its own file.
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import cast
 
 import psutil
 import torch
 
+from serve.cache.alternating_states import AlternatingStates
 from serve.cache.attention_windows import AttentionCache
-from serve.cache.base import Cache, CacheSize
-from serve.cache.page_pool import PagePool, Pages
-from serve.cache.paged_futurefill import ConvolutionCache
+from serve.cache.base import Cache, CachePlan, CacheSize, CannotHold
+from serve.cache.mixed_states import MixedStates
+from serve.cache.page_pool import Pages
+from serve.cache.paged_futurefill import PagedFutureFill
 from serve.cache.recent_inputs import RecentInputs
+from serve.cache.spectral_state import SpectralStates
 from serve.config import EngineConfig
 from stu.common.errors import UserError, setting_name
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered
 from stu.model import FlashSTU
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
 DEFAULT_SHARE = 0.5
 """Share of the free memory that caches take if no size is set."""
-CACHES: dict[type[Remembered], type[Cache]] = {
-    KeyWindow: AttentionCache,
-    LastInputs: RecentInputs,
-    PastInputs: ConvolutionCache,
+CACHES: dict[type[Remembered], tuple[type[Cache], ...]] = {
+    KeyWindow: (AttentionCache,),
+    LastInputs: (RecentInputs,),
+    PastInputs: (MixedStates, AlternatingStates, PagedFutureFill),
 }
-"""Caches by the kind of memory that they hold. The last one with pages gets what the others leave
-over."""
+"""Caches by the kind of memory that they hold; the first that can hold a model's memory is used.
+The last kind with pages gets what the others leave over."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class Caches:
     """Caches of the kinds of memory that the model has."""
 
     @property
-    def convolution(self) -> ConvolutionCache:
-        """Cache of long convolutions, of no layers in a model without any."""
-        return cast(ConvolutionCache, self.by_kind[PastInputs])
+    def convolution(self) -> SpectralStates | PagedFutureFill | None:
+        """Cache of long convolutions."""
+        return cast(SpectralStates | PagedFutureFill | None, self.by_kind.get(PastInputs))
 
     @property
     def attention(self) -> AttentionCache | None:
@@ -55,22 +61,32 @@ class Caches:
         return cast(RecentInputs | None, self.by_kind.get(LastInputs))
 
     @property
-    def pools(self) -> tuple[PagePool, PagePool | None]:
-        """Pools of convolution and attention pages."""
-        return self.convolution.pool, self.attention.pool if self.attention else None
+    def grow(self) -> bool:
+        """Whether a sequence needs more pages for more new tokens, however many it has."""
+        return isinstance(self.convolution, PagedFutureFill)
+
+    @property
+    def all(self) -> list[Cache]:
+        """The caches, in no particular order."""
+        return list(self.by_kind.values())
 
     @property
     def capacity(self) -> Pages:
         """Numbers of pages that requests can own."""
-        return Pages(*(pool.capacity if pool else 0 for pool in self.pools))
+        return Pages(*(cache.capacity if cache else 0 for cache in self._paged))
+
+    @property
+    def used(self) -> Pages:
+        """Numbers of pages that requests own."""
+        return Pages(*(cache.num_used if cache else 0 for cache in self._paged))
 
     def free(self) -> Pages:
         """Return the pages that nobody owns or has been promised."""
         return Pages(*(cache.num_free if cache else 0 for cache in self._paged))
 
-    def owned(self, owner: int) -> Pages:
-        """Return the pages that `owner` has or has been promised."""
-        return Pages(*(cache.owned(owner) if cache else 0 for cache in self._paged))
+    def owned(self, row: int) -> Pages:
+        """Return the pages that `row` has or has been promised."""
+        return Pages(*(cache.owned(row) if cache else 0 for cache in self._paged))
 
     def needed(self, prompt_tokens: int, new_tokens: int) -> Pages:
         """Return the pages that a sequence owns, or may come to own."""
@@ -82,26 +98,55 @@ class Caches:
         )
 
     @property
-    def _paged(self) -> tuple[Cache, Cache | None]:
+    def _paged(self) -> tuple[Cache | None, Cache | None]:
         return self.convolution, self.attention
 
 
 def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
-    """Allocate the caches of `model`. Raises UserError if not even a short request fits."""
-    sizes = {kind: cache.size(model, config) for kind, cache in CACHES.items()}
-    needed = {kind: size for kind, size in sizes.items() if size is not None}
-    num_pages = _num_pages(needed, config, _budget_bytes(config, model.embedding.weight.device))
-    return Caches({kind: CACHES[kind].make(model, config, num_pages[kind]) for kind in needed})
+    """Allocate the caches of `model`. Raises UserError if not even a short request fits, or the
+    model's filters are not finite."""
+    plans = {kind: cache_plan(kind, model, config) for kind in CACHES}
+    made = {kind: plan for kind, plan in plans.items() if plan is not None}
+    num_bytes = _budget_bytes(config, model.embedding.weight.device)
+    num_pages = _num_pages({kind: plan.size for kind, plan in made.items()}, config, num_bytes)
+    caches = Caches({kind: plan.make(num_pages[kind]) for kind, plan in made.items()})
+    for plan in made.values():
+        if plan.describe:
+            logger.info("long convolutions are cached as %s", plan.describe)
+    return caches
+
+
+def cache_plan(kind: type[Remembered], model: FlashSTU, config: EngineConfig) -> CachePlan | None:
+    """Return the plan of the first cache that can hold this kind of the model's memory."""
+    reasons = []
+    for cache in CACHES[kind]:
+        unwanted = {"pages": SpectralStates, "state": PagedFutureFill}.get(
+            config.convolution_cache or ""
+        )
+        if unwanted and issubclass(cache, unwanted):
+            continue
+        try:
+            plan = cache.plan(model, config)
+        except CannotHold as reason:
+            reasons.append(str(reason))
+            continue
+        if plan is not None and plan.describe and reasons and cache is PagedFutureFill:
+            return replace(plan, describe=f"{plan.describe}, as {' and '.join(reasons)}")
+        return plan
+    raise UserError(
+        "convolution_cache",
+        message=f"convolution_cache=state is not possible for this model: {' and '.join(reasons)}; "
+        "choose pages, or leave it out",
+    )
 
 
 def _num_pages(
     sizes: dict[type[Remembered], CacheSize], config: EngineConfig, num_bytes: int
 ) -> dict[type[Remembered], int]:
-    """Return the pages of each cache, the null page included."""
+    """Return the pages of each cache, without the null page."""
     fixed = sum(size.fixed_bytes for size in sizes.values())
-    null_pages = sum(size.page_bytes for size in sizes.values())
     shortest = sum(size.least_pages * size.page_bytes for size in sizes.values())
-    least = fixed + null_pages + shortest
+    least = fixed + shortest
     if num_bytes < least:
         raise UserError(
             "cache_gib",
@@ -110,18 +155,18 @@ def _num_pages(
             f"{(least - fixed) / GIB:.4g}; give at least {least / GIB:.4g}, or lower "
             f"{setting_name('max_running')} or {setting_name('page_len')}",
         )
-    left = num_bytes - fixed - null_pages
+    left = num_bytes - fixed
     paged = {kind: size for kind, size in sizes.items() if size.page_bytes}
     usual = sum(size.usual_pages * size.page_bytes for size in paged.values())
     requests = left / usual if usual else 0
-    pages = dict.fromkeys(sizes, 1)  # as few as a pool can have
+    pages = dict.fromkeys(sizes, 1)  # as few as a cache can have
     for i, (kind, size) in enumerate(paged.items()):
         is_last = i + 1 == len(paged)
         count = left // size.page_bytes if is_last else int(requests * size.usual_pages)
         most = config.max_running * (size.most_pages if is_last else size.usual_pages)
         pages[kind] = max(size.least_pages, min(most, count))
         left -= pages[kind] * size.page_bytes
-    return {kind: count + 1 for kind, count in pages.items()}
+    return pages
 
 
 def _budget_bytes(config: EngineConfig, device: torch.device) -> int:

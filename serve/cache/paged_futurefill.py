@@ -1,11 +1,11 @@
-"""Paged cache of convolutions: FutureFill for many sequences, each at its own position.
+"""Paged cache of convolutions: FutureFill for many rows, each at its own position.
 
-A slot of a page holds the pending output of its position until the token is decoded, and the
-convolution's input afterwards. A sequence of any prompt length first owns `ceil(new tokens /
-page_len)` pages, and frees each once nothing later reads it; a page is `layers * width * page_len`
-numbers. When a page is full, the tile of `page_len * lowbit(pages done)` positions that
-ends with it is flushed into the tile after it (Continuous FutureFill, with the page as the smallest
-tile; see `serve.cache.tiles`).
+For filters without a state of constant size (`serve.cache.spectral_state`). A slot of a page holds
+the pending output of its position until the token is decoded, and the convolution's input
+afterwards. A sequence of any prompt length first owns `ceil(new tokens / page_len)` pages, and
+frees each once nothing later reads it; a page is `layers * width * page_len` numbers. When a page
+is full, the tile of `page_len * lowbit(pages done)` positions that ends with it is flushed into the
+tile after it by FFT (Continuous FutureFill, with the page as the smallest tile).
 
 The current page of each running sequence is also in two rings of `page_len` slots, one for pending
 outputs and one for inputs. A slot's place in them is the engine's time modulo `page_len`, so a step
@@ -17,24 +17,43 @@ pages, float32 or float64.
 
 import math
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CacheSize, num_rows
+from serve.cache.base import Cache, CachePlan, CacheSize, num_rows, require_finite, runs_of
 from serve.cache.page_pool import PagePool, pages_for
-from serve.cache.tiles import PagedSequence, TileFlush
 from serve.config import EngineConfig
 from stu.common.errors import UserError
 from stu.convolution import causal_convolution
+from stu.futurefill import future_fill
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 
 
-class _StepViews(NamedTuple):
-    """Views of a layer that one step reads and writes; slicing would cost more than the sums."""
+@dataclass
+class _Sequence:
+    """One sequence's pages."""
 
+    pages: list[int]
+    """Page of each `page_len` new tokens. Full ones may have been freed."""
+    start: int = 0
+    """Time of the first new token."""
+    done: int = 0
+    """Number of full pages."""
+    tiles: list[list[int]] = field(default_factory=list)
+    """Pages of each finished tile that is part of a later, larger one; latest tile last."""
+
+
+class _StepViews(NamedTuple):
+    """Views of a layer that one step reads and writes for consecutive rows; slicing would cost more
+    than the sums."""
+
+    streams: slice
+    """Places of the rows' streams among the inputs of the step."""
     reached: list[tuple[Tensor, Tensor]]
     """Pairs of taps `[columns, 1, 1, C]` and the pending outputs `[columns, B, W / C, C]` that they
     add to: up to the end of the ring, then from its start."""
@@ -46,7 +65,7 @@ class _StepViews(NamedTuple):
     """Outputs of the token, `[B W / C, C]`."""
 
 
-class ConvolutionCache(Cache):
+class PagedFutureFill(Cache):
     """Cache of the long convolutions of all layers.
 
     Args:
@@ -55,6 +74,7 @@ class ConvolutionCache(Cache):
             the same filters.
     """
 
+    takes_chunks = False
     pool: PagePool
 
     def __init__(self, taps: Tensor, lag_step: int, pool: PagePool, max_rows: int) -> None:
@@ -63,73 +83,71 @@ class ConvolutionCache(Cache):
         assert width % taps.shape[2] == 0, "the pool's pages are of another width"
         if page_len % lag_step or page_len & (page_len - 1):
             raise UserError("page_len", page_len, f"a power of two and a multiple of {lag_step}")
-        longest = min(pages_for(lag_step * taps.shape[1], page_len), pool.capacity)
-        self._tiles = TileFlush(taps, lag_step, pool.pages, longest)
-        self._taps, self._lag_step, self.pool = self._tiles.taps, lag_step, pool
+        self._taps, self._lag_step, self.pool = taps.to(pool.pages.dtype), lag_step, pool
         self._page_len, self._num_filters = page_len, taps.shape[2]
         columns = page_len // lag_step
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
-        near[:, : taps.shape[1]] = taps[:, :columns]
+        near[:, : taps.shape[1]] = self._taps[:, :columns]
         self._near = near[:, :, None, None]  # [layers, columns, 1, 1, C]
         # The columns that a step adds to are contiguous, those of each phase apart.
         row_shape = max_rows, width // self._num_filters, self._num_filters
         self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
         self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
-        self._views: dict[tuple[int, int, int, int], list[_StepViews]] = {}
-        """Views by slot, columns reached, first row and number of streams, until rows change."""
+        self._views: dict[tuple[int, int, int, int], list[list[_StepViews]]] = {}
+        """Views by slot, columns reached, first row and number of streams, and by layer, until rows
+        change."""
         self._columns_reached = 0
         """Columns that the next step adds to: up to the end of the page that ends last."""
         self.flushes: dict[int, tuple[int, float]] = {}
         """Number of steps that flushed tiles, and their seconds, by the positions of a tile."""
         self._time = 0
-        self._sequences: dict[int, PagedSequence] = {}
+        self._sequences: dict[int, _Sequence] = {}
         self._rows: list[int] = []
-        self._starts: list[int] = []
-        """Time of each row's first new token."""
 
     @classmethod
-    def size(cls, model: FlashSTU, config: EngineConfig) -> CacheSize:
-        page_bytes = math.prod(_page_shape(model, config)) * model.filters.element_size()
-        longest = model.config.max_seq_len
+    def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
+        layers, filters = remembered(model.mixers, PastInputs), model.filters
+        if not layers:
+            return None
+        longest, rows = model.config.max_seq_len, num_rows(config)
         usual = min(config.expected_new_tokens or max(1, longest // 2), longest)
-        rings = 2 * num_rows(config) * page_bytes
+        page_shape = len(layers), config.page_len, layers[0].channels * layers[0].streams
+        page_bytes = math.prod(page_shape) * filters.element_size()
         pages = pages_for(usual, config.page_len), pages_for(longest, config.page_len)
-        return CacheSize(rings, page_bytes, 1, *pages)
 
-    @classmethod
-    def make(cls, model: FlashSTU, config: EngineConfig, num_pages: int) -> "ConvolutionCache":
-        taps, lag_step = model.convolution_taps()
-        if not taps.isfinite().all():
-            raise UserError(
-                message="the model's convolution filters are not finite: its weights are damaged; "
-                "try another checkpoint"
-            )
-        filters = model.filters
-        pool = PagePool(num_pages, _page_shape(model, config), filters.dtype, filters.device)
-        return cls(taps, lag_step, pool, num_rows(config))
+        def make(num_pages: int) -> PagedFutureFill:
+            taps, lag_step = model.convolution_taps()
+            require_finite(taps)
+            pool = PagePool(num_pages + 1, page_shape, filters.dtype, filters.device)
+            return cls(taps, lag_step, pool, rows)
+
+        return CachePlan(
+            CacheSize((2 * rows + 1) * page_bytes, page_bytes, 1, *pages),
+            make,
+            f"FutureFill in pages of {page_bytes:,} bytes for {config.page_len} new tokens",
+        )
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of pages and rings, without filters and the factors of tiles."""
+        """Bytes of pages and rings, without filters."""
         numbers = self.pool.pages.numel() + self._pending.numel() + self._inputs.numel()
         return numbers * self._pending.element_size()
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
-        return pages_for(new_tokens, self._page_len) if len(self._taps) else 0
+        return pages_for(new_tokens, self._page_len)
 
-    def admit(self, owner: int, prompt_tokens: int, new_tokens: int) -> None:
+    def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
         count = self.pages_needed(prompt_tokens, new_tokens)
-        pages = self.pool.allocate(owner, count)
-        self._sequences[owner] = PagedSequence(pages)
+        self._sequences[row] = _Sequence(self.pool.allocate(row, count))
 
-    def release(self, owner: int) -> None:
-        assert owner not in self._rows, f"sequence {owner} is still in the batch"
-        del self._sequences[owner]
-        self.pool.free(owner, self.pool.pages_of(owner))
+    def release(self, row: int) -> None:
+        assert row not in self._rows, f"row {row} is still in the batch"
+        del self._sequences[row]
+        self.pool.free(row, self.pool.pages_of(row))
 
-    def prefill(self, owner: int, layer: int, inputs: Tensor) -> Tensor:
+    def prefill(self, row: int, layer: int, inputs: Tensor) -> Tensor:
         """Return the outputs `[W / C, P, C]` of a prompt, and write its pending values to pages."""
-        sequence, page_len = self._sequences[owner], self._page_len
+        sequence, page_len = self._sequences[row], self._page_len
         length = inputs.shape[1]
         num_outputs = length + len(sequence.pages) * page_len
         wide = inputs.to(self._taps.dtype)
@@ -140,86 +158,122 @@ class ConvolutionCache(Cache):
             self.pool.pages[page, layer].view(pending.shape).copy_(pending)
         return outputs[:, :length].to(inputs.dtype)
 
-    def join(self, owner: int) -> None:
-        sequence, row = self._sequences[owner], len(self._rows)
-        self._rows.append(owner)
-        self._views.clear()
-        self._starts.append(self._time)
+    def join(self, row: int) -> None:
+        sequence = self._sequences[row]
+        sequence.start = self._time
+        self._inputs[:, :, row] = 0
         if sequence.pages:
             self._load_page(row, sequence.pages[0])
         self._columns_reached = self._page_len // self._lag_step
+        self._change_rows([*self._rows, row])
 
     def leave(self, row: int) -> None:
-        last = len(self._rows) - 1
-        self._views.clear()
-        if row != last:
-            self._pending[..., row, :, :] = self._pending[..., last, :, :]
-            self._inputs[:, :, row] = self._inputs[:, :, last]
-            self._rows[row], self._starts[row] = self._rows[last], self._starts[last]
-        self._rows.pop()
-        self._starts.pop()
+        self._change_rows([other for other in self._rows if other != row])
 
-    def step(self, layer: int, inputs: Tensor, first_row: int = 0) -> Tensor:
-        """Return the outputs of one token of the rows from `first_row`, valid until `advance`.
+    def begin_step(self, rows: list[int], alone: bool) -> None:
+        assert rows == self._rows, "a token of each row is needed"
 
-        inputs: `[B W / C, C]`, as the outputs. Rows beyond those of the batch are padding, with any
-        finite input.
+    def step(self, layer: int, inputs: Tensor, first: int = 0) -> Tensor:
+        """Return the outputs of one token of the rows from the `first` of the batch, valid until
+        `advance`.
+
+        inputs: `[B W / C, C]`, as the outputs. Those beyond the rows of the batch are padding.
         """
-        key = self._time % self._page_len, self._columns_reached, first_row, len(inputs)
+        key = self._time % self._page_len, self._columns_reached, first, len(inputs)
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self._step_views(*key)
-        reached, new, flat_new, due = views[layer]
-        flat_new.copy_(inputs)
-        for taps, pending in reached:
-            pending.addcmul_(taps, new)
-        return due if due.dtype == inputs.dtype else due.to(inputs.dtype)
+        parts = []
+        for streams, reached, new, flat_new, due in views[layer]:
+            flat_new.copy_(inputs[streams])
+            for taps, pending in reached:
+                pending.addcmul_(taps, new)
+            parts.append(due)
+        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(outputs) < len(inputs):
+            outputs = torch.cat([outputs, outputs.new_zeros(inputs[len(outputs) :].shape)])
+        return outputs.to(inputs.dtype)
 
     def advance(self) -> None:
         self._time += 1
         first_place = self._page_len
-        flushes: dict[int, list[int]] = {}
-        for row, (owner, start) in enumerate(zip(self._rows, self._starts, strict=True)):
-            done, place = divmod(self._time - start, self._page_len)
+        for row in self._rows:
+            sequence = self._sequences[row]
+            done, place = divmod(self._time - sequence.start, self._page_len)
             first_place = min(first_place, place)
-            sequence = self._sequences[owner]
             if place == 0 and done < len(sequence.pages):
                 sequence.done = done
                 self._store_page(row, sequence.pages[done - 1])
-                flushes.setdefault((done & -done).bit_length() - 1, []).append(row)
-        for level, rows in flushes.items():
-            self._flush(level, rows)
+                self._flush(row, sequence)
         self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
 
-    def _flush(self, level: int, rows: Sequence[int]) -> None:
-        """Flush the tiles of this level in `rows`, and load their next pages into the rings."""
-        began = time.perf_counter()
-        sequences = [self._sequences[self._rows[row]] for row in rows]
-        spare = self._tiles.flush(level, sequences)
-        for row, sequence, pages in zip(rows, sequences, spare, strict=True):
-            self._load_page(row, sequence.pages[sequence.done])
-            if sequence.done + 1 == len(sequence.pages):  # the last page is never stored
-                pages.append(sequence.pages[-1])
-            self.pool.free(self._rows[row], pages)
-        positions = self._page_len * 2**level
+    def _change_rows(self, rows: list[int]) -> None:
+        self._rows = sorted(rows)
+        self._views.clear()
+
+    def _flush(self, row: int, sequence: _Sequence) -> None:
+        """Add the tile that ends with the last full page to the pages after it, and load the next
+        page into the ring."""
+        began, done = time.perf_counter(), sequence.done
+        size = done & -done
+        level = size.bit_length() - 1
+        past = [*chain.from_iterable(sequence.tiles[len(sequence.tiles) - level :])]
+        past.append(sequence.pages[done - 1])
+        del sequence.tiles[len(sequence.tiles) - level :]
+        future = sequence.pages[done : done + size]
+        num_outputs = len(future) * self._page_len
+        for phase in range(self._lag_step):
+            self._fill(past, future, phase, num_outputs // self._lag_step)
+        if done + size < len(sequence.pages):
+            sequence.tiles.append(past)
+            past = []
+        self._load_page(row, sequence.pages[done])
+        if done + 1 == len(sequence.pages):  # the last page is never stored
+            past = [*past, sequence.pages[-1]]
+        self.pool.free(row, past)
+        positions = self._page_len * size
         count, seconds = self.flushes.get(positions, (0, 0.0))
         self.flushes[positions] = count + 1, seconds + time.perf_counter() - began
 
+    def _fill(self, past: list[int], future: list[int], phase: int, num_outputs: int) -> None:
+        """Add what the inputs of a phase in `past` contribute to its outputs in `future`."""
+        pages, step = self.pool.pages, self._lag_step
+        for layer, layer_taps in enumerate(self._taps):
+            # Transposed copies: transforms along strides are slower.
+            taps = layer_taps.T.contiguous()
+            inputs = pages[past, layer, phase::step].flatten(0, 1).T.contiguous()  # [W, T]
+            streams = inputs.view(-1, len(taps), inputs.shape[1])  # [W / C, C, T]
+            filled = future_fill(streams, taps, num_outputs).flatten(0, 1).T
+            for page, added in zip(
+                future, torch.split(filled, self._page_len // step), strict=True
+            ):
+                pages[page, layer, phase::step] += added
+
     def _step_views(
-        self, slot: int, columns_reached: int, first_row: int, num_streams: int
+        self, slot: int, columns_reached: int, first: int, num_streams: int
+    ) -> list[list[_StepViews]]:
+        per_row = self._inputs.shape[3]
+        runs = runs_of(self._rows[first : first + num_streams // per_row])
+        return [
+            self._layer_views(layer, slot, columns_reached, runs)
+            for layer in range(len(self._near))
+        ]
+
+    def _layer_views(
+        self, layer: int, slot: int, columns_reached: int, runs: list[tuple[slice, slice]]
     ) -> list[_StepViews]:
-        rows = slice(first_row, first_row + num_streams // self._inputs.shape[3])
         column, phase = divmod(slot, self._lag_step)
         before_end = min(columns_reached, self._pending.shape[2] - column)
-        views = []
-        for layer, near in enumerate(self._near):
+        views, near, per_row = [], self._near[layer], self._inputs.shape[3]
+        for places, rows in runs:
             pending, new = self._pending[layer, phase, :, rows], self._inputs[layer, slot, rows]
             reached = [(near[:before_end], pending[column : column + before_end])]
             if columns_reached > before_end:
                 rest = columns_reached - before_end
                 reached.append((near[before_end:columns_reached], pending[:rest]))
+            streams = slice(places.start * per_row, places.stop * per_row)
             flat_new, due = new.flatten(0, 1), pending[column].flatten(0, 1)
-            views.append(_StepViews(reached, new, flat_new, due))
+            views.append(_StepViews(streams, reached, new, flat_new, due))
         return views
 
     def _store_page(self, row: int, page: int) -> None:
@@ -239,9 +293,3 @@ class ConvolutionCache(Cache):
             before_turn = self._page_len // step - column
             pending[:, column:] = stored[:, :before_turn]
             pending[:, :column] = stored[:, before_turn:]
-
-
-def _page_shape(model: FlashSTU, config: EngineConfig) -> tuple[int, int, int]:
-    layers = remembered(model.mixers, PastInputs)
-    width = layers[0].channels * layers[0].streams if layers else model.config.width
-    return len(layers), config.page_len, width

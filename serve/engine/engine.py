@@ -1,5 +1,6 @@
 """The engine, which takes requests and generates their tokens one step at a time."""
 
+import bisect
 import itertools
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from serve.cache.budget import make_caches
+from serve.cache.paged_futurefill import PagedFutureFill
 from serve.config import EngineConfig
 from serve.engine.runner import Prefill, PromptLogits, Runner
 from serve.engine.scheduler import Job, Scheduler, prefill_cost
@@ -51,7 +53,9 @@ class Engine:
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
         self._runner = Runner(model, self._caches, config.batch_invariant)
-        self._scheduler = Scheduler(config, self._caches.needed, self._caches.capacity)
+        self._scheduler = Scheduler(
+            config, self._caches.needed, self._caches.capacity, self._caches.grow
+        )
         self._texts: dict[int, TextStream] = {}
         self._chooser = TokenChooser(tokenizer, model.embedding.weight.device)
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -124,38 +128,38 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return the load of the engine and its counts."""
-        convolution, attention = self._caches.pools
+        capacity, used = self._caches.capacity, self._caches.used
+        convolution = self._caches.convolution
         return Stats(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running) + len(self._scheduler.prefilling),
-            convolution_pages=convolution.capacity,
-            convolution_pages_used=convolution.num_used,
-            attention_pages=attention.capacity if attention else 0,
-            attention_pages_used=attention.num_used if attention else 0,
+            convolution_pages=capacity.convolution,
+            convolution_pages_used=used.convolution,
+            attention_pages=capacity.attention,
+            attention_pages_used=used.attention,
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
-            flushes=dict(self._caches.convolution.flushes),
+            flushes=dict(convolution.flushes) if isinstance(convolution, PagedFutureFill) else {},
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost, has two owners, or belongs to no request."""
-        owners = {job.request_id for job in self._scheduler.prefilling + self._scheduler.running}
-        for pool in filter(None, self._caches.pools):
-            pool.check_integrity()
-            held = sum(len(pool.pages_of(owner)) for owner in owners)
-            assert held == pool.num_used, "a page belongs to a request that is not running"
+        rows = [job.row for job in self._scheduler.prefilling + self._scheduler.running]
+        assert len(set(rows)) == len(rows), "two requests have the same row"
+        for cache in self._caches.all:
+            cache.check_integrity(rows)
 
     def _begin_prefill(self) -> None:
         group = self._scheduler.next_group(self._caches.free, self._caches.owned, self._preempt)
         if not group:
             return
-        prompts = [self._scheduler.prompt(job) for job in group]
-        for job, prompt in zip(group, prompts, strict=True):
-            self._runner.admit(prompt)
-            job.steps_left = prompt.new_tokens
+        for job in group:
+            prompt_tokens, job.steps_left = self._scheduler.size(job)
+            job.row = self._runner.admit(prompt_tokens, job.steps_left)
             job.replayed = self._scheduler.num_prefilled(job)
+        prompts = [self._scheduler.prompt(job) for job in group]
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
         costs = [prefill_cost(job.request) for job in group]
         self._prefill = Prefill(self._runner, prompts, costs, self._config.prompt_tokens_per_step)
@@ -170,13 +174,12 @@ class Engine:
         return []
 
     def _take_prompt_logits(self, piece: PromptLogits) -> None:
-        (request,) = (
-            job.request for job in self._scheduler.prefilling if job.request_id == piece.owner
-        )
+        (job,) = (job for job in self._scheduler.prefilling if job.row == piece.row)
+        request = job.request
         tokens = request.prompt_token_ids[piece.first : piece.first + len(piece.logits)]
         counts = [request.sampling.prompt_logprobs] * len(tokens)
         found = token_logprobs(piece.logits, tokens, counts)
-        kept = self._prompt_logprobs.setdefault(piece.owner, [])
+        kept = self._prompt_logprobs.setdefault(job.request_id, [])
         kept += [logprobs for logprobs in found if logprobs is not None]
 
     def _end_prefill(self, logits: Tensor) -> list[Output]:
@@ -188,18 +191,20 @@ class Engine:
         self._scheduler.prefilling.clear()
         self._prefill = None
         for job in jobs:
-            self._runner.join(job.request_id)
-        self._scheduler.running.extend(jobs)
+            self._runner.join(job.row, self._scheduler.size(job)[0])
+            bisect.insort(self._scheduler.running, job, key=lambda other: other.row)
         ended = [self._finish(job, "length") for job in jobs if job.steps_to_come == 0]
         rows = [row for row, job in enumerate(jobs) if job.steps_to_come > 0]
         continued = logits[rows] if ended else logits
         return ended + self._choose([jobs[row] for row in rows], continued)
 
     def _decode(self) -> list[Output]:
-        jobs = list(self._scheduler.running)
+        rows = set(self._runner.batch())
+        jobs = [job for job in self._scheduler.running if job.row in rows]
         if not jobs:
             return []
-        logits = self._runner.decode([job.new_token_ids[job.replayed - 1] for job in jobs])
+        tokens = [job.new_token_ids[job.replayed - 1] for job in jobs]
+        logits = self._runner.decode(tokens)
         for job in jobs:
             job.steps_left -= 1
         return self._choose(jobs, logits)
@@ -262,7 +267,7 @@ class Engine:
             # A group of several prompts is prefilled within one step, and cannot be interrupted.
             assert self._scheduler.prefilling == [job]
             self._scheduler.prefilling.clear()
-            self._runner.release(job.request_id)
+            self._runner.release(job.row)
             self._prefill = None
         else:
             self._scheduler.waiting.remove(job)
@@ -279,9 +284,6 @@ class Engine:
         self._scheduler.preempt(job)
 
     def _remove_row(self, job: Job) -> None:
-        running = self._scheduler.running
-        row = running.index(job)
-        running[row] = running[-1]
-        running.pop()
-        self._runner.leave(row)
-        self._runner.release(job.request_id)
+        self._scheduler.running.remove(job)
+        self._runner.leave(job.row)
+        self._runner.release(job.row)

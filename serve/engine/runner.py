@@ -1,9 +1,8 @@
 """The model over many sequences: prefill of prompts, and decoding of one token of every row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from serve.cache.base import Cache
 from serve.cache.budget import Caches
 from serve.cache.page_pool import OutOfPages
 from serve.config import INVARIANT_ROWS
+from serve.engine.memory import PromptMemory, RowMemory
 from serve.engine.packing import packed_copy, packed_product, packs
 from stu.common.errors import UserError
 from stu.mixers import PastInputs, remembered
@@ -25,12 +25,10 @@ LOGITS_AT_ONCE = 256
 class Prompt:
     """A sequence to prefill."""
 
-    owner: int
-    """Id of the request, under which the caches know the sequence."""
+    row: int
+    """The row that the sequence has been admitted to."""
     tokens: Sequence[int]
     """Token ids to prefill."""
-    new_tokens: int
-    """Number of steps that the sequence needs pages for."""
     wants_logits: bool = False
     """Whether to compute the logits of its own tokens but the first."""
 
@@ -39,7 +37,7 @@ class Prompt:
 class PromptLogits:
     """Logits of consecutive tokens of a prompt."""
 
-    owner: int
+    row: int
     first: int
     """Position of the first of these tokens in the prompt."""
     logits: Tensor
@@ -49,8 +47,7 @@ class PromptLogits:
 class Runner:
     """A model and its caches.
 
-    Rows of the batch are in the order in which they joined, except that the last row takes the
-    place of one that leaves.
+    A sequence keeps its row from its admission to its release. A new one gets the lowest free row.
 
     Args:
         model: On the device that decodes.
@@ -68,54 +65,117 @@ class Runner:
         self._caches = caches
         self._device = model.embedding.weight.device
         self.num_layers = len(model.blocks)
-        self._num_rows = 0
+        self._rows: set[int] = set()
+        """Rows in use."""
+        self._joining: dict[int, int] = {}
+        """Rows that join the batch, and their numbers of tokens."""
+        self._batch: list[int] = []
 
-    def admit(self, prompt: Prompt) -> None:
-        """Allocate what `prompt` needs in every cache, or nothing and raise OutOfPages."""
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether prompts go through all layers in chunks, and not whole through each layer."""
+        return all(cache.takes_chunks for cache in self._caches.all)
+
+    def admit(self, prompt_tokens: int, new_tokens: int) -> int:
+        """Return a free row, with all that a prompt and new tokens need in every cache; or allocate
+        nothing and raise OutOfPages."""
+        row = next(row for row in count() if row not in self._rows)
         admitted: list[Cache] = []
         try:
-            for cache in self._all:
-                cache.admit(prompt.owner, len(prompt.tokens), prompt.new_tokens)
+            for cache in self._caches.all:
+                cache.admit(row, prompt_tokens, new_tokens)
                 admitted.append(cache)
         except OutOfPages:
             for cache in admitted:
-                cache.release(prompt.owner)
+                cache.release(row)
             raise
+        self._rows.add(row)
+        return row
 
-    def release(self, owner: int) -> None:
-        """Forget a sequence that is no row of the batch."""
-        for cache in self._all:
-            cache.release(owner)
+    def release(self, row: int) -> None:
+        """Free a row that is not in the batch."""
+        for cache in self._caches.all:
+            cache.release(row)
+        self._rows.remove(row)
 
-    def join(self, owner: int) -> None:
-        """Append a prefilled sequence to the rows of the batch."""
-        for cache in self._all:
-            cache.join(owner)
-        self._num_rows += 1
+    def join(self, row: int, num_tokens: int) -> None:
+        """Add a prefilled row of `num_tokens` to the batch: at once, or, where the batch is
+        invariant, at a step at which its sums are those of any other time."""
+        self._joining[row] = num_tokens
 
     def leave(self, row: int) -> None:
-        """Remove a row from the batch; the last row takes its place."""
-        for cache in self._all:
-            cache.leave(row)
-        self._num_rows -= 1
+        """Remove a row from the batch."""
+        if self._joining.pop(row, None) is None:
+            for cache in self._caches.all:
+                cache.leave(row)
+            self._batch.remove(row)
 
-    @torch.inference_mode()
+    def batch(self) -> list[int]:
+        """Return the rows that the next step decodes, in ascending order."""
+        caches = self._caches.all
+        wait = dict.fromkeys(self._joining, 0)
+        if self._batch_invariant:
+            for row, num_tokens in self._joining.items():
+                wait[row] = max((c.steps_until_aligned(num_tokens) for c in caches), default=0)
+        shortest = min(wait.values(), default=0)
+        if shortest and not self._batch:
+            for cache in caches:
+                cache.skip(shortest)
+            wait = {row: steps - shortest for row, steps in wait.items()}
+        for row in [row for row, steps in wait.items() if steps == 0]:
+            del self._joining[row]
+            for cache in caches:
+                cache.join(row)
+            self._batch = sorted([*self._batch, row])
+        return self._batch
+
     def prefill(
         self, prompts: Sequence[Prompt], tokens_at_once: int
     ) -> Iterator[Tensor | PromptLogits | None]:
-        """Prefill prompts, concatenated without padding, in many small pieces of work.
+        """Prefill prompts, concatenated without padding, in pieces of work.
 
-        Yields None after each piece: a layer's mixer, or its feed-forward part for `tokens_at_once`
-        tokens. Then yields the logits of the prompts that want them, a few at a time, and at last
-        those of each prompt's first new token, `[len(prompts), vocab_size]`. The caller may stop
-        after any piece.
+        Yields None after each piece: all layers for a chunk of `tokens_at_once` tokens of the
+        prompts, of which only one may be longer and then is alone. Where a cache takes no chunks, a
+        piece is a layer's mixer, or its feed-forward part for `tokens_at_once` tokens.
+
+        Yields the logits of the prompts that want them, a few at a time, and at last those of each
+        prompt's first new token, `[len(prompts), vocab_size]`. The caller may stop at any time.
+        """
+        if not self.takes_chunks:
+            yield from self._prefill(prompts, 0, True, tokens_at_once)
+            return
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        for first in range(0, longest, tokens_at_once):
+            chunk = slice(first, first + tokens_at_once)
+            chunks = [replace(prompt, tokens=prompt.tokens[chunk]) for prompt in prompts]
+            yield from self._prefill(chunks, first, chunk.stop >= longest)
+            yield None
+
+    @torch.inference_mode()
+    def _prefill(
+        self,
+        chunks: Sequence[Prompt],
+        first: int,
+        are_last: bool,
+        tokens_at_once: int | None = None,
+    ) -> Iterator[Tensor | PromptLogits | None]:
+        """Prefill chunks of prompts, which begin at position `first`.
+
+        tokens_at_once: Yield None after each piece of work.
         """
         model = self._model
-        ids = [token for prompt in prompts for token in prompt.tokens]
-        memory = _PromptMemory(self._caches, prompts)
+        ids = [token for chunk in chunks for token in chunk.tokens]
+        for chunk in chunks:
+            for cache in self._caches.all:
+                cache.begin_chunk(chunk.row, len(chunk.tokens))
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        memory = PromptMemory(self._caches, [chunk.row for chunk in chunks], lengths)
         x = model.embedding(torch.tensor([ids], device=self._device))  # [1, T, D]
         for block in model.blocks:
             assert isinstance(block, Block)
+            if tokens_at_once is None:
+                x = block(x, model.filters, memory)
+                continue
             x = block.mix(x, model.filters, memory)
             yield None
             parts = []
@@ -123,29 +183,31 @@ class Runner:
                 parts.append(block.feed_forward(part))
                 yield None
             x = torch.cat(parts, dim=1)
-        lengths = [len(prompt.tokens) for prompt in prompts]
-        for prompt, hidden in zip(prompts, x[0].split(lengths), strict=True):
-            last = len(hidden) - 1 if prompt.wants_logits else 0
+        for chunk, hidden in zip(chunks, x[0].split(lengths), strict=True):
+            last = len(hidden) - are_last if chunk.wants_logits else 0
             for start in range(0, last, LOGITS_AT_ONCE):
                 part = hidden[start : min(start + LOGITS_AT_ONCE, last)]
-                yield PromptLogits(prompt.owner, start + 1, self._logits(model.norm(part)))
-        ends = torch.tensor(lengths, device=self._device).cumsum(0)
-        yield self._logits(model.norm(x[0, ends - 1]))  # [len(prompts), D] -> [.., vocab_size]
+                logits = self._logits(model.norm(part))
+                yield PromptLogits(chunk.row, first + start + 1, logits)
+        if are_last:
+            ends = torch.tensor(lengths, device=self._device).cumsum(0)
+            yield self._logits(model.norm(x[0, ends - 1]))  # [len(chunks), D] -> [.., vocab_size]
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:
-        """Advance every row by a token, and return the logits `[B, vocab_size]` of the next."""
-        assert len(tokens) == self._num_rows, "a token of each row is needed"
-        for cache in self._all:
-            cache.begin_step(alone=self._batch_invariant)
+        """Advance each row of `batch()` by a token, and return the logits `[B, vocab_size]` of the
+        next."""
+        assert len(tokens) == len(self._batch), "a token of each row is needed"
+        for cache in self._caches.all:
+            cache.begin_step(self._batch, alone=self._batch_invariant)
         at_once = INVARIANT_ROWS if self._batch_invariant else len(tokens)
         hidden = []
         for first in range(0, len(tokens), at_once):
             group = list(tokens[first : first + at_once])
-            memory = _RowMemory(self._caches, first)
+            memory = RowMemory(self._caches, first)
             padded = torch.tensor(group + [0] * (at_once - len(group)), device=self._device)
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
-        for cache in self._all:
+        for cache in self._caches.all:
             cache.advance()
         return self._logits(torch.cat(hidden))
 
@@ -159,10 +221,6 @@ class Runner:
             padded[: len(group)] = group
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
-
-    @property
-    def _all(self) -> list[Cache]:
-        return list(self._caches.by_kind.values())
 
 
 class Prefill:
@@ -180,9 +238,13 @@ class Prefill:
     ) -> None:
         lengths = [len(prompt.tokens) for prompt in prompts]
         self.num_tokens = sum(lengths)
-        self._pieces = runner.prefill(prompts, tokens_per_step)
-        num_pieces = runner.num_layers * (1 + -(-self.num_tokens // tokens_per_step))
+        self._in_chunks = runner.takes_chunks
         cost = sum(own * length for own, length in zip(costs, lengths, strict=True))
+        at_once = tokens_per_step
+        if self._in_chunks and len(prompts) == 1:
+            at_once = max(1, tokens_per_step // costs[0])
+        self._pieces = runner.prefill(prompts, at_once)
+        num_pieces = runner.num_layers * (1 + -(-self.num_tokens // tokens_per_step))
         if cost > self.num_tokens:
             num_pieces += -(-self.num_tokens // LOGITS_AT_ONCE)
         steps = max(1, cost // tokens_per_step)
@@ -191,9 +253,11 @@ class Prefill:
 
     def step(self) -> Iterator[Tensor | PromptLogits]:
         """Run the pieces of one step, and yield the logits that `Runner.prefill` yields."""
-        for logits in islice(self._pieces, self._pieces_per_step):
+        for logits in islice(self._pieces, None if self._in_chunks else self._pieces_per_step):
             if logits is not None:
                 yield logits
+            elif self._in_chunks:
+                return
 
 
 def _require_invariance(model: FlashSTU) -> None:
@@ -208,59 +272,3 @@ def _require_invariance(model: FlashSTU) -> None:
             message=f"batch_invariant is not allowed for width={width}: for the full form, and "
             "where weights are not packed, the width must be a multiple of 16",
         )
-
-
-class _PromptMemory:
-    """`stu.mixers.Memory` of concatenated prompts."""
-
-    def __init__(self, caches: Caches, prompts: Sequence[Prompt]) -> None:
-        self._caches, self._prompts = caches, prompts
-        self._lengths = [len(prompt.tokens) for prompt in prompts]
-
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        outputs = torch.empty_like(streams)  # [S, T, C]
-        for owner, inputs, output in self._by_prompt(streams, outputs):
-            output.copy_(self._caches.convolution.prefill(owner, layer, inputs))
-        return outputs
-
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        recent = self._caches.recent
-        assert recent is not None, "the model has no short convolution"
-        outputs = torch.empty_like(inputs)  # [1, T, C]
-        for owner, part, output in self._by_prompt(inputs, outputs):
-            output.copy_(recent.prefill(owner, layer, part, taps))
-        return outputs
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        attention = self._caches.attention
-        assert attention is not None, "the model has no attention"
-        outputs = torch.empty_like(queries)  # [1, T, heads, head_dim]
-        for owner, q, k, v, output in self._by_prompt(queries, keys, values, outputs):
-            output.copy_(attention.prefill(owner, layer, q, k, v))
-        return outputs
-
-    def _by_prompt(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Yield each prompt's owner, and its part of each tensor."""
-        owners = [prompt.owner for prompt in self._prompts]
-        parts = (torch.split(tensor, self._lengths, dim=1) for tensor in tensors)
-        return zip(owners, *parts, strict=True)
-
-
-class _RowMemory:
-    """`stu.mixers.Memory` of one token of the rows from `first_row`, padding included."""
-
-    def __init__(self, caches: Caches, first_row: int) -> None:
-        self._caches, self._first_row = caches, first_row
-
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        return self._caches.convolution.step(layer, streams[:, 0], self._first_row)[:, None]
-
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        recent = self._caches.recent
-        assert recent is not None, "the model has no short convolution"
-        return recent.step(layer, inputs, taps, self._first_row)
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        attention = self._caches.attention
-        assert attention is not None, "the model has no attention"
-        return attention.step(layer, queries, keys, values, self._first_row)

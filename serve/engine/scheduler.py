@@ -35,6 +35,8 @@ class Job:
     """How many of them the model has seen, or is about to, since the request was last admitted."""
     steps_left: int = 0
     """Number of steps that it still has pages for."""
+    row: int = -1
+    """Row of the batch, from its admission until it ends or is preempted."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,16 +61,22 @@ class Scheduler:
         config: Limits.
         needed: Returns the pages for a number of prompt tokens and a number of new tokens.
         capacity: Pages that there are.
+        cache_grows: Whether a sequence needs more pages for more new tokens without end.
     """
 
     def __init__(
-        self, config: EngineConfig, needed: Callable[[int, int], Pages], capacity: Pages
+        self,
+        config: EngineConfig,
+        needed: Callable[[int, int], Pages],
+        capacity: Pages,
+        cache_grows: bool,
     ) -> None:
         self._config, self._needed, self._capacity = config, needed, capacity
+        self._cache_grows = cache_grows
         self.waiting: list[Job] = []
         self.prefilling: list[Job] = []
         self.running: list[Job] = []
-        """Jobs in the order of the batch's rows."""
+        """Jobs in the order of their rows."""
         self.num_preemptions = 0
         self._turns: dict[str, int] = {}
         """Turns of clients that have requests waiting; the lowest is next. A new client's turn is
@@ -96,16 +104,15 @@ class Scheduler:
                     f"{self._config.page_len} positions, and the cache has {most}: lower the limit "
                     f"of new tokens, or raise {setting_name('cache_gib')}",
                 )
-        expected = self._config.expected_new_tokens
+        expected = self._config.expected_new_tokens if self._cache_grows else None
         horizon = max_new_tokens if expected is None else expected
         self._queue(Job(request_id, request, horizon, list(request.new_token_ids)))
 
     def prompt(self, job: Job) -> Prompt:
-        """Return what to prefill for `job`."""
-        _, new_tokens = self._size(job)
+        """Return what to prefill for `job`, which has a row."""
         tokens = [*job.request.prompt_token_ids, *job.new_token_ids[: self.num_prefilled(job)]]
         asks = job.request.sampling.prompt_logprobs is not None and not job.new_token_ids
-        return Prompt(job.request_id, tokens, new_tokens, asks)
+        return Prompt(job.row, tokens, asks)
 
     def num_prefilled(self, job: Job) -> int:
         """Return how many of its new tokens are prefilled together with its prompt."""
@@ -121,14 +128,14 @@ class Scheduler:
 
         Args:
             free: Returns the pages that are neither owned nor promised.
-            owned: Returns the pages of a running request, which become free if it is preempted.
+            owned: Returns the pages of a row, which become free if it is preempted.
             preempt: Takes a running job's row and pages, and calls `Scheduler.preempt`.
         """
         group: list[Job] = []
         cost, taken = 0, Pages(0, 0)
         while self.waiting:
             job = self._first([*self.running, *group])
-            prompt_tokens, new_tokens = self._size(job)
+            prompt_tokens, new_tokens = self.size(job)
             cost += prompt_tokens * prefill_cost(job.request)
             too_many = cost > self._config.prompt_tokens_per_step
             if group and (too_many or self._config.batch_invariant):
@@ -156,7 +163,7 @@ class Scheduler:
         job.horizon *= 2
         self.preempt(job)
 
-    def _size(self, job: Job) -> tuple[int, int]:
+    def size(self, job: Job) -> tuple[int, int]:
         """Return how many tokens to prefill, and for how many new ones `job` gets pages."""
         num_prefilled = self.num_prefilled(job)
         to_come = max(0, job.request.sampling.max_new_tokens - num_prefilled - 1)
@@ -208,7 +215,7 @@ class Scheduler:
             candidates.remove(victim)
             victims.append(victim)
             rows[victim.request.client] -= 1
-            num_rows, free = num_rows + 1, _add(free, owned(victim.request_id))
+            num_rows, free = num_rows + 1, _add(free, owned(victim.row))
         return victims
 
     def _victim(self, job: Job, candidates: Sequence[Job], rows: Counter[str]) -> Job | None:

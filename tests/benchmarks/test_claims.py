@@ -59,14 +59,14 @@ def test_claim_without_its_run_does_not_hold(tmp_path, monkeypatch, capsys):
     decode = recorded()["decode"]
     for run in decode["runs"]:
         if run["cache"] == "naive":
-            for name in ("step_over_paged", "convolution_over_paged"):
+            for name in ("step_over_ours", "convolution_over_ours"):
                 run.pop(name, None)
     recorded_benchmark(monkeypatch, {"decode": decode})
     assert evidence.main(["--folder", str(tmp_path)]) == 1
     assert capsys.readouterr().out.count("DOES NOT HOLD") == 2
 
 
-@pytest.mark.parametrize("missing", ["paged", "llama"])
+@pytest.mark.parametrize("missing", ["ours", "llama"])
 def test_the_cost_model_is_held_to_every_cache_and_peer(missing, tmp_path, monkeypatch, capsys):
     model = recorded()["model"]
     del model["largest_error"][missing]
@@ -80,14 +80,14 @@ def test_claims_are_about_the_figures_that_they_name():
         head = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
         return head | {
             "cache": cache,
-            "step_over_paged": step,
-            "convolution_over_paged": convolution,
+            "step_over_ours": step,
+            "convolution_over_ours": convolution,
         }
 
     machine = {"date": "2026-01-02T03:04", "commit": 40 * "f"}
     results = {
-        "decode": {"runs": [run("paged", 1, 1), run("naive", 2.5, 33.0), run("epoched", 1.2, 3.5)]},
-        "model": {"largest_error": dict.fromkeys(CURVES, 0.05) | {"s4": 0.15, "paged": 0.1}},
+        "decode": {"runs": [run("ours", 1, 1), run("naive", 2.5, 33.0), run("epoched", 1.2, 3.5)]},
+        "model": {"largest_error": dict.fromkeys(CURVES, 0.05) | {"s4": 0.15, "ours": 0.1}},
         "convolution": {"runs": [{"threads": 1, "training": [{"ratio": 6.5}, {"ratio": 9.0}]}]},
         "train": {"runs": [{"threads": 1, "ratios": {"stu_over_two_branch": 1.6}}]},
         "loss": {"runs": [{"memory_ratio": 7.0, "speed_ratio": 1.1}] * 2},
@@ -117,5 +117,5 @@ def test_a_benchmark_writes_its_result_where_it_is_looked_for(tmp_path):
     evidence.measure("model", ["--decode", "[decode.json]"], tmp_path)
     result = recorded(tmp_path)["model"]
     assert result["measured_on"] == [decoded["machine"]]
-    assert [curve["cache"] for curve in result["curves"]] == ["paged"]
+    assert [curve["cache"] for curve in result["curves"]] == ["ours"]
     assert not list(tmp_path.glob("*.part"))

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.decoding import decode, model, sampling
-from benchmarks.decoding.caches import CACHES, Flush, make_cache
+from benchmarks.decoding.caches import CACHES, Flush, cache_bytes, make_cache
 from benchmarks.decoding.sampling import Sample, merged, sampled, summary
 from benchmarks.decoding.shape import Shape
 from benchmarks.decoding.subjects import CacheSubject
@@ -42,7 +42,7 @@ def test_caches_give_the_outputs_of_a_causal_convolution(layout):
     spread[::lag_step] = taps.transpose(0, 1)
     for name in CACHES:
         cache = make_cache(name, model, shape)
-        if name == "paged":
+        if name == "ours":
             cache.seek(96)  # to pages without a number in them
             continue
         for position in range(107 if name == "flashinference" else 100):
@@ -60,8 +60,8 @@ def test_cache_bytes_are_what_is_allocated(layout, name):
     model, shape = make(layout, prompt=100, new=200, width=64)
     cache = make_cache(name, model, shape)
     cache.seek(1)
-    held = cache.cache.num_bytes if name == "paged" else cache.cache_bytes
-    assert shape.cache_bytes(name) == held
+    held = cache.cache.num_bytes if name == "ours" else cache.cache_bytes
+    assert cache_bytes(name, model, shape) == held
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -80,25 +80,25 @@ def test_a_batch_can_be_set_to_later_positions(layout, name):
 
 def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
     settings = ["--layout", "[hybrid]", "--width", "64", "--layers", "2", "--new-tokens", "[320]"]
-    settings += ["--batch", "[2]", "--caches", "[paged,flashinference]"]
+    settings += ["--batch", "[2]", "--caches", "[ours,flashinference]"]
     assert main(["decode", *settings, "--peers", "[s4]", "--rounds", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     runs = {run["cache"]: run for run in result["runs"]}
-    assert list(runs) == ["paged", "flashinference", "s4"]
+    assert list(runs) == ["ours", "flashinference", "s4"]
     for cache, run in runs.items():
         assert run["tokens_per_second"] == pytest.approx(2000 / run["step_ms"])
         assert run["operations_per_step"] > 50
         assert 0 < model.point(run)["predicted_ms"] < 1e3 * run["step_ms"]
         for counts in (run["multiply_adds_per_token"], run["bytes_moved_per_token"]):
             assert counts["total"] == pytest.approx(sum(counts.values()) / 2)
-        if cache != "paged":
-            rounds = zip(run["step_ms_by_round"], runs["paged"]["step_ms_by_round"], strict=True)
-            ratios = [own / paged for own, paged in rounds]
-            assert run["step_over_paged_by_round"] == ratios
-            assert run["step_over_paged"] == statistics.median(ratios)
+        if cache != "ours":
+            rounds = zip(run["step_ms_by_round"], runs["ours"]["step_ms_by_round"], strict=True)
+            ratios = [own / ours for own, ours in rounds]
+            assert run["step_over_ours_by_round"] == ratios
+            assert run["step_over_ours"] == statistics.median(ratios)
         if cache != "s4":
             assert 0 < run["convolution_ms"] < run["step_ms"]
-    parameters = runs["s4"]["parameters"] / runs["paged"]["parameters"]
+    parameters = runs["s4"]["parameters"] / runs["ours"]["parameters"]
     assert parameters == pytest.approx(1, abs=0.05)
 
 
@@ -200,11 +200,10 @@ def test_rounds_give_the_median_of_each_sample():
     assert merged(several[:2])[0].figures == {"step": 2.5, "convolution": 0.625}
 
 
-@pytest.mark.parametrize(("name", "page"), [("paged", 32), ("continuous", 64)])
-def test_flushes_of_every_size_are_timed_in_mid_run(name, page):
+def test_flushes_of_every_size_are_timed_in_mid_run():
     """Tiles of one page are flushed after 1, 3, .. 31 pages, 16 times; the largest only once."""
-    flushes = make_cache(name, *make(new=1024, batch=1)).flushes()
-    sizes = [page * 2**i for i in range(len(flushes))]
+    flushes = make_cache("continuous", *make(new=1024, batch=1)).flushes()
+    sizes = [64 * 2**i for i in range(len(flushes))]
     assert [flush.does for flush in flushes] == [f"a flush of {size} positions" for size in sizes]
     assert [flush.count for flush in flushes] == [512 // size for size in sizes]
     for size, flush in zip(sizes, flushes, strict=True):

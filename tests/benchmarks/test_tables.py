@@ -37,8 +37,8 @@ def test_every_result_names_machine_versions_and_commit():
 def decode_run(cache, step, convolution, mib, **others):
     run = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
     run |= {"prompt_tokens": 512, "cache": cache, "cache_bytes": mib * 2**20, "step_ms": step}
-    run |= {"convolution_share": convolution / step, "step_over_paged": step / 10.0}
-    run["step_over_paged_by_round"] = [step / 10.0, step / 8.0, step / 16.0]
+    run |= {"convolution_share": convolution / step, "step_over_ours": step / 10.0}
+    run["step_over_ours_by_round"] = [step / 10.0, step / 8.0, step / 16.0]
     run |= {"convolution_ms": convolution, "tokens_per_second": 8e3 / step} | others
     return run
 
@@ -52,8 +52,8 @@ def decode_result():
     adds = {"dense": 7e6, "convolution": 2e6, "fft": 1e6, "total": 10e6}
     moved = {"weights": 11e6, "filters": 2e6, "cache_read": 3e6, "total": 16e6}
     counted = {"multiply_adds_per_token": adds, "bytes_moved_per_token": moved}
-    ours = decode_run("paged", 10.0, 1.0, 100, **counted)
-    naive = decode_run("naive", 40.0, 30.0, 120, convolution_over_paged=30.0)
+    ours = decode_run("ours", 10.0, 1.0, 100, **counted)
+    naive = decode_run("naive", 40.0, 30.0, 120, convolution_over_ours=30.0)
     others = [
         decode_run("epoched", 13.0, 4.0, 130),
         decode_run("continuous", 12.0, 3.0, 105),
@@ -72,7 +72,7 @@ def test_decoding_tables_show_the_runs_of_one_thread():
     assert steps[0] == ["8, 8,192", "10", "13", "40", "1", "30", "30", "100", "120"]
     assert steps[1] == ["32, 8,192", "-", "-", "-", "-", "-", "-", "-", "900"]
     costs = rows(decoding_tables.decode_costs(result))
-    assert costs == [["FutureFill, paged (ours)", "7.0", "3.00", "11.0", "5.00"]]
+    assert costs == [["ours", "7.0", "3.00", "11.0", "5.00"]]
     tiles = rows(decoding_tables.flash_inference(result))
     assert tiles == [["512, 8,192", "8", "145", "105", "100", "3.5", "3", "1"]]
     shares = rows(decoding_tables.decode_shares(result))
@@ -86,7 +86,7 @@ def test_tables_of_a_gpu_show_what_its_data_sheet_says():
     moved = {"weights": 3.35e9 / 8, "filters": 0.0, "cache_read": 0.0, "cache_written": 0.0}
     counted = {"multiply_adds_per_token": adds, "bytes_moved_per_token": moved}
     counted |= {"streams_per_token": 1e9, "operations_per_step": 77}
-    runs = [decode_run(name, 10.0, 2.0, 100, **counted) for name in ("paged", "naive")]
+    runs = [decode_run(name, 10.0, 2.0, 100, **counted) for name in ("ours", "naive")]
     missing = decode_run("naive", 1, 1, 900, batch=64)
     for name in ("step_ms", "convolution_ms", "threads"):
         del missing[name]
@@ -96,16 +96,16 @@ def test_tables_of_a_gpu_show_what_its_data_sheet_says():
         ["8, 8,192", "10", "1", "77", "10", "1", "77"],
     ]
     assert rows(decoding_tables.gpu_steps(result)) == [
-        ["FutureFill, paged (ours)", "10 (2)", "-"],
+        ["ours", "10 (2)", "-"],
         ["direct sums", "10 (2)", "does not fit"],
     ]
 
 
 def test_a_table_of_mixers_shows_each_of_them():
     runs = [
-        decode_run("paged", 10.0, 1.0, 100),
+        decode_run("ours", 10.0, 1.0, 100),
         decode_run("naive", 40.0, 30.0, 120),
-        decode_run("paged", 12.0, 2.5, 100, layout="hyena"),
+        decode_run("ours", 12.0, 2.5, 100, layout="hyena"),
         decode_run("continuous", 13.0, 3.5, 100, layout="hyena"),
     ]
     assert rows(decoding_tables.layouts({"runs": runs})) == [
@@ -118,12 +118,12 @@ def test_model_tables_show_the_worst_of_all_curves():
     def curve(cache, batch, error, layout="stu"):
         return {"layout": layout, "cache": cache, "batch": batch, "largest_error": error}
 
-    curves = [curve("paged", 1, 0.3), curve("paged", 1, 0.05), curve("naive", 8, 0.11)]
-    curves.append(curve("paged", 8, 0.04, "hyena"))
+    curves = [curve("ours", 1, 0.3), curve("ours", 1, 0.05), curve("naive", 8, 0.11)]
+    curves.append(curve("ours", 8, 0.04, "hyena"))
     assert rows(decoding_tables.model_errors({"curves": curves})) == [
-        ["FutureFill, paged (ours)", "30%", "-"],
+        ["ours", "30%", "-"],
         ["direct sums", "-", "11%"],
-        ["FutureFill, paged (ours), hyena", "-", "4%"],
+        ["ours, hyena", "-", "4%"],
     ]
 
 

@@ -139,7 +139,7 @@ class Replicas(Supervisor):
             replica.stats = Stats.from_json(message["ready"])
             self._has_started(index)
             if replica.last_output:
-                logger.warning("%s: %s", self._name(index), replica.last_output)
+                logger.info("%s: %s", self._name(index), replica.last_output)
             self._place_waiting()
         elif "refused" in message:
             error = error_from_wire(message["error"])

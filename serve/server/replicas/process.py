@@ -7,6 +7,7 @@ when the socket is closed, so it never outlives the server.
 """
 
 import gc
+import logging
 import select
 import socket
 import sys
@@ -170,6 +171,7 @@ def main() -> int:
                 raise UserError("cache_gib", message=message) from error
         return 0
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the server logs what starts
     return run_command("stu-serve replica", serve, "serve", EngineConfig)
 
 

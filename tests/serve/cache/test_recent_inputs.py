@@ -1,8 +1,8 @@
 """Short convolutions of sequences that come and go, against each alone."""
 
 import math
+from itertools import count
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,54 +33,42 @@ def setup(num_taps=3):
 @settings(max_examples=50, deadline=None)
 def test_every_sequence_equals_its_direct_sum(requests, num_taps, seed):
     """Requests (arrival step, prompt length, new tokens) run together, with padding behind them;
-    every place is used again, after whatever was there."""
+    every row is used again, after whatever was there, and prompts come in two chunks."""
     torch.manual_seed(seed)
     recent, taps = setup(num_taps)
-    requests = [*requests, *((arrival + 40, *its) for arrival, *its in requests)]
+    requests = [*requests, *((arrival + 40, *lengths) for arrival, *lengths in requests)]
     inputs = [torch.randn(LAYERS, 1, p + n, WIDTH).double() for _, p, n in requests]
     outputs = [torch.full_like(x, math.nan) for x in inputs]
-    rows, places = [], [prompt for _, prompt, _ in requests]
-    for step in range(70):
-        for owner, (arrival, prompt, _) in enumerate(requests):
-            if arrival == step:
-                recent.admit(owner, 1, 1)
-                for layer, its in enumerate(taps):
-                    first = recent.prefill(owner, layer, inputs[owner][layer, :, :prompt], its)
-                    outputs[owner][layer, :, :prompt] = first
-                recent.join(owner)
-                rows.append(owner)
-        for layer, its in enumerate(taps):
-            tokens = [inputs[o][layer, :, places[o]] for o in rows]
+    running, places = {}, [prompt for _, prompt, _ in requests]  # request by row
+    for now in range(70):
+        for number, (arrival, prompt, _) in enumerate(requests):
+            if arrival == now:
+                row = next(row for row in count() if row not in running)
+                recent.admit(row, 1, 1)
+                for layer, own_taps in enumerate(taps):
+                    for part in (slice(0, prompt // 2), slice(prompt // 2, prompt)):
+                        first = recent.prefill(row, layer, inputs[number][layer, :, part], own_taps)
+                        outputs[number][layer, :, part] = first
+                running[row] = number
+        rows = sorted(running)
+        recent.begin_step(rows, alone=False)
+        for layer, own_taps in enumerate(taps):
+            tokens = [inputs[running[row]][layer, :, places[running[row]]] for row in rows]
             tokens += [torch.ones(1, WIDTH).double()] * (MAX_ROWS - len(rows))
             half = MAX_ROWS // 2
             stepped = [
-                recent.step(layer, torch.stack(tokens[:half]), its),
-                recent.step(layer, torch.stack(tokens[half:]), its, half),
+                recent.step(layer, torch.stack(tokens[:half]), own_taps),
+                recent.step(layer, torch.stack(tokens[half:]), own_taps, half),
             ]
-            for owner, output in zip(rows, torch.cat(stepped), strict=False):
-                outputs[owner][layer, :, places[owner]] = output
-        for row in reversed(range(len(rows))):
-            owner = rows[row]
-            places[owner] += 1
-            if places[owner] == sum(requests[owner][1:]):
-                recent.leave(row)
-                recent.release(owner)
-                rows[row] = rows[-1]
-                rows.pop()
-    for owner in range(len(requests)):
+            for row, output in zip(rows, torch.cat(stepped), strict=False):
+                outputs[running[row]][layer, :, places[running[row]]] = output
+        for row in rows:
+            places[running[row]] += 1
+            if places[running[row]] == sum(requests[running[row]][1:]):
+                recent.release(row)
+                del running[row]
+    for number in range(len(requests)):
         for layer in range(LAYERS):
-            expected = reference.causal(inputs[owner][layer].numpy(), taps[layer].numpy())
-            torch.testing.assert_close(outputs[owner][layer], torch.from_numpy(expected))
-
-
-def test_a_prompt_that_is_given_up_leaves_its_place():
-    recent, taps = setup()
-    for owner in range(3 * MAX_ROWS):
-        recent.admit(owner, 1, 1)
-        recent.prefill(owner, 0, torch.ones(1, 5, WIDTH).double(), taps[0])
-        recent.release(owner)
-    assert recent.num_bytes == LAYERS * (MAX_ROWS + 1) * 2 * WIDTH * 8
-    recent.admit(99, 1, 1)
-    recent.join(99)
-    with pytest.raises(AssertionError, match="sequence 99 is still in the batch"):
-        recent.release(99)
+            expected = reference.causal(inputs[number][layer].numpy(), taps[layer].numpy())
+            torch.testing.assert_close(outputs[number][layer], torch.from_numpy(expected))
+    assert recent.num_bytes == LAYERS * (MAX_ROWS + 1) * (num_taps - 1) * WIDTH * 8

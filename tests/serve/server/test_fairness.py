@@ -55,8 +55,9 @@ def test_short_request_runs_beside_many_of_another_client(make_engine):
     """It takes one of the two rows, and the request that is preempted continues exactly."""
     many = [request("a", 30, seed) for seed in range(6)]
     short = request("b", 3)
-    alone, *_ = decoded(make_engine(batch_invariant=True), [*many, short])
-    engine = make_engine(batch_invariant=True)
+    settings = {"batch_invariant": True, "page_len": 2}  # rows soon join
+    alone, *_ = decoded(make_engine(**settings), [*many, short])
+    engine = make_engine(**settings)
     tokens, scheduled, ended = decoded(engine, many, [short], after_steps=4)
     assert tokens == alone
     assert scheduled[:3] == [0, 1, 6]
@@ -111,7 +112,9 @@ def test_clients_that_come_and_go_do_not_overtake_a_request_that_waits_for_pages
         )
         scheduler.prefilling.clear()
         scheduler.running.extend(jobs)
-        pages_of.update({job.request_id: job.request.sampling.max_new_tokens for job in jobs})
+        for job in jobs:
+            job.row = job.request_id
+            pages_of[job.row] = job.request.sampling.max_new_tokens
         return [job.request.client for job in jobs]
 
     def add(client, count):
@@ -121,7 +124,9 @@ def test_clients_that_come_and_go_do_not_overtake_a_request_that_waits_for_pages
         pages_of.pop(scheduler.running.pop(0).request_id)
 
     config = EngineConfig(max_running=4)
-    scheduler = Scheduler(config, lambda _, count: Pages(1 + count, 0), Pages(capacity, 0))
+    scheduler = Scheduler(
+        config, lambda _, count: Pages(1 + count, 0), Pages(capacity, 0), cache_grows=True
+    )
     add("large", 10)
     add("large", 99)
     assert prefill() == ["large"]

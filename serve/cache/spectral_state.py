@@ -1,0 +1,242 @@
+"""The spectral state cache: long convolutions of sequences of any length in constant memory.
+
+The past of a channel is its state, `r` coordinates from which every later output follows
+(`stu.realisation`). It is advanced once a page, not once a token: a page's outputs are pending
+ones, which the state gives when the page begins, and direct sums of the page's own inputs; when it
+ends, the state takes these inputs in.
+
+Pages are aligned to the engine's clock, which counts steps, and staggered over the layers: at most
+`ceil(layers / page_len)` layers end a page in a step, for all rows at once, so that every step does
+the same work whatever the rows' positions. A row that joins within a page keeps its state as it is
+until the page ends. A layer has several signals, each with a state: with `lag_step` 2 one for even
+and one for odd places of the clock, which never mix.
+
+States, and the sums that advance them, are in float64. All else is in the dtype of the model's
+filters, float32 or float64.
+"""
+
+from abc import abstractmethod
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve.cache.base import Cache, Runs, runs_of
+from serve.cache.page_pool import OutOfPages
+from stu.common.errors import UserError
+from stu.realisation import MOST_INPUT_ROWS, Realisation
+
+ROWS_AT_ONCE = 8
+"""Rows that begin a page together; what is written for more would not fit a processor's cache."""
+
+
+class SpectralStates(Cache):
+    """States of the long convolutions of all layers; each row is one block of constant size.
+
+    A block of a layer has `signals * C` channels with `rank` float64 numbers each, and twice
+    `page_len / lag_step` numbers for the page that is being decoded.
+
+    Args:
+        realisation: State-space form of the filters that all layers' taps are made of.
+        layers: Number of layers.
+        channels: Channels of a signal, C.
+        max_rows: Blocks.
+        page_len: Positions of a page.
+        dtype: Type of inputs and outputs.
+        device: Device of the blocks.
+    """
+
+    signals: int
+    """States of a channel."""
+
+    def __init__(
+        self,
+        realisation: Realisation,
+        layers: int,
+        channels: int,
+        max_rows: int,
+        page_len: int,
+        lag_step: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if page_len % lag_step:
+            raise UserError("page_len", page_len, f"a multiple of {lag_step}")
+        self._realisation, self._page_len, self._lag_step = realisation, page_len, lag_step
+        self._slots = page_len // lag_step
+        shape = max_rows, layers, self.signals
+        self._states = torch.zeros(
+            *shape, realisation.rank, channels, dtype=torch.float64, device=device
+        )
+        """States `[rows, layers, signals, r, C]` before the page that is being decoded. Those of a
+        row that is not in the batch are of the signals as its next token sees them."""
+        self._inputs = torch.zeros(*shape, self._slots, channels, dtype=dtype, device=device)
+        """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`."""
+        self._basis = torch.from_numpy(realisation.inputs).to(device)  # V[:n]
+        self._into = self._basis.flip(0)
+        """Rows of V for inputs in the order of time: the last ones are those of the newest."""
+        self._hankels = torch.from_numpy(realisation.hankels).to(device)
+        self._powers: dict[int, Tensor] = {}
+        self._advanced = torch.empty_like(self._states[0, 0, 0])
+        self._offsets = [
+            layer * page_len // layers if layers <= page_len else layer % page_len
+            for layer in range(layers)
+        ]
+        """Places in its page of each layer at time 0."""
+        self._time = 0
+        self._joined_at = np.zeros((max_rows, layers), dtype=np.int64)
+        """Place at which a row joined, in the page that is being decoded; else 0."""
+        self._lengths = [0] * max_rows
+        """Tokens of each row's prompt that have been prefilled or are being so."""
+        self._admitted: set[int] = set()
+        self._rows: list[int] = []
+        self._groups: dict[int, Runs] = {}
+        """Runs of the rows that step together, by the first one's place."""
+
+    @property
+    def capacity(self) -> int:
+        return len(self._states)
+
+    @property
+    def num_used(self) -> int:
+        return len(self._admitted)
+
+    @property
+    def num_free(self) -> int:
+        return self.capacity - self.num_used
+
+    def owned(self, row: int) -> int:
+        return int(row in self._admitted)
+
+    def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
+        return 1
+
+    def check_integrity(self, rows: Collection[int]) -> None:
+        assert self._admitted == set(rows), "a block belongs to a row that has ended"
+        assert set(self._rows) <= self._admitted, "a row of the batch has no block"
+
+    def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
+        if not self.num_free:
+            raise OutOfPages(f"all {self.capacity} blocks are in use")
+        assert row not in self._admitted, f"row {row} is in use"
+        self._admitted.add(row)
+        self._lengths[row] = 0
+
+    def release(self, row: int) -> None:
+        assert row not in self._rows, f"row {row} is still in the batch"
+        self._admitted.remove(row)
+
+    def begin_chunk(self, row: int, num_tokens: int) -> None:
+        self._lengths[row] += num_tokens
+
+    def steps_until_aligned(self, num_tokens: int) -> int:
+        return (num_tokens - self._time) % self._page_len
+
+    def skip(self, num_steps: int) -> None:
+        assert not self._rows, "rows of the batch would miss steps"
+        self._time += num_steps
+
+    def join(self, row: int) -> None:
+        self._inputs[row] = 0
+        for layer, offset in enumerate(self._offsets):
+            place = (self._time + offset) % self._page_len
+            self._joined_at[row, layer] = place
+            self._enter(row, layer, place)
+        self._change_rows(sorted([*self._rows, row]))
+
+    def leave(self, row: int) -> None:
+        self._change_rows([other for other in self._rows if other != row])
+        # A realisation need not be stable beyond the model's context: what is idle stays 0.
+        self._states[row], self._inputs[row] = 0, 0
+
+    def begin_step(self, rows: list[int], alone: bool) -> None:
+        assert rows == self._rows, "a token of each row is needed"
+
+    def page_ends(self) -> list[int]:
+        """Return for each layer the number of steps from now until its page ends."""
+        return [self._page_len - (self._time + o) % self._page_len for o in self._offsets]
+
+    def advance(self) -> None:
+        self._time += 1
+        for layer, offset in enumerate(self._offsets):
+            if (self._time + offset) % self._page_len == 0:
+                for _, rows in runs_of(self._rows):
+                    for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
+                        self._end_page(layer, slice(start, min(start + ROWS_AT_ONCE, rows.stop)))
+
+    def _end_page(self, layer: int, rows: slice) -> None:
+        """Advance the states of a layer to the end of its page, and begin the next one."""
+        for row in range(rows.start, rows.stop):
+            place, inputs = int(self._joined_at[row, layer]), self._inputs[row, layer].double()
+            for signal, state in enumerate(self._states[row, layer]):
+                power = self._power(self._slots - self._slots_before(place, signal))
+                torch.mm(power, state, out=self._advanced)
+                state.copy_(
+                    self._advanced.addmm_(
+                        self._into[len(self._into) - self._slots :].T, inputs[signal]
+                    )
+                )
+            self._joined_at[row, layer] = 0
+        self._begin_page(layer, rows)
+
+    def _power(self, count: int) -> Tensor:
+        """Return the matrix `[r, r]` that advances a state by `count` inputs of 0."""
+        if count not in self._powers:
+            power = torch.from_numpy(self._realisation.power(count))
+            self._powers[count] = power.to(self._states.device)
+        return self._powers[count]
+
+    def _taken_in(self, state: Tensor, inputs: Tensor) -> Tensor:
+        """Return a state `[r, C]` after more inputs `[n, C]`."""
+        count = len(inputs)
+        into = self._into[len(self._into) - count :].T
+        return torch.addmm(self._power(count) @ state, into, inputs.double())
+
+    def _slots_before(self, place: int, signal: int) -> int:
+        """Return the number of a signal's slots in a page that are before a place."""
+        return -(-(place - signal % self._lag_step) // self._lag_step)
+
+    def _change_rows(self, rows: list[int]) -> None:
+        self._rows = rows
+        self._groups.clear()
+
+    def _group(self, first: int, count: int) -> Runs:
+        """Return the runs of `count` rows of the batch, or as many as there are, from `first`."""
+        if first not in self._groups:
+            self._groups[first] = runs_of(self._rows[first : first + count])
+        return self._groups[first]
+
+    def prefill(self, row: int, layer: int, inputs: Tensor) -> Tensor:
+        """Return the outputs of the chunk that begins, and take its inputs into the state: both
+        `[S, T, C]` as in `stu.mixers.Memory.convolve`."""
+        continues = self._lengths[row] > inputs.shape[1]
+        if not continues:
+            self._states[row, layer] = 0
+        parts = []
+        for part in torch.split(inputs, MOST_INPUT_ROWS, dim=1):
+            parts.append(self._prefill(self._states[row, layer], layer, part, continues))
+            continues = True
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @abstractmethod
+    def _prefill(self, states: Tensor, layer: int, inputs: Tensor, continues: bool) -> Tensor:
+        """Return the outputs of inputs `[S, T, C]`, and take them into states `[signals, r, C]`.
+
+        continues: Whether the states are of earlier inputs, and not 0.
+        """
+
+    @abstractmethod
+    def step(self, layer: int, inputs: Tensor, first: int = 0) -> Tensor:
+        """Return the outputs of one token of the rows from the `first` of the batch.
+
+        inputs: `[B S, C]`, as the outputs. Those beyond the rows of the batch are padding.
+        """
+
+    @abstractmethod
+    def _enter(self, row: int, layer: int, place: int) -> None:
+        """Make a row, which joins, ready for the rest of the page."""
+
+    @abstractmethod
+    def _begin_page(self, layer: int, rows: slice) -> None:
+        """Make rows ready for the page that begins."""

@@ -1,0 +1,68 @@
+"""The caches of some rows, as the model's layers ask them while an engine runs."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serve.cache.budget import Caches
+
+
+class PromptMemory:
+    """`stu.mixers.Memory` of chunks of prompts, concatenated. Each has a row and a length."""
+
+    def __init__(self, caches: Caches, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        self._caches, self._rows, self._lengths = caches, rows, list(lengths)
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        convolution = self._caches.convolution
+        assert convolution is not None
+        outputs = torch.empty_like(streams)  # [S, T, C]
+        for row, inputs, output in self._by_prompt(streams, outputs):
+            output.copy_(convolution.prefill(row, layer, inputs))
+        return outputs
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        recent = self._caches.recent
+        assert recent is not None
+        outputs = torch.empty_like(inputs)  # [1, T, C]
+        for row, part, output in self._by_prompt(inputs, outputs):
+            output.copy_(recent.prefill(row, layer, part, taps))
+        return outputs
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        attention = self._caches.attention
+        assert attention is not None
+        outputs = torch.empty_like(queries)  # [1, T, heads, head_dim]
+        for row, q, k, v, output in self._by_prompt(queries, keys, values, outputs):
+            output.copy_(attention.prefill(row, layer, q, k, v))
+        return outputs
+
+    def _by_prompt(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Yield each prompt's row, and its part of each tensor."""
+        parts = (torch.split(tensor, self._lengths, dim=1) for tensor in tensors)
+        return zip(self._rows, *parts, strict=True)
+
+
+class RowMemory:
+    """`stu.mixers.Memory` of one token of the rows from the `first` of the batch, padding
+    included."""
+
+    def __init__(self, caches: Caches, first: int) -> None:
+        self._caches, self._first = caches, first
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        convolution = self._caches.convolution
+        assert convolution is not None
+        return convolution.step(layer, streams[:, 0], self._first)[:, None]
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        recent = self._caches.recent
+        assert recent is not None
+        return recent.step(layer, inputs, taps, self._first)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        attention = self._caches.attention
+        assert attention is not None
+        return attention.step(layer, queries, keys, values, self._first)
