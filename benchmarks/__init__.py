@@ -1,4 +1,1 @@
-"""Benchmarks behind the figures of README.md and docs/.
-
-`python -m benchmarks NAME` prints JSON; every ratio comes from a single run.
-"""
+"""Benchmarks behind the figures of README.md and docs/. Every ratio comes from a single run."""

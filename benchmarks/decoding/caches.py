@@ -96,29 +96,14 @@ class SeekableEpoched(_Slots, Epoched):
     """Epoched FutureFill; one fill in each quarter of a run is timed."""
 
     def flushes(self) -> list[Flush]:
-        ends, flushes = self.page_ends(), []
-        for part in range(4):
-            part_ends = ends[len(ends) * part // 4 : len(ends) * (part + 1) // 4]
-            if part_ends:
-                end = part_ends[len(part_ends) // 2]
-                does = f"a fill from {end} positions"
-                flushes.append(Flush(does, [end], len(part_ends), end))
-        return flushes
+        ends = self.page_ends()
+        parts = [ends[len(ends) * i // 4 : len(ends) * (i + 1) // 4] for i in range(4)]
+        middles = [(part[len(part) // 2], len(part)) for part in parts if part]
+        return [Flush(f"a fill from {end} positions", [end], n, end) for end, n in middles]
 
 
 class SeekableContinuous(_Slots, Continuous):
-    """Continuous FutureFill. first_position: Prompt's length if its inputs stay, else 0."""
-
-    def __init__(
-        self,
-        taps: Tensor,
-        batch: int,
-        max_positions: int,
-        lag_step: int,
-        first_position: int,
-    ) -> None:
-        super().__init__(taps, batch, max_positions, lag_step)
-        self.first_position = first_position
+    """Continuous FutureFill; its first position is the prompt's length if its inputs stay."""
 
     def begin(self) -> None:
         super().begin()
@@ -134,14 +119,13 @@ class EngineCache:
 
     def __init__(self, model: FlashSTU, shape: Shape) -> None:
         plan = engine_plan(model, shape)
-        self.cache = plan.make(shape.batch * plan.size.usual_pages)
-        assert isinstance(self.cache, SpectralStates | PagedFutureFill)
-        self._convolutions = self.cache
+        cache = plan.make(shape.batch * plan.size.usual_pages)
+        assert isinstance(cache, SpectralStates | PagedFutureFill)
+        self.cache = cache
         if self.cache.pool is not None:
             self.cache.pool.pages.fill_(NUMBER)
-        past = remembered(model.mixers, PastInputs)
+        past, self._rows = remembered(model.mixers, PastInputs), list(range(shape.batch))
         self.num_layers, self.position, self._shape = len(past), 0, shape
-        self._rows = list(range(shape.batch))
         self._inputs = 0.01 * torch.randn(shape.batch, past[0].channels).to(model.filters)
         for row in self._rows:
             self.cache.admit(row, shape.prompt_tokens, shape.new_tokens - 1)
@@ -150,35 +134,32 @@ class EngineCache:
     def step(self, layer: int, inputs: Tensor) -> Tensor:
         if layer == 0:
             self.cache.begin_step(self._rows, alone=False)
-        return self._convolutions.step(layer, inputs)
+        return self.cache.step(layer, inputs)
 
     def advance(self) -> None:
         self.position += 1
         self.cache.advance()
 
     def seek(self, position: int) -> None:
-        steps = position - self.position
-        if not self.cache.pool:  # how long a step takes depends only on its place in a page
-            steps %= PAGE_LEN
-        for _ in range(steps):
+        steps = position - self.position  # with states, only the place in a page matters
+        for _ in range(steps if self.cache.pool else steps % PAGE_LEN):
             for layer in range(self.num_layers):
                 self.step(layer, self._inputs)
             self.advance()
         self.position = position
 
     def flushes(self) -> list[Flush]:
-        num_pages = self._shape.num_pages
-        if not isinstance(self.cache, SpectralStates):
-            return by_tile(range(PAGE_LEN, num_pages * PAGE_LEN, PAGE_LEN), 0)
-        ends = sorted(PAGE_LEN * (num_pages // 2) + end for end in set(self.cache.page_ends()))
-        return [Flush("page ends of some layers", ends[:3], len(ends) * num_pages, ends[-1])]
+        pages = self._shape.num_pages
+        if isinstance(self.cache, PagedFutureFill):
+            return by_tile(range(PAGE_LEN, pages * PAGE_LEN, PAGE_LEN), 0)
+        ends = sorted(PAGE_LEN * (pages // 2) + end for end in set(self.cache.page_ends()))
+        return [Flush("page ends of some layers", ends[:3], len(ends) * pages, ends[-1])]
 
 
 def engine_plan(model: FlashSTU, shape: Shape) -> CachePlan:
     """Return the plan of the engine's cache for this batch."""
-    config = EngineConfig(
-        page_len=PAGE_LEN, max_running=shape.batch, expected_new_tokens=max(1, shape.new_tokens - 1)
-    )
+    batch, usual = shape.batch, shape.new_tokens - 1
+    config = EngineConfig(page_len=PAGE_LEN, max_running=batch, expected_new_tokens=usual)
     plan = cache_plan(PastInputs, model, config)
     assert plan is not None, "the model has no long convolutions"
     return plan
@@ -201,12 +182,11 @@ def by_tile(page_ends: range, first: int) -> list[Flush]:
     for end in page_ends:
         pages = (first + end) // page_ends.step
         ends.setdefault(page_ends.step * (pages & -pages), []).append(end)
-    flushes = []
-    for tile, places in sorted(ends.items()):
-        middle = places[len(places) // 2 :][:3]
-        timed = middle[:-1] or middle
-        flushes.append(Flush(f"a flush of {tile} positions", timed, len(places), middle[-1]))
-    return flushes
+    middles = {tile: places[len(places) // 2 :][:3] for tile, places in sorted(ends.items())}
+    return [
+        Flush(f"a flush of {tile} positions", middle[:-1] or middle, len(ends[tile]), middle[-1])
+        for tile, middle in middles.items()
+    ]
 
 
 Cache = EngineCache | SeekableNaive | SeekableEpoched | SeekableContinuous
@@ -224,6 +204,6 @@ def make_cache(name: str, model: FlashSTU, shape: Shape) -> Cache:
     if name == "epoched":
         return SeekableEpoched(*arguments)
     prompt = shape.prompt_tokens if name == "flashinference" else 0
-    return SeekableContinuous(
-        taps.float(), shape.batch, prompt + shape.new_tokens, lag_step, prompt
-    )
+    cache = SeekableContinuous(arguments[0], shape.batch, prompt + shape.new_tokens, lag_step)
+    cache.first_position = prompt
+    return cache

@@ -108,10 +108,10 @@ def check(options: Options) -> None:
 
 def of_cache(model: FlashSTU, cache: str, shape: Shape, options: Options) -> Candidate:
     """Return our model with one of its caches."""
-    num_bytes = cache_bytes(cache, model, shape)
-    num_bytes += shape.other_bytes(getattr(torch, options.dtype).itemsize)
-    setting = described(cache, shape, options, model.num_parameters(), num_bytes)
-    return Candidate(setting, lambda: CacheSubject(model, cache, shape))
+    others = shape.other_bytes(getattr(torch, options.dtype).itemsize)
+    num_bytes = cache_bytes(cache, model, shape) + others
+    head = described(cache, shape, options, model.num_parameters(), num_bytes)
+    return Candidate(head, lambda: CacheSubject(model, cache, shape))
 
 
 def of_peer(name: str, shape: Shape, peer: Peer, options: Options) -> Candidate:

@@ -47,10 +47,8 @@ class Shape:
         token (`flashinference`: also for each prompt token) and two pages for the current one.
         """
         channels = len(remembered(planned_mixers(self.config), PastInputs)) * self.config.width
-        prompt, columns = (
-            -(-self.prompt_tokens // self.lag_step),
-            -(-self.new_tokens // self.lag_step),
-        )
+        prompt = -(-self.prompt_tokens // self.lag_step)
+        columns = -(-self.new_tokens // self.lag_step)
         if cache == "naive":
             columns += prompt + Naive.LINE_COLUMNS
         else:

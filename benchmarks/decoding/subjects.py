@@ -24,7 +24,8 @@ PEER_PROMPT_TOKENS = 8
 
 
 class CacheSubject:
-    """Our model, decoded greedily with the engine's matrices and one of the convolution caches.
+    """Our model, decoded greedily with the engine's matrices and one of the convolution caches. It
+    is the `stu.mixers.Memory` of its model.
 
     A step's `convolution` is the time in that cache; on a GPU it is the GPU's time, with gaps in
     which it waits for work.
@@ -62,17 +63,14 @@ class CacheSubject:
         return self.cache.flushes()
 
     def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        """Step the convolution's cache, as `stu.mixers.Memory` says."""
         with self._clock:
             return self.cache.step(layer, streams[:, 0])[:, None]
 
     def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        """Step the short convolutions, as `stu.mixers.Memory` says."""
         assert self._recent is not None
         return self._recent.step(layer, inputs, taps)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Step the attention windows, as `stu.mixers.Memory` says."""
         assert self._windows is not None
         return self._windows.step(layer, queries, keys, values)
 
