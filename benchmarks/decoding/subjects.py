@@ -24,7 +24,7 @@ PEER_PROMPT_TOKENS = 8
 
 
 class CacheSubject:
-    """Our model and its `stu.mixers.Memory`, decoded greedily with the engine's matrices and a cache.
+    """Our model and its `stu.mixers.Memory`, decoded greedily with the engine's matrices.
 
     A step's `convolution` is the time in that cache; on a GPU it is the GPU's time, with gaps in
     which it waits for work.
