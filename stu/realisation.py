@@ -27,7 +27,7 @@ from stu.common.array_cache import cached_arrays
 
 Array = NDArray[np.float64]
 
-TOLERANCES = {torch.float32: (1e-8, 1e-9, 1e-10, 1e-11), torch.float64: (1e-10, 1e-11)}
+TOLERANCES = {torch.float32: (1e-8, 1e-9, 1e-10, 1e-11), torch.float64: (1e-13,)}
 """Smallest singular values to keep, relative to the largest, by the dtype of the outputs. They are
 tried one after the other."""
 LARGEST_ERROR = 5e-7
