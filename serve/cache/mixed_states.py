@@ -29,7 +29,7 @@ class _StepViews(NamedTuple):
     reached: Tensor
     """Pending outputs of these slots, `[B, n, C]`."""
     due: Tensor
-    """Those of the first of them, `[B, C]`."""
+    """Pending outputs of the first of these slots, `[B, C]`."""
 
 
 class MixedStates(SpectralStates):

@@ -78,6 +78,7 @@ class SpectralStates(Cache):
         """Rows of V for inputs in the order of time: the last ones are those of the newest."""
         self._hankels = torch.from_numpy(realisation.hankels).to(device)
         self._powers: dict[int, Tensor] = {}
+        """Results of `_power` for the slots of a page."""
         self._advanced = torch.empty_like(self._states[0, 0, 0])
         self._offsets = [
             layer * page_len // layers if layers <= page_len else layer % page_len
@@ -91,8 +92,8 @@ class SpectralStates(Cache):
         """Tokens of each row's prompt that have been prefilled or are being so."""
         self._admitted: set[int] = set()
         self._rows: list[int] = []
-        self._groups: dict[int, Runs] = {}
-        """Runs of the rows that step together, by the first one's place."""
+        self._groups: dict[tuple[int, int], Runs] = {}
+        """Runs of the rows that step together, by the first one's place and their number."""
 
     @property
     def capacity(self) -> int:
@@ -182,10 +183,12 @@ class SpectralStates(Cache):
 
     def _power(self, count: int) -> Tensor:
         """Return the matrix `[r, r]` that advances a state by `count` inputs of 0."""
-        if count not in self._powers:
-            power = torch.from_numpy(self._realisation.power(count))
-            self._powers[count] = power.to(self._states.device)
-        return self._powers[count]
+        power = self._powers.get(count)
+        if power is None:
+            power = torch.from_numpy(self._realisation.power(count)).to(self._states.device)
+            if count <= self._slots:  # those of prompts may have any number of inputs
+                self._powers[count] = power
+        return power
 
     def _taken_in(self, state: Tensor, inputs: Tensor) -> Tensor:
         """Return a state `[r, C]` after more inputs `[n, C]`."""
@@ -203,9 +206,10 @@ class SpectralStates(Cache):
 
     def _group(self, first: int, count: int) -> Runs:
         """Return the runs of `count` rows of the batch, or as many as there are, from `first`."""
-        if first not in self._groups:
-            self._groups[first] = runs_of(self._rows[first : first + count])
-        return self._groups[first]
+        key = first, count
+        if key not in self._groups:
+            self._groups[key] = runs_of(self._rows[first : first + count])
+        return self._groups[key]
 
     def prefill(self, row: int, layer: int, inputs: Tensor) -> Tensor:
         """Return the outputs of the chunk that begins, and take its inputs into the state: both
