@@ -10,7 +10,7 @@ from serve.config import EngineConfig
 from serve.server.config import ServerConfig
 from serve.server.listening import is_reached_from_outside, listening
 from serve.server.logs import log_as_json
-from stu.common.cli import ArgumentParser, run_command
+from stu.common.cli import ArgumentParser, exit_if_terminated, run_command
 from stu.common.processes import ignore_hangups
 
 logger = logging.getLogger("stu")
@@ -39,6 +39,7 @@ def serve(config: ServerConfig) -> int:
         # This imports torch and the HTTP stack, which takes seconds: not for a wrong command line.
         from serve.server.http_server import run_server
 
+        exit_if_terminated()
         run_server(config, keys, sockets, repeats.report)
     return 0
 

@@ -372,6 +372,24 @@ def test_server_at_a_unix_socket_while_and_after_it_loads(
         process.wait()
 
 
+def test_sigterm_that_an_import_catches_ends_the_server(tmp_path):
+    code = """
+import contextlib, signal, sys, types
+from serve.server import cli
+class Importing(types.ModuleType):
+    @property
+    def run_server(self):
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        return lambda *_: print("the server runs")
+sys.modules["serve.server.http_server"] = Importing("http_server")
+sys.exit(cli.main([sys.argv[1], "--port", "0"]))
+"""
+    command = [forked.python(), "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_why_no_replica_starts_is_in_no_answer(tmp_path):
     replicas = Replicas(ReplicasConfig(tmp_path))
     replicas._failed_starts, replicas._last_error = [3], "/a/secret/path: no such folder"

@@ -15,12 +15,13 @@ from train import report
 from train.callbacks.bad_steps import GuardConfig, StepGuard, TooManyBadSteps
 
 STU_TRAIN = """
-import json, os, sys, time
+import json, os, sys, threading
 from torch import distributed
+from train.callbacks.bad_steps import StepGuard, TooManyBadSteps
 from train.checkpoint import writer as checkpoint_writer
 from train import cli
 from train import module
-bad, bad_rank, value, write_seconds = json.loads(os.environ["BAD_LOSSES"])
+bad, bad_rank, value, late_step = json.loads(os.environ["BAD_LOSSES"])
 next_token_loss, calls = module.next_token_loss, 0
 def spoiled_loss(*arguments):
     global calls
@@ -29,20 +30,31 @@ def spoiled_loss(*arguments):
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     return loss * float(value) if calls in bad and rank == bad_rank else loss, nats
 module.next_token_loss = spoiled_loss
+count, has_given_up = StepGuard.count, threading.Event()
+def count_and_tell(*arguments):
+    try:
+        count(*arguments)
+    except TooManyBadSteps:
+        has_given_up.set()
+        raise
+StepGuard.count = count_and_tell
 write_rank = checkpoint_writer.write_rank
-def write_slowly(*arguments):
-    time.sleep(write_seconds)
-    write_rank(*arguments)
-checkpoint_writer.write_rank = write_slowly
+def write_late(folder, rank, share, path):
+    assert path.name != f"step-{late_step:08}.ckpt" or has_given_up.wait(200)
+    write_rank(folder, rank, share, path)
+checkpoint_writer.write_rank = write_late
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.fixture
 def train_with_bad_losses(settings, tmp_path):
-    """Function that runs `stu-train` where these micro-batches of the last rank have a bad loss."""
+    """Function that runs `stu-train` where these micro-batches of the last rank have a bad loss.
 
-    def run(ranks, stage, bad, bad_value="nan", write_seconds=0, code=0, **more):
+    late_step: The step whose checkpoint is written only after the guard has given up.
+    """
+
+    def run(ranks, stage, bad, bad_value="nan", late_step=0, code=0, **more):
         script = tmp_path / "train.py"
         script.write_text(STU_TRAIN)
         values = {"trainer.devices": ranks, "data.micro_batch_size": 4 // ranks}
@@ -53,7 +65,7 @@ def train_with_bad_losses(settings, tmp_path):
             values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
         arguments = [*settings, *(f"--{name}={value}" for name, value in values.items())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-        environment["BAD_LOSSES"] = json.dumps([bad, ranks - 1, bad_value, write_seconds])
+        environment["BAD_LOSSES"] = json.dumps([bad, ranks - 1, bad_value, late_step])
         done = subprocess.run(
             [forked.python(), script, *arguments],
             capture_output=True,
@@ -108,7 +120,7 @@ def test_update_that_is_not_finite_is_skipped_on_all_ranks(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_too_many_skipped_updates_end_the_run(train_with_bad_losses, ranks):
     """The last checkpoint, which is still being written, is completed."""
-    more = {"model.guard.most_bad_steps": 3, "checkpoint-every-steps": 2, "write_seconds": 1}
+    more = {"model.guard.most_bad_steps": 3, "checkpoint-every-steps": 2, "late_step": 4}
     run, printed = train_with_bad_losses(ranks, None, [4, 5, 6], code=65, **more)
     assert "3 updates were skipped" in printed
     assert "skipped has their samples" in printed
