@@ -7,7 +7,7 @@ and for all sequences. `serve.cache.budget.CACHES` lists them.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,14 +34,37 @@ class CacheSize:
 
 
 @dataclass(frozen=True)
+class ConvolutionCacheInfo:
+    """The cache of long convolutions, as logs and metrics show it."""
+
+    kind: Literal["state", "pages"]
+    page_bytes: int
+    """Bytes of a sequence with states, and of `page_len` new tokens in pages."""
+    rank: int = 0
+    """Numbers in the state of a channel; 0 in pages."""
+    error: float = 0.0
+    """Largest error of a tap, relative to the largest tap of its filter."""
+    reason: str = ""
+    """Why there are no states."""
+
+    def __str__(self) -> str:
+        if self.kind == "pages":
+            return f"FutureFill in pages of {self.page_bytes:,} bytes, as {self.reason}"
+        return (
+            f"spectral states of rank {self.rank}, {self.page_bytes:,} bytes a sequence; taps "
+            f"differ by {self.error:.1e} of a filter's largest"
+        )
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """A cache that can hold what a model remembers."""
 
     size: CacheSize
     make: Callable[[int], "Cache"]
     """Allocates the cache with that many pages, besides a null page if it needs one."""
-    describe: str = ""
-    """One line for the log."""
+    info: ConvolutionCacheInfo | None = None
+    """The cache of long convolutions, as logs and metrics show it; None for other caches."""
 
 
 class CannotHold(Exception):

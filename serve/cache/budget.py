@@ -13,7 +13,7 @@ import torch
 
 from serve.cache.alternating_states import AlternatingStates
 from serve.cache.attention_windows import AttentionCache
-from serve.cache.base import Cache, CachePlan, CacheSize, CannotHold
+from serve.cache.base import Cache, CachePlan, CacheSize, CannotHold, ConvolutionCacheInfo
 from serve.cache.mixed_states import MixedStates
 from serve.cache.page_pool import Pages
 from serve.cache.paged_futurefill import PagedFutureFill
@@ -44,6 +44,8 @@ class Caches:
 
     by_kind: dict[type[Remembered], Cache]
     """Caches of the kinds of memory that the model has."""
+    convolution_info: ConvolutionCacheInfo | None = None
+    """The cache of long convolutions, as logs and metrics show it."""
 
     @property
     def convolution(self) -> SpectralStates | PagedFutureFill | None:
@@ -109,20 +111,19 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     made = {kind: plan for kind, plan in plans.items() if plan is not None}
     num_bytes = _budget_bytes(config, model.embedding.weight.device)
     num_pages = _num_pages({kind: plan.size for kind, plan in made.items()}, config, num_bytes)
-    caches = Caches({kind: plan.make(num_pages[kind]) for kind, plan in made.items()})
-    for plan in made.values():
-        if plan.describe:
-            logger.info("long convolutions are cached as %s", plan.describe)
+    info = made[PastInputs].info if PastInputs in made else None
+    caches = Caches({kind: plan.make(num_pages[kind]) for kind, plan in made.items()}, info)
+    if info is not None:
+        logger.info("long convolutions are cached as %s", info)
     return caches
 
 
 def cache_plan(kind: type[Remembered], model: FlashSTU, config: EngineConfig) -> CachePlan | None:
     """Return the plan of the first cache that can hold this kind of the model's memory."""
-    reasons = []
+    wanted = config.convolution_cache
+    reasons = ["convolution_cache=pages"] if wanted == "pages" else []
     for cache in CACHES[kind]:
-        unwanted = {"pages": SpectralStates, "state": PagedFutureFill}.get(
-            config.convolution_cache or ""
-        )
+        unwanted = {"pages": SpectralStates, "state": PagedFutureFill}.get(wanted or "")
         if unwanted and issubclass(cache, unwanted):
             continue
         try:
@@ -130,8 +131,8 @@ def cache_plan(kind: type[Remembered], model: FlashSTU, config: EngineConfig) ->
         except CannotHold as reason:
             reasons.append(str(reason))
             continue
-        if plan is not None and plan.describe and reasons and cache is PagedFutureFill:
-            return replace(plan, describe=f"{plan.describe}, as {' and '.join(reasons)}")
+        if plan is not None and plan.info and cache is PagedFutureFill:
+            return replace(plan, info=replace(plan.info, reason=" and ".join(reasons)))
         return plan
     raise UserError(
         "convolution_cache",

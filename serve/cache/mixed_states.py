@@ -5,7 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve.cache.base import CachePlan, CacheSize, CannotHold, require_finite
+from serve.cache.base import (
+    CachePlan,
+    CacheSize,
+    CannotHold,
+    ConvolutionCacheInfo,
+    require_finite,
+)
 from serve.cache.spectral_state import SpectralStates
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
@@ -96,12 +102,8 @@ class MixedStates(SpectralStates):
         def make(num_rows: int) -> MixedStates:
             return cls(realisation, basis, weights, past.lag_step, num_rows, page_len, dtype)
 
-        return CachePlan(
-            CacheSize(0, row_bytes, 1, 1, 1),
-            make,
-            f"spectral states of rank {rank}, {row_bytes:,} bytes a sequence; taps differ by "
-            f"{error:.1e} of a channel's largest",
-        )
+        info = ConvolutionCacheInfo("state", row_bytes, rank, error)
+        return CachePlan(CacheSize(0, row_bytes, 1, 1, 1), make, info)
 
     @property
     def num_bytes(self) -> int:

@@ -24,7 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize, num_rows, require_finite, runs_of
+from serve.cache.base import (
+    Cache,
+    CachePlan,
+    CacheSize,
+    ConvolutionCacheInfo,
+    num_rows,
+    require_finite,
+    runs_of,
+)
 from serve.cache.page_pool import PagePool, pages_for
 from serve.config import EngineConfig
 from stu.common.errors import UserError
@@ -121,11 +129,8 @@ class PagedFutureFill(Cache):
             pool = PagePool(num_pages + 1, page_shape, filters.dtype, filters.device)
             return cls(taps, lag_step, pool, rows)
 
-        return CachePlan(
-            CacheSize((2 * rows + 1) * page_bytes, page_bytes, 1, *pages),
-            make,
-            f"FutureFill in pages of {page_bytes:,} bytes for {config.page_len} new tokens",
-        )
+        size = CacheSize((2 * rows + 1) * page_bytes, page_bytes, 1, *pages)
+        return CachePlan(size, make, ConvolutionCacheInfo("pages", page_bytes))
 
     @property
     def num_bytes(self) -> int:

@@ -142,6 +142,7 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
             flushes=dict(convolution.flushes) if isinstance(convolution, PagedFutureFill) else {},
+            convolution_cache=self._caches.convolution_info,
         )
 
     def check_integrity(self) -> None:

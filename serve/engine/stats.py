@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.cache.base import ConvolutionCacheInfo
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -26,9 +28,13 @@ class Stats:
     flushes: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     """Number of steps that flushed tiles of the convolution, and their seconds (on a GPU, until
     launched), by the positions of a tile."""
+    convolution_cache: ConvolutionCacheInfo | None = None
+    """The cache of long convolutions, if the model has any."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Stats":
         """Return the stats whose `asdict` went through JSON or msgpack."""
         flushes = {int(length): tuple(pair) for length, pair in values["flushes"].items()}
-        return cls(**{**values, "flushes": flushes})
+        info = values["convolution_cache"]
+        cache = ConvolutionCacheInfo(**info) if info else None
+        return cls(**{**values, "flushes": flushes, "convolution_cache": cache})

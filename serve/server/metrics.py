@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve.cache.base import ConvolutionCacheInfo
 from serve.request import FinishReason
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.wire import Message
@@ -146,6 +147,10 @@ class _ReplicasCollector(Collector):
         for name, (text, value) in counters.items():
             yield self._metric(CounterMetricFamily, name, text, value)
 
+        caches = [own.convolution_cache for own in stats if own.convolution_cache]
+        if caches:
+            yield from self._convolution_cache(caches[0])  # replicas have the same
+
         flushes = (
             ("stu:flushes", "Engine steps that flushed tiles, by the size of the tile."),
             ("stu:flush_seconds", "Seconds that flushing tiles took, by the size of the tile."),
@@ -155,6 +160,28 @@ class _ReplicasCollector(Collector):
             for positions, counts in sorted(totals.flushes.items()):
                 family.add_metric([self._model_name, str(positions)], counts[column])
             yield family
+
+    def _convolution_cache(self, cache: ConvolutionCacheInfo) -> Iterable[Metric]:
+        info = GaugeMetricFamily(
+            "stu:convolution_cache_info",
+            "Always 1: the kind of the convolution cache, the rank of its states, or why it has "
+            "no states.",
+            labels=["model_name", "kind", "rank", "reason"],
+        )
+        info.add_metric([self._model_name, cache.kind, str(cache.rank), cache.reason], 1)
+        yield info
+        gauges = {
+            "stu:convolution_cache_error": (
+                "Largest error of a convolution's taps, relative to the largest of its filter.",
+                cache.error,
+            ),
+            "stu:convolution_page_bytes": (
+                "Bytes of a cache page for convolutions: with states, all of a sequence.",
+                cache.page_bytes,
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            yield self._metric(GaugeMetricFamily, name, text, value)
 
     def _metric(self, kind: Any, name: str, text: str, value: float) -> Metric:
         family: Metric = kind(name, text, labels=["model_name"])

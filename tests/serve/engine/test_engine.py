@@ -1,6 +1,8 @@
 """The engine against each request decoded alone by direct sums."""
 
+import json
 import math
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ from serve.cache.budget import make_caches
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.packing import packs
+from serve.engine.stats import Stats
 from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
@@ -472,6 +475,37 @@ def test_caches_keep_to_their_budget(kind, num_bytes, batch_invariant, convoluti
     caches = make_caches(build(kind, width=16).float(), config)
     assert (caches.recent is not None) == (kind == "hyena")
     assert 0 < sum(cache.num_bytes for cache in caches.all) <= gib * 2**30
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "runs", "reason"),
+    [
+        ("stu", None, "state", ""),
+        ("full", None, "state", ""),
+        ("stu", "pages", "pages", "convolution_cache=pages"),
+        (
+            "hyena",
+            None,
+            "pages",
+            "their filters are not weighted sums of a few and their filters do not alternate",
+        ),
+    ],
+)
+def test_stats_say_which_convolution_cache_runs(make_engine, kind, wanted, runs, reason):
+    engine = make_engine(kind, max_running=3, convolution_cache=wanted)
+    stats = engine.stats()
+    info, cache = stats.convolution_cache, engine._caches.convolution
+    assert (info.kind, info.reason) == (runs, reason)
+    assert (info.rank > 0, info.error > 0) == (runs == "state", runs == "state")
+    page_bytes = cache.num_bytes // 3 if runs == "state" else cache.pool.page_bytes
+    assert info.page_bytes == page_bytes
+    assert f"{page_bytes:,} bytes" in str(info)
+    assert (reason or f"rank {info.rank}") in str(info)
+    assert Stats.from_json(json.loads(json.dumps(asdict(stats)))) == stats
+
+
+def test_stats_without_convolutions(make_engine):
+    assert make_engine("attention").stats().convolution_cache is None
 
 
 @pytest.mark.parametrize(

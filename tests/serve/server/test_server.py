@@ -1,6 +1,7 @@
 """`stu-serve` over HTTP: OpenAI's client, wrong bodies, and routes for operators."""
 
 import json
+import re
 from functools import partial
 
 import openai
@@ -379,6 +380,15 @@ def test_metrics_have_the_names_of_vllm(http, server):
     text = http.get("/metrics").text
     for name in VLLM_NAMES:
         assert f"\nvllm:{name}{{" in text
+
+
+def test_metrics_say_which_convolution_cache_runs(http, server):
+    (line,) = re.findall(
+        r"^stu:convolution_cache_info\{.*", http.get("/metrics").text, re.MULTILINE
+    )
+    assert re.search(r'kind="state",.*rank="[1-9]\d*",reason="".*\} 1.0$', line)
+    assert 0 < server.metric("stu:convolution_cache_error") < 5e-7
+    assert server.metric("stu:convolution_page_bytes") > 0
 
 
 def test_refused_bodies_do_not_change_a_running_stream(http):

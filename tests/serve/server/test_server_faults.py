@@ -260,6 +260,13 @@ def test_lines_of_an_engine_that_starts_are_logged(tmp_path, code_tokenizer):
             "replica 0 on cpu: long convolutions are cached as FutureFill in pages" in line
             for line in server.lines
         )
+        (line,) = [
+            line
+            for line in server.get("/metrics").text.splitlines()
+            if line.startswith("stu:convolution_cache_info{")
+        ]
+        assert 'kind="pages"' in line
+        assert 'reason="their filters are not weighted sums of a few and' in line
 
 
 @pytest.fixture
