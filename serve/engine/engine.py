@@ -11,8 +11,9 @@ from torch import Tensor
 from serve.cache.budget import make_caches
 from serve.cache.paged_futurefill import PagedFutureFill
 from serve.config import EngineConfig
-from serve.engine.runner import Prefill, PromptLogits, Runner
-from serve.engine.scheduler import Job, Scheduler, prefill_cost
+from serve.engine.prefill import Prefill
+from serve.engine.runner import PromptLogits, Runner
+from serve.engine.scheduler import Job, Scheduler
 from serve.engine.stats import Stats
 from serve.request import FinishReason, Output, Request, TokenLogprobs, check_request
 from serve.sampling.chooser import TokenChooser
@@ -162,16 +163,17 @@ class Engine:
             job.replayed = self._scheduler.num_prefilled(job)
         prompts = [self._scheduler.prompt(job) for job in group]
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
-        costs = [prefill_cost(job.request) for job in group]
-        self._prefill = Prefill(self._runner, prompts, costs, self._config.prompt_tokens_per_step)
+        at_once = self._config.prompt_tokens_per_step
+        self._prefill = Prefill(self._runner, prompts, at_once, at_once)
         self._prompt_tokens += self._prefill.num_tokens
 
     def _continue_prefill(self) -> list[Output]:
         """Prefill as many tokens as a step may."""
-        for logits in self._prefill.step() if self._prefill is not None else ():
-            if isinstance(logits, Tensor):
-                return self._end_prefill(logits)
-            self._take_prompt_logits(logits)
+        for piece in self._prefill.step() if self._prefill is not None else ():
+            if isinstance(piece, Tensor):
+                return self._end_prefill(piece)
+            if isinstance(piece, PromptLogits):
+                self._take_prompt_logits(piece)
         return []
 
     def _take_prompt_logits(self, piece: PromptLogits) -> None:

@@ -1,8 +1,8 @@
 """The model over many sequences: prefill of prompts, and decoding of one token of every row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import count, islice
+from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -22,15 +22,19 @@ LOGITS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A sequence to prefill."""
+class Chunk:
+    """Consecutive tokens of a sequence to prefill."""
 
     row: int
     """The row that the sequence has been admitted to."""
     tokens: Sequence[int]
-    """Token ids to prefill."""
+    """Token ids."""
+    first: int
+    """Position of the first of them in the sequence."""
+    is_last: bool
+    """Whether the sequence ends with them."""
     wants_logits: bool = False
-    """Whether to compute the logits of its own tokens but the first."""
+    """Whether to compute the logits of each but the first of the sequence."""
 
 
 @dataclass(frozen=True)
@@ -129,39 +133,18 @@ class Runner:
             self._batch = sorted([*self._batch, row])
         return self._batch
 
-    def prefill(
-        self, prompts: Sequence[Prompt], tokens_at_once: int
-    ) -> Iterator[Tensor | PromptLogits | None]:
-        """Prefill prompts, concatenated without padding, in pieces of work.
-
-        Yields None after each piece: all layers for a chunk of `tokens_at_once` tokens of the
-        prompts, of which only one may be longer and then is alone. Where a cache takes no chunks, a
-        piece is a layer's mixer, or its feed-forward part for `tokens_at_once` tokens.
-
-        Yields the logits of the prompts that want them, a few at a time, and at last those of each
-        prompt's first new token, `[len(prompts), vocab_size]`. The caller may stop at any time.
-        """
-        if not self.takes_chunks:
-            yield from self._prefill(prompts, 0, True, tokens_at_once)
-            return
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        for first in range(0, longest, tokens_at_once):
-            chunk = slice(first, first + tokens_at_once)
-            chunks = [replace(prompt, tokens=prompt.tokens[chunk]) for prompt in prompts]
-            yield from self._prefill(chunks, first, chunk.stop >= longest)
-            yield None
-
     @torch.inference_mode()
-    def _prefill(
-        self,
-        chunks: Sequence[Prompt],
-        first: int,
-        are_last: bool,
-        tokens_at_once: int | None = None,
+    def prefill(
+        self, chunks: Sequence[Chunk], tokens_at_once: int | None = None
     ) -> Iterator[Tensor | PromptLogits | None]:
-        """Prefill chunks of prompts, which begin at position `first`.
+        """Prefill chunks of sequences, concatenated without padding.
 
-        tokens_at_once: Yield None after each piece of work.
+        Yields the logits of the chunks that want them, a few tokens at a time, and at last, if any
+        sequence ends, those of the first new token of each that does, `[sequences, vocab_size]`.
+        The caller may stop at any time.
+
+        tokens_at_once: Yield None after each piece of work too: a layer's mixer, or its
+            feed-forward part for so many tokens.
         """
         model = self._model
         ids = [token for chunk in chunks for token in chunk.tokens]
@@ -184,14 +167,14 @@ class Runner:
                 yield None
             x = torch.cat(parts, dim=1)
         for chunk, hidden in zip(chunks, x[0].split(lengths), strict=True):
-            last = len(hidden) - are_last if chunk.wants_logits else 0
+            last = len(hidden) - chunk.is_last if chunk.wants_logits else 0
             for start in range(0, last, LOGITS_AT_ONCE):
                 part = hidden[start : min(start + LOGITS_AT_ONCE, last)]
                 logits = self._logits(model.norm(part))
-                yield PromptLogits(chunk.row, first + start + 1, logits)
-        if are_last:
-            ends = torch.tensor(lengths, device=self._device).cumsum(0)
-            yield self._logits(model.norm(x[0, ends - 1]))  # [len(chunks), D] -> [.., vocab_size]
+                yield PromptLogits(chunk.row, chunk.first + start + 1, logits)
+        ends = torch.tensor(lengths).cumsum(0)[[chunk.is_last for chunk in chunks]] - 1
+        if len(ends):  # [sequences, D] -> [sequences, vocab_size]
+            yield self._logits(model.norm(x[0, ends.to(self._device)]))
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:
@@ -221,43 +204,6 @@ class Runner:
             padded[: len(group)] = group
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
-
-
-class Prefill:
-    """Prefill of some prompts, spread over several steps.
-
-    Args:
-        runner: The model, whose caches have admitted the prompts.
-        prompts: Prompts to prefill together.
-        costs: Cost of a token of each prompt, where that of a usual token is 1.
-        tokens_per_step: Usual tokens that a step prefills.
-    """
-
-    def __init__(
-        self, runner: Runner, prompts: Sequence[Prompt], costs: Sequence[int], tokens_per_step: int
-    ) -> None:
-        lengths = [len(prompt.tokens) for prompt in prompts]
-        self.num_tokens = sum(lengths)
-        self._in_chunks = runner.takes_chunks
-        cost = sum(own * length for own, length in zip(costs, lengths, strict=True))
-        at_once = tokens_per_step
-        if self._in_chunks and len(prompts) == 1:
-            at_once = max(1, tokens_per_step // costs[0])
-        self._pieces = runner.prefill(prompts, at_once)
-        num_pieces = runner.num_layers * (1 + -(-self.num_tokens // tokens_per_step))
-        if cost > self.num_tokens:
-            num_pieces += -(-self.num_tokens // LOGITS_AT_ONCE)
-        steps = max(1, cost // tokens_per_step)
-        # A prefill of one step runs to its end, even if it computes log probabilities.
-        self._pieces_per_step = -(-(num_pieces + 1) // steps) if steps > 1 else None
-
-    def step(self) -> Iterator[Tensor | PromptLogits]:
-        """Run the pieces of one step, and yield the logits that `Runner.prefill` yields."""
-        for logits in islice(self._pieces, None if self._in_chunks else self._pieces_per_step):
-            if logits is not None:
-                yield logits
-            elif self._in_chunks:
-                return
 
 
 def _require_invariance(model: FlashSTU) -> None:

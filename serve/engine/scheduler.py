@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
-from serve.engine.runner import Prompt
+from serve.engine.prefill import Prompt
 from serve.request import Request
 from stu.common.errors import UserError, setting_name
 
@@ -112,7 +112,7 @@ class Scheduler:
         """Return what to prefill for `job`, which has a row."""
         tokens = [*job.request.prompt_token_ids, *job.new_token_ids[: self.num_prefilled(job)]]
         asks = job.request.sampling.prompt_logprobs is not None and not job.new_token_ids
-        return Prompt(job.row, tokens, asks)
+        return Prompt(job.row, tokens, wants_logits=asks, cost=prefill_cost(job.request))
 
     def num_prefilled(self, job: Job) -> int:
         """Return how many of its new tokens are prefilled together with its prompt."""
