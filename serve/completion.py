@@ -22,6 +22,8 @@ class Completion:
     piece."""
     error: str = ""
     """Explanation of `finish_reason == "error"`."""
+    embedding: Sequence[float] = ()
+    """Embedding of the prompt, if it was asked for; in the last piece."""
 
 
 @dataclass
@@ -36,6 +38,7 @@ class CompletionBuilder:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: FinishReason | None = None
     error: str = ""
+    embedding: Sequence[float] = ()
 
     def add(self, output: Output) -> None:
         """Append the next output."""
@@ -47,6 +50,7 @@ class CompletionBuilder:
             self.logprobs.append(output.logprobs)
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.error = output.finish_reason, output.error
+        self.embedding = output.embedding
 
     def completion(self) -> Completion:
         """Return the completion up to now."""
@@ -58,6 +62,7 @@ class CompletionBuilder:
             self.finish_reason,
             self.prompt_logprobs,
             self.error,
+            self.embedding,
         )
 
 

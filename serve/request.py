@@ -9,6 +9,7 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Request:
     far as they have requests for them."""
     new_token_ids: Sequence[int] = ()
     """New tokens that another engine generated before it ended; this one continues after them."""
+    pooling: Pooling | None = None
+    """Way to make an embedding of the prompt's hidden states after the final norm: mean, the mean
+    over all positions, or last, that of the last token. It needs `max_new_tokens=0`."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_token_ids", "new_token_ids"):
@@ -39,8 +43,18 @@ class Request:
             raise UserError("sampling", self.sampling, "SamplingParams")
         if not isinstance(self.priority, int):
             raise UserError("priority", self.priority, "a whole number")
+        if self.pooling not in (None, "mean", "last"):
+            raise UserError("pooling", self.pooling, "mean or last")
+        if self.pooling is not None and self.sampling.max_new_tokens:
+            allowed = "0 with pooling, which generates nothing"
+            raise UserError("max_new_tokens", self.sampling.max_new_tokens, allowed)
         if self.new_token_ids and len(self.new_token_ids) >= self.sampling.max_new_tokens:
             raise ValueError("new_token_ids: nothing is left to generate for this request")
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether the results need every token of the prompt, and not only what follows it."""
+        return self.sampling.prompt_logprobs is not None or self.pooling == "mean"
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class Output:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     """Log probabilities of the prompt's tokens but the first, if the request asks for them, in the
     first output that holds anything."""
+    embedding: Sequence[float] = ()
+    """Embedding of the prompt, if the request has a `pooling`, in its last output."""
     finish_reason: FinishReason | None = None
     """Why the request ended, in its last output; None in all others."""
     ends_with_stop_token: bool = False

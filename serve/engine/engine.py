@@ -3,7 +3,6 @@
 import bisect
 import itertools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +11,13 @@ from serve.cache.budget import make_caches
 from serve.cache.paged_futurefill import PagedFutureFill
 from serve.config import EngineConfig
 from serve.engine.prefill import Prefill
-from serve.engine.runner import PromptLogits, Runner
+from serve.engine.prompt_results import PooledHidden, PromptLogits, PromptResults
+from serve.engine.runner import Runner
 from serve.engine.scheduler import Job, Scheduler
 from serve.engine.stats import Stats
 from serve.request import FinishReason, Output, Request, TokenLogprobs, check_request
-from serve.sampling.chooser import TokenChooser
+from serve.sampling.chooser import NOT_FINITE, TokenChooser
 from serve.sampling.detokenizer import TextStream
-from serve.sampling.sampler import token_logprobs
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
 from stu.model import FlashSTU
@@ -59,8 +58,7 @@ class Engine:
         )
         self._texts: dict[int, TextStream] = {}
         self._chooser = TokenChooser(tokenizer, model.embedding.weight.device)
-        self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-        """Log probabilities of prompts, by request, until its first output takes them."""
+        self._prompt_results = PromptResults()
         self._prefill: Prefill | None = None
         self._aborted: list[Output] = []
         """Last outputs of aborted requests, until the next step returns them."""
@@ -172,18 +170,10 @@ class Engine:
         for piece in self._prefill.step() if self._prefill is not None else ():
             if isinstance(piece, Tensor):
                 return self._end_prefill(piece)
-            if isinstance(piece, PromptLogits):
-                self._take_prompt_logits(piece)
+            if isinstance(piece, PromptLogits | PooledHidden):
+                (job,) = (job for job in self._scheduler.prefilling if job.row == piece.row)
+                self._prompt_results.add(job.request_id, job.request, piece)
         return []
-
-    def _take_prompt_logits(self, piece: PromptLogits) -> None:
-        (job,) = (job for job in self._scheduler.prefilling if job.row == piece.row)
-        request = job.request
-        tokens = request.prompt_token_ids[piece.first : piece.first + len(piece.logits)]
-        counts = [request.sampling.prompt_logprobs] * len(tokens)
-        found = token_logprobs(piece.logits, tokens, counts)
-        kept = self._prompt_logprobs.setdefault(job.request_id, [])
-        kept += [logprobs for logprobs in found if logprobs is not None]
 
     def _end_prefill(self, logits: Tensor) -> list[Output]:
         """Make rows of the prefilled jobs, and choose their first tokens.
@@ -196,10 +186,16 @@ class Engine:
         for job in jobs:
             self._runner.join(job.row, self._scheduler.size(job)[0])
             bisect.insort(self._scheduler.running, job, key=lambda other: other.row)
-        ended = [self._finish(job, "length") for job in jobs if job.steps_to_come == 0]
+        ended = [self._finish_prompt(job) for job in jobs if job.steps_to_come == 0]
         rows = [row for row, job in enumerate(jobs) if job.steps_to_come > 0]
         continued = logits[rows] if ended else logits
         return ended + self._choose([jobs[row] for row in rows], continued)
+
+    def _finish_prompt(self, job: Job) -> Output:
+        """End a job that generates nothing."""
+        if self._prompt_results.are_finite(job.request_id):
+            return self._finish(job, "length")
+        return self._finish(job, "error", error=NOT_FINITE)
 
     def _decode(self) -> list[Output]:
         rows = set(self._runner.batch())
@@ -256,8 +252,8 @@ class Engine:
             return self._finish(job, "stop", new_text, **new)
         if job.steps_to_come == 0:
             return self._finish(job, "length", new_text + text.finish(), **new)
-        of_prompt = self._pop_prompt_logprobs(job)
-        return Output(job.request_id, text=new_text, prompt_logprobs=of_prompt, **new)
+        new |= self._prompt_results.pop(job.request_id, job.request)
+        return Output(job.request_id, text=new_text, **new)
 
     def _finish(self, job: Job, reason: FinishReason, text: str = "", **values: Any) -> Output:
         """End `job` in any state, free its pages, and return its last output.
@@ -276,11 +272,8 @@ class Engine:
             self._scheduler.waiting.remove(job)
         del self._texts[job.request_id]
         self._chooser.remove(job.request_id)
-        values["prompt_logprobs"] = self._pop_prompt_logprobs(job)
+        values |= self._prompt_results.pop(job.request_id, job.request)
         return Output(job.request_id, text=text, finish_reason=reason, **values)
-
-    def _pop_prompt_logprobs(self, job: Job) -> Sequence[TokenLogprobs]:
-        return self._prompt_logprobs.pop(job.request_id, ())
 
     def _preempt(self, job: Job) -> None:
         self._remove_row(job)

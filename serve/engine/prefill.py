@@ -7,7 +7,9 @@ from itertools import islice, zip_longest
 import torch
 from torch import Tensor
 
-from serve.engine.runner import LOGITS_AT_ONCE, Chunk, PromptLogits, Runner
+from serve.engine.prompt_results import PooledHidden, PromptLogits
+from serve.engine.runner import LOGITS_AT_ONCE, Chunk, Runner
+from serve.request import Pooling
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Prompt:
     """Numbers of tokens, ascending, after which a chunk ends."""
     wants_logits: bool = False
     """Whether to compute the logits of its own tokens but the first."""
+    pooling: Pooling | None = None
+    """Way to pool its hidden states."""
     cost: int = 1
     """Cost of a token, where that of a usual one is 1."""
 
@@ -37,7 +41,7 @@ class ChunkEnd:
     """Number of tokens of the sequence that its row remembers."""
 
 
-Piece = Tensor | PromptLogits | ChunkEnd
+Piece = Tensor | PromptLogits | PooledHidden | ChunkEnd
 
 
 class Prefill:
@@ -73,8 +77,8 @@ class Prefill:
 
     def step(self) -> Iterator[Piece]:
         """Run one step's work, and yield what comes of it: the logits that prompts want of their
-        own tokens, the ends of chunks, and at last the logits of each prompt's first new token,
-        `[len(prompts), vocab_size]`. The caller may stop at any time."""
+        own tokens, pooled hidden states, the ends of chunks, and at last the logits of each
+        prompt's first new token, `[len(prompts), vocab_size]`. The caller may stop at any time."""
         for piece in islice(self._pieces, self._pieces_per_step):
             if piece is not None:
                 yield piece
@@ -104,7 +108,7 @@ class Prefill:
 
     def _in_layers(self) -> Iterator[Piece | None]:
         """Yield None after each piece of work that yields nothing else."""
-        chunks = [Chunk(p.row, p.tokens, 0, True, p.wants_logits) for p in self._prompts]
+        chunks = [Chunk(p.row, p.tokens, 0, True, p.wants_logits, p.pooling) for p in self._prompts]
         return self._runner.prefill(chunks, self._tokens_per_step)
 
     def _share_of_a_step(self) -> int | None:
@@ -124,5 +128,6 @@ def _chunks(prompt: Prompt, chunk_len: int) -> Iterator[Chunk]:
         while first < stop:
             end = min(first + length, stop)
             is_last = end == len(prompt.tokens)
-            yield Chunk(prompt.row, prompt.tokens[first:end], first, is_last, prompt.wants_logits)
+            tokens, wants = prompt.tokens[first:end], (prompt.wants_logits, prompt.pooling)
+            yield Chunk(prompt.row, tokens, first, is_last, *wants)
             first = end

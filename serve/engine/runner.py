@@ -13,12 +13,15 @@ from serve.cache.page_pool import OutOfPages
 from serve.config import INVARIANT_ROWS
 from serve.engine.memory import PromptMemory, RowMemory
 from serve.engine.packing import packed_copy, packed_product, packs
+from serve.engine.prompt_results import PooledHidden, PromptLogits
+from serve.request import Pooling
 from stu.common.errors import UserError
 from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
 
 LOGITS_AT_ONCE = 256
-"""Tokens of a prompt whose logits are computed together: a vocabulary may be large."""
+"""Tokens of a prompt whose logits are computed, or whose hidden states are pooled, together: a
+vocabulary may be large."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,8 @@ class Chunk:
     """Whether the sequence ends with them."""
     wants_logits: bool = False
     """Whether to compute the logits of each but the first of the sequence."""
-
-
-@dataclass(frozen=True)
-class PromptLogits:
-    """Logits of consecutive tokens of a prompt."""
-
-    row: int
-    first: int
-    """Position of the first of these tokens in the prompt."""
-    logits: Tensor
-    """Logits `[tokens, vocab_size]`."""
+    pooling: Pooling | None = None
+    """Way to pool the hidden states of the sequence."""
 
 
 class Runner:
@@ -136,12 +130,12 @@ class Runner:
     @torch.inference_mode()
     def prefill(
         self, chunks: Sequence[Chunk], tokens_at_once: int | None = None
-    ) -> Iterator[Tensor | PromptLogits | None]:
+    ) -> Iterator[Tensor | PromptLogits | PooledHidden | None]:
         """Prefill chunks of sequences, concatenated without padding.
 
-        Yields the logits of the chunks that want them, a few tokens at a time, and at last, if any
-        sequence ends, those of the first new token of each that does, `[sequences, vocab_size]`.
-        The caller may stop at any time.
+        Yields the logits of the chunks that want them, a few tokens at a time, the hidden states of
+        those with a pooling, and at last, if any sequence ends, the logits of the first new token
+        of each that does, `[sequences, vocab_size]`. The caller may stop at any time.
 
         tokens_at_once: Yield None after each piece of work too: a layer's mixer, or its
             feed-forward part for so many tokens.
@@ -172,6 +166,12 @@ class Runner:
                 part = hidden[start : min(start + LOGITS_AT_ONCE, last)]
                 logits = self._logits(model.norm(part))
                 yield PromptLogits(chunk.row, chunk.first + start + 1, logits)
+            if chunk.pooling == "mean":
+                parts = hidden.split(LOGITS_AT_ONCE)
+                sums = [model.norm(part).double().sum(0) for part in parts]  # [D] each
+                yield PooledHidden(chunk.row, torch.stack(sums).sum(0))
+            elif chunk.pooling == "last" and chunk.is_last:
+                yield PooledHidden(chunk.row, model.norm(hidden[-1]).double())
         ends = torch.tensor(lengths).cumsum(0)[[chunk.is_last for chunk in chunks]] - 1
         if len(ends):  # [sequences, D] -> [sequences, vocab_size]
             yield self._logits(model.norm(x[0, ends.to(self._device)]))

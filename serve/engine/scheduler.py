@@ -112,7 +112,8 @@ class Scheduler:
         """Return what to prefill for `job`, which has a row."""
         tokens = [*job.request.prompt_token_ids, *job.new_token_ids[: self.num_prefilled(job)]]
         asks = job.request.sampling.prompt_logprobs is not None and not job.new_token_ids
-        return Prompt(job.row, tokens, wants_logits=asks, cost=prefill_cost(job.request))
+        cost = prefill_cost(job.request)
+        return Prompt(job.row, tokens, wants_logits=asks, pooling=job.request.pooling, cost=cost)
 
     def num_prefilled(self, job: Job) -> int:
         """Return how many of its new tokens are prefilled together with its prompt."""

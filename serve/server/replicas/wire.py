@@ -100,7 +100,7 @@ def output_to_wire(output: Output, number: int) -> Message:
                 [[token.token, token.logprob, token.top] for token in logprobs]
             )
     if output.finish_reason is not None:
-        names = ("finish_reason", "ends_with_stop_token", "error", "is_refused")
+        names = ("finish_reason", "ends_with_stop_token", "error", "is_refused", "embedding")
         values |= {name: getattr(output, name) for name in names}
     return values
 

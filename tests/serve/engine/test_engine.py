@@ -101,6 +101,15 @@ def prompt_logprobs(model, request):
     ]
 
 
+def embedding(model, request):
+    """Return the request's embedding, from the model's full forward pass."""
+    if request.pooling is None:
+        return ()
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor([request.prompt_token_ids]))[0]
+    return (hidden.mean(0) if request.pooling == "mean" else hidden[-1]).tolist()
+
+
 def poison(caches):
     """Fill caches with NaN, which shows if it is read before it is written."""
     for cache in caches.all:
@@ -121,14 +130,16 @@ def drain(engine, answers):
 
 
 def collect(engine, answers):
-    """Run a step and extend the answers: tokens, finish reason, logprobs and prompt logprobs."""
+    """Run a step and extend the answers: tokens, finish reason, logprobs, prompt logprobs and
+    embedding."""
     for output in engine.step():
-        tokens, _, logprobs, of_prompt = answers.get(output.request_id, ([], None, [], []))
+        tokens, _, logprobs, of_prompt, _ = answers.get(output.request_id, ([], None, [], [], ()))
         answers[output.request_id] = (
             [*tokens, *output.new_token_ids],
             output.finish_reason,
             [*logprobs, *output.logprobs],
             [*of_prompt, *output.prompt_logprobs],
+            output.embedding,
         )
     engine.check_integrity()
 
@@ -154,15 +165,24 @@ samplings = st.one_of(
         seed=st.integers(0, 9),
     ),
 )
-requests = st.builds(
+prompts = st.lists(st.integers(0, 279), min_size=1, max_size=90)
+generating = st.builds(
     make_request,
-    st.lists(st.integers(0, 279), min_size=1, max_size=90),
+    prompts,
     max_new_tokens=st.integers(0, 100),
     prompt_logprobs=st.sampled_from([None, 0, 2]),
     sampling=samplings,
     priority=st.integers(0, 1),
     stop_token_ids=st.lists(st.integers(0, 279), max_size=2),
 )
+pooling = st.builds(
+    make_request,
+    prompts,
+    max_new_tokens=st.just(0),
+    prompt_logprobs=st.sampled_from([None, 1]),
+    pooling=st.sampled_from(["mean", "last"]),
+)
+requests = generating | pooling
 
 
 @given(
@@ -214,10 +234,11 @@ def test_requests_decode_in_traffic_as_if_alone(
     assert len(expected) + refused == len(traffic)
     assert set(answers) == set(expected)
     for request_id, request in expected.items():
-        tokens, reason, logprobs, of_prompt = answers[request_id]
+        tokens, reason, logprobs, of_prompt, found = answers[request_id]
         whole, expected_logprobs = decode_alone(model, request)
         if tokens or reason == "length":
             check_logprobs(of_prompt, prompt_logprobs(model, request))
+            assert found == pytest.approx(embedding(model, request), abs=1e-9)
         if reason == "abort":
             assert tokens == whole[: len(tokens)]
             check_logprobs(logprobs, expected_logprobs[: len(tokens)])
@@ -303,7 +324,7 @@ def test_no_stop_token_comes_before_min_new_tokens(make_engine, temperature):
     for least in (0, 1, 3, 8, 20):
         request = make_request([1, 50], 20, sampling, stop_token_ids=stops, min_new_tokens=least)
         request_id = engine.add(request)
-        tokens, reason, logprobs, _ = drain(engine, {})[request_id]
+        tokens, reason, logprobs, *_ = drain(engine, {})[request_id]
         expected, expected_logprobs = decode_alone(model, request)
         assert tokens == expected
         check_logprobs(logprobs, expected_logprobs)
@@ -346,6 +367,7 @@ MALFORMED = {
     "n": [0],
     "stop_at_eos": [1],
     "stop": ["", [""], [5], None],
+    "pooling": ["max", True],
 }
 
 

@@ -1,0 +1,116 @@
+"""Log probabilities and embeddings of prompts, against the model's full forward pass."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from serve.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.sampling.chooser import NOT_FINITE
+from stu.filters import spectral_filters
+from stu.model import FlashSTU
+from tests.serve.requests import decode, make_request
+
+LAYOUTS = ("hybrid", "hyena", "stu")
+
+
+@pytest.fixture(scope="module")
+def make_model(code_model):
+    """Return a function of a layout."""
+
+    def make(layout):
+        torch.manual_seed(0)
+        return FlashSTU(replace(code_model.config, layout=layout)).eval()
+
+    return make
+
+
+def score(prompt):
+    return make_request(prompt, 0, prompt_logprobs=0)
+
+
+def mean(prompt):
+    return make_request(prompt, 0, pooling="mean")
+
+
+def last(prompt):
+    return make_request(prompt, 0, pooling="last")
+
+
+def random_prompts(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(280, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("convolution_cache", [None, "pages"])
+@pytest.mark.parametrize("prompt_tokens_per_step", [1, 7, 16, 200])
+def test_results_of_any_chunks_equal_the_full_forward_pass(
+    make_model, code_tokenizer, layout, convolution_cache, prompt_tokens_per_step
+):
+    model = make_model(layout).double()
+    if layout != "hyena":  # the filters of the buffer are rounded to float32
+        model.filters.copy_(torch.from_numpy(spectral_filters(*model.filters.shape)))
+    prompts = random_prompts(1, 2, 13, 31, 64)
+    asked = [make(prompt) for prompt in prompts for make in (score, mean, last)]
+    settings = {
+        "convolution_cache": convolution_cache,
+        "prompt_tokens_per_step": prompt_tokens_per_step,
+    }
+    answers = iter(decode(model, code_tokenizer, asked, **settings))
+    for prompt in prompts:
+        with torch.no_grad():
+            hidden = model.hidden(torch.tensor([prompt]))[0]
+        logprobs = model.logits(hidden).log_softmax(-1)
+        expected = [logprobs[at, token].item() for at, token in enumerate(prompt[1:])]
+        scored, of_mean, of_last = next(answers), next(answers), next(answers)
+        found = [token.logprob for token in scored.prompt_logprobs]
+        assert found == pytest.approx(expected, abs=1e-9)
+        assert of_mean.embedding == pytest.approx(hidden.mean(0).tolist(), abs=1e-9)
+        assert of_last.embedding == pytest.approx(hidden[-1].tolist(), abs=1e-9)
+        assert {answer.finish_reason for answer in (scored, of_mean, of_last)} == {"length"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("convolution_cache", [None, "pages"])
+def test_batch_invariant_results_are_equal_to_the_last_bit(
+    make_model, code_tokenizer, layout, convolution_cache
+):
+    model = make_model(layout)
+    settings = {
+        "batch_invariant": True,
+        "convolution_cache": convolution_cache,
+        "prompt_tokens_per_step": 12,
+        "max_running": 5,
+    }
+    asked = [make(prompt) for prompt in random_prompts(2, 9, 40) for make in (score, mean, last)]
+    others = [make_request(prompt, 15) for prompt in random_prompts(3, 30, 8, 1)]
+    together = decode(model, code_tokenizer, [*others, *asked], **settings)[len(others) :]
+    for request, answer in zip(asked, together, strict=True):
+        (alone,) = decode(model, code_tokenizer, [request], **settings)
+        assert answer == alone
+
+
+def test_results_that_are_not_finite_end_their_request_only(make_model, code_tokenizer):
+    model = make_model("hybrid")
+    with torch.no_grad():
+        model.embedding.weight[7] = torch.nan  # also the logits of this token after any other
+    asked = [mean([1, 7, 3]), mean([1, 3]), last([7]), score([1, 3]), last([3])]
+    answers = decode(model, code_tokenizer, asked)
+    assert [answer.error for answer in answers] == [NOT_FINITE, "", NOT_FINITE, NOT_FINITE, ""]
+    assert all(answer.embedding for answer in answers if not answer.error)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_request_that_is_aborted_leaves_nothing(make_model, code_tokenizer, layout):
+    config = EngineConfig(cache_gib=0.01, prompt_tokens_per_step=8)
+    engine = Engine(make_model(layout), code_tokenizer, config)
+    for _ in range(2):
+        request_id = engine.add(mean([5] * 60))
+        engine.step()
+        engine.abort(request_id)
+        (output,) = engine.step()
+        assert (output.finish_reason, engine.has_work) == ("abort", False)
+    assert not engine._prompt_results._hidden
+    engine.check_integrity()
