@@ -87,14 +87,6 @@ def test_defaults_are_openais_unless_the_command_line_has_others(decode, choices
     assert written["response"]["body"]["usage"]["completion_tokens"] == 3
 
 
-def test_null_and_neutral_settings_change_nothing(choices):
-    names = "max_tokens temperature top_p n stop seed logprobs echo logit_bias presence_penalty "
-    names += "frequency_penalty best_of suffix stream user model top_k stop_at_eos"
-    assert choices(prompt="x", **dict.fromkeys(names.split())) == choices(prompt="x")
-    neutral = {"best_of": 2, "suffix": "", "stream": False, "user": "someone", "echo": False}
-    assert choices(prompt="x", n=2, **neutral) == choices(prompt="x", n=2)
-
-
 def test_choices_are_ordered_by_prompt_and_completion(choices, code_tokenizer):
     prompts = ["def", "", "x = 1"]
     tokens = [[code_tokenizer.bos_id, *code_tokenizer.encode(prompt)] for prompt in prompts]
@@ -103,7 +95,7 @@ def test_choices_are_ordered_by_prompt_and_completion(choices, code_tokenizer):
     assert len({choice["text"] for choice in several}) == 6
     assert choices(prompt=tokens, n=2, seed=5) == several
     assert choices(prompt=prompts[0], seed=5) == several[:1]
-    assert choices(prompt=tokens[0], n=2, seed=5) == several[:2]
+    assert choices(prompt=tokens[0], n=2, best_of=2, seed=5) == several[:2]
     assert choices(prompt=prompts, n=2, seed=6) != several
     greedy = choices(prompt=prompts, n=2, temperature=0)
     alone = [choices(prompt=prompt, temperature=0)[0]["text"] for prompt in prompts for _ in "12"]
@@ -120,14 +112,6 @@ def test_rows_without_seeds_have_different_seeds(decode):
     written = decode([row("a", prompt="x"), row("b", prompt="x")])
     texts = {result["response"]["body"]["choices"][0]["text"] for result in written}
     assert len(texts) == 2
-
-
-def test_stop_strings_end_a_completion(choices):
-    (whole,) = choices(prompt="x", temperature=0)
-    stop = whole["text"][3:5]
-    (cut,) = choices(prompt="x", temperature=0, stop=["never", stop])
-    assert (cut["text"], cut["finish_reason"]) == (whole["text"].split(stop)[0], "stop")
-    assert choices(prompt="x", temperature=0, stop=stop) == [cut]
 
 
 def test_echo_prepends_the_prompt(choices, code_tokenizer):
@@ -222,35 +206,16 @@ def test_streamed_pieces_add_up_to_the_whole_choice(code_tokenizer, echo):
     assert pieces[-1]["finish_reason"] == whole["finish_reason"]
 
 
-@pytest.mark.parametrize(
-    ("response_format", "expected"),
-    [
+def test_completions_follow_their_response_format(choices):
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    for response_format, expected in (
         ({"type": "regex", "regex": "(yes|no)!"}, "(yes|no)!"),
-        (
-            {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": "x",
-                    "schema": {
-                        "type": "object",
-                        "properties": {"a": {"type": "null"}},
-                        "required": ["a"],
-                        "additionalProperties": False,
-                    },
-                },
-            },
-            r'\s*{\s*"a"\s*:\s*null\s*}\s*',
-        ),
-    ],
-)
-def test_completions_follow_their_response_format(choices, response_format, expected):
-    ended = [
-        choice["text"]
-        for choice in choices(prompt="x", response_format=response_format, n=3, max_tokens=60)
-        if choice["finish_reason"] == "stop"
-    ]
-    assert ended
-    assert all(re.fullmatch(expected, text) for text in ended)
+        ({"type": "json_schema", "json_schema": {"schema": schema}}, r'\{"a":null[^\n]*\}'),
+    ):
+        found = choices(prompt="x", response_format=response_format, n=3, max_tokens=60)
+        ended = [choice["text"] for choice in found if choice["finish_reason"] == "stop"]
+        assert ended
+        assert all(re.fullmatch(expected, text) for text in ended)
 
 
 def test_text_offsets_are_where_the_texts_of_tokens_begin(code_tokenizer):
@@ -294,60 +259,30 @@ BAD_ROWS = [
     (chat("", [HI], prompt="x"), "prompt is not allowed: there is no such field, leave it out"),
     (row(""), 'field "prompt" is missing'),
     (chat("", None), 'field "messages" is missing'),
-    (chat("", []), "messages is not allowed: "),
-    (
-        chat("", [{"role": "bard", "content": "x"}]),
-        "messages.0.role=\"bard\" is not allowed: it must be 'system'",
-    ),
-    (
-        chat("", [{"role": "user"}]),
-        "messages.0.content=null is not allowed: it must be a string",
-    ),
-    (chat("", [{"role": "user", "content": "\ud800"}]), "half of a surrogate pair"),
+    (chat("", [{"role": "user"}]), "messages.0.content=null is not allowed: it must be a string"),
     (chat("", [HI], stream=True), "stream=true is not allowed: it must be false"),
     (chat("", [HI], max_tokens=70), "max_seq_len=64"),
-    (chat("", [HI], top_logprobs=3), "top_logprobs=3 is not allowed: it must be used with logp"),
     (chat("", [HI], tools=[{}]), "the model calls no tools"),
-    (chat("", [HI], n=0), "n=0 is not allowed"),
     *(
         (row("", **{**PROMPT, **body}), message)
         for body, message in [
-            ({"prompt": 5}, "prompt=5 is not allowed"),
             ({"prompt": ["x", 5]}, "prompt is not allowed: it must be a string, a list of"),
             ({"prompt": ["x", "\ud800"]}, "prompt has half of a surrogate pair"),
-            ({"prompt": ["x"] * 129}, "a list of at most 128 prompts, not 129"),
             ({"prompt": [[1, 280]]}, "prompt has the id 280, and the vocabulary ids 0 to 279"),
             ({"model": 5}, "model=5 is not allowed: it must be a string"),
             ({"model": "\ud800"}, "model has half of a surrogate pair"),
-            ({"max_tokens": -1}, "max_tokens=-1 is not allowed"),
             ({"max_tokens": 70}, "70 new tokens are 72: lower the limit of new tokens to 62"),
             ({"max_new_tokens": 5}, "max_new_tokens is not allowed: there is no such field, did"),
             ({"temprature": 1}, 'did you mean "temperature"?'),
-            ({"n": 0}, "n=0 is not allowed: it must be a whole number from 1 to 128"),
-            ({"n": 129}, "n=129 is not allowed"),
-            ({"n": True}, "n=true is not allowed"),
-            ({"best_of": 2}, "best_of=2 is not allowed: it must be left out, or equal"),
-            ({"suffix": "y"}, 'suffix="y" is not allowed: the model writes only after'),
             ({"stream": True}, "stream=true is not allowed: it must be false"),
-            ({"echo": 1}, "echo=1 is not allowed: it must be true or false"),
-            ({"logprobs": 21}, "logprobs=21 is not allowed: it must be from 0 to 20"),
-            ({"logprobs": True}, "logprobs=true is not allowed"),
-            ({"stop": ["a"] * 129}, "it must be at most 128 strings"),
-            ({"stop": 5}, "stop=5 is not allowed"),
-            ({"temperature": "1"}, 'temperature="1" is not allowed: it must be a number'),
-            ({"seed": "1"}, 'seed="1" is not allowed: it must be a whole number'),
-            ({"presence_penalty": 3}, "presence_penalty=3.0 is not allowed"),
             ({"logit_bias": {"x": 1}}, 'logit_bias={"x": 1.0} is not allowed'),
-            ({"logit_bias": {"280": 1}}, "logit_bias has the id 280"),
         ]
     ),
     *(
         (row("", **PROMPT, response_format=response_format), message)
         for response_format, message in [
             ("json", 'response_format="json" is not allowed: it'),
-            ({"type": "xml"}, "it must be one of text, json"),
             ({"type": "regex"}, "response_format.regex=null is not allowed: it must be a string"),
-            ({"type": "regex", "regex": "(a"}, "regex is not allowed: "),
             (
                 {"type": "json_schema", "json_schema": {"x": 1}},
                 'response_format.json_schema={"x": 1} is not allowed: it must be an object with',

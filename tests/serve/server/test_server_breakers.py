@@ -283,20 +283,3 @@ def test_a_client_goes_away_during_the_prefill_of_many_prompts(server):
     assert server.pages_used() == 0
     assert server.metric("stu:replica_restarts_total") == 0
     assert len(completed(server, body)) == 100
-
-
-@pytest.mark.parametrize(
-    ("kind", "constraint"),
-    [
-        ("regex", r"[^\s\S]"),
-        ("json_schema", {"schema": {"$ref": "#"}}),
-        ("json_schema", {"schema": {"type": "object"}, "strct": True}),
-    ],
-)
-def test_constraints_that_no_text_meets_are_refused(server, kind, constraint):
-    response_format = {"type": kind, kind: constraint}
-    body = {"prompt": "x", "max_tokens": 3, "response_format": response_format}
-    answer = server.post("/v1/completions", json=body)
-    assert answer.status_code == 400, answer.text
-    assert "<state>" not in answer.text
-    assert kind in answer.json()["error"]["message"]

@@ -3,7 +3,6 @@ leaves a page behind."""
 
 import json
 import random
-import socket
 from collections import Counter
 
 import pytest
@@ -114,14 +113,3 @@ def test_requests_of_schemathesis_cause_no_fault(server):
         for operation in operations:
             repeatable(given(case=operation.as_strategy())(check))()
             assert sentinel(http) == expected
-
-
-@pytest.mark.parametrize(
-    "request_line", [b"GET / HTTP/9.9", b"\x00\x01", b"POST /v1/completions HTTP/1.1\r\n" * 3]
-)
-def test_garbage_instead_of_http_does_no_harm(server, request_line):
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
-        connection.sendall(request_line + b"\r\n\r\n")
-        connection.recv(1000)
-    assert server.get("/health").status_code == 200

@@ -132,23 +132,6 @@ def test_refusals_have_an_id_and_a_line_in_the_log(
     assert line["client"] == ("127.0.0.1" if status == 401 else "key 2")
 
 
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (b"no HTTP at all\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nx-large: " + b"x" * 100_000 + b"\r\n\r\n", 431),
-    ],
-)
-def test_refusals_below_the_application_have_an_id(server, sent, status):
-    with socket.create_connection(server.address) as raw:
-        raw.settimeout(SECONDS)
-        raw.sendall(sent)
-        answer = b"".join(iter(lambda: raw.recv(2**16), b""))
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-    own_id = re.search(rb"x-request-id: (\w{24})\r\n", answer)[1].decode()
-    assert logged(server, request_id=own_id)["status"] == status
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 @pytest.mark.parametrize("size", [10_000, 5_000_000, 20_000_000])
