@@ -1,5 +1,6 @@
 """Completions, built from the engine's outputs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,6 +65,12 @@ class CompletionBuilder:
             self.error,
             self.embedding,
         )
+
+
+def normalized(embedding: Sequence[float]) -> list[float]:
+    """Return an embedding of length 1 in the same direction; zeros stay zeros."""
+    length = math.hypot(*embedding)
+    return [value / length for value in embedding] if length else list(embedding)
 
 
 def piece_of(output: Output) -> Completion:

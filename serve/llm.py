@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from serve.completion import Completion, CompletionBuilder
+from serve.completion import Completion, CompletionBuilder, normalized
 from serve.config import EngineConfig
 from serve.devices import choose_devices
 from serve.engine.engine import Engine
 from serve.prompts import RequestBuilder, choices, encode_prompt
-from serve.request import Request, are_token_ids
+from serve.request import Pooling, Request, are_token_ids
 from serve.sampling_params import SamplingParams
+from serve.scores import Score, Scoring
 from stu.common.errors import UserError, requires_extra
 from stu.model_dir import load_generation, load_model, load_tokenizer
 
@@ -34,8 +35,20 @@ class RequestOutput:
     """The `n` completions."""
 
 
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """Embedding of one prompt."""
+
+    prompt: str | None
+    """Text of the prompt; None for a prompt of token ids."""
+    prompt_token_ids: Sequence[int]
+    """Token ids of the prompt, with BOS."""
+    embedding: Sequence[float]
+    """A number for each of the model's `width` channels."""
+
+
 class LLM:
-    """A model that decodes lists of prompts, on one device.
+    """A model that decodes, scores and embeds lists of prompts, on one device.
 
     Args:
         model: Model directory, as `stu-export` writes it.
@@ -79,10 +92,7 @@ class LLM:
         Raises UserError, before anything is decoded, if a prompt or setting is not allowed. A
         completion that fails later has the `finish_reason` "error".
         """
-        if len(prompts) == 0 and not isinstance(prompts, str):
-            return []
-        is_single = isinstance(prompts, str) or are_token_ids(prompts)
-        listed: list[Any] = [prompts] if is_single else list(prompts)
+        listed = _listed(prompts)
         shared = sampling_params or self.default_sampling_params
         params = [shared] * len(listed) if isinstance(shared, SamplingParams) else list(shared)
         if len(params) != len(listed):
@@ -95,6 +105,8 @@ class LLM:
             Request(encode_prompt(self.tokenizer, prompt), own)
             for prompt, own in zip(listed, params, strict=True)
         ]
+        if not requests:
+            return []
         if isinstance(shared, SamplingParams):
             single = choices(requests)
         else:
@@ -134,28 +146,117 @@ class LLM:
         prompts = [template.tokens(chat) for chat in chats]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _decode(self, requests: Sequence[Request], use_tqdm: bool) -> list[Completion]:
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: Prompt | Sequence[Prompt] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Score]:
+        """Return the log probability of each prompt, or of each completion after its prompt.
+
+        Args:
+            prompts: As for `generate`. A prompt is scored without its first token, which for text
+                is BOS.
+            completions: A text or a list of token ids for each prompt. None: the prompts themselves
+                are scored.
+            use_tqdm: As for `generate`.
+
+        Raises UserError if a prompt or completion is not allowed, or if a log probability is not
+        finite.
+        """
+        listed = _listed(prompts)
+        after = [None] * len(listed) if completions is None else _listed(completions)
+        if len(after) != len(listed):
+            raise UserError(
+                "completions",
+                message=f"{len(after)} completions for {len(listed)} prompts: give one for each",
+            )
+        scorings = [
+            Scoring(self.tokenizer, prompt, completion)
+            for prompt, completion in zip(listed, after, strict=True)
+        ]
+        answers = self._compute([scoring.request for scoring in scorings], use_tqdm)
+        return [scoring.score(answer) for scoring, answer in zip(scorings, answers, strict=True)]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """Return an embedding of each prompt, from the hidden states after the final norm.
+
+        Args:
+            prompts: As for `generate`.
+            pooling: `"mean"`, the mean over all positions, BOS included, or `"last"`, the hidden
+                state of the last token.
+            normalize: Whether to scale embeddings to length 1.
+            use_tqdm: As for `generate`.
+
+        Raises UserError if a prompt or the pooling is not allowed, or if a hidden state is not
+        finite.
+        """
+        listed = _listed(prompts)
+        requests = [
+            Request(
+                encode_prompt(self.tokenizer, prompt),
+                SamplingParams(max_new_tokens=0),
+                pooling=pooling,
+            )
+            for prompt in listed
+        ]
+        return [
+            EmbeddingOutput(
+                prompt if isinstance(prompt, str) else None,
+                request.prompt_token_ids,
+                normalized(answer.embedding) if normalize else answer.embedding,
+            )
+            for prompt, request, answer in zip(
+                listed, requests, self._compute(requests, use_tqdm), strict=True
+            )
+        ]
+
+    def _compute(self, requests: Sequence[Request], use_tqdm: bool) -> list[Completion]:
+        """Run requests that generate nothing. Raises UserError if one of them fails."""
+        answers = self._decode(requests, use_tqdm, "prompt")
+        for answer in answers:
+            if answer.error:
+                raise UserError("model", message=answer.error)
+        return answers
+
+    def _decode(
+        self, requests: Sequence[Request], use_tqdm: bool, unit: str = "completion"
+    ) -> list[Completion]:
         builders: dict[int, CompletionBuilder] = {}
-        unfinished: set[int] = set()
-        began, num_new_tokens = time.perf_counter(), 0
+        unfinished: dict[int, Request] = {}
+        began, num_tokens = time.perf_counter(), 0
         try:
             for request in requests:
                 request_id = self._engine.add(request)
                 builders[request_id] = CompletionBuilder()
-                unfinished.add(request_id)
-            with tqdm(total=len(requests), disable=not use_tqdm, unit="completion") as bar:
+                unfinished[request_id] = request
+            with tqdm(total=len(requests), disable=not use_tqdm, unit=unit) as bar:
                 while unfinished:
                     for output in self._engine.step():
                         if output.request_id not in unfinished:
                             continue  # aborted by an earlier call
                         builders[output.request_id].add(output)
-                        num_new_tokens += len(output.new_token_ids)
+                        num_tokens += len(output.new_token_ids)
                         if output.finish_reason is not None:
-                            unfinished.remove(output.request_id)
-                            rate = num_new_tokens / (time.perf_counter() - began)
+                            request = unfinished.pop(output.request_id)
+                            if request.sampling.max_new_tokens == 0:
+                                num_tokens += len(request.prompt_token_ids)
+                            rate = num_tokens / (time.perf_counter() - began)
                             bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                             bar.update()
         finally:
             for request_id in unfinished:
                 self._engine.abort(request_id)
         return [builder.completion() for builder in builders.values()]
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """Return a list of prompts, given one or several."""
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and are_token_ids(prompts))
+    return [prompts] if is_single else list(prompts)

@@ -1,12 +1,17 @@
-"""`LLM`: prompts decoded from Python."""
+"""`LLM`: prompts decoded, scored and embedded from Python."""
 
+import math
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from serve import LLM, Request, SamplingParams
 from serve.prompts import derived_seed
 from stu.common.errors import UserError
+from stu.model import FlashSTU
+from stu.model_dir import save_model
 from tests.serve.requests import decode
 
 PROMPTS = ["def f(", "", [1, 100, 101], "return x"]
@@ -71,3 +76,96 @@ def test_chat_without_jinja2_names_the_extra_to_install(llm, monkeypatch):
         monkeypatch.delitem(sys.modules, f"serve.openai.{name}", raising=False)
     with pytest.raises(UserError, match=r'jinja2 is not installed: pip install "stu\[serve\]"'):
         llm.chat([{"role": "user", "content": "f?"}])
+
+
+def logprobs_of(model, tokens):
+    """Return the log probability of each token but the first, by the full forward pass."""
+    with torch.no_grad():
+        logprobs = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+    return [logprobs[at, token].item() for at, token in enumerate(tokens[1:])]
+
+
+def test_scores_equal_the_forward_pass(llm, code_model, code_tokenizer, capsys):
+    prompts = ["größe f(x)", "", [1, 100, 101], [5]]
+    scores = llm.score(prompts)
+    assert "4/4" in capsys.readouterr().err
+    encoded = [code_tokenizer.encode_prompt(text) for text in prompts[:2]] + prompts[2:]
+    num_bytes = [len("größe f(x)".encode()), 0, len(code_tokenizer.decode([100, 101]).encode()), 0]
+    for score, tokens, count in zip(scores, encoded, num_bytes, strict=True):
+        expected = logprobs_of(code_model, tokens)
+        assert score.logprob == pytest.approx(sum(expected), abs=1e-4)
+        assert (score.num_tokens, score.num_bytes) == (len(expected), count)
+        if expected:
+            assert score.perplexity == pytest.approx(math.exp(-sum(expected) / len(expected)))
+            bits = -sum(expected) / math.log(2) / count
+            assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)
+        else:
+            assert score.logprob == 0
+            assert score.perplexity is score.bits_per_byte is None
+    assert llm.score([]) == []
+
+
+def test_completions_are_scored_after_their_prompts(llm, code_model, code_tokenizer, capsys):
+    encode = code_tokenizer.encode_prompt
+    completions = ["def f(", [100, 7], ""]
+    scores = llm.score(["def", "", "x"], completions, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+    ids = [code_tokenizer.encode("def f("), [100, 7], []]
+    for prompt, completion, score in zip(
+        [*map(encode, ("def", "", "x"))], ids, scores, strict=True
+    ):
+        expected = logprobs_of(code_model, prompt + completion)[len(prompt) - 1 :]
+        assert score.logprob == pytest.approx(sum(expected), abs=1e-4)
+        assert score.num_tokens == len(completion)
+    params = SamplingParams(max_new_tokens=4, logprobs=0, temperature=1.0)
+    (result,) = llm.generate("return", params)
+    generated = result.outputs[0]
+    (score,) = llm.score("return", generated.token_ids)
+    assert score.logprob == pytest.approx(sum(t.logprob for t in generated.logprobs), abs=1e-4)
+
+
+def test_embeddings_equal_the_forward_pass(llm, code_model, code_tokenizer, capsys):
+    for pooling in ("mean", "last"):
+        whole = llm.embed(PROMPTS, pooling, normalize=False)
+        unit = llm.embed(PROMPTS, pooling, use_tqdm=False)
+        assert capsys.readouterr().err.count("4/4") == 1
+        for prompt, found, of_unit in zip(PROMPTS, whole, unit, strict=True):
+            tokens = code_tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+            with torch.no_grad():
+                hidden = code_model.hidden(torch.tensor([tokens]))[0].double()
+            expected = hidden.mean(0) if pooling == "mean" else hidden[-1]
+            assert found.embedding == pytest.approx(expected.tolist(), abs=1e-5)
+            assert of_unit.embedding == pytest.approx(
+                (expected / expected.norm()).tolist(), abs=1e-5
+            )
+            assert math.hypot(*of_unit.embedding) == pytest.approx(1, abs=1e-12)
+            assert list(found.prompt_token_ids) == tokens
+            assert found.prompt == (prompt if isinstance(prompt, str) else None)
+    assert llm.embed("x")[0] == llm.embed(["x"])[0]
+    assert llm.embed([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda llm: llm.score(["x"] * 3, ["y"] * 2), "2 completions for 3 prompts: give one"),
+        (lambda llm: llm.score(["x"], [5.5]), "completion=5.5 is not allowed: it must be a string"),
+        (lambda llm: llm.score([[1, 999]]), "prompt has the id 999"),
+        (lambda llm: llm.score(["x" * 65]), "maximum context length is 64"),
+        (lambda llm: llm.embed("x", "max"), 'pooling="max" is not allowed: it must be mean or'),
+    ],
+)
+def test_scores_and_embeddings_that_cannot_be_computed_are_refused(llm, ask, message):
+    with pytest.raises(UserError, match=message):
+        ask(llm)
+
+
+def test_damaged_model_has_no_scores_and_embeddings(tmp_path, code_model, code_tokenizer):
+    model = FlashSTU(replace(code_model.config))
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    save_model(tmp_path / "model", model, code_tokenizer)
+    llm = LLM(tmp_path / "model", "cpu", cache_gib=0.01)
+    for compute in (llm.score, llm.embed):
+        with pytest.raises(UserError, match="not finite: its weights are damaged"):
+            compute("x")
