@@ -1,15 +1,20 @@
 """Settings of `stu-generate`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from serve.config import EngineConfig
+from serve.sampling_params import SamplingParams
 from stu.common.array_task import ArrayTask
+from stu.common.errors import UserError, setting_name
 
 Dtype = Literal["float32", "bfloat16"]
 FormatName = Literal["auto", "prompts", "openai"]
+OPENAI_HAS_NO_SCORES = (
+    'rows of OpenAI\'s format cannot be scored: give rows of {"prompt": ..} to --score'
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ class BatchConfig:
     OUTPUT with .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, where N is the
     size of the whole array, also when only some tasks run again. None: all rows, or the share of
     this task if srun started several."""
+    score: bool = False
+    """Score the rows instead of generating: write the log probability of each prompt, or of a row's
+    completion after its prompt."""
     overwrite: bool = False
     """Replace an existing output instead of resuming it. Not for a job that may be requeued."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -66,6 +74,19 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if self.part is not None:
             ArrayTask.parse(self.part)
+        if self.score:
+            self._check_score()
+
+    def _check_score(self) -> None:
+        names = {own.name for own in fields(self)} & {own.name for own in fields(SamplingParams)}
+        values = {name: getattr(self, name) for name in sorted(names)}
+        values["expected_new_tokens"] = self.engine.expected_new_tokens
+        for name, value in values.items():
+            if value is not None:
+                message = f"{setting_name(name)} is not allowed with {setting_name('score')}"
+                raise UserError(name, message=f"{message}, which generates nothing; leave it out")
+        if self.format == "openai":
+            raise UserError("format", message=OPENAI_HAS_NO_SCORES)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

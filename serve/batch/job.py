@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve.batch.config import BatchConfig
+from serve.batch.config import OPENAI_HAS_NO_SCORES, BatchConfig
 from serve.batch.openai_rows import OpenAiRows
 from serve.batch.rows import PromptRows, RowFormat
+from serve.batch.score_rows import ScoreRows
 from serve.batch.source import InputDigest, Source, open_input
 from serve.openai.chat import ChatCompletions
 from serve.openai.chat_template import ChatTemplate
@@ -38,6 +39,8 @@ class BatchJob:
         is_openai = config.format == "openai" or (
             config.format == "auto" and _is_openai(self.source)
         )
+        if is_openai and config.score:
+            raise UserError("input", message=f"input {config.input}: {OPENAI_HAS_NO_SCORES}")
         defaults = DEFAULTS if is_openai else load_generation(config.model)
         options = {name: getattr(config, name, None) for name in SETTINGS}
         options = {name: value for name, value in options.items() if value is not None}
@@ -47,7 +50,9 @@ class BatchJob:
         builder = RequestBuilder(self.tokenizer, self.settings)
         self._chat: dict[str, Any] = {}
         self.row_format: RowFormat = PromptRows(builder)
-        if is_openai:
+        if config.score:
+            self.row_format, self.settings = ScoreRows(self.tokenizer), {}
+        elif is_openai:
             template = ChatTemplate(config.model, self.tokenizer)
             max_tokens = config.max_new_tokens
             if max_tokens is None:

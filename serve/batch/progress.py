@@ -19,19 +19,27 @@ SPEED_SECONDS = 15
 class Tally:
     """Counts of what all engines of a run have done, and what is left.
 
-    num_before, num_failed: rows that the output had already, and how many of them have an error.
+    Args:
+        num_before: Rows that the output had already.
+        num_failed: How many of them have an error.
+        counts_prompts: Whether tokens are those of prompts, and not new ones.
     """
 
     def __init__(
-        self, num_before: int, num_failed: int, clock: Callable[[], float] = time.monotonic
+        self,
+        num_before: int,
+        num_failed: int,
+        clock: Callable[[], float] = time.monotonic,
+        counts_prompts: bool = False,
     ) -> None:
         self.num_before, self.num_failed = num_before, num_failed
+        self._counted = "prompt_tokens" if counts_prompts else "new_tokens"
         self.num_rows = 0
         """Rows written by this run."""
         self._latest: dict[int, Report] = {}
         self._clock = clock
         self._samples: deque[tuple[float, int]] = deque()
-        """Times, and new tokens up to then."""
+        """Times, and tokens up to then."""
 
     def add(self, engine: int, report: Report) -> None:
         """Count the report of one engine."""
@@ -85,7 +93,7 @@ class Tally:
 
     @property
     def _num_tokens(self) -> int:
-        return sum(report.stats.new_tokens for report in self._latest.values())
+        return sum(getattr(report.stats, self._counted) for report in self._latest.values())
 
     @property
     def _seconds(self) -> float:

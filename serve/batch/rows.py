@@ -11,8 +11,6 @@ from serve.request import Request
 from stu.common.errors import UserError, show
 from stu.common.text import Json, nearest, require_unicode
 
-FIELDS = ["prompt", "id", *SETTINGS]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -71,6 +69,8 @@ class PromptRows:
 
     name = "prompts"
     id_field = "id"
+    fields: Sequence[str] = ("prompt", "id", *SETTINGS)
+    """Names of the fields that a row may have."""
 
     def __init__(self, builder: RequestBuilder) -> None:
         self._builder = builder
@@ -85,15 +85,20 @@ class PromptRows:
 
     def row(self, number: int, row_id: str | int, fields: Mapping[str, Any]) -> Row:
         """See `RowFormat.row`."""
-        for key in fields:
-            if key not in FIELDS:
-                raise UserError(key, message=f"unknown field {show(key)}{nearest(key, FIELDS)}")
-        if "prompt" not in fields:
-            message = 'field "prompt" is missing: give a string, which may be empty'
-            raise UserError("prompt", message=message)
+        self.check_fields(fields)
         settings = {name: fields[name] for name in SETTINGS if name in fields}
         request = self._builder.build(number, fields["prompt"], settings)
         return Row(number, row_id, fields, [request])
+
+    def check_fields(self, fields: Mapping[str, Any]) -> None:
+        """Raise UserError if there is an unknown field, or no prompt."""
+        for key in fields:
+            if key not in self.fields:
+                message = f"unknown field {show(key)}{nearest(key, self.fields)}"
+                raise UserError(key, message=message)
+        if "prompt" not in fields:
+            message = 'field "prompt" is missing: give a string, which may be empty'
+            raise UserError("prompt", message=message)
 
     def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
         """Return `{"id", "row", "prompt", "completion", "num_prompt_tokens",
