@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from stu.tokenizer import train_bpe
 from tests import forked
 
 torch.set_num_threads(1)  # such small tensors are slower on more
@@ -40,3 +41,9 @@ def folder_of_namesakes(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, path)

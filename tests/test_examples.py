@@ -10,7 +10,6 @@ import pytest
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, save_model
-from stu.tokenizer import train_bpe
 from tests import forked
 from tests.serve.server_process import serving
 
@@ -18,14 +17,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, code_tokenizer):
     """Return a model directory."""
     folder = tmp_path_factory.mktemp("example")
-    tokenizer = train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, folder / "tokenizer.model")
     config = ModelConfig(
         vocab_size=280, width=16, num_layers=2, num_filters=6, num_heads=2, max_seq_len=256
     )
-    save_model(folder / "model", FlashSTU(config), tokenizer)
+    save_model(folder / "model", FlashSTU(config), code_tokenizer)
     return folder / "model"
 
 

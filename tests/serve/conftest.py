@@ -1,20 +1,27 @@
 """A small model directory, `stu-generate` on it, and a server of it."""
 
+import contextlib
+import gc
 import json
 import os
+import socket
 import subprocess
+import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from serve.batch.cli import main
+from serve.config import EngineConfig
+from serve.server.replicas.process import Replica
+from serve.server.replicas.wire import Unpacker, pack
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model
-from stu.tokenizer import train_bpe
 from tests import forked
-from tests.serve.server_process import eventually, serving
+from tests.serve.server_process import SECONDS, eventually, serving
 
 MAX_SEQ_LEN, LONG_SEQ_LEN = 64, 8192
 
@@ -46,12 +53,6 @@ def expected(tmp_path, model_directory, source):
     path = tmp_path / "expected.jsonl"
     assert generate(model_directory, source, path) in (0, 1)
     return rows_in_order(path)
-
-
-@pytest.fixture(scope="session")
-def code_tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_bpe(["def f(x):\n\treturn x + 1\n" * 20], 280, path)
 
 
 @pytest.fixture(scope="session")
@@ -182,3 +183,35 @@ def patched(tmp_path_factory):
         return {"PYTHONPATH": str(folder)}
 
     return environment
+
+
+@pytest.fixture
+def replica(model_directory):
+    """Functions to send a message to a replica in a thread, and to return its next message that
+    has a field."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(SECONDS)
+
+    def run():
+        with contextlib.suppress(SystemExit, ConnectionError), theirs:  # when this end closes
+            Replica(theirs).run()
+
+    def messages():
+        unpacker = Unpacker()
+        while True:
+            yield from unpacker.feed(ours.recv(2**16))
+
+    received = messages()
+    thread = threading.Thread(target=run)
+    thread.start()
+    with ours:
+        settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
+        ours.sendall(pack({**settings, "engine": asdict(EngineConfig(cache_gib=0.01))}))
+        assert "ready" in next(received)
+        yield (
+            lambda message: ours.sendall(pack(message)),
+            lambda field: next(message for message in received if message.get(field)),
+        )
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+    gc.unfreeze()

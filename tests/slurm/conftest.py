@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from tests import forked
-from tests.serve.conftest import code_model, code_tokenizer, model_directory  # noqa: F401
+from tests.serve.conftest import code_model, model_directory  # noqa: F401
 from tests.slurm.cluster import SlurmCluster
 from tests.train.conftest import data, train_settings  # noqa: F401
 

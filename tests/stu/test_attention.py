@@ -55,16 +55,7 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-def test_gradients():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 9, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    slopes = alibi_slopes(2)
-    assert torch.autograd.gradcheck(
-        lambda *qkv: sliding_window_attention(*qkv, slopes, 4, 2.0), (q, k, v)
-    )
-
-
-@pytest.mark.parametrize(("length", "window"), [(300, 50), (128, 200), (259, 1)])
+@pytest.mark.parametrize(("length", "window"), [(9, 4), (300, 50), (128, 200), (259, 1)])
 def test_gradients_across_blocks(length, window):
     """Against autograd's, through the whole score matrix at once."""
     torch.manual_seed(0)

@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 from datetime import datetime
 
 import pyarrow as pa
@@ -321,15 +319,3 @@ def test_unusable_paths_are_refused_and_nothing_is_written(tmp_path, model_direc
     assert "is not a file" in refused(model_directory, source, folder, "--overwrite")
     assert "there is no folder" in refused(model_directory, source, tmp_path / "a" / "out.jsonl")
     assert "no such file" in refused(tmp_path / "model", source, target)
-
-
-def test_help_imports_no_torch():
-    code = (
-        "import sys, serve.batch.cli\n"
-        "try: serve.batch.cli.main(['--help'])\n"
-        "finally: assert not {'torch', 'sentencepiece'} & set(sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for option in ("--max-new-tokens", "--cache-gib", "--batch-invariant"):
-        assert option in result.stdout

@@ -47,33 +47,52 @@ def test_killed_run_loses_and_doubles_no_row(
     assert sorted_lines(target) == sorted_lines(uninterrupted)
 
 
+def fill_disk(*_):
+    raise OSError("output out.jsonl: No space left on device")
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def terminate_in_a_library():
+    """Raise the signal where a library catches the exception of its handler."""
+    with suppress(SystemExit):
+        terminate()
+
+
 @pytest.mark.parametrize(
-    ("number", "caught"),
-    [(signal.SIGTERM, ()), (signal.SIGTERM, SystemExit), (signal.SIGINT, ())],
+    ("owner", "method", "number", "stop", "code"),
+    [
+        (Engine, "step", 25, terminate, 143),
+        (Engine, "step", 25, terminate_in_a_library, 143),
+        (Engine, "step", 25, lambda: signal.raise_signal(signal.SIGINT), 130),
+        (OutputFile, "append", 5, fill_disk, 2),
+    ],
 )
 def test_stopped_run_keeps_its_rows_and_resumes(
-    model_directory, source, target, monkeypatch, capsys, number, caught
+    model_directory, source, target, monkeypatch, capsys, owner, method, number, stop, code
 ):
-    """Also where a library catches the exception of the signal's handler."""
-    step, steps = Engine.step, count(1)
+    call, calls = getattr(owner, method), count(1)
 
-    def step_and_stop(self):
-        if next(steps) == 25:
-            with suppress(caught):
-                signal.raise_signal(number)
-        return step(self)
+    def call_or_stop(*arguments):
+        if next(calls) == number:
+            stop()
+        return call(*arguments)
 
-    monkeypatch.setattr(Engine, "step", step_and_stop)
-    if number == signal.SIGTERM:
-        with pytest.raises(SystemExit, match=str(128 + number)):
-            generate(model_directory, source, target)
-    else:
-        assert generate(model_directory, source, target) == 128 + number
+    monkeypatch.setattr(owner, method, call_or_stop)
+    try:
+        ended = generate(model_directory, source, target)
+    except SystemExit as stopped:
+        ended = stopped.code
+    assert ended == code
     monkeypatch.undo()
     before = read_rows(target)
     assert 0 < len(before) < len(ROWS)
     expected = f"stopped; {target} has {len(before)} rows, and the same command resumes from there"
-    assert expected in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert "error: output out.jsonl: No space left on device" in printed or code != 2
     assert generate(model_directory, source, target) == 1
     after = read_rows(target)
     assert after[: len(before)] == before
@@ -144,31 +163,4 @@ def test_settings_that_decide_rows_may_not_change(
     source.write_bytes(source.read_bytes() + b"\n")
     assert "was begun with input=" in refused()
     assert generate(model, source, target, "--overwrite") == 1
-    assert len(read_rows(target)) == len(ROWS)
-
-
-def test_fault_of_the_program_has_exit_code_3(model_directory, source, target, monkeypatch, capsys):
-    def step(self):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(Engine, "step", step)
-    assert generate(model_directory, source, target) == 3
-    assert "no such kernel" in capsys.readouterr().err
-
-
-def test_run_that_a_full_disk_ended_resumes(model_directory, source, target, monkeypatch, capsys):
-    append, calls = OutputFile.append, count(1)
-
-    def append_until_full(self, lines):
-        if next(calls) == 5:
-            raise OSError("output out.jsonl: No space left on device")
-        append(self, lines)
-
-    monkeypatch.setattr(OutputFile, "append", append_until_full)
-    assert generate(model_directory, source, target) == 2
-    error = capsys.readouterr().err
-    assert "and the same command resumes from there" in error
-    assert "error: output out.jsonl: No space left on device" in error
-    monkeypatch.undo()
-    assert generate(model_directory, source, target) == 1
     assert len(read_rows(target)) == len(ROWS)

@@ -533,13 +533,9 @@ def test_stats_without_convolutions(make_engine):
 @pytest.mark.parametrize(
     ("settings", "new_tokens", "preemptions"),
     [
-        pytest.param({"max_running": 1}, [20, 20], 0, id="none by a request of equal priority"),
-        pytest.param(
-            {"expected_new_tokens": 1, "convolution_cache": "pages"},
-            [64],
-            5,
-            id="room doubles each time",
-        ),
+        ({"max_running": 1}, [20, 20], 0),  # none by a request of equal priority
+        # Room doubles each time.
+        ({"expected_new_tokens": 1, "convolution_cache": "pages"}, [64], 5),
     ],
 )
 def test_preemptions(make_engine, settings, new_tokens, preemptions):

@@ -1,12 +1,10 @@
 """Completions constrained by a JSON schema or a regular expression."""
 
-import gc
 import json
 import re
-import socket
 import threading
-from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -14,8 +12,7 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling.grammar import MOST_CHARS, Grammars
 from serve.sampling_params import Constraint, SamplingParams
-from serve.server.replicas.process import Replica
-from serve.server.replicas.wire import Unpacker, pack, request_to_wire
+from serve.server.replicas.wire import request_to_wire
 from stu.common.errors import UserError
 from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS
@@ -123,45 +120,22 @@ def test_matchers_share_the_compiled_constraint_and_not_the_position(code_tokeni
     assert grammars._compiled.cache_info().misses == 1
 
 
-def test_other_requests_advance_while_a_constraint_is_compiled(
-    model_directory, monkeypatch, code_tokenizer
-):
-    may_compile = threading.Event()
-    compile_constraint = Engine.compile
+def test_other_requests_advance_while_a_constraint_is_compiled(replica, monkeypatch):
+    send, receive = replica
+    may_compile, compile_constraint = threading.Event(), Engine.compile
 
     def compile_later(engine, constraint):
         assert may_compile.wait(SECONDS)
         compile_constraint(engine, constraint)
 
     monkeypatch.setattr(Engine, "compile", compile_later)
-    schema = CONSTRAINTS["schema"]
-    server, connection = socket.socketpair()
-    server.settimeout(SECONDS)
-
-    def run_replica():
-        with suppress(SystemExit, ConnectionError):  # raised when the server closes
-            Replica(connection).run()
-
-    replica = threading.Thread(target=run_replica)
-    replica.start()
-    unpacker = Unpacker()
-
-    def messages():
-        while data := server.recv(2**20):
-            yield from unpacker.feed(data)
-
     try:
-        engine = {"cache_gib": 0.01}
-        settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
-        server.sendall(pack({**settings, "engine": engine}))
-        received = messages()
-        assert "ready" in next(received)
         for number in (1, 2):
-            request = make_request([1], 60, stop_at_eos=True, constraint=schema)
-            server.sendall(pack({"add": number, "request": request_to_wire(request)}))
-        server.sendall(pack({"add": 3, "request": request_to_wire(make_request([1], 5))}))
-        server.sendall(pack({"abort": 2}))
-        outputs = (output for message in received for output in message["outputs"])
+            request = make_request([1], 60, stop_at_eos=True, constraint=CONSTRAINTS["schema"])
+            send({"add": number, "request": request_to_wire(request)})
+        send({"add": 3, "request": request_to_wire(make_request([1], 5))})
+        send({"abort": 2})
+        outputs = (output for _ in count() for output in receive("outputs")["outputs"])
         for output in outputs:
             assert output["request_id"] == 3
             if "finish_reason" in output:
@@ -176,7 +150,3 @@ def test_other_requests_advance_while_a_constraint_is_compiled(
         assert set(json.loads(text)) == {"n", "ok"}
     finally:
         may_compile.set()
-        server.close()
-        replica.join()
-        connection.close()
-        gc.unfreeze()

@@ -48,14 +48,8 @@ def write(grammars, tokenizer, schema, count=30):
 
 
 BOOL, NULL, SMALL = {"type": "boolean"}, {"type": "null"}, {"type": "integer", "maximum": 99}
-TAGGED = {
-    name: {
-        "type": "object",
-        "properties": {"kind": {"const": name}, "n": SMALL},
-        "required": ["kind"],
-    }
-    for name in ("a", "b")
-}
+PROPERTIES = {"kind": {"const": "a"}, "n": SMALL}
+TAGGED = {"a": {"type": "object", "properties": PROPERTIES, "required": ["kind"]}}
 
 
 def optional(count, values=None):
@@ -70,14 +64,9 @@ SCHEMAS = {
     "bounds that no double holds": {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3},
     "bounds of 64 bits": {"allOf": [{"type": "integer"}, {"minimum": -(2**63), "maximum": 2**63}]},
     "exclusive bounds": {"type": "integer", "exclusiveMinimum": 1.5, "exclusiveMaximum": 4},
-    "nullable integer": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**60},
     "seven hundred optional": optional(700),
     "a thousand optional": optional(1000, BOOL),
-    "object that lists properties": {
-        "properties": {"a": BOOL},
-        "required": ["a"],
-        "type": "object",
-    },
+    "type at the end": {"properties": {"a": BOOL}, "required": ["a"], "type": "object"},
     "name of a keyword": {
         "type": "object",
         "properties": {"uniqueItems": BOOL, "not": NULL, "$ref": NULL, 'größe 😀"\\/~': BOOL},
@@ -88,11 +77,8 @@ SCHEMAS = {
     "known and unknown draft": {"$schema": "http://localhost/schema", "type": "boolean"},
     "format of no string": {"type": "boolean", "format": "date"},
     "format and pattern": {"type": "string", "format": "date", "pattern": "^2024"},
-    "date-time": {"type": "string", "format": "date-time"},
     "date or null": {"type": ["string", "null"], "format": "date"},
-    "time": {"type": "string", "format": "time"},
     "email": {"type": "string", "format": "email"},
-    "uuid": {"type": "string", "format": "uuid"},
     "void keywords": {
         "type": "array",
         "items": BOOL,
@@ -112,11 +98,6 @@ SCHEMAS = {
         "type": "object",
         "properties": {"a": NULL},
         "unevaluatedProperties": False,
-    },
-    "oneOf of refs": {
-        "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}, NULL],
-        "$defs": TAGGED,
-        "discriminator": {"propertyName": "kind"},
     },
     "allOf of one": {"allOf": [{"$ref": "#/$defs/a"}], "$defs": TAGGED},
     "ref with siblings": {

@@ -166,17 +166,6 @@ def test_obfuscation_hides_the_lengths_of_pieces(http):
     assert texts[True] == texts[False]
 
 
-def test_error_codes_on_which_gateways_fall_back(client):
-    with pytest.raises(openai.BadRequestError) as found:
-        client.completions.create(model="model", prompt="x", max_tokens=100)
-    assert found.value.code == "context_length_exceeded"
-    assert "maximum context length is" in found.value.message
-    with pytest.raises(openai.NotFoundError) as found:
-        client.models.retrieve("gpt-4")
-    assert found.value.code == "model_not_found"
-    assert client.models.retrieve("model").id == "model"
-
-
 def test_regex_response_format(complete):
     body = {"response_format": {"type": "regex", "regex": "(yes|no)!"}}
     for choice in complete(prompt="x", n=3, max_tokens=30, extra_body=body).choices:
@@ -307,6 +296,8 @@ def test_wrong_bodies_are_refused_by_name_without_an_engine_step(
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
         assert message in error["message"]
+        is_too_long = "maximum context length is" in message  # gateways fall back on this code
+        assert error["code"] == "context_length_exceeded" or not is_too_long
         assert "<state>" not in error["message"]
         assert param in (error["param"] or "") or param in error["message"]
     assert server.metric("stu:step_seconds_count") == steps

@@ -8,24 +8,19 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import httpx
 import psutil
 import pytest
 
-from serve.config import EngineConfig
 from serve.sampling_params import Constraint, SamplingParams
 from serve.server.replicas import supervisor
 from serve.server.replicas.dispatch import Replicas
-from serve.server.replicas.process import Replica
 from serve.server.replicas.supervisor import ReplicasConfig
-from serve.server.replicas.wire import Unpacker, pack, request_to_wire
+from serve.server.replicas.wire import request_to_wire
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model
@@ -267,37 +262,6 @@ def test_lines_of_an_engine_that_starts_are_logged(tmp_path, code_tokenizer):
         ]
         assert 'kind="pages"' in line
         assert 'reason="their filters are not weighted sums of a few and' in line
-
-
-@pytest.fixture
-def replica(model_directory):
-    """Functions to send a message to a replica in a thread, and to return its next message that
-    has a field."""
-    ours, theirs = socket.socketpair()
-    ours.settimeout(SECONDS)
-
-    def run():
-        with contextlib.suppress(SystemExit, ConnectionError), theirs:
-            Replica(theirs).run()
-
-    def messages():
-        unpacker = Unpacker()
-        while True:
-            yield from unpacker.feed(ours.recv(2**16))
-
-    received = messages()
-    thread = threading.Thread(target=run)
-    thread.start()
-    with ours:
-        settings = {"model": str(model_directory), "device": "cpu", "dtype": "float32"}
-        ours.sendall(pack({**settings, "engine": asdict(EngineConfig(cache_gib=0.01))}))
-        assert "ready" in next(received)
-        yield (
-            lambda message: ours.sendall(pack(message)),
-            lambda field: next(message for message in received if message.get(field)),
-        )
-    thread.join(SECONDS)
-    assert not thread.is_alive()
 
 
 def test_a_replica_goes_on_after_a_request_of_a_single_token(replica):

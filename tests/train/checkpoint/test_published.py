@@ -16,38 +16,17 @@ from stu.filters import spectral_filters
 from stu.layers import RMSNorm
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
-from stu.tokenizer import train_bpe
 from tests.reference import published
 from train.checkpoint import export, import_published
 
-HYBRID = {
-    "model_type": "FlashSTU",
-    "n_embd": 24,
-    "n_heads": 3,
-    "n_layers": 3,
-    "seq_len": 37,
-    "window_size": 5,
-    "vocab_size": 290,
-    "mlp_scale": 2,
-    "bias": False,
-    "dropout": 0.1,
-    "num_eigh": 4,
-    "use_hankel_L": False,
-    "use_flash_fft": True,
-    "use_approx": True,
-    "use_attn": True,
-    "softcap": 3.0,
-    "torch_dtype": "float32",
-    "hidden_act": "swish",
-}
+HYBRID = {"model_type": "FlashSTU", "torch_dtype": "float32", "bias": False, "vocab_size": 280}
+HYBRID |= {"n_embd": 24, "n_heads": 3, "n_layers": 3, "seq_len": 37, "window_size": 5}
+HYBRID |= {"mlp_scale": 2, "num_eigh": 4, "softcap": 3.0, "dropout": 0.1, "hidden_act": "swish"}
+HYBRID |= {"use_hankel_L": False, "use_flash_fft": True, "use_approx": True, "use_attn": True}
+PUBLISHED_FILES = "config.json", "model.safetensors", "tokenizer.model"
+HEAD, NORM = "lm_head.weight", "norm.weight"
 MISSING = "missing"
 FULL = {**HYBRID, "use_approx": False, "use_attn": False, "n_layers": 2, "norm_eps": 0.01}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    text = ["def f(x):\n\treturn x + 1\n" * 20]
-    return train_bpe(text, 290, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 def random_weights(config):
@@ -94,16 +73,16 @@ def write(folder, config, weights):
     return folder
 
 
-def run_import(source, tokenizer, output):
-    arguments = [str(source), "--output", str(output), "--tokenizer", str(tokenizer.path)]
+def run_import(source, code_tokenizer, output):
+    arguments = [str(source), "--output", str(output), "--tokenizer", str(code_tokenizer.path)]
     return import_published.main(arguments)
 
 
 @pytest.fixture(scope="module", params=[HYBRID, FULL], ids=["hybrid tensordot", "full STU"])
-def imported(request, tmp_path_factory, tokenizer):
+def imported(request, tmp_path_factory, code_tokenizer):
     folder = tmp_path_factory.mktemp("published")
     source = write(folder / "theirs", request.param, random_weights(request.param))
-    assert run_import(source, tokenizer, folder / "ours") == 0
+    assert run_import(source, code_tokenizer, folder / "ours") == 0
     return request.param, source, folder / "ours"
 
 
@@ -112,7 +91,7 @@ def test_logits_equal_the_published_formula(imported, length):
     config, source, folder = imported
     weights = load_file(source / "model.safetensors")
     weights = {name: value.double().numpy() for name, value in weights.items()}
-    tokens = np.random.default_rng(length).integers(0, 290, length)
+    tokens = np.random.default_rng(length).integers(0, 280, length)
     expected = published.logits(weights, config, tokens)
     with torch.no_grad():
         logits = load_model(folder, dtype=torch.float64)(torch.from_numpy(tokens)[None])[0]
@@ -122,54 +101,35 @@ def test_logits_equal_the_published_formula(imported, length):
     assert np.abs(single.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_settings_and_tokenizer_are_imported(imported, tokenizer):
+def test_settings_and_tokenizer_are_imported(imported, code_tokenizer):
     config, _, folder = imported
     assert load_config(folder).norm_eps == config.get("norm_eps", 2**-23)
-    assert load_tokenizer(folder).sha256 == tokenizer.sha256
+    assert load_tokenizer(folder).sha256 == code_tokenizer.sha256
     assert load_generation(folder)["max_new_tokens"] == 18
-    assert sorted(os.listdir(folder)) == [
-        "config.json",
-        "generation.json",
-        "model.safetensors",
-        "tokenizer.model",
-    ]
+    assert {*os.listdir(folder)} == {*PUBLISHED_FILES, "generation.json"}
 
 
 @pytest.mark.parametrize("form", ["tensordot", "full"])
 @pytest.mark.parametrize("layout", ["hybrid", "stu"])
-def test_round_trip(tmp_path, tokenizer, form, layout, caplog):
+def test_round_trip(tmp_path, code_tokenizer, form, layout, caplog):
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=290,
-        width=16,
-        num_layers=3,
-        layout=layout,
-        stu_form=form,
-        num_filters=3,
-        max_seq_len=33,
-        mlp_ratio=3,
-        num_heads=2,
-        window_tokens=7,
-        softcap=20.0,
-    )
+    shape = {"vocab_size": 280, "width": 16, "num_layers": 3, "num_filters": 3, "max_seq_len": 33}
+    shape |= {"mlp_ratio": 3, "num_heads": 2, "window_tokens": 7, "softcap": 20.0}
+    config = ModelConfig(**shape, layout=layout, stu_form=form)
     model = FlashSTU(config)
     model.filters.mul_(-1.5)
-    save_model(tmp_path / "ours", model, tokenizer)
+    save_model(tmp_path / "ours", model, code_tokenizer)
     arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
     assert export.main([*arguments, "--format", "published"]) == 0
     assert (
         "norm_eps is 1e-05, but the published code uses PyTorch's default, 1.19209e-07"
         in caplog.text
     )
-    assert sorted(os.listdir(tmp_path / "theirs")) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.model",
-    ]
+    assert {*os.listdir(tmp_path / "theirs")} == {*PUBLISHED_FILES}
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert torch.equal(theirs["lm_head.weight"], theirs["tok_emb.weight"])
     assert torch.equal(theirs["phi"], model.filters)
-    assert run_import(tmp_path / "theirs", tokenizer, tmp_path / "again") == 0
+    assert run_import(tmp_path / "theirs", code_tokenizer, tmp_path / "again") == 0
     again = load_model(tmp_path / "again", dtype=None)
     assert again.config == config
     for name, weight in model.state_dict().items():
@@ -177,9 +137,11 @@ def test_round_trip(tmp_path, tokenizer, form, layout, caplog):
 
 
 @pytest.mark.parametrize("layout", ["hyena", "attention"])
-def test_layouts_that_the_published_code_lacks_are_refused(tmp_path, tokenizer, layout, capsys):
-    config = ModelConfig(vocab_size=290, width=16, num_heads=2, max_seq_len=33, layout=layout)
-    save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
+def test_layouts_that_the_published_code_lacks_are_refused(
+    tmp_path, code_tokenizer, layout, capsys
+):
+    config = ModelConfig(vocab_size=280, width=16, num_heads=2, max_seq_len=33, layout=layout)
+    save_model(tmp_path / "ours", FlashSTU(config), code_tokenizer)
     arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
     assert export.main([*arguments, "--format", "published"]) == 2
     assert f"layout='{layout}' cannot be exported to the published" in capsys.readouterr().err
@@ -198,10 +160,10 @@ def test_published_files_survive_import_and_export(imported, tmp_path):
     assert {key: written[key] for key in kept} == {key: config[key] for key in kept}
 
 
-def test_bfloat16(tmp_path, tokenizer):
+def test_bfloat16(tmp_path, code_tokenizer):
     weights = {name: value.bfloat16() for name, value in random_weights(HYBRID).items()}
     source = write(tmp_path / "theirs", HYBRID, weights)
-    assert run_import(source, tokenizer, tmp_path / "ours") == 0
+    assert run_import(source, code_tokenizer, tmp_path / "ours") == 0
     model = load_model(tmp_path / "ours", dtype=None)
     assert model.filters.dtype == torch.float32
     assert torch.equal(model.filters, weights["phi"].float())
@@ -216,9 +178,9 @@ def test_bfloat16(tmp_path, tokenizer):
     assert written["torch_dtype"] == "bfloat16"
 
 
-def test_model_directory_is_exported_with_its_defaults(imported, tmp_path, tokenizer):
+def test_model_directory_is_exported_with_its_defaults(imported, tmp_path, code_tokenizer):
     _, _, folder = imported
-    save_model(tmp_path / "a", load_model(folder), tokenizer, {"temperature": 0.7})
+    save_model(tmp_path / "a", load_model(folder), code_tokenizer, {"temperature": 0.7})
     arguments = [str(tmp_path / "a"), "--output", str(tmp_path / "b"), "--dtype=bfloat16"]
     assert export.main(arguments) == 0
     assert load_generation(tmp_path / "b")["temperature"] == 0.7
@@ -256,13 +218,13 @@ def with_compiled_layers(weights):
         (".pth", lambda weights: {"state_dict": prefixed(weights, "model."), "epoch": 3}),
     ],
 )
-def test_other_files_and_names(tmp_path, tokenizer, suffix, change):
+def test_other_files_and_names(tmp_path, code_tokenizer, suffix, change):
     weights = random_weights(HYBRID)
     source = write(tmp_path / "theirs", HYBRID, None)
     save = save_file if suffix == ".safetensors" else torch.save
     save(change(dict(weights)), source / f"model_00500{suffix}")
     for name, path in {"a": source, "b": source / f"model_00500{suffix}"}.items():
-        assert run_import(path, tokenizer, tmp_path / name) == 0
+        assert run_import(path, code_tokenizer, tmp_path / name) == 0
         model = load_model(tmp_path / name)
         assert torch.equal(model.filters, weights["phi"])
         assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
@@ -281,18 +243,18 @@ def write_parts(folder, weights):
     return index
 
 
-def test_several_files_with_an_index(tmp_path, tokenizer, capsys):
+def test_several_files_with_an_index(tmp_path, code_tokenizer, capsys):
     weights = random_weights(HYBRID)
     source = write(tmp_path / "theirs", HYBRID, None)
     index = write_parts(source, prefixed(weights, "model._orig_mod."))
     for name, path in {"a": source, "b": index}.items():
-        assert run_import(path, tokenizer, tmp_path / name) == 0
+        assert run_import(path, code_tokenizer, tmp_path / name) == 0
         model = load_model(tmp_path / name)
         assert torch.equal(model.embedding.weight, weights["tok_emb.weight"])
     contents = json.loads(index.read_text())
     capsys.readouterr()
     (source / "model-00002-of-00003.safetensors").rename(tmp_path / "gone.safetensors")
-    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert run_import(source, code_tokenizer, tmp_path / "c") == 2
     error = capsys.readouterr().err
     assert "index.json: model-00002-of-00003.safetensors, which it names, is not a file" in error
     (tmp_path / "gone.safetensors").rename(source / "model-00002-of-00003.safetensors")
@@ -301,18 +263,18 @@ def test_several_files_with_an_index(tmp_path, tokenizer, capsys):
         ({"model.odd": "model-00001-of-00003.safetensors"}, "has no model.odd, unlike the index"),
     ]:
         index.write_text(json.dumps({"weight_map": contents["weight_map"] | change}))
-        assert run_import(source, tokenizer, tmp_path / "c") == 2
+        assert run_import(source, code_tokenizer, tmp_path / "c") == 2
         assert message in capsys.readouterr().err
     index.write_text("[]")
-    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert run_import(source, code_tokenizer, tmp_path / "c") == 2
     assert "not an index of weights" in capsys.readouterr().err
     index.unlink()
-    assert run_import(source, tokenizer, tmp_path / "c") == 2
+    assert run_import(source, code_tokenizer, tmp_path / "c") == 2
     assert "several with one model.safetensors.index.json are needed" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 
-def test_epsilon_of_the_norms(tmp_path, tokenizer, caplog, capsys):
+def test_epsilon_of_the_norms(tmp_path, code_tokenizer, caplog, capsys):
     """The option overrides config.json, which overrides PyTorch's default."""
     weights = random_weights(HYBRID)
     without = write(tmp_path / "without", HYBRID, weights)
@@ -328,7 +290,7 @@ def test_epsilon_of_the_norms(tmp_path, tokenizer, caplog, capsys):
     ]:
         caplog.clear()
         arguments = [str(source), "--output", str(tmp_path / name), *more]
-        assert import_published.main([*arguments, "--tokenizer", str(tokenizer.path)]) == 0
+        assert import_published.main([*arguments, "--tokenizer", str(code_tokenizer.path)]) == 0
         eps = load_config(tmp_path / name).norm_eps
         assert eps == expected
         assert ("PyTorch's default, 1.19209e-07" in caplog.text) == (name == "a")
@@ -340,10 +302,10 @@ def test_epsilon_of_the_norms(tmp_path, tokenizer, caplog, capsys):
     assert "norm-eps" in capsys.readouterr().err.replace("_", "-")
 
 
-def test_torch_file_that_is_not_an_archive(tmp_path, tokenizer):
+def test_torch_file_that_is_not_an_archive(tmp_path, code_tokenizer):
     source = write(tmp_path / "theirs", HYBRID, None)
     torch.save(random_weights(HYBRID), source / "model.pt", _use_new_zipfile_serialization=False)
-    assert run_import(source, tokenizer, tmp_path / "ours") == 0
+    assert run_import(source, code_tokenizer, tmp_path / "ours") == 0
 
 
 @pytest.mark.parametrize(
@@ -368,10 +330,10 @@ def test_torch_file_that_is_not_an_archive(tmp_path, tokenizer):
         ),
     ],
 )
-def test_settings_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
+def test_settings_that_do_not_fit(tmp_path, code_tokenizer, change, message, capsys):
     config = {name: value for name, value in (HYBRID | change).items() if value != MISSING}
     source = write(tmp_path / "theirs", config, random_weights(HYBRID))
-    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    assert run_import(source, code_tokenizer, tmp_path / "ours") == 2
     assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["theirs"]
 
@@ -379,51 +341,36 @@ def test_settings_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda weights: {"layers.1.attn.c_attn.bias": torch.zeros(72)},
-            "layers.1.attn.c_attn.bias is unknown",
-        ),
-        (
-            lambda weights: {"lm_head.weight": weights["lm_head.weight"] + 1},
-            "lm_head.weight differs from tok_emb.weight",
-        ),
-        (
-            lambda weights: {"layers.2.stu.phi": weights["phi"] * 2},
-            "layers.2.stu.phi differs from phi",
-        ),
-        (
-            lambda weights: {"norm.weight": weights["norm.weight"].int()},
-            "norm.weight is torch.int32 [24]",
-        ),
-        (
-            lambda weights: {"module.norm.weight": weights["norm.weight"].clone()},
-            "norm.weight is there twice",
-        ),
-        (lambda weights: {"phi": None}, "phi is missing: the signs"),
+        (lambda _: {"layers.1.attn.c_attn.bias": torch.zeros(72)}, "attn.c_attn.bias is unknown"),
+        (lambda old: {HEAD: old[HEAD] + 1}, "lm_head.weight differs from tok_emb.weight"),
+        (lambda old: {"layers.2.stu.phi": old["phi"] * 2}, "layers.2.stu.phi differs from phi"),
+        (lambda old: {NORM: old[NORM].int()}, "norm.weight is torch.int32 [24]"),
+        (lambda old: {f"module.{NORM}": old[NORM].clone()}, "norm.weight is there twice"),
+        (lambda _: {"phi": None}, "phi is missing: the signs"),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path, tokenizer, change, message, capsys):
+def test_weights_that_do_not_fit(tmp_path, code_tokenizer, change, message, capsys):
     weights = random_weights(HYBRID)
     weights |= change(weights)
     weights = {name: value for name, value in weights.items() if value is not None}
     source = write(tmp_path / "theirs", HYBRID, weights)
-    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    assert run_import(source, code_tokenizer, tmp_path / "ours") == 2
     error = capsys.readouterr().err
     assert f"{source / 'model.safetensors'}: " in error
     assert message in error
     assert os.listdir(tmp_path) == ["theirs"]
 
 
-def test_tokenizer_of_another_size_is_refused(tmp_path, tokenizer, capsys):
+def test_tokenizer_of_another_size_is_refused(tmp_path, code_tokenizer, capsys):
     config = HYBRID | {"vocab_size": 300}
     source = write(tmp_path / "theirs", config, random_weights(config))
-    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    assert run_import(source, code_tokenizer, tmp_path / "ours") == 2
     error = capsys.readouterr().err
-    assert "has 290 tokens, and tok_emb.weight" in error
+    assert "has 280 tokens, and tok_emb.weight" in error
     assert "300 rows: give the tokenizer that the checkpoint was trained with" in error
 
 
-def test_files_that_are_no_checkpoint(tmp_path, tokenizer, capsys):
+def test_files_that_are_no_checkpoint(tmp_path, code_tokenizer, capsys):
     source = write(tmp_path / "theirs", HYBRID, None)
     other = tmp_path / "other.pt"
     torch.save({"norm.weight": torch.zeros(2), "epoch": 3}, other)
@@ -436,13 +383,13 @@ def test_files_that_are_no_checkpoint(tmp_path, tokenizer, capsys):
         (source / "b.safetensors", "not a whole safetensors file"),
         (other, "config.json: no such file"),
     ]:
-        assert run_import(path, tokenizer, tmp_path / "ours") == 2
+        assert run_import(path, code_tokenizer, tmp_path / "ours") == 2
         assert message in capsys.readouterr().err
     other.rename(source / "other.pt")
-    assert run_import(source / "other.pt", tokenizer, tmp_path / "ours") == 2
+    assert run_import(source / "other.pt", code_tokenizer, tmp_path / "ours") == 2
     assert "epoch is not a tensor: save model.state_dict() alone" in capsys.readouterr().err
     (source / "config.json").write_text("{")
-    assert run_import(source / "other.pt", tokenizer, tmp_path / "ours") == 2
+    assert run_import(source / "other.pt", code_tokenizer, tmp_path / "ours") == 2
     assert "config.json: Expecting" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
 
@@ -484,9 +431,9 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' /proc")
-def test_exports_hold_no_second_model(tmp_path, tokenizer):
-    config = ModelConfig(vocab_size=290, width=512, num_layers=8, max_seq_len=64, layout="stu")
-    save_model(tmp_path / "ours", FlashSTU(config), tokenizer)
+def test_exports_hold_no_second_model(tmp_path, code_tokenizer):
+    config = ModelConfig(vocab_size=280, width=512, num_layers=8, max_seq_len=64, layout="stu")
+    save_model(tmp_path / "ours", FlashSTU(config), code_tokenizer)
     size = (tmp_path / "ours" / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", PEAK, tmp_path / "ours", tmp_path / "out"]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

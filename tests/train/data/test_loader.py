@@ -4,7 +4,6 @@ import math
 from itertools import islice
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,14 +119,6 @@ def _data(folder, rank=0, world_size=1, **changes):
     return data
 
 
-def test_properties_of_the_data(folder):
-    data = _data(folder)
-    assert data.vocab_size == 65536
-    assert data.samples_per_epoch == NUM_SAMPLES
-    assert data.tokenizer_path == folder / "tokenizer.model"
-    assert len(data.tokenizer_sha256) == 64
-
-
 def test_a_resumed_run_continues_with_the_next_sample_on_other_ranks(folder):
     reference = _over_all_ranks(folder, 40, 1, 1, 0)
     data = _data(folder)
@@ -176,56 +167,3 @@ def test_a_position_of_another_order_is_refused(folder, name, value):
     with pytest.raises(UserError, match=f"data.{name} is {mine!r}, .* made with {value!r}"):
         data.load_state_dict(data.state_dict() | {name: value, "position": 50})
     assert data.position == 0
-
-
-@pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "max_validation_tokens"])
-def test_settings_are_checked(folder, name):
-    with pytest.raises(UserError, match=f"^data.{name}=0 .* must be at least 1"):
-        _data(folder, **{name: 0})
-
-
-class _Recorder(L.LightningModule):
-    """Records which samples Lightning hands over."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[int] = []
-        self.num_validation_targets = 0
-
-    def training_step(self, batch):
-        self.seen += batch["sample_ids"].tolist()
-        self.trainer.datamodule.advance(len(batch["sample_ids"]))
-        return self.weight * 1.0
-
-    def validation_step(self, batch):
-        self.num_validation_targets += int(batch["num_targets"].sum())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def test_lightning_resumes_where_the_checkpoint_was_made(folder, tmp_path):
-    def fit(max_steps, checkpoint=None):
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=max_steps,
-            limit_val_batches=None,
-            val_check_interval=max_steps,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        module = _Recorder()
-        trainer.fit(module, datamodule=_data(folder), ckpt_path=checkpoint, weights_only=True)
-        return module, trainer
-
-    whole, _ = fit(100)
-    first, trainer = fit(40)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    second, _ = fit(100, tmp_path / "half.ckpt")
-    assert whole.num_validation_targets == 99
-    assert len(whole.seen) == 200  # into the second epoch of 124
-    assert first.seen + second.seen == whole.seen
