@@ -62,6 +62,17 @@ def python() -> str:
     return program("python")
 
 
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, which computes on one thread, to its end, and return it with its output."""
+    return subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
 class Popen(subprocess.Popen):
     """`subprocess.Popen` of `python()` or of a `program`: signals go to the process itself."""
 

@@ -30,8 +30,6 @@ import torch
 from lightning.fabric.utilities import rank_zero
 
 NAMESPACES = "mnt", "uts", "pid"
-LOG = "STU_TESTS_FORK_LOG"
-"""Environment variable: a file for the processor seconds and the arguments of every process."""
 OTHERS = [
     "fastapi",
     "lightning.pytorch",
@@ -102,11 +100,7 @@ class Server:
             os.kill(pid, signal.SIGKILL)
 
         def end() -> None:
-            _, status, used = os.wait4(pid, 0)
-            if LOG in os.environ:
-                with open(os.environ[LOG], "a") as log:
-                    seconds = used.ru_utime + used.ru_stime
-                    print(f"{seconds:.2f}", *request["arguments"], file=log)
+            _, status = os.waitpid(pid, 0)
             del self._clients[client]
             self._selector.unregister(ended)
             os.close(ended)

@@ -27,20 +27,10 @@ def test_blocks_take_the_mixers_of_a_layout_in_turn(layout, mixers):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("vocab_size", 0),
-        ("width", -1),
-        ("num_layers", 2.0),
-        ("num_filters", True),
-        ("max_seq_len", "many"),
-        ("mlp_ratio", 0),
-        ("num_heads", 0),
-        ("window_tokens", 0),
-        ("layout", "conv"),
-        ("stu_form", "dense"),
-        ("softcap", float("nan")),
-        ("softcap", float("inf")),
-        ("softcap", "5"),
-        ("norm_eps", 0.0),
+        *(("vocab_size", 0), ("width", -1), ("num_layers", 2.0), ("num_filters", True)),
+        *(("max_seq_len", "many"), ("mlp_ratio", 0), ("num_heads", 0), ("window_tokens", 0)),
+        *(("layout", "conv"), ("stu_form", "dense"), ("norm_eps", 0.0)),
+        *(("softcap", value) for value in (float("nan"), float("inf"), "5")),
     ],
 )
 def test_bad_value_is_named(name, value):

@@ -102,15 +102,19 @@ def test_filters_survive_a_cast_to_bfloat16():
     assert model.double().filters.dtype == torch.float64
 
 
-def test_taps_are_float32_under_autocast():
-    model = small()
-    stu = model.blocks[0].mixer
+@pytest.mark.parametrize("layout", ["stu", "hyena"])
+def test_taps_are_float32_under_autocast(layout):
+    model = small(layout=layout)
+    mixer = model.blocks[0].mixer
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        taps = stu.taps(model.filters)
+        taps = mixer.taps(model.filters)
         x = torch.randn(1, 20, 16)
-        mixed = stu(x, model.filters, None)
-        streams = stu.streams(x)
-    assert torch.equal(taps, stu.taps(model.filters))
+        mixed = mixer(x, model.filters, None)
+        streams = mixer.streams(x) if layout == "stu" else None
+    assert torch.equal(taps, mixer.taps(model.filters))
+    assert mixed.dtype == torch.bfloat16
+    if streams is None:
+        return
     assert streams.dtype == torch.bfloat16  # as autocast wants its matrix products
     expected = causal_convolution(streams.float(), taps, 2)
     assert torch.equal(mixed, expected.bfloat16())  # rounded once, after the convolution

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,17 @@ MODEL = {
     "max_seq_len": 32,
     "window_tokens": 8,
 }
+
+
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def parallel(stage: int | str | None) -> dict[str, object]:
+    """Return the settings of a ZeRO stage, of `fsdp`, or of neither."""
+    if stage == "fsdp":
+        return {"parallel.kind": "fsdp"}
+    return {} if stage is None else {"parallel.kind": "zero", "parallel.zero_stage": stage}
 
 
 @pytest.fixture(scope="session")

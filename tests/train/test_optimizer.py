@@ -79,14 +79,8 @@ def test_degenerate_lengths(schedule):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("learning_rate", 0.0),
-        ("learning_rate", math.nan),
-        ("beta1", 1.0),
-        ("beta2", -0.1),
-        ("eps", 0.0),
-        ("weight_decay", -1.0),
-        ("warmup_steps", -1),
-        ("decay_fraction", 1.5),
+        *(("learning_rate", 0.0), ("learning_rate", math.nan), ("beta1", 1.0), ("beta2", -0.1)),
+        *(("eps", 0.0), ("weight_decay", -1.0), ("warmup_steps", -1), ("decay_fraction", 1.5)),
         ("final_lr_fraction", 2.0),
     ],
 )

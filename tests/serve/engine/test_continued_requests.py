@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from serve.sampling_params import SamplingParams
-from stu.common.errors import UserError
 from stu.model import FlashSTU
 from tests.serve.requests import decode, make_request
 
@@ -70,8 +69,3 @@ def test_stop_string_that_began_in_another_engine_is_found(code_model, code_toke
         rest = decode_one(replace(request, new_token_ids=whole.token_ids[:count]))
         assert rest.finish_reason == "stop"
         assert whole.text.endswith(rest.text)
-
-
-def test_new_token_ids_beyond_the_vocabulary_are_refused(code_model, code_tokenizer):
-    with pytest.raises(UserError, match="new_token_ids has the id 999"):
-        decode(code_model, code_tokenizer, [make_request([1], 5, new_token_ids=[999])])

@@ -189,34 +189,23 @@ requests = generating | pooling
     kind=st.sampled_from(sorted(CONFIGS)),
     traffic=st.lists(st.tuples(st.integers(0, 60), requests), min_size=1, max_size=7),
     aborts=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 6)), max_size=2),
-    page_len=st.sampled_from([2, 8, 32]),
-    prompt_tokens_per_step=st.sampled_from([5, 40, 300]),
-    expected_new_tokens=st.sampled_from([None, 1, 20]),
-    convolution_cache=st.sampled_from([None, "pages"]),
+    config=st.fixed_dictionaries(
+        {
+            "page_len": st.sampled_from([2, 8, 32]),
+            "prompt_tokens_per_step": st.sampled_from([5, 40, 300]),
+            "expected_new_tokens": st.sampled_from([None, 1, 20]),
+            "convolution_cache": st.sampled_from([None, "pages"]),
+        }
+    ),
     spare_bytes=st.integers(0, 30_000),
 )
 @settings(max_examples=40, deadline=None)
 def test_requests_decode_in_traffic_as_if_alone(
-    make_engine,
-    kind,
-    traffic,
-    aborts,
-    page_len,
-    prompt_tokens_per_step,
-    expected_new_tokens,
-    convolution_cache,
-    spare_bytes,
+    make_engine, kind, traffic, aborts, config, spare_bytes
 ):
     model = MODELS[kind]
-    engine = make_engine(
-        kind,
-        cache_gib=(200_000 * (8 if kind == "full" else 1) + spare_bytes) / 2**30,
-        page_len=page_len,
-        max_running=3,
-        prompt_tokens_per_step=prompt_tokens_per_step,
-        expected_new_tokens=expected_new_tokens,
-        convolution_cache=convolution_cache,
-    )
+    cache_gib = (200_000 * (8 if kind == "full" else 1) + spare_bytes) / 2**30
+    engine = make_engine(kind, cache_gib=cache_gib, max_running=3, **config)
     poison(engine._caches)
     expected, answers, refused = {}, {}, 0
     for step in range(82):
@@ -297,23 +286,6 @@ def test_request_owns_as_many_pages_as_it_needs(make_engine, kind, prompt_len, n
         assert engine._caches.convolution.pool.page_bytes == page_bytes
 
 
-def test_preempted_request_continues_exactly(make_engine):
-    engine = make_engine(page_len=32, max_running=1)
-    late, urgent = make_request([3], 50, priority=1), make_request([4, 5], 20, priority=0)
-    answers = {}
-    first = engine.add(late)
-    for _ in range(10):
-        collect(engine, answers)
-    second = engine.add(urgent)
-    for _ in range(20):
-        collect(engine, answers)
-    assert answers[second][:2] == (decode_alone(MODELS["stu"], urgent)[0], "length")
-    assert answers[first][1] is None
-    assert engine.stats().preemptions == 1
-    drain(engine, answers)
-    assert answers[first][:2] == (decode_alone(MODELS["stu"], late)[0], "length")
-
-
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_no_stop_token_comes_before_min_new_tokens(make_engine, temperature):
     """The logprobs still have the stop tokens."""
@@ -343,6 +315,7 @@ def test_requests_that_can_never_be_decoded_are_refused_with_the_numbers(make_en
             "maximum context length is 256 .* are 257: lower the limit of new tokens to 56 or",
         ),
         (make_request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
+        (make_request([1], 3, new_token_ids=[280]), "new_token_ids has the id 280"),
         (make_request([1], 3, stop_token_ids=[280]), "stop_token_ids has the id 280"),
         (make_request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
     ):

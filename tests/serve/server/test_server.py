@@ -366,14 +366,3 @@ def test_metrics_say_which_convolution_cache_runs(http, server):
     assert re.search(r'kind="state",.*rank="[1-9]\d*",reason="".*\} 1.0$', line)
     assert 0 < server.metric("stu:convolution_cache_error") < 5e-7
     assert server.metric("stu:convolution_page_bytes") > 0
-
-
-def test_refused_bodies_do_not_change_a_running_stream(http):
-    body = {**X, "max_tokens": 60, "seed": 5, "stream": True, "logprobs": 2, **NO_EOS}
-    with http.stream("POST", "/v1/completions", json=body) as answer:
-        alone = events(answer)
-    with http.stream("POST", "/v1/completions", json=body) as answer:
-        for wrong, *_ in 2 * BAD:
-            http.post("/v1/completions", content=json.dumps(wrong), headers=JSON)
-        beside = events(answer)
-    assert [piece["choices"] for piece in beside] == [piece["choices"] for piece in alone]

@@ -21,9 +21,6 @@ from serve.server.replicas import supervisor
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.replicas.wire import request_to_wire
-from stu.config import ModelConfig
-from stu.model import FlashSTU
-from stu.model_dir import save_model
 from tests import forked
 from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS, eventually, serving
@@ -244,24 +241,6 @@ def test_a_server_stops_while_its_engine_loads(model_directory):
             assert not replica.is_running()
         finally:
             process.kill()
-
-
-def test_lines_of_an_engine_that_starts_are_logged(tmp_path, code_tokenizer):
-    shape = {"width": 16, "num_layers": 2, "max_seq_len": 512}
-    config = ModelConfig(vocab_size=code_tokenizer.vocab_size, layout="hyena", **shape)
-    save_model(tmp_path / "model", FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
-    with serving(tmp_path / "model") as server:
-        assert any(
-            "replica 0 on cpu: long convolutions are cached as FutureFill in pages" in line
-            for line in server.lines
-        )
-        (line,) = [
-            line
-            for line in server.get("/metrics").text.splitlines()
-            if line.startswith("stu:convolution_cache_info{")
-        ]
-        assert 'kind="pages"' in line
-        assert 'reason="their filters are not weighted sums of a few and' in line
 
 
 def test_a_replica_goes_on_after_a_request_of_a_single_token(replica):

@@ -180,25 +180,26 @@ def test_request_ids_of_clients_are_used_if_they_are_short_and_printable(server,
 
 def test_no_text_of_a_request_is_logged(server, http):
     bodies = [
-        {**SHORT, "prompt": [SECRET, {"a": SECRET}]},
-        {**SHORT, "prompt": f"{SECRET} " * 40},
-        {**SHORT, "prompt": f"{SECRET}\ud800"},
-        {**SHORT, "prompt": [[1, SECRET]]},
-        {**SHORT, "stop": [SECRET] * 140},
-        {**SHORT, "stop": [SECRET * 300]},
-        {**SHORT, "suffix": SECRET},
-        {**SHORT, "metadata": SECRET},
-        {**SHORT, "tools": [{"name": SECRET}]},
-        {**SHORT, "logit_bias": {SECRET: 1}},
-        {**SHORT, "response_format": {"type": SECRET}},
-        {**SHORT, "response_format": {"type": "regex", "regex": f"{SECRET}("}},
-        {**SHORT, "response_format": {"type": "json_schema", "json_schema": {SECRET: 1}}},
-        {**SHORT, "response_format": WRONG_SCHEMA},
+        {"prompt": [SECRET, {"a": SECRET}]},
+        {"prompt": f"{SECRET} " * 40},
+        {"prompt": f"{SECRET}\ud800"},
+        {"prompt": [[1, SECRET]]},
+        {"stop": [SECRET] * 140},
+        {"stop": [SECRET * 300]},
+        {"suffix": SECRET},
+        {"metadata": SECRET},
+        {"tools": [{"name": SECRET}]},
+        {"logit_bias": {SECRET: 1}},
+        {"response_format": {"type": SECRET}},
+        {"response_format": {"type": "regex", "regex": f"{SECRET}("}},
+        {"response_format": {"type": "json_schema", "json_schema": {SECRET: 1}}},
+        {"response_format": WRONG_SCHEMA},
     ]
     before = len(server.lines)
     for number, body in enumerate(bodies):
         headers = {"x-request-id": f"secret-{number}", "content-type": "application/json"}
-        answer = http.post("/v1/completions", content=json.dumps(body), headers=headers)
+        content = json.dumps({**SHORT, **body})
+        answer = http.post("/v1/completions", content=content, headers=headers)
         assert answer.status_code == 400, answer.text
         logged(server, request_id=f"secret-{number}", status=400)
     headers = {"x-request-id": "secret-stream"}
@@ -228,8 +229,7 @@ def test_no_path_redirects(http, path):
 
 def refused_start(model, *options):
     """Exit code and log of a server that cannot start."""
-    command = [forked.python(), "-m", "serve.server.cli", str(model), *map(str, options)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
+    done = forked.run(forked.python(), "-m", "serve.server.cli", model, *options)
     return done.returncode, done.stderr
 
 
@@ -368,8 +368,7 @@ class Importing(types.ModuleType):
 sys.modules["serve.server.http_server"] = Importing("http_server")
 sys.exit(cli.main([sys.argv[1], "--port", "0"]))
 """
-    command = [forked.python(), "-c", code, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    done = forked.run(forked.python(), "-c", code, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
 
 

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import forked
+from tests.train.conftest import parallel, slow
 from tests.train.saved import last_checkpoint
 from train import report
 from train.callbacks.bad_steps import GuardConfig, StepGuard, TooManyBadSteps
@@ -58,28 +57,14 @@ def train_with_bad_losses(settings, tmp_path):
         script.write_text(STU_TRAIN)
         values = {"trainer.devices": ranks, "data.micro_batch_size": 4 // ranks}
         values |= {"run-dir": tmp_path / "run", "trainer.max_steps": 8, **more}
-        if stage == "fsdp":
-            values["parallel.kind"] = "fsdp"
-        elif stage is not None:
-            values |= {"parallel.kind": "zero", "parallel.zero_stage": stage}
-        arguments = [*settings, *(f"--{name}={value}" for name, value in values.items())]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+        more_settings = (f"--{name}={value}" for name, value in (values | parallel(stage)).items())
+        environment = {"PYTHONPATH": str(Path.cwd())}
         environment["BAD_LOSSES"] = json.dumps([bad, ranks - 1, bad_value, late_step])
-        done = subprocess.run(
-            [forked.python(), script, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment,
-        )
+        done = forked.run(forked.python(), script, *settings, *more_settings, **environment)
         assert done.returncode == code, done.stderr[-3000:]
         return tmp_path / "run", done.stderr
 
     return run
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 
 import pytest
 import torch
@@ -73,7 +72,7 @@ sys.exit(export.main(sys.argv[1:]))
 def test_full_disk_leaves_nothing_behind(trained, tmp_path, layout):
     output = tmp_path / "out" / "model"
     command = [forked.python(), "-c", FULL_DISK, trained, "--output", output, "--format", layout]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = forked.run(*command)
     assert result.returncode == 2, result.stderr
     assert re.search(f"stu-export: error: {output}: .*could not be written", result.stderr)
     assert "Traceback" not in result.stderr

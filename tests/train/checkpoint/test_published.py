@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -16,6 +15,7 @@ from stu.filters import spectral_filters
 from stu.layers import RMSNorm
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
+from tests import forked
 from tests.reference import published
 from train.checkpoint import export, import_published
 
@@ -436,9 +436,6 @@ def test_exports_hold_no_second_model(tmp_path, code_tokenizer):
     save_model(tmp_path / "ours", FlashSTU(config), code_tokenizer)
     size = (tmp_path / "ours" / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", PEAK, tmp_path / "ours", tmp_path / "out"]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=120, env=environment
-    )
+    result = forked.run(*command, MALLOC_MMAP_THRESHOLD_="65536")
     # All of it is mapped; another in bfloat16 would be half as much again.
     assert int(result.stdout) < 1.2 * size

@@ -153,13 +153,7 @@ def test_state_is_the_position_and_the_values_it_depends_on(folder):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("seed", 4),
-        ("seq_len", 16),
-        ("tokenizer_sha256", "0123"),
-        ("num_tokens", 7),
-        ("contents", "0"),
-    ],
+    [("seed", 4), ("seq_len", 16), ("num_tokens", 7), ("contents", "0"), ("tokenizer_sha256", "0")],
 )
 def test_a_position_of_another_order_is_refused(folder, name, value):
     data = _data(folder)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from stu.common.errors import UserError
+from tests import forked
 from train.start.launch import detect_launch
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "wrap", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
@@ -125,8 +126,7 @@ def test_unsupported_launch_is_refused(variables, message):
 def test_ranks_import_nothing_from_the_current_folder(settings, tmp_path, folder_of_namesakes):
     program = Path(sys.executable).with_name("stu-train")
     more = ["--trainer.devices=2", "--trainer.max_steps=1", f"--run-dir={tmp_path / 'run'}"]
-    command, environment = [program, *settings, *more], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    done = forked.run(program, *settings, *more)
     assert done.returncode == 0, done.stderr
     assert "trained to step 1 of 1" in done.stderr
 
