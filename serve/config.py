@@ -34,15 +34,20 @@ class EngineConfig:
     """How long convolutions remember the past. state: as a state of constant size, which the
     filters of a spectral transform unit allow. pages: as pending outputs in pages, by FutureFill,
     which grows with the new tokens. None: as a state if the filters allow it, else in pages."""
+    prefix_cache_gib: float | None = None
+    """Part of `cache_gib` that remembers prefixes of prompts, for later requests that begin alike.
+    None: a quarter, as far as running requests leave it over. 0: none are remembered. Models whose
+    long convolutions are cached in pages have no prefix cache."""
     batch_invariant: bool = False
     """Compute a request's logits to the last bit independently of the other requests. Slower."""
 
     def __post_init__(self) -> None:
         gib, page_len, expected = self.cache_gib, self.page_len, self.expected_new_tokens
-        is_gib = gib is None or (
-            isinstance(gib, int | float) and not isinstance(gib, bool) and 0 < gib < math.inf
-        )
+        is_gib = gib is None or (_is_number(gib) and 0 < gib < math.inf)
         self._require("cache_gib", is_gib, "above 0, in GiB")
+        part = self.prefix_cache_gib
+        is_part = part is None or (_is_number(part) and 0 <= part < math.inf)
+        self._require("prefix_cache_gib", is_part, "0 or above, in GiB")
         power_of_two = is_whole(page_len) and page_len >= 2 and page_len & (page_len - 1) == 0
         self._require("page_len", power_of_two, "a power of two, at least 2")
         for name in ("max_running", "prompt_tokens_per_step"):
@@ -65,6 +70,10 @@ class EngineConfig:
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise UserError(name, getattr(self, name), allowed)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> bool:

@@ -82,7 +82,9 @@ class AlternatingStates(SpectralStates):
             return cls(realisation, basis, len(layers), past.streams, num_rows, page_len, dtype)
 
         info = ConvolutionCacheInfo("state", row_bytes, rank, error)
-        return CachePlan(CacheSize(0, row_bytes, 1, 1, 1), make, info)
+        return CachePlan(
+            CacheSize(0, row_bytes, 1, 1, 1, len(layers) * past.streams * 2 * rank * 8), make, info
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -128,9 +130,11 @@ class AlternatingStates(SpectralStates):
         super().leave(row)
         self._narrow[row] = 0
 
+    def _turn(self, states: Tensor, place: int) -> None:
+        if place % 2:
+            states[1] *= -1
+
     def _enter(self, row: int, layer: int, place: int) -> None:
-        if place % 2:  # from the sign of the next token to that of the clock
-            self._states[row, layer, 1] *= -1
         self._narrow[row, layer] = self._states[row, layer]
 
     def _begin_page(self, layer: int, rows: slice) -> None:

@@ -4,36 +4,33 @@ A page holds `page_len` consecutive positions of one sequence, counted from the 
 prompt. A sequence owns the pages of its window, and frees each when the last of its positions
 leaves the window. On admission it is promised all pages that it may come to own, `min(pages of all
 its positions, pages that a window can touch)`. Scores and sums are in float32 at least.
+
+A snapshot shares the full pages of a window, and has a copy of the last one if it is not full.
 """
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize
+from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from serve.cache.window_blocks import BLOCK_BYTES, PagedWindow, WindowBlock, window_blocks
 from serve.config import EngineConfig
 from stu.attention import alibi_slopes, attend, sliding_window_attention
 from stu.common.errors import UserError
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
 
-BLOCK_BYTES = 2**22
-"""Bytes of keys that are attended to at once on the CPU: they should fit the cache of a core."""
-
 
 @dataclass
-class _Window:
+class _Window(PagedWindow):
     """Window of one sequence."""
 
-    promised: int
+    promised: int = 0
     """Number of pages that it may come to own."""
-    length: int = 0
-    """Number of positions that went through all layers, or are going through them."""
-    first_page: int = 0
-    """Index, among all pages of the sequence, of the first that it still owns."""
-    pages: list[int] = field(default_factory=list)
     chunk_tokens: int = 0
     """Positions at the end that are going through the layers as a chunk of a prompt."""
     earlier: slice = field(default_factory=lambda: slice(0))
@@ -57,13 +54,15 @@ class AttentionCache(Cache):
         self._windows: dict[int, _Window] = {}
         self._rows: list[int] = []
         self._promised = 0
+        self._kept: Counter[int] = Counter()
+        """Pages of snapshots, and the number of snapshots that share each."""
         self._slots = torch.empty(0), torch.empty(0)
         # Keys and values of a block are gathered here: the system clears new memory, which takes
         # longer than the gathering.
         page = pool.pages[0, 0, 0]
         num_pages = max(window_pages(window, self._page_len), BLOCK_BYTES // page.nbytes)
         self._gathered = page.new_empty(2, num_pages, *page.shape)
-        self._blocks: list[tuple[slice, Tensor, Tensor]] = []
+        self._blocks: list[WindowBlock] = []
 
     @classmethod
     def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
@@ -83,7 +82,7 @@ class AttentionCache(Cache):
         page_bytes = numbers * weight.element_size()
         shape = len(windows), 2, page_len, window.num_heads, window.head_dim
         return CachePlan(
-            CacheSize(page_bytes, page_bytes, pages, pages, pages),
+            CacheSize(page_bytes, page_bytes, pages, pages, pages, page_bytes, pages - 1),
             lambda count: cls(window, PagePool(count + 1, shape, weight.dtype, weight.device)),
         )
 
@@ -95,8 +94,20 @@ class AttentionCache(Cache):
     def num_free(self) -> int:
         return self.pool.capacity - self._promised
 
+    @property
+    def num_kept(self) -> int:
+        """Pages of snapshots. They must not be more than `num_free`."""
+        return len(self._kept)
+
     def owned(self, row: int) -> int:
         return self._windows[row].promised
+
+    def check_integrity(self, rows: Collection[int]) -> None:
+        self.pool.check_integrity()
+        assert self._windows.keys() == set(rows), "a window belongs to a row that has ended"
+        assert self.num_kept <= self.num_free, "snapshots have pages that are promised"
+        held = {page for window in self._windows.values() for page in window.pages}
+        assert len(held | self._kept.keys()) == self.pool.num_used, "a page belongs to none"
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         pages = pages_for(prompt_tokens + new_tokens, self._page_len)
@@ -110,11 +121,37 @@ class AttentionCache(Cache):
                 f"{self.pool.capacity} not promised"
             )
         self._promised += promised
-        self._windows[row] = _Window(promised)
+        self._windows[row] = _Window(promised=promised)
 
     def release(self, row: int) -> None:
-        self._promised -= self._windows.pop(row).promised
-        self.pool.free(row, self.pool.pages_of(row))
+        window = self._windows.pop(row)
+        self._promised -= window.promised
+        self.pool.free(row, window.pages)
+
+    def snapshot(self, row: int, num_tokens: int) -> Snapshot:
+        sequence = self._windows[row]
+        assert sequence.length == num_tokens, f"row {row} has {sequence.length} tokens"
+        first = max(0, num_tokens - self._window.window_tokens) // self._page_len
+        full = num_tokens // self._page_len
+        pages = sequence.pages[first - sequence.first_page :]
+        shared, rest = pages[: full - first], pages[full - first :]
+        self.pool.share(row, shared)
+        self._kept.update(shared)
+        return Snapshot(num_tokens, tuple(self.pool.pages[p].clone() for p in rest), tuple(shared))
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        sequence = self._windows[row]
+        self.pool.share(row, snapshot.pages)
+        sequence.length, sequence.pages = snapshot.num_tokens, list(snapshot.pages)
+        sequence.first_page = snapshot.num_tokens // self._page_len - len(snapshot.pages)
+        self._allocate(row, len(snapshot.tensors))
+        for page, kept in zip(sequence.pages[len(snapshot.pages) :], snapshot.tensors, strict=True):
+            self.pool.pages[page] = kept
+
+    def drop(self, snapshot: Snapshot) -> None:
+        self._kept.subtract(snapshot.pages)
+        self._kept = +self._kept
+        self.pool.free(NULL_PAGE, snapshot.pages)
 
     def begin_chunk(self, row: int, num_tokens: int) -> None:
         sequence, page_len = self._windows[row], self._page_len
@@ -128,11 +165,12 @@ class AttentionCache(Cache):
         # Pages that leave the window are used again for what follows: each layer reads its earlier
         # keys before it writes new ones.
         leaving = max(0, first_page - sequence.first_page)
-        spare, pages = sequence.pages[:leaving], sequence.pages[leaving:]
-        pages = [*pages, *spare[: num_pages - len(pages)]]
-        self.pool.free(row, spare[max(0, num_pages - len(sequence.pages[leaving:])) :])
-        sequence.pages, sequence.first_page = pages, first_page
-        self._allocate(row, num_pages - len(pages))
+        left, pages = sequence.pages[:leaving], sequence.pages[leaving:]
+        used_again = [page for page in left if not self.pool.is_shared(page)]
+        del used_again[num_pages - len(pages) :]
+        self.pool.free(row, [page for page in left if page not in used_again])
+        sequence.pages, sequence.first_page = [*pages, *used_again], first_page
+        self._allocate(row, num_pages - len(sequence.pages))
 
     def prefill(
         self, row: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
@@ -176,7 +214,9 @@ class AttentionCache(Cache):
             places.append(place)
         device = self.pool.pages.device
         self._slots = torch.tensor(pages, device=device), torch.tensor(places, device=device)
-        self._blocks = list(self._row_blocks(alone))
+        windows = [self._windows[row] for row in rows]
+        page_bytes = self.pool.page_bytes // (2 * len(self.pool.pages[0]))
+        self._blocks = list(window_blocks(windows, self._page_len, page_bytes, alone, device))
 
     def step(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first: int = 0
@@ -232,37 +272,6 @@ class AttentionCache(Cache):
         self.pool.pages[pages] = 0  # what is masked must be finite all the same
         sequence.pages.extend(pages)
         assert len(sequence.pages) <= sequence.promised, f"row {row} takes more than promised"
-
-    def _row_blocks(self, alone: bool) -> list[tuple[slice, Tensor, Tensor]]:
-        """Return blocks of rows to attend to at once: the rows, their page tables padded with the
-        null page `[B n]`, and the distance back to each slot `[B, 1, 1, n page_len]`, negative for
-        later positions."""
-        device, page_len = self.pool.pages.device, self._page_len
-        page_bytes = self.pool.page_bytes // (2 * len(self.pool.pages[0]))
-        blocks, start = [], 0
-        while start < len(self._rows):
-            stop, longest = start, 0
-            while stop < len(self._rows):
-                longest_with = max(longest, len(self._windows[self._rows[stop]].pages))
-                num_bytes = (stop + 1 - start) * longest_with * page_bytes
-                if stop > start and (alone or num_bytes > BLOCK_BYTES):
-                    break
-                stop, longest = stop + 1, longest_with
-            windows = [self._windows[owner] for owner in self._rows[start:stop]]
-            tables = [own.pages + [NULL_PAGE] * (longest - len(own.pages)) for own in windows]
-            newest = [own.length - own.first_page * page_len for own in windows]
-            distances = torch.tensor(newest, device=device)[:, None] - torch.arange(
-                longest * page_len, device=device
-            )
-            blocks.append(
-                (
-                    slice(start, stop),
-                    torch.tensor(tables, device=device).flatten(),
-                    distances[:, None, None],
-                )
-            )
-            start = stop
-        return blocks
 
 
 def window_pages(window: KeyWindow, page_len: int) -> int:

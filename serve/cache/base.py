@@ -31,6 +31,10 @@ class CacheSize:
     """Pages of a request of the usual length."""
     most_pages: int = 0
     """Pages of the longest request."""
+    snapshot_bytes: int = 0
+    """Bytes of a snapshot besides its pages."""
+    snapshot_pages: int = 0
+    """Most pages of a snapshot."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,22 @@ class CachePlan:
     """The cache of long convolutions, as logs and metrics show it; None for other caches."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cache remembers of a sequence after `num_tokens` tokens."""
+
+    num_tokens: int
+    tensors: tuple[Tensor, ...] = ()
+    """Copies, which belong to the snapshot alone."""
+    pages: tuple[int, ...] = ()
+    """Full pages of the cache's pool, shared with sequences and other snapshots."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
 class CannotHold(Exception):
     """A cache is not made for what this model remembers."""
 
@@ -81,7 +101,7 @@ class Cache(ABC):
     """
 
     takes_chunks: ClassVar[bool] = True
-    """Whether prompts may come in several chunks."""
+    """Whether prompts may come in several chunks, and sequences continue from snapshots."""
     pool: PagePool | None = None
     """Pool of the cache's pages, if it has any. Rows own them."""
 
@@ -149,6 +169,18 @@ class Cache(ABC):
 
     def leave(self, row: int) -> None:  # noqa: B027
         """Remove `row` from the batch."""
+
+    def snapshot(self, row: int, num_tokens: int) -> Snapshot:
+        """Return what there is of `row`, `num_tokens` tokens of which have gone through all layers,
+        in or before the batch. Not for caches that take no chunks."""
+        raise NotImplementedError
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Continue `row`, which has just been admitted, from a snapshot of another sequence."""
+        raise NotImplementedError
+
+    def drop(self, snapshot: Snapshot) -> None:  # noqa: B027
+        """Give back the pages of a snapshot, which is not used again."""
 
     @abstractmethod
     def begin_step(self, rows: list[int], alone: bool) -> None:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 DEFAULT_SHARE = 0.5
 """Share of the free memory that caches take if no size is set."""
+PREFIX_SHARE = 0.25
+"""Most of the caches' memory that the prefix cache takes if no size is set for it."""
 CACHES: dict[type[Remembered], tuple[type[Cache], ...]] = {
     KeyWindow: (AttentionCache,),
     LastInputs: (RecentInputs,),
@@ -46,6 +48,8 @@ class Caches:
     """Caches of the kinds of memory that the model has."""
     convolution_info: ConvolutionCacheInfo | None = None
     """The cache of long convolutions, as logs and metrics show it."""
+    snapshot_bytes: int = 0
+    """Bytes that snapshots may take besides pages; 0 if none are kept."""
 
     @property
     def convolution(self) -> SpectralStates | PagedFutureFill | None:
@@ -66,6 +70,11 @@ class Caches:
     def grow(self) -> bool:
         """Whether a sequence needs more pages for more new tokens, however many it has."""
         return isinstance(self.convolution, PagedFutureFill)
+
+    @property
+    def take_chunks(self) -> bool:
+        """Whether prompts may come in several chunks, and sequences continue from snapshots."""
+        return all(cache.takes_chunks for cache in self.all)
 
     @property
     def all(self) -> list[Cache]:
@@ -109,10 +118,12 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     model's filters are not finite."""
     plans = {kind: cache_plan(kind, model, config) for kind in CACHES}
     made = {kind: plan for kind, plan in plans.items() if plan is not None}
+    sizes = {kind: plan.size for kind, plan in made.items()}
     num_bytes = _budget_bytes(config, model.embedding.weight.device)
-    num_pages = _num_pages({kind: plan.size for kind, plan in made.items()}, config, num_bytes)
+    num_pages, snapshot_bytes = _divide(sizes, config, num_bytes)
     info = made[PastInputs].info if PastInputs in made else None
-    caches = Caches({kind: plan.make(num_pages[kind]) for kind, plan in made.items()}, info)
+    by_kind = {kind: plan.make(num_pages[kind]) for kind, plan in made.items()}
+    caches = Caches(by_kind, info, snapshot_bytes)
     if info is not None:
         logger.info("long convolutions are cached as %s", info)
     return caches
@@ -139,6 +150,46 @@ def cache_plan(kind: type[Remembered], model: FlashSTU, config: EngineConfig) ->
         message=f"convolution_cache=state is not possible for this model: {' and '.join(reasons)}; "
         "choose pages, or leave it out",
     )
+
+
+def _divide(
+    sizes: dict[type[Remembered], CacheSize], config: EngineConfig, num_bytes: int
+) -> tuple[dict[type[Remembered], int], int]:
+    """Divide the memory between rows and the prefix cache. Return the pages of each cache, and the
+    bytes of snapshots besides their pages. By default snapshots get what rows leave over."""
+    wanted = config.prefix_cache_gib
+    for_prefixes = int((wanted or 0) * GIB)
+    name = setting_name("prefix_cache_gib")
+    have_snapshots = all(size.snapshot_bytes for size in sizes.values())
+    if for_prefixes and not have_snapshots:
+        raise UserError(
+            "prefix_cache_gib",
+            message=f"{name}={wanted:.4g} is not possible: this model's long convolutions are "
+            "cached in pages, and cannot continue from a remembered prefix; leave it out",
+        )
+    if for_prefixes >= num_bytes:
+        raise UserError(
+            "prefix_cache_gib",
+            message=f"{name}={wanted:.4g} is not less than all memory of caches, of which it is a "
+            f"part: lower it, or raise {setting_name('cache_gib')}={num_bytes / GIB:.4g}",
+        )
+    pages = _num_pages(sizes, config, num_bytes - for_prefixes)
+    if wanted is None and have_snapshots:
+        taken = sum(
+            size.fixed_bytes + pages[kind] * size.page_bytes for kind, size in sizes.items()
+        )
+        for_prefixes = min(int(PREFIX_SHARE * num_bytes), num_bytes - taken)
+    paged = sum(size.snapshot_pages * size.page_bytes for size in sizes.values())
+    one = sum(size.snapshot_bytes for size in sizes.values()) + paged
+    count = for_prefixes // one if have_snapshots else 0
+    if wanted and not count:
+        raise UserError(
+            "prefix_cache_gib",
+            message=f"{name}={wanted:.4g} is too little for one prefix, which takes "
+            f"{one / GIB:.4g}: raise it, or give 0",
+        )
+    pages = {kind: pages[kind] + count * size.snapshot_pages for kind, size in sizes.items()}
+    return pages, for_prefixes - count * paged if count else 0
 
 
 def _num_pages(

@@ -103,7 +103,13 @@ class MixedStates(SpectralStates):
             return cls(realisation, basis, weights, past.lag_step, num_rows, page_len, dtype)
 
         info = ConvolutionCacheInfo("state", row_bytes, rank, error)
-        return CachePlan(CacheSize(0, row_bytes, 1, 1, 1), make, info)
+        return CachePlan(
+            CacheSize(
+                0, row_bytes, 1, 1, 1, len(layers) * past.lag_step * past.channels * rank * 8
+            ),
+            make,
+            info,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -154,10 +160,12 @@ class MixedStates(SpectralStates):
         super()._change_rows(rows)
         self._views.clear()
 
+    def _turn(self, states: Tensor, place: int) -> None:
+        if place % self._lag_step:
+            states.copy_(states.roll(place % self._lag_step, 0))
+
     def _enter(self, row: int, layer: int, place: int) -> None:
         states, step = self._states[row, layer], self._lag_step
-        if place % step:  # from the phases of the next tokens to those of the clock
-            states.copy_(states.roll(place % step, 0))
         self._pending[row, layer] = 0
         narrow, reach = states.to(self._near.dtype), self._reach[layer]
         for phase in range(step):

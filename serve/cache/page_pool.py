@@ -1,7 +1,8 @@
-"""A fixed pool of cache pages, each free or owned by one sequence.
+"""A fixed pool of cache pages, each free, owned by one sequence, or shared.
 
-A page holds `page_len` consecutive positions of one sequence, for all layers of one kind. Page 0 is
-the null page, which padding is read from and written to; it is never owned.
+A page holds `page_len` consecutive positions of one sequence, for all layers of one kind. Pages
+that are shared are counted by their holders, and not written to. Page 0 is the null page, which
+padding is read from and written to; it is never owned.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from stu.common.errors import UserError, setting_name
 NULL_PAGE = 0
 FREE = -1
 NULL_OWNER = -2
+SHARED = -3
 
 
 class OutOfPages(Exception):
@@ -59,6 +61,8 @@ class PagePool:
         """`[num_pages, *page_shape]`."""
         self._owners = np.full(num_pages, FREE, dtype=np.int64)
         self._owners[NULL_PAGE] = NULL_OWNER
+        self._holders = np.zeros(num_pages, dtype=np.int64)
+        """Number of holders of each shared page."""
         # A stack: pages used last are the ones still in the processor's cache.
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
 
@@ -95,27 +99,46 @@ class PagePool:
         self._owners[pages] = owner
         return pages
 
-    def free(self, owner: int, pages: Sequence[int]) -> None:
-        """Free `pages` of `owner`, each named once."""
+    def share(self, owner: int, pages: Sequence[int]) -> None:
+        """Add a holder to `pages`, which are shared or become so, by `owner` and that holder."""
         for page in pages:
-            assert self._owners[page] == owner, (
-                f"page {page} belongs to {self._owners[page]}, not to {owner}"
-            )
+            if self._owners[page] == owner:
+                self._owners[page], self._holders[page] = SHARED, 1
+            assert self._owners[page] == SHARED, f"page {page} is not to be shared by {owner}"
+            self._holders[page] += 1
+
+    def is_shared(self, page: int) -> bool:
+        """Return whether several hold a page, so that none may write to it."""
+        return bool(self._holders[page] > 1)
+
+    def free(self, owner: int, pages: Sequence[int]) -> None:
+        """Free `pages` of `owner`, each named once, or end its hold of those that are shared."""
+        for page in pages:
+            if self._owners[page] == SHARED:
+                self._holders[page] -= 1
+                if self._holders[page]:
+                    continue
+            else:
+                assert self._owners[page] == owner, (
+                    f"page {page} belongs to {self._owners[page]}, not to {owner}"
+                )
             self._owners[page] = FREE
             self._free.append(page)
 
     def pages_of(self, owner: int) -> list[int]:
-        """Return the pages of `owner` in ascending order."""
+        """Return the pages of `owner` in ascending order, without those it shares."""
         pages: list[int] = np.flatnonzero(self._owners == owner).tolist()
         return pages
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every page but the null page is either free or owned."""
+        """Raise AssertionError unless every page but the null page is free, owned or shared."""
         assert self._owners[NULL_PAGE] == NULL_OWNER, "the null page has an owner"
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         free = sorted(self._free)
         assert free == np.flatnonzero(self._owners == FREE).tolist(), "a page is lost"
-        assert (self._owners[1:] >= FREE).all(), "a page has an impossible owner"
+        shared = self._owners == SHARED
+        assert ((self._owners >= FREE) | shared)[1:].all(), "a page has an impossible owner"
+        assert ((self._holders > 0) == shared).all(), "the holders of a page are miscounted"
 
 
 def pages_for(positions: int, page_len: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize, num_rows
+from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot, num_rows
 from serve.config import EngineConfig
 from stu.convolution import short_convolution
 from stu.mixers import LastInputs, remembered
@@ -45,8 +45,9 @@ class RecentInputs(Cache):
             return None
         rows = num_rows(config)
         numbers = sum((layer.num_taps - 1) * layer.channels for layer in layers)
+        row_bytes = numbers * weight.element_size()
         return CachePlan(
-            CacheSize((rows + 1) * numbers * weight.element_size()),
+            CacheSize((rows + 1) * row_bytes, snapshot_bytes=row_bytes),
             lambda _: cls(layers, rows, weight.dtype, weight.device),
         )
 
@@ -63,6 +64,13 @@ class RecentInputs(Cache):
         extended = torch.cat([self._inputs[layer][None, row], inputs], dim=1)  # [1, J - 1 + T, C]
         self._inputs[layer][row] = extended[0, inputs.shape[1] :]
         return short_convolution(extended, taps)
+
+    def snapshot(self, row: int, num_tokens: int) -> Snapshot:
+        return Snapshot(num_tokens, tuple(inputs[row].clone() for inputs in self._inputs))
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        for inputs, kept in zip(self._inputs, snapshot.tensors, strict=True):
+            inputs[row] = kept
 
     def begin_step(self, rows: list[int], alone: bool) -> None:
         if rows != self._rows:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, Runs, runs_of
+from serve.cache.base import Cache, Runs, Snapshot, runs_of
 from serve.cache.page_pool import OutOfPages
 from stu.common.errors import UserError
 from stu.realisation import MOST_INPUT_ROWS, Realisation
@@ -143,6 +143,7 @@ class SpectralStates(Cache):
         for layer, offset in enumerate(self._offsets):
             place = (self._time + offset) % self._page_len
             self._joined_at[row, layer] = place
+            self._turn(self._states[row, layer], place)
             self._enter(row, layer, place)
         self._change_rows(sorted([*self._rows, row]))
 
@@ -150,6 +151,24 @@ class SpectralStates(Cache):
         self._change_rows([other for other in self._rows if other != row])
         # A realisation need not be stable beyond the model's context: what is idle stays 0.
         self._states[row], self._inputs[row] = 0, 0
+
+    def snapshot(self, row: int, num_tokens: int) -> Snapshot:
+        states = self._states[row].clone()
+        if row not in self._rows:
+            return Snapshot(num_tokens, (states,))
+        for layer, offset in enumerate(self._offsets):
+            place, joined_at = (self._time + offset) % self._page_len, self._joined_at[row, layer]
+            for signal, state in enumerate(states[layer]):
+                slots = slice(
+                    self._slots_before(joined_at, signal), self._slots_before(place, signal)
+                )
+                state.copy_(self._taken_in(state, self._inputs[row, layer, signal, slots]))
+            self._turn(states[layer], -place)
+        return Snapshot(num_tokens, (states,))
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        (self._states[row],) = snapshot.tensors
+        self._lengths[row] = snapshot.num_tokens
 
     def begin_step(self, rows: list[int], alone: bool) -> None:
         assert rows == self._rows, "a token of each row is needed"
@@ -236,6 +255,11 @@ class SpectralStates(Cache):
 
         inputs: `[B S, C]`, as the outputs. Those beyond the rows of the batch are padding.
         """
+
+    @abstractmethod
+    def _turn(self, states: Tensor, place: int) -> None:
+        """Turn states `[signals, r, C]`, in place, from those of the signals as the next token sees
+        them to those of the clock, where the next token is at `place`; or back, for `-place`."""
 
     @abstractmethod
     def _enter(self, row: int, layer: int, place: int) -> None:
