@@ -25,6 +25,8 @@ class Request:
     client: str = ""
     """Name of the client. Clients whose requests have the same priority get equally many rows, as
     far as they have requests for them."""
+    cache_salt: str = ""
+    """Requests find remembered prefixes of those with the same salt alone."""
     new_token_ids: Sequence[int] = ()
     """New tokens that another engine generated before it ended; this one continues after them."""
     pooling: Pooling | None = None
@@ -41,6 +43,8 @@ class Request:
             raise UserError("prompt_token_ids", [], fix="start the prompt with BOS")
         if not isinstance(self.sampling, SamplingParams):
             raise UserError("sampling", self.sampling, "SamplingParams")
+        if not isinstance(self.cache_salt, str):
+            raise UserError("cache_salt", self.cache_salt, "a text")
         if not isinstance(self.priority, int):
             raise UserError("priority", self.priority, "a whole number")
         if self.pooling not in (None, "mean", "last"):
@@ -85,6 +89,8 @@ class Output:
     first output that holds anything."""
     embedding: Sequence[float] = ()
     """Embedding of the prompt, if the request has a `pooling`, in its last output."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were remembered and not computed."""
     finish_reason: FinishReason | None = None
     """Why the request ended, in its last output; None in all others."""
     ends_with_stop_token: bool = False

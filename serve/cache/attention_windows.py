@@ -91,6 +91,11 @@ class AttentionCache(Cache):
         return self.pool.pages.nbytes
 
     @property
+    def num_used(self) -> int:
+        alone = sum(self.pool.num_holders(page) == count for page, count in self._kept.items())
+        return self.pool.num_used - alone
+
+    @property
     def num_free(self) -> int:
         return self.pool.capacity - self._promised
 
@@ -166,7 +171,7 @@ class AttentionCache(Cache):
         # keys before it writes new ones.
         leaving = max(0, first_page - sequence.first_page)
         left, pages = sequence.pages[:leaving], sequence.pages[leaving:]
-        used_again = [page for page in left if not self.pool.is_shared(page)]
+        used_again = [page for page in left if self.pool.num_holders(page) < 2]
         del used_again[num_pages - len(pages) :]
         self.pool.free(row, [page for page in left if page not in used_again])
         sequence.pages, sequence.first_page = [*pages, *used_again], first_page

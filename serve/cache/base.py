@@ -73,7 +73,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a cache remembers of a sequence after `num_tokens` tokens."""
+    """State of a sequence in one cache, after `num_tokens` tokens."""
 
     num_tokens: int
     tensors: tuple[Tensor, ...] = ()

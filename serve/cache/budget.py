@@ -181,7 +181,7 @@ def _divide(
         for_prefixes = min(int(PREFIX_SHARE * num_bytes), num_bytes - taken)
     paged = sum(size.snapshot_pages * size.page_bytes for size in sizes.values())
     one = sum(size.snapshot_bytes for size in sizes.values()) + paged
-    count = for_prefixes // one if have_snapshots else 0
+    count = for_prefixes // one if have_snapshots and one else 0
     if wanted and not count:
         raise UserError(
             "prefix_cache_gib",

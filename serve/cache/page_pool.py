@@ -107,9 +107,9 @@ class PagePool:
             assert self._owners[page] == SHARED, f"page {page} is not to be shared by {owner}"
             self._holders[page] += 1
 
-    def is_shared(self, page: int) -> bool:
-        """Return whether several hold a page, so that none may write to it."""
-        return bool(self._holders[page] > 1)
+    def num_holders(self, page: int) -> int:
+        """Return how many share a page; none may write to it if it is more than 1."""
+        return int(self._holders[page])
 
     def free(self, owner: int, pages: Sequence[int]) -> None:
         """Free `pages` of `owner`, each named once, or end its hold of those that are shared."""

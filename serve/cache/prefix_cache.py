@@ -141,6 +141,14 @@ class PrefixCache:
                 del self._ends[digest]
             self.num_bytes -= entry.num_bytes
 
+    def check_integrity(self) -> None:
+        """Raise AssertionError if snapshots take more than they may, or are miscounted."""
+        entries = self._entries.values()
+        assert self.num_bytes == sum(entry.num_bytes for entry in entries) <= self._max_bytes
+        assert {(end, rest) for end, rests in self._ends.items() for rest in rests} == set(
+            self._entries
+        ), "a prefix cannot be found"
+
     def _find(self, tokens: Sequence[int], digests: Digests) -> _Key | None:
         most = len(tokens) - 1
         for blocks in range(min(len(digests), most // BLOCK_TOKENS), 0, -1):

@@ -10,10 +10,12 @@ from torch import Tensor
 from serve.cache.budget import make_caches
 from serve.cache.paged_futurefill import PagedFutureFill
 from serve.config import EngineConfig
-from serve.engine.prefill import Prefill
-from serve.engine.prompt_results import PooledHidden, PromptLogits, PromptResults
+from serve.engine.job import Job
+from serve.engine.prefill import ChunkEnd, Prefill
+from serve.engine.prefixes import Prefixes
+from serve.engine.prompt_results import PromptResults
 from serve.engine.runner import Runner
-from serve.engine.scheduler import Job, Scheduler
+from serve.engine.scheduler import Scheduler
 from serve.engine.stats import Stats
 from serve.request import FinishReason, Output, Request, TokenLogprobs, check_request
 from serve.sampling.chooser import NOT_FINITE, TokenChooser
@@ -53,8 +55,9 @@ class Engine:
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
         self._runner = Runner(model, self._caches, config.batch_invariant)
+        self._prefixes = Prefixes(self._caches, config)
         self._scheduler = Scheduler(
-            config, self._caches.needed, self._caches.capacity, self._caches.grow
+            config, self._caches.needed, self._caches.capacity, self._caches.grow, self._prefixes
         )
         self._texts: dict[int, TextStream] = {}
         self._chooser = TokenChooser(tokenizer, model.embedding.weight.device)
@@ -140,12 +143,15 @@ class Engine:
             new_tokens=self._new_tokens,
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
+            prefix_tokens_asked=self._prefixes.tokens_asked,
+            prefix_tokens_found=self._prefixes.tokens_found,
             flushes=dict(convolution.flushes) if isinstance(convolution, PagedFutureFill) else {},
             convolution_cache=self._caches.convolution_info,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost, has two owners, or belongs to no request."""
+        self._prefixes.check_integrity()
         rows = [job.row for job in self._scheduler.prefilling + self._scheduler.running]
         assert len(set(rows)) == len(rows), "two requests have the same row"
         for cache in self._caches.all:
@@ -159,10 +165,11 @@ class Engine:
             prompt_tokens, job.steps_left = self._scheduler.size(job)
             job.row = self._runner.admit(prompt_tokens, job.steps_left)
             job.replayed = self._scheduler.num_prefilled(job)
-        prompts = [self._scheduler.prompt(job) for job in group]
+        self._prefixes.make_room()
+        prompts = [self._prefixes.begin(job, self._scheduler.prompt(job)) for job in group]
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
         at_once = self._config.prompt_tokens_per_step
-        self._prefill = Prefill(self._runner, prompts, at_once, at_once)
+        self._prefill = Prefill(self._runner, prompts, at_once, self._prefixes.chunk_len)
         self._prompt_tokens += self._prefill.num_tokens
 
     def _continue_prefill(self) -> list[Output]:
@@ -170,8 +177,10 @@ class Engine:
         for piece in self._prefill.step() if self._prefill is not None else ():
             if isinstance(piece, Tensor):
                 return self._end_prefill(piece)
-            if isinstance(piece, PromptLogits | PooledHidden):
-                (job,) = (job for job in self._scheduler.prefilling if job.row == piece.row)
+            (job,) = (job for job in self._scheduler.prefilling if job.row == piece.row)
+            if isinstance(piece, ChunkEnd):
+                self._prefixes.reached(job, piece.num_tokens)
+            else:
                 self._prompt_results.add(job.request_id, job.request, piece)
         return []
 
@@ -184,7 +193,8 @@ class Engine:
         self._scheduler.prefilling.clear()
         self._prefill = None
         for job in jobs:
-            self._runner.join(job.row, self._scheduler.size(job)[0])
+            job.num_seen = self._scheduler.size(job)[0]
+            self._runner.join(job.row, job.num_seen)
             bisect.insort(self._scheduler.running, job, key=lambda other: other.row)
         ended = [self._finish_prompt(job) for job in jobs if job.steps_to_come == 0]
         rows = [row for row, job in enumerate(jobs) if job.steps_to_come > 0]
@@ -206,6 +216,7 @@ class Engine:
         logits = self._runner.decode(tokens)
         for job in jobs:
             job.steps_left -= 1
+            job.num_seen += 1
         return self._choose(jobs, logits)
 
     def _choose(self, jobs: list[Job], logits: Tensor) -> list[Output]:
@@ -253,7 +264,7 @@ class Engine:
         if job.steps_to_come == 0:
             return self._finish(job, "length", new_text + text.finish(), **new)
         new |= self._prompt_results.pop(job.request_id, job.request)
-        return Output(job.request_id, text=new_text, **new)
+        return Output(job.request_id, text=new_text, cached_tokens=job.cached_tokens or 0, **new)
 
     def _finish(self, job: Job, reason: FinishReason, text: str = "", **values: Any) -> Output:
         """End `job` in any state, free its pages, and return its last output.
@@ -261,6 +272,8 @@ class Engine:
         values: Other fields of `Output`.
         """
         if job in self._scheduler.running:
+            if reason != "error":
+                self._prefixes.keep(job)
             self._remove_row(job)
         elif job in self._scheduler.prefilling:
             # A group of several prompts is prefilled within one step, and cannot be interrupted.
@@ -273,9 +286,11 @@ class Engine:
         del self._texts[job.request_id]
         self._chooser.remove(job.request_id)
         values |= self._prompt_results.pop(job.request_id, job.request)
+        values["cached_tokens"] = job.cached_tokens or 0
         return Output(job.request_id, text=text, finish_reason=reason, **values)
 
     def _preempt(self, job: Job) -> None:
+        self._prefixes.keep(job)
         self._remove_row(job)
         self._scheduler.preempt(job)
 

@@ -37,7 +37,7 @@ class ChunkEnd:
     """A chunk of a prompt has gone through all layers."""
 
     row: int
-    position: int
+    num_tokens: int
     """Number of tokens of the sequence that its row remembers."""
 
 

@@ -9,49 +9,14 @@ own, if that is enough. A preempted request is prefilled again later, with the t
 import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
+from serve.engine.job import Job
 from serve.engine.prefill import Prompt
+from serve.engine.prefixes import Prefixes
 from serve.request import Request
 from stu.common.errors import UserError, setting_name
-
-SCORED_TOKEN_COST = 4
-"""Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request that has not ended."""
-
-    request_id: int
-    request: Request
-    horizon: int
-    """Number of new tokens that it gets pages for at a time."""
-    new_token_ids: list[int] = field(default_factory=list)
-    """New tokens up to now."""
-    replayed: int = 0
-    """How many of them the model has seen, or is about to, since the request was last admitted."""
-    steps_left: int = 0
-    """Number of steps that it still has pages for."""
-    row: int = -1
-    """Row of the batch, from its admission until it ends or is preempted."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens to prefill again if it is preempted: prompt and new tokens."""
-        return len(self.request.prompt_token_ids) + len(self.new_token_ids)
-
-    @property
-    def steps_to_come(self) -> int:
-        """Number of new tokens that it may still get."""
-        return self.request.sampling.max_new_tokens - len(self.new_token_ids)
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Key to sort jobs by: the smallest is scheduled first."""
-        return self.request.priority, self.request_id
 
 
 class Scheduler:
@@ -62,6 +27,7 @@ class Scheduler:
         needed: Returns the pages for a number of prompt tokens and a number of new tokens.
         capacity: Pages that there are.
         cache_grows: Whether a sequence needs more pages for more new tokens without end.
+        prefixes: What is remembered of prompts.
     """
 
     def __init__(
@@ -70,9 +36,10 @@ class Scheduler:
         needed: Callable[[int, int], Pages],
         capacity: Pages,
         cache_grows: bool,
+        prefixes: Prefixes,
     ) -> None:
         self._config, self._needed, self._capacity = config, needed, capacity
-        self._cache_grows = cache_grows
+        self._cache_grows, self._prefixes = cache_grows, prefixes
         self.waiting: list[Job] = []
         self.prefilling: list[Job] = []
         self.running: list[Job] = []
@@ -106,14 +73,16 @@ class Scheduler:
                 )
         expected = self._config.expected_new_tokens if self._cache_grows else None
         horizon = max_new_tokens if expected is None else expected
-        self._queue(Job(request_id, request, horizon, list(request.new_token_ids)))
+        job = Job(request_id, request, horizon, list(request.new_token_ids))
+        self._prefixes.add(job)
+        self._queue(job)
 
     def prompt(self, job: Job) -> Prompt:
         """Return what to prefill for `job`, which has a row."""
         tokens = [*job.request.prompt_token_ids, *job.new_token_ids[: self.num_prefilled(job)]]
         asks = job.request.sampling.prompt_logprobs is not None and not job.new_token_ids
-        cost = prefill_cost(job.request)
-        return Prompt(job.row, tokens, wants_logits=asks, pooling=job.request.pooling, cost=cost)
+        pooling, cost = job.request.pooling, job.token_cost
+        return Prompt(job.row, tokens, wants_logits=asks, pooling=pooling, cost=cost)
 
     def num_prefilled(self, job: Job) -> int:
         """Return how many of its new tokens are prefilled together with its prompt."""
@@ -137,9 +106,14 @@ class Scheduler:
         while self.waiting:
             job = self._first([*self.running, *group])
             prompt_tokens, new_tokens = self.size(job)
-            cost += prompt_tokens * prefill_cost(job.request)
+            num_found = self._prefixes.num_found(job, prompt_tokens)
+            cost += (prompt_tokens - num_found) * job.token_cost
             too_many = cost > self._config.prompt_tokens_per_step
-            if group and (too_many or self._config.batch_invariant):
+            if group and (
+                too_many
+                or self._config.batch_invariant
+                or self._prefixes.waits_for(job, group, num_found)
+            ):
                 break
             needed = _add(taken, self._needed(prompt_tokens, new_tokens))
             victims = self._victims(job, needed, group, free(), owned)
@@ -241,11 +215,6 @@ class Scheduler:
             richer,
             key=lambda other: (-rows[other.request.client], other.num_tokens, -other.request_id),
         )
-
-
-def prefill_cost(request: Request) -> int:
-    """Return how many usual prompt tokens take as long to prefill as one of this request."""
-    return 1 if request.sampling.prompt_logprobs is None else SCORED_TOKEN_COST
 
 
 def _add(pages: Pages, more: Pages) -> Pages:

@@ -25,6 +25,10 @@ class Stats:
     """Tokens generated."""
     preemptions: int
     steps: int
+    prefix_tokens_asked: int = 0
+    """Prompt tokens of admitted requests that use the prefix cache."""
+    prefix_tokens_found: int = 0
+    """How many of them were remembered."""
     flushes: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     """Number of steps that flushed tiles of the convolution, and their seconds (on a GPU, until
     launched), by the positions of a tile."""

@@ -1,0 +1,60 @@
+"""A request in the engine, until it ends."""
+
+from dataclasses import dataclass, field
+
+from serve.cache.prefix_cache import Digests
+from serve.request import Request
+
+SCORED_TOKEN_COST = 4
+"""Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that has not ended."""
+
+    request_id: int
+    request: Request
+    horizon: int
+    """Number of new tokens that it gets pages for at a time."""
+    new_token_ids: list[int] = field(default_factory=list)
+    """New tokens up to now."""
+    replayed: int = 0
+    """How many of them the model has seen, or is about to, since the request was last admitted."""
+    num_seen: int = 0
+    """Number of tokens, prompt and new, that its row remembers."""
+    steps_left: int = 0
+    """Number of steps that it still has pages for."""
+    row: int = -1
+    """Row of the batch, from its admission until it ends or is preempted."""
+    digests: Digests = field(default_factory=list)
+    """Digests of the blocks of its tokens, if it uses the prefix cache."""
+    snapshots_at: frozenset[int] | None = None
+    """Numbers of tokens after which its prefill takes a snapshot. None: after each chunk."""
+    cached_tokens: int | None = None
+    """Number of tokens of its prompt that were remembered when it was first admitted."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of the prompt, and new ones."""
+        return *self.request.prompt_token_ids, *self.new_token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens to prefill again if it is preempted: prompt and new tokens."""
+        return len(self.request.prompt_token_ids) + len(self.new_token_ids)
+
+    @property
+    def steps_to_come(self) -> int:
+        """Number of new tokens that it may still get."""
+        return self.request.sampling.max_new_tokens - len(self.new_token_ids)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Key to sort jobs by: the smallest is scheduled first."""
+        return self.request.priority, self.request_id
+
+    @property
+    def token_cost(self) -> int:
+        """How many usual prompt tokens take as long to prefill as one of its own."""
+        return 1 if self.request.sampling.prompt_logprobs is None else SCORED_TOKEN_COST

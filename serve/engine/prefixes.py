@@ -1,0 +1,113 @@
+"""Which prefixes an engine remembers, and which of its requests begin with them.
+
+Snapshots are taken where a chunk of a prompt ends, at the end of the prompt, at the end of the
+request and when it is preempted; and where prompts that came later, or that wait, go on
+differently: the first of several with a common prefix computes it, and the others wait for that.
+
+Where the batch is invariant, sums must not depend on what is remembered. So all prompts are divided
+at the same places, `INVARIANT_CHUNK` tokens apart, and snapshots are taken by prefill at these
+alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from serve.cache.budget import Caches
+from serve.cache.prefix_cache import BLOCK_TOKENS, PrefixCache, block_digests
+from serve.config import EngineConfig
+from serve.engine.job import Job
+from serve.engine.prefill import Prompt
+
+INVARIANT_CHUNK = 8 * BLOCK_TOKENS
+"""Tokens of a chunk where the batch is invariant, at most."""
+
+
+class Prefixes:
+    """The prefix cache of an engine.
+
+    Args:
+        caches: The engine's caches.
+        config: Limits.
+    """
+
+    def __init__(self, caches: Caches, config: EngineConfig) -> None:
+        self._cache = PrefixCache(caches)
+        self._is_invariant = config.batch_invariant
+        self.chunk_len = config.prompt_tokens_per_step
+        """Tokens of a chunk of a prompt, at most."""
+        if self._is_invariant and self._cache.is_on:
+            self.chunk_len = min(self.chunk_len, INVARIANT_CHUNK)
+        self.tokens_asked = 0
+        """Prompt tokens of admitted requests that use the cache."""
+        self.tokens_found = 0
+        """How many of them were remembered."""
+
+    def add(self, job: Job) -> None:
+        """Count the prompt of a new job among those that others may begin like."""
+        if self._cache.is_on and not job.request.reads_whole_prompt:
+            job.digests = block_digests(job.request.prompt_token_ids, job.request.cache_salt)
+            self._cache.see(job.digests)
+
+    def num_found(self, job: Job, num_tokens: int) -> int:
+        """Return how many of the first `num_tokens` tokens of `job` are remembered."""
+        return self._cache.find(job.tokens[:num_tokens], job.digests) if job.digests else 0
+
+    def waits_for(self, job: Job, group: Sequence[Job], num_found: int) -> bool:
+        """Return whether a job of `group` computes a prefix of `job` that is not remembered."""
+        usable = (job.num_tokens - 1) // BLOCK_TOKENS
+        return any(
+            BLOCK_TOKENS * min(usable, _num_common(job.digests, other.digests)) > num_found
+            for other in group
+        )
+
+    def make_room(self) -> None:
+        """Leave the pages to rows that they have been promised."""
+        self._cache.make_room()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if snapshots take more than they may."""
+        self._cache.check_integrity()
+
+    def begin(self, job: Job, prompt: Prompt) -> Prompt:
+        """Let the row of `job`, just admitted, continue from what is remembered of `prompt`, and
+        return the rest with the places where snapshots are taken."""
+        length = len(prompt.tokens)
+        if job.digests:
+            job.digests = block_digests(prompt.tokens, job.request.cache_salt, job.digests)
+            start = self._cache.restore(prompt.row, prompt.tokens, job.digests)
+        else:
+            start = 0
+        if job.cached_tokens is None:
+            job.cached_tokens = start
+            if job.digests:
+                self.tokens_asked += length
+                self.tokens_found += start
+        usable = job.digests[: (length - 1) // BLOCK_TOKENS]
+        places = [BLOCK_TOKENS * blocks for blocks in self._cache.branches(usable)]
+        if self._is_invariant:
+            chunk = self.chunk_len
+            job.snapshots_at = frozenset(place // chunk * chunk for place in [*places, length])
+            return replace(prompt, start=start)
+        return replace(prompt, start=start, stops=[place for place in places if place > start])
+
+    def reached(self, job: Job, num_tokens: int) -> None:
+        """Take a snapshot of `job`, whose first `num_tokens` tokens have been prefilled, if it is
+        wanted there."""
+        if job.digests and (job.snapshots_at is None or num_tokens in job.snapshots_at):
+            self._cache.insert(job.row, job.tokens[:num_tokens], job.digests)
+
+    def keep(self, job: Job) -> None:
+        """Take a snapshot of a running job, which leaves the batch."""
+        if job.digests and not self._is_invariant:
+            tokens = job.tokens[: job.num_seen]
+            job.digests = block_digests(tokens, job.request.cache_salt, job.digests)
+            self._cache.insert(job.row, tokens, job.digests)
+
+
+def _num_common(first: Sequence[bytes], second: Sequence[bytes]) -> int:
+    """Return how many blocks two sequences have in common at their start."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[middle - 1] == second[middle - 1] else (low, middle - 1)
+    return low
