@@ -68,9 +68,6 @@ class PrefixCache:
         self.num_bytes = 0
         """Bytes of all snapshots besides their pages."""
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     @property
     def is_on(self) -> bool:
         """Whether there is room for snapshots."""

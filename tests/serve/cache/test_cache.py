@@ -255,6 +255,51 @@ def test_a_row_that_ended_leaves_nothing_behind(kind):
     assert largest_error(made, inputs, run()) <= 2e-6
 
 
+@given(
+    kind=st.sampled_from(["mixed", "alternating"]),
+    lag_step=st.integers(1, 2),
+    steps_before=st.integers(0, 20),
+    chunks=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    decoded=st.integers(0, 40),
+    rest=st.lists(st.integers(1, 20), max_size=2),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_sequences_continue_from_a_snapshot(
+    kind, lag_step, steps_before, chunks, decoded, rest, seed
+):
+    """One goes on, and another begins like it, in its own row and at its own time."""
+    torch.manual_seed(seed)
+    made = setup(kind, page_len=8, lag_step=lag_step)
+    cache, prompt = made.cache, sum(chunks)
+    length, shared = prompt + decoded + 60, prompt + decoded
+    first = random_inputs(made, length)
+    second = torch.cat([first[:, :, :shared], random_inputs(made, 60)], 2)
+    for _ in range(steps_before):
+        cache.advance()
+    cache.admit(1, 0, 0)
+    outputs = [prefill(made, 1, first[:, :, :prompt], chunks)]
+    if decoded:
+        cache.join(1)
+        outputs.append(decode(made, 1, first[:, :, prompt:shared]))
+    snapshot = cache.snapshot(1, shared)
+    assert snapshot.num_bytes == cache._states[1].nbytes
+    if not decoded:
+        cache.join(1)
+    known = torch.cat([*outputs, decode(made, 1, first[:, :, shared:])], 2)
+    assert largest_error(made, first, known) <= 2e-6
+    cache.leave(1)
+    cache.release(1)
+
+    cache.admit(0, 0, 0)
+    cache.restore(0, snapshot)
+    continued = prefill(made, 0, second[:, :, shared : shared + sum(rest)], rest)
+    cache.join(0)
+    stepped = decode(made, 0, second[:, :, shared + sum(rest) :])
+    known = torch.cat([known[:, :, :shared], continued, stepped], 2)
+    assert largest_error(made, second, known) <= 2e-6
+
+
 def test_pages_are_given_back_as_soon_as_no_flush_reads_them():
     """Every flush reads only owned pages, and what is freed early is never read again."""
     made = setup("pages", page_len=4)

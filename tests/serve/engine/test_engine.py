@@ -165,7 +165,12 @@ samplings = st.one_of(
         seed=st.integers(0, 9),
     ),
 )
-prompts = st.lists(st.integers(0, 279), min_size=1, max_size=90)
+PREFIX = [(7 * place + place // 3) % 280 for place in range(90)]
+prompts = st.builds(
+    lambda shared, own: [*PREFIX[:shared], *own],
+    st.sampled_from([0, 40, 64, 90]),
+    st.lists(st.integers(0, 279), min_size=1, max_size=50),
+)
 generating = st.builds(
     make_request,
     prompts,
@@ -174,6 +179,7 @@ generating = st.builds(
     sampling=samplings,
     priority=st.integers(0, 1),
     stop_token_ids=st.lists(st.integers(0, 279), max_size=2),
+    cache_salt=st.sampled_from(["", "", "other"]),
 )
 pooling = st.builds(
     make_request,
@@ -181,6 +187,7 @@ pooling = st.builds(
     max_new_tokens=st.just(0),
     prompt_logprobs=st.sampled_from([None, 1]),
     pooling=st.sampled_from(["mean", "last"]),
+    cache_salt=st.sampled_from(["", "other"]),
 )
 requests = generating | pooling
 
@@ -198,14 +205,23 @@ requests = generating | pooling
         }
     ),
     spare_bytes=st.integers(0, 30_000),
+    prefix_bytes=st.sampled_from([None, 0, 40_000, 10**6]),
 )
 @settings(max_examples=40, deadline=None)
 def test_requests_decode_in_traffic_as_if_alone(
-    make_engine, kind, traffic, aborts, config, spare_bytes
+    make_engine, kind, traffic, aborts, config, spare_bytes, prefix_bytes
 ):
-    model = MODELS[kind]
-    cache_gib = (200_000 * (8 if kind == "full" else 1) + spare_bytes) / 2**30
-    engine = make_engine(kind, cache_gib=cache_gib, max_running=3, **config)
+    model, times = MODELS[kind], 8 if kind == "full" else 1
+    if kind == "hyena" or (config["convolution_cache"] == "pages" and kind != "attention"):
+        prefix_bytes = None
+    part = times * (prefix_bytes or 0)
+    engine = make_engine(
+        kind,
+        cache_gib=(200_000 * times + part + spare_bytes) / 2**30,
+        prefix_cache_gib=None if prefix_bytes is None else part / 2**30,
+        max_running=3,
+        **config,
+    )
     poison(engine._caches)
     expected, answers, refused = {}, {}, 0
     for step in range(82):
