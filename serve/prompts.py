@@ -71,6 +71,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
     raise UserError("prompt", prompt, "a string or a list of token ids")
 
 
+def listed_prompts(prompts: Any) -> list[Any]:
+    """Return a list of prompts, given one or several, each a text or a list of token ids."""
+    is_list = isinstance(prompts, list) and any(isinstance(part, str | list) for part in prompts)
+    return list(prompts) if is_list else [prompts]
+
+
 def choices(requests: Sequence[Request]) -> list[Request]:
     """Return a request with its own seed for each of the `n` completions of each request.
 

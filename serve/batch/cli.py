@@ -180,7 +180,7 @@ def _parse(argv: Sequence[str] | None) -> BatchConfig:
         prog="stu-generate",
         description="Decode a file of prompts. Each line of the input is a JSON object with a "
         '"prompt", and optionally an "id" and settings for this row (max_new_tokens, ..); or '
-        "a line of OpenAI's batch format, for /v1/completions or /v1/chat/completions. The "
+        "a line of OpenAI's batch format, for /v1/completions, chat or embeddings. The "
         "output has a line for each, in any order; with --score the log probability of the prompt, "
         'or of a "completion" that the row has. The same command resumes a run that was stopped '
         "or killed. The exit code is 1 if some rows could not be decoded; their lines say why.",

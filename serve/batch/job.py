@@ -15,6 +15,7 @@ from serve.batch.source import InputDigest, Source, open_input
 from serve.openai.chat import ChatCompletions
 from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import DEFAULTS, TextCompletions
+from serve.openai.embeddings import Embeddings
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
@@ -46,7 +47,7 @@ class BatchJob:
         options = {name: value for name, value in options.items() if value is not None}
         builtin = {name: getattr(SamplingParams(), name) for name in SETTINGS}
         self.settings = {**builtin, **defaults, **options}
-        max_seq_len = load_config(config.model).max_seq_len
+        model = load_config(config.model)
         builder = RequestBuilder(self.tokenizer, self.settings)
         self._chat: dict[str, Any] = {}
         self.row_format: RowFormat = PromptRows(builder)
@@ -58,13 +59,17 @@ class BatchJob:
             if max_tokens is None:
                 max_tokens = load_generation(config.model)["max_new_tokens"]
             common: dict[str, Any] = {
-                "builder": builder,
                 "tokenizer": self.tokenizer,
                 "model_name": config.model.resolve().name,
             }
             self.row_format = OpenAiRows(
-                TextCompletions(**common),
-                ChatCompletions(template, max_seq_len, max_tokens, **common),
+                {
+                    "/v1/completions": TextCompletions(builder, **common),
+                    "/v1/chat/completions": ChatCompletions(
+                        template, model.max_seq_len, max_tokens, builder=builder, **common
+                    ),
+                    "/v1/embeddings": Embeddings(model.width, **common),
+                }
             )
             source = hashlib.sha256(template.source.encode()).hexdigest()
             self._chat = {"chat_template": source, "chat_max_tokens": max_tokens}

@@ -5,27 +5,27 @@ from typing import Any
 
 from serve.batch.rows import Refusal, Row
 from serve.completion import Completion
-from serve.openai.chat import ChatCompletions
-from serve.openai.completions import TextCompletions
+from serve.openai.endpoint import Endpoint
 from serve.openai.errors import error_body
 from stu.common.errors import UserError, show
 from stu.common.text import Json, nearest, require_unicode
 
 FIELDS = ["custom_id", "method", "url", "body"]
-TEXT_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 ID_PREFIX = "batch_req_"
 
 
 class OpenAiRows:
     """Rows of `{"custom_id", "method": "POST", "url": "/v1/completions", "body": {...}}`, or with
-    the url "/v1/chat/completions"; a file may have both. `serve.openai` reads the bodies."""
+    another url; a file may have all kinds.
+
+    endpoints: Endpoints by url, which read the bodies.
+    """
 
     name = "openai"
     id_field = "custom_id"
 
-    def __init__(self, completions: TextCompletions, chats: ChatCompletions) -> None:
-        self._by_url: dict[str, TextCompletions | ChatCompletions]
-        self._by_url = {TEXT_URL: completions, CHAT_URL: chats}
+    def __init__(self, endpoints: Mapping[str, Endpoint[Any]]) -> None:
+        self._endpoints = endpoints
 
     def id_of(self, fields: Mapping[str, Any], number: int) -> str:
         """See `RowFormat.id_of`."""
@@ -46,19 +46,19 @@ class OpenAiRows:
         method, url, body = fields.get("method"), fields.get("url"), fields.get("body")
         if method != "POST":
             raise UserError("method", method, '"POST"')
-        if not isinstance(url, str) or url not in self._by_url:
-            raise UserError("url", url, f'"{TEXT_URL}" or "{CHAT_URL}"')
+        if not isinstance(url, str) or url not in self._endpoints:
+            raise UserError("url", url, " or ".join(f'"{known}"' for known in self._endpoints))
         if not isinstance(body, dict):
             raise UserError("body", body, "a JSON object")
-        completions: Any = self._by_url[url]
-        read = completions.read(body)
-        return Row(number, row_id, {"url": url, "body": read}, completions.requests(number, read))
+        read = self._endpoints[url].read(body)
+        requests = self._endpoints[url].requests(number, read)
+        return Row(number, row_id, {"url": url, "body": read}, requests)
 
     def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
         """Return `{"id", "custom_id", "response": {"status_code", "request_id", "body"},
         "error": null}` with OpenAI's body."""
-        answerer: Any = self._by_url[row.fields["url"]]
-        body = answerer.answer(row.number, row.fields["body"], row.requests, completions)
+        endpoint = self._endpoints[row.fields["url"]]
+        body = endpoint.answer(row.number, row.fields["body"], row.requests, completions)
         return _written(row.number, row.id, 200, body, None)
 
     def refused(self, refusal: Refusal) -> Json:

@@ -42,7 +42,7 @@ class ChatCompletions(Completions[ChatBody]):
             for index, request in enumerate(requests)
         ]
 
-    def _requests(self, number: int, body: ChatBody) -> list[Request]:
+    def _prompt_requests(self, number: int, body: ChatBody) -> list[Request]:
         messages = [
             {"role": message.role, "content": message.text}
             | ({"name": message.name} if message.name else {})

@@ -28,6 +28,7 @@ _ALLOWED = {
 """Allowed values, by pydantic's type of an error."""
 _ALLOWED_UNIONS = {
     "content": "a string or a list of text parts",
+    "input": "a string, a list of token ids (whole numbers >= 0), or a list of such inputs",
     "prompt": "a string, a list of token ids (whole numbers >= 0), or a list of such prompts",
     "stop": "a string or a list of strings",
 }

@@ -98,6 +98,17 @@ CHAT_NEUTRAL: Neutral = {
     "documents": (([],), "put their text into a message"),
     "chat_template": ((), "the model has its own template: leave it out, or use /v1/completions"),
 }
+EMBEDDING_NEUTRAL: Neutral = {
+    name: TEXT_NEUTRAL[name]
+    for name in (
+        "add_special_tokens",
+        "mm_processor_kwargs",
+        "priority",
+        "request_id",
+        "truncate_prompt_tokens",
+        "truncation_side",
+    )
+}
 
 MESSAGE_HARMLESS: Mapping[str, type] = {"annotations": list, "parsed": object, "id": str}
 """Fields of a message that OpenAI's client returns, which repeat what its content says."""

@@ -26,6 +26,7 @@ from pydantic import (
 from serve.openai.errors import body_error, located
 from serve.openai.fields import (
     CHAT_NEUTRAL,
+    EMBEDDING_NEUTRAL,
     HARMLESS,
     MESSAGE_HARMLESS,
     MESSAGE_NEUTRAL,
@@ -35,6 +36,7 @@ from serve.openai.fields import (
     without_inert,
 )
 from serve.prompts import MOST_STOP_TOKENS
+from serve.request import Pooling
 from stu.common.errors import UNSET, UserError
 
 MOST_BIASES = 4096
@@ -42,24 +44,28 @@ MOST_MESSAGES = 1024
 MOST_PARTS = 8192
 """Limit of text parts in all messages of a chat together."""
 MOST_PROMPTS = 128
+MOST_INPUTS = 2048
 
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-def _require_few_prompts(prompt: Any) -> Any:
+def _require_few(kind: str, most: int) -> BeforeValidator:
     """Refuse too many prompts before looking at any of them."""
-    if isinstance(prompt, list) and len(prompt) > MOST_PROMPTS and type(prompt[0]) is not int:
-        allowed = f"one prompt, or a list of at most {MOST_PROMPTS} prompts, not {len(prompt)}"
-        raise located(UserError("", UNSET, allowed))
-    return prompt
+
+    def require(prompts: Any) -> Any:
+        if isinstance(prompts, list) and len(prompts) > most and type(prompts[0]) is not int:
+            allowed = f"one {kind}, or a list of at most {most} {kind}s, not {len(prompts)}"
+            raise located(UserError("", UNSET, allowed))
+        return prompts
+
+    return BeforeValidator(require)
 
 
-Prompt = Annotated[
-    str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True)],
-    BeforeValidator(_require_few_prompts),
-]
+OneOrSeveral = str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True)]
+Prompt = Annotated[OneOrSeveral, _require_few("prompt", MOST_PROMPTS)]
+Input = Annotated[OneOrSeveral, _require_few("input", MOST_INPUTS)]
 
 
 class Body(BaseModel):
@@ -86,7 +92,13 @@ class Body(BaseModel):
         return values
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+class RequestBody(Body):
+    """Body of a request, which may name the model."""
+
+    model: str | None = None
+
+
+AnyBody = TypeVar("AnyBody", bound=RequestBody)
 
 
 def read_body(kind: type[AnyBody], values: Any) -> AnyBody:
@@ -114,10 +126,9 @@ class StreamOptions(Body):
     """Pad pieces, so that an eavesdropper cannot tell the lengths of tokens."""
 
 
-class CompletionSettings(Body):
+class CompletionSettings(RequestBody):
     """Fields of both text and chat completions."""
 
-    model: str | None = None
     n: int | None = None
     stop: str | Texts | None = None
     stream: bool | None = None
@@ -233,17 +244,30 @@ class ChatBody(CompletionSettings):
     neutral = CHAT_NEUTRAL
 
 
-class TokenizeBody(Body):
+class EmbeddingBody(RequestBody):
+    """Body of `/v1/embeddings`."""
+
+    input: Input
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    pooling: Pooling = "mean"
+    """Hidden states that make the embedding: the mean over all positions, or the last one."""
+    normalize: bool = True
+    """Scale embeddings to length 1."""
+
+    harmless = HARMLESS
+    neutral = EMBEDDING_NEUTRAL
+
+
+class TokenizeBody(RequestBody):
     """Body of `/tokenize`."""
 
     prompt: str
-    model: str | None = None
     add_special_tokens: bool = True
     """Put BOS first, as for a completion."""
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(RequestBody):
     """Body of `/detokenize`."""
 
     tokens: TokenIds
-    model: str | None = None

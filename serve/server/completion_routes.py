@@ -1,19 +1,26 @@
-"""Routes of OpenAI's text and chat completions."""
+"""Routes of OpenAI's completions and embeddings."""
 
 import asyncio
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from serve.openai.choices import ChoiceWriter
-from serve.openai.completions import Completions
-from serve.openai.schemas import ChatBody, CompletionBody, CompletionSettings, StreamOptions
+from serve.openai.endpoint import Endpoint
+from serve.openai.schemas import (
+    AnyBody,
+    ChatBody,
+    CompletionBody,
+    CompletionSettings,
+    EmbeddingBody,
+    StreamOptions,
+)
 from serve.request import Request as EngineRequest
 from serve.request import check_request
 from serve.server.error_answers import error_answer
@@ -25,23 +32,34 @@ from stu.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-AnyBody = TypeVar("AnyBody", bound=CompletionSettings)
-
 
 def add_completion_routes(app: FastAPI, service: Service) -> None:
-    """Add `/v1/completions` and `/v1/chat/completions`."""
+    """Add `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings`."""
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        return await _complete(service, service.completions, body, request)
+        return await _answer(service, service.completions, body, request, _stream(body))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        return await _complete(service, service.chats, body, request)
+        return await _answer(service, service.chats, body, request, _stream(body))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        return await _answer(service, service.embeddings, body, request, None)
 
 
-async def _complete(
-    service: Service, completions: Completions[AnyBody], body: AnyBody, request: Request
+def _stream(body: CompletionSettings) -> StreamOptions | None:
+    """Return the options of the stream that a body asks for, or None."""
+    return body.stream_options or StreamOptions() if body.stream else None
+
+
+async def _answer(
+    service: Service,
+    endpoint: Endpoint[AnyBody],
+    body: AnyBody,
+    request: Request,
+    stream: StreamOptions | None,
 ) -> Response:
     arrived = time.monotonic()
     if service.is_draining:
@@ -50,7 +68,7 @@ async def _complete(
     exchange = exchange_of(request.scope)
     # In a thread: a long prompt or a large schema would hold up the streams of others.
     requests, writers, prompts = await service.threads.run(
-        exchange.client, _prepare, service, completions, body
+        exchange.client, _prepare, service, endpoint, body
     )
     answer = Answer(
         replicas=service.replicas,
@@ -58,49 +76,50 @@ async def _complete(
         # Last, when nothing can fail any more before somebody reads the outputs.
         streams=service.replicas.submit(requests, exchange.client),
         writers=writers,
-        frame=completions.frame(exchange.request_id, int(time.time()), body),
-        num_prompt_tokens=completions.num_prompt_tokens(body, requests),
+        frame=endpoint.frame(exchange.request_id, int(time.time()), body),
+        list_name=endpoint.list_name,
+        num_prompt_tokens=endpoint.num_prompt_tokens(body, requests),
         timeout_seconds=service.config.request_timeout_seconds,
         arrived=arrived,
         exchange=exchange,
         prompts=prompts,
     )
     try:
-        return await _answer(answer, body, request)
+        if stream is None:
+            return response_in_pieces(await _unless_gone(request, answer.whole()))
+        return await _streamed(answer, stream, request)
     except UserError as error:  # of the engine
-        raise completions.in_client_names(error) from error
+        raise endpoint.in_client_names(error) from error
 
 
 def _prepare(
-    service: Service, completions: Completions[AnyBody], body: AnyBody
+    service: Service, endpoint: Endpoint[AnyBody], body: AnyBody
 ) -> tuple[list[EngineRequest], Sequence[ChoiceWriter], list[str] | None]:
     """Return the requests of a body, the writers of their choices, and the prompts if the log is to
     have them."""
-    requests = completions.requests(secrets.randbits(32), body)
-    first_of_prompts = requests[:: body.n or 1]
+    requests = endpoint.requests(secrets.randbits(32), body)
+    first_of_prompts = endpoint.first_requests(body, requests)
     try:
         for request in first_of_prompts:
             check_request(request, service.model)
     except UserError as error:
-        raise completions.in_client_names(error) from error
+        raise endpoint.in_client_names(error) from error
     if (constraint := requests[0].sampling.constraint) is not None:
         try:
             service.grammars.check(constraint)
         except UserError as error:
             raise UserError("response_format", constraint.source, message=str(error)) from error
-    writers = completions.writers(body, requests)
+    writers = endpoint.writers(body, requests)
     if not service.config.log_prompts:
         return requests, writers, None
     prompts = [service.tokenizer.decode(request.prompt_token_ids) for request in first_of_prompts]
     return requests, writers, prompts
 
 
-async def _answer(answer: Answer, body: CompletionSettings, request: Request) -> Response:
-    if not body.stream:
-        return response_in_pieces(await _unless_gone(request, answer.whole()))
+async def _streamed(answer: Answer, options: StreamOptions, request: Request) -> Response:
     outputs = answer.outputs(keeps_logprobs=False)
     first = await _unless_gone(request, anext(outputs))
-    events = answer.events(first, outputs, body.stream_options or StreamOptions())
+    events = answer.events(first, outputs, options)
     return StreamingResponse(
         _with_error_event(answer, outputs, events),
         media_type="text/event-stream",

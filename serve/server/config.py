@@ -45,7 +45,8 @@ class ServerConfig:
     """Number of requests that may wait. More are refused with status 429. One client may use all
     places; even then every other client gets an equal share."""
     max_choices: int = 128
-    """Number of completions that one body may ask for: prompts times n."""
+    """Number of completions that one body may ask for: prompts times n. Also the most inputs of a
+    body for embeddings."""
     max_body_bytes: int = 4 * 2**20
     """Size limit of a request's body, in bytes."""
     header_timeout_seconds: float = 20.0

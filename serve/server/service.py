@@ -10,6 +10,7 @@ from serve.devices import choose_devices
 from serve.openai.chat import ChatCompletions
 from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import DEFAULTS, TextCompletions
+from serve.openai.embeddings import Embeddings
 from serve.prompts import RequestBuilder
 from serve.sampling.grammar import Grammars
 from serve.server.config import ServerConfig
@@ -33,6 +34,7 @@ class Service:
     tokenizer: Tokenizer
     completions: TextCompletions
     chats: ChatCompletions
+    embeddings: Embeddings
     grammars: Grammars
     replicas: Replicas
     metrics: Metrics
@@ -61,12 +63,15 @@ def make_service(config: ServerConfig) -> Service:
             f"{setting_name('cache_gib')}",
         )
     common: dict[str, Any] = {
-        "builder": RequestBuilder(tokenizer, DEFAULTS),
         "tokenizer": tokenizer,
         "model_name": config.name,
-        "json_whitespace": config.json_whitespace,
         # With more choices than may wait, a request could never be queued, only retried for ever.
         "max_choices": min(config.max_choices, config.max_waiting),
+    }
+    of_completions = {
+        "builder": RequestBuilder(tokenizer, DEFAULTS),
+        "json_whitespace": config.json_whitespace,
+        **common,
     }
     chat_tokens = load_generation(config.model)["max_new_tokens"]
     template = ChatTemplate(config.model, tokenizer)
@@ -85,8 +90,9 @@ def make_service(config: ServerConfig) -> Service:
         config,
         model,
         tokenizer,
-        TextCompletions(**common),
-        ChatCompletions(template, model.max_seq_len, chat_tokens, **common),
+        TextCompletions(**of_completions),
+        ChatCompletions(template, model.max_seq_len, chat_tokens, **of_completions),
+        Embeddings(model.width, **common),
         Grammars(tokenizer),
         replicas,
         Metrics(replicas, config.metric_prefix, config.name),

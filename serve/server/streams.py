@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from serve.completion import CompletionBuilder, piece_of
 from serve.openai.choices import ChoiceWriter
-from serve.openai.completions import usage
+from serve.openai.endpoint import usage
 from serve.openai.schemas import StreamOptions
 from serve.request import Output
 from serve.server.arrivals import Arrivals
@@ -42,6 +42,8 @@ class Answer:
     """A writer for each choice."""
     frame: Json
     """The answer without choices and usage."""
+    list_name: str
+    """Field of the answer that has the choices."""
     num_prompt_tokens: int
     """Number of prompt tokens; a prompt of several choices counts once."""
     timeout_seconds: float
@@ -67,7 +69,7 @@ class Answer:
         """Yield the JSON of a whole answer. Each choice is freed once it is written: with log
         probabilities it takes many times the memory of its text."""
         usage = self.usage()
-        yield f'{"".join(json_slices(self.frame))[:-1]},"choices":'
+        yield f'{"".join(json_slices(self.frame))[:-1]},"{self.list_name}":'
         separator = "["
         for index, writer in enumerate(self.writers):
             completion = self._builders[index].completion()

@@ -8,6 +8,7 @@ and regularly when idle: `{"scheduled": [[number, time], ..], "outputs": [..], "
 `step_seconds` if there were outputs. Times are of the monotonic clock, which all processes share.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Any, overload
@@ -100,8 +101,10 @@ def output_to_wire(output: Output, number: int) -> Message:
                 [[token.token, token.logprob, token.top] for token in logprobs]
             )
     if output.finish_reason is not None:
-        names = ("finish_reason", "ends_with_stop_token", "error", "is_refused", "embedding")
+        names = ("finish_reason", "ends_with_stop_token", "error", "is_refused")
         values |= {name: getattr(output, name) for name in names}
+    if output.embedding:
+        values["embedding"] = array("d", output.embedding).tobytes()
     return values
 
 
@@ -110,6 +113,8 @@ def output_from_wire(values: Message) -> Output:
     for name in ("logprobs", "prompt_logprobs"):
         if name in values:
             values[name] = PackedLogprobs(values[name])
+    if "embedding" in values:
+        values["embedding"] = array("d", values["embedding"])
     return Output(**values)
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from serve import LLM
 from serve.batch.openai_rows import OpenAiRows
 from serve.batch.rows import Refusal
 from serve.completion import Completion
@@ -220,7 +221,8 @@ def test_completions_follow_their_response_format(choices):
 
 def test_text_offsets_are_where_the_texts_of_tokens_begin(code_tokenizer):
     builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 40})
-    completions, text = TextCompletions(builder, code_tokenizer, "demo"), "größe = x + 1"
+    completions = TextCompletions(builder, tokenizer=code_tokenizer, model_name="demo")
+    text = "größe = x + 1"
     tokens = code_tokenizer.encode(text + "STOP")
     logprobs = [TokenLogprobs(token, -1.0, {}) for token in tokens]
     completion = Completion(text, tokens, logprobs, "stop")
@@ -375,10 +377,8 @@ def test_model_directory_may_have_a_chat_template(tmp_path, model_directory, cap
     assert "was begun with chat_template=" in capsys.readouterr().err
 
 
-def test_failure_of_the_model_has_the_code_server_error(code_tokenizer):
-    builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 5})
-    rows = OpenAiRows(TextCompletions(builder, code_tokenizer, "demo"), None)
-    refused = rows.refused(Refusal(3, "k", "bad", 500))
+def test_failure_of_the_model_has_the_code_server_error():
+    refused = OpenAiRows({}).refused(Refusal(3, "k", "bad", 500))
     assert refused["response"]["status_code"] == 500
     assert refused["response"]["body"]["error"]["type"] == "server_error"
     assert refused["error"] == {"code": "server_error", "message": "bad"}
@@ -406,3 +406,22 @@ def test_stopped_run_of_openai_rows_resumes(tmp_path, decode, model_directory):
     after = target.read_text(encoding="utf-8").splitlines(keepends=True)
     assert sorted(after) == sorted(lines)
     assert len(whole) == 21
+
+
+def test_embeddings_are_those_of_the_server(decode, model_directory):
+    """A file may have rows for all urls."""
+    body = {"model": "demo", "input": ["def", [1, 5]], "pooling": "last"}
+    asked = {**row("a"), "url": "/v1/embeddings", "body": body}
+    written, text = decode([asked, row("b", prompt="x")])
+    answer = written["response"]["body"]
+    llm = LLM(model_directory, "cpu", cache_gib=0.01)
+    expected = llm.embed(["def", [1, 5]], "last", use_tqdm=False)
+    for index, (data, embedded) in enumerate(zip(answer["data"], expected, strict=True)):
+        assert (data["object"], data["index"]) == ("embedding", index)
+        assert data["embedding"] == pytest.approx(embedded.embedding, abs=1e-6)
+    num_tokens = sum(len(embedded.prompt_token_ids) for embedded in expected)
+    assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == num_tokens
+    assert (answer["object"], answer["model"]) == ("list", "demo")
+    assert text["response"]["body"]["object"] == "text_completion"
+    refused = {**asked, "body": {"input": "x", "model": "\ud800"}}
+    assert "model has half of a surrogate pair" in decode([refused])[0]["error"]["message"]

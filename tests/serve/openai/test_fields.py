@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from openai.types import completion_create_params
+from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_completion_create_params
 
 from serve.openai import fields
 from serve.openai.chat import ChatCompletions
 from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import TextCompletions
-from serve.openai.schemas import ChatBody, CompletionBody, read_body
+from serve.openai.schemas import ChatBody, CompletionBody, EmbeddingBody, read_body
 from serve.prompts import RequestBuilder
 from stu.common.errors import UserError
 
@@ -144,13 +144,22 @@ def test_defaults_of_known_clients_change_nothing(endpoint):
 @pytest.mark.parametrize(
     ("params", "body", "neutral"),
     [
-        (completion_create_params, CompletionBody, fields.TEXT_NEUTRAL),
-        (chat_completion_create_params, ChatBody, fields.CHAT_NEUTRAL),
+        (
+            completion_create_params.CompletionCreateParamsBase,
+            CompletionBody,
+            fields.TEXT_NEUTRAL,
+        ),
+        (
+            chat_completion_create_params.CompletionCreateParamsBase,
+            ChatBody,
+            fields.CHAT_NEUTRAL,
+        ),
+        (embedding_create_params.EmbeddingCreateParams, EmbeddingBody, fields.EMBEDDING_NEUTRAL),
     ],
 )
 def test_every_parameter_of_openai_s_client_is_known(params, body, neutral):
     """A new parameter of a newer client fails here, until somebody decides about it."""
-    sent = params.CompletionCreateParamsBase.__annotations__.keys()
+    sent = params.__annotations__.keys()
     assert sent - {*body.model_fields, *fields.HARMLESS, *neutral} == set()
 
 

@@ -1,0 +1,134 @@
+"""Endpoints of OpenAI's API: from a body to engine requests, and back to the body of an answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic
+
+from pydantic import BaseModel
+
+from serve.completion import Completion
+from serve.openai.choices import ChoiceWriter
+from serve.openai.schemas import AnyBody, RequestBody, read_body
+from serve.request import Request
+from stu.common.errors import UserError
+from stu.common.text import Json, require_unicode
+from stu.tokenizer import Tokenizer
+
+BATCH_CREATED = 0
+"""Time in the answers of a batch: rows are the same whenever a run began."""
+
+
+class Endpoint(ABC, Generic[AnyBody]):
+    """Base of completions and embeddings, which turns bodies into requests, and the results of
+    these into the body of an answer.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        model_name: Name in answers to bodies that give none.
+        max_choices: Limit of requests of one body. None: only the limits of the fields apply.
+    """
+
+    body_type: type[AnyBody]
+    list_name: ClassVar[str]
+    """Field of an answer with a result for each request."""
+    client_names: ClassVar[Mapping[str, str]]
+    """Names of fields in a body, by their names in an engine's request."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, model_name: str, max_choices: int | None = None
+    ) -> None:
+        self._tokenizer, self._model_name = tokenizer, model_name
+        self._max_choices = max_choices
+
+    def read(self, values: Any) -> AnyBody:
+        """Return the body of a row of a batch. Raises UserError for the first wrong field."""
+        return read_body(self.body_type, values)
+
+    def requests(self, number: int, body: AnyBody) -> list[Request]:
+        """Return the requests of a body, in the order of their results.
+
+        Args:
+            number: Decides the seed if the body has none.
+            body: What the client sent.
+
+        Raises:
+            UserError: A value is not allowed; it has the name that the field has in the body.
+        """
+        try:
+            _require_unicode(body)
+            return self._requests(number, body)
+        except UserError as error:
+            raise self.in_client_names(error) from error
+
+    def in_client_names(self, error: UserError) -> UserError:
+        """Return an error of an engine's request with the name that the field has in a body."""
+        return error.renamed(self.client_names.get(error.field, error.field))
+
+    @abstractmethod
+    def writers(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[ChoiceWriter]:
+        """Return a writer for the result of each request."""
+
+    @abstractmethod
+    def frame(self, answer_id: str, created: int, body: AnyBody) -> Json:
+        """Return an answer without its results and its usage."""
+
+    def first_requests(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[Request]:
+        """Return the first request of each prompt."""
+        return requests
+
+    def num_prompt_tokens(self, body: AnyBody, requests: Sequence[Request]) -> int:
+        """Return the number of prompt tokens, BOS included; a prompt of several choices counts
+        once."""
+        first = self.first_requests(body, requests)
+        return sum(len(request.prompt_token_ids) for request in first)
+
+    def answer(
+        self,
+        number: int,
+        body: AnyBody,
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+    ) -> Json:
+        """Return the body of the answer to row `number` of a batch."""
+        writers = self.writers(body, requests)
+        results = [
+            writer.write(completion)
+            for writer, completion in zip(writers, completions, strict=True)
+        ]
+        num_new_tokens = sum(len(completion.token_ids) for completion in completions)
+        return {
+            **self.frame(str(number), BATCH_CREATED, body),
+            self.list_name: results,
+            "usage": usage(self.num_prompt_tokens(body, requests), num_new_tokens),
+        }
+
+    @abstractmethod
+    def _requests(self, number: int, body: AnyBody) -> list[Request]:
+        """Return the requests of a body."""
+
+
+def usage(num_prompt_tokens: int, num_new_tokens: int) -> Json:
+    """Return OpenAI's numbers of tokens."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_new_tokens,
+        "total_tokens": num_prompt_tokens + num_new_tokens,
+    }
+
+
+def _require_unicode(body: RequestBody) -> None:
+    """Raise UserError for a string that UTF-8 cannot hold."""
+    for name, value in body:
+        values = (
+            [] if name in ("prompt", "input") else [value]
+        )  # these are checked as they are encoded
+        while values:
+            value = values.pop()
+            if isinstance(value, str):
+                require_unicode(name, value)
+            elif isinstance(value, list):
+                values += value
+            elif isinstance(value, dict):
+                values += [*value, *value.values()]
+            elif isinstance(value, BaseModel):
+                values += [part for _, part in value]

@@ -1,0 +1,160 @@
+"""`/v1/embeddings` over HTTP, with OpenAI's client."""
+
+import base64
+import json
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+
+import numpy as np
+import openai
+import pytest
+import torch
+
+from tests.serve.server_process import eventually, serving
+
+INPUTS = ["def f(x)", "größe", [1, 100, 101], [7], ""]
+JSON = {"content-type": "application/json"}
+ABORTED = 'request_success_total{finished_reason="abort"'
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def embeddings(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client.embeddings
+
+
+@pytest.fixture(scope="module")
+def expected(code_model, code_tokenizer):
+    """Call with an input and a pooling: its embedding by the full forward pass."""
+
+    def compute(text, pooling):
+        tokens = code_tokenizer.encode_prompt(text) if isinstance(text, str) else text
+        with torch.no_grad():
+            hidden = code_model.hidden(torch.tensor([tokens]))[0].double()
+        return (hidden.mean(0) if pooling == "mean" else hidden[-1]).numpy()
+
+    return compute
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("format", [None, "float", "base64"])
+def test_embeddings_equal_the_forward_pass(embeddings, expected, pooling, normalize, format):
+    """Without a format, OpenAI's client asks for Base64 and decodes it."""
+    settings = {} if format is None else {"encoding_format": format}
+    extra = {"pooling": pooling, "normalize": normalize}
+    for text in INPUTS:
+        answer = embeddings.create(model="model", input=text, extra_body=extra, **settings)
+        (data,) = answer.data
+        found = data.embedding
+        if isinstance(found, str):
+            found = np.frombuffer(base64.b64decode(found), "<f4")
+        whole = expected(text, pooling)
+        if normalize:
+            whole = whole / np.linalg.norm(whole)
+        assert found == pytest.approx(whole, abs=1e-5)
+        assert (answer.object, answer.model, data.object, data.index) == (
+            "list",
+            "model",
+            "embedding",
+            0,
+        )
+
+
+def test_several_inputs_are_answered_in_order_and_as_alone(embeddings, code_tokenizer):
+    texts = [text for text in INPUTS if isinstance(text, str)]
+    ids = [code_tokenizer.encode_prompt(text) for text in texts]
+    together = embeddings.create(model="model", input=texts)
+    assert embeddings.create(model="model", input=ids).data == together.data
+    alone = [embeddings.create(model="model", input=text).data[0] for text in texts]
+    assert [data.index for data in together.data] == [0, 1, 2]
+    assert [data.embedding for data in together.data] == [data.embedding for data in alone]
+    assert together.usage.prompt_tokens == together.usage.total_tokens == sum(map(len, ids))
+
+
+def test_embedding_may_name_its_user_and_its_width(embeddings, http):
+    plain = http.post("/v1/embeddings", json={"input": "x"}).json()
+    assert plain["data"][0].keys() == {"object", "index", "embedding"}
+    assert len(plain["data"][0]["embedding"]) == 16
+    named = embeddings.create(model="model", input="x", dimensions=16, user="someone")
+    assert named.data[0].embedding == pytest.approx(plain["data"][0]["embedding"], abs=1e-7)
+
+
+BAD = [
+    ({}, "input", 'field "input" is missing'),
+    ({"input": []}, "input", "input=[] is not allowed: it must be a text or a list of at least"),
+    ({"input": 5}, "input", "input=5 is not allowed: it must be a string, a list of token ids"),
+    ({"input": ["x", None]}, "input", "input is not allowed: it must be a string, a list"),
+    ({"input": [280]}, "input", "has the id 280"),
+    ({"input": "\ud800"}, "input", "surrogate"),
+    ({"input": "x" * 64}, "input", "maximum context length is 64 tokens"),
+    ({"input": ["x"] * 129}, "input", "a body may have 128 inputs, not 129: send several"),
+    ({"input": ["x"] * 2049}, "input", "one input, or a list of at most 2048 inputs, not 2049"),
+    ({"input": "x", "dimensions": 8}, "dimensions", "dimensions=8 is not allowed: it must be 16"),
+    ({"input": "x", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
+    ({"input": "x", "pooling": "max"}, "pooling", "'mean' or 'last'"),
+    ({"input": "x", "normalize": 1}, "normalize", "it must be true or false"),
+    ({"input": "x", "prompt": "x"}, "prompt", "there is no such field"),
+    ({"input": "x", "max_tokens": 3}, "max_tokens", "there is no such field"),
+    ({"input": "x", "stream": True}, "stream", "there is no such field"),
+    ({"input": "x", "truncate_prompt_tokens": 9}, "truncate", "shorten the prompt yourself"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "message"), BAD)
+def test_wrong_bodies_are_refused_by_name(http, server, body, param, message):
+    steps = server.metric("stu:step_seconds_count")
+    answer = http.post("/v1/embeddings", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert param in error["param"]
+    assert server.metric("stu:step_seconds_count") == steps
+
+
+def test_unknown_models_are_not_found(embeddings):
+    with pytest.raises(openai.NotFoundError, match="the only model here"):
+        embeddings.create(model="text-embedding-3-small", input="x")
+
+
+def test_a_client_goes_away_and_others_are_answered(long_model_directory):
+    """The inputs of the first one end, and are counted."""
+    options = ["--max-running", "2", "--prompt-tokens-per-step", "64"]
+    with serving(long_model_directory, *options) as server:
+        connection = HTTPConnection(*server.address)
+        many = json.dumps({"input": [[5] * 8000] * 100})
+        connection.request("POST", "/v1/embeddings", many, JSON)
+        eventually(lambda: server.metric("vllm:num_requests_running") > 0)
+        connection.close()
+        answer = server.post("/v1/embeddings", json={"input": [[5, 6], "x"]})
+        assert [len(data["embedding"]) for data in answer.json()["data"]] == [16, 16]
+        eventually(lambda: server.metric("vllm:num_requests_running") == 0)
+        assert server.metric("vllm:num_requests_waiting") == 0
+        assert server.pages_used() == 0
+        assert server.metric("vllm:request_success_total") == 102
+        assert server.metric("vllm:generation_tokens_total") == 0
+        (aborted,) = [line for line in server.get("/metrics").text.splitlines() if ABORTED in line]
+        assert float(aborted.split()[-1]) > 50
+
+
+@pytest.mark.slow
+def test_embeddings_continue_in_another_replica(long_model_directory):
+    options = ["--replicas", "2", "--prompt-tokens-per-step", "64"]
+    bodies = [{"input": [[token] * 8000]} for token in (5, 6)]
+    with serving(long_model_directory, *options) as server, ThreadPoolExecutor(2) as pool:
+
+        def ask(body):
+            return server.post("/v1/embeddings", json=body).json()["data"]
+
+        expected = [ask(body) for body in bodies]
+        answers = [pool.submit(ask, body) for body in bodies]
+        eventually(lambda: server.metric("vllm:num_requests_running") == 2)
+        server.replicas()[0].kill()
+        assert [answer.result() for answer in answers] == expected
+        assert server.metric("stu:requests_resumed_total") == 1
