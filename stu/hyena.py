@@ -19,13 +19,13 @@ from stu.mixers import LastInputs, LongConvolution, Memory, PastInputs
 SHORT_TAPS = 3
 """Taps of the convolution of each projected channel (`short_filter_order`)."""
 NUM_BANDS = 16
-"""Frequencies in the features of a lag; sines, cosines and the lag itself are 33 (`emb_dim`)."""
+"""Frequencies in the features of a lag: their sines and cosines, and the lag: 33 (`emb_dim`)."""
 LOWEST_BAND = 1e-4
 """Turns of the lowest frequency over the whole context; the others are near 1, 2, .., 15."""
 FILTER_WIDTH = 64
 """Width of the network's hidden layers (`filter_order`)."""
 SINE_LAYERS = 3
-"""Hidden layers: one reads the features, two the layer before them (`num_inner_mlps`)."""
+"""Hidden layers: the first reads the features, two more the layer before (`num_inner_mlps`)."""
 SINE_FREQUENCY = 14.0
 """Initial factor inside the sines (`w`); filters vary faster the larger it is."""
 WEIGHT_STD = 0.02
@@ -71,8 +71,8 @@ class Hyena(LongConvolution):
 
     @property
     def filter_modules(self) -> tuple[nn.Module, ...]:
-        # They are not decayed either: their size says how fast a filter varies, not how large it
-        # is (as published).
+        # Weight decay excludes them too, as published: their size says how fast a filter varies,
+        # not how large it is.
         return (self.filter,)
 
 

@@ -77,7 +77,7 @@ class TrainCLI(LightningCLI):
     arguments: Sequence[str]
     launch: Launch
     owner: RunOwner | None = None
-    """Hold of this job on `run_dir`; on the first rank only."""
+    """Ownership of `run_dir` by this job; on the first rank only."""
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add none: `add_settings` has the seed, with a hyphen."""

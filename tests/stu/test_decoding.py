@@ -59,7 +59,7 @@ def random_tokens(num_rows, length):
     ("convolution", "layout", "stu_form", "window_tokens"),
     [
         *((convolution, *layout) for convolution in CONVOLUTIONS for layout in LAYOUTS),
-        (Naive, "attention", "tensordot", WINDOW_SMALLER),  # of no layers
+        (Naive, "attention", "tensordot", WINDOW_SMALLER),  # without convolutions
         (Naive, "attention", "tensordot", WINDOW_LARGER),
     ],
 )

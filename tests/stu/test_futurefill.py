@@ -174,7 +174,7 @@ def test_direct_sums_have_room_for_the_longest_prompt_alone():
     torch.manual_seed(0)
     inputs, taps = torch.randn(2, 2, 60, 3), torch.randn(2, 30, 3)
     wide, narrow = Naive(taps, 2, 50, 2), Naive(taps, 2, 50, 2, max_prompt_tokens=10)
-    expected, actual = (decode(its, inputs, [10, 7]) for its in (wide, narrow))
+    expected, actual = (decode(online, inputs, [10, 7]) for online in (wide, narrow))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     assert narrow._inputs.shape[-1] == 5 + 25 + Naive.LINE_COLUMNS
     with pytest.raises(ValueError, match="has 11 tokens, and there is room for 10; raise max"):

@@ -24,7 +24,7 @@ from train.optimizer import (
     [("hybrid", "tensordot"), ("hybrid", "full"), ("hyena", "tensordot"), ("attention", "full")],
 )
 def test_only_matrices_decay(layout, form):
-    """Those that make Hyena's filters do not."""
+    """The matrices of the network that makes Hyena's filters do not decay either."""
     model = FlashSTU(ModelConfig(**MODEL, layout=layout, stu_form=form))
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {

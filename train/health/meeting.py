@@ -22,7 +22,7 @@ READ_SECONDS = timedelta(seconds=10)
 
 
 class Meeting:
-    """Tasks, one per node, that exchange values through a store of the first task."""
+    """Tasks, one per node, that exchange values through a store that the first task serves."""
 
     def __init__(self, rank: int, count: int, timeout_seconds: float) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

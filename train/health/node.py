@@ -27,7 +27,7 @@ def local_problems(min_free_gib: float) -> Iterator[str]:
     if free_gib < min_free_gib:
         yield f"{free_gib:.1f} GiB of memory are free, but {min_free_gib:g} are needed"
     num_gpus = len(list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))))
-    # On a node without any GPU those of SLURM are only names, and the run is for the CPU.
+    # Without GPUs, the numbers that SLURM assigns mean nothing, and the run is for the CPU.
     if num_gpus and _has_nvidia_gpus() and torch.cuda.device_count() != num_gpus:
         yield f"{torch.cuda.device_count()} of {num_gpus} GPUs that SLURM assigned respond"
     for number in range(torch.cuda.device_count() if num_gpus else 0):
@@ -111,6 +111,6 @@ def _name_and_value(setting: str) -> list[str]:
 
 
 def _has_nvidia_gpus() -> bool:
-    """Return whether the PCI bus shows any, even if the driver does not."""
+    """Return whether there are NVIDIA devices on the PCI bus, even if the driver finds none."""
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
     return any(vendor.read_text().strip() == NVIDIA for vendor in vendors)

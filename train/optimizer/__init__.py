@@ -68,10 +68,10 @@ def replace_hyperparameters(scheduler: LambdaLR, config: OptimizerConfig, factor
 def parameter_groups(module: nn.Module) -> list[list[str]]:
     """Return the names of parameters that are decayed, and of those that are not.
 
-    Matrices decay, unless a mixer excludes them. They include the embedding, which is the output
-    layer too, where decay keeps scores from growing, and filters that follow a matrix: decaying
-    only one of two factors would move the scale into the other. Norm weights, near 1, have no
-    reason to shrink.
+    Matrices decay, unless a mixer excludes them. The embedding does, as it is also the output
+    layer, whose logits would grow. Filters that are multiplied by a matrix do: if only one of two
+    factors decayed, the scale would move into the other. Norm weights, near 1, have no reason to
+    shrink.
     """
     # Under ZeRO-3 a parameter's own shape is empty.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters()}

@@ -23,10 +23,10 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     """Highest learning rate, reached when the warm-up ends."""
     beta1: float = 0.9
-    """Decay of the averaged gradient that an update follows."""
+    """Decay of the running average of gradients that an update follows."""
     beta2: float = 0.95
-    """AdamW: decay of the averaged squared gradient. Lion: decay of the gradient's average itself,
-    0.99 in its paper."""
+    """AdamW: decay of the running average of squared gradients. Lion: decay of the average of
+    gradients that it keeps, 0.99 in its paper."""
     eps: float = 1e-8
     """AdamW: added to the denominator. Lion does not use it."""
     weight_decay: float = 0.1

@@ -18,7 +18,8 @@ class Lion(Optimizer):
     Args:
         params: Parameters, or parameter groups.
         lr: Size of every element's step.
-        betas: Weights of the averaged gradient: in the step's direction, and in its own update.
+        betas: Weights of the running average of gradients, as against the newest gradient: in the
+            direction of a step, and in the average itself.
         weight_decay: Share of a parameter that a step removes, relative to `lr`.
     """
 

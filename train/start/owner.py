@@ -39,7 +39,7 @@ class TakenOver(OSError):
 
 
 class RunOwner:
-    """Hold of this job on `run_dir`, from `claim` to `end`. The first rank has it."""
+    """This job's ownership of `run_dir`, from `claim` to `end`; on the first rank only."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / FOLDER

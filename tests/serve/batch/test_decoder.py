@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,23 +17,14 @@ from tests.serve.requests import make_request
 NUM_ROWS = 10**6
 
 
-class SimpleFormat:
-    """The part of a `RowFormat` that a decoder uses."""
-
-    def completed(self, row, completions):
-        return {"row": row.number, "texts": [completion.text for completion in completions]}
-
-    def refused(self, refusal):
-        return {"row": refusal.number, "error": refusal.error, "code": refusal.status_code}
+ROW_FORMAT = SimpleNamespace(
+    completed=lambda row, done: {"row": row.number, "texts": [part.text for part in done]},
+    refused=lambda row: {"row": row.number, "error": row.error, "code": row.status_code},
+)
 
 
-class QuarterRead:
-    """The part of a `Source` that a decoder uses."""
-
-    fraction_read = 0.25
-
-    def place(self, number):
-        return f"place {number}"
+def quarter_read():
+    return SimpleNamespace(fraction_read=0.25, place=lambda number: f"place {number}")
 
 
 @pytest.fixture
@@ -48,7 +40,7 @@ def build(code_tokenizer):
 
 def decode(engine, rows, **options):
     options = {"stride": 1, "max_waiting": 6, **options}
-    yield from Decoder(engine, SimpleFormat(), QuarterRead(), **options).decode(iter(rows))
+    yield from Decoder(engine, ROW_FORMAT, quarter_read(), **options).decode(iter(rows))
 
 
 def written(reports):
@@ -76,14 +68,14 @@ def test_rows_are_read_only_as_they_are_needed(engine, build):
 
 
 def test_rows_left_are_estimated_from_the_fraction_read(engine, build):
-    source = QuarterRead()
+    source = quarter_read()
 
     def every_third_row():
         for number in range(0, 300, 3):
             source.fraction_read = (number + 1) / 300
             yield Row(number, number, {}, [build()])
 
-    decoder = Decoder(engine, SimpleFormat(), source, stride=3, max_waiting=6)
+    decoder = Decoder(engine, ROW_FORMAT, source, stride=3, max_waiting=6)
     num_written = 0
     for report in decoder.decode(every_third_row()):
         num_written += len(report.lines)

@@ -547,21 +547,6 @@ def forced_engine(make_engine, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(
-    ("stops", "reason", "text"),
-    [(["cat"], "stop", "a "), (["sat!"], "length", "a cat sat")],
-)
-def test_text_is_cut_at_a_stop_string(tokenizer, forced_engine, stops, reason, text):
-    ids = tokenizer.encode("a cat sat")
-    engine = forced_engine(ids)
-    engine.add(make_request([1], len(ids), stop=stops))
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-    assert outputs[-1].finish_reason == reason
-    assert "".join(output.text for output in outputs) == text
-
-
 @pytest.mark.parametrize("ending", ["abort", "stop"])
 def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer, forced_engine, ending):
     ids = [*tokenizer.encode("a cat sa"), 2]

@@ -332,10 +332,17 @@ def test_torch_file_that_is_not_an_archive(tmp_path, code_tokenizer):
 )
 def test_settings_that_do_not_fit(tmp_path, code_tokenizer, change, message, capsys):
     config = {name: value for name, value in (HYBRID | change).items() if value != MISSING}
-    source = write(tmp_path / "theirs", config, random_weights(HYBRID))
-    assert run_import(source, code_tokenizer, tmp_path / "ours") == 2
-    assert message in capsys.readouterr().err
+    refused(tmp_path, code_tokenizer, config, random_weights(HYBRID), message, capsys)
+
+
+def refused(tmp_path, tokenizer, config, weights, message, capsys):
+    """Import a checkpoint, which is refused with this message, and return the whole message."""
+    source = write(tmp_path / "theirs", config, weights)
+    assert run_import(source, tokenizer, tmp_path / "ours") == 2
+    error = capsys.readouterr().err
+    assert message in error
     assert os.listdir(tmp_path) == ["theirs"]
+    return error
 
 
 @pytest.mark.parametrize(
@@ -353,20 +360,13 @@ def test_weights_that_do_not_fit(tmp_path, code_tokenizer, change, message, caps
     weights = random_weights(HYBRID)
     weights |= change(weights)
     weights = {name: value for name, value in weights.items() if value is not None}
-    source = write(tmp_path / "theirs", HYBRID, weights)
-    assert run_import(source, code_tokenizer, tmp_path / "ours") == 2
-    error = capsys.readouterr().err
-    assert f"{source / 'model.safetensors'}: " in error
-    assert message in error
-    assert os.listdir(tmp_path) == ["theirs"]
+    error = refused(tmp_path, code_tokenizer, HYBRID, weights, message, capsys)
+    assert f"{tmp_path / 'theirs' / 'model.safetensors'}: " in error
 
 
 def test_tokenizer_of_another_size_is_refused(tmp_path, code_tokenizer, capsys):
-    config = HYBRID | {"vocab_size": 300}
-    source = write(tmp_path / "theirs", config, random_weights(config))
-    assert run_import(source, code_tokenizer, tmp_path / "ours") == 2
-    error = capsys.readouterr().err
-    assert "has 280 tokens, and tok_emb.weight" in error
+    config, message = HYBRID | {"vocab_size": 300}, "has 280 tokens, and tok_emb.weight"
+    error = refused(tmp_path, code_tokenizer, config, random_weights(config), message, capsys)
     assert "300 rows: give the tokenizer that the checkpoint was trained with" in error
 
 

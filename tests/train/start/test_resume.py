@@ -41,7 +41,7 @@ STEPS = 100
 """At 2 samples a step, past the end of the first epoch."""
 LONG = f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=25"
 OLD_RECORD = ("model_config", "tokenizer", "num_files", "guard")
-"""Parts of a checkpoint that it had before it had checksums."""
+"""Parts of the record in checkpoints from before they had checksums."""
 WARMED_UP = OptimizerConfig(warmup_steps=1)
 
 
