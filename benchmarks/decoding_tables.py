@@ -12,6 +12,7 @@ LABELS = {
     "flashinference": "tiles over prompt and generation",
     "naive": "direct sums",
     "llama": "Llama-like, preallocated",
+    "llama_grouped": "Llama-like, 4 key heads",
     "mamba2": "Mamba-2",
     "rwkv": "RWKV-4",
     "s4": "S4D",

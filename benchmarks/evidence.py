@@ -16,7 +16,7 @@ from benchmarks.claims import BATCH, CLAIMS, COMPARED, LENGTH, shown
 from benchmarks.recorded import ROOT, recorded
 
 QUICK: dict[str, str] = {
-    "decode": f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 1 "
+    "decode": f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 2 "
     f"--peers [{','.join(COMPARED)}]",
     "model": "--decode [decode.json]",
     "convolution": "--first 1",

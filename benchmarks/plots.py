@@ -16,6 +16,7 @@ STYLES = {
     "flashinference": ("^", "--"),
     "naive": ("v", "--"),
     "llama": ("P", ":"),
+    "llama_grouped": ("X", ":"),
     "mamba2": ("*", "-."),
     "rwkv": ("x", "-."),
     "s4": ("h", "-."),

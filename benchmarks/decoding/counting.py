@@ -57,8 +57,8 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self._in_convolution = in_convolution
-        self._made: dict[int, Tensor] = {}
-        """Tensors made in the step by their address, kept so that no address is used twice."""
+        self._made: set[int] = set()
+        """Addresses of tensors made in the step. What is made later at one of them is made too."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,7 +81,7 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif inputs:
             return
         if not in_place:
-            self._made |= {_memory(tensor): tensor for tensor in outputs}
+            self._made.update(map(_memory, outputs))
 
     def _count_numbers(self, name: str, inputs: list[Tensor], output: Tensor) -> None:
         is_convolution = self._in_convolution()

@@ -50,7 +50,7 @@ class Options:
     caches: tuple[str, ...] = tuple(CACHES)
     """Convolution caches to compare."""
     peers: tuple[str, ...] = ()
-    """Other models: llama, mamba2 and rwkv, which need pip install 'stu[bench]', and s4."""
+    """Other models: llama, llama_grouped, mamba2, rwkv, which need pip install 'stu[bench]', s4."""
     rounds: PositiveInt = 3
     """Rounds of all caches and peers in turn."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -118,7 +118,6 @@ def of_peer(name: str, shape: Shape, peer: Peer, options: Options) -> Candidate:
     """Return another model."""
     num_bytes = peer.cache_bytes(shape.batch, shape.prompt_tokens + shape.new_tokens)
     setting = described(name, shape, options, peer.num_parameters, num_bytes)
-    setting["note"] = peer.note
     return Candidate(
         setting, lambda: PeerSubject(peer, shape, options.device), lambda: peer.start(1, 1)
     )
@@ -128,20 +127,11 @@ def described(
     cache: str, shape: Shape, options: Options, num_parameters: int, num_bytes: int
 ) -> dict[str, Any]:
     """Return the head of a run. cache: name of a cache or a peer."""
-    return {
-        "device": options.device,
-        "dtype": options.dtype,
-        "layout": shape.config.layout,
-        "width": options.width,
-        "layers": options.layers,
-        "mlp_ratio": shape.config.mlp_ratio,
-        "prompt_tokens": shape.prompt_tokens,
-        "new_tokens": shape.new_tokens,
-        "batch": shape.batch,
-        "cache": cache,
-        "parameters": num_parameters,
-        "cache_bytes": num_bytes,
-    }
+    config, own = shape.config, ("prompt_tokens", "new_tokens", "batch")
+    head = {name: getattr(options, name) for name in ("device", "dtype", "width", "layers")}
+    head |= {"layout": config.layout, "mlp_ratio": config.mlp_ratio}
+    head |= {name: getattr(shape, name) for name in own}
+    return head | {"cache": cache, "parameters": num_parameters, "cache_bytes": num_bytes}
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ class Rates:
     """Bytes of long streams of the same kind. Results without it have no count of such bytes."""
 
 
+@functools.cache
 class Meter:
     """Measures this machine with torch's number of threads, a fraction of a second at a time.
 

@@ -76,7 +76,7 @@ class Round:
     rates: list[Rates]
     """Rates in the middle of each fifth of the run."""
     operations: int
-    """Operations of torch in a step."""
+    """Operations of torch in a step, if they were counted."""
 
 
 def timed_runs(
@@ -86,9 +86,9 @@ def timed_runs(
     fitting = [i for i, candidate in enumerate(candidates) if candidate.cache_bytes <= max_bytes]
     progress.update(num_rounds * (len(candidates) - len(fitting)))
     rounds: dict[int, list[Round]] = {number: [] for number in fitting}
-    for _ in range(num_rounds):
+    for turn in range(num_rounds):
         for number in fitting:
-            rounds[number].append(one_round(candidates[number]))
+            rounds[number].append(one_round(candidates[number], counts=turn == 0))
             progress.update()
     runs = []
     for number, candidate in enumerate(candidates):
@@ -102,8 +102,8 @@ def timed_runs(
     return runs
 
 
-def one_round(candidate: Candidate) -> Round:
-    """Measure a candidate once."""
+def one_round(candidate: Candidate, counts: bool) -> Round:
+    """Measure a candidate once. counts: Count operations too, which are the same in each round."""
     return_freed_memory()
     setting = candidate.setting
     batch, device, dtype = setting["batch"], setting["device"], getattr(torch, setting["dtype"])
@@ -111,8 +111,8 @@ def one_round(candidate: Candidate) -> Round:
     gc.collect()
     gc.freeze()  # without it, one step in a hundred waits for a collection of all modules
     meter, rates = Meter(batch, device, dtype), list[Rates]()
-    samples = sampled(subject, setting["new_tokens"], lambda: rates.append(meter.rates()))
-    num_operations = operations(subject.step)
+    samples = sampled(subject, setting["new_tokens"], lambda: rates.append(meter.rates()), counts)
+    num_operations = operations(subject.step) if counts else 0
     gc.unfreeze()
     candidate.end()
     by_place = [rates[i : i + PASSES] for i in range(0, len(rates), PASSES)]
@@ -120,16 +120,20 @@ def one_round(candidate: Candidate) -> Round:
 
 
 def sampled(
-    subject: Subject, new_tokens: int, between: Callable[[], None] = lambda: None
+    subject: Subject,
+    new_tokens: int,
+    between: Callable[[], None] = lambda: None,
+    counts_too: bool = True,
 ) -> list[Sample]:
     """Time steps in the middle of each fifth of a run, and some of each kind of flush.
 
     between: Called after every pair of steps in the middle of a fifth.
+    counts_too: Count the operations of a step of each kind.
     """
     flushes = subject.flushes()
     num_plain = (new_tokens - sum(flush.count for flush in flushes)) / len(PLACES)
     visits = [(end, False, flush) for flush in flushes for end in flush.positions]
-    visits += [(flush.counted_at, True, flush) for flush in flushes]
+    visits += [(flush.counted_at, True, flush) for flush in flushes if counts_too]
     for number, place in enumerate(PLACES):
         middle = (2 * number + 1) * new_tokens // (2 * len(PLACES))
         first = middle - middle % PAGE_PAIR + place + 1
@@ -139,8 +143,10 @@ def sampled(
     for end, counts_only, kind in sorted(visits, key=lambda visit: visit[:2]):
         key = kind.does, kind.counted_at
         subject.seek(end - 1)
-        if counts_only or not kind.does:
+        if counts_only or (counts_too and not kind.does):
             counts[key] = subject.count()
+        elif not kind.does:
+            subject.step()
         if not counts_only:
             timed = steps.setdefault(key, [])
             for number in range(1 if kind.does else TIMED_STEPS):
@@ -149,7 +155,7 @@ def sampled(
                     between()
     weights = {(kind.does, kind.counted_at): kind.count for _, _, kind in visits}
     return [
-        Sample(weights[key], middle_step(timed), key[0], counts[key])
+        Sample(weights[key], middle_step(timed), key[0], counts.get(key, Counter()))
         for key, timed in steps.items()
     ]
 

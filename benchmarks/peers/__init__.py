@@ -11,11 +11,17 @@ from collections.abc import Iterable
 
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.s4 import S4
-from benchmarks.peers.transformers_models import Llama, Mamba2, Rwkv
+from benchmarks.peers.transformers_models import GroupedLlama, Llama, Mamba2, Rwkv
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 
-PEERS: dict[str, type[Peer]] = {"llama": Llama, "mamba2": Mamba2, "rwkv": Rwkv, "s4": S4}
+PEERS: dict[str, type[Peer]] = {
+    "llama": Llama,
+    "llama_grouped": GroupedLlama,
+    "mamba2": Mamba2,
+    "rwkv": Rwkv,
+    "s4": S4,
+}
 
 
 def build_peers(names: Iterable[str], shape: ModelConfig, num_parameters: int) -> dict[str, Peer]:

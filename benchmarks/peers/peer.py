@@ -22,9 +22,6 @@ class Peer(ABC):
     """A model and its cache. Call `start` for a batch, `prefill`, perhaps `seek` to a position, and
     `step` for each token. Raises UserError if no size has about `num_parameters`."""
 
-    note = ""
-    """Remark for readers of the figures."""
-
     def __init__(self, shape: ModelConfig, num_parameters: int) -> None:
         self.shape = shape
         self.model: Any = self._build(num_parameters).eval().requires_grad_(False)

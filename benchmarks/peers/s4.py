@@ -22,8 +22,6 @@ SHORTEST_STEP, LONGEST_STEP = 0.001, 0.1
 class S4(Peer):
     """Diagonal state spaces in the blocks of a Flash-STU, decoded as a recurrence."""
 
-    note = "recurrent, with 64 numbers of state for each channel; in operations of torch"
-
     def _build(self, num_parameters: int) -> Any:
         return fitted(lambda hidden: S4Model(self.shape, MULTIPLE * hidden), num_parameters)
 

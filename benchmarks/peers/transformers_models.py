@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import scaled_dot_product_attention, silu, softplus
 
 from benchmarks.peers.peer import FLOAT_BYTES, MULTIPLE, Peer, fitted
 
@@ -33,10 +33,15 @@ class CachedPeer(Peer):
 class Llama(CachedPeer):
     """Full attention, rotary positions, SwiGLU (Touvron et al. 2023, arXiv:2302.13971)."""
 
-    note = "keys and values are written into a preallocated buffer, and its filled part is read"
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.shape.num_heads
 
     def _build(self, num_parameters: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+        AttentionInterface.register("grouped", grouped_attention)
 
         def build(hidden: int) -> Any:
             config = LlamaConfig(
@@ -44,6 +49,8 @@ class Llama(CachedPeer):
                 hidden_size=self.shape.width,
                 num_hidden_layers=self.shape.num_layers,
                 num_attention_heads=self.shape.num_heads,
+                num_key_value_heads=self.key_heads,
+                attn_implementation="grouped",
                 intermediate_size=MULTIPLE * hidden,
                 max_position_embeddings=self.shape.max_seq_len,
                 tie_word_embeddings=True,
@@ -53,7 +60,7 @@ class Llama(CachedPeer):
         return fitted(build, num_parameters)
 
     def start(self, batch: int, positions: int) -> None:
-        size = batch, self.shape.num_heads, positions, self.shape.head_dim
+        size = batch, self.key_heads, positions, self.shape.head_dim
         self.cache = _preallocated_cache(self.shape.num_layers, size)
 
     def seek(self, position: int) -> None:
@@ -61,14 +68,33 @@ class Llama(CachedPeer):
             layer.seek(position)
 
     def cache_bytes(self, batch: int, positions: int) -> int:
-        return 2 * batch * positions * self.shape.num_layers * self.shape.width * FLOAT_BYTES
+        numbers = self.shape.num_layers * self.key_heads * self.shape.head_dim
+        return 2 * batch * positions * numbers * FLOAT_BYTES
+
+
+class GroupedLlama(Llama):
+    """The same with grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    key_heads = 4
+
+
+def grouped_attention(
+    module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Return the outputs `[B, T, heads, head_dim]` of causal attention. All queries of a group go
+    over its keys at once; `transformers` would first copy the keys for each of them."""
+    batch, heads, length, head_dim = queries.shape
+    group, positions = heads // keys.shape[1], keys.shape[2]
+    asked = queries.reshape(batch, -1, group * length, head_dim)
+    if length > 1:
+        mask = torch.ones(length, positions).tril(positions - length).bool().repeat(group, 1)
+    outputs = scaled_dot_product_attention(asked, keys, values, mask, scale=scaling)
+    return outputs.view(queries.shape).transpose(1, 2), None
 
 
 class Mamba2(CachedPeer):
     """Selective state spaces (Dao and Gu 2024, arXiv:2405.21060), without MLPs and with about twice
     as many layers."""
-
-    note = "the state is updated in place; transformers goes over it 15 times on a CPU"
 
     def _build(self, num_parameters: int) -> Any:
         from transformers import Mamba2Config, Mamba2ForCausalLM
@@ -157,8 +183,6 @@ def updated_in_place(
 
 class Rwkv(Peer):
     """RWKV-4, the version in `transformers` (Peng et al. 2023, arXiv:2305.13048)."""
-
-    note = "version 4; all but the products consists of operations of torch"
 
     def _build(self, num_parameters: int) -> Any:
         from transformers import RwkvConfig, RwkvForCausalLM

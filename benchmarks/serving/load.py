@@ -70,17 +70,11 @@ def measure(options: Options) -> dict[str, Any]:
             server = psutil.Process(pid)
             family = [server, *server.children(recursive=True)]
             resident = sum(process.memory_info().rss for process in family) / 2**20
-    run = {
-        "threads": torch.get_num_threads(),
-        "clients": options.clients,
-        "new_tokens": options.new_tokens,
-        "engine_only_tokens_per_second": alone,
-        "closed_loop": closed,
-        "overhead_share": 1 - closed["output_throughput"] / alone,
-        "open_loop": {"rate": rate, **opened},
-        "seconds_to_ready": seconds_to_ready,
-        "resident_mib": resident,
-    }
+    run: dict[str, Any] = {"threads": torch.get_num_threads(), "clients": options.clients}
+    run |= {"new_tokens": options.new_tokens, "engine_only_tokens_per_second": alone}
+    run |= {"closed_loop": closed, "open_loop": {"rate": rate, **opened}}
+    run["overhead_share"] = 1 - closed["output_throughput"] / alone
+    run |= {"seconds_to_ready": seconds_to_ready, "resident_mib": resident}
     return {"machine": describe(), "runs": [run]}
 
 

@@ -24,11 +24,20 @@ from train.plan.activations import activation_bytes
 from train.plan.memory import rank_memory
 from train.report import read_curves
 
-STEPS, ACCUMULATED, VOCAB_SIZE = 3, 2, 4096
+VOCAB_SIZE = 4096
 HYBRID = ModelConfig(
     vocab_size=VOCAB_SIZE, width=512, num_layers=8, max_seq_len=2048, window_tokens=256
 )
 WIDE, ZERO = replace(HYBRID, mlp_ratio=12), ParallelConfig(kind="zero")
+FIXED: dict[str, Any] = {
+    "trainer.accelerator": "cpu",
+    "trainer.max_steps": 3,
+    "trainer.accumulate_grad_batches": 2,
+    "trainer.log_every_n_steps": 1,
+    "trainer.limit_val_batches": 0,
+    "trainer.num_sanity_val_steps": 0,
+    "model.optimizer.warmup_steps": 1,
+}
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -79,22 +88,11 @@ def measure(options: Options) -> dict[str, Any]:
 def compare(setting: Setting, data: Path, run_dir: Path) -> dict[str, Any]:
     """Train in one setting, and return its figures."""
     config, seq_len, micro_batch, ranks, parallel = setting
-    settings = {
-        "data.dir": data,
-        "data.seq_len": seq_len,
-        "data.micro_batch_size": micro_batch,
-        "trainer.accelerator": "cpu",
-        "trainer.devices": ranks,
-        "trainer.max_steps": STEPS,
-        "model.optimizer.warmup_steps": 1,
-        "trainer.accumulate_grad_batches": ACCUMULATED,
-        "trainer.log_every_n_steps": 1,
-        "trainer.limit_val_batches": 0,
-        "trainer.num_sanity_val_steps": 0,
-        "parallel.kind": parallel.kind,
-        "parallel.zero_stage": parallel.zero_stage,
-        "parallel.checkpoint_activations": str(parallel.checkpoint_activations).lower(),
-    }
+    again = parallel.checkpoint_activations
+    settings = FIXED | {"data.dir": data, "data.seq_len": seq_len, "trainer.devices": ranks}
+    settings |= {"data.micro_batch_size": micro_batch, "parallel.kind": parallel.kind}
+    settings["parallel.zero_stage"] = parallel.zero_stage
+    settings["parallel.checkpoint_activations"] = str(again).lower()
     train(run_dir, config, settings)
     measured = max(read_curves(run_dir)["train/memory_gib"][1])
     device = {"is_half": False, "on_gpu": False}
@@ -102,19 +100,11 @@ def compare(setting: Setting, data: Path, run_dir: Path) -> dict[str, Any]:
     state_bytes = OPTIMIZERS["adamw"].state_bytes
     memory = rank_memory(config, parallel, ranks, activations, **device, state_bytes=state_bytes)
     planned = memory.total / 2**30
-    return {
-        "layout": config.layout,
-        "mlp_ratio": config.mlp_ratio,
-        "ranks": ranks,
-        "seq_len": seq_len,
-        "micro_batch_size": micro_batch,
-        "parallel": parallel.kind,
-        "zero_stage": parallel.zero_stage if parallel.kind == "zero" else None,
-        "checkpoint_activations": parallel.checkpoint_activations,
-        "measured_gib": measured,
-        "planned_gib": planned,
-        "planned_over_measured": planned / measured,
-    }
+    zero_stage = parallel.zero_stage if parallel.kind == "zero" else None
+    run = {"layout": config.layout, "mlp_ratio": config.mlp_ratio, "ranks": ranks}
+    run |= {"seq_len": seq_len, "micro_batch_size": micro_batch, "parallel": parallel.kind}
+    run |= {"zero_stage": zero_stage, "checkpoint_activations": again, "measured_gib": measured}
+    return run | {"planned_gib": planned, "planned_over_measured": planned / measured}
 
 
 def prepare(folder: Path) -> Path:

@@ -73,21 +73,13 @@ def compare(options: Options, context: int) -> dict[str, Any]:
         ratios[f"{layout}_over_two_branch"] = speeds[layout] / speeds[f"{layout}_two_branch"]
         for name in ("attention_sdpa", "attention_windowed"):
             ratios[f"{layout}_over_{name}"] = speeds[layout] / speeds[name]
-    return {
-        "threads": torch.get_num_threads(),
-        "context": context,
-        "width": options.width,
-        "layers": options.layers,
-        "window": options.window,
-        "ways": {  # as in the recorded results
-            name: {
-                "parameters": trainees[variant.layout].model.num_parameters(),
-                "tokens_per_second": speeds[name],
-            }
-            for name, variant in VARIANTS.items()
-        },
-        "ratios": ratios,
-    }
+    run: dict[str, Any] = {"threads": torch.get_num_threads(), "context": context}
+    run |= {name: getattr(options, name) for name in ("width", "layers", "window")}
+    run["ways"] = {}  # as in the recorded results
+    for name, variant in VARIANTS.items():
+        parameters = trainees[variant.layout].model.num_parameters()
+        run["ways"][name] = {"parameters": parameters, "tokens_per_second": speeds[name]}
+    return run | {"ratios": ratios}
 
 
 class Trainee:

@@ -189,6 +189,16 @@ def test_a_run_counts_each_kind_of_step_as_often_as_it_occurs():
     assert result["largest_step_does"] == "a flush"
 
 
+def test_operations_are_counted_in_the_first_round_alone():
+    subject = LinearSubject()
+    subject.count = None  # must not be needed
+    samples = sampled(subject, 8192, counts_too=False)
+    assert all(sample.counts == {} for sample in samples)
+    assert [sample.figures for sample in samples] == [
+        sample.figures for sample in sampled(LinearSubject(), 8192)
+    ]
+
+
 def test_rounds_give_the_median_of_each_sample():
     several = [
         [Sample(9.0, {"step": ms, "convolution": 1 / ms}), Sample(1.0, {"step": 10 * ms}, "flush")]

@@ -19,7 +19,7 @@ needs_transformers = pytest.mark.skipif(
 )
 NAMES = [pytest.param(name, marks=[] if name == "s4" else [needs_transformers]) for name in PEERS]
 SHAPE = ModelConfig(
-    vocab_size=301, width=64, layout="stu", num_layers=6, num_heads=4, max_seq_len=256
+    vocab_size=301, width=64, layout="stu", num_layers=6, num_heads=8, max_seq_len=256
 )
 
 
