@@ -16,16 +16,8 @@ from train.data.prepare import prepare
 
 WORDS = ["def", "return", "self", "value", "for", "import", "None", *"xy():=1"]
 
-MODEL = {
-    "vocab_size": 300,
-    "width": 16,
-    "num_layers": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2,
-    "num_filters": 4,
-    "max_seq_len": 32,
-    "window_tokens": 8,
-}
+MODEL = {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2}
+MODEL |= {"num_filters": 4, "max_seq_len": 32, "window_tokens": 8}
 
 
 def slow(*values: object) -> Any:

@@ -14,13 +14,6 @@ from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_every_row_is_in_one_task(count):
-    tasks = [ArrayTask.parse(f"{index}/{count}") for index in range(count)]
-    for number in range(50):
-        assert [number in task for task in tasks].count(True) == 1
-
-
 @pytest.mark.parametrize("text", ["0/3", "1/3", "2/3", "0/1"])
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
 def test_split_divides_the_rows_of_a_task_evenly(text, num_parts):

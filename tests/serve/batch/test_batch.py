@@ -190,16 +190,6 @@ def test_bad_rows_are_refused_and_change_no_other(run):
     assert [*rows[:2], rows[-1]] == alone
 
 
-def test_row_that_needs_more_pages_than_the_cache_has_is_refused(run):
-    rows = [{"prompt": "x", "max_new_tokens": 60}, {"prompt": "x"}]
-    few_pages = ["--cache-gib", "1.1e-5", "--max-running", "1", "--page-len", "8"]
-    few_pages += ["--convolution-cache", "pages"]
-    code, (long, short) = run(rows, *few_pages)
-    assert code == 1
-    assert "line 1: a prompt of 2 tokens and 60 new tokens need 8 convo" in long["error"]
-    assert short["num_completion_tokens"] == 9
-
-
 def test_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code_tokenizer, capsys):
     damaged = copy.deepcopy(code_model)
     with torch.no_grad():

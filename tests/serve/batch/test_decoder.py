@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve.batch import decoder as decoder_module
-from serve.batch.decoder import Decoder, Report
+from serve.batch.decoder import Decoder
 from serve.batch.rows import Refusal, Row
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
@@ -152,8 +152,3 @@ def test_failed_request_fails_its_row_only(engine, build, monkeypatch):
     assert sum(report.num_failed for report in reports) == 1
     assert engine.stats().new_tokens < 40  # the other requests of its row were aborted
     engine.check_integrity()
-
-
-def test_report_can_be_sent_as_json(engine, build):
-    for report in decode(engine, [Row(0, "ö", {}, [build()])]):
-        assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -95,19 +95,6 @@ def test_input_that_changes_while_it_is_read_is_refused(
     assert rows_in_order(target) == expected
 
 
-def test_no_row_of_a_changed_block_is_read(source, monkeypatch):
-    monkeypatch.setattr(checked_file, "MIN_BLOCK_BYTES", 256)
-    digest = InputDigest.of(source)
-    rows = iter(open_input(source, digest, None, None))
-    first = next(rows)
-    same_size_and_time(source)
-    read = [first]
-    with pytest.raises(Changed):
-        read.extend(rows)
-    assert read == list(enumerate(ROWS))[: len(read)]
-    assert len(read) > len(ROWS) // 2
-
-
 def test_input_that_is_written_while_it_is_hashed_is_refused(source, monkeypatch):
     hashed = checked_file._hash
 

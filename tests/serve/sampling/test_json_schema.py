@@ -80,33 +80,15 @@ SCHEMAS = {
     "format and pattern": {"type": "string", "format": "date", "pattern": "^2024"},
     "date or null": {"type": ["string", "null"], "format": "date"},
     "email": {"type": "string", "format": "email"},
-    "void keywords": {
-        "type": "array",
-        "items": BOOL,
-        "maxItems": 1,
-        "uniqueItems": True,
-        "unevaluatedItems": {},
-        "minContains": 2,
-        "then": False,
-    },
-    "names of zod's record": {
-        "type": "object",
-        "propertyNames": {"type": "string", "enum": ["a", "b"]},
-        "additionalProperties": SMALL,
-        "required": ["a", "b"],
-    },
-    "closed without additionalProperties": {
-        "type": "object",
-        "properties": {"a": NULL},
-        "unevaluatedProperties": False,
-    },
+    "void keywords": {"type": "array", "items": BOOL, "maxItems": 1, "uniqueItems": True}
+    | {"unevaluatedItems": {}, "minContains": 2, "then": False},
+    "names of zod's record": {"type": "object", "additionalProperties": SMALL}
+    | {"propertyNames": {"type": "string", "enum": ["a", "b"]}, "required": ["a", "b"]},
+    "closed without additionalProperties": {"type": "object", "properties": {"a": NULL}}
+    | {"unevaluatedProperties": False},
     "allOf of one": {"allOf": [{"$ref": "#/$defs/a"}], "$defs": TAGGED},
-    "ref with siblings": {
-        "type": "object",
-        "properties": {"x": {"$ref": "#/$defs/a", "description": "an a"}},
-        "required": ["x"],
-        "$defs": TAGGED,
-    },
+    "ref with siblings": {"type": "object", "required": ["x"], "$defs": TAGGED}
+    | {"properties": {"x": {"$ref": "#/$defs/a", "description": "an a"}}},
     "ref by anchor": {
         "$ref": "#here",
         "$defs": {"x": {"$anchor": "here", "type": "string", "format": "path", "maxLength": 3}},
@@ -118,12 +100,8 @@ SCHEMAS = {
         },
     },
     "tuple": {"type": "array", "prefixItems": [BOOL, SMALL], "items": False, "minItems": 2},
-    "tuple of an older draft": {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "type": "array",
-        "items": [BOOL, NULL],
-        "additionalItems": False,
-    },
+    "tuple of an older draft": {"$schema": "http://json-schema.org/draft-07/schema#"}
+    | {"type": "array", "items": [BOOL, NULL], "additionalItems": False},
     "const and enum": {"enum": ["é", 2.0, None, {"a": [1.5, True]}, 2**53]},
     "own white space": {"x-guidance": {"whitespace_pattern": " "}, "type": "array", "maxItems": 1}
     | {"items": NULL},
