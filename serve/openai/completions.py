@@ -67,9 +67,9 @@ class Completions(Endpoint[AnyBody]):
             "model": body.model or self._model_name,
         }
 
-    def first_requests(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[Request]:
-        """Return the first request of each prompt."""
-        return requests[:: body.n or 1]
+    def choices_per_prompt(self, body: AnyBody) -> int:
+        """See `Endpoint.choices_per_prompt`."""
+        return body.n or 1
 
     def _requests(self, number: int, body: AnyBody) -> list[Request]:
         _check(body)

@@ -72,14 +72,14 @@ class Endpoint(ABC, Generic[AnyBody]):
     def frame(self, answer_id: str, created: int, body: AnyBody) -> Json:
         """Return an answer without its results and its usage."""
 
-    def first_requests(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[Request]:
-        """Return the first request of each prompt."""
-        return requests
+    def choices_per_prompt(self, body: AnyBody) -> int:
+        """Return the number of requests of each prompt, which follow one another."""
+        return 1
 
     def num_prompt_tokens(self, body: AnyBody, requests: Sequence[Request]) -> int:
         """Return the number of prompt tokens, BOS included; a prompt of several choices counts
         once."""
-        first = self.first_requests(body, requests)
+        first = requests[:: self.choices_per_prompt(body)]
         return sum(len(request.prompt_token_ids) for request in first)
 
     def answer(

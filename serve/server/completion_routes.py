@@ -98,7 +98,7 @@ def _prepare(
     """Return the requests of a body, the writers of their choices, and the prompts if the log is to
     have them."""
     requests = endpoint.requests(secrets.randbits(32), body)
-    first_of_prompts = endpoint.first_requests(body, requests)
+    first_of_prompts = requests[:: endpoint.choices_per_prompt(body)]
     try:
         for request in first_of_prompts:
             check_request(request, service.model)
