@@ -1,7 +1,5 @@
 """The scripts in examples/ and the snippets in docs/ run."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -54,14 +52,7 @@ def test_example_of_a_client(model, tmp_path):
 
 
 def run(python, folder, name, *arguments):
-    done = subprocess.run(
-        [python, EXAMPLES / name, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    done = forked.run(python, EXAMPLES / name, *arguments, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -62,10 +62,13 @@ def python() -> str:
     return program("python")
 
 
-def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: object, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command, which computes on one thread, to its end, and return it with its output."""
     return subprocess.run(
         [*map(str, command)],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,

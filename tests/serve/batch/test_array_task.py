@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from serve.devices import choose_devices
 from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError
+from tests import forked
 
 
 @pytest.mark.parametrize("text", ["0/3", "1/3", "2/3", "0/1"])
@@ -108,10 +108,8 @@ def test_last_array_task_joins_parts_of_one_job_only(tmp_path, is_same):
     for task in ("0", "1"):
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7"}
         environment |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
-        arguments = ["bash", script, "model", "in.jsonl", "out.jsonl"]
-        result = subprocess.run(
-            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        command = "bash", script, "model", "in.jsonl", "out.jsonl"
+        result = forked.run(*command, folder=tmp_path, **environment)
     whole = tmp_path / "out.jsonl"
     if is_same:
         assert result.returncode == 0, result.stderr

@@ -535,22 +535,13 @@ def test_preemptions(make_engine, settings, new_tokens, preemptions):
     assert engine.stats().preemptions == preemptions
 
 
-@pytest.fixture
-def forced_engine(make_engine, monkeypatch):
-    """Return a function of tokens that returns an engine which chooses them in turn."""
-
-    def make(tokens):
-        left = iter(tokens)
-        monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
-        return make_engine()
-
-    return make
-
-
 @pytest.mark.parametrize("ending", ["abort", "stop"])
-def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer, forced_engine, ending):
+def test_text_held_back_for_a_stop_string_comes_at_the_end(
+    tokenizer, make_engine, monkeypatch, ending
+):
     ids = [*tokenizer.encode("a cat sa"), 2]
-    engine = forced_engine(ids)
+    left, engine = iter(ids), make_engine()
+    monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
     engine.add(make_request([1], 50, stop=["sat"], stop_token_ids=[2]))
     text = "".join(output.text for _ in ids[:-1] for output in engine.step())
     assert text == "a cat "

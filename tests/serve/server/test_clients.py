@@ -13,6 +13,7 @@ import pytest
 from openai import LengthFinishReasonError, OpenAI
 from pydantic import BaseModel, Field
 
+from tests import forked
 from tests.serve.server_process import SECONDS, eventually, serving
 
 TESTS = Path(__file__).parents[2]
@@ -139,7 +140,7 @@ def install(*more):
 
 def answers_of(server, *command):
     command = [*map(str, command), f"{server.url}/v1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=5 * SECONDS)
+    done = forked.run(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(map(json.loads, done.stdout.splitlines()))
 

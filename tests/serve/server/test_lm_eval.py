@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +9,9 @@ import pytest
 import torch
 import yaml
 
+from tests import forked
 from tests.serve.requests import decode, make_request
-from tests.serve.server_process import SECONDS, serving
+from tests.serve.server_process import serving
 
 DOCUMENTS = [
     {"query": "def f(x", "choices": ["):", " + 1", "\treturn"], "gold": 0},
@@ -101,8 +100,7 @@ def test_tasks_have_the_results_of_the_model(
         command += ["--batch_size", str(batch_size), "--log_samples"]
         command += ["--output_path", str(tmp_path / "results")]
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **offline}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3 * SECONDS)
+        done = forked.run(*command, HF_HOME=str(tmp_path / "hf"), **offline)
     assert done.returncode == 0, done.stderr[-3000:]
     num_right = 0
     for sample in samples_of(tmp_path, "code_choices"):

@@ -1,6 +1,7 @@
 """A run that stops and continues equals one that never stopped."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -416,19 +418,12 @@ def test_two_ranks_equal_one_and_one_rank_continues_their_run(train, settings, l
     assert values == pytest.approx(expected_values, rel=1e-4)
 
 
-class Clock:
-    """A clock that advances at every reading, so that steps take the same time everywhere."""
-
-    now = 0.0
-
-    def monotonic(self):
-        self.now += 0.005
-        return self.now
-
-
 @pytest.fixture
 def timer_clock(monkeypatch):
-    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", Clock())
+    """A clock that advances at every reading, so that steps take the same time everywhere."""
+    readings = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 0.005 * next(readings))
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", clock)
 
 
 @pytest.mark.usefixtures("timer_clock")
@@ -480,8 +475,7 @@ def test_logged_series_equals_that_of_an_uninterrupted_run(train, settings, tmp_
     more += ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=16"]
     whole, parts = train(tmp_path / "whole", *more), tmp_path / "parts"
     command = [forked.python(), "-c", STOPPED_AND_KILLED, *settings, *more, f"--run-dir={parts}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(command, timeout=300, env=environment)
+    killed = forked.run(*command)
     assert killed.returncode == -signal.SIGKILL
     with monkeypatch.context() as stopping:
         stopping.setattr(StepProgress, "on_train_batch_end", signal_at(12))
