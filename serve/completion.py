@@ -40,6 +40,8 @@ class CompletionBuilder:
     finish_reason: FinishReason | None = None
     error: str = ""
     embedding: Sequence[float] = ()
+    cached_tokens: int = 0
+    """Tokens of the prompt that an engine remembered."""
 
     def add(self, output: Output) -> None:
         """Append the next output."""
@@ -52,6 +54,7 @@ class CompletionBuilder:
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.error = output.finish_reason, output.error
         self.embedding = output.embedding
+        self.cached_tokens = output.cached_tokens
 
     def completion(self) -> Completion:
         """Return the completion up to now."""

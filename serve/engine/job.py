@@ -27,8 +27,8 @@ class Job:
     """Number of steps that it still has pages for."""
     row: int = -1
     """Row of the batch, from its admission until it ends or is preempted."""
-    digests: Digests = field(default_factory=list)
-    """Digests of the blocks of its tokens, if it uses the prefix cache."""
+    digests: Digests | None = None
+    """Digests of the blocks of its tokens. None if it does not use the prefix cache."""
     snapshots_at: frozenset[int] | None = None
     """Numbers of tokens after which its prefill takes a snapshot. None: after each chunk."""
     cached_tokens: int | None = None

@@ -54,11 +54,11 @@ class Prefixes:
 
     def waits_for(self, job: Job, group: Sequence[Job], num_found: int) -> bool:
         """Return whether a job of `group` computes a prefix of `job` that is not remembered."""
-        usable = (job.num_tokens - 1) // BLOCK_TOKENS
-        return any(
-            BLOCK_TOKENS * min(usable, _num_common(job.digests, other.digests)) > num_found
-            for other in group
-        )
+        if not job.digests:
+            return False
+        usable = job.digests[: (job.num_tokens - 1) // BLOCK_TOKENS]
+        common = (_num_common(usable, other.digests or ()) for other in group)
+        return any(BLOCK_TOKENS * blocks > num_found for blocks in common)
 
     def make_room(self) -> None:
         """Leave the pages to rows that they have been promised."""
@@ -71,17 +71,15 @@ class Prefixes:
     def begin(self, job: Job, prompt: Prompt) -> Prompt:
         """Let the row of `job`, just admitted, continue from what is remembered of `prompt`, and
         return the rest with the places where snapshots are taken."""
+        if job.digests is None:
+            return prompt
         length = len(prompt.tokens)
-        if job.digests:
-            job.digests = block_digests(prompt.tokens, job.request.cache_salt, job.digests)
-            start = self._cache.restore(prompt.row, prompt.tokens, job.digests)
-        else:
-            start = 0
+        job.digests = block_digests(prompt.tokens, job.request.cache_salt, job.digests)
+        start = self._cache.restore(prompt.row, prompt.tokens, job.digests)
         if job.cached_tokens is None:
             job.cached_tokens = start
-            if job.digests:
-                self.tokens_asked += length
-                self.tokens_found += start
+            self.tokens_asked += length
+            self.tokens_found += start
         usable = job.digests[: (length - 1) // BLOCK_TOKENS]
         places = [BLOCK_TOKENS * blocks for blocks in self._cache.branches(usable)]
         if self._is_invariant:
@@ -93,12 +91,12 @@ class Prefixes:
     def reached(self, job: Job, num_tokens: int) -> None:
         """Take a snapshot of `job`, whose first `num_tokens` tokens have been prefilled, if it is
         wanted there."""
-        if job.digests and (job.snapshots_at is None or num_tokens in job.snapshots_at):
+        if job.digests is not None and (job.snapshots_at is None or num_tokens in job.snapshots_at):
             self._cache.insert(job.row, job.tokens[:num_tokens], job.digests)
 
     def keep(self, job: Job) -> None:
         """Take a snapshot of a running job, which leaves the batch."""
-        if job.digests and not self._is_invariant:
+        if job.digests is not None and not self._is_invariant:
             tokens = job.tokens[: job.num_seen]
             job.digests = block_digests(tokens, job.request.cache_salt, job.digests)
             self._cache.insert(job.row, tokens, job.digests)

@@ -5,6 +5,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from serve.openai.choices import TextChoiceWriter
@@ -102,7 +103,9 @@ class Completions(Endpoint[AnyBody]):
                 raise UserError("ignore_eos", True, "false with response_format, as EOS ends it")
             settings["constraint"] = constraint
         given = {name: value for name, value in settings.items() if value is not None}
-        return [self._builder.build(number, prompt, given) for prompt in prompts]
+        salt = body.cache_salt or ""
+        requests = [self._builder.build(number, prompt, given) for prompt in prompts]
+        return [replace(request, cache_salt=salt) for request in requests] if salt else requests
 
 
 class TextCompletions(Completions[CompletionBody]):

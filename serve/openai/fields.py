@@ -25,7 +25,6 @@ HARMLESS: Mapping[str, type] = {
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "prompt_cache_options": dict,
-    "cache_salt": str,
     "session_id": str,
     "include_reasoning": bool,
     "spaces_between_special_tokens": bool,

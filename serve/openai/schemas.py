@@ -151,6 +151,8 @@ class CompletionSettings(RequestBody):
         Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None
     ) = None
     min_tokens: int | None = None
+    cache_salt: str | None = None
+    """Name of a tenant: prefixes of prompts are remembered for the same one alone."""
 
 
 class CompletionBody(CompletionSettings):

@@ -79,6 +79,7 @@ async def _answer(
         frame=endpoint.frame(exchange.request_id, int(time.time()), body),
         list_name=endpoint.list_name,
         num_prompt_tokens=endpoint.num_prompt_tokens(body, requests),
+        choices_per_prompt=endpoint.choices_per_prompt(body),
         timeout_seconds=service.config.request_timeout_seconds,
         arrived=arrived,
         exchange=exchange,

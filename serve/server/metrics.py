@@ -135,6 +135,14 @@ class _ReplicasCollector(Collector):
             yield self._metric(GaugeMetricFamily, name, text, value)
         counters = {
             f"{self._prefix}:num_preemptions": ("Requests preempted.", totals.preemptions),
+            f"{self._prefix}:prefix_cache_queries": (
+                "Prompt tokens that the prefix cache was asked for.",
+                totals.prefix_tokens_asked,
+            ),
+            f"{self._prefix}:prefix_cache_hits": (
+                "Prompt tokens that the prefix cache had.",
+                totals.prefix_tokens_found,
+            ),
             "stu:replica_restarts": (
                 "Replicas that ended and were replaced.",
                 replicas.num_restarts,

@@ -46,6 +46,7 @@ class Answer:
     """Field of the answer that has the choices."""
     num_prompt_tokens: int
     """Number of prompt tokens; a prompt of several choices counts once."""
+    choices_per_prompt: int
     timeout_seconds: float
     """Limit of the time from the arrival of the body to the end of its answer."""
     arrived: float
@@ -110,7 +111,10 @@ class Answer:
     def usage(self) -> Json:
         """Return OpenAI's numbers of tokens, of all choices so far."""
         num_new_tokens = sum(len(choice.token_ids) for choice in self._builders)
-        return usage(self.num_prompt_tokens, num_new_tokens)
+        first_choices = self._builders[:: self.choices_per_prompt]
+        cached = sum(choice.cached_tokens for choice in first_choices)
+        details = {"prompt_tokens_details": {"cached_tokens": cached}}
+        return {**usage(self.num_prompt_tokens, num_new_tokens), **details}
 
     async def outputs(self, keeps_logprobs: bool = True) -> AsyncIterator[tuple[int, Output]]:
         """Yield the outputs of all streams as they come, each with the index of its choice.

@@ -17,6 +17,7 @@ export class Live {
     write("running", values.get("num_requests_running"));
     write("waiting", values.get("num_requests_waiting"));
     write("rate", this.#rate(values.get("generation_tokens_total")));
+    write("remembered", share(values, "prefix_cache_hits_total", "prefix_cache_queries_total"));
     for (const kind of ["convolution", "attention"]) {
       showPages(kind, values.get(`${kind}_pages_used`), values.get(`${kind}_pages`));
     }
@@ -28,7 +29,7 @@ export class Live {
   /** Show that nothing is known now. The latencies so far remain. */
   blank() {
     this.#before = null;
-    for (const name of ["running", "waiting", "rate"]) write(name);
+    for (const name of ["running", "waiting", "rate", "remembered"]) write(name);
     for (const kind of ["convolution", "attention"]) showPages(kind);
   }
 
@@ -41,6 +42,12 @@ export class Live {
     const perSecond = (1000 * (count < earlier ? count : count - earlier)) / (now - at);
     return perSecond < 10 ? Number(perSecond.toFixed(1)) : Math.round(perSecond);
   }
+}
+
+function share(values, part, whole) {
+  const count = values.get(whole);
+  if (count === undefined) return undefined;
+  return count === 0 ? "none yet" : `${Math.round((100 * values.get(part)) / count)}%`;
 }
 
 function showPages(kind, used, total) {

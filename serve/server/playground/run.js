@@ -84,6 +84,8 @@ export class Run {
 function inWords(usage, milliseconds, finishReason) {
   const count = usage?.completion_tokens ?? 0;
   const tokens = `${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`;
+  const cached = usage?.prompt_tokens_details?.cached_tokens ?? 0;
+  const remembered = cached > 0 ? `, ${cached.toLocaleString("en")} of the prompt remembered` : "";
   const reason = REASONS[finishReason] ?? "ended";
-  return `Done: ${tokens} in ${(milliseconds / 1000).toFixed(1)} s (${reason})`;
+  return `Done: ${tokens} in ${(milliseconds / 1000).toFixed(1)} s (${reason}${remembered})`;
 }

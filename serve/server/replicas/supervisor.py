@@ -5,7 +5,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from serve.config import EngineConfig
@@ -48,12 +48,16 @@ class Totals:
     """Counts of all engines since the server started, which never decrease."""
 
     preemptions: int = 0
+    prefix_tokens_asked: int = 0
+    prefix_tokens_found: int = 0
     flushes: dict[int, tuple[int, float]] = field(default_factory=dict)
     """As in `Stats`."""
 
     def add(self, stats: Stats) -> None:
         """Count another engine."""
         self.preemptions += stats.preemptions
+        self.prefix_tokens_asked += stats.prefix_tokens_asked
+        self.prefix_tokens_found += stats.prefix_tokens_found
         for positions, (count, seconds) in stats.flushes.items():
             before = self.flushes.get(positions, (0, 0.0))
             self.flushes[positions] = before[0] + count, before[1] + seconds
@@ -143,7 +147,7 @@ class Supervisor(ABC):
 
     def totals(self) -> Totals:
         """Return the counts of all replicas, with those that ended."""
-        totals = Totals(self._ended.preemptions, dict(self._ended.flushes))
+        totals = replace(self._ended, flushes=dict(self._ended.flushes))
         for stats in self.stats:
             totals.add(stats)
         return totals

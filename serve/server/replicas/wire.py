@@ -100,6 +100,8 @@ def output_to_wire(output: Output, number: int) -> Message:
             values[name] = msgpack.packb(
                 [[token.token, token.logprob, token.top] for token in logprobs]
             )
+    if output.cached_tokens:
+        values["cached_tokens"] = output.cached_tokens
     if output.finish_reason is not None:
         names = ("finish_reason", "ends_with_stop_token", "error", "is_refused")
         values |= {name: getattr(output, name) for name in names}

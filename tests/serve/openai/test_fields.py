@@ -21,7 +21,7 @@ CHAT = {"messages": [USER], "max_tokens": 4, "temperature": 0.5}
 HARMLESS = {"user": "someone", "safety_identifier": "a", "metadata": {"a": "b"}, "store": True}
 HARMLESS |= {"service_tier": "flex", "parallel_tool_calls": False, "prompt_cache_key": "a"}
 HARMLESS |= {"prediction": {"type": "content", "content": "x"}, "prompt_cache_retention": "24h"}
-HARMLESS |= {"prompt_cache_options": {}, "cache_salt": "a", "session_id": "a"}
+HARMLESS |= {"prompt_cache_options": {}, "session_id": "a"}
 HARMLESS |= {"include_reasoning": False, "spaces_between_special_tokens": False}
 AS_OTHERS = [
     ({"seed": -1}, {}),

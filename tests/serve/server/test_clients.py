@@ -65,6 +65,21 @@ def body(schema, **settings):
     return {"prompt": "x", "max_tokens": 200, "response_format": json_schema(schema), **settings}
 
 
+def test_usage_and_metrics_count_remembered_prompts(server):
+    """Those of the same `cache_salt` alone, and a prompt of several choices once."""
+    names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
+    before = [server.metric(name) for name in names]
+    prompt, cached = list(range(7, 47)), []
+    with server.client() as client:
+        for salt, rest, n in (("a", [], 1), ("a", [5], 1), ("b", [6], 1), ("a", [8, 9], 2)):
+            asked = {"prompt": prompt + rest, "max_tokens": 3, "cache_salt": salt, "n": n}
+            usage = client.post("/v1/completions", json=asked).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached == [0, 40, 0, 40]
+    counts = [server.metric(name) - old for name, old in zip(names, before, strict=True)]
+    assert counts == [40 + 41 + 41 + 2 * 42, 40 + 2 * 40]
+
+
 def test_openai_parses_whole_and_streamed_answers(chat):
     several = chat.parse(**PARSED, n=3, seed=1, logprobs=True, top_logprobs=2, stop=["\x00"])
     for choice in several.choices:

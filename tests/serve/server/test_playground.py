@@ -188,6 +188,7 @@ def test_stopping_frees_pages_and_rows(page, server):
     expect(page.locator("#rate")).to_have_text(re.compile(r"[1-9]\d*"))
     expect(page.locator("#histogram rect").first).to_be_visible()
     expect(page.locator("#latency")).to_have_text(re.compile(r"p50 [\d.]+ ms, p99 [\d.]+ m?s, of "))
+    expect(page.locator("#remembered")).to_have_text(re.compile(r"\d+%"))
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#progress")).to_have_text("Stopped")
     expect(page.locator("#completion")).not_to_be_empty()

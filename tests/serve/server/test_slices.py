@@ -69,9 +69,10 @@ class EndedAnswer(Answer):
 async def test_answer_is_written_in_another_thread():
     writers = [Writer(), Writer()]
     streams = [Stream(number, make_request([1], 4)) for number in range(2)]
-    answer = EndedAnswer(None, None, streams, writers, {"id": "a"}, "choices", 3, 1.0, 0.0, None)
+    answer = EndedAnswer(None, None, streams, writers, {"id": "a"}, "choices", 3, 1, 1.0, 0.0, None)
     body = json.loads(b"".join(await answer.whole()))
     usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0}
     assert body == {"id": "a", "choices": [{"index": 0, "text": ""}] * 2, "usage": usage}
     threads = {thread for writer in writers for thread in writer.threads}
     assert threading.current_thread() not in threads
