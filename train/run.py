@@ -83,6 +83,7 @@ class TrainCLI(LightningCLI):
         """Add none: `add_settings` has the seed, with a hyphen."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        assert isinstance(parser, Parser)
         add_settings(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,26 @@ LEFT_OUT = {
 """Trainer settings that `stu-train` does not offer."""
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run that are of none of its parts."""
+
+    seed_everything: bool | int = 0
+    """Seed of the initial weights; true for a random one"""
+    run_dir: Path = Path("runs/train")
+    """Folder for checkpoints, logs and the record of jobs"""
+    resume: str | None = None
+    """Checkpoint to continue from: a path, `last`, or `auto`, the last one if there is any"""
+    checkpoint_every_steps: int = 1000
+    """Optimizer steps between two checkpoints"""
+    checkpoint_every_minutes: float = 30.0
+    """Longest time between two checkpoints"""
+    keep_checkpoints: int = 3
+    """Number of newest checkpoints to keep"""
+    hang_minutes: float = 30.0
+    """Time without a batch after which a run ends itself"""
+
+
 class Parser(ArgumentParser, LightningArgumentParser):
     """Lightning's parser of settings, whose errors are one line each."""
 
@@ -56,7 +77,7 @@ class Parser(ArgumentParser, LightningArgumentParser):
             raise ParseError(message) from error
 
 
-def add_settings(parser: LightningArgumentParser) -> None:
+def add_settings(parser: Parser) -> None:
     """Add every setting of a run to `parser`."""
     parser.add_class_arguments(
         L.Trainer, "trainer", instantiate=False, sub_configs=True, skip=LEFT_OUT
@@ -67,60 +88,17 @@ def add_settings(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(ParallelConfig, "parallel")
     # Users need not repeat what the token shards say.
     parser.set_defaults({"model.config.vocab_size": 0})
+    parser.add_settings(RunSettings)
     add = parser.add_argument
-    add(
-        "--seed-everything",
-        type=bool | int,
-        default=0,
-        help="Seed of the initial weights; true for a random one",
-    )
-    add(
-        "--run-dir",
-        type=Path,
-        default=Path("runs/train"),
-        help="Folder for checkpoints, logs and the record of jobs",
-    )
-    add(
-        "--resume",
-        type=str | None,
-        help="Checkpoint to continue from: a path, `last`, or `auto`, the last one if there is any",
-    )
     add(
         "--allow-change",
         action="append",
         help="Settings that may differ from those of the checkpoint: NAME[,NAME]",
     )
-    add(
-        "--logger",
-        type=list[str],
-        default=["tensorboard"],
-        help=f"Names of loggers, of {', '.join(LOGGERS)}",
-    )
-    add(
-        "--checkpoint-every-steps",
-        type=int,
-        default=1000,
-        help="Optimizer steps between two checkpoints",
-    )
-    add(
-        "--checkpoint-every-minutes",
-        type=float,
-        default=30.0,
-        help="Longest time between two checkpoints",
-    )
-    add("--keep-checkpoints", type=int, default=3, help="Number of newest checkpoints to keep")
-    add(
-        "--hang-minutes",
-        type=float,
-        default=30.0,
-        help="Time without a batch after which a run ends itself",
-    )
-    add(
-        "--log-samples",
-        type=bool,
-        default=False,
-        help="Write the numbers of the samples of each step into a file per rank",
-    )
+    loggers = f"Names of loggers, of {', '.join(LOGGERS)}"
+    add("--logger", type=list[str], default=["tensorboard"], help=loggers)
+    log_samples = "Write the numbers of the samples of each step into a file per rank"
+    add("--log-samples", type=bool, default=False, help=log_samples)
 
 
 def parse_settings(arguments: Sequence[str]) -> Any:

@@ -58,10 +58,9 @@ class CheckpointFolder:
         version = self.training["stu"].get("format_version", 0)
         self.has_checksums = version == FORMAT_VERSION
         if version not in (WITHOUT_CHECKSUMS, FORMAT_VERSION):
-            raise UserError(
-                message=f"checkpoint {path}: format version {version}, and this stu reads "
-                f"{FORMAT_VERSION}: install {'a newer' if version > FORMAT_VERSION else 'an older'}"
-                " stu"
+            kind = "a newer" if version > FORMAT_VERSION else "an older"
+            raise self._refused(
+                f"format version {version}, and this stu reads {FORMAT_VERSION}: install {kind} stu"
             )
         self._files: dict[str, Any] = {}
         for rank in range(self.training["stu"]["num_files"]):
@@ -69,9 +68,7 @@ class CheckpointFolder:
             try:
                 opened: Any = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(
-                    message=f"checkpoint {path}: {file.name} is damaged ({error})"
-                ) from error
+                raise self._refused(f"{file.name} is damaged ({error})") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
 
     @property
@@ -90,7 +87,7 @@ class CheckpointFolder:
         """Return `weight`, or one of the `state_tensors`, of a parameter."""
         key = f"{kind}/{name}"
         if key not in self._files:
-            raise UserError(message=f"checkpoint {self.path}: {key} is missing")
+            raise self._refused(f"{key} is missing")
         tensor: Tensor = self._files[key].get_tensor(key)
         return tensor
 
@@ -101,7 +98,7 @@ class CheckpointFolder:
         for name in [name for group in groups for name in group["params"]]:
             for kind in kinds:
                 if f"{kind}/{name}" not in self._files:
-                    raise UserError(message=f"checkpoint {self.path}: {kind}/{name} is missing")
+                    raise self._refused(f"{kind}/{name} is missing")
 
     def verify(self) -> None:
         """Read all files and compare their checksums. Raises UserError if one is damaged."""
@@ -113,19 +110,15 @@ class CheckpointFolder:
             found = readers.map(self._checksum, names)
         for name, checksum in zip(names, found, strict=True):
             if checksum != sums.get(name):
-                raise UserError(
-                    message=f"checkpoint {self.path}: {name} is damaged (its sha256 is {checksum}, "
-                    f"and {sums.get(name, 'none')} in {CHECKSUM_FILE})"
-                )
+                stored = f"{sums.get(name, 'none')} in {CHECKSUM_FILE}"
+                raise self._refused(f"{name} is damaged (its sha256 is {checksum}, and {stored})")
 
     def _read_checksums(self) -> dict[str, str]:
         try:
             lines = (self.path / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines()
             return {name: checksum for checksum, name in (line.split() for line in lines)}
         except (OSError, ValueError) as error:
-            raise UserError(
-                message=f"checkpoint {self.path}: {CHECKSUM_FILE} is missing or damaged ({error})"
-            ) from error
+            raise self._refused(f"{CHECKSUM_FILE} is missing or damaged ({error})") from error
 
     def _checksum(self, name: str) -> str:
         digest, buffer = hashlib.sha256(), bytearray(2**22)
@@ -134,9 +127,7 @@ class CheckpointFolder:
                 while count := file.readinto(buffer):
                     digest.update(memoryview(buffer)[:count])
         except OSError as error:
-            raise UserError(
-                message=f"checkpoint {self.path}: {name} cannot be read ({error})"
-            ) from error
+            raise self._refused(f"{name} cannot be read ({error})") from error
         return digest.hexdigest()
 
     def _read_training(self) -> dict[str, Any]:
@@ -145,12 +136,13 @@ class CheckpointFolder:
             contents = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load documents no errors, and raises many kinds
             kind = type(error).__name__
-            raise UserError(
-                message=f"checkpoint {self.path}: cut short, or not written by stu-train ({kind})"
-            ) from error
+            raise self._refused(f"cut short, or not written by stu-train ({kind})") from error
         if not isinstance(contents, dict) or "stu" not in contents:
-            raise UserError(message=f"checkpoint {self.path}: not written by stu-train")
+            raise self._refused("not written by stu-train")
         return contents
+
+    def _refused(self, reason: str) -> UserError:
+        return UserError(message=f"checkpoint {self.path}: {reason}")
 
 
 def write_rank(

@@ -18,24 +18,17 @@ def choose_checkpoint(run_dir: Path, resume: str | None) -> Path | None:
     if resume == "auto":
         resume = "last" if has_checkpoints else None
     elif resume is None and folder.exists():
-        raise UserError(
-            "run_dir",
-            run_dir,
-            message=f"--run-dir {run_dir}: a run is there already; continue it with --resume last, "
-            "choose another folder, or delete it",
-        )
+        message = f"--run-dir {run_dir}: a run is there already; continue it with --resume last, "
+        message += "choose another folder, or delete it"
+        raise UserError("run_dir", run_dir, message=message)
     if resume is None:
         return None
     if resume == "last":
         return last_good_checkpoint(run_dir)
     path = Path(resume)
     if has_checkpoints and path.resolve().parent != folder.resolve():
-        raise UserError(
-            "resume",
-            path,
-            message=f"--resume {path}: --run-dir {run_dir} holds another run; choose "
-            "another folder",
-        )
+        message = f"--resume {path}: --run-dir {run_dir} holds another run; choose another folder"
+        raise UserError("resume", path, message=message)
     verified_checkpoint(path)
     return path
 
@@ -85,11 +78,8 @@ def last_checkpoint(run_dir: Path) -> Path:
     # when it is complete.
     if complete := sorted(folder.glob("step-*.ckpt")):
         return complete[-1]
-    raise UserError(
-        "run_dir",
-        run_dir,
-        message=f"{run_dir}: no {CHECKPOINTS}/{LAST}; is it the folder of a run?",
-    )
+    message = f"{run_dir}: no {CHECKPOINTS}/{LAST}; is it the folder of a run?"
+    raise UserError("run_dir", run_dir, message=message)
 
 
 def say(message: str) -> None:
