@@ -1,12 +1,20 @@
 """Batches decoded by several workers, and by several array tasks."""
 
+import json
 import signal
 import socket
+import subprocess
 import time
 
 import psutil
 import pytest
 
+from serve.batch.config import BatchConfig
+from serve.batch.job import BatchJob
+from serve.batch.source import InputDigest
+from serve.batch.worker import Work
+from serve.config import EngineConfig
+from stu.common.array_task import ArrayTask
 from tests import forked
 from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
 
@@ -87,6 +95,20 @@ def test_no_worker_outlives_its_run(model_directory, source, target, start, numb
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
+
+
+def test_worker_ends_when_its_stdin_does(tmp_path, model_directory, source, target):
+    config = BatchConfig(model_directory, source, target, engine=EngineConfig(cache_gib=0.01))
+    digest = InputDigest.of(source)
+    decisive = BatchJob(config, digest).model_and_settings()
+    work = Work(config, "cpu", ArrayTask(), frozenset(), digest, decisive)
+    result = subprocess.run(
+        [forked.python(), "-m", "serve.batch.worker"],
+        input=json.dumps(work.to_json()) + "\n",
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.returncode == 1
 
 
 def test_parts_together_have_all_rows(model_directory, source, target, expected, monkeypatch):

@@ -535,20 +535,21 @@ def test_preemptions(make_engine, settings, new_tokens, preemptions):
     assert engine.stats().preemptions == preemptions
 
 
-@pytest.mark.parametrize("ending", ["abort", "stop"])
+@pytest.mark.parametrize("ending", ["abort", "stop", "length"])
 def test_text_held_back_for_a_stop_string_comes_at_the_end(
     tokenizer, make_engine, monkeypatch, ending
 ):
     ids = [*tokenizer.encode("a cat sa"), 2]
     left, engine = iter(ids), make_engine()
     monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
-    engine.add(make_request([1], 50, stop=["sat"], stop_token_ids=[2]))
-    text = "".join(output.text for _ in ids[:-1] for output in engine.step())
-    assert text == "a cat "
+    most = len(ids) - 1 if ending == "length" else 50
+    engine.add(make_request([1], most, stop=["sat"], stop_token_ids=[2]))
+    outputs = [output for _ in ids[:-1] for output in engine.step()]
     if ending == "abort":
         engine.abort(0)
-    (output,) = engine.step()
-    assert (output.text, output.finish_reason) == ("sa", ending)
+    *before, last = [*outputs, *engine.step()]
+    assert "".join(output.text for output in before) == "a cat "
+    assert (last.text, last.finish_reason) == ("sa", ending)
 
 
 def test_logits_that_are_not_finite_end_their_request_only(make_engine):

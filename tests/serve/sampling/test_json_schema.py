@@ -65,6 +65,7 @@ SCHEMAS = {
     "bounds that no double holds": {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3},
     "bounds of 64 bits": {"allOf": [{"type": "integer"}, {"minimum": -(2**63), "maximum": 2**63}]},
     "exclusive bounds": {"type": "integer", "exclusiveMinimum": 1.5, "exclusiveMaximum": 4},
+    "nullable integer": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**60},
     "seven hundred optional": optional(700),
     "a thousand optional": optional(1000, BOOL),
     "type at the end": {"properties": {"a": BOOL}, "required": ["a"], "type": "object"},

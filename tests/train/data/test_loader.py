@@ -161,3 +161,9 @@ def test_a_position_of_another_order_is_refused(folder, name, value):
     with pytest.raises(UserError, match=f"data.{name} is {mine!r}, .* made with {value!r}"):
         data.load_state_dict(data.state_dict() | {name: value, "position": 50})
     assert data.position == 0
+
+
+@pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "max_validation_tokens"])
+def test_settings_are_checked(folder, name):
+    with pytest.raises(UserError, match=f"^data.{name}=0 .* must be at least 1"):
+        _data(folder, **{name: 0})
