@@ -1,67 +1,64 @@
 """Realisations: the past of a convolution as a state of constant size.
 
-Spectral filters are sums of decaying exponentials, so the map from all past inputs to all later
-outputs has a small numerical rank `r`, with one basis for all filters. The state after the input
-`u[t]` is `s = sum_i V[i] u[t - i]`, `V [N, r]`. With the next input it becomes
-`A^T s + V[0] u[t + 1]`, and to the output `q + 1` steps later it adds `C_k (A^T)^q s`. So the
-filter's tap at lag `m + 1` is `C_k (A^T)^m V[0]`, and `V[m] = (A^T)^m V[0]`.
+Spectral filters are integrals of decaying exponentials, and a sum of a few dozen comes as close as
+float64 can tell: `filter_k[m + 1] = sum_i C[k, i] exp(-x_i m)`. So a state of `r` coordinates holds
+all that later outputs take from earlier inputs. After the input `u[t]` it is
+`s_i = sum_m exp(-x_i m) u[t - m]`. With the next input it becomes `exp(-x_i) s_i + u[t + 1]`, and
+to the output `q + 1` steps later it adds `sum_i C[k, i] exp(-x_i q) s_i`.
 
-`V` spans the leading singular vectors of the filters' Hankel matrices, whose entries are
-`H_k[q, i] = tap_k[q + i + 1]` (the balanced truncation of Kung, 1978). They are found without
-building a matrix: taps are fitted by exponentials whose rates lie on dyadic panels, a family that
-is closed under shifts. Everything is computed in float64.
+All filters, channels and layers share the rates `x`, which follow from the number of taps and from
+`r` alone; `C` is fitted by least squares. No rate is negative, so states never grow without end.
+Terms cancel: they add up to thousands of times the filter. States and sums over them are therefore
+in float64.
 """
 
-import functools
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stu.common.array_cache import cached_arrays
-
 Array = NDArray[np.float64]
 
-TOLERANCES = {torch.float32: (1e-8, 1e-9, 1e-10, 1e-11), torch.float64: (1e-13,)}
-"""Smallest singular values to keep, relative to the largest, by the dtype of the outputs. They are
-tried one after the other."""
+WANTED_ERRORS = {torch.float32: 1e-7, torch.float64: 1e-13}
+"""Errors of taps that a higher rank need not lower, by the dtype of the outputs. All errors of taps
+are relative to the largest tap of the channel."""
 LARGEST_ERROR = 5e-7
-"""Largest error of a channel's taps that is accepted, relative to the channel's largest tap."""
-NODES_PER_PANEL = 14
-BLOCK_ROWS = 8192
-MOST_INPUT_ROWS = 2**13
-"""Rows of `V` that are kept: inputs that one product takes into a state."""
+"""Largest error of a channel's taps that is accepted."""
+RANKS = range(8, 66, 2)
+FASTEST_RATE = 4.5
+"""Highest rate per lag. What decays faster is gone after one."""
+MOST_DECAYS = 100.0
+"""Decays after which nothing is left. Smaller numbers make no difference, and the smallest ones
+that float64 has are slow."""
+ALL_LAGS, MORE_LAGS = 1024, 2048
+"""Lags to which sums are fitted: the first ones, and later ones at equal ratios."""
+BLOCK_ROWS = 256
+"""Rows of taps that are computed at once; with more they would not fit a processor's cache."""
 
 
 @dataclass(frozen=True)
 class Realisation:
-    """A state-space form of K filters, in float64."""
+    """A sum of exponentials for each of K filters, in float64."""
 
-    transition: Array
-    """`A [r, r]`, not symmetric."""
-    inputs: Array
-    """The first rows of `V`, `[n, r]`."""
+    rates: Array
+    """`x [r]`: what is left of an input after m more is `exp(-x m)`."""
     outputs: Array
     """`C [K, r]`."""
-    hankels: Array
-    """`S_k = V^T H_k V`, `[K, r, r]`: `V[:n] S_k s` is what a state adds to the next n outputs."""
     errors: Array
     """Taps of this form minus those that were asked for, from lag 1 on: `[N - 1, K]`."""
 
     @property
     def rank(self) -> int:
         """Numbers in the state of a channel."""
-        return len(self.transition)
+        return len(self.rates)
 
-    def power(self, count: int) -> Array:
-        """Return `(A^count)^T [r, r]`, which advances a state by `count` inputs of 0."""
-        power: Array = np.linalg.matrix_power(self.transition, count).T
-        return power
+    def decays(self, count: int) -> Array:
+        """Return `exp(-x m)` for `m = 0..count - 1`, `[count, r]`."""
+        return _decays(np.arange(count), self.rates)
 
 
 class NoRealisation(Exception):
@@ -71,7 +68,7 @@ class NoRealisation(Exception):
 def fitting_realisation(
     basis: Tensor, weights: Sequence[Tensor | None], dtype: torch.dtype
 ) -> tuple[Realisation, float]:
-    """Return the realisation of the lowest rank that gives all layers' taps, and its error.
+    """Return a realisation of low rank that gives all layers' taps, and its error.
 
     Args:
         basis: Filters `[N, K]`, tap j at lag j.
@@ -79,104 +76,74 @@ def fitting_realisation(
             themselves.
         dtype: Type of the outputs, float32 or float64.
 
-    The error is the largest of any channel and tap, relative to the channel's largest tap. Raises
-    NoRealisation if it stays above `LARGEST_ERROR`.
+    The rank is raised until the error is as small as outputs of this dtype can tell, or falls no
+    further. Raises NoRealisation if it stays above `LARGEST_ERROR`.
     """
     taps = basis.double().cpu()
     if len(taps) < 2:
         raise NoRealisation("its filters have a single tap")
-    smallest = math.inf
-    for tolerance in TOLERANCES[dtype]:
-        found = cached_realisation(taps.numpy(), tolerance)
-        error = max(_largest_error(taps, found, own) for own in weights)
-        if error <= LARGEST_ERROR:
-            return found, error
-        smallest = min(smallest, error)
-    raise NoRealisation(
-        f"the taps of a channel would differ by {smallest:.1e} of its largest tap, and at most "
-        f"{LARGEST_ERROR:.0e} is accepted"
-    )
+    layers = [torch.eye(taps.shape[1]) if own is None else own.cpu() for own in weights]
+    layers = [own.double() for own in layers]
+    largest = [_largest(taps, own).clamp_min(torch.finfo(torch.float64).tiny) for own in layers]
+    best, smallest = None, math.inf
+    for rank in RANKS:
+        found = realise(taps.numpy(), rank)
+        errors = torch.from_numpy(np.abs(found.errors).max(0))
+        # At most; computed in full only for the rank that is taken.
+        error = _worst([errors @ own.abs() for own in layers], largest)
+        if error < smallest / 2:
+            best, smallest = found, error
+        elif smallest <= LARGEST_ERROR:
+            break  # rounding of the filters is left
+        if smallest <= WANTED_ERRORS[dtype]:
+            break
+    assert best is not None, "taps are finite"
+    made = torch.from_numpy(best.errors)
+    error = _worst([_largest(made, own) for own in layers], largest)
+    if error > LARGEST_ERROR:
+        raise NoRealisation(
+            f"the taps of a channel would differ by {error:.1e} of its largest tap, and at most "
+            f"{LARGEST_ERROR:.0e} is accepted"
+        )
+    return best, error
 
 
-def _largest_error(taps: Tensor, found: Realisation, weights: Tensor | None) -> float:
-    """Return the largest error of a channel, relative to its largest tap."""
-    own = torch.eye(taps.shape[1]) if weights is None else weights.cpu()
-    errors, largest = torch.zeros(own.shape[1]), torch.zeros(own.shape[1])
-    own, errors, largest = own.double(), errors.double(), largest.double()
-    for part in torch.split(torch.from_numpy(found.errors), BLOCK_ROWS):
-        errors = torch.maximum(errors, (part @ own).abs().amax(0))
-    for part in torch.split(taps, BLOCK_ROWS):
-        largest = torch.maximum(largest, (part @ own).abs().amax(0))
-    return float((errors / largest.clamp_min(torch.finfo(torch.float64).tiny)).max())
+def _largest(taps: Tensor, weights: Tensor) -> Tensor:
+    """Return the largest absolute tap of each channel, `[C]`."""
+    parts = torch.split(taps, BLOCK_ROWS)
+    return torch.stack([(part @ weights).abs_().amax(0) for part in parts]).amax(0)
 
 
-def cached_realisation(taps: Array, tolerance: float) -> Realisation:
-    """Return `realise(taps, tolerance)`, from disk if it is there."""
-    digest = hashlib.sha256(taps.tobytes()).hexdigest()[:32]
-    key = f"realisation-v1-{len(taps)}x{taps.shape[1]}-{tolerance:.0e}-{digest}"
-    return Realisation(**cached_arrays(key, lambda: asdict(realise(taps, tolerance))))
+def _worst(errors: Sequence[Tensor], largest: Sequence[Tensor]) -> float:
+    """Return the largest error of any channel, relative to its largest tap."""
+    return max(float((own / size).max()) for own, size in zip(errors, largest, strict=True))
 
 
-def realise(taps: Array, tolerance: float) -> Realisation:
-    """Return the realisation of filters `taps [N, K]`, N >= 2.
-
-    tolerance: Smallest singular value to keep, relative to the largest of each filter.
-    """
-    length = len(taps)
-    rates, left, small, coordinates = _exponentials(length)
-    decay = np.exp(-rates)
-    weights = decay[:, None] * (coordinates @ (left.T @ taps))  # of the taps from lag 1 on: [n, K]
-    hankels = np.einsum("in,nk,jn->kij", small, weights, small, optimize=True)
-    norms = np.linalg.norm(hankels, 2, axis=(1, 2), keepdims=True)
-    scaled = hankels / np.maximum(norms, np.finfo(np.float64).tiny)
-    _, sizes, rows = np.linalg.svd(scaled.reshape(-1, len(small)), full_matrices=False)
-    basis = rows[sizes > tolerance * sizes[0]].T  # of V in terms of `left`: [kept, r]
-    transition = basis.T @ (small @ (decay[:, None] * (coordinates @ basis)))
-    outputs = (weights.T @ small.T) @ basis
-    # Rows of V as the transition makes them, not as the basis has them: states advanced by one
-    # input and by many then agree.
-    inputs = np.empty((length, len(transition)))
-    inputs[0] = left[0] @ basis
-    done, power = 1, transition
-    while done < length:
-        count = min(done, length - done)
-        inputs[done : done + count] = inputs[:count] @ power
-        done, power = done + count, power @ power
-    return Realisation(
-        transition,
-        inputs[:MOST_INPUT_ROWS].copy(),
-        outputs,
-        basis.T @ hankels @ basis,
-        inputs[:-1] @ outputs.T - taps[1:],
-    )
+def realise(taps: Array, rank: int) -> Realisation:
+    """Return the realisation of filters `taps [N, K]`, N >= 2, by `rank` exponentials."""
+    length = len(taps) - 1
+    # From one decay over all taps to a few a lag: the slow ones need to lie less densely. With this
+    # spacing errors are within a few times those of rates that are optimised one by one.
+    spacing = np.log2(1 + np.linspace(0, 1, rank))
+    rates = (FASTEST_RATE * length) ** spacing / length
+    lags = np.arange(min(length, ALL_LAGS))
+    if length > ALL_LAGS:
+        later = np.geomspace(ALL_LAGS, length - 1, MORE_LAGS).astype(np.int64)
+        lags = np.union1d(lags, later)
+    weights = np.sqrt(np.diff(lags, append=length))[:, None]  # of a lag and those after it
+    terms = weights * _decays(lags, rates)
+    sizes = np.linalg.norm(terms, axis=0)
+    solution, *_ = np.linalg.lstsq(terms / sizes, weights * taps[lags + 1], rcond=1e-14)
+    outputs = solution / sizes[:, None]  # [r, K]
+    errors = -taps[1:]
+    for start in range(0, length, BLOCK_ROWS):
+        rows = np.arange(start, min(start + BLOCK_ROWS, length))
+        errors[rows] += _decays(rows, rates) @ outputs
+    return Realisation(rates, outputs.T.copy(), errors)
 
 
-@functools.lru_cache(maxsize=4)
-def _exponentials(length: int) -> tuple[Array, Array, Array, Array]:
-    """Return a family of exponentials `P [length, n]` and its factors.
-
-    Their rates `[n]`; the left singular vectors `U [length, kept]`; `small [kept, n]` with
-    `P = U small`; and `coordinates [n, kept]` with `U = P coordinates`.
-    """
-    unit, _ = np.polynomial.legendre.leggauss(NODES_PER_PANEL)
-    edges = [0.0, 1e-2 / length]
-    while edges[-1] < 40:
-        edges.append(2 * edges[-1])
-    low, high = np.array(edges[:-1]), np.array(edges[1:])
-    rates = ((high - low)[:, None] / 2 * unit + ((high + low) / 2)[:, None]).ravel()
-    blocks = [np.arange(i, min(i + BLOCK_ROWS, length)) for i in range(0, length, BLOCK_ROWS)]
-
-    def powers(rows: NDArray[np.int64]) -> Array:
-        values: Array = np.exp(np.multiply.outer(rows, -rates))
-        return values
-
-    triangles = [np.linalg.qr(powers(rows), mode="r") for rows in blocks]
-    splits = np.cumsum([len(triangle) for triangle in triangles])[:-1]
-    stacked, triangle = np.linalg.qr(np.concatenate(triangles))
-    vectors, sizes, right = np.linalg.svd(triangle)
-    kept = int((sizes > 1e-14 * sizes[0]).sum())
-    parts = np.split(stacked @ vectors[:, :kept], splits)
-    left = np.concatenate(
-        [np.linalg.qr(powers(rows)).Q @ part for rows, part in zip(blocks, parts, strict=True)]
-    )
-    return rates, left, sizes[:kept, None] * right[:kept], right[:kept].T / sizes[:kept]
+def _decays(counts: NDArray[np.int64], rates: Array) -> Array:
+    exponents = np.multiply.outer(counts, rates)
+    decays: Array = np.exp(-exponents)
+    decays[exponents > MOST_DECAYS] = 0
+    return decays

@@ -3,19 +3,13 @@
 import torch
 from torch import Tensor
 
-from serve.cache.base import (
-    CachePlan,
-    CacheSize,
-    CannotHold,
-    ConvolutionCacheInfo,
-    require_finite,
-)
-from serve.cache.spectral_state import SpectralStates
+from serve.cache.base import CachePlan
+from serve.cache.realised_layers import realised_layers
+from serve.cache.spectral_state import MOST_INPUTS, SpectralStates
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
-from stu.mixers import LongConvolution
 from stu.model import FlashSTU
-from stu.realisation import MOST_INPUT_ROWS, NoRealisation, Realisation, fitting_realisation
+from stu.realisation import Realisation
 
 
 class AlternatingStates(SpectralStates):
@@ -42,49 +36,42 @@ class AlternatingStates(SpectralStates):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(realisation, layers, streams, max_rows, page_len, 1, dtype, basis.device)
-        self._narrow = self._states.to(dtype)
-        """The states in the dtype of the outputs."""
-        self._filters = basis[:MOST_INPUT_ROWS].to(dtype)
+        self._filters = basis[:MOST_INPUTS].to(dtype)
         num_filters = basis.shape[1]
-        outputs = torch.from_numpy(realisation.outputs).to(basis.device)
-        transition = torch.from_numpy(realisation.transition).to(basis.device)
-        reach, near = [], torch.zeros(page_len, num_filters, page_len, dtype=dtype)
+        self._outputs = torch.from_numpy(realisation.outputs).to(basis.device)
+        near = torch.zeros(page_len, num_filters, page_len, dtype=dtype)
         for place in range(page_len):
-            reach.append(outputs.to(dtype))
-            outputs = outputs @ transition.T
             reached = self._filters[: place + 1].flip(0).T  # [K, <= place + 1]
             near[place, :, place + 1 - reached.shape[1] : place + 1] = reached
-        self._reach = torch.stack(reach)
-        """Contribution of a state to each place of a page, `[page_len, K, r]`."""
         self._near = near.to(basis.device)
         """Contribution of the inputs of a page to each of its places, `[page_len, K, page_len]`."""
+        # Coordinates cancel, which outputs in float32 do not allow: orthonormal ones do not.
+        sizes = basis.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        reach = self._outputs / sizes * self._decays[:page_len, None]  # [page_len, K, r]
+        reach, self._into_narrow = torch.linalg.qr(reach.flatten(0, 1))
+        self._reach = (sizes * reach.unflatten(0, (page_len, -1))).to(dtype)
+        """Contribution of narrow states to each place of a page, `[page_len, K, m]`."""
+        self._narrow = (self._into_narrow @ self._states).to(dtype)
+        """States in m <= r coordinates for the outputs of a page, in their dtype."""
+        basis, self._into_basis = torch.linalg.qr(self._decays)
+        self._basis = basis.to(dtype)
+        """The same for the outputs of a prompt, `[n, r]`."""
         self._signs = torch.tensor([1.0, -1.0], dtype=dtype, device=basis.device)
 
     @classmethod
     def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
-        layers = [mixer for mixer in model.mixers if isinstance(mixer, LongConvolution)]
-        if not layers:
+        found = realised_layers(model, "alternating")
+        if found is None:
             return None
-        past, dtype, page_len = layers[0].past, model.filters.dtype, config.page_len
-        if past.basis != "alternating" or any(layer.past != past for layer in layers):
-            raise CannotHold("their filters do not alternate")
-        basis, _ = layers[0].basis(model.filters.double())
-        require_finite(basis)
-        try:
-            realisation, error = fitting_realisation(basis, [None], dtype)
-        except NoRealisation as reason:
-            raise CannotHold(str(reason)) from reason
-        rank = realisation.rank
-        numbers = rank * 8 + (rank + page_len) * dtype.itemsize
-        row_bytes = len(layers) * past.streams * 2 * numbers
+        past, dtype, page_len = found.past, model.filters.dtype, config.page_len
+        layers, rank = len(found.weights), found.realisation.rank
 
         def make(num_rows: int) -> AlternatingStates:
-            return cls(realisation, basis, len(layers), past.streams, num_rows, page_len, dtype)
+            basis, streams = found.basis, past.streams
+            return cls(found.realisation, basis, layers, streams, num_rows, page_len, dtype)
 
-        info = ConvolutionCacheInfo("state", row_bytes, rank, error)
-        return CachePlan(
-            CacheSize(0, row_bytes, 1, 1, 1, len(layers) * past.streams * 2 * rank * 8), make, info
-        )
+        narrow = min(rank, page_len * found.basis.shape[1])
+        return found.plan(2 * past.streams, (narrow + page_len) * dtype.itemsize, make)
 
     @property
     def num_bytes(self) -> int:
@@ -101,11 +88,11 @@ class AlternatingStates(SpectralStates):
         for alternates, own in enumerate((signal, signs * signal)):
             state = states[alternates]
             if continues:
-                basis = self._basis[:length].to(wide.dtype)
+                basis = self._basis[:length]
                 basis = signs * basis if alternates else basis
-                for number, hankel in enumerate(self._hankels, alternates * num_filters):
-                    added = basis @ (hankel @ state).to(wide.dtype)  # [T, S]
-                    outputs[:, :, number] += added.T
+                for number, weights in enumerate(self._outputs, alternates * num_filters):
+                    narrow = self._into_basis @ (weights[:, None] * state)
+                    outputs[:, :, number] += (basis @ narrow.to(wide.dtype)).T  # [T, S]^T
             after = self._taken_in(state, own)
             states[alternates] = -after if alternates and length % 2 else after
         return outputs.to(inputs.dtype)
@@ -134,8 +121,6 @@ class AlternatingStates(SpectralStates):
         if place % 2:
             states[1] *= -1
 
-    def _enter(self, row: int, layer: int, place: int) -> None:
-        self._narrow[row, layer] = self._states[row, layer]
-
-    def _begin_page(self, layer: int, rows: slice) -> None:
-        self._narrow[rows, layer] = self._states[rows, layer]
+    def _begin_page(self, row: int, layer: int, place: int) -> None:
+        into_narrow = self._into_narrow.expand(self.signals, -1, -1)
+        self._narrow[row, layer] = torch.bmm(into_narrow, self._states[row, layer])

@@ -5,19 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve.cache.base import (
-    CachePlan,
-    CacheSize,
-    CannotHold,
-    ConvolutionCacheInfo,
-    require_finite,
-)
-from serve.cache.spectral_state import SpectralStates
+from serve.cache.base import CachePlan
+from serve.cache.realised_layers import realised_layers
+from serve.cache.spectral_state import MOST_INPUTS, SpectralStates
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
-from stu.mixers import LongConvolution
 from stu.model import FlashSTU
-from stu.realisation import MOST_INPUT_ROWS, NoRealisation, Realisation, fitting_realisation
+from stu.realisation import Realisation
 
 
 class _StepViews(NamedTuple):
@@ -65,7 +59,10 @@ class MixedStates(SpectralStates):
             realisation, layers, channels, max_rows, page_len, lag_step, dtype, weights.device
         )
         self._weights = weights.double()
-        self._filters = basis[:MOST_INPUT_ROWS].double()
+        self._filters = basis[:MOST_INPUTS].double()
+        outputs = torch.from_numpy(realisation.outputs).to(weights.device)
+        self._coefficients = outputs.T @ self._weights
+        """Weights of a state's coordinates in the next output, `[layers, r, C]`."""
         self._pending = torch.zeros_like(self._inputs)
         """Outputs of the page, as far as they are known, in the shape of `_inputs`."""
         near = torch.zeros(layers, self._slots, channels, dtype=dtype, device=weights.device)
@@ -76,40 +73,21 @@ class MixedStates(SpectralStates):
         """Taps within a page, `[layers, slots, C]`."""
         self._views: dict[tuple[int, int, int, int], list[_StepViews]] = {}
         """Views by layer, place, first row and number of rows, until rows change."""
-        self._reach = self._reaches(dtype)
-        """Contribution of a state's coordinates to each slot of a page, `[layers, r, slots, C]`."""
 
     @classmethod
     def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
-        layers = [mixer for mixer in model.mixers if isinstance(mixer, LongConvolution)]
-        if not layers:
+        found = realised_layers(model, "mixed")
+        if found is None:
             return None
-        past, dtype, page_len = layers[0].past, model.filters.dtype, config.page_len
-        if past.basis != "mixed" or any(layer.past != past for layer in layers):
-            raise CannotHold("their filters are not weighted sums of a few")
-        made = [layer.basis(model.filters.double()) for layer in layers]
-        basis = made[0][0]
-        weights = torch.stack([own for _, own in made if own is not None]).detach()
-        require_finite(basis, weights)
-        try:
-            realisation, error = fitting_realisation(basis, list(weights), dtype)
-        except NoRealisation as reason:
-            raise CannotHold(str(reason)) from reason
-        rank = realisation.rank
-        numbers = past.lag_step * rank * 8 + 2 * page_len * dtype.itemsize
-        row_bytes = len(layers) * past.channels * numbers
+        past, dtype, page_len = found.past, model.filters.dtype, config.page_len
+        weights = torch.stack([own for own in found.weights if own is not None])
 
         def make(num_rows: int) -> MixedStates:
-            return cls(realisation, basis, weights, past.lag_step, num_rows, page_len, dtype)
+            basis, lag_step = found.basis, past.lag_step
+            return cls(found.realisation, basis, weights, lag_step, num_rows, page_len, dtype)
 
-        info = ConvolutionCacheInfo("state", row_bytes, rank, error)
-        return CachePlan(
-            CacheSize(
-                0, row_bytes, 1, 1, 1, len(layers) * past.lag_step * past.channels * rank * 8
-            ),
-            make,
-            info,
-        )
+        page_bytes = 2 * page_len // past.lag_step * dtype.itemsize
+        return found.plan(past.lag_step * past.channels, page_bytes, make)
 
     @property
     def num_bytes(self) -> int:
@@ -120,12 +98,14 @@ class MixedStates(SpectralStates):
         wide = inputs.to(self._near.dtype)
         taps = self._taps(layer, -(-length // step)).to(wide.dtype)
         outputs = causal_convolution(wide, taps, step)
+        if continues:
+            added = self._added(layer, states, -(-length // step)).to(wide.dtype)
         after = torch.empty_like(states)
         for phase in range(step):  # 0 is that of the next token
-            part, state = wide[0, phase::step], states[phase]
+            part = wide[0, phase::step]
             if continues:
-                outputs[0, phase::step] += self._added(layer, state, len(part)).to(wide.dtype)
-            after[(phase - length) % step] = self._taken_in(state, part)
+                outputs[0, phase::step] += added[phase, : len(part)]
+            after[(phase - length) % step] = self._taken_in(states[phase], part)
         states.copy_(after)
         return outputs.to(inputs.dtype)
 
@@ -164,45 +144,17 @@ class MixedStates(SpectralStates):
         if place % self._lag_step:
             states.copy_(states.roll(place % self._lag_step, 0))
 
-    def _enter(self, row: int, layer: int, place: int) -> None:
-        states, step = self._states[row, layer], self._lag_step
-        self._pending[row, layer] = 0
-        narrow, reach = states.to(self._near.dtype), self._reach[layer]
-        for phase in range(step):
+    def _begin_page(self, row: int, layer: int, place: int) -> None:
+        added = self._added(layer, self._states[row, layer], self._slots)
+        for phase, pending in enumerate(self._pending[row, layer]):
             before = self._slots_before(place, phase)
-            pending = self._pending[row, layer, phase, before:]
-            for coordinate in reversed(range(len(reach))):
-                pending.addcmul_(reach[coordinate, : len(pending)], narrow[phase, coordinate])
-
-    def _begin_page(self, layer: int, rows: slice) -> None:
-        pending, reach = self._pending[rows, layer], self._reach[layer]
-        narrow = self._states[rows, layer].to(pending.dtype)  # [B, signals, r, C]
-        pending.zero_()
-        # One coordinate of all channels at once: small products of matrices take longer. The last
-        # ones are the smallest, and come first.
-        for coordinate in reversed(range(len(reach))):
-            pending.addcmul_(reach[coordinate], narrow[:, :, coordinate, None])
+            pending[before:] = added[phase, : self._slots - before]
 
     def _taps(self, layer: int, count: int) -> Tensor:
         """Return the first taps of a layer, `[<= count, C]`."""
         return self._filters[:count] @ self._weights[layer]
 
-    def _added(self, layer: int, state: Tensor, num_outputs: int) -> Tensor:
-        """Return what a state `[r, C]` adds to the next outputs of its signal, `[n, C]`."""
-        coordinates = torch.zeros_like(state)
-        for hankel, weights in zip(self._hankels, self._weights[layer], strict=True):
-            coordinates.addcmul_(hankel @ state, weights)
-        return self._basis[:num_outputs] @ coordinates
-
-    def _reaches(self, dtype: torch.dtype) -> Tensor:
-        outputs = torch.from_numpy(self._realisation.outputs).to(self._weights.device)
-        transition = torch.from_numpy(self._realisation.transition).to(self._weights.device)
-        reaches = []
-        for weights in self._weights:
-            reach = outputs.T @ weights  # [K, r]^T @ [K, C]
-            slots = []
-            for _ in range(self._slots):
-                slots.append(reach.to(dtype))
-                reach = transition @ reach
-            reaches.append(torch.stack(slots, 1))
-        return torch.stack(reaches)
+    def _added(self, layer: int, states: Tensor, num_outputs: int) -> Tensor:
+        """Return what states `[B, r, C]` add to the next outputs of their signals, `[B, n, C]`."""
+        decays = self._decays[:num_outputs].expand(len(states), -1, -1)
+        return torch.bmm(decays, self._coefficients[layer] * states)

@@ -25,10 +25,10 @@ from torch import Tensor
 from serve.cache.base import Cache, Runs, Snapshot, runs_of
 from serve.cache.page_pool import OutOfPages
 from stu.common.errors import UserError
-from stu.realisation import MOST_INPUT_ROWS, Realisation
+from stu.realisation import Realisation
 
-ROWS_AT_ONCE = 8
-"""Rows that begin a page together; what is written for more would not fit a processor's cache."""
+MOST_INPUTS = 8192
+"""Inputs of a signal that one product takes into a state."""
 
 
 class SpectralStates(Cache):
@@ -63,7 +63,7 @@ class SpectralStates(Cache):
     ) -> None:
         if page_len % lag_step:
             raise UserError("page_len", page_len, f"a multiple of {lag_step}")
-        self._realisation, self._page_len, self._lag_step = realisation, page_len, lag_step
+        self._page_len, self._lag_step = page_len, lag_step
         self._slots = page_len // lag_step
         shape = max_rows, layers, self.signals
         self._states = torch.zeros(
@@ -73,13 +73,16 @@ class SpectralStates(Cache):
         row that is not in the batch are of the signals as its next token sees them."""
         self._inputs = torch.zeros(*shape, self._slots, channels, dtype=dtype, device=device)
         """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`."""
-        self._basis = torch.from_numpy(realisation.inputs).to(device)  # V[:n]
-        self._into = self._basis.flip(0)
-        """Rows of V for inputs in the order of time: the last ones are those of the newest."""
-        self._hankels = torch.from_numpy(realisation.hankels).to(device)
-        self._powers: dict[int, Tensor] = {}
-        """Results of `_power` for the slots of a page."""
-        self._advanced = torch.empty_like(self._states[0, 0, 0])
+        self._decays = torch.from_numpy(realisation.decays(MOST_INPUTS + 1)).to(device)
+        """What is left of a state's coordinates after 0, 1, .. more inputs, `[n, r]`."""
+        self._into = self._decays[:-1].flip(0).T.contiguous()
+        """Shares of inputs in a state, `[r, n]`: the last columns are of the newest inputs."""
+        left = [
+            [self._slots - self._slots_before(place, signal) for signal in range(self.signals)]
+            for place in range(page_len)
+        ]
+        self._rest = self._decays[torch.tensor(left, device=device)].unsqueeze(-1)
+        """Decays from each place of a page to its end, `[page_len, signals, r, 1]`."""
         self._offsets = [
             layer * page_len // layers if layers <= page_len else layer % page_len
             for layer in range(layers)
@@ -144,12 +147,12 @@ class SpectralStates(Cache):
             place = (self._time + offset) % self._page_len
             self._joined_at[row, layer] = place
             self._turn(self._states[row, layer], place)
-            self._enter(row, layer, place)
+            self._begin_page(row, layer, place)
         self._change_rows(sorted([*self._rows, row]))
 
     def leave(self, row: int) -> None:
         self._change_rows([other for other in self._rows if other != row])
-        # A realisation need not be stable beyond the model's context: what is idle stays 0.
+        # Nothing is left behind, not even NaN.
         self._states[row], self._inputs[row] = 0, 0
 
     def snapshot(self, row: int, num_tokens: int) -> Snapshot:
@@ -159,9 +162,8 @@ class SpectralStates(Cache):
         for layer, offset in enumerate(self._offsets):
             place, joined_at = (self._time + offset) % self._page_len, self._joined_at[row, layer]
             for signal, state in enumerate(states[layer]):
-                slots = slice(
-                    self._slots_before(joined_at, signal), self._slots_before(place, signal)
-                )
+                ends = self._slots_before(joined_at, signal), self._slots_before(place, signal)
+                slots = slice(*ends)
                 state.copy_(self._taken_in(state, self._inputs[row, layer, signal, slots]))
             self._turn(states[layer], -place)
         return Snapshot(num_tokens, (states,))
@@ -181,39 +183,26 @@ class SpectralStates(Cache):
         self._time += 1
         for layer, offset in enumerate(self._offsets):
             if (self._time + offset) % self._page_len == 0:
-                for _, rows in runs_of(self._rows):
-                    for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
-                        self._end_page(layer, slice(start, min(start + ROWS_AT_ONCE, rows.stop)))
+                for row in self._rows:
+                    self._end_page(row, layer)
 
-    def _end_page(self, layer: int, rows: slice) -> None:
-        """Advance the states of a layer to the end of its page, and begin the next one."""
-        for row in range(rows.start, rows.stop):
-            place, inputs = int(self._joined_at[row, layer]), self._inputs[row, layer].double()
-            for signal, state in enumerate(self._states[row, layer]):
-                power = self._power(self._slots - self._slots_before(place, signal))
-                torch.mm(power, state, out=self._advanced)
-                state.copy_(
-                    self._advanced.addmm_(
-                        self._into[len(self._into) - self._slots :].T, inputs[signal]
-                    )
-                )
-            self._joined_at[row, layer] = 0
-        self._begin_page(layer, rows)
+    def _end_page(self, row: int, layer: int) -> None:
+        """Advance the states of a row to the end of a layer's page, and begin the next one.
 
-    def _power(self, count: int) -> Tensor:
-        """Return the matrix `[r, r]` that advances a state by `count` inputs of 0."""
-        power = self._powers.get(count)
-        if power is None:
-            power = torch.from_numpy(self._realisation.power(count)).to(self._states.device)
-            if count <= self._slots:  # those of prompts may have any number of inputs
-                self._powers[count] = power
-        return power
+        Row by row, a state is in the processor's cache until all is done, and nothing depends on
+        the other rows.
+        """
+        states, inputs = self._states[row, layer], self._inputs[row, layer].double()
+        into = self._into[:, -self._slots :].expand(self.signals, -1, -1)
+        states.mul_(self._rest[self._joined_at[row, layer]]).baddbmm_(into, inputs)
+        self._joined_at[row, layer] = 0
+        self._begin_page(row, layer, 0)
 
     def _taken_in(self, state: Tensor, inputs: Tensor) -> Tensor:
-        """Return a state `[r, C]` after more inputs `[n, C]`."""
+        """Return a state `[r, C]` after at most `MOST_INPUTS` more inputs `[n, C]`."""
         count = len(inputs)
-        into = self._into[len(self._into) - count :].T
-        return torch.addmm(self._power(count) @ state, into, inputs.double())
+        into = self._into[:, self._into.shape[1] - count :]
+        return torch.addmm(self._decays[count, :, None] * state, into, inputs.double())
 
     def _slots_before(self, place: int, signal: int) -> int:
         """Return the number of a signal's slots in a page that are before a place."""
@@ -237,7 +226,7 @@ class SpectralStates(Cache):
         if not continues:
             self._states[row, layer] = 0
         parts = []
-        for part in torch.split(inputs, MOST_INPUT_ROWS, dim=1):
+        for part in torch.split(inputs, MOST_INPUTS, dim=1):
             parts.append(self._prefill(self._states[row, layer], layer, part, continues))
             continues = True
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -262,9 +251,5 @@ class SpectralStates(Cache):
         them to those of the clock, where the next token is at `place`; or back, for `-place`."""
 
     @abstractmethod
-    def _enter(self, row: int, layer: int, place: int) -> None:
-        """Make a row, which joins, ready for the rest of the page."""
-
-    @abstractmethod
-    def _begin_page(self, layer: int, rows: slice) -> None:
-        """Make rows ready for the page that begins."""
+    def _begin_page(self, row: int, layer: int, place: int) -> None:
+        """Make a row ready for the page that begins, or for what is left of it from a place."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
-import platformdirs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,15 +23,6 @@ from stu.realisation import fitting_realisation
 from tests.reference import convolution as reference
 
 LAYERS, WIDTH, ROWS, NUM_TAPS = 3, 3, 4, 300
-
-
-@pytest.fixture(autouse=True, scope="module")
-def disk_cache(tmp_path_factory):
-    """Realisations are kept for the tests of this file alone."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platformdirs, "user_cache_path", lambda name: folder / name)
-        yield
 
 
 @dataclass

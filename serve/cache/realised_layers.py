@@ -1,0 +1,69 @@
+"""Long convolutions of a model in state-space form: what a plan of a cache of states needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from serve.cache.base import (
+    Cache,
+    CachePlan,
+    CacheSize,
+    CannotHold,
+    ConvolutionCacheInfo,
+    require_finite,
+)
+from stu.mixers import LongConvolution, PastInputs
+from stu.model import FlashSTU
+from stu.realisation import NoRealisation, Realisation, fitting_realisation
+
+BASES = {"mixed": "are not weighted sums of a few", "alternating": "do not alternate"}
+"""What filters do that have no such basis, as `stu.mixers.PastInputs` defines them."""
+
+
+@dataclass(frozen=True)
+class RealisedLayers:
+    """The long convolutions of a model and one realisation for all of them."""
+
+    past: PastInputs
+    basis: Tensor
+    """Filters `[N, K]`."""
+    weights: list[Tensor | None]
+    """Weights `[K, C]` of the basis in the filters of each layer."""
+    realisation: Realisation
+    error: float
+
+    def plan(self, channels: int, page_bytes: int, make: Callable[[int], Cache]) -> CachePlan:
+        """Return the plan of a cache.
+
+        channels: States of a layer. page_bytes: Bytes of a state's page. make: As in the plan.
+        """
+        states, rank = len(self.weights) * channels, self.realisation.rank
+        row_bytes = states * (8 * rank + page_bytes)
+        info = ConvolutionCacheInfo("state", row_bytes, rank, self.error)
+        size = CacheSize(0, row_bytes, 1, 1, 1, snapshot_bytes=states * 8 * rank)
+        return CachePlan(size, make, info)
+
+
+def realised_layers(
+    model: FlashSTU, basis_kind: Literal["mixed", "alternating"]
+) -> RealisedLayers | None:
+    """Return the long convolutions of a model, or None if it has none.
+
+    Raises CannotHold if their filters have another kind of basis, or no realisation.
+    """
+    layers = [mixer for mixer in model.mixers if isinstance(mixer, LongConvolution)]
+    if not layers:
+        return None
+    past = layers[0].past
+    if past.basis != basis_kind or any(layer.past != past for layer in layers):
+        raise CannotHold(f"their filters {BASES[basis_kind]}")
+    made = [layer.basis(model.filters.double()) for layer in layers]
+    basis, weights = made[0][0], [None if own is None else own.detach() for _, own in made]
+    require_finite(basis, *[own for own in weights if own is not None])
+    try:
+        found, error = fitting_realisation(basis, weights, model.filters.dtype)
+    except NoRealisation as reason:
+        raise CannotHold(str(reason)) from reason
+    return RealisedLayers(past, basis, weights, found, error)
