@@ -19,7 +19,7 @@ from stu.model import FlashSTU
 from stu.realisation import NoRealisation, Realisation, fitting_realisation
 
 BASES = {"mixed": "are not weighted sums of a few", "alternating": "do not alternate"}
-"""What filters do that have no such basis, as `stu.mixers.PastInputs` defines them."""
+"""Reasons why filters have no basis of a kind; `stu.mixers.PastInputs` defines them."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class SpectralStates(Cache):
         self._inputs = torch.zeros(*shape, self._slots, channels, dtype=dtype, device=device)
         """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`."""
         self._decays = torch.from_numpy(realisation.decays(MOST_INPUTS + 1)).to(device)
-        """What is left of a state's coordinates after 0, 1, .. more inputs, `[n, r]`."""
+        """Factors of a state's coordinates after 0, 1, .. more inputs, `[n, r]`."""
         self._into = self._decays[:-1].flip(0).T.contiguous()
         """Shares of inputs in a state, `[r, n]`: the last columns are of the newest inputs."""
         left = [
