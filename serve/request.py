@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from serve.config import is_whole
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
@@ -29,6 +30,9 @@ class Request:
     """Requests find remembered prefixes of those with the same salt alone."""
     new_token_ids: Sequence[int] = ()
     """New tokens that another engine generated before it ended; this one continues after them."""
+    prompt_logprobs_from: int = 1
+    """Position of the first token of the prompt whose log probabilities are reported, if
+    `prompt_logprobs` asks for any."""
     pooling: Pooling | None = None
     """Way to make an embedding of the prompt's hidden states after the final norm: mean, the mean
     over all positions, or last, that of the last token. It needs `max_new_tokens=0`."""
@@ -47,6 +51,9 @@ class Request:
             raise UserError("cache_salt", self.cache_salt, "a text")
         if not isinstance(self.priority, int):
             raise UserError("priority", self.priority, "a whole number")
+        first, length = self.prompt_logprobs_from, len(self.prompt_token_ids)
+        if not is_whole(first) or not 1 <= first <= length:
+            raise UserError("prompt_logprobs_from", first, f"a whole number from 1 to {length}")
         if self.pooling not in (None, "mean", "last"):
             raise UserError("pooling", self.pooling, "mean or last")
         if self.pooling is not None and self.sampling.max_new_tokens:
@@ -54,11 +61,6 @@ class Request:
             raise UserError("max_new_tokens", self.sampling.max_new_tokens, allowed)
         if self.new_token_ids and len(self.new_token_ids) >= self.sampling.max_new_tokens:
             raise ValueError("new_token_ids: nothing is left to generate for this request")
-
-    @property
-    def reads_whole_prompt(self) -> bool:
-        """Whether the results need every token of the prompt, and not only what follows it."""
-        return self.sampling.prompt_logprobs is not None or self.pooling == "mean"
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Output:
     logprobs: Sequence[TokenLogprobs] = ()
     """Log probabilities of `new_token_ids`, if the request asks for them."""
     prompt_logprobs: Sequence[TokenLogprobs] = ()
-    """Log probabilities of the prompt's tokens but the first, if the request asks for them, in the
-    first output that holds anything."""
+    """Log probabilities of the prompt's tokens from `prompt_logprobs_from`, if the request asks for
+    them, in the first output that holds anything."""
     embedding: Sequence[float] = ()
     """Embedding of the prompt, if the request has a `pooling`, in its last output."""
     cached_tokens: int = 0

@@ -51,15 +51,19 @@ class Scoring:
         self._tokenizer = tokenizer
         self._text = prompt if completion is None else completion
         tokens = encode_prompt(tokenizer, prompt)
-        self._num_given = 1 if completion is None else len(tokens)
+        num_given = len(tokens)
         if completion is not None:
             tokens += _encode_completion(tokenizer, completion)
-        self.request = Request(tokens, SamplingParams(max_new_tokens=0, prompt_logprobs=0))
+        self.request = Request(
+            tokens,
+            SamplingParams(max_new_tokens=0, prompt_logprobs=0),
+            prompt_logprobs_from=1 if completion is None else num_given,
+        )
         """Request for the log probabilities."""
 
     def score(self, answer: Completion) -> Score:
         """Return the score, given what an engine returned for the request."""
-        logprobs = answer.prompt_logprobs[self._num_given - 1 :]
+        logprobs = answer.prompt_logprobs
         if isinstance(self._text, str):
             num_bytes = len(self._text.encode())
         else:

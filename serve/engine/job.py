@@ -55,6 +55,20 @@ class Job:
         return self.request.priority, self.request_id
 
     @property
+    def logprobs_from(self) -> int | None:
+        """Position of the first token of the prompt whose log probability is asked for, or None."""
+        asks = self.request.sampling.prompt_logprobs is not None
+        return self.request.prompt_logprobs_from if asks else None
+
+    @property
+    def most_skipped(self) -> int:
+        """Number of its first tokens that need not be computed, if they are remembered. Like the
+        cost of a token it stays the same, so that all prefills divide the prompt alike."""
+        if self.request.pooling == "mean":
+            return 0
+        return self.num_tokens if self.logprobs_from is None else self.logprobs_from - 1
+
+    @property
     def token_cost(self) -> int:
         """How many usual prompt tokens take as long to prefill as one of its own."""
-        return 1 if self.request.sampling.prompt_logprobs is None else SCORED_TOKEN_COST
+        return SCORED_TOKEN_COST if self.logprobs_from == 1 else 1

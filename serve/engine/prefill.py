@@ -24,8 +24,8 @@ class Prompt:
     """Number of tokens that the row remembers already."""
     stops: Sequence[int] = ()
     """Numbers of tokens, ascending, after which a chunk ends."""
-    wants_logits: bool = False
-    """Whether to compute the logits of its own tokens but the first."""
+    logits_from: int | None = None
+    """Position of the first of its own tokens whose logits are computed. None: of no token."""
     pooling: Pooling | None = None
     """Way to pool its hidden states."""
     cost: int = 1
@@ -108,7 +108,7 @@ class Prefill:
 
     def _in_layers(self) -> Iterator[Piece | None]:
         """Yield None after each piece of work that yields nothing else."""
-        chunks = [Chunk(p.row, p.tokens, 0, True, p.wants_logits, p.pooling) for p in self._prompts]
+        chunks = [Chunk(p.row, p.tokens, 0, True, p.logits_from, p.pooling) for p in self._prompts]
         return self._runner.prefill(chunks, self._tokens_per_step)
 
     def _share_of_a_step(self) -> int | None:
@@ -128,6 +128,6 @@ def _chunks(prompt: Prompt, chunk_len: int) -> Iterator[Chunk]:
         while first < stop:
             end = min(first + length, stop)
             is_last = end == len(prompt.tokens)
-            tokens, wants = prompt.tokens[first:end], (prompt.wants_logits, prompt.pooling)
+            tokens, wants = prompt.tokens[first:end], (prompt.logits_from, prompt.pooling)
             yield Chunk(prompt.row, tokens, first, is_last, *wants)
             first = end

@@ -44,13 +44,14 @@ class Prefixes:
 
     def add(self, job: Job) -> None:
         """Count the prompt of a new job among those that others may begin like."""
-        if self._cache.is_on and not job.request.reads_whole_prompt:
+        if self._cache.is_on and job.most_skipped:
             job.digests = block_digests(job.request.prompt_token_ids, job.request.cache_salt)
             self._cache.see(job.digests)
 
     def num_found(self, job: Job, num_tokens: int) -> int:
         """Return how many of the first `num_tokens` tokens of `job` are remembered."""
-        return self._cache.find(job.tokens[:num_tokens], job.digests) if job.digests else 0
+        tokens = job.tokens[: min(num_tokens, job.most_skipped + 1)]
+        return self._cache.find(tokens, job.digests) if job.digests else 0
 
     def waits_for(self, job: Job, group: Sequence[Job], num_found: int) -> bool:
         """Return whether a job of `group` computes a prefix of `job` that is not remembered."""
@@ -75,7 +76,8 @@ class Prefixes:
             return prompt
         length = len(prompt.tokens)
         job.digests = block_digests(prompt.tokens, job.request.cache_salt, job.digests)
-        start = self._cache.restore(prompt.row, prompt.tokens, job.digests)
+        tokens = prompt.tokens[: job.most_skipped + 1]
+        start = self._cache.restore(prompt.row, tokens, job.digests)
         if job.cached_tokens is None:
             job.cached_tokens = start
             self.tokens_asked += length

@@ -36,8 +36,8 @@ class Chunk:
     """Position of the first of them in the sequence."""
     is_last: bool
     """Whether the sequence ends with them."""
-    wants_logits: bool = False
-    """Whether to compute the logits of each but the first of the sequence."""
+    logits_from: int | None = None
+    """Position in the sequence of the first token whose logits are computed. None: of no token."""
     pooling: Pooling | None = None
     """Way to pool the hidden states of the sequence."""
 
@@ -161,8 +161,10 @@ class Runner:
                 yield None
             x = torch.cat(parts, dim=1)
         for chunk, hidden in zip(chunks, x[0].split(lengths), strict=True):
-            last = len(hidden) - chunk.is_last if chunk.wants_logits else 0
-            for start in range(0, last, LOGITS_AT_ONCE):
+            last = len(hidden) - chunk.is_last
+            # A token's logits are those of the position before.
+            begin = last if chunk.logits_from is None else chunk.logits_from - 1 - chunk.first
+            for start in range(max(0, begin), last, LOGITS_AT_ONCE):
                 part = hidden[start : min(start + LOGITS_AT_ONCE, last)]
                 logits = self._logits(model.norm(part))
                 yield PromptLogits(chunk.row, chunk.first + start + 1, logits)

@@ -80,9 +80,9 @@ class Scheduler:
     def prompt(self, job: Job) -> Prompt:
         """Return what to prefill for `job`, which has a row."""
         tokens = [*job.request.prompt_token_ids, *job.new_token_ids[: self.num_prefilled(job)]]
-        asks = job.request.sampling.prompt_logprobs is not None and not job.new_token_ids
+        logits_from = None if job.new_token_ids else job.logprobs_from
         pooling, cost = job.request.pooling, job.token_cost
-        return Prompt(job.row, tokens, wants_logits=asks, pooling=pooling, cost=cost)
+        return Prompt(job.row, tokens, logits_from=logits_from, pooling=pooling, cost=cost)
 
     def num_prefilled(self, job: Job) -> int:
         """Return how many of its new tokens are prefilled together with its prompt."""

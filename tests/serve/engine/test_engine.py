@@ -98,7 +98,7 @@ def prompt_logprobs(model, request):
     return [
         (token, *reference.logprobs(row, token, count))
         for row, token in zip(logits, prompt[1:], strict=False)
-    ]
+    ][request.prompt_logprobs_from - 1 :]
 
 
 def embedding(model, request):
@@ -189,7 +189,14 @@ pooling = st.builds(
     pooling=st.sampled_from(["mean", "last"]),
     cache_salt=st.sampled_from(["", "other"]),
 )
-requests = generating | pooling
+completing = st.builds(
+    lambda prompt, completion: make_request(
+        prompt + completion, 0, prompt_logprobs=0, prompt_logprobs_from=len(prompt)
+    ),
+    prompts,
+    st.lists(st.integers(0, 279), max_size=60),
+)
+requests = generating | pooling | completing
 
 
 @given(
@@ -357,6 +364,7 @@ MALFORMED = {
     "stop_at_eos": [1],
     "stop": ["", [""], [5], None],
     "pooling": ["max", True],
+    "prompt_logprobs_from": [0, 2, True],
 }
 
 

@@ -30,6 +30,12 @@ def score(prompt):
     return make_request(prompt, 0, prompt_logprobs=0)
 
 
+def score_end(prompt):
+    """Return a request for the log probabilities of the last third of a prompt."""
+    first = max(1, 2 * len(prompt) // 3)
+    return make_request(prompt, 0, prompt_logprobs=0, prompt_logprobs_from=first)
+
+
 def mean(prompt):
     return make_request(prompt, 0, pooling="mean")
 
@@ -53,7 +59,8 @@ def test_results_of_any_chunks_equal_the_full_forward_pass(
     if layout != "hyena":  # the filters of the buffer are rounded to float32
         model.filters.copy_(torch.from_numpy(spectral_filters(*model.filters.shape)))
     prompts = random_prompts(1, 2, 13, 31, 64)
-    asked = [make(prompt) for prompt in prompts for make in (score, mean, last)]
+    kinds = (score, score_end, mean, last)
+    asked = [make(prompt) for prompt in prompts for make in kinds]
     settings = {
         "convolution_cache": convolution_cache,
         "prompt_tokens_per_step": prompt_tokens_per_step,
@@ -64,12 +71,16 @@ def test_results_of_any_chunks_equal_the_full_forward_pass(
             hidden = model.hidden(torch.tensor([prompt]))[0]
         logprobs = model.logits(hidden).log_softmax(-1)
         expected = [logprobs[at, token].item() for at, token in enumerate(prompt[1:])]
-        scored, of_mean, of_last = next(answers), next(answers), next(answers)
+        scored, of_end, of_mean, of_last = (next(answers) for _ in kinds)
         found = [token.logprob for token in scored.prompt_logprobs]
         assert found == pytest.approx(expected, abs=1e-9)
+        found = [token.logprob for token in of_end.prompt_logprobs]
+        first = score_end(prompt).prompt_logprobs_from
+        assert found == pytest.approx(expected[first - 1 :], abs=1e-9)
         assert of_mean.embedding == pytest.approx(hidden.mean(0).tolist(), abs=1e-9)
         assert of_last.embedding == pytest.approx(hidden[-1].tolist(), abs=1e-9)
-        assert {answer.finish_reason for answer in (scored, of_mean, of_last)} == {"length"}
+        ended = {answer.finish_reason for answer in (scored, of_end, of_mean, of_last)}
+        assert ended == {"length"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +95,8 @@ def test_batch_invariant_results_are_equal_to_the_last_bit(
         "prompt_tokens_per_step": 12,
         "max_running": 5,
     }
-    asked = [make(prompt) for prompt in random_prompts(2, 9, 40) for make in (score, mean, last)]
+    kinds = (score, score_end, mean, last)
+    asked = [make(prompt) for prompt in random_prompts(2, 9, 40) for make in kinds]
     others = [make_request(prompt, 15) for prompt in random_prompts(3, 30, 8, 1)]
     together = decode(model, code_tokenizer, [*others, *asked], **settings)[len(others) :]
     for request, answer in zip(asked, together, strict=True):
@@ -114,3 +126,43 @@ def test_request_that_is_aborted_leaves_nothing(make_model, code_tokenizer, layo
         assert (output.finish_reason, engine.has_work) == ("abort", False)
     assert not engine._prompt_results._hidden
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_completions_after_one_prompt_compute_it_once(
+    code_model, code_tokenizer, layout, batch_invariant
+):
+    """To the last bit as alone, where the engine is batch invariant."""
+    torch.manual_seed(0)
+    model = FlashSTU(replace(code_model.config, layout=layout, max_seq_len=512)).eval()
+    context, *ends = random_prompts(300, 1, 20, 90, 3)
+    asked = [last(context)]
+    asked += [
+        make_request(context + end, 0, prompt_logprobs=0, prompt_logprobs_from=len(context))
+        for end in [*ends, []]
+    ]
+    asked += [last(context + ends[1]), score(context + ends[1])]
+    settings = {"cache_gib": 0.05, "batch_invariant": batch_invariant}
+    alone = [decode(model, code_tokenizer, [request], **settings)[0] for request in asked]
+    engine = Engine(model, code_tokenizer, EngineConfig(**settings))
+    outputs = []
+    for request in asked:
+        engine.add(request)
+    while engine.has_work:
+        outputs += engine.step()
+    outputs.sort(key=lambda output: output.request_id)
+    for request, output, expected in zip(asked, outputs, alone, strict=True):
+        found = [token.logprob for token in output.prompt_logprobs]
+        values = [token.logprob for token in expected.prompt_logprobs]
+        assert len(found) == (len(request.prompt_token_ids) - request.prompt_logprobs_from) * (
+            request.pooling is None
+        )
+        tolerance = 0 if batch_invariant else 1e-4
+        assert found == pytest.approx(values, abs=tolerance, rel=0)
+        assert output.embedding == pytest.approx(expected.embedding, abs=tolerance, rel=0)
+    remembered = [*[288] * 5, 300]  # the last token of a prompt that is scored is computed
+    if batch_invariant:
+        remembered = [256] * 6
+    expected = [0, *([0] * 6 if layout == "hyena" else remembered), 0]
+    assert [output.cached_tokens for output in outputs] == expected
