@@ -49,10 +49,11 @@ class Embeddings(Endpoint[EmbeddingBody]):
         if body.dimensions not in (None, self._width):
             allowed = f"{self._width}, the model's width, or left out"
             raise UserError("dimensions", body.dimensions, allowed)
-        nothing_new = SamplingParams(max_new_tokens=0)
+        nothing_new, salt = SamplingParams(max_new_tokens=0), body.cache_salt or ""
+        prompts = [encode_prompt(self._tokenizer, text) for text in inputs]
         return [
-            Request(encode_prompt(self._tokenizer, text), nothing_new, pooling=body.pooling)
-            for text in inputs
+            Request(prompt, nothing_new, pooling=body.pooling, cache_salt=salt)
+            for prompt in prompts
         ]
 
 

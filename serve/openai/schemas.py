@@ -256,6 +256,8 @@ class EmbeddingBody(RequestBody):
     """Hidden states that make the embedding: the mean over all positions, or the last one."""
     normalize: bool = True
     """Scale embeddings to length 1."""
+    cache_salt: str | None = None
+    """Name of a tenant, as for completions."""
 
     harmless = HARMLESS
     neutral = EMBEDDING_NEUTRAL

@@ -11,6 +11,7 @@ from serve.openai import fields
 from serve.openai.chat import ChatCompletions
 from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import TextCompletions
+from serve.openai.embeddings import Embeddings
 from serve.openai.schemas import ChatBody, CompletionBody, EmbeddingBody, read_body
 from serve.prompts import RequestBuilder
 from stu.common.errors import UserError
@@ -63,7 +64,7 @@ def endpoint(request, endpoints):
     return request.param, requests
 
 
-def test_harmless_fields_change_nothing(endpoint):
+def test_harmless_morechange_nothing(endpoint):
     _, requests = endpoint
     assert HARMLESS.keys() == fields.HARMLESS.keys()
     for name, value in HARMLESS.items():
@@ -171,3 +172,10 @@ def test_the_documentation_names_every_field():
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
     for name in {*fields.HARMLESS, *fields.CHAT_NEUTRAL, *fields.TEXT_NEUTRAL}:
         assert f"`{name}`" in text, name
+
+
+def test_embeddings_have_the_salt_of_their_tenant(code_tokenizer):
+    embeddings = Embeddings(16, tokenizer=code_tokenizer, model_name="demo")
+    for more, salt in (({"cache_salt": "a"}, "a"), ({}, ""), ({"cache_salt": None}, "")):
+        body = read_body(EmbeddingBody, {"input": ["x", [5]], **more})
+        assert [request.cache_salt for request in embeddings.requests(0, body)] == [salt, salt]
