@@ -36,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="stu: a model directory; published: tensor names and config.json of the published "
         "Flash-STU code",
     )
-    add(
-        "--dtype",
-        type=Literal["float32", "bfloat16"],
-        default="float32",
-        help="Dtype of the weights",
-    )
+    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Dtype of weights")
     add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)
 

@@ -27,13 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "an index, or a PyTorch file; or that file itself",
     )
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="Folder to write")
-    add(
-        "--tokenizer",
-        metavar="PATH",
-        type=Path,
-        required=True,
-        help="SentencePiece model, or folder with a tokenizer.model",
-    )
+    tokenizer = "SentencePiece model, or folder with a tokenizer.model"
+    add("--tokenizer", metavar="PATH", type=Path, required=True, help=tokenizer)
     add(
         "--norm-eps",
         type=PositiveFloat,

@@ -30,12 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--folder", metavar="DIR", type=Path, required=True, help="Folder that all nodes share.")
-    add(
-        "--min-free-gib",
-        type=float,
-        default=4.0,
-        help="Free memory that each node must have, in GiB.",
-    )
+    add("--min-free-gib", type=float, default=4.0, help="Free memory that each node needs, in GiB.")
     add("--timeout-seconds", type=float, default=120.0, help="Seconds that nodes have to report.")
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)

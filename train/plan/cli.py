@@ -21,25 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "The exit code is 1 if it does not fit and 2 if a setting is wrong.",
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--gpu",
         default="h100-80g",
         help="GPU model: a100-40g, a100-80g, h100-80g, h200-141g, l40s-48g, or `this` for this "
         "machine's; if that is none of these, only the settings are checked",
     )
-    parser.add_argument(
-        "--nodes", type=_count, help="number of nodes, instead of trainer.num_nodes"
-    )
-    parser.add_argument(
-        "--gpus",
-        type=_count,
-        help="GPUs on each node, instead of trainer.devices; 8 if neither is set",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=_positive,
-        help="tokens to train on, instead of those of trainer.max_steps steps",
-    )
+    add("--nodes", type=_count, help="number of nodes, instead of trainer.num_nodes")
+    gpus = "GPUs on each node, instead of trainer.devices; 8 if neither is set"
+    add("--gpus", type=_count, help=gpus)
+    tokens = "tokens to train on, instead of those of trainer.max_steps steps"
+    add("--tokens", type=_positive, help=tokens)
     options, others = parser.parse_known_args(argv)
     return run_command("stu-plan", lambda: _plan(options, others), "train")
 
