@@ -82,7 +82,7 @@ class Checkpoints(Checkpoint):
         is_lost = owner is not None and owner.is_lost
         late, busy, lost = largest_of_ranks(trainer, is_late, self._writer.is_busy, is_lost)
         if lost:
-            self._give_way(trainer)
+            self._give_way()
         if self._is_writing and not busy:
             self._finish(trainer)
         if due or late:
@@ -131,10 +131,10 @@ class Checkpoints(Checkpoint):
             self._writer.error = self._writer.error or error
         (lost,) = largest_of_ranks(trainer, is_lost)
         if lost:
-            self._give_way(trainer)
+            self._give_way()
         self._agree(trainer)
 
-    def _give_way(self, trainer: L.Trainer) -> None:
+    def _give_way(self) -> None:
         self._writer.wait()
         self._writer.give_up()
         owner = self._writer.owner
