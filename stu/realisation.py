@@ -110,8 +110,10 @@ def fitting_realisation(
 
 def _largest(taps: Tensor, weights: Tensor) -> Tensor:
     """Return the largest absolute tap of each channel, `[C]`."""
-    parts = torch.split(taps, BLOCK_ROWS)
-    return torch.stack([(part @ weights).abs_().amax(0) for part in parts]).amax(0)
+    largest = weights.new_zeros(weights.shape[1])
+    for part in torch.split(taps, BLOCK_ROWS):  # what is kept of each would leave gaps in the heap
+        torch.maximum(largest, (part @ weights).abs_().amax(0), out=largest)
+    return largest
 
 
 def _worst(errors: Sequence[Tensor], largest: Sequence[Tensor]) -> float:
