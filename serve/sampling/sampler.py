@@ -16,6 +16,10 @@ from serve.sampling.processors import (
 )
 from serve.sampling_params import SamplingParams
 
+ROWS_AT_ONCE = 16
+"""Rows whose log probabilities are computed together. In float64, more would fit no processor's
+cache."""
+
 
 def sample(
     logits: Tensor,
@@ -57,17 +61,25 @@ def token_logprobs(
     results: list[TokenLogprobs | None] = [None] * len(counts)
     if not asked:
         return results
-    logprobs = logits[asked].double().log_softmax(-1)  # [R, vocab_size]
+    own = logits if len(asked) == len(counts) else logits[asked]
     chosen = torch.tensor([tokens[row] for row in asked], device=logits.device)
-    of_chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    most_probable = _most_probable(logprobs, [counts[row] or 0 for row in asked])
-    for row, logprob, top in zip(asked, of_chosen, most_probable, strict=True):
+    parts = (torch.split(whole, ROWS_AT_ONCE) for whole in (own, chosen))
+    of_chosen, most_probable = [], list[dict[int, float]]()
+    for part, ids in zip(*parts, strict=True):
+        logprobs = part.double().log_softmax(-1)  # [R, vocab_size]
+        of_chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
+        rows = asked[len(most_probable) : len(most_probable) + len(part)]
+        most_probable += _most_probable(logprobs, [counts[row] or 0 for row in rows])
+    values = torch.cat(of_chosen).tolist()
+    for row, logprob, top in zip(asked, values, most_probable, strict=True):
         results[row] = TokenLogprobs(tokens[row], logprob, top)
     return results
 
 
 def _most_probable(logprobs: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
     """Return each row's `count` largest of `logprobs [R, vocab_size]` by token id, in order."""
+    if not any(counts):
+        return [{} for _ in counts]
     vocab_size = logprobs.shape[1]
     values, ids = logprobs.topk(min(max(counts) + 1, vocab_size), sorted=True)
     # The lower id of equal values comes first, which topk does not guarantee.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.sampling.processors import TokenHistory, needs_history
-from serve.sampling.sampler import sample, token_logprobs
+from serve.sampling.sampler import ROWS_AT_ONCE, sample, token_logprobs
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from tests.reference import sampling as reference
@@ -84,9 +84,12 @@ def test_row_does_not_depend_on_its_batch(rows, logits_seed):
         assert alone.item() == together[row]
 
 
+asked_rows = st.tuples(st.sampled_from([None, 0, 1, 3, 20]), st.integers(0, VOCAB_SIZE - 1))
+
+
 @given(
-    st.lists(
-        st.tuples(st.sampled_from([None, 0, 1, 3, 20]), st.integers(0, VOCAB_SIZE - 1)), min_size=1
+    st.integers(1, 3 * ROWS_AT_ONCE).flatmap(
+        lambda size: st.lists(asked_rows, min_size=size, max_size=size)
     ),
     st.integers(0, 1000),
     st.sampled_from([None, 0.3, 0.0]),
