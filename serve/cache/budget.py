@@ -126,7 +126,19 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     caches = Caches(by_kind, info, snapshot_bytes)
     if info is not None:
         logger.info("long convolutions are cached as %s", info)
+    logger.info("prefixes of prompts: %s", _prefixes_in_words(caches, config))
     return caches
+
+
+def _prefixes_in_words(caches: Caches, config: EngineConfig) -> str:
+    if not caches.take_chunks:
+        return "not remembered, as long convolutions are cached in pages"
+    if config.prefix_cache_gib == 0:
+        return f"not remembered, as {setting_name('prefix_cache_gib')}=0"
+    if not caches.snapshot_bytes:
+        return f"not remembered, as {setting_name('cache_gib')} leaves no room for them"
+    shared = ", and spare pages of attention" if caches.attention else ""
+    return f"remembered in {caches.snapshot_bytes / GIB:.3g} GiB of snapshots{shared}"
 
 
 def cache_plan(kind: type[Remembered], model: FlashSTU, config: EngineConfig) -> CachePlan | None:

@@ -35,7 +35,7 @@ class Prefixes:
         self._is_invariant = config.batch_invariant
         self.chunk_len = config.prompt_tokens_per_step
         """Tokens of a chunk of a prompt, at most."""
-        if self._is_invariant and self._cache.is_on:
+        if self._is_invariant:
             self.chunk_len = min(self.chunk_len, INVARIANT_CHUNK)
         self.tokens_asked = 0
         """Prompt tokens of admitted requests that use the cache."""

@@ -33,7 +33,8 @@ def setup(num_taps=3):
 @settings(max_examples=50, deadline=None)
 def test_every_sequence_equals_its_direct_sum(requests, num_taps, seed):
     """Requests (arrival step, prompt length, new tokens) run together, with padding behind them;
-    every row is used again, after whatever was there, and prompts come in two chunks."""
+    every row is used again, after whatever was there, prompts come in two chunks, and each step
+    continues from snapshots."""
     torch.manual_seed(seed)
     recent, taps = setup(num_taps)
     requests = [*requests, *((arrival + 40, *lengths) for arrival, *lengths in requests)]
@@ -51,6 +52,11 @@ def test_every_sequence_equals_its_direct_sum(requests, num_taps, seed):
                         outputs[number][layer, :, part] = first
                 running[row] = number
         rows = sorted(running)
+        for row in rows:
+            snapshot = recent.snapshot(row, places[running[row]])
+            for kept in recent._inputs:
+                kept[row] = math.nan
+            recent.restore(row, snapshot)
         recent.begin_step(rows, alone=False)
         for layer, own_taps in enumerate(taps):
             tokens = [inputs[running[row]][layer, :, places[running[row]]] for row in rows]

@@ -123,9 +123,27 @@ def run_beside(engine, request, other, tokens):
     return [found]
 
 
+@pytest.mark.parametrize("layout", ["attention", "hybrid"])
+def test_pages_of_a_window_that_others_share_are_not_written_to(make_engine, layout):
+    """Although a long prompt uses the pages again that leave its own window."""
+    engine = make_engine(layout, prompt_tokens_per_step=16)
+    alone = make_engine(layout, prefix_cache_gib=0)
+    run(engine, ask(SYSTEM, 1))
+    for rest in (SYSTEM, [5] * 9):
+        prompt = [*SYSTEM, *rest]
+        assert run(engine, ask(prompt)) == [(run(alone, ask(prompt))[0][0], len(SYSTEM))]
+
+
+def test_rows_get_their_pages_before_snapshots(make_engine):
+    """Snapshots at the end of a page take no bytes but those of pages."""
+    engine = make_engine("attention", max_running=2, prefix_cache_gib=0.0001)
+    for first in range(40):
+        run(engine, ask([first + 3, *SYSTEM[:47]], 1), ask([first + 43, *SYSTEM[:47]], 1))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_least_recently_used_prefixes_go_first(make_engine, layout):
-    """However little room there is, what is found is right, and rows get their pages."""
+    """However little room there is, what is found is right."""
     room = {"attention": 0.001, "hybrid": 0.0008, "stu": 0.0004}[layout]
     engine = make_engine(layout, max_running=2, prefix_cache_gib=room)
     alone = make_engine(layout, prefix_cache_gib=0)
@@ -133,8 +151,9 @@ def test_least_recently_used_prefixes_go_first(make_engine, layout):
     for prompt in prompts:
         tokens, cached = run(engine, ask(prompt, 3))[0]
         assert (tokens, cached) == (run(alone, ask(prompt, 3))[0][0], 0)
+        assert run(engine, ask([*prompts[1][:92], 7], 3))[0][1] == (prompt != prompts[0]) * 92
     assert run(engine, ask([*prompts[-1], 7], 3))[0][1] == len(prompts[-1])
-    assert run(engine, ask([*prompts[0], 7], 3))[0][1] == 0
+    assert run(engine, ask([*prompts[2], 7], 3))[0][1] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -151,9 +170,9 @@ def test_batch_invariant_logits_do_not_depend_on_what_is_remembered(make_engine,
         ((tokens, cached),) = run(engine, ask(prompt, 40))
         return tokens, cached, torch.stack(logits)
 
-    tokens, cached, logits = decode({"prefix_cache_gib": 0, "prompt_tokens_per_step": 256})
+    tokens, cached, logits = decode({"prefix_cache_gib": 0})
     assert cached == 0
-    others = [ask(prompt[:300], 5), ask([*prompt[:290], 8], 5), ask(prompt, 7)]
+    others = [ask(prompt[:300], 1), ask([*prompt[:290], 8], 5), ask(prompt, 7)]
     found_tokens, cached, found = decode({}, *others)
     assert cached == 256
     assert found_tokens == tokens
