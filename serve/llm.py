@@ -1,4 +1,4 @@
-"""Decoding from Python: lists of prompts in, their completions out."""
+"""Decoding, scores and embeddings from Python, for lists of prompts."""
 
 import time
 from collections.abc import Mapping, Sequence
