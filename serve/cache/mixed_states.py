@@ -18,8 +18,8 @@ class _StepViews(NamedTuple):
     """Views that one step of a layer reads and writes for consecutive rows; slicing would cost more
     than the sums."""
 
-    places: slice
-    """The rows' places among the inputs of the step."""
+    places: slice | None
+    """The rows' places among the inputs of the step; None where they have all of them."""
     new: Tensor
     """Slots for the inputs, `[B, C]`."""
     broadcast: Tensor
@@ -111,30 +111,33 @@ class MixedStates(SpectralStates):
 
     def step(self, layer: int, inputs: Tensor, first: int = 0) -> Tensor:
         place = (self._time + self._offsets[layer]) % self._page_len
-        slot, phase = divmod(place, self._lag_step)
         key = layer, place, first, len(inputs)
         views = self._views.get(key)
         if views is None:
-            views = self._views[key] = [
-                _StepViews(
-                    places,
-                    self._inputs[rows, layer, phase, slot],
-                    self._inputs[rows, layer, phase, slot, None],
-                    self._near[layer, : self._slots - slot],
-                    self._pending[rows, layer, phase, slot:],
-                    self._pending[rows, layer, phase, slot],
-                )
-                for places, rows in self._group(first, len(inputs))
-            ]
-        parts = []
-        for places, new, broadcast, near, reached, due in views:
-            new.copy_(inputs[places])
+            views = self._views[key] = self._step_views(*key)
+        for places, new, broadcast, near, reached, _ in views:
+            new.copy_(inputs if places is None else inputs[places])
             reached.addcmul_(near, broadcast)
-            parts.append(due)
-        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if len(outputs) < len(inputs):  # padding
-            outputs = torch.cat([outputs, torch.zeros_like(inputs[len(outputs) :])])
-        return outputs.to(inputs.dtype)
+        outputs = views[0].due
+        if views[0].places is not None:
+            parts = [own.due for own in views]
+            padding = torch.zeros_like(inputs[sum(map(len, parts)) :])
+            outputs = torch.cat([*parts, padding])
+        return outputs if outputs.dtype == inputs.dtype else outputs.to(inputs.dtype)
+
+    def _step_views(self, layer: int, place: int, first: int, count: int) -> list[_StepViews]:
+        slot, phase = divmod(place, self._lag_step)
+        return [
+            _StepViews(
+                None if places == slice(0, count) else places,
+                self._inputs[rows, layer, phase, slot],
+                self._inputs[rows, layer, phase, slot, None],
+                self._near[layer, : self._slots - slot],
+                self._pending[rows, layer, phase, slot:],
+                self._pending[rows, layer, phase, slot],
+            )
+            for places, rows in self._group(first, count)
+        ]
 
     def _change_rows(self, rows: list[int]) -> None:
         super()._change_rows(rows)

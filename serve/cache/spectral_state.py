@@ -65,14 +65,17 @@ class SpectralStates(Cache):
             raise UserError("page_len", page_len, f"a multiple of {lag_step}")
         self._page_len, self._lag_step = page_len, lag_step
         self._slots = page_len // lag_step
-        shape = max_rows, layers, self.signals
         self._states = torch.zeros(
-            *shape, realisation.rank, channels, dtype=torch.float64, device=device
+            (max_rows, layers, self.signals, realisation.rank, channels),
+            dtype=torch.float64,
+            device=device,
         )
         """States `[rows, layers, signals, r, C]` before the page that is being decoded. Those of a
         row that is not in the batch are of the signals as its next token sees them."""
-        self._inputs = torch.zeros(*shape, self._slots, channels, dtype=dtype, device=device)
-        """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`."""
+        shape = layers, self.signals, self._slots, max_rows, channels
+        self._inputs = torch.zeros(shape, dtype=dtype, device=device).permute(3, 0, 1, 2, 4)
+        """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`. Rows, which step
+        together, are next to each other in memory."""
         self._decays = torch.from_numpy(realisation.decays(MOST_INPUTS + 1)).to(device)
         """Factors of a state's coordinates after 0, 1, .. more inputs, `[n, r]`."""
         self._into = self._decays[:-1].flip(0).T.contiguous()
