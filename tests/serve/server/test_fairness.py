@@ -3,6 +3,7 @@
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 
@@ -124,8 +125,9 @@ def test_clients_that_come_and_go_do_not_overtake_a_request_that_waits_for_pages
         pages_of.pop(scheduler.running.pop(0).request_id)
 
     config = EngineConfig(max_running=4)
+    no_prefixes = Mock(**{"num_found.return_value": 0, "waits_for.return_value": False})
     scheduler = Scheduler(
-        config, lambda _, count: Pages(1 + count, 0), Pages(capacity, 0), cache_grows=True
+        config, lambda _, count: Pages(1 + count, 0), Pages(capacity, 0), True, no_prefixes
     )
     add("large", 10)
     add("large", 99)
