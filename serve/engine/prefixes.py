@@ -3,6 +3,7 @@
 Snapshots are taken where a chunk of a prompt ends, at the end of the prompt, at the end of the
 request and when it is preempted; and where prompts that came later, or that wait, go on
 differently: the first of several with a common prefix computes it, and the others wait for that.
+Requests that generate nothing leave only the last kind.
 
 Where the batch is invariant, sums must not depend on what is remembered. So all prompts are divided
 at the same places, `INVARIANT_CHUNK` tokens apart, and snapshots are taken by prefill at these
@@ -57,7 +58,7 @@ class Prefixes:
         """Return whether a job of `group` computes a prefix of `job` that is not remembered."""
         if not job.digests:
             return False
-        usable = job.digests[: (job.num_tokens - 1) // BLOCK_TOKENS]
+        usable = job.digests[: min(job.num_tokens - 1, job.most_skipped) // BLOCK_TOKENS]
         common = (_num_common(usable, other.digests or ()) for other in group)
         return any(BLOCK_TOKENS * blocks > num_found for blocks in common)
 
@@ -84,10 +85,13 @@ class Prefixes:
             self.tokens_found += start
         usable = job.digests[: (length - 1) // BLOCK_TOKENS]
         places = [BLOCK_TOKENS * blocks for blocks in self._cache.branches(usable)]
+        ends = [length] if job.steps_to_come else []
         if self._is_invariant:
             chunk = self.chunk_len
-            job.snapshots_at = frozenset(place // chunk * chunk for place in [*places, length])
+            job.snapshots_at = frozenset(place // chunk * chunk for place in [*places, *ends])
             return replace(prompt, start=start)
+        if not ends:
+            job.snapshots_at = frozenset(places)
         return replace(prompt, start=start, stops=[place for place in places if place > start])
 
     def reached(self, job: Job, num_tokens: int) -> None:
@@ -98,7 +102,8 @@ class Prefixes:
 
     def keep(self, job: Job) -> None:
         """Take a snapshot of a running job, which leaves the batch."""
-        if job.digests is not None and not self._is_invariant:
+        generates = job.request.sampling.max_new_tokens > 0
+        if job.digests is not None and generates and not self._is_invariant:
             tokens = job.tokens[: job.num_seen]
             job.digests = block_digests(tokens, job.request.cache_salt, job.digests)
             self._cache.insert(job.row, tokens, job.digests)

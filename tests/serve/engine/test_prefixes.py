@@ -192,3 +192,10 @@ def test_batch_invariant_logits_do_not_depend_on_what_is_remembered(make_engine,
 def test_prefix_caches_that_cannot_be_are_refused(make_engine, settings, fix):
     with pytest.raises(UserError, match=f"prefix_cache_gib=.*{fix}"):
         make_engine(**settings)
+
+
+def test_requests_that_generate_nothing_leave_snapshots_only_where_prompts_part(make_engine):
+    engine = make_engine(prompt_tokens_per_step=32)
+    for own in (50, 51):
+        run(engine, ask([*SYSTEM[:70], *[own] * 30], 0, pooling="last"))
+    assert run(engine, ask([*SYSTEM[:70], *[50] * 40]))[0][1] == 64
