@@ -161,8 +161,6 @@ def test_completions_after_one_prompt_compute_it_once(
         tolerance = 0 if batch_invariant else 1e-4
         assert found == pytest.approx(values, abs=tolerance, rel=0)
         assert output.embedding == pytest.approx(expected.embedding, abs=tolerance, rel=0)
-    remembered = [*[288] * 5, 300]  # the last token of a prompt that is scored is computed
-    if batch_invariant:
-        remembered = [256] * 6
-    expected = [0, *([0] * 6 if layout == "hyena" else remembered), 0]
+    remembered = 0 if layout == "hyena" else 256 if batch_invariant else 288
+    expected = [0, *[remembered] * 6, 0]
     assert [output.cached_tokens for output in outputs] == expected
