@@ -19,8 +19,8 @@ class Completion:
     finish_reason: FinishReason | None
     """Why the completion ended; None for a piece that is not the last."""
     prompt_logprobs: Sequence[TokenLogprobs] = ()
-    """Log probabilities of the prompt's tokens but the first, if they were asked for; in the first
-    piece."""
+    """Log probabilities of the prompt's tokens from `Request.prompt_logprobs_from`, if they were
+    asked for; in the first piece."""
     error: str = ""
     """Explanation of `finish_reason == "error"`."""
     embedding: Sequence[float] = ()
@@ -45,6 +45,8 @@ class CompletionBuilder:
 
     def add(self, output: Output) -> None:
         """Append the next output."""
+        if not self.texts:  # another engine, in which the request continues, knows less or more
+            self.cached_tokens = output.cached_tokens
         self.token_ids += output.new_token_ids
         if output.ends_with_stop_token:
             self.token_ids.pop()
@@ -54,7 +56,6 @@ class CompletionBuilder:
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.error = output.finish_reason, output.error
         self.embedding = output.embedding
-        self.cached_tokens = output.cached_tokens
 
     def completion(self) -> Completion:
         """Return the completion up to now."""

@@ -171,6 +171,8 @@ class LLM:
                 "completions",
                 message=f"{len(after)} completions for {len(listed)} prompts: give one for each",
             )
+        if completions is not None and None in after:
+            raise UserError("completions", None, "a text or a list of token ids for each prompt")
         scorings = [
             Scoring(self.tokenizer, prompt, completion)
             for prompt, completion in zip(listed, after, strict=True)
@@ -197,6 +199,8 @@ class LLM:
         Raises UserError if a prompt or the pooling is not allowed, or if a hidden state is not
         finite.
         """
+        if pooling is None:
+            raise UserError("pooling", None, "mean or last")
         listed = _listed(prompts)
         requests = [
             Request(

@@ -7,6 +7,7 @@ from typing import Literal
 from serve.config import is_whole
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
+from stu.common.text import require_unicode
 from stu.config import ModelConfig
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -27,7 +28,7 @@ class Request:
     """Name of the client. Clients whose requests have the same priority get equally many rows, as
     far as they have requests for them."""
     cache_salt: str = ""
-    """Requests find remembered prefixes of those with the same salt alone."""
+    """Remembered prefixes are shared only among requests with the same salt."""
     new_token_ids: Sequence[int] = ()
     """New tokens that another engine generated before it ended; this one continues after them."""
     prompt_logprobs_from: int = 1
@@ -49,6 +50,7 @@ class Request:
             raise UserError("sampling", self.sampling, "SamplingParams")
         if not isinstance(self.cache_salt, str):
             raise UserError("cache_salt", self.cache_salt, "a text")
+        require_unicode("cache_salt", self.cache_salt)
         if not isinstance(self.priority, int):
             raise UserError("priority", self.priority, "a whole number")
         first, length = self.prompt_logprobs_from, len(self.prompt_token_ids)

@@ -44,7 +44,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Numbers added to the logits, by token id."""
     max_new_tokens: int = 16
-    """Most tokens to generate; 0 only computes `prompt_logprobs`."""
+    """Most tokens to generate; 0 for `prompt_logprobs` or an embedding alone."""
     min_new_tokens: int = 0
     """Number of tokens before which no stop token is chosen and no stop string ends the text."""
     stop: Sequence[str] = ()

@@ -19,6 +19,7 @@ class Score:
     logprob: float
     """Sum of the natural log probabilities of its tokens."""
     num_tokens: int
+    """Number of tokens that are scored."""
     num_bytes: int
     """Number of bytes of the text in UTF-8."""
 
@@ -30,7 +31,12 @@ class Score:
     @property
     def perplexity(self) -> float | None:
         """Inverse of the geometric mean of the tokens' probabilities; None without tokens."""
-        return math.exp(-self.logprob / self.num_tokens) if self.num_tokens else None
+        if not self.num_tokens:
+            return None
+        try:
+            return math.exp(-self.logprob / self.num_tokens)
+        except OverflowError:
+            return math.inf
 
 
 class Scoring:
@@ -74,7 +80,15 @@ class Scoring:
 def _encode_completion(tokenizer: Tokenizer, completion: object) -> list[int]:
     if isinstance(completion, str):
         require_unicode("completion", completion)
-        return tokenizer.encode(completion)
+        tokens = tokenizer.encode(completion)
+        if b"".join(map(tokenizer.token_bytes, tokens)) != completion.encode():
+            raise UserError(
+                "completion",
+                completion,
+                "a list of token ids, as the model's tokenizer changes texts: it adds a space "
+                "before them, or normalises them",
+            )
+        return tokens
     if isinstance(completion, list | tuple) and are_token_ids(completion):
         return list(completion)
     raise UserError("completion", completion, "a string or a list of token ids")

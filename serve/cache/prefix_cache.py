@@ -92,7 +92,10 @@ class PrefixCache:
         """Return the length of the longest prefix of `tokens` with a snapshot that leaves at least
         one token to prefill; 0 if there is none."""
         key = self._find(tokens, digests)
-        return self._entries[key].num_tokens if key else 0
+        if key is None:
+            return 0
+        self._entries.move_to_end(key)
+        return self._entries[key].num_tokens
 
     def restore(self, row: int, tokens: Sequence[int], digests: Digests) -> int:
         """Let `row`, just admitted, continue from the prefix that `find` finds. Return its

@@ -93,7 +93,8 @@ class Prefill:
         for together in zip_longest(*(_chunks(prompt, chunk_len) for prompt in self._prompts)):
             chunks = [chunk for chunk in together if chunk is not None]
             cost = sum(costs[chunk.row] * len(chunk.tokens) for chunk in chunks)
-            if used and used + cost > self._tokens_per_step:
+            # Several prompts share a step, however much of them turns out not to be remembered.
+            if used and used + cost > self._tokens_per_step and len(self._prompts) == 1:
                 yield None
                 used = 0
             used += cost

@@ -80,9 +80,10 @@ class Prefixes:
         tokens = prompt.tokens[: job.most_skipped + 1]
         start = self._cache.restore(prompt.row, tokens, job.digests)
         if job.cached_tokens is None:
-            job.cached_tokens = start
-            self.tokens_asked += length
-            self.tokens_found += start
+            num_prompt_tokens = len(job.request.prompt_token_ids)
+            job.cached_tokens = min(start, num_prompt_tokens)  # not new tokens of another engine
+            self.tokens_asked += num_prompt_tokens
+            self.tokens_found += job.cached_tokens
         usable = job.digests[: (length - 1) // BLOCK_TOKENS]
         places = [BLOCK_TOKENS * blocks for blocks in self._cache.branches(usable)]
         ends = [length] if job.steps_to_come else []

@@ -20,7 +20,7 @@ class Stats:
     attention_pages: int
     attention_pages_used: int
     prompt_tokens: int
-    """Tokens prefilled, again for each request that was preempted."""
+    """Tokens prefilled. Remembered ones are not counted, and those of preempted requests again."""
     new_tokens: int
     """Tokens generated."""
     preemptions: int

@@ -152,7 +152,7 @@ class CompletionSettings(RequestBody):
     ) = None
     min_tokens: int | None = None
     cache_salt: str | None = None
-    """Name of a tenant: prefixes of prompts are remembered for the same one alone."""
+    """Name of a tenant: remembered prefixes are shared only among requests with the same one."""
 
 
 class CompletionBody(CompletionSettings):

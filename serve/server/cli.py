@@ -47,9 +47,9 @@ def serve(config: ServerConfig) -> int:
 def _parse(argv: Sequence[str] | None) -> ServerConfig:
     parser = ArgumentParser(
         prog="stu-serve",
-        description="Serve a model to OpenAI's clients at /v1/completions and /v1/chat/completions,"
-        " with a page to try it at /. At SIGTERM, running requests may end and no new ones begin; a"
-        " second SIGTERM ends everything at once.",
+        description="Serve a model to OpenAI's clients at /v1/completions, /v1/chat/completions "
+        "and /v1/embeddings, with a page to try it at /. At SIGTERM, running requests may end and "
+        "no new ones begin; a second SIGTERM ends everything at once.",
     )
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="model directory to serve")
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")

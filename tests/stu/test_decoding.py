@@ -98,3 +98,11 @@ def test_bfloat16_decoding_stays_near_the_forward_pass(layout, convolution):
     assert decoded.dtype == torch.bfloat16
     # Sums differ by a float32 rounding, which now and then crosses one of bfloat16.
     assert (decoded - forward).abs().mean() < 1e-3 * forward.abs().max()
+
+
+def test_step_beyond_max_new_tokens_raises():
+    runner = Runner(build(), [[1, 2]], 1)
+    runner.prefill()
+    runner.step(torch.tensor([3]))
+    with pytest.raises(ValueError, match="all max_new_tokens=1 tokens are decoded"):
+        runner.step(torch.tensor([4]))

@@ -199,3 +199,32 @@ def test_requests_that_generate_nothing_leave_snapshots_only_where_prompts_part(
     for own in (50, 51):
         run(engine, ask([*SYSTEM[:70], *[own] * 30], 0, pooling="last"))
     assert run(engine, ask([*SYSTEM[:70], *[50] * 40]))[0][1] == 64
+
+
+def test_a_group_shares_a_step_although_a_prefix_was_dropped(make_engine):
+    """Room for rows drops the prefix that was found when the group was made; one is aborted."""
+    engine = make_engine("stu", prompt_tokens_per_step=128)
+    run(engine, ask(SYSTEM, 1))
+    first, second = ask([5] * 30, 5), ask([*SYSTEM, *[6] * 40], 5)
+    found = [engine.add(first), engine.add(second)]
+    make_room = engine._prefixes.make_room
+
+    def drop_all():
+        engine._prefixes._cache._max_bytes = 0
+        make_room()
+
+    engine._prefixes.make_room = drop_all
+    engine.step()
+    assert engine._scheduler.prefilling == []
+    engine.abort(found[0])
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+
+
+def test_a_request_moved_from_another_engine_counts_its_prompt_alone(make_engine):
+    engine = make_engine()
+    ((tokens, _),) = run(engine, ask(SYSTEM, 20))
+    moved = ask(SYSTEM, 40, new_token_ids=tuple(tokens))
+    assert run(engine, moved)[0][1] == len(SYSTEM)
+    assert engine.stats().prefix_tokens_found == len(SYSTEM)

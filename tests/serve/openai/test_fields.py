@@ -64,7 +64,7 @@ def endpoint(request, endpoints):
     return request.param, requests
 
 
-def test_harmless_morechange_nothing(endpoint):
+def test_harmless_fields_change_nothing(endpoint):
     _, requests = endpoint
     assert HARMLESS.keys() == fields.HARMLESS.keys()
     for name, value in HARMLESS.items():

@@ -19,7 +19,13 @@ import pytest
 from pydantic import ValidationError
 
 from serve.openai.errors import MOST_CHARACTERS, error_body
-from serve.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serve.openai.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+)
 from serve.server.guard import Guard
 from serve.server.json_body import JsonRequest
 from tests.serve.server_process import SECONDS, eventually, serving
@@ -121,11 +127,18 @@ def num_errors(model, body):
 
 
 @pytest.mark.parametrize("kind", LONG_VALUES)
-@pytest.mark.parametrize("model", [CompletionBody, ChatBody, TokenizeBody, DetokenizeBody])
+@pytest.mark.parametrize(
+    "model", [CompletionBody, ChatBody, EmbeddingBody, TokenizeBody, DetokenizeBody]
+)
 def test_validation_stops_at_the_first_errors(model, kind):
     """A long value makes only a few errors, in every field, also within messages."""
     value = LONG_VALUES[kind]
-    usual = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
+    usual = {
+        "prompt": "x",
+        "input": "x",
+        "messages": [{"role": "user", "content": "x"}],
+        "tokens": [1],
+    }
     usual = {name: usual[name] for name in usual.keys() & model.model_fields}
     bodies = [{**usual, name: value} for name in model.model_fields]
     bodies += [{**usual, "messages": [{"role": "user", "content": value}]}]
