@@ -8,10 +8,10 @@ its positions, pages that a window can touch)`. Scores and sums are in float32 a
 A snapshot shares the full pages of a window, and has a copy of the last one if it is not full.
 """
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,8 +54,8 @@ class AttentionCache(Cache):
         self._windows: dict[int, _Window] = {}
         self._rows: list[int] = []
         self._promised = 0
-        self._kept: Counter[int] = Counter()
-        """Pages of snapshots, and the number of snapshots that share each."""
+        self._kept = np.zeros(len(pool.pages), dtype=np.int64)
+        """Number of snapshots that share each page."""
         self._slots = torch.empty(0), torch.empty(0)
         # Keys and values of a block are gathered here: the system clears new memory, which takes
         # longer than the gathering.
@@ -92,8 +92,8 @@ class AttentionCache(Cache):
 
     @property
     def num_used(self) -> int:
-        alone = sum(self.pool.num_holders(page) == count for page, count in self._kept.items())
-        return self.pool.num_used - alone
+        alone = np.count_nonzero((self._kept > 0) & (self.pool.holders == self._kept))
+        return self.pool.num_used - int(alone)
 
     @property
     def num_free(self) -> int:
@@ -102,7 +102,7 @@ class AttentionCache(Cache):
     @property
     def num_kept(self) -> int:
         """Pages of snapshots. They must not be more than `num_free`."""
-        return len(self._kept)
+        return int(np.count_nonzero(self._kept))
 
     def owned(self, row: int) -> int:
         return self._windows[row].promised
@@ -112,7 +112,8 @@ class AttentionCache(Cache):
         assert self._windows.keys() == set(rows), "a window belongs to a row that has ended"
         assert self.num_kept <= self.num_free, "snapshots have pages that are promised"
         held = {page for window in self._windows.values() for page in window.pages}
-        assert len(held | self._kept.keys()) == self.pool.num_used, "a page belongs to none"
+        held |= set(np.flatnonzero(self._kept).tolist())
+        assert len(held) == self.pool.num_used, "a page belongs to none"
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         pages = pages_for(prompt_tokens + new_tokens, self._page_len)
@@ -141,7 +142,7 @@ class AttentionCache(Cache):
         pages = sequence.pages[first - sequence.first_page :]
         shared, rest = pages[: full - first], pages[full - first :]
         self.pool.share(row, shared)
-        self._kept.update(shared)
+        self._kept[shared] += 1
         return Snapshot(num_tokens, tuple(self.pool.pages[p].clone() for p in rest), tuple(shared))
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
@@ -154,8 +155,7 @@ class AttentionCache(Cache):
             self.pool.pages[page] = kept
 
     def drop(self, snapshot: Snapshot) -> None:
-        self._kept.subtract(snapshot.pages)
-        self._kept = +self._kept
+        self._kept[list(snapshot.pages)] -= 1
         self.pool.free(NULL_PAGE, snapshot.pages)
 
     def begin_chunk(self, row: int, num_tokens: int) -> None:
@@ -171,7 +171,7 @@ class AttentionCache(Cache):
         # keys before it writes new ones.
         leaving = max(0, first_page - sequence.first_page)
         left, pages = sequence.pages[:leaving], sequence.pages[leaving:]
-        used_again = [page for page in left if self.pool.num_holders(page) < 2]
+        used_again = [page for page in left if self.pool.holders[page] < 2]
         del used_again[num_pages - len(pages) :]
         self.pool.free(row, [page for page in left if page not in used_again])
         sequence.pages, sequence.first_page = [*pages, *used_again], first_page
@@ -192,6 +192,7 @@ class AttentionCache(Cache):
                 pages[page, :, first - own.start : stop - own.start] = both[
                     :, first - start : stop - start
                 ]
+                pages[page, :, stop - own.start :] = 0  # what is masked must be finite all the same
         seen = torch.cat([earlier, both], 1)[:, None]
         return sliding_window_attention(
             queries,
@@ -215,6 +216,7 @@ class AttentionCache(Cache):
                 sequence.first_page = oldest
             if place == 0:
                 self._allocate(row, 1)
+                self.pool.pages[sequence.pages[-1]] = 0
             pages.append(sequence.pages[page - sequence.first_page])
             places.append(place)
         device = self.pool.pages.device
@@ -273,9 +275,8 @@ class AttentionCache(Cache):
 
     def _allocate(self, row: int, count: int) -> None:
         sequence = self._windows[row]
-        pages = self.pool.allocate(row, count)
-        self.pool.pages[pages] = 0  # what is masked must be finite all the same
-        sequence.pages.extend(pages)
+        # Not written to here: another sequence, which gave it back, may have to read it once more.
+        sequence.pages.extend(self.pool.allocate(row, count))
         assert len(sequence.pages) <= sequence.promised, f"row {row} takes more than promised"
 
 

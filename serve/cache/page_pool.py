@@ -61,8 +61,9 @@ class PagePool:
         """`[num_pages, *page_shape]`."""
         self._owners = np.full(num_pages, FREE, dtype=np.int64)
         self._owners[NULL_PAGE] = NULL_OWNER
-        self._holders = np.zeros(num_pages, dtype=np.int64)
-        """Number of holders of each shared page."""
+        self.holders = np.zeros(num_pages, dtype=np.int64)
+        """Number of those that share each page; none may write to one with several. 0: not shared.
+        """
         # A stack: pages used last are the ones still in the processor's cache.
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
 
@@ -100,23 +101,20 @@ class PagePool:
         return pages
 
     def share(self, owner: int, pages: Sequence[int]) -> None:
-        """Add a holder to `pages`, which are shared or become so, by `owner` and that holder."""
+        """Add a holder to each of `pages`. What `owner` owns alone becomes shared, and `owner` its
+        first holder."""
         for page in pages:
             if self._owners[page] == owner:
-                self._owners[page], self._holders[page] = SHARED, 1
+                self._owners[page], self.holders[page] = SHARED, 1
             assert self._owners[page] == SHARED, f"page {page} is not to be shared by {owner}"
-            self._holders[page] += 1
-
-    def num_holders(self, page: int) -> int:
-        """Return how many share a page; none may write to it if it is more than 1."""
-        return int(self._holders[page])
+            self.holders[page] += 1
 
     def free(self, owner: int, pages: Sequence[int]) -> None:
         """Free `pages` of `owner`, each named once, or end its hold of those that are shared."""
         for page in pages:
             if self._owners[page] == SHARED:
-                self._holders[page] -= 1
-                if self._holders[page]:
+                self.holders[page] -= 1
+                if self.holders[page]:
                     continue
             else:
                 assert self._owners[page] == owner, (
@@ -138,7 +136,7 @@ class PagePool:
         assert free == np.flatnonzero(self._owners == FREE).tolist(), "a page is lost"
         shared = self._owners == SHARED
         assert ((self._owners >= FREE) | shared)[1:].all(), "a page has an impossible owner"
-        assert ((self._holders > 0) == shared).all(), "the holders of a page are miscounted"
+        assert ((self.holders > 0) == shared).all(), "the holders of a page are miscounted"
 
 
 def pages_for(positions: int, page_len: int) -> int:

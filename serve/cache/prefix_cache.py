@@ -17,6 +17,8 @@ from serve.cache.budget import Caches
 
 BLOCK_TOKENS = 32
 """Tokens that are compared at once."""
+MOST_BRANCHES = 8
+"""Places of a prompt at which others part from it and snapshots are taken."""
 MOST_SEEN_BLOCKS = 2**16
 """Blocks of earlier prompts that are remembered without a snapshot."""
 
@@ -42,7 +44,9 @@ def block_digests(tokens: Sequence[int], salt: str, known: Digests | None = None
         known: Digests of the first blocks.
     """
     digests = list(known or ())
-    last = digests[-1] if digests else blake2b(salt.encode(), digest_size=32).digest()
+    last = (
+        digests[-1] if digests else blake2b(salt.encode(), digest_size=32, person=b"salt").digest()
+    )
     for start in range(len(digests) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         block = array("q", tokens[start : start + BLOCK_TOKENS]).tobytes()
         last = blake2b(last + block, digest_size=32).digest()
@@ -81,12 +85,17 @@ class PrefixCache:
             self._seen.popitem(last=False)
 
     def branches(self, digests: Digests) -> list[int]:
-        """Return the numbers of blocks, ascending, after which fewer of the prompts seen go on like
-        this one than before, so that a snapshot there helps others."""
+        """Return the numbers of blocks, ascending, at which some of the prompts seen part from this
+        one, so that a snapshot there helps them: at most `MOST_BRANCHES`, where most part."""
         counts = [self._seen.get(digest, 0) for digest in digests] + [0]
         for i in reversed(range(len(digests))):  # the first blocks may be forgotten before others
             counts[i] = max(counts[i], counts[i + 1])
-        return [i + 1 for i in range(len(digests)) if counts[i] > max(1, counts[i + 1])]
+        parting = [
+            (counts[i] - counts[i + 1], i + 1)
+            for i in range(len(digests))
+            if counts[i] > max(1, counts[i + 1])
+        ]
+        return sorted(blocks for _, blocks in sorted(parting)[-MOST_BRANCHES:])
 
     def find(self, tokens: Sequence[int], digests: Digests) -> int:
         """Return the length of the longest prefix of `tokens` with a snapshot that leaves at least
@@ -110,7 +119,7 @@ class PrefixCache:
         return entry.num_tokens
 
     def insert(self, row: int, tokens: Sequence[int], digests: Digests) -> None:
-        """Remember `row`, through which all of `tokens` have gone."""
+        """Remember `row`, which has all of `tokens`. `make_room` is to follow."""
         blocks, rest = divmod(len(tokens), BLOCK_TOKENS)
         if not blocks or not self.is_on:
             return
@@ -123,7 +132,6 @@ class PrefixCache:
         self._entries[key] = _Entry(len(tokens), snapshots, num_bytes)
         self._ends.setdefault(key[0], set()).add(key[1])
         self.num_bytes += num_bytes
-        self.make_room()
 
     def make_room(self) -> None:
         """Drop snapshots until the others keep to their bytes, and to pages that nobody was

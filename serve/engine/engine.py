@@ -272,15 +272,13 @@ class Engine:
         values: Other fields of `Output`.
         """
         if job in self._scheduler.running:
-            if reason != "error":
-                self._prefixes.keep(job)
-            self._remove_row(job)
+            self._remove_row(job, keeps=reason != "error")
         elif job in self._scheduler.prefilling:
-            # A group of several prompts is prefilled within one step, and cannot be interrupted.
-            assert self._scheduler.prefilling == [job]
-            self._scheduler.prefilling.clear()
+            # Of several, only after a fault: they are prefilled within one step.
+            self._scheduler.prefilling.remove(job)
             self._runner.release(job.row)
-            self._prefill = None
+            if not self._scheduler.prefilling:
+                self._prefill = None
         else:
             self._scheduler.waiting.remove(job)
         del self._texts[job.request_id]
@@ -290,11 +288,13 @@ class Engine:
         return Output(job.request_id, text=text, finish_reason=reason, **values)
 
     def _preempt(self, job: Job) -> None:
-        self._prefixes.keep(job)
         self._remove_row(job)
         self._scheduler.preempt(job)
 
-    def _remove_row(self, job: Job) -> None:
+    def _remove_row(self, job: Job, keeps: bool = True) -> None:
+        if keeps:
+            self._prefixes.keep(job)
         self._scheduler.running.remove(job)
         self._runner.leave(job.row)
         self._runner.release(job.row)
+        self._prefixes.make_room()  # once its own pages are free

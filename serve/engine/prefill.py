@@ -48,8 +48,9 @@ class Prefill:
     """Prefill of some prompts, which share a step, or of one, which may take several.
 
     Where all caches take chunks, a step runs chunks of `tokens_per_step` usual tokens through all
-    layers. Else prompts go whole through each layer, and a step runs its share of the pieces: a
-    layer's mixer, or its feed-forward part for `tokens_per_step` tokens.
+    layers, or all chunks of several prompts. Else prompts go whole through each layer, and a step
+    runs its share of the pieces: a layer's mixer, or its feed-forward part for `tokens_per_step`
+    tokens.
 
     Args:
         runner: The model, whose caches have admitted the prompts.
@@ -90,8 +91,7 @@ class Prefill:
         costs = {prompt.row: prompt.cost for prompt in self._prompts}
         logits: dict[int, Tensor] = {}
         used = 0
-        for together in zip_longest(*(_chunks(prompt, chunk_len) for prompt in self._prompts)):
-            chunks = [chunk for chunk in together if chunk is not None]
+        for chunks in self._rounds(chunk_len):
             cost = sum(costs[chunk.row] * len(chunk.tokens) for chunk in chunks)
             # Several prompts share a step, however much of them turns out not to be remembered.
             if used and used + cost > self._tokens_per_step and len(self._prompts) == 1:
@@ -106,6 +106,20 @@ class Prefill:
             for chunk in chunks:
                 yield ChunkEnd(chunk.row, chunk.first + len(chunk.tokens))
         yield torch.stack([logits[prompt.row] for prompt in self._prompts])
+
+    def _rounds(self, chunk_len: int) -> Iterator[list[Chunk]]:
+        """Yield chunks that go through the layers together, of `tokens_per_step` tokens or one."""
+        for together in zip_longest(*(_chunks(prompt, chunk_len) for prompt in self._prompts)):
+            chunks: list[Chunk] = []
+            for chunk in together:
+                if chunk is None:
+                    continue
+                num_tokens = sum(len(other.tokens) for other in [*chunks, chunk])
+                if chunks and num_tokens > self._tokens_per_step:
+                    yield chunks
+                    chunks = []
+                chunks.append(chunk)
+            yield chunks
 
     def _in_layers(self) -> Iterator[Piece | None]:
         """Yield None after each piece of work that yields nothing else."""

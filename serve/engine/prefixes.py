@@ -51,8 +51,10 @@ class Prefixes:
 
     def num_found(self, job: Job, num_tokens: int) -> int:
         """Return how many of the first `num_tokens` tokens of `job` are remembered."""
+        if not job.digests:
+            return 0
         tokens = job.tokens[: min(num_tokens, job.most_skipped + 1)]
-        return self._cache.find(tokens, job.digests) if job.digests else 0
+        return self._cache.find(tokens, job.digests)
 
     def waits_for(self, job: Job, group: Sequence[Job], num_found: int) -> bool:
         """Return whether a job of `group` computes a prefix of `job` that is not remembered."""
@@ -86,7 +88,7 @@ class Prefixes:
             self.tokens_found += job.cached_tokens
         usable = job.digests[: (length - 1) // BLOCK_TOKENS]
         places = [BLOCK_TOKENS * blocks for blocks in self._cache.branches(usable)]
-        ends = [length] if job.steps_to_come else []
+        ends = [length - 1, length] if job.steps_to_come else []
         if self._is_invariant:
             chunk = self.chunk_len
             job.snapshots_at = frozenset(place // chunk * chunk for place in [*places, *ends])
@@ -100,9 +102,10 @@ class Prefixes:
         wanted there."""
         if job.digests is not None and (job.snapshots_at is None or num_tokens in job.snapshots_at):
             self._cache.insert(job.row, job.tokens[:num_tokens], job.digests)
+            self._cache.make_room()
 
     def keep(self, job: Job) -> None:
-        """Take a snapshot of a running job, which leaves the batch."""
+        """Take a snapshot of a running job, which leaves the batch; `make_room` is to follow."""
         generates = job.request.sampling.max_new_tokens > 0
         if job.digests is not None and generates and not self._is_invariant:
             tokens = job.tokens[: job.num_seen]

@@ -1,9 +1,11 @@
 """Continuous batching: decides which requests run, which wait and which are preempted.
 
 Requests are scheduled by priority, then by client in turn, and those of a client in the order of
-their arrival. None overtakes a request that waits for pages. A request that needs pages or a row
-preempts running requests of lower priority, or of a client that has at least two rows more than its
-own, if that is enough. A preempted request is prefilled again later, with the tokens it has.
+their arrival. None overtakes a request that waits for pages; one whose prompt begins like that of
+another, which is next to be prefilled, waits for the prefix that this one leaves. A request that
+needs pages or a row preempts running requests of lower priority, or of a client that has at least
+two rows more than its own, if that is enough. A preempted request is prefilled again later, with
+the tokens it has.
 """
 
 import bisect
@@ -102,22 +104,24 @@ class Scheduler:
             preempt: Takes a running job's row and pages, and calls `Scheduler.preempt`.
         """
         group: list[Job] = []
+        aside: list[Job] = []
         cost, taken = 0, Pages(0, 0)
-        while self.waiting:
-            job = self._first([*self.running, *group])
-            prompt_tokens, new_tokens = self.size(job)
-            num_found = self._prefixes.num_found(job, prompt_tokens)
-            cost += (prompt_tokens - num_found) * job.token_cost
-            too_many = cost > self._config.prompt_tokens_per_step
-            if group and (
-                too_many
-                or self._config.batch_invariant
-                or self._prefixes.waits_for(job, group, num_found)
-            ):
+        while len(aside) < self._config.max_running:
+            job = self._first([*self.running, *group], aside)
+            if job is None:
                 break
+            prompt_tokens, new_tokens = self.size(job)
             needed = _add(taken, self._needed(prompt_tokens, new_tokens))
             victims = self._victims(job, needed, group, free(), owned)
             if victims is None:
+                break
+            num_found = self._prefixes.num_found(job, prompt_tokens)
+            if self._prefixes.waits_for(job, group, num_found):
+                aside.append(job)
+                continue
+            cost += (prompt_tokens - num_found) * job.token_cost
+            too_many = cost > self._config.prompt_tokens_per_step
+            if group and (too_many or self._config.batch_invariant):
                 break
             for victim in victims:
                 preempt(victim)
@@ -148,17 +152,20 @@ class Scheduler:
         bisect.insort(self.waiting, job, key=lambda other: other.order)
         self._turns.setdefault(job.request.client, self._turn)
 
-    def _first(self, has_rows: Sequence[Job]) -> Job:
-        """Return the job to schedule next: one of the client with the fewest rows."""
+    def _first(self, has_rows: Sequence[Job], aside: Sequence[Job] = ()) -> Job | None:
+        """Return the job to schedule next: one of the client with the fewest rows, of the highest
+        priority that waits, and not one of `aside`."""
         rows = Counter(job.request.client for job in has_rows)
-        first = self.waiting[0]
-        same = (job for job in self.waiting if job.request.priority == first.request.priority)
+        priority = self.waiting[0].request.priority if self.waiting else 0
+        same = [
+            job for job in self.waiting if job.request.priority == priority and job not in aside
+        ]
 
         def turn(job: Job) -> tuple[int, int, tuple[int, int]]:
             client = job.request.client
             return rows[client], self._turns[client], job.order
 
-        return min(same, key=turn)
+        return min(same, key=turn, default=None)
 
     def _took_turn(self, job: Job) -> None:
         """Move the client of `job` behind the clients that have as few rows."""
