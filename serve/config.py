@@ -23,8 +23,8 @@ class EngineConfig:
     """Most requests that decode together."""
     prompt_tokens_per_step: int = 2048
     """Prompt tokens to prefill in one step, in addition to a token of each running request. More
-    start new requests sooner, fewer keep the pace of running ones steadier. A token of a prompt
-    whose log probabilities are asked for counts as four."""
+    start new requests sooner, fewer keep the pace of running ones steadier. A token
+    counts as four if log probabilities of the whole prompt are asked for."""
     expected_new_tokens: int | None = None
     """New tokens that a request gets cache pages for at first, where convolutions are cached in
     pages. One that needs more is preempted and prefilled again with pages for twice as many. With

@@ -1,9 +1,10 @@
 """Paged cache of sliding-window attention: keys and values that the next token can still see.
 
 A page holds `page_len` consecutive positions of one sequence, counted from the first token of its
-prompt. A sequence owns the pages of its window, and frees each when the last of its positions
-leaves the window. On admission it is promised all pages that it may come to own, `min(pages of all
-its positions, pages that a window can touch)`. Scores and sums are in float32 at least.
+prompt. A sequence owns or shares the pages of its window, and gives up each when the last of its
+positions leaves the window. On admission it is promised all pages that it may come to own,
+`min(pages of all its positions, pages that a window can touch)`. Scores and sums are in float32 at
+least.
 
 A snapshot shares the full pages of a window, and has a copy of the last one if it is not full.
 """

@@ -34,7 +34,7 @@ class CacheSize:
     snapshot_bytes: int = 0
     """Bytes of a snapshot besides its pages."""
     snapshot_pages: int = 0
-    """Most pages of a snapshot."""
+    """Most pages that a snapshot shares."""
 
 
 @dataclass(frozen=True)

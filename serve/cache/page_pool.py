@@ -79,7 +79,7 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        """Number of pages that sequences own."""
+        """Number of pages that are not free."""
         return self.capacity - self.num_free
 
     @property

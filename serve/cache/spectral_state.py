@@ -95,7 +95,7 @@ class SpectralStates(Cache):
         self._joined_at = np.zeros((max_rows, layers), dtype=np.int64)
         """Place at which a row joined, in the page that is being decoded; else 0."""
         self._lengths = [0] * max_rows
-        """Tokens of each row's prompt that have been prefilled or are being so."""
+        """Tokens of each row that have been restored or prefilled, or are being prefilled."""
         self._admitted: set[int] = set()
         self._rows: list[int] = []
         self._groups: dict[tuple[int, int], Runs] = {}

@@ -1,9 +1,9 @@
 """Which prefixes an engine remembers, and which of its requests begin with them.
 
-Snapshots are taken where a chunk of a prompt ends, at the end of the prompt, at the end of the
-request and when it is preempted; and where prompts that came later, or that wait, go on
-differently: the first of several with a common prefix computes it, and the others wait for that.
-Requests that generate nothing leave only the last kind.
+Snapshots are taken at the ends of chunks and of the prompt, when a request ends or is preempted,
+and where earlier or waiting prompts go on differently: the first of several with a common prefix
+computes it, and the others wait for that. Requests that generate nothing leave snapshots only
+where prompts part.
 
 Where the batch is invariant, sums must not depend on what is remembered. So all prompts are divided
 at the same places, `INVARIANT_CHUNK` tokens apart, and snapshots are taken by prefill at these
