@@ -228,3 +228,14 @@ def test_a_request_moved_from_another_engine_counts_its_prompt_alone(make_engine
     moved = ask(SYSTEM, 40, new_token_ids=tuple(tokens))
     assert run(engine, moved)[0][1] == len(SYSTEM)
     assert engine.stats().prefix_tokens_found == len(SYSTEM)
+
+
+def test_requests_that_wait_for_a_prefix_do_not_hold_up_others(make_engine):
+    engine = make_engine(max_running=8)
+    for own in (40, 50, 60):
+        for _ in range(2):
+            engine.add(ask([own, *SYSTEM], 20))
+    engine.step()
+    assert [job.request_id for job in engine._scheduler.running] == [0, 2, 4]
+    engine.step()
+    assert [job.request_id for job in engine._scheduler.running] == [0, 2, 4, 1, 3, 5]
