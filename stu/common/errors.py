@@ -48,11 +48,10 @@ class UserError(Exception):
         return _restore, (type(self), str(self), self.__dict__)
 
     def renamed(self, field: str) -> "UserError":
-        """Return the same error about a field with another name, also at the message's start."""
-        message = self._message
-        if self.field and message.startswith(f"{self.field} "):
-            message = field + message.removeprefix(self.field)
-        return UserError(field, self.value, self.allowed, self.fix, message=message, code=self.code)
+        """Return the same error about a field with another name."""
+        return UserError(
+            field, self.value, self.allowed, self.fix, message=self._message, code=self.code
+        )
 
     def without_value(self) -> str:
         """Return the message without what the user wrote, for logs."""
