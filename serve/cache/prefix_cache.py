@@ -44,9 +44,8 @@ def block_digests(tokens: Sequence[int], salt: str, known: Digests | None = None
         known: Digests of the first blocks.
     """
     digests = list(known or ())
-    last = (
-        digests[-1] if digests else blake2b(salt.encode(), digest_size=32, person=b"salt").digest()
-    )
+    root = blake2b(salt.encode(), digest_size=32, person=b"salt").digest()
+    last = digests[-1] if digests else root
     for start in range(len(digests) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         block = array("q", tokens[start : start + BLOCK_TOKENS]).tobytes()
         last = blake2b(last + block, digest_size=32).digest()
@@ -100,20 +99,15 @@ class PrefixCache:
     def find(self, tokens: Sequence[int], digests: Digests) -> int:
         """Return the length of the longest prefix of `tokens` with a snapshot that leaves at least
         one token to prefill; 0 if there is none."""
-        key = self._find(tokens, digests)
-        if key is None:
-            return 0
-        self._entries.move_to_end(key)
-        return self._entries[key].num_tokens
+        entry = self._find(tokens, digests)
+        return entry.num_tokens if entry else 0
 
     def restore(self, row: int, tokens: Sequence[int], digests: Digests) -> int:
         """Let `row`, just admitted, continue from the prefix that `find` finds. Return its
         length."""
-        key = self._find(tokens, digests)
-        if key is None:
+        entry = self._find(tokens, digests)
+        if entry is None:
             return 0
-        self._entries.move_to_end(key)
-        entry = self._entries[key]
         for cache, snapshot in entry.snapshots:
             cache.restore(row, snapshot)
         return entry.num_tokens
@@ -157,7 +151,7 @@ class PrefixCache:
             self._entries
         ), "a prefix cannot be found"
 
-    def _find(self, tokens: Sequence[int], digests: Digests) -> _Key | None:
+    def _find(self, tokens: Sequence[int], digests: Digests) -> _Entry | None:
         most = len(tokens) - 1
         for blocks in range(min(len(digests), most // BLOCK_TOKENS), 0, -1):
             start = blocks * BLOCK_TOKENS
@@ -167,5 +161,7 @@ class PrefixCache:
                 if len(rest) <= most - start and rest == tuple(tokens[start : start + len(rest)])
             ]
             if ends:
-                return digests[blocks - 1], max(ends, key=len)
+                key = digests[blocks - 1], max(ends, key=len)
+                self._entries.move_to_end(key)
+                return self._entries[key]
         return None

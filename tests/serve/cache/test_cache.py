@@ -223,7 +223,7 @@ def test_outputs_do_not_depend_on_when_an_aligned_row_joins(kind):
 
 @pytest.mark.parametrize("kind", ["mixed", "alternating"])
 def test_a_row_that_ended_leaves_nothing_behind(kind):
-    """Idle rows stay 0, although states need not be stable over so many steps."""
+    """Idle rows stay 0."""
     torch.manual_seed(0)
     made = setup(kind, page_len=32)
     inputs = random_inputs(made, 100)

@@ -139,6 +139,7 @@ def test_rows_get_their_pages_before_snapshots(make_engine):
     engine = make_engine("attention", max_running=2, prefix_cache_gib=0.0001)
     for first in range(40):
         run(engine, ask([first + 3, *SYSTEM[:47]], 1), ask([first + 43, *SYSTEM[:47]], 1))
+    assert 0 < engine._caches.attention.num_kept <= engine._caches.attention.num_free
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
