@@ -164,7 +164,6 @@ class Engine:
         for job in group:
             prompt_tokens, job.steps_left = self._scheduler.size(job)
             job.row = self._runner.admit(prompt_tokens, job.steps_left)
-            job.replayed = self._scheduler.num_prefilled(job)
         self._prefixes.make_room()
         prompts = [self._prefixes.begin(job, self._scheduler.prompt(job)) for job in group]
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
@@ -212,7 +211,7 @@ class Engine:
         jobs = [job for job in self._scheduler.running if job.row in rows]
         if not jobs:
             return []
-        tokens = [job.new_token_ids[job.replayed - 1] for job in jobs]
+        tokens = [job.new_token_ids[job.num_new_seen] for job in jobs]
         logits = self._runner.decode(tokens)
         for job in jobs:
             job.steps_left -= 1
@@ -221,12 +220,7 @@ class Engine:
 
     def _choose(self, jobs: list[Job], logits: Tensor) -> list[Output]:
         """Append the next token of each job, from its row of `logits [len(jobs), vocab_size]`."""
-        rows = []
-        for row, job in enumerate(jobs):
-            if job.replayed < len(job.new_token_ids):
-                job.replayed += 1  # this token was generated before the job was preempted
-            else:
-                rows.append(row)
+        rows = [i for i, job in enumerate(jobs) if job.num_new_seen == len(job.new_token_ids)]
         chosen = [jobs[row] for row in rows]
         outputs = []
         if chosen:
@@ -254,7 +248,6 @@ class Engine:
         }
         job.new_token_ids.append(token)
         self._chooser.append(job.request_id, token)
-        job.replayed += 1
         self._new_tokens += 1
         if token in params.stop_ids(self._tokenizer.eos_id):
             return self._finish(job, "stop", text.finish(), ends_with_stop_token=True, **new)

@@ -19,8 +19,6 @@ class Job:
     """Number of new tokens that it gets pages for at a time."""
     new_token_ids: list[int] = field(default_factory=list)
     """New tokens up to now."""
-    replayed: int = 0
-    """How many of them the model has seen, or is about to, since the request was last admitted."""
     num_seen: int = 0
     """Number of tokens, prompt and new, that its row remembers."""
     steps_left: int = 0
@@ -43,6 +41,12 @@ class Job:
     def num_tokens(self) -> int:
         """Number of tokens to prefill again if it is preempted: prompt and new tokens."""
         return len(self.request.prompt_token_ids) + len(self.new_token_ids)
+
+    @property
+    def num_new_seen(self) -> int:
+        """Number of new tokens that its row remembers. Where there are more, they were generated
+        before it was preempted, and are decoded again."""
+        return self.num_seen - len(self.request.prompt_token_ids)
 
     @property
     def steps_to_come(self) -> int:

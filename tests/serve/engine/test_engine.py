@@ -601,7 +601,7 @@ def test_batch_invariant_logits_are_equal_to_the_last_bit(make_engine, kind, wid
         def record(tokens):
             result = decode_step(tokens)
             for row, job in enumerate(engine._scheduler.running):
-                if job.request_id == request_id and job.replayed == len(job.new_token_ids):
+                if job.request_id == request_id and job.num_new_seen + 1 == len(job.new_token_ids):
                     logits.append(result[row].clone())
             return result
 
