@@ -116,7 +116,7 @@ def check_request(request: Request, model: ModelConfig) -> None:
         if max(ids, default=0) >= model.vocab_size:
             raise UserError(
                 name,
-                message=f"{name} has the id {max(ids)}, and the vocabulary ids 0 to "
+                fix=f"it has the id {max(ids)}, and the vocabulary ids 0 to "
                 f"{model.vocab_size - 1}: use the model's own tokenizer",
             )
     longest, count = model.max_seq_len, request.sampling.max_new_tokens

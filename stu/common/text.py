@@ -39,6 +39,6 @@ def require_unicode(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         raise UserError(
             name,
-            message=f"{name} has half of a surrogate pair at character {error.start}: "
-            "write the whole character",
+            fix=f"it has half of a surrogate pair at character {error.start}: write the whole "
+            "character",
         ) from error

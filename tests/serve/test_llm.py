@@ -151,7 +151,7 @@ def test_embeddings_equal_the_forward_pass(llm, code_model, code_tokenizer, caps
     [
         (lambda llm: llm.score(["x"] * 3, ["y"] * 2), "2 completions for 3 prompts: give one"),
         (lambda llm: llm.score(["x"], [5.5]), "completion=5.5 is not allowed: it must be a string"),
-        (lambda llm: llm.score([[1, 999]]), "prompt has the id 999"),
+        (lambda llm: llm.score([[1, 999]]), "prompt is not allowed: it has the id 999"),
         (lambda llm: llm.score(["x" * 65]), "maximum context length is 64"),
         (lambda llm: llm.embed("x", "max"), 'pooling="max" is not allowed: it must be mean or'),
     ],

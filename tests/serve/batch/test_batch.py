@@ -134,7 +134,11 @@ BAD_ROWS = [
     ("[" * 100_000, None, ["is not JSON that can be read"]),
     ('["x"]', None, ['["x"] is not a JSON object', '{"prompt": "..."}']),
     ("{}", None, ['field "prompt" is missing', "give a string"]),
-    ('{"prompt": "\\ud800", "id": "k"}', "k", ["prompt has half of a surrogate pair"]),
+    (
+        '{"prompt": "\\ud800", "id": "k"}',
+        "k",
+        ["prompt is not allowed: it has half of a surrogate pair"],
+    ),
     (
         '{"prompt": "x", "id": "a"}',
         "a",
@@ -154,11 +158,14 @@ BAD_ROWS = [
     *(
         (f'{{"prompt": "x", {fields}}}', None, parts)
         for fields, parts in [
-            (r'"id": "\ud800"', ["id has half of a surrogate pair"]),
+            (r'"id": "\ud800"', ["id is not allowed: it has half of a surrogate pair"]),
             ('"id": true', ["id=true", "a string or whole number"]),
             ('"id": [1]', ["id=[1]", "a string or whole number"]),
             ('"prompt": 5', ["prompt=5", "must be a string or a list of token ids"]),
-            ('"prompt": [1, 280]', ["prompt has the id 280, and the vocabulary ids 0 to 279"]),
+            (
+                '"prompt": [1, 280]',
+                ["prompt is not allowed: it has the id 280, and the vocabulary ids 0 to 279"],
+            ),
             ('"prompt": [1, -1]', ["prompt=[1, -1] is not allowed: it must be a string or a list"]),
             ('"topk": 1', ['unknown field "topk"', "did you mean 'top_k'?"]),
             ('"temperature": NaN', ["temperature=NaN", "a finite number >= 0"]),

@@ -120,7 +120,7 @@ def test_refused_request_refuses_its_row_only(engine, build):
     results = written(decode(engine, rows))
     assert results[1]["code"] == 400
     assert results[1]["error"].startswith(
-        "place 1: prompt has the id 9999, and the vocabulary ids 0 to 279"
+        "place 1: prompt is not allowed: it has the id 9999, and the vocabulary ids 0 to 279"
     )
     assert results[0] == results[2] == written(decode(engine, rows[:1]))[0]
     assert engine.stats().convolution_pages_used == 0

@@ -269,10 +269,13 @@ BAD_ROWS = [
         (row("", **{**PROMPT, **body}), message)
         for body, message in [
             ({"prompt": ["x", 5]}, "prompt is not allowed: it must be a string, a list of"),
-            ({"prompt": ["x", "\ud800"]}, "prompt has half of a surrogate pair"),
-            ({"prompt": [[1, 280]]}, "prompt has the id 280, and the vocabulary ids 0 to 279"),
+            ({"prompt": ["x", "\ud800"]}, "prompt is not allowed: it has half of a surrogate pair"),
+            (
+                {"prompt": [[1, 280]]},
+                "prompt is not allowed: it has the id 280, and the vocabulary ids 0 to 279",
+            ),
             ({"model": 5}, "model=5 is not allowed: it must be a string"),
-            ({"model": "\ud800"}, "model has half of a surrogate pair"),
+            ({"model": "\ud800"}, "model is not allowed: it has half of a surrogate pair"),
             ({"max_tokens": 70}, "70 new tokens are 72: lower the limit of new tokens to 62"),
             ({"max_new_tokens": 5}, "max_new_tokens is not allowed: there is no such field, did"),
             ({"temprature": 1}, 'did you mean "temperature"?'),
@@ -299,7 +302,7 @@ BAD_ROWS = [
 ROWS_WITHOUT_ID = [
     (row(5, **PROMPT), "custom_id=5 is not allowed: it must be a str"),
     ({"body": PROMPT}, 'field "custom_id" is missing'),
-    (row("\ud800", **PROMPT), "custom_id has half of a surrogate pair"),
+    (row("\ud800", **PROMPT), "custom_id is not allowed: it has half of a surrogate pair"),
     ("nothing", "not JSON"),
 ]
 
@@ -424,4 +427,7 @@ def test_embeddings_are_those_of_the_server(decode, model_directory):
     assert (answer["object"], answer["model"]) == ("list", "demo")
     assert text["response"]["body"]["object"] == "text_completion"
     refused = {**asked, "body": {"input": "x", "model": "\ud800"}}
-    assert "model has half of a surrogate pair" in decode([refused])[0]["error"]["message"]
+    assert (
+        "model is not allowed: it has half of a surrogate pair"
+        in decode([refused])[0]["error"]["message"]
+    )

@@ -70,8 +70,14 @@ def test_scores_equal_the_forward_pass(run, code_model, code_tokenizer):
         ({"completion": "x"}, 'field "prompt" is missing'),
         ({"prompt": "x", "completion": None}, "completion=null is not allowed: it must be a str"),
         ({"prompt": "x", "completion": [1.5]}, "completion=[1.5] is not allowed: it must be a str"),
-        ({"prompt": "x", "completion": "\ud800"}, "completion has half of a surrogate pair"),
-        ({"prompt": "x", "completion": [280]}, "prompt has the id 280, and the vocabulary ids 0"),
+        (
+            {"prompt": "x", "completion": "\ud800"},
+            "completion is not allowed: it has half of a surrogate pair",
+        ),
+        (
+            {"prompt": "x", "completion": [280]},
+            "prompt is not allowed: it has the id 280, and the vocabulary ids 0",
+        ),
         ({"prompt": "x" * 64}, "maximum context length is 64 tokens"),
         ({"prompt": "x", "temperature": 0}, '"temperature" is not allowed with --score, which gen'),
     ],

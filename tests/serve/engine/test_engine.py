@@ -337,10 +337,22 @@ def test_requests_that_can_never_be_decoded_are_refused_with_the_numbers(make_en
             make_request([1] * 200, 57),
             "maximum context length is 256 .* are 257: lower the limit of new tokens to 56 or",
         ),
-        (make_request([1, 280], 3), "prompt has the id 280, and the vocabulary ids 0 to 279: use"),
-        (make_request([1], 3, new_token_ids=[280]), "new_token_ids has the id 280"),
-        (make_request([1], 3, stop_token_ids=[280]), "stop_token_ids has the id 280"),
-        (make_request([1], 3, SamplingParams(logit_bias={999: 1.0})), "logit_bias has the id 999"),
+        (
+            make_request([1, 280], 3),
+            "prompt is not allowed: it has the id 280, and the vocabulary ids 0 to 279: use",
+        ),
+        (
+            make_request([1], 3, new_token_ids=[280]),
+            "new_token_ids is not allowed: it has the id 280",
+        ),
+        (
+            make_request([1], 3, stop_token_ids=[280]),
+            "stop_token_ids is not allowed: it has the id 280",
+        ),
+        (
+            make_request([1], 3, SamplingParams(logit_bias={999: 1.0})),
+            "logit_bias is not allowed: it has the id 999",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             engine.add(request)

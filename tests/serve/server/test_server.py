@@ -222,7 +222,7 @@ BAD = [
     ({**X, "logit_bias": {"280": 1}}, "logit_bias", "has the id 280"),
     ({**X, "logit_bias": {"1": 1000}}, "logit_bias", "-100 to 100"),
     ({**X, "logit_bias": {str(i): 101 for i in range(300)}}, "logit_bias", "-100 to 100"),
-    ({"prompt": [999]}, "prompt", "prompt has the id 999"),
+    ({"prompt": [999]}, "prompt", "prompt is not allowed: it has the id 999"),
     ({"prompt": [-1]}, "prompt", "token ids (whole numbers >= 0)"),
     ({"prompt": "\ud800"}, "prompt", "surrogate"),
     ({"prompt": [1] * 100_000}, "prompt", "maximum context length is 64"),
