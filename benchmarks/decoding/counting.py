@@ -1,9 +1,10 @@
 """Counts of what the operations of a decoding step do: multiply-adds, and bytes moved.
 
 Operations are watched while they run, so that any model and cache can be counted. Multiply-adds are
-real ones; a real FFT of length n counts n log2 n. Bytes moved are those of tensors that outlive the
-step (caches, states, filters), and of others that no processor cache holds, in every operation that
-reads or writes them; weights are counted apart, as read once for the batch.
+real ones; a real FFT of length n counts n log2 n. Those with keys that another query of the group
+reads as well also count as shared. Bytes moved are those of tensors that outlive the step, and of
+others that no processor cache holds, in every operation that reads or writes them; weights are
+counted apart, as read once for the batch.
 """
 
 import math
@@ -49,6 +50,7 @@ def report(counts: Counter[str], batch: int, weight_bytes: int) -> dict[str, Any
         "bytes_moved_per_token": moved | {"total": sum(moved.values())},
         "streams_per_token": counts["streams"] / batch,
         "stream_bytes_per_token": counts["stream_bytes"] / batch,
+        "shared_products_per_token": counts["shared"] / batch,
     }
 
 
@@ -89,7 +91,9 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "convolution" if is_convolution else "attention"
             self.counts[kind] += output.numel() * inputs[-2].shape[-1]
         elif "scaled_dot_product" in name:
-            self.counts["attention"] += 2 * inputs[0].numel() * inputs[1].shape[-2]
+            products = 2 * inputs[0].numel() * inputs[1].shape[-2]
+            shared = products - products // inputs[0].shape[-2]
+            self.counts.update(attention=products, shared=shared)
         elif name in FOURIER:
             real = output if inputs[0].is_complex() else inputs[0]
             self.counts["fft"] += int(real.numel() * math.log2(max(2, real.shape[-1])))

@@ -161,10 +161,11 @@ def step_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     batch, multiply_adds = run["batch"], run["multiply_adds_per_token"]
     moved = run["bytes_moved_per_token"]
     streams = run.get("stream_bytes_per_token", 0.0)
+    shared = run.get("shared_products_per_token", 0.0)
     caches = moved["filters"] + moved["cache_read"] + moved["cache_written"] - streams
     reading = caches / rates.bytes + streams / rates.stream_bytes
     others = (multiply_adds["convolution"] + multiply_adds["recurrence"]) / rates.products
-    others += multiply_adds["attention"] / rates.single_products
+    others += (multiply_adds["attention"] - shared) / rates.single_products
     weights = batch * moved["weights"] / rates.bytes
     return {
         "weights": weights,

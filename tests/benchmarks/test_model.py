@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.decoding import rates
 from benchmarks.decoding.caches import CACHES
@@ -35,7 +36,7 @@ RATES = Rates(
 )
 
 
-def make_run(batch, streams=0.0, stream_bytes=0.0, num_operations=0, **changed):
+def make_run(batch, streams=0.0, stream_bytes=0.0, shared=0.0, num_operations=0, **changed):
     names = ["dense", "convolution", "fft", "attention", "recurrence"]
     adds = dict.fromkeys(names, 0.0)
     moved = dict.fromkeys(["weights", "filters", "cache_read", "cache_written"], 0.0)
@@ -47,6 +48,7 @@ def make_run(batch, streams=0.0, stream_bytes=0.0, num_operations=0, **changed):
         "bytes_moved_per_token": moved,
         "streams_per_token": streams,
         "stream_bytes_per_token": stream_bytes,
+        "shared_products_per_token": shared,
         "operations_per_step": num_operations,
     }
 
@@ -65,6 +67,7 @@ def test_a_step_takes_the_sum_of_its_parts():
     assert seconds(2, dense=500.0) == pytest.approx(10.0)
     assert seconds(4, filters=500.0, cache_read=200.0, cache_written=300.0) == pytest.approx(4.0)
     assert seconds(1, convolution=50.0, attention=16.0, recurrence=20.0) == pytest.approx(1.5)
+    assert seconds(2, attention=60.0, shared=40.0) == pytest.approx(2.0)
     assert seconds(2, streams=10.0) == pytest.approx(4.0)
     assert seconds(2, cache_read=700.0, stream_bytes=500.0) == pytest.approx(2.4)
     assert seconds(3, fft=20.0) == pytest.approx(6.0)
@@ -142,6 +145,14 @@ def test_operations_are_counted_by_kind(in_convolution):
     assert figures["multiply_adds_per_token"]["dense"] == 35
     assert figures["bytes_moved_per_token"]["weights"] == 500
     assert figures["streams_per_token"] == 0.5
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_queries_of_a_group_share_the_keys_that_they_read(group):
+    queries, keys = torch.ones(2, 3, group, 8), torch.ones(2, 3, 50, 8)
+    counts = counted(lambda: scaled_dot_product_attention(queries, keys, keys), lambda: False)
+    assert counts["attention"] == 2 * 2 * 3 * group * 8 * 50
+    assert counts["attention"] - counts["shared"] == 2 * keys.numel()
 
 
 @pytest.mark.parametrize("name", CACHES)
