@@ -1,0 +1,24 @@
+"""Triton's interpreter runs the kernels on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve.kernels.dispatch import HAS_TRITON
+
+TESTS = Path(__file__).with_name("test_kernels.py")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the CUDA device")
+def test_kernels_in_the_interpreter():
+    """In a process of its own, as Triton chooses when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", TESTS]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout

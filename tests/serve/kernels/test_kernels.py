@@ -1,0 +1,242 @@
+"""Kernels, and their twins in torch, compute what the formulas say.
+
+Kernels run on a CUDA device, or in Triton's interpreter, for which `test_interpreter.py` starts a
+process of its own. What may not be read is NaN, and what may not be written stays as it was.
+"""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from serve.kernels import dispatch, gated, near_field, norm, page_end, window_attention
+from stu.attention import alibi_slopes
+from stu.layers import RMSNorm
+from stu.mixers import KeyWindow
+from tests.reference import kernels as reference
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_CUDA = torch.cuda.is_available()
+RUNS = [
+    "torch",
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(
+            not dispatch.HAS_TRITON or not (HAS_CUDA or INTERPRETS),
+            reason="needs a CUDA device, or TRITON_INTERPRET=1",
+        ),
+    ),
+]
+HALF = (torch.float16, 1e-3) if INTERPRETS else (torch.bfloat16, 4e-3)
+"""The interpreter does not round to bfloat16, but cuts digits off."""
+DTYPES = {torch.float32: 2e-6, torch.float64: 1e-13, HALF[0]: HALF[1]}
+"""Types of activations, and the largest error relative to the largest number."""
+pytestmark = pytest.mark.parametrize("run", RUNS)
+
+
+def implementation(module, name, run):
+    return getattr(module, f"{run}_{name}")
+
+
+def device(run):
+    return "cuda" if run == "triton" and HAS_CUDA else "cpu"
+
+
+def cache_dtype(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def assert_close(found, expected, dtype):
+    assert found.dtype == dtype
+    found, expected = found.detach().cpu().double(), torch.as_tensor(expected).double()
+    largest = expected.abs().max()
+    assert (found - expected).abs().max() <= DTYPES[dtype] * largest
+
+
+def page_tensor(rows, layers, signals, slots, channels, dtype):
+    """Return NaN `[rows, layers, signals, slots, C]` with rows next to each other in memory."""
+    made = torch.full((layers, signals, slots, rows, channels), math.nan, dtype=dtype)
+    return made.permute(3, 0, 1, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("signals", "slots", "channels", "place"),
+    [(2, 4, 37, 5), (2, 1, 3, 1), (1, 8, 130, 7), (2, 16, 64, 0), (2, 32, 5, 63), (1, 64, 3, 17)],
+)
+def test_near_field(run, dtype, signals, slots, channels, place):
+    torch.manual_seed(place)
+    layers, layer, rows, own = 3, 1, 6, [4, 0, 5]
+    slot, signal = divmod(place, signals)
+    wide = cache_dtype(dtype)
+    inputs, pending = (page_tensor(rows, layers, signals, slots, channels, wide) for _ in "ab")
+    for row in own:
+        inputs[row, layer, signal, :slot] = torch.randn(slot, channels, dtype=wide)
+        pending[row, layer, signal, slot] = torch.randn(channels, dtype=wide)
+    near = torch.full((layers, slots, channels), math.nan, dtype=wide)
+    near[layer, : slot + 1] = torch.randn(slot + 1, channels, dtype=wide)
+    x = torch.randn(len(own), 2 * channels).to(dtype)[:, :channels]  # rows are not contiguous
+    expected = [
+        reference.near_field(
+            inputs[row, layer, signal].double().numpy(),
+            pending[row, layer, signal].double().numpy(),
+            near[layer].double().numpy(),
+            slot,
+            new.double().numpy(),
+        )
+        for row, new in zip(own, x, strict=True)
+    ]
+    written = inputs.clone()
+    written[own, layer, signal, slot] = x.to(wide)
+    moved = [tensor.to(device(run)) for tensor in (inputs, pending, near)]
+    tokens = (tensor.to(device(run)) for tensor in (torch.tensor(own), torch.tensor([place]), x))
+    found = implementation(near_field, "near_field", run)(*moved, layer, *tokens)
+    assert_close(found, np.stack(expected), dtype)
+    torch.testing.assert_close(moved[0].cpu(), written, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("signals", "slots", "channels", "rank"), [(2, 4, 37, 5), (2, 1, 3, 2), (1, 8, 65, 36)]
+)
+@pytest.mark.parametrize("ending", [[1], [3, 0], [-1, 2], [-1]])
+def test_page_end(run, dtype, signals, slots, channels, rank, ending):
+    torch.manual_seed(rank)
+    layers, rows, own = 4, 5, [4, 0, 2]
+    shape = rows, layers, signals
+    states = torch.full((*shape, rank, channels), math.nan, dtype=torch.float64)
+    inputs, pending = (page_tensor(*shape, slots, channels, dtype) for _ in "ab")
+    rates = torch.linspace(0.05, 2, rank, dtype=torch.float64)
+    decays = torch.exp(-rates * torch.arange(slots + 1)[:, None])
+    decays = torch.cat([decays, torch.full((3, rank), math.nan)])
+    coefficients = torch.full((layers, rank, channels), math.nan, dtype=torch.float64)
+    joined_at = torch.randint(1, signals * slots + 1, (rows, layers)) % (signals * slots)
+    for layer in filter(lambda number: number >= 0, ending):
+        states[own, layer] = torch.randn(len(own), signals, rank, channels, dtype=torch.float64)
+        inputs[own, layer] = torch.randn(len(own), signals, slots, channels, dtype=dtype)
+        coefficients[layer] = torch.randn(rank, channels)
+        for row in own:
+            for place in range(joined_at[row, layer]):
+                inputs[row, layer, place % signals, place // signals] = 0
+    expected = [tensor.clone() for tensor in (states, pending, joined_at)]
+    for layer in filter(lambda number: number >= 0, ending):
+        for row in own:
+            for signal in range(signals):
+                joined = int(joined_at[row, layer])
+                slot = len(range(signal, joined, signals))  # slots before it joined
+                state, outputs = reference.page_end(
+                    states[row, layer, signal].numpy(),
+                    inputs[row, layer, signal, slot:].double().numpy(),
+                    rates.numpy(),
+                    coefficients[layer].numpy(),
+                    slots,
+                )
+                expected[0][row, layer, signal] = torch.from_numpy(state)
+                expected[1][row, layer, signal] = torch.from_numpy(outputs)
+            expected[2][row, layer] = 0
+    moved = [tensor.to(device(run)) for tensor in (states, inputs, pending, decays, coefficients)]
+    numbers = [torch.tensor(ending).to(device(run)), torch.tensor(own).to(device(run))]
+    joined_at = joined_at.to(device(run))
+    implementation(page_end, "page_end", run)(*moved, joined_at, *numbers)
+    for found, wanted in zip((moved[0], moved[2], joined_at), expected, strict=True):
+        tolerance = 2e-6 if found.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(
+            found.cpu(), wanted, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 37, 513])
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_norm(run, dtype, width, adds):
+    torch.manual_seed(width)
+    x, added = torch.randn(2, 3, 2 * width).to(dtype)[:, :, :width]
+    x[0] *= 1e-3  # as small as eps
+    weight = torch.randn(width).to(dtype)
+    total = x + added if adds else x
+    expected = reference.norm(total.double().numpy(), weight.double().numpy(), 1e-5)
+    args = (tensor.to(device(run)) for tensor in (x, added, weight))
+    x, added, weight = args
+    run_norm = implementation(norm, "add_norm", run)
+    found, normed = run_norm(x, added if adds else None, weight, 1e-5)
+    assert torch.equal(found.cpu(), total)
+    for row, wanted in zip(normed, expected, strict=True):
+        assert_close(row, wanted, dtype)
+
+
+def test_norm_is_that_of_the_model(run):
+    torch.manual_seed(0)
+    dtype, tolerance = HALF
+    x = torch.randn(5, 64, dtype=dtype)
+    model = RMSNorm(64, 1e-5).to(dtype)
+    model.weight.data = torch.randn(64).to(dtype)
+    run_norm = implementation(norm, "add_norm", run)
+    _, normed = run_norm(x.to(device(run)), None, model.weight.data.to(device(run)), 1e-5)
+    torch.testing.assert_close(normed.cpu(), model(x).detach(), rtol=2 * tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 37, 1025])
+def test_gated_product(run, dtype, hidden):
+    torch.manual_seed(hidden)
+    gate_up = (4 * torch.randn(3, 2 * hidden)).to(dtype)
+    gate_up[0, 0], gate_up[1, 0] = -80, 80
+    expected = reference.gated_product(gate_up.double().numpy())
+    found = implementation(gated, "gated_product", run)(gate_up.to(device(run)))
+    # Twice, as the gate is rounded before it is multiplied.
+    torch.testing.assert_close(
+        found.cpu().double(), torch.from_numpy(expected), rtol=2 * DTYPES[dtype], atol=DTYPES[dtype]
+    )
+
+
+WINDOWS = [
+    # window_tokens, page_len, heads, head_dim, lengths of the sequences before the new token
+    (5, 4, 3, 5, [0, 3, 4, 5, 9, 23]),
+    (1, 2, 1, 1, [0, 1, 2, 7]),
+    (40, 8, 2, 16, [7, 39, 40, 41, 100]),
+    (130, 16, 2, 3, [1, 128, 129, 300]),  # two parts
+    (300, 32, 1, 33, [0, 260, 299, 700]),  # three, some of them empty
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window_tokens", "page_len", "heads", "head_dim", "lengths"), WINDOWS)
+def test_window_attention(run, dtype, window_tokens, page_len, heads, head_dim, lengths):
+    torch.manual_seed(window_tokens)
+    softcap, layers, layer = 5.0, 2, 1
+    window = KeyWindow(window_tokens, heads, head_dim, softcap)
+    num_pages = -(-window_tokens // page_len) + 1
+    rows = torch.randperm(len(lengths) + 1)[: len(lengths)]
+    shape = layers, 2, page_len, heads, head_dim
+    free = torch.randperm(len(lengths) * num_pages).tolist()
+    pool = torch.full((len(free), *shape), math.nan).to(dtype)
+    tables = torch.full((len(lengths) + 1, num_pages), 10**6)
+    firsts, befores = torch.full((2, len(lengths) + 1), -(10**6))
+    sequences = torch.randn(len(lengths), 3, max(lengths) + 1, heads, head_dim).to(dtype)
+    expected, new_places = [], []
+    for row, length, sequence in zip(rows.tolist(), lengths, sequences, strict=True):
+        befores[row], oldest = length, max(0, length - window_tokens)
+        firsts[row] = oldest // page_len * page_len
+        for index in range(oldest // page_len, length // page_len + 1):
+            tables[row, index - oldest // page_len] = page = free.pop()
+            for position in range(index * page_len, (index + 1) * page_len):
+                if oldest <= position < length:
+                    pool[page, layer, :, position % page_len] = sequence[1:, position]
+        new_places.append((page, length % page_len))
+        known = sequence[:, : length + 1].double().numpy()
+        expected.append(reference.window_attention(*known, window_tokens, softcap))
+    new = torch.stack([own[:, n] for own, n in zip(sequences, lengths, strict=True)], 1)
+    written = pool.clone()
+    for (page, place), keys, values in zip(new_places, *new[1:], strict=True):
+        written[page, layer, 0, place], written[page, layer, 1, place] = keys, values
+    pool, slopes, rows = (tensor.to(device(run)) for tensor in (pool, alibi_slopes(heads), rows))
+    windows = window_attention.RowWindows(
+        *(tensor.to(device(run)) for tensor in (tables, firsts, befores))
+    )
+    found = implementation(window_attention, "window_attention", run)(
+        pool, layer, windows, rows, *new.to(device(run)), slopes, window
+    )
+    assert_close(found, np.stack(expected), dtype)
+    torch.testing.assert_close(pool.cpu(), written, rtol=0, atol=0, equal_nan=True)
