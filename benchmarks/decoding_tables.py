@@ -7,6 +7,7 @@ from benchmarks.recorded import Columns, Run, decoded, settings, table
 
 LABELS = {
     "ours": "ours",
+    "ours_int8": "ours, weights of 8 bits",
     "continuous": "FutureFill, continuous",
     "epoched": "FutureFill, epoched",
     "flashinference": "tiles over prompt and generation",
@@ -18,8 +19,6 @@ LABELS = {
     "s4": "S4D",
 }
 """Caches, then peers, in the order of tables and legends."""
-LENGTHS = (8192, 32768)
-"""New tokens in the table of steps."""
 GPU = "h100-80g"
 Runs = dict[str, Run]
 """Runs in one setting, by cache or peer."""
@@ -46,7 +45,7 @@ def decode_peers(result: Run) -> str:
 
 def decode_costs(result: Run) -> str:
     """Show multiply-adds and bytes of a token."""
-    runs = decoded(result, 8, LENGTHS[0])
+    runs = decoded(result, 8, 8192)
 
     def apart(counts: str, kind: str, run: Run) -> str:
         return f"{(run[counts]['total'] - run[counts][kind]) / 1e6:.2f}"
@@ -80,8 +79,7 @@ def decode_steps(result: Run) -> str:
         "cache, ours, MiB": partial(cache_mib, "ours"),
         "direct sums#3": partial(cache_mib, "naive"),
     }
-    rows = (decoded(result, *pair) for pair in settings(result) if pair[1] in LENGTHS)
-    return table(rows, columns)
+    return table((decoded(result, *pair) for pair in settings(result)), columns)
 
 
 def decode_shares(result: Run) -> str:

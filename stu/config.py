@@ -9,6 +9,9 @@ from stu.common.errors import UserError
 from stu.common.text import nearest
 from stu.layouts import layout_names, mixer_names
 
+Weights = Literal["float", "int8"]
+"""Format of the matrices that activations are multiplied with."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

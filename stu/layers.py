@@ -33,6 +33,11 @@ class GatedMLP(nn.Module):
         self.up = nn.Linear(config.width, hidden, bias=False)
         self.down = nn.Linear(hidden, config.width, bias=False)
 
+    @property
+    def matrices(self) -> dict[str, int]:
+        """As `stu.mixers.Mixer.matrices`."""
+        return {"gate.weight": 0, "up.weight": 0, "down.weight": 0}
+
     def forward(self, x: Tensor) -> Tensor:
         gated: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
         return gated

@@ -155,9 +155,15 @@ class Mixer(nn.Module, ABC):
         return Costs(dense=2.0 * weights), Costs(dense=4.0 * weights)
 
     @property
+    def matrices(self) -> dict[str, int]:
+        """Names of the matrices that activations are multiplied with, and their dim of outputs."""
+        modules = self.named_modules()
+        return {f"{name}.weight": 0 for name, own in modules if isinstance(own, nn.Linear)}
+
+    @property
     def decoding_weights(self) -> int:
         """Number of weights that each decoded token is multiplied with."""
-        return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return sum(self.get_parameter(name).numel() for name in self.matrices)
 
     def imitate_gpu(self, is_half: bool) -> None:
         """Make this layer keep for the backward pass what it would keep on a GPU. The planner

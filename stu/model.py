@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stu.common.errors import UserError
-from stu.config import ModelConfig
+from stu.config import ModelConfig, Weights
 from stu.filters import spectral_filters
 from stu.layers import GatedMLP, RMSNorm
 from stu.mixers import LongConvolution, Memory, Mixer, Remembered, make_mixer
@@ -29,6 +29,8 @@ class FlashSTU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.weights: Weights = "float"
+        """Format of the matrices in the model directory that the model comes from."""
         # On the meta device, nn.Embedding would import torch._dynamo to initialise this: 1.3 s.
         unset = torch.empty(config.vocab_size, config.width) if torch.empty(0).is_meta else None
         self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=unset)
@@ -107,6 +109,17 @@ class FlashSTU(nn.Module):
             if id(module) in wide
             for name, _ in module.named_parameters()
         }
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """Names of the matrices that activations are multiplied with, and their dim of outputs; the
+        embedding is none of them."""
+        found: dict[str, int] = {}
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            for part, own in (("mixer", block.mixer.matrices), ("mlp", block.mlp.matrices)):
+                found |= {f"blocks.{number}.{part}.{name}": dim for name, dim in own.items()}
+        return found
 
     def num_parameters(self) -> int:
         """Return the number of trained weights, which excludes the filters."""

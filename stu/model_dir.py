@@ -2,7 +2,8 @@
 
     config.json          ModelConfig
     model.safetensors    weights and spectral filters, `[L, 0]` where no layer is an STU; the format
-                         version is in the metadata
+                         version is in the metadata; matrices of 8 bits (`stu.quantization`) have a
+                         tensor NAME.scales beside them
     tokenizer.model      SentencePiece model
     generation.json      defaults for decoding
 
@@ -20,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
-from stu.config import ModelConfig
+from stu.config import ModelConfig, Weights
 from stu.model import FlashSTU
+from stu.quantization import Quantized, dequantize, quantize
 from stu.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS: dict[Weights, int] = {"float": 1, "int8": 2}
+SCALES = ".scales"
 GENERATION_DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256,
     "temperature": 0.0,
@@ -40,6 +43,7 @@ def save_model(
     generation: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
+    weights: Weights = "float",
 ) -> None:
     """Write a model directory.
 
@@ -51,6 +55,8 @@ def save_model(
         overwrite: Whether to replace what is at `path`.
         dtype: Dtype to cast weights to, one at a time; None keeps their dtypes. Tensors in the
             model's `wide_names` are never cast.
+        weights: Format of the matrices; those of 8 bits are what the engine makes of the float ones
+            under `weights="int8"`.
 
     Raises UserError if `path` is occupied and `overwrite` is off, or if the vocabularies differ;
     OSError, with nothing left behind, if the disk is full.
@@ -67,11 +73,16 @@ def save_model(
         defaults = {**GENERATION_DEFAULTS, **limit, **(generation or {})}
         _write_json(folder / "generation.json", defaults)
         (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        weights = model.state_dict()
-        metadata = {"format": "stu", "format_version": str(FORMAT_VERSION)}
-        dtypes = {name: dtype for name in weights.keys() - model.wide_names if dtype}
+        tensors = model.state_dict()
+        dtypes = {name: dtype for name in tensors.keys() - model.wide_names if dtype}
+        if weights == "int8":
+            for name, dim in model.matrices.items():
+                matrix, scales = quantize(tensors[name].movedim(dim, 0))
+                tensors |= {name: matrix.movedim(0, dim), name + SCALES: scales}
+                dtypes.pop(name, None)
+        metadata = {"format": "stu", "format_version": str(FORMAT_VERSIONS[weights])}
         try:
-            write_safetensors(folder / "model.safetensors", weights, metadata, dtypes)
+            write_safetensors(folder / "model.safetensors", tensors, metadata, dtypes)
         except OSError as error:
             raise OSError(f"{path}: model.safetensors could not be written: {error}") from error
 
@@ -82,6 +93,9 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
 ) -> FlashSTU:
     """Load the model of a model directory, in eval mode. `load_tokenizer` loads the tokenizer.
+
+    Matrices of 8 bits become float ones, and the model's `weights` is "int8", which the engine
+    turns them back into.
 
     Args:
         path: Model directory.
@@ -97,6 +111,13 @@ def load_model(
     weights = _read_weights(path / "model.safetensors", device)
     with torch.device("meta"):
         model = FlashSTU(config)
+    for name, dim in model.matrices.items():
+        matrix, scales = weights.get(name), weights.pop(name + SCALES, None)
+        if matrix is not None and scales is not None:
+            _check_scales(path / "model.safetensors", name, matrix, scales, dim)
+            wide = dequantize(Quantized(matrix.movedim(dim, 0), scales)).movedim(0, dim)
+            weights[name] = wide.to(dtype or torch.float32).contiguous()
+            model.weights = "int8"
     _check_weights(path / "model.safetensors", weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
     return (model if dtype is None else model.to(dtype)).eval()
@@ -145,10 +166,11 @@ def _check_version(file: Path, metadata: Mapping[str, str]) -> None:
             str(file),
             message=f"{file}: not written by stu-export (its metadata names no stu format)",
         )
-    if int(version) > FORMAT_VERSION:
+    newest = max(FORMAT_VERSIONS.values())
+    if int(version) > newest:
         raise UserError(
             str(file),
-            message=f"{file}: format version {version}, and this stu reads up to {FORMAT_VERSION}: "
+            message=f"{file}: format version {version}, and this stu reads up to {newest}: "
             "install a newer stu",
         )
 
@@ -172,6 +194,19 @@ def _check_weights(
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             str(file), message=f"{file} does not fit config.json: {', '.join(problems[:3])}{more}"
+        )
+
+
+def _check_scales(
+    file: Path, name: str, matrix: torch.Tensor, scales: torch.Tensor, dim: int
+) -> None:
+    shape = matrix.shape[dim : dim + 1]
+    are_scales = scales.dtype == torch.float32 and scales.shape == shape
+    if matrix.dtype != torch.int8 or matrix.ndim != 2 or not are_scales:
+        raise UserError(
+            str(file),
+            message=f"{file}: {name}{SCALES} ({scales.dtype}, {tuple(scales.shape)}) does not "
+            f"belong to {name} ({matrix.dtype}, {tuple(matrix.shape)}); copy the model again",
         )
 
 

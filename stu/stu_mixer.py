@@ -69,8 +69,8 @@ class TensordotSTU(STU):
         nn.init.xavier_normal_(self.filter_matrix)
 
     @property
-    def decoding_weights(self) -> int:
-        return self.input_matrix.numel()
+    def matrices(self) -> dict[str, int]:
+        return {"input_matrix": 1}
 
     def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
         self.project = packed(self.input_matrix.T)

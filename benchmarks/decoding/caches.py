@@ -1,10 +1,11 @@
 """Convolution caches that can be set to any position of a run, for a batch that decodes in step.
 
-`ours`: the engine's own. `naive`: direct sums, which read even lags only. `epoched`, `continuous`:
-FutureFill as in `stu.futurefill`. `flashinference`: the tiles of `continuous` over prompt and
-generation alike, the schedule of Oncescu, Purandare, Idreos and Kakade, "Flash Inference: Near
-Linear Time Inference for Long Convolution Sequence Models and Beyond", arXiv:2410.12982: positions
-are counted from the prompt's first token, whose input stays in the buffer.
+`ours`: the engine's own; `ours_int8`: with weights of 8 bits. `naive`: direct sums, which read even
+lags only. `epoched`, `continuous`: FutureFill as in `stu.futurefill`. `flashinference`: the tiles
+of `continuous` over prompt and generation alike, the schedule of Oncescu, Purandare, Idreos and
+Kakade, "Flash Inference: Near Linear Time Inference for Long Convolution Sequence Models and
+Beyond", arXiv:2410.12982: positions are counted from the prompt's first token, whose input stays in
+the buffer.
 
 Only the time of a step matters. Caches are filled with a number, because memory that was never
 written to is read too fast.
@@ -21,13 +22,16 @@ from serve.cache.budget import cache_plan
 from serve.cache.paged_futurefill import PagedFutureFill
 from serve.cache.spectral_state import SpectralStates
 from serve.config import EngineConfig
+from stu.config import Weights
 from stu.futurefill import Continuous, Epoched
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 from stu.online_convolution import Naive
 
 NUMBER = 0.1
-CACHES = ["ours", "continuous", "epoched", "flashinference", "naive"]
+OURS: dict[str, Weights] = {"ours": "float", "ours_int8": "int8"}
+"""The engine's cache, and the format of the weights beside it."""
+CACHES = [*OURS, "continuous", "epoched", "flashinference", "naive"]
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,14 @@ class EngineCache:
         self.cache.advance()
 
     def seek(self, position: int) -> None:
-        steps = position - self.position  # with states, only the place in a page matters
+        steps = max(0, position - self.position)  # it cannot go back
+        reached = self.position + steps
+        # With states, only the place in a page matters.
         for _ in range(steps if self.cache.pool else steps % PAGE_LEN):
             for layer in range(self.num_layers):
                 self.step(layer, self._inputs)
             self.advance()
-        self.position = position
+        self.position = reached
 
     def flushes(self) -> list[Flush]:
         pages = self._shape.num_pages
@@ -167,7 +173,7 @@ def engine_plan(model: FlashSTU, shape: Shape) -> CachePlan:
 
 def cache_bytes(name: str, model: FlashSTU, shape: Shape) -> int:
     """Return the bytes that a convolution cache allocates for the batch."""
-    if name != "ours":
+    if name not in OURS:
         return shape.cache_bytes(name)
     size = engine_plan(model, shape).size
     return size.fixed_bytes + shape.batch * size.usual_pages * size.page_bytes
@@ -195,7 +201,7 @@ Cache = EngineCache | SeekableNaive | SeekableEpoched | SeekableContinuous
 def make_cache(name: str, model: FlashSTU, shape: Shape) -> Cache:
     """Return the cache of that name, with `step`, `advance`, `flushes` and `seek`, which moves
     forward to the state after a number of new tokens."""
-    if name == "ours":
+    if name in OURS:
         return EngineCache(model, shape)
     taps, lag_step = model.convolution_taps()
     arguments = taps.float(), shape.batch, shape.new_tokens, lag_step

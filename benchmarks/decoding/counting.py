@@ -21,7 +21,8 @@ KINDS = ["dense", "convolution", "fft", "attention", "recurrence"]
 products; sums and products, number by number."""
 LARGE_BYTES = 2**21
 """Size from which a tensor made in the step counts as memory traffic."""
-DENSE = {"mm": 0, "addmm": 1, "_linear_pointwise": 0}
+INT8 = "linear_with_input_q_dq_qweight_dq_output_fp32"
+DENSE = {"mm": 0, "addmm": 1, "_linear_pointwise": 0, INT8: 0}
 """Products with weights, and the place of the other factor among the tensors."""
 BATCHED = {"bmm", "baddbmm", "baddbmm_"}
 FOURIER = {"_fft_r2c", "_fft_c2r"}

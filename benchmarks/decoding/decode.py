@@ -16,7 +16,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from benchmarks.decoding.caches import CACHES, cache_bytes
+from benchmarks.decoding.caches import CACHES, OURS, cache_bytes
 from benchmarks.decoding.sampling import LEAST_NEW_TOKENS, Candidate, max_cache_bytes, timed_runs
 from benchmarks.decoding.shape import Shape
 from benchmarks.decoding.subjects import CacheSubject, PeerSubject
@@ -47,8 +47,8 @@ class Options:
     """Blocks of our model."""
     layout: tuple[str, ...] = ("stu",)
     """Layouts of our model."""
-    caches: tuple[str, ...] = tuple(CACHES)
-    """Convolution caches to compare."""
+    caches: tuple[str, ...] = tuple(name for name in CACHES if name != "ours_int8")
+    """Convolution caches to compare; ours_int8 is ours beside weights of 8 bits."""
     peers: tuple[str, ...] = ()
     """Other models: llama, llama_grouped, mamba2, rwkv, which need pip install 'stu[bench]', s4."""
     rounds: PositiveInt = 3
@@ -111,6 +111,7 @@ def of_cache(model: FlashSTU, cache: str, shape: Shape, options: Options) -> Can
     others = shape.other_bytes(getattr(torch, options.dtype).itemsize)
     num_bytes = cache_bytes(cache, model, shape) + others
     head = described(cache, shape, options, model.num_parameters(), num_bytes)
+    head["weights"] = OURS.get(cache, "float")
     return Candidate(head, lambda: CacheSubject(model, cache, shape))
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers.peer import FLOAT_BYTES
 from benchmarks.timing import timed
-from serve.engine.packing import packed_product
+from serve.engine.inference_model import inference_product
 from stu.layers import RMSNorm
 from train.gpus import GPUS
 from train.plan.costs import FFT_SHARE, PRODUCT_SHARE
@@ -121,7 +121,7 @@ def operands(
     with torch.device(device):
         weights = [torch.randn(*shape, dtype=dtype) for shape in MATRICES]
         vectors, keys = (torch.ones(READ), torch.ones(READ)), torch.randn(HEADS, KEYS, HEAD_DIM)
-    return vectors, keys, [packed_product(weight) for weight in weights]
+    return vectors, keys, [inference_product(weight) for weight in weights]
 
 
 def median_rates(several: Sequence[Rates]) -> Rates:

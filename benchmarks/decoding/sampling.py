@@ -207,7 +207,8 @@ def figures(rounds: Sequence[Round], candidate: Candidate) -> dict[str, Any]:
     run = {"threads": torch.get_num_threads()} | summary(merged([turn.samples for turn in rounds]))
     run["step_ms_by_round"] = [summary(turn.samples)["step_ms"] for turn in rounds]
     run["tokens_per_second"] = 1e3 * setting["batch"] / run["step_ms"]
-    weight_bytes = getattr(torch, setting["dtype"]).itemsize * setting["parameters"]
+    dtype = "int8" if setting.get("weights") == "int8" else setting["dtype"]
+    weight_bytes = getattr(torch, dtype).itemsize * setting["parameters"]
     run |= report(mean_counts(rounds[0].samples), setting["batch"], weight_bytes)
     run["operations_per_step"] = rounds[0].operations
     by_place = zip(*(turn.rates for turn in rounds), strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.decoding.caches import Flush, make_cache
+from benchmarks.decoding.caches import OURS, Flush, make_cache
 from benchmarks.decoding.counting import counted
 from benchmarks.decoding.shape import PAGE_LEN, Shape
 from benchmarks.peers.peer import Peer
@@ -15,7 +15,7 @@ from benchmarks.timing import timed
 from serve.cache.attention_windows import AttentionCache, window_pages
 from serve.cache.page_pool import PagePool
 from serve.cache.recent_inputs import RecentInputs
-from serve.engine.packing import packed_copy, packed_product
+from serve.engine.inference_model import inference_copy, inference_product
 from stu.mixers import KeyWindow, LastInputs, remembered
 from stu.model import FlashSTU
 
@@ -31,8 +31,9 @@ class CacheSubject:
     """
 
     def __init__(self, model: FlashSTU, cache: str, shape: Shape) -> None:
-        self._model, self._unembed = packed_copy(model), packed_product(model.embedding.weight)
-        device = model.embedding.weight.device
+        weights, embedding = OURS.get(cache, "float"), model.embedding.weight
+        self._model = inference_copy(model, weights)
+        self._unembed, device = inference_product(embedding, weights), embedding.device
         self.cache = make_cache(cache, model, shape)
         self._clock = Clock(device.type == "cuda")
         self._windows = make_windows(model, shape)

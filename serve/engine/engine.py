@@ -54,7 +54,8 @@ class Engine:
             )
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
-        self._runner = Runner(model, self._caches, config.batch_invariant)
+        weights = config.weights or model.weights
+        self._runner = Runner(model, self._caches, config.batch_invariant, weights)
         self._prefixes = Prefixes(self._caches, config)
         self._scheduler = Scheduler(
             config, self._caches.needed, self._caches.capacity, self._caches.grow, self._prefixes

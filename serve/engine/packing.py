@@ -1,20 +1,17 @@
-"""Weights in the layout that oneDNN multiplies fastest, for float32 on the CPU.
+"""Weights in the layout that oneDNN multiplies fastest, for the CPU.
 
 `torch.nn.functional.linear` reorders the weights in every call, which takes a third to a half of a
-step of few rows. Here they are reordered once; the products are the same, summed in float32.
+step of few rows. Here they are reordered once. In float32 the products are the same, summed in
+float32; `serve.engine.int8` has those of weights of 8 bits.
 """
 
-import copy
-from collections.abc import Callable
-from itertools import chain
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from stu.layers import GatedMLP
-from stu.mixers import Mixer
-from stu.model import FlashSTU
 
 USUAL_ROWS = 32
 """Number of rows that the layout is optimised for; others are multiplied in it too."""
@@ -24,7 +21,25 @@ ROWS_MULTIPLE = 8
 this, up to `ROWS_AT_ONCE`; a single row is not padded."""
 
 
-class PackedLinear(nn.Module):
+class RowsTogether(nn.Module, ABC):
+    """A product `[.., in] -> [.., out]` of numbers of rows that oneDNN keeps code for."""
+
+    @abstractmethod
+    def product(self, rows: Tensor) -> Tensor:
+        """Multiply at most `ROWS_AT_ONCE` rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self._padded_product(rows) for rows in torch.split(x.flatten(0, -2), ROWS_AT_ONCE)]
+        products = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return products.view(*x.shape[:-1], -1)
+
+    def _padded_product(self, rows: Tensor) -> Tensor:
+        missing = -len(rows) % ROWS_MULTIPLE if len(rows) > 1 else 0
+        padded = pad(rows, (0, 0, 0, missing)) if missing else rows
+        return self.product(padded)[: len(rows)]
+
+
+class PackedLinear(RowsTogether):
     """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, its tanh-GELU."""
 
     def __init__(self, weight: Tensor, gelu: bool = False) -> None:
@@ -35,17 +50,10 @@ class PackedLinear(nn.Module):
         if gelu:
             self._activation = ("gelu", [], "tanh")
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = [self._product(rows) for rows in torch.split(x.flatten(0, -2), ROWS_AT_ONCE)]
-        products = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return products.view(*x.shape[:-1], -1)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        missing = -len(rows) % ROWS_MULTIPLE if len(rows) > 1 else 0
-        padded = pad(rows, (0, 0, 0, missing)) if missing else rows
+    def product(self, rows: Tensor) -> Tensor:
         product = torch.ops.mkldnn._linear_pointwise
-        products: Tensor = product(padded, self._weight, None, *self._activation)
-        return products[: len(rows)]
+        products: Tensor = product(rows, self._weight, None, *self._activation)
+        return products
 
 
 class PackedGatedMLP(nn.Module):
@@ -66,37 +74,3 @@ def packs(weight: Tensor) -> bool:
     is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return is_float32_on_cpu and has_onednn
-
-
-def packed_copy(model: FlashSTU) -> FlashSTU:
-    """Return a copy of `model` whose linear layers are packed, if possible, and which shares all
-    other tensors.
-
-    Packed weights are in memory twice while `model` is referenced.
-    """
-    tensors = chain(model.parameters(), model.buffers())
-    shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
-    copied = copy.deepcopy(model, shared)
-    if packs(model.embedding.weight):
-        for module in list(copied.modules()):
-            for name, child in module.named_children():
-                setattr(module, name, _packed(child))
-    return copied
-
-
-def packed_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function `x -> x @ weight.T`, packed if possible."""
-    if packs(weight):
-        return PackedLinear(weight)
-    return lambda x: nn.functional.linear(x, weight)
-
-
-def _packed(module: nn.Module) -> nn.Module:
-    """Return `module`, or the packed module to use instead."""
-    if isinstance(module, GatedMLP):
-        return PackedGatedMLP(module)
-    if isinstance(module, Mixer):
-        module.pack(PackedLinear)
-    if isinstance(module, nn.Linear):
-        return PackedLinear(module.weight)
-    return module

@@ -11,11 +11,13 @@ from serve.cache.base import Cache
 from serve.cache.budget import Caches
 from serve.cache.page_pool import OutOfPages
 from serve.config import INVARIANT_ROWS
+from serve.engine.inference_model import inference_copy, inference_product
 from serve.engine.memory import PromptMemory, RowMemory
-from serve.engine.packing import packed_copy, packed_product, packs
+from serve.engine.packing import packs
 from serve.engine.prompt_results import PooledHidden, PromptLogits
 from serve.request import Pooling
 from stu.common.errors import UserError
+from stu.config import Weights
 from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
 
@@ -53,13 +55,20 @@ class Runner:
         batch_invariant: Make a row's logits independent of the other rows to the last bit. Matrix
             products round differently for different numbers of rows, so rows then go through the
             model in padded groups of a fixed size, and attention and prompts run one by one.
+        weights: Format of the weights of dense layers.
     """
 
-    def __init__(self, model: FlashSTU, caches: Caches, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        model: FlashSTU,
+        caches: Caches,
+        batch_invariant: bool = False,
+        weights: Weights = "float",
+    ) -> None:
         if batch_invariant:
             _require_invariance(model)
-        self._model, self._batch_invariant = packed_copy(model), batch_invariant
-        self._unembed = packed_product(model.embedding.weight)
+        self._model, self._batch_invariant = inference_copy(model, weights), batch_invariant
+        self._unembed = inference_product(model.embedding.weight, weights)
         self._caches = caches
         self._device = model.embedding.weight.device
         self.num_layers = len(model.blocks)

@@ -21,6 +21,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int8: "I8",
 }
 
 
@@ -38,7 +39,7 @@ def write_safetensors(
     dtypes: Mapping[str, torch.dtype],
     digest: Digest | None = None,
 ) -> None:
-    """Write floating-point tensors to `file`, casting those that `dtypes` names.
+    """Write tensors to `file`, casting those that `dtypes` names.
 
     digest: Hash to update with every byte of the file. Raises OSError if the file cannot be
     written; the part that was written stays.

@@ -1,5 +1,6 @@
 """The decoding benchmark measures what it says: equal caches, every setting, all figures."""
 
+import itertools
 import json
 import statistics
 
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.decoding import decode, model, sampling
-from benchmarks.decoding.caches import CACHES, Flush, cache_bytes, make_cache
+from benchmarks.decoding.caches import CACHES, OURS, Flush, cache_bytes, make_cache
 from benchmarks.decoding.sampling import Sample, merged, sampled, summary
 from benchmarks.decoding.shape import Shape
 from benchmarks.decoding.subjects import CacheSubject
@@ -42,7 +43,7 @@ def test_caches_give_the_outputs_of_a_causal_convolution(layout):
     spread[::lag_step] = taps.transpose(0, 1)
     for name in CACHES:
         cache = make_cache(name, model, shape)
-        if name == "ours":
+        if name in OURS:
             cache.seek(96)  # to pages without a number in them
             continue
         for position in range(107 if name == "flashinference" else 100):
@@ -60,8 +61,26 @@ def test_cache_bytes_are_what_is_allocated(layout, name):
     model, shape = make(layout, prompt=100, new=200, width=64)
     cache = make_cache(name, model, shape)
     cache.seek(1)
-    held = cache.cache.num_bytes if name == "ours" else cache.cache_bytes
+    held = cache.cache.num_bytes if name in OURS else cache.cache_bytes
     assert cache_bytes(name, model, shape) == held
+
+
+def test_the_engine_cache_flushes_at_the_ends_that_it_names():
+    """Also where a place is asked for twice, and it cannot go back."""
+    model, shape = make("hyena", 30, 300, width=64)
+    cache = make_cache("ours", model, shape)
+
+    def num_flushes():
+        return sum(count for count, _ in cache.cache.flushes.values())
+
+    visits = sorted([end for flush in cache.flushes() for end in flush.positions] * 2)
+    for last, end in itertools.pairwise([0, *visits]):
+        cache.seek(end - 1)
+        before = num_flushes()
+        for layer in range(cache.num_layers):
+            cache.step(layer, torch.zeros(shape.batch, 64))
+        cache.advance()
+        assert num_flushes() - before == (shape.batch if end > last else 0)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -80,11 +99,13 @@ def test_a_batch_can_be_set_to_later_positions(layout, name):
 
 def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
     settings = ["--layout", "[hybrid]", "--width", "64", "--layers", "2", "--new-tokens", "[320]"]
-    settings += ["--batch", "[2]", "--caches", "[ours,flashinference]"]
+    settings += ["--batch", "[2]", "--caches", "[ours,ours_int8,flashinference]"]
     assert main(["decode", *settings, "--peers", "[s4]", "--rounds", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     runs = {run["cache"]: run for run in result["runs"]}
-    assert list(runs) == ["ours", "flashinference", "s4"]
+    assert list(runs) == ["ours", "ours_int8", "flashinference", "s4"]
+    moved = [runs[name]["bytes_moved_per_token"]["weights"] for name in ("ours", "ours_int8")]
+    assert moved[0] == 4 * moved[1]
     for cache, run in runs.items():
         assert run["tokens_per_second"] == pytest.approx(2000 / run["step_ms"])
         assert run["operations_per_step"] > 50
@@ -106,7 +127,7 @@ def test_a_cache_that_does_not_fit_is_reported_and_not_run(monkeypatch):
     monkeypatch.setattr(sampling, "SHARE_OF_MEMORY", 0.0)
     options = decode.Options(width=64, new_tokens=(512,), batch=(64,), peers=("s4",))
     runs = decode.measure(options)["runs"]
-    assert [run["cache"] for run in runs] == [*CACHES, "s4"]
+    assert [run["cache"] for run in runs] == [*options.caches, "s4"]
     assert all(run["not_run"].startswith("does not fit: ") for run in runs)
 
 

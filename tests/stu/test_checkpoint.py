@@ -11,6 +11,7 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
+from stu.quantization import quantize
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,69 @@ def test_models_without_spectral_filters(tmp_path, code_tokenizer, layout, dtype
     assert torch.equal(loaded.convolution_taps()[0], model.convolution_taps()[0])
     tokens = torch.arange(10)[None]
     assert torch.equal(loaded(tokens), model.to(dtype)(tokens))
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_of_8_bits(tmp_path, code_tokenizer, layout, dtype):
+    """They are stored once, and everything else as it is."""
+    torch.manual_seed(0)
+    shape = {"width": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32}
+    model = FlashSTU(ModelConfig(vocab_size=code_tokenizer.vocab_size, layout=layout, **shape))
+    save_model(tmp_path / "model", model, code_tokenizer, weights="int8")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    loaded = load_model(tmp_path / "model", dtype=dtype)
+    assert loaded.weights == "int8"
+    assert len(model.matrices) == 10 if layout == "hyena" else 9
+    for name, weight in model.state_dict().items():
+        found = loaded.state_dict()[name]
+        if name not in model.matrices:
+            assert torch.equal(found, weight if name in model.wide_names else weight.to(dtype))
+            continue
+        by_output = weight.movedim(model.matrices[name], 0)
+        values, scales = quantize(by_output)
+        assert torch.equal(stored[name].movedim(model.matrices[name], 0), values)
+        assert torch.equal(stored[f"{name}.scales"], scales)
+        dequantized = (values * scales[:, None]).movedim(0, model.matrices[name])
+        assert torch.equal(found, dequantized.to(dtype))
+        assert found.is_contiguous()
+    save_model(tmp_path / "again", loaded, code_tokenizer, weights="int8")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    changes = [(again[name].int() - stored[name]).abs().max() for name in model.matrices]
+    assert max(changes) <= (dtype == torch.bfloat16)
+    assert load_model(tmp_path / "again", dtype=None).norm.weight.dtype == dtype
+
+
+def damaged_scales(weights):
+    weights["blocks.0.mlp.up.weight.scales"] = torch.ones(5)
+
+
+def float_matrix(weights):
+    weights["blocks.0.mlp.up.weight"] = weights["blocks.0.mlp.up.weight"].float()
+
+
+def lost_scales(weights):
+    del weights["blocks.0.mlp.up.weight.scales"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged_scales, r"mlp\.up\.weight\.scales \(torch\.float32, \(5,\)\) does not belong"),
+        (float_matrix, "does not belong to blocks.0.mlp.up.weight"),
+        (lost_scales, r"blocks\.0\.mlp\.up\.weight is torch\.int8"),
+    ],
+)
+def test_matrices_and_scales_that_do_not_fit_are_refused(
+    tmp_path, model, code_tokenizer, damage, message
+):
+    save_model(tmp_path / "model", model, code_tokenizer, weights="int8")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    damage(weights)
+    save_file(weights, file, {"format": "stu", "format_version": "2"})
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "model")
 
 
 def test_stored_filters_are_used(saved):
@@ -118,7 +182,7 @@ OURS = {"format": "stu", "format_version": "1"}
 @pytest.mark.parametrize(
     ("change", "metadata", "message"),
     [
-        (dict, {**OURS, "format_version": "2"}, "version 2, .* reads up to 1: install a newer"),
+        (dict, {**OURS, "format_version": "3"}, "version 3, .* reads up to 2: install a newer"),
         (dict, {"format": "pt"}, "not written by stu-export"),
         (dict, None, "not written by stu-export"),
         (of_another_model, OURS, r"norm\.weight is missing, extra is unknown, embedding"),

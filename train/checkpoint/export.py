@@ -9,6 +9,7 @@ from stu.common.cli import ArgumentParser, run_command
 from stu.common.errors import UserError
 
 if TYPE_CHECKING:
+    from stu.config import Weights
     from stu.model import FlashSTU
     from stu.tokenizer import Tokenizer
     from train.checkpoint.folder import CheckpointFolder
@@ -37,11 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Flash-STU code",
     )
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Dtype of weights")
+    add(
+        "--weights",
+        type=Literal["float", "int8"],
+        default="float",
+        help="int8: matrices of 8 bits, for a model directory of a quarter of the size, which "
+        "decodes faster on a CPU",
+    )
     add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)
 
     def write_model() -> int:
-        export(given.checkpoint, given.output, given.dtype, given.overwrite, given.format)
+        export(
+            given.checkpoint,
+            given.output,
+            given.dtype,
+            given.overwrite,
+            given.format,
+            given.weights,
+        )
         print(f"wrote {given.output}")
         return 0
 
@@ -54,6 +69,7 @@ def export(
     dtype: str = "float32",
     overwrite: bool = False,
     layout: str = "stu",
+    weights: "Weights" = "float",
 ) -> None:
     """Write the model of `checkpoint` to the folder `output`.
 
@@ -66,6 +82,7 @@ def export(
         dtype: Dtype of the weights.
         overwrite: Whether an existing `output` is replaced.
         layout: `stu` for a model directory, or `published`.
+        weights: Format of the matrices of a model directory.
 
     Raises UserError or OSError, and then leaves nothing behind.
     """
@@ -77,9 +94,11 @@ def export(
     model, tokenizer, generation = _read(checkpoint)
     torch_dtype = getattr(torch, dtype)
     if layout == "published":
+        if weights != "float":
+            raise UserError("weights", weights, "float for the published layout")
         save_published(output, model, tokenizer, torch_dtype, overwrite)
     else:
-        save_model(output, model, tokenizer, generation, overwrite, torch_dtype)
+        save_model(output, model, tokenizer, generation, overwrite, torch_dtype, weights)
 
 
 def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":

@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from serve.engine.packing import PackedLinear, packed_copy, packed_product, packs
+from serve.engine.inference_model import inference_copy, inference_product
+from serve.engine.packing import PackedLinear, packs
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 
@@ -26,7 +27,7 @@ def build(dtype=torch.float32, layout="hybrid"):
 def test_packed_products_equal_plain_ones(num_rows):
     weight, x = torch.randn(48, 20), torch.randn(num_rows, 3, 20)
     expected = x.double() @ weight.double().T
-    for product in (PackedLinear(weight), packed_product(weight)):
+    for product in (PackedLinear(weight), inference_product(weight)):
         assert (product(x) - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
@@ -42,7 +43,7 @@ def test_packed_products_equal_plain_ones(num_rows):
 )
 def test_packed_copy_computes_the_same_and_shares_other_weights(dtype, layout, mixers):
     model = build(dtype, layout)
-    copied = packed_copy(model)
+    copied = inference_copy(model)
     tokens = torch.arange(30)[None]
     with torch.inference_mode():
         expected = model(tokens)
@@ -80,7 +81,7 @@ def test_onednn_sees_few_different_numbers_of_rows(monkeypatch):
 @needs_packing
 def test_packed_copy_keeps_no_plain_weights():
     model = build()
-    copied = packed_copy(model)
+    copied = inference_copy(model)
     plain = weakref.ref(model.blocks[0].mlp.gate.weight)
     del model
     gc.collect()

@@ -26,6 +26,22 @@ def test_export_of_a_run(trained, tmp_path, data, dtype):
     assert load_tokenizer(output).model_bytes == (data / "tokenizer.model").read_bytes()
 
 
+def test_export_in_8_bits(trained, tmp_path, capsys):
+    sizes = {}
+    for weights in ("float", "int8"):
+        output = tmp_path / weights
+        assert export.main([str(trained), "--output", str(output), "--weights", weights]) == 0
+        sizes[weights] = (output / "model.safetensors").stat().st_size
+    model = load_model(tmp_path / "int8")
+    assert model.weights == "int8"
+    saved = 3 * sum(model.get_parameter(name).numel() for name in model.matrices)
+    assert sizes["float"] - sizes["int8"] > 0.8 * saved
+    command = [str(tmp_path / "int8"), "--output", str(tmp_path / "p"), "--format", "published"]
+    assert export.main([*command, "--weights", "int8"]) == 2
+    assert 'weights="int8" is not allowed: it must be float' in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
 def test_existing_output_is_kept_unless_overwritten(trained, tmp_path, capsys):
     output = tmp_path / "model"
     output.mkdir()

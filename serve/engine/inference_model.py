@@ -1,0 +1,70 @@
+"""A model's layers as the engine runs them: the same functions, with weights in other layouts."""
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
+from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
+from stu.common.errors import UserError
+from stu.config import Weights
+from stu.layers import GatedMLP
+from stu.mixers import Mixer
+from stu.model import FlashSTU
+
+
+class _Layers(NamedTuple):
+    """Modules that replace those of a model."""
+
+    linear: Callable[[Tensor], nn.Module]
+    mlp: Callable[[GatedMLP], nn.Module]
+
+
+def inference_copy(model: FlashSTU, weights: Weights = "float") -> FlashSTU:
+    """Return a copy of `model` for inference, which shares the tensors that it does not replace.
+
+    float: linear layers are packed, where they can be. int8: their weights have 8 bits. Replaced
+    weights are in memory twice while `model` is referenced. Raises UserError where int8 is not to
+    be had.
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
+    copied = copy.deepcopy(model, shared)
+    layers = _layers(model.embedding.weight, weights)
+    if layers is not None:
+        for module in list(copied.modules()):
+            for name, child in module.named_children():
+                setattr(module, name, _replaced(child, layers))
+    return copied
+
+
+def inference_product(weight: Tensor, weights: Weights = "float") -> Callable[[Tensor], Tensor]:
+    """Return the function `x -> x @ weight.T` for inference."""
+    layers = _layers(weight, weights)
+    if layers is not None:
+        return layers.linear(weight)
+    return lambda x: nn.functional.linear(x, weight)
+
+
+def _layers(weight: Tensor, weights: Weights) -> _Layers | None:
+    """Return the modules for weights like this one; None: those of the model."""
+    if weights == "float":
+        return _Layers(PackedLinear, PackedGatedMLP) if packs(weight) else None
+    if weight.device.type != "cpu" or not has_int8():
+        fix = "8 bits run on x86 processors, with a torch that was built with FBGEMM"
+        raise UserError("weights", weights, "float", fix)
+    return _Layers(Int8Linear, Int8GatedMLP)
+
+
+def _replaced(module: nn.Module, layers: _Layers) -> nn.Module:
+    """Return `module`, or the one to use instead."""
+    if isinstance(module, GatedMLP):
+        return layers.mlp(module)
+    if isinstance(module, Mixer):
+        module.pack(layers.linear)
+    if isinstance(module, nn.Linear):
+        return layers.linear(module.weight)
+    return module

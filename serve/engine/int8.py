@@ -1,0 +1,74 @@
+"""Products with weights of 8 bits, for the CPU.
+
+Inputs are rounded to 8 bits in each product, with one scale for each row, so a product's error is
+about 1% of its size. Sums are exact, in int32: a row's products do not depend on the other rows. A
+step of few rows takes the time to read its weights, of which 8 bits are a quarter.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from serve.engine.packing import RowsTogether
+from stu.layers import GatedMLP
+from stu.quantization import Quantized, quantize
+
+LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+"""Largest number that inputs are rounded to. Processors without VNNI add two products in 16 bits,
+which numbers of 8 bits would overflow."""
+ZERO = LEVELS + 1
+"""Number that stands for 0: FBGEMM takes inputs without a sign."""
+
+
+def has_int8() -> bool:
+    """Return whether torch has FBGEMM here, as on x86. oneDNN takes longer for few rows."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+class Int8Linear(RowsTogether):
+    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, its tanh-GELU.
+
+    x: float32 or bfloat16, as the products.
+    """
+
+    def __init__(self, weight: Tensor, gelu: bool = False) -> None:
+        super().__init__()
+        self._weight, self._gelu = _packed(quantize(weight)), gelu
+
+    def product(self, rows: Tensor) -> Tensor:
+        wide = rows.float()
+        smallest = torch.finfo(torch.float32).tiny
+        sizes = wide.abs().amax(-1, keepdim=True).clamp_min_(smallest).div_(LEVELS)
+        linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        products: Tensor = linear(wide / sizes, 1.0, ZERO, self._weight)
+        products.mul_(sizes)  # NaN where the row has one
+        return (gelu(products, approximate="tanh") if self._gelu else products).to(rows.dtype)
+
+
+class Int8GatedMLP(nn.Module):
+    """`stu.layers.GatedMLP` with weights of 8 bits. One product computes gate and up."""
+
+    def __init__(self, mlp: GatedMLP) -> None:
+        super().__init__()
+        self.gate_up = Int8Linear(torch.cat([mlp.gate.weight, mlp.up.weight]))
+        self.down = Int8Linear(mlp.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        gated: Tensor = self.down(gelu(gate, approximate="tanh") * up)
+        return gated
+
+
+def _packed(weight: Quantized) -> object:
+    """Return a weight in FBGEMM's layout."""
+    engines, zeros = torch.backends.quantized, torch.zeros(len(weight.scales), dtype=torch.int64)
+    engine, engines.engine = engines.engine, "fbgemm"
+    try:
+        with warnings.catch_warnings():  # PyTorch means to replace this type of tensors
+            warnings.simplefilter("ignore")
+            typed = torch._make_per_channel_quantized_tensor(*weight, zeros, 0)
+        return torch.ops.quantized.linear_prepack(typed, None)
+    finally:
+        engines.engine = engine
