@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 from benchmarks.recorded import Columns, Run, decoded, settings, table
 
@@ -198,6 +199,28 @@ def present(result: Run) -> list[str]:
     return [name for name in LABELS if name in there]
 
 
+def kernels(result: Run) -> str:
+    """Show the resources of kernels in bfloat16."""
+    shown: dict[tuple[str, str], dict[str, Run]] = {}
+    for run in result["runs"]:
+        shown.setdefault((run["kernel"], run["dtype"]), {})[run["gpu"]] = run
+    rows = [by_gpu for (_, dtype), by_gpu in shown.items() if dtype == "bf16"]
+    columns: Columns = {
+        "kernel": lambda row: f"`{row['H100']['kernel']}`",
+        "warps": lambda row: str(row["H100"]["warps"]),
+        "shared memory, bytes": lambda row: f"{row['H100']['shared_bytes']:,}",
+    }
+    for gpu in rows[0]:
+        columns[f"registers, {gpu}"] = registers_on(gpu)
+    columns["spilled bytes"] = lambda row: str(max(run["spilled_bytes"] for run in row.values()))
+    return table(rows, columns)
+
+
+def registers_on(gpu: str) -> Callable[[Any], str]:
+    """Return the function that shows a kernel's registers on a GPU."""
+    return lambda row: str(row[gpu]["registers"])
+
+
 def timed(result: Run, names: Iterable[str]) -> list[Runs]:
     """Return the settings in which all of these caches were timed."""
     rows = (decoded(result, *pair) for pair in settings(result))
@@ -234,6 +257,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "decode flashinference": flash_inference,
     "prompts flashinference": flash_inference,
     "layouts": layouts,
+    "kernels": kernels,
     "h100 steps": gpu_steps,
     "h100 launches": gpu_launches,
     "model errors": model_errors,

@@ -15,7 +15,7 @@ from benchmarks import decoding_tables, train_serve_tables
 from benchmarks.claims import claims
 from benchmarks.recorded import ROOT, Run, recorded
 
-DOCUMENTS = ["README.md", "docs/evidence.md", "docs/slurm.md", "docs/training.md"]
+DOCUMENTS = ["README.md", "docs/engine.md", "docs/evidence.md", "docs/slurm.md", "docs/training.md"]
 PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )

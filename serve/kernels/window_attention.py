@@ -13,10 +13,13 @@ from stu.mixers import KeyWindow
 
 BLOCK_BYTES = 2**22
 """Bytes of keys that the torch code attends to at once: they should fit a processor's cache."""
-PART = 128
-"""Keys of a window that a program attends to. Parts do not depend on the batch, nor do results."""
-TILE = 4096
-"""Numbers of keys that a program reads at once."""
+SHORTEST_PART, MOST_PARTS = 128, 32
+"""Keys that a program attends to, at least, and programs that share a window, at most. Neither
+depends on the batch, so results do not."""
+MOST_DIMS = 64
+"""Dims of a head for which a program joins the parts of a window."""
+TILE_BYTES = 2**13
+"""Bytes of keys that a program has in registers, in the dtype of the sums."""
 
 
 class RowWindows(NamedTuple):
@@ -121,7 +124,8 @@ def triton_window_attention(
     batch, heads, head_dim = queries.shape
     own, page_len = pool[:, layer], pool.shape[3]
     reach = min(window.window_tokens, windows.pages.shape[1] * page_len)
-    parts, block_head = -(-reach // PART), power_of_two(head_dim)
+    part = max(SHORTEST_PART, power_of_two(-(-reach // MOST_PARTS)))
+    parts, block_head = -(-reach // part), power_of_two(head_dim)
     outputs = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     sums = torch.empty(batch, heads, parts, head_dim, dtype=dtype, device=queries.device)
@@ -150,19 +154,20 @@ def triton_window_attention(
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_HEAD=block_head,
-        BLOCK_KEYS=min(max(TILE // block_head, 1), PART),
-        PART=PART,
+        BLOCK_KEYS=min(max(TILE_BYTES // dtype.itemsize // block_head, 1), part),
+        PART=part,
         num_warps=4,
     )
-    _join_parts[batch, heads](
+    block_dims = min(block_head, MOST_DIMS)
+    _join_parts[batch, heads, -(-head_dim // block_dims)](
         sums,
         scales,
         outputs,
         PARTS=parts,
         HEAD_DIM=head_dim,
         BLOCK_PARTS=power_of_two(parts),
-        BLOCK_HEAD=block_head,
-        num_warps=1,
+        BLOCK_DIMS=block_dims,
+        num_warps=2,
     )
     return outputs
 
@@ -256,11 +261,12 @@ def _join_parts(
     PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
 ):
     """Divide the sums of all parts of a window by the sum of all weights."""
     head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    dims, parts = tl.arange(0, BLOCK_HEAD), tl.arange(0, BLOCK_PARTS)
+    dims = tl.program_id(2) * BLOCK_DIMS + tl.arange(0, BLOCK_DIMS)
+    parts = tl.arange(0, BLOCK_PARTS)
     exists, counts = dims < HEAD_DIM, parts < PARTS
     own = head * PARTS + parts
     largest = tl.load(scales + own * 2, mask=counts, other=float("-inf"))

@@ -197,14 +197,17 @@ WINDOWS = [
     (1, 2, 1, 1, [0, 1, 2, 7]),
     (40, 8, 2, 16, [7, 39, 40, 41, 100]),
     (130, 16, 2, 3, [1, 128, 129, 300]),  # two parts
-    (300, 32, 1, 33, [0, 260, 299, 700]),  # three, some of them empty
+    (300, 32, 1, 66, [0, 260, 299, 700]),  # longer parts, of which some are empty
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window_tokens", "page_len", "heads", "head_dim", "lengths"), WINDOWS)
-def test_window_attention(run, dtype, window_tokens, page_len, heads, head_dim, lengths):
+def test_window_attention(
+    run, dtype, window_tokens, page_len, heads, head_dim, lengths, monkeypatch
+):
     torch.manual_seed(window_tokens)
+    monkeypatch.setattr(window_attention, "MOST_PARTS", 2)
     softcap, layers, layer = 5.0, 2, 1
     window = KeyWindow(window_tokens, heads, head_dim, softcap)
     num_pages = -(-window_tokens // page_len) + 1

@@ -1,0 +1,45 @@
+"""Kernels compile ahead of time, without a GPU and without spills."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.recorded import RESULTS
+
+triton = pytest.importorskip("triton")
+from benchmarks import kernels  # noqa: E402
+from serve.kernels import gated, near_field, norm, page_end, window_attention  # noqa: E402
+
+LARGE = kernels.Options(width=8192, num_heads=32, rank=64, page_len=256, window_tokens=32768)
+ODD = kernels.Options(width=897, num_heads=13, mlp_ratio=3, rank=47, page_len=2, window_tokens=99)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_resources_are_those_of_the_result():
+    measured = kernels.measure(kernels.Options())["runs"]
+    assert all(run["spilled_bytes"] == run["stack_bytes"] == 0 for run in measured)
+    assert {run["kernel"] for run in measured} == set(kernel_names())
+    result = json.loads((RESULTS / "kernels.json").read_text(encoding="utf-8"))
+    if result["machine"]["triton"] == triton.__version__:
+        assert measured == result["runs"], "run python -m benchmarks kernels"
+
+
+@pytest.mark.parametrize("options", [LARGE, ODD])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_no_kernel_of_another_shape_spills(options, dtype):
+    for launch in kernels.launches(options, dtype):
+        resources = kernels.compiled(launch, 90)
+        assert resources["spilled_bytes"] == resources["stack_bytes"] == 0, launch.kernel
+
+
+def kernel_names():
+    """Yield the kernels that are launched; others are called by them."""
+    for module in (near_field, page_end, norm, gated, window_attention):
+        for value in vars(module).values():
+            if isinstance(value, triton.JITFunction) and value.__name__ != "_tanh":
+                yield kernels.name_of(value)
