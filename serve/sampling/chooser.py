@@ -1,16 +1,17 @@
 """Choice of the next tokens of requests, under their options, grammars and stop tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from serve.request import Request, TokenLogprobs
-from serve.sampling.processors import TokenHistory, needs_history
-from serve.sampling.sampler import sample, token_logprobs
+from serve.sampling.features import Features
+from serve.sampling.sampler import DeviceSampler, Sampled, uniforms
 from serve.sampling_params import Constraint
 from stu.common.errors import requires_extra
 from stu.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or too large for this dtype; try "
     "another checkpoint, or float32"
 )
+UNIFORMS_AT_ONCE = 32
+"""Random numbers that are computed for a request at once, which takes hardly longer than one."""
 
 
 class Choice(NamedTuple):
@@ -44,30 +47,52 @@ class _State:
     new_token_ids: list[int]
     stop_ids: list[int]
     matcher: "GrammarMatcher | None"
-    history: TokenHistory | None = None
-    """Made at the first choice of a request that needs one."""
-
-    @property
-    def is_early(self) -> bool:
-        """Whether no stop token may be chosen yet."""
-        least = self.request.sampling.min_new_tokens
-        return bool(self.stop_ids) and len(self.new_token_ids) < least
+    num_begun: int = 0
+    """Number of new tokens, and of those that are being sampled."""
+    uniforms: list[float] = field(default_factory=list)
+    """Random numbers of the tokens after these, the next one last."""
+    refusal: str = ""
+    """Reason why the constraint allows no token."""
 
     def append(self, token: int) -> None:
         """Advance by a new token."""
         self.new_token_ids.append(token)
-        if self.history is not None:
-            self.history.append(token)
+        if len(self.new_token_ids) > self.num_begun:  # sampled elsewhere
+            self.num_begun = len(self.new_token_ids)
+            self.uniforms.clear()
         if self.matcher is not None:
             self.matcher.append(token)
 
+    def begin(self) -> float:
+        """Begin the next token, and return its random number."""
+        params, position = self.request.sampling, self.num_begun
+        self.num_begun += 1
+        if params.temperature == 0:
+            return 0.0
+        if not self.uniforms:
+            position += len(self.request.prompt_token_ids)
+            self.uniforms = uniforms(params.seed, position, UNIFORMS_AT_ONCE)[::-1].tolist()
+        return self.uniforms.pop()
+
 
 class TokenChooser:
-    """Chooses tokens for requests, which are known by their ids."""
+    """Chooses tokens for requests, which are known by their ids.
 
-    def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
+    `choose` does all of it. An engine with rows of its own lets requests `join` them, and prepares
+    each step of `sampler` by `begin` and `constrain`. It may `read` the tokens after it has begun
+    the next ones.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        device: Device of the logits.
+        max_rows: Rows of the sampler at first. `choose` makes more where it needs them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device, max_rows: int = 8) -> None:
         self._tokenizer, self._device = tokenizer, device
         self._states: dict[int, _State] = {}
+        self._rows: dict[int, int] = {}
+        self.sampler = DeviceSampler(max_rows, tokenizer.vocab_size, device)
 
     def compile(self, constraint: Constraint) -> None:
         """Compile a constraint for later use. Raises UserError for one that is not allowed."""
@@ -87,36 +112,82 @@ class TokenChooser:
         self._states[request_id].append(token)
 
     def remove(self, request_id: int) -> None:
-        """Forget a request."""
+        """Forget a request, which leaves its row."""
+        self.leave(request_id)
         del self._states[request_id]
+
+    def join(self, request_id: int, row: int) -> None:
+        """Give a row of the sampler to a request."""
+        state = self._states[request_id]
+        self.sampler.set(row, state.request, state.new_token_ids, state.stop_ids)
+        self._rows[request_id] = row
+
+    def leave(self, request_id: int) -> None:
+        """Clear the row of a request, if it has one."""
+        row = self._rows.pop(request_id, None)
+        if row is not None:
+            self.sampler.clear(row)
+
+    def begin(self, request_ids: Sequence[int]) -> list[float]:
+        """Begin the next token of each request, and return the random numbers for them."""
+        return [self._states[request_id].begin() for request_id in request_ids]
+
+    def constrain(self, request_ids: Sequence[int]) -> None:
+        """Write what constraints of requests allow after their tokens to the requests' rows."""
+        states = {self._rows[request_id]: self._states[request_id] for request_id in request_ids}
+        words = {}
+        for row, state in states.items():
+            if state.matcher is not None:
+                words[row] = state.matcher.allowed_words(self._tokenizer.vocab_size)
+                if state.matcher.error or not words[row].any():
+                    state.refusal = _cannot_follow(state)
+        if words:
+            self.sampler.allow(list(words), np.stack(list(words.values())))
+
+    def read(self, request_ids: Sequence[int], sampled: Sampled) -> list[Choice]:
+        """Return the tokens that were sampled for requests, without appending them."""
+        states = [self._states[request_id] for request_id in request_ids]
+        tokens = sampled.tokens.tolist()
+        logprobs: Sequence[TokenLogprobs | None] = [None] * len(states)
+        if sampled.logprobs is not None:
+            counts = [state.request.sampling.logprobs for state in states]
+            logprobs = sampled.logprobs.of(tokens, counts)
+        choices = []
+        flags = zip(sampled.is_finite.tolist(), sampled.is_allowed.tolist(), strict=True)
+        for state, token, own, (is_finite, is_allowed) in zip(
+            states, tokens, logprobs, flags, strict=True
+        ):
+            refusal = "" if is_allowed and not state.refusal else _refusal(state)
+            error = refusal if is_finite else NOT_FINITE
+            choices.append(Choice(token, own, error, is_finite and bool(refusal)))
+        return choices
 
     def choose(self, request_ids: Sequence[int], logits: Tensor) -> list[Choice]:
         """Return each request's next token, without appending it.
 
         logits: `[B, vocab_size]`, a row for each request.
         """
-        states = [self._states[request_id] for request_id in request_ids]
-        params = [state.request.sampling for state in states]
-        positions = [
-            len(state.request.prompt_token_ids) + len(state.new_token_ids) for state in states
-        ]
-        is_finite = logits.amax(-1).isfinite()
-        errors = ["" if finite else NOT_FINITE for finite in is_finite.tolist()]
-        if any(errors):
-            logits = logits.masked_fill(~is_finite[:, None], 0)
-        histories = {
-            row: self._history(state)
-            for row, state in enumerate(states)
-            if needs_history(params[row])
-        }
-        refused: set[int] = set()
-        allowed = _constrained(states, logits, errors, refused)
-        tokens = sample(allowed, params, positions, histories).tolist()
-        logprobs = token_logprobs(logits, tokens, [own.logprobs for own in params])
-        return [
-            Choice(token, logprobs[row], errors[row], row in refused)
-            for row, token in enumerate(tokens)
-        ]
+        self._make_rows(request_ids)
+        numbers = self.begin(request_ids)
+        self.constrain(request_ids)
+        # Requests that need the same work are sampled together: others need not do it.
+        groups: dict[Features, list[int]] = {}
+        for place, request_id in enumerate(request_ids):
+            features = self.sampler.features([self._rows[request_id]])
+            groups.setdefault(features, []).append(place)
+        choices: dict[int, Choice] = {}
+        for features, places in groups.items():
+            ids = [request_ids[place] for place in places]
+            rows = torch.tensor([self._rows[request_id] for request_id in ids])
+            own = torch.tensor([numbers[place] for place in places], dtype=torch.float64)
+            sampled = self.sampler.sample(
+                logits if len(groups) == 1 else logits[places],
+                rows.to(self._device),
+                own.to(self._device),
+                features,
+            )
+            choices.update(zip(places, self.read(ids, sampled), strict=True))
+        return [choices[place] for place in range(len(request_ids))]
 
     @cached_property
     def _grammars(self) -> "Grammars":
@@ -124,49 +195,34 @@ class TokenChooser:
             from serve.sampling.grammar import Grammars
         return Grammars(self._tokenizer)
 
-    def _history(self, state: _State) -> TokenHistory:
-        if state.history is None:
-            request, vocab_size = state.request, self._tokenizer.vocab_size
-            bias = request.sampling.logit_bias
-            history = TokenHistory(vocab_size, request.prompt_token_ids, bias, self._device)
-            for token in state.new_token_ids:
-                history.append(token)
-            state.history = history
-        return state.history
+    def _make_rows(self, request_ids: Sequence[int]) -> None:
+        """Give rows to those of these requests that have none, and take them from others."""
+        if len(request_ids) > self.sampler.max_rows:
+            self._rows.clear()
+            max_rows = 2 * len(request_ids)
+            self.sampler = DeviceSampler(max_rows, self._tokenizer.vocab_size, self._device)
+        new = [request_id for request_id in request_ids if request_id not in self._rows]
+        if not new:
+            return
+        if len(new) + len(self._rows) > self.sampler.max_rows:
+            for request_id in set(self._rows).difference(request_ids):
+                self.leave(request_id)
+        free = sorted(set(range(self.sampler.max_rows)).difference(self._rows.values()))
+        for request_id, row in zip(new, free, strict=False):
+            self.join(request_id, row)
 
 
-def _constrained(
-    states: Sequence[_State], logits: Tensor, errors: list[str], refused: set[int]
-) -> Tensor:
-    """Return logits without stop tokens that come too early and tokens that a grammar forbids.
-
-    A row that has no token left gets an error and joins `refused`.
-    """
-    if not any(state.is_early or state.matcher for state in states):
-        return logits
-    logits = logits.clone()
-    for row, state in enumerate(states):
-        if state.is_early:
-            logits[row, state.stop_ids] = -torch.inf
-            if not logits[row].amax() > -torch.inf:
-                errors[row] = errors[row] or "min_new_tokens cannot be met: every token is to stop"
-                refused.add(row)
-                logits[row] = 0
-        if state.matcher is None:
-            continue
-        allowed = state.matcher.allowed(logits.shape[1])
-        if not state.matcher.error and allowed.any():
-            logits[row].masked_fill_(~allowed.to(logits.device), -torch.inf)
-        elif not errors[row]:
-            refused.add(row)
-            errors[row] = _cannot_follow(state, state.matcher.error)
-    return logits
+def _refusal(state: _State) -> str:
+    if state.request.sampling.constraint is None:
+        return "min_new_tokens cannot be met: every token is to stop"
+    return state.refusal or _cannot_follow(state)
 
 
-def _cannot_follow(state: _State, reason: str) -> str:
-    constraint = state.request.sampling.constraint
+def _cannot_follow(state: _State) -> str:
+    constraint, matcher = state.request.sampling.constraint, state.matcher
     assert constraint is not None
+    assert matcher is not None
     return (
         f"{constraint.kind} cannot be followed beyond {len(state.new_token_ids)} tokens of this "
-        f"completion: {reason or 'no token continues it'}; make it simpler"
+        f"completion: {matcher.error or 'no token continues it'}; make it simpler"
     )

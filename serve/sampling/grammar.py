@@ -6,6 +6,7 @@ for the work of each token.
 
 import functools
 import json
+import math
 from random import Random
 
 import llguidance
@@ -106,8 +107,13 @@ class GrammarMatcher:
 
     def allowed(self, vocab_size: int) -> Tensor:
         """Return which tokens may come next: bool `[vocab_size]`, on the CPU."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool))
+        bits = np.unpackbits(self.allowed_words(vocab_size).view(np.uint8), bitorder="little")
+        return torch.from_numpy(bits[:vocab_size].astype(bool))
+
+    def allowed_words(self, vocab_size: int) -> np.ndarray:
+        """Return them as a bit mask, the lowest bit first: int32 `[ceil(vocab_size / 32)]`."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        return words[: math.ceil(vocab_size / 32)]
 
     def append(self, token: int) -> None:
         """Advance by `token`."""

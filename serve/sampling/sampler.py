@@ -1,53 +1,184 @@
-"""Sampling of token ids from logits, where a row's token does not depend on the other rows."""
+"""Sampling of token ids from logits, where a row's token does not depend on the other rows.
 
-from collections.abc import Mapping, Sequence
+A step works on tensors that stay where they are. It neither waits for the device nor copies from
+the host, so a CUDA graph can hold it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from serve.request import TokenLogprobs
-from serve.sampling.processors import (
-    LOGITS_PROCESSORS,
-    WEIGHT_PROCESSORS,
-    TokenHistory,
-    needs_history,
-    process,
+from serve.request import Request, TokenLogprobs
+from serve.sampling.features import (
+    GREEDY,
+    MOST_TOKENS,
+    NEUTRAL,
+    Features,
+    features_needed,
+    settings_of,
 )
-from serve.sampling_params import SamplingParams
+from serve.sampling.processors import LOGITS_PROCESSORS, WEIGHT_PROCESSORS
+from serve.sampling.selection import largest
+from serve.sampling.tables import Batch, RowTables
 
 ROWS_AT_ONCE = 16
 """Rows whose log probabilities are computed together. In float64, more would fit no processor's
 cache."""
+WEIGHTS_AT_ONCE = 2**16
+"""Weights of a random choice that a CPU computes together, for the same reason."""
 
 
-def sample(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    histories: Mapping[int, TokenHistory],
-) -> Tensor:
-    """Return the next token of every row: logits `[B, vocab_size]` -> ids `[B]`.
+class Logprobs(NamedTuple):
+    """Log probabilities of tokens and of the most probable ones, on the device."""
+
+    tokens: Tensor
+    """Log probabilities of the tokens, float64 `[B]`."""
+    top_ids: Tensor
+    """Most probable tokens, the most probable first, int64 `[B, count]`."""
+    top: Tensor
+    """Log probabilities of the most probable tokens, float64 `[B, count]`."""
+
+    def of(self, tokens: Sequence[int], counts: Sequence[int | None]) -> list[TokenLogprobs | None]:
+        """Return those of each row's token and of its `count` most probable ones, None for a row
+        whose count is None."""
+        values = (tensor.tolist() for tensor in self)
+        return [
+            None
+            if count is None
+            else TokenLogprobs(token, own, dict(zip(top_ids[:count], top[:count], strict=True)))
+            for token, count, own, top_ids, top in zip(tokens, counts, *values, strict=True)
+        ]
+
+
+class Sampled(NamedTuple):
+    """The next tokens of rows, on the device."""
+
+    tokens: Tensor
+    """Token ids, int64 `[B]`; any token where one of the flags is false."""
+    is_finite: Tensor
+    """Whether the largest logit is finite, bool `[B]`."""
+    is_allowed: Tensor
+    """Whether any token may come next, bool `[B]`."""
+    logprobs: Logprobs | None
+    """Log probabilities, if the features include them."""
+
+
+class DeviceSampler:
+    """Samples tokens for rows, whose settings and token histories are on the device.
 
     Args:
-        logits: The largest of every row must be finite. The lower id of equal logits counts as more
-            probable.
-        params: Settings of each row.
-        positions: Position of each row's new token in its own sequence.
-        histories: Token histories by row, for rows whose settings need one (`needs_history`).
+        max_rows: Number of rows. The one after the last, `null_row`, pads batches.
+        vocab_size: Number of tokens in the vocabulary.
+        device: Device of the logits.
+        most_new_tokens: Most new tokens of a request. Below 2**15, counts of tokens take 16 bits.
     """
-    changed = [row for row, own in enumerate(params) if needs_history(own)]
-    if changed:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        process(LOGITS_PROCESSORS, logits, params, histories)
-        largest = torch.finfo(logits.dtype).max
-        logits[changed] = logits[changed].clamp(-largest, largest)  # a penalty may go beyond
-    ids = logits.argmax(-1)
-    random = [row for row, own in enumerate(params) if own.temperature > 0]
-    if random:
-        chosen, places = [params[row] for row in random], [positions[row] for row in random]
-        ids[random] = _draw(logits[random].double(), chosen, places)
-    return ids
+
+    def __init__(
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: str | torch.device = "cpu",
+        most_new_tokens: int = MOST_TOKENS,
+    ) -> None:
+        device = torch.device(device)
+        self.tables = RowTables(max_rows, vocab_size, most_new_tokens, NEUTRAL, device)
+        self.max_rows = self.null_row = max_rows
+        self._features: dict[int, Features] = {}
+
+    def reserve(self, features: Features) -> None:
+        """Allocate the tables that a step with these features reads. `set` does it otherwise."""
+        self.tables.reserve(features.tables)
+
+    def set(
+        self,
+        row: int,
+        request: Request,
+        new_token_ids: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        """Give a row to a request that has these new tokens already.
+
+        stop_ids: Tokens that end its text, which `min_new_tokens` forbids. The tokens that a
+            constraint forbids are written by `allow` before each step.
+        """
+        params, tables = request.sampling, self.tables
+        features = features_needed(params, bool(stop_ids))
+        self.reserve(features)
+        tables.write_settings(row, settings_of(params, features), len(new_token_ids))
+        tables.write_bias(row, params.logit_bias)
+        if "in_prompt" in features.tables:
+            tables.write_bits("in_prompt", [row], tables.pack(request.prompt_token_ids)[None])
+        if "new_counts" in features.tables:
+            tables.write_counts(row, new_token_ids)
+        if "allowed" in features.tables:
+            tables.write_bits("allowed", [row], ~tables.pack(stop_ids)[None])
+        self._features[row] = features
+
+    def clear(self, row: int) -> None:
+        """Make a row neutral, because its request has ended or has left it."""
+        self.tables.write_settings(row, {}, 0)
+        self.tables.write_bias(row, {})
+        self._features.pop(row, None)
+
+    def allow(self, rows: Sequence[int], words: np.ndarray) -> None:
+        """Write the tokens that constraints allow next in these rows.
+
+        words: Bit masks, the lowest bit first, int32 `[len(rows), ceil(vocab_size / 32)]`.
+        """
+        self.tables.write_bits("allowed", rows, words)
+
+    def features(self, rows: Iterable[int]) -> Features:
+        """Return the work that a step of these rows needs."""
+        return reduce(or_, (self._features.get(row, GREEDY) for row in rows), GREEDY)
+
+    def sample(self, logits: Tensor, rows: Tensor, uniforms: Tensor, features: Features) -> Sampled:
+        """Sample the next token of each row, and count it.
+
+        Args:
+            logits: Logits `[B, vocab_size]`. The lower id of equal ones counts as more probable.
+            rows: Rows `[B]`, int64, in any order; only the null row may be there more than once.
+            uniforms: Random numbers in [0, 1), float64 `[B]`, by `uniforms`. Only rows with a
+                temperature above 0 use theirs.
+            features: The work to do, at least that of `features(rows)`.
+        """
+        is_finite = is_allowed = logits.amax(-1).isfinite()
+        batch = Batch(self.tables, rows, logits, features.fields, features.most_kept)
+        if features.changes_logits:
+            batch = replace(batch, logits=_changed(batch, features))
+        if features.is_masked:
+            allowed = batch.logits.masked_fill(~batch.allowed(), -torch.inf)
+            is_allowed = allowed.amax(-1) > -torch.inf
+            batch = replace(batch, logits=allowed)
+        tokens = batch.logits.argmax(-1)
+        if features.is_random:
+            is_random = batch.column("temperature")[:, 0] > 0
+            tokens = torch.where(is_random, _drawn(batch, features, uniforms), tokens)
+        self._count(rows, tokens, features)
+        count = features.num_logprobs
+        logprobs = _logprobs(logits, tokens, count) if count >= 0 else None
+        return Sampled(tokens, is_finite, is_allowed, logprobs)
+
+    def _count(self, rows: Tensor, tokens: Tensor, features: Features) -> None:
+        """Count the rows' next tokens in the tables that the features read."""
+        counted = [(self.tables.num_new, rows)] if features.is_masked else []
+        if "new_counts" in features.tables:
+            places = rows * self.tables.vocab_size + tokens
+            counted.append((self.tables["new_counts"].view(-1), places))
+        for counts, places in counted:
+            counts.index_copy_(0, places, counts.index_select(0, places) + 1)
+
+
+def uniforms(seed: int, position: int, count: int = 1) -> np.ndarray:
+    """Return random numbers in [0, 1) for the tokens from `position` on, float64 `[count]`. Each
+    depends on the seed and its own position alone (Philox, Salmon et al. 2011)."""
+    bits = np.random.Philox(key=seed, counter=position).random_raw(4 * count)[::4]
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def token_logprobs(
@@ -59,66 +190,54 @@ def token_logprobs(
     """
     asked = [row for row, count in enumerate(counts) if count is not None]
     results: list[TokenLogprobs | None] = [None] * len(counts)
-    if not asked:
-        return results
-    own = logits if len(asked) == len(counts) else logits[asked]
-    chosen = torch.tensor([tokens[row] for row in asked], device=logits.device)
-    parts = (torch.split(whole, ROWS_AT_ONCE) for whole in (own, chosen))
-    of_chosen, most_probable = [], list[dict[int, float]]()
-    for part, ids in zip(*parts, strict=True):
-        logprobs = part.double().log_softmax(-1)  # [R, vocab_size]
-        of_chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
-        rows = asked[len(most_probable) : len(most_probable) + len(part)]
-        most_probable += _most_probable(logprobs, [counts[row] or 0 for row in rows])
-    values = torch.cat(of_chosen).tolist()
-    for row, logprob, top in zip(asked, values, most_probable, strict=True):
-        results[row] = TokenLogprobs(tokens[row], logprob, top)
+    if asked:
+        own = logits if len(asked) == len(counts) else logits[asked]
+        chosen, chosen_counts = [tokens[row] for row in asked], [counts[row] for row in asked]
+        most = max(count or 0 for count in chosen_counts)
+        found = _logprobs(own, torch.tensor(chosen, device=logits.device), most)
+        for row, logprobs in zip(asked, found.of(chosen, chosen_counts), strict=True):
+            results[row] = logprobs
     return results
 
 
-def _most_probable(logprobs: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
-    """Return each row's `count` largest of `logprobs [R, vocab_size]` by token id, in order."""
-    if not any(counts):
-        return [{} for _ in counts]
-    vocab_size = logprobs.shape[1]
-    values, ids = logprobs.topk(min(max(counts) + 1, vocab_size), sorted=True)
-    # The lower id of equal values comes first, which topk does not guarantee.
-    ids, order = ids.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order)
-    found = []
-    for row, (count, row_ids, row_values) in enumerate(
-        zip(counts, ids.tolist(), values.tolist(), strict=True)
-    ):
-        count = min(count, vocab_size)
-        last = row_values[-1]
-        if 0 < count < vocab_size and row_values[count - 1] == last:
-            # Others that topk left out may be as probable, with lower ids.
-            more = (logprobs[row] >= last).nonzero()[:, 0]  # ascending
-            order = logprobs[row, more].argsort(descending=True, stable=True)
-            row_ids, row_values = more[order].tolist(), logprobs[row, more[order]].tolist()
-        found.append(dict(zip(row_ids[:count], row_values[:count], strict=True)))
-    return found
+def _changed(batch: Batch, features: Features) -> Tensor:
+    """Return the logits `[B, vocab_size]` with the changes that options make."""
+    logits = batch.logits.to(torch.promote_types(batch.logits.dtype, torch.float32))
+    for processor in filter(features.runs, LOGITS_PROCESSORS):
+        logits = processor.apply(logits, batch)
+    is_changed = batch.column("changes_logits", logits.dtype)
+    most = (is_changed * torch.finfo(logits.dtype).max).masked_fill(is_changed == 0, torch.inf)
+    return logits.clamp(-most, most)  # a penalty may go beyond
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
-    """Draw by the inverse of the cumulative distribution, tokens in the order of their ids."""
+def _drawn(batch: Batch, features: Features, uniforms: Tensor) -> Tensor:
+    """Return tokens `[B]` drawn by the inverse of the cumulative distribution, in the order of
+    their ids."""
+    num_rows, vocab_size = batch.logits.shape
+    at_once = num_rows if uniforms.is_cuda else max(1, WEIGHTS_AT_ONCE // vocab_size)
+    drawn = []
+    for first in range(0, num_rows, at_once):
+        part = batch.part(first, first + at_once)
+        logits = part.logits.to(torch.promote_types(part.logits.dtype, torch.float32))
+        temperatures = part.column("temperature")
+        temperatures = temperatures.masked_fill(temperatures == 0, 1)
+        weights = logits.double()  # [R, vocab_size]
+        weights = (weights - weights.amax(-1, keepdim=True)).div_(temperatures).exp_()
+        for processor in filter(features.runs, WEIGHT_PROCESSORS):
+            weights = processor.apply(weights, replace(part, logits=logits))
+        cumulative = weights.cumsum(-1)
+        # The first token whose cumulative weight is above the target: never one of weight 0.
+        targets = uniforms[first : first + at_once, None] * cumulative[:, -1:]
+        drawn.append(torch.searchsorted(cumulative, targets, right=True)[:, 0])
+    return torch.cat(drawn).clamp_(max=vocab_size - 1)  # beyond only if logits are not finite
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    temperatures = column([own.temperature for own in params])
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()  # [R, vocab_size]
-    process(WEIGHT_PROCESSORS, weights, params, {})
-    cumulative = weights.cumsum(-1)
-    numbers = [
-        _uniform(own.seed, position) for own, position in zip(params, positions, strict=True)
-    ]
-    # The first token whose cumulative weight is above the target: never one of weight 0.
-    return torch.searchsorted(cumulative, column(numbers) * cumulative[:, -1:], right=True)[:, 0]
-
-
-def _uniform(seed: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on nothing else (Philox, Salmon et al. 2011)."""
-    bits = int(np.random.Philox(key=seed, counter=position).random_raw())
-    return (bits >> 11) * 2.0**-53
+def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """Return log probabilities of each row's token, and of the `count` most probable ones."""
+    parts = []
+    split = (torch.split(whole, ROWS_AT_ONCE) for whole in (logits, tokens))
+    for part, ids in zip(*split, strict=True):
+        logprobs = part.double().log_softmax(-1)  # [R, vocab_size]
+        top_ids = largest(part, min(count, part.shape[1]))
+        parts.append((logprobs.gather(1, ids[:, None])[:, 0], top_ids, logprobs.gather(1, top_ids)))
+    return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

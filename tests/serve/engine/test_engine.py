@@ -16,6 +16,7 @@ from serve.engine.engine import Engine
 from serve.engine.packing import packs
 from serve.engine.stats import Stats
 from serve.request import Request
+from serve.sampling.chooser import Choice, TokenChooser
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
@@ -561,7 +562,7 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(
 ):
     ids = [*tokenizer.encode("a cat sa"), 2]
     left, engine = iter(ids), make_engine()
-    monkeypatch.setattr("serve.sampling.chooser.sample", lambda *_: torch.tensor([next(left)]))
+    monkeypatch.setattr(TokenChooser, "read", lambda *_: [Choice(next(left), None, "", False)])
     most = len(ids) - 1 if ending == "length" else 50
     engine.add(make_request([1], most, stop=["sat"], stop_token_ids=[2]))
     outputs = [output for _ in ids[:-1] for output in engine.step()]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.sampling.processors import TokenHistory, needs_history
-from serve.sampling.sampler import ROWS_AT_ONCE, sample, token_logprobs
+from serve.request import Request
+from serve.sampling.sampler import ROWS_AT_ONCE, DeviceSampler, token_logprobs, uniforms
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from tests.reference import sampling as reference
@@ -39,16 +39,20 @@ def random_logits(num_rows, seed, distinct_values=None):
     return logits.double()
 
 
-def make_history(params, prompt, new, vocab_size=VOCAB_SIZE):
-    history = TokenHistory(vocab_size, prompt, params.logit_bias)
-    for token in new:
-        history.append(token)
-    return history
-
-
-def draw(logits, params, positions):
-    """Sample with parameters that need no history."""
-    return sample(logits, params, positions, {})
+def sample(logits, params, positions, prompts=None, texts=None, numbers=None):
+    """Sample a token for each row of `logits`, whose request has these tokens so far."""
+    sampler = DeviceSampler(len(logits), logits.shape[1])
+    for row, own in enumerate(params):
+        request = Request(prompts[row] if prompts else [0], own)
+        sampler.set(row, request, texts[row] if texts else ())
+    if numbers is None:
+        seeds = (own.seed for own in params)
+        pairs = zip(seeds, positions, strict=True)
+        numbers = [uniforms(seed, position).item() for seed, position in pairs]
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    rows = range(len(logits))
+    features = sampler.features(rows)
+    return sampler.sample(logits, torch.tensor(rows), numbers, features).tokens
 
 
 @given(rows, st.integers(0, 1000), st.sampled_from([None, 0.3, 0.0]))
@@ -58,12 +62,7 @@ def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
     logits = random_logits(len(rows), logits_seed, distinct_values)
     before = logits.clone()
     all_params, positions, prompts, texts = zip(*rows, strict=True)
-    histories = {
-        row: make_history(own, prompt, new)
-        for row, (own, _, prompt, new) in enumerate(rows)
-        if needs_history(own)
-    }
-    ids = sample(logits, all_params, positions, histories)
+    ids = sample(logits, all_params, positions, prompts, texts)
     expected = [
         reference.sample(row.tolist(), *arguments)
         for row, *arguments in zip(logits, all_params, positions, prompts, texts, strict=True)
@@ -76,11 +75,9 @@ def test_sampling_equals_the_reference(rows, logits_seed, distinct_values):
 @settings(max_examples=50, deadline=None)
 def test_row_does_not_depend_on_its_batch(rows, logits_seed):
     logits = random_logits(len(rows), logits_seed).float()
-    histories = [make_history(own, prompt, new) for own, _, prompt, new in rows]
-    all_params, positions, _, _ = zip(*rows, strict=True)
-    together = sample(logits, all_params, positions, dict(enumerate(histories)))
-    for row, (own, position, _, _) in enumerate(rows):
-        alone = sample(logits[row : row + 1], [own], [position], {0: histories[row]})
+    together = sample(logits, *zip(*rows, strict=True))
+    for row, own in enumerate(rows):
+        alone = sample(logits[row : row + 1], *([value] for value in own))
         assert alone.item() == together[row]
 
 
@@ -121,7 +118,7 @@ def test_logprobs_equal_the_reference(asked, logits_seed, distinct_values, vocab
 def test_tokens_are_as_frequent_as_probable(params):
     num_draws = 20_000
     logits = random_logits(1, seed=4)[:, :12]
-    draws = draw(logits.expand(num_draws, -1), [params] * num_draws, range(num_draws))
+    draws = sample(logits.expand(num_draws, -1), [params] * num_draws, range(num_draws))
     counts = torch.bincount(draws, minlength=12).tolist()
     kept = params.temperature, params.top_k, params.top_p
     probabilities = reference.kept(logits[0].tolist(), *kept)
@@ -133,8 +130,8 @@ def test_tokens_are_as_frequent_as_probable(params):
 
 def test_seeds_and_positions_give_different_draws():
     logits = torch.zeros(1000, VOCAB_SIZE)
-    by_seed = draw(logits, [SamplingParams(1.0, seed=seed) for seed in range(1000)], [0] * 1000)
-    by_position = draw(logits, [SamplingParams(1.0)] * 1000, range(1000))
+    by_seed = sample(logits, [SamplingParams(1.0, seed=seed) for seed in range(1000)], [0] * 1000)
+    by_position = sample(logits, [SamplingParams(1.0)] * 1000, range(1000))
     for ids in (by_seed, by_position):
         assert len(ids.unique()) == VOCAB_SIZE
         assert (ids[1:] == ids[:-1]).float().mean() < 3 / VOCAB_SIZE
@@ -142,7 +139,7 @@ def test_seeds_and_positions_give_different_draws():
 
 def test_bfloat16_logits_are_summed_in_higher_precision():
     logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # bfloat16 cannot add 1/4096
-    draws = draw(logits.expand(500, -1), [SamplingParams(1.0)] * 500, range(500))
+    draws = sample(logits.expand(500, -1), [SamplingParams(1.0)] * 500, range(500))
     assert draws.max() > 3500
     assert len(draws.unique()) > 400
 
@@ -153,32 +150,31 @@ def test_penalties_stay_finite(dtype, temperature):
     params = SamplingParams(temperature, repetition_penalty=0.01)
     logits = torch.full((1, VOCAB_SIZE), -1.0, dtype=dtype)
     logits[0, 3] = 3e38
-    assert sample(logits, [params], [0], {0: make_history(params, [3], [5])}).item() == 3
+    assert sample(logits, [params], [0], [[3]], [[5]]).item() == 3
 
 
 def test_frequency_penalty_counts_new_tokens():
     params = SamplingParams(frequency_penalty=1.0)
     logits = torch.tensor([[0.0, 1.5, 1.0]])
     for new, expected in (([], 1), ([1], 2), ([1, 2], 1), ([1, 1, 2], 0)):
-        history = make_history(params, [0], new, vocab_size=3)
-        assert sample(logits, [params], [0], {0: history}).item() == expected
+        assert sample(logits, [params], [0], [[0]], [new]).item() == expected
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
-def test_impossible_tokens_are_never_drawn(monkeypatch, uniform):
-    monkeypatch.setattr("serve.sampling.sampler._uniform", lambda seed, position: uniform)
+def test_impossible_tokens_are_never_drawn(uniform):
     logits = torch.full((2, VOCAB_SIZE), -math.inf)
     logits[:, [3, 7]] = 1.0
-    draws = draw(logits, [SamplingParams(5.0), SamplingParams(5.0, top_k=10)], [0, 0])
+    params = [SamplingParams(5.0), SamplingParams(5.0, top_k=10)]
+    draws = sample(logits, params, [0, 0], numbers=[uniform] * 2)
     assert set(draws.tolist()) <= {3, 7}
 
 
-def test_unlikely_tokens_of_a_row_do_not_depend_on_other_rows(monkeypatch):
+def test_unlikely_tokens_of_a_row_do_not_depend_on_other_rows():
     """The first of them is drawn at 0, though they add nothing to the sum of the weights."""
-    monkeypatch.setattr("serve.sampling.sampler._uniform", lambda seed, position: 0.0)
     logits = torch.full((2, 1001), -40.0)
     logits[:, 1000] = 0.0
-    draws = draw(logits, [SamplingParams(1.0), SamplingParams(1.0, top_p=0.5)], [0, 0])
+    params = [SamplingParams(1.0), SamplingParams(1.0, top_p=0.5)]
+    draws = sample(logits, params, [0, 0], numbers=[0.0, 0.0])
     assert draws.tolist() == [0, 1000]
 
 
