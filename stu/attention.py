@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ from stu.mixers import Costs, KeyWindow, Memory, Mixer
 
 logger = logging.getLogger(__name__)
 
+Kernel = Literal["flash-attn", "flex_attention", "blocks"]
 QUERY_BLOCK = 128
 """Queries that the torch code attends from at once."""
+FLEX_LEAST_TOKENS, FLEX_LEAST_HEAD_DIM = 256, 16
+"""Shorter sequences are one or two blocks, and not worth a kernel; narrower heads it does not
+take."""
 
 
 class SlidingWindowAttention(Mixer):
@@ -87,12 +91,18 @@ def sliding_window_attention(
     """Attend from each token to itself and to `window_tokens` before it.
 
     Queries and the result are `[B, T, heads, head_dim]`; slopes `[heads]`. Keys and values are of
-    the same tokens, and may begin with those of earlier ones. Runs
-    flash-attn for 16-bit tensors on CUDA where it is installed, and otherwise blocks of queries in
-    float32, `O(T * window)` in time.
+    the same tokens, and may begin with those of earlier ones. 16-bit tensors on CUDA go through
+    flash-attn where it is installed, and otherwise, unless they are short, through flex_attention.
+    All others go through blocks of queries in float32, `O(T * window)` in time.
     """
     half = queries.dtype in (torch.float16, torch.bfloat16)
-    if queries.is_cuda and half and _flash_attention_is_installed():
+    kernel = kernel_on_cuda() if queries.is_cuda and half else "blocks"
+    is_small = keys.shape[1] < FLEX_LEAST_TOKENS or keys.shape[3] < FLEX_LEAST_HEAD_DIM
+    if kernel == "flex_attention" and not is_small:
+        from stu.flex_attention import flex_window_attention  # which imports torch's compiler
+
+        return flex_window_attention(queries, keys, values, slopes, window_tokens, softcap)
+    if kernel == "flash-attn":
         from flash_attn import flash_attn_func
 
         attended: Tensor = flash_attn_func(
@@ -213,11 +223,26 @@ def _geometric(num_heads: int) -> list[float]:
     return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernel_on_cuda() -> Kernel:
+    """Return what attends over whole sequences of 16-bit tensors on CUDA: the first kernel that is
+    installed, where flex_attention needs Triton."""
+    return _found_kernel()
+
+
 @functools.cache
-def _flash_attention_is_installed() -> bool:
-    installed = importlib.util.find_spec("flash_attn") is not None
-    logger.info("attention on CUDA runs %s", "flash-attn" if installed else "blocked torch code")
-    return installed
+def _found_kernel() -> Kernel:
+    if importlib.util.find_spec("flash_attn") is not None:
+        logger.info("attention on CUDA runs flash-attn")
+        return "flash-attn"
+    if importlib.util.find_spec("triton") is not None:
+        logger.info(
+            "attention on CUDA runs flex_attention, as flash-attn is not installed; it is compiled "
+            "when it first runs"
+        )
+        return "flex_attention"
+    logger.info("attention on CUDA runs blocked torch code: neither flash-attn nor Triton is there")
+    return "blocks"
 
 
 def _flash_stand_in(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:

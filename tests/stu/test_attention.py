@@ -1,10 +1,14 @@
 """Blocked windowed attention against the whole score matrix."""
 
+import importlib.util
+import logging
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stu import attention
 from stu.attention import alibi_slopes, attend, sliding_window_attention
 from tests.reference import attention as reference
 
@@ -98,3 +102,23 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
         with LargestTensor() as largest:
             sliding_window_attention(q, k, v, alibi_slopes(2), 64, 50.0).sum().backward()
         assert largest.elements <= 2 * max(length * 4, 128 * (128 + 64))
+
+
+@pytest.mark.parametrize(
+    ("installed", "kernel"),
+    [
+        (["flash_attn", "triton"], "flash-attn"),
+        (["triton"], "flex_attention"),
+        ([], "blocks"),
+    ],
+)
+def test_the_log_says_once_what_attends_on_cuda(installed, kernel, monkeypatch, caplog):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name if name in installed else None
+    )
+    attention._found_kernel.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert [attention.kernel_on_cuda() for _ in range(3)] == [kernel] * 3
+    attention._found_kernel.cache_clear()
+    (message,) = (record.message for record in caplog.records)
+    assert kernel in message or "blocked" in message

@@ -1,6 +1,7 @@
 """Which weights decay, and the learning rate at every step."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from tests.train.conftest import MODEL
+from train.checkpoint.folder import CHECKPOINTS, LAST, WEIGHT, CheckpointFolder
 from train.optimizer import (
     OptimizerConfig,
+    adamw,
     check_schedule,
     learning_rate_factor,
     make_optimizer,
@@ -140,3 +143,63 @@ def test_warmup_that_does_not_fit_is_refused(settings, steps, message):
     with pytest.raises(UserError, match=message):
         check_schedule(OptimizerConfig(**settings), steps)
     check_schedule(OptimizerConfig(**settings), steps + 1)
+
+
+def test_adamw_is_fused_where_all_parameters_are_on_gpus():
+    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    assert adamw.is_fused([on_gpu, on_gpu])
+    assert not adamw.is_fused([on_gpu, on_cpu])
+    optimizer = make_optimizer(FlashSTU(ModelConfig(**MODEL)), OptimizerConfig())
+    assert {group["fused"] for group in optimizer.param_groups} == {None}
+
+
+@pytest.mark.parametrize("saved_fused", [True, False])
+def test_fused_adamw_continues_what_another_implementation_began(saved_fused, monkeypatch):
+    """A CPU has a fused implementation too, which GPUs' stands for here."""
+
+    def begin(fused):
+        monkeypatch.setattr(adamw, "is_fused", lambda _: fused)
+        torch.manual_seed(0)
+        model = FlashSTU(ModelConfig(**MODEL))
+        return model, make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+
+    def step(model, optimizer, seed):
+        source = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=source)
+        optimizer.step()
+
+    expected, reference = begin(fused=False)
+    saved, saver = begin(saved_fused)
+    for seed in range(3):
+        step(expected, reference, seed)
+        step(saved, saver, seed)
+    model, optimizer = begin(not saved_fused)
+    model.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(saver.state_dict())
+    assert {bool(group["fused"]) for group in optimizer.param_groups} == {not saved_fused}
+    for seed in range(3, 6):
+        step(expected, reference, seed)
+        step(model, optimizer, seed)
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_with_fused_adamw_clips_and_resumes(kind, train, tmp_path, monkeypatch):
+    """Lightning refuses to clip gradients for optimizers that it takes for fused."""
+    common = ["--trainer.precision=bf16-mixed", f"--parallel.kind={kind}"]
+    common += ["--trainer.gradient_clip_val=0.1"]
+    checkpoints = []
+    for fused in (False, True):
+        monkeypatch.setattr(adamw, "is_fused", lambda _, fused=fused: fused)
+        run = tmp_path / f"fused-{fused}"
+        train(run, *common, "--trainer.max_steps=3")
+        train(run, *common, "--trainer.max_steps=6", "--resume=last")
+        checkpoints.append(CheckpointFolder(run / CHECKPOINTS / LAST))
+    expected, found = checkpoints
+    assert found.training["optimizer_step"] == expected.training["optimizer_step"] == 6
+    assert found.training["optimizer_groups"][0]["fused"]
+    for name in expected.names:
+        ours, theirs = found.tensor(WEIGHT, name), expected.tensor(WEIGHT, name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from train.checkpoint.folder import TENSOR_KEYS, WEIGHT, CheckpointFolder
@@ -47,6 +48,12 @@ class ShardedSaving:
         """Return nothing, for the same reason."""
         return {}
 
+    def step_tensor(self, held: Tensor, step: int) -> Tensor:
+        """Return a number of steps as the optimizer keeps it for a tensor that it updates: if it is
+        fused, on the tensor's device."""
+        is_fused = self.optimizer_groups()[0].get("fused")
+        return torch.tensor(float(step), device=held.device if is_fused else "cpu")
+
     def save_checkpoint(
         self: Any, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
@@ -74,7 +81,8 @@ class ShardedSaving:
         for group, saved in zip(
             self.optimizer_groups(), self._folder.training["optimizer_groups"], strict=True
         ):
-            group.update({name: saved[name] for name in saved if name != "params"})
+            # Another device may have saved it, where another implementation is the fastest.
+            group.update({name: saved[name] for name in saved if name not in ("params", "fused")})
         del self._folder  # a map of its files would keep them in use after they are deleted
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -3,15 +3,39 @@
 It keeps two state tensors: running averages of the gradient and of its square, both corrected for
 their start at zero.
 
-DeepSpeed runs this AdamW too, because its own would have to be compiled when a run first starts.
-PyTorch chooses how to loop over parameters: `foreach` on GPUs, one by one on CPUs.
+DeepSpeed runs this AdamW too, because its own would have to be compiled when a run first starts. On
+GPUs one fused kernel takes the step; on CPUs PyTorch loops over the parameters.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import AdamW
 
 from train.optimizer.base import OptimizerConfig, OptimizerKind
+
+
+class DeviceAdamW(AdamW):
+    """AdamW in the implementation that is fastest on the device of its parameters."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **hyperparameters: Any) -> None:
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        super().__init__(groups, fused=is_fused(parameters) or None, **hyperparameters)
+        # Otherwise Lightning refuses to clip gradients, for fear that a loss scale is still in
+        # them. No precision here scales the loss.
+        self._step_supports_amp_scaling = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, which another device may have saved, and keep the implementation."""
+        pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
+        groups = [{**saved, "fused": own["fused"]} for saved, own in pairs]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+def is_fused(parameters: Sequence[Tensor]) -> bool:
+    """Return whether one kernel updates all parameters, which works on GPUs."""
+    return all(parameter.is_cuda for parameter in parameters)
 
 
 def hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
@@ -24,7 +48,7 @@ def hyperparameters(config: OptimizerConfig) -> dict[str, Any]:
 
 
 ADAMW = OptimizerKind(
-    make=AdamW,
+    make=DeviceAdamW,
     state_tensors=("exp_avg", "exp_avg_sq"),
     hyperparameters=hyperparameters,
 )

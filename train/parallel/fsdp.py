@@ -71,7 +71,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
             parameter.copy_(_like(parameter, folder.tensor(WEIGHT, name)))
             if step:
                 self.optimizers[0].state[parameter] = {
-                    "step": torch.tensor(float(step)),
+                    "step": self.step_tensor(parameter, step),
                     **{k: _like(parameter, folder.tensor(k, name)) for k in self.state_tensors},
                 }
 

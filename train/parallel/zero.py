@@ -102,7 +102,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         if step:
             for held in self._updated_tensors():
                 self._torch_optimizer.state[held] = {
-                    "step": torch.tensor(float(step)),
+                    "step": self.step_tensor(held, step),
                     **{kind: torch.zeros_like(held) for kind in self.state_tensors},
                 }
             self._link_state()
