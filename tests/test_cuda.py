@@ -1,4 +1,7 @@
-"""A CUDA device computes the same as the CPU in float64. Skipped without one."""
+"""A CUDA device computes the same as the CPU in float64. Skipped without one.
+
+Tests of commands are skipped where jsonargparse, which reads their options, is not installed.
+"""
 
 import json
 import subprocess
@@ -7,12 +10,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks.__main__ import main as bench
-from serve.batch import cli as batch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling_params import SamplingParams
 from stu import futurefill
+from stu.attention import alibi_slopes, kernel_on_cuda, sliding_window_attention
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.futurefill import Continuous, Epoched
@@ -21,8 +23,15 @@ from stu.model_dir import save_model
 from stu.online_convolution import Naive
 from stu.tokenizer import train_bpe
 from tests.serve.requests import make_request
-from tests.train.conftest import data, train_settings  # noqa: F401 (fixtures)
-from train.report import read_curves
+from train.loss import next_token_loss
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.parallel.config import ParallelConfig, prepare_blocks
+
+try:
+    from tests.train.conftest import data, train_settings  # noqa: F401 (fixtures)
+except ModuleNotFoundError as missing:
+    if missing.name != "jsonargparse":
+        raise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -153,6 +162,74 @@ def test_outputs_of_invariant_batches_do_not_depend_on_their_composition(kind, d
     assert together == alone
 
 
+@pytest.mark.parametrize(
+    ("length", "earlier", "window"), [(256, 0, 100), (300, 0, 37), (519, 0, 512), (700, 443, 300)]
+)
+def test_attention_in_bfloat16_stays_near_float64(length, earlier, window):
+    """With gradients, by whichever kernel is installed."""
+    source = torch.Generator().manual_seed(5)
+    shape = 2, length, 4, 64
+    exact = [torch.randn(shape, generator=source, dtype=torch.float64) for _ in range(3)]
+    exact[0] = 4 * exact[0][:, earlier:]  # the softcap bends the scores
+    half = [x.cuda().bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().cpu().double().requires_grad_() for x in half]
+    results = []
+    for inputs in exact, half:
+        slopes = alibi_slopes(4).to(inputs[0].device)
+        out = sliding_window_attention(*inputs, slopes, window, 5.0)
+        upstream = torch.arange(out.numel(), device=out.device).view(out.shape) % 7 - 3.0
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
+    for expected, found in zip(*results, strict=True):
+        assert distance(found, expected) < 0.01
+
+
+def test_attention_is_compiled_for_two_lengths_at_most():
+    if kernel_on_cuda() != "flex_attention":
+        pytest.skip("another kernel runs")
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for length in (256, 300, 512, 700, 1024, 2050):
+        inputs = torch.randn(3, 1, length, 2, 32, device="cuda", dtype=torch.bfloat16)
+        sliding_window_attention(*inputs, alibi_slopes(2).cuda(), 200, 50.0)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_training_steps_follow_those_of_the_cpu(kind, compiles):
+    """Three steps in float32 and in bf16-mixed, with fused AdamW, against float64 on the CPU."""
+    if compiles and kind not in ("stu", "hybrid"):
+        pytest.skip("compiling takes long")
+    wide = {"num_heads": 2, "window_tokens": 300} if kind in ("hybrid", "attention") else {}
+    model = build(kind, **wide)
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 301), generator=torch.manual_seed(6))
+    half, single = copy_to_cuda(model, torch.float32), copy_to_cuda(model, torch.float32)
+    for own in half, single:
+        prepare_blocks(own, ParallelConfig(compile=compiles))
+    expected = train_steps(model, tokens)
+    assert train_steps(single, tokens.cuda()) == pytest.approx(expected, rel=1e-4)
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        found = train_steps(half, tokens.cuda())
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def train_steps(model, tokens):
+    """Take three steps on one batch, and return their losses."""
+    optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1e-3))
+    assert bool(optimizer.param_groups[0]["fused"]) == tokens.is_cuda
+    losses = []
+    for _ in range(3):
+        hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
+        loss, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    return losses
+
+
 @pytest.mark.parametrize("layout", ["stu", "hybrid", "hyena"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_lowers_the_loss(layout, precision, train):
@@ -170,8 +247,12 @@ def test_sharded_training_equals_unsharded_training(parallel, train):
 
 
 @pytest.fixture
-def train(settings, tmp_path):
+def train(request, tmp_path):
     """Train 40 steps on the device, and return their losses."""
+    pytest.importorskip("jsonargparse")
+    from train.report import read_curves
+
+    settings = request.getfixturevalue("settings")
 
     def call(changes):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -188,6 +269,9 @@ def train(settings, tmp_path):
 
 
 def test_the_decoding_benchmark_times_the_device(capsys):
+    pytest.importorskip("jsonargparse")
+    from benchmarks.__main__ import main as bench
+
     settings = ["--device", "cuda", "--width", "64", "--new-tokens", "[512]", "--batch", "[2]"]
     bench(["decode", *settings, "--rounds", "1", "--peers", "[s4]"])
     for run in json.loads(capsys.readouterr().out)["runs"]:
@@ -197,6 +281,9 @@ def test_the_decoding_benchmark_times_the_device(capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stu_generate_uses_the_first_device_by_default(dtype, tokenizer, tmp_path):
+    pytest.importorskip("jsonargparse")
+    from serve.batch import cli as batch
+
     save_model(tmp_path / "model", build("hybrid").to(getattr(torch, dtype)), tokenizer)
     rows = [{"id": str(number), "prompt": "a cat " * number} for number in range(1, 20)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,7 +2,7 @@
 
 import os
 
-import platformdirs
+from stu.common.files import cache_folder
 
 # Lightning imports matplotlib, which would make a folder in the user's configuration.
-os.environ.setdefault("MPLCONFIGDIR", str(platformdirs.user_cache_path("stu") / "matplotlib"))
+os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))

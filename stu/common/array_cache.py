@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+
+from stu.common.files import cache_folder
 
 Arrays = Mapping[str, NDArray[np.float64]]
 
@@ -20,7 +21,7 @@ def cached_arrays(key: str, compute: Callable[[], Arrays]) -> Arrays:
     key: Name that says everything the arrays depend on. A file that is cut short or damaged is
     computed again; without room on the disk nothing is kept.
     """
-    path = platformdirs.user_cache_path("stu") / f"{key}.safetensors"
+    path = cache_folder() / f"{key}.safetensors"
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError):

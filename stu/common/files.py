@@ -10,6 +10,11 @@ from pathlib import Path
 from stu.common.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stu"
+
+
 @contextmanager
 def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, or vanishes if it raises.

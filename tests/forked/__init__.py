@@ -33,11 +33,19 @@ def make_folder() -> None:
     (folder / "bin").mkdir()
     (folder / "owner").write_text(str(os.getpid()))
     text = f"#!{sys.executable} -IS\n" + Path(__file__).with_name("client.py").read_text()
-    scripts = metadata.distribution("stu").entry_points.select(group="console_scripts")
-    for name in ("python", *(script.name for script in scripts)):
+    for name in ("python", *entry_points()):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     os.environ[FOLDER] = str(folder)
+
+
+def entry_points() -> list[str]:
+    """Return the names of stu's commands; none where it is not installed, and only imported."""
+    try:
+        points = metadata.distribution("stu").entry_points
+    except metadata.PackageNotFoundError:
+        return []
+    return [point.name for point in points.select(group="console_scripts")]
 
 
 def remove_folder() -> None:

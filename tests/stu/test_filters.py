@@ -1,7 +1,6 @@
 """Spectral filters against the dense eigendecomposition, and their cache on disk."""
 
 import numpy as np
-import platformdirs
 import pytest
 from safetensors.numpy import load_file
 
@@ -15,7 +14,7 @@ def hankel(length):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "stu"
 
 
@@ -87,7 +86,7 @@ def test_damaged_cache_is_replaced(cache):
 
 def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "file" / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert filters.spectral_filters(10, 2).shape == (10, 2)
 
 

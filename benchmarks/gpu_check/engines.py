@@ -1,0 +1,78 @@
+"""Engines at work: how the parts of the check fill one, and what a step of it must move."""
+
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+
+from serve.config import EngineConfig
+from serve.engine.engine import Engine
+from serve.request import Request
+from serve.sampling_params import SamplingParams
+from stu.mixers import KeyWindow, remembered
+from stu.model import FlashSTU
+from stu.tokenizer import Tokenizer
+
+CAPTURES = "enforce_eager" in {field.name for field in fields(EngineConfig)}
+"""Whether the engine can capture its step as a CUDA graph."""
+
+
+@dataclass(frozen=True)
+class NoText:
+    """A tokenizer for models with random weights: all tokens have the same text."""
+
+    vocab_size: int
+    eos_id: int = -1
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the text of a token."""
+        return b" a"
+
+
+def make_engine(model: FlashSTU, batch: int, captures: bool = False) -> Engine:
+    """Return an engine for so many requests, whose steps are captured or called from Python."""
+    settings: dict[str, Any] = {"max_running": batch, "prefix_cache_gib": 0}
+    if CAPTURES:
+        settings["enforce_eager"] = not captures
+    tokenizer = cast(Tokenizer, NoText(model.config.vocab_size))
+    return Engine(model, tokenizer, EngineConfig(**settings))
+
+
+def make_request(model: FlashSTU, prompt_tokens: int, new_tokens: int, seed: int) -> Request:
+    """Return a request with a random prompt that is decoded greedily."""
+    source = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=source)
+    params = SamplingParams(max_new_tokens=new_tokens, stop_at_eos=False)
+    return Request(prompt.tolist(), params)
+
+
+def fill(engine: Engine, model: FlashSTU, batch: int, prompt_tokens: int) -> None:
+    """Add requests that decode to the end of the context, and step until all of them decode.
+
+    Raises RuntimeError if one ends before, because not all fit into the cache at once.
+    """
+    new_tokens = model.config.max_seq_len - prompt_tokens
+    for number in range(batch):
+        engine.add(make_request(model, prompt_tokens, new_tokens, number))
+    decoding: set[int] = set()
+    while len(decoding) < batch:
+        for output in engine.step():
+            decoding.add(output.request_id)
+            if output.finish_reason is not None:
+                raise RuntimeError(f"{len(decoding)} of {batch} requests fit into the cache")
+
+
+def step_bytes(engine: Engine, model: FlashSTU, batch: int, num_tokens: int) -> int:
+    """Return the bytes that a step must move: weights are read once, and so are the keys and values
+    in each row's window; states are read and written once in a page.
+
+    num_tokens: Tokens of each sequence.
+    """
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    for window in remembered(model.mixers, KeyWindow):
+        numbers = min(num_tokens, window.window_tokens) * window.num_heads * window.head_dim
+        num_bytes += batch * 2 * numbers * model.embedding.weight.element_size()
+    info = engine.stats().convolution_cache
+    if info is not None and info.kind == "state":
+        num_bytes += batch * 2 * info.page_bytes // EngineConfig.page_len
+    return num_bytes

@@ -1,0 +1,86 @@
+"""Measurements that the parts of the check share: of the memory, of steps, and of energy."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.timing import synchronize, timed
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+
+Figures = dict[str, Any]
+Measures = Iterator[tuple[str, Callable[[], Figures]]]
+"""Names of settings, and the functions that measure them."""
+READ_REPEATS = 9
+
+
+def read_bandwidth(device: str, num_bytes: int) -> float:
+    """Return the bytes per second at which the memory is read."""
+    numbers = torch.ones(num_bytes // 2, dtype=torch.bfloat16, device=device)
+    numbers.max()  # to warm up
+    return num_bytes / statistics.median(timed(numbers.max) for _ in range(READ_REPEATS))
+
+
+def decoding_dtype(device: str) -> torch.dtype:
+    """Return the type of weights that decode."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def make_model(config: ModelConfig, device: str) -> FlashSTU:
+    """Return a model that decodes, with random weights made on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return FlashSTU(config).to(decoding_dtype(device)).eval()
+
+
+def release_memory() -> None:
+    """Return the memory of what is not referenced any more to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def step_times(step: Callable[[], object], count: int, waits: bool) -> Figures:
+    """Return milliseconds of consecutive steps: the median, the mean, and the largest over the
+    median. waits: Wait for the GPU after each step; without it, steps wait for what they need."""
+    times = []
+    synchronize()
+    first = start = time.perf_counter()
+    for _ in range(count):
+        step()
+        if waits:
+            synchronize()
+        now = time.perf_counter()
+        times.append(1e3 * (now - start))
+        start = now
+    synchronize()
+    median = statistics.median(times)
+    return {
+        "step_ms": median,
+        "mean_step_ms": 1e3 * (time.perf_counter() - first) / count,
+        "largest_over_median": max(times) / median,
+    }
+
+
+def energy(call: Callable[[], object], seconds: float) -> Figures:
+    """Return joules of a call, and watts meanwhile, over `seconds` of calls; nothing without an
+    NVIDIA GPU."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    import pynvml  # type: ignore[import-not-found]
+
+    pynvml.nvmlInit()
+    device = torch.cuda.get_device_properties()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{device.uuid}")
+    synchronize()
+    before, start, count = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.monotonic(), 0
+    while time.monotonic() < start + seconds:
+        call()
+        count += 1
+    synchronize()
+    joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3
+    return {"joules_per_step": joules / count, "watts": joules / (time.monotonic() - start)}

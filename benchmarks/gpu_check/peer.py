@@ -1,0 +1,121 @@
+"""The Llama-like peer of the check: equal in size, compiled, and captured as a CUDA graph."""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_check.llama import LlamaLike
+from benchmarks.gpu_check.measuring import (
+    Figures,
+    Measures,
+    decoding_dtype,
+    energy,
+    release_memory,
+    step_times,
+)
+from benchmarks.gpu_check.sizes import Sizes
+from benchmarks.timing import timed
+from stu.config import ModelConfig
+from train.flops import num_parameters
+
+WARM_CALLS = 3
+"""Calls before a capture, which compile kernels and allocate workspaces."""
+PREFILL_REPEATS = 3
+
+
+def decode_measures(device: str, sizes: Sizes) -> Measures:
+    """Yield the peer of each model at each batch, and one captured by torch itself."""
+    for name, config in sizes.models.items():
+        peer = make_peer(config, device)
+        for layer in peer.layers:  # they share what is compiled
+            layer.compile(**compiling(device, dynamic=False))
+        for batch in sizes.batches:
+            yield f"size of {name}, batch {batch}", partial(decode, peer, batch, sizes, captured)
+            release_memory()
+        del peer
+        release_memory()
+        torch.compiler.reset()
+    name, config = next(iter(sizes.models.items()))
+    peer = make_peer(config, device)
+    peer.step = torch.compile(peer.step, **compiling(device, mode="reduce-overhead"))  # type: ignore[method-assign]
+    yield f"size of {name}, batch 1, reduce-overhead", partial(decode, peer, 1, sizes, warmed)
+
+
+def compiling(device: str, **how: Any) -> dict[str, Any]:
+    """Return how torch compiles; on a CPU it only traces."""
+    return how if device == "cuda" else {"backend": "eager"}
+
+
+def make_peer(config: ModelConfig, device: str) -> LlamaLike:
+    """Return a peer of the size of a model."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        peer = LlamaLike(config, num_parameters(config))
+    return peer.to(decoding_dtype(device)).requires_grad_(False)
+
+
+@torch.no_grad()
+def decode(
+    peer: LlamaLike,
+    batch: int,
+    sizes: Sizes,
+    make_ready: Callable[[Callable[[], None]], Callable[[], None]],
+) -> Figures:
+    """Return the figures of a batch with as much context as ours.
+
+    make_ready: Returns the function that repeats a step.
+    """
+    positions = sizes.context + sizes.warm_steps + sizes.steps
+    caches = peer.make_cache(batch, positions)
+    for cache in caches:
+        cache.normal_()
+        torch._dynamo.mark_static_address(cache)  # or its graph would copy them
+    device = caches[0].device
+    tokens = torch.arange(batch, device=device)
+    position = torch.full((1,), sizes.context, device=device)
+
+    def step() -> None:
+        tokens.copy_(peer.step(tokens, caches, position).argmax(-1))
+        position.add_(1).clamp_(max=positions - 1)
+
+    run = make_ready(step)
+    figures = step_times(run, sizes.steps, waits=True)
+    figures["tokens_per_second"] = 1e3 * batch / figures["mean_step_ms"]
+    figures["parameters"] = sum(parameter.numel() for parameter in peer.parameters())
+    return figures | energy(run, sizes.energy_seconds)
+
+
+def warmed(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the step, after a few of it."""
+    for _ in range(WARM_CALLS):
+        step()
+    return step
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of the step; on a CPU the step itself."""
+    if not torch.cuda.is_available():
+        return warmed(step)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warmed(step)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return warmed(graph.replay)
+
+
+@torch.no_grad()
+def prefill(config: ModelConfig, device: str, prompt_tokens: int) -> Figures:
+    """Return the seconds from a prompt to the logits of its first token, uncompiled."""
+    peer = make_peer(config, device)
+    caches = peer.make_cache(1, prompt_tokens)
+    tokens = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
+    read = partial(peer.prefill, tokens, caches)
+    first, *others = (timed(read) for _ in range(1 + PREFILL_REPEATS))
+    return {"prefill_seconds": statistics.median(others), "first_seconds": first}
