@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,15 @@ from stu.mixers import Costs, KeyWindow, Memory, Mixer
 
 logger = logging.getLogger(__name__)
 
-Kernel = Literal["flash-attn", "flex_attention", "blocks"]
+KERNEL_ON_CUDA = next(
+    (
+        kernel
+        for module, kernel in {"flash_attn": "flash-attn", "triton": "flex_attention"}.items()
+        if importlib.util.find_spec(module) is not None
+    ),
+    "blocked torch code",
+)
+"""Code that attends over whole sequences of 16-bit tensors on CUDA, the best that is installed."""
 QUERY_BLOCK = 128
 """Queries that the torch code attends from at once."""
 FLEX_LEAST_TOKENS, FLEX_LEAST_HEAD_DIM = 256, 16
@@ -38,6 +46,7 @@ class SlidingWindowAttention(Mixer):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
         self._imitates_flash = False
+        _log_kernel()
 
     def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
         window = self.window
@@ -96,7 +105,7 @@ def sliding_window_attention(
     All others go through blocks of queries in float32, `O(T * window)` in time.
     """
     half = queries.dtype in (torch.float16, torch.bfloat16)
-    kernel = kernel_on_cuda() if queries.is_cuda and half else "blocks"
+    kernel = KERNEL_ON_CUDA if queries.is_cuda and half else ""
     is_small = keys.shape[1] < FLEX_LEAST_TOKENS or keys.shape[3] < FLEX_LEAST_HEAD_DIM
     if kernel == "flex_attention" and not is_small:
         from stu.flex_attention import flex_window_attention  # which imports torch's compiler
@@ -223,26 +232,10 @@ def _geometric(num_heads: int) -> list[float]:
     return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def kernel_on_cuda() -> Kernel:
-    """Return what attends over whole sequences of 16-bit tensors on CUDA: the first kernel that is
-    installed, where flex_attention needs Triton."""
-    return _found_kernel()
-
-
 @functools.cache
-def _found_kernel() -> Kernel:
-    if importlib.util.find_spec("flash_attn") is not None:
-        logger.info("attention on CUDA runs flash-attn")
-        return "flash-attn"
-    if importlib.util.find_spec("triton") is not None:
-        logger.info(
-            "attention on CUDA runs flex_attention, as flash-attn is not installed; it is compiled "
-            "when it first runs"
-        )
-        return "flex_attention"
-    logger.info("attention on CUDA runs blocked torch code: neither flash-attn nor Triton is there")
-    return "blocks"
+def _log_kernel() -> None:
+    if torch.cuda.is_available():
+        logger.info("attention on CUDA runs %s", KERNEL_ON_CUDA)
 
 
 def _flash_stand_in(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:

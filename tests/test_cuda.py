@@ -14,7 +14,7 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling_params import SamplingParams
 from stu import futurefill
-from stu.attention import alibi_slopes, kernel_on_cuda, sliding_window_attention
+from stu.attention import KERNEL_ON_CUDA, alibi_slopes, sliding_window_attention
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.futurefill import Continuous, Epoched
@@ -184,7 +184,7 @@ def test_attention_in_bfloat16_stays_near_float64(length, earlier, window):
 
 
 def test_attention_is_compiled_for_two_lengths_at_most():
-    if kernel_on_cuda() != "flex_attention":
+    if KERNEL_ON_CUDA != "flex_attention":
         pytest.skip("another kernel runs")
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters

@@ -46,7 +46,7 @@ WAYS = {
     "defaults": Way(),
     "compiled blocks": Way(compiles=True),
     "attention in blocks": Way(
-        change=lambda: patch.object(attention, "kernel_on_cuda", lambda: "blocks")
+        change=lambda: patch.object(attention, "KERNEL_ON_CUDA", "blocked torch code")
     ),
     "AdamW not fused": Way(change=lambda: patch.object(adamw, "is_fused", lambda _: False)),
 }

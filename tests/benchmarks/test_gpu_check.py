@@ -1,0 +1,148 @@
+"""The check of a GPU runs whole on a CPU, without packages that a GPU machine may lack."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import run_part
+from benchmarks.gpu_check.llama import LlamaLike
+from benchmarks.gpu_check.peer import make_peer
+from benchmarks.gpu_check.sizes import full_sizes, tiny_sizes
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+
+MISSING = ("jsonargparse", "docstring_parser", "platformdirs", "pydantic", "fastapi", "llguidance")
+MISSING += ("deepspeed", "flash_attn", "uvicorn")
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MISSING}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture
+def without_packages(tmp_path, monkeypatch):
+    (tmp_path / "blocker").mkdir()
+    (tmp_path / "blocker" / "sitecustomize.py").write_text(BLOCKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocker"))
+
+
+def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
+    output = tmp_path / "check.json"
+    options = ["--device", "cpu", "--sizes", "tiny", "--output", str(output)]
+    assert gpu_check.main(options) == 0, capfd.readouterr().err
+    result = json.loads(output.read_text())
+    assert result["machine"]["torch"] == torch.__version__
+    assert list(result["parts"]) == list(gpu_check.PARTS)
+    printed = capfd.readouterr()
+    for name, part in result["parts"].items():
+        assert part["measures"], name
+        for row in part["measures"]:
+            assert row["setting"] in printed.out
+            assert row["setting"] in printed.err
+    rows = {
+        name: {row["setting"]: row for row in part["measures"]}
+        for name, part in result["parts"].items()
+    }
+    assert rows["correctness"]["tests/test_cuda.py"]["passed"] >= 0
+    assert rows["decode"]["hybrid-550m, batch 3, eager"]["times_reading"] > 0
+    assert rows["peer"]["size of stu-2.7b, batch 3"]["step_ms"] > 0
+    assert rows["prefill"]["peer of hybrid-2.7b"]["prefill_seconds"] > 0
+    shares = rows["training"]["hybrid-2.7b, defaults"]["shares"]
+    assert all(0 < share < 1 for share in shares.values())
+    assert sum(shares.values()) < 1
+
+
+def test_what_fails_leaves_its_traceback_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def measures(device, sizes):
+        yield "good", lambda: {"step_ms": 1.5}
+        yield "bad", lambda: 1 / 0
+        yield "good again", lambda: {"step_ms": 2.5}
+        raise KeyError("between two measures")
+
+    monkeypatch.setattr("benchmarks.gpu_check.prefill.measures", measures)
+    file = tmp_path / "part.json"
+    run_part.main("prefill.measures", "cpu", "tiny", str(file), str(tmp_path / "trace"), "60")
+    result = json.loads(file.read_text())
+    assert [row["setting"] for row in result["measures"]] == ["good", "bad", "good again"]
+    assert "ZeroDivisionError" in result["measures"][1]["error"]
+    assert result["measures"][2]["step_ms"] == 2.5
+    assert "between two measures" in result["error"]
+    assert len(gpu_check.errors(result)) == 2
+    shown = gpu_check.tables({"parts": {"prefill": result}})
+    assert "| bad |" in shown
+    assert "ZeroDivisionError: division by zero |" in shown
+    assert "prefill FAILED" in shown
+
+
+def test_a_part_that_takes_too_long_leaves_its_figures_and_where_it_was(
+    tmp_path, monkeypatch, capfd
+):
+    """Importing torch takes longer than the limit."""
+    part = gpu_check.Part("decoding.decode_measures", 1, "steps")
+    monkeypatch.setattr(gpu_check, "PARTS", {"decode": part})
+    output = tmp_path / "check.json"
+    options = ["--device", "cpu", "--sizes", "full", "--output", str(output)]
+    assert gpu_check.main(options) == 1
+    (decode,) = json.loads(output.read_text())["parts"].values()
+    assert "ended with 1 after" in decode["error"]
+    assert "run_part.py" in decode["error"]
+    assert "decode FAILED" in capfd.readouterr().out
+
+
+def test_parts_beyond_the_limit_of_the_check_are_named(tmp_path):
+    output = tmp_path / "check.json"
+    options = ["--only", "sync", "--minutes", "0", "--output", str(output)]
+    assert gpu_check.main(options) == 1
+    parts = json.loads(output.read_text())["parts"]
+    assert parts["sync"]["error"] == "no time was left"
+
+
+def test_unknown_parts_are_refused(capsys):
+    with pytest.raises(SystemExit) as refused:
+        gpu_check.main(["--only", "decode,sinc"])
+    assert refused.value.code == 2
+    assert "sinc: known are correctness, sync" in capsys.readouterr().err
+
+
+def test_steps_of_the_peer_continue_its_prefill():
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, width=32, num_layers=2, num_heads=2, max_seq_len=40)
+    peer = LlamaLike(config, 60_000).double()
+    tokens = torch.randint(50, (3, 12))
+    whole = [peer.prefill(tokens[:, :n], peer.make_cache(3, 20)) for n in range(7, 13)]
+    caches = peer.make_cache(3, 20)
+    for cache in caches:
+        cache.fill_(torch.nan)
+        cache[1, :, :, 7:] = 0  # a weight of zero does not hide NaN
+    torch.testing.assert_close(peer.prefill(tokens[:, :7], caches), whole[0])
+    for cache in caches:
+        cache[0, :, :, 7:] = 100.0
+    for number, place in enumerate(range(7, 12), 1):
+        found = peer.step(tokens[:, place], caches, torch.tensor([place]))
+        torch.testing.assert_close(found, whole[number])
+
+
+def test_the_peer_is_as_large_as_the_model():
+    for name, config in full_sizes().models.items():
+        with torch.device("meta"):
+            model = FlashSTU(config)
+        peer = make_peer(config, "meta")
+        count = sum(parameter.numel() for parameter in peer.parameters())
+        assert count == pytest.approx(model.num_parameters(), rel=0.01), name
+        assert config.head_dim <= 256, "torch has no fast attention for more"
+
+
+def test_tiny_sizes_have_the_parts_of_full_ones():
+    tiny, full = tiny_sizes(), full_sizes()
+    assert tiny.models.keys() == full.models.keys()
+    assert tiny.training.keys() == full.training.keys() <= full.models.keys()
+    assert os.sep not in "".join(full.models)
