@@ -21,7 +21,7 @@ from stu.config import ModelConfig
 from stu.layouts import LAYOUTS, register_mixer
 from stu.mixers import LastInputs, Memory, Mixer
 from stu.model import FlashSTU
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 
 NUM_TAPS = 3
 

@@ -28,13 +28,10 @@ class RequestBuilder:
         tokenizer: The model's tokenizer.
         defaults: Values of `SETTINGS` for requests that leave them out.
 
-    Raises UserError if a default is not allowed, or the tokenizer has no BOS.
+    Raises UserError if a default is not allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer, defaults: Mapping[str, Any]) -> None:
-        if tokenizer.bos_id < 0:
-            message = f"{tokenizer.path}: has no BOS token to start prompts with"
-            raise UserError("tokenizer", message=message)
         for key in defaults:
             if key not in SETTINGS:
                 message = f"unknown generation setting {key!r}{nearest(key, SETTINGS)}"
@@ -49,8 +46,8 @@ class RequestBuilder:
         Args:
             number: Place of the row. With the default seed it makes the seed of a row that has
                 none, so that equal prompts get different completions.
-            prompt: Text, which BOS goes before, or token ids, which are used as they are. An empty
-                list starts from BOS.
+            prompt: Text, which BOS goes before if the tokenizer has one, or token ids, which are
+                used as they are. An empty list starts from BOS.
             settings: Fields of `SamplingParams`.
 
         Raises UserError for a prompt or a setting that is not allowed. Whether the model has room
@@ -62,13 +59,28 @@ class RequestBuilder:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
-    """Return the token ids of a text, with BOS, or a list of token ids unchanged."""
+    """Return the token ids of a text, with BOS if there is one, or a list of token ids unchanged.
+
+    Raises UserError for anything else, and for a prompt without tokens where there is no BOS.
+    """
     if isinstance(prompt, str):
-        require_unicode("prompt", prompt)
-        return tokenizer.encode_prompt(prompt)
-    if isinstance(prompt, list | tuple) and are_token_ids(prompt):
-        return list(prompt) or [tokenizer.bos_id]
-    raise UserError("prompt", prompt, "a string or a list of token ids")
+        tokens = tokenizer.start_ids + encode_text(tokenizer, "prompt", prompt)
+    elif isinstance(prompt, list | tuple) and are_token_ids(prompt):
+        tokens = list(prompt) or tokenizer.start_ids
+    else:
+        raise UserError("prompt", prompt, "a string or a list of token ids")
+    if not tokens:
+        raise UserError("prompt", prompt, "not empty, as the model's tokenizer has no BOS token")
+    return tokens
+
+
+def encode_text(tokenizer: Tokenizer, field: str, text: str) -> list[int]:
+    """Return the token ids of the text in `field`. Raises UserError if there are none for it."""
+    require_unicode(field, text)
+    try:
+        return tokenizer.encode(text)
+    except UserError as error:
+        raise error.renamed(field) from error
 
 
 def listed_prompts(prompts: Any) -> list[Any]:

@@ -4,7 +4,7 @@
     model.safetensors    weights and spectral filters, `[L, 0]` where no layer is an STU; the format
                          version is in the metadata; matrices of 8 bits (`stu.quantization`) have a
                          tensor NAME.scales beside them
-    tokenizer.model      SentencePiece model
+    tokenizer.model      SentencePiece model, or the files of another tokenizer (`stu.tokenizer`)
     generation.json      defaults for decoding
 
 A directory is written under a temporary name and renamed, so readers see all of it or nothing.
@@ -24,7 +24,7 @@ from stu.common.safetensors import write_safetensors
 from stu.config import ModelConfig, Weights
 from stu.model import FlashSTU
 from stu.quantization import Quantized, dequantize, quantize
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import Tokenizer, read_tokenizer
 
 FORMAT_VERSIONS: dict[Weights, int] = {"float": 1, "int8": 2}
 SCALES = ".scales"
@@ -72,7 +72,7 @@ def save_model(
         limit = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
         defaults = {**GENERATION_DEFAULTS, **limit, **(generation or {})}
         _write_json(folder / "generation.json", defaults)
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        tokenizer.save(folder)
         tensors = model.state_dict()
         dtypes = {name: dtype for name in tensors.keys() - model.wide_names if dtype}
         if weights == "int8":
@@ -134,8 +134,13 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a model directory. Raises UserError."""
-    return Tokenizer(Path(path) / "tokenizer.model")
+    """Load the tokenizer of a model directory, with the vocabulary of the model.
+
+    A model may have ids that belong to no token (`Tokenizer.pad`). Raises UserError.
+    """
+    tokenizer = read_tokenizer(path)
+    tokenizer.pad(load_config(path).vocab_size)
+    return tokenizer
 
 
 def load_generation(path: str | Path) -> dict[str, Any]:

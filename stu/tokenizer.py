@@ -1,178 +1,225 @@
-"""A SentencePiece tokenizer that gives back exactly the text it was given."""
+"""The interface of tokenizers, and the registry that finds the kind of one by its file."""
 
 import hashlib
-import io
-import re
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
 from stu.common.errors import UserError
-from stu.common.files import new_file
 
-SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
-TRAINING_PIECE_CHARS = 1000  # SentencePiece drops sentences of more than 4192 bytes
+TOKENIZERS = {
+    "tokenizer.model": "stu.tokenizers.sentence_piece:SentencePieceTokenizer",
+    "tokenizer.json": "stu.tokenizers.hugging_face:HuggingFaceTokenizer",
+    "tokenizer.tiktoken": "stu.tokenizers.tiktoken_ranks:TiktokenTokenizer",
+    "alphabet.json": "stu.tokenizers.alphabet:AlphabetTokenizer",
+}
+"""Import paths of the kinds of tokenizers, by the file that a folder with one has. A kind is a
+subclass of `Tokenizer`, imported when it is used."""
+SUFFIXES = {".json": "tokenizer.json", ".tiktoken": "tokenizer.tiktoken"}
+"""Kinds of files of other names; all others are SentencePiece models."""
+MOST_UNUSED = 1024
+"""Most ids of a model that may belong to no token."""
 
 
-class Tokenizer:
-    """A SentencePiece model, which maps text to token ids and back.
+class Vocabulary(NamedTuple):
+    """The tokens of a tokenizer."""
 
-    `decode(encode(text)) == text` for every text that UTF-8 can hold and a model made by
-    `train_bpe`, newlines, tabs and runs of spaces included, with one exception: SentencePiece keeps
-    U+2581 for itself, and that character comes back as a space.
+    token_bytes: list[bytes]
+    """Bytes of each token; empty for tokens without text."""
+    names: dict[int, str]
+    """Names of tokens without text, such as `</s>`."""
+    control: list[int]
+    """Ids of control tokens."""
+    bos_id: int
+    eos_id: int
 
-    Raises UserError if `path` is missing or not a SentencePiece model.
+
+class Tokenizer(ABC):
+    """Maps text to token ids and back.
+
+    A token stands for bytes of UTF-8, perhaps for a part of a character. Control tokens, such as
+    BOS and EOS, stand for no text, and no text yields them.
+
+    Args:
+        files: Contents of the tokenizer's files by name (see `read_files`).
+        path: Where they were read, for messages.
+
+    Raises UserError if the files are damaged or not supported.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(message=f"tokenizer {self.path}: no such file")
-        self.model_bytes = self.path.read_bytes()
-        self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.load_from_serialized_proto(self.model_bytes)
-        except RuntimeError as error:
-            raise UserError(message=f"tokenizer {self.path}: not a SentencePiece model") from error
-        # An empty file loads without an error, as a model of no pieces.
-        if not self.model_bytes or self._processor.get_piece_size() == 0:
-            raise UserError(message=f"tokenizer {self.path}: not a SentencePiece model")
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id: int = self._processor.bos_id()  # -1 if the model has none
-        self.eos_id: int = self._processor.eos_id()  # -1 if the model has none
-        # Kept, as a long answer with log probabilities asks a million times.
-        self._token_texts: dict[int, str] = {}
-        self._token_bytes: dict[int, bytes] = {}
+    file_name: ClassVar[str]
+    """Name of the main file, as in `TOKENIZERS`."""
 
+    def __init__(self, files: Mapping[str, bytes], path: Path) -> None:
+        self.files, self.path = dict(files), path
+        vocabulary = self._load()
+        self._bytes, self._names = vocabulary.token_bytes, vocabulary.names
+        self._control = {self._names[token]: token for token in vocabulary.control}
+        self.bos_id = vocabulary.bos_id
+        """Id of the token that begins texts; -1 if there is none. A vocabulary that has EOS alone,
+        as a mark between documents, begins texts with that."""
+        self.eos_id = vocabulary.eos_id
+        """Id of the token that ends texts; -1 if there is none."""
+
+    @classmethod
+    def read_files(cls, path: Path) -> dict[str, bytes]:
+        """Return the files, by name, that store the tokenizer of file `path` completely.
+
+        Equal tokenizers have equal files, whatever else lies beside them. Raises UserError.
+        """
+        return {cls.file_name: path.read_bytes()}
+
+    @abstractmethod
+    def _load(self) -> Vocabulary:
+        """Prepare to encode, and return the vocabulary."""
+
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without BOS and EOS. Text never yields a control token.
 
-        Raises ValueError if UTF-8 cannot hold `text` (half of a surrogate pair).
+        Raises ValueError if UTF-8 cannot hold `text` (half of a surrogate pair), and UserError if
+        no tokens stand for a part of it.
         """
-        ids: list[int] = self._processor.encode(text.encode())
-        return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return BOS and the token ids of `text`."""
-        return [self.bos_id, *self.encode(text)]
+        """Return BOS, if there is one, and the token ids of `text`."""
+        return [*self.start_ids, *self.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Control and unknown tokens have none; broken UTF-8 is U+FFFD.
+        """Return the text of `ids`. Tokens without text add none; broken UTF-8 is U+FFFD.
 
         Raises IndexError for an id outside the vocabulary.
         """
-        known = [int(i) for i in ids if i != self._processor.unk_id()]
-        # SentencePiece would take an empty list for an empty batch.
-        text: str = self._processor.decode(known) if known else ""
-        return text
-
-    def token_text(self, token: int) -> str:
-        """Return a token as it is shown alone: its text, `bytes:\\xe2` for a byte of a longer
-        character, or the name of a token without text."""
-        text = self._token_texts.get(token)
-        if text is None:
-            text = self._token_texts[token] = self._token_text(token)
-        return text
+        return b"".join([self._bytes[token] for token in ids]).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of a token: perhaps a part of a character, perhaps none."""
-        token_bytes = self._token_bytes.get(token)
-        if token_bytes is None:
-            token_bytes = self._token_bytes[token] = self._find_bytes(token)
-        return token_bytes
+        return self._bytes[token]
 
-    def _token_text(self, token: int) -> str:
-        token_bytes = self.token_bytes(token)
+    def token_text(self, token: int) -> str:
+        """Return a token as it is shown alone: its text, `bytes:\\xe2` if it has a part of a
+        character, or the name of a token without text."""
+        token_bytes = self._bytes[token]
         if not token_bytes:
-            name: str = self._processor.id_to_piece(token)
-            return name
-        if self._processor.is_byte(token) and token_bytes[0] >= 128:
-            return f"bytes:\\x{token_bytes[0]:02x}"
-        return token_bytes.decode()
-
-    def _find_bytes(self, token: int) -> bytes:
-        model = self._processor
-        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
-            return b""
-        piece: str = model.id_to_piece(token)
-        if model.is_byte(token):
-            return bytes([int(piece[3:-1], 16)])  # <0xE2>
-        return piece.replace(SPACE_MARK, " ").encode()
+            return self._names.get(token, f"<unused {token}>")
+        try:
+            return token_bytes.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
     def control_tokens(self) -> dict[str, int]:
         """Return the ids, by name, of the tokens that no text yields, such as BOS and EOS."""
-        model = self._processor
-        ids = [token for token in range(self.vocab_size) if model.is_control(token)]
-        return {model.id_to_piece(token): token for token in ids}
+        return dict(self._control)
 
     def bytes_per_token(self) -> NDArray[np.int64]:
-        """Return the UTF-8 length of each token, 0 for control and unknown ones: `[vocab_size]`."""
-        sizes = [len(self.token_bytes(token)) for token in range(self.vocab_size)]
-        return np.array(sizes, dtype=np.int64)
+        """Return the UTF-8 length of each token, 0 for those without text: `[vocab_size]`."""
+        return np.array([len(token_bytes) for token_bytes in self._bytes], dtype=np.int64)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, including those that belong to no token."""
+        return len(self._bytes)
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Ids before a text: BOS, or nothing."""
+        return [self.bos_id] if self.bos_id >= 0 else []
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids after a document: EOS, or nothing where the BOS of the next document is the same."""
+        return [self.eos_id] if self.eos_id not in (-1, self.bos_id) else []
+
+    @cached_property
+    def sha256(self) -> str:
+        """Checksum of the files."""
+        return files_sha256(self.files)
+
+    def pad(self, vocab_size: int) -> None:
+        """Add ids without tokens up to the `vocab_size` of a model.
+
+        Raises UserError if the model has fewer ids, or so many more that another tokenizer must
+        belong to it.
+        """
+        unused = vocab_size - self.vocab_size
+        if not 0 <= unused <= MOST_UNUSED:
+            raise UserError(
+                "tokenizer",
+                message=f"tokenizer {self.path}: has {self.vocab_size} tokens and the model "
+                f"vocab_size={vocab_size}, which must be at least that and at most {MOST_UNUSED} "
+                "more: give the tokenizer that the model was trained with",
+            )
+        self._bytes += [b""] * unused
+
+    def save(self, folder: Path) -> None:
+        """Write the files to `folder`."""
+        for name, contents in self.files.items():
+            (folder / name).write_bytes(contents)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train a byte-fallback BPE model on `texts` and write it to `path`.
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Read the tokenizer of a file, or of a folder that has one of the files in `TOKENIZERS`.
 
-    Ids: 0 unknown (never produced), 1 BOS, 2 EOS, then newline, tab, the 256 bytes, and the learned
-    pieces. The same texts give the same file. Nothing is written if training fails.
-
-    Raises UserError if there is no text, or naming the limit if `vocab_size` is too large or too
-    small for it.
+    A file of another name is read as a tokenizer.json if it ends in .json, as ranks of tiktoken if
+    it ends in .tiktoken, and else as a SentencePiece model. Raises UserError.
     """
+    file = find_tokenizer(path)
+    return make_tokenizer(tokenizer_files(file), file)
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """Return the main file of a tokenizer, given that file or its folder. Raises UserError."""
     path = Path(path)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_pieces(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            # Text must come back unchanged: no normalisation, no added or removed spaces.
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
-            pad_id=-1,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        message = _training_failure(str(error), vocab_size)
-        raise UserError("vocab_size", message=message) from error
-    with new_file(path) as temporary:
-        temporary.write_bytes(model.getvalue())
-    return Tokenizer(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(message=f"tokenizer {path}: no such file")
+    found = [path / name for name in TOKENIZERS if (path / name).is_file()]
+    if not found:
+        raise UserError(message=f"tokenizer {path}: has none of {', '.join(TOKENIZERS)}")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(message=f"tokenizer {path}: has {names}: name one of these files")
+    return found[0]
 
 
-def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Split texts into lines, which no learned piece crosses, cut to what the trainer accepts."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), TRAINING_PIECE_CHARS):
-                yield line[start : start + TRAINING_PIECE_CHARS]
+def tokenizer_files(path: str | Path) -> dict[str, bytes]:
+    """Return the files, by name, that store the tokenizer of a file or folder. Raises UserError."""
+    file = find_tokenizer(path)
+    return _kind(_standard_name(file)).read_files(file)
 
 
-def _training_failure(message: str, vocab_size: int) -> str:
-    """Translate SentencePiece's error `message` into what the user can do."""
-    if "sentences_.empty()" in message:
-        return "there is no text to train a tokenizer on"
-    if limit := re.search(r"value <= (\d+)", message):
-        return (
-            f"vocab_size {vocab_size} is too large for this text: "
-            f"the largest that works is {limit[1]}"
-        )
-    if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"vocab_size {vocab_size} is too small for this text: "
-            f"the smallest that works is {limit[1]}"
-        )
-    return f"SentencePiece could not train a tokenizer of vocab_size {vocab_size}: {message}"
+def make_tokenizer(files: Mapping[str, bytes], path: Path) -> Tokenizer:
+    """Return the tokenizer whose files `tokenizer_files` read from `path`. Raises UserError."""
+    name = next((name for name in TOKENIZERS if name in files), None)
+    if name is None:
+        raise UserError(message=f"tokenizer {path}: has none of {', '.join(TOKENIZERS)}")
+    return _kind(name)(files, path)
+
+
+def files_sha256(files: Mapping[str, bytes]) -> str:
+    """Return a checksum of the files of a tokenizer: of the contents if there is one file."""
+    if len(files) == 1:
+        return hashlib.sha256(*files.values()).hexdigest()
+    digest = hashlib.sha256()
+    for name, contents in sorted(files.items()):
+        digest.update(f"{name} {len(contents)}\n".encode() + contents)
+    return digest.hexdigest()
+
+
+def _standard_name(file: Path) -> str:
+    if file.name in TOKENIZERS:
+        return file.name
+    return SUFFIXES.get(file.suffix.lower(), "tokenizer.model")
+
+
+def _kind(name: str) -> type[Tokenizer]:
+    module, _, attribute = TOKENIZERS[name].partition(":")
+    kind: type[Tokenizer] = getattr(import_module(module), attribute)
+    return kind

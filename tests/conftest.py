@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 from tests import forked
 
 torch.set_num_threads(1)  # such small tensors are slower on more

@@ -21,7 +21,7 @@ from stu.futurefill import Continuous, Epoched
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.online_convolution import Naive
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 from tests.serve.requests import make_request
 from train.loss import next_token_loss
 from train.optimizer import OptimizerConfig, make_optimizer

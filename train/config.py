@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from stu.common.cli import option
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.tokenizer import MOST_UNUSED
 from train.callbacks.bad_steps import GuardConfig
 from train.data.loader import TokenData
 from train.data.shards import Index
@@ -94,13 +95,14 @@ def precision_name(precision: object) -> str:
 
 
 def check_vocabulary(model_size: int, data_size: int) -> None:
-    """Raise UserError unless a model's vocabulary is that of its token shards."""
-    if model_size != data_size:
+    """Raise UserError unless a model's vocabulary is that of its token shards, perhaps padded."""
+    if not 0 <= model_size - data_size <= MOST_UNUSED:
         raise UserError(
             "model.config.vocab_size",
             model_size,
             message=f"model.config.vocab_size={model_size}, but the token shards were made with "
-            f"{data_size} tokens: give --model.config.vocab_size {data_size}",
+            f"{data_size} tokens: give --model.config.vocab_size {data_size}, or up to "
+            f"{MOST_UNUSED} more",
         )
 
 

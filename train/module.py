@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import read_tokenizer
 from train.callbacks.bad_steps import GuardConfig, StepGuard
 from train.callbacks.interruption import largest_of_ranks
 from train.callbacks.progress import warned
@@ -86,7 +86,7 @@ class FlashSTUModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         check_vocabulary(self.config.vocab_size, self._data.vocab_size)
         check_length(self._data.seq_len, self.config.max_seq_len)
-        self._tokenizer = Tokenizer(self._data.tokenizer_path)
+        self._tokenizer = read_tokenizer(self._data.tokenizer_path)
         self._bytes_per_token = torch.from_numpy(self._tokenizer.bytes_per_token())
 
     def configure_model(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stu.config import ModelConfig
+from stu.tokenizer import tokenizer_files
 from train.checkpoint.folder import FORMAT_VERSION
 from train.config import precision_name
 from train.data.loader import TokenData
@@ -49,13 +50,19 @@ def result_settings(
 def training_record(
     settings: Mapping[str, Any], config: ModelConfig, optimizer: OptimizerConfig, tokenizer: Path
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds besides Lightning's state: tensors and plain values."""
+    """Return what a checkpoint holds besides Lightning's state: tensors and plain values.
+
+    tokenizer: Main file of the tokenizer.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "model_config": config.to_dict(),
         "settings": dict(settings),
         "state_tensors": list(optimizer_kind(optimizer).state_tensors),
-        "tokenizer": torch.frombuffer(bytearray(tokenizer.read_bytes()), dtype=torch.uint8),
+        "tokenizer": {
+            name: torch.frombuffer(bytearray(contents), dtype=torch.uint8)
+            for name, contents in tokenizer_files(tokenizer).items()
+        },
     }
 
 

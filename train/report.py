@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import read_tokenizer
 from train.data.shards import TokenShards
 
 Curve = tuple[list[int], list[float]]
@@ -37,9 +37,12 @@ def gzip_bits_per_byte(data: Path) -> float:
 def validation_documents(data: Path) -> list[str]:
     """Return the validation split as text, document by document."""
     shards = TokenShards(data, "validation")
-    tokenizer = Tokenizer(shards.tokenizer_path)
+    tokenizer = read_tokenizer(shards.tokenizer_path)
     tokens = shards.read(0, len(shards))
-    starts = np.flatnonzero(tokens == tokenizer.bos_id)[1:]
+    if tokenizer.start_ids:
+        starts = np.flatnonzero(tokens == tokenizer.bos_id)[1:]
+    else:
+        starts = np.flatnonzero(tokens[:-1] == tokenizer.eos_id) + 1
     return [tokenizer.decode(document.tolist()) for document in np.split(tokens, starts)]
 
 

@@ -37,7 +37,7 @@ from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer, save_model
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 
 VOCAB_SIZE, WIDTH = 4096, 512
 CACHE_GIB, PROMPT_TOKENS = 2.0, 64

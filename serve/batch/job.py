@@ -20,6 +20,7 @@ from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.model_dir import load_config, load_generation, load_tokenizer
+from stu.tokenizer import tokenizer_files
 
 READ_BYTES = 2**20
 SAMPLE_BYTES = 4096
@@ -118,7 +119,10 @@ def _fingerprint(model: Path) -> dict[str, str]:
     with open_weights(model) as weights:
         return {
             "config.json": _sha256(_pieces(model / "config.json")),
-            "tokenizer.model": _sha256(_pieces(model / "tokenizer.model")),
+            **{
+                name: hashlib.sha256(contents).hexdigest()
+                for name, contents in tokenizer_files(model).items()
+            },
             "model.safetensors": fingerprint_of(weights),
         }
 

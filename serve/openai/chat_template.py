@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from serve.openai.chat_dialect import CompiledTemplate
+from serve.prompts import encode_text
 from stu.common.errors import UserError, show
 from stu.common.text import require_unicode
 from stu.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ class ChatTemplate:
     def tokens(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Return the token ids of the prompt, BOS first.
+        """Return the token ids of the prompt, after BOS if there is one.
 
         Args:
             messages: With `role`, `content` and perhaps `name`.
@@ -78,9 +79,9 @@ class ChatTemplate:
             if part in self._ids:
                 tokens.append(self._ids[part])
             elif part:
-                tokens += self._tokenizer.encode(part)
-        has_bos = tokens[:1] == [self._tokenizer.bos_id]
-        return tokens if has_bos else [self._tokenizer.bos_id, *tokens]
+                tokens += encode_text(self._tokenizer, "messages", part)
+        start = self._tokenizer.start_ids
+        return tokens if tokens[:1] == start else start + tokens
 
     def text(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None

@@ -120,7 +120,7 @@ class TextCompletions(Completions[CompletionBody]):
         for index, request in enumerate(requests):
             prompt = prompts[index // (body.n or 1)]
             echo = self._text(prompt) if body.echo else None
-            adds_bos = isinstance(prompt, str) or not prompt
+            adds_bos = bool(self._tokenizer.start_ids) and (isinstance(prompt, str) or not prompt)
             writers.append(TextChoiceWriter(self._tokenizer, request, index, echo, adds_bos))
         return writers
 

@@ -131,7 +131,8 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = next(iter(tokenizer.start_ids), None)
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
         self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text]
         for token in self.special_token_ids:  # they have no bytes, but need a name

@@ -4,12 +4,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve.openai.schemas import DetokenizeBody, TokenizeBody
+from serve.prompts import encode_text
 from serve.server.completion_routes import response_in_pieces
 from serve.server.exchange import exchange_of
 from serve.server.replicas.slices import json_slices, pieces
 from serve.server.service import Service
 from stu.common.errors import UserError
-from stu.common.text import Json, require_unicode
+from stu.common.text import Json
 from stu.tokenizer import Tokenizer
 
 
@@ -47,10 +48,9 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         service.require_served(body.model)
 
         def tokenized() -> list[bytes]:
-            require_unicode("prompt", body.prompt)
             tokens = _tokens(tokenizer, body.prompt)
             if body.add_special_tokens:
-                tokens = [tokenizer.bos_id, *tokens]
+                tokens = tokenizer.start_ids + tokens
             length = service.model.max_seq_len
             values = {"tokens": tokens, "count": len(tokens), "max_model_len": length}
             return list(pieces(json_slices(values)))
@@ -111,4 +111,4 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     for token in (tokenizer.bos_id, tokenizer.eos_id):
         if token >= 0 and text == tokenizer.token_text(token):
             return [token]
-    return tokenizer.encode(text)
+    return encode_text(tokenizer, "prompt", text)

@@ -7,13 +7,14 @@ import pytest
 from benchmarks.machine import commit, describe
 from benchmarks.serving import invariance, load
 from stu.common.errors import UserError
-from stu.tokenizer import Tokenizer, train_bpe
+from stu.tokenizer import read_tokenizer
+from stu.tokenizers.sentence_piece import train_bpe
 from tests.train.conftest import data  # noqa: F401
 from train.data.shards import TokenShards
 
 
 def test_prompts_of_invariance_are_pieces_of_the_validation_split(data, tmp_path):  # noqa: F811
-    tokenizer = Tokenizer(data / "tokenizer.model")
+    tokenizer = read_tokenizer(data / "tokenizer.model")
     prompts = invariance.read_prompts(data, tokenizer, 9, 4)
     assert [len(prompt) for prompt in prompts] == [1, 2, 3, 4, 1, 2, 3, 4, 1]
     split = TokenShards(data, "validation")

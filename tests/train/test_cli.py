@@ -15,7 +15,6 @@ import yaml
 
 from stu.config import ModelConfig
 from stu.model_dir import load_model, load_tokenizer
-from stu.tokenizer import Tokenizer
 from tests.test_boundaries import options_with_underscores
 from tests.train.conftest import MODEL
 from tests.train.saved import last_checkpoint, losses
@@ -44,8 +43,9 @@ def test_logs_and_files_of_a_run(trained, tmp_path, data):
     assert config["model"]["config"]["width"] == 16
     assert config["model"]["config"]["vocab_size"] == 300  # from the token shards
     assert ModelConfig.from_dict(saved["stu"]["model_config"]) == ModelConfig(**MODEL)
-    model_bytes = Tokenizer(data / "tokenizer.model").model_bytes
-    assert saved["stu"]["tokenizer"].numpy().tobytes() == model_bytes
+    (name, contents), *others = saved["stu"]["tokenizer"].items()
+    assert (name, others) == ("tokenizer.model", [])
+    assert contents.numpy().tobytes() == (data / name).read_bytes()
 
     curves = report.read_curves(trained)
     steps, losses = curves["train/loss"]
@@ -118,7 +118,7 @@ def test_accumulated_micro_batches_are_one_step(run, capsys):
         ("--log_samples=true", "did you mean 'log-samples'?"),
         ("--qqqq=1", "--qqqq=1: --help lists all names"),
         ("--trainer.max_step=3", "did you mean 'trainer.max_steps'?"),
-        ("--model.config.vocab_size=999", "vocab_size=999, but the token shards .* 300 tokens"),
+        ("--model.config.vocab_size=9999", "vocab_size=9999, but the token shards .* 300 tokens"),
         ("--data.dir=/nowhere", "/nowhere: no index.json"),
         ("--trainer.max_epochs=3", "trainer.max_epochs is chosen by stu-train"),
         ("--trainer.limit_train_batches=3", "trainer.limit_train_batches is chosen by stu-train"),

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stu.config import ModelConfig
 from stu.model import FlashSTU
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import read_tokenizer
 from tests.train.conftest import MODEL
 from train import report
 from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
@@ -55,7 +55,7 @@ def test_context_without_targets_is_left_out():
 
 
 def test_samples_follow_the_model(data):
-    tokenizer = Tokenizer(data / "tokenizer.model")
+    tokenizer = read_tokenizer(data / "tokenizer.model")
     torch.manual_seed(0)
     model = FlashSTU(ModelConfig(**MODEL))
     wanted = tokenizer.encode("return")[-1]

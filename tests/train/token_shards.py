@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.shards import TOKENIZER_FILE, Index, SplitWriter, TokenShards
+from train.data.shards import Index, SplitWriter, TokenShards
 
 
 def write_token_shards(
@@ -19,7 +19,7 @@ def write_token_shards(
     """Write `folder`: documents of `document_tokens` (the last one shorter), a dummy tokenizer."""
     folder.mkdir()
     model = b"stands for a tokenizer"
-    (folder / TOKENIZER_FILE).write_bytes(model)
+    (folder / "tokenizer.model").write_bytes(model)
     splits = {}
     for name, num_tokens in [("train", num_train), ("validation", num_validation)]:
         with SplitWriter(folder, name, np.dtype(dtype), shard_tokens) as writer:

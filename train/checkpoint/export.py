@@ -103,14 +103,12 @@ def export(
 
 def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
     """Return the model, its tokenizer, and its defaults for decoding, if it has any."""
-    import tempfile
-
     import torch
 
     from stu.config import ModelConfig
     from stu.model import FlashSTU
     from stu.model_dir import load_generation, load_model, load_tokenizer
-    from stu.tokenizer import Tokenizer
+    from stu.tokenizer import make_tokenizer
     from train.checkpoint.folder import TRAINING_FILE, WEIGHT
     from train.checkpoint.resume import verified_checkpoint
 
@@ -124,10 +122,12 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
     weights = {name: folder.tensor(WEIGHT, name) for name in folder.names}
     model.load_state_dict(weights, assign=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer_file = Path(temporary) / "tokenizer.model"
-        tokenizer_file.write_bytes(carried["tokenizer"].numpy().tobytes())
-        tokenizer = Tokenizer(tokenizer_file)
+    stored = carried["tokenizer"]
+    if isinstance(stored, torch.Tensor):  # written when SentencePiece was the only kind
+        stored = {"tokenizer.model": stored}
+    files = {name: contents.numpy().tobytes() for name, contents in stored.items()}
+    tokenizer = make_tokenizer(files, checkpoint)
+    tokenizer.pad(model.config.vocab_size)
     return model, tokenizer, {}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from jsonargparse.typing import PositiveFloat
 
 from stu.common.cli import ArgumentParser, run_command
-from stu.common.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "an index, or a PyTorch file; or that file itself",
     )
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="Folder to write")
-    tokenizer = "SentencePiece model, or folder with a tokenizer.model"
+    tokenizer = (
+        "Tokenizer of the checkpoint: a tokenizer.model, tokenizer.json, alphabet.json or "
+        "o200k_base.tiktoken, or a folder with one"
+    )
     add("--tokenizer", metavar="PATH", type=Path, required=True, help=tokenizer)
     add(
         "--norm-eps",
@@ -59,25 +61,19 @@ def import_published(
     Args:
         published: Folder or file of weights.
         output: Folder to write.
-        tokenizer: SentencePiece model, or folder with a tokenizer.model.
+        tokenizer: File of a tokenizer, or its folder.
         overwrite: Whether an existing `output` is replaced.
         norm_eps: Epsilon of RMSNorm, instead of that in config.json.
 
     Raises UserError or OSError, and then leaves nothing behind.
     """
     from stu.model_dir import save_model
-    from stu.tokenizer import Tokenizer
+    from stu.tokenizer import read_tokenizer
     from train.checkpoint.published import load_published
 
-    vocabulary = Tokenizer(tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer)
+    vocabulary = read_tokenizer(tokenizer)
     model = load_published(published, norm_eps)
-    if vocabulary.vocab_size != model.config.vocab_size:
-        raise UserError(
-            "tokenizer",
-            message=f"tokenizer {vocabulary.path}: has {vocabulary.vocab_size} tokens, and "
-            f"tok_emb.weight of {published} {model.config.vocab_size} rows: give the tokenizer "
-            "that the checkpoint was trained with, as a SentencePiece model",
-        )
+    vocabulary.pad(model.config.vocab_size)
     save_model(output, model, vocabulary, overwrite=overwrite)
 
 

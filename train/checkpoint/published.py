@@ -65,7 +65,7 @@ def save_published(
     with new_directory(path, overwrite) as folder:
         try:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+            tokenizer.save(folder)
             # transformers opens a file only if it says that it is torch's.
             write_safetensors(folder / "model.safetensors", weights, {"format": "pt"}, dtypes)
         except OSError as error:

@@ -8,6 +8,11 @@ from typing import Literal
 from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError
 
+TRAINED = ("sentencepiece", "huggingface")
+"""Tokenizers that are trained on the text."""
+CHARACTERS = "characters:"
+"""Beginning of a tokenizer that is an alphabet."""
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -18,9 +23,12 @@ class PrepareConfig:
     output: Path
     """Folder for the token shards; it must be new or empty."""
     vocab_size: int = 4096
-    """Vocabulary size of the tokenizer to train; unused with `--tokenizer`."""
-    tokenizer: Path | None = None
-    """SentencePiece model, or folder with a `tokenizer.model`, to use instead of training one."""
+    """Vocabulary size of the tokenizer to train; unused if `--tokenizer` gives one."""
+    tokenizer: str | Path = TRAINED[0]
+    """Tokenizer to train on the text: `sentencepiece`, or `huggingface` for a byte-level BPE by the
+    tokenizers library. Or a tokenizer to use: `bytes`, `characters:` and an alphabet as in
+    `characters:ACGTN`, or the path of a `tokenizer.model`, `tokenizer.json`, `alphabet.json` or
+    `o200k_base.tiktoken`, or of a folder with one."""
     validation_fraction: float = 0.01
     """Probability that a document goes to the validation split."""
     shard_tokens: int = 100_000_000
@@ -51,5 +59,9 @@ class PrepareConfig:
         ]:
             if not is_allowed:
                 raise UserError(name, getattr(self, name), allowed)
+        letters = str(self.tokenizer).removeprefix(CHARACTERS)
+        if letters != str(self.tokenizer) and not 0 < len(letters) == len({*letters}):
+            allowed = f"{CHARACTERS} and different characters, such as {CHARACTERS}ACGTN"
+            raise UserError("tokenizer", str(self.tokenizer), allowed)
         if self.part is not None:
             ArrayTask.parse(self.part)

@@ -62,6 +62,7 @@ def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, fold
         seed=config.seed,
         validation_fraction=config.validation_fraction,
     )
+    num_start, num_end = len(tokenizer.start_ids), len(tokenizer.end_ids)
     skipped = Skipped()
     with (
         SplitWriter(folder, "train", dtype, config.shard_tokens) as train,
@@ -74,7 +75,8 @@ def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, fold
         for piece in encoded:
             # BOS where the split lacks the text before, EOS only at the true end of a file.
             starts = piece.starts or piece.split != previous_split
-            tokens = piece.tokens[0 if starts else 1 : None if piece.ends else -1]
+            first, last = 0 if starts else num_start, 0 if piece.ends else num_end
+            tokens = piece.tokens[first : len(piece.tokens) - last]
             writers[piece.split].add(tokens, piece.num_bytes, starts)
             previous_split = None if piece.ends else piece.split
         splits = {name: writer.finish() for name, writer in writers.items()}

@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import Tokenizer, read_tokenizer
 from train.data.documents import Document
 
 BATCH_CHARS = 1 << 18
 """Characters of text sent to a worker at once: some tenths of a second of work."""
 PIECE_CHARS = 1 << 18
-"""Characters passed to SentencePiece at once, to bound its memory."""
+"""Characters passed to a tokenizer at once, to bound its memory."""
 
 
 class Encoded(NamedTuple):
     """Tokens of a document, or of a piece of one."""
 
     split: str  # "train" or "validation"
-    tokens: NDArray[Any]  # [tokens], BOS and EOS included; uint16 or uint32
+    tokens: NDArray[Any]  # [tokens], with those before and after a document; uint16 or uint32
     num_bytes: int  # of UTF-8 text
     starts: bool  # False: continues the document before it
     ends: bool  # False: the next document continues it
@@ -63,18 +63,28 @@ def encode_batch(
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
-    """Return `[BOS, *tokens of text, EOS]` in the `token_dtype` of the vocabulary."""
-    ids = [tokenizer.bos_id]
+    """Return `[BOS, *tokens of text, EOS]`, or with fewer marks (`start_ids` and `end_ids` of the
+    tokenizer), in the `token_dtype` of the vocabulary."""
+    ids = tokenizer.start_ids
     start = 0
     while start < len(text):
-        # End after a newline if possible: no token of our own tokenizers crosses one.
-        stop = start + PIECE_CHARS
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
+        stop = _cut(text, start)
         ids += tokenizer.encode(text[start:stop])
         start = stop
-    ids.append(tokenizer.eos_id)
+    ids += tokenizer.end_ids
     return np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
+
+
+def _cut(text: str, start: int) -> int:
+    """Return where a piece of at most `PIECE_CHARS` ends: after a newline that a letter or digit
+    follows, where all common tokenizers begin a token, else after any newline if there is one."""
+    stop = start + PIECE_CHARS
+    if stop >= len(text):
+        return len(text)
+    last = newline = text.rfind("\n", start, stop)
+    while newline >= 0 and not text[newline + 1].isalnum():
+        newline = text.rfind("\n", start, newline)
+    return (newline + 1) or (last + 1) or stop
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -123,12 +133,14 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
+    return read_tokenizer(path)
 
 
 def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal, but ending the workers is up to the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The tokenizers library would start as many threads as there are processors, in each worker.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,7 +2,7 @@
 
 ```
 DIR.parts/parts.json      settings that all parts have in common
-DIR.parts/tokenizer.model
+DIR.parts/tokenizer.model    or the files of another tokenizer
 DIR.parts/0-of-8/         index and token files of part 0; exists only once it is complete
 DIR/                      DIR.parts, renamed once all parts exist
 ```

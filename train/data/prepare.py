@@ -11,15 +11,15 @@ from typing import Any
 from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError
 from stu.common.files import new_directory
-from stu.tokenizer import Tokenizer
-from train.data.config import PrepareConfig
+from stu.tokenizer import read_tokenizer
+from train.data.config import TRAINED, PrepareConfig
 from train.data.corpus import require_both_splits, write_splits
 from train.data.lock_file import LockFile
 from train.data.parts import COMMON_FILE, Parts, files_of_part, require_same
-from train.data.shards import INDEX_FILE, TOKENIZER_FILE, Index
+from train.data.shards import INDEX_FILE, Index
 from train.data.skipped import require_mostly_good
 from train.data.sources import Files, find_files
-from train.data.tokenizer import load_tokenizer, make_tokenizer
+from train.data.tokenizer import given_tokenizer, write_tokenizer
 
 ALL_PARTS = 0
 """Byte of the lock file that is locked to start or to join the parts; byte 1 + i is for part i."""
@@ -35,7 +35,7 @@ def prepare(config: PrepareConfig) -> Index:
     """
     files = find_files(config.sources)
     with new_directory(config.output) as folder:
-        tokenizer = make_tokenizer(config, files, folder)
+        tokenizer = write_tokenizer(config, files, folder)
         index = write_splits(config, files, tokenizer, folder)
         require_both_splits(config, index.num_documents)
         index.save(folder)
@@ -76,11 +76,12 @@ def _common_settings(config: PrepareConfig, files: Files, count: int) -> dict[st
     sizes = [(str(path.absolute()), path.stat().st_size) for path in files.documents]
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     total = sum(size for _, size in sizes)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = given_tokenizer(config)
+    trained = "trained" if config.tokenizer == TRAINED[0] else f"trained {config.tokenizer}"
     return {
         "number of parts": count,
         "sources": f"{len(sizes)} files of {total} bytes, their names and sizes {digest[:16]}",
-        "tokenizer": tokenizer.sha256 if tokenizer else "trained",
+        "tokenizer": tokenizer.sha256 if tokenizer else trained,
         "vocab_size": tokenizer.vocab_size if tokenizer else config.vocab_size,
         "validation_fraction": config.validation_fraction,
         "shard_tokens": config.shard_tokens,
@@ -106,7 +107,7 @@ def _start(config: PrepareConfig, files: Files, common: dict[str, Any], folder: 
         return
     _remove_unfinished(folder)
     with new_directory(folder) as temporary:
-        make_tokenizer(config, files, temporary)
+        write_tokenizer(config, files, temporary)
         text = json.dumps(common, indent=2, ensure_ascii=False)
         (temporary / COMMON_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -115,7 +116,7 @@ def _write_part(config: PrepareConfig, files: Files, number: int, parts: Parts) 
     path = parts.path(number)
     _remove_unfinished(path)
     chosen = files._replace(documents=files_of_part(files.documents, number, parts.count))
-    tokenizer = Tokenizer(parts.folder / TOKENIZER_FILE)
+    tokenizer = read_tokenizer(parts.folder)
     with new_directory(path) as temporary:
         write_splits(config, chosen, tokenizer, temporary).save(temporary)
 

@@ -2,10 +2,11 @@
 
 ```
 DIR/index.json                 contents of the folder, and the settings it was made with (`Index`)
-DIR/tokenizer.model
+DIR/tokenizer.model            or the files of another tokenizer (`stu.tokenizer`)
 DIR/parts.json                 settings that all parts had in common, if it was made in parts
 DIR/skipped.jsonl              the first rows that could not be read (`--on-error skip`)
-DIR/train-00000.bin ...        documents, each BOS tokens EOS, as little-endian unsigned integers
+DIR/train-00000.bin ...        documents, each BOS tokens EOS, as little-endian unsigned integers;
+                               without EOS if that is the same token as BOS
 DIR/validation-00000.bin ...
 ```
 """
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 
 from stu.common.errors import UserError
 from stu.common.files import new_file
+from stu.tokenizer import files_sha256, find_tokenizer, tokenizer_files
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
-TOKENIZER_FILE = "tokenizer.model"
 TOKEN_DTYPES = ("uint16", "uint32")
 WRITE_BUFFER_BYTES = 1 << 20
 FINGERPRINT_PIECES, FINGERPRINT_TOKENS = 256, 1024
@@ -207,7 +208,8 @@ class TokenShards:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.folder / TOKENIZER_FILE
+        """Main file of the tokenizer."""
+        return find_tokenizer(self.folder)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens `start` to `stop - 1`, which may lie in several shards: `[stop - start]`.
@@ -240,9 +242,10 @@ class TokenShards:
         return digest.hexdigest()
 
     def _check_tokenizer(self) -> None:
-        if not self.tokenizer_path.is_file():
-            raise _unusable(self.tokenizer_path, "no such file; run stu-prepare again")
-        sha256 = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        try:
+            sha256 = files_sha256(tokenizer_files(self.folder))
+        except UserError as error:
+            raise _unusable(self.folder, f"{error}; run stu-prepare again") from error
         if sha256 != self.index.tokenizer_sha256:
             raise _unusable(
                 self.tokenizer_path,

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: copied, or trained on a sample of the training documents."""
+"""The tokenizer of a corpus: given, or trained on a sample of the training documents."""
 
 import heapq
 import sys
@@ -7,11 +7,13 @@ from contextlib import closing
 from pathlib import Path
 
 from stu.common.errors import UserError
-from stu.tokenizer import Tokenizer, train_bpe
-from train.data.config import PrepareConfig
+from stu.tokenizer import Tokenizer, make_tokenizer, read_tokenizer
+from stu.tokenizers.alphabet import alphabet_files, bytes_files
+from stu.tokenizers.hugging_face import train_byte_level_bpe
+from stu.tokenizers.sentence_piece import SentencePieceTokenizer, train_bpe
+from train.data.config import CHARACTERS, TRAINED, PrepareConfig
 from train.data.corpus import read_texts, require_both_splits
 from train.data.encode import split_of, text_hash
-from train.data.shards import TOKENIZER_FILE
 from train.data.skipped import Skipped
 from train.data.sources import Files
 
@@ -19,25 +21,37 @@ TOKENIZER_SAMPLE_BYTES = 64 << 20
 """Text that the tokenizer is trained on; training needs many times as much memory."""
 
 
-def make_tokenizer(config: PrepareConfig, files: Files, folder: Path) -> Tokenizer:
-    """Write `tokenizer.model` to `folder`: a copy of `config.tokenizer`, or a new one for `files`.
+def write_tokenizer(config: PrepareConfig, files: Files, folder: Path) -> Tokenizer:
+    """Write the tokenizer that `config` gives, or a new one trained on `files`, to `folder`.
 
     Raises UserError or OSError.
     """
-    path = folder / TOKENIZER_FILE
-    if config.tokenizer is not None:
-        path.write_bytes(load_tokenizer(config.tokenizer).model_bytes)
-        return Tokenizer(path)
+    given = given_tokenizer(config)
+    if given is not None:
+        given.save(folder)
+        return read_tokenizer(folder)
     sample = _sample(config, files)
     print("training the tokenizer", file=sys.stderr, flush=True)
-    return train_bpe(sample, config.vocab_size, path)
+    if config.tokenizer == "huggingface":
+        return train_byte_level_bpe(sample, config.vocab_size, folder)
+    return train_bpe(sample, config.vocab_size, folder / SentencePieceTokenizer.file_name)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a model, or the one in a folder. Raises UserError if it cannot mark documents."""
-    tokenizer = Tokenizer(path / TOKENIZER_FILE if path.is_dir() else path)
-    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise UserError("tokenizer", str(path), "a model with BOS and EOS, which mark documents")
+def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    """Return the tokenizer that `config` gives, or None if one is to be trained.
+
+    Raises UserError if it cannot be used, or cannot mark documents.
+    """
+    name = str(config.tokenizer)
+    if name in TRAINED:
+        return None
+    if name == "bytes":
+        return make_tokenizer(bytes_files(), Path(name))
+    if name.startswith(CHARACTERS):
+        return make_tokenizer(alphabet_files(name.removeprefix(CHARACTERS)), Path(name))
+    tokenizer = read_tokenizer(name)
+    if not (tokenizer.start_ids or tokenizer.end_ids):
+        raise UserError("tokenizer", name, "one with BOS or EOS, which mark documents")
     return tokenizer
 
 

@@ -24,7 +24,7 @@ from stu.filters import spectral_filters
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from stu.online_convolution import Naive
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 from tests.reference import sampling as reference
 from tests.reference.decoding import Runner as Lockstep
 from tests.serve.requests import REQUEST_FIELDS, make_request

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.sampling.detokenizer import TextStream
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 
 ALPHABET = "ab \n\tü語😀"
 """Characters of one to four bytes; most take several tokens."""

@@ -23,7 +23,9 @@ def test_export_of_a_run(trained, tmp_path, data, dtype):
         stored = expected[f"model.{name}"]
         assert torch.equal(weight, stored if name == "filters" else stored.to(dtype)), name
     assert load_config(output).width == 16
-    assert load_tokenizer(output).model_bytes == (data / "tokenizer.model").read_bytes()
+    assert (
+        load_tokenizer(output).files["tokenizer.model"] == (data / "tokenizer.model").read_bytes()
+    )
 
 
 def test_export_in_8_bits(trained, tmp_path, capsys):

@@ -15,6 +15,7 @@ from stu.filters import spectral_filters
 from stu.layers import RMSNorm
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_generation, load_model, load_tokenizer, save_model
+from stu.tokenizer import MOST_UNUSED
 from tests import forked
 from tests.reference import published
 from train.checkpoint import export, import_published
@@ -365,9 +366,12 @@ def test_weights_that_do_not_fit(tmp_path, code_tokenizer, change, message, caps
 
 
 def test_tokenizer_of_another_size_is_refused(tmp_path, code_tokenizer, capsys):
-    config, message = HYBRID | {"vocab_size": 300}, "has 280 tokens, and tok_emb.weight"
-    error = refused(tmp_path, code_tokenizer, config, random_weights(config), message, capsys)
-    assert "300 rows: give the tokenizer that the checkpoint was trained with" in error
+    for size in (279, 280 + MOST_UNUSED + 1):
+        (tmp_path / str(size)).mkdir()
+        config = HYBRID | {"vocab_size": size}
+        message, weights = f"has 280 tokens and the model vocab_size={size}", random_weights(config)
+        error = refused(tmp_path / str(size), code_tokenizer, config, weights, message, capsys)
+        assert "give the tokenizer that the model was trained with" in error
 
 
 def test_files_that_are_no_checkpoint(tmp_path, code_tokenizer, capsys):

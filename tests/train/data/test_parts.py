@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stu.common.errors import UserError
-from stu.tokenizer import train_bpe
+from stu.tokenizers.sentence_piece import train_bpe
 from tests import forked
 from tests.train.token_shards import read_tokens
 from train.data.cli import main

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from stu.common.errors import UserError
-from stu.tokenizer import Tokenizer, train_bpe
+from stu.tokenizer import read_tokenizer
+from stu.tokenizers.sentence_piece import train_bpe
 from train.data import encode
 from train.data.cli import main, warnings
 from train.data.config import PrepareConfig
@@ -63,7 +64,7 @@ def _config(source, output, **changes):
 
 def _documents(folder, split):
     """Cut a split at BOS and EOS, and decode the documents."""
-    shards, tokenizer = TokenShards(folder, split), Tokenizer(folder / "tokenizer.model")
+    shards, tokenizer = TokenShards(folder, split), read_tokenizer(folder / "tokenizer.model")
     tokens = shards.read(0, len(shards))
     starts = np.flatnonzero(tokens == tokenizer.bos_id)
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
@@ -125,7 +126,7 @@ def test_one_large_text_file_is_divided_between_the_splits(tmp_path):
     num_ends = 0
     for split, texts in runs.items():
         shards = TokenShards(tmp_path / "data", split)
-        tokenizer, tokens = Tokenizer(shards.tokenizer_path), shards.read(0, len(shards))
+        tokenizer, tokens = read_tokenizer(shards.tokenizer_path), shards.read(0, len(shards))
         starts = np.flatnonzero(tokens == tokenizer.bos_id)
         found = np.split(tokens, starts)
         assert not len(found[0])
@@ -210,7 +211,7 @@ def test_the_tokenizer_learns_from_training_documents_only(tmp_path):
     marked = [t for t in marked if ("zyzzyva" in t) == (split_of(t, 0, 0.2) == "validation")]
     assert sum("zyzzyva" in text for text in marked) > 3
     prepare(_config(_write(tmp_path / "marked.jsonl", marked), tmp_path / "data"))
-    assert len(Tokenizer(tmp_path / "data" / "tokenizer.model").encode("zyzzyva")) >= 6
+    assert len(read_tokenizer(tmp_path / "data" / "tokenizer.model").encode("zyzzyva")) >= 6
 
 
 def test_the_sample_for_the_tokenizer_is_bounded_and_does_not_depend_on_the_order(

@@ -75,7 +75,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="not the tokenizer that made these shards"):
         TokenShards(tmp_path / "data", "train")
     model.unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.model: no such file"):
+    with pytest.raises(UserError, match=r"has none of tokenizer\.model.*run stu-prepare again"):
         TokenShards(tmp_path / "data", "train")
 
 

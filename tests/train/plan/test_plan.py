@@ -232,7 +232,7 @@ def test_gpus_are_identified_by_name_and_memory(monkeypatch, name, gib, known):
     ("arguments", "message"),
     [
         (["--data.dir=/nowhere", "--model.config.vocab_size=0"], "/nowhere: no index.json"),
-        (["--model.config.vocab_size=999"], "vocab_size=999, but the token shards were made with"),
+        (["--model.config.vocab_size=9999"], "=9999, but the token shards were made with"),
     ],
 )
 def test_wrong_data_is_named(settings, capsys, arguments, message):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stu.common.errors import UserError
-from stu.tokenizer import Tokenizer, train_bpe
+from stu.tokenizer import Tokenizer, read_tokenizer
+from stu.tokenizers.sentence_piece import train_bpe
 
 TEXTS = [
     "def f(x):\n\treturn x  # tab, two spaces\n\n    four = 'spaces'\r\n",
@@ -88,7 +89,7 @@ def test_tokens_are_shown_by_themselves(tokenizer: Tokenizer) -> None:
 
 def test_training_is_deterministic(tokenizer: Tokenizer, tmp_path: Path) -> None:
     again = train_bpe(iter(TEXTS), 420, tmp_path / "again.model")
-    assert again.model_bytes == tokenizer.model_bytes
+    assert again.files["tokenizer.model"] == tokenizer.files["tokenizer.model"]
     assert again.sha256 == tokenizer.sha256
     assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
     assert train_bpe(TEXTS, 400, tmp_path / "other.model").sha256 != tokenizer.sha256
@@ -132,8 +133,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_is_no_whole_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "broken.model"
     with pytest.raises(UserError, match=r"broken\.model: no such file"):
-        Tokenizer(path)
-    for content in (b"", b"not a model", b"\x00" * 100, b"\n\x00", tokenizer.model_bytes[:-100]):
+        read_tokenizer(path)
+    for content in (
+        b"",
+        b"not a model",
+        b"\x00" * 100,
+        b"\n\x00",
+        tokenizer.files["tokenizer.model"][:-100],
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"broken\.model: not a SentencePiece model"):
-            Tokenizer(path)
+            read_tokenizer(path)

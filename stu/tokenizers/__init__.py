@@ -1,0 +1,1 @@
+"""Kinds of tokenizers, registered in `stu.tokenizer.TOKENIZERS`."""

@@ -1,0 +1,160 @@
+"""The tokenizer.json of Hugging Face's tokenizers library, and the training of one.
+
+tokenizer.json           all but the names of BOS and EOS
+tokenizer_config.json    `bos_token` and `eos_token`; other fields are not read, and not stored
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stu.common.errors import UserError, requires_extra
+from stu.tokenizer import Tokenizer, Vocabulary
+from stu.tokenizers.special_tokens import named_id, read_json
+from stu.tokenizers.tiktoken_ranks import O200K_PATTERN
+from stu.tokenizers.token_decoding import token_decoder
+
+CONFIG_FILE = "tokenizer_config.json"
+MARKS = ("bos_token", "eos_token")
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+LEAST_SIZE = 258
+"""Size of a trained vocabulary that has nothing but BOS, EOS and the bytes."""
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, encoded by the tokenizers library.
+
+    BOS and EOS are those of tokenizer_config.json, else those that the post-processor adds to a
+    text. Special tokens are not found in texts; added tokens that are not special are.
+    """
+
+    file_name = "tokenizer.json"
+
+    @classmethod
+    def read_files(cls, path: Path) -> dict[str, bytes]:
+        """See `Tokenizer.read_files`."""
+        contents, config_path = path.read_bytes(), path.with_name(CONFIG_FILE)
+        config = read_json(config_path.read_bytes(), config_path) if config_path.is_file() else {}
+        names = [_token_name(config.get(field)) for field in MARKS]
+        if None in names:
+            added = _added_by(read_json(contents, path).get("post_processor"))
+            names = [name or other for name, other in zip(names, added, strict=True)]
+        return {cls.file_name: contents, CONFIG_FILE: _config_file(*names)}
+
+    def _load(self) -> Vocabulary:
+        with requires_extra("tokenizers"):
+            import tokenizers
+        contents, config_path = self.files[self.file_name], self.path.with_name(CONFIG_FILE)
+        try:
+            encoder = self._encoder = tokenizers.Tokenizer.from_buffer(contents)
+        except Exception as error:  # the library raises nothing more exact
+            message = f"tokenizer {self.path}: not a tokenizer.json that tokenizers "
+            message += f"{tokenizers.__version__} can read ({error})"
+            raise UserError(message=message) from error
+        encoder.encode_special_tokens = True  # as the text that their names are
+        encoder.no_truncation()
+        encoder.no_padding()
+        description = read_json(contents, self.path)
+        decoder = token_decoder(description.get("decoder"), self.path)
+        self._strips_space = decoder.strips_space
+        ids, added = encoder.get_vocab(), encoder.get_added_tokens_decoder()
+        special = {added[token].content: token for token in added if added[token].special}
+        names = {token: name for name, token in special.items()}
+        unknown = description["model"].get("unk_token")
+        if unknown in ids:
+            names[ids[unknown]] = unknown
+        token_bytes = [b""] * (max(ids.values()) + 1)
+        for text, token in ids.items():
+            if token not in names:
+                token_bytes[token] = text.encode() if token in added else decoder.bytes_of(text)
+        config = read_json(self.files.get(CONFIG_FILE, b"{}"), config_path)
+        bos_id, eos_id = (named_id(config, field, special, config_path) for field in MARKS)
+        control = list(special.values())
+        return Vocabulary(token_bytes, names, control, bos_id if bos_id >= 0 else eos_id, eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        text.encode()  # the library's error for half of a surrogate pair is a TypeError
+        # Offsets, which only `encode` computes, take half as long again.
+        (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`. A space that the tokenizer puts before texts is left out."""
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._strips_space else text
+
+
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, folder: Path
+) -> HuggingFaceTokenizer:
+    """Train a byte-level BPE on `texts` with the tokenizers library, and write it to `folder`.
+
+    Texts are split as for o200k_base. Ids: 0 BOS, 1 EOS, then the 256 bytes and the learned tokens.
+    The same texts give the same files. Nothing is written if training fails.
+
+    Raises UserError if there is no text, or naming the limit if `vocab_size` is too large or too
+    small for it.
+    """
+    with requires_extra("tokenizers"):
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    if vocab_size < LEAST_SIZE:
+        raise _wrong_size(vocab_size, "small", "smallest", LEAST_SIZE)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(tokenizers.Regex(O200K_PATTERN), "isolated")
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trained.decoder = decoders.ByteLevel()
+    trained.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    size = trained.get_vocab_size()
+    if size == LEAST_SIZE < vocab_size:
+        raise UserError("vocab_size", message="there is no text to train a tokenizer on")
+    if size < vocab_size:
+        raise _wrong_size(vocab_size, "large", "largest", size)
+    file = folder / HuggingFaceTokenizer.file_name
+    files = {file.name: trained.to_str(pretty=True).encode(), CONFIG_FILE: _config_file(BOS, EOS)}
+    tokenizer = HuggingFaceTokenizer(files, file)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _wrong_size(vocab_size: int, fault: str, limit: str, size: int) -> UserError:
+    message = (
+        f"vocab_size {vocab_size} is too {fault} for this text: the {limit} that works is {size}"
+    )
+    return UserError("vocab_size", message=message)
+
+
+def _config_file(bos: str | None, eos: str | None) -> bytes:
+    return (json.dumps(dict(zip(MARKS, (bos, eos), strict=True)), indent=2) + "\n").encode()
+
+
+def _token_name(value: Any) -> str | None:
+    """Return the name of a token that a configuration writes as its name or as an object."""
+    name = value.get("content") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else None
+
+
+def _added_by(processor: Any) -> tuple[str | None, str | None]:
+    """Return the tokens that a post-processor adds before and after a text."""
+    if not isinstance(processor, dict):
+        return None, None
+    if processor.get("type") == "Sequence":
+        found = [_added_by(inner) for inner in processor.get("processors", [])]
+        return next((names for names in found if names != (None, None)), (None, None))
+    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
+        return processor["cls"][0], processor["sep"][0]
+    template = processor.get("single", [])
+    tokens = [part.get("SpecialToken", {}).get("id") for part in template]
+    text = tokens.index(None) if None in tokens else len(tokens)
+    return next(iter(tokens[:text]), None), next(iter(tokens[text + 1 :]), None)
