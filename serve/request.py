@@ -1,6 +1,6 @@
 """Requests to the engine, and its outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -113,12 +113,7 @@ def check_request(request: Request, model: ModelConfig) -> None:
         "new_token_ids": request.new_token_ids,
         "logit_bias": request.sampling.logit_bias,
     }.items():
-        if max(ids, default=0) >= model.vocab_size:
-            raise UserError(
-                name,
-                fix=f"it has the id {max(ids)}, and the vocabulary ids 0 to "
-                f"{model.vocab_size - 1}: use the model's own tokenizer",
-            )
+        require_in_vocabulary(name, ids, model.vocab_size)
     longest, count = model.max_seq_len, request.sampling.max_new_tokens
     length = len(request.prompt_token_ids)
     if length + count > longest:
@@ -132,6 +127,13 @@ def check_request(request: Request, model: ModelConfig) -> None:
             f"{fix if longest > length else 'the prompt is too long, shorten it'}",
             code="context_length_exceeded",
         )
+
+
+def require_in_vocabulary(name: str, ids: Collection[int], vocab_size: int) -> None:
+    """Raise UserError for the field `name` if it has an id that is not in the vocabulary."""
+    if max(ids, default=0) >= vocab_size:
+        fix = f"it has the id {max(ids)}, and the vocabulary ids 0 to {vocab_size - 1}: use the "
+        raise UserError(name, fix=fix + "model's own tokenizer")
 
 
 def are_token_ids(ids: object) -> bool:

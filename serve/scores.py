@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from serve.completion import Completion
 from serve.prompts import encode_prompt
-from serve.request import Request, are_token_ids
+from serve.request import Request, are_token_ids, require_in_vocabulary
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.common.text import require_unicode
@@ -90,5 +90,6 @@ def _encode_completion(tokenizer: Tokenizer, completion: object) -> list[int]:
             )
         return tokens
     if isinstance(completion, list | tuple) and are_token_ids(completion):
+        require_in_vocabulary("completion", completion, tokenizer.vocab_size)
         return list(completion)
     raise UserError("completion", completion, "a string or a list of token ids")

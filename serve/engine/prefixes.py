@@ -1,8 +1,9 @@
 """Which prefixes an engine remembers, and which of its requests begin with them.
 
-Snapshots are taken at the ends of chunks and of the prompt, when a request ends or is preempted,
-and where earlier or waiting prompts go on differently: the first of several with a common prefix
-computes it, and the others wait for that. Requests that generate nothing leave snapshots only
+Snapshots are taken at the ends of chunks and of the prompt, before the last tokens of a long one,
+which the same prompt then finds, when a request ends or is preempted, and where earlier or waiting
+prompts go on differently: the first of several with a common prefix computes it, and the others
+wait for that. Requests that generate nothing leave snapshots only
 where prompts part.
 
 Where the batch is invariant, sums must not depend on what is remembered. So all prompts are divided
@@ -21,6 +22,8 @@ from serve.engine.prefill import Prompt
 
 INVARIANT_CHUNK = 8 * BLOCK_TOKENS
 """Tokens of a chunk where the batch is invariant, at most."""
+LONG_PROMPT = 8 * BLOCK_TOKENS
+"""Tokens to prefill from which a prompt counts as long."""
 
 
 class Prefixes:
@@ -95,7 +98,10 @@ class Prefixes:
             return replace(prompt, start=start)
         if not ends:
             job.snapshots_at = frozenset(places)
-        return replace(prompt, start=start, stops=[place for place in places if place > start])
+        elif length - start >= LONG_PROMPT:  # a small chunk more takes no time beside it
+            places.append(BLOCK_TOKENS * len(usable))
+        stops = sorted({place for place in places if place > start})
+        return replace(prompt, start=start, stops=stops)
 
     def reached(self, job: Job, num_tokens: int) -> None:
         """Take a snapshot of `job`, whose first `num_tokens` tokens have been prefilled, if it is

@@ -76,7 +76,7 @@ def test_scores_equal_the_forward_pass(run, code_model, code_tokenizer):
         ),
         (
             {"prompt": "x", "completion": [280]},
-            "prompt is not allowed: it has the id 280, and the vocabulary ids 0",
+            "completion is not allowed: it has the id 280, and the vocabulary ids 0",
         ),
         ({"prompt": "x" * 64}, "maximum context length is 64 tokens"),
         ({"prompt": "x", "temperature": 0}, '"temperature" is not allowed with --score, which gen'),

@@ -81,6 +81,16 @@ def test_a_prompt_with_a_branch_seen_before_leaves_a_snapshot_there(make_engine)
     assert cached == [0, 0, 64, 64, 96]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [300, 289, 257])
+def test_a_long_prompt_that_comes_again_is_found(make_engine, layout, length):
+    """An answer to it is generated again, for example."""
+    prompt, engine = (SYSTEM * 3)[:length], make_engine(layout)
+    first, second = (run(engine, ask(prompt, 4))[0] for _ in range(2))
+    assert (first[1], second[1]) == (0, (length - 1) // 32 * 32)
+    assert first[0] == second[0]
+
+
 def test_prefixes_of_another_salt_are_not_found(make_engine):
     engine = make_engine()
     requests = [ask([*SYSTEM, *[40] * i], cache_salt=salt) for i, salt in enumerate("abba ")]
