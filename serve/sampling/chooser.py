@@ -109,7 +109,11 @@ class TokenChooser:
 
     def append(self, request_id: int, token: int) -> None:
         """Advance a request by its next token."""
-        self._states[request_id].append(token)
+        state, row = self._states[request_id], self._rows.get(request_id)
+        state.append(token)
+        is_early = len(state.new_token_ids) < state.request.sampling.min_new_tokens
+        if row is not None and state.matcher is None and not is_early:
+            self.sampler.unmask(row)
 
     def remove(self, request_id: int) -> None:
         """Forget a request, which leaves its row."""

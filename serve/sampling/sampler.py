@@ -27,11 +27,10 @@ from serve.sampling.processors import LOGITS_PROCESSORS, WEIGHT_PROCESSORS
 from serve.sampling.selection import largest
 from serve.sampling.tables import Batch, RowTables
 
-ROWS_AT_ONCE = 16
-"""Rows whose log probabilities are computed together. In float64, more would fit no processor's
-cache."""
-WEIGHTS_AT_ONCE = 2**16
-"""Weights of a random choice that a CPU computes together, for the same reason."""
+NUMBERS_AT_ONCE = 2**16
+"""Numbers in float64 that are computed together on a CPU. More would fit no processor's cache."""
+MOST_ON_DEVICE = 2**24
+"""The same on other devices, where it bounds their memory."""
 
 
 class Logprobs(NamedTuple):
@@ -133,6 +132,11 @@ class DeviceSampler:
         """
         self.tables.write_bits("allowed", rows, words)
 
+    def unmask(self, row: int) -> None:
+        """Take note that `min_new_tokens` forbids nothing in `row` any more, to save work."""
+        if self._features[row].is_masked:
+            self._features[row] = replace(self._features[row], is_masked=False)
+
     def features(self, rows: Iterable[int]) -> Features:
         """Return the work that a step of these rows needs."""
         return reduce(or_, (self._features.get(row, GREEDY) for row in rows), GREEDY)
@@ -152,9 +156,8 @@ class DeviceSampler:
         if features.changes_logits:
             batch = replace(batch, logits=_changed(batch, features))
         if features.is_masked:
-            allowed = batch.logits.masked_fill(~batch.allowed(), -torch.inf)
-            is_allowed = allowed.amax(-1) > -torch.inf
-            batch = replace(batch, logits=allowed)
+            batch = replace(batch, logits=batch.logits + batch.mask())
+            is_allowed = batch.logits.amax(-1) > -torch.inf
         tokens = batch.logits.argmax(-1)
         if features.is_random:
             is_random = batch.column("temperature")[:, 0] > 0
@@ -213,8 +216,7 @@ def _changed(batch: Batch, features: Features) -> Tensor:
 def _drawn(batch: Batch, features: Features, uniforms: Tensor) -> Tensor:
     """Return tokens `[B]` drawn by the inverse of the cumulative distribution, in the order of
     their ids."""
-    num_rows, vocab_size = batch.logits.shape
-    at_once = num_rows if uniforms.is_cuda else max(1, WEIGHTS_AT_ONCE // vocab_size)
+    (num_rows, vocab_size), at_once = batch.logits.shape, _rows_at_once(batch.logits)
     drawn = []
     for first in range(0, num_rows, at_once):
         part = batch.part(first, first + at_once)
@@ -235,9 +237,16 @@ def _drawn(batch: Batch, features: Features, uniforms: Tensor) -> Tensor:
 def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
     """Return log probabilities of each row's token, and of the `count` most probable ones."""
     parts = []
-    split = (torch.split(whole, ROWS_AT_ONCE) for whole in (logits, tokens))
+    at_once = _rows_at_once(logits)
+    split = (torch.split(whole, at_once) for whole in (logits, tokens))
     for part, ids in zip(*split, strict=True):
         logprobs = part.double().log_softmax(-1)  # [R, vocab_size]
         top_ids = largest(part, min(count, part.shape[1]))
         parts.append((logprobs.gather(1, ids[:, None])[:, 0], top_ids, logprobs.gather(1, top_ids)))
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Return how many rows of `logits [B, vocab_size]` are computed together in float64."""
+    at_once = MOST_ON_DEVICE if logits.is_cuda else NUMBERS_AT_ONCE
+    return max(1, at_once // logits.shape[1])

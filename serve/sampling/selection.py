@@ -26,12 +26,10 @@ class Level(NamedTuple):
 def ordered(values: Tensor) -> Tensor:
     """Return int64 keys in the order of `values`, which are float32 or float64, and equal where
     these are."""
-    values = values + 0.0  # -0.0 becomes 0.0
-    if values.element_size() == 4:
-        bits = values.view(torch.int32)
-        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    bits = values.view(torch.int64)
-    return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    is_short = values.element_size() == 4
+    bits = (values + 0.0).view(torch.int32 if is_short else torch.int64)  # -0.0 becomes 0.0
+    signs = bits >> (31 if is_short else 63)
+    return bits.bitwise_xor_(signs.bitwise_and_(2**31 - 1 if is_short else 2**63 - 1)).long()
 
 
 def reached(keys: Tensor, amounts: Tensor, target: Tensor, key_bits: int) -> Level:
@@ -78,5 +76,5 @@ def largest(values: Tensor, count: int) -> Tensor:
     # The places themselves are the low bits of keys that are all different.
     last = values.shape[1] - 1
     places = torch.arange(last, -1, -1, device=values.device)
-    keys = (ordered(values.float()) << 32) + places
+    keys = ordered(values.float()).bitwise_left_shift_(32).add_(places)
     return last - (keys.topk(count, dim=1, sorted=True).values & 0xFFFFFFFF)

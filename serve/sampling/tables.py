@@ -52,7 +52,12 @@ class RowTables:
             """Settings, float64 `[rows, settings]`."""
             self.num_new = torch.zeros(self._num_rows, dtype=torch.int64, device=device)
             """Number of new tokens, kept while tokens may be forbidden."""
-            self.bit_places = torch.arange(WORD_BITS, dtype=torch.int32, device=device)
+            bytes_ = np.arange(256, dtype=np.uint8)[:, None]
+            bits = torch.from_numpy(np.unpackbits(bytes_, axis=1, bitorder="little")).bool()
+            self.bits_of_byte = bits.to(device)
+            """Bits of each byte, the lowest first, bool `[256, 8]`."""
+            self.mask_of_byte = torch.zeros(256, 8).masked_fill(~bits, -torch.inf).to(device)
+            """The same as numbers to add: 0 for a bit that is set, -inf for others."""
 
     def __getitem__(self, name: Table) -> Tensor:
         return self._tables[name]
@@ -60,7 +65,13 @@ class RowTables:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are allocated."""
-        return [self.settings, self.num_new, self.bit_places, *self._tables.values()]
+        return [
+            self.settings,
+            self.num_new,
+            self.bits_of_byte,
+            self.mask_of_byte,
+            *self._tables.values(),
+        ]
 
     def bytes_needed(self, names: Iterable[Table]) -> int:
         """Return the bytes that these tables take."""
@@ -151,14 +162,17 @@ class Batch:
 
     def in_prompt(self) -> Tensor:
         """Return which tokens are in the prompt, bool `[B, vocab_size]`."""
-        return self._bits("in_prompt")
+        words = self.tables["in_prompt"].index_select(0, self.rows)
+        return self._of_bits(words, self.tables.bits_of_byte)
 
-    def allowed(self) -> Tensor:
-        """Return which tokens may come next, bool `[B, vocab_size]`."""
+    def mask(self) -> Tensor:
+        """Return 0 for tokens that may come next, -inf for others, float32 `[B, vocab_size]`."""
         num_new = self.tables.num_new.index_select(0, self.rows)[:, None]
-        return self._bits("allowed") | (num_new >= self.column("masked_tokens", torch.int64))
+        is_free = num_new >= self.column("masked_tokens", torch.int64)
+        words = self.tables["allowed"].index_select(0, self.rows)
+        return self._of_bits(words | -is_free.int(), self.tables.mask_of_byte)
 
-    def _bits(self, name: Table) -> Tensor:
-        words = self.tables[name].index_select(0, self.rows)
-        bits = (words[:, :, None] >> self.tables.bit_places) & 1  # [B, words, 32]
-        return bits.flatten(1)[:, : self.tables.vocab_size].bool()
+    def _of_bits(self, words: Tensor, of_byte: Tensor) -> Tensor:
+        """Return the values of bits `[B, vocab_size]`, from those of the 8 bits of each byte."""
+        values = of_byte.index_select(0, words.view(torch.uint8).flatten().int())
+        return values.view(len(words), -1)[:, : self.tables.vocab_size]
