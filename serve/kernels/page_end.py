@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.near_field import vectors
 
 TILE = 2048
 """Numbers of a state that a program has in registers."""
@@ -65,19 +66,34 @@ def torch_page_end(
     into = decays[:slots].flip(0).T.expand(signals, -1, -1)
     later = decays[:slots].expand(signals, -1, -1)
     numbers = torch.arange(signals, device=states.device)
+    flat = states.flatten(0, 1)  # [rows layers, signals, r, C]
+    kept, input_strides = vectors(inputs)
+    due, pending_strides = vectors(pending)
     for number in torch.split(layers, 1):
         ends, layer = number >= 0, number.clamp(min=0)
         joined = joined_at[rows, layer]
         before = (joined[:, None] - numbers + signals - 1) // signals
-        rest = decays[slots - before].unsqueeze(-1)  # [B, signals, r, 1]
+        rest = torch.where(ends, decays[slots - before].unsqueeze(-1), 1)  # [B, signals, r, 1]
+        weights = coefficients.index_select(0, layer)
         for own_rest, row in zip(rest, torch.split(rows, 1), strict=True):
-            old, before_end = states[row, layer][0], pending[row, layer][0]
-            taken = inputs[row, layer][0].double()
-            state = torch.baddbmm(own_rest * old, into, taken)
-            outputs = torch.bmm(later, coefficients[layer] * state).to(pending.dtype)
-            states.index_put_((row, layer), torch.where(ends, state, old))
-            pending.index_put_((row, layer), torch.where(ends, outputs, before_end))
+            page = _page(row, layer, inputs.shape, input_strides)
+            taken = kept.index_select(0, page).masked_fill_(~ends, 0).double()
+            place = row * len(states[0]) + layer
+            state = flat.index_select(0, place)[0].mul_(own_rest)
+            state.baddbmm_(into, taken.view(signals, slots, -1))
+            flat.index_copy_(0, place, state[None])
+            outputs = torch.bmm(later, weights * state).flatten(0, 1).to(pending.dtype)
+            page = _page(row, layer, pending.shape, pending_strides)
+            due.index_copy_(0, page, torch.where(ends, outputs, due.index_select(0, page)))
         joined_at.index_put_((rows, layer), torch.where(ends, 0, joined))
+
+
+def _page(row: Tensor, layer: Tensor, shape: torch.Size, strides: list[int]) -> Tensor:
+    """Return the places of a page's vectors, signal by signal."""
+    per_row, per_layer, per_signal, per_slot = strides
+    signals = torch.arange(shape[2], device=row.device)[:, None] * per_signal
+    slots = torch.arange(shape[3], device=row.device) * per_slot
+    return (signals + slots).flatten() + (row * per_row + layer * per_layer)
 
 
 def triton_page_end(

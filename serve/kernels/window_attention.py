@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.near_field import vectors
 from stu.attention import attend
 from stu.mixers import KeyWindow
 
@@ -80,8 +81,10 @@ def torch_window_attention(
     tables, lengths = windows.pages[rows], windows.lengths[rows]
     new = lengths - windows.firsts[rows]
     pages = tables.gather(1, (new // page_len)[:, None])[:, 0]
+    kept, (per_page, per_kind, per_slot) = vectors(own.flatten(3))
+    places = pages * per_page + new % page_len * per_slot
     for kind, numbers in enumerate((keys, values)):
-        own[:, kind].index_put_((pages, new % page_len), numbers.to(pool.dtype))
+        kept.index_copy_(0, places + kind * per_kind, numbers.flatten(1).to(pool.dtype))
     dtype = torch.promote_types(queries.dtype, torch.float32)
     outputs = torch.empty_like(queries, memory_format=torch.contiguous_format)
     slots = torch.arange(tables.shape[1] * page_len, device=rows.device)
@@ -92,10 +95,14 @@ def torch_window_attention(
         seen = (distances >= 0) & (distances <= window.window_tokens)
         # Other slots may hold anything: the new key and value are read in their place.
         read = torch.where(seen, slots, new[block, None])
-        where = tables[block].gather(1, read // page_len), read % page_len
+        places = tables[block].gather(1, read // page_len) * per_page + read % page_len * per_slot
         past_keys, past_values = (
-            own[:, kind][where].to(dtype).transpose(1, 2) for kind in (0, 1)
-        )  # [b, heads, S, head_dim]
+            kept.index_select(0, (places + kind * per_kind).flatten())
+            .view(*places.shape, *keys.shape[1:])
+            .to(dtype)
+            .transpose(1, 2)  # [b, heads, S, head_dim]
+            for kind in (0, 1)
+        )
         attended = attend(
             queries[block, :, None].to(dtype),
             past_keys,

@@ -75,8 +75,7 @@ def test_near_field(run, dtype, signals, slots, channels, place):
     for row in own:
         inputs[row, layer, signal, :slot] = torch.randn(slot, channels, dtype=wide)
         pending[row, layer, signal, slot] = torch.randn(channels, dtype=wide)
-    near = torch.full((layers, slots, channels), math.nan, dtype=wide)
-    near[layer, : slot + 1] = torch.randn(slot + 1, channels, dtype=wide)
+    near = torch.randn(layers, slots, channels, dtype=wide)
     x = torch.randn(len(own), 2 * channels).to(dtype)[:, :channels]  # rows are not contiguous
     expected = [
         reference.near_field(
@@ -243,3 +242,33 @@ def test_window_attention(
     )
     assert_close(found, np.stack(expected), dtype)
     torch.testing.assert_close(pool.cpu(), written, rtol=0, atol=0, equal_nan=True)
+
+
+def test_padding_changes_no_other_row(run):
+    """The null row, here 0, may occur several times."""
+    torch.manual_seed(0)
+    inputs, pending = (torch.randn(4, 1, 2, 4, 5) for _ in "ab")
+    near, x = torch.randn(1, 4, 5), torch.randn(5, 5)
+    padded, alone = torch.tensor([2, 0, 0, 3, 0]), torch.tensor([2, 3])
+    found = []
+    for rows in padded, alone:
+        buffers = [tensor.clone().to(device(run)) for tensor in (inputs, pending, near)]
+        new = x[[0, 3]] if len(rows) == 2 else x
+        tokens = (tensor.to(device(run)) for tensor in (rows, torch.tensor([5]), new))
+        outputs = implementation(near_field, "near_field", run)(*buffers, 0, *tokens)
+        found.append((outputs[rows > 0], buffers[0][2:]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    found = []
+    decays = torch.rand(5, 3, dtype=torch.float64)
+    states = torch.randn(4, 1, 2, 3, 5, dtype=torch.float64)
+    coefficients = torch.randn(1, 3, 5, dtype=torch.float64)
+    for rows in padded, alone:
+        buffers = [
+            tensor.clone().to(device(run))
+            for tensor in (states, inputs, pending, decays, coefficients, torch.tensor([[3]] * 4))
+        ]
+        numbers = torch.tensor([0]).to(device(run)), rows.to(device(run))
+        implementation(page_end, "page_end", run)(*buffers, *numbers)
+        assert all(torch.isfinite(tensor).all() for tensor in buffers)
+        found.append([buffers[which][2:] for which in (0, 2, 5)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
