@@ -153,6 +153,7 @@ def test_add_norm(run, dtype, width, adds):
     torch.manual_seed(width)
     x, added = torch.randn(2, 3, 2 * width).to(dtype)[:, :, :width]
     x[0] *= 1e-3  # as small as eps
+    added = added.contiguous()
     weight = torch.randn(width).to(dtype)
     total = x + added if adds else x
     expected = reference.norm(total.double().numpy(), weight.double().numpy(), 1e-5)
