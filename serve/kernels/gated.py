@@ -31,9 +31,10 @@ def triton_gated_product(gate_up: Tensor) -> Tensor:
     hidden = gate_up.shape[1] // 2
     products = torch.empty(len(gate_up), hidden, dtype=gate_up.dtype, device=gate_up.device)
     block = min(power_of_two(hidden), MOST_CHANNELS)
-    _gated_product_kernel[len(gate_up), -(-hidden // block)](
-        gate_up, products, gate_up.stride(0), hidden, BLOCK=block, num_warps=4
-    )
+    with torch.cuda.device_of(gate_up):
+        _gated_product_kernel[len(gate_up), -(-hidden // block)](
+            gate_up, products, gate_up.stride(0), hidden, BLOCK=block, num_warps=4
+        )
     return products
 
 

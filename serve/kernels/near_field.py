@@ -98,27 +98,28 @@ def triton_near_field(
     signals, slots, channels = inputs.shape[2:]
     outputs = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = min(power_of_two(channels), MOST_CHANNELS)
-    _near_field_kernel[len(x), -(-channels // block)](
-        inputs[:, layer],
-        pending[:, layer],
-        near[layer],
-        rows,
-        place,
-        x,
-        outputs,
-        inputs.stride(0),
-        inputs.stride(2),
-        inputs.stride(3),
-        pending.stride(0),
-        pending.stride(2),
-        pending.stride(3),
-        x.stride(0),
-        channels,
-        SIGNALS=signals,
-        LAGS=min(slots, LAGS_AT_ONCE),
-        BLOCK=block,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(x):
+        _near_field_kernel[len(x), -(-channels // block)](
+            inputs[:, layer],
+            pending[:, layer],
+            near[layer],
+            rows,
+            place,
+            x,
+            outputs,
+            inputs.stride(0),
+            inputs.stride(2),
+            inputs.stride(3),
+            pending.stride(0),
+            pending.stride(2),
+            pending.stride(3),
+            x.stride(0),
+            channels,
+            SIGNALS=signals,
+            LAGS=min(slots, LAGS_AT_ONCE),
+            BLOCK=block,
+            num_warps=1,
+        )
     return outputs
 
 

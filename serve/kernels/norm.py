@@ -41,20 +41,21 @@ def triton_add_norm(
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = power_of_two(width)
-    _add_norm_kernel[(len(x),)](
-        x,
-        x if added is None else added,
-        weight,
-        total,
-        normed,
-        x.stride(0),
-        x.stride(0) if added is None else added.stride(0),
-        WIDTH=width,
-        EPS=eps,
-        HAS_ADDED=added is not None,
-        BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
-    )
+    with torch.cuda.device_of(x):
+        _add_norm_kernel[(len(x),)](
+            x,
+            x if added is None else added,
+            weight,
+            total,
+            normed,
+            x.stride(0),
+            x.stride(0) if added is None else added.stride(0),
+            WIDTH=width,
+            EPS=eps,
+            HAS_ADDED=added is not None,
+            BLOCK=block,
+            num_warps=min(max(block // 512, 1), 16),
+        )
     return total, normed
 
 

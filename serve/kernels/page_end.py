@@ -110,28 +110,29 @@ def triton_page_end(
     signals, rank, channels = states.shape[2:]
     block_rank = power_of_two(rank)
     block = min(power_of_two(channels), MOST_CHANNELS, max(TILE // block_rank, 1))
-    _page_end_kernel[-(-channels // block) * signals, len(layers), len(rows)](
-        states,
-        inputs,
-        pending,
-        decays,
-        coefficients,
-        joined_at,
-        layers,
-        rows,
-        states.stride(0),
-        states.stride(1),
-        *inputs.stride()[:4],
-        *pending.stride()[:4],
-        joined_at.stride(0),
-        channels,
-        RANK=rank,
-        SIGNALS=signals,
-        SLOTS=inputs.shape[3],
-        BLOCK_RANK=block_rank,
-        BLOCK=block,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(states):
+        _page_end_kernel[-(-channels // block) * signals, len(layers), len(rows)](
+            states,
+            inputs,
+            pending,
+            decays,
+            coefficients,
+            joined_at,
+            layers,
+            rows,
+            states.stride(0),
+            states.stride(1),
+            *inputs.stride()[:4],
+            *pending.stride()[:4],
+            joined_at.stride(0),
+            channels,
+            RANK=rank,
+            SIGNALS=signals,
+            SLOTS=inputs.shape[3],
+            BLOCK_RANK=block_rank,
+            BLOCK=block,
+            num_warps=4,
+        )
     # Programs of other channels read where their row joined, so none of them can write it.
     ended = layers.clamp(min=0)
     for layer, number in zip(torch.split(ended, 1), torch.split(layers, 1), strict=True):

@@ -133,49 +133,50 @@ def triton_window_attention(
     reach = min(window.window_tokens, windows.pages.shape[1] * page_len)
     part = max(SHORTEST_PART, power_of_two(-(-reach // MOST_PARTS)))
     parts, block_head = -(-reach // part), power_of_two(head_dim)
+    block_dims = min(block_head, MOST_DIMS)
     outputs = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     sums = torch.empty(batch, heads, parts, head_dim, dtype=dtype, device=queries.device)
     scales = torch.empty(batch, heads, parts, 2, dtype=dtype, device=queries.device)
-    _attend_part[parts, heads, batch](
-        own,
-        windows.pages,
-        windows.firsts,
-        windows.lengths,
-        rows,
-        queries,
-        keys,
-        values,
-        slopes,
-        sums,
-        scales,
-        own.stride(0),
-        own.stride(1),
-        windows.pages.stride(0),
-        queries.stride(0),
-        keys.stride(0),
-        values.stride(0),
-        WINDOW=window.window_tokens,
-        SOFTCAP=window.softcap,
-        PAGE_LEN=page_len,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_HEAD=block_head,
-        BLOCK_KEYS=min(max(TILE_BYTES // dtype.itemsize // block_head, 1), part),
-        PART=part,
-        num_warps=4,
-    )
-    block_dims = min(block_head, MOST_DIMS)
-    _join_parts[batch, heads, -(-head_dim // block_dims)](
-        sums,
-        scales,
-        outputs,
-        PARTS=parts,
-        HEAD_DIM=head_dim,
-        BLOCK_PARTS=power_of_two(parts),
-        BLOCK_DIMS=block_dims,
-        num_warps=2,
-    )
+    with torch.cuda.device_of(queries):
+        _attend_part[parts, heads, batch](
+            own,
+            windows.pages,
+            windows.firsts,
+            windows.lengths,
+            rows,
+            queries,
+            keys,
+            values,
+            slopes,
+            sums,
+            scales,
+            own.stride(0),
+            own.stride(1),
+            windows.pages.stride(0),
+            queries.stride(0),
+            keys.stride(0),
+            values.stride(0),
+            WINDOW=window.window_tokens,
+            SOFTCAP=window.softcap,
+            PAGE_LEN=page_len,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_HEAD=block_head,
+            BLOCK_KEYS=min(max(TILE_BYTES // dtype.itemsize // block_head, 1), part),
+            PART=part,
+            num_warps=4,
+        )
+        _join_parts[batch, heads, -(-head_dim // block_dims)](
+            sums,
+            scales,
+            outputs,
+            PARTS=parts,
+            HEAD_DIM=head_dim,
+            BLOCK_PARTS=power_of_two(parts),
+            BLOCK_DIMS=block_dims,
+            num_warps=2,
+        )
     return outputs
 
 
@@ -207,9 +208,8 @@ def _attend_part(
     BLOCK_KEYS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Attend from one head of a token to a part of its window, the first of which has the token
-    itself. The results are the weighted sum of values, the largest score and the sum of weights
-    relative to it."""
+    """Compute the weighted sum of a part's values for one head of a token, the largest score, and
+    the sum of weights relative to it. The first part has the token itself."""
     part, head = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
     row = tl.load(rows + token)

@@ -37,6 +37,28 @@ def test_no_kernel_of_another_shape_spills(options, dtype):
         assert resources["spilled_bytes"] == resources["stack_bytes"] == 0, launch.kernel
 
 
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current one."""
+    entered = []
+
+    class Device:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+    tensors = []
+    monkeypatch.setattr(kernels, "Launch", lambda *_: tensors.append(entered[-1]))
+    kernels.launches(kernels.Options(), torch.float32)
+    assert len(tensors) == len(set(kernel_names()))
+    assert all(tensor is not None for tensor in tensors)
+
+
 def kernel_names():
     """Yield the kernels that are launched; others are called by them."""
     for module in (near_field, page_end, norm, gated, window_attention):
