@@ -9,8 +9,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.sizes import SIZES
-from benchmarks.machine import describe
 from stu.common.files import new_file
 
 
@@ -21,11 +19,14 @@ def main(function: str, device: str, sizes: str, file: str, trace: str, seconds:
     """
     with open(trace, "w", encoding="utf-8") as where:
         faulthandler.dump_traceback_later(float(seconds), exit=True, file=where)
-        result: dict[str, Any] = {"machine": describe(), "measures": []}
-        write(Path(file), result)
+        result: dict[str, Any] = {"measures": []}
         module, name = function.split(".")
-        measures = getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), name)
         try:
+            from benchmarks.gpu_check.sizes import SIZES  # a package may be missing
+            from benchmarks.machine import describe
+
+            result["machine"] = describe()
+            measures = getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), name)
             for setting, measure in measures(device, SIZES[sizes]()):
                 result["measures"].append({"setting": setting, **measured(setting, measure)})
                 write(Path(file), result)

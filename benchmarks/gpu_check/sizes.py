@@ -77,7 +77,7 @@ def tiny_sizes() -> Sizes:
     layouts = dict(zip(NAMES, ("stu", "hybrid", "hybrid"), strict=True))
     return Sizes(
         models={name: ModelConfig(**tiny, layout=layout) for name, layout in layouts.items()},
-        batches=(1, 3),
+        batches=(3,),
         context=20,
         warm_steps=2,
         steps=6,
