@@ -18,7 +18,13 @@ from torch import Tensor
 
 from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
-from serve.cache.window_blocks import BLOCK_BYTES, PagedWindow, WindowBlock, window_blocks
+from serve.cache.window_blocks import (
+    BLOCK_BYTES,
+    PagedWindow,
+    WindowBlock,
+    on_device,
+    window_blocks,
+)
 from serve.config import EngineConfig
 from stu.attention import alibi_slopes, attend, sliding_window_attention
 from stu.common.errors import UserError
@@ -36,7 +42,10 @@ class _Window(PagedWindow):
     """Positions at the end that are going through the layers as a chunk of a prompt."""
     earlier: slice = field(default_factory=lambda: slice(0))
     """Positions in the window of the chunk, among those of `earlier_pages`."""
-    earlier_pages: list[int] = field(default_factory=list)
+    earlier_pages: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Pages that hold the window before the chunk."""
+    new_slots: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.empty(0),) * 2)
+    """Pages, and places in them, of the positions of the chunk that stay in the window."""
 
 
 class AttentionCache(Cache):
@@ -164,7 +173,7 @@ class AttentionCache(Cache):
         before, window = sequence.length, self._window.window_tokens
         first = max(0, before - window) - sequence.first_page * page_len
         sequence.earlier = slice(first, before - sequence.first_page * page_len)
-        sequence.earlier_pages = sequence.pages
+        earlier_pages = sequence.pages
         sequence.length, sequence.chunk_tokens = before + num_tokens, num_tokens
         first_page = max(0, sequence.length - window) // page_len
         num_pages = (sequence.length - 1) // page_len + 1 - first_page
@@ -177,6 +186,11 @@ class AttentionCache(Cache):
         self.pool.free(row, [page for page in left if page not in used_again])
         sequence.pages, sequence.first_page = [*pages, *used_again], first_page
         self._allocate(row, num_pages - len(sequence.pages))
+        kept = np.arange(max(before, first_page * page_len), sequence.length)
+        own_pages = np.array(sequence.pages)[kept // page_len - first_page]
+        device = self.pool.pages.device
+        sequence.earlier_pages = on_device(np.array(earlier_pages, dtype=np.int64), device)
+        sequence.new_slots = on_device(own_pages, device), on_device(kept % page_len, device)
 
     def prefill(
         self, row: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor
@@ -184,16 +198,13 @@ class AttentionCache(Cache):
         """Return the attention output of the chunk that begins; all `[1, T, heads, head_dim]`."""
         sequence, pages = self._windows[row], self.pool.pages[:, layer]
         both = torch.stack([keys[0], values[0]])  # [2, T, heads, head_dim]
-        earlier = pages[sequence.earlier_pages].transpose(0, 1).flatten(1, 2)[:, sequence.earlier]
-        start = sequence.length - sequence.chunk_tokens
-        for index, page in enumerate(sequence.pages, sequence.first_page):
-            own = range(index * self._page_len, (index + 1) * self._page_len)
-            first, stop = max(own.start, start), min(own.stop, sequence.length)
-            if first < stop:
-                pages[page, :, first - own.start : stop - own.start] = both[
-                    :, first - start : stop - start
-                ]
-                pages[page, :, stop - own.start :] = 0  # what is masked must be finite all the same
+        earlier = pages.index_select(0, sequence.earlier_pages)
+        earlier = earlier.transpose(0, 1).flatten(1, 2)[:, sequence.earlier]
+        own_pages, places = sequence.new_slots
+        for kind, new in enumerate(both[:, len(both[0]) - len(places) :]):
+            pages[:, kind][own_pages, places] = new.to(pages.dtype)
+        if end := sequence.length % self._page_len:
+            pages[sequence.pages[-1], :, end:].zero_()  # what is masked must be finite as well
         seen = torch.cat([earlier, both], 1)[:, None]
         return sliding_window_attention(
             queries,

@@ -227,7 +227,7 @@ class SpectralStates(Cache):
         `[S, T, C]` as in `stu.mixers.Memory.convolve`."""
         continues = self._lengths[row] > inputs.shape[1]
         if not continues:
-            self._states[row, layer] = 0
+            self._states[row, layer].zero_()
         parts = []
         for part in torch.split(inputs, MOST_INPUTS, dim=1):
             parts.append(self._prefill(self._states[row, layer], layer, part, continues))

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.cache.page_pool import NULL_PAGE
@@ -71,3 +73,11 @@ def window_blocks(
             distances[:, None, None],
         )
         start = stop
+
+
+def on_device(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return numbers on a device; the host does not wait until they are there."""
+    tensor = torch.from_numpy(numbers)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
