@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 
 from serve.completion import Completion
-from serve.prompts import encode_prompt
+from serve.prompts import encode_prompt, encode_text
 from serve.request import Request, are_token_ids, require_in_vocabulary
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
-from stu.common.text import require_unicode
 from stu.tokenizer import Tokenizer
 
 
@@ -40,14 +39,16 @@ class Score:
 
 
 class Scoring:
-    """A text to score: a prompt after its first token, which is BOS for text, or a completion after
-    its prompt.
+    """A text to score: a prompt after its first token, or a completion after its prompt.
+
+    The first token of a text is BOS, if the tokenizer has one. Without, the text's own first token
+    has no probability, and is left out of the score.
 
     The tokens of a completion are those of its own text, as if they had been generated.
 
     Args:
         tokenizer: The model's tokenizer.
-        prompt: Text, which BOS goes before, or token ids, which are used as they are.
+        prompt: Text, or token ids, which are used as they are.
         completion: Text or token ids. None: the prompt is scored.
 
     Raises UserError for a prompt or completion that is not allowed.
@@ -56,6 +57,7 @@ class Scoring:
     def __init__(self, tokenizer: Tokenizer, prompt: object, completion: object = None) -> None:
         self._tokenizer = tokenizer
         self._text = prompt if completion is None else completion
+        self._lacks_first = completion is None and not tokenizer.start_ids
         tokens = encode_prompt(tokenizer, prompt)
         num_given = len(tokens)
         if completion is not None:
@@ -70,7 +72,7 @@ class Scoring:
     def score(self, answer: Completion) -> Score:
         """Return the score, given what an engine returned for the request."""
         logprobs = answer.prompt_logprobs
-        if isinstance(self._text, str):
+        if isinstance(self._text, str) and not self._lacks_first:
             num_bytes = len(self._text.encode())
         else:
             num_bytes = sum(len(self._tokenizer.token_bytes(token.token)) for token in logprobs)
@@ -79,8 +81,7 @@ class Scoring:
 
 def _encode_completion(tokenizer: Tokenizer, completion: object) -> list[int]:
     if isinstance(completion, str):
-        require_unicode("completion", completion)
-        tokens = tokenizer.encode(completion)
+        tokens = encode_text(tokenizer, "completion", completion)
         if b"".join(map(tokenizer.token_bytes, tokens)) != completion.encode():
             raise UserError(
                 "completion",

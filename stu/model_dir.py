@@ -138,9 +138,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     A model may have ids that belong to no token (`Tokenizer.pad`). Raises UserError.
     """
-    tokenizer = read_tokenizer(path)
-    tokenizer.pad(load_config(path).vocab_size)
-    return tokenizer
+    return read_tokenizer(path, load_config(path).vocab_size)
 
 
 def load_generation(path: str | Path) -> dict[str, Any]:

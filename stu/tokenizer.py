@@ -163,14 +163,16 @@ class Tokenizer(ABC):
             (folder / name).write_bytes(contents)
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
+def read_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """Read the tokenizer of a file, or of a folder that has one of the files in `TOKENIZERS`.
 
     A file of another name is read as a tokenizer.json if it ends in .json, as ranks of tiktoken if
-    it ends in .tiktoken, and else as a SentencePiece model. Raises UserError.
+    it ends in .tiktoken, and else as a SentencePiece model.
+
+    vocab_size: Number of ids of the model, if there is one (`Tokenizer.pad`). Raises UserError.
     """
     file = find_tokenizer(path)
-    return make_tokenizer(tokenizer_files(file), file)
+    return make_tokenizer(tokenizer_files(file), file, vocab_size)
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -195,12 +197,20 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
     return _kind(_standard_name(file)).read_files(file)
 
 
-def make_tokenizer(files: Mapping[str, bytes], path: Path) -> Tokenizer:
-    """Return the tokenizer whose files `tokenizer_files` read from `path`. Raises UserError."""
+def make_tokenizer(
+    files: Mapping[str, bytes], path: Path, vocab_size: int | None = None
+) -> Tokenizer:
+    """Return the tokenizer of the files that `tokenizer_files` read from `path`.
+
+    vocab_size: As for `read_tokenizer`. Raises UserError.
+    """
     name = next((name for name in TOKENIZERS if name in files), None)
     if name is None:
         raise UserError(message=f"tokenizer {path}: has none of {', '.join(TOKENIZERS)}")
-    return _kind(name)(files, path)
+    tokenizer = _kind(name)(files, path)
+    if vocab_size is not None:
+        tokenizer.pad(vocab_size)
+    return tokenizer
 
 
 def files_sha256(files: Mapping[str, bytes]) -> str:

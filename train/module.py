@@ -86,7 +86,7 @@ class FlashSTUModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         check_vocabulary(self.config.vocab_size, self._data.vocab_size)
         check_length(self._data.seq_len, self.config.max_seq_len)
-        self._tokenizer = read_tokenizer(self._data.tokenizer_path)
+        self._tokenizer = read_tokenizer(self._data.tokenizer_path, self.config.vocab_size)
         self._bytes_per_token = torch.from_numpy(self._tokenizer.bytes_per_token())
 
     def configure_model(self) -> None:

@@ -137,9 +137,32 @@ class _Vocabulary:
         self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text]
         for token in self.special_token_ids:  # they have no bytes, but need a name
             self.tokens[token] = tokenizer.token_text(token).encode()
+        special = set(self.special_token_ids)
+        self._ids = {text: i for i, text in enumerate(self.tokens) if i not in special}
+        self._most_bytes = max(map(len, self._ids))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode())
+        """Return tokens whose bytes are those of `text`, which may be any part of an answer."""
+        data = text if isinstance(text, bytes) else text.encode()
+        try:
+            tokens = self._tokenizer.encode(data.decode())
+        except (UnicodeDecodeError, UserError):  # a part of a character, or outside the alphabet
+            return self._longest(data)
+        # Tokenizers that put a space before texts are for whole texts.
+        is_exact = b"".join([self.tokens[token] for token in tokens]) == data
+        return tokens if is_exact else self._longest(data)
+
+    def _longest(self, data: bytes) -> list[int]:
+        """Return the longest token that `data` begins with, and so on, while there is one."""
+        tokens: list[int] = []
+        while data:
+            ends = range(min(len(data), self._most_bytes), 0, -1)
+            token = next((self._ids[data[:end]] for end in ends if data[:end] in self._ids), None)
+            if token is None:
+                break
+            tokens.append(token)
+            data = data[len(self.tokens[token]) :]
+        return tokens
 
 
 def _refused(kind: str, reason: object) -> UserError:

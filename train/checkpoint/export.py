@@ -126,8 +126,7 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
     if isinstance(stored, torch.Tensor):  # written when SentencePiece was the only kind
         stored = {"tokenizer.model": stored}
     files = {name: contents.numpy().tobytes() for name, contents in stored.items()}
-    tokenizer = make_tokenizer(files, checkpoint)
-    tokenizer.pad(model.config.vocab_size)
+    tokenizer = make_tokenizer(files, checkpoint, model.config.vocab_size)
     return model, tokenizer, {}
 
 

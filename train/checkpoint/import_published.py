@@ -71,9 +71,8 @@ def import_published(
     from stu.tokenizer import read_tokenizer
     from train.checkpoint.published import load_published
 
-    vocabulary = read_tokenizer(tokenizer)
     model = load_published(published, norm_eps)
-    vocabulary.pad(model.config.vocab_size)
+    vocabulary = read_tokenizer(tokenizer, model.config.vocab_size)
     save_model(output, model, vocabulary, overwrite=overwrite)
 
 

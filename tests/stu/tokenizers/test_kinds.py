@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.sampling.detokenizer import TextStream
+from serve.sampling.grammar import Grammars
+from serve.sampling_params import Constraint
 from stu.tokenizer import make_tokenizer, read_tokenizer, tokenizer_files
 from tests.stu.tokenizers.vocabularies import KINDS, make
 
@@ -184,3 +187,20 @@ def test_files_make_the_same_tokenizer_anywhere(tokenizer, kind, tmp_path):
 
 def test_the_same_texts_train_the_same_tokenizer(tokenizer, kind, tmp_path):
     assert make(kind, tmp_path / kind).sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("pattern", ["(東|dog a){3}", "[a-cé]{1,3} (x|👍)"])
+def test_grammars_allow_all_that_matches_and_nothing_else(tokenizer, pattern):
+    """Texts begin with no space, even where the tokenizer puts one before whole texts."""
+    tokenizer = read_tokenizer(tokenizer.path, tokenizer.vocab_size + 3)
+    grammars, generator, found = Grammars(tokenizer), random.Random(0), set()
+    for _ in range(30):
+        matcher, ids = grammars.matcher(Constraint("regex", pattern)), []
+        while not ids or ids[-1] != tokenizer.eos_id:
+            ids.append(
+                generator.choice(matcher.allowed(tokenizer.vocab_size).nonzero()[:, 0].tolist())
+            )
+            matcher.append(ids[-1])
+        found.add(b"".join(map(tokenizer.token_bytes, ids)).decode())
+    assert all(re.fullmatch(pattern, text) for text in found)
+    assert len(found) > 5
