@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.recorded import ROOT
 
-PACKAGES = ["numpy", "transformers", "deepspeed"]
+PACKAGES = ["numpy", "transformers", "deepspeed", "sentencepiece", "tokenizers", "tiktoken"]
 NOT_RESULTS = [":(exclude)*.json", ":(exclude)*.png"]
 """Files that a benchmark is about to write do not count as changes."""
 

@@ -46,6 +46,19 @@ def train(result: Run) -> str:
     return table(VARIANTS, columns)
 
 
+def tokenizers(result: Run) -> str:
+    """Show the speed of each tokenizer beside that of its library."""
+    library = "library_mb_per_second"
+    columns: Columns = {
+        "tokenizer": lambda run: run["tokenizer"],
+        "tokens in the vocabulary": lambda run: f"{run['vocab_size']:,}",
+        "bytes per token": lambda run: f"{run['bytes_per_token']:.2f}",
+        "MB/s": lambda run: f"{run['ours_mb_per_second']:.1f}",
+        "library alone": lambda run: f"{run[library]:.1f}" if library in run else "",
+    }
+    return table(result["runs"], columns)
+
+
 def loss(result: Run) -> str:
     """Show memory and time of our loss and of a loss with whole logits."""
     columns: Columns = {
@@ -120,6 +133,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "train": train,
     "loss": loss,
     "memory": memory,
+    "tokenizers": tokenizers,
     "load": load,
     "invariance": invariance,
 }

@@ -1,15 +1,15 @@
 """Small tokenizers of every kind, trained on the sources and documents of this repository."""
 
-import base64
 import json
+import tempfile
 from pathlib import Path
 
+from benchmarks.training.tokenizers import ranks_files
 from stu.tokenizer import make_tokenizer, read_tokenizer
 from stu.tokenizers.alphabet import alphabet_files, bytes_files
-from stu.tokenizers.hugging_face import BOS, EOS, train_byte_level_bpe
+from stu.tokenizers.hugging_face import train_byte_level_bpe
 from stu.tokenizers.sentence_piece import train_bpe
-from stu.tokenizers.tiktoken_ranks import END, LAYOUTS, settings_file
-from stu.tokenizers.token_decoding import BYTE_OF
+from stu.tokenizers.tiktoken_ranks import LAYOUTS
 
 ROOT = Path(__file__).parents[3]
 KINDS = ["sentencepiece", "huggingface", "llama", "o200k_base", "cl100k_base", "bytes"]
@@ -33,28 +33,14 @@ def make(kind, folder, vocab_size=700):
     elif kind == "llama":
         write_llama(folder, vocab_size)
     elif kind in LAYOUTS:
-        write_ranks(folder, kind, vocab_size)
+        with tempfile.TemporaryDirectory() as name:
+            trained = train_byte_level_bpe(texts(), vocab_size + 1, Path(name))
+        make_tokenizer(ranks_files(trained, kind), folder).save(folder)
     elif kind == "bytes":
         make_tokenizer(bytes_files(), folder).save(folder)
     else:
         make_tokenizer(alphabet_files(kind), folder).save(folder)
     return read_tokenizer(folder)
-
-
-def write_ranks(folder, layout, vocab_size):
-    """Write ranks from the merges of a byte-level BPE, to be split as in `layout`."""
-    trained = train_byte_level_bpe(texts(), vocab_size + 1, folder)
-    vocabulary = json.loads(trained.files["tokenizer.json"])["model"]["vocab"]
-    ids = sorted((i, name) for name, i in vocabulary.items() if name not in (BOS, EOS))
-    symbols = [bytes([BYTE_OF[character] for character in name]) for _, name in ids]
-    lines = [
-        base64.b64encode(symbol) + f" {rank}\n".encode() for rank, symbol in enumerate(symbols)
-    ]
-    settings = LAYOUTS[layout] | {"special_tokens": {END: vocab_size - 1}}
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-    (folder / "tokenizer.tiktoken.json").write_bytes(settings_file(settings))
 
 
 def write_llama(folder, vocab_size):
