@@ -29,8 +29,8 @@ from serve.sampling.tables import Batch, RowTables
 
 NUMBERS_AT_ONCE = 2**16
 """Numbers in float64 that are computed together on a CPU. More would fit no processor's cache."""
-MOST_ON_DEVICE = 2**24
-"""The same on other devices, where it bounds their memory."""
+NUMBERS_ON_DEVICE = 2**22
+"""The same on other devices, whose memory it spares: a step needs about ten such tensors."""
 
 
 class Logprobs(NamedTuple):
@@ -248,5 +248,5 @@ def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
 
 def _rows_at_once(logits: Tensor) -> int:
     """Return how many rows of `logits [B, vocab_size]` are computed together in float64."""
-    at_once = MOST_ON_DEVICE if logits.is_cuda else NUMBERS_AT_ONCE
+    at_once = NUMBERS_ON_DEVICE if logits.is_cuda else NUMBERS_AT_ONCE
     return max(1, at_once // logits.shape[1])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.request import Request
+from serve.sampling.chooser import TokenChooser
 from serve.sampling.features import EVERYTHING, FEW, GREEDY
 from serve.sampling.sampler import DeviceSampler, uniforms
 from serve.sampling.selection import at_least, largest, ordered, reached
@@ -223,6 +224,37 @@ def test_row_of_an_ended_request_leaves_nothing_to_the_next():
     uniform = torch.zeros(2, dtype=torch.float64)
     sampled = sampler.sample(logits, torch.tensor([0, 1]), uniform, everything)
     assert sampled.tokens.tolist() == [best[0], 0]
+
+
+@pytest.mark.parametrize(("most_new_tokens", "bytes_of_count"), [(2**15 - 1, 2), (2**15, 4)])
+def test_counts_take_as_few_bytes_as_they_need(most_new_tokens, bytes_of_count):
+    sampler = DeviceSampler(2, 64, most_new_tokens=most_new_tokens)
+    own = SamplingParams(frequency_penalty=1.0, max_new_tokens=most_new_tokens)
+    new = [7] * (most_new_tokens - 1)
+    sampler.set(1, Request([1], own), new)
+    assert sampler.tables["new_counts"].nbytes == 3 * 64 * bytes_of_count
+    assert sampler.tables.bytes_needed(["new_counts"]) == 3 * 64 * bytes_of_count
+    logits = torch.zeros(1, 64)
+    logits[0, 7] = most_new_tokens - 1 + 0.5  # half above all others, until it is chosen again
+    rows, uniform = torch.tensor([1]), torch.zeros(1, dtype=torch.float64)
+    features = sampler.features([1])
+    drawn = [sampler.sample(logits, rows, uniform, features).tokens.item() for _ in range(2)]
+    assert drawn == [7, 0]
+
+
+def test_chooser_numbers_tokens_by_their_positions(code_tokenizer):
+    """Whether it chose the tokens before, or another engine did."""
+    chooser = TokenChooser(code_tokenizer, torch.device("cpu"))
+    request = Request([1, 5, 6], SamplingParams(1.0, seed=3, max_new_tokens=99), new_token_ids=[4])
+    chooser.add(0, request)
+    begun = []
+    for position in range(4, 90):
+        if position == 50:  # a token that it did not choose
+            chooser.append(0, 8)
+            continue
+        begun += [(position, *chooser.begin([0]))]
+        chooser.append(0, 7)
+    assert begun == [(position, reference.uniform(3, position)) for position, _ in begun]
 
 
 def test_uniforms_are_those_of_their_positions():
