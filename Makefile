@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all evidence-quick docs lint format clean
+.PHONY: demo test test-all evidence-quick gpu-check docs lint format clean
 
 demo: .venv/installed  ## train a small model on real text, export it, decode prompts: under ten minutes
 	$(BIN)/python -m train.demo
@@ -18,6 +18,9 @@ test-all: .venv/installed  ## the tests that take minutes too
 
 evidence-quick: .venv/installed  ## measures the README's claims again, in under ten minutes
 	$(BIN)/python -m benchmarks.evidence
+
+gpu-check:  ## checks and measures stu on a GPU, in under eight minutes; installs nothing
+	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check
 
 docs: .venv/installed  ## pages of docs/ and the API reference, in build/docs
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'
