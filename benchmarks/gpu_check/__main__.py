@@ -36,9 +36,9 @@ PARTS = {
     "correctness": Part("correctness.measures", 120, "tests of CUDA and of kernels"),
     "sync": Part("decoding.sync_measures", 60, "captured steps that may not wait for the GPU"),
     "decode": Part("decoding.decode_measures", 150, "decoding steps at 2.7 B and 550 M parameters"),
-    "peer": Part("peer.decode_measures", 90, "those of a Llama-like model of equal size"),
     "prefill": Part("prefill.measures", 60, "a prompt of 8,192 tokens"),
-    "training": Part("training.measures", 150, "training steps at 550 M and 2.7 B parameters"),
+    "training": Part("training.measures", 170, "training steps at 550 M and 2.7 B parameters"),
+    "peer": Part("peer.decode_measures", 120, "those of a Llama-like model of equal size"),
 }
 GRACE_SECONDS = 10
 """Time after its limit in which a process has to end by itself."""

@@ -1,5 +1,7 @@
 """Engines at work: how the parts of the check fill one, and what a step of it must move."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -46,20 +48,29 @@ def make_request(model: FlashSTU, prompt_tokens: int, new_tokens: int, seed: int
     return Request(prompt.tolist(), params)
 
 
-def fill(engine: Engine, model: FlashSTU, batch: int, prompt_tokens: int) -> None:
-    """Add requests that decode to the end of the context, and step until all of them decode.
+@contextmanager
+def filled(engine: Engine, model: FlashSTU, batch: int, prompt_tokens: int) -> Iterator[None]:
+    """Add requests that decode to the end of the context, and step until all of them decode. They
+    are aborted at the end.
 
     Raises RuntimeError if one ends before, because not all fit into the cache at once.
     """
     new_tokens = model.config.max_seq_len - prompt_tokens
-    for number in range(batch):
-        engine.add(make_request(model, prompt_tokens, new_tokens, number))
+    requests = [make_request(model, prompt_tokens, new_tokens, seed) for seed in range(batch)]
+    ids = [engine.add(request) for request in requests]
     decoding: set[int] = set()
-    while len(decoding) < batch:
-        for output in engine.step():
-            decoding.add(output.request_id)
-            if output.finish_reason is not None:
-                raise RuntimeError(f"{len(decoding)} of {batch} requests fit into the cache")
+    try:
+        while len(decoding) < batch:
+            for output in engine.step():
+                decoding.add(output.request_id)
+                if output.finish_reason is not None:
+                    raise RuntimeError(f"{len(decoding)} of {batch} requests fit into the cache")
+        yield
+    finally:
+        for request_id in ids:
+            engine.abort(request_id)
+        while engine.has_work:
+            engine.step()
 
 
 def step_bytes(engine: Engine, model: FlashSTU, batch: int, num_tokens: int) -> int:

@@ -46,7 +46,9 @@ class Sizes:
 
 STU = ModelConfig(vocab_size=4096, width=2560, num_layers=32, layout="stu", num_heads=20)
 """The model of 2.7 B parameters in the recorded results. Heads are those of its peer."""
-NAMES = ("stu-2.7b", "hybrid-2.7b", "hybrid-550m")
+LENGTH = 9216
+"""Longest context of the models, which has room for the prompt and for all steps."""
+NAMES = ("stu-2.7b", "hybrid-550m", "hybrid-2.7b")
 
 
 def full_sizes() -> Sizes:
@@ -56,16 +58,16 @@ def full_sizes() -> Sizes:
         **{name: published(name) for name in NAMES[1:]},
     }
     return Sizes(
-        models={name: replace(config, max_seq_len=16384) for name, config in models.items()},
+        models={name: replace(config, max_seq_len=LENGTH) for name, config in models.items()},
         batches=(1, 8, 32, 128, 256),
         context=512,
-        warm_steps=40,
-        steps=96,
+        warm_steps=32,
+        steps=64,
         prompt=8192,
         training={"hybrid-550m": Training(2, False), "hybrid-2.7b": Training(1, True)},
         train_tokens=8192,
         train_steps=5,
-        energy_seconds=2.0,
+        energy_seconds=1.5,
         read_bytes=2**32,
     )
 

@@ -53,9 +53,9 @@ WAYS = {
 
 
 def measures(device: str, sizes: Sizes) -> Measures:
-    """Yield the first model in each way, and the others in the first two."""
-    for number, (name, training) in enumerate(sizes.training.items()):
-        for way_name, way in islice(WAYS.items(), 2 if number else None):
+    """Yield all models in the first two ways, and the first one in the others."""
+    for number, (way_name, way) in enumerate(WAYS.items()):
+        for name, training in islice(sizes.training.items(), None if number < 2 else 1):
             measure = partial(train, sizes.models[name], training, way, device, sizes)
             yield f"{name}, {way_name}", measure
             release_memory()

@@ -53,7 +53,7 @@ def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
         for name, part in result["parts"].items()
     }
     assert rows["correctness"]["tests/test_cuda.py"]["passed"] >= 0
-    assert rows["decode"]["hybrid-550m, batch 3, eager"]["times_reading"] > 0
+    assert rows["decode"]["hybrid-550m, eager, batch 3"]["times_reading"] > 0
     assert rows["peer"]["size of stu-2.7b, batch 3"]["step_ms"] > 0
     assert rows["prefill"]["peer of hybrid-2.7b"]["prefill_seconds"] > 0
     shares = rows["training"]["hybrid-2.7b, defaults"]["shares"]
