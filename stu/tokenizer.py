@@ -96,7 +96,10 @@ class Tokenizer(ABC):
 
         Raises IndexError for an id outside the vocabulary.
         """
-        return b"".join([self._bytes[token] for token in ids]).decode("utf-8", "replace")
+        tokens = list(ids)
+        if min(tokens, default=0) < 0:
+            raise IndexError(f"token {min(tokens)} is outside the vocabulary")
+        return b"".join([self._bytes[token] for token in tokens]).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of a token: perhaps a part of a character, perhaps none."""

@@ -132,8 +132,9 @@ def test_streamed_random_ids_equal_decoding_at_once(tokenizer, kind):
         elif kind == "llama":
             streamed = streamed.removeprefix(" ")
         assert decoded == streamed
-    with pytest.raises(IndexError):
-        tokenizer.decode([tokenizer.vocab_size])
+    for outside in (-1, tokenizer.vocab_size):
+        with pytest.raises(IndexError):
+            tokenizer.decode([outside])
 
 
 def test_tokens_and_their_bytes(tokenizer, kind):
