@@ -1,0 +1,38 @@
+"""Modules of a model whose decoding steps run kernels, for CUDA."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from serve.kernels.gated import gated_product
+from serve.kernels.norm import add_norm
+from stu.layers import GatedMLP, RMSNorm
+
+
+class KernelRMSNorm(nn.Module):
+    """`stu.layers.RMSNorm` as one kernel."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_norm(x.flatten(0, -2), None, self.weight, self.eps)[1].view(x.shape)
+
+
+class KernelGatedMLP(nn.Module):
+    """`stu.layers.GatedMLP` with gate and up as one matrix.
+
+    The weights of `mlp` become parts of that matrix, so they are in memory once.
+    """
+
+    def __init__(self, mlp: GatedMLP) -> None:
+        super().__init__()
+        self.gate_up = torch.cat([mlp.gate.weight.detach(), mlp.up.weight.detach()])
+        mlp.gate.weight.data, mlp.up.weight.data = self.gate_up.chunk(2)
+        self.down = mlp.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = gated_product(linear(x.flatten(0, -2), self.gate_up))
+        gated: Tensor = self.down(products)
+        return gated.view(x.shape)
