@@ -45,6 +45,9 @@ class EngineConfig:
     model directory."""
     batch_invariant: bool = False
     """Compute a request's logits to the last bit independently of the other requests. Slower."""
+    enforce_eager: bool = False
+    """Launch each operation of a decoding step by itself, and not all at once as a CUDA graph.
+    Slower; it starts sooner, and takes less memory. No effect on a CPU."""
 
     def __post_init__(self) -> None:
         gib, page_len, expected = self.cache_gib, self.page_len, self.expected_new_tokens
@@ -66,8 +69,8 @@ class EngineConfig:
         self._require(
             "weights", is_format, "float or int8, or null for that of the model directory"
         )
-        is_switch = isinstance(self.batch_invariant, bool)
-        self._require("batch_invariant", is_switch, "true or false")
+        for name in ("batch_invariant", "enforce_eager"):
+            self._require(name, isinstance(getattr(self, name), bool), "true or false")
         if self.batch_invariant and expected is not None:
             raise UserError(
                 "expected_new_tokens",

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.peers.peer import FLOAT_BYTES
-from serve.cache.attention_windows import window_pages
 from serve.cache.page_pool import pages_for
+from serve.cache.window_step import window_pages
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered

@@ -12,9 +12,10 @@ from benchmarks.decoding.counting import counted
 from benchmarks.decoding.shape import PAGE_LEN, Shape
 from benchmarks.peers.peer import Peer
 from benchmarks.timing import timed
-from serve.cache.attention_windows import AttentionCache, window_pages
+from serve.cache.attention_windows import AttentionCache
 from serve.cache.page_pool import PagePool
 from serve.cache.recent_inputs import RecentInputs
+from serve.cache.window_step import window_pages
 from serve.engine.inference_model import inference_copy, inference_product
 from stu.mixers import KeyWindow, LastInputs, remembered
 from stu.model import FlashSTU

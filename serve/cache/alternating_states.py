@@ -6,6 +6,7 @@ from torch import Tensor
 from serve.cache.base import CachePlan
 from serve.cache.realised_layers import realised_layers
 from serve.cache.spectral_state import MOST_INPUTS, SpectralStates
+from serve.cache.state_steps import AlternatingStep
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
 from stu.model import FlashSTU
@@ -112,6 +113,10 @@ class AlternatingStates(SpectralStates):
             mixed[:, 1] *= sign
             outputs[places] = mixed.permute(0, 3, 1, 2).to(inputs.dtype)
         return outputs.flatten(2).flatten(0, 1)  # [B S, 2 K]
+
+    def static_step(self, alone: bool) -> AlternatingStep:
+        tables = self._into_narrow, self._reach, self._near, self._signs
+        return AlternatingStep(self._tensors(), alone, self._narrow, *tables)
 
     def leave(self, row: int) -> None:
         super().leave(row)

@@ -9,8 +9,7 @@ least.
 A snapshot shares the full pages of a window, and has a copy of the last one if it is not full.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -18,34 +17,20 @@ from torch import Tensor
 
 from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from serve.cache.static_step import Numbers
 from serve.cache.window_blocks import (
     BLOCK_BYTES,
-    PagedWindow,
+    SequenceWindow,
     WindowBlock,
     on_device,
     window_blocks,
 )
+from serve.cache.window_step import WindowStep, window_pages
 from serve.config import EngineConfig
 from stu.attention import alibi_slopes, attend, sliding_window_attention
 from stu.common.errors import UserError
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
-
-
-@dataclass
-class _Window(PagedWindow):
-    """Window of one sequence."""
-
-    promised: int = 0
-    """Number of pages that it may come to own."""
-    chunk_tokens: int = 0
-    """Positions at the end that are going through the layers as a chunk of a prompt."""
-    earlier: slice = field(default_factory=lambda: slice(0))
-    """Positions in the window of the chunk, among those of `earlier_pages`."""
-    earlier_pages: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Pages that hold the window before the chunk."""
-    new_slots: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.empty(0),) * 2)
-    """Pages, and places in them, of the positions of the chunk that stay in the window."""
 
 
 class AttentionCache(Cache):
@@ -61,7 +46,7 @@ class AttentionCache(Cache):
         self._window, self.pool = window, pool
         self._page_len = pool.pages.shape[3]
         self._slopes = alibi_slopes(window.num_heads).to(pool.pages.device)
-        self._windows: dict[int, _Window] = {}
+        self._windows: dict[int, SequenceWindow] = {}
         self._rows: list[int] = []
         self._promised = 0
         self._kept = np.zeros(len(pool.pages), dtype=np.int64)
@@ -137,7 +122,7 @@ class AttentionCache(Cache):
                 f"{self.pool.capacity} not promised"
             )
         self._promised += promised
-        self._windows[row] = _Window(promised=promised)
+        self._windows[row] = SequenceWindow(promised=promised)
 
     def release(self, row: int) -> None:
         window = self._windows.pop(row)
@@ -216,24 +201,15 @@ class AttentionCache(Cache):
         )
 
     def begin_step(self, rows: list[int], alone: bool) -> None:
-        pages, places = [], []
-        self._rows = rows
-        for row in rows:
-            sequence = self._windows[row]
+        windows, pages, places = self._slide(rows), [], []
+        for sequence in windows:
             page, place = divmod(sequence.length, self._page_len)
-            oldest = max(0, sequence.length - self._window.window_tokens) // self._page_len
-            if oldest > sequence.first_page:
-                self.pool.free(row, sequence.pages[: oldest - sequence.first_page])
-                del sequence.pages[: oldest - sequence.first_page]
-                sequence.first_page = oldest
             if place == 0:
-                self._allocate(row, 1)
                 self.pool.pages[sequence.pages[-1]] = 0
             pages.append(sequence.pages[page - sequence.first_page])
             places.append(place)
         device = self.pool.pages.device
         self._slots = torch.tensor(pages, device=device), torch.tensor(places, device=device)
-        windows = [self._windows[row] for row in rows]
         page_bytes = self.pool.page_bytes // (2 * len(self.pool.pages[0]))
         self._blocks = list(window_blocks(windows, self._page_len, page_bytes, alone, device))
 
@@ -285,13 +261,32 @@ class AttentionCache(Cache):
         for row in self._rows:
             self._windows[row].length += 1
 
+    def static_step(self, alone: bool) -> WindowStep:
+        return WindowStep(self.pool.pages, self._window, self._slopes)
+
+    def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
+        own[:] = NULL_PAGE
+        for numbers, sequence in zip(own, self._slide(rows), strict=True):
+            numbers[0] = sequence.length - sequence.first_page * self._page_len
+            numbers[1 : 1 + len(sequence.pages)] = sequence.pages
+        return False
+
+    def _slide(self, rows: Sequence[int]) -> list[SequenceWindow]:
+        """Make the windows of all rows of the batch end at their next tokens, and return them."""
+        self._rows = list(rows)
+        for row in rows:
+            sequence = self._windows[row]
+            oldest = max(0, sequence.length - self._window.window_tokens) // self._page_len
+            if oldest > sequence.first_page:
+                self.pool.free(row, sequence.pages[: oldest - sequence.first_page])
+                del sequence.pages[: oldest - sequence.first_page]
+                sequence.first_page = oldest
+            if sequence.length % self._page_len == 0:
+                self._allocate(row, 1)
+        return [self._windows[row] for row in rows]
+
     def _allocate(self, row: int, count: int) -> None:
         sequence = self._windows[row]
         # Not written to here: another sequence, which gave it back, may have to read it once more.
         sequence.pages.extend(self.pool.allocate(row, count))
         assert len(sequence.pages) <= sequence.promised, f"row {row} takes more than promised"
-
-
-def window_pages(window: KeyWindow, page_len: int) -> int:
-    """Return the number of pages that a token and its window can touch."""
-    return pages_for(window.window_tokens, page_len) + 1

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from serve.cache.page_pool import PagePool
+from serve.cache.static_step import Numbers, StaticStep
 from serve.config import INVARIANT_ROWS, EngineConfig
 from stu.common.errors import UserError
 from stu.model import FlashSTU
@@ -189,6 +190,26 @@ class Cache(ABC):
 
     def advance(self) -> None:  # noqa: B027
         """Finish a step, after `step` for every layer."""
+
+    def static_step(self, alone: bool) -> StaticStep | None:
+        """Return the device's part of steps that can be captured, or None if there is none. alone:
+        let sums be those of a group of `INVARIANT_ROWS`, whatever the number of rows."""
+        return None
+
+    def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
+        """Prepare for a token of `rows` by `static_step`, in place of `begin_step`, and return
+        whether a layer's page ends with it.
+
+        Args:
+            rows: All rows of the batch, in ascending order.
+            shared: Numbers that all rows share, to be filled in.
+            own: Numbers of each of `rows`, to be filled in.
+        """
+        return False
+
+    def advance_static(self) -> None:
+        """Finish a step of `static_step`, in place of `advance`."""
+        self.advance()
 
 
 def num_rows(config: EngineConfig) -> int:

@@ -13,16 +13,25 @@ import torch
 
 from serve.cache.alternating_states import AlternatingStates
 from serve.cache.attention_windows import AttentionCache
-from serve.cache.base import Cache, CachePlan, CacheSize, CannotHold, ConvolutionCacheInfo
+from serve.cache.base import (
+    Cache,
+    CachePlan,
+    CacheSize,
+    CannotHold,
+    ConvolutionCacheInfo,
+    num_rows,
+)
 from serve.cache.mixed_states import MixedStates
 from serve.cache.page_pool import Pages
 from serve.cache.paged_futurefill import PagedFutureFill
 from serve.cache.recent_inputs import RecentInputs
 from serve.cache.spectral_state import SpectralStates
+from serve.cache.state_steps import ENDED_AT_ONCE
 from serve.config import EngineConfig
 from stu.common.errors import UserError, setting_name
-from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered
+from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
 from stu.model import FlashSTU
+from stu.realisation import RANKS
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +128,7 @@ def make_caches(model: FlashSTU, config: EngineConfig) -> Caches:
     plans = {kind: cache_plan(kind, model, config) for kind in CACHES}
     made = {kind: plan for kind, plan in plans.items() if plan is not None}
     sizes = {kind: plan.size for kind, plan in made.items()}
-    num_bytes = _budget_bytes(config, model.embedding.weight.device)
+    num_bytes = _budget_bytes(model, config)
     num_pages, snapshot_bytes = _divide(sizes, config, num_bytes)
     info = made[PastInputs].info if PastInputs in made else None
     by_kind = {kind: plan.make(num_pages[kind]) for kind, plan in made.items()}
@@ -233,11 +242,25 @@ def _num_pages(
     return pages
 
 
-def _budget_bytes(config: EngineConfig, device: torch.device) -> int:
+def _budget_bytes(model: FlashSTU, config: EngineConfig) -> int:
+    device = model.embedding.weight.device
     if config.cache_gib is not None:
         return int(config.cache_gib * GIB)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        free = max(0, free - graph_bytes(model, config))
     else:
         free = psutil.virtual_memory().available
     return int(DEFAULT_SHARE * free)
+
+
+def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
+    """Return about how many bytes CUDA graphs of decoding steps take: the temporaries of the
+    largest batch, which all sizes share."""
+    shape, weight = model.config, model.embedding.weight
+    width, hidden = shape.width, shape.mlp_ratio * shape.width
+    numbers = num_rows(config) * (2 * shape.vocab_size + 3 * hidden + 16 * width)
+    num_bytes = numbers * weight.element_size()
+    if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):
+        num_bytes += 3 * ENDED_AT_ONCE * 2 * width * max(RANKS) * 8  # a layer has two signals
+    return num_bytes

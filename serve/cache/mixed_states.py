@@ -8,6 +8,7 @@ from torch import Tensor
 from serve.cache.base import CachePlan
 from serve.cache.realised_layers import realised_layers
 from serve.cache.spectral_state import MOST_INPUTS, SpectralStates
+from serve.cache.state_steps import MixedStep
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
 from stu.model import FlashSTU
@@ -124,6 +125,9 @@ class MixedStates(SpectralStates):
             padding = torch.zeros_like(inputs[sum(map(len, parts)) :])
             outputs = torch.cat([*parts, padding])
         return outputs if outputs.dtype == inputs.dtype else outputs.to(inputs.dtype)
+
+    def static_step(self, alone: bool) -> MixedStep:
+        return MixedStep(self._tensors(), self._pending, self._near, self._coefficients)
 
     def _step_views(self, layer: int, place: int, first: int, count: int) -> list[_StepViews]:
         slot, phase = divmod(place, self._lag_step)

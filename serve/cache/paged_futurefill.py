@@ -17,10 +17,11 @@ pages, float32 or float64.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,9 @@ from serve.cache.base import (
     require_finite,
     runs_of,
 )
+from serve.cache.futurefill_steps import FutureFillStep, StepViews, step_views
 from serve.cache.page_pool import PagePool, pages_for
+from serve.cache.static_step import Numbers
 from serve.config import EngineConfig
 from stu.common.errors import UserError
 from stu.convolution import causal_convolution
@@ -54,23 +57,6 @@ class _Sequence:
     """Number of full pages."""
     tiles: list[list[int]] = field(default_factory=list)
     """Pages of each finished tile that is part of a later, larger one; latest tile last."""
-
-
-class _StepViews(NamedTuple):
-    """Views of a layer that one step reads and writes for consecutive rows; slicing would cost more
-    than the sums."""
-
-    streams: slice
-    """Places of the rows' streams among the inputs of the step."""
-    reached: list[tuple[Tensor, Tensor]]
-    """Pairs of taps `[columns, 1, 1, C]` and the pending outputs `[columns, B, W / C, C]` that they
-    add to: up to the end of the ring, then from its start."""
-    new: Tensor
-    """Slots for the token's inputs, `[B, W / C, C]`."""
-    flat_new: Tensor
-    """The same slots in the shape of a step's inputs, `[B W / C, C]`."""
-    due: Tensor
-    """Outputs of the token, `[B W / C, C]`."""
 
 
 class PagedFutureFill(Cache):
@@ -97,11 +83,12 @@ class PagedFutureFill(Cache):
         near = pool.pages.new_zeros(layers, columns, taps.shape[2])
         near[:, : taps.shape[1]] = self._taps[:, :columns]
         self._near = near[:, :, None, None]  # [layers, columns, 1, 1, C]
-        # The columns that a step adds to are contiguous, those of each phase apart.
-        row_shape = max_rows, width // self._num_filters, self._num_filters
+        # The columns that a step adds to are contiguous, those of each phase apart. The last row is
+        # for padding.
+        row_shape = max_rows + 1, width // self._num_filters, self._num_filters
         self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
         self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
-        self._views: dict[tuple[int, int, int, int], list[list[_StepViews]]] = {}
+        self._views: dict[tuple[int, int, int, int], list[list[StepViews]]] = {}
         """Views by slot, columns reached, first row and number of streams, and by layer, until rows
         change."""
         self._columns_reached = 0
@@ -129,7 +116,7 @@ class PagedFutureFill(Cache):
             pool = PagePool(num_pages + 1, page_shape, filters.dtype, filters.device)
             return cls(taps, lag_step, pool, rows)
 
-        size = CacheSize((2 * rows + 1) * page_bytes, page_bytes, 1, *pages)
+        size = CacheSize((2 * rows + 3) * page_bytes, page_bytes, 1, *pages)
         return CachePlan(size, make, ConvolutionCacheInfo("pages", page_bytes))
 
     @property
@@ -212,6 +199,16 @@ class PagedFutureFill(Cache):
                 self._flush(row, sequence)
         self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
 
+    def static_step(self, alone: bool) -> FutureFillStep:
+        return FutureFillStep(self._pending, self._inputs, self._near)
+
+    def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
+        assert list(rows) == self._rows, "a token of each row is needed"
+        shared[0] = self._time % self._page_len
+        starts = [self._sequences[row].start for row in rows]
+        own[:, 0] = (self._time - np.array(starts, dtype=np.int64)) % self._page_len
+        return False
+
     def _change_rows(self, rows: list[int]) -> None:
         self._rows = sorted(rows)
         self._views.clear()
@@ -256,30 +253,11 @@ class PagedFutureFill(Cache):
 
     def _step_views(
         self, slot: int, columns_reached: int, first: int, num_streams: int
-    ) -> list[list[_StepViews]]:
+    ) -> list[list[StepViews]]:
         per_row = self._inputs.shape[3]
         runs = runs_of(self._rows[first : first + num_streams // per_row])
-        return [
-            self._layer_views(layer, slot, columns_reached, runs)
-            for layer in range(len(self._near))
-        ]
-
-    def _layer_views(
-        self, layer: int, slot: int, columns_reached: int, runs: list[tuple[slice, slice]]
-    ) -> list[_StepViews]:
-        column, phase = divmod(slot, self._lag_step)
-        before_end = min(columns_reached, self._pending.shape[2] - column)
-        views, near, per_row = [], self._near[layer], self._inputs.shape[3]
-        for places, rows in runs:
-            pending, new = self._pending[layer, phase, :, rows], self._inputs[layer, slot, rows]
-            reached = [(near[:before_end], pending[column : column + before_end])]
-            if columns_reached > before_end:
-                rest = columns_reached - before_end
-                reached.append((near[before_end:columns_reached], pending[:rest]))
-            streams = slice(places.start * per_row, places.stop * per_row)
-            flat_new, due = new.flatten(0, 1), pending[column].flatten(0, 1)
-            views.append(_StepViews(streams, reached, new, flat_new, due))
-        return views
+        layers = zip(self._pending, self._inputs, self._near, strict=True)
+        return [step_views(*layer, slot, columns_reached, runs) for layer in layers]
 
     def _store_page(self, row: int, page: int) -> None:
         """Copy a row's ring of inputs to a page, in the order of positions."""

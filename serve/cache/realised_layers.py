@@ -42,7 +42,8 @@ class RealisedLayers:
         states, rank = len(self.weights) * channels, self.realisation.rank
         row_bytes = states * (8 * rank + page_bytes)
         info = ConvolutionCacheInfo("state", row_bytes, rank, self.error)
-        size = CacheSize(0, row_bytes, 1, 1, 1, snapshot_bytes=states * 8 * rank)
+        # One more row is for padding.
+        size = CacheSize(row_bytes, row_bytes, 1, 1, 1, snapshot_bytes=states * 8 * rank)
         return CachePlan(size, make, info)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot, num_rows
+from serve.cache.static_step import StaticStep
 from serve.config import EngineConfig
 from stu.convolution import short_convolution
 from stu.mixers import LastInputs, remembered
@@ -86,4 +87,24 @@ class RecentInputs(Cache):
         rows = self._index[first : first + len(inputs)]
         extended = torch.cat([self._inputs[layer][rows], inputs], dim=1)  # [B, J, C]
         self._inputs[layer][rows] = extended[:, 1:]
+        return short_convolution(extended, taps)
+
+    def static_step(self, alone: bool) -> "RecentStep":
+        return RecentStep(self._inputs)
+
+
+class RecentStep(StaticStep):
+    """Static step of `RecentInputs`, whose last row is for padding."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self._inputs = inputs
+
+    def begin(self, rows: Tensor, shared: Tensor, own: Tensor) -> None:
+        self._rows = rows.clamp(max=len(self._inputs[0]) - 1)
+
+    def step(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        """Return the outputs of one token of the rows, `[B, 1, C]` both ways."""
+        earlier = self._inputs[layer].index_select(0, self._rows)
+        extended = torch.cat([earlier, inputs], dim=1)  # [B, J, C]
+        self._inputs[layer].index_copy_(0, self._rows, extended[:, 1:])
         return short_convolution(extended, taps)

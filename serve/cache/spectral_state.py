@@ -16,7 +16,7 @@ filters, float32 or float64.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from serve.cache.base import Cache, Runs, Snapshot, runs_of
 from serve.cache.page_pool import OutOfPages
+from serve.cache.state_steps import ENDS, TIME, StateTensors
+from serve.cache.static_step import Numbers
 from stu.common.errors import UserError
 from stu.realisation import Realisation
 
@@ -65,14 +67,16 @@ class SpectralStates(Cache):
             raise UserError("page_len", page_len, f"a multiple of {lag_step}")
         self._page_len, self._lag_step = page_len, lag_step
         self._slots = page_len // lag_step
+        self._max_rows = max_rows
+        # The last row is for padding.
         self._states = torch.zeros(
-            (max_rows, layers, self.signals, realisation.rank, channels),
+            (max_rows + 1, layers, self.signals, realisation.rank, channels),
             dtype=torch.float64,
             device=device,
         )
         """States `[rows, layers, signals, r, C]` before the page that is being decoded. Those of a
         row that is not in the batch are of the signals as its next token sees them."""
-        shape = layers, self.signals, self._slots, max_rows, channels
+        shape = layers, self.signals, self._slots, max_rows + 1, channels
         self._inputs = torch.zeros(shape, dtype=dtype, device=device).permute(3, 0, 1, 2, 4)
         """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`. Rows, which step
         together, are next to each other in memory."""
@@ -94,6 +98,8 @@ class SpectralStates(Cache):
         self._time = 0
         self._joined_at = np.zeros((max_rows, layers), dtype=np.int64)
         """Place at which a row joined, in the page that is being decoded; else 0."""
+        self._joined_time = np.zeros(max_rows, dtype=np.int64)
+        """Time at which a row joined."""
         self._lengths = [0] * max_rows
         """Tokens of each row that have been restored or prefilled, or are being prefilled."""
         self._admitted: set[int] = set()
@@ -103,7 +109,7 @@ class SpectralStates(Cache):
 
     @property
     def capacity(self) -> int:
-        return len(self._states)
+        return self._max_rows
 
     @property
     def num_used(self) -> int:
@@ -146,6 +152,7 @@ class SpectralStates(Cache):
 
     def join(self, row: int) -> None:
         self._inputs[row] = 0
+        self._joined_time[row] = self._time
         for layer, offset in enumerate(self._offsets):
             place = (self._time + offset) % self._page_len
             self._joined_at[row, layer] = place
@@ -183,11 +190,33 @@ class SpectralStates(Cache):
         return [self._page_len - (self._time + o) % self._page_len for o in self._offsets]
 
     def advance(self) -> None:
+        ending = self._ending()
         self._time += 1
-        for layer, offset in enumerate(self._offsets):
-            if (self._time + offset) % self._page_len == 0:
-                for row in self._rows:
-                    self._end_page(row, layer)
+        for layer in ending:
+            for row in self._rows:
+                self._end_page(row, layer)
+
+    def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
+        assert list(rows) == self._rows, "a token of each row is needed"
+        ending = self._ending()
+        shared[TIME], shared[ENDS:] = self._time, -1
+        shared[ENDS : ENDS + len(ending)] = ending
+        own[:, 0] = self._time - self._joined_time[rows]
+        return bool(ending)
+
+    def advance_static(self) -> None:
+        self._joined_at[np.ix_(self._rows, self._ending())] = 0
+        self._time += 1
+
+    def _ending(self) -> list[int]:
+        """Return the layers whose pages end with the step that begins or has begun."""
+        return [layer for layer, steps in enumerate(self.page_ends()) if steps == 1]
+
+    def _tensors(self) -> StateTensors:
+        """Return the storage and tables that a static step uses."""
+        offsets = torch.tensor(self._offsets, device=self._inputs.device)
+        decays = self._decays[: self._page_len + 1]
+        return StateTensors(self._states, self._inputs, decays, offsets, self._page_len)
 
     def _end_page(self, row: int, layer: int) -> None:
         """Advance the states of a row to the end of a layer's page, and begin the next one.

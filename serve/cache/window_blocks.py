@@ -26,6 +26,22 @@ class PagedWindow:
     pages: list[int] = field(default_factory=list)
 
 
+@dataclass
+class SequenceWindow(PagedWindow):
+    """Window of one sequence."""
+
+    promised: int = 0
+    """Number of pages that it may come to own."""
+    chunk_tokens: int = 0
+    """Positions at the end that are going through the layers as a chunk of a prompt."""
+    earlier: slice = field(default_factory=lambda: slice(0))
+    """Positions in the window of the chunk, among those of `earlier_pages`."""
+    earlier_pages: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Pages that hold the window before the chunk."""
+    new_slots: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.empty(0),) * 2)
+    """Pages, and places in them, of the positions of the chunk that stay in the window."""
+
+
 class WindowBlock(NamedTuple):
     """Rows to attend to at once."""
 

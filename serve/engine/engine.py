@@ -37,13 +37,18 @@ class Engine:
         model: On the device that decodes.
         tokenizer: The tokenizer that the model was trained with.
         config: Cache size and limits.
+        static: As of `Runner`; for tests.
 
     Raises UserError if the tokenizer does not fit the model, or the cache has no room for any
     request.
     """
 
     def __init__(
-        self, model: FlashSTU, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self,
+        model: FlashSTU,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        static: bool | None = None,
     ) -> None:
         config = config or EngineConfig()
         if tokenizer.vocab_size != model.config.vocab_size:
@@ -54,8 +59,7 @@ class Engine:
             )
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
-        weights = config.weights or model.weights
-        self._runner = Runner(model, self._caches, config.batch_invariant, weights)
+        self._runner = Runner(model, self._caches, config, static)
         self._prefixes = Prefixes(self._caches, config)
         self._scheduler = Scheduler(
             config, self._caches.needed, self._caches.capacity, self._caches.grow, self._prefixes

@@ -1,12 +1,14 @@
 """The caches of some rows, as the model's layers ask them while an engine runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve.cache.budget import Caches
+from serve.cache.static_step import StaticStep
+from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered
 
 
 class PromptMemory:
@@ -66,3 +68,22 @@ class RowMemory:
         attention = self._caches.attention
         assert attention is not None
         return attention.step(layer, queries, keys, values, self._first)
+
+
+class StaticMemory:
+    """`stu.mixers.Memory` of one token of the rows of static steps that have begun."""
+
+    def __init__(self, steps: Mapping[type[Remembered], StaticStep]) -> None:
+        self._steps: Mapping[type[Remembered], Any] = steps
+
+    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+        outputs: Tensor = self._steps[PastInputs].step(layer, streams[:, 0])
+        return outputs[:, None]
+
+    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        outputs: Tensor = self._steps[LastInputs].step(layer, inputs, taps)
+        return outputs
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        outputs: Tensor = self._steps[KeyWindow].step(layer, queries, keys, values)
+        return outputs

@@ -1,5 +1,6 @@
 """The model over many sequences: prefill of prompts, and decoding of one token of every row."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -7,19 +8,21 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache
+from serve.cache.base import Cache, num_rows
 from serve.cache.budget import Caches
 from serve.cache.page_pool import OutOfPages
-from serve.config import INVARIANT_ROWS
+from serve.config import INVARIANT_ROWS, EngineConfig
+from serve.engine.decode_step import DecodeStep
 from serve.engine.inference_model import inference_copy, inference_product
 from serve.engine.memory import PromptMemory, RowMemory
 from serve.engine.packing import packs
 from serve.engine.prompt_results import PooledHidden, PromptLogits
 from serve.request import Pooling
 from stu.common.errors import UserError
-from stu.config import Weights
 from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
+
+logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 256
 """Tokens of a prompt whose logits are computed, or whose hidden states are pooled, together: a
@@ -52,22 +55,26 @@ class Runner:
     Args:
         model: On the device that decodes.
         caches: Caches of everything that its layers remember.
-        batch_invariant: Make a row's logits independent of the other rows to the last bit. Matrix
-            products round differently for different numbers of rows, so rows then go through the
-            model in padded groups of a fixed size, and attention and prompts run one by one.
-        weights: Format of the weights of dense layers.
+        config: Limits, and how to run the model. With `batch_invariant` a row's logits are
+            independent of the other rows to the last bit: matrix products round differently for
+            different numbers of rows, so rows then go through the model in padded groups of a fixed
+            size, and attention and prompts run one by one.
+        static: Decode by static steps (`serve.engine.decode_step`). None: on CUDA, where they are
+            captured as graphs.
     """
 
     def __init__(
         self,
         model: FlashSTU,
         caches: Caches,
-        batch_invariant: bool = False,
-        weights: Weights = "float",
+        config: EngineConfig,
+        static: bool | None = None,
     ) -> None:
-        if batch_invariant:
+        if config.batch_invariant:
             _require_invariance(model)
-        self._model, self._batch_invariant = inference_copy(model, weights), batch_invariant
+        weights = config.weights or model.weights
+        self._model = inference_copy(model, weights)
+        self._batch_invariant = config.batch_invariant
         self._unembed = inference_product(model.embedding.weight, weights)
         self._caches = caches
         self._device = model.embedding.weight.device
@@ -77,6 +84,14 @@ class Runner:
         self._joining: dict[int, int] = {}
         """Rows that join the batch, and their numbers of tokens."""
         self._batch: list[int] = []
+        self._last_tokens = torch.zeros(
+            num_rows(config) + 1, dtype=torch.int64, device=self._device
+        )
+        """Last token of each row that was chosen on the device; the last one is for padding."""
+        on_cuda = self._device.type == "cuda"
+        self._static: DecodeStep | None = None
+        if on_cuda if static is None else static:
+            self._static = self._static_step(captures=on_cuda and not config.enforce_eager)
 
     @property
     def takes_chunks(self) -> bool:
@@ -188,22 +203,48 @@ class Runner:
             yield self._logits(model.norm(x[0, ends.to(self._device)]))
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[int | None]) -> Tensor:
         """Advance each row of `batch()` by a token, and return the logits `[B, vocab_size]` of the
-        next."""
+        next, valid until the next call. A token that is None is the last one that `set_tokens`
+        set."""
         assert len(tokens) == len(self._batch), "a token of each row is needed"
+        if self._static is not None:
+            return self._static.decode(self._batch, tokens)
         for cache in self._caches.all:
             cache.begin_step(self._batch, alone=self._batch_invariant)
         at_once = INVARIANT_ROWS if self._batch_invariant else len(tokens)
         hidden = []
         for first in range(0, len(tokens), at_once):
-            group = list(tokens[first : first + at_once])
+            group = [0 if token is None else token for token in tokens[first : first + at_once]]
             memory = RowMemory(self._caches, first)
             padded = torch.tensor(group + [0] * (at_once - len(group)), device=self._device)
+            for place, row in enumerate(self._batch[first : first + at_once]):
+                if tokens[first + place] is None:
+                    padded[place] = self._last_tokens[row]
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
         for cache in self._caches.all:
             cache.advance()
         return self._logits(torch.cat(hidden))
+
+    @torch.inference_mode()
+    def set_tokens(self, rows: Sequence[int], tokens: Tensor) -> None:
+        """Set the last tokens `[B]` of rows, which have been chosen on the device."""
+        is_cuda = self._device.type == "cuda"
+        places = torch.tensor(rows, pin_memory=is_cuda).to(self._device, non_blocking=True)
+        self._last_tokens.index_copy_(0, places, tokens)
+
+    def _static_step(self, captures: bool) -> DecodeStep | None:
+        found = {}
+        for kind, cache in self._caches.by_kind.items():
+            step = cache.static_step(self._batch_invariant)
+            if step is None:
+                reason = f"{type(cache).__name__} has no static step"
+                logger.warning("decoding runs without CUDA graphs, as %s", reason)
+                return None
+            found[kind] = cache, step
+        invariant = self._batch_invariant
+        tokens = self._last_tokens
+        return DecodeStep(self._model, self._unembed, found, tokens, invariant, captures)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return logits `[B, vocab_size]` of `hidden [B, D]`."""

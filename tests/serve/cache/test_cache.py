@@ -321,7 +321,7 @@ def test_bytes_do_not_depend_on_the_prompt(new_tokens):
         made.cache.prefill(3, 0, torch.randn(2, prompt, WIDTH))
         assert pool.num_used == pages_for(new_tokens, 16)
         assert pool.page_bytes == LAYERS * 16 * 2 * WIDTH * 4
-        rings = 2 * ROWS * pool.page_bytes  # two for each row
+        rings = 2 * (ROWS + 1) * pool.page_bytes  # two for each row and for padding
         assert made.cache.num_bytes == 250 * pool.page_bytes + rings
 
 
@@ -331,7 +331,7 @@ def test_states_have_the_bytes_of_the_formula(kind, numbers):
     made = setup(kind, page_len=16)
     rank = made.cache._states.shape[3]
     narrow = 2 * 8 if kind == "mixed" else rank + 16  # a signal has 8 of a page's 16 positions
-    assert made.cache.num_bytes == ROWS * LAYERS * numbers * (8 * rank + 4 * narrow)
+    assert made.cache.num_bytes == (ROWS + 1) * LAYERS * numbers * (8 * rank + 4 * narrow)
     for row in range(ROWS):
         made.cache.admit(row, 1, 10**9)
     with pytest.raises(OutOfPages, match="all 4 blocks are in use"):

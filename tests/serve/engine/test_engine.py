@@ -529,7 +529,7 @@ def test_stats_say_which_convolution_cache_runs(make_engine, kind, wanted, runs,
     info, cache = stats.convolution_cache, engine._caches.convolution
     assert (info.kind, info.reason) == (runs, reason)
     assert (info.rank > 0, info.error > 0) == (runs == "state", runs == "state")
-    page_bytes = cache.num_bytes // 3 if runs == "state" else cache.pool.page_bytes
+    page_bytes = cache.num_bytes // 4 if runs == "state" else cache.pool.page_bytes
     assert info.page_bytes == page_bytes
     assert f"{page_bytes:,} bytes" in str(info)
     assert (reason or f"rank {info.rank}") in str(info)

@@ -1,0 +1,99 @@
+"""Steps of FutureFill in pages within the current page: by views of it, and over index tensors.
+
+Flushes of full pages are transforms by FFT, which cannot be captured; they run between the steps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from serve.cache.base import Runs
+from serve.cache.static_step import StaticStep
+
+
+class StepViews(NamedTuple):
+    """Views of a layer that one step reads and writes for consecutive rows; slicing would cost more
+    than the sums."""
+
+    streams: slice
+    """Places of the rows' streams among the inputs of the step."""
+    reached: list[tuple[Tensor, Tensor]]
+    """Pairs of taps `[columns, 1, 1, C]` and the pending outputs `[columns, B, W / C, C]` that they
+    add to: up to the end of the ring, then from its start."""
+    new: Tensor
+    """Slots for the token's inputs, `[B, W / C, C]`."""
+    flat_new: Tensor
+    """The same slots in the shape of a step's inputs, `[B W / C, C]`."""
+    due: Tensor
+    """Outputs of the token, `[B W / C, C]`."""
+
+
+def step_views(
+    pending: Tensor, inputs: Tensor, near: Tensor, slot: int, columns_reached: int, runs: Runs
+) -> list[StepViews]:
+    """Return the views of a layer's rings for the rows in `runs`.
+
+    Args:
+        pending: Ring of pending outputs, `[lag_step, columns, rows, W / C, C]`.
+        inputs: Ring of inputs, `[page_len, rows, W / C, C]`.
+        near: Taps within a page, `[columns, 1, 1, C]`.
+        slot: Slot of the token.
+        columns_reached: Columns that the token adds to.
+        runs: Consecutive rows.
+    """
+    column, phase = divmod(slot, len(pending))
+    before_end = min(columns_reached, pending.shape[1] - column)
+    views, per_row = [], inputs.shape[2]
+    for places, rows in runs:
+        own, new = pending[phase, :, rows], inputs[slot, rows]
+        reached = [(near[:before_end], own[column : column + before_end])]
+        if columns_reached > before_end:
+            rest = columns_reached - before_end
+            reached.append((near[before_end:columns_reached], own[:rest]))
+        streams = slice(places.start * per_row, places.stop * per_row)
+        flat_new, due = new.flatten(0, 1), own[column].flatten(0, 1)
+        views.append(StepViews(streams, reached, new, flat_new, due))
+    return views
+
+
+class FutureFillStep(StaticStep):
+    """Static step of a `PagedFutureFill`.
+
+    Outputs are pulled: what is pending, plus the sum over the inputs of the row's page. The shared
+    number is the slot in the rings, and a row's own number the place in its page.
+
+    Args:
+        pending: Ring of pending outputs, `[layers, lag_step, columns, rows, W / C, C]`.
+        inputs: Ring of inputs, `[layers, page_len, rows, W / C, C]`. The last row is for padding.
+        near: Taps within a page, `[layers, columns, 1, 1, C]`.
+    """
+
+    num_shared = 1
+    num_own = 1
+
+    def __init__(self, pending: Tensor, inputs: Tensor, near: Tensor) -> None:
+        _, self._lag_step, self._num_columns, self._num_rows, *self._row_shape = pending.shape
+        self._page_len = inputs.shape[1]
+        self._pending, self._inputs = pending.flatten(1, 3), inputs.flatten(1, 2)
+        self._near = near
+        self._lags = torch.arange(0, self._page_len, self._lag_step, device=inputs.device)
+
+    def begin(self, rows: Tensor, shared: Tensor, own: Tensor) -> None:
+        rows, slot = rows.clamp(max=self._num_rows - 1), shared
+        self._new = slot * self._num_rows + rows
+        column, phase = slot // self._lag_step, slot % self._lag_step
+        self._due = (phase * self._num_columns + column) * self._num_rows + rows
+        slots = (slot - self._lags) % self._page_len  # [columns]
+        self._seen = (slots[:, None] * self._num_rows + rows).flatten()
+        self._is_own = (self._lags[:, None] <= own[:, 0])[..., None, None]  # [columns, B, 1, 1]
+
+    def step(self, layer: int, inputs: Tensor) -> Tensor:
+        """Return the outputs of one token of the rows, `[B W / C, C]` both ways."""
+        ring, new = self._inputs[layer], inputs.view(-1, *self._row_shape)
+        ring.index_copy_(0, self._new, new.to(ring.dtype))
+        seen = ring.index_select(0, self._seen).view(self._num_columns, *new.shape)
+        seen = torch.where(self._is_own, seen, 0)  # [columns, B, W / C, C]
+        outputs = self._pending[layer].index_select(0, self._due)
+        outputs = outputs + (self._near[layer] * seen).sum(0)
+        return outputs.flatten(0, 1).to(inputs.dtype)

@@ -1,0 +1,329 @@
+"""Steps over tensors that stay where they are, against the engine's usual steps on the CPU."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from serve.cache.page_pool import NULL_PAGE
+from serve.config import EngineConfig
+from serve.engine import step_state
+from serve.engine.decode_step import batch_sizes
+from serve.engine.engine import Engine
+from serve.engine.step_state import NUM_BUFFERS, StepState
+from serve.sampling_params import SamplingParams
+from stu.config import ModelConfig
+from stu.filters import spectral_filters
+from stu.model import FlashSTU
+from stu.tokenizers.sentence_piece import train_bpe
+from tests.serve.requests import make_request
+
+VOCAB_SIZE = 280
+KINDS = {
+    "stu": {"layout": "stu"},
+    "hybrid": {"layout": "hybrid", "window_tokens": 10},
+    "full": {"layout": "stu", "stu_form": "full", "num_filters": 2, "num_layers": 2},
+    "hyena": {"layout": "hyena"},
+    "attention": {"layout": "attention", "window_tokens": 10},
+}
+CACHES = [*((kind, None) for kind in KINDS), ("stu", "pages"), ("full", "pages")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = ["the cat sat on the mat\n", "a dog and a cat\n"] * 5
+    return train_bpe(texts, VOCAB_SIZE, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: build(kind) for kind in KINDS}
+
+
+@pytest.fixture
+def make_engine(tokenizer, models):
+    def make(kind, static=True, **settings):
+        values = {"cache_gib": 0.01, "page_len": 8, "max_running": 5, **settings}
+        return Engine(models[kind], tokenizer, EngineConfig(**values), static)
+
+    return make
+
+
+def build(kind):
+    torch.manual_seed(1)
+    shape = {"width": 16, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
+    model = FlashSTU(
+        ModelConfig(**{**shape, **KINDS[kind]}, vocab_size=VOCAB_SIZE, max_seq_len=256)
+    )
+    model = model.double()
+    if model.filters.shape[1]:
+        model.filters.copy_(torch.from_numpy(spectral_filters(*model.filters.shape)))
+    return model
+
+
+class Traffic:
+    """Requests that come, go and are aborted or preempted at random, the same for each seed."""
+
+    def __init__(self, engine, seed, rate=0.3):
+        self.engine, self.random = engine, torch.Generator().manual_seed(seed)
+        self.rate, self.outputs, self.ids = rate, [], []
+
+    def step(self):
+        if torch.rand((), generator=self.random) < self.rate:
+            length, count = self.number(1, 40), self.number(1, 30)
+            prompt = torch.randint(0, VOCAB_SIZE, (length,), generator=self.random).tolist()
+            sampling = SamplingParams(temperature=self.number(0, 2), seed=length)
+            stops = [self.number(0, VOCAB_SIZE)]
+            request = make_request(
+                prompt, count, sampling, priority=self.number(0, 2), stop_token_ids=stops
+            )
+            self.ids.append(self.engine.add(request))
+        if self.ids and torch.rand((), generator=self.random) < self.rate / 10:
+            self.engine.abort(self.ids[self.number(0, len(self.ids))])
+        self.outputs += self.engine.step()
+        self.engine.check_integrity()
+
+    def number(self, least, stop):
+        return int(torch.randint(least, stop, (), generator=self.random))
+
+
+def record_logits(engine):
+    """Return a list to which the logits of each step are appended."""
+    decode, recorded = engine._runner.decode, []
+
+    def decode_and_record(tokens):
+        logits = decode(tokens)
+        recorded.append(logits.clone())
+        return logits
+
+    engine._runner.decode = decode_and_record
+    return recorded
+
+
+def spread_nan(engine):
+    """Write NaN to all that belongs to no sequence: null rows, free rows, null pages, free
+    pages."""
+    caches, rows = engine._caches, sorted(engine._runner._rows)
+    for cache in caches.all:
+        if cache.pool is not None:
+            free = [NULL_PAGE, *cache.pool._free]
+            cache.pool.pages[free] = math.nan
+    convolution = caches.convolution
+    if convolution is not None:
+        by_row = {"_states": 0, "_inputs": 0, "_pending": 0, "_narrow": 0}
+        if convolution.pool is not None:
+            by_row = {"_inputs": 2, "_pending": 3}
+        for name, dim in by_row.items():
+            tensor = getattr(convolution, name, None)
+            if tensor is not None:
+                free = [row for row in range(tensor.shape[dim]) if row not in rows]
+                tensor.movedim(dim, 0)[free] = math.nan
+    for inputs in caches.recent._inputs if caches.recent else ():
+        inputs[[row for row in range(len(inputs)) if row not in rows]] = math.nan
+
+
+@pytest.mark.parametrize(("kind", "cache"), CACHES)
+@pytest.mark.parametrize("page_len", [2, 8])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_logits_equal_those_of_the_usual_steps(make_engine, kind, cache, page_len, batch_invariant):
+    """In random traffic, with preemptions, and with NaN wherever nothing may be read."""
+    settings = {
+        "page_len": page_len,
+        "convolution_cache": cache,
+        "batch_invariant": batch_invariant,
+        "max_running": 3,
+    }
+    if cache == "pages" and not batch_invariant:
+        settings["expected_new_tokens"] = 20
+    recorded, outputs = [], []
+    for static in (False, True):
+        engine = make_engine(kind, static, **settings)
+        recorded.append(record_logits(engine))
+        traffic = Traffic(engine, seed=page_len)
+        for _ in range(150):
+            traffic.step()
+            if static:
+                spread_nan(engine)
+        outputs.append(traffic.outputs)
+        assert engine.stats().preemptions > 0
+    assert len(recorded[0]) == len(recorded[1]) > 100
+    for usual, found in zip(*recorded, strict=True):
+        assert (found - usual).abs().max() <= 1e-12 * usual.abs().max()
+    assert outputs[0] == outputs[1]
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a GPU would make the host wait, or where the host gives numbers of its own."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "lift_fresh",
+        "scalar_tensor",
+        "is_nonzero",
+        "equal.default",
+        "_unique",
+        "resize",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, str(func)
+        self.count += 1
+        assert not any(word in name for word in self.FORBIDDEN), name
+        if "_to_copy" in name:
+            assert kwargs.get("device") in (None, args[0].device), f"{name} to another device"
+        if name.startswith("aten.index"):
+            indices = args[1] if isinstance(args[1], list | tuple) else args[2:3]
+            for index in indices:
+                assert getattr(index, "dtype", None) is not torch.bool, f"{name} by a mask"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "batch_invariant", "num_steps"),
+    [
+        *((kind, cache, False, 200) for kind, cache in CACHES),
+        ("hybrid", None, True, 200),
+        ("hybrid", None, False, 1000),
+        ("hyena", None, False, 1000),
+    ],
+)
+def test_the_device_part_never_waits_and_keeps_its_addresses(
+    make_engine, kind, cache, batch_invariant, num_steps
+):
+    """Over many random steps, whatever the size of the batch."""
+    engine = make_engine(kind, convolution_cache=cache, batch_invariant=batch_invariant)
+    step = engine._runner._static
+    expected, mode, runs = static_addresses(engine), NoSync(), []
+
+    def run(name, batch):
+        runs.append((name, batch))
+        with mode:
+            getattr(step, f"_{name}")(batch)
+        assert static_addresses(engine) == expected
+
+    step._run = run
+    traffic = Traffic(engine, seed=5, rate=0.15)
+    while engine.stats().steps < num_steps:
+        traffic.step()
+    names, batches = zip(*runs, strict=True)
+    has_states = cache is None and kind in ("stu", "hybrid", "full")
+    assert set(names) == ({"forward", "end_pages"} if has_states else {"forward"})
+    assert names.count("forward") > num_steps / 2
+    assert len(set(batches)) >= (1 if batch_invariant else 3)
+
+
+def static_addresses(engine):
+    """Return the addresses of all tensors that a step reads and writes, besides its temporaries."""
+    step = engine._runner._static
+    found = [step._last_tokens, step._logits, step._state._numbers, *step._state._buffers]
+    for cache in engine._caches.all:
+        tensors = [vars(cache).get(name) for name in ("_states", "_inputs", "_pending", "_narrow")]
+        found += [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        found += [cache.pool.pages] if cache.pool is not None else []
+    found += engine._caches.recent._inputs if engine._caches.recent else []
+    found += engine._runner._model.parameters()
+    return [tensor.data_ptr() for tensor in found if tensor.layout is torch.strided]
+
+
+def test_a_step_that_waits_is_found():
+    for wait in (
+        lambda x: x[0].item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x + torch.tensor([1.0]),
+        lambda x: x.to("meta"),
+    ):
+        with pytest.raises(AssertionError), NoSync():
+            wait(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_invariant", "expected"),
+    [
+        (1, False, [1]),
+        (3, False, [1, 2, 4]),
+        (8, False, [1, 2, 4, 8]),
+        (17, False, [1, 2, 4, 8, 16, 24]),
+        (16, True, [8, 16]),
+    ],
+)
+def test_batch_sizes(num_rows, batch_invariant, expected):
+    assert batch_sizes(num_rows, batch_invariant) == expected
+
+
+class DelayedDevice:
+    """A device whose copies run as late as it is allowed: when someone waits for one of them."""
+
+    def __init__(self):
+        self.waiting, self.seen = [], []
+
+    def copy(self, target, source):
+        copy = DelayedCopy(self, target, source)
+        self.waiting.append(copy)
+        return copy
+
+
+class DelayedCopy:
+    def __init__(self, device, target, source):
+        self.device, self.target, self.source = device, target, source
+
+    def synchronize(self):
+        waiting = self.device.waiting
+        while self in waiting:
+            copy = waiting.pop(0)
+            copy.target.copy_(copy.source)
+            self.device.seen.append(copy.target.clone())
+
+
+class NumbersOnly:
+    """Stands for a cache's static step."""
+
+    num_shared, num_own = 2, 3
+
+
+def copied_numbers(steps):
+    """Send random numbers; return them as they were sent, and as a slow device copies them."""
+    device, source = DelayedDevice(), torch.Generator().manual_seed(0)
+    state = StepState([NumbersOnly(), NumbersOnly()], 7, torch.device("cpu"), device.copy)
+    sent = []
+    for _ in range(steps):
+        batch = int(torch.randint(1, 8, (), generator=source))
+        numbers = state.fill()
+        for shared, own in numbers.by_cache:
+            shared[:] = torch.randint(0, 1000, shared.shape, generator=source).numpy()
+            own[:] = torch.randint(0, 1000, own.shape, generator=source).numpy()
+        numbers.rows[:, :2] = torch.randint(0, 1000, (7, 2), generator=source).numpy()
+        whole = torch.cat(
+            [torch.from_numpy(shared.copy()) for shared, _ in numbers.by_cache]
+            + [torch.from_numpy(numbers.rows[:batch].copy()).flatten()]
+        )
+        sent.append(whole)
+        state.send(batch)
+    device.waiting[-1].synchronize()
+    return sent, device.seen
+
+
+def test_pinned_buffers_are_not_filled_before_they_are_copied():
+    sent, seen = copied_numbers(50)
+    assert len(seen) == 50
+    assert all(map(torch.equal, sent, seen))
+
+
+def test_buffer_that_is_filled_too_early_is_found(monkeypatch):
+    original = step_state.StepState.fill
+
+    def fill_at_once(self):
+        self._copied = [step_state._Reached()] * NUM_BUFFERS
+        return original(self)
+
+    monkeypatch.setattr(step_state.StepState, "fill", fill_at_once)
+    sent, seen = copied_numbers(50)
+    assert len(seen) == 50
+    assert not all(map(torch.equal, sent, seen))
