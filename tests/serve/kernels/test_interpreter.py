@@ -10,14 +10,14 @@ import torch
 
 from serve.kernels.dispatch import HAS_TRITON
 
-TESTS = Path(__file__).with_name("test_kernels.py")
-
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the CUDA device")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_engine_on_kernels.py"])
+def test_kernels_in_the_interpreter(name):
     """In a process of its own, as Triton chooses when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", TESTS]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton"]
+    command.append(Path(__file__).with_name(name))
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
