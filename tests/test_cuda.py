@@ -6,12 +6,14 @@ Tests of commands are skipped where jsonargparse, which reads their options, is 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.sampling.features import EVERYTHING, FEW, GREEDY
 from serve.sampling_params import SamplingParams
 from stu import futurefill
 from stu.attention import KERNEL_ON_CUDA, alibi_slopes, sliding_window_attention
@@ -23,6 +25,7 @@ from stu.model_dir import save_model
 from stu.online_convolution import Naive
 from stu.tokenizers.sentence_piece import train_bpe
 from tests.serve.requests import make_request
+from tests.serve.sampling.test_device_sampler import ALL_ROWS, random_logits, sampler_of_everything
 from train.loss import next_token_loss
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.parallel.config import ParallelConfig, prepare_blocks
@@ -151,6 +154,41 @@ def test_bfloat16_stays_near_float64(kind, tokenizer):
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert len(logprobs) == len(tokens)
         assert (torch.tensor(logprobs).double() - expected).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("features", [GREEDY, EVERYTHING, replace(EVERYTHING, most_kept=FEW)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_sampling_draws_the_tokens_of_the_cpu(features, dtype):
+    """Of rows of all kinds and one of padding, over steps that count their tokens."""
+    vocab_size, num_rows = 200, len(ALL_ROWS)
+    cpu, gpu = (sampler_of_everything(device, vocab_size) for device in ("cpu", "cuda"))
+    rows = torch.tensor([*ALL_ROWS, cpu.null_row])
+    places, uniform = rows.cuda(), torch.zeros(num_rows + 1, dtype=torch.float64, device="cuda")
+    logits = torch.full((num_rows + 1, vocab_size), torch.nan, dtype=dtype, device="cuda")
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        gpu.sample(logits, places, uniform, features)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampled = gpu.sample(logits, places, uniform, features)
+    for mine, others in zip(gpu.tables.tensors, cpu.tables.tensors, strict=True):
+        mine.copy_(others)  # without the tokens counted until now
+    for seed in range(20):
+        own = random_logits(num_rows, seed, [None, 0.3][seed % 2], vocab_size).to(dtype)
+        numbers = torch.rand(num_rows + 1, generator=torch.manual_seed(seed)).double()
+        logits[:num_rows].copy_(own)
+        uniform.copy_(numbers)
+        graph.replay()
+        padded = torch.cat([own, torch.full_like(own[:1], torch.nan)])
+        expected = cpu.sample(padded, rows, numbers, features)
+        assert sampled.tokens[:num_rows].tolist() == expected.tokens[:num_rows].tolist()
+        assert sampled.is_finite.tolist() == [True] * num_rows + [False]
+        assert sampled.is_allowed[:num_rows].all()
+        if expected.logprobs is not None:
+            for found, wanted in zip(sampled.logprobs, expected.logprobs, strict=True):
+                torch.testing.assert_close(found[:num_rows].cpu(), wanted[:num_rows])
 
 
 @pytest.mark.parametrize("kind", ["stu", "hybrid", "hyena"])

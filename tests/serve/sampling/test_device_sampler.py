@@ -138,9 +138,12 @@ ALL_PARAMS = [
 ALL_ROWS = [4, 0, 2, 5, 1]
 
 
-def sampler_of_everything():
-    sampler = make_sampler(ALL_ROWS, [(own, [1, 2], [3]) for own in ALL_PARAMS])
-    sampler.allow([1], np.array([[~7, -1]], dtype=np.int32))
+def sampler_of_everything(device="cpu", vocab_size=VOCAB_SIZE):
+    requests = [(own, [1, 2], [3]) for own in ALL_PARAMS]
+    sampler = make_sampler(ALL_ROWS, requests, vocab_size, device)
+    words = np.full((1, math.ceil(vocab_size / 32)), -1, dtype=np.int32)
+    words[0, 0] = ~7
+    sampler.allow([1], words)
     sampler.reserve(EVERYTHING)
     return sampler
 
