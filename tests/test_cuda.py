@@ -306,17 +306,6 @@ def train(request, tmp_path):
     return call
 
 
-def test_the_decoding_benchmark_times_the_device(capsys):
-    pytest.importorskip("jsonargparse")
-    from benchmarks.__main__ import main as bench
-
-    settings = ["--device", "cuda", "--width", "64", "--new-tokens", "[512]", "--batch", "[2]"]
-    bench(["decode", *settings, "--rounds", "1", "--peers", "[s4]"])
-    for run in json.loads(capsys.readouterr().out)["runs"]:
-        assert run["operations_per_step"] > 50
-        assert run["cache"] == "s4" or 0 < run["convolution_ms"] < run["step_ms"]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stu_generate_uses_the_first_device_by_default(dtype, tokenizer, tmp_path):
     pytest.importorskip("jsonargparse")

@@ -10,7 +10,7 @@ fit into memory is reported and not run.
 import itertools
 import statistics
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -53,10 +53,6 @@ class Options:
     """Other models: llama, llama_grouped, mamba2, rwkv, which need pip install 'stu[bench]', s4."""
     rounds: PositiveInt = 3
     """Rounds of all caches and peers in turn."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Device of all models."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of our model's weights."""
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -78,11 +74,10 @@ def measure(options: Options) -> dict[str, Any]:
             layout=layout,
             max_seq_len=options.prompt_tokens + new_tokens,
         )
-        with torch.device(options.device):
-            model = FlashSTU(config).to(getattr(torch, options.dtype)).eval()
-            peers = peers or build_peers(options.peers, config, model.num_parameters())
+        model = FlashSTU(config).eval()
+        peers = peers or build_peers(options.peers, config, model.num_parameters())
         # Later on, this process may hold on to memory that it does not use.
-        max_bytes = max_bytes or max_cache_bytes(options.device)
+        max_bytes = max_bytes or max_cache_bytes()
         for batch in options.batch:
             shape = Shape(config, batch, options.prompt_tokens, new_tokens)
             candidates = [of_cache(model, cache, shape, options) for cache in options.caches]
@@ -100,16 +95,11 @@ def check(options: Options) -> None:
                 raise UserError(field, value, f"some of {', '.join(allowed)}")
     if min(options.new_tokens) < LEAST_NEW_TOKENS:
         raise UserError("new-tokens", min(options.new_tokens), f"at least {LEAST_NEW_TOKENS}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device", "cuda", fix="torch sees no CUDA device; give cpu")
-    if options.peers and options.dtype != "float32":
-        raise UserError("dtype", options.dtype, "float32 where there are peers")
 
 
 def of_cache(model: FlashSTU, cache: str, shape: Shape, options: Options) -> Candidate:
     """Return our model with one of its caches."""
-    others = shape.other_bytes(getattr(torch, options.dtype).itemsize)
-    num_bytes = cache_bytes(cache, model, shape) + others
+    num_bytes = cache_bytes(cache, model, shape) + shape.other_bytes()
     head = described(cache, shape, options, model.num_parameters(), num_bytes)
     head["weights"] = OURS.get(cache, "float")
     return Candidate(head, lambda: CacheSubject(model, cache, shape))
@@ -119,9 +109,7 @@ def of_peer(name: str, shape: Shape, peer: Peer, options: Options) -> Candidate:
     """Return another model."""
     num_bytes = peer.cache_bytes(shape.batch, shape.prompt_tokens + shape.new_tokens)
     setting = described(name, shape, options, peer.num_parameters, num_bytes)
-    return Candidate(
-        setting, lambda: PeerSubject(peer, shape, options.device), lambda: peer.start(1, 1)
-    )
+    return Candidate(setting, lambda: PeerSubject(peer, shape), lambda: peer.start(1, 1))
 
 
 def described(
@@ -129,7 +117,7 @@ def described(
 ) -> dict[str, Any]:
     """Return the head of a run. cache: name of a cache or a peer."""
     config, own = shape.config, ("prompt_tokens", "new_tokens", "batch")
-    head = {name: getattr(options, name) for name in ("device", "dtype", "width", "layers")}
+    head = {name: getattr(options, name) for name in ("width", "layers")}
     head |= {"layout": config.layout, "mlp_ratio": config.mlp_ratio}
     head |= {name: getattr(shape, name) for name in own}
     return head | {"cache": cache, "parameters": num_parameters, "cache_bytes": num_bytes}

@@ -63,14 +63,13 @@ class Meter:
     """
 
     @torch.inference_mode()
-    def __init__(self, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, batch: int) -> None:
         self._batch = batch
-        self._vectors, self._keys, products = operands(device, dtype)
-        with torch.device(device):
-            rows = {width: torch.randn(batch, width, dtype=dtype) for width in (WIDTH, HIDDEN)}
-            self._queries = torch.randn(HEADS, 1, HEAD_DIM)
-            self._signals = torch.randn(FFT_ROWS, FFT_LENGTH)
-        self._norm = functools.partial(RMSNorm(WIDTH, eps=1e-5).to(device, dtype), rows[WIDTH])
+        self._vectors, self._keys, products = operands()
+        rows = {width: torch.randn(batch, width) for width in (WIDTH, HIDDEN)}
+        self._queries = torch.randn(HEADS, 1, HEAD_DIM)
+        self._signals = torch.randn(FFT_ROWS, FFT_LENGTH)
+        self._norm = functools.partial(RMSNorm(WIDTH, eps=1e-5), rows[WIDTH])
         self._norm_operations = operations(self._norm)
         self._products = [
             functools.partial(product, rows[inputs])
@@ -109,13 +108,10 @@ class Meter:
 
 
 @functools.cache
-def operands(
-    device: str, dtype: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
-    """Return a gigabyte of vectors, keys and weights on the device, the same ones every time."""
-    with torch.device(device):
-        weights = [torch.randn(*shape, dtype=dtype) for shape in MATRICES]
-        vectors, keys = (torch.ones(READ), torch.ones(READ)), torch.randn(HEADS, KEYS, HEAD_DIM)
+def operands() -> tuple[tuple[Tensor, Tensor], Tensor, list[Callable[[Tensor], Tensor]]]:
+    """Return a gigabyte of vectors, keys and weights, the same ones every time."""
+    weights = [torch.randn(*shape) for shape in MATRICES]
+    vectors, keys = (torch.ones(READ), torch.ones(READ)), torch.randn(HEADS, KEYS, HEAD_DIM)
     return vectors, keys, [inference_product(weight) for weight in weights]
 
 

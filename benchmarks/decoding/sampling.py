@@ -22,6 +22,7 @@ from benchmarks.decoding.caches import Flush
 from benchmarks.decoding.counting import report
 from benchmarks.decoding.rates import Meter, Rates, mean_rates, median_rates, operations
 from benchmarks.decoding.subjects import Subject
+from benchmarks.peers.peer import FLOAT_BYTES
 from benchmarks.process_memory import return_freed_memory
 
 TIMED_STEPS = 6
@@ -106,11 +107,10 @@ def one_round(candidate: Candidate, counts: bool) -> Round:
     """Measure a candidate once. counts: Count operations too, which are the same in each round."""
     return_freed_memory()
     setting = candidate.setting
-    batch, device, dtype = setting["batch"], setting["device"], getattr(torch, setting["dtype"])
     subject = candidate.begin()
     gc.collect()
     gc.freeze()  # without it, one step in a hundred waits for a collection of all modules
-    meter, rates = Meter(batch, device, dtype), list[Rates]()
+    meter, rates = Meter(setting["batch"]), list[Rates]()
     samples = sampled(subject, setting["new_tokens"], lambda: rates.append(meter.rates()), counts)
     num_operations = operations(subject.step) if counts else 0
     gc.unfreeze()
@@ -207,8 +207,8 @@ def figures(rounds: Sequence[Round], candidate: Candidate) -> dict[str, Any]:
     run = {"threads": torch.get_num_threads()} | summary(merged([turn.samples for turn in rounds]))
     run["step_ms_by_round"] = [summary(turn.samples)["step_ms"] for turn in rounds]
     run["tokens_per_second"] = 1e3 * setting["batch"] / run["step_ms"]
-    dtype = "int8" if setting.get("weights") == "int8" else setting["dtype"]
-    weight_bytes = getattr(torch, dtype).itemsize * setting["parameters"]
+    number_bytes = 1 if setting.get("weights") == "int8" else FLOAT_BYTES
+    weight_bytes = number_bytes * setting["parameters"]
     run |= report(mean_counts(rounds[0].samples), setting["batch"], weight_bytes)
     run["operations_per_step"] = rounds[0].operations
     by_place = zip(*(turn.rates for turn in rounds), strict=True)
@@ -216,8 +216,7 @@ def figures(rounds: Sequence[Round], candidate: Candidate) -> dict[str, Any]:
     return run
 
 
-def max_cache_bytes(device: str) -> float:
+def max_cache_bytes() -> float:
     """Return the share of the free memory that a cache may take, once there are models."""
     return_freed_memory()
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    return SHARE_OF_MEMORY * free
+    return SHARE_OF_MEMORY * float(psutil.virtual_memory().available)

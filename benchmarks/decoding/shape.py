@@ -58,11 +58,8 @@ class Shape:
             columns += 2 * min(epoch if cache == "epoched" else PAGE_COLUMNS, columns)
         return channels * FLOAT_BYTES * self.batch * self.lag_step * columns
 
-    def other_bytes(self, number_bytes: int) -> int:
-        """Return the bytes of attention windows, null page included, and of short convolutions.
-
-        number_bytes: Bytes of one weight.
-        """
+    def other_bytes(self) -> int:
+        """Return the bytes of attention windows, null page included, and of short convolutions."""
         mixers = planned_mixers(self.config)
         windows, short = remembered(mixers, KeyWindow), remembered(mixers, LastInputs)
         numbers = sum((layer.num_taps - 1) * layer.channels for layer in short) * (self.batch + 1)
@@ -70,4 +67,4 @@ class Shape:
             num_pages = pages_for(self.prompt_tokens + self.new_tokens, PAGE_LEN)
             num_pages = self.batch * min(num_pages, window_pages(windows[0], PAGE_LEN)) + 1
             numbers += num_pages * 2 * len(windows) * self.config.width * PAGE_LEN
-        return numbers * number_bytes
+        return numbers * FLOAT_BYTES

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +26,18 @@ PEER_PROMPT_TOKENS = 8
 class CacheSubject:
     """Our model and its `stu.mixers.Memory`, decoded greedily with the engine's matrices.
 
-    A step's `convolution` is the time in that cache; on a GPU it is the GPU's time, with gaps in
-    which it waits for work.
+    A step's `convolution` is the time in that cache.
     """
 
     def __init__(self, model: FlashSTU, cache: str, shape: Shape) -> None:
         weights, embedding = OURS.get(cache, "float"), model.embedding.weight
         self._model = inference_copy(model, weights)
-        self._unembed, device = inference_product(embedding, weights), embedding.device
+        self._unembed = inference_product(embedding, weights)
         self.cache = make_cache(cache, model, shape)
-        self._clock = Clock(device.type == "cuda")
+        self._clock = Clock()
         self._windows = make_windows(model, shape)
         self._recent = make_recent_inputs(model, shape)
-        self._tokens = torch.arange(shape.batch, device=device)
+        self._tokens = torch.arange(shape.batch)
 
     @torch.inference_mode()
     def step(self) -> dict[str, float]:
@@ -91,13 +89,11 @@ class PeerSubject:
     """A peer, decoded greedily, with the methods of `CacheSubject`."""
 
     @torch.inference_mode()
-    def __init__(self, peer: Peer, shape: Shape, device: str) -> None:
+    def __init__(self, peer: Peer, shape: Shape) -> None:
         self._peer, self._prompt_tokens = peer, shape.prompt_tokens
-        self._device = torch.device(device)
-        with self._device:
-            peer.start(shape.batch, shape.prompt_tokens + shape.new_tokens)
-            prompts = torch.arange(shape.batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
-            self._tokens = peer.prefill(prompts).argmax(-1)
+        peer.start(shape.batch, shape.prompt_tokens + shape.new_tokens)
+        prompts = torch.arange(shape.batch)[:, None].expand(-1, PEER_PROMPT_TOKENS)
+        self._tokens = peer.prefill(prompts).argmax(-1)
 
     @torch.inference_mode()
     def step(self) -> dict[str, float]:
@@ -109,8 +105,7 @@ class PeerSubject:
 
     @torch.inference_mode()
     def seek(self, position: int) -> None:
-        with self._device:
-            self._peer.seek(self._prompt_tokens + position)
+        self._peer.seek(self._prompt_tokens + position)
 
     def flushes(self) -> list[Flush]:
         return []
@@ -125,13 +120,12 @@ Subject = CacheSubject | PeerSubject
 class Clock:
     """Time spent within `with clock`."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Forget the time so far."""
-        self._marks: list[Any] = []
+        self._marks: list[float] = []
 
     @property
     def is_running(self) -> bool:
@@ -141,23 +135,13 @@ class Clock:
     def milliseconds(self) -> float:
         """Return the time since the restart."""
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        if self._on_gpu:
-            return float(sum(start.elapsed_time(end) for start, end in pairs))
-        return 1e3 * float(sum(end - start for start, end in pairs))
+        return 1e3 * sum(end - start for start, end in pairs)
 
     def __enter__(self) -> None:
-        self._mark()
+        self._marks.append(time.perf_counter())
 
     def __exit__(self, *_: object) -> None:
-        self._mark()
-
-    def _mark(self) -> None:
-        if not self._on_gpu:
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        self._marks.append(event)
+        self._marks.append(time.perf_counter())
 
 
 def make_recent_inputs(model: FlashSTU, shape: Shape) -> RecentInputs | None:
