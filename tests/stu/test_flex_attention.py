@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+from stu import flex_attention as flex
 from stu.attention import alibi_slopes, sliding_window_attention
+from stu.config import ModelConfig
 from stu.flex_attention import BLOCK, flex_window_attention, in_window, scores, window_mask
+from stu.model import FlashSTU
 from tests.reference import attention as reference
 
 SOFTCAP = 5.0
@@ -90,3 +93,30 @@ def test_gradients_through_the_scores_are_those_of_blocks():
         gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
     for expected, actual in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_any_number_of_lengths_takes_two_compilations(monkeypatch):
+    torch.compiler.reset()
+    compiled = torch.compile(flex.flex_attention, backend="eager")
+    monkeypatch.setattr(flex, "flex_attention", compiled)
+    torch._dynamo.utils.counters.clear()
+    for length, num_queries in [(256, 256), (300, 300), (519, 519), (700, 257), (1000, 900)]:
+        inputs = random(length, num_queries, dtype=torch.float32)
+        flex_window_attention(*inputs, alibi_slopes(3), 100, SOFTCAP)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
+
+
+def test_blocks_of_equal_mixers_share_what_is_compiled():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "width": 16, "num_layers": 12, "num_heads": 2, "num_filters": 4}
+    model = FlashSTU(ModelConfig(**shape, layout="hybrid", max_seq_len=200, window_tokens=30))
+    tokens = torch.randint(50, (1, 150))
+    expected = model.hidden(tokens)
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(model.hidden(tokens), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
