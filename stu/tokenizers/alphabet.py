@@ -76,10 +76,12 @@ class AlphabetTokenizer(Tokenizer):
         ids = self._table[np.minimum(points, len(self._table) - 1)]
         if (ids < 0).any():
             place = int((ids < 0).argmax())
+            around = text[max(0, place - 10) : place + 10]
             raise UserError(
                 "text",
-                message=f"character {show(text[place])} (number {place}) is not in the alphabet of "
-                f"the tokenizer, {show(self._letters)}: leave it out of the text",
+                around,
+                message=f"character {show(text[place])} (number {place}, in {show(around)}) is not "
+                f"in the alphabet of the tokenizer, {show(self._letters)}: leave it out",
             )
         tokens: list[int] = ids.tolist()
         return tokens

@@ -256,7 +256,9 @@ def test_alphabets(tmp_path):
     assert dna.decode([5, 2, 0, 6]) == "GA"
     assert (dna.bos_id, dna.eos_id, dna.vocab_size) == (5, 6, 7)
     for text, place in [("GAxT", 2), ("GAT\n", 3), ("é", 0), ("GA\U0001f600", 2), ("\0", 0)]:
-        with pytest.raises(UserError, match=rf"\(number {place}\) is not in the alphabet .*ACGTN"):
+        with pytest.raises(
+            UserError, match=rf"\(number {place}, in .*\) is not in the alphabet .*ACGTN"
+        ):
             dna.encode(text)
     letters = make("añ東👍\n", tmp_path / "letters")
     text = "👍a東\nñ" * 9
