@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
 from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
+from serve.kernels.dispatch import uses_triton
+from serve.kernels.modules import KernelGatedMLP, KernelRMSNorm
 from stu.common.errors import UserError
 from stu.config import Weights
-from stu.layers import GatedMLP
+from stu.layers import GatedMLP, RMSNorm
 from stu.mixers import Mixer
 from stu.model import FlashSTU
 
@@ -19,16 +21,17 @@ from stu.model import FlashSTU
 class _Layers(NamedTuple):
     """Modules that replace those of a model."""
 
-    linear: Callable[[Tensor], nn.Module]
     mlp: Callable[[GatedMLP], nn.Module]
+    linear: Callable[[Tensor], nn.Module] | None = None
+    norm: Callable[[RMSNorm], nn.Module] | None = None
 
 
 def inference_copy(model: FlashSTU, weights: Weights = "float") -> FlashSTU:
     """Return a copy of `model` for inference, which shares the tensors that it does not replace.
 
-    float: linear layers are packed, where they can be. int8: their weights have 8 bits. Replaced
-    weights are in memory twice while `model` is referenced. Raises UserError where int8 is not to
-    be had.
+    float: linear layers are packed, where they can be; on CUDA, norms and MLPs run kernels. int8:
+    weights have 8 bits. Packed weights are in memory twice while `model` is referenced. Raises
+    UserError where int8 is not to be had.
     """
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
@@ -44,7 +47,7 @@ def inference_copy(model: FlashSTU, weights: Weights = "float") -> FlashSTU:
 def inference_product(weight: Tensor, weights: Weights = "float") -> Callable[[Tensor], Tensor]:
     """Return the function `x -> x @ weight.T` for inference."""
     layers = _layers(weight, weights)
-    if layers is not None:
+    if layers is not None and layers.linear is not None:
         return layers.linear(weight)
     return lambda x: nn.functional.linear(x, weight)
 
@@ -52,17 +55,23 @@ def inference_product(weight: Tensor, weights: Weights = "float") -> Callable[[T
 def _layers(weight: Tensor, weights: Weights) -> _Layers | None:
     """Return the modules for weights like this one; None: those of the model."""
     if weights == "float":
-        return _Layers(PackedLinear, PackedGatedMLP) if packs(weight) else None
+        if packs(weight):
+            return _Layers(PackedGatedMLP, PackedLinear)
+        return _Layers(KernelGatedMLP, norm=KernelRMSNorm) if uses_triton(weight) else None
     if weight.device.type != "cpu" or not has_int8():
         fix = "8 bits run on x86 processors, with a torch that was built with FBGEMM"
         raise UserError("weights", weights, "float", fix)
-    return _Layers(Int8Linear, Int8GatedMLP)
+    return _Layers(Int8GatedMLP, Int8Linear)
 
 
 def _replaced(module: nn.Module, layers: _Layers) -> nn.Module:
     """Return `module`, or the one to use instead."""
     if isinstance(module, GatedMLP):
         return layers.mlp(module)
+    if isinstance(module, RMSNorm) and layers.norm is not None:
+        return layers.norm(module)
+    if layers.linear is None:
+        return module
     if isinstance(module, Mixer):
         module.pack(layers.linear)
     if isinstance(module, nn.Linear):

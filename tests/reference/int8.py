@@ -8,9 +8,9 @@ def int8_product(x: Tensor, weight: Tensor, levels: int) -> Tensor:
 
     levels: Largest whole number of an input; that of a weight is 127.
     """
-    # Numbers half-way between two are rounded as float32 sees them.
+    # Numbers half-way between two are rounded as float32 sees them, without a sign.
     sizes = x.abs().amax(-1, keepdim=True) / levels
-    rounded = (x / sizes.clamp_min(1e-37)).round().double()
+    rounded = (x / sizes.clamp_min(1e-37) + (levels + 1)).round().double() - (levels + 1)
     products = rounded.new_empty(*x.shape[:-1], len(weight))
     for output, own in enumerate(weight):
         scale = own.abs().max() / 127

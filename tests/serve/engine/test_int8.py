@@ -25,6 +25,11 @@ def build(layout="hybrid", **changes):
     return FlashSTU(ModelConfig(vocab_size=300, layout=layout, **shape | changes)).eval()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def matrices(shape):
     """Return weights with outputs of very different sizes, of zeros, and of a single weight."""
     weight = torch.randn(shape) * torch.logspace(-20, 20, shape[0])[:, None]
