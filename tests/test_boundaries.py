@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = "stu", "train", "serve"
 LIBRARIES_OF_STU = {
     *("backports", "compression", "docstring_parser", "flash_attn", "jsonargparse", "numpy"),
-    *("safetensors", "sentencepiece", "torch"),
+    *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch"),
 }  # Python 3.14 has `compression`
 COMMANDS = {
     "stu-prepare": "train.data.cli",
