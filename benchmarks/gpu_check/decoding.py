@@ -1,11 +1,15 @@
 """Decoding by the engine: milliseconds of a step, against the time that reading its bytes takes."""
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu_check.engines import CAPTURES, filled, make_engine, step_bytes
+from benchmarks.gpu_check.engines import OVERLAPS, filled, make_engine, step_bytes
 from benchmarks.gpu_check.measuring import (
     Figures,
     Measures,
@@ -18,9 +22,11 @@ from benchmarks.gpu_check.measuring import (
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.timing import timed
 from serve.engine.engine import Engine
+from serve.engine.runner import Runner
+from stu.config import ModelConfig
 from stu.model import FlashSTU
 
-NOT_BUILT = "not built: the engine does not capture its step"
+Result = TypeVar("Result")
 SYNC_BATCH, SYNC_STEPS = 8, 100
 """Rows and steps among which no operation may wait for the GPU."""
 
@@ -46,8 +52,6 @@ def decode_measures(device: str, sizes: Sizes) -> Measures:
 
 def start(engines: list[Engine], model: FlashSTU, way: str, batch: int) -> Figures:
     """Append an engine to `engines`, and return the seconds that it takes to start."""
-    if way == "captured" and not CAPTURES:
-        return {"not_run": NOT_BUILT}
     return {
         "start_seconds": timed(lambda: engines.append(make_engine(model, batch, way == "captured")))
     }
@@ -67,26 +71,43 @@ def decode(engine: Engine, model: FlashSTU, batch: int, sizes: Sizes, bandwidth:
 
 
 def sync_measures(device: str, sizes: Sizes) -> Measures:
-    """Yield captured steps of each model in torch's mode in which waiting for a GPU is an error."""
+    """Yield each model's captured steps, and those of the whole engine, in torch's mode in which
+    waiting for a GPU is an error."""
     for name, config in sizes.models.items():
-        yield name, partial(run_unwaiting, partial(make_model, config, device))
+        yield f"{name}, model", partial(run_unwaiting, config, device, whole=False)
+        yield f"{name}, engine", partial(run_unwaiting, config, device, whole=True)
         release_memory()
 
 
-def run_unwaiting(make: Callable[[], FlashSTU]) -> Figures:
-    """Return the number of steps that ran without waiting. Raises RuntimeError if one waits."""
-    if not CAPTURES:
-        return {"not_run": NOT_BUILT}
-    model = make()
+def run_unwaiting(config: ModelConfig, device: str, whole: bool) -> Figures:
+    """Return the number of steps that ran without waiting. Raises RuntimeError if one waits.
+
+    whole: Count the choice of tokens and their way to the host as well.
+    """
+    if whole and not OVERLAPS:
+        return {"not_run": "not built: the engine waits for the tokens of each step"}
+    model = make_model(config, device)
     engine = make_engine(model, SYNC_BATCH, captures=True)
     with filled(engine, model, SYNC_BATCH, prompt_tokens=16):
         engine.step()
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nullcontext() if whole else patch.object(Runner, "decode", unwaiting(Runner.decode)):
+            step = unwaiting(engine.step) if whole else engine.step
             for _ in range(SYNC_STEPS):
-                engine.step()
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
+                step()
     return {"steps": SYNC_STEPS}
+
+
+def unwaiting(call: Callable[..., Result]) -> Callable[..., Result]:
+    """Return `call` in the mode in which waiting for a GPU is an error."""
+
+    @functools.wraps(call)
+    def in_mode(*arguments: Any) -> Result:
+        if not torch.cuda.is_available():
+            return call(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return in_mode

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -15,8 +15,8 @@ from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 
-CAPTURES = "enforce_eager" in {field.name for field in fields(EngineConfig)}
-"""Whether the engine can capture its step as a CUDA graph."""
+OVERLAPS = "overlap" in {field.name for field in fields(EngineConfig)}
+"""Whether the engine can read the tokens of a step while the next one runs."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,9 @@ class NoText:
 
 def make_engine(model: FlashSTU, batch: int, captures: bool = False) -> Engine:
     """Return an engine for so many requests, whose steps are captured or called from Python."""
-    settings: dict[str, Any] = {"max_running": batch, "prefix_cache_gib": 0}
-    if CAPTURES:
-        settings["enforce_eager"] = not captures
+    config = EngineConfig(max_running=batch, prefix_cache_gib=0, enforce_eager=not captures)
     tokenizer = cast(Tokenizer, NoText(model.config.vocab_size))
-    return Engine(model, tokenizer, EngineConfig(**settings))
+    return Engine(model, tokenizer, config)
 
 
 def make_request(model: FlashSTU, prompt_tokens: int, new_tokens: int, seed: int) -> Request:
