@@ -45,6 +45,10 @@ class EngineConfig:
     model directory."""
     batch_invariant: bool = False
     """Compute a request's logits to the last bit independently of the other requests. Slower."""
+    overlap: bool | None = None
+    """Whether the device decodes the next tokens while the host reads the last ones: text comes a
+    step later, and more steps run in a second. A step still waits for the host while a request has
+    a schema or an expression to match. None: on CUDA."""
     enforce_eager: bool = False
     """Launch each operation of a decoding step by itself, and not all at once as a CUDA graph.
     Slower; it starts sooner, and takes less memory. No effect on a CPU."""
@@ -69,6 +73,8 @@ class EngineConfig:
         self._require(
             "weights", is_format, "float or int8, or null for that of the model directory"
         )
+        is_switch = self.overlap is None or isinstance(self.overlap, bool)
+        self._require("overlap", is_switch, "true or false, or null to choose by the device")
         for name in ("batch_invariant", "enforce_eager"):
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
         if self.batch_invariant and expected is not None:

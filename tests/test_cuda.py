@@ -132,9 +132,14 @@ def test_online_convolutions(kind, lag_step, block, monkeypatch):
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("page_len", [4, 32])
-def test_a_batch_decodes_the_same_tokens_as_the_cpu(kind, page_len, tokenizer):
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_batch_decodes_the_same_tokens_as_the_cpu(
+    kind, page_len, overlap, enforce_eager, tokenizer
+):
     model = build(kind)
     settings = {"page_len": page_len, "prompt_tokens_per_step": 50}
+    settings |= {"overlap": overlap, "enforce_eager": enforce_eager}
     expected = decode(model, tokenizer, requests(), **settings)
     found = decode(copy_to_cuda(model, torch.float64), tokenizer, requests(), **settings)
     for (tokens, logprobs), (their_tokens, their_logprobs) in zip(found, expected, strict=True):

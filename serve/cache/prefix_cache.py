@@ -114,10 +114,9 @@ class PrefixCache:
 
     def insert(self, row: int, tokens: Sequence[int], digests: Digests) -> None:
         """Remember `row`, which has all of `tokens`. `make_room` is to follow."""
-        blocks, rest = divmod(len(tokens), BLOCK_TOKENS)
-        if not blocks or not self.is_on:
+        if len(tokens) < BLOCK_TOKENS or not self.is_on:
             return
-        key = digests[blocks - 1], tuple(tokens[len(tokens) - rest :])
+        key = self._key(tokens, digests)
         if key in self._entries:
             self._entries.move_to_end(key)
             return
@@ -135,13 +134,13 @@ class PrefixCache:
             self.num_bytes > self._max_bytes
             or (attention is not None and attention.num_kept > attention.num_free)
         ):
-            (digest, rest), entry = self._entries.popitem(last=False)
-            for cache, snapshot in entry.snapshots:
-                cache.drop(snapshot)
-            self._ends[digest].remove(rest)
-            if not self._ends[digest]:
-                del self._ends[digest]
-            self.num_bytes -= entry.num_bytes
+            self._drop(next(iter(self._entries)))
+
+    def remove(self, tokens: Sequence[int], digests: Digests) -> None:
+        """Forget the snapshot of all of `tokens`, if there is one."""
+        key = self._key(tokens, digests)
+        if key in self._entries:
+            self._drop(key)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if snapshots take more than they may, or are miscounted."""
@@ -150,6 +149,20 @@ class PrefixCache:
         assert {(end, rest) for end, rests in self._ends.items() for rest in rests} == set(
             self._entries
         ), "a prefix cannot be found"
+
+    def _key(self, tokens: Sequence[int], digests: Digests) -> _Key:
+        blocks, rest = divmod(len(tokens), BLOCK_TOKENS)
+        return digests[blocks - 1] if blocks else b"", tuple(tokens[len(tokens) - rest :])
+
+    def _drop(self, key: _Key) -> None:
+        entry = self._entries.pop(key)
+        for cache, snapshot in entry.snapshots:
+            cache.drop(snapshot)
+        digest, rest = key
+        self._ends[digest].remove(rest)
+        if not self._ends[digest]:
+            del self._ends[digest]
+        self.num_bytes -= entry.num_bytes
 
     def _find(self, tokens: Sequence[int], digests: Digests) -> _Entry | None:
         most = len(tokens) - 1

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from serve.cache.base import num_rows
 from serve.cache.budget import make_caches
-from serve.cache.paged_futurefill import PagedFutureFill
 from serve.config import EngineConfig
 from serve.engine.job import Job
+from serve.engine.next_tokens import NextTokens
 from serve.engine.prefill import ChunkEnd, Prefill
 from serve.engine.prefixes import Prefixes
 from serve.engine.prompt_results import PromptResults
@@ -18,7 +19,7 @@ from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.stats import Stats
 from serve.request import FinishReason, Output, Request, TokenLogprobs, check_request
-from serve.sampling.chooser import NOT_FINITE, TokenChooser
+from serve.sampling.chooser import NOT_FINITE, Choice, TokenChooser
 from serve.sampling.detokenizer import TextStream
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
@@ -65,11 +66,14 @@ class Engine:
             config, self._caches.needed, self._caches.capacity, self._caches.grow, self._prefixes
         )
         self._texts: dict[int, TextStream] = {}
-        self._chooser = TokenChooser(tokenizer, model.embedding.weight.device)
         self._prompt_results = PromptResults()
         self._prefill: Prefill | None = None
-        self._aborted: list[Output] = []
-        """Last outputs of aborted requests, until the next step returns them."""
+        device = model.embedding.weight.device
+        self._chooser = TokenChooser(tokenizer, device, num_rows(config))
+        overlaps = device.type == "cuda" if config.overlap is None else config.overlap
+        self._next_tokens = NextTokens(self._chooser, self._runner, overlaps, self._take)
+        self._outputs: list[Output] = []
+        """Outputs for the next step to return."""
         self.scheduled: dict[int, float] = {}
         """Requests whose prefill began in the last step, and when, by the monotonic clock."""
         self._next_id = itertools.count()
@@ -78,8 +82,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether there are requests that have not ended, or outputs to return."""
-        scheduler = self._scheduler
-        return bool(scheduler.running or scheduler.waiting or scheduler.prefilling or self._aborted)
+        return bool(self._texts or self._outputs)
 
     def compile(self, constraint: Constraint) -> None:
         """Compile `constraint`, so that `add` takes no time for it. Another thread may do this.
@@ -118,41 +121,28 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         """End a request; the next step returns its last output. Ignored if it has ended."""
+        self._next_tokens.read_of(request_id)
         for job in self._scheduler.jobs:
             if job.request_id == request_id:
                 held = self._texts[request_id].finish()
-                self._aborted.append(self._finish(job, "abort", held))
+                self._finish(job, "abort", held)
 
     def step(self) -> list[Output]:
         """Run one step and return the outputs of the requests that it advanced."""
-        outputs, self._aborted = self._aborted, []
         self.scheduled.clear()
         self._steps += 1
+        self._leave_rows()
         if self._prefill is None:
             self._begin_prefill()
-        outputs += self._decode()
-        return outputs + self._continue_prefill()
+        self._decode()
+        self._continue_prefill()
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def stats(self) -> Stats:
         """Return the load of the engine and its counts."""
-        capacity, used = self._caches.capacity, self._caches.used
-        convolution = self._caches.convolution
-        return Stats(
-            waiting=len(self._scheduler.waiting),
-            running=len(self._scheduler.running) + len(self._scheduler.prefilling),
-            convolution_pages=capacity.convolution,
-            convolution_pages_used=used.convolution,
-            attention_pages=capacity.attention,
-            attention_pages_used=used.attention,
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=self._new_tokens,
-            preemptions=self._scheduler.num_preemptions,
-            steps=self._steps,
-            prefix_tokens_asked=self._prefixes.tokens_asked,
-            prefix_tokens_found=self._prefixes.tokens_found,
-            flushes=dict(convolution.flushes) if isinstance(convolution, PagedFutureFill) else {},
-            convolution_cache=self._caches.convolution_info,
-        )
+        counts = self._prompt_tokens, self._new_tokens, self._steps
+        return Stats.of(self._scheduler, self._caches, self._prefixes, *counts)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost, has two owners, or belongs to no request."""
@@ -176,19 +166,19 @@ class Engine:
         self._prefill = Prefill(self._runner, prompts, at_once, self._prefixes.chunk_len)
         self._prompt_tokens += self._prefill.num_tokens
 
-    def _continue_prefill(self) -> list[Output]:
+    def _continue_prefill(self) -> None:
         """Prefill as many tokens as a step may."""
         for piece in self._prefill.step() if self._prefill is not None else ():
             if isinstance(piece, Tensor):
-                return self._end_prefill(piece)
+                self._end_prefill(piece)
+                return
             (job,) = (job for job in self._scheduler.prefilling if job.row == piece.row)
             if isinstance(piece, ChunkEnd):
                 self._prefixes.reached(job, piece.num_tokens)
             else:
                 self._prompt_results.add(job.request_id, job.request, piece)
-        return []
 
-    def _end_prefill(self, logits: Tensor) -> list[Output]:
+    def _end_prefill(self, logits: Tensor) -> None:
         """Make rows of the prefilled jobs, and choose their first tokens.
 
         logits: `[len(prefilling), vocab_size]`.
@@ -199,52 +189,47 @@ class Engine:
         for job in jobs:
             job.num_seen = self._scheduler.size(job)[0]
             self._runner.join(job.row, job.num_seen)
+            self._next_tokens.join(job)
             bisect.insort(self._scheduler.running, job, key=lambda other: other.row)
-        ended = [self._finish_prompt(job) for job in jobs if job.steps_to_come == 0]
-        rows = [row for row, job in enumerate(jobs) if job.steps_to_come > 0]
-        continued = logits[rows] if ended else logits
-        return ended + self._choose([jobs[row] for row in rows], continued)
+        for job in jobs:
+            if job.steps_to_come == 0:  # it generates nothing
+                finite = self._prompt_results.are_finite(job.request_id)
+                self._finish(job, *(("length",) if finite else ("error", "", NOT_FINITE)))
+        self._next_tokens.choose(jobs, logits)
 
-    def _finish_prompt(self, job: Job) -> Output:
-        """End a job that generates nothing."""
-        if self._prompt_results.are_finite(job.request_id):
-            return self._finish(job, "length")
-        return self._finish(job, "error", error=NOT_FINITE)
-
-    def _decode(self) -> list[Output]:
+    def _decode(self) -> None:
         rows = set(self._runner.batch())
         jobs = [job for job in self._scheduler.running if job.row in rows]
-        if not jobs:
-            return []
-        tokens = [job.new_token_ids[job.num_new_seen] for job in jobs]
-        logits = self._runner.decode(tokens)
-        for job in jobs:
-            job.steps_left -= 1
-            job.num_seen += 1
-        return self._choose(jobs, logits)
+        earlier = self._next_tokens.unread
+        if jobs:
+            logits = self._runner.decode([job.next_token for job in jobs])
+            for job in jobs:
+                job.steps_left -= 1
+                job.num_seen += 1
+            self._next_tokens.choose(jobs, logits)
+        self._next_tokens.read(earlier)
 
-    def _choose(self, jobs: list[Job], logits: Tensor) -> list[Output]:
-        """Append the next token of each job, from its row of `logits [len(jobs), vocab_size]`."""
-        rows = [i for i, job in enumerate(jobs) if job.num_new_seen == len(job.new_token_ids)]
-        chosen = [jobs[row] for row in rows]
-        outputs = []
-        if chosen:
-            own = logits if len(rows) == len(jobs) else logits[rows]
-            choices = self._chooser.choose([job.request_id for job in chosen], own)
-            for job, choice in zip(chosen, choices, strict=True):
-                if choice.error:
-                    held = self._texts[job.request_id].finish()
-                    why = {"error": choice.error, "is_refused": choice.is_refused}
-                    outputs.append(self._finish(job, "error", held, **why))
-                else:
-                    outputs.append(self._append(job, choice.token, choice.logprobs))
-        for job in jobs:
-            if job.steps_left == 0 and job in self._scheduler.running:
+    def _leave_rows(self) -> None:
+        """Take the rows of jobs that have no steps left: they get their last tokens without one, or
+        more pages."""
+        done = [job for job in self._scheduler.running if job.steps_left == 0]
+        if any(job.steps_to_come > job.num_unread for job in done):
+            self._next_tokens.read()
+        for job in done:
+            if job in self._scheduler.running:
                 self._remove_row(job)
-                self._scheduler.extend(job)
-        return outputs
+                if job.steps_to_come > job.num_unread:
+                    self._scheduler.extend(job)
 
-    def _append(self, job: Job, token: int, logprobs: TokenLogprobs | None) -> Output:
+    def _take(self, job: Job, choice: Choice) -> None:
+        """Append the next token to `job`, or end it with an error."""
+        if choice.error:
+            held = self._texts[job.request_id].finish()
+            self._finish(job, "error", held, choice.error, is_refused=choice.is_refused)
+        else:
+            self._append(job, choice.token, choice.logprobs)
+
+    def _append(self, job: Job, token: int, logprobs: TokenLogprobs | None) -> None:
         """Append a new token to `job`."""
         params, text = job.request.sampling, self._texts[job.request_id]
         new: dict[str, Any] = {
@@ -255,17 +240,23 @@ class Engine:
         self._chooser.append(job.request_id, token)
         self._new_tokens += 1
         if token in params.stop_ids(self._tokenizer.eos_id):
-            return self._finish(job, "stop", text.finish(), ends_with_stop_token=True, **new)
+            self._finish(job, "stop", text.finish(), ends_with_stop_token=True, **new)
+            return
         new_text = text.append(token)
         if text.stopped:
-            return self._finish(job, "stop", new_text, **new)
-        if job.steps_to_come == 0:
-            return self._finish(job, "length", new_text + text.finish(), **new)
-        new |= self._prompt_results.pop(job.request_id, job.request)
-        return Output(job.request_id, text=new_text, cached_tokens=job.cached_tokens or 0, **new)
+            self._finish(job, "stop", new_text, **new)
+        elif job.steps_to_come == 0:
+            self._finish(job, "length", new_text + text.finish(), **new)
+        else:
+            new |= self._prompt_results.pop(job.request_id, job.request)
+            cached_tokens = job.cached_tokens or 0
+            output = Output(job.request_id, text=new_text, cached_tokens=cached_tokens, **new)
+            self._outputs.append(output)
 
-    def _finish(self, job: Job, reason: FinishReason, text: str = "", **values: Any) -> Output:
-        """End `job` in any state, free its pages, and return its last output.
+    def _finish(
+        self, job: Job, reason: FinishReason, text: str = "", error: str = "", **values: Any
+    ) -> None:
+        """End `job` in any state, free its pages, and append its last output.
 
         values: Other fields of `Output`.
         """
@@ -277,22 +268,29 @@ class Engine:
             self._runner.release(job.row)
             if not self._scheduler.prefilling:
                 self._prefill = None
-        else:
+        elif job in self._scheduler.waiting:
             self._scheduler.waiting.remove(job)
+        elif reason == "error":  # found out after it left its row
+            self._prefixes.forget(job)
+        job.has_ended = True
         del self._texts[job.request_id]
         self._chooser.remove(job.request_id)
         values |= self._prompt_results.pop(job.request_id, job.request)
         values["cached_tokens"] = job.cached_tokens or 0
-        return Output(job.request_id, text=text, finish_reason=reason, **values)
+        output = Output(job.request_id, text=text, finish_reason=reason, error=error, **values)
+        self._outputs.append(output)
 
     def _preempt(self, job: Job) -> None:
-        self._remove_row(job)
-        self._scheduler.preempt(job)
+        self._next_tokens.read()
+        if job in self._scheduler.running:  # it has not just ended
+            self._remove_row(job)
+            self._scheduler.preempt(job)
 
     def _remove_row(self, job: Job, keeps: bool = True) -> None:
         if keeps:
             self._prefixes.keep(job)
         self._scheduler.running.remove(job)
         self._runner.leave(job.row)
+        self._next_tokens.leave(job)
         self._runner.release(job.row)
         self._prefixes.make_room()  # once its own pages are free

@@ -23,6 +23,9 @@ class Job:
     """Number of tokens, prompt and new, that its row remembers."""
     steps_left: int = 0
     """Number of steps that it still has pages for."""
+    num_unread: int = 0
+    """Number of new tokens that the device has chosen and the host has not read."""
+    has_ended: bool = False
     row: int = -1
     """Row of the batch, from its admission until it ends or is preempted."""
     digests: Digests | None = None
@@ -47,6 +50,17 @@ class Job:
         """Number of new tokens that its row remembers. Where there are more, they were generated
         before it was preempted, and are decoded again."""
         return self.num_seen - len(self.request.prompt_token_ids)
+
+    @property
+    def next_token(self) -> int | None:
+        """Token that its row sees next; None if the host has not read it."""
+        known = self.num_new_seen < len(self.new_token_ids)
+        return self.new_token_ids[self.num_new_seen] if known else None
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether its next token is to be chosen: its row remembers all others."""
+        return not self.has_ended and self.num_new_seen == len(self.new_token_ids) + self.num_unread
 
     @property
     def steps_to_come(self) -> int:

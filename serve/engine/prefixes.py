@@ -118,6 +118,11 @@ class Prefixes:
             job.digests = block_digests(tokens, job.request.cache_salt, job.digests)
             self._cache.insert(job.row, tokens, job.digests)
 
+    def forget(self, job: Job) -> None:
+        """Forget the snapshot that `keep` may have taken of a job, whose logits were not finite."""
+        if job.digests is not None:
+            self._cache.remove(job.tokens[: job.num_seen], job.digests)
+
 
 def _num_common(first: Sequence[bytes], second: Sequence[bytes]) -> int:
     """Return how many blocks two sequences have in common at their start."""

@@ -227,11 +227,9 @@ class Runner:
         return self._logits(torch.cat(hidden))
 
     @torch.inference_mode()
-    def set_tokens(self, rows: Sequence[int], tokens: Tensor) -> None:
-        """Set the last tokens `[B]` of rows, which have been chosen on the device."""
-        is_cuda = self._device.type == "cuda"
-        places = torch.tensor(rows, pin_memory=is_cuda).to(self._device, non_blocking=True)
-        self._last_tokens.index_copy_(0, places, tokens)
+    def set_tokens(self, rows: Tensor, tokens: Tensor) -> None:
+        """Set the last tokens of rows, both `[B]`, which have been chosen on the device."""
+        self._last_tokens.index_copy_(0, rows, tokens)
 
     def _static_step(self, captures: bool) -> DecodeStep | None:
         found = {}

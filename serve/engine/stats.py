@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.cache.base import ConvolutionCacheInfo
+from serve.cache.budget import Caches
+from serve.cache.paged_futurefill import PagedFutureFill
+from serve.engine.prefixes import Prefixes
+from serve.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,35 @@ class Stats:
     launched), by the positions of a tile."""
     convolution_cache: ConvolutionCacheInfo | None = None
     """The cache of long convolutions, if the model has any."""
+
+    @classmethod
+    def of(
+        cls,
+        scheduler: Scheduler,
+        caches: Caches,
+        prefixes: Prefixes,
+        prompt_tokens: int,
+        new_tokens: int,
+        steps: int,
+    ) -> "Stats":
+        """Return the stats of an engine with these parts and counts."""
+        capacity, used, convolution = caches.capacity, caches.used, caches.convolution
+        return cls(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running) + len(scheduler.prefilling),
+            convolution_pages=capacity.convolution,
+            convolution_pages_used=used.convolution,
+            attention_pages=capacity.attention,
+            attention_pages_used=used.attention,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            preemptions=scheduler.num_preemptions,
+            steps=steps,
+            prefix_tokens_asked=prefixes.tokens_asked,
+            prefix_tokens_found=prefixes.tokens_found,
+            flushes=dict(convolution.flushes) if isinstance(convolution, PagedFutureFill) else {},
+            convolution_cache=caches.convolution_info,
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Stats":

@@ -148,6 +148,24 @@ class TokenChooser:
         if words:
             self.sampler.allow(list(words), np.stack(list(words.values())))
 
+    def can_sample(self, request_ids: Sequence[int]) -> bool:
+        """Return whether the next tokens of these requests can be sampled before their last ones
+        are appended, which constraints do not allow."""
+        return all(self._states[request_id].matcher is None for request_id in request_ids)
+
+    def sample(self, request_ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Sampled]:
+        """Sample the next token of each request, without waiting for the device, and return their
+        rows too. They have joined rows, and have no constraints.
+
+        logits: `[B, vocab_size]`, a row for each request.
+        """
+        rows = [self._rows[request_id] for request_id in request_ids]
+        numbers = torch.tensor(self.begin(request_ids), dtype=torch.float64)
+        upload = self.sampler.tables.upload
+        places = upload(torch.tensor(rows))
+        features = self.sampler.features(rows)
+        return places, self.sampler.sample(logits, places, upload(numbers), features)
+
     def read(self, request_ids: Sequence[int], sampled: Sampled) -> list[Choice]:
         """Return the tokens that were sampled for requests, without appending them."""
         states = [self._states[request_id] for request_id in request_ids]

@@ -90,7 +90,7 @@ class RowTables:
     def write_settings(self, row: int, settings: Mapping[str, float], num_new: int) -> None:
         """Write the settings of a row, neutral where none is given, and its number of tokens."""
         values = list((self._neutral | dict(settings)).values())
-        self.settings[row].copy_(self._upload(torch.tensor(values, dtype=torch.float64)))
+        self.settings[row].copy_(self.upload(torch.tensor(values, dtype=torch.float64)))
         self.num_new[row].fill_(num_new)
 
     def write_bias(self, row: int, bias: Mapping[int, float]) -> None:
@@ -101,32 +101,32 @@ class RowTables:
         table = self._tables["bias"]
         table[row].zero_()
         if bias:
-            ids = self._upload(torch.tensor(list(bias)))
-            values = self._upload(torch.tensor(list(bias.values()), dtype=torch.float32))
+            ids = self.upload(torch.tensor(list(bias)))
+            values = self.upload(torch.tensor(list(bias.values()), dtype=torch.float32))
             table[row].index_copy_(0, ids, values)
 
     def write_counts(self, row: int, tokens: Sequence[int]) -> None:
         """Write how often each token is among `tokens`."""
         counts = np.bincount(np.array(tokens, dtype=np.int64), minlength=self.vocab_size)
         table = self._tables["new_counts"]
-        table[row].copy_(self._upload(torch.from_numpy(counts).to(table.dtype)))
+        table[row].copy_(self.upload(torch.from_numpy(counts).to(table.dtype)))
 
     def write_bits(self, name: Table, rows: Sequence[int], words: np.ndarray) -> None:
         """Write rows of a table of bits: int32 `[len(rows), words]`."""
-        places = self._upload(torch.tensor(rows))
-        self._tables[name].index_copy_(0, places, self._upload(torch.from_numpy(words)))
+        places = self.upload(torch.tensor(rows))
+        self._tables[name].index_copy_(0, places, self.upload(torch.from_numpy(words)))
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Copy `values` from the host without waiting for the device."""
+        if self.device.type == "cpu":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def pack(self, tokens: Iterable[int]) -> np.ndarray:
         """Return a bit mask with these tokens: int32 `[words]`."""
         mask = np.zeros(self._num_words * WORD_BITS, dtype=np.bool_)
         mask[list(tokens)] = True
         return np.packbits(mask, bitorder="little").view(np.int32)
-
-    def _upload(self, values: Tensor) -> Tensor:
-        """Copy `values` from the host without waiting for the device."""
-        if self.device.type == "cpu":
-            return values
-        return values.pin_memory().to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

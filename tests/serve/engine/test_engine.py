@@ -49,9 +49,9 @@ def tokenizer(tmp_path_factory):
 def make_engine(tokenizer):
     """Return a function of a kind or a model, and settings."""
 
-    def make(model="stu", **settings):
+    def make(model="stu", static=None, **settings):
         config = EngineConfig(**{"cache_gib": 0.01, "page_len": 8, **settings})
-        return Engine(MODELS.get(model, model), tokenizer, config)
+        return Engine(MODELS.get(model, model), tokenizer, config, static)
 
     return make
 
@@ -210,6 +210,8 @@ requests = generating | pooling | completing
             "prompt_tokens_per_step": st.sampled_from([5, 40, 300]),
             "expected_new_tokens": st.sampled_from([None, 1, 20]),
             "convolution_cache": st.sampled_from([None, "pages"]),
+            "overlap": st.booleans(),
+            "static": st.booleans(),
         }
     ),
     spare_bytes=st.integers(0, 30_000),
