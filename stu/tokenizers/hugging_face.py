@@ -61,7 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ids, added = encoder.get_vocab(), encoder.get_added_tokens_decoder()
         special = {added[token].content: token for token in added if added[token].special}
         names = {token: name for name, token in special.items()}
-        unknown = description["model"].get("unk_token")
+        unknown = _unknown_token(description["model"])
         if unknown in ids:
             names[ids[unknown]] = unknown
         token_bytes = [b""] * (max(ids.values()) + 1)
@@ -137,6 +137,13 @@ def _wrong_size(vocab_size: int, fault: str, limit: str, size: int) -> UserError
 
 def _config_file(bos: str | None, eos: str | None) -> bytes:
     return (json.dumps(dict(zip(MARKS, (bos, eos), strict=True)), indent=2) + "\n").encode()
+
+
+def _unknown_token(model: dict[str, Any]) -> str:
+    """Return the token for text that a model has no tokens for, or nothing."""
+    if isinstance(model.get("unk_id"), int):  # Unigram
+        return str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token") or ""
 
 
 def _token_name(value: Any) -> str | None:

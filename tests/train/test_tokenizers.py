@@ -17,6 +17,7 @@ from tests.stu.tokenizers.vocabularies import make
 from train import module, report
 from train.checkpoint import export, import_published
 from train.data import cli as prepare
+from train.data import encode
 from train.data.shards import Index, TokenShards
 
 WORDS = ["the", "dog", "sat", "on", "a", "mat", "and", "cat", "ran", "to", "it", "é", "東", "👍"]
@@ -34,10 +35,10 @@ def corpus(tmp_path_factory):
     return path
 
 
-def prepared(corpus, tokenizer, output):
+def prepared(corpus, tokenizer, output, *more):
     """Run stu-prepare with a `--tokenizer`, and return its folder."""
     arguments = [corpus, "--output", output, "--tokenizer", tokenizer, "--vocab-size", "280"]
-    arguments += ["--validation-fraction", "0.2", "--workers", "1"]
+    arguments += ["--validation-fraction", "0.2", "--workers", "1", *more]
     assert prepare.main([*map(str, arguments)]) == 0
     return output
 
@@ -105,6 +106,39 @@ def test_from_text_to_text(corpus, kind, train, tmp_path):
     arguments = [str(tmp_path / "x"), "--output", str(tmp_path / "y"), "--norm-eps", "1e-5"]
     assert import_published.main([*arguments, "--tokenizer", str(data)]) == 0
     assert load_tokenizer(tmp_path / "y").sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "o200k_base", "cl100k_base"])
+def test_long_texts_are_divided_where_a_token_begins(kind, tmp_path, monkeypatch):
+    tokenizer = make(kind, tmp_path / kind)
+    blocks = ["def f(x):", "    return x.y /", "/ z // 3", "", "  ", "x = 1", "'é", "2 + 3,\r"]
+    source = random.Random(0)
+    text = "\n".join(source.choices(blocks, k=2000))
+    whole = encode.encode_document(tokenizer, text)
+    assert whole.tolist() == tokenizer.start_ids + tokenizer.encode(text) + tokenizer.end_ids
+    for size in (200, 377, 5000):
+        monkeypatch.setattr(encode, "PIECE_CHARS", size)
+        assert encode.encode_document(tokenizer, text).tolist() == whole.tolist()
+    monkeypatch.setattr(encode, "PIECE_CHARS", 5)  # where no line ends in reach: other tokens
+    pieces = encode.encode_document(tokenizer, text).tolist()
+    assert len(pieces) > len(whole)
+    assert tokenizer.decode(pieces) == text
+
+
+@pytest.mark.parametrize("tokenizer", ["huggingface", "bytes"])
+def test_parts_have_the_tokens_of_the_whole(corpus, tokenizer, tmp_path):
+    lines = corpus.read_text().splitlines(keepends=True)
+    (tmp_path / "in").mkdir()
+    for name, half in [("a", lines[:30]), ("b", lines[30:])]:
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(half))
+    whole = prepared(tmp_path / "in", tokenizer, tmp_path / "whole")
+    for part in (1, 0):
+        prepared(tmp_path / "in", tokenizer, tmp_path / "parts", "--part", f"{part}/2")
+    assert read_tokenizer(tmp_path / "parts").files == read_tokenizer(whole).files
+    for split in ("train", "validation"):
+        shards = [TokenShards(folder, split) for folder in (whole, tmp_path / "parts")]
+        tokens = [shard.read(0, len(shard)).tolist() for shard in shards]
+        assert tokens[0] == tokens[1]
 
 
 def test_documents_are_divided_by_one_token_where_bos_and_eos_are_the_same(corpus, tmp_path):

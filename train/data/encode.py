@@ -77,7 +77,7 @@ def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
 
 def _cut(text: str, start: int) -> int:
     """Return where a piece of at most `PIECE_CHARS` ends: after a newline that a letter or digit
-    follows, where all common tokenizers begin a token, else after any newline if there is one."""
+    follows, where most tokenizers begin a token, else after any newline if there is one."""
     stop = start + PIECE_CHARS
     if stop >= len(text):
         return len(text)

@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 
 from stu.common.errors import UserError
 from stu.tokenizer import MOST_UNUSED, make_tokenizer, read_tokenizer
@@ -212,6 +212,19 @@ def test_metaspace(tmp_path):
         for ids in ([1, 2, 1], [3, 3, 2], [2, 1], []):
             assert tokenizer.decode(ids) == model.decode(ids)
         assert tokenizer.token_text(0) == "<s>"
+
+
+def test_unigram(tmp_path):
+    """A vocabulary as T5 has, whose unknown token has no text."""
+    pieces = [("\u2581a", -1.0), ("b", -2.0), ("[?]", 0.0), ("\u2581", -3.0)]
+    model = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    model.decoder = decoders.Metaspace()
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.encode("ab bé a") == [0, 1, 3, 1, 2, 0]
+    assert tokenizer.decode(tokenizer.encode("ab bé a")) == "ab b a"
+    assert (tokenizer.token_bytes(2), tokenizer.token_text(2)) == (b"", "[?]")
 
 
 WHOLE = ranks_file(BYTES)
