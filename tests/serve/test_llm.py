@@ -39,6 +39,16 @@ def test_completions_equal_those_of_each_prompt_alone(llm, code_model, code_toke
     assert len({completion.text for completion in completions}) > 4
 
 
+def test_completions_are_the_same_where_the_host_overlaps_with_the_device(llm, model_directory):
+    overlapping = LLM(model_directory, "cpu", cache_gib=0.01, max_running=3, overlap=True)
+    params = SamplingParams(temperature=1.0, max_new_tokens=20, n=3, seed=3, stop=["e", "("])
+    expected, found = (
+        [result.outputs for result in own.generate(PROMPTS, params, use_tqdm=False)]
+        for own in (llm, overlapping)
+    )
+    assert found == expected
+
+
 def test_each_prompt_may_have_its_own_sampling_params(llm, capsys):
     params = [SamplingParams(max_new_tokens=count, stop_at_eos=False) for count in (0, 3, 1, 5)]
     results = llm.generate(PROMPTS, params, use_tqdm=False)

@@ -117,14 +117,15 @@ def test_abort_reads_what_is_in_flight_first(make_engine, num_steps):
     assert engine.stats().convolution_pages_used == 0
 
 
-def test_preemption_loses_and_repeats_nothing(make_engine):
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_preemption_loses_and_repeats_nothing(make_engine, batch_invariant):
     sampled = SamplingParams(temperature=1.0, seed=3)
     requests = [make_request([5 + i], 30, sampled, priority=1) for i in range(4)]
     urgent = [make_request([50 + i], 10, sampled) for i in range(3)]
     expected = run(make_engine(False), requests + urgent)
-    engine = make_engine()
+    engine = make_engine(batch_invariant=batch_invariant)
     results = {engine.add(request): [] for request in requests}
-    for step in range(80):
+    for step in range(150):
         if step in (5, 9, 13):
             results[engine.add(urgent[(step - 5) // 4])] = []
         for output in engine.step():
