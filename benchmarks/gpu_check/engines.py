@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,9 +14,6 @@ from serve.sampling_params import SamplingParams
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
-
-OVERLAPS = "overlap" in {field.name for field in fields(EngineConfig)}
-"""Whether the engine can read the tokens of a step while the next one runs."""
 
 
 @dataclass(frozen=True)
