@@ -44,6 +44,7 @@ def save_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     weights: Weights = "float",
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model directory.
 
@@ -57,6 +58,8 @@ def save_model(
             model's `wide_names` are never cast.
         weights: Format of the matrices; those of 8 bits are what the engine makes of the float ones
             under `weights="int8"`.
+        others: Contents of other files by name, such as a chat template, which the tokenizer's own
+            files replace.
 
     Raises UserError if `path` is occupied and `overwrite` is off, or if the vocabularies differ;
     OSError, with nothing left behind, if the disk is full.
@@ -72,6 +75,8 @@ def save_model(
         limit = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
         defaults = {**GENERATION_DEFAULTS, **limit, **(generation or {})}
         _write_json(folder / "generation.json", defaults)
+        for name, contents in (others or {}).items():
+            (folder / name).write_bytes(contents)
         tokenizer.save(folder)
         tensors = model.state_dict()
         dtypes = {name: dtype for name in tensors.keys() - model.wide_names if dtype}

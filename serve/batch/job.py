@@ -86,6 +86,7 @@ class BatchJob:
             "id_column": config.id_column,
             **_fingerprint(config.model),
             "dtype": config.dtype,
+            "weights": config.engine.weights,
             "batch_invariant": config.engine.batch_invariant,
             **self.settings,
             **self._chat,

@@ -1,6 +1,7 @@
 """A model's layers as the engine runs them: the same functions, with weights in other layouts."""
 
 import copy
+import logging
 from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from stu.layers import GatedMLP, RMSNorm
 from stu.mixers import Mixer
 from stu.model import FlashSTU
 
+logger = logging.getLogger(__name__)
+
 
 class _Layers(NamedTuple):
     """Modules that replace those of a model."""
@@ -24,6 +27,20 @@ class _Layers(NamedTuple):
     mlp: Callable[[GatedMLP], nn.Module]
     linear: Callable[[Tensor], nn.Module] | None = None
     norm: Callable[[RMSNorm], nn.Module] | None = None
+
+
+def chosen_weights(asked: Weights | None, model: FlashSTU) -> Weights:
+    """Return the format that `EngineConfig.weights` asks for; by default that of the model
+    directory, if it runs on the model's device."""
+    if asked is not None or model.weights == "float":
+        return asked or "float"
+    if _runs_int8(model.embedding.weight):
+        return "int8"
+    logger.warning(
+        "the model directory has weights of 8 bits, which run on x86 processors alone; they are "
+        "decoded as floats here"
+    )
+    return "float"
 
 
 def inference_copy(model: FlashSTU, weights: Weights = "float") -> FlashSTU:
@@ -58,10 +75,14 @@ def _layers(weight: Tensor, weights: Weights) -> _Layers | None:
         if packs(weight):
             return _Layers(PackedGatedMLP, PackedLinear)
         return _Layers(KernelGatedMLP, norm=KernelRMSNorm) if uses_triton(weight) else None
-    if weight.device.type != "cpu" or not has_int8():
+    if not _runs_int8(weight):
         fix = "8 bits run on x86 processors, with a torch that was built with FBGEMM"
         raise UserError("weights", weights, "float", fix)
     return _Layers(Int8GatedMLP, Int8Linear)
+
+
+def _runs_int8(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and has_int8()
 
 
 def _replaced(module: nn.Module, layers: _Layers) -> nn.Module:

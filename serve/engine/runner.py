@@ -13,7 +13,7 @@ from serve.cache.budget import Caches
 from serve.cache.page_pool import OutOfPages
 from serve.config import INVARIANT_ROWS, EngineConfig
 from serve.engine.decode_step import DecodeStep
-from serve.engine.inference_model import inference_copy, inference_product
+from serve.engine.inference_model import chosen_weights, inference_copy, inference_product
 from serve.engine.memory import PromptMemory, RowMemory
 from serve.engine.packing import packs
 from serve.engine.prompt_results import PooledHidden, PromptLogits
@@ -72,7 +72,7 @@ class Runner:
     ) -> None:
         if config.batch_invariant:
             _require_invariance(model)
-        weights = config.weights or model.weights
+        weights = chosen_weights(config.weights, model)
         self._model = inference_copy(model, weights)
         self._batch_invariant = config.batch_invariant
         self._unembed = inference_product(model.embedding.weight, weights)

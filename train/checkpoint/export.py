@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from stu.tokenizer import Tokenizer
     from train.checkpoint.folder import CheckpointFolder
 
+CHAT_TEMPLATES = "chat_template.jinja", "tokenizer_config.json"
+"""Files of a model directory that may have its chat template."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code. An error leaves nothing behind."""
@@ -41,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--weights",
         type=Literal["float", "int8"],
-        default="float",
-        help="int8: matrices of 8 bits, for a model directory of a quarter of the size, which "
-        "decodes faster on a CPU",
+        help="int8: matrices of 8 bits, a quarter of float32, which decode faster on a CPU; by "
+        "default as they are",
     )
     add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)
@@ -69,7 +71,7 @@ def export(
     dtype: str = "float32",
     overwrite: bool = False,
     layout: str = "stu",
-    weights: "Weights" = "float",
+    weights: "Weights | None" = None,
 ) -> None:
     """Write the model of `checkpoint` to the folder `output`.
 
@@ -82,7 +84,7 @@ def export(
         dtype: Dtype of the weights.
         overwrite: Whether an existing `output` is replaced.
         layout: `stu` for a model directory, or `published`.
-        weights: Format of the matrices of a model directory.
+        weights: Format of the matrices of a model directory; None: as they are.
 
     Raises UserError or OSError, and then leaves nothing behind.
     """
@@ -94,11 +96,14 @@ def export(
     model, tokenizer, generation = _read(checkpoint)
     torch_dtype = getattr(torch, dtype)
     if layout == "published":
-        if weights != "float":
+        if weights == "int8":
             raise UserError("weights", weights, "float for the published layout")
         save_published(output, model, tokenizer, torch_dtype, overwrite)
     else:
-        save_model(output, model, tokenizer, generation, overwrite, torch_dtype, weights)
+        others = {name: checkpoint / name for name in CHAT_TEMPLATES}
+        chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
+        arguments = overwrite, torch_dtype, weights or model.weights, chat
+        save_model(output, model, tokenizer, generation, *arguments)
 
 
 def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":

@@ -6,7 +6,7 @@ import torch
 from serve.config import EngineConfig
 from serve.engine import int8
 from serve.engine.engine import Engine
-from serve.engine.inference_model import inference_copy
+from serve.engine.inference_model import chosen_weights, inference_copy
 from serve.engine.int8 import Int8Linear, has_int8
 from serve.request import Request
 from serve.sampling_params import SamplingParams
@@ -128,6 +128,18 @@ def test_an_engine_decodes_each_request_as_alone(code_model, code_tokenizer):
         return [found[request_id] for request_id in ids]
 
     assert decode(requests) == [decode([request])[0] for request in requests]
+
+
+def test_models_stored_in_8_bits_decode_in_floats_elsewhere(caplog):
+    model = build()
+    assert chosen_weights(None, model) == "float"
+    model.weights = "int8"
+    assert chosen_weights(None, model) == "int8"
+    assert chosen_weights("float", model) == "float"
+    elsewhere = build().to("meta")
+    elsewhere.weights = "int8"
+    assert chosen_weights(None, elsewhere) == "float"
+    assert "decoded as floats here" in caplog.text
 
 
 def test_int8_is_refused_where_it_is_not_to_be_had():

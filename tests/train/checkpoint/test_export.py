@@ -38,6 +38,10 @@ def test_export_in_8_bits(trained, tmp_path, capsys):
     assert model.weights == "int8"
     saved = 3 * sum(model.get_parameter(name).numel() for name in model.matrices)
     assert sizes["float"] - sizes["int8"] > 0.8 * saved
+    (tmp_path / "int8" / "chat_template.jinja").write_text("{{ messages }}")
+    assert export.main([str(tmp_path / "int8"), "--output", str(tmp_path / "again")]) == 0
+    assert load_model(tmp_path / "again").weights == "int8", "as it was"
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
     command = [str(tmp_path / "int8"), "--output", str(tmp_path / "p"), "--format", "published"]
     assert export.main([*command, "--weights", "int8"]) == 2
     assert 'weights="int8" is not allowed: it must be float' in capsys.readouterr().err
