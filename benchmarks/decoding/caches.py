@@ -145,14 +145,15 @@ class EngineCache:
         self.cache.advance()
 
     def seek(self, position: int) -> None:
-        steps = max(0, position - self.position)  # it cannot go back
-        reached = self.position + steps
-        # With states, only the place in a page matters.
-        for _ in range(steps if self.cache.pool else steps % PAGE_LEN):
+        steps = position - self.position
+        if self.cache.pool is None:
+            steps %= PAGE_LEN  # with states, only the place in a page matters
+        for _ in range(steps):  # pages cannot go back
             for layer in range(self.num_layers):
                 self.step(layer, self._inputs)
             self.advance()
-        self.position = reached
+        if self.cache.pool is None:
+            self.position = position
 
     def flushes(self) -> list[Flush]:
         pages = self._shape.num_pages

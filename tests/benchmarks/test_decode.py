@@ -83,6 +83,15 @@ def test_the_engine_cache_flushes_at_the_ends_that_it_names():
         assert num_flushes() - before == (shape.batch if end > last else 0)
 
 
+def test_states_go_back_to_any_place_of_a_page():
+    model, shape = make("stu", 30, 300, width=64)
+    cache = make_cache("ours", model, shape)
+    for position in (40, 33, 70, 65, 64, 31):
+        cache.seek(position)
+        assert cache.position == position
+        assert cache.cache.page_ends()[0] == 32 - position % 32
+
+
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_can_be_set_to_later_positions(layout, name):
