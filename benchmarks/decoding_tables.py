@@ -105,6 +105,17 @@ def decode_shares(result: Run) -> str:
     return table(timed(result, ["ours", "naive"]), columns)
 
 
+def int8_steps(result: Run) -> str:
+    """Show milliseconds of a step with weights in float and in 8 bits."""
+    columns: Columns = {
+        "batch": lambda runs: str(runs["ours"]["batch"]),
+        "float32, ms": partial(ms, "ours", "step_ms"),
+        "8 bits, ms": partial(ms, "ours_int8", "step_ms"),
+        "times as fast": lambda runs: f"{1 / runs['ours_int8']['step_over_ours']:.2f}",
+    }
+    return table(timed(result, ["ours", "ours_int8"]), columns)
+
+
 def flash_inference(result: Run) -> str:
     """Show cache and convolution of tiles over prompt and generation beside ours."""
     names = ["flashinference", "continuous", "ours"]
@@ -257,6 +268,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "decode flashinference": flash_inference,
     "prompts flashinference": flash_inference,
     "layouts": layouts,
+    "int8 steps": int8_steps,
     "kernels": kernels,
     "h100 steps": gpu_steps,
     "h100 launches": gpu_launches,
