@@ -242,8 +242,8 @@ class PagedFutureFill(Cache):
         pages, step = self.pool.pages, self._lag_step
         for layer, layer_taps in enumerate(self._taps):
             # Transposed copies: transforms along strides are slower.
-            taps = layer_taps.T.contiguous()
             inputs = pages[past, layer, phase::step].flatten(0, 1).T.contiguous()  # [W, T]
+            taps = layer_taps[: inputs.shape[1] + num_outputs].T.contiguous()  # those that reach
             streams = inputs.view(-1, len(taps), inputs.shape[1])  # [W / C, C, T]
             filled = future_fill(streams, taps, num_outputs).flatten(0, 1).T
             for page, added in zip(
