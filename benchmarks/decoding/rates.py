@@ -1,7 +1,4 @@
-"""Speeds of a machine: the constants of the cost model (`benchmarks.decoding.model`).
-
-Each is measured, or taken from a data sheet with the share of it that `train.plan.costs` assumes.
-"""
+"""Measured speeds of a machine: the constants of the cost model (`benchmarks.decoding.model`)."""
 
 import functools
 import itertools
@@ -19,8 +16,6 @@ from benchmarks.peers.peer import FLOAT_BYTES
 from benchmarks.timing import timed
 from serve.engine.inference_model import inference_product
 from stu.layers import RMSNorm
-from train.gpus import GPUS
-from train.plan.costs import FFT_SHARE, PRODUCT_SHARE
 
 READ = 2**26
 """Numbers in a vector: a quarter of a gigabyte, more than the caches of any processor hold."""
@@ -128,23 +123,6 @@ def median_rates(several: Sequence[Rates]) -> Rates:
 def mean_rates(several: Sequence[Rates]) -> Rates:
     """Return the rates at which as much is done at several times takes the time of all."""
     return Rates(*map(statistics.harmonic_mean, zip(*map(astuple, several), strict=True)))
-
-
-def rates_of_gpu(name: str) -> Rates:
-    """Return the speeds on the data sheet of a GPU; it has none for streams and operations."""
-    gpu = GPUS[name]
-    # A transform reads its numbers and writes as many, four bytes each.
-    transformed = FFT_SHARE * gpu.bytes_per_second / 8
-    products = PRODUCT_SHARE * gpu.flops / 2
-    return Rates(
-        bytes=gpu.bytes_per_second,
-        products=products,
-        single_products=products,
-        ffts=transformed * math.log2(FFT_LENGTH),
-        streams=math.inf,
-        operations=math.inf,
-        stream_bytes=gpu.bytes_per_second,
-    )
 
 
 def step_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:

@@ -17,7 +17,6 @@ from benchmarks.decoding.rates import (
     mean_rates,
     median_rates,
     operations,
-    rates_of_gpu,
     step_parts,
 )
 from benchmarks.decoding.shape import Shape
@@ -111,13 +110,6 @@ def test_only_innermost_operations_are_counted():
     assert operations(lambda: x.add(x).mul(x)) == 2
     assert operations(lambda: None) == 0
     assert operations(lambda: x @ x) == operations(lambda: x.mm(x)), "which is in it"
-
-
-def test_a_gpu_has_the_rates_of_its_data_sheet():
-    gpu = rates_of_gpu("h100-80g")
-    assert gpu.bytes == gpu.stream_bytes == 3.35e12
-    assert gpu.products == gpu.single_products == pytest.approx(0.5 * 989e12 / 2)
-    assert gpu.ffts == pytest.approx(0.6 * 3.35e12 / 8 * 12)
 
 
 @pytest.mark.parametrize("in_convolution", [False, True])
