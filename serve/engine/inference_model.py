@@ -46,9 +46,10 @@ def chosen_weights(asked: Weights | None, model: FlashSTU) -> Weights:
 def inference_copy(model: FlashSTU, weights: Weights = "float") -> FlashSTU:
     """Return a copy of `model` for inference, which shares the tensors that it does not replace.
 
-    float: linear layers are packed, where they can be; on CUDA, norms and MLPs run kernels. int8:
-    weights have 8 bits. Packed weights are in memory twice while `model` is referenced. Raises
-    UserError where int8 is not to be had.
+    float: linear layers are packed, where they can be; on CUDA, norms and MLPs run kernels, and the
+    gate and up weights of an MLP of `model` move into one matrix. int8: weights have 8 bits. Packed
+    weights are in memory twice while `model` is referenced. Raises UserError where int8 is not to
+    be had.
     """
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}

@@ -17,13 +17,15 @@ class KernelRMSNorm(nn.Module):
         self.weight, self.eps = norm.weight, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_norm(x.flatten(0, -2), None, self.weight, self.eps)[1].view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        return add_norm(rows, None, self.weight, self.eps)[1].view(x.shape)
 
 
 class KernelGatedMLP(nn.Module):
     """`stu.layers.GatedMLP` with gate and up as one matrix.
 
-    The weights of `mlp` become parts of that matrix, so they are in memory once.
+    The weights of `mlp`, and of every module that shares them, become parts of that matrix, so they
+    are in memory once. They can be read, saved and changed in place as before.
     """
 
     def __init__(self, mlp: GatedMLP) -> None:
@@ -33,6 +35,6 @@ class KernelGatedMLP(nn.Module):
         self.down = mlp.down
 
     def forward(self, x: Tensor) -> Tensor:
-        products = gated_product(linear(x.flatten(0, -2), self.gate_up))
+        products = gated_product(linear(x.reshape(-1, x.shape[-1]), self.gate_up))
         gated: Tensor = self.down(products)
         return gated.view(x.shape)
