@@ -68,6 +68,7 @@ def in_window(window_tokens: int) -> Callable[..., Tensor]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # else part of every compiled step
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # training cannot use a mask that inference has made
 def window_mask(
     length: int, first_query: int, window_tokens: int, device: torch.device
 ) -> BlockMask:

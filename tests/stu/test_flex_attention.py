@@ -64,6 +64,14 @@ def test_masks_are_those_of_torch(blocks, window):
             assert torch.equal(*lists), (kind, row)
 
 
+def test_a_mask_made_in_inference_serves_training_too():
+    with torch.inference_mode():
+        mask = window_mask(3 * BLOCK, 0, 77, torch.device("cpu"))  # no other test has made it
+    tensors = [value for value in vars(mask).values() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
 @pytest.mark.parametrize("first_query", [1, 128, 200, 500])
 def test_blocks_before_the_first_query_see_nothing(first_query):
     length, cpu = 5 * BLOCK, torch.device("cpu")
