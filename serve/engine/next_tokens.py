@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from serve.cache.window_blocks import on_device
 from serve.engine.job import Job
 from serve.engine.runner import Runner
 from serve.engine.step_state import Event, event_on
@@ -76,7 +78,8 @@ class NextTokens:
             return
         chosen, own = [jobs[place] for place in places], logits
         if len(places) < len(jobs):
-            own = logits[places]
+            kept = on_device(np.array(places), logits.device)  # a list would be waited for
+            own = logits.index_select(0, kept)
         ids = [job.request_id for job in chosen]
         if ahead:
             rows, sampled = self._chooser.sample(ids, own)

@@ -198,16 +198,15 @@ class TokenChooser:
             features = self.sampler.features([self._rows[request_id]])
             groups.setdefault(features, []).append(place)
         choices: dict[int, Choice] = {}
+        upload = self.sampler.tables.upload
         for features, places in groups.items():
             ids = [request_ids[place] for place in places]
             rows = torch.tensor([self._rows[request_id] for request_id in ids])
             own = torch.tensor([numbers[place] for place in places], dtype=torch.float64)
-            sampled = self.sampler.sample(
-                logits if len(groups) == 1 else logits[places],
-                rows.to(self._device),
-                own.to(self._device),
-                features,
-            )
+            own_logits = logits
+            if len(groups) > 1:
+                own_logits = logits.index_select(0, upload(torch.tensor(places)))
+            sampled = self.sampler.sample(own_logits, upload(rows), upload(own), features)
             choices.update(zip(places, self.read(ids, sampled), strict=True))
         return [choices[place] for place in range(len(request_ids))]
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
@@ -203,3 +204,31 @@ def test_no_snapshot_is_left_of_logits_that_are_not_finite(make_engine):
     assert kept
     assert max(entry.num_tokens for entry in kept) <= 40
     assert run(engine, [request]) == expected
+
+
+class Indexed(TorchDispatchMode):
+    """Records results of an index that is a list or a mask, for which the host waits on CUDA."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "index":
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_host_waits_for_no_choice_of_rows(make_engine, overlap):
+    """Where some of the logits have no token to come, or rows need different work."""
+    engine, indexed = make_engine(overlap), Indexed()
+    engine.add(make_request([5, 6], 0))
+    engine.add(make_request([7, 8], 4))
+    engine.add(make_request([9, 3], 4, SamplingParams(1.0, seed=1, logprobs=1)))
+    vocab_size = engine._model_config.vocab_size
+    with indexed:
+        while engine.has_work:
+            engine.step()
+    assert [shape for shape in indexed.shapes if shape[-1:] == (vocab_size,)] == []
