@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from serve.cache.base import Cache, num_rows
 from serve.cache.budget import Caches
 from serve.cache.page_pool import OutOfPages
+from serve.cache.window_blocks import on_device
 from serve.config import INVARIANT_ROWS, EngineConfig
 from serve.engine.decode_step import DecodeStep
 from serve.engine.inference_model import chosen_weights, inference_copy, inference_product
@@ -171,7 +173,7 @@ class Runner:
                 cache.begin_chunk(chunk.row, len(chunk.tokens))
         lengths = [len(chunk.tokens) for chunk in chunks]
         memory = PromptMemory(self._caches, [chunk.row for chunk in chunks], lengths)
-        x = model.embedding(torch.tensor([ids], device=self._device))  # [1, T, D]
+        x = model.embedding(on_device(np.array([ids]), self._device))  # [1, T, D]
         for block in model.blocks:
             assert isinstance(block, Block)
             if tokens_at_once is None:
@@ -198,9 +200,10 @@ class Runner:
                 yield PooledHidden(chunk.row, torch.stack(sums).sum(0))
             elif chunk.pooling == "last" and chunk.is_last:
                 yield PooledHidden(chunk.row, model.norm(hidden[-1]).double())
-        ends = torch.tensor(lengths).cumsum(0)[[chunk.is_last for chunk in chunks]] - 1
+        ends = np.cumsum(lengths)[[chunk.is_last for chunk in chunks]] - 1
         if len(ends):  # [sequences, D] -> [sequences, vocab_size]
-            yield self._logits(model.norm(x[0, ends.to(self._device)]))
+            last_ones = x[0].index_select(0, on_device(ends, self._device))
+            yield self._logits(model.norm(last_ones))
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int | None]) -> Tensor:

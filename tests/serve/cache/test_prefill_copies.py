@@ -5,11 +5,15 @@ On CUDA that would be a copy for which the host waits, in each layer anew.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from serve.cache import attention_windows
 from serve.cache.budget import make_caches
+from serve.cache.window_blocks import on_device
 from serve.config import EngineConfig
+from serve.engine import runner as runner_module
 from serve.engine.memory import PromptMemory
+from serve.engine.runner import Chunk, Runner
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 
@@ -59,3 +63,30 @@ def test_layers_take_nothing_from_the_host(kind):
         assert host.found == []
         start += length
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_prompts_go_to_the_device_without_waiting(monkeypatch):
+    """All of a prefill, from token ids to the logits of those sequences that end, takes numbers
+    from the host by the function for which it does not wait."""
+
+    def unrecorded(numbers, device):
+        with _disable_current_modes():
+            return on_device(numbers, device)
+
+    for module in (runner_module, attention_windows):
+        monkeypatch.setattr(module, "on_device", unrecorded)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "width": 16, "num_layers": 2, "num_heads": 2, "num_filters": 4}
+    model = FlashSTU(ModelConfig(**shape, window_tokens=20, max_seq_len=200))
+    config = EngineConfig(cache_gib=0.05, max_running=3, page_len=4)
+    runner = Runner(model, make_caches(model, config), config)
+    prompts = [torch.randint(50, (length,)).tolist() for length in (7, 30, 11)]
+    rows = [runner.admit(len(prompt), 10) for prompt in prompts]
+    ends = [True, False, True]
+    chunks = [Chunk(*own) for own in zip(rows, prompts, [0, 0, 0], ends, strict=True)]
+    with HostData() as host:
+        (logits,) = runner.prefill(chunks)
+    assert host.found == []
+    expected = [model(torch.tensor([prompts[i]]))[0, -1] for i in (0, 2)]
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-5)
