@@ -246,12 +246,19 @@ def _budget_bytes(model: FlashSTU, config: EngineConfig) -> int:
     device = model.embedding.weight.device
     if config.cache_gib is not None:
         return int(config.cache_gib * GIB)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    free = free_bytes(device)
+    if device.type == "cuda" and not config.enforce_eager:
         free = max(0, free - graph_bytes(model, config))
-    else:
-        free = psutil.virtual_memory().available
     return int(DEFAULT_SHARE * free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a device's memory that tensors can take. What torch keeps of freed ones
+    counts too."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
@@ -263,4 +270,6 @@ def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
     num_bytes = numbers * weight.element_size()
     if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):
         num_bytes += 3 * ENDED_AT_ONCE * 2 * width * max(RANKS) * 8  # a layer has two signals
+        matrices = 2 * shape.num_filters * width**2  # a layer puts them together
+        num_bytes += matrices * weight.element_size()
     return num_bytes

@@ -1,0 +1,64 @@
+"""The memory that caches take on CUDA by default, by a stand-in for its allocator."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from serve.cache import budget
+from serve.config import EngineConfig
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+
+GIB = 2**30
+SHAPE = {"width": 64, "num_layers": 2, "num_heads": 2, "num_filters": 8, "mlp_ratio": 2}
+CONFIG = ModelConfig(vocab_size=50, max_seq_len=64, layout="stu", **SHAPE)
+
+
+@pytest.fixture
+def model_on_cuda(monkeypatch):
+    """A model on a device with 10 GiB free, whose allocator keeps 5 GiB, of which 3 are used."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
+    monkeypatch.setattr(budget, "graph_bytes", lambda model, config: 2 * GIB)
+    weight = SimpleNamespace(device=torch.device("cuda", 0))
+    return SimpleNamespace(embedding=SimpleNamespace(weight=weight))
+
+
+@pytest.mark.parametrize(("enforce_eager", "free_gib"), [(False, 10), (True, 12)])
+def test_default_size_counts_memory_that_torch_keeps(model_on_cuda, enforce_eager, free_gib):
+    """Graphs take their part only where there are any."""
+    config = EngineConfig(enforce_eager=enforce_eager)
+    assert budget._budget_bytes(model_on_cuda, config) == free_gib * GIB // 2
+
+
+class Largest(TorchDispatchMode):
+    """Adds up the bytes of new tensors as large as all matrices of a layer."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.num_bytes = least, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.num_bytes += result.nbytes if result.numel() >= self.least else 0
+        return result
+
+
+@torch.inference_mode()
+def test_graphs_have_room_for_the_matrices_of_the_full_form():
+    """More of them for more filters; all else stays the same."""
+    taken, counted = [], []
+    for num_filters in (4, 8):
+        model = FlashSTU(replace(CONFIG, stu_form="full", num_filters=num_filters))
+        width, channels = CONFIG.width, 2 * num_filters
+        with Largest(channels * width**2) as largest:
+            model.blocks[0].mixer.combine(torch.zeros(width, 1, channels), torch.zeros(1, 1, width))
+        taken.append(largest.num_bytes)
+        counted.append(budget.graph_bytes(model, EngineConfig(max_running=1)))
+    assert taken[1] == 2 * taken[0] > 0
+    assert counted[1] - counted[0] == taken[1] - taken[0]
