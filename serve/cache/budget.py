@@ -256,7 +256,8 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes of a device's memory that tensors can take. What torch keeps of freed ones
     counts too."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        available: int = psutil.virtual_memory().available
+        return available
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
