@@ -33,7 +33,8 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "correctness": Part("correctness.measures", 120, "tests of CUDA and of kernels"),
+    "kernels": Part("correctness.kernel_measures", 60, "tests of kernels"),
+    "correctness": Part("correctness.cuda_measures", 120, "tests of CUDA"),
     "sync": Part("decoding.sync_measures", 60, "captured steps that may not wait for the GPU"),
     "decode": Part("decoding.decode_measures", 150, "decoding steps at 2.7 B and 550 M parameters"),
     "prefill": Part("prefill.measures", 60, "a prompt of 8,192 tokens"),

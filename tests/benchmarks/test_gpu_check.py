@@ -2,15 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import run_part
+from benchmarks.gpu_check import correctness, run_part
 from benchmarks.gpu_check.llama import LlamaLike
 from benchmarks.gpu_check.peer import make_peer
 from benchmarks.gpu_check.sizes import full_sizes, tiny_sizes
+from benchmarks.recorded import ROOT
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 
@@ -52,7 +55,8 @@ def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
         name: {row["setting"]: row for row in part["measures"]}
         for name, part in result["parts"].items()
     }
-    assert rows["correctness"]["tests/test_cuda.py"]["passed"] >= 0
+    assert rows["kernels"]["test_near_field"]["passed"] > 0
+    assert rows["correctness"]["test_bfloat16_stays_near_float64"]["passed"] >= 0
     assert rows["decode"]["hybrid-550m, eager, batch 3"]["times_reading"] > 0
     assert rows["peer"]["size of stu-2.7b, batch 3"]["step_ms"] > 0
     assert rows["prefill"]["peer of hybrid-2.7b"]["prefill_seconds"] > 0
@@ -110,7 +114,37 @@ def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit) as refused:
         gpu_check.main(["--only", "decode,sinc"])
     assert refused.value.code == 2
-    assert "sinc: known are correctness, sync" in capsys.readouterr().err
+    assert "sinc: known are kernels, correctness, sync" in capsys.readouterr().err
+
+
+RUN_ONE_FILE = """
+import faulthandler, json, sys
+faulthandler.cancel_dump_traceback_later = lambda: print("the limit was disarmed")
+from benchmarks.gpu_check.correctness import run_tests
+print(json.dumps(run_tests(sys.argv[1])))
+"""
+
+
+def test_a_failing_test_is_kept_and_leaves_the_limit_armed(tmp_path):
+    file = tmp_path / "test_own.py"
+    file.write_text("def test_bad():\n    assert 1 + 1 == 3\n\ndef test_good():\n    pass\n")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ONE_FILE, str(file)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert "disarmed" not in done.stdout + done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["passed"], figures["failed"]) == (1, 1)
+    for text in (figures["error"], done.stderr):
+        assert "assert (1 + 1) == 3" in text
+
+
+def test_all_test_functions_of_cuda_are_run():
+    names = correctness.test_functions(correctness.CUDA_TESTS)
+    assert len(names) == (ROOT / correctness.CUDA_TESTS).read_text().count("\ndef test_") > 10
 
 
 def test_steps_of_the_peer_continue_its_prefill():
