@@ -70,11 +70,21 @@ def step_times(step: Callable[[], object], count: int, waits: bool) -> Figures:
 
 def energy(call: Callable[[], object], seconds: float) -> Figures:
     """Return joules of a call, and watts meanwhile, over `seconds` of calls; nothing without an
-    NVIDIA GPU."""
+    NVIDIA GPU, and the reason where its driver does not tell."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
-    import pynvml  # type: ignore[import-not-found]
+    try:
+        import pynvml  # type: ignore[import-not-found]
+    except ImportError as error:
+        return {"energy_error": str(error)}
+    try:
+        return counted_energy(pynvml, call, seconds)
+    except pynvml.NVMLError as error:
+        return {"energy_error": str(error)}
 
+
+def counted_energy(pynvml: Any, call: Callable[[], object], seconds: float) -> Figures:
+    """Return the figures of `energy` by the counter of the driver. Raises NVMLError."""
     pynvml.nvmlInit()
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{device.uuid}")

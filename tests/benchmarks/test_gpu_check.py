@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import correctness, run_part
 from benchmarks.gpu_check.llama import LlamaLike
+from benchmarks.gpu_check.measuring import energy
 from benchmarks.gpu_check.peer import make_peer
 from benchmarks.gpu_check.sizes import full_sizes, tiny_sizes
 from benchmarks.recorded import ROOT
@@ -145,6 +147,27 @@ def test_a_failing_test_is_kept_and_leaves_the_limit_armed(tmp_path):
 def test_all_test_functions_of_cuda_are_run():
     names = correctness.test_functions(correctness.CUDA_TESTS)
     assert len(names) == (ROOT / correctness.CUDA_TESTS).read_text().count("\ndef test_") > 10
+
+
+class NVMLError(Exception):
+    pass
+
+
+def fail():
+    raise NVMLError("Not Supported")
+
+
+@pytest.mark.parametrize(
+    ("pynvml", "reason"),
+    [
+        (SimpleNamespace(NVMLError=NVMLError, nvmlInit=fail), "Not Supported"),
+        (None, "import of pynvml halted; None in sys.modules"),
+    ],
+)
+def test_energy_that_cannot_be_counted_is_said_and_fails_nothing(pynvml, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    assert energy(lambda: None, 0.0) == {"energy_error": reason}
 
 
 def test_steps_of_the_peer_continue_its_prefill():
