@@ -14,6 +14,9 @@ from stu.config import ModelConfig
 MULTIPLE = 64
 """Hidden widths are multiples of this."""
 ROPE_BASE = 10_000.0
+Cache = tuple[Tensor, Tensor]
+"""Keys and values of a layer. They are two tensors, as Inductor writes to a part of one only by
+copying all of it."""
 
 
 class LlamaLayer(nn.Module):
@@ -29,26 +32,28 @@ class LlamaLayer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cache: Tensor, position: Tensor, seen: Tensor | None
+        self, x: Tensor, rotation: Tensor, cache: Cache, position: Tensor, seen: Tensor | None
     ) -> Tensor:
         """Return the stream `[B, T, D]` after the layer, for tokens from `position [T]` on.
 
         Args:
             x: Stream `[B, T, D]`.
             rotation: Cosines and sines of the positions, `[2, T, head_dim / 2]`.
-            cache: Keys and values `[2, B, heads, S, head_dim]`, to which the new ones are written.
+            cache: Keys and values, each `[B, heads, S, head_dim]`, to which the new ones are
+                written.
             position: Positions of the tokens, `[T]`.
             seen: Positions that tokens see, `[T, S]`; None: a whole prompt from position 0 on.
         """
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, head_dim]
         queries, keys = rotated(queries, rotation), rotated(keys, rotation)
-        cache[0].index_copy_(2, position, keys)
-        cache[1].index_copy_(2, position, values)
+        all_keys, all_values = cache
+        all_keys.index_copy_(2, position, keys)
+        all_values.index_copy_(2, position, values)
         if seen is None:
             mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         else:
-            mixed = F.scaled_dot_product_attention(queries, cache[0], cache[1], attn_mask=seen)
+            mixed = F.scaled_dot_product_attention(queries, all_keys, all_values, attn_mask=seen)
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         down: Tensor = x + self.down(F.silu(gate) * up)
@@ -81,24 +86,25 @@ class LlamaLike(nn.Module):
     rotations: Tensor
     """Cosines and sines, `[2, max_seq_len, head_dim / 2]`."""
 
-    def make_cache(self, batch: int, positions: int) -> list[Tensor]:
-        """Return the cache of each layer, `[2, B, heads, positions, head_dim]`."""
-        size = 2, batch, self.shape.num_heads, positions, self.shape.head_dim
-        return [self.embedding.weight.new_zeros(size) for _ in self.layers]
+    def make_cache(self, batch: int, positions: int) -> list[Cache]:
+        """Return the cache of each layer, twice `[B, heads, positions, head_dim]`."""
+        size = batch, self.shape.num_heads, positions, self.shape.head_dim
+        weight = self.embedding.weight
+        return [(weight.new_zeros(size), weight.new_zeros(size)) for _ in self.layers]
 
-    def prefill(self, tokens: Tensor, caches: list[Tensor]) -> Tensor:
+    def prefill(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Read prompts `[B, T]`; return the logits `[B, vocab_size]` of the next tokens."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         return self._forward(tokens, caches, position, None)
 
-    def step(self, tokens: Tensor, caches: list[Tensor], position: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, caches: list[Cache], position: Tensor) -> Tensor:
         """Read a token of each sequence, `[B]`, at `position [1]`; return the logits
         `[B, vocab_size]` of the next."""
-        places = torch.arange(caches[0].shape[3], device=tokens.device)
+        places = torch.arange(caches[0][0].shape[2], device=tokens.device)
         return self._forward(tokens[:, None], caches, position, places[None] <= position[:, None])
 
     def _forward(
-        self, tokens: Tensor, caches: list[Tensor], position: Tensor, seen: Tensor | None
+        self, tokens: Tensor, caches: list[Cache], position: Tensor, seen: Tensor | None
     ) -> Tensor:
         x, rotation = self.embedding(tokens), self.rotations[:, position]
         for layer, cache in zip(self.layers, caches, strict=True):

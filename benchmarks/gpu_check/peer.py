@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import chain
 
 import torch
 
@@ -27,26 +27,18 @@ PREFILL_REPEATS = 3
 
 
 def decode_measures(device: str, sizes: Sizes) -> Measures:
-    """Yield the peer of each model at each batch, and one captured by torch itself."""
+    """Yield the peer of each model at each batch."""
+    compiler = "inductor" if device == "cuda" else "eager"  # which only traces
     for name, config in sizes.models.items():
         peer = make_peer(config, device)
         for layer in peer.layers:  # they share what is compiled
-            layer.compile(**compiling(device, dynamic=False))
-        for batch in sizes.batches:
-            yield f"size of {name}, batch {batch}", partial(decode, peer, batch, sizes, captured)
+            layer.compile(dynamic=False, backend=compiler)
+        for batch in sizes.peer_batches:
+            yield f"size of {name}, batch {batch}", partial(decode, peer, batch, sizes)
             release_memory()
         del peer
         release_memory()
         torch.compiler.reset()
-    name, config = next(iter(sizes.models.items()))
-    peer = make_peer(config, device)
-    peer.step = torch.compile(peer.step, **compiling(device, mode="reduce-overhead"))  # type: ignore[method-assign]
-    yield f"size of {name}, batch 1, reduce-overhead", partial(decode, peer, 1, sizes, warmed)
-
-
-def compiling(device: str, **how: Any) -> dict[str, Any]:
-    """Return how torch compiles; on a CPU it only traces."""
-    return how if device == "cuda" else {"backend": "eager"}
 
 
 def make_peer(config: ModelConfig, device: str) -> LlamaLike:
@@ -58,22 +50,13 @@ def make_peer(config: ModelConfig, device: str) -> LlamaLike:
 
 
 @torch.no_grad()
-def decode(
-    peer: LlamaLike,
-    batch: int,
-    sizes: Sizes,
-    make_ready: Callable[[Callable[[], None]], Callable[[], None]],
-) -> Figures:
-    """Return the figures of a batch with as much context as ours.
-
-    make_ready: Returns the function that repeats a step.
-    """
+def decode(peer: LlamaLike, batch: int, sizes: Sizes) -> Figures:
+    """Return the figures of a batch with as much context as ours."""
     positions = sizes.context + sizes.warm_steps + sizes.steps
     caches = peer.make_cache(batch, positions)
-    for cache in caches:
+    for cache in chain.from_iterable(caches):
         cache.normal_()
-        torch._dynamo.mark_static_address(cache)  # or its graph would copy them
-    device = caches[0].device
+    device = peer.embedding.weight.device
     tokens = torch.arange(batch, device=device)
     position = torch.full((1,), sizes.context, device=device)
 
@@ -81,7 +64,7 @@ def decode(
         tokens.copy_(peer.step(tokens, caches, position).argmax(-1))
         position.add_(1).clamp_(max=positions - 1)
 
-    run = make_ready(step)
+    run = captured(step)
     figures = step_times(run, sizes.steps, waits=True)
     figures["tokens_per_second"] = 1e3 * batch / figures["mean_step_ms"]
     figures["parameters"] = sum(parameter.numel() for parameter in peer.parameters())
@@ -105,7 +88,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         warmed(step)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # whose workspaces are there
         step()
     return warmed(graph.replay)
 

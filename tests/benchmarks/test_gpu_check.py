@@ -177,15 +177,37 @@ def test_steps_of_the_peer_continue_its_prefill():
     tokens = torch.randint(50, (3, 12))
     whole = [peer.prefill(tokens[:, :n], peer.make_cache(3, 20)) for n in range(7, 13)]
     caches = peer.make_cache(3, 20)
-    for cache in caches:
-        cache.fill_(torch.nan)
-        cache[1, :, :, 7:] = 0  # a weight of zero does not hide NaN
+    for keys, values in caches:
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
+        values[:, :, 7:] = 0  # a weight of zero does not hide NaN
     torch.testing.assert_close(peer.prefill(tokens[:, :7], caches), whole[0])
-    for cache in caches:
-        cache[0, :, :, 7:] = 100.0
+    for keys, _ in caches:
+        keys[:, :, 7:] = 100.0
     for number, place in enumerate(range(7, 12), 1):
         found = peer.step(tokens[:, place], caches, torch.tensor([place]))
         torch.testing.assert_close(found, whole[number])
+
+
+def test_layers_of_the_peer_share_what_is_compiled():
+    """Once for each batch: else most layers would soon run uncompiled."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    config = ModelConfig(vocab_size=50, width=32, num_layers=12, num_heads=2, max_seq_len=40)
+    peer = LlamaLike(config, 60_000).requires_grad_(False)
+    for layer in peer.layers:
+        layer.compile(dynamic=False, backend=count)
+    for batch in (1, 3):
+        caches = peer.make_cache(batch, 20)
+        for place in range(3):
+            peer.step(torch.arange(batch), caches, torch.tensor([place]))
+    torch.compiler.reset()
+    assert len(graphs) == 2
 
 
 def test_the_peer_is_as_large_as_the_model():
