@@ -19,8 +19,9 @@ test-all: .venv/installed  ## the tests that take minutes too
 evidence-quick: .venv/installed  ## measures the README's claims again, in under ten minutes
 	$(BIN)/python -m benchmarks.evidence
 
-gpu-check:  ## checks and measures stu on a GPU, in under eight minutes; installs nothing
-	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check
+OUTPUT := gpu-check.json
+gpu-check:  ## checks and measures stu on a GPU, in under eight minutes, into OUTPUT; installs nothing
+	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check --output '$(OUTPUT)'
 
 docs: .venv/installed  ## pages of docs/ and the API reference, in build/docs
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'

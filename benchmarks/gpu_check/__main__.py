@@ -27,20 +27,23 @@ class Part(NamedTuple):
 
     measures: str
     """Its measures, `MODULE.FUNCTION`."""
-    seconds: int
-    """Limit of its time."""
+    share: int
+    """Its share of the time: seconds, if all parts run and take what they may."""
     does: str
 
 
 PARTS = {
-    "kernels": Part("correctness.kernel_measures", 60, "tests of kernels"),
-    "correctness": Part("correctness.cuda_measures", 120, "tests of CUDA"),
-    "sync": Part("decoding.sync_measures", 60, "captured steps that may not wait for the GPU"),
-    "decode": Part("decoding.decode_measures", 150, "decoding steps at 2.7 B and 550 M parameters"),
-    "prefill": Part("prefill.measures", 60, "a prompt of 8,192 tokens"),
-    "training": Part("training.measures", 170, "training steps at 550 M and 2.7 B parameters"),
-    "peer": Part("peer.decode_measures", 120, "those of a Llama-like model of equal size"),
+    "kernels": Part("correctness.kernel_measures", 50, "tests of kernels"),
+    "captured": Part("decoding.captured_measures", 110, "captured steps at 2.7 B and 550 M"),
+    "correctness": Part("correctness.cuda_measures", 90, "tests of CUDA"),
+    "sync": Part("decoding.sync_measures", 30, "captured steps that may not wait for the GPU"),
+    "peer": Part("peer.decode_measures", 70, "steps of Llama-like models of equal size"),
+    "training": Part("training.measures", 70, "training steps at 550 M and 2.7 B parameters"),
+    "prefill": Part("prefill.measures", 30, "a prompt of 8,192 tokens"),
+    "eager": Part("decoding.eager_measures", 30, "the same steps, launched from Python"),
 }
+"""Parts, the most important first. Each is a process of its own, as a fault on the GPU ends all
+that a process has there."""
 GRACE_SECONDS = 10
 """Time after its limit in which a process has to end by itself."""
 
@@ -50,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     result: Run = {"device": options.device, "sizes": options.sizes, "parts": {}}
     end = time.monotonic() + 60 * options.minutes
-    for name in options.only:
+    for number, name in enumerate(options.only):
         part = PARTS[name]
-        seconds = min(part.seconds, int(end - time.monotonic()))
+        shares = sum(PARTS[other].share for other in options.only[number:])
+        seconds = int((end - time.monotonic()) * part.share / shares)
         print(f"{name}: {part.does}, at most {seconds} s", file=sys.stderr, flush=True)
         done = run(part, options, seconds) if seconds > 0 else {"error": "no time was left"}
         result.setdefault("machine", done.pop("machine", None))
@@ -73,7 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="Device.")
     sizes = "Sizes of models and batches; tiny ones take seconds on a CPU."
     parser.add_argument("--sizes", choices=("full", "tiny"), default="full", help=sizes)
-    parser.add_argument("--minutes", type=float, default=8.0, help="Limit of the whole check.")
+    minutes = "Limit of the whole check. Each part gets a share of what is left."
+    parser.add_argument("--minutes", type=float, default=8.0, help=minutes)
     output = "File that all figures are written to."
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"), help=output)
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Decoding by the engine: milliseconds of a step, against the time that reading its bytes takes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -31,30 +31,36 @@ SYNC_BATCH, SYNC_STEPS = 8, 100
 """Rows and steps among which no operation may wait for the GPU."""
 
 
-def decode_measures(device: str, sizes: Sizes) -> Measures:
-    """Yield each model at each batch, with captured steps and with steps launched from Python."""
+def captured_measures(device: str, sizes: Sizes) -> Measures:
+    """Yield each model at each batch, with captured steps."""
+    return decode_measures(device, sizes, sizes.batches, captures=True)
+
+
+def eager_measures(device: str, sizes: Sizes) -> Measures:
+    """Yield each model at a few batches, with steps that are launched from Python."""
+    return decode_measures(device, sizes, sizes.eager_batches, captures=False)
+
+
+def decode_measures(device: str, sizes: Sizes, batches: Sequence[int], captures: bool) -> Measures:
+    """Yield the memory's bandwidth, and each model at each batch."""
     bandwidth = read_bandwidth(device, sizes.read_bytes)
     yield "memory", lambda: {"read_bytes_per_second": bandwidth}
     for name, config in sizes.models.items():
         model = make_model(config, device)
-        for way in ("captured", "eager"):
-            engines: list[Engine] = []  # one, unless it cannot start
-            yield f"{name}, {way}, start", partial(start, engines, model, way, max(sizes.batches))
-            for batch in sizes.batches if engines else ():
-                measure = partial(decode, engines[0], model, batch, sizes, bandwidth)
-                yield f"{name}, {way}, batch {batch}", measure
-                del measure
-            engines.clear()
-            release_memory()
+        engines: list[Engine] = []  # one, unless it cannot start
+        yield f"{name}, start", partial(start, engines, model, max(batches), captures)
+        for batch in batches if engines else ():
+            measure = partial(decode, engines[0], model, batch, sizes, bandwidth)
+            yield f"{name}, batch {batch}", measure
+            del measure
+        engines.clear()
         del model
         release_memory()
 
 
-def start(engines: list[Engine], model: FlashSTU, way: str, batch: int) -> Figures:
+def start(engines: list[Engine], model: FlashSTU, batch: int, captures: bool) -> Figures:
     """Append an engine to `engines`, and return the seconds that it takes to start."""
-    return {
-        "start_seconds": timed(lambda: engines.append(make_engine(model, batch, way == "captured")))
-    }
+    return {"start_seconds": timed(lambda: engines.append(make_engine(model, batch, captures)))}
 
 
 def decode(engine: Engine, model: FlashSTU, batch: int, sizes: Sizes, bandwidth: float) -> Figures:

@@ -26,6 +26,8 @@ class Sizes:
     models: dict[str, ModelConfig]
     """Models that decode."""
     batches: tuple[int, ...]
+    eager_batches: tuple[int, ...]
+    """Batches with steps launched from Python."""
     peer_batches: tuple[int, ...]
     """Batches of the peer, each of which is compiled anew."""
     context: int
@@ -62,6 +64,7 @@ def full_sizes() -> Sizes:
     return Sizes(
         models={name: replace(config, max_seq_len=LENGTH) for name, config in models.items()},
         batches=(1, 8, 32, 128, 256),
+        eager_batches=(1, 32),
         peer_batches=(1, 32, 256),
         context=512,
         warm_steps=32,
@@ -83,6 +86,7 @@ def tiny_sizes() -> Sizes:
     return Sizes(
         models={name: ModelConfig(**tiny, layout=layout) for name, layout in layouts.items()},
         batches=(3,),
+        eager_batches=(2,),
         peer_batches=(3,),
         context=20,
         warm_steps=2,

@@ -59,7 +59,8 @@ def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
     }
     assert rows["kernels"]["test_near_field"]["passed"] > 0
     assert rows["correctness"]["test_bfloat16_stays_near_float64"]["passed"] >= 0
-    assert rows["decode"]["hybrid-550m, eager, batch 3"]["times_reading"] > 0
+    assert rows["captured"]["stu-2.7b, batch 3"]["times_reading"] > 0
+    assert rows["eager"]["hybrid-550m, batch 2"]["times_reading"] > 0
     assert rows["peer"]["size of stu-2.7b, batch 3"]["step_ms"] > 0
     assert rows["prefill"]["peer of hybrid-2.7b"]["prefill_seconds"] > 0
     shares = rows["training"]["hybrid-2.7b, defaults"]["shares"]
@@ -89,19 +90,41 @@ def test_what_fails_leaves_its_traceback_and_the_rest_goes_on(tmp_path, monkeypa
     assert "prefill FAILED" in shown
 
 
-def test_a_part_that_takes_too_long_leaves_its_figures_and_where_it_was(
-    tmp_path, monkeypatch, capfd
-):
+def test_a_part_that_takes_too_long_leaves_its_figures_and_where_it_was(tmp_path, capfd):
     """Importing torch takes longer than the limit."""
-    part = gpu_check.Part("decoding.decode_measures", 1, "steps")
-    monkeypatch.setattr(gpu_check, "PARTS", {"decode": part})
     output = tmp_path / "check.json"
-    options = ["--device", "cpu", "--sizes", "full", "--output", str(output)]
-    assert gpu_check.main(options) == 1
-    (decode,) = json.loads(output.read_text())["parts"].values()
-    assert "ended with 1 after" in decode["error"]
-    assert "run_part.py" in decode["error"], "the outermost call is last"
-    assert "decode FAILED" in capfd.readouterr().out
+    options = ["--device", "cpu", "--only", "captured", "--minutes", "0.02"]
+    assert gpu_check.main([*options, "--output", str(output)]) == 1
+    (captured,) = json.loads(output.read_text())["parts"].values()
+    assert "ended with 1 after" in captured["error"]
+    assert "run_part.py" in captured["error"], "the outermost call is last"
+    assert "captured FAILED" in capfd.readouterr().out
+
+
+def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
+    """A part gets its share of what earlier ones have left over."""
+    now, limits = [0.0], []
+
+    def run(part, options, seconds):
+        limits.append(seconds)
+        now[0] += 10
+        return {"measures": []}
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+    shares = {"a": 1, "b": 2, "c": 3}
+    parts = {name: gpu_check.Part("", share, "") for name, share in shares.items()}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    assert gpu_check.main(["--minutes", "2", "--output", str(tmp_path / "check.json")]) == 0
+    assert limits == [20, 44, 100]
+    limits.clear()
+    options = ["--only", "b", "--minutes", "1", "--output", str(tmp_path / "check.json")]
+    assert gpu_check.main(options) == 0
+    assert limits == [60]
+
+
+def test_shares_are_seconds_of_a_whole_check():
+    assert sum(part.share for part in gpu_check.PARTS.values()) == 8 * 60
 
 
 def test_parts_beyond_the_limit_of_the_check_are_named(tmp_path):
@@ -114,9 +137,9 @@ def test_parts_beyond_the_limit_of_the_check_are_named(tmp_path):
 
 def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit) as refused:
-        gpu_check.main(["--only", "decode,sinc"])
+        gpu_check.main(["--only", "sync,sinc"])
     assert refused.value.code == 2
-    assert "sinc: known are kernels, correctness, sync" in capsys.readouterr().err
+    assert "sinc: known are kernels, captured, correctness" in capsys.readouterr().err
 
 
 RUN_ONE_FILE = """
