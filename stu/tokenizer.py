@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, show
 
 TOKENIZERS = {
     "tokenizer.model": "stu.tokenizers.sentence_piece:SentencePieceTokenizer",
@@ -50,13 +50,20 @@ class Tokenizer(ABC):
         files: Contents of the tokenizer's files by name (see `read_files`).
         path: Where they were read, for messages.
 
-    Raises UserError if the files are damaged or not supported.
+    Raises UserError if the files are damaged or not supported, or have other names.
     """
 
     file_name: ClassVar[str]
     """Name of the main file, as in `TOKENIZERS`."""
+    other_files: ClassVar[tuple[str, ...]] = ()
+    """Names of the files that may lie beside it."""
 
     def __init__(self, files: Mapping[str, bytes], path: Path) -> None:
+        # The names in a checkpoint are anyone's, and `save` writes to them.
+        own = (self.file_name, *self.other_files)
+        if foreign := [name for name in files if name not in own]:
+            message = f"tokenizer {path}: it has a file named {show(foreign[0])}, and only "
+            raise UserError(message=f"{message}{' and '.join(own)} can belong to it")
         self.files, self.path = dict(files), path
         vocabulary = self._load()
         self._bytes, self._names = vocabulary.token_bytes, vocabulary.names

@@ -30,6 +30,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     file_name = "tokenizer.json"
+    other_files = (CONFIG_FILE,)
 
     @classmethod
     def read_files(cls, path: Path) -> dict[str, bytes]:

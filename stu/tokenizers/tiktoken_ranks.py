@@ -76,6 +76,7 @@ class TiktokenTokenizer(Tokenizer):
     """A ranks file, encoded by the tiktoken library."""
 
     file_name = "tokenizer.tiktoken"
+    other_files = (file_name + SETTINGS_SUFFIX,)
 
     @classmethod
     def read_files(cls, path: Path) -> dict[str, bytes]:

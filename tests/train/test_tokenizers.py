@@ -192,6 +192,25 @@ def test_checkpoints_from_when_sentencepiece_was_the_only_kind(train, data, tmp_
     train(tmp_path / "run", "--trainer.max_steps=2", "--resume=last")
 
 
+def test_a_checkpoint_cannot_write_outside_the_exported_folder(
+    train, data, tmp_path, monkeypatch, capsys
+):
+    written = module.training_record
+
+    def forged(*arguments):
+        record = written(*arguments)
+        (contents,) = record["tokenizer"].values()
+        return record | {"tokenizer": {**record["tokenizer"], "../outside": contents}}
+
+    monkeypatch.setattr(module, "training_record", forged)
+    run = train(tmp_path / "run", "--trainer.max_steps=1")
+    for layout in ("stu", "published"):
+        arguments = [str(run), "--output", str(tmp_path / "out" / "model"), "--format", layout]
+        assert export.main(arguments) == 2
+        assert 'a file named "../outside"' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*outside*")] == []
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [

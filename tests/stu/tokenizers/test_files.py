@@ -112,6 +112,13 @@ def test_kinds_are_found_by_name(tmp_path, trained):
         make_tokenizer({"other": b""}, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../x", "/x", "a/alphabet.json", ""])
+def test_files_of_other_names_are_refused(name, tmp_path):
+    """A checkpoint brings the names, and they would be written to."""
+    with pytest.raises(UserError, match=r"it has a file named .* only alphabet\.json can belong"):
+        make_tokenizer({"alphabet.json": DNA, name: b"{}"}, tmp_path)
+
+
 TEMPLATE = {
     "type": "TemplateProcessing",
     "single": [
