@@ -5,15 +5,16 @@ tokenizer_config.json    `bos_token` and `eos_token`; other fields are not read,
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stu.common.errors import UserError, requires_extra
+from stu.common.errors import UserError, requires_extra, show
 from stu.tokenizer import Tokenizer, Vocabulary
 from stu.tokenizers.special_tokens import named_id, read_json
 from stu.tokenizers.tiktoken_ranks import O200K_PATTERN
-from stu.tokenizers.token_decoding import token_decoder
+from stu.tokenizers.token_decoding import BYTE_TOKEN, token_decoder
 
 CONFIG_FILE = "tokenizer_config.json"
 MARKS = ("bos_token", "eos_token")
@@ -26,7 +27,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, encoded by the tokenizers library.
 
     BOS and EOS are those of tokenizer_config.json, else those that the post-processor adds to a
-    text. Special tokens are not found in texts; added tokens that are not special are.
+    text. Special tokens are not found in texts; added tokens that are not special are. The token
+    for text that the model does not know is no control token, unless it is BOS or EOS.
     """
 
     file_name = "tokenizer.json"
@@ -57,12 +59,13 @@ class HuggingFaceTokenizer(Tokenizer):
         encoder.no_truncation()
         encoder.no_padding()
         description = read_json(contents, self.path)
+        model = description["model"]
         decoder = token_decoder(description.get("decoder"), self.path)
         self._strips_space = decoder.strips_space
         ids, added = encoder.get_vocab(), encoder.get_added_tokens_decoder()
         special = {added[token].content: token for token in added if added[token].special}
         names = {token: name for name, token in special.items()}
-        unknown = _unknown_token(description["model"])
+        unknown = _unknown_token(model)
         if unknown in ids:
             names[ids[unknown]] = unknown
         token_bytes = [b""] * (max(ids.values()) + 1)
@@ -71,8 +74,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 token_bytes[token] = text.encode() if token in added else decoder.bytes_of(text)
         config = read_json(self.files.get(CONFIG_FILE, b"{}"), config_path)
         bos_id, eos_id = (named_id(config, field, special, config_path) for field in MARKS)
-        control = list(special.values())
-        return Vocabulary(token_bytes, names, control, bos_id if bos_id >= 0 else eos_id, eos_id)
+        bos_id = bos_id if bos_id >= 0 else eos_id
+        control = [
+            token for name, token in special.items() if name != unknown or token in (bos_id, eos_id)
+        ]
+        self._control_ids = frozenset(control)
+        _divide_names(encoder, model, names.values(), decoder.has_bytes)
+        return Vocabulary(token_bytes, names, control, bos_id, eos_id)
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -80,6 +88,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # Offsets, which only `encode` computes, take half as long again.
         (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
+        if not self._control_ids.isdisjoint(ids):
+            found = next(token for token in ids if token in self._control_ids)
+            message = "the tokenizer takes a part of the text for its control token "
+            raise UserError("text", message=f"{message}{show(self._names[found])}: leave it out")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -145,6 +157,37 @@ def _unknown_token(model: dict[str, Any]) -> str:
     if isinstance(model.get("unk_id"), int):  # Unigram
         return str(model["vocab"][model["unk_id"]][0])
     return model.get("unk_token") or ""
+
+
+def _divide_names(
+    encoder: Any, model: dict[str, Any], names: Iterable[str], has_bytes: bool
+) -> None:
+    """Let `encoder` divide the names of tokens after their first character where they are text.
+
+    Its model would take them for these tokens, as it looks up parts of a text, or all of it, in a
+    vocabulary that has control tokens and bytes among the others.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    vocabulary = model["vocab"]
+    known = {piece[0] for piece in vocabulary} if isinstance(vocabulary, list) else {*vocabulary}
+    found = known.intersection(names)
+    looks_up = "merges" not in model or model.get("ignore_merges")
+    if not looks_up:  # a BPE finds no more than its merges make
+        merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        found = found.intersection(map("".join, merges))
+    tails: dict[str, list[str]] = {}
+    for name in sorted(found):
+        if len(name) > 1:
+            tails.setdefault(name[0], []).append(re.escape(name[1:]))
+    if has_bytes and looks_up:
+        tails.setdefault(BYTE_TOKEN.pattern[0], []).append(BYTE_TOKEN.pattern[1:])
+    if tails:
+        pattern = "|".join(f"{re.escape(key)}(?={'|'.join(tails[key])})" for key in tails)
+        steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+        if encoder.pre_tokenizer is not None:
+            steps.insert(0, encoder.pre_tokenizer)
+        encoder.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
 def _token_name(value: Any) -> str | None:

@@ -27,6 +27,8 @@ class TokenDecoder(NamedTuple):
 
     bytes_of: Callable[[str], bytes]
     """Returns the bytes of a token."""
+    has_bytes: bool = False
+    """Whether tokens such as `<0x0A>` stand for a byte."""
     strips_space: bool = False
     """Whether a space at the beginning of a text is left out, as encoding puts one there."""
 
@@ -71,7 +73,7 @@ def token_decoder(decoder: Any, path: Path) -> TokenDecoder:
             token = token.replace(mark, text)
         return token.encode()
 
-    return TokenDecoder(bytes_of, strips_space)
+    return TokenDecoder(bytes_of, has_bytes, strips_space)
 
 
 def _byte_level(token: str) -> bytes:

@@ -1,0 +1,96 @@
+"""A tokenizer.json: text that looks like its tokens, text that it does not know."""
+
+import json
+import random
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from stu.common.errors import UserError
+from stu.tokenizer import read_tokenizer
+
+MARK = "\u2581"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LLAMA_STEPS = [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+CONTROL = ["<s>", "</s>", "<extra_id_0>", "a.b|(c", "::"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Call with a tokenizer of the library and a decoder: the tokenizer of its file."""
+
+    def call(library, decoder, special=(), **changes):
+        library.decoder = decoder
+        library.add_special_tokens([AddedToken(name) for name in special])
+        described = json.loads(library.to_str())
+        described["model"] |= changes
+        (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+        return read_tokenizer(tmp_path)
+
+    return call
+
+
+def unigram():
+    """A model as of T5 with bytes, whose control tokens are its most probable pieces."""
+    letters = [(letter, -5.0) for letter in MARK + "abcs<>/0xA."]
+    pieces = [("<unk>", 0.0), *((name, 0.0) for name in CONTROL), *((b, -8.0) for b in BYTES)]
+    return tokenizers.Tokenizer(models.Unigram(pieces + letters, 0, byte_fallback=True))
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_text_never_yields_control_tokens_or_bytes_of_a_unigram(saved, splits):
+    library = unigram()
+    if splits:
+        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    steps = [*LLAMA_STEPS, decoders.Strip(" ", 1, 0)] if splits else LLAMA_STEPS
+    tokenizer = saved(library, decoders.Sequence(steps), ["<unk>", *CONTROL])
+    assert set(tokenizer.control_tokens()) == set(CONTROL)
+    source, parts = random.Random(0), ["<", "/", ">", " ", "b", "é\n", "<unk>", *CONTROL, *BYTES]
+    texts = [*parts, "<0x0A>", "</s></s>", "<<s>>", "x <0x41> y", "<0x4<0x41>1>", "a.a.b|(c"]
+    texts += ["".join(source.choices(parts, k=20)) for _ in range(200)]
+    control = {*tokenizer.control_tokens().values()}
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert control.isdisjoint(ids)
+        assert tokenizer.decode(ids) == (text.removeprefix(" ") if splits else text)
+    free = "a b abc\n <a> é <s / 0x0A>"
+    library.encode_special_tokens = True
+    assert tokenizer.encode(free) == library.encode(free, add_special_tokens=False).ids
+
+
+def test_text_never_yields_control_tokens_of_whole_words(saved):
+    vocabulary = {"[UNK]": 0, "[CLS]": 1, "a": 2, "[": 3, "CLS]": 4, MARK + "[CLS]": 5, MARK: 6}
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = saved(library, decoders.Metaspace(), ["[UNK]", "[CLS]"])
+    assert tokenizer.control_tokens() == {"[CLS]": 1}
+    assert tokenizer.encode("a [CLS] b [UNK]") == [2, 3, 4, 0, 3, 0]
+
+
+@pytest.mark.parametrize("ignore_merges", [True, False])
+def test_text_never_yields_control_tokens_of_a_bpe(saved, ignore_merges):
+    """They are found in texts if merges make them, or if whole words are looked up."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        symbol: token for token, symbol in enumerate([*symbols, "<a", "<a>", "<b>", "ab"])
+    }
+    merges = [("<", "a"), ("<a", ">"), ("a", "b")]
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    special = ["<a>", "<b>"]
+    tokenizer = saved(library, decoders.ByteLevel(), special, ignore_merges=ignore_merges)
+    for text in ("<a>", "<b>", "<a", "ab <a> <b>x", "<a><a>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert {vocabulary["<a>"], vocabulary["<b>"]}.isdisjoint(ids)
+    assert tokenizer.encode("ab") == [vocabulary["ab"]]
+
+
+def test_text_of_a_control_token_of_one_character_is_refused(saved):
+    pieces = [("<unk>", 0.0), ("!", 0.0), ("a", -1.0)]
+    library = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+    tokenizer = saved(library, decoders.Metaspace(), ["!"])
+    assert tokenizer.encode("aa") == [2, 2]
+    with pytest.raises(UserError, match='for its control token "!": leave it out'):
+        tokenizer.encode("ab!")
