@@ -86,7 +86,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.encode`."""
         text.encode()  # the library's error for half of a surrogate pair is a TypeError
         # Offsets, which only `encode` computes, take half as long again.
-        (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:
+            if type(error) is not Exception:  # the library raises nothing more exact
+                raise
+            message = f"the tokenizer has no tokens for a part of the text ({error}): leave it out"
+            raise UserError("text", message=message) from error
         ids: list[int] = encoding.ids
         if not self._control_ids.isdisjoint(ids):
             found = next(token for token in ids if token in self._control_ids)

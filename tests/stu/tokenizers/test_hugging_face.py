@@ -94,3 +94,17 @@ def test_text_of_a_control_token_of_one_character_is_refused(saved):
     assert tokenizer.encode("aa") == [2, 2]
     with pytest.raises(UserError, match='for its control token "!": leave it out'):
         tokenizer.encode("ab!")
+
+
+@pytest.mark.parametrize("model", ["WordLevel", "Unigram"])
+def test_text_that_a_model_has_no_tokens_for_is_the_users_error(saved, model):
+    models_of = {
+        "WordLevel": models.WordLevel({"a": 0}, "[UNK]"),
+        "Unigram": models.Unigram([("a", -1.0)], None),
+    }
+    library = tokenizers.Tokenizer(models_of[model])
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = saved(library, decoders.Metaspace())
+    assert tokenizer.encode("a a") == [0, 0]
+    with pytest.raises(UserError, match=r"no tokens for a part of the text \(.*leave it out"):
+        tokenizer.encode("a b")
