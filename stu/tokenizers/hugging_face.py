@@ -6,7 +6,7 @@ tokenizer_config.json    `bos_token` and `eos_token`; other fields are not read,
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from stu.tokenizers.token_decoding import BYTE_TOKEN, token_decoder
 CONFIG_FILE = "tokenizer_config.json"
 MARKS = ("bos_token", "eos_token")
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+"""All bytes that UTF-8 may have."""
 LEAST_SIZE = 258
 """Size of a trained vocabulary that has nothing but BOS, EOS and the bytes."""
 
@@ -72,6 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for text, token in ids.items():
             if token not in names:
                 token_bytes[token] = text.encode() if token in added else decoder.bytes_of(text)
+        self._require_exact(model, decoder.has_bytes, token_bytes)
         config = read_json(self.files.get(CONFIG_FILE, b"{}"), config_path)
         bos_id, eos_id = (named_id(config, field, special, config_path) for field in MARKS)
         bos_id = bos_id if bos_id >= 0 else eos_id
@@ -81,6 +84,23 @@ class HuggingFaceTokenizer(Tokenizer):
         self._control_ids = frozenset(control)
         _divide_names(encoder, model, names.values(), decoder.has_bytes)
         return Vocabulary(token_bytes, names, control, bos_id, eos_id)
+
+    def _require_exact(
+        self, model: Mapping[str, Any], has_bytes: bool, token_bytes: list[bytes]
+    ) -> None:
+        """Raise UserError if the model leaves text out, or encodes it differently each time."""
+        if dropout := model.get("dropout"):
+            message = f"tokenizer {self.path}: its model has dropout={show(dropout)}, with which "
+            raise UserError(message=message + "equal texts get different tokens: set it to null")
+        if "merges" not in model or model.get("unk_token"):
+            return  # models of other types refuse text that they have no tokens for
+        known = {symbol[0] for symbol in token_bytes if len(symbol) == 1}
+        if has_bytes and not model.get("byte_fallback"):
+            known = {byte for byte in known if byte < 0x80}
+        if missing := [byte for byte in UTF8_BYTES if byte not in known]:
+            reason = f"no token for byte 0x{missing[0]:02x} and no unk_token: its BPE would leave "
+            fix = "text out; give one that has all bytes, or an unk_token"
+            raise UserError(message=f"tokenizer {self.path}: {reason}{fix}")
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""

@@ -108,3 +108,35 @@ def test_text_that_a_model_has_no_tokens_for_is_the_users_error(saved, model):
     assert tokenizer.encode("a a") == [0, 0]
     with pytest.raises(UserError, match=r"no tokens for a part of the text \(.*leave it out"):
         tokenizer.encode("a b")
+
+
+@pytest.mark.parametrize("byte", [0x0A, 0x80, 0xF4])
+def test_a_bpe_that_would_leave_out_text_is_refused(saved, byte):
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    of_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    character = "\U0010ffff" if byte == 0xF4 else {0x0A: "\n", 0x80: "\u0080"}[byte]
+    ((written, _),) = of_byte.pre_tokenize_str(character)
+    symbols.remove(written[0 if byte == 0xF4 else -1])
+    library = tokenizers.Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, []))
+    library.pre_tokenizer = of_byte
+    with pytest.raises(UserError, match=f"no token for byte 0x{byte:02x} and no unk_token"):
+        saved(library, decoders.ByteLevel())
+    assert saved(library, decoders.ByteLevel(), unk_token="a").encode("a") == [symbols.index("a")]
+
+
+def test_a_bpe_with_bytes_that_it_does_not_use_is_refused(saved):
+    symbols = [chr(byte) for byte in range(0x80)] + BYTES
+    library = tokenizers.Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, []))
+    decoder = decoders.Sequence(LLAMA_STEPS)
+    with pytest.raises(UserError, match="no token for byte 0x80"):
+        saved(library, decoder)
+    tokenizer = saved(library, decoder, byte_fallback=True)
+    assert tokenizer.decode(tokenizer.encode("a é\n")) == "a é\n"
+
+
+def test_a_bpe_that_draws_its_merges_is_refused(saved):
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, []))
+    with pytest.raises(UserError, match=r"dropout=0\.1, .* set it to null"):
+        saved(library, decoders.ByteLevel(), dropout=0.1)
+    assert saved(library, decoders.ByteLevel(), dropout=None).vocab_size == 256
