@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stu.common.errors import UserError, show
 from stu.tokenizer import Tokenizer, Vocabulary
-from stu.tokenizers.special_tokens import named_id, read_json, token_ids
+from stu.tokenizers.special_tokens import blank_tokens, named_id, read_json, token_ids
 
 BYTES = "bytes"
 BOS, EOS = "<bos>", "<eos>"
@@ -43,7 +43,7 @@ class AlphabetTokenizer(Tokenizer):
         ids = [*symbols.values(), *special.values()]
         if len(set(ids)) < len(ids):
             raise UserError(message=f"tokenizer {self.path}: two tokens have the same id")
-        token_bytes = [b""] * (max(ids) + 1)
+        token_bytes = blank_tokens(ids, self.path)
         for symbol, token in symbols.items():
             token_bytes[token] = symbol
         return Vocabulary(

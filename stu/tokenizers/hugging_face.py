@@ -12,7 +12,7 @@ from typing import Any
 
 from stu.common.errors import UserError, requires_extra, show
 from stu.tokenizer import Tokenizer, Vocabulary
-from stu.tokenizers.special_tokens import named_id, read_json
+from stu.tokenizers.special_tokens import blank_tokens, named_id, read_json
 from stu.tokenizers.tiktoken_ranks import O200K_PATTERN
 from stu.tokenizers.token_decoding import BYTE_TOKEN, token_decoder
 
@@ -70,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
         unknown = _unknown_token(model)
         if unknown in ids:
             names[ids[unknown]] = unknown
-        token_bytes = [b""] * (max(ids.values()) + 1)
+        token_bytes = blank_tokens(ids.values(), self.path)
         for text, token in ids.items():
             if token not in names:
                 token_bytes[token] = text.encode() if token in added else decoder.bytes_of(text)

@@ -1,7 +1,7 @@
 """The JSON that describes a tokenizer's special tokens, and which of them begin and end texts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,19 @@ def token_ids(values: Mapping[str, Any], field: str, path: Path) -> dict[str, in
         allowed = f"an object of ids by token, each from 0 to {MOST_IDS - 1}"
         raise UserError(message=f"tokenizer {path}: {field} must be {allowed}")
     return ids
+
+
+def blank_tokens(ids: Collection[int], path: Path) -> list[bytes]:
+    """Return a list with room for the bytes of tokens of these ids, all of them empty.
+
+    Raises UserError if there are no tokens, or if the list would be too long.
+    """
+    if not ids:
+        raise UserError(message=f"tokenizer {path}: it has no tokens")
+    if max(ids) >= MOST_IDS:
+        reason = f"it has a token of id {max(ids)}, and ids may be up to {MOST_IDS - 1}"
+        raise UserError(message=f"tokenizer {path}: {reason}")
+    return [b""] * (max(ids) + 1)
 
 
 def named_id(values: Mapping[str, Any], field: str, special: Mapping[str, int], path: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from stu.common.errors import UserError, requires_extra
 from stu.tokenizer import Tokenizer, Vocabulary
-from stu.tokenizers.special_tokens import named_id, read_json, token_ids
+from stu.tokenizers.special_tokens import MOST_IDS, blank_tokens, named_id, read_json, token_ids
 
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 LOWER, UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
@@ -117,7 +117,7 @@ class TiktokenTokenizer(Tokenizer):
         except ValueError as error:
             reason = f"pattern is not an expression ({error})"
             raise UserError(message=f"tokenizer {settings_path}: {reason}") from error
-        token_bytes = [b""] * (max(ids) + 1)
+        token_bytes = blank_tokens(ids, self.path)
         for symbol, token in ranks.items():
             token_bytes[token] = symbol
         return Vocabulary(
@@ -160,8 +160,9 @@ def _read_ranks(contents: bytes, path: Path) -> dict[bytes, int]:
         except (IndexError, ValueError, binascii.Error) as error:
             reason = "a token in Base64 and a number are needed"
             raise UserError(message=f"tokenizer {path} line {number}: {reason}") from error
-        if not symbol or symbol in ranks or rank < 0:
+        if not symbol or symbol in ranks or not 0 <= rank < MOST_IDS:
             reason = "the token is empty or listed twice, or its rank is negative"
+            reason += f" or above {MOST_IDS - 1}"
             raise UserError(message=f"tokenizer {path} line {number}: {reason}")
         ranks[symbol] = rank
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

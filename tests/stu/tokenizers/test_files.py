@@ -119,6 +119,7 @@ def test_files_of_other_names_are_refused(name, tmp_path):
         make_tokenizer({"alphabet.json": DNA, name: b"{}"}, tmp_path)
 
 
+NO_ADDED = {"added_tokens": [], "post_processor": None}
 TEMPLATE = {
     "type": "TemplateProcessing",
     "single": [
@@ -198,6 +199,16 @@ def test_settings_for_batches_and_added_tokens_of_a_tokenizer_json(trained, tmp_
             None,
             r"decoder \(WordPiece\)",
         ),
+        (
+            {"model": {"type": "WordLevel", "vocab": {"a": 4 * 10**9}, "unk_token": "a"}},
+            None,
+            "up to",
+        ),
+        (
+            {"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}, **NO_ADDED},
+            None,
+            "no tok",
+        ),
         ({"model": {"type": "Future"}}, None, r"not a tokenizer\.json that tokenizers [0-9.]+ can"),
         ({}, {"bos_token": "the"}, r"tokenizer_config\.json: bos_token must be null or one of"),
         ({}, ["a"], r"tokenizer_config\.json: a JSON object is needed"),
@@ -244,6 +255,8 @@ WHOLE = ranks_file(BYTES)
         (WHOLE + b"\nYWI=\n", {}, "line 258: a token in Base64 and a number are needed"),
         (WHOLE + b"Y!I= 256\n", {}, "line 257: a token in Base64"),
         (WHOLE + b"YWI= -1\n", {}, "line 257: .* rank is negative"),
+        (WHOLE + b"YWI= 4000000000\n", {}, "line 257: .* or above 16777215"),
+        (WHOLE + b"YWI= 4294967296\n", {}, "line 257: .* or above 16777215"),
         (WHOLE[:100], {}, r"no token for byte \d+; not a whole ranks file"),
         (b"", {}, "no token for byte 0"),
         (WHOLE + b"YWI= 300\n", {}, r"tiktoken\.json: two tokens have the same id"),
