@@ -69,8 +69,8 @@ class Tokenizer(ABC):
         self._bytes, self._names = vocabulary.token_bytes, vocabulary.names
         self._control = {self._names[token]: token for token in vocabulary.control}
         self.bos_id = vocabulary.bos_id
-        """Id of the token that begins texts; -1 if there is none. A vocabulary that has EOS alone,
-        as a mark between documents, begins texts with that."""
+        """Id of the token that begins texts; -1 if there is none. A tokenizer that names EOS alone,
+        as a mark between documents, and does not say that it has no BOS begins texts with that."""
         self.eos_id = vocabulary.eos_id
         """Id of the token that ends texts; -1 if there is none."""
 

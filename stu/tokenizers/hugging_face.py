@@ -1,7 +1,8 @@
 """The tokenizer.json of Hugging Face's tokenizers library, and the training of one.
 
 tokenizer.json           all but the names of BOS and EOS
-tokenizer_config.json    `bos_token` and `eos_token`; other fields are not read, and not stored
+tokenizer_config.json    `bos_token` and `eos_token`, which `add_bos_token: false` leaves out; other
+                         fields are not read, and only these two are stored
 """
 
 import json
@@ -12,12 +13,12 @@ from typing import Any
 
 from stu.common.errors import UserError, requires_extra, show
 from stu.tokenizer import Tokenizer, Vocabulary
-from stu.tokenizers.special_tokens import blank_tokens, named_id, read_json
+from stu.tokenizers.document_marks import FIELDS, document_marks
+from stu.tokenizers.special_tokens import blank_tokens, read_json
 from stu.tokenizers.tiktoken_ranks import O200K_PATTERN
 from stu.tokenizers.token_decoding import BYTE_TOKEN, token_decoder
 
 CONFIG_FILE = "tokenizer_config.json"
-MARKS = ("bos_token", "eos_token")
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
 """All bytes that UTF-8 may have."""
@@ -28,8 +29,8 @@ LEAST_SIZE = 258
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, encoded by the tokenizers library.
 
-    BOS and EOS are those of tokenizer_config.json, else those that the post-processor adds to a
-    text. Special tokens are not found in texts; added tokens that are not special are. The token
+    BOS and EOS are those of tokenizer_config.json (`stu.tokenizers.document_marks`).
+    Special tokens are not found in texts; added tokens that are not special are. The token
     for text that the model does not know is no control token, unless it is BOS or EOS.
     """
 
@@ -41,16 +42,14 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.read_files`."""
         contents, config_path = path.read_bytes(), path.with_name(CONFIG_FILE)
         config = read_json(config_path.read_bytes(), config_path) if config_path.is_file() else {}
-        names = [_token_name(config.get(field)) for field in MARKS]
-        if None in names:
-            added = _added_by(read_json(contents, path).get("post_processor"))
-            names = [name or other for name, other in zip(names, added, strict=True)]
+        processor = read_json(contents, path).get("post_processor")
+        names = document_marks(config, config_path, processor, path)
         return {cls.file_name: contents, CONFIG_FILE: _config_file(*names)}
 
     def _load(self) -> Vocabulary:
         with requires_extra("tokenizers"):
             import tokenizers
-        contents, config_path = self.files[self.file_name], self.path.with_name(CONFIG_FILE)
+        contents = self.files[self.file_name]
         try:
             encoder = self._encoder = tokenizers.Tokenizer.from_buffer(contents)
         except Exception as error:  # the library raises nothing more exact
@@ -75,15 +74,24 @@ class HuggingFaceTokenizer(Tokenizer):
             if token not in names:
                 token_bytes[token] = text.encode() if token in added else decoder.bytes_of(text)
         self._require_exact(model, decoder.has_bytes, token_bytes)
-        config = read_json(self.files.get(CONFIG_FILE, b"{}"), config_path)
-        bos_id, eos_id = (named_id(config, field, special, config_path) for field in MARKS)
-        bos_id = bos_id if bos_id >= 0 else eos_id
+        marks = read_json(self.files.get(CONFIG_FILE, b"{}"), self.path.with_name(CONFIG_FILE))
+        bos_id, eos_id = (self._mark_id(marks.get(field), field, special) for field in FIELDS)
         control = [
             token for name, token in special.items() if name != unknown or token in (bos_id, eos_id)
         ]
         self._control_ids = frozenset(control)
         _divide_names(encoder, model, names.values(), decoder.has_bytes)
         return Vocabulary(token_bytes, names, control, bos_id, eos_id)
+
+    def _mark_id(self, name: Any, field: str, special: Mapping[str, int]) -> int:
+        """Return the id of the token that is BOS or EOS, -1 for none. Raises UserError."""
+        if name is None:
+            return -1
+        if not isinstance(name, str) or name not in special:
+            place = f"{field} of {CONFIG_FILE}, or else the token that the post-processor adds,"
+            allowed = f"one of the special tokens {show([*special])}, not {show(name)}"
+            raise UserError(message=f"tokenizer {self.path}: {place} must be {allowed}")
+        return special[name]
 
     def _require_exact(
         self, model: Mapping[str, Any], has_bytes: bool, token_bytes: list[bytes]
@@ -175,7 +183,7 @@ def _wrong_size(vocab_size: int, fault: str, limit: str, size: int) -> UserError
 
 
 def _config_file(bos: str | None, eos: str | None) -> bytes:
-    return (json.dumps(dict(zip(MARKS, (bos, eos), strict=True)), indent=2) + "\n").encode()
+    return (json.dumps(dict(zip(FIELDS, (bos, eos), strict=True)), indent=2) + "\n").encode()
 
 
 def _unknown_token(model: dict[str, Any]) -> str:
@@ -214,24 +222,3 @@ def _divide_names(
         if encoder.pre_tokenizer is not None:
             steps.insert(0, encoder.pre_tokenizer)
         encoder.pre_tokenizer = pre_tokenizers.Sequence(steps)
-
-
-def _token_name(value: Any) -> str | None:
-    """Return the name of a token that a configuration writes as its name or as an object."""
-    name = value.get("content") if isinstance(value, dict) else value
-    return name if isinstance(name, str) else None
-
-
-def _added_by(processor: Any) -> tuple[str | None, str | None]:
-    """Return the tokens that a post-processor adds before and after a text."""
-    if not isinstance(processor, dict):
-        return None, None
-    if processor.get("type") == "Sequence":
-        found = [_added_by(inner) for inner in processor.get("processors", [])]
-        return next((names for names in found if names != (None, None)), (None, None))
-    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-        return processor["cls"][0], processor["sep"][0]
-    template = processor.get("single", [])
-    tokens = [part.get("SpecialToken", {}).get("id") for part in template]
-    text = tokens.index(None) if None in tokens else len(tokens)
-    return next(iter(tokens[:text]), None), next(iter(tokens[text + 1 :]), None)

@@ -148,6 +148,13 @@ ROBERTA = {
 }
 
 
+NO_SPECIAL = TEMPLATE | {
+    "special_tokens": {
+        name: {"id": name, "ids": [97], "tokens": ["a"]} for name in TEMPLATE["special_tokens"]
+    }
+}
+
+
 @pytest.mark.parametrize(
     ("processor", "config", "expected"),
     [
@@ -155,7 +162,13 @@ ROBERTA = {
         (ROBERTA, None, (0, 1)),
         ({"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}, None, (0, 1)),
         (TEMPLATE, {"bos_token": "<|end_of_text|>"}, (1, 1)),
-        (None, {"bos_token": None, "eos_token": {"content": "<|end_of_text|>"}}, (1, 1)),
+        (None, {"eos_token": {"content": "<|end_of_text|>"}}, (1, 1)),
+        (None, {"bos_token": None, "eos_token": {"content": "<|end_of_text|>"}}, (-1, 1)),
+        (TEMPLATE, {"bos_token": None}, (-1, 1)),
+        (TEMPLATE, {"bos_token": "<|begin_of_text|>", "add_bos_token": False}, (-1, 1)),
+        (TEMPLATE, {"add_bos_token": True, "eos_token": None}, (0, -1)),
+        (TEMPLATE | {"single": TEMPLATE["single"][1:]}, None, (1, 1)),
+        (TEMPLATE | {"single": TEMPLATE["single"][1:]}, {"add_bos_token": False}, (-1, 1)),
         (None, {"bos_token": "<|begin_of_text|>", "eos_token": None}, (0, -1)),
         (BYTE_LEVEL, {"chat_template": "anything"}, (-1, -1)),
     ],
@@ -210,7 +223,26 @@ def test_settings_for_batches_and_added_tokens_of_a_tokenizer_json(trained, tmp_
             "no tok",
         ),
         ({"model": {"type": "Future"}}, None, r"not a tokenizer\.json that tokenizers [0-9.]+ can"),
-        ({}, {"bos_token": "the"}, r"tokenizer_config\.json: bos_token must be null or one of"),
+        (
+            {},
+            {"bos_token": "the"},
+            r'bos_token of tokenizer_config\.json, or .* special tokens .*, not "the"',
+        ),
+        ({"post_processor": NO_SPECIAL}, None, r"the post-processor adds, must be .* not \"a\""),
+        (
+            {"post_processor": {"type": "RobertaProcessing"}},
+            None,
+            "post_processor is of an unknown",
+        ),
+        ({"post_processor": {"type": "Future"}}, None, "post_processor is of an unknown form: it"),
+        ({"post_processor": "x"}, None, "post_processor is of an unknown form"),
+        ({"post_processor": TEMPLATE | {"single": [5]}}, None, "post_processor is of an unknown"),
+        (
+            {"post_processor": TEMPLATE | {"single": TEMPLATE["single"][::2] * 2}},
+            {"eos_token": None},
+            "adds several tokens before a text, .* name one of them as bos_token",
+        ),
+        ({}, {"bos_token": 5}, r"tokenizer_config\.json: bos_token must be null, .* not 5"),
         ({}, ["a"], r"tokenizer_config\.json: a JSON object is needed"),
     ],
 )
