@@ -18,7 +18,8 @@ those from U+0100 on."""
 OTHERS = [byte for byte in range(256) if byte not in KEPT]
 BYTE_OF = {chr(byte): byte for byte in KEPT} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 SUPPORTED = (
-    "ByteLevel, or Replace, Metaspace, ByteFallback, Fuse and Strip of one space at the start"
+    "ByteLevel, or, in this order, Replace or Metaspace, ByteFallback, Fuse, and then Strip of one "
+    "space at the start"
 )
 
 
@@ -45,19 +46,22 @@ def token_decoder(decoder: Any, path: Path) -> TokenDecoder:
     if kinds == ["ByteLevel"]:
         return TokenDecoder(_byte_level)
     marks: list[tuple[str, str]] = []
-    strips_space = has_bytes = False
+    strips_space = has_bytes = is_fused = False
     for step in steps:
         kind = step["type"]
-        if kind == "Replace" and "String" in step["pattern"]:
+        is_of_tokens = not (has_bytes or is_fused)  # not of bytes, nor of the whole text
+        if kind == "Replace" and "String" in step["pattern"] and is_of_tokens:
             marks.append((step["pattern"]["String"], step["content"]))
-        elif kind == "Metaspace":
+        elif kind == "Metaspace" and is_of_tokens:
             marks.append((step["replacement"], " "))
             strips_space |= step.get("prepend_scheme", "always") != "never"
-        elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0):
-            strips_space = True
-        elif kind == "ByteFallback":
+        elif kind == "ByteFallback" and not is_fused:
             has_bytes = True
-        elif kind != "Fuse":
+        elif kind == "Fuse":
+            is_fused = True
+        elif kind == "Strip" and is_fused and not strips_space and _is_of_one_space(step):
+            strips_space = True
+        else:
             marks = []
             break
     if not marks:
@@ -67,13 +71,17 @@ def token_decoder(decoder: Any, path: Path) -> TokenDecoder:
         )
 
     def bytes_of(token: str) -> bytes:
-        if has_bytes and (byte := BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(byte[1], 16)])
         for mark, text in marks:
             token = token.replace(mark, text)
+        if has_bytes and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
         return token.encode()
 
     return TokenDecoder(bytes_of, has_bytes, strips_space)
+
+
+def _is_of_one_space(step: dict[str, Any]) -> bool:
+    return (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
 
 
 def _byte_level(token: str) -> bytes:

@@ -1,5 +1,6 @@
 """A tokenizer.json: text that looks like its tokens, text that it does not know."""
 
+import itertools
 import json
 import random
 
@@ -140,3 +141,42 @@ def test_a_bpe_that_draws_its_merges_is_refused(saved):
     with pytest.raises(UserError, match=r"dropout=0\.1, .* set it to null"):
         saved(library, decoders.ByteLevel(), dropout=0.1)
     assert saved(library, decoders.ByteLevel(), dropout=None).vocab_size == 256
+
+
+STEPS = {
+    "replace": decoders.Replace(MARK, " "),
+    "other": decoders.Replace("<", "("),
+    "marks": decoders.Metaspace(prepend_scheme="never"),
+    "bytes": decoders.ByteFallback(),
+    "fuse": decoders.Fuse(),
+    "strip": decoders.Strip(" ", 1, 0),
+}
+
+
+def test_decoders_decode_as_the_library_or_are_refused(saved):
+    """Every order of up to five steps."""
+    pieces = [MARK + "a", "b", MARK, "<", "ab" + MARK, " ", "<s>", *BYTES]
+    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<s>", byte_fallback=True))
+    source = random.Random(0)
+    mark = [vocabulary[f"<0x{byte:02X}>"] for byte in MARK.encode()]
+    texts = [source.choices([0, 1, 2, 3, 4, 5], k=6) + mark + [1, 2] for _ in range(20)]
+    texts += [[2, 0, 1], [0], [vocabulary["<0x20>"], 1], [5, 1, 5, 0], [*mark, 1]]
+    taken, refusals = set(), []
+    for count in range(1, 6):
+        for names in itertools.permutations(STEPS, count):
+            steps = [STEPS[name] for name in names]
+            try:
+                tokenizer = saved(library, decoders.Sequence(steps))
+            except UserError as error:
+                refusals.append(str(error))
+                continue
+            taken.add(names)
+            for ids in texts:
+                assert tokenizer.decode(ids) == library.decode(ids)
+    assert ("replace", "bytes", "fuse", "strip") in taken
+    assert ("marks",) in taken
+    refused = [("replace", "strip"), ("replace", "strip", "fuse"), ("fuse", "replace")]
+    refused += [("bytes", "replace"), ("replace", "fuse", "bytes"), ("fuse", "marks")]
+    assert taken.isdisjoint(refused)
+    assert all("is not supported" in reason for reason in refusals)
