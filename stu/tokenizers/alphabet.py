@@ -80,8 +80,8 @@ class AlphabetTokenizer(Tokenizer):
             raise UserError(
                 "text",
                 around,
-                message=f"character {show(text[place])} (number {place}, in {show(around)}) is not "
-                f"in the alphabet of the tokenizer, {show(self._letters)}: leave it out",
+                message=f"character {show(text[place])} (number {place + 1}, in {show(around)}) "
+                f"is not in the alphabet of the tokenizer, {show(self._letters)}: leave it out",
             )
         tokens: list[int] = ids.tolist()
         return tokens
@@ -106,4 +106,5 @@ def _files(alphabet: str | Mapping[str, int], size: int) -> dict[str, bytes]:
         "unknown_token": None,
     }
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    return {AlphabetTokenizer.file_name: text.encode()}
+    # Halves of surrogate pairs, which a command line may have, are refused where files are read.
+    return {AlphabetTokenizer.file_name: text.encode(errors="surrogatepass")}

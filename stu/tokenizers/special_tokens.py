@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stu.common.errors import UserError
+from stu.common.text import require_unicode
 
 MOST_IDS = 1 << 24
 """Limit of token ids, above any vocabulary's."""
@@ -28,6 +29,8 @@ def token_ids(values: Mapping[str, Any], field: str, path: Path) -> dict[str, in
     if not isinstance(ids, dict) or not all(map(_is_id, ids.values())) or "" in ids:
         allowed = f"an object of ids by token, each from 0 to {MOST_IDS - 1}"
         raise UserError(message=f"tokenizer {path}: {field} must be {allowed}")
+    for token in ids:
+        require_unicode(f"tokenizer {path}: {field}", token)
     return ids
 
 

@@ -320,11 +320,13 @@ def test_alphabets(tmp_path):
     assert dna.encode("GATTACAN") == [2, 0, 3, 3, 0, 1, 0, 4]
     assert dna.decode([5, 2, 0, 6]) == "GA"
     assert (dna.bos_id, dna.eos_id, dna.vocab_size) == (5, 6, 7)
-    for text, place in [("GAxT", 2), ("GAT\n", 3), ("é", 0), ("GA\U0001f600", 2), ("\0", 0)]:
+    for text, place in [("GAxT", 3), ("GAT\n", 4), ("é", 1), ("GA\U0001f600", 3), ("\0", 1)]:
         with pytest.raises(
             UserError, match=rf"\(number {place}, in .*\) is not in the alphabet .*ACGTN"
         ):
             dna.encode(text)
+    with pytest.raises(UserError, match="alphabet is not allowed: it has half of a surrogate"):
+        make_tokenizer(alphabet_files("A\udcff"), tmp_path)
     letters = make("añ東👍\n", tmp_path / "letters")
     text = "👍a東\nñ" * 9
     assert letters.decode(letters.encode(text)) == text
@@ -353,6 +355,11 @@ def test_an_alphabet_with_an_unknown_token_and_ids_of_another_model(tmp_path):
         ({"alphabet": {"AB": 0}}, "alphabet must be .* an id for each character"),
         ({"alphabet": {}}, "alphabet must be"),
         ({"alphabet": {"A": True}}, "alphabet must be an object of ids by token"),
+        (
+            {"alphabet": {"A": 0, "\ud800": 1}},
+            "alphabet is not allowed: it has half of a surrogate",
+        ),
+        ({"special_tokens": {"\udc00": 9}}, "special_tokens is not allowed: it has half of a sur"),
         ({"alphabet": {"A": 5}}, "two tokens have the same id"),
         ({"alphabet": "bytes"}, "two tokens have the same id"),
         ({"unknown_token": "A"}, "unknown_token must be null or one of"),
