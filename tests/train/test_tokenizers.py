@@ -225,3 +225,21 @@ def test_wrong_tokenizers_are_named(corpus, tmp_path, capsys, tokenizer, message
     assert prepare.main([*arguments, "--workers=1"]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_document_with_a_foreign_character_is_named(tmp_path, capfd, workers, monkeypatch):
+    monkeypatch.setattr(encode, "PIECE_CHARS", 4)
+    texts = ["ACGT" * 3] * 30 + ["ACGTACGTGAx"] + ["ACGT" * 3] * 9
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "table.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    (tmp_path / "plain.txt").write_text("ACGTACGTGAx")
+    reason = 'character "x" (number 11, in "ACGTACGTGAx") is not in the alphabet'
+    for name, place in [("rows.jsonl", " line 31"), ("table.csv", " line 32"), ("plain.txt", "")]:
+        sources = sorted({str(tmp_path / "rows2.jsonl"), str(tmp_path / name)})
+        (tmp_path / "rows2.jsonl").write_text('{"text": "ACGT"}\n' * 30)
+        arguments = ["--output", str(tmp_path / "data"), "--tokenizer=characters:ACGT"]
+        assert prepare.main([*sources, *arguments, f"--workers={workers}"]) == 2
+        assert f"error: {tmp_path / name}{place}: {reason}" in capfd.readouterr().err
+        assert not (tmp_path / "data").exists()

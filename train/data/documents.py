@@ -27,6 +27,7 @@ class Document(NamedTuple):
     source_bytes: int  # bytes of the file, compressed or not, that were read for it
     starts: bool = True  # False: continues the document before it
     ends: bool = True  # False: the next document continues it
+    place: str = ""  # file, and where in it the text is, for messages
 
 
 def read_documents(
@@ -49,7 +50,7 @@ def _read_file(path: Path, text_key: str, piece_bytes: int) -> Iterator[Document
     kind = kind_of(path)
     try:
         if path.suffix == ".py":
-            yield Document(read_python(path), path.stat().st_size)
+            yield Document(read_python(path), path.stat().st_size, place=str(path))
         elif kind == "parquet":
             yield from _read_parquet(path, text_key)
         else:
@@ -118,7 +119,8 @@ def _read_text(source: _Source, piece_bytes: int) -> Iterator[Document | BadInpu
         else:
             if not offset:
                 text = text.removeprefix("\ufeff")
-            yield Document(text, source.used(), starts, ends)
+            place = f"{source.path} from byte {offset}" if offset else str(source.path)
+            yield Document(text, source.used(), starts, ends, place)
             starts = False
         offset += cut
         if ends:
@@ -162,7 +164,10 @@ def _read_json_lines(source: _Source, text_key: str) -> Iterator[Document | BadI
         offset += len(line)
         if isinstance(text, str):
             text = _json_text(text, source.path, place, text_key)
-        yield text if isinstance(text, BadInput) else Document(text, source.used())
+        if isinstance(text, str):
+            yield Document(text, source.used(), place=f"{source.path} {place}")
+        else:
+            yield text
 
 
 def _json_text(line: str, path: Path, place: str, text_key: str) -> str | BadInput:
@@ -213,7 +218,7 @@ def _read_csv(source: _Source, text_key: str) -> Iterator[Document | BadInput]:
                 raise BadInput(source.path, "line 1", "no field", reason)
             column = row.index(text_key)
         elif len(row) > column:
-            yield Document(row[column], source.used())
+            yield Document(row[column], source.used(), place=f"{source.path} {place}")
         elif row:  # else a blank line
             reason = f"{len(row)} fields, but {text_key!r} is number {column + 1}"
             yield BadInput(source.path, place, "no field", reason)
@@ -241,8 +246,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     share = size * (done + 1) // num_rows - size * done // num_rows
-                    yield Document(text or "", share)
                     done += 1
+                    yield Document(text or "", share, place=f"{path} row {done}")
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's fault
             raise

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stu.common.errors import UserError
 from stu.tokenizer import Tokenizer, read_tokenizer
 from train.data.documents import Document
 
@@ -48,18 +49,20 @@ def text_hash(text: str, seed: int) -> float:
 def encode_batch(
     documents: list[Document], tokenizer_path: Path, seed: int, validation_fraction: float
 ) -> list[Encoded]:
-    """Encode a batch of documents, in a worker."""
+    """Encode a batch of documents, in a worker.
+
+    Raises UserError, naming the document, if the tokenizer has no tokens for a part of it.
+    """
     tokenizer = _load_tokenizer(tokenizer_path)
-    return [
-        Encoded(
-            split_of(text, seed, validation_fraction),
-            encode_document(tokenizer, text),
-            len(text.encode()),
-            starts,
-            ends,
-        )
-        for text, _, starts, ends in documents
-    ]
+    encoded = []
+    for text, _, starts, ends, place in documents:
+        try:
+            tokens = encode_document(tokenizer, text)
+        except UserError as error:
+            raise UserError(place, message=f"{place}: {error}") from error
+        split = split_of(text, seed, validation_fraction)
+        encoded.append(Encoded(split, tokens, len(text.encode()), starts, ends))
+    return encoded
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
@@ -69,7 +72,11 @@ def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
     start = 0
     while start < len(text):
         stop = _cut(text, start)
-        ids += tokenizer.encode(text[start:stop])
+        try:
+            ids += tokenizer.encode(text[start:stop])
+        except UserError:
+            tokenizer.encode(text)  # the error then says where in the whole text
+            raise
         start = stop
     ids += tokenizer.end_ids
     return np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
