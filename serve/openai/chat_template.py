@@ -42,8 +42,10 @@ class ChatTemplate:
         # Where the template names a control token, a secret mark stands for it until the text is
         # tokenized, so that nobody can write a control token in a message.
         control_ids = tokenizer.control_tokens()
-        self._marks = {name: secrets.token_hex(16) for name in control_ids}
+        secret = secrets.token_hex(16)
+        self._marks = {name: f"{secret}{token:08x}" for name, token in control_ids.items()}
         self._ids = {mark: control_ids[name] for name, mark in self._marks.items()}
+        self._mark = re.compile(f"({secret}[0-9a-f]{{8}})")
         names = {token: name for name, token in control_ids.items()}
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._fixed: dict[str, Any] = {
@@ -75,7 +77,7 @@ class ChatTemplate:
         text = self._render(messages, variables or {})
         require_unicode("messages", text)
         tokens: list[int] = []
-        for part in re.split("|".join(f"({mark})" for mark in self._ids), text):
+        for part in self._mark.split(text):
             if part in self._ids:
                 tokens.append(self._ids[part])
             elif part:
@@ -87,10 +89,9 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> str:
         """Return the prompt as text with the names of control tokens; see `tokens`."""
+        names = {mark: name for name, mark in self._marks.items()}
         text = self._render(messages, variables or {})
-        for name, mark in self._marks.items():
-            text = text.replace(mark, name)
-        return text
+        return self._mark.sub(lambda mark: names.get(mark[0], mark[0]), text)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         for name in variables:

@@ -1,6 +1,8 @@
 """Chat templates: rendered as by transformers, sandboxed and bounded."""
 
 import json
+import re
+from itertools import chain
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -213,6 +215,38 @@ def test_a_runaway_template_is_stopped(make, monkeypatch, source, message):
         monkeypatch.setattr(chat_dialect, "MOST_SECONDS", 0.2)
     with pytest.raises(UserError, match=message):
         make(source).tokens([HELLO])
+
+
+class Control:
+    """A tokenizer of characters and any number of control tokens."""
+
+    bos_id = eos_id = -1
+
+    def __init__(self, count):
+        self.start_ids, self.texts, self.names = [], [], {f"<|{i}|>": i for i in range(count)}
+
+    def control_tokens(self):
+        return self.names
+
+    def encode(self, text):
+        self.texts.append(text)
+        return [-ord(character) for character in text]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3000])
+def test_any_number_of_control_tokens(tmp_path, count):
+    """Text between two of them is encoded at once."""
+    tokenizer, written = Control(count), [*range(count)] * 2
+    marks = "a<|1|>b" + "".join(f"<|{i}|>x<|0|>{i}" for i in written)
+    (tmp_path / "chat_template.jinja").write_text(marks + "{{ messages[0].content }}")
+    template, messages = ChatTemplate(tmp_path, tokenizer), [{"content": "<|0|> <|1|>"}]
+    tokens, num_texts = template.tokens(messages), len(tokenizer.texts)
+    parts = re.split(r"(<\|\d+\|>)", marks)
+    names = tokenizer.names
+    expected = [[names[part]] if part in names else tokenizer.encode(part) for part in parts]
+    assert tokens == [*chain(*expected), *tokenizer.encode("<|0|> <|1|>")]
+    assert num_texts <= 1 + sum(part in names for part in parts)
+    assert template.text(messages) == marks + "<|0|> <|1|>"
 
 
 def test_small_powers_are_computed(make):
