@@ -174,7 +174,7 @@ class Tokenizer(ABC):
 
 
 def read_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Read the tokenizer of a file, or of a folder that has one of the files in `TOKENIZERS`.
+    """Read the tokenizer of a file, or of a folder that has one (`find_tokenizer`).
 
     A file of another name is read as a tokenizer.json if it ends in .json, as ranks of tiktoken if
     it ends in .tiktoken, and else as a SentencePiece model.
@@ -186,18 +186,22 @@ def read_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """Return the main file of a tokenizer, given that file or its folder. Raises UserError."""
+    """Return the main file of a tokenizer, given that file or its folder: the one of `TOKENIZERS`
+    there, else the only *.tiktoken. Raises UserError."""
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(message=f"tokenizer {path}: no such file")
     found = [path / name for name in TOKENIZERS if (path / name).is_file()]
+    found = found or sorted(path.glob("*.tiktoken"))  # ranks as they are published
     if not found:
-        raise UserError(message=f"tokenizer {path}: has none of {', '.join(TOKENIZERS)}")
+        names = ", ".join(TOKENIZERS)
+        raise UserError(message=f"tokenizer {path}: has none of {names}, nor other *.tiktoken")
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise UserError(message=f"tokenizer {path}: has {names}: name one of these files")
+        fix = "name one of these files instead of the folder, or leave only that one in it"
+        raise UserError(message=f"tokenizer {path}: has {names}: {fix}")
     return found[0]
 
 

@@ -103,7 +103,8 @@ def test_kinds_are_found_by_name(tmp_path, trained):
     (tmp_path / "alphabet.json").write_bytes(DNA)
     assert read_tokenizer(tmp_path).vocab_size == 7
     (tmp_path / "tokenizer.json").write_bytes(contents)
-    with pytest.raises(UserError, match=r"tokenizer\.json, alphabet\.json: name one of these"):
+    message = r"tokenizer\.json, alphabet\.json: name one of .* or leave only that one in it"
+    with pytest.raises(UserError, match=message):
         read_tokenizer(tmp_path)
     assert read_tokenizer(tmp_path / "alphabet.json").vocab_size == 7
     with pytest.raises(UserError, match="none: no such file"):
@@ -313,6 +314,16 @@ def test_ranks_without_settings_need_a_known_name(tmp_path):
         read_tokenizer(tmp_path / "mine.tiktoken")
     (tmp_path / "mine.tiktoken.json").write_bytes(settings_file(LAYOUTS["cl100k_base"]))
     assert read_tokenizer(tmp_path / "mine.tiktoken").eos_id == 100257
+
+
+def test_published_ranks_are_found_in_a_folder(tmp_path):
+    (tmp_path / "o200k_base.tiktoken").write_bytes(WHOLE)
+    assert read_tokenizer(tmp_path).eos_id == 199_999
+    (tmp_path / "cl100k_base.tiktoken").write_bytes(WHOLE)
+    with pytest.raises(UserError, match=r"has cl100k_base\.tiktoken, o200k_base\.tiktoken: name"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "alphabet.json").write_bytes(DNA)
+    assert read_tokenizer(tmp_path).vocab_size == 7
 
 
 def test_alphabets(tmp_path):
