@@ -30,8 +30,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, encoded by the tokenizers library.
 
     BOS and EOS are those of tokenizer_config.json (`stu.tokenizers.document_marks`).
-    Special tokens are not found in texts; added tokens that are not special are. The token
-    for text that the model does not know is no control token, unless it is BOS or EOS.
+    Special tokens are not found in texts; added tokens that are not special are. The token for
+    text that the model does not know is no control token, unless it is BOS or EOS.
     """
 
     file_name = "tokenizer.json"
@@ -113,8 +113,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         text.encode()  # the library's error for half of a surrogate pair is a TypeError
-        # Offsets, which only `encode` computes, take half as long again.
         try:
+            # Offsets, which only `encode` computes, take half as long again.
             (encoding,) = self._encoder.encode_batch_fast([text], add_special_tokens=False)
         except Exception as error:
             if type(error) is not Exception:  # the library raises nothing more exact
