@@ -48,7 +48,7 @@ class Sizes:
     """Bytes that are read to measure the memory."""
 
 
-STU = ModelConfig(vocab_size=4096, width=2560, num_layers=32, layout="stu", num_heads=20)
+STU_2_7B = ModelConfig(vocab_size=4096, width=2560, num_layers=32, layout="stu", num_heads=20)
 """The model of 2.7 B parameters in the recorded results. Heads are those of its peer."""
 LENGTH = 9216
 """Longest context of the models, which has room for the prompt and for all steps."""
@@ -58,7 +58,7 @@ NAMES = ("stu-2.7b", "hybrid-550m", "hybrid-2.7b")
 def full_sizes() -> Sizes:
     """Return the sizes for a GPU."""
     models = {
-        "stu-2.7b": STU,
+        "stu-2.7b": STU_2_7B,
         **{name: published(name) for name in NAMES[1:]},
     }
     return Sizes(

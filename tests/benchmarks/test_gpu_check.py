@@ -1,6 +1,7 @@
 """The check of a GPU runs whole on a CPU, without packages that a GPU machine may lack."""
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def without_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocker"))
 
 
+@pytest.mark.slow
 def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
     output = tmp_path / "check.json"
     options = ["--device", "cpu", "--sizes", "tiny", "--output", str(output)]
@@ -96,8 +98,10 @@ def test_a_part_that_takes_too_long_leaves_its_figures_and_where_it_was(tmp_path
     options = ["--device", "cpu", "--only", "captured", "--minutes", "0.02"]
     assert gpu_check.main([*options, "--output", str(output)]) == 1
     (captured,) = json.loads(output.read_text())["parts"].values()
-    assert "ended with 1 after" in captured["error"]
-    assert "run_part.py" in captured["error"], "the outermost call is last"
+    # Another thread writes the calls down while Python runs, which may end them early.
+    assert re.search(r"ended with -?\d+ after", captured["error"])
+    assert "Timeout (0:00:01)!" in captured["error"]
+    assert "most recent call first" in captured["error"]
     assert "captured FAILED" in capfd.readouterr().out
 
 
