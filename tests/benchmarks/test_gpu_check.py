@@ -1,8 +1,8 @@
 """The check of a GPU runs whole on a CPU, without packages that a GPU machine may lack."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
