@@ -42,6 +42,5 @@ class StaticStep(ABC):
             own: Numbers `[B, num_own]` of the rows.
         """
 
-    def end_pages(self) -> None:
-        """Finish the pages that end in this step, after all layers have stepped."""
-        raise NotImplementedError
+    def end_pages(self) -> None:  # noqa: B027
+        """Finish the pages that end in this step, if any do, after all layers have stepped."""
