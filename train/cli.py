@@ -30,6 +30,8 @@ COMMON_SETTINGS = {
     "--trainer.val_check_interval": "Micro-batches between two validations",
     "--run-dir": "Folder for checkpoints, logs and the record of jobs",
     "--resume": "Checkpoint to continue from: a path, `last`, or `auto`, the last if any",
+    "--init-from": "Model directory, or published checkpoint, to start from: weights and shape",
+    "--init-tokens": "Embedding rows for another tokenizer: refused (`same`), or `by-bytes`",
     "--allow-change": "Settings that may differ from those of the checkpoint: NAME[,NAME]",
     "--logger": "Loggers, as in `[tensorboard, csv]`",
     "--checkpoint-every-steps": "Optimizer steps between two checkpoints",

@@ -18,6 +18,7 @@ from train.data.shards import Index
 from train.loggers import check_loggers
 from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
+from train.tuning.origin import check_origin
 
 COUNTS = (
     *("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"),
@@ -63,7 +64,9 @@ def check_settings(
     _check_trainer(settings.trainer)
     _check_devices(settings.trainer, is_plan)
     _check_precision(settings.trainer, parallel)
-    return _check_model_and_data(settings, is_plan), optimizer, parallel
+    config = _check_model_and_data(settings, is_plan)
+    check_origin(settings, config)
+    return config, optimizer, parallel
 
 
 def data_warnings(settings: Any, num_ranks: int) -> list[str]:

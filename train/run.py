@@ -33,13 +33,14 @@ from train.fit_loop import FitLoop
 from train.loggers import make_loggers
 from train.parallel.config import ParallelConfig, make_strategy, prepare_blocks
 from train.same_run import SCHEDULE, compare
-from train.settings import FORCED, Parser, add_settings
+from train.settings import FORCED, Parser, add_settings, parse
 from train.start.agreement import Start, flatten
 from train.start.launch import Launch, detect_launch
 from train.start.launcher import Launcher
 from train.start.owner import RunOwner, owned
 from train.start.provenance import code_versions, provenance
 from train.start.signals import EXIT_CODES
+from train.tuning.origin import begin
 
 TOO_MANY_BAD_STEPS = 65
 """Exit code after too many bad steps (sysexits' EX_DATAERR)."""
@@ -88,7 +89,8 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.arguments = args
-        self.config = parser.parse_args(args)
+        assert isinstance(parser, Parser)
+        self.config = parse(parser, args)
         _, _, self.parallel = check_settings(self.config, is_plan=False)
 
     def before_instantiate_classes(self) -> None:
@@ -108,9 +110,9 @@ class TrainCLI(LightningCLI):
             self.resume_from = choose_checkpoint(self.run_dir, self.config_init.resume)
             trainer = self._make_trainer(self._step(), **kwargs)
             self._compare(trainer)
-            owner.note(
-                resumes=str(self.resume_from or ""), changes=self.model.run_record["changes"]
-            )
+            record = self.model.run_record
+            noted = {name: record[name] for name in ("changes", "init_from") if name in record}
+            owner.note(resumes=str(self.resume_from or ""), **noted)
         except BaseException:
             owner.withdraw()
             raise
@@ -202,7 +204,10 @@ class TrainCLI(LightningCLI):
         changes = compare(
             self.resume_from, trainer, self.model, self.datamodule, allowed, schedule, source
         )
+        is_first = is_first_rank(self.launch)
+        origin = begin(self.model.model, self.resume_from, self.config, is_first)
         self.model.run_record = {"provenance": source, "schedule": schedule, "changes": changes}
+        self.model.run_record |= origin
 
 
 def is_first_rank(launch: Launch) -> bool:

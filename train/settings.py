@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,6 +16,7 @@ from train.loggers import LOGGERS
 from train.module import FlashSTUModule
 from train.parallel.config import ParallelConfig
 from train.start.agreement import ParseError
+from train.tuning.origin import default_shape
 
 DEFAULTS = {
     "max_steps": 10_000,
@@ -53,6 +54,12 @@ class RunSettings:
     """Folder for checkpoints, logs and the record of jobs"""
     resume: str | None = None
     """Checkpoint to continue from: a path, `last`, or `auto`, the last one if there is any"""
+    init_from: Path | None = None
+    """Model directory, or published checkpoint, whose weights and shape a new run starts from; a
+    resumed run does not read it"""
+    init_tokens: Literal["same", "by-bytes"] = "same"
+    """Rows of the embedding with `--init-from`, if the data has another tokenizer: `same` refuses
+    it; `by-bytes` keeps the rows of tokens with the same bytes, and all others begin at the mean"""
     checkpoint_every_steps: int = 1000
     """Optimizer steps between two checkpoints"""
     checkpoint_every_minutes: float = 30.0
@@ -101,6 +108,18 @@ def add_settings(parser: Parser) -> None:
     add("--log-samples", type=bool, default=False, help=log_samples)
 
 
+def parse(parser: Parser, arguments: Sequence[str]) -> Any:
+    """Return the settings in `arguments`; the model's shape is by default that of `--init-from`.
+
+    Raises UserError; exits with code 2 for arguments that cannot be parsed.
+    """
+    settings = parser.parse_args(list(arguments))
+    if shape := default_shape(settings):
+        parser.set_defaults({f"model.config.{name}": value for name, value in shape.items()})
+        settings = parser.parse_args(list(arguments))
+    return settings
+
+
 def parse_settings(arguments: Sequence[str]) -> Any:
     """Return the checked settings of a run that is only planned: no model is built, and of the data
     only the index is read.
@@ -110,7 +129,7 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     parser = Parser(prog="stu-plan")
     parser.add_argument("--config", action="config")
     add_settings(parser)
-    settings = parser.parse_args(list(arguments))
+    settings = parse(parser, arguments)
     config, optimizer, parallel = check_settings(settings, is_plan=True)
     settings.model.config, settings.model.optimizer, settings.parallel = config, optimizer, parallel
     return settings
