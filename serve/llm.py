@@ -138,7 +138,7 @@ class LLM:
         Raises UserError as `generate` does, and without jinja2, which the extra `serve` installs.
         """
         with requires_extra("serve"):  # jinja2
-            from serve.openai.chat_template import ChatTemplate
+            from stu.chat.template import ChatTemplate
 
         template = ChatTemplate(self._path, self.tokenizer)
         is_single = all(isinstance(message, Mapping) for message in messages)

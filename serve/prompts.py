@@ -10,8 +10,8 @@ import numpy as np
 from serve.request import Request, are_token_ids
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
-from stu.common.text import nearest, require_unicode
-from stu.tokenizer import Tokenizer
+from stu.common.text import nearest
+from stu.tokenizer import Tokenizer, encode_text
 
 NOT_IN_ROWS = ("n", "prompt_logprobs", "constraint")
 SETTINGS = [field.name for field in fields(SamplingParams) if field.name not in NOT_IN_ROWS]
@@ -72,15 +72,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:
     if not tokens:
         raise UserError("prompt", prompt, "not empty, as the model's tokenizer has no BOS token")
     return tokens
-
-
-def encode_text(tokenizer: Tokenizer, field: str, text: str) -> list[int]:
-    """Return the token ids of the text in `field`. Raises UserError if there are none for it."""
-    require_unicode(field, text)
-    try:
-        return tokenizer.encode(text)
-    except UserError as error:
-        raise error.renamed(field) from error
 
 
 def listed_prompts(prompts: Any) -> list[Any]:

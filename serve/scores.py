@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from serve.completion import Completion
-from serve.prompts import encode_prompt, encode_text
+from serve.prompts import encode_prompt
 from serve.request import Request, are_token_ids, require_in_vocabulary
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import Tokenizer, encode_text
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stu.common.errors import UserError, show
+from stu.common.text import require_unicode
 
 TOKENIZERS = {
     "tokenizer.model": "stu.tokenizers.sentence_piece:SentencePieceTokenizer",
@@ -225,6 +226,15 @@ def make_tokenizer(
     if vocab_size is not None:
         tokenizer.pad(vocab_size)
     return tokenizer
+
+
+def encode_text(tokenizer: Tokenizer, field: str, text: str) -> list[int]:
+    """Return the token ids of the text in `field`. Raises UserError if there are none for it."""
+    require_unicode(field, text)
+    try:
+        return tokenizer.encode(text)
+    except UserError as error:
+        raise error.renamed(field) from error
 
 
 def files_sha256(files: Mapping[str, bytes]) -> str:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = "stu", "train", "serve"
 LIBRARIES_OF_STU = {
-    *("backports", "compression", "docstring_parser", "flash_attn", "jsonargparse", "numpy"),
-    *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch"),
+    *("backports", "compression", "docstring_parser", "flash_attn", "jinja2", "jsonargparse"),
+    *("numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch"),
 }  # Python 3.14 has `compression`
 COMMANDS = {
     "stu-prepare": "train.data.cli",

@@ -13,11 +13,11 @@ from serve.batch.rows import PromptRows, RowFormat
 from serve.batch.score_rows import ScoreRows
 from serve.batch.source import InputDigest, Source, open_input
 from serve.openai.chat import ChatCompletions
-from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
+from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
 from stu.model_dir import load_config, load_generation, load_tokenizer
 from stu.tokenizer import tokenizer_files

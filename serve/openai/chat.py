@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from serve.openai.chat_template import ChatTemplate
 from serve.openai.choices import ChatChoiceWriter
 from serve.openai.completions import Completions
 from serve.openai.schemas import ChatBody
 from serve.request import Request
+from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
 
 

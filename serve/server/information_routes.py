@@ -4,14 +4,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve.openai.schemas import DetokenizeBody, TokenizeBody
-from serve.prompts import encode_text
 from serve.server.completion_routes import response_in_pieces
 from serve.server.exchange import exchange_of
 from serve.server.replicas.slices import json_slices, pieces
 from serve.server.service import Service
 from stu.common.errors import UserError
 from stu.common.text import Json
-from stu.tokenizer import Tokenizer
+from stu.tokenizer import Tokenizer, encode_text
 
 
 def add_information_routes(app: FastAPI, service: Service) -> None:

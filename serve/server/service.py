@@ -8,7 +8,6 @@ from typing import Any
 import stu
 from serve.devices import choose_devices
 from serve.openai.chat import ChatCompletions
-from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.prompts import RequestBuilder
@@ -18,6 +17,7 @@ from serve.server.metrics import Metrics
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import Threads
 from serve.server.replicas.supervisor import ReplicasConfig
+from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError, setting_name
 from stu.common.processes import num_processors
 from stu.config import ModelConfig

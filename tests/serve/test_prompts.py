@@ -5,12 +5,12 @@ import json
 import pytest
 
 from serve.completion import Completion
-from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import TextCompletions
 from serve.openai.schemas import CompletionBody
 from serve.prompts import RequestBuilder, encode_prompt
 from serve.request import TokenLogprobs
 from serve.scores import Scoring
+from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
 from stu.tokenizer import make_tokenizer
 from stu.tokenizers.alphabet import alphabet_files

@@ -9,11 +9,11 @@ from openai.types.chat import completion_create_params as chat_completion_create
 
 from serve.openai import fields
 from serve.openai.chat import ChatCompletions
-from serve.openai.chat_template import ChatTemplate
 from serve.openai.completions import TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.openai.schemas import ChatBody, CompletionBody, EmbeddingBody, read_body
 from serve.prompts import RequestBuilder
+from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
 
 USER = {"role": "user", "content": "hi"}

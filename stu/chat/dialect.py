@@ -32,13 +32,16 @@ class CompiledTemplate:
 
     Args:
         marks: Replacements of texts that the template itself writes; texts of variables stay.
+        generation: Texts that are written before and after each `{% generation %}` block.
 
     Raises:
         jinja2.TemplateError, SyntaxError: The source cannot be compiled.
     """
 
-    def __init__(self, source: str, marks: Mapping[str, str]) -> None:
-        environment = _Environment()
+    def __init__(
+        self, source: str, marks: Mapping[str, str], generation: tuple[str, str] = ("", "")
+    ) -> None:
+        environment = _Environment(generation)
         tree = environment.parse(source)
         _mark(tree, marks)
         for loop in list(tree.find_all(nodes.For)):
@@ -64,21 +67,25 @@ class CompiledTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %} .. {% endgeneration %}`, which marks text that a model is trained on.
-    It has no effect on a prompt."""
+    """`{% generation %} .. {% endgeneration %}`, which marks text that a model is trained on."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
+        before, after = (
+            nodes.Output([nodes.TemplateData(text)]).set_lineno(line)
+            for text in self.environment.generation  # type: ignore[attr-defined]
+        )
+        return nodes.Scope([before, *body, after]).set_lineno(line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
-    def __init__(self) -> None:
+    def __init__(self, generation: tuple[str, str]) -> None:
+        self.generation = generation
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )

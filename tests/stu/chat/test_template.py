@@ -7,8 +7,8 @@ from itertools import chain
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from serve.openai import chat_dialect
-from serve.openai.chat_template import ChatTemplate
+from stu.chat import dialect
+from stu.chat.template import TUNED, ChatTemplate
 from stu.common.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief. <b>größe</b>"}
@@ -210,9 +210,9 @@ DOUBLE = "{% macro f(x, n) %}{{ f(x ~ x, n - 1) if n }}{% endmacro %}{{ f('x', 6
     ],
 )
 def test_a_runaway_template_is_stopped(make, monkeypatch, source, message):
-    monkeypatch.setattr(chat_dialect, "MOST_CHARS", 5000)
+    monkeypatch.setattr(dialect, "MOST_CHARS", 5000)
     if "seconds" in message:
-        monkeypatch.setattr(chat_dialect, "MOST_SECONDS", 0.2)
+        monkeypatch.setattr(dialect, "MOST_SECONDS", 0.2)
     with pytest.raises(UserError, match=message):
         make(source).tokens([HELLO])
 
@@ -291,3 +291,84 @@ def test_variables_of_the_server_cannot_be_set(make, name):
     refusal = rf"chat_template_kwargs\.{name} is not allowed: the serv"
     with pytest.raises(UserError, match=refusal):
         make("x").tokens([HELLO], {name: 1})
+
+
+MARKED = """{{ bos_token }}{% for m in messages %}<{{ m.role }}>
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}
+
+{% else %}{{ m.content }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>
+{% endif %}"""
+CHATML = """{% for m in messages %}
+{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+AGAIN = [SYSTEM, HELLO, ANSWER, GO, {"role": "assistant", "content": " Ja, größer."}]
+
+
+def test_answers_between_marks_are_those_of_transformers(make, code_tokenizer):
+    for messages in (AGAIN, AGAIN[1:3]):
+        text, spans = render_jinja_template(
+            [messages],
+            chat_template=MARKED,
+            return_assistant_tokens_mask=True,
+            bos_token="<s>",
+            eos_token="</s>",
+        )
+        tokens, counted = make(MARKED).conversation(messages)
+        encode, eos = code_tokenizer.encode, code_tokenizer.eos_id
+        expected = [[*encode(text[0][a:b].removesuffix("</s>")), eos] for a, b in spans[0]]
+        assert list(chain(*expected)) == [t for t, own in zip(tokens, counted, strict=True) if own]
+        plain = "".join(text).replace("<s>", "").replace("</s>", "")
+        assert code_tokenizer.decode(tokens) == plain
+        assert tokens[0] == code_tokenizer.bos_id
+        assert not counted[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "answers"),
+    [
+        (None, [" {0}</s>", " {1}</s>"]),
+        (CHATML, ["{0}<|im_end|>\n", "{1}<|im_end|>\n"]),
+        (MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), ["{0}</s>"]),
+        ("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+         "{% if add_generation_prompt %}assistant:{% endif %}", ["{0};", "{1};"]),
+    ],
+)  # fmt: skip
+def test_answers_follow_their_prompts(make, tmp_path, code_tokenizer, source, answers):
+    messages = AGAIN if len(answers) == 2 else AGAIN[:3]
+    template = make(source) if source else ChatTemplate(tmp_path, code_tokenizer, TUNED)
+    tokens, counted = template.conversation(messages)
+    texts = [m["content"] for m in messages if m["role"] == "assistant"]
+    eos = code_tokenizer.eos_id
+    spans = [[]]
+    for token, own, before in zip(tokens, counted, [False, *counted], strict=False):
+        if own and not before:
+            spans.append([])
+        if own:
+            spans[-1].append(token)
+    for span, answer in zip(spans[1:], answers, strict=True):
+        text = answer.format(*texts)
+        own = text.removesuffix("</s>")
+        assert span == code_tokenizer.encode(own) + [eos] * (own != text)
+    # The tokens before the first answer are those of its prompt.
+    first = next(number for number, m in enumerate(messages) if m["role"] == "assistant")
+    assert tokens[: counted.index(True)] == template.tokens(messages[:first])
+
+
+def test_a_template_without_marks_must_write_answers_after_their_prompts(make):
+    forgets = """{% for m in messages %}{% if m.role != 'assistant' or loop.last %}
+    {{- m.content }}{% endif %}{% endfor %}"""
+    with pytest.raises(UserError, match=r"message 3: .* put what is trained on in {% generation"):
+        make(forgets).conversation(AGAIN)
+    with pytest.raises(UserError, match="no text of an assistant"):
+        make(MARKED).conversation([SYSTEM, HELLO])
+    nested = MARKED.replace("{{ m.content }}{{", "{% generation %}{{ m.content }}"
+                            "{% endgeneration %}{{")  # fmt: skip
+    assert make(nested).conversation(AGAIN) == make(MARKED).conversation(AGAIN)
+
+
+def test_marks_of_answers_do_not_change_a_prompt(make):
+    without = MARKED.replace("{% generation", "{% if true").replace("endgeneration", "endif")
+    assert make(MARKED).text(AGAIN) == make(without).text(AGAIN)
+    assert make(MARKED).tokens(AGAIN) == make(without).tokens(AGAIN)

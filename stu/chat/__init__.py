@@ -1,0 +1,1 @@
+"""Chat templates, which write conversations as text."""
