@@ -81,8 +81,9 @@ class TensordotSTU(STU):
         return {"input_matrix": 1}
 
     def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
-        self.project = packed(self.input_matrix.T)
-        del self.input_matrix
+        if self.project is None:
+            self.project = packed(self.input_matrix.T)
+            del self.input_matrix
 
 
 class FullSTU(STU):
