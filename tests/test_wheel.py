@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from train.checkpoint.transformers_folder import CODE_FILES
+
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
@@ -38,6 +40,8 @@ def test_wheel_and_sdist_hold_the_packages(built):
         for name in ("stu/py.typed", "train/py.typed", "serve/py.typed", "stu/model.py"):
             assert name in held
         assert any(name.startswith("serve/server/playground/") for name in held)
+        for name in CODE_FILES:  # which exports copy
+            assert f"train/checkpoint/hugging_face/{name}" in held
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"stu", "train", "serve"}
 

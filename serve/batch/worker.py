@@ -90,12 +90,10 @@ def decode(work: Work) -> Iterator[Report]:
     if first is None:
         return
     try:
-        dtype, config = getattr(torch, work.config.dtype), work.config.engine
+        dtype = getattr(torch, work.config.dtype)
         # No variable holds the model: the engine keeps only what it needs of it.
         engine = Engine(
-            load_model(work.config.model, work.device, dtype, config.weights),
-            job.tokenizer,
-            config,
+            load_model(work.config.model, work.device, dtype), job.tokenizer, work.config.engine
         )
         # After loading, since an export may have replaced the model meanwhile.
         job.require_same(work.model_and_settings)

@@ -1,5 +1,6 @@
-"""`stu-export`: write a training checkpoint as a model directory, or in the published layout."""
+"""`stu-export`: write a training checkpoint as a model directory, or for other programs."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
 
 CHAT_TEMPLATES = "chat_template.jinja", "tokenizer_config.json"
 """Files of a model directory that may have its chat template."""
+FACTS = {
+    "tokens of the corpus": "data.num_tokens",
+    "optimizer": "model.optimizer.name",
+    "learning rate": "model.optimizer.learning_rate",
+    "precision": "trainer.precision",
+}
+"""Settings of a run that its model card lists."""
+RESULTS = {
+    "loss, nats per token": "val/loss",
+    "bits per byte": "val/bits_per_byte",
+    "next token is the likeliest": "val/accuracy",
+}
+"""Results of a validation that a model card lists."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", metavar="DIR", type=Path, required=True, help="Folder to write")
     add(
         "--format",
-        type=Literal["stu", "published"],
+        type=Literal["stu", "published", "transformers"],
         default="stu",
         help="stu: a model directory; published: tensor names and config.json of the published "
-        "Flash-STU code",
+        "Flash-STU code; transformers: a folder that Hugging Face's transformers loads with "
+        "trust_remote_code=True, with the code, the tokenizer and a model card",
     )
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Dtype of weights")
     add(
@@ -83,7 +98,7 @@ def export(
         output: Folder to write.
         dtype: Dtype of the weights.
         overwrite: Whether an existing `output` is replaced.
-        layout: `stu` for a model directory, or `published`.
+        layout: `stu` for a model directory, `published`, or `transformers`.
         weights: Format of the matrices of a model directory; None: as they are.
 
     Raises UserError or OSError, and then leaves nothing behind.
@@ -92,22 +107,30 @@ def export(
 
     from stu.model_dir import save_model
     from train.checkpoint.published import save_published
+    from train.checkpoint.transformers_folder import save_transformers
 
-    model, tokenizer, generation = _read(checkpoint)
+    if weights == "int8" and layout != "stu":
+        raise UserError("weights", weights, f"float for the {layout} layout")
+    model, tokenizer, generation, folder = _read(checkpoint)
     torch_dtype = getattr(torch, dtype)
+    others = {name: checkpoint / name for name in CHAT_TEMPLATES}
+    chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
     if layout == "published":
-        if weights == "int8":
-            raise UserError("weights", weights, "float for the published layout")
         save_published(output, model, tokenizer, torch_dtype, overwrite)
+    elif layout == "transformers":
+        facts = ({}, {}) if folder is None else (_training_facts(folder), _validation_facts(folder))
+        arguments = torch_dtype, overwrite, generation, chat, *facts
+        save_transformers(output, model, tokenizer, *arguments)
     else:
-        others = {name: checkpoint / name for name in CHAT_TEMPLATES}
-        chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
-        arguments = overwrite, torch_dtype, weights or model.weights, chat
-        save_model(output, model, tokenizer, generation, *arguments)
+        stored = overwrite, torch_dtype, weights or model.weights, chat
+        save_model(output, model, tokenizer, generation, *stored)
 
 
-def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
-    """Return the model, its tokenizer, and its defaults for decoding, if it has any."""
+def _read(
+    checkpoint: Path,
+) -> "tuple[FlashSTU, Tokenizer, dict[str, Any], CheckpointFolder | None]":
+    """Return the model, its tokenizer, its defaults for decoding, if it has any, and the training
+    checkpoint, if it is one."""
     import torch
 
     from stu.config import ModelConfig
@@ -119,7 +142,7 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
 
     if (checkpoint / "model.safetensors").exists():
         model = load_model(checkpoint, dtype=None)
-        return model, load_tokenizer(checkpoint), load_generation(checkpoint)
+        return model, load_tokenizer(checkpoint), load_generation(checkpoint), None
     is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
     folder = _last_of_run(checkpoint) if is_run else verified_checkpoint(checkpoint)
     carried: Mapping[str, Any] = folder.training["stu"]
@@ -132,7 +155,33 @@ def _read(checkpoint: Path) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
         stored = {"tokenizer.model": stored}
     files = {name: contents.numpy().tobytes() for name, contents in stored.items()}
     tokenizer = make_tokenizer(files, checkpoint, model.config.vocab_size)
-    return model, tokenizer, {}
+    return model, tokenizer, {}, folder
+
+
+def _training_facts(folder: "CheckpointFolder") -> dict[str, str]:
+    """Return what a checkpoint says of its training, by name, for a model card."""
+    settings, steps = folder.training["stu"].get("settings", {}), folder.training["optimizer_step"]
+    facts = {"optimizer steps": f"{steps:,}"}
+    per_step = [settings.get(name) for name in ("samples_per_step", "data.seq_len")]
+    if None not in per_step:
+        facts["tokens read"] = f"{steps * per_step[0] * per_step[1]:,}"
+        facts["tokens of a step"] = f"{per_step[0]:,} samples x {per_step[1]:,}"
+    for fact, name in FACTS.items():
+        if settings.get(name) is not None:
+            value = settings[name]
+            facts[fact] = f"{value:,}" if isinstance(value, int) else str(value)
+    return facts
+
+
+def _validation_facts(folder: "CheckpointFolder") -> dict[str, str]:
+    """Return the last validation of a checkpoint's run, by name, if it was of the same step."""
+    from train.evaluation import RESULTS_FILE
+
+    file = folder.path.resolve().parent.parent / RESULTS_FILE
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if results.get("step") != folder.training["optimizer_step"]:
+        return {}
+    return {name: f"{results[key]:.4f}" for name, key in RESULTS.items() if key in results}
 
 
 def _last_of_run(run_dir: Path) -> "CheckpointFolder":

@@ -1,4 +1,4 @@
-"""`stu-import`: write a published Flash-STU checkpoint as a model directory."""
+"""`stu-import`: write a checkpoint of another layout as a model directory."""
 
 import sys
 from collections.abc import Sequence
@@ -7,15 +7,17 @@ from pathlib import Path
 from jsonargparse.typing import PositiveFloat
 
 from stu.common.cli import ArgumentParser, run_command
+from stu.common.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code. An error leaves nothing behind."""
     parser = ArgumentParser(
         prog="stu-import",
-        description="Write a checkpoint of the published Flash-STU code as a model directory, "
-        "which stu-generate and stu-serve read. Its MLPs must gate with GELU, which checkpoints "
-        "do not say: with liger-kernel, the first version of that code gates with SiLU.",
+        description="Write a checkpoint of the published Flash-STU code, or a folder that "
+        "stu-export wrote for transformers, as a model directory, which stu-generate and "
+        "stu-serve read. MLPs of the published code must gate with GELU, which checkpoints do not "
+        "say: with liger-kernel, the first version of that code gates with SiLU.",
     )
     add = parser.add_argument
     add(
@@ -28,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="Folder to write")
     tokenizer = (
         "Tokenizer of the checkpoint: a tokenizer.model, tokenizer.json, alphabet.json or "
-        "o200k_base.tiktoken, or a folder with one"
+        "o200k_base.tiktoken, or a folder with one; by default that of a folder for transformers"
     )
-    add("--tokenizer", metavar="PATH", type=Path, required=True, help=tokenizer)
+    add("--tokenizer", metavar="PATH", type=Path, help=tokenizer)
     add(
         "--norm-eps",
         type=PositiveFloat,
-        help="Epsilon of RMSNorm; by default that of config.json, or PyTorch's default, 1.19e-7",
+        help="Epsilon of RMSNorm of a published checkpoint; by default that of config.json, or "
+        "PyTorch's default, 1.19e-7",
     )
     add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)
@@ -52,28 +55,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_published(
     published: Path,
     output: Path,
-    tokenizer: Path,
+    tokenizer: Path | None = None,
     overwrite: bool = False,
     norm_eps: float | None = None,
 ) -> None:
-    """Write a published checkpoint as the model directory `output`, weights in their own dtype.
+    """Write a checkpoint as the model directory `output`, weights in their own dtype.
 
     Args:
         published: Folder or file of weights.
         output: Folder to write.
-        tokenizer: File of a tokenizer, or its folder.
+        tokenizer: File of a tokenizer, or its folder; None: that of a folder for transformers.
         overwrite: Whether an existing `output` is replaced.
-        norm_eps: Epsilon of RMSNorm, instead of that in config.json.
+        norm_eps: Epsilon of RMSNorm of a published checkpoint, instead of that in config.json.
 
     Raises UserError or OSError, and then leaves nothing behind.
     """
     from stu.model_dir import save_model
     from stu.tokenizer import read_tokenizer
+    from train.checkpoint import transformers_folder
     from train.checkpoint.published import load_published
 
-    model = load_published(published, norm_eps)
-    vocabulary = read_tokenizer(tokenizer, model.config.vocab_size)
-    save_model(output, model, vocabulary, overwrite=overwrite)
+    config = transformers_folder.read_config(published)
+    if config is None:
+        model, generation, others = load_published(published, norm_eps), {}, {}
+    else:
+        if norm_eps is not None:
+            raise UserError("norm_eps", norm_eps, fix="leave it out: config.json has it")
+        model = transformers_folder.load_transformers(published, config)
+        generation = transformers_folder.load_generation(published)
+        others = transformers_folder.other_files(published)
+    if tokenizer is not None:
+        vocabulary = read_tokenizer(tokenizer, model.config.vocab_size)
+    elif config is not None:
+        vocabulary = transformers_folder.load_tokenizer(published, model.config.vocab_size)
+    else:
+        fix = "give the tokenizer that the checkpoint was trained with"
+        raise UserError("tokenizer", message=f"--tokenizer is missing: {fix}")
+    save_model(output, model, vocabulary, generation, overwrite, others=others)
 
 
 if __name__ == "__main__":

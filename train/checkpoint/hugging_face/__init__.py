@@ -1,0 +1,1 @@
+"""Folders for Hugging Face's transformers: the code that reads them, and their files."""
