@@ -211,7 +211,7 @@ def kernels(result: Run) -> str:
         "warps": lambda row: str(row["H100"]["warps"]),
         "shared memory, bytes": lambda row: f"{row['H100']['shared_bytes']:,}",
     }
-    for gpu in rows[0]:
+    for gpu in rows[0]:  # a GPU without floats of 8 bits has no kernel for them
         columns[f"registers, {gpu}"] = registers_on(gpu)
     columns["spilled bytes"] = lambda row: str(max(run["spilled_bytes"] for run in row.values()))
     return table(rows, columns)
@@ -219,7 +219,7 @@ def kernels(result: Run) -> str:
 
 def registers_on(gpu: str) -> Callable[[Any], str]:
     """Return the function that shows a kernel's registers on a GPU."""
-    return lambda row: str(row[gpu]["registers"])
+    return lambda row: str(row[gpu]["registers"]) if gpu in row else "-"
 
 
 def timed(result: Run, names: Iterable[str]) -> list[Runs]:

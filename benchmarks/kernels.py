@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.machine import describe, version
 from benchmarks.recorded import Run
-from serve.kernels import gated, near_field, norm, page_end, window_attention
+from serve.kernels import gated, narrow_product, near_field, norm, page_end, window_attention
 from stu.mixers import KeyWindow
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
@@ -33,7 +33,10 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int64: "i64",
+    torch.int8: "i8",
 }
+FP8_FROM = 89
+"""Compute capability, times ten, from which GPUs have floats of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     settings: dict[str, Any]
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it reads weights that are floats of 8 bits."""
+        return bool(self.settings.get("IS_FLOAT"))
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel in results."""
+        return name_of(self.kernel) + "_fp8" * self.is_fp8
+
 
 def measure(options: Options) -> Run:
     """Compile every kernel, and return its resources."""
@@ -70,19 +83,21 @@ def measure(options: Options) -> Run:
     for dtype in (torch.bfloat16, torch.float32):
         for launch in launches(options, dtype):
             for architecture, gpu in ARCHITECTURES.items():
-                run = {"kernel": name_of(launch.kernel), "dtype": TYPES[dtype], "gpu": gpu}
-                runs.append(run | compiled(launch, architecture))
+                if not launch.is_fp8 or architecture >= FP8_FROM:
+                    run = {"kernel": launch.name, "dtype": TYPES[dtype], "gpu": gpu}
+                    runs.append(run | compiled(launch, architecture))
     return {"machine": describe() | {"triton": version("triton")}, "runs": runs}
 
 
 def name_of(kernel: Any) -> str:
-    """Return the name of a kernel in results."""
+    """Return the name of a kernel."""
     name: str = kernel.__name__
     return name.strip("_").removesuffix("_kernel")
 
 
 def launches(options: Options, dtype: torch.dtype) -> list[Launch]:
-    """Return the launches of a step, each kernel's once; their tensors have no memory."""
+    """Return the launches of a step: each kernel's once, or once for each format of weights of 8
+    bits. Their tensors have no memory."""
     launched: list[Launch] = []
 
     class Recorder:
@@ -95,7 +110,7 @@ def launches(options: Options, dtype: torch.dtype) -> list[Launch]:
             return lambda *args, **settings: launched.append(Launch(self.kernel, args, settings))
 
     with ExitStack() as stack:
-        for module in (near_field, page_end, norm, gated, window_attention):
+        for module in (near_field, page_end, norm, gated, window_attention, narrow_product):
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction) and value.__module__ == module.__name__:
                     stack.enter_context(mock.patch.object(module, name, Recorder(value)))
@@ -123,6 +138,10 @@ def _launch_all(options: Options, dtype: torch.dtype) -> None:
     page_end.triton_page_end(states, inputs, inputs, decays, coefficients, joined_at, place, rows)
     norm.triton_add_norm(x, x, numbers(width), 1e-5)
     gated.triton_gated_product(numbers(batch, 2 * options.mlp_ratio * width))
+    scales = numbers(width, dtype=torch.float32)
+    for weights in (torch.int8, torch.float8_e4m3fn):
+        values = numbers(width, width, dtype=weights)
+        narrow_product.triton_narrow_product(x, values, scales)
     window = KeyWindow(options.window_tokens, heads, width // heads, 50.0)
     num_pages = options.window_tokens // options.page_len + 1
     pool = numbers(num_pages, layers, 2, options.page_len, heads, window.head_dim)
@@ -140,7 +159,8 @@ def compiled(launch: Launch, architecture: int) -> Run:
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     settings = dict(launch.settings)
-    options = {"num_warps": settings.pop("num_warps")}
+    stages = settings.pop("num_stages", 3)  # as Triton has it
+    options = {"num_warps": settings.pop("num_warps"), "num_stages": stages}
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | settings
     for place, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]

@@ -71,8 +71,10 @@ class LLM:
             self.tokenizer, load_generation(model)
         ).defaults
         """Settings of the model directory's `generation.json`."""
-        weights = load_model(model, device or choose_devices("auto")[0], dtype)
-        self._engine = Engine(weights, self.tokenizer, EngineConfig(**engine))
+        config, device = EngineConfig(**engine), device or choose_devices("auto")[0]
+        self._engine = Engine(
+            load_model(model, device, dtype, config.weights), self.tokenizer, config
+        )
 
     def generate(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stu.config import ModelConfig
+from stu.documents import Documents
 from stu.mixers import Costs, KeyWindow, Memory, Mixer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ take."""
 class SlidingWindowAttention(Mixer):
     """Causal attention to the last `window_tokens` tokens, with fused projections and no bias."""
 
+    keeps_documents_apart = True
+
     def __init__(self, config: ModelConfig) -> None:
         window, softcap = config.window_tokens, config.softcap
         self.window = KeyWindow(window, config.num_heads, config.head_dim, softcap)
@@ -48,7 +51,13 @@ class SlidingWindowAttention(Mixer):
         self._imitates_flash = False
         _log_kernel()
 
-    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         window = self.window
         heads = window.num_heads, window.head_dim
         # [B, T, D] -> three of [B, T, heads, head_dim]
@@ -56,7 +65,8 @@ class SlidingWindowAttention(Mixer):
         if memory is None:
             slopes = alibi_slopes(window.num_heads).to(x.device)
             attend = _flash_stand_in if self._imitates_flash else sliding_window_attention
-            attended = attend(queries, keys, values, slopes, window.window_tokens, window.softcap)
+            shape = window.window_tokens, window.softcap
+            attended = attend(queries, keys, values, slopes, *shape, documents)
         else:
             attended = memory.attend(self.numbers[KeyWindow], queries, keys, values)
         projected: Tensor = self.output(attended.flatten(2))
@@ -96,8 +106,10 @@ def sliding_window_attention(
     slopes: Tensor,
     window_tokens: int,
     softcap: float,
+    documents: Documents | None = None,
 ) -> Tensor:
-    """Attend from each token to itself and to `window_tokens` before it.
+    """Attend from each token to itself and to `window_tokens` before it, in its own document if
+    `documents` are given.
 
     Queries and the result are `[B, T, heads, head_dim]`; slopes `[heads]`. Keys and values are of
     the same tokens, and may begin with those of earlier ones. 16-bit tensors on CUDA go through
@@ -110,20 +122,16 @@ def sliding_window_attention(
     if kernel == "flex_attention" and not is_small:
         from stu.flex_attention import flex_window_attention  # which imports torch's compiler
 
-        return flex_window_attention(queries, keys, values, slopes, window_tokens, softcap)
-    if kernel == "flash-attn":
-        from flash_attn import flash_attn_func
-
-        attended: Tensor = flash_attn_func(
-            queries,
-            keys,
-            values,
-            causal=True,
-            window_size=(window_tokens, 0),
-            softcap=softcap,
-            alibi_slopes=slopes.float(),
+        return flex_window_attention(
+            queries, keys, values, slopes, window_tokens, softcap, documents
         )
-        return attended
+    if kernel == "flash-attn":
+        return _flash_attention(queries, keys, values, slopes, window_tokens, softcap, documents)
+    if documents is not None:
+        others = slopes, window_tokens, softcap
+        sequences = queries, keys, values
+        apart: Tensor = documents.apply(sliding_window_attention, sequences, *others)
+        return apart
     dtype = torch.promote_types(queries.dtype, torch.float32)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, T, hd]
     with torch.autocast(queries.device.type, enabled=False):
@@ -147,6 +155,38 @@ def attend(
     """
     bias = _bias(distances, slopes, window_tokens, queries.dtype)
     return _weights(queries, keys, bias, softcap)[0] @ values
+
+
+def _flash_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slopes: Tensor,
+    window_tokens: int,
+    softcap: float,
+    documents: Documents | None,
+) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    score: dict[str, Any] = {
+        "causal": True,
+        "window_size": (window_tokens, 0),
+        "softcap": softcap,
+        "alibi_slopes": slopes.float(),
+    }
+    attended: Tensor
+    if documents is None:
+        attended = flash_attn_func(queries, keys, values, **score)
+        return attended
+    attended = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (queries, keys, values)),  # [B T, heads, head_dim]
+        cu_seqlens_q=documents.bounds,
+        cu_seqlens_k=documents.bounds,
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
+        **score,
+    )
+    return attended.view_as(queries)
 
 
 class _BlockedAttention(torch.autograd.Function):

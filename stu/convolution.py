@@ -40,17 +40,23 @@ def causal_convolution(
     return outputs.to(inputs.dtype)
 
 
-def short_convolution(inputs: Tensor, taps: Tensor) -> Tensor:
+def short_convolution(inputs: Tensor, taps: Tensor, positions: Tensor | None = None) -> Tensor:
     """Compute `y[t] = sum_j taps[j] * inputs[t - j]` by direct sums, with few taps per channel.
 
     inputs: `[B, J - 1 + T, C]`, beginning with those before the first output; taps: `[J, C]`.
     Returns `[B, T, C]` in the dtype of `inputs`.
+
+    positions: position of each output in its document, `[B, T]`; documents that share a row see
+    nothing of one another. None: a row is one sequence.
     """
     taps = taps.to(inputs.dtype)  # autocast leaves parameters in float32
     length, last = inputs.shape[1] - len(taps) + 1, len(taps) - 1
     outputs = taps[0] * inputs[:, last:]
     for lag in range(1, len(taps)):
-        outputs = outputs + taps[lag] * inputs[:, last - lag : last - lag + length]
+        earlier = inputs[:, last - lag : last - lag + length]
+        if positions is not None:
+            earlier = earlier.masked_fill((positions < lag)[..., None], 0.0)
+        outputs = outputs + taps[lag] * earlier
     return outputs
 
 

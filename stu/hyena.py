@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stu.config import ModelConfig
+from stu.documents import Documents
 from stu.mixers import LastInputs, LongConvolution, Memory, PastInputs
 
 SHORT_TAPS = 3
@@ -41,6 +42,8 @@ class Hyena(LongConvolution):
     """`output(x1 * (psi conv (x2 * v)))`: x1, x2 and v are projections of the input, each convolved
     with a few taps per channel, and psi comes from an `ImplicitFilter`."""
 
+    keeps_documents_apart = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(PastInputs(config.width), LastInputs(3 * config.width, SHORT_TAPS))
         self.input = nn.Linear(config.width, 3 * config.width, bias=False)
@@ -48,11 +51,17 @@ class Hyena(LongConvolution):
         self.filter = ImplicitFilter(config)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         projected = self.input(x)  # [B, T, D] -> [B, T, 3 D]
-        convolved = self.convolve_short(projected, self.short_taps, memory)
+        convolved = self.convolve_short(projected, self.short_taps, memory, documents)
         outer_gate, inner_gate, values = convolved.chunk(3, dim=-1)
-        mixed = self.convolve(inner_gate * values, filters, memory)
+        mixed = self.convolve(inner_gate * values, filters, memory, documents)
         gated: Tensor = self.output(outer_gate * mixed)
         return gated
 

@@ -18,8 +18,10 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.convolution import after_zeros, causal_convolution, fast_fft_length, short_convolution
+from stu.documents import Documents
 from stu.layouts import MIXERS
 
 FLOAT_BYTES = 4
@@ -114,6 +116,8 @@ class Mixer(nn.Module, ABC):
 
     needs_filters: ClassVar[bool] = False
     """Whether `forward` reads the model's spectral filters."""
+    keeps_documents_apart: ClassVar[bool] = False
+    """Whether `forward` takes `documents`, and no token sees another document then."""
 
     def __init__(self, *remembers: Remembered) -> None:
         super().__init__()
@@ -122,8 +126,15 @@ class Mixer(nn.Module, ABC):
         """Number of this layer among those that remember the same kind, set by the model."""
 
     @abstractmethod
-    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
-        """Mix `x`: whole sequences, or the next tokens of those in `memory`.
+    def forward(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Mix `x`: whole sequences, the next tokens of those in `memory`, or rows of `documents`
+        that are kept apart.
 
         filters: the spectral filters `[L, K]`, or `[L, 0]` if no mixer of the model needs them.
         """
@@ -173,11 +184,18 @@ class Mixer(nn.Module, ABC):
         """Replace products with weights outside of `nn.Linear` by modules `packed(weight)`, which
         compute `x @ weight.T`. The engine calls this on a copy of the model."""
 
-    def convolve_short(self, inputs: Tensor, taps: Tensor, memory: Memory | None) -> Tensor:
+    def convolve_short(
+        self,
+        inputs: Tensor,
+        taps: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Convolve each channel with a few taps of its own: `[B, T, C]` with `[J, C]`."""
         if memory is not None:
             return memory.convolve_short(self.numbers[LastInputs], inputs, taps)
-        return short_convolution(after_zeros(inputs, len(taps)), taps)
+        positions = None if documents is None else documents.positions
+        return short_convolution(after_zeros(inputs, len(taps)), taps, positions)
 
 
 class LongConvolution(Mixer):
@@ -198,11 +216,23 @@ class LongConvolution(Mixer):
         and their weights `[K, C]` in each channel if they are mixed."""
         raise NotImplementedError(f"the filters of {type(self).__name__} have no basis")
 
-    def convolve(self, streams: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
-        """Convolve each stream with its own filter: `[S, T, C]` both ways."""
+    def convolve(
+        self,
+        streams: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Convolve each stream with its own filter: `[S, T, C]` both ways. A layer that divides
+        sequences into several streams does not pass `documents` here."""
         if memory is not None:
             return memory.convolve(self.numbers[PastInputs], streams)
         taps = self.taps(filters[: streams.shape[1]])
+        if documents is not None:
+            mixed: Tensor = documents.apply(
+                causal_convolution, (streams,), taps, self.past.lag_step
+            )
+            return mixed
         return causal_convolution(streams, taps, self.past.lag_step)
 
     def training_costs(self, seq_len: int, micro_batch_size: int) -> tuple[Costs, Costs]:
@@ -236,6 +266,16 @@ def planned_mixers(config: ModelConfig) -> tuple[Mixer, ...]:
     with torch.device("meta"):
         made = {name: make_mixer(name, config) for name in dict.fromkeys(config.mixers)}
     return tuple(made[name] for name in config.mixers)
+
+
+def check_documents_apart(config: ModelConfig) -> None:
+    """Raise UserError, naming it, if a mixer of the model cannot keep documents apart."""
+    for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
+        if not mixer.keeps_documents_apart:
+            raise UserError(
+                message=f"layout={config.layout} cannot keep documents apart, as its mixer {name} "
+                "does not: leave them together, or choose another layout"
+            )
 
 
 def remembered(mixers: Iterable[Mixer], kind: type[Kind]) -> list[Kind]:

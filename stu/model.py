@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from stu.common.errors import UserError
 from stu.config import ModelConfig, Weights
+from stu.documents import Documents
 from stu.filters import spectral_filters
 from stu.layers import GatedMLP, RMSNorm
-from stu.mixers import LongConvolution, Memory, Mixer, Remembered, make_mixer
+from stu.mixers import LongConvolution, Memory, Mixer, Remembered, check_documents_apart, make_mixer
 
 
 class FlashSTU(nn.Module):
@@ -53,26 +54,34 @@ class FlashSTU(nn.Module):
         """The mixer of each block."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
-    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, memory: Memory | None = None, documents: Documents | None = None
+    ) -> Tensor:
         """Compute the logits `[B, T, vocab_size]` of the tokens that follow `tokens [B, T]`.
 
-        With a `memory`, the tokens continue the sequences that it remembers.
+        With a `memory`, the tokens continue the sequences that it remembers. With `documents`, each
+        is computed as if it were alone in its row.
         """
-        return self.logits(self.hidden(tokens, memory))
+        return self.logits(self.hidden(tokens, memory, documents))
 
-    def hidden(self, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, memory: Memory | None = None, documents: Documents | None = None
+    ) -> Tensor:
         """Compute the normalised residual stream `[B, T, D]` that `logits` reads.
 
-        Raises UserError if whole sequences are longer than `max_seq_len`.
+        Raises UserError if whole sequences are longer than `max_seq_len`, or if a mixer cannot keep
+        documents apart.
         """
         if memory is None and tokens.shape[1] > self.config.max_seq_len:
             raise UserError(
                 message=f"a sequence of {tokens.shape[1]} tokens exceeds "
                 f"max_seq_len={self.config.max_seq_len}: shorten it"
             )
+        if documents is not None:
+            check_documents_apart(self.config)
         x = self.embedding(tokens)  # [B, T] -> [B, T, D]
         for block in self.blocks:
-            x = block(x, self.filters, memory)
+            x = block(x, self.filters, memory, documents=documents)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -154,12 +163,25 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config)
         self.mixer = make_mixer(mixer, config)
 
-    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
-        return self.feed_forward(self.mix(x, filters, memory))
+    def forward(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        return self.feed_forward(self.mix(x, filters, memory, documents))
 
-    def mix(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Apply the first half, in which tokens see one another: `[B, T, D]` both ways."""
-        mixed: Tensor = x + self.mixer(self.mixer_norm(x), filters, memory)
+        apart = {} if documents is None else {"documents": documents}
+        mixed: Tensor = x + self.mixer(self.mixer_norm(x), filters, memory, **apart)
         return mixed
 
     def feed_forward(self, x: Tensor) -> Tensor:

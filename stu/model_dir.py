@@ -22,8 +22,16 @@ from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
 from stu.config import ModelConfig, Weights
+from stu.mixers import Mixer
 from stu.model import FlashSTU
-from stu.quantization import Quantized, dequantize, quantize
+from stu.quantization import (
+    DTYPES,
+    ByteWeights,
+    Quantized,
+    QuantizedLinear,
+    dequantize,
+    quantize,
+)
 from stu.tokenizer import Tokenizer, read_tokenizer
 
 FORMAT_VERSIONS: dict[Weights, int] = {"float": 1, "int8": 2}
@@ -57,7 +65,7 @@ def save_model(
         dtype: Dtype to cast weights to, one at a time; None keeps their dtypes. Tensors in the
             model's `wide_names` are never cast.
         weights: Format of the matrices; those of 8 bits are what the engine makes of the float ones
-            under `weights="int8"`.
+            under `weights="int8"`. The model itself has float ones.
         others: Contents of other files by name, such as a chat template, which the tokenizer's own
             files replace.
 
@@ -96,35 +104,50 @@ def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
+    weights: Weights | ByteWeights | None = "float",
 ) -> FlashSTU:
     """Load the model of a model directory, in eval mode. `load_tokenizer` loads the tokenizer.
-
-    Matrices of 8 bits become float ones, and the model's `weights` is "int8", which the engine
-    turns them back into.
 
     Args:
         path: Model directory.
         device: Device of the weights.
         dtype: Dtype of the weights; None keeps the stored dtypes and, on the CPU, maps the weights
             from disk.
+        weights: Format of the matrices in memory; None: as they are stored. Modules with matrices
+            of 8 bits are `stu.quantization.QuantizedLinear`. Stored ones of 8 bits that become
+            float leave "int8" in the model's `weights`, which the engine turns them back into.
 
     Raises UserError, naming the file, for one that is missing, cut short, of other shapes, or
     written by a newer version.
     """
     path = Path(path)
     config = load_config(path)
-    weights = _read_weights(path / "model.safetensors", device)
+    tensors = _read_weights(path / "model.safetensors", device)
     with torch.device("meta"):
         model = FlashSTU(config)
-    for name, dim in model.matrices.items():
-        matrix, scales = weights.get(name), weights.pop(name + SCALES, None)
+    quantized: dict[str, Quantized] = {}
+    matrices = model.matrices
+    for name, dim in matrices.items():
+        matrix, scales = tensors.get(name), tensors.pop(name + SCALES, None)
         if matrix is not None and scales is not None:
             _check_scales(path / "model.safetensors", name, matrix, scales, dim)
-            wide = dequantize(Quantized(matrix.movedim(dim, 0), scales)).movedim(0, dim)
-            weights[name] = wide.to(dtype or torch.float32).contiguous()
+            stored = Quantized(matrix.movedim(dim, 0), scales)
             model.weights = "int8"
-    _check_weights(path / "model.safetensors", weights, model.state_dict())
-    model.load_state_dict(weights, assign=True)
+            if weights in ("int8", None):
+                quantized[name] = stored
+                tensors[name] = torch.empty(matrix.shape, device="meta")
+            else:
+                wide = dequantize(stored).movedim(0, dim)
+                tensors[name] = wide.to(dtype or torch.float32).contiguous()
+    _check_weights(path / "model.safetensors", tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    del tensors
+    for name, dim in matrices.items():
+        if weights in DTYPES and name not in quantized:
+            wide = model.get_parameter(name).movedim(dim, 0)
+            quantized[name] = quantize(wide, weights)
+        if name in quantized:
+            _replace_matrix(model, name, quantized.pop(name))
     return (model if dtype is None else model.to(dtype)).eval()
 
 
@@ -149,6 +172,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_generation(path: str | Path) -> dict[str, Any]:
     """Load the decoding defaults of a model directory, with the keys of `GENERATION_DEFAULTS`."""
     return {**GENERATION_DEFAULTS, **_read_json(Path(path) / "generation.json")}
+
+
+def _replace_matrix(model: FlashSTU, name: str, weight: Quantized) -> None:
+    """Replace the matrix of that name, or the module whose weight it is, by one of 8 bits."""
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    if isinstance(module, Mixer):  # it multiplies with its own parameter
+        module.pack(lambda _: QuantizedLinear(weight))
+    else:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear(weight))
 
 
 def _read_weights(file: Path, device: str | torch.device) -> dict[str, torch.Tensor]:

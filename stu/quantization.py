@@ -1,39 +1,84 @@
-"""Weights of 8 bits: whole numbers from -127 to 127 and a scale for each output.
+"""Weights of 8 bits, with a scale for each output: whole numbers, or floats of 8 bits (e4m3).
 
-Each output's largest weight becomes 127 or -127, so weights that were quantised before stay as they
-are to the last bit but for rounding of the scale. Everything that is not multiplied with the
-activations keeps its dtype: embeddings, norms, filters, and the networks that compute filters.
+Each output's largest weight becomes the largest number of the format, so weights that were
+quantised before stay as they are to the last bit but for rounding of the scale. Everything that is
+not multiplied with the activations keeps its dtype: embeddings, norms, filters, and the networks
+that compute filters.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-LARGEST = 127
+ByteWeights = Literal["int8", "fp8"]
+"""Formats of 8 bits."""
+DTYPES: dict[ByteWeights, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+"""Largest number of each format."""
 
 
 class Quantized(NamedTuple):
     """A weight matrix of 8 bits: `values * scales[:, None]`."""
 
     values: Tensor
-    """int8 `[out, in]`."""
+    """int8 or float8_e4m3fn, `[out, in]`."""
     scales: Tensor
     """float32 `[out]`."""
 
 
-def quantize(weight: Tensor) -> Quantized:
+def quantize(weight: Tensor, weights: ByteWeights = "int8") -> Quantized:
     """Round a matrix `[out, in]` to 8 bits.
 
-    The largest error of a weight is half a scale, 1/254 of the largest weight of its output. A
-    matrix with a NaN or an infinity keeps it in its scales.
+    The largest error of an int8 weight is half a scale, 1/254 of the largest weight of its output;
+    that of an fp8 weight is 1/16 of itself, or of what is 1/28,000 of the largest if that is more.
+    A matrix with a NaN or an infinity keeps it in its scales.
     """
-    wide = weight.detach().float()
-    scales = wide.abs().amax(1) / LARGEST
+    wide, dtype = weight.detach().float(), DTYPES[weights]
+    scales = wide.abs().amax(1) / LARGEST[dtype]
     values = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return Quantized(values.round_().to(torch.int8), scales)
+    return Quantized((values.round_() if weights == "int8" else values).to(dtype), scales)
 
 
 def dequantize(weight: Quantized) -> Tensor:
     """Return the matrix in float32, `[out, in]`."""
-    return weight.values * weight.scales[:, None]
+    return weight.values.float() * weight.scales[:, None]
+
+
+def quantized(module: nn.Module, weights: ByteWeights) -> Quantized:
+    """Return the weight of an `nn.Linear` or a `QuantizedLinear` in this format."""
+    if not isinstance(module, QuantizedLinear):
+        assert isinstance(module, nn.Linear)
+        return quantize(module.weight, weights)
+    if module.values.dtype == DTYPES[weights]:
+        return Quantized(module.values, module.scales)
+    return quantize(dequantize(Quantized(module.values, module.scales)), weights)
+
+
+class QuantizedLinear(nn.Module):
+    """`x @ weight.T`, `[.., in] -> [.., out]`, with a weight that stays in 8 bits when a model is
+    cast. The engine replaces it by a product that reads the 8 bits alone."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__()
+        self.register_buffer("values", weight.values.contiguous())
+        self.register_buffer("scales", weight.scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight_in(x.dtype))
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in another dtype."""
+        return dequantize(Quantized(self.values, self.scales)).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        values, scales = self.values, self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.values = values.to(self.values.device)
+        self.scales = scales.to(self.scales.device)
+        return self

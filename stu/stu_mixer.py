@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stu.config import ModelConfig
+from stu.documents import Documents
 from stu.mixers import LongConvolution, Memory, PastInputs
 
 
@@ -23,9 +24,16 @@ class STU(LongConvolution):
     combines the results."""
 
     needs_filters = True
+    keeps_documents_apart = True
 
-    def forward(self, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
-        return self.combine(self.convolve(self.streams(x), filters, memory), x)
+    def forward(
+        self,
+        x: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        return self.combine(self.convolve(self.streams(x), filters, memory, documents), x)
 
     @abstractmethod
     def streams(self, x: Tensor) -> Tensor:
@@ -73,8 +81,9 @@ class TensordotSTU(STU):
         return {"input_matrix": 1}
 
     def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
-        self.project = packed(self.input_matrix.T)
-        del self.input_matrix
+        if self.project is None:
+            self.project = packed(self.input_matrix.T)
+            del self.input_matrix
 
 
 class FullSTU(STU):
@@ -84,6 +93,7 @@ class FullSTU(STU):
     def __init__(self, config: ModelConfig) -> None:
         channels = 2 * config.num_filters
         super().__init__(PastInputs(channels, streams=config.width, basis="alternating"))
+        self.width = config.width
         shape = config.num_filters, config.width, config.width
         self.plus_matrices = nn.Parameter(torch.empty(shape))
         self.minus_matrices = nn.Parameter(torch.empty(shape))
@@ -99,6 +109,26 @@ class FullSTU(STU):
     def streams(self, x: Tensor) -> Tensor:
         channels = x.transpose(1, 2).flatten(0, 1)  # [B, T, D] -> [B D, T]
         return channels[..., None].expand(-1, -1, self.past.channels)  # -> [B D, T, 2 K]
+
+    def convolve(
+        self,
+        streams: Tensor,
+        filters: Tensor,
+        memory: Memory | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        if documents is None:
+            return super().convolve(streams, filters, memory)
+        # Channels are divided into streams document by document: copies of all streams would be
+        # kept for the backward pass otherwise.
+        x = streams[..., 0].view(-1, self.width, streams.shape[1]).transpose(1, 2)  # [B, T, D]
+        mixed: Tensor = documents.apply(self._convolve_channels, (x,), filters)
+        return mixed.transpose(1, 2).flatten(0, 1)  # [B, T, D, 2 K] -> [B D, T, 2 K]
+
+    def _convolve_channels(self, x: Tensor, filters: Tensor) -> Tensor:
+        """Convolve each channel with all filters: `[S, P, D] -> [S, P, D, 2 K]`."""
+        mixed = super().convolve(self.streams(x), filters, None)  # [S D, P, 2 K]
+        return mixed.view(len(x), self.width, *mixed.shape[1:]).transpose(1, 2)
 
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
         batch, length, width = x.shape

@@ -90,10 +90,12 @@ def decode(work: Work) -> Iterator[Report]:
     if first is None:
         return
     try:
-        dtype = getattr(torch, work.config.dtype)
+        dtype, config = getattr(torch, work.config.dtype), work.config.engine
         # No variable holds the model: the engine keeps only what it needs of it.
         engine = Engine(
-            load_model(work.config.model, work.device, dtype), job.tokenizer, work.config.engine
+            load_model(work.config.model, work.device, dtype, config.weights),
+            job.tokenizer,
+            config,
         )
         # After loading, since an export may have replaced the model meanwhile.
         job.require_same(work.model_and_settings)

@@ -28,6 +28,7 @@ from serve.cache.recent_inputs import RecentInputs
 from serve.cache.spectral_state import SpectralStates
 from serve.cache.state_steps import ENDED_AT_ONCE
 from serve.config import EngineConfig
+from serve.sampling.tables import table_bytes
 from stu.common.errors import UserError, setting_name
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
 from stu.model import FlashSTU
@@ -246,10 +247,10 @@ def _budget_bytes(model: FlashSTU, config: EngineConfig) -> int:
     device = model.embedding.weight.device
     if config.cache_gib is not None:
         return int(config.cache_gib * GIB)
-    free = free_bytes(device)
+    free = free_bytes(device) - other_bytes(model, config)
     if device.type == "cuda" and not config.enforce_eager:
-        free = max(0, free - graph_bytes(model, config))
-    return int(DEFAULT_SHARE * free)
+        free -= graph_bytes(model, config)
+    return int(DEFAULT_SHARE * max(0, free))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -260,6 +261,16 @@ def free_bytes(device: torch.device) -> int:
         return available
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def other_bytes(model: FlashSTU, config: EngineConfig) -> int:
+    """Return the bytes that an engine may come to take besides caches and graphs: those of the
+    sampler's tables, and of the unembedding in 8 bits on CUDA."""
+    shape, weights = model.config, config.weights or model.weights
+    num_bytes = table_bytes(num_rows(config), shape.vocab_size, shape.max_seq_len)
+    if weights != "float" and model.embedding.weight.device.type == "cuda":
+        num_bytes += shape.vocab_size * (shape.width + 4)  # with its scales
+    return num_bytes
 
 
 def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:

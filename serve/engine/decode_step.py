@@ -6,6 +6,7 @@ some sizes of the batch, or run as it is. Batches are padded with a row that no 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from serve.config import INVARIANT_ROWS
 from serve.engine.graphs import Graphs
 from serve.engine.memory import StaticMemory
 from serve.engine.step_state import ON_DEVICE, ROW, TOKEN, Copy, StepState, copy_in_order
-from stu.mixers import Remembered
-from stu.model import FlashSTU
+from serve.kernels.norm import add_norm
+from stu.mixers import Memory, Remembered
+from stu.model import Block, FlashSTU
 
 
 class DecodeStep:
@@ -109,7 +111,7 @@ class DecodeStep:
             self._begin(shared, group)
             known, chosen = group[:, TOKEN], self._last_tokens.index_select(0, group[:, ROW])
             tokens = torch.where(known == ON_DEVICE, chosen, known)
-            hidden = self._model.hidden(tokens[:, None], self._memory)[:, 0]
+            hidden = next_hidden(self._model, tokens, self._memory)
             self._logits[first : first + len(group)].copy_(self._unembed(hidden))
 
     def _end_pages(self, batch: int) -> None:
@@ -122,6 +124,21 @@ class DecodeStep:
     def _begin(self, shared: Tensor, rows: Tensor) -> None:
         for index, step in enumerate(self._steps):
             step.begin(rows[:, ROW], *self._state.of_cache(index, shared, rows))
+
+
+def next_hidden(model: FlashSTU, tokens: Tensor, memory: Memory) -> Tensor:
+    """Return what `model.hidden` does of one token of each row, `[B] -> [B, D]`. Each sum of the
+    residual stream and a layer's output runs in one kernel with the norm that follows."""
+    stream, added = model.embedding(tokens), None
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for norm, layer in (
+            (block.mixer_norm, partial(block.mixer, filters=model.filters, memory=memory)),
+            (block.mlp_norm, block.mlp),
+        ):
+            stream, normed = add_norm(stream, added, norm.weight, norm.eps)
+            added = layer(normed[:, None])[:, 0]  # [B, D] -> [B, 1, D] -> [B, D]
+    return add_norm(stream, added, model.norm.weight, model.norm.eps)[1]
 
 
 def batch_sizes(num_rows: int, batch_invariant: bool) -> list[int]:

@@ -69,7 +69,8 @@ class Engine:
         self._prompt_results = PromptResults()
         self._prefill: Prefill | None = None
         device = model.embedding.weight.device
-        self._chooser = TokenChooser(tokenizer, device, num_rows(config))
+        most_new_tokens = model.config.max_seq_len
+        self._chooser = TokenChooser(tokenizer, device, num_rows(config), most_new_tokens)
         overlaps = device.type == "cuda" if config.overlap is None else config.overlap
         self._next_tokens = NextTokens(self._chooser, self._runner, overlaps, self._take)
         self._outputs: list[Output] = []

@@ -3,33 +3,40 @@
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from serve.config import EngineWeights
 from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
 from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
 from serve.kernels.dispatch import uses_triton
-from serve.kernels.modules import KernelGatedMLP, KernelRMSNorm
+from serve.kernels.modules import KernelRMSNorm, NarrowLinear, kernel_mlp, narrow_mlp
 from stu.common.errors import UserError
-from stu.config import Weights
 from stu.layers import GatedMLP, RMSNorm
 from stu.mixers import Mixer
 from stu.model import FlashSTU
+from stu.quantization import ByteWeights, Quantized, QuantizedLinear, quantize, quantized
 
 logger = logging.getLogger(__name__)
+
+FP8_CAPABILITY = 8, 9
+"""Compute capability from which GPUs have floats of 8 bits."""
 
 
 class _Layers(NamedTuple):
     """Modules that replace those of a model."""
 
     mlp: Callable[[GatedMLP], nn.Module]
-    linear: Callable[[Tensor], nn.Module] | None = None
+    linear: Callable[[Any], nn.Module] | None = None
+    """Takes a float weight, or where products have weights of 8 bits a `Quantized` one too."""
     norm: Callable[[RMSNorm], nn.Module] | None = None
 
 
-def chosen_weights(asked: Weights | None, model: FlashSTU) -> Weights:
+def chosen_weights(asked: EngineWeights | None, model: FlashSTU) -> EngineWeights:
     """Return the format that `EngineConfig.weights` asks for; by default that of the model
     directory, if it runs on the model's device."""
     if asked is not None or model.weights == "float":
@@ -37,56 +44,96 @@ def chosen_weights(asked: Weights | None, model: FlashSTU) -> Weights:
     if _runs_int8(model.embedding.weight):
         return "int8"
     logger.warning(
-        "the model directory has weights of 8 bits, which run on x86 processors alone; they are "
-        "decoded as floats here"
+        "the model directory has weights of 8 bits, which run on CUDA and x86 processors alone; "
+        "they are decoded as floats here"
     )
     return "float"
 
 
-def inference_copy(model: FlashSTU, weights: Weights = "float") -> FlashSTU:
+def inference_copy(model: FlashSTU, weights: EngineWeights = "float") -> FlashSTU:
     """Return a copy of `model` for inference, which shares the tensors that it does not replace.
 
     float: linear layers are packed, where they can be; on CUDA, norms and MLPs run kernels, and the
-    gate and up weights of an MLP of `model` move into one matrix. int8: weights have 8 bits. Packed
-    weights are in memory twice while `model` is referenced. Raises UserError where int8 is not to
-    be had.
+    gate and up weights of an MLP of `model` move into one matrix. int8, fp8: weights have 8 bits;
+    those that `model` has in this format are shared on CUDA. Other weights that are replaced are in
+    memory twice while `model` is referenced. Raises UserError for a format that the device does not
+    run.
     """
+    layers = _layers(model.embedding.weight, weights)
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
     copied = copy.deepcopy(model, shared)
-    layers = _layers(model.embedding.weight, weights)
+    if weights == "float":
+        _replace(copied, partial(_float, dtype=model.embedding.weight.dtype))
     if layers is not None:
-        for module in list(copied.modules()):
-            for name, child in module.named_children():
-                setattr(module, name, _replaced(child, layers))
+        _replace(copied, partial(_replaced, layers=layers, weights=weights))
     return copied
 
 
-def inference_product(weight: Tensor, weights: Weights = "float") -> Callable[[Tensor], Tensor]:
+def inference_product(
+    weight: Tensor, weights: EngineWeights = "float"
+) -> Callable[[Tensor], Tensor]:
     """Return the function `x -> x @ weight.T` for inference."""
     layers = _layers(weight, weights)
     if layers is not None and layers.linear is not None:
         return layers.linear(weight)
-    return lambda x: nn.functional.linear(x, weight)
+    return partial(nn.functional.linear, weight=weight)
 
 
-def _layers(weight: Tensor, weights: Weights) -> _Layers | None:
-    """Return the modules for weights like this one; None: those of the model."""
+def _layers(weight: Tensor, weights: EngineWeights) -> _Layers | None:
+    """Return the modules for weights like this one; None: those of the model. Raises UserError."""
     if weights == "float":
         if packs(weight):
             return _Layers(PackedGatedMLP, PackedLinear)
-        return _Layers(KernelGatedMLP, norm=KernelRMSNorm) if uses_triton(weight) else None
+        return _Layers(kernel_mlp, norm=KernelRMSNorm) if uses_triton(weight) else None
+    if weights == "fp8":
+        _require_fp8(weight.device)
+    if _runs_narrow(weight):
+        linear = partial(_narrow_linear, weights=weights)
+        return _Layers(partial(narrow_mlp, weights=weights), linear, KernelRMSNorm)
     if not _runs_int8(weight):
-        fix = "8 bits run on x86 processors, with a torch that was built with FBGEMM"
+        fix = "8 bits run on CUDA, and on x86 processors with a torch that was built with FBGEMM"
         raise UserError("weights", weights, "float", fix)
     return _Layers(Int8GatedMLP, Int8Linear)
 
 
+def _runs_narrow(weight: Tensor) -> bool:
+    """Return whether the kernel for weights of 8 bits, or its twin, runs with this tensor."""
+    return weight.is_cuda or uses_triton(weight)
+
+
 def _runs_int8(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and has_int8()
+    return _runs_narrow(weight) or (weight.device.type == "cpu" and has_int8())
 
 
-def _replaced(module: nn.Module, layers: _Layers) -> nn.Module:
+def _require_fp8(device: torch.device) -> None:
+    """Raise UserError for a device without floats of 8 bits."""
+    if device.type != "cuda":
+        fix = "fp8 runs on NVIDIA GPUs of compute capability 8.9 or above, such as L4 and H100"
+        raise UserError("weights", "fp8", f"int8 or float on {device.type}", fix)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        own = ".".join(map(str, capability))
+        fix = f"fp8 needs compute capability 8.9 or above, and {name} has {own}"
+        raise UserError("weights", "fp8", "int8 or float on this GPU", fix)
+
+
+def _narrow_linear(weight: Tensor | Quantized, weights: ByteWeights) -> NarrowLinear:
+    return NarrowLinear(quantize(weight, weights) if isinstance(weight, Tensor) else weight)
+
+
+def _replace(module: nn.Module, replaced: Callable[[nn.Module], nn.Module]) -> None:
+    """Replace the modules in a module, except within those that are new."""
+    for name, child in module.named_children():
+        new = replaced(child)
+        if new is child:
+            _replace(child, replaced)
+        else:
+            setattr(module, name, new)
+
+
+def _replaced(module: nn.Module, layers: _Layers, weights: EngineWeights) -> nn.Module:
     """Return `module`, or the one to use instead."""
     if isinstance(module, GatedMLP):
         return layers.mlp(module)
@@ -98,4 +145,18 @@ def _replaced(module: nn.Module, layers: _Layers) -> nn.Module:
         module.pack(layers.linear)
     if isinstance(module, nn.Linear):
         return layers.linear(module.weight)
+    if isinstance(module, QuantizedLinear):
+        assert weights != "float", "they have been replaced"
+        return layers.linear(quantized(module, weights))
     return module
+
+
+def _float(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return `module`, or one with weights of `dtype` in place of weights of 8 bits."""
+    if not isinstance(module, QuantizedLinear):
+        return module
+    with torch.device("meta"):
+        outputs, inputs = module.values.shape
+        linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight = nn.Parameter(module.weight_in(dtype), requires_grad=False)
+    return linear

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu
 
 from serve.engine.packing import RowsTogether
 from stu.layers import GatedMLP
-from stu.quantization import Quantized, quantize
+from stu.quantization import Quantized, quantize, quantized
 
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 """Largest number that inputs are rounded to. Processors without VNNI add two products in 16 bits,
@@ -33,9 +33,11 @@ class Int8Linear(RowsTogether):
     x: float32 or bfloat16, as the products.
     """
 
-    def __init__(self, weight: Tensor, gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor | Quantized, gelu: bool = False) -> None:
         super().__init__()
-        self._weight, self._gelu = _packed(quantize(weight)), gelu
+        if isinstance(weight, Tensor):
+            weight = quantize(weight)
+        self._weight, self._gelu = _packed(weight), gelu
 
     def product(self, rows: Tensor) -> Tensor:
         wide = rows.float()
@@ -52,8 +54,9 @@ class Int8GatedMLP(nn.Module):
 
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
-        self.gate_up = Int8Linear(torch.cat([mlp.gate.weight, mlp.up.weight]))
-        self.down = Int8Linear(mlp.down.weight)
+        gate, up, down = (quantized(own, "int8") for own in (mlp.gate, mlp.up, mlp.down))
+        both = (torch.cat(parts) for parts in zip(gate, up, strict=True))
+        self.gate_up, self.down = Int8Linear(Quantized(*both)), Int8Linear(down)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.request import Request, TokenLogprobs
-from serve.sampling.features import Features
+from serve.sampling.features import MOST_TOKENS, Features
 from serve.sampling.sampler import DeviceSampler, Sampled, uniforms
 from serve.sampling_params import Constraint
 from stu.common.errors import requires_extra
@@ -86,13 +86,21 @@ class TokenChooser:
         tokenizer: The model's tokenizer.
         device: Device of the logits.
         max_rows: Rows of the sampler at first. `choose` makes more where it needs them.
+        most_new_tokens: Most new tokens of a request.
     """
 
-    def __init__(self, tokenizer: Tokenizer, device: torch.device, max_rows: int = 8) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        max_rows: int = 8,
+        most_new_tokens: int = MOST_TOKENS,
+    ) -> None:
         self._tokenizer, self._device = tokenizer, device
+        self._most_new_tokens = most_new_tokens
         self._states: dict[int, _State] = {}
         self._rows: dict[int, int] = {}
-        self.sampler = DeviceSampler(max_rows, tokenizer.vocab_size, device)
+        self.sampler = self._make_sampler(max_rows)
 
     def compile(self, constraint: Constraint) -> None:
         """Compile a constraint for later use. Raises UserError for one that is not allowed."""
@@ -216,12 +224,15 @@ class TokenChooser:
             from serve.sampling.grammar import Grammars
         return Grammars(self._tokenizer)
 
+    def _make_sampler(self, max_rows: int) -> DeviceSampler:
+        vocab_size = self._tokenizer.vocab_size
+        return DeviceSampler(max_rows, vocab_size, self._device, self._most_new_tokens)
+
     def _make_rows(self, request_ids: Sequence[int]) -> None:
         """Give rows to those of these requests that have none, and take them from others."""
         if len(request_ids) > self.sampler.max_rows:
             self._rows.clear()
-            max_rows = 2 * len(request_ids)
-            self.sampler = DeviceSampler(max_rows, self._tokenizer.vocab_size, self._device)
+            self.sampler = self._make_sampler(2 * len(request_ids))
         new = [request_id for request_id in request_ids if request_id not in self._rows]
         if not new:
             return

@@ -13,6 +13,23 @@ Table = Literal["bias", "in_prompt", "new_counts", "allowed"]
 WORD_BITS = 32
 
 
+def table_layouts(vocab_size: int, most_new_tokens: int) -> dict[Table, tuple[int, torch.dtype]]:
+    """Return the numbers in a row of each table over the vocabulary, and their dtype."""
+    num_words = math.ceil(vocab_size / WORD_BITS)
+    return {
+        "bias": (vocab_size, torch.float32),
+        "in_prompt": (num_words, torch.int32),
+        "new_counts": (vocab_size, torch.int16 if most_new_tokens < 2**15 else torch.int32),
+        "allowed": (num_words, torch.int32),
+    }
+
+
+def table_bytes(max_rows: int, vocab_size: int, most_new_tokens: int) -> int:
+    """Return the bytes of all tables over the vocabulary, once requests have needed them."""
+    sizes = table_layouts(vocab_size, most_new_tokens).values()
+    return (max_rows + 1) * sum(size * dtype.itemsize for size, dtype in sizes)
+
+
 class RowTables:
     """Tensors whose first dimension is the row. The row after the last, the null row, pads batches.
 
@@ -39,12 +56,7 @@ class RowTables:
         """Columns of `settings`, by name."""
         self._num_rows, self._neutral = max_rows + 1, dict(neutral)
         self._num_words = math.ceil(vocab_size / WORD_BITS)
-        self._layouts: dict[Table, tuple[int, torch.dtype]] = {
-            "bias": (vocab_size, torch.float32),
-            "in_prompt": (self._num_words, torch.int32),
-            "new_counts": (vocab_size, torch.int16 if most_new_tokens < 2**15 else torch.int32),
-            "allowed": (self._num_words, torch.int32),
-        }
+        self._layouts = table_layouts(vocab_size, most_new_tokens)
         self._tables: dict[Table, Tensor] = {}
         with torch.inference_mode(False):
             settings = torch.tensor(list(neutral.values()), dtype=torch.float64, device=device)
@@ -72,11 +84,6 @@ class RowTables:
             self.mask_of_byte,
             *self._tables.values(),
         ]
-
-    def bytes_needed(self, names: Iterable[Table]) -> int:
-        """Return the bytes that these tables take."""
-        sizes = (self._layouts[name] for name in names)
-        return self._num_rows * sum(size * dtype.itemsize for size, dtype in sizes)
 
     def reserve(self, names: Iterable[Table]) -> None:
         """Allocate those of these tables that are not yet allocated, with zeros."""

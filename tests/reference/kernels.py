@@ -46,6 +46,15 @@ def gated_product(gate_up: Array) -> Array:
     return 0.5 * gate * (1 + bend) * up
 
 
+def narrow_product(x: Array, values: Array, scales: Array) -> Array:
+    """Return `[B, out]`: x is `[B, in]`, weights `[out, in]` with a scale `[out]` each."""
+    products = np.empty((len(x), len(values)))
+    for output, (own, scale) in enumerate(zip(values, scales, strict=True)):
+        for row, inputs in enumerate(x):
+            products[row, output] = (inputs * own * scale).sum()
+    return products
+
+
 def window_attention(
     queries: Array, keys: Array, values: Array, window_tokens: int, softcap: float
 ) -> Array:

@@ -98,7 +98,11 @@ class Replica:
         config = EngineConfig(**settings["engine"])
         tokenizer = load_tokenizer(settings["model"])
         # The engine copies what it needs of the model, which nothing else may keep.
-        engine = Engine(load_model(settings["model"], settings["device"], dtype), tokenizer, config)
+        engine = Engine(
+            load_model(settings["model"], settings["device"], dtype, config.weights),
+            tokenizer,
+            config,
+        )
         gc.collect()
         gc.freeze()  # or collections of all imported modules would hold up steps
         self._send({"ready": asdict(engine.stats())})

@@ -25,14 +25,29 @@ def model_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr(budget, "graph_bytes", lambda model, config: 2 * GIB)
     weight = SimpleNamespace(device=torch.device("cuda", 0))
-    return SimpleNamespace(embedding=SimpleNamespace(weight=weight))
+    embedding = SimpleNamespace(weight=weight)
+    return SimpleNamespace(embedding=embedding, config=CONFIG, weights="float")
 
 
 @pytest.mark.parametrize(("enforce_eager", "free_gib"), [(False, 10), (True, 12)])
-def test_default_size_counts_memory_that_torch_keeps(model_on_cuda, enforce_eager, free_gib):
+def test_default_size_counts_memory_that_torch_keeps(
+    model_on_cuda, enforce_eager, free_gib, monkeypatch
+):
     """Graphs take their part only where there are any."""
     config = EngineConfig(enforce_eager=enforce_eager)
+    monkeypatch.setattr(budget, "other_bytes", lambda model, config: 0)
     assert budget._budget_bytes(model_on_cuda, config) == free_gib * GIB // 2
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "fp8"])
+def test_default_size_leaves_room_for_what_else_an_engine_takes(model_on_cuda, weights):
+    """Tables of the sampler, and the unembedding in 8 bits, in half of what is free."""
+    model_on_cuda.config = replace(CONFIG, vocab_size=200_000)
+    config = EngineConfig(enforce_eager=True, max_running=255, weights=weights)
+    tables = 256 * 200_000 * (4 + 2 + 2 / 8)  # biases, counts, and two bits
+    unembedding = 200_000 * (64 + 4) if weights != "float" else 0
+    expected = (12 * GIB - tables - unembedding) / 2
+    assert budget._budget_bytes(model_on_cuda, config) == expected
 
 
 class Largest(TorchDispatchMode):

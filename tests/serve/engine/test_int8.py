@@ -143,7 +143,7 @@ def test_models_stored_in_8_bits_decode_in_floats_elsewhere(caplog):
 
 
 def test_int8_is_refused_where_it_is_not_to_be_had():
-    with pytest.raises(UserError, match="8 bits run on x86"):
+    with pytest.raises(UserError, match="8 bits run on CUDA"):
         inference_copy(build().to("meta"), "int8")
     with pytest.raises(UserError, match="weights"):
         EngineConfig(weights="int4")

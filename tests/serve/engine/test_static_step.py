@@ -8,10 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.cache.page_pool import NULL_PAGE
 from serve.config import EngineConfig
-from serve.engine import step_state
+from serve.engine import decode_step, step_state
 from serve.engine.decode_step import batch_sizes
 from serve.engine.engine import Engine
 from serve.engine.step_state import NUM_BUFFERS, StepState
+from serve.kernels.norm import add_norm
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
@@ -151,6 +152,23 @@ def test_logits_equal_those_of_the_usual_steps(make_engine, kind, cache, page_le
     for usual, found in zip(*recorded, strict=True):
         assert (found - usual).abs().max() <= 1e-12 * usual.abs().max()
     assert outputs[0] == outputs[1]
+
+
+def test_every_sum_of_the_stream_runs_with_the_norm_after_it(make_engine, monkeypatch):
+    added = []
+
+    def counted(stream, own, weight, eps):
+        added.append(own is not None)
+        return add_norm(stream, own, weight, eps)
+
+    monkeypatch.setattr(decode_step, "add_norm", counted)
+    engine = make_engine("hybrid")
+    engine.add(make_request([5, 6], 3))
+    for _ in range(2):
+        engine.step()
+    assert added == [False] + [True] * (2 * 3), (
+        "two for each of three layers, the last one at the end"
+    )
 
 
 class NoSync(TorchDispatchMode):

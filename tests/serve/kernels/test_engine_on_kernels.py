@@ -11,7 +11,7 @@ import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.kernels import near_field, page_end, window_attention
+from serve.kernels import gated, narrow_product, near_field, norm, page_end, window_attention
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
@@ -27,6 +27,12 @@ KERNELS = [
     (page_end, "triton_page_end"),
     (window_attention, "triton_window_attention"),
 ]
+NARROW_KERNELS = [
+    (gated, "triton_gated_product"),
+    (narrow_product, "triton_narrow_product"),
+    (norm, "triton_add_norm"),
+]
+"""Kernels that run here with weights of 8 bits alone, as float ones are packed."""
 
 
 def counted(function, name, runs):
@@ -39,9 +45,10 @@ def counted(function, name, runs):
     return run
 
 
-def decode(model, tokenizer, static):
+def decode(model, tokenizer, static, weights="float"):
     """Return the tokens and log probabilities of three requests."""
-    engine = Engine(model, tokenizer, EngineConfig(cache_gib=0.02, page_len=4), static)
+    config = EngineConfig(cache_gib=0.02, page_len=4, weights=weights)
+    engine = Engine(model, tokenizer, config, static)
     results = {}
     for number, length in enumerate([1, 5, 14]):
         prompt = torch.randint(0, 280, (length,), generator=torch.Generator().manual_seed(number))
@@ -56,16 +63,22 @@ def decode(model, tokenizer, static):
     return list(results.values())
 
 
-def test_engine_on_triton_kernels(code_tokenizer, monkeypatch):
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_engine_on_triton_kernels(code_tokenizer, monkeypatch, weights):
     torch.manual_seed(0)
-    shape = {"width": 20, "num_layers": 4, "num_heads": 4, "num_filters": 6, "mlp_ratio": 1}
+    shape = {"width": 20, "num_heads": 4, "num_filters": 6, "mlp_ratio": 1}
+    shape["num_layers"] = 4 if weights == "float" else 2
     config = ModelConfig(280, **shape, max_seq_len=100, window_tokens=7)
     model, runs = FlashSTU(config).eval(), Counter()
-    for module, name in KERNELS:
+    for module, name in [*KERNELS, *NARROW_KERNELS]:
         monkeypatch.setattr(module, name, counted(getattr(module, name), name, runs))
-    found = decode(model, code_tokenizer, static=True)
-    assert set(runs) == {name for _, name in KERNELS}
-    expected = decode(model, code_tokenizer, static=False)
+    found = decode(model, code_tokenizer, static=True, weights=weights)
+    kernels = KERNELS if weights == "float" else [*KERNELS, *NARROW_KERNELS]
+    assert set(runs) == {name for _, name in kernels}
+    monkeypatch.undo()
+    for module, _ in NARROW_KERNELS:
+        monkeypatch.setattr(module, "uses_triton", lambda _: False)
+    expected = decode(model, code_tokenizer, static=False, weights=weights)
     for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
         assert tokens == wanted
         torch.testing.assert_close(logprobs, wanted_logprobs, rtol=0, atol=1e-5)

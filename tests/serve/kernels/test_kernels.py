@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from serve.kernels import dispatch, gated, near_field, norm, page_end, window_attention
+from serve.kernels import (
+    dispatch,
+    gated,
+    narrow_product,
+    near_field,
+    norm,
+    page_end,
+    window_attention,
+)
 from stu.attention import alibi_slopes
 from stu.layers import RMSNorm
 from stu.mixers import KeyWindow
+from stu.quantization import quantize
 from tests.reference import kernels as reference
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,6 +198,42 @@ def test_gated_product(run, dtype, hidden):
     torch.testing.assert_close(
         found.cpu().double(), torch.from_numpy(expected), rtol=2 * DTYPES[dtype], atol=DTYPES[dtype]
     )
+
+
+PRODUCTS = [
+    # rows, inputs, outputs
+    (1, 1, 1),
+    (1, 300, 37),
+    (7, 37, 5),
+    (17, 129, 70),
+    (3, 2100, 19),  # several programs share the inputs
+    (40, 1025, 33),
+    (256, 20, 66),
+    (257, 20, 9),  # many rows
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCTS)
+def test_narrow_product(run, dtype, weights, rows, inputs, outputs):
+    torch.manual_seed(inputs)
+    values, scales = quantize(torch.randn(outputs, inputs), weights)
+    scales = scales * torch.logspace(-1, 1, outputs)
+    x = torch.full((rows + 2, inputs + 3), math.nan, dtype=dtype)[1:-1, :inputs]
+    x.copy_(torch.randn(rows, inputs))
+    x[rows // 2] = math.nan  # which no other row sees
+    expected = reference.narrow_product(*(t.double().numpy() for t in (x, values, scales)))
+    args = (tensor.to(device(run)) for tensor in (x, values, scales))
+    name = "triton_narrow_product" if rows <= 256 and run == "triton" else "narrow_product"
+    found = getattr(narrow_product, name)(*args)
+    assert found.dtype == dtype
+    error = (found.cpu().double() - torch.from_numpy(expected)).abs()
+    assert error[rows // 2].isnan().all()
+    error[rows // 2] = 0
+    largest = 3 * scales * values.double().norm(dim=1)  # about that of the row
+    # Of many rows, weights are rounded once more.
+    assert (error <= (3 if rows > 256 else 1) * DTYPES[dtype] * largest).all()
 
 
 WINDOWS = [

@@ -15,6 +15,7 @@ from serve.sampling.chooser import TokenChooser
 from serve.sampling.features import EVERYTHING, FEW, GREEDY
 from serve.sampling.sampler import DeviceSampler, uniforms
 from serve.sampling.selection import at_least, largest, ordered, reached
+from serve.sampling.tables import table_bytes
 from serve.sampling_params import Constraint, SamplingParams
 from tests.reference import sampling as reference
 from tests.serve.sampling.test_sampling import VOCAB_SIZE, params, tokens
@@ -236,7 +237,9 @@ def test_counts_take_as_few_bytes_as_they_need(most_new_tokens, bytes_of_count):
     new = [7] * (most_new_tokens - 1)
     sampler.set(1, Request([1], own), new)
     assert sampler.tables["new_counts"].nbytes == 3 * 64 * bytes_of_count
-    assert sampler.tables.bytes_needed(["new_counts"]) == 3 * 64 * bytes_of_count
+    sampler.reserve(EVERYTHING)
+    tables = [sampler.tables[name] for name in EVERYTHING.tables]
+    assert table_bytes(2, 64, most_new_tokens) == sum(table.nbytes for table in tables)
     logits = torch.zeros(1, 64)
     logits[0, 7] = most_new_tokens - 1 + 0.5  # half above all others, until it is chosen again
     rows, uniform = torch.tensor([1]), torch.zeros(1, dtype=torch.float64)
