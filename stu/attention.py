@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from stu.config import ModelConfig
 from stu.documents import Documents
 from stu.mixers import Costs, KeyWindow, Memory, Mixer
+from stu.slices.ranks import with_earlier
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,11 @@ take."""
 
 
 class SlidingWindowAttention(Mixer):
-    """Causal attention to the last `window_tokens` tokens, with fused projections and no bias."""
+    """Causal attention to the last `window_tokens` tokens, with fused projections and no bias. The
+    keys and values before a slice of a sequence come from the ranks that have them."""
 
     keeps_documents_apart = True
+    divides_sequences = True
 
     def __init__(self, config: ModelConfig) -> None:
         window, softcap = config.window_tokens, config.softcap
@@ -62,6 +65,9 @@ class SlidingWindowAttention(Mixer):
         heads = window.num_heads, window.head_dim
         # [B, T, D] -> three of [B, T, heads, head_dim]
         queries, keys, values = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+        if memory is None and self.slices is not None:
+            both = torch.stack([keys, values], dim=2)
+            keys, values = with_earlier(self.slices, both, window.window_tokens).unbind(2)
         if memory is None:
             slopes = alibi_slopes(window.num_heads).to(x.device)
             attend = _flash_stand_in if self._imitates_flash else sliding_window_attention
@@ -116,26 +122,23 @@ def sliding_window_attention(
     flash-attn where it is installed, and otherwise, unless they are short, through flex_attention.
     All others go through blocks of queries in float32, `O(T * window)` in time.
     """
+    sequences, scores = (queries, keys, values), (slopes, window_tokens, softcap)
     half = queries.dtype in (torch.float16, torch.bfloat16)
     kernel = KERNEL_ON_CUDA if queries.is_cuda and half else ""
     is_small = keys.shape[1] < FLEX_LEAST_TOKENS or keys.shape[3] < FLEX_LEAST_HEAD_DIM
     if kernel == "flex_attention" and not is_small:
         from stu.flex_attention import flex_window_attention  # which imports torch's compiler
 
-        return flex_window_attention(
-            queries, keys, values, slopes, window_tokens, softcap, documents
-        )
+        return flex_window_attention(*sequences, *scores, documents)
     if kernel == "flash-attn":
-        return _flash_attention(queries, keys, values, slopes, window_tokens, softcap, documents)
+        return _flash_attention(*sequences, *scores, documents)
     if documents is not None:
-        others = slopes, window_tokens, softcap
-        sequences = queries, keys, values
-        apart: Tensor = documents.apply(sliding_window_attention, sequences, *others)
+        apart: Tensor = documents.apply(sliding_window_attention, sequences, *scores)
         return apart
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, T, hd]
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in sequences)  # [B, heads, T, hd]
     with torch.autocast(queries.device.type, enabled=False):
-        blocked: Tensor = _BlockedAttention.apply(q, k, v, slopes, window_tokens, softcap)  # type: ignore[no-untyped-call]
+        blocked: Tensor = _BlockedAttention.apply(q, k, v, *scores)  # type: ignore[no-untyped-call]
     return blocked.transpose(1, 2).to(queries.dtype)
 
 
@@ -168,12 +171,8 @@ def _flash_attention(
 ) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    score: dict[str, Any] = {
-        "causal": True,
-        "window_size": (window_tokens, 0),
-        "softcap": softcap,
-        "alibi_slopes": slopes.float(),
-    }
+    score: dict[str, Any] = {"causal": True, "window_size": (window_tokens, 0)}
+    score |= {"softcap": softcap, "alibi_slopes": slopes.float()}
     attended: Tensor
     if documents is None:
         attended = flash_attn_func(queries, keys, values, **score)

@@ -40,9 +40,14 @@ in the first (`fast_decay_pct`, `slow_decay_pct`)."""
 
 class Hyena(LongConvolution):
     """`output(x1 * (psi conv (x2 * v)))`: x1, x2 and v are projections of the input, each convolved
-    with a few taps per channel, and psi comes from an `ImplicitFilter`."""
+    with a few taps per channel, and psi comes from an `ImplicitFilter`.
+
+    With slices of sequences, the short convolution takes the last tokens of earlier ranks, and for
+    the long one ranks exchange slices for channels.
+    """
 
     keeps_documents_apart = True
+    divides_sequences = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(PastInputs(config.width), LastInputs(3 * config.width, SHORT_TAPS))
@@ -66,9 +71,12 @@ class Hyena(LongConvolution):
         return gated
 
     def taps(self, filters: Tensor) -> Tensor:
+        return self.channel_taps(filters, slice(None))
+
+    def channel_taps(self, filters: Tensor, channels: slice) -> Tensor:
         lags = torch.arange(len(filters), dtype=filters.dtype, device=filters.device)
         with torch.autocast(filters.device.type, enabled=False):
-            taps: Tensor = self.filter(lags)
+            taps: Tensor = self.filter(lags, channels)
         return taps
 
     def initialize(self, depth_scale: float) -> None:
@@ -110,16 +118,18 @@ class ImplicitFilter(nn.Module):
         self.output_matrix = nn.Parameter(torch.empty(FILTER_WIDTH, config.width))
         self.skip = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, lags: Tensor) -> Tensor:
-        """Compute the taps `[N, D]` at `lags [N]`, which are 0 to N - 1, in their dtype."""
+    def forward(self, lags: Tensor, channels: slice) -> Tensor:
+        """Compute the taps `[N, C]` of some channels at `lags [N]`, which are 0 to N - 1, in their
+        dtype."""
         dtype = lags.dtype
         hidden = self._features(lags)  # [N, 33]
         matrices = self.input_matrix, *self.hidden_matrices
         for matrix, bias in zip(matrices, self.biases, strict=True):
             hidden = hidden @ matrix.to(dtype) + bias.to(dtype)
             hidden = torch.sin(self.frequencies.to(dtype) * hidden)  # [N, FILTER_WIDTH]
-        taps = self._window(lags) * (hidden @ self.output_matrix.to(dtype))  # [N, D]
-        taps[0] += self.skip.to(dtype)
+        matrix = self.output_matrix[:, channels].to(dtype)
+        taps = self._window(lags, channels) * (hidden @ matrix)  # [N, C]
+        taps[0] += self.skip[channels].to(dtype)
         return taps
 
     def initialize(self) -> None:
@@ -148,7 +158,7 @@ class ImplicitFilter(nn.Module):
         features = torch.cat([self._times(lags.double()), angles.cos(), -angles.sin()], dim=1)
         return features.to(lags.dtype)
 
-    def _window(self, lags: Tensor) -> Tensor:
+    def _window(self, lags: Tensor, channels: slice) -> Tensor:
         decays = torch.linspace(
             -math.log(DECAYED_TO) / SLOWEST,
             -math.log(DECAYED_TO) / FASTEST,
@@ -156,7 +166,7 @@ class ImplicitFilter(nn.Module):
             dtype=lags.dtype,
             device=lags.device,
         )
-        return torch.exp(-self._times(lags) * decays)  # [N, 1] * [D] -> [N, D]
+        return torch.exp(-self._times(lags) * decays[channels])  # [N, 1] * [C] -> [N, C]
 
     def _times(self, lags: Tensor) -> Tensor:
         return lags[:, None] / max(1, self.length - 1)

@@ -23,6 +23,8 @@ from stu.config import ModelConfig
 from stu.convolution import after_zeros, causal_convolution, fast_fft_length, short_convolution
 from stu.documents import Documents
 from stu.layouts import MIXERS
+from stu.slices.convolution import convolve_by_channels, convolve_short_slices
+from stu.slices.ranks import SliceRanks
 
 FLOAT_BYTES = 4
 
@@ -118,12 +120,16 @@ class Mixer(nn.Module, ABC):
     """Whether `forward` reads the model's spectral filters."""
     keeps_documents_apart: ClassVar[bool] = False
     """Whether `forward` takes `documents`, and no token sees another document then."""
+    divides_sequences: ClassVar[bool] = False
+    """Whether `forward` computes slices of sequences, where `slices` is set."""
 
     def __init__(self, *remembers: Remembered) -> None:
         super().__init__()
         self.remembers = remembers
         self.numbers: dict[type[Remembered], int] = {}
         """Number of this layer among those that remember the same kind, set by the model."""
+        self.slices: SliceRanks | None = None
+        """Ranks that each have a slice of every sequence; None if it is whole. Set by the model."""
 
     @abstractmethod
     def forward(
@@ -194,6 +200,8 @@ class Mixer(nn.Module, ABC):
         """Convolve each channel with a few taps of its own: `[B, T, C]` with `[J, C]`."""
         if memory is not None:
             return memory.convolve_short(self.numbers[LastInputs], inputs, taps)
+        if self.slices is not None:
+            return convolve_short_slices(self.slices, inputs, taps)
         positions = None if documents is None else documents.positions
         return short_convolution(after_zeros(inputs, len(taps)), taps, positions)
 
@@ -227,13 +235,22 @@ class LongConvolution(Mixer):
         sequences into several streams does not pass `documents` here."""
         if memory is not None:
             return memory.convolve(self.numbers[PastInputs], streams)
-        taps = self.taps(filters[: streams.shape[1]])
+        if self.slices is not None:
+            return self.convolve_slices(streams, filters, self.slices)
+        taps, step = self.taps(filters[: streams.shape[1]]), self.past.lag_step
         if documents is not None:
-            mixed: Tensor = documents.apply(
-                causal_convolution, (streams,), taps, self.past.lag_step
-            )
+            mixed: Tensor = documents.apply(causal_convolution, (streams,), taps, step)
             return mixed
-        return causal_convolution(streams, taps, self.past.lag_step)
+        return causal_convolution(streams, taps, step)
+
+    def convolve_slices(self, streams: Tensor, filters: Tensor, slices: SliceRanks) -> Tensor:
+        """Convolve this rank's slice of each stream; here, in exchange for channels."""
+        taps = functools.partial(self.channel_taps, filters[: slices.size * streams.shape[1]])
+        return convolve_by_channels(slices, streams, taps, self.past.lag_step)
+
+    def channel_taps(self, filters: Tensor, channels: slice) -> Tensor:
+        """Compute the taps of some channels."""
+        return self.taps(filters)[:, channels]
 
     def training_costs(self, seq_len: int, micro_batch_size: int) -> tuple[Costs, Costs]:
         past, (forward, backward) = self.past, super().training_costs(seq_len, micro_batch_size)

@@ -1,7 +1,8 @@
 """Flash-STU: a language model whose blocks mix tokens by long convolutions and attention."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,16 @@ from stu.config import ModelConfig, Weights
 from stu.documents import Documents
 from stu.filters import spectral_filters
 from stu.layers import GatedMLP, RMSNorm
-from stu.mixers import LongConvolution, Memory, Mixer, Remembered, check_documents_apart, make_mixer
+from stu.mixers import (
+    LongConvolution,
+    Memory,
+    Mixer,
+    Remembered,
+    check_documents_apart,
+    make_mixer,
+    planned_mixers,
+)
+from stu.slices.ranks import SliceRanks
 
 
 class FlashSTU(nn.Module):
@@ -32,6 +42,8 @@ class FlashSTU(nn.Module):
         self.config = config
         self.weights: Weights = "float"
         """Format of the matrices in the model directory that the model comes from."""
+        self.slices: SliceRanks | None = None
+        """Ranks among which sequences are divided; None if each is whole."""
         # On the meta device, nn.Embedding would import torch._dynamo to initialise this: 1.3 s.
         unset = torch.empty(config.vocab_size, config.width) if torch.empty(0).is_meta else None
         self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=unset)
@@ -69,16 +81,21 @@ class FlashSTU(nn.Module):
     ) -> Tensor:
         """Compute the normalised residual stream `[B, T, D]` that `logits` reads.
 
-        Raises UserError if whole sequences are longer than `max_seq_len`, or if a mixer cannot keep
-        documents apart.
+        Raises UserError if whole sequences are longer than `max_seq_len`, or if documents cannot
+        be kept apart, by a mixer or in slices of sequences.
         """
-        if memory is None and tokens.shape[1] > self.config.max_seq_len:
+        length = tokens.shape[1] * (self.slices.size if self.slices else 1)
+        if memory is None and length > self.config.max_seq_len:
             raise UserError(
-                message=f"a sequence of {tokens.shape[1]} tokens exceeds "
+                message=f"a sequence of {length} tokens exceeds "
                 f"max_seq_len={self.config.max_seq_len}: shorten it"
             )
         if documents is not None:
             check_documents_apart(self.config)
+            if self.slices is not None:
+                raise UserError(
+                    "parallel.context", self.slices.size, "1 where documents are kept apart"
+                )
         x = self.embedding(tokens)  # [B, T] -> [B, T, D]
         for block in self.blocks:
             x = block(x, self.filters, memory, documents=documents)
@@ -89,6 +106,28 @@ class FlashSTU(nn.Module):
         """Compute scores of the next token with the tied embedding:
         `[..., D] -> [..., vocab_size]`."""
         return F.linear(hidden, self.embedding.weight)
+
+    def divide_sequences(self, slices: SliceRanks | None) -> None:
+        """Let `hidden` compute this rank's slice of each sequence together with the other ranks;
+        None for whole sequences again.
+
+        Raises UserError, naming the mixer, if one cannot.
+        """
+        if slices is not None:
+            check_divides_sequences(self.config, slices.size)
+        self.slices = slices
+        for mixer in self.mixers:
+            mixer.slices = slices
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Compute whole sequences for a while, which every rank has."""
+        slices = self.slices
+        self.divide_sequences(None)
+        try:
+            yield
+        finally:
+            self.divide_sequences(slices)
 
     def convolution_taps(self) -> tuple[Tensor, int]:
         """Return the taps `[convolution layers, N, C]` and their lag step, for decoding.
@@ -151,6 +190,17 @@ class FlashSTU(nn.Module):
             assert isinstance(block, Block)
             block.mlp.initialize(std, depth_scale)
             block.mixer.initialize(depth_scale)
+
+
+def check_divides_sequences(config: ModelConfig, num_slices: int) -> None:
+    """Raise UserError, naming the mixer, if one cannot compute slices of sequences."""
+    for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
+        if not mixer.divides_sequences:
+            raise UserError(
+                "parallel.context",
+                num_slices,
+                f"1 with the mixer {name}, which needs whole sequences",
+            )
 
 
 class Block(nn.Module):

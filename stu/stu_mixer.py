@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from stu.config import ModelConfig
+from stu.convolution import causal_convolution
 from stu.documents import Documents
 from stu.mixers import LongConvolution, Memory, PastInputs
+from stu.slices.ranks import SliceRanks
+from stu.slices.states import SliceStates, slice_states
 
 
 def make_stu(config: ModelConfig) -> "STU":
@@ -25,6 +28,7 @@ class STU(LongConvolution):
 
     needs_filters = True
     keeps_documents_apart = True
+    divides_sequences = True
 
     def forward(
         self,
@@ -35,9 +39,25 @@ class STU(LongConvolution):
     ) -> Tensor:
         return self.combine(self.convolve(self.streams(x), filters, memory, documents), x)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def convolve_slices(self, streams: Tensor, filters: Tensor, slices: SliceRanks) -> Tensor:
+        """Convolve this rank's slice of each stream, and add what follows from the states that
+        earlier ranks send."""
+        length, step = streams.shape[1], self.past.lag_step
+        wide = streams.to(torch.promote_types(streams.dtype, torch.float32))
+        with torch.autocast(streams.device.type, enabled=False):
+            own = causal_convolution(wide, self.taps(filters[:length]), step)
+            states = slice_states(slices, filters, self.basis, length, step, wide.dtype)
+            added = self.from_earlier(states, wide)
+        return (own + added).to(streams.dtype)
+
     @abstractmethod
     def streams(self, x: Tensor) -> Tensor:
         """Return the convolution's inputs: `[B, T, D] -> [S, T, C]`."""
+
+    @abstractmethod
+    def from_earlier(self, states: SliceStates, streams: Tensor) -> Tensor:
+        """Return what earlier slices add to the outputs of the convolution, `[S, T, C]`."""
 
     @abstractmethod
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
@@ -68,6 +88,9 @@ class TensordotSTU(STU):
     def streams(self, x: Tensor) -> Tensor:
         projected: Tensor = x @ self.input_matrix if self.project is None else self.project(x)
         return projected
+
+    def from_earlier(self, states: SliceStates, streams: Tensor) -> Tensor:
+        return states.mixed(streams, self.filter_matrix)
 
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
         return mixed
@@ -129,6 +152,9 @@ class FullSTU(STU):
         """Convolve each channel with all filters: `[S, P, D] -> [S, P, D, 2 K]`."""
         mixed = super().convolve(self.streams(x), filters, None)  # [S D, P, 2 K]
         return mixed.view(len(x), self.width, *mixed.shape[1:]).transpose(1, 2)
+
+    def from_earlier(self, states: SliceStates, streams: Tensor) -> Tensor:
+        return states.alternating(streams[..., 0])  # all channels of a stream have one input
 
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
         batch, length, width = x.shape

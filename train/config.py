@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from stu.common.cli import option
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.model import check_divides_sequences
 from stu.tokenizer import MOST_UNUSED
 from train.callbacks.bad_steps import GuardConfig
 from train.data.loader import TokenData
@@ -65,6 +66,11 @@ def check_settings(
     _check_devices(settings.trainer, is_plan)
     _check_precision(settings.trainer, parallel)
     config = _check_model_and_data(settings, is_plan)
+    if parallel.context > 1:
+        check_divides_sequences(config, parallel.context)
+        is_divisor = settings.data.seq_len % parallel.context == 0
+        allowed = f"a divisor of data.seq_len={settings.data.seq_len}"
+        _require("parallel.context", parallel.context, is_divisor, allowed)
     check_origin(settings, config)
     return config, optimizer, parallel
 
@@ -75,7 +81,8 @@ def data_warnings(settings: Any, num_ranks: int) -> list[str]:
         return []
     data, found = TokenData(**_values(settings.data)), []
     trainer = settings.trainer
-    a_step = num_ranks * data.micro_batch_size * trainer.accumulate_grad_batches
+    groups = num_ranks // settings.parallel.context
+    a_step = groups * data.micro_batch_size * trainer.accumulate_grad_batches
     if data.samples_per_epoch < a_step:
         found.append(
             f"the {len(data.train_shards):,} tokens for training are {data.samples_per_epoch:,} "

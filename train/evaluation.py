@@ -20,13 +20,19 @@ class ValidationSums:
     """Sums over targets in float64, which can be added up over ranks.
 
     Hits are counted by context, the number of tokens before a target: 1, 2 to 3, 4 to 7 and so on.
+
+    Args:
+        seq_len: Targets of a sequence.
+        bytes_per_token: Bytes of each token's text, `[vocab_size]`.
+        own: Targets of a sequence that `add` is given, T of them.
     """
 
-    def __init__(self, seq_len: int, bytes_per_token: Tensor) -> None:
+    def __init__(self, seq_len: int, bytes_per_token: Tensor, own: slice = slice(None)) -> None:
         self._bytes_per_token = bytes_per_token  # [vocab_size]
         self._group = torch.arange(1, seq_len + 1).log2().floor().long()  # [T]
         self.values = torch.zeros(2 + 2 * (int(self._group[-1]) + 1), dtype=torch.float64)
         """Nats, bytes of the targets' text, then hits and targets by context."""
+        self._group = self._group[own]
 
     def add(self, nats: Tensor, hits: Tensor, targets: Tensor, counted: Tensor) -> None:
         """Add a batch, all `[B, T]`.
@@ -126,10 +132,11 @@ def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[
     text = tokens.new_zeros(min(NUM_SAMPLES, len(tokens)), num_all)
     text[:, :num_read] = tokens[: len(text), :num_read]
     generator = torch.Generator().manual_seed(0)
-    for place in range(num_read, num_all):
-        hidden = model.hidden(text)[:, place - 1]  # [B, D]; tokens to the right are not seen
-        odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
-        text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
+    with model.whole_sequences():
+        for place in range(num_read, num_all):
+            hidden = model.hidden(text)[:, place - 1]  # [B, D]; tokens to the right are not seen
+            odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
+            text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
     return [
         f"{_code(tokenizer.decode(row[:num_read]))}\n\n**continuation:**\n\n"
         f"{_code(tokenizer.decode(row[num_read:]))}"

@@ -36,6 +36,7 @@ from train.optimizer import (
     parameter_groups,
     replace_hyperparameters,
 )
+from train.parallel.context import divide_sequences
 from train.parallel.fsdp import FsdpStrategy
 from train.record import losses_since_log, result_settings, training_record
 from train.throughput import Throughput
@@ -74,20 +75,15 @@ class FlashSTUModule(L.LightningModule):
 
     def result_settings(self, trainer: L.Trainer, data: TokenData) -> dict[str, Any]:
         """Return all settings that a run's results depend on, by name, except its length."""
-        return result_settings(
-            trainer,
-            data,
-            self.config,
-            self.optimizer_config,
-            self.z_loss,
-            self._guard.config.loss_jump,
-        )
+        others = self.optimizer_config, self.z_loss, self._guard.config.loss_jump
+        return result_settings(trainer, data, self.config, *others)
 
     def setup(self, stage: str) -> None:
         check_vocabulary(self.config.vocab_size, self._data.vocab_size)
         check_length(self._data.seq_len, self.config.max_seq_len)
         self._tokenizer = read_tokenizer(self._data.tokenizer_path, self.config.vocab_size)
         self._bytes_per_token = torch.from_numpy(self._tokenizer.bytes_per_token())
+        self._own = divide_sequences(self.model, self._data.ranks_per_sample, self._data.seq_len)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FsdpStrategy):
@@ -122,7 +118,7 @@ class FlashSTUModule(L.LightningModule):
         """Return the loss of a micro-batch: its mean in nats per token, plus the z-loss."""
         tokens = batch["tokens"]  # [B, T + 1]
         # Not in a hook after the step: checkpoints are written before those run.
-        self._data.advance(len(tokens) * self.trainer.world_size)
+        self._data.advance(len(tokens) * self.trainer.world_size // self._data.ranks_per_sample)
         loss, nats = next_token_loss(*self._predictions(tokens), self.z_loss)
         self._losses.append(nats)
         self._samples += batch["sample_ids"].tolist()
@@ -200,18 +196,20 @@ class FlashSTUModule(L.LightningModule):
         self._throughput.restart()
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = ValidationSums(self._data.seq_len, self._bytes_per_token)
+        self._validation = ValidationSums(self._data.seq_len, self._bytes_per_token, self._own)
         self._validation_start = time.monotonic()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
         """Add the losses of the targets that count, and log samples at the first batch."""
         if self._is_validation_cut:
             return
-        tokens, targets = batch["tokens"], batch["tokens"][:, 1:]
-        places = torch.arange(targets.shape[1], device=tokens.device)
+        tokens, own = batch["tokens"], self._own
+        places = torch.arange(own.start, own.stop, device=tokens.device)
         counted = places < batch["num_targets"][:, None]  # [B, T]
-        nats, hits = token_losses(*self._predictions(tokens))
-        self._validation.add(nats.view(counted.shape), hits.view(counted.shape), targets, counted)
+        hidden, output, targets = self._predictions(tokens)
+        nats, hits = token_losses(hidden, output, targets)
+        nats, hits, targets = (values.view(counted.shape) for values in (nats, hits, targets))
+        self._validation.add(nats, hits, targets, counted)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             texts = sample_texts(self.model, tokens, self._tokenizer)
             for number, text in enumerate(texts if self.trainer.is_global_zero else []):
@@ -285,9 +283,11 @@ class FlashSTUModule(L.LightningModule):
         return data
 
     def _predictions(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states `[B T, D]`, the output matrix `[V, D]`, and targets `[B T]`."""
-        hidden = self.model.hidden(tokens[:, :-1])  # [B, T, D]
-        return hidden.flatten(0, 1), self.model.embedding.weight, tokens[:, 1:].flatten()
+        """Return hidden states `[B T, D]` of the T own positions of `tokens`, the output matrix
+        `[V, D]`, and targets `[B T]`."""
+        own = self._own
+        hidden, targets = self.model.hidden(tokens[:, own]), tokens[:, own.start + 1 : own.stop + 1]
+        return hidden.flatten(0, 1), self.model.embedding.weight, targets.flatten()
 
     def _log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
         """Log metrics that are equal on all ranks.

@@ -33,7 +33,7 @@ def result_settings(
 
     The values are plain, so that they can be stored and compared.
     """
-    ranks = trainer.num_devices * trainer.num_nodes
+    ranks = trainer.num_devices * trainer.num_nodes // data.ranks_per_sample
     return {
         **{MODEL + name: value for name, value in config.to_dict().items()},
         **{OPTIMIZER + name: value for name, value in asdict(optimizer).items()},

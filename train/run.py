@@ -102,6 +102,7 @@ class TrainCLI(LightningCLI):
         self.run_dir, self.resume_from = self.config_init.run_dir, None
         self.launch = detect_launch()
         prepare_blocks(self.model.model, self.parallel)
+        self.datamodule.ranks_per_sample = self.parallel.context
         if not is_first_rank(self.launch):
             return self._make_trainer(0, **kwargs)
         owner = RunOwner(self.run_dir)
@@ -177,6 +178,7 @@ class TrainCLI(LightningCLI):
             **kwargs,
         )
         self.launch.check(trainer.num_devices, trainer.num_nodes)
+        self.parallel.check_ranks(trainer.num_devices * trainer.num_nodes)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             trainer.strategy._launcher = Launcher(

@@ -171,6 +171,8 @@ class TokenData(L.LightningDataModule):
         self.validation_shards = TokenShards(dir, "validation")
         self.accepted_changes: set[str] = set()
         """Names in `identity` whose values may differ from the checkpoint's."""
+        self.ranks_per_sample = 1
+        """Neighbouring ranks that read the same samples (`parallel.context`)."""
         self.position = 0
         """Samples consumed so far, over all ranks and epochs."""
         self.train_dataloader()  # fails now if seq_len is too long for the data
@@ -248,4 +250,5 @@ class TokenData(L.LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+        count = self.ranks_per_sample
+        return self.trainer.global_rank // count, self.trainer.world_size // count

@@ -30,16 +30,28 @@ class ParallelConfig:
     """Keep the optimizer's state in the CPU's memory, and step there. For `zero` stages 1 to 3."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: a third more work, far fewer activations."""
+    context: int = 1
+    """Neighbouring ranks that divide each sequence among them: activations of long sequences take
+    as many times less memory on each. It must divide `data.seq_len` and the number of ranks."""
     compile: bool = False
     """Compile each block with torch.compile: minutes at the start, faster steps."""
 
     def __post_init__(self) -> None:
+        if self.context < 1:
+            raise UserError("parallel.context", self.context, "a whole number >= 1")
         if self.offload_optimizer and (self.kind != "zero" or self.zero_stage == 0):
             raise UserError(
                 "parallel.offload_optimizer",
                 True,
                 fix="it needs parallel.kind=zero and zero_stage 1, 2 or 3",
             )
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise UserError unless the ranks divide into groups of `context`."""
+        if num_ranks % self.context:
+            ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
+            allowed = f"a divisor of the number of ranks ({ranks})"
+            raise UserError("parallel.context", self.context, allowed)
 
 
 def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strategy | str":

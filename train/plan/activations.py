@@ -4,7 +4,8 @@ A step runs under torch's FakeTensorMode and MemTracker, which count the tensors
 the backward pass and everything else at its peak.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +25,9 @@ from stu.config import ModelConfig
 from stu.layouts import mixer_names
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
+from stu.realisation import RANKS, Realisation
+from stu.slices import states
+from stu.slices.ranks import SliceRanks
 from train import loss
 from train.loss import next_token_loss
 from train.parallel.config import ParallelConfig, prepare_blocks
@@ -78,6 +82,8 @@ def step_memory(
         # DeepSpeed and FSDP cast the model; otherwise autocast makes 16-bit copies on the way.
         casts = is_half and parallel.kind != "ddp"
         model = _make_model(torch.bfloat16 if casts else torch.float32, config)
+        if parallel.context > 1:  # the last rank receives the most
+            model.divide_sequences(PlannedRanks(parallel.context - 1, parallel.context))
         for mixer in model.mixers if on_gpu else ():
             mixer.imitate_gpu(is_half)
         autocast: Any = nullcontext()
@@ -104,7 +110,8 @@ def step_memory(
         for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:
             module.register_forward_pre_hook(record)
         with tracker, autocast:
-            tokens = torch.zeros(micro_batch_size, seq_len + 1, dtype=torch.int64)
+            length = seq_len // parallel.context
+            tokens = torch.zeros(micro_batch_size, length + 1, dtype=torch.int64)
             hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)  # [B, T, D] -> [B T, D]
             objective, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
             objective.backward()  # type: ignore[no-untyped-call]
@@ -115,18 +122,49 @@ def step_memory(
     return StepMemory(max(0, peak - held), max([0, *peaks]) - held, period_kept)
 
 
-def fft_bytes(config: ModelConfig, seq_len: int, micro_batch_size: int) -> int:
+class PlannedRanks(SliceRanks):
+    """A rank without others, which counts what it would send them."""
+
+    sent_bytes = 0
+
+    def swap(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        self.sent_bytes += sum(part.nbytes for i, part in enumerate(parts) if i != self.rank)
+        return [parts[0].new_empty(shape) for shape in shapes]
+
+
+@functools.cache
+def slice_bytes(
+    config: ModelConfig, seq_len: int, micro_batch_size: int, context: int, is_half: bool
+) -> int:
+    """Return the bytes that a rank in the middle of a sequence sends to those with other slices of
+    it, in both passes of a micro-batch."""
+    if context == 1:
+        return 0
+    ranks = PlannedRanks(context // 2, context)
+    with FakeTensorMode(), _without_repetition(), torch.autocast("cpu", enabled=is_half):
+        model = _make_model(torch.float32, config)
+        model.divide_sequences(ranks)
+        tokens = torch.zeros(micro_batch_size, seq_len // context, dtype=torch.int64)
+        model.hidden(tokens).sum().backward()  # type: ignore[no-untyped-call]
+    return ranks.sent_bytes
+
+
+def fft_bytes(config: ModelConfig, seq_len: int, micro_batch_size: int, context: int = 1) -> int:
     """Return the bytes in which one layer's FFTs work on a GPU at the peak of its backward pass:
     spectra and padded copies, without the convolution's arguments and results."""
     kinds = set(remembered(planned_mixers(config), PastInputs))
-    return max((_fft_bytes(past, seq_len, micro_batch_size) for past in kinds), default=0)
+    return max((_fft_bytes(past, seq_len, micro_batch_size, context) for past in kinds), default=0)
 
 
-def _fft_bytes(past: PastInputs, seq_len: int, micro_batch_size: int) -> int:
+def _fft_bytes(past: PastInputs, seq_len: int, micro_batch_size: int, context: int) -> int:
+    channels = past.channels
+    if past.basis is None:  # without states, ranks exchange slices for channels
+        channels = -(-channels // context)
+    else:
+        seq_len //= context
     with FakeTensorMode(), _whole_width_ffts(True):
-        shape = past.streams * micro_batch_size, seq_len, past.channels
-        inputs = torch.zeros(shape, requires_grad=True)
-        taps = torch.zeros(-(-seq_len // past.lag_step), past.channels, requires_grad=True)
+        inputs = torch.zeros(past.streams * micro_batch_size, seq_len, channels, requires_grad=True)
+        taps = torch.zeros(-(-seq_len // past.lag_step), channels, requires_grad=True)
         grad = torch.zeros_like(inputs)
         tracker = MemTracker()
         tracker.track_external(inputs, taps, grad)
@@ -164,8 +202,8 @@ def _whole_width_ffts(on_gpu: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_repetition() -> Iterator[None]:
-    """Skip work that changes no peak: the values of filters, and chunks of the loss that only
-    replace an earlier chunk."""
+    """Skip work that changes no peak: the values of filters and of their states, and chunks of the
+    loss that only replace an earlier chunk."""
     logits = loss._logits
 
     def few(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -174,8 +212,14 @@ def _without_repetition() -> Iterator[None]:
     def zeros(length: int, count: int) -> NDArray[np.float64]:
         return np.zeros((length, count))
 
+    def realisation(basis: Tensor, *_: Any) -> tuple[Realisation, float]:
+        count, rank = basis.shape[1], RANKS[-1]
+        zeros = np.zeros(rank), np.zeros((count, rank)), np.zeros((1, count))
+        return Realisation(*zeros), 0.0
+
     with (
         patch.object(loss, "_logits", few),
+        patch.object(states, "fitting_realisation", realisation),
         patch.object(flash_stu, "spectral_filters", zeros),
     ):
         yield

@@ -4,6 +4,7 @@ from stu.config import ModelConfig
 from train.flops import mixer_costs, num_parameters, token_flops
 from train.gpus import Gpu
 from train.parallel.config import ParallelConfig
+from train.plan.activations import slice_bytes
 
 USABLE_SHARE = 0.92
 """Usable share of the memory; the driver and the allocator's gaps take the rest."""
@@ -18,8 +19,8 @@ HIDDEN_SHARE = 0.5
 def exchanged_bytes(
     config: ModelConfig, parallel: ParallelConfig, num_ranks: int, accumulated: int, is_half: bool
 ) -> float:
-    """Return the bytes that each rank sends in a step. A ring sends `(N - 1) / N` of what it
-    reduces or gathers.
+    """Return the bytes of weights and gradients that each rank sends in a step. A ring sends
+    `(N - 1) / N` of what it reduces or gathers.
 
     accumulated: micro-batches of a step.
     """
@@ -45,10 +46,12 @@ def step_seconds(
     """Return the seconds of an optimizer step in bfloat16, under the shares assumed above."""
     work = seq_len, micro_batch_size, parallel.checkpoint_activations
     flops = token_flops(config, *work)
-    tokens = accumulated * micro_batch_size * seq_len
+    tokens = accumulated * micro_batch_size * seq_len / parallel.context
     products = tokens * (flops.dense + flops.attention) / (PRODUCT_SHARE * gpu.flops)
     moved = tokens * mixer_costs(config, *work).fft_bytes
     convolutions = moved / (FFT_SHARE * gpu.bytes_per_second)
     sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half=True)
+    slices = seq_len, micro_batch_size, parallel.context
+    sent += accumulated * slice_bytes(config, *slices, is_half=True)
     exchange = (1 - HIDDEN_SHARE) * sent / gpu.network_bytes_per_second
     return products + convolutions + exchange

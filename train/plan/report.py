@@ -14,7 +14,7 @@ from train.flops import num_parameters, token_flops
 from train.gpus import GPUS, known_gpu
 from train.optimizer import optimizer_kind
 from train.parallel.config import ParallelConfig
-from train.plan.activations import fft_bytes
+from train.plan.activations import fft_bytes, slice_bytes
 from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
 from train.plan.fits import Fits, stages
 
@@ -33,6 +33,7 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
             return 0
         gpu_name = known
     config, parallel, data = settings.model.config, settings.parallel, settings.data
+    parallel.check_ranks(num_ranks)
     is_half = precision_name(settings.trainer.precision) != "32-true"
     usable = USABLE_SHARE * GPUS[gpu_name].memory_gib * GIB
     state_bytes = optimizer_kind(settings.model.optimizer).state_bytes
@@ -66,13 +67,14 @@ def _describe_model(config: ModelConfig, seq_len: int, micro_batch: int, recompu
 
 def _memory_table(fits: Fits, parallel: ParallelConfig, micro_batch: int, gpu_name: str) -> Table:
     """Return a table with a row for each kind of parallelism and ZeRO stage."""
+    divided = f" on {parallel.context} ranks" if parallel.context > 1 else ""
     table = Table(
         *("", *PARTS, "FFTs", "total", "largest"),
         title=f"GiB on each of {fits.num_ranks} {gpu_name}, {fits.seq_len:,} tokens x "
-        f"{micro_batch}, {'bfloat16' if fits.is_half else 'float32'}; "
+        f"{micro_batch}{divided}, {'bfloat16' if fits.is_half else 'float32'}; "
         f"{fits.usable_bytes / GIB:.1f} are usable",
     )
-    ffts = fft_bytes(fits.config, fits.seq_len, micro_batch)
+    ffts = fft_bytes(fits.config, fits.seq_len, micro_batch, parallel.context)
     for name, candidate in stages(parallel):
         memory = fits.memory(candidate, micro_batch)
         sizes = [*(getattr(memory, part) for part in PARTS), ffts, memory.total]
@@ -87,10 +89,13 @@ def _describe_speed(
 ) -> str:
     config, parallel, data = settings.model.config, settings.parallel, settings.data
     batches = data.micro_batch_size, settings.trainer.accumulate_grad_batches
-    tokens_per_step = num_ranks * data.seq_len * batches[0] * batches[1]
+    groups = num_ranks // parallel.context
+    tokens_per_step = groups * data.seq_len * batches[0] * batches[1]
     seconds = step_seconds(config, GPUS[gpu_name], parallel, data.seq_len, *batches, num_ranks)
     tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step
     sent = exchanged_bytes(config, parallel, num_ranks, batches[1], is_half)
+    slices = slice_bytes(config, data.seq_len, batches[0], parallel.context, is_half)
+    sent += batches[1] * slices
     return (
         f"{tokens_per_step:,} tokens per step, {sent / GIB:.1f} GiB sent by each rank; about "
         f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens per second, "

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import forked
 from tests.train.conftest import parallel, slow
-from tests.train.saved import assert_same_state, checkpoint, load_checkpoint, losses
+from tests.train.saved import assert_close, assert_same_state, checkpoint, load_checkpoint, losses
 from train import report
 
 STEPS, SAVED = 8, 4
@@ -37,19 +37,6 @@ def arguments(folder, ranks, stage):
 
 def end(folder):
     return load_checkpoint(checkpoint(folder, STEPS))
-
-
-def assert_close(actual, expected):
-    """Compare weights and moments, up to the order of float32 sums."""
-    assert actual["TokenData"] == expected["TokenData"]
-    assert actual["optimizer_step"] == expected["optimizer_step"]
-    for name, weight in expected["state_dict"].items():
-        torch.testing.assert_close(actual["state_dict"][name], weight, rtol=0, atol=1e-5)
-    states = (saved["optimizer_states"][0]["state"] for saved in (actual, expected))
-    for state, wanted in zip(*(by_number.values() for by_number in states), strict=True):
-        for kind in ("exp_avg", "exp_avg_sq"):
-            largest = wanted[kind].abs().max().item()
-            torch.testing.assert_close(state[kind], wanted[kind], rtol=0, atol=1e-4 * largest)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan import activations as counting
 from train.plan import cli as plan
-from train.plan.activations import activation_bytes, fft_bytes, step_memory
+from train.plan.activations import activation_bytes, fft_bytes, slice_bytes, step_memory
 from train.plan.memory import rank_memory
 
 SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
@@ -76,6 +76,34 @@ def test_activations_include_what_is_saved_for_the_backward_pass(layout):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(tokens)
     assert sum(saved.values()) < activations(config) < 2 * sum(saved.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [replace(SMALL, layout="hyena"), replace(SMALL, layout="stu", num_layers=2), SMALL],
+    ids=lambda config: config.layout,
+)
+def test_slices_divide_activations(config):
+    """Each rank also holds keys before its slice, states, and Hyena's network for all lags."""
+    long = replace(config, max_seq_len=4096)
+    whole, half, quarter = (activations(long, 4096, context=count) for count in (1, 2, 4))
+    assert whole / 2 < half < 0.6 * whole
+    assert whole / 4 < quarter < 0.36 * whole
+
+
+def test_bytes_between_slices_do_not_grow_with_the_length():
+    sizes = {
+        layout: [
+            slice_bytes(replace(SMALL, layout=layout, max_seq_len=2048), length, 2, 4, False)
+            for length in (1024, 2048)
+        ]
+        for layout in ("stu", "attention", "hyena")
+    }
+    states = 3 * 2 * 64 * 64 * 4 * 2  # two phases, rank x width, for 3 other ranks in both passes
+    assert sizes["stu"] == [4 * states] * 2
+    keys = 2 * 2 * 32 * 64 * 4 * 2  # window x width, to one rank in each pass
+    assert sizes["attention"] == [4 * keys] * 2
+    assert sizes["hyena"][1] == pytest.approx(2 * sizes["hyena"][0], rel=0.01)
 
 
 @pytest.mark.parametrize("is_half", [False, True])
@@ -173,6 +201,15 @@ def test_run_that_fits(settings, capsys):
     shown = capsys.readouterr().out
     assert "GiB on each of 8 a100-40g" in shown
     assert re.search(r"tokens per second, [\d.]+ days", shown.replace("\n", " "))
+
+
+def test_plan_of_divided_sequences(settings, capsys):
+    assert plan.main(["--gpus", "8", *settings, "--parallel.context=4"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "16 tokens x 2 on 4 ranks" in shown
+    assert "64 tokens per step" in shown  # two groups of ranks, micro-batches of two samples
+    assert plan.main(["--gpus", "6", *settings, "--parallel.context=4"]) == 2
+    assert "a divisor of the number of ranks (6 ranks)" in capsys.readouterr().err
 
 
 def test_plan_follows_the_precision(settings, capsys):

@@ -1,0 +1,1 @@
+"""Sequences that are divided into slices, one for each rank, and what ranks exchange for them."""
