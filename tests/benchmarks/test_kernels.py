@@ -37,7 +37,9 @@ def test_resources_are_those_of_the_result():
 
 
 @pytest.mark.parametrize("options", [LARGE, ODD])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_no_kernel_of_another_shape_spills(options, dtype):
     for launch in kernels.launches(options, dtype):
         resources = kernels.compiled(launch, 90)

@@ -208,8 +208,8 @@ class NoSync(TorchDispatchMode):
     [
         *((kind, cache, False, 200) for kind, cache in CACHES),
         ("hybrid", None, True, 200),
-        ("hybrid", None, False, 1000),
-        ("hyena", None, False, 1000),
+        pytest.param("hybrid", None, False, 1000, marks=pytest.mark.slow),
+        pytest.param("hyena", None, False, 1000, marks=pytest.mark.slow),
     ],
 )
 def test_the_device_part_never_waits_and_keeps_its_addresses(

@@ -13,7 +13,10 @@ from serve.kernels.dispatch import HAS_TRITON
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the CUDA device")
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_engine_on_kernels.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_kernels.py", pytest.param("test_engine_on_kernels.py", marks=pytest.mark.slow)],
+)
 def test_kernels_in_the_interpreter(name):
     """In a process of its own, as Triton chooses when it is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton"]
