@@ -28,6 +28,8 @@ from serve.cache.recent_inputs import RecentInputs
 from serve.cache.spectral_state import SpectralStates
 from serve.cache.state_steps import ENDED_AT_ONCE
 from serve.config import EngineConfig
+from serve.kernels.narrow_product import MOST_SPLITS
+from serve.sampling.sampler import NUMBERS_ON_DEVICE
 from serve.sampling.tables import table_bytes
 from stu.common.errors import UserError, setting_name
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 DEFAULT_SHARE = 0.5
 """Share of the free memory that caches take if no size is set."""
+SAMPLER_TENSORS = 10
+"""Tensors in 64 bits over the vocabulary that a captured step of the sampler needs at once."""
 PREFIX_SHARE = 0.25
 """Most of the caches' memory that the prefix cache takes if no size is set for it."""
 CACHES: dict[type[Remembered], tuple[type[Cache], ...]] = {
@@ -278,8 +282,13 @@ def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
     largest batch, which all sizes share."""
     shape, weight = model.config, model.embedding.weight
     width, hidden = shape.width, shape.mlp_ratio * shape.width
-    numbers = num_rows(config) * (2 * shape.vocab_size + 3 * hidden + 16 * width)
+    rows, vocab_size = num_rows(config), shape.vocab_size
+    numbers = rows * (2 * vocab_size + 3 * hidden + 16 * width)
     num_bytes = numbers * weight.element_size()
+    if (config.weights or model.weights) != "float":
+        num_bytes += rows * width * MOST_SPLITS * 4  # sums, which are joined in float32
+    sampled_at_once = min(rows * vocab_size, max(vocab_size, NUMBERS_ON_DEVICE))
+    num_bytes += SAMPLER_TENSORS * sampled_at_once * 8
     if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):
         num_bytes += 3 * ENDED_AT_ONCE * 2 * width * max(RANKS) * 8  # a layer has two signals
         matrices = 2 * shape.num_filters * width**2  # a layer puts them together

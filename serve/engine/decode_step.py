@@ -51,20 +51,23 @@ class DecodeStep:
         self._steps = [step for _, step in caches.values()]
         self._memory = StaticMemory({kind: step for kind, (_, step) in caches.items()})
         self._null_row = len(last_tokens) - 1
-        self._batches = batch_sizes(self._null_row, batch_invariant)
-        self._rows_at_once = INVARIANT_ROWS if batch_invariant else self._batches[-1]
+        self.batches = batch_sizes(self._null_row, batch_invariant)
+        """Sizes, ascending, to which batches are padded."""
+        self._rows_at_once = INVARIANT_ROWS if batch_invariant else self.batches[-1]
         self._last_tokens = last_tokens
         weight = model.embedding.weight
-        self._state = StepState(self._steps, self._batches[-1], weight.device, copy)
-        self._logits = weight.new_zeros(self._batches[-1], len(weight))
-        self._graphs: Graphs | None = None
+        self._state = StepState(self._steps, self.batches[-1], weight.device, copy)
+        self.logits = weight.new_zeros(self.batches[-1], len(weight))
+        """Logits of the last step, `[max_batch, vocab_size]`."""
+        self.graphs: Graphs | None = None
         if captures:
             functions: dict[str, Callable[[int], None]] = {"forward": self._forward}
             if any(step.ends_pages for step in self._steps):
                 functions["end_pages"] = self._end_pages
             with torch.inference_mode():
-                self._fill([], [], self._batches[-1])
-                self._graphs = Graphs(functions, self._batches, weight.device)
+                self._fill([], [], self.batches[-1])
+                self.graphs = Graphs(weight.device)
+                self.graphs.capture(functions, self.batches)
 
     def decode(self, rows: Sequence[int], tokens: Sequence[int | None]) -> Tensor:
         """Advance rows by a token, and return the logits `[B, vocab_size]` of the next, valid until
@@ -73,14 +76,14 @@ class DecodeStep:
         rows: All rows of the batch, in ascending order. tokens: Their tokens; None: the last one
         chosen on the device.
         """
-        batch = next(size for size in self._batches if size >= len(rows))
+        batch = next(size for size in self.batches if size >= len(rows))
         ends_pages = self._fill(rows, tokens, batch)
         self._run("forward", batch)
         if ends_pages:
             self._run("end_pages", batch)
         for cache in self._caches:
             cache.advance_static()
-        return self._logits[: len(rows)]
+        return self.logits[: len(rows)]
 
     def _fill(self, rows: Sequence[int], tokens: Sequence[int | None], batch: int) -> bool:
         """Send the numbers of a step, and return whether a layer's page ends in it."""
@@ -96,8 +99,8 @@ class DecodeStep:
         return ends_pages
 
     def _run(self, name: str, batch: int) -> None:
-        if self._graphs is not None:
-            self._graphs.replay(name, batch)
+        if self.graphs is not None:
+            self.graphs.replay(name, batch)
         elif name == "forward":
             self._forward(batch)
         else:
@@ -112,7 +115,7 @@ class DecodeStep:
             known, chosen = group[:, TOKEN], self._last_tokens.index_select(0, group[:, ROW])
             tokens = torch.where(known == ON_DEVICE, chosen, known)
             hidden = next_hidden(self._model, tokens, self._memory)
-            self._logits[first : first + len(group)].copy_(self._unembed(hidden))
+            self.logits[first : first + len(group)].copy_(self._unembed(hidden))
 
     def _end_pages(self, batch: int) -> None:
         """Finish the pages of layers that end in a step, for all rows."""

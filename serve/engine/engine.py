@@ -72,6 +72,8 @@ class Engine:
         most_new_tokens = model.config.max_seq_len
         self._chooser = TokenChooser(tokenizer, device, num_rows(config), most_new_tokens)
         overlaps = device.type == "cuda" if config.overlap is None else config.overlap
+        if overlaps:
+            self._runner.capture_sampling(self._chooser.sampler)
         self._next_tokens = NextTokens(self._chooser, self._runner, overlaps, self._take)
         self._outputs: list[Output] = []
         """Outputs for the next step to return."""

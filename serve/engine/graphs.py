@@ -23,35 +23,40 @@ class Graphs:
     """Functions of the number of rows, captured for some numbers of rows.
 
     Args:
-        functions: Functions by name. They read and write tensors that stay where they are, and
-            never wait for the device.
-        batches: Numbers of rows.
         device: A CUDA device.
     """
 
-    def __init__(
-        self,
-        functions: Mapping[str, Callable[[int], None]],
-        batches: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        began, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def capture(
+        self, functions: Mapping[str, Callable[[int], None]], batches: Sequence[int]
+    ) -> None:
+        """Capture functions for each of some numbers of rows.
+
+        functions: By names that no other function has. They read and write tensors that stay where
+            they are, and never wait for the device.
+        """
+        began, free = time.monotonic(), torch.cuda.mem_get_info(self._device)[0]
+        names = ", ".join(functions)
+        with torch.cuda.device(self._device):
             # The largest first: smaller ones then fit into memory that the pool has.
             sizes = sorted(batches, reverse=True)
-            for batch in tqdm(sizes, "capturing CUDA graphs", unit="size", disable=None):
+            for batch in tqdm(sizes, f"capturing {names}", unit="size", disable=None):
                 for name, function in functions.items():
                     self._graphs[name, batch] = self._capture(function, batch)
             torch.cuda.synchronize()
         logger.info(
-            "captured CUDA graphs of %d batch sizes up to %d in %.1f s and %.2f GiB",
+            "captured CUDA graphs of %s at %d batch sizes up to %d in %.1f s and %.2f GiB",
+            names,
             len(batches),
             max(batches),
             time.monotonic() - began,
-            (free - torch.cuda.mem_get_info(device)[0]) / 2**30,
+            (free - torch.cuda.mem_get_info(self._device)[0]) / 2**30,
         )
 
     def replay(self, name: str, batch: int) -> None:

@@ -82,11 +82,14 @@ class NextTokens:
             own = logits.index_select(0, kept)
         ids = [job.request_id for job in chosen]
         if ahead:
-            rows, sampled = self._chooser.sample(ids, own)
-            self._runner.set_tokens(rows, sampled.tokens)
-            # On CUDA these copies are pinned.
-            copied = _each(sampled, lambda tensor: tensor.to("cpu", non_blocking=True))
-            self._unread.append(Unread(chosen, copied, event_on(rows.device)))
+            rows, numbers, features = self._chooser.begin_rows(ids)
+            sampled = self._runner.sample(own, rows, numbers, features)
+            if sampled is None:
+                on_rows, sampled = self._chooser.sample(own, rows, numbers, features)
+                self._runner.set_tokens(on_rows, sampled.tokens)
+            # On CUDA these copies are pinned. The next step may overwrite their sources.
+            copied = _each(sampled, lambda tensor: tensor.to("cpu", non_blocking=True, copy=True))
+            self._unread.append(Unread(chosen, copied, event_on(logits.device)))
             for job in chosen:
                 job.num_unread += 1
         else:

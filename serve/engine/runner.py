@@ -19,7 +19,10 @@ from serve.engine.inference_model import chosen_weights, inference_copy, inferen
 from serve.engine.memory import PromptMemory, RowMemory
 from serve.engine.packing import packs
 from serve.engine.prompt_results import PooledHidden, PromptLogits
+from serve.engine.sampling_step import SamplingStep
 from serve.request import Pooling
+from serve.sampling.features import Features
+from serve.sampling.sampler import DeviceSampler, Sampled
 from stu.common.errors import UserError
 from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
@@ -92,6 +95,7 @@ class Runner:
         """Last token of each row that was chosen on the device; the last one is for padding."""
         on_cuda = self._device.type == "cuda"
         self._static: DecodeStep | None = None
+        self._sampling: SamplingStep | None = None
         if on_cuda if static is None else static:
             self._static = self._static_step(captures=on_cuda and not config.enforce_eager)
 
@@ -228,6 +232,23 @@ class Runner:
         for cache in self._caches.all:
             cache.advance()
         return self._logits(torch.cat(hidden))
+
+    def capture_sampling(self, sampler: DeviceSampler) -> None:
+        """Let `sample` sample with static steps, if there are any."""
+        step = self._static
+        if step is not None:
+            self._sampling = SamplingStep(
+                sampler, step.logits, self._last_tokens, step.batches, step.graphs
+            )
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[int], uniforms: Sequence[float], features: Features
+    ) -> Sampled | None:
+        """Sample and set the next tokens of rows by a static step, as `SamplingStep.sample`; None:
+        there is none for this."""
+        if self._sampling is None:
+            return None
+        return self._sampling.sample(logits, rows, uniforms, features)
 
     @torch.inference_mode()
     def set_tokens(self, rows: Tensor, tokens: Tensor) -> None:

@@ -21,6 +21,8 @@ LEAST_PROGRAMS = 128
 """Programs that keep a GPU busy: outputs are divided among as many, and then their inputs."""
 LEAST_INPUTS = 512
 """Inputs of a program that shares its outputs with others."""
+MOST_SPLITS = 8
+"""Most programs that share outputs."""
 
 
 def narrow_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def num_splits(programs: int, inputs: int) -> int:
     splits = 1
     while programs * splits < LEAST_PROGRAMS and inputs >= 2 * splits * LEAST_INPUTS:
         splits *= 2
-    return splits
+    return min(splits, MOST_SPLITS)
 
 
 @jit

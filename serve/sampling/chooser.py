@@ -161,17 +161,22 @@ class TokenChooser:
         are appended, which constraints do not allow."""
         return all(self._states[request_id].matcher is None for request_id in request_ids)
 
-    def sample(self, request_ids: Sequence[int], logits: Tensor) -> tuple[Tensor, Sampled]:
-        """Sample the next token of each request, without waiting for the device, and return their
-        rows too. They have joined rows, and have no constraints.
-
-        logits: `[B, vocab_size]`, a row for each request.
-        """
+    def begin_rows(self, request_ids: Sequence[int]) -> tuple[list[int], list[float], Features]:
+        """Begin the next token of each request, which have joined rows and have no constraints.
+        Return their rows, the random numbers for them, and the work that their step needs."""
         rows = [self._rows[request_id] for request_id in request_ids]
-        numbers = torch.tensor(self.begin(request_ids), dtype=torch.float64)
+        return rows, self.begin(request_ids), self.sampler.features(rows)
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[int], uniforms: Sequence[float], features: Features
+    ) -> tuple[Tensor, Sampled]:
+        """Sample the next token of each row, without waiting for the device, and return the rows on
+        the device too.
+
+        logits: `[B, vocab_size]`, a row for each of `rows`.
+        """
         upload = self.sampler.tables.upload
-        places = upload(torch.tensor(rows))
-        features = self.sampler.features(rows)
+        places, numbers = upload(torch.tensor(rows)), torch.tensor(uniforms, dtype=torch.float64)
         return places, self.sampler.sample(logits, places, upload(numbers), features)
 
     def read(self, request_ids: Sequence[int], sampled: Sampled) -> list[Choice]:

@@ -10,6 +10,8 @@ from serve.config import EngineConfig
 from serve.engine import graphs
 from serve.engine.decode_step import DecodeStep
 from serve.engine.engine import Engine
+from serve.engine.sampling_step import SamplingStep
+from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from tests.serve.requests import make_request
@@ -89,7 +91,8 @@ def test_sizes_are_captured_largest_first_after_warming_up(cuda):
         if cuda.recording:
             cuda.recording.calls.append(lambda: runs.append(("replay", batch)))
 
-    made = graphs.Graphs({"forward": forward}, [1, 2, 8], torch.device("cpu"))
+    made = graphs.Graphs(torch.device("cpu"))
+    made.capture({"forward": forward}, [1, 2, 8])
     expected = []
     for size in (8, 2, 1):
         expected += [("warm up", size)] * graphs.WARM_UPS + [("capture", size)]
@@ -113,8 +116,9 @@ def test_an_engine_with_graphs_decodes_as_one_without(
         vocab_size=vocab_size, max_seq_len=128, window_tokens=10, layout=kind, **SHAPE
     )
     model = FlashSTU(config).double()
-    requests = [make_request([5 + i] * (1 + 4 * i), 20 + i) for i in range(5)]
-    settings = {"cache_gib": 0.01, "page_len": 8, "max_running": 3}
+    random = [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_p=0.8, logprobs=1)]
+    requests = [make_request([5 + i] * (1 + 4 * i), 20 + i, random[i % 3]) for i in range(5)]
+    settings = {"cache_gib": 0.01, "page_len": 8, "max_running": 3, "overlap": True}
     results = []
     for captures in (False, True):
         engine = Engine(
@@ -137,16 +141,18 @@ def test_an_engine_with_graphs_decodes_as_one_without(
 
 def capture(engine, cuda, monkeypatch):
     """Make the engine's steps replay graphs."""
-    for name in ("_forward", "_end_pages"):
-        original = getattr(DecodeStep, name)
+    methods = (DecodeStep, "_forward"), (DecodeStep, "_end_pages"), (SamplingStep, "_sample")
+    for owner, name in methods:
+        original = getattr(owner, name)
 
-        def recorded(self, batch, original=original):
+        def recorded(*args, original=original):
             if cuda.recording is not None:
-                cuda.recording.calls.append(lambda: original(self, batch))
+                cuda.recording.calls.append(lambda: original(*args))
             else:
-                original(self, batch)
+                original(*args)
 
-        monkeypatch.setattr(DecodeStep, name, recorded)
+        monkeypatch.setattr(owner, name, recorded)
     runner = engine._runner
     runner._static = runner._static_step(captures=True)
-    assert runner._static._graphs is not None
+    runner.capture_sampling(engine._chooser.sampler)
+    assert runner._static.graphs is not None

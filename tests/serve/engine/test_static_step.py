@@ -11,6 +11,7 @@ from serve.config import EngineConfig
 from serve.engine import decode_step, step_state
 from serve.engine.decode_step import batch_sizes
 from serve.engine.engine import Engine
+from serve.engine.sampling_step import KINDS as KINDS_OF_SAMPLING
 from serve.engine.step_state import NUM_BUFFERS, StepState
 from serve.kernels.norm import add_norm
 from serve.sampling_params import SamplingParams
@@ -74,7 +75,12 @@ class Traffic:
         if torch.rand((), generator=self.random) < self.rate:
             length, count = self.number(1, 40), self.number(1, 30)
             prompt = torch.randint(0, VOCAB_SIZE, (length,), generator=self.random).tolist()
-            sampling = SamplingParams(temperature=self.number(0, 2), seed=length)
+            sampling = SamplingParams(
+                temperature=self.number(0, 2),
+                top_k=[0, 5, 70][self.number(0, 3)],
+                top_p=[1.0, 0.8][self.number(0, 2)],
+                seed=length,
+            )
             stops = [self.number(0, VOCAB_SIZE)]
             request = make_request(
                 prompt, count, sampling, priority=self.number(0, 2), stop_token_ids=stops
@@ -215,10 +221,11 @@ class NoSync(TorchDispatchMode):
 def test_the_device_part_never_waits_and_keeps_its_addresses(
     make_engine, kind, cache, batch_invariant, num_steps
 ):
-    """Over many random steps, whatever the size of the batch."""
-    engine = make_engine(kind, convolution_cache=cache, batch_invariant=batch_invariant)
-    step = engine._runner._static
-    expected, mode, runs = static_addresses(engine), NoSync(), []
+    """Over many random steps, whatever the size of the batch, and of the sampler."""
+    settings = {"convolution_cache": cache, "batch_invariant": batch_invariant, "overlap": True}
+    engine = make_engine(kind, **settings)
+    step, sampling = engine._runner._static, engine._runner._sampling
+    expected, mode, runs, sampled = static_addresses(engine), NoSync(), [], []
 
     def run(name, batch):
         runs.append((name, batch))
@@ -226,7 +233,13 @@ def test_the_device_part_never_waits_and_keeps_its_addresses(
             getattr(step, f"_{name}")(batch)
         assert static_addresses(engine) == expected
 
-    step._run = run
+    def sample(name, batch):
+        sampled.append(name)
+        with mode:
+            sampling._functions[name](batch)
+        assert static_addresses(engine) == expected
+
+    step._run, sampling._run = run, sample
     traffic = Traffic(engine, seed=5, rate=0.15)
     while engine.stats().steps < num_steps:
         traffic.step()
@@ -235,12 +248,18 @@ def test_the_device_part_never_waits_and_keeps_its_addresses(
     assert set(names) == ({"forward", "end_pages"} if has_states else {"forward"})
     assert names.count("forward") > num_steps / 2
     assert len(set(batches)) >= (1 if batch_invariant else 3)
+    assert set(sampled) == set(KINDS_OF_SAMPLING), "each kind of captured sampling"
+    assert len(sampled) > num_steps / 3
 
 
 def static_addresses(engine):
     """Return the addresses of all tensors that a step reads and writes, besides its temporaries."""
     step = engine._runner._static
-    found = [step._last_tokens, step._logits, step._state._numbers, *step._state._buffers]
+    sampling = engine._runner._sampling
+    found = [step._last_tokens, step.logits, sampling._tokens, sampling._flags]
+    for state in step._state, sampling._state:
+        found += [state._numbers, *state._buffers]
+    found += sampling._sampler.tables.tensors
     for cache in engine._caches.all:
         tensors = [vars(cache).get(name) for name in ("_states", "_inputs", "_pending", "_narrow")]
         found += [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
