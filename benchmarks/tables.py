@@ -15,7 +15,10 @@ from benchmarks import decoding_tables, train_serve_tables
 from benchmarks.claims import claims
 from benchmarks.recorded import ROOT, Run, recorded
 
-DOCUMENTS = ["README.md", "docs/engine.md", "docs/evidence.md", "docs/slurm.md", "docs/training.md"]
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("data", "engine", "evidence", "slurm", "training")),
+]
 PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )

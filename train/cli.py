@@ -16,7 +16,8 @@ FAULT = 3
 # The settings that most runs use; `--help-all` describes all. A test compares both.
 COMMON_SETTINGS = {
     "--config": "YAML file of settings; options to the right of it override it",
-    "--data.dir": "Folder that stu-prepare wrote",
+    "--data.dir": "Folder that stu-prepare wrote, of one source or a mixture",
+    "--data.weights": "Shares of the sources of a mixture by name, as in `{code: 3, web: 1}`",
     "--data.seq_len": "Tokens per sample that the model reads",
     "--data.micro_batch_size": "Samples that each rank computes at once",
     "--model.config": "YAML file of the model's shape, as in configs/model/",

@@ -15,7 +15,7 @@ from stu.model import check_divides_sequences
 from stu.tokenizer import MOST_UNUSED
 from train.callbacks.bad_steps import GuardConfig
 from train.data.loader import TokenData
-from train.data.shards import Index
+from train.data.mixture import first_index
 from train.loggers import check_loggers
 from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
@@ -75,6 +75,12 @@ def check_settings(
     return config, optimizer, parallel
 
 
+def data_notes(settings: Any, num_ranks: int) -> list[str]:
+    """Return lines on what a run will read, and warnings."""
+    warnings = [f"warning: {text}" for text in data_warnings(settings, num_ranks)]
+    return [*describe_sources(settings, num_ranks), *warnings]
+
+
 def data_warnings(settings: Any, num_ranks: int) -> list[str]:
     """Return warnings about token shards that are too small for this run."""
     if not Path(settings.data.dir).exists():
@@ -83,20 +89,41 @@ def data_warnings(settings: Any, num_ranks: int) -> list[str]:
     trainer = settings.trainer
     groups = num_ranks // settings.parallel.context
     a_step = groups * data.micro_batch_size * trainer.accumulate_grad_batches
-    if data.samples_per_epoch < a_step:
-        found.append(
-            f"the {len(data.train_shards):,} tokens for training are {data.samples_per_epoch:,} "
-            f"samples of data.seq_len={data.seq_len}, and a step reads {a_step:,}: some are read "
-            "several times in one step; prepare more text, or lower data.micro_batch_size, "
-            "trainer.accumulate_grad_batches or data.seq_len"
-        )
-    if (num_targets := len(data.validation_shards) - 1) < data.seq_len:
-        found.append(
-            f"the validation split has {num_targets:,} tokens to predict, fewer than one sample of "
-            f"data.seq_len={data.seq_len}: its loss says little; prepare the text with a larger "
-            "--validation-fraction"
-        )
+    for source in data.sources:
+        num_samples = data.num_samples(source.name)
+        if num_samples < round(a_step * data.weights.get(source.name, 0)):
+            found.append(
+                f"the {len(source.train):,} tokens for training{source.label} are {num_samples:,} "
+                f"samples of data.seq_len={data.seq_len}, and a step reads {a_step:,}"
+                f"{' of all sources' if source.name else ''}: some are read several times in one "
+                "step; prepare more text, or lower data.micro_batch_size, "
+                "trainer.accumulate_grad_batches or data.seq_len"
+            )
+        num_targets = len(source.validation) - 1
+        if source.name in data.validated and num_targets < data.seq_len:
+            found.append(
+                f"the validation split{source.label} has {num_targets:,} tokens to predict, fewer "
+                f"than one sample of data.seq_len={data.seq_len}: its loss says little; prepare "
+                "the text with a larger --validation-fraction"
+            )
     return found
+
+
+def describe_sources(settings: Any, num_ranks: int) -> list[str]:
+    """Return a line for each source of a mixture: its share of a run, and how often it is read."""
+    if not Path(settings.data.dir).exists():
+        return []
+    data, trainer = TokenData(**_values(settings.data)), settings.trainer
+    groups = max(1, num_ranks // settings.parallel.context)
+    a_step = groups * data.micro_batch_size * trainer.accumulate_grad_batches
+    position = trainer.max_steps * a_step
+    epochs = data.epochs(position, a_step)
+    return [
+        f"{name}: {count * data.num_samples(name) / position:.2%} of the samples, "
+        f"{data.num_samples(name) * data.seq_len:,} tokens read {count:.2f} times in "
+        f"{trainer.max_steps:,} steps"
+        for name, count in epochs.items()
+    ]
 
 
 def precision_name(precision: object) -> str:
@@ -222,7 +249,7 @@ def _check_model_and_data(settings: Any, is_plan: bool) -> ModelConfig:
     shape, data = settings.model.config, settings.data
     has_data = not is_plan or Path(data.dir).exists() or not shape.vocab_size
     if has_data:
-        index = Index.load(Path(data.dir))
+        index = first_index(data.dir)
         shape.vocab_size = shape.vocab_size or index.vocab_size
         check_vocabulary(shape.vocab_size, index.vocab_size)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from stu.common.files import new_file
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
+from train.callbacks.progress import warned
 
 RESULTS_FILE = "validation.json"
 """File in a run's folder with step and metrics of its last validation."""
@@ -53,8 +55,31 @@ class ValidationSums:
         self.values[2 + num_groups :] += groups.bincount(minlength=num_groups)
 
 
+def mixture_metrics(values: Tensor, shares: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics to log of one or more sources, given their sums over all ranks.
+
+    Those of a mixture are what its targets have on average if each source has its share of them;
+    then follow the losses of each source.
+
+    Args:
+        values: `ValidationSums.values` of each source, `[sources, n]`.
+        shares: Share of each source by name; a source alone may have no name.
+    """
+    if list(shares) == [""]:
+        return validation_metrics(values[0])
+    num_targets = (
+        values[:, 2:].reshape(len(values), 2, -1)[:, 1].sum(1, keepdim=True)
+    )  # [sources, 1]
+    weights = torch.tensor(list(shares.values()), dtype=values.dtype)[:, None]
+    metrics = validation_metrics((weights * values / num_targets).sum(0))
+    for name, own in zip(shares, map(validation_metrics, values), strict=True):
+        metrics[f"val_loss/{name}"] = own["val/loss"]
+        metrics[f"val_bits_per_byte/{name}"] = own["val/bits_per_byte"]
+    return metrics
+
+
 def validation_metrics(values: Tensor) -> dict[str, float]:
-    """Return the metrics to log, given the sums' `values` over all ranks."""
+    """Return the metrics of one source, given the sums' `values` over all ranks."""
     nats, num_bytes = values[:2].tolist()
     hits, targets = values[2:].view(2, -1).tolist()
     by_context = {
@@ -75,11 +100,15 @@ def context_tag(num_tokens: int) -> str:
     return f"accuracy_by_context/from_{num_tokens:06d}_tokens"
 
 
-def write_results(metrics: dict[str, float], step: int, run_dir: Path) -> None:
-    """Write the metrics of a validation as JSON, and plot the accuracy by context."""
-    with new_file(run_dir / RESULTS_FILE) as temporary:
-        temporary.write_text(json.dumps({"step": step, **metrics}, indent=1) + "\n")
-    plot_accuracy(metrics, run_dir / "accuracy-by-context.png")
+def write_results(metrics: dict[str, float], step: int, run_dir: str | Path) -> None:
+    """Write the metrics of a validation as JSON, and plot the accuracy by context.
+
+    Warns if that fails, as a run can do without.
+    """
+    with warned("the results of a validation"):
+        with new_file(Path(run_dir, RESULTS_FILE)) as temporary:
+            temporary.write_text(json.dumps({"step": step, **metrics}, indent=1) + "\n")
+        plot_accuracy(metrics, Path(run_dir, "accuracy-by-context.png"))
 
 
 def validated_step(run_dir: Path) -> int | None:
@@ -121,15 +150,20 @@ def plot_accuracy(metrics: dict[str, float], path: Path) -> None:
 
 
 @torch.no_grad()
-def sample_texts(model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Return at most four rows of `tokens [B, T]` as text, with continuations, in Markdown.
+def sample_texts(
+    model: FlashSTU, tokens: Tensor, tokenizer: Tokenizer, num_sources: int = 1
+) -> list[str]:
+    """Return the first rows of `tokens [B, T]` as text, with continuations, in Markdown.
+
+    They are at most four, or, of several sources, at least one of each.
 
     Sampling is the same at every call, and does not use PyTorch's global generators. Collective:
     the whole sequence is computed for each token, wherever the weights are.
     """
     num_read = min(PROMPT_TOKENS, tokens.shape[1] // 2)
     num_all = min(num_read + NEW_TOKENS, model.config.max_seq_len)
-    text = tokens.new_zeros(min(NUM_SAMPLES, len(tokens)), num_all)
+    num_rows = min(max(1, NUM_SAMPLES // num_sources), len(tokens))
+    text = tokens.new_zeros(num_rows, num_all)
     text[:, :num_read] = tokens[: len(text), :num_read]
     generator = torch.Generator().manual_seed(0)
     with model.whole_sequences():

@@ -61,6 +61,13 @@ class Csv(CSVLogger, RunLogger):
             fsync(Path(self.experiment.metrics_file_path))
 
 
+def log_texts(loggers: list[RunLogger], tag: str, texts: list[str], step: int) -> None:
+    """Log texts as `TAG/0`, `TAG/1` and so on."""
+    for number, text in enumerate(texts):
+        for logger in loggers:
+            logger.log_text(f"{tag.rstrip('/')}/{number}", text, step)
+
+
 LOGGERS: dict[str, Callable[[Path, int], RunLogger]] = {"tensorboard": TensorBoard, "csv": Csv}
 """Loggers by name: each takes the run's folder and the first step that is to be logged."""
 

@@ -21,12 +21,12 @@ from stu.model import FlashSTU
 from stu.tokenizer import read_tokenizer
 from train.callbacks.bad_steps import GuardConfig, StepGuard
 from train.callbacks.interruption import largest_of_ranks
-from train.callbacks.progress import warned
 from train.config import check_length, check_vocabulary
-from train.data.loader import Batch, TokenData, ValidationBatch
-from train.evaluation import ValidationSums, sample_texts, validation_metrics, write_results
+from train.data.batches import Batch, ValidationBatch
+from train.data.loader import TokenData
+from train.evaluation import ValidationSums, mixture_metrics, sample_texts, write_results
 from train.gpus import peak_bytes, resident_bytes
-from train.loggers import RunLogger
+from train.loggers import RunLogger, log_texts
 from train.loss import next_token_loss, token_losses
 from train.optimizer import (
     OptimizerConfig,
@@ -181,26 +181,28 @@ class FlashSTUModule(L.LightningModule):
         loss = torch.stack(self._losses).mean()
         if self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        gib = peak_bytes(self.device, self._resident_before) / 2**30
-        (gib,) = largest_of_ranks(self.trainer, gib)
+        peak = peak_bytes(self.device, self._resident_before)
         metrics: dict[str, float | Tensor] = {
             "train/loss": loss,
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
             **self._throughput.metrics(self.device),
-            "train/memory_gib": gib,
+            "train/memory_gib": largest_of_ranks(self.trainer, peak / 2**30)[0],
         }
         self._log(metrics, step)
         self._losses.clear()
         self._throughput.restart()
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = ValidationSums(self._data.seq_len, self._bytes_per_token, self._own)
+        sums = (self._data.seq_len, self._bytes_per_token, self._own)
+        self._validations = [ValidationSums(*sums) for _ in self._data.validated]
         self._validation_start = time.monotonic()
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:
-        """Add the losses of the targets that count, and log samples at the first batch."""
+    def validation_step(
+        self, batch: ValidationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add the losses of the targets that count; log samples at the first batch of a source."""
         if self._is_validation_cut:
             return
         tokens, own = batch["tokens"], self._own
@@ -209,27 +211,24 @@ class FlashSTUModule(L.LightningModule):
         hidden, output, targets = self._predictions(tokens)
         nats, hits = token_losses(hidden, output, targets)
         nats, hits, targets = (values.view(counted.shape) for values in (nats, hits, targets))
-        self._validation.add(nats, hits, targets, counted)
+        self._validations[dataloader_idx].add(nats, hits, targets, counted)
         if batch_idx == 0 and not self.trainer.sanity_checking:
-            texts = sample_texts(self.model, tokens, self._tokenizer)
-            for number, text in enumerate(texts if self.trainer.is_global_zero else []):
-                for logger in self._loggers:
-                    logger.log_text(f"sample/{number}", text, self.trainer.global_step)
+            name = list(self._data.validated)[dataloader_idx]
+            texts = sample_texts(self.model, tokens, self._tokenizer, len(self._validations))
+            log_texts(self._loggers, f"sample/{name}", texts, self.trainer.global_step)
 
     def on_validation_epoch_end(self) -> None:
-        """Log means over the whole validation split; collective."""
+        """Log means over the validation splits; collective."""
         if self._is_validation_cut:
             return
-        sums = self._validation.values
+        sums = torch.stack([sums.values for sums in self._validations])
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        metrics = validation_metrics(sums.cpu())
+        metrics = mixture_metrics(sums.cpu(), self._data.validated)
         if not self.trainer.sanity_checking:
             self._log(metrics, self.trainer.global_step)
             if self.trainer.is_global_zero:
-                with warned("the results of a validation"):
-                    run_dir = Path(self.trainer.default_root_dir)
-                    write_results(metrics, self.trainer.global_step, run_dir)
+                write_results(metrics, self.trainer.global_step, self.trainer.default_root_dir)
             self._throughput.leave_out(time.monotonic() - self._validation_start)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -274,7 +273,7 @@ class FlashSTUModule(L.LightningModule):
 
     @property
     def _loggers(self) -> list[RunLogger]:
-        loggers: list[Any] = self.trainer.loggers
+        loggers: list[Any] = self.trainer.loggers if self.trainer.is_global_zero else []
         return loggers
 
     @property
@@ -296,5 +295,5 @@ class FlashSTUModule(L.LightningModule):
         checkpoint does not repeat the step.
         """
         self.log_dict(dict(metrics), logger=False, sync_dist=self.trainer.validating)
-        for logger in self._loggers if self.trainer.is_global_zero else ():
+        for logger in self._loggers:
             logger.log_metrics({name: float(value) for name, value in metrics.items()}, step)

@@ -1,6 +1,5 @@
 """One training run: from command-line arguments to a trained model."""
 
-import hashlib
 import logging
 import os
 import sys
@@ -27,8 +26,8 @@ from train.checkpoint.folder import CHECKPOINTS, CheckpointFolder
 from train.checkpoint.folder_io import FolderIO
 from train.checkpoint.resume import choose_checkpoint
 from train.checkpoint.writer import CheckpointWriter
-from train.config import check_settings, data_warnings
-from train.data.shards import INDEX_FILE
+from train.config import check_settings, data_notes
+from train.data.mixture import index_hashes
 from train.fit_loop import FitLoop
 from train.loggers import make_loggers
 from train.parallel.config import ParallelConfig, make_strategy, prepare_blocks
@@ -133,11 +132,10 @@ class TrainCLI(LightningCLI):
 
     def facts(self) -> dict[str, str]:
         """Return what must be the same on all ranks."""
-        index = Path(self.config.data.dir) / INDEX_FILE
         return {
             **code_versions(),
             **flatten(self.config.as_dict()),
-            f"the hash of {index}": hashlib.sha256(index.read_bytes()).hexdigest()[:16],
+            **index_hashes(Path(self.config.data.dir)),
         }
 
     @rank_zero_only
@@ -263,8 +261,8 @@ def _fit(cli: TrainCLI) -> None:
         f"{cli.datamodule.samples_per_epoch * cli.datamodule.seq_len:,} tokens in an epoch, "
         f"{trainer.world_size} x {trainer.accelerator.name()}, everything goes to {cli.run_dir}"
     )
-    for text in data_warnings(cli.config, trainer.world_size):
-        _print(f"warning: {text}")
+    for text in data_notes(cli.config, trainer.world_size):
+        _print(text)
     try:
         trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     except TooManyBadSteps as error:
@@ -278,6 +276,8 @@ def _fit(cli: TrainCLI) -> None:
             "the checkpoint is written, and --resume last continues from it"
         )
         raise SystemExit(EXIT_CODES[received])
+    for name, count in cli.datamodule.epochs_read.items():
+        _print(f"{name}: read {count:.2f} times")
     time_is_up = trainer.global_step < trainer.max_steps
     reason = f" (trainer.max_time={cli.config.trainer.max_time} is used up)" if time_is_up else ""
     _print(

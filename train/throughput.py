@@ -40,6 +40,7 @@ class Throughput:
         metrics = {
             "train/tokens_per_second": tokens_per_second,
             "data/position": float(data.position),
+            **{f"epochs/{name}": count for name, count in data.epochs_read.items()},
             "train/product_teraflops": products / 1e12,
             "train/convolution_teraflops": by_rank * flops.convolution / 1e12,
         }

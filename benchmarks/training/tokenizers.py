@@ -21,7 +21,7 @@ from stu.tokenizers.alphabet import alphabet_files, bytes_files
 from stu.tokenizers.hugging_face import train_byte_level_bpe
 from stu.tokenizers.sentence_piece import train_bpe
 from stu.tokenizers.tiktoken_ranks import END, LAYOUTS, settings_file
-from train.data.sources import STDLIB, find_files, read_python
+from train.data.reading.sources import STDLIB, find_files, read_python
 
 Encode = Callable[[str], Any]
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from stu.common.cli import ArgumentParser, run_command
 from stu.common.errors import UserError
 from train.data.config import PrepareConfig
+from train.data.mixture import read_weights
 from train.data.prepare import prepare, prepare_part
+from train.data.prepare_mixture import prepare_mixture, prepare_mixture_part
+from train.data.reading.skipped import SKIPPED_FILE
 from train.data.shards import Index
-from train.data.skipped import SKIPPED_FILE
+from train.data.source_list import is_source_list
 
 FEW_TOKENS = 10_000
 """Tokens in a split below which the user is warned."""
@@ -27,7 +30,7 @@ def warnings(index: Index) -> list[str]:
     """Return warnings about splits that are too small to be of use."""
     found = []
     validation, train = index.splits["validation"], index.splits["train"]
-    if validation.num_tokens < FEW_TOKENS:
+    if index.validation_fraction > 0 and validation.num_tokens < FEW_TOKENS:
         # Twice the fraction that is expected to do, as documents are chosen at random.
         fraction = 2 * FEW_TOKENS / (validation.num_tokens + train.num_tokens)
         fix = f"raise --validation-fraction to {max(fraction, index.validation_fraction):.2g}"
@@ -37,7 +40,7 @@ def warnings(index: Index) -> list[str]:
             f"the validation split has only {validation.num_tokens:,} tokens, too few for its loss "
             f"to tell models apart: {fix}"
         )
-    if train.num_tokens < FEW_TOKENS:
+    if index.validation_fraction < 1 and train.num_tokens < FEW_TOKENS:
         found.append(
             f"the train split has only {train.num_tokens:,} tokens: data.seq_len must be less than "
             "that, and a step that reads more repeats them; give more text"
@@ -51,7 +54,8 @@ def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
         description="Tokenize text into token shards for stu-train. A source is a file, a folder, "
         "a glob, or stdlib: (the sources of Python's standard library). Files are .txt or .md (one "
         "document each), .jsonl, .csv or .parquet (one document per row); all but .parquet may be "
-        "compressed (.gz, .zst).",
+        "compressed (.gz, .zst). A .yaml file is a list of sources with names and weights, to "
+        "train on a mixture of them.",
     )
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="+", help="File, folder, glob or stdlib:"
@@ -64,23 +68,34 @@ def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
 
 
 def _run(config: PrepareConfig) -> int:
+    is_mixture = is_source_list(config.sources)
+    prepare_all, prepare_one = (
+        (prepare_mixture, prepare_mixture_part) if is_mixture else (prepare, prepare_part)
+    )
     try:
-        if config.part and (missing := prepare_part(config)):
+        if config.part and (missing := prepare_one(config)):
             print(f"part {config.part} is done; parts still missing: {len(missing):,}")
             return 0
-        index = Index.load(config.output) if config.part else prepare(config)
+        if not config.part:
+            prepare_all(config)
     except BrokenProcessPool as error:
         message = "a worker process died, perhaps for lack of memory; lower --workers"
         raise UserError("workers", message=message) from error
-    print(_summary(index, config.output))
+    for name, weight in read_weights(config.output).items():
+        if is_mixture:
+            print(f"source {name}, weight {weight:g}")
+        print(_summary(config.output / name))
+    print(f"wrote {config.output}")
     return 0
 
 
-def _summary(index: Index, output: Path) -> str:
+def _summary(output: Path) -> str:
+    index = Index.load(output)
     lines = [
         f"{name}: {split.num_documents:,} documents, {split.num_bytes / 1e6:,.1f} MB, "
         f"{split.num_tokens:,} tokens ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
         for name, split in index.splits.items()
+        if split.num_tokens
     ]
     left_out = [
         f"{count:,} {name}"
@@ -101,7 +116,7 @@ def _summary(index: Index, output: Path) -> str:
     num_tokens = sum(split.num_tokens for split in index.splits.values())
     lines.append(f"in all: {index.num_read + num_bad:,} documents, {num_tokens:,} tokens")
     lines += [f"warning: {text}" for text in warnings(index)]
-    return "\n".join([*lines, f"wrote {output}"])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError
@@ -18,8 +18,11 @@ CHARACTERS = "characters:"
 class PrepareConfig:
     """Settings of `stu-prepare`. Raises UserError for a value that is not allowed."""
 
+    may_be_whole: ClassVar[bool] = False
+    """Whether all documents may go to one split."""
+
     sources: Sequence[str]
-    """Files, folders, globs, or `stdlib:`."""
+    """Files, folders, globs, or `stdlib:`; or one YAML file, a list of sources with weights."""
     output: Path
     """Folder for the token shards; it must be new or empty."""
     vocab_size: int = 4096
@@ -50,9 +53,11 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("SOURCE", message="name at least one file, folder or glob, or stdlib:")
+        fraction = self.validation_fraction
+        is_fraction = 0 < fraction < 1 or (self.may_be_whole and fraction in (0, 1))
         for name, is_allowed, allowed in [
             ("vocab_size", self.vocab_size >= 1, "at least 1"),
-            ("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1"),
+            ("validation_fraction", is_fraction, "between 0 and 1"),
             ("shard_tokens", self.shard_tokens >= 1, "at least 1"),
             ("workers", self.workers >= 0, "at least 1, or 0 for one per CPU"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),

@@ -9,12 +9,12 @@ from stu.common.errors import UserError
 from stu.common.processes import num_processors
 from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
-from train.data.documents import Document, read_documents
 from train.data.encode import encode_all, encode_batch, token_dtype
 from train.data.progress import show_progress
+from train.data.reading.documents import Document, read_documents
+from train.data.reading.skipped import BadInput, Skipped, require_mostly_good
+from train.data.reading.sources import Files
 from train.data.shards import Index, SplitWriter
-from train.data.skipped import BadInput, Skipped, require_mostly_good
-from train.data.sources import Files
 
 EXPECTED_DOCUMENTS = 5
 """Documents that an empty split may expect from the fraction that errors suggest."""
@@ -49,8 +49,16 @@ def read_texts(
         require_mostly_good(num_read, skipped.num_bad, "; ".join(map(str, skipped.listed[:3])))
 
 
-def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, folder: Path) -> Index:
+def write_splits(
+    config: PrepareConfig,
+    files: Files,
+    tokenizer: Tokenizer,
+    folder: Path,
+    task: str = "tokenizing",
+) -> Index:
     """Write the token shards of both splits of `files`; a split may be empty.
+
+    task: Name of the work for its progress.
 
     Returns the index, which is not saved. Raises UserError, OSError, or BrokenProcessPool if a
     worker dies.
@@ -67,7 +75,7 @@ def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, fold
     with (
         SplitWriter(folder, "train", dtype, config.shard_tokens) as train,
         SplitWriter(folder, "validation", dtype, config.shard_tokens) as validation,
-        closing(read_texts(config, files, "tokenizing", skipped)) as texts,
+        closing(read_texts(config, files, task, skipped)) as texts,
         closing(encode_all(texts, encoder, config.workers or num_processors())) as encoded,
     ):
         writers = {"train": train, "validation": validation}
@@ -98,13 +106,15 @@ def write_splits(config: PrepareConfig, files: Files, tokenizer: Tokenizer, fold
 
 
 def require_both_splits(config: PrepareConfig, num_documents: Mapping[str, int]) -> None:
-    """Raise UserError if a split has no documents. num_documents: by name of the split."""
+    """Raise UserError if a split has no documents, unless the fraction of the validation split says
+    so. num_documents: by name of the split."""
     train, validation = num_documents["train"], num_documents["validation"]
     total = train + validation
     if not total:
         sources = ", ".join(config.sources)
         raise UserError("SOURCE", message=f"no text in {sources}: every document is empty")
-    if train and validation:
+    is_train_due, is_validation_due = config.validation_fraction < 1, config.validation_fraction > 0
+    if (train or not is_train_due) and (validation or not is_validation_due):
         return
     if total == 1:
         fix = "one document cannot be in both; give more, or the text as a .txt file"

@@ -1,148 +1,34 @@
-"""Batches of token shards for training: the tokens of each rank at each position, and resuming."""
+"""Training and validation data of a run: sources, their weights, and the position."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from stu.common.errors import UserError
-from train.data.order import Permutation
-from train.data.shards import TokenShards
-
-
-class Batch(TypedDict):
-    """Micro-batch for training. Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`."""
-
-    tokens: Tensor  # int64 [micro_batch_size, seq_len + 1]
-    sample_ids: Tensor  # int64 [micro_batch_size], numbers of the samples in the epoch
-
-
-class ValidationBatch(TypedDict):
-    """Micro-batch for validation. Only the first `num_targets` targets of a sequence count."""
-
-    tokens: Tensor  # int64 [micro_batch_size, seq_len + 1], padded with 0
-    num_targets: Tensor  # int64 [micro_batch_size], 0 for a sequence that is only padding
-
-
-@dataclass(eq=False)
-class SampleStream(IterableDataset[Batch]):
-    """Endless micro-batches of one rank, from a position on.
-
-    Sample `i` of an epoch is the tokens `i * seq_len` to `(i+1) * seq_len`, both included: the last
-    target of a sample is the first input of the next. Positions count samples over all epochs and
-    ranks; position `j` holds sample `Permutation(n, seed, j // n)(j % n)` of `n`. From position `p`
-    on, rank `r` of `R` with micro-batches of `m` reads positions `p + r*m` to `p + r*m + m-1`, then
-    moves on by `R*m`. So a run that consumed `p` samples can continue with any `R` and `m`.
-
-    Raises UserError if the shards are shorter than one sample.
-    """
-
-    shards: TokenShards
-    seq_len: int
-    micro_batch_size: int
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    position: int = 0
-
-    def __post_init__(self) -> None:
-        self.samples_per_epoch = (len(self.shards) - 1) // self.seq_len
-        if self.samples_per_epoch < 1:
-            raise UserError(
-                "data.seq_len",
-                self.seq_len,
-                f"less than {len(self.shards)}, the number of training tokens",
-                "lower it or prepare more text",
-            )
-
-    def __iter__(self) -> Iterator[Batch]:
-        first = self.position + self.rank * self.micro_batch_size
-        while True:
-            ids = self._samples_at(first)
-            windows = [
-                self.shards.read(i * self.seq_len, (i + 1) * self.seq_len + 1) for i in ids.tolist()
-            ]
-            yield {
-                "tokens": torch.from_numpy(np.stack(windows)),
-                "sample_ids": torch.from_numpy(ids),
-            }
-            first += self.world_size * self.micro_batch_size
-
-    def _samples_at(self, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the samples of the micro-batch at position `first`: `[m]`."""
-        positions = np.arange(first, first + self.micro_batch_size, dtype=np.int64)
-        epochs, within = np.divmod(positions, self.samples_per_epoch)
-        ids = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            order = Permutation(self.samples_per_epoch, self.seed, epoch)
-            ids[epochs == epoch] = order(within[epochs == epoch])
-        return ids
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Micro-batches of one rank for validation; all ranks together predict every target once.
-
-    Window `w` predicts the targets `w * seq_len + 1` to `(w+1) * seq_len` (the last one may have
-    fewer), as sequence `w % m` of a micro-batch of rank `(w // m) % R`. All ranks have the
-    same number of micro-batches, as ranks must run in step under ZeRO-3; sequences without a window
-    have `num_targets` 0.
-
-    It is not a torch Dataset, as Lightning would replace the sampler of one.
-    """
-
-    shards: TokenShards
-    seq_len: int
-    micro_batch_size: int
-    max_tokens: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def num_targets(self) -> int:
-        """Targets over all ranks."""
-        return min(len(self.shards) - 1, self.max_tokens)
-
-    def __len__(self) -> int:
-        """Return the number of micro-batches of each rank."""
-        num_windows = -(-self.num_targets // self.seq_len)
-        return -(-num_windows // (self.world_size * self.micro_batch_size))
-
-    def __iter__(self) -> Iterator[ValidationBatch]:
-        m = self.micro_batch_size
-        for batch in range(len(self)):
-            first = (batch * self.world_size + self.rank) * m
-            tokens = np.zeros((m, self.seq_len + 1), dtype=np.int64)
-            num_targets = np.zeros(m, dtype=np.int64)
-            for i in range(m):
-                start = (first + i) * self.seq_len
-                count = min(self.seq_len, self.num_targets - start)
-                if count > 0:
-                    tokens[i, : count + 1] = self.shards.read(start, start + count + 1)
-                    num_targets[i] = count
-            yield {
-                "tokens": torch.from_numpy(tokens),
-                "num_targets": torch.from_numpy(num_targets),
-            }
+from train.data.batches import Samples, SampleStream, ValidationSet, Windows
+from train.data.mixture import Source, fingerprint, open_sources
+from train.data.order import SampleOrder
+from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases
 
 
 class TokenData(L.LightningDataModule):
     """Training and validation batches from a folder that `stu-prepare` made.
 
     Args:
-        dir: Folder of token shards.
+        dir: Folder of token shards, or of a mixture of sources.
         seq_len: Input tokens of one sample.
         micro_batch_size: Samples that each rank processes at once.
         seed: Seed of the order of samples.
-        max_validation_tokens: Largest number of targets in one validation, over all ranks; the
-            first ones of the split are used.
+        max_validation_tokens: Largest number of targets in one validation, over all ranks, of which
+            each source has an equal part; the first ones of a split are used.
+        weights: Shares of the training tokens by name of the source, to any scale, as in
+            `{code: 3, web: 1}`; a source that is not named has none. None: the weights in the
+            mixture.
+        curriculum: Other weights for parts of the run, each up to a step, in order, as in
+            `[{until_step: 1000, weights: {web: 1}}]`; `weights` follow.
 
     Raises UserError if a value is not allowed, or the folder is damaged or has less than a sample.
     """
@@ -154,6 +40,8 @@ class TokenData(L.LightningDataModule):
         micro_batch_size: int,
         seed: int = 0,
         max_validation_tokens: int = 1_000_000,
+        weights: dict[str, float] | None = None,
+        curriculum: list[Part] | None = None,
     ) -> None:
         super().__init__()
         for name, value in [
@@ -167,31 +55,41 @@ class TokenData(L.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.max_validation_tokens = max_validation_tokens
-        self.train_shards = TokenShards(dir, "train")
-        self.validation_shards = TokenShards(dir, "validation")
+        self.sources = open_sources(dir)
+        self.is_mixture = self.sources[0].name != ""
+        """Whether the sources have names, with which their epochs and validations are logged."""
+        self._set_weights(weights, curriculum or [])
         self.accepted_changes: set[str] = set()
         """Names in `identity` whose values may differ from the checkpoint's."""
         self.ranks_per_sample = 1
         """Neighbouring ranks that read the same samples (`parallel.context`)."""
         self.position = 0
-        """Samples consumed so far, over all ranks and epochs."""
-        self.train_dataloader()  # fails now if seq_len is too long for the data
+        """Samples consumed so far, over all ranks, sources and epochs."""
+        self._resumed_position, self._resumed_step = 0, 0
+        self._past: list[Phase] = []  # phases in the checkpoint that the run continues from
+        self._samples = {source.name: self._cut(source) for source in self.sources}
+        self._require_samples()
 
     @property
     def samples_per_epoch(self) -> int:
-        return (len(self.train_shards) - 1) // self.seq_len
+        """Samples of all sources."""
+        return sum(map(len, self._samples.values()))
+
+    def num_samples(self, name: str) -> int:
+        """Return the number of samples of a source."""
+        return len(self._samples[name])
 
     @property
     def vocab_size(self) -> int:
-        return self.train_shards.index.vocab_size
+        return self.sources[0].train.index.vocab_size
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.train_shards.tokenizer_path
+        return self.sources[0].train.tokenizer_path
 
     @property
     def tokenizer_sha256(self) -> str:
-        return self.train_shards.index.tokenizer_sha256
+        return self.sources[0].train.index.tokenizer_sha256
 
     def advance(self, num_samples: int) -> None:
         """Count `num_samples`, over all ranks, as consumed.
@@ -200,28 +98,54 @@ class TokenData(L.LightningDataModule):
         """
         self.position += num_samples
 
+    def order(self, samples_per_step: int) -> SampleOrder:
+        """Return the order of samples of a run whose steps consume `samples_per_step`."""
+        sizes = {name: len(samples) for name, samples in self._samples.items()}
+        return SampleOrder(sizes, self.seed, self._phases(samples_per_step))
+
+    def epochs(self, position: int, samples_per_step: int) -> dict[str, float]:
+        """Return how often each source of a mixture was read in the first `position` samples."""
+        num_read = self.order(samples_per_step).num_read(position) if self.is_mixture else {}
+        sizes = {name: len(samples) for name, samples in self._samples.items()}
+        return {name: count / sizes[name] for name, count in num_read.items() if sizes[name]}
+
+    @property
+    def epochs_read(self) -> dict[str, float]:
+        """How often each source of a mixture was read so far."""
+        return self.epochs(self.position, self.samples_per_step)
+
     def train_dataloader(self) -> SampleStream:
         """Return the endless micro-batches of this rank from `position` on."""
-        ranks = self._rank_and_world_size()
         return SampleStream(
-            self.train_shards, self.seq_len, self.micro_batch_size, self.seed, *ranks, self.position
+            list(self._samples.values()),
+            self.order(self.samples_per_step),
+            self.micro_batch_size,
+            *self._rank_and_world_size(),
+            self.position,
         )
 
-    def val_dataloader(self) -> ValidationSet:
-        """Return the micro-batches of this rank for the first `max_validation_tokens` targets."""
+    def val_dataloader(self) -> list[ValidationSet]:
+        """Return the micro-batches of this rank for the validation of each of `validated`."""
+        sources = [source for source in self.sources if source.name in self.validated]
+        tokens = max(1, self.max_validation_tokens // len(sources))
         ranks = self._rank_and_world_size()
-        tokens = self.max_validation_tokens
-        return ValidationSet(
-            self.validation_shards, self.seq_len, self.micro_batch_size, tokens, *ranks
-        )
+        return [
+            ValidationSet(source.validation, self.seq_len, self.micro_batch_size, tokens, *ranks)
+            for source in sources
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, **self.identity()}
+        state = {"position": self.position, **self.identity()}
+        if self.is_mixture:
+            state["step"] = self.trainer.global_step if self.trainer else 0
+            state["phases"] = [[*phase] for phase in self._phases(self.samples_per_step)]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of a checkpoint.
 
-        Raises UserError if its run had another order of samples, unless that is accepted.
+        Weights that differ from the checkpoint's hold from there on. Raises UserError if its run
+        had another order of samples, unless that is accepted.
         """
         for name, value in self.identity().items():
             if state_dict.get(name, value) != value and name not in self.accepted_changes:
@@ -231,21 +155,74 @@ class TokenData(L.LightningDataModule):
                     f"{state_dict[name]!r}, so its position would mean other samples; use that "
                     f"{name}, or start a new run",
                 )
-        self.position = state_dict["position"]
+        self.position = self._resumed_position = state_dict["position"]
+        self._resumed_step = state_dict.get("step", 0)
+        self._past = [Phase(*phase) for phase in state_dict.get("phases", [[0, {"": 1.0}]])]
 
     def identity(self) -> dict[str, Any]:
         """Return all values on which the samples at a position depend, by name."""
-        return {
+        values = {
             "seed": self.seed,
             "seq_len": self.seq_len,
             "tokenizer_sha256": self.tokenizer_sha256,
-            "num_tokens": len(self.train_shards),
+            "num_tokens": sum(len(source.train) for source in self.sources),
             "contents": self._fingerprint,
         }
+        mixture = {"weights": self.weights, "curriculum": self._curriculum}
+        return values | mixture if self.is_mixture else values
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples that an optimizer step consumes, over all ranks."""
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        return self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self.train_shards.fingerprint()
+        return fingerprint(self.sources)
+
+    def _cut(self, source: Source) -> Samples:
+        """Return the samples of a source; each kind of sample has its class."""
+        return Windows(source.train, self.seq_len)
+
+    def _set_weights(self, weights: dict[str, float] | None, curriculum: Sequence[Part]) -> None:
+        if not self.is_mixture and (weights or curriculum):
+            name = "weights" if weights else "curriculum"
+            folder = self.sources[0].train.folder
+            raise UserError(f"data.{name}", message=f"data.{name}: {folder} has no named sources")
+        names = [source.name for source in self.sources]
+        stored = {source.name: source.weight for source in self.sources}
+        self.weights = check_weights("data.weights", stored if weights is None else weights, names)
+        """Shares of the sources, which add up to 1; sources without a share are left out."""
+        self._curriculum = check_curriculum(curriculum, names)
+        held_out = {
+            s.name: self.weights.get(s.name, 0) for s in self.sources if len(s.validation) > 1
+        }
+        if not held_out:
+            folder = self.sources[0].train.folder
+            raise UserError("data.dir", message=f"{folder}: no source has validation text")
+        total = sum(held_out.values())
+        self.validated = {
+            name: weight / total if total else 1 / len(held_out)
+            for name, weight in held_out.items()
+        }
+        """Shares in the means of a validation, by name of each source with validation text."""
+
+    def _require_samples(self) -> None:
+        parts = [self.weights, *(part["weights"] for part in self._curriculum)]
+        for source in self.sources:
+            is_read = any(source.name in part for part in parts)
+            if is_read and not len(self._samples[source.name]):
+                raise UserError(
+                    "data.seq_len",
+                    self.seq_len,
+                    f"less than {len(source.train)}, the number of training tokens{source.label}",
+                    "lower it or prepare more text",
+                )
+
+    def _phases(self, samples_per_step: int) -> list[Phase]:
+        past, position, step = self._past, self._resumed_position, self._resumed_step
+        return plan_phases(past, position, step, samples_per_step, self._curriculum, self.weights)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:

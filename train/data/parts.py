@@ -18,8 +18,8 @@ from typing import Any
 
 from stu.common.errors import UserError
 from stu.common.files import fsync
+from train.data.reading.skipped import SKIPPED_FILE, join_lists
 from train.data.shards import INDEX_FILE, Index, Split, shard_file
-from train.data.skipped import SKIPPED_FILE, join_lists
 
 COMMON_FILE = "parts.json"
 

@@ -16,10 +16,10 @@ from train.data.config import TRAINED, PrepareConfig
 from train.data.corpus import require_both_splits, write_splits
 from train.data.lock_file import LockFile
 from train.data.parts import COMMON_FILE, Parts, files_of_part, require_same
+from train.data.reading.skipped import require_mostly_good
+from train.data.reading.sources import Files, find_files
 from train.data.shards import INDEX_FILE, Index
-from train.data.skipped import require_mostly_good
-from train.data.sources import Files, find_files
-from train.data.tokenizer import given_tokenizer, write_tokenizer
+from train.data.tokenizer import Corpus, given_tokenizer, write_tokenizer
 
 ALL_PARTS = 0
 """Byte of the lock file that is locked to start or to join the parts; byte 1 + i is for part i."""
@@ -35,7 +35,7 @@ def prepare(config: PrepareConfig) -> Index:
     """
     files = find_files(config.sources)
     with new_directory(config.output) as folder:
-        tokenizer = write_tokenizer(config, files, folder)
+        tokenizer = write_tokenizer(config, [Corpus(config, files)], folder)
         index = write_splits(config, files, tokenizer, folder)
         require_both_splits(config, index.num_documents)
         index.save(folder)
@@ -105,23 +105,23 @@ def _start(config: PrepareConfig, files: Files, common: dict[str, Any], folder: 
     if folder.exists():
         require_same(folder, common)
         return
-    _remove_unfinished(folder)
+    remove_unfinished(folder)
     with new_directory(folder) as temporary:
-        write_tokenizer(config, files, temporary)
+        write_tokenizer(config, [Corpus(config, files)], temporary)
         text = json.dumps(common, indent=2, ensure_ascii=False)
         (temporary / COMMON_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _write_part(config: PrepareConfig, files: Files, number: int, parts: Parts) -> None:
     path = parts.path(number)
-    _remove_unfinished(path)
+    remove_unfinished(path)
     chosen = files._replace(documents=files_of_part(files.documents, number, parts.count))
     tokenizer = read_tokenizer(parts.folder)
     with new_directory(path) as temporary:
         write_splits(config, chosen, tokenizer, temporary).save(temporary)
 
 
-def _remove_unfinished(path: Path) -> None:
+def remove_unfinished(path: Path) -> None:
     """Remove what killed processes left. The lock ensures that no other process makes `path`."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
         shutil.rmtree(leftover)

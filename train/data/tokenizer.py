@@ -3,8 +3,10 @@
 import heapq
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from stu.common.errors import UserError
 from stu.tokenizer import Tokenizer, make_tokenizer, read_tokenizer
@@ -14,15 +16,25 @@ from stu.tokenizers.sentence_piece import SentencePieceTokenizer, train_bpe
 from train.data.config import CHARACTERS, TRAINED, PrepareConfig
 from train.data.corpus import read_texts, require_both_splits
 from train.data.encode import split_of, text_hash
-from train.data.skipped import Skipped
-from train.data.sources import Files
+from train.data.reading.skipped import Skipped
+from train.data.reading.sources import Files
+from train.data.source_list import named
 
 TOKENIZER_SAMPLE_BYTES = 64 << 20
 """Text that the tokenizer is trained on; training needs many times as much memory."""
 
 
-def write_tokenizer(config: PrepareConfig, files: Files, folder: Path) -> Tokenizer:
-    """Write the tokenizer that `config` gives, or a new one trained on `files`, to `folder`.
+class Corpus(NamedTuple):
+    """Text of one source, with its settings."""
+
+    config: PrepareConfig
+    files: Files
+    share: float = 1.0
+    """Share of the text that the tokenizer is trained on."""
+
+
+def write_tokenizer(config: PrepareConfig, corpora: Sequence[Corpus], folder: Path) -> Tokenizer:
+    """Write the tokenizer that `config` gives, or a new one trained on `corpora`, to `folder`.
 
     Raises UserError or OSError.
     """
@@ -30,7 +42,11 @@ def write_tokenizer(config: PrepareConfig, files: Files, folder: Path) -> Tokeni
     if given is not None:
         given.save(folder)
         return read_tokenizer(folder)
-    sample = _sample(config, files)
+    sample = []
+    for corpus in corpora:
+        if corpus.share:
+            with named(corpus.config):
+                sample += _sample(corpus)
     print("training the tokenizer", file=sys.stderr, flush=True)
     if config.tokenizer == "huggingface":
         return train_byte_level_bpe(sample, config.vocab_size, folder)
@@ -55,8 +71,11 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _sample(config: PrepareConfig, files: Files) -> list[str]:
-    """Return the training documents with the smallest hashes, up to `TOKENIZER_SAMPLE_BYTES`."""
+def _sample(corpus: Corpus) -> list[str]:
+    """Return the training documents with the smallest hashes, up to the corpus's share of
+    `TOKENIZER_SAMPLE_BYTES`."""
+    config, files = corpus.config, corpus.files
+    most_bytes = round(corpus.share * TOKENIZER_SAMPLE_BYTES)
     sample: list[tuple[float, str]] = []  # a heap with the largest hash first
     sample_bytes = 0
     num_documents = Counter[str]()
@@ -66,10 +85,10 @@ def _sample(config: PrepareConfig, files: Files) -> list[str]:
             num_documents[split] += 1
             if split != "train":
                 continue
-            start = document.text[:TOKENIZER_SAMPLE_BYTES]
+            start = document.text[:most_bytes]
             heapq.heappush(sample, (-text_hash(document.text, config.seed), start))
             sample_bytes += len(start.encode())
-            while sample_bytes > TOKENIZER_SAMPLE_BYTES and len(sample) > 1:
+            while sample_bytes > most_bytes and len(sample) > 1:
                 sample_bytes -= len(heapq.heappop(sample)[1].encode())
     require_both_splits(config, num_documents)
     return [text for _, text in sample]

@@ -10,7 +10,7 @@ from pathlib import Path
 from train.start.provenance import code_versions
 
 DEFAULT_RUN_DIR = "runs/train"
-INDEX = "index.json"
+INDEX, MIXTURE = "index.json", "mixture.json"
 PROBE_BYTES = 2**20
 LEAST_FREE_GPU_MEMORY = 0.9
 """Fraction of a GPU's memory that must be free."""
@@ -67,15 +67,18 @@ def probe_name() -> str:
 
 
 def facts_of_node(data_dir: Path | None) -> dict[str, str]:
-    """Return what all nodes must have in common: versions, and the index of the data."""
+    """Return what all nodes must have in common: versions, and the indexes of the data."""
     facts = code_versions()
-    if data_dir is not None:
-        index = data_dir / INDEX
+    if data_dir is None:
+        return facts
+    is_mixture = (data_dir / MIXTURE).exists()
+    files = [data_dir / MIXTURE, *sorted(data_dir.glob(f"*/{INDEX}"))]
+    for file in files if is_mixture else [data_dir / INDEX]:
         try:
-            found = hashlib.sha256(index.read_bytes()).hexdigest()[:16]
+            found = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         except OSError as error:
             found = f"not there ({error.strerror})"
-        facts[f"the hash of {index}"] = found
+        facts[f"the hash of {file}"] = found
     return facts
 
 

@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from train.config import data_warnings, num_devices  # modules that take seconds to import
+    from train.config import (
+        data_warnings,
+        describe_sources,
+        num_devices,
+    )  # modules that take seconds to import
     from train.gpus import GPUS
     from train.plan.report import show_plan
     from train.settings import parse_settings
@@ -50,7 +54,10 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
     for text in data_warnings(settings, nodes * gpus):
         print(f"warning: {text}", file=sys.stderr)
-    return show_plan(settings, options.gpu, nodes * gpus, options.tokens)
+    code = show_plan(settings, options.gpu, nodes * gpus, options.tokens)
+    for text in describe_sources(settings, nodes * gpus):
+        print(text)
+    return code
 
 
 def _count(text: str) -> int:

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from stu.common.errors import UserError
 from tests.train.token_shards import write_token_shards
-from train.data.loader import SampleStream, TokenData, ValidationSet
+from train.data.batches import SampleStream, ValidationSet, Windows
+from train.data.loader import TokenData
+from train.data.order import SampleOrder
 from train.data.shards import TokenShards
+from train.data.weights import Phase
 
 SEQ_LEN = 8
 NUM_SAMPLES = 124  # (1000 - 1) // SEQ_LEN
@@ -25,8 +28,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _stream(folder, m=1, **settings):
-    return SampleStream(TokenShards(folder, "train"), SEQ_LEN, m, **settings)
+def _stream(folder, m=1, seq_len=SEQ_LEN, seed=0, **settings):
+    samples = Windows(TokenShards(folder, "train"), seq_len)
+    order = SampleOrder({"": len(samples)}, seed, [Phase(0, {"": 1.0})])
+    return SampleStream([samples], order, m, **settings)
 
 
 def _ids(stream, num_batches):
@@ -78,18 +83,17 @@ def test_changing_the_number_of_ranks_neither_repeats_nor_skips_samples(folder, 
 
 @pytest.mark.parametrize("seq_len", [1, 998, 999])
 def test_shortest_and_longest_samples(folder, seq_len):
-    stream = SampleStream(TokenShards(folder, "train"), seq_len, 1)
-    assert stream.samples_per_epoch == 999 // seq_len
-    last = max(islice(stream, stream.samples_per_epoch), key=lambda b: int(b["sample_ids"]))
-    assert last["tokens"][0, -1] == stream.samples_per_epoch * seq_len
+    data = TokenData(str(folder), seq_len, 1)
+    assert data.samples_per_epoch == 999 // seq_len
+    batches = islice(data.train_dataloader(), data.samples_per_epoch)
+    last = max(batches, key=lambda b: int(b["sample_ids"]))
+    assert last["tokens"][0, -1] == data.samples_per_epoch * seq_len
 
 
 def test_a_sample_longer_than_the_data_is_refused(folder):
     with pytest.raises(
         UserError, match=r"data.seq_len=1000 .* less than 1000, .*; lower it or prepare more text"
     ):
-        SampleStream(TokenShards(folder, "train"), 1000, 1)
-    with pytest.raises(UserError, match=r"^data\.seq_len=1000 "):
         TokenData(str(folder), seq_len=1000, micro_batch_size=1)
 
 
@@ -115,7 +119,9 @@ def test_validation_predicts_every_target_once(folder, seq_len, m, world_size, m
 def _data(folder, rank=0, world_size=1, **changes):
     data = TokenData(str(folder), **{"seq_len": SEQ_LEN, "micro_batch_size": 2} | changes)
     if world_size > 1:
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=world_size, accumulate_grad_batches=1
+        )
     return data
 
 
@@ -146,8 +152,8 @@ def test_state_is_the_position_and_the_values_it_depends_on(folder):
         "seed": 3,
         "seq_len": SEQ_LEN,
         "tokenizer_sha256": data.tokenizer_sha256,
-        "num_tokens": len(data.train_shards),
-        "contents": data.train_shards.fingerprint(),
+        "num_tokens": 1000,
+        "contents": TokenShards(folder, "train").fingerprint(),
     }
 
 

@@ -19,11 +19,11 @@ from stu.tokenizers.sentence_piece import train_bpe
 from train.data import encode
 from train.data.cli import main, warnings
 from train.data.config import PrepareConfig
-from train.data.documents import read_documents
 from train.data.encode import encode_document, split_of, token_dtype
 from train.data.prepare import prepare
+from train.data.reading.documents import read_documents
+from train.data.reading.sources import LEAST_PIECE_BYTES
 from train.data.shards import Index, TokenShards
-from train.data.sources import LEAST_PIECE_BYTES
 
 NUM_DOCUMENTS = 200
 TEXTS = [
@@ -161,7 +161,7 @@ def test_bad_rows_are_skipped_and_listed(tmp_path, capsys):
 
 
 def test_the_list_of_bad_rows_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.skipped.MOST_LISTED", 4)
+    monkeypatch.setattr("train.data.reading.skipped.MOST_LISTED", 4)
     (tmp_path / "corpus.jsonl").write_bytes(GOOD + BAD * 3)
     prepare(_config(tmp_path / "corpus.jsonl", tmp_path / "data", on_error="skip"))
     assert len((tmp_path / "data" / "skipped.jsonl").read_text().splitlines()) == 4

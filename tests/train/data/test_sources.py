@@ -14,9 +14,9 @@ import pytest
 from backports import zstd
 
 from stu.common.errors import UserError
-from train.data.documents import Document, read_documents
-from train.data.skipped import BadInput
-from train.data.sources import find_files, kind_of
+from train.data.reading.documents import Document, read_documents
+from train.data.reading.skipped import BadInput
+from train.data.reading.sources import find_files, kind_of
 
 ROW = b'{"text": "a"}\n'
 TEXTS = ["one\r\n", "zwei: Grüße", "", "三\n\tvier"]
@@ -155,7 +155,7 @@ def test_reading_continues_after_bad_rows(tmp_path):
 
 
 def test_a_quote_that_is_not_closed_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.documents.MOST_FIELD_CHARS", 1000)
+    monkeypatch.setattr("train.data.reading.documents.MOST_FIELD_CHARS", 1000)
     (tmp_path / "a.csv").write_text('text\n"never closed\n' + "and more\n" * 200)
     with pytest.raises(BadInput, match=r"a\.csv line 2: not CSV \(field larger"):
         _texts(tmp_path / "a.csv")

@@ -9,8 +9,8 @@ from typing import BinaryIO, NamedTuple
 
 from stu.common.compressed import open_decompressed
 from stu.common.errors import UserError
-from train.data.skipped import BadInput
-from train.data.sources import MOST_PIECE_BYTES, kind_of, read_python
+from train.data.reading.skipped import BadInput
+from train.data.reading.sources import MOST_PIECE_BYTES, kind_of, read_python
 
 PARQUET_ROWS = 64  # rows in memory at once: documents may be megabytes long
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")

@@ -1,0 +1,120 @@
+"""Folders of token shards to train on: one, or several with weights.
+
+```
+DIR/mixture.json       names and weights of the sources
+DIR/NAME/              token shards of a source (see `train.data.shards`), all by one tokenizer
+```
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stu.common.errors import UserError
+from stu.common.files import new_file
+from train.data.shards import INDEX_FILE, Index, TokenShards
+
+MIXTURE_FILE = "mixture.json"
+FORMAT_VERSION = 1
+NAME = re.compile(r"\w[\w-]*", re.ASCII)
+NAME_ALLOWED = "letters, digits, `_` and `-`, not beginning with `-`"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Token shards of one source of a mixture, or the only ones."""
+
+    name: str
+    """Name in the mixture; empty for token shards that are no part of one."""
+    weight: float
+    """Weight that the mixture gives it."""
+    train: TokenShards
+    validation: TokenShards
+
+    @property
+    def label(self) -> str:
+        """Words that name the source in messages, after a space; empty without a name."""
+        return f" of source {self.name}" if self.name else ""
+
+
+def open_sources(folder: str | Path) -> list[Source]:
+    """Open a mixture or a folder of token shards.
+
+    Raises UserError if a source is missing or damaged, or has another tokenizer than the first.
+    """
+    weights = read_weights(Path(folder))
+    sources = []
+    for name, weight in weights.items():
+        path = Path(folder) / name
+        source = Source(name, weight, TokenShards(path, "train"), TokenShards(path, "validation"))
+        sources.append(source)
+        if source.train.index.tokenizer_sha256 != sources[0].train.index.tokenizer_sha256:
+            first = sources[0].train.folder
+            raise UserError(
+                str(path),
+                message=f"{path}: made with another tokenizer than {first}; prepare one of them "
+                "again, with --tokenizer and the folder of the other",
+            )
+    return sources
+
+
+def read_weights(folder: Path) -> dict[str, float]:
+    """Return the weight of each source; a folder of token shards has one, whose name is empty.
+
+    Raises UserError if `mixture.json` cannot be used.
+    """
+    path = folder / MIXTURE_FILE
+    if not path.is_file():
+        return {"": 1.0}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {data['format_version']}, this program reads {FORMAT_VERSION}"
+            )
+        weights = {str(row["name"]): float(row["weight"]) for row in data["sources"]}
+        if not weights or len(weights) < len(data["sources"]):
+            raise ValueError("no sources, or two of one name")
+        for name, weight in weights.items():
+            if not NAME.fullmatch(name) or not 0 <= weight < math.inf:
+                raise ValueError(f"name {name!r} or weight {weight}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(str(path), message=f"{path}: not a mixture ({error!r})") from error
+    return weights
+
+
+def save_mixture(folder: Path, weights: Mapping[str, float]) -> None:
+    """Write `mixture.json` for sources whose token shards are in `folder`."""
+    sources = [{"name": name, "weight": weight} for name, weight in weights.items()]
+    data = {"format_version": FORMAT_VERSION, "sources": sources}
+    with new_file(folder / MIXTURE_FILE) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def index_hashes(folder: Path) -> dict[str, str]:
+    """Return a hash of each file that describes a mixture or token shards, by words for messages.
+
+    Raises UserError or OSError.
+    """
+    names = list(read_weights(folder))
+    mixture = [folder / MIXTURE_FILE] if names != [""] else []
+    files = [*mixture, *(folder / name / INDEX_FILE for name in names)]
+    hashes = {file: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    return {f"the hash of {file}": found for file, found in hashes.items()}
+
+
+def first_index(folder: str | Path) -> Index:
+    """Return the index of the first source, which has the vocabulary of all. Raises UserError."""
+    return Index.load(Path(folder) / next(iter(read_weights(Path(folder)))))
+
+
+def fingerprint(sources: Sequence[Source]) -> str:
+    """Return a hash of the contents of all sources, whatever their order."""
+    prints = sorted((source.name, source.train.fingerprint()) for source in sources)
+    if len(prints) == 1:
+        return prints[0][1]
+    return hashlib.sha256(json.dumps(prints).encode()).hexdigest()

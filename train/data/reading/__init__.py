@@ -1,0 +1,1 @@
+"""Reading the text of sources: files, folders and their rows."""
