@@ -67,6 +67,7 @@ class SlidingWindowAttention(Mixer):
         queries, keys, values = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
         if memory is None and self.slices is not None:
             both = torch.stack([keys, values], dim=2)
+            queries = queries.contiguous()  # a view would keep the keys and values alive twice
             keys, values = with_earlier(self.slices, both, window.window_tokens).unbind(2)
         if memory is None:
             slopes = alibi_slopes(window.num_heads).to(x.device)

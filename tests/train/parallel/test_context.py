@@ -1,9 +1,12 @@
 """Ranks that divide sequences equal one process, beside every strategy, and continue its runs."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests import forked
 from tests.train.conftest import parallel, slow
@@ -12,6 +15,7 @@ from train import report
 
 STEPS, SAVED = 6, 3
 SAMPLES = 4
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
 
 
 def arguments(folder, ranks, context, stage, layout):
@@ -107,6 +111,30 @@ def test_divided_run_continues_whole(run, wholes, tmp_path):
     source = f"--resume={checkpoint(divided, SAVED)}"
     folder = run(tmp_path / "run", 2, 1, 3, "hybrid", source)
     assert_equal_runs(folder, wholes("hybrid"), SAVED + 1)
+
+
+@pytest.mark.parametrize("length", [4096, slow(131_072)])
+def test_each_rank_keeps_its_share_of_the_activations(tmp_path, length):
+    """Besides these, a rank keeps the keys of a window, and tables for the states."""
+    script = Path(__file__).with_name("long_sequence.py")
+    found = {}
+    for size in (1, 4):
+        command = [forked.python(), str(script)]
+        more = str(size), str(tmp_path), str(length)
+        ranks = [
+            forked.Popen([*command, str(rank), *more], env=ENVIRONMENT) for rank in range(size)
+        ]
+        assert [process.wait(1200) for process in ranks] == [0] * size
+        paths = [tmp_path / f"{size}-{rank}.pt" for rank in range(size)]
+        found[size] = [torch.load(path, weights_only=True) for path in paths]
+    (whole,) = found[1]
+    for own in found[4]:
+        assert own["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-5)
+        for name in whole.keys() - {"loss", "bytes"}:
+            assert (own[name] - whole[name]).norm() < 1e-4 * whole[name].norm(), name
+        window = 2 * 512 * 32 * 4
+        tables = length // 4 // 2 * 2 * 48 * 4
+        assert own["bytes"] < whole["bytes"] / 4 + window + tables + 2**20
 
 
 @pytest.mark.parametrize(
