@@ -24,6 +24,7 @@ BENCHMARKS = {
     "train": ("training.train", "training steps against two branches and attention"),
     "loss": ("training.loss", "the training loss against torch's, for a large vocabulary"),
     "memory": ("training.memory", "memory of training runs against the plan of stu-plan"),
+    "optimizers": ("training.optimizers", "what AdamW and Muon reach with the same tokens"),
     "tokenizers": ("training.tokenizers", "encoding by each kind of tokenizer and its library"),
     "load": ("serving.load", "a server under many clients, and its engine alone"),
     "invariance": ("serving.invariance", "how often batch composition changes a request's tokens"),

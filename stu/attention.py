@@ -34,8 +34,7 @@ KERNEL_ON_CUDA = next(
 QUERY_BLOCK = 128
 """Queries that the torch code attends from at once."""
 FLEX_LEAST_TOKENS, FLEX_LEAST_HEAD_DIM = 256, 16
-"""Shorter sequences are one or two blocks, and not worth a kernel; narrower heads it does not
-take."""
+"""Shorter sequences are one or two blocks, not worth a kernel; narrower heads it does not take."""
 
 
 class SlidingWindowAttention(Mixer):
@@ -44,6 +43,7 @@ class SlidingWindowAttention(Mixer):
 
     keeps_documents_apart = True
     divides_sequences = True
+    stacked_matrices = (("qkv.weight", 3),)
 
     def __init__(self, config: ModelConfig) -> None:
         window, softcap = config.window_tokens, config.softcap

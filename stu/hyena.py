@@ -48,6 +48,7 @@ class Hyena(LongConvolution):
 
     keeps_documents_apart = True
     divides_sequences = True
+    stacked_matrices = (("input.weight", 3),)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(PastInputs(config.width), LastInputs(3 * config.width, SHORT_TAPS))

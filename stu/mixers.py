@@ -122,6 +122,8 @@ class Mixer(nn.Module, ABC):
     """Whether `forward` takes `documents`, and no token sees another document then."""
     divides_sequences: ClassVar[bool] = False
     """Whether `forward` computes slices of sequences, where `slices` is set."""
+    stacked_matrices: tuple[tuple[str, int], ...] = ()
+    """Names of weights that are several matrices, one below the other, and how many."""
 
     def __init__(self, *remembers: Remembered) -> None:
         super().__init__()
@@ -183,8 +185,7 @@ class Mixer(nn.Module, ABC):
         return sum(self.get_parameter(name).numel() for name in self.matrices)
 
     def imitate_gpu(self, is_half: bool) -> None:
-        """Make this layer keep for the backward pass what it would keep on a GPU. The planner
-        calls this on models without contents to count their memory."""
+        """Keep for the backward pass what is kept on a GPU, for the planner, which counts it."""
 
     def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
         """Replace products with weights outside of `nn.Linear` by modules `packed(weight)`, which
@@ -289,10 +290,9 @@ def check_documents_apart(config: ModelConfig) -> None:
     """Raise UserError, naming it, if a mixer of the model cannot keep documents apart."""
     for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
         if not mixer.keeps_documents_apart:
-            raise UserError(
-                message=f"layout={config.layout} cannot keep documents apart, as its mixer {name} "
-                "does not: leave them together, or choose another layout"
-            )
+            layout = f"layout={config.layout} cannot keep documents apart"
+            fix = "leave them together, or choose another layout"
+            raise UserError(message=f"{layout}, as its mixer {name} does not: {fix}")
 
 
 def remembered(mixers: Iterable[Mixer], kind: type[Kind]) -> list[Kind]:

@@ -169,6 +169,17 @@ class FlashSTU(nn.Module):
                 found |= {f"blocks.{number}.{part}.{name}": dim for name, dim in own.items()}
         return found
 
+    @property
+    def linear_maps(self) -> dict[str, int]:
+        """Names of the weights whose matrices map activations, and how many matrices are stacked in
+        each along its first dim. An optimizer may update each matrix as a whole. Filters and the
+        embedding are none of them."""
+        found = dict.fromkeys(self.matrices, 1)
+        for number, mixer in enumerate(self.mixers):
+            stacked = mixer.stacked_matrices
+            found |= {f"blocks.{number}.mixer.{name}": count for name, count in stacked}
+        return found
+
     def num_parameters(self) -> int:
         """Return the number of trained weights, which excludes the filters."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -120,6 +120,8 @@ class FullSTU(STU):
         shape = config.num_filters, config.width, config.width
         self.plus_matrices = nn.Parameter(torch.empty(shape))
         self.minus_matrices = nn.Parameter(torch.empty(shape))
+        count = config.num_filters
+        self.stacked_matrices = ("plus_matrices", count), ("minus_matrices", count)
 
     def taps(self, filters: Tensor) -> Tensor:
         minus = filters.clone()

@@ -7,7 +7,7 @@ import torch
 
 from stu.config import ModelConfig
 from stu.mixers import Costs, planned_mixers
-from stu.model import Block
+from stu.model import Block, FlashSTU
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,11 @@ def block_parameters(config: ModelConfig) -> tuple[int, ...]:
         made = {name: Block(config, name) for name in dict.fromkeys(config.mixers)}
     counts = {name: sum(p.numel() for p in block.parameters()) for name, block in made.items()}
     return tuple(counts[name] for name in config.mixers)
+
+
+def matrix_share(config: ModelConfig) -> float:
+    """Return the share of the model's weights that is in its `linear_maps`."""
+    with torch.device("meta"):
+        model = FlashSTU(config)
+    count = sum(model.get_parameter(name).numel() for name in model.linear_maps)
+    return count / model.num_parameters()

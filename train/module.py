@@ -32,7 +32,6 @@ from train.optimizer import (
     OptimizerConfig,
     learning_rate_factor,
     make_optimizer,
-    optimizer_kind,
     parameter_groups,
     replace_hyperparameters,
 )
@@ -69,7 +68,6 @@ class FlashSTUModule(L.LightningModule):
         self._guard = StepGuard(guard)
         self._samples: list[int] = []  # of the step in progress
         self.config, self.optimizer_config = config, optimizer
-        self.optimizer_kind = optimizer_kind(optimizer)
         self.model = FlashSTU(config)
         self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
 
@@ -111,7 +109,7 @@ class FlashSTUModule(L.LightningModule):
             step, total_steps = self.trainer.global_step, self.trainer.max_steps
             factor = learning_rate_factor(step, total_steps, self.optimizer_config)
             scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
-            replace_hyperparameters(scheduler, self.optimizer_config, factor)
+            replace_hyperparameters(scheduler, self.model, self.optimizer_config, factor)
         self._throughput = Throughput(self.config, self._data, self.trainer.world_size)
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -234,11 +232,10 @@ class FlashSTUModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `stu-export` and a resumed run need besides Lightning's state."""
         settings = self.result_settings(self.trainer, self._data)
-        record = training_record(
-            settings, self.config, self.optimizer_config, self._data.tokenizer_path
-        )
+        record = training_record(settings, self.config, self._data.tokenizer_path)
         checkpoint["stu"] = {**record, **self.run_record}
-        checkpoint["stu"]["parameter_groups"] = parameter_groups(self.model)
+        groups = parameter_groups(self.model, self.optimizer_config)
+        checkpoint["stu"]["parameter_groups"] = [group["params"] for group in groups]
         checkpoint["stu"]["since_log"] = {
             "losses": self.trainer.strategy.all_gather(torch.stack(self._losses)).cpu()
             if self._losses

@@ -14,7 +14,7 @@ from stu.tokenizer import tokenizer_files
 from train.checkpoint.folder import FORMAT_VERSION
 from train.config import precision_name
 from train.data.loader import TokenData
-from train.optimizer import OptimizerConfig, optimizer_kind
+from train.optimizer import OptimizerConfig
 
 MODEL, OPTIMIZER, DATA = "model.config.", "model.optimizer.", "data."
 """Prefixes of the names of settings."""
@@ -48,7 +48,7 @@ def result_settings(
 
 
 def training_record(
-    settings: Mapping[str, Any], config: ModelConfig, optimizer: OptimizerConfig, tokenizer: Path
+    settings: Mapping[str, Any], config: ModelConfig, tokenizer: Path
 ) -> dict[str, Any]:
     """Return what a checkpoint holds besides Lightning's state: tensors and plain values.
 
@@ -58,7 +58,6 @@ def training_record(
         "format_version": FORMAT_VERSION,
         "model_config": config.to_dict(),
         "settings": dict(settings),
-        "state_tensors": list(optimizer_kind(optimizer).state_tensors),
         "tokenizer": {
             name: torch.frombuffer(bytearray(contents), dtype=torch.uint8)
             for name, contents in tokenizer_files(tokenizer).items()

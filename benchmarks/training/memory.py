@@ -97,7 +97,7 @@ def compare(setting: Setting, data: Path, run_dir: Path) -> dict[str, Any]:
     measured = max(read_curves(run_dir)["train/memory_gib"][1])
     device = {"is_half": False, "on_gpu": False}
     activations = activation_bytes(config, seq_len, micro_batch, parallel, **device)
-    state_bytes = OPTIMIZERS["adamw"].state_bytes
+    state_bytes = OPTIMIZERS["adamw"].state_bytes(matrix_share=0)
     memory = rank_memory(config, parallel, ranks, activations, **device, state_bytes=state_bytes)
     planned = memory.total / 2**30
     zero_stage = parallel.zero_stage if parallel.kind == "zero" else None

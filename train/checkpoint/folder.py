@@ -40,7 +40,8 @@ TENSOR_KEYS = ("state_dict", "optimizer_states")
 """Keys of Lightning's dictionary whose values are stored as tensors by name."""
 WEIGHT = "weight"
 DEFAULT_STATE_TENSORS = ["exp_avg", "exp_avg_sq"]
-"""State tensors in old checkpoints, which do not name them: those of AdamW."""
+"""State tensors of checkpoints whose groups do not name them, and that do not name those of all
+parameters either, as only AdamW's were there."""
 
 
 class CheckpointFolder:
@@ -78,13 +79,14 @@ class CheckpointFolder:
         return [name.removeprefix(start) for name in self._files if name.startswith(start)]
 
     @property
-    def state_tensors(self) -> list[str]:
-        """Names of the tensors that the optimizer keeps for each parameter."""
-        names: list[str] = self.training["stu"].get("state_tensors", DEFAULT_STATE_TENSORS)
-        return names
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, with names of parameters as `params`, and those of the
+        `state_tensors` that it keeps for each."""
+        former = self.training["stu"].get("state_tensors", DEFAULT_STATE_TENSORS)
+        return [{"state_tensors": former, **group} for group in self.training["optimizer_groups"]]
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """Return `weight`, or one of the `state_tensors`, of a parameter."""
+        """Return `weight`, or one of its state tensors, of a parameter."""
         key = f"{kind}/{name}"
         if key not in self._files:
             raise self._refused(f"{key} is missing")
@@ -93,12 +95,11 @@ class CheckpointFolder:
 
     def check(self) -> None:
         """Raise UserError unless all tensors of all parameters are there."""
-        groups = self.training["optimizer_groups"]
-        kinds = [WEIGHT, *self.state_tensors] if self.training["optimizer_step"] else [WEIGHT]
-        for name in [name for group in groups for name in group["params"]]:
-            for kind in kinds:
-                if f"{kind}/{name}" not in self._files:
-                    raise self._refused(f"{kind}/{name} is missing")
+        for group in self.optimizer_groups:
+            kinds = group["state_tensors"] if self.training["optimizer_step"] else []
+            for key in (f"{kind}/{name}" for name in group["params"] for kind in (WEIGHT, *kinds)):
+                if key not in self._files:
+                    raise self._refused(f"{key} is missing")
 
     def verify(self) -> None:
         """Read all files and compare their checksums. Raises UserError if one is damaged."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from itertools import chain
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ class FolderIO(CheckpointIO):
         def tensors() -> Iterator[tuple[str, str, Tensor]]:
             for name, tensor in checkpoint["state_dict"].items():
                 yield WEIGHT, name.removeprefix(PREFIX), tensor
-            for number, name in enumerate(chain.from_iterable(groups)):
-                for kind in training["stu"]["state_tensors"] if states else ():
-                    yield kind, name, states[number][kind]
+            numbers = count()
+            for group in training["optimizer_groups"]:
+                for name, number in zip(group["params"], numbers, strict=False):
+                    for kind in group["state_tensors"] if states else ():
+                        yield kind, name, states[number][kind]
 
         training["stu"]["num_files"] = 1
         self._writer.open(Path(path), training)
@@ -68,15 +70,15 @@ def _torch_state(folder: CheckpointFolder) -> dict[str, Any]:
     the groups."""
     states: dict[int, Any] = {}
     groups, step = [], folder.training["optimizer_step"]
-    count = 0
-    for group in folder.training["optimizer_groups"]:
-        numbers = range(count, count + len(group["params"]))
-        count = numbers.stop
+    stop = 0
+    for group in folder.optimizer_groups:
+        numbers = range(stop, stop + len(group["params"]))
+        stop = numbers.stop
         groups.append({**group, "params": list(numbers)})
         for number, name in zip(numbers, group["params"], strict=True):
             if step:
                 states[number] = {
-                    kind: folder.tensor(kind, name).clone() for kind in folder.state_tensors
+                    kind: folder.tensor(kind, name).clone() for kind in group["state_tensors"]
                 }
                 states[number]["step"] = torch.tensor(float(step))
     return {"state": states, "param_groups": groups}

@@ -19,10 +19,11 @@ class ShardedSaving:
     writer: CheckpointWriter
 
     @property
-    def state_tensors(self: Any) -> tuple[str, ...]:
-        """Names of the tensors that the optimizer keeps for each parameter."""
-        names: tuple[str, ...] = self.lightning_module.optimizer_kind.state_tensors
-        return names
+    def state_tensors(self: Any) -> dict[str, list[str]]:
+        """Names of the tensors that the optimizer keeps for each parameter, by the parameter's."""
+        module = self.lightning_module
+        groups = parameter_groups(module.model, module.optimizer_config)
+        return {name: group["state_tensors"] for group in groups for name in group["params"]}
 
     @abstractmethod
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -78,9 +79,8 @@ class ShardedSaving:
         self.scatter(self._folder)
         for name, buffer in self.lightning_module.model.named_buffers():
             buffer.copy_(self._folder.tensor(WEIGHT, name))  # the filters that it was trained with
-        for group, saved in zip(
-            self.optimizer_groups(), self._folder.training["optimizer_groups"], strict=True
-        ):
+        saved_groups = self._folder.optimizer_groups
+        for group, saved in zip(self.optimizer_groups(), saved_groups, strict=True):
             # Another device may have saved it, where another implementation is the fastest.
             group.update({name: saved[name] for name in saved if name not in ("params", "fused")})
         del self._folder  # a map of its files would keep them in use after they are deleted
@@ -98,12 +98,11 @@ class ShardedSaving:
 
     def _training(self: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
         training = {name: checkpoint[name] for name in checkpoint if name not in TENSOR_KEYS}
-        names = parameter_groups(self.lightning_module.model)
+        names = training["stu"].pop("parameter_groups")
         training["optimizer_groups"] = [
-            {**{key: group[key] for key in group if key != "params"}, "params": params}
+            {**group, "params": params}
             for group, params in zip(self.optimizer_groups(), names, strict=True)
         ]
         training["optimizer_step"] = self.optimizer_step_count()
-        training["stu"].pop("parameter_groups")
         training["stu"]["num_files"] = self.world_size
         return training

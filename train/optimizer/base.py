@@ -18,15 +18,18 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     name: str = "adamw"
-    """Optimizer: `adamw` or `lion`. Lion keeps half the state; it needs a learning rate 3 to 10
-    times lower, and a weight decay as much higher."""
+    """Optimizer: `adamw`, `lion` or `muon`. Lion keeps half the state; it needs a learning rate 3
+    to 10 times lower, and a weight decay as much higher. Muon takes AdamW's."""
     learning_rate: float = 1e-3
     """Highest learning rate, reached when the warm-up ends."""
     beta1: float = 0.9
-    """Decay of the running average of gradients that an update follows."""
+    """Decay of the running average of gradients that an update follows; of matrices under Muon, see
+    `momentum`."""
     beta2: float = 0.95
     """AdamW: decay of the running average of squared gradients. Lion: decay of the average of
     gradients that it keeps, 0.99 in its paper."""
+    momentum: float = 0.95
+    """Muon: decay of the running average of a matrix's gradients. Others do not use it."""
     eps: float = 1e-8
     """AdamW: added to the denominator. Lion does not use it."""
     weight_decay: float = 0.1
@@ -45,6 +48,7 @@ class OptimizerConfig:
             ("learning_rate", 0 < self.learning_rate < math.inf, "a positive number"),
             ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
             ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
             ("eps", 0 < self.eps < math.inf, "a positive number"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0"),
             ("warmup_steps", self.warmup_steps >= 0, "a whole number >= 0"),
@@ -60,8 +64,9 @@ class OptimizerConfig:
 class OptimizerKind:
     """An optimizer that settings choose by name.
 
-    It must work element by element, as ZeRO and FSDP2 hand it parts of parameters, and must keep a
-    tensor `step` and the `state_tensors` for each parameter that has had a gradient.
+    It must keep a tensor `step` and the state tensors of each parameter that has had a gradient. It
+    must work element by element, as ZeRO and FSDP2 hand it parts of parameters, except for matrices
+    if it has `matrix_state_tensors`: it then exchanges their parts, as `MatrixExchange` does.
     """
 
     make: Callable[..., Optimizer]
@@ -70,8 +75,15 @@ class OptimizerKind:
     """Names of the state tensors, each float32 and of the parameter's shape."""
     hyperparameters: Callable[[OptimizerConfig], dict[str, Any]]
     """Values of a parameter group, without `weight_decay`, that follow from the settings."""
+    matrix_state_tensors: tuple[str, ...] | None = None
+    """Names of the state tensors of the weights in `FlashSTU.linear_maps`, if these are updated as
+    whole matrices, in groups of their own."""
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per parameter."""
-        return STATE_BYTES * len(self.state_tensors)
+    def state_bytes(self, matrix_share: float) -> float:
+        """Return the mean bytes of state per parameter, for a model of whose weights so large a
+        share is in `FlashSTU.linear_maps`."""
+        others = len(self.state_tensors)
+        of_matrices = (
+            others if self.matrix_state_tensors is None else len(self.matrix_state_tensors)
+        )
+        return STATE_BYTES * (matrix_share * of_matrices + (1 - matrix_share) * others)

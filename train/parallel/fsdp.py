@@ -51,10 +51,11 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
         register_fsdp_forward_method(model, "hidden")
 
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
+        state_tensors = self.state_tensors
         for name, parameter in self._parameters():
             yield WEIGHT, name, _whole(parameter)
             state = self.optimizers[0].state.get(parameter, {})
-            for kind in self.state_tensors if state else ():
+            for kind in state_tensors[name] if state else ():
                 yield kind, name, _whole(state[kind])
 
     def optimizer_step_count(self) -> int:
@@ -66,13 +67,13 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
 
     @torch.no_grad()
     def scatter(self, folder: CheckpointFolder) -> None:
-        step = folder.training["optimizer_step"]
+        step, state_tensors = folder.training["optimizer_step"], self.state_tensors
         for name, parameter in self._parameters():
             parameter.copy_(_like(parameter, folder.tensor(WEIGHT, name)))
             if step:
                 self.optimizers[0].state[parameter] = {
                     "step": self.step_tensor(parameter, step),
-                    **{k: _like(parameter, folder.tensor(k, name)) for k in self.state_tensors},
+                    **{k: _like(parameter, folder.tensor(k, name)) for k in state_tensors[name]},
                 }
 
     def _parameters(self) -> list[tuple[str, DTensor]]:

@@ -5,6 +5,7 @@ stage can continue from them, and no pickle is read, unlike in DeepSpeed's own f
 """
 
 import collections
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,8 @@ from torch import Tensor
 from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.sharded import ShardedSaving
 from train.checkpoint.writer import CheckpointWriter
+from train.optimizer.matrices import Part
+from train.optimizer.muon import Muon
 
 
 class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
@@ -74,18 +77,20 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         super().init_deepspeed()
         if self._stage in (0, 3):
             self._skip_bad_updates()
+        if self._stage > 0 and isinstance(self._torch_optimizer, Muon):
+            self._torch_optimizer.divide(self._matrix_parts(), self.root_device)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the number of micro-batches; DeepSpeed must not again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def gathered(self) -> Iterator[tuple[str, str, Tensor]]:
-        has_state = self.optimizer_step_count() > 0
+        has_state, state_tensors = self.optimizer_step_count() > 0, self.state_tensors
         if has_state:
             self._link_state()
         for name, parameter in self._named_parameters():
             yield WEIGHT, name, self._full(parameter, None)
-            for kind in self.state_tensors if has_state else ():
+            for kind in state_tensors[name] if has_state else ():
                 yield kind, name, self._full(parameter, kind)
 
     def optimizer_step_count(self) -> int:
@@ -98,17 +103,17 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
 
     @torch.no_grad()
     def scatter(self, folder: CheckpointFolder) -> None:
-        step = folder.training["optimizer_step"]
+        step, state_tensors = folder.training["optimizer_step"], self.state_tensors
         if step:
-            for held in self._updated_tensors():
+            for held, group in self._updated_tensors():
                 self._torch_optimizer.state[held] = {
                     "step": self.step_tensor(held, step),
-                    **{kind: torch.zeros_like(held) for kind in self.state_tensors},
+                    **{kind: torch.zeros_like(held) for kind in group["state_tensors"]},
                 }
             self._link_state()
         for name, parameter in self._named_parameters():
             self._set(parameter, None, folder.tensor(WEIGHT, name))
-            for kind in self.state_tensors if step else ():
+            for kind in state_tensors[name] if step else ():
                 self._set(parameter, kind, folder.tensor(kind, name))
         if self._stage in (1, 2):
             self._zero.update_lp_params()
@@ -168,16 +173,39 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
     def _named_parameters(self) -> list[tuple[str, Any]]:
         return list(self._flash_stu.named_parameters())
 
-    def _updated_tensors(self) -> list[Tensor]:
-        """Return the tensors that the PyTorch optimizer updates on this rank."""
+    def _updated_tensors(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return the tensors that the PyTorch optimizer updates on this rank, with their groups."""
+        groups = self.optimizer_groups()
         if self._stage == 0:
-            return [parameter for _, parameter in self._named_parameters()]
+            return [(parameter, group) for group in groups for parameter in group["params"]]
         if self._stage == 3:
-            return list(self._zero.fp32_partitioned_groups_flat)
+            flat = self._zero.fp32_partitioned_groups_flat
+            numbers = self._zero.sub_group_to_group_id
+            return [(held, groups[numbers[place]]) for place, held in enumerate(flat)]
         for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(self._zero, name):
-                return list(getattr(self._zero, name))
+                return list(zip(getattr(self._zero, name), groups, strict=True))
         raise AssertionError(f"unknown optimizer of DeepSpeed: {type(self._zero).__name__}")
+
+    def _matrix_parts(self) -> dict[Tensor, list[Part]]:
+        """Return which parts of matrices the tensors hold that Muon updates on this rank."""
+        zero, updated = self._zero, [held for held, _ in self._updated_tensors()]
+        parts: dict[Tensor, list[Part]] = {}
+        for number, counts in enumerate(self._torch_optimizer.counts):
+            for parameter, count in counts.items():
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                if self._stage == 3:
+                    place, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+                    # The last ranks' parts are padded.
+                    size = max(0, min(share, math.prod(shape) - self.global_rank * share))
+                else:
+                    place, (offset, size) = number, (0, 0)
+                    if (held := parameter._hp_mapping) is not None:
+                        address = held.hp_fragment_address
+                        offset, size = address.start, address.numel
+                part = Part(updated[place], offset, size, shape, count)
+                parts.setdefault(part.held, []).append(part)
+        return parts
 
     def _full(self, parameter: Any, kind: str | None) -> Any:
         """Return a whole tensor: the weight, or the state tensor `kind`; collective."""

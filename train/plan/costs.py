@@ -1,7 +1,7 @@
 """Bytes that ranks exchange in a training step, and the time that a step takes."""
 
 from stu.config import ModelConfig
-from train.flops import mixer_costs, num_parameters, token_flops
+from train.flops import matrix_share, mixer_costs, num_parameters, token_flops
 from train.gpus import Gpu
 from train.parallel.config import ParallelConfig
 from train.plan.activations import slice_bytes
@@ -14,6 +14,8 @@ FFT_SHARE = 0.6
 """Share of the memory's bandwidth that FFTs reach."""
 HIDDEN_SHARE = 0.5
 """Share of the exchange between ranks that overlaps with computation."""
+UPDATE_BYTES = 2
+"""Bytes of an element of a matrix's update on GPUs, where it is bfloat16."""
 
 
 def exchanged_bytes(
@@ -34,6 +36,15 @@ def exchanged_bytes(
     return 2 * once
 
 
+def update_bytes(config: ModelConfig, parallel: ParallelConfig, num_ranks: int) -> float:
+    """Return the bytes that each rank sends in a step if the optimizer updates whole matrices
+    (`train.optimizer.matrices`)."""
+    count = matrix_share(config) * num_parameters(config)
+    copied = UPDATE_BYTES * count * (num_ranks - 1) / num_ranks
+    has_parts = parallel.kind == "fsdp" or (parallel.kind == "zero" and parallel.zero_stage > 0)
+    return copied * 2 / num_ranks if has_parts else copied  # parts go there and back
+
+
 def step_seconds(
     config: ModelConfig,
     gpu: Gpu,
@@ -42,6 +53,7 @@ def step_seconds(
     micro_batch_size: int,
     accumulated: int,
     num_ranks: int,
+    exchanges_matrices: bool = False,
 ) -> float:
     """Return the seconds of an optimizer step in bfloat16, under the shares assumed above."""
     work = seq_len, micro_batch_size, parallel.checkpoint_activations
@@ -53,5 +65,7 @@ def step_seconds(
     sent = exchanged_bytes(config, parallel, num_ranks, accumulated, is_half=True)
     slices = seq_len, micro_batch_size, parallel.context
     sent += accumulated * slice_bytes(config, *slices, is_half=True)
+    if exchanges_matrices:
+        sent += update_bytes(config, parallel, num_ranks)
     exchange = (1 - HIDDEN_SHARE) * sent / gpu.network_bytes_per_second
     return products + convolutions + exchange

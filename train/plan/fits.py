@@ -21,8 +21,8 @@ class Fits:
     """Bytes of a GPU that a run may take."""
     is_half: bool
     """Whether the run computes in bfloat16 rather than float32."""
-    state_bytes: int
-    """Bytes of the optimizer's state per weight."""
+    state_bytes: float
+    """Mean bytes of the optimizer's state per weight."""
     _activations: dict[tuple[bool, bool, int], int] = field(default_factory=dict)
 
     def memory(self, parallel: ParallelConfig, micro_batch: int) -> RankMemory:

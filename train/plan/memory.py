@@ -44,7 +44,7 @@ def rank_memory(
     activations: int,
     is_half: bool,
     on_gpu: bool,
-    state_bytes: int,
+    state_bytes: float,
 ) -> RankMemory:
     """Return the memory of each of `num_ranks` ranks.
 
@@ -56,7 +56,7 @@ def rank_memory(
         is_half: Whether the run is bf16-mixed.
         on_gpu: Whether ranks are GPUs. There, ZeRO stages 1 and 2 allocate whole buckets; on a CPU,
             a bucket grows only as gradients move into it and are freed.
-        state_bytes: Bytes of the optimizer's state per weight (`OptimizerKind.state_bytes`).
+        state_bytes: Mean bytes of the optimizer's state per weight (`OptimizerKind.state_bytes`).
     """
     count = num_parameters(config)
     stage = parallel.zero_stage if parallel.kind == "zero" else 0
@@ -66,7 +66,8 @@ def rank_memory(
     if parallel.kind == "ddp":
         # Autocast's copies of weights are among the activations.
         buffers = 4 * count if num_ranks > 1 else 0
-        return RankMemory(4 * count + filters, 4 * count, state_bytes * count, buffers, activations)
+        moments = round(state_bytes * count)
+        return RankMemory(4 * count + filters, 4 * count, moments, buffers, activations)
     width = 2 if is_half else 4
     if parallel.kind == "fsdp":
         # Weights outside of the blocks stay gathered. One block computes while the next is
@@ -74,10 +75,11 @@ def rank_memory(
         outside = config.vocab_size * config.width
         block = max(block_parameters(config))
         buffers = width * (2 * outside + 3 * block) + 4 * max(outside, block)
-        return RankMemory(4 * share + filters, 4 * share, state_bytes * share, buffers, activations)
+        moments = round(state_bytes * share)
+        return RankMemory(4 * share + filters, 4 * share, moments, buffers, activations)
     held = share if stage > 0 else count
     master = 4 * held if stage > 0 or is_half else 0
-    moments = state_bytes * held
+    moments = round(state_bytes * held)
     weights = width * (share if stage == 3 else count)
     gradients = width * (share if stage >= 2 else count)
     buffers = 0

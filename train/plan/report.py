@@ -10,12 +10,12 @@ from rich.table import Table
 
 from stu.config import ModelConfig
 from train.config import precision_name
-from train.flops import num_parameters, token_flops
+from train.flops import matrix_share, num_parameters, token_flops
 from train.gpus import GPUS, known_gpu
 from train.optimizer import optimizer_kind
 from train.parallel.config import ParallelConfig
 from train.plan.activations import fft_bytes, slice_bytes
-from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds
+from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds, update_bytes
 from train.plan.fits import Fits, stages
 
 GIB = 2**30
@@ -36,7 +36,7 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
     parallel.check_ranks(num_ranks)
     is_half = precision_name(settings.trainer.precision) != "32-true"
     usable = USABLE_SHARE * GPUS[gpu_name].memory_gib * GIB
-    state_bytes = optimizer_kind(settings.model.optimizer).state_bytes
+    state_bytes = optimizer_kind(settings.model.optimizer).state_bytes(matrix_share(config))
     fits = Fits(config, data.seq_len, num_ranks, usable, is_half, state_bytes)
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     work = data.seq_len, data.micro_batch_size, parallel.checkpoint_activations
@@ -91,11 +91,15 @@ def _describe_speed(
     batches = data.micro_batch_size, settings.trainer.accumulate_grad_batches
     groups = num_ranks // parallel.context
     tokens_per_step = groups * data.seq_len * batches[0] * batches[1]
-    seconds = step_seconds(config, GPUS[gpu_name], parallel, data.seq_len, *batches, num_ranks)
+    matrices = optimizer_kind(settings.model.optimizer).matrix_state_tensors is not None
+    work = data.seq_len, *batches, num_ranks
+    seconds = step_seconds(config, GPUS[gpu_name], parallel, *work, exchanges_matrices=matrices)
     tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step
     sent = exchanged_bytes(config, parallel, num_ranks, batches[1], is_half)
     slices = slice_bytes(config, data.seq_len, batches[0], parallel.context, is_half)
     sent += batches[1] * slices
+    if matrices:
+        sent += update_bytes(config, parallel, num_ranks)
     return (
         f"{tokens_per_step:,} tokens per step, {sent / GIB:.1f} GiB sent by each rank; about "
         f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens per second, "

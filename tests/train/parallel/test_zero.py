@@ -2,61 +2,22 @@
 
 import hashlib
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests import forked
-from tests.train.conftest import parallel, slow
+from tests.train.conftest import slow
+from tests.train.parallel.conftest import SAMPLES, SAVED, STEPS
 from tests.train.saved import assert_close, assert_same_state, checkpoint, load_checkpoint, losses
 from train import report
 
-STEPS, SAVED = 8, 4
-SAMPLES = 8
-"""Samples of a step, over all ranks and micro-batches."""
 STAGES = [0, 1, 2, 3, "fsdp"]
-
-
-def arguments(folder, ranks, stage):
-    """Return settings with two micro-batches a step, in which the first steps' gradients are
-    clipped."""
-    values = {
-        "trainer.devices": ranks,
-        "trainer.accumulate_grad_batches": 2,
-        "data.micro_batch_size": SAMPLES // (2 * ranks),
-        "trainer.gradient_clip_val": 1.5,
-        "trainer.val_check_interval": 8,
-        "trainer.max_steps": STEPS,
-        "checkpoint-every-steps": SAVED,
-        "run-dir": folder,
-    }
-    return [f"--{name}={value}" for name, value in (values | parallel(stage)).items()]
 
 
 def end(folder):
     return load_checkpoint(checkpoint(folder, STEPS))
-
-
-@pytest.fixture(scope="module")
-def run(settings):
-    """Function that runs `stu-train` in processes of its own, and returns the folder."""
-
-    def run(folder, ranks, stage, *more, command=None):
-        command = command or [forked.program("stu-train")]
-        command = [*command, *settings, *arguments(folder, ranks, stage), *more]
-        done = forked.run(*command, PYTHONPATH=str(Path.cwd()))
-        assert done.returncode == 0, done.stderr[-3000:]
-        return folder
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def run_alone(train):
-    """Function that trains in this process, without DeepSpeed, and returns the folder."""
-    return lambda folder, *more: train(folder, *arguments(folder, 1, None), *more)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ from stu.config import ModelConfig
 from stu.mixers import planned_mixers
 from stu.model import FlashSTU
 from train import loss
-from train.flops import num_parameters, token_flops
+from train.flops import matrix_share, num_parameters, token_flops
 from train.gpus import known_gpu
 from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan import activations as counting
 from train.plan import cli as plan
 from train.plan.activations import activation_bytes, fft_bytes, slice_bytes, step_memory
+from train.plan.costs import update_bytes
 from train.plan.memory import rank_memory
 
 SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
@@ -129,11 +130,30 @@ def test_stages_divide_weights_gradients_and_optimizer(is_half):
 def test_lion_takes_half_the_state_of_adamw(kind):
     parallel = ParallelConfig(kind=kind, zero_stage=3)
     adamw, lion = (
-        rank_memory(SMALL, parallel, 4, 0, False, True, OPTIMIZERS[name].state_bytes).optimizer
+        rank_memory(SMALL, parallel, 4, 0, False, True, OPTIMIZERS[name].state_bytes(0.5)).optimizer
         for name in ("adamw", "lion")
     )
     weights = 4 if kind == "zero" else 0  # DeepSpeed keeps its own copy of them
     assert (4 + weights) * adamw == pytest.approx((8 + weights) * lion)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp"])
+def test_muon_keeps_one_moment_of_matrices_and_exchanges_their_updates(kind):
+    parallel, count = ParallelConfig(kind=kind, zero_stage=1), num_parameters(SMALL)
+    with torch.device("meta"):
+        model = FlashSTU(SMALL)
+    in_matrices = sum(model.get_parameter(name).numel() for name in model.linear_maps)
+    assert 0.5 * count < in_matrices < count
+    share = matrix_share(SMALL)
+    adamw, muon = (
+        rank_memory(SMALL, parallel, 4, 0, False, True, OPTIMIZERS[name].state_bytes(share))
+        for name in ("adamw", "muon")
+    )
+    divided = 1 if kind == "ddp" else 4
+    saved = 4 * in_matrices / divided
+    assert adamw.optimizer - muon.optimizer == pytest.approx(saved, rel=1e-3)
+    expected = 2 * in_matrices * 3 / 4 * (1 if kind == "ddp" else 2 / 4)
+    assert update_bytes(SMALL, parallel, 4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("layout", ["hyena", "attention"])
