@@ -25,6 +25,7 @@ from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.online_convolution import Naive
 from stu.tokenizers.sentence_piece import train_bpe
+from tests.models import float64_model
 from tests.serve.requests import make_request
 from tests.serve.sampling.test_device_sampler import ALL_ROWS, random_logits, sampler_of_everything
 from train.loss import next_token_loss
@@ -59,7 +60,7 @@ def build(kind, **settings):
     torch.manual_seed(1)
     shape = {"width": 32, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2, "num_filters": 6}
     shape |= {"vocab_size": VOCAB_SIZE, "max_seq_len": 600}
-    return FlashSTU(ModelConfig(**{**shape, **LAYOUTS[kind], **settings})).double()
+    return float64_model(ModelConfig(**{**shape, **LAYOUTS[kind], **settings}))
 
 
 def copy_to_cuda(model, dtype):

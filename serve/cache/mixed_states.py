@@ -64,6 +64,10 @@ class MixedStates(SpectralStates):
         outputs = torch.from_numpy(realisation.outputs).to(weights.device)
         self._coefficients = outputs.T @ self._weights
         """Weights of a state's coordinates in the next output, `[layers, r, C]`."""
+        self._weighted = torch.empty_like(self._states[0, 0])
+        """A layer's coordinates, each times its weight in the next output, `[signals, r, C]`."""
+        self._from_page = self._decays[: self._slots].expand(self.signals, -1, -1)
+        """Decays of the coordinates to each slot of a page, `[signals, slots, r]`."""
         self._pending = torch.zeros_like(self._inputs)
         """Outputs of the page, as far as they are known, in the shape of `_inputs`."""
         near = torch.zeros(layers, self._slots, channels, dtype=dtype, device=weights.device)
@@ -152,7 +156,11 @@ class MixedStates(SpectralStates):
             states.copy_(states.roll(place % self._lag_step, 0))
 
     def _begin_page(self, row: int, layer: int, place: int) -> None:
-        added = self._added(layer, self._states[row, layer], self._slots)
+        torch.mul(self._coefficients[layer], self._states[row, layer], out=self._weighted)
+        added = torch.bmm(self._from_page, self._weighted, out=self._page)
+        if not place:
+            self._pending[row, layer].copy_(added)
+            return
         for phase, pending in enumerate(self._pending[row, layer]):
             before = self._slots_before(place, phase)
             pending[before:] = added[phase, : self._slots - before]

@@ -11,8 +11,11 @@ the same work whatever the rows' positions. A row that joins within a page keeps
 until the page ends. A layer has several signals, each with a state: with `lag_step` 2 one for even
 and one for odd places of the clock, which never mix.
 
-States, and the sums that advance them, are in float64. All else is in the dtype of the model's
-filters, float32 or float64.
+States are in float64, and so are the sums that advance them: decays, and products of decays and
+inputs. The outputs of a page that follow from a state are summed in float64 too, and rounded once
+(`AlternatingStates` rounds coordinates of the state that do not cancel instead, and sums them in
+the dtype of the filters). Sums over the inputs of a page, and the convolution within a chunk of a
+prompt, are in the dtype of the model's filters, float32 or float64.
 """
 
 from abc import abstractmethod
@@ -80,10 +83,14 @@ class SpectralStates(Cache):
         self._inputs = torch.zeros(shape, dtype=dtype, device=device).permute(3, 0, 1, 2, 4)
         """Inputs of the page, `[rows, layers, signals, page_len / lag_step, C]`. Rows, which step
         together, are next to each other in memory."""
+        self._page = torch.empty(shape[1:3] + shape[4:], dtype=torch.float64, device=device)
+        """A page's inputs, or outputs, in the dtype of sums, `[signals, slots, C]`."""
         self._decays = torch.from_numpy(realisation.decays(MOST_INPUTS + 1)).to(device)
         """Factors of a state's coordinates after 0, 1, .. more inputs, `[n, r]`."""
         self._into = self._decays[:-1].flip(0).T.contiguous()
         """Shares of inputs in a state, `[r, n]`: the last columns are of the newest inputs."""
+        self._into_page = self._into[:, -self._slots :].expand(self.signals, -1, -1)
+        """The same for a page's inputs, `[signals, r, slots]`."""
         left = [
             [self._slots - self._slots_before(place, signal) for signal in range(self.signals)]
             for place in range(page_len)
@@ -224,9 +231,9 @@ class SpectralStates(Cache):
         Row by row, a state is in the processor's cache until all is done, and nothing depends on
         the other rows.
         """
-        states, inputs = self._states[row, layer], self._inputs[row, layer].double()
-        into = self._into[:, -self._slots :].expand(self.signals, -1, -1)
-        states.mul_(self._rest[self._joined_at[row, layer]]).baddbmm_(into, inputs)
+        rest = self._rest[self._joined_at[row, layer]]
+        inputs = self._page.copy_(self._inputs[row, layer])
+        self._states[row, layer].mul_(rest).baddbmm_(self._into_page, inputs)
         self._joined_at[row, layer] = 0
         self._begin_page(row, layer, 0)
 

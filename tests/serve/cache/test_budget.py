@@ -1,5 +1,7 @@
 """The memory that caches take on CUDA by default, by a stand-in for its allocator."""
 
+import logging
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.cache import budget
 from serve.config import EngineConfig
+from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.convolution import causal_convolution
 from stu.model import FlashSTU
 
 GIB = 2**30
@@ -77,3 +81,32 @@ def test_graphs_have_room_for_the_matrices_of_the_full_form():
         counted.append(budget.graph_bytes(model, EngineConfig(max_running=1)))
     assert taken[1] == 2 * taken[0] > 0
     assert counted[1] - counted[0] == taken[1] - taken[0]
+
+
+def test_float64_decodes_in_pages_if_filters_are_rounded_to_float32(caplog):
+    """Within 1e-8 of direct sums, which their states are not; the log says why."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, num_layers=1, num_filters=24, max_seq_len=4096)
+    settings = EngineConfig(cache_gib=0.05, max_running=1)
+    assert budget.make_caches(FlashSTU(config), settings).convolution_info.kind == "state"
+    model = FlashSTU(config).double()
+    with caplog.at_level(logging.INFO):
+        caches = budget.make_caches(model, settings)
+    why = r"the taps of a channel .* or its outputs by \d\.\de-0\d, and float64 accepts 1e-08"
+    assert re.search(rf"FutureFill in pages of .*, as {why}", caplog.text)
+    with pytest.raises(UserError, match=f"convolution_cache=state is not possible .*{why}"):
+        budget.make_caches(model, replace(settings, convolution_cache="state"))
+    inputs = 1 + torch.randn(1, 1000, config.width, dtype=torch.float64)
+    cache = caches.convolution
+    cache.admit(0, 900, 100)
+    cache.begin_chunk(0, 900)
+    outputs = [cache.prefill(0, 0, inputs[:, :900])[0]]
+    cache.join(0)
+    for place in range(900, 1000):
+        cache.begin_step([0], alone=False)
+        outputs.append(cache.step(0, inputs[:, place]).clone())
+        cache.advance()
+    taps, lag_step = model.convolution_taps()
+    expected = causal_convolution(inputs, taps[0], lag_step)[0]
+    errors = (torch.cat(outputs) - expected).abs().amax(0) / expected.abs().amax(0)
+    assert errors.max() <= 1e-8

@@ -7,6 +7,7 @@ import torch
 
 from serve.sampling_params import SamplingParams
 from stu.model import FlashSTU
+from tests.models import float64_model
 from tests.serve.requests import decode, make_request
 
 SETTINGS = {
@@ -25,9 +26,8 @@ def test_continued_request_ends_as_it_would_have(
     """To the last bit of every logprob where the engine is batch invariant, although it decodes
     other requests too."""
     torch.manual_seed(0)
-    model = FlashSTU(replace(code_model.config, layout=layout)).eval()
-    if not batch_invariant:
-        model = model.double()
+    config = replace(code_model.config, layout=layout)
+    model = FlashSTU(config).eval() if batch_invariant else float64_model(config)
 
     def decode_all(*requests):
         return decode(model, code_tokenizer, requests, page_len=4, batch_invariant=batch_invariant)

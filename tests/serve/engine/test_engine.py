@@ -20,11 +20,11 @@ from serve.sampling.chooser import Choice, TokenChooser
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.filters import spectral_filters
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from stu.online_convolution import Naive
 from stu.tokenizers.sentence_piece import train_bpe
+from tests.models import float64_model
 from tests.reference import sampling as reference
 from tests.reference.decoding import Runner as Lockstep
 from tests.serve.requests import REQUEST_FIELDS, make_request
@@ -60,10 +60,7 @@ def build(kind, **settings):
     torch.manual_seed(1)
     shape = {"width": 8, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
     config = ModelConfig(vocab_size=280, max_seq_len=256, **{**shape, **CONFIGS[kind], **settings})
-    model = FlashSTU(config).double()
-    if model.filters.shape[1]:  # those of the buffer are rounded to float32
-        model.filters.copy_(torch.from_numpy(spectral_filters(*model.filters.shape)))
-    return model
+    return float64_model(config)
 
 
 MODELS = {kind: build(kind) for kind in CONFIGS}

@@ -13,7 +13,7 @@ from serve.engine.engine import Engine
 from serve.engine.sampling_step import SamplingStep
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
-from stu.model import FlashSTU
+from tests.models import float64_model
 from tests.serve.requests import make_request
 
 SHAPE = {"width": 16, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
@@ -115,7 +115,7 @@ def test_an_engine_with_graphs_decodes_as_one_without(
     config = ModelConfig(
         vocab_size=vocab_size, max_seq_len=128, window_tokens=10, layout=kind, **SHAPE
     )
-    model = FlashSTU(config).double()
+    model = float64_model(config)
     random = [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_p=0.8, logprobs=1)]
     requests = [make_request([5 + i] * (1 + 4 * i), 20 + i, random[i % 3]) for i in range(5)]
     settings = {"cache_gib": 0.01, "page_len": 8, "max_running": 3, "overlap": True}

@@ -11,7 +11,7 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling_params import Constraint, SamplingParams
 from stu.config import ModelConfig
-from stu.model import FlashSTU
+from tests.models import float64_model
 from tests.serve.requests import make_request
 
 SHAPE = {"width": 16, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
@@ -22,7 +22,7 @@ def model(code_tokenizer):
     torch.manual_seed(1)
     vocab_size = code_tokenizer.vocab_size
     config = ModelConfig(vocab_size=vocab_size, max_seq_len=256, window_tokens=10, **SHAPE)
-    return FlashSTU(config).double()
+    return float64_model(config)
 
 
 @pytest.fixture(params=[False, True], ids=["usual", "static"])

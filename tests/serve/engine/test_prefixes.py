@@ -10,6 +10,7 @@ from serve.engine.engine import Engine
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.model import FlashSTU
+from tests.models import float64_model
 from tests.serve.requests import make_request
 
 SYSTEM = [(11 * place + place // 5) % 90 + 3 for place in range(100)]
@@ -23,7 +24,8 @@ def make_engine(code_model, code_tokenizer):
     def make(layout="hybrid", dtype=torch.float64, **settings):
         torch.manual_seed(0)
         config = replace(code_model.config, layout=layout, max_seq_len=512, window_tokens=40)
-        model = FlashSTU(config).to(dtype).eval()
+        is_wide = dtype == torch.float64
+        model = float64_model(config) if is_wide else FlashSTU(config).to(dtype).eval()
         settings = {"cache_gib": 0.05, "page_len": 16, **settings}
         return Engine(model, code_tokenizer, EngineConfig(**settings))
 

@@ -8,8 +8,8 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling.chooser import NOT_FINITE
-from stu.filters import spectral_filters
 from stu.model import FlashSTU
+from tests.models import float64_model
 from tests.serve.requests import decode, make_request
 
 LAYOUTS = ("hybrid", "hyena", "stu")
@@ -53,11 +53,10 @@ def random_prompts(*lengths):
 @pytest.mark.parametrize("convolution_cache", [None, "pages"])
 @pytest.mark.parametrize("prompt_tokens_per_step", [1, 7, 16, 200])
 def test_results_of_any_chunks_equal_the_full_forward_pass(
-    make_model, code_tokenizer, layout, convolution_cache, prompt_tokens_per_step
+    code_model, code_tokenizer, layout, convolution_cache, prompt_tokens_per_step
 ):
-    model = make_model(layout).double()
-    if layout != "hyena":  # the filters of the buffer are rounded to float32
-        model.filters.copy_(torch.from_numpy(spectral_filters(*model.filters.shape)))
+    torch.manual_seed(0)
+    model = float64_model(replace(code_model.config, layout=layout))
     prompts = random_prompts(1, 2, 13, 31, 64)
     kinds = (score, score_end, mean, last)
     asked = [make(prompt) for prompt in prompts for make in kinds]

@@ -16,9 +16,8 @@ from serve.engine.step_state import NUM_BUFFERS, StepState
 from serve.kernels.norm import add_norm
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
-from stu.filters import spectral_filters
-from stu.model import FlashSTU
 from stu.tokenizers.sentence_piece import train_bpe
+from tests.models import float64_model
 from tests.serve.requests import make_request
 
 VOCAB_SIZE = 280
@@ -55,13 +54,8 @@ def make_engine(tokenizer, models):
 def build(kind):
     torch.manual_seed(1)
     shape = {"width": 16, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
-    model = FlashSTU(
-        ModelConfig(**{**shape, **KINDS[kind]}, vocab_size=VOCAB_SIZE, max_seq_len=256)
-    )
-    model = model.double()
-    if model.filters.shape[1]:
-        model.filters.copy_(torch.from_numpy(spectral_filters(*model.filters.shape)))
-    return model
+    config = ModelConfig(**{**shape, **KINDS[kind]}, vocab_size=VOCAB_SIZE, max_seq_len=256)
+    return float64_model(config)
 
 
 class Traffic:
