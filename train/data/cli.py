@@ -52,10 +52,11 @@ def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
     parser = ArgumentParser(
         prog="stu-prepare",
         description="Tokenize text into token shards for stu-train. A source is a file, a folder, "
-        "a glob, or stdlib: (the sources of Python's standard library). Files are .txt or .md (one "
-        "document each), .jsonl, .csv or .parquet (one document per row); all but .parquet may be "
-        "compressed (.gz, .zst). A .yaml file is a list of sources with names and weights, to "
-        "train on a mixture of them.",
+        "a glob, a URL of these (s3://..), or stdlib: (the sources of Python's standard library). "
+        "Files are .txt or .md (one document each), .jsonl, .csv, .parquet or .arrow (one document "
+        "per row), or a folder is a dataset saved by Hugging Face's datasets; text, .jsonl and "
+        ".csv may be compressed (.gz, .zst). A .yaml file is a list of sources with names and "
+        "weights, to train on a mixture of them.",
     )
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="+", help="File, folder, glob or stdlib:"

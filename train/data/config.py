@@ -41,7 +41,13 @@ class PrepareConfig:
     seed: int = 0
     """Seed that decides which documents are held out and which train the tokenizer."""
     text_key: str = "text"
-    """JSON field, or CSV or Parquet column, that holds the text."""
+    """JSON field, or CSV, Parquet or Arrow column, that holds the text; `a.b` is the field `b` in
+    the field `a`."""
+    kind: Literal["text", "jsonl", "csv", "parquet", "arrow"] | None = None
+    """Kind of all files, whatever their names. None: by their names, and files of other names in
+    folders are left out."""
+    allow_hub: bool = False
+    """Whether sources may be read from the Hugging Face Hub: `hf://datasets/ORG/NAME/..`."""
     on_error: Literal["stop", "skip"] = "stop"
     """Action for a row, or the rest of a damaged file, that cannot be read: `stop` with an
     error that names it, or `skip` it and list the first 1,000 in `skipped.jsonl` in the output."""

@@ -11,8 +11,10 @@ from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
 from train.data.encode import encode_all, encode_batch, token_dtype
 from train.data.progress import show_progress
-from train.data.reading.documents import Document, read_documents
-from train.data.reading.skipped import BadInput, Skipped, require_mostly_good
+from train.data.reading.document import BadInput, Document
+from train.data.reading.documents import read_documents
+from train.data.reading.remote import size_of
+from train.data.reading.skipped import Skipped, require_mostly_good
 from train.data.reading.sources import Files
 from train.data.shards import Index, SplitWriter
 
@@ -29,9 +31,10 @@ def read_texts(
     cannot be read (of a part this is not known yet, and allowed).
     """
     num_read = 0
-    sizes = sum(path.stat().st_size for path in files.documents)
+    sizes = sum(map(size_of, files.documents))
     with show_progress(task, sizes) as advance:
-        for document in read_documents(files.documents, config.text_key, files.piece_bytes):
+        settings = config.text_key, files.piece_bytes, config.kind
+        for document in read_documents(files.documents, *settings):
             if isinstance(document, BadInput):
                 if config.on_error == "stop":
                     raise UserError(str(document.path), message=str(document)) from document

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from stu.common.errors import UserError
 from stu.tokenizer import Tokenizer, read_tokenizer
-from train.data.reading.documents import Document
+from train.data.reading.document import Document
 
 BATCH_CHARS = 1 << 18
 """Characters of text sent to a worker at once: some tenths of a second of work."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from stu.common.errors import UserError
 from stu.common.files import fsync
+from train.data.reading.remote import InputFile, size_of
 from train.data.reading.skipped import SKIPPED_FILE, join_lists
 from train.data.shards import INDEX_FILE, Index, Split, shard_file
 
@@ -89,13 +90,13 @@ class Parts:
         fsync(self.output.parent)
 
 
-def files_of_part(files: Sequence[Path], number: int, count: int) -> list[Path]:
+def files_of_part(files: Sequence[InputFile], number: int, count: int) -> list[InputFile]:
     """Return the files of one part of `count`, which may be none.
 
     Parts are consecutive and have about as many bytes each: a file belongs to the part in which
     its middle byte lies.
     """
-    sizes = [path.stat().st_size for path in files]
+    sizes = [size_of(path) for path in files]
     total = max(sum(sizes), 1)
     chosen, start = [], 0
     for path, size in zip(files, sizes, strict=True):

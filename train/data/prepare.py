@@ -16,6 +16,7 @@ from train.data.config import TRAINED, PrepareConfig
 from train.data.corpus import require_both_splits, write_splits
 from train.data.lock_file import LockFile
 from train.data.parts import COMMON_FILE, Parts, files_of_part, require_same
+from train.data.reading.remote import full_name, size_of
 from train.data.reading.skipped import require_mostly_good
 from train.data.reading.sources import Files, find_files
 from train.data.shards import INDEX_FILE, Index
@@ -33,7 +34,7 @@ def prepare(config: PrepareConfig) -> Index:
 
     Raises UserError or OSError, and then leaves nothing behind.
     """
-    files = find_files(config.sources)
+    files = find_files(config.sources, config.kind, config.allow_hub)
     with new_directory(config.output) as folder:
         tokenizer = write_tokenizer(config, [Corpus(config, files)], folder)
         index = write_splits(config, files, tokenizer, folder)
@@ -54,7 +55,7 @@ def prepare_part(config: PrepareConfig) -> list[int]:
     """
     assert config.part is not None
     task = ArrayTask.parse(config.part)
-    files = find_files(config.sources)
+    files = find_files(config.sources, config.kind, config.allow_hub)
     common = _common_settings(config, files, task.count)
     parts = Parts(config.output.resolve(), task.count)
     parts.output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def prepare_part(config: PrepareConfig) -> list[int]:
 
 def _common_settings(config: PrepareConfig, files: Files, count: int) -> dict[str, Any]:
     """Return what decides the tokens, and so must be the same for all parts, as JSON values."""
-    sizes = [(str(path.absolute()), path.stat().st_size) for path in files.documents]
+    sizes = [(full_name(path), size_of(path)) for path in files.documents]
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     total = sum(size for _, size in sizes)
     tokenizer = given_tokenizer(config)
@@ -87,6 +88,7 @@ def _common_settings(config: PrepareConfig, files: Files, count: int) -> dict[st
         "shard_tokens": config.shard_tokens,
         "seed": config.seed,
         "text_key": config.text_key,
+        "kind": config.kind,
         "on_error": config.on_error,
     }
 

@@ -65,7 +65,8 @@ def _find(sources: Sequence[SourceConfig]) -> list[Corpus]:
     corpora = []
     for source in sources:
         with named(source):
-            corpora.append(Corpus(source, find_files(source.sources), source.weight / total))
+            files = find_files(source.sources, source.kind, source.allow_hub)
+            corpora.append(Corpus(source, files, source.weight / total))
     return corpora
 
 

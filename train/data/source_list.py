@@ -12,10 +12,11 @@ from stu.common.errors import UserError
 from stu.common.text import nearest
 from train.data.config import PrepareConfig
 from train.data.mixture import NAME, NAME_ALLOWED
+from train.data.reading.sources import KINDS
 
 SUFFIXES = (".yaml", ".yml")
 REQUIRED = ("name", "path")
-OPTIONAL = ("weight", "text_key", "validation_fraction")
+OPTIONAL = ("weight", "kind", "text_key", "validation_fraction")
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ def _read_source(config: PrepareConfig, row: Any) -> SourceConfig:
     text_key = row.get("text_key", config.text_key)
     if not isinstance(text_key, str):
         raise UserError("text_key", text_key, "a string")
+    kind = row.get("kind", config.kind)
+    if kind not in (None, *KINDS.values()):
+        raise UserError("kind", kind, f"one of {', '.join(dict.fromkeys(KINDS.values()))}")
     general = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    own = {"sources": paths, "output": config.output / name, "text_key": text_key}
+    own = {"sources": paths, "output": config.output / name, "text_key": text_key, "kind": kind}
     own |= {"validation_fraction": fraction, "name": name, "weight": weight}
     return SourceConfig(**{**general, **own})
 

@@ -14,8 +14,8 @@ import pytest
 from backports import zstd
 
 from stu.common.errors import UserError
-from train.data.reading.documents import Document, read_documents
-from train.data.reading.skipped import BadInput
+from train.data.reading.document import BadInput, Document
+from train.data.reading.documents import read_documents
 from train.data.reading.sources import find_files, kind_of
 
 ROW = b'{"text": "a"}\n'
@@ -155,7 +155,7 @@ def test_reading_continues_after_bad_rows(tmp_path):
 
 
 def test_a_quote_that_is_not_closed_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.reading.documents.MOST_FIELD_CHARS", 1000)
+    monkeypatch.setattr("train.data.reading.rows.MOST_FIELD_CHARS", 1000)
     (tmp_path / "a.csv").write_text('text\n"never closed\n' + "and more\n" * 200)
     with pytest.raises(BadInput, match=r"a\.csv line 2: not CSV \(field larger"):
         _texts(tmp_path / "a.csv")
@@ -243,9 +243,9 @@ def test_python_sources_have_the_encoding_they_declare(tmp_path, monkeypatch):
     [
         ("missing.txt", "no such file or folder"),
         ("none-*.txt", "no such file or folder"),
-        ("empty", r"no .txt, .md, .jsonl, .csv \(each also as .gz or .zst\) or .parquet file in"),
-        ("picture.png", "not a .txt, .md, .jsonl, .csv .* or .parquet file"),
-        ("*.png", "not a .txt, .md, .jsonl, .csv .* or .parquet file"),
+        ("empty", r"no .txt, .md, .jsonl, .csv \(each also as .gz or .zst\), .parquet or .arrow f"),
+        ("picture.png", "not a .txt, .md, .jsonl, .csv .*, .parquet or .arrow file"),
+        ("*.png", "not a .txt, .md, .jsonl, .csv .*, .parquet or .arrow file"),
         ("link.txt", "link.txt: a broken link"),
         ("l*.txt", "link.txt: a broken link"),
         ("pipe.txt", "pipe.txt: neither a file nor a folder"),

@@ -7,24 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 from stu.common.errors import UserError
+from train.data.reading.document import BadInput
 
 SKIPPED_FILE = "skipped.jsonl"
 MOST_LISTED = 1000
-
-
-class BadInput(Exception):
-    """A row, or the rest of a file, that cannot be read.
-
-    Args:
-        path: The file.
-        place: Where in the file, such as "line 3"; empty for the file as a whole.
-        kind: Kind of error, by which errors are counted.
-        reason: Explanation for the user.
-    """
-
-    def __init__(self, path: Path, place: str, kind: str, reason: str) -> None:
-        super().__init__(f"{path}{place and ' '}{place}: {reason}")
-        self.path, self.place, self.kind, self.reason = path, place, kind, reason
 
 
 class Skipped:
