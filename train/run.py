@@ -1,9 +1,7 @@
 """One training run: from command-line arguments to a trained model."""
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from train.settings import FORCED, Parser, add_settings, parse
 from train.start.agreement import Start, flatten
 from train.start.launch import Launch, detect_launch
 from train.start.launcher import Launcher
+from train.start.messages import choose_messages
 from train.start.owner import RunOwner, owned
 from train.start.provenance import code_versions, provenance
 from train.start.signals import EXIT_CODES
@@ -43,12 +42,6 @@ from train.tuning.origin import begin
 
 TOO_MANY_BAD_STEPS = 65
 """Exit code after too many bad steps (sysexits' EX_DATAERR)."""
-IGNORED_WARNINGS = (
-    ".*isinstance.treespec, LeafSpec.",
-    "The `srun` command is available",
-    ".*is deprecated. Please use `torch.distributed",
-    ".*all_gather is deprecated, use torch.distributed",
-)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -57,11 +50,7 @@ def run(arguments: Sequence[str]) -> None:
     Raises UserError for mistakes that are found before the first step, and OSError if a file cannot
     be written; exits with code 2 for arguments that cannot be parsed.
     """
-    # Lightning's hints are not for the users of this command.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    choose_messages()
     cli = _prepare(list(arguments))
     with owned(cli.owner):
         _fit(cli)

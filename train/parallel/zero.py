@@ -7,6 +7,7 @@ stage can continue from them, and no pickle is read, unlike in DeepSpeed's own f
 import collections
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a device when it is imported
+
+if is_hidden := "mlflow" not in sys.modules:
+    # DeepSpeed's autotuner, which is not used, would import it for seconds and start threads.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
 
 import deepspeed
 import deepspeed.ops
@@ -27,6 +32,9 @@ from train.checkpoint.sharded import ShardedSaving
 from train.checkpoint.writer import CheckpointWriter
 from train.optimizer.matrices import Part
 from train.optimizer.muon import Muon
+
+if is_hidden:
+    del sys.modules["mlflow"]
 
 
 class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):

@@ -56,6 +56,10 @@ def run(settings):
         command = [forked.program("stu-train"), *settings, *arguments(folder, *run_arguments[:4])]
         done = forked.run(*command, *run_arguments[4:])
         assert done.returncode == 0, done.stderr[-3000:]
+        is_said = re.findall(
+            r"spectral states of rank \d+; taps differ by at most \S+e-", done.stderr
+        )
+        assert len(is_said) == (run_arguments[1] > 1 and run_arguments[3] in ("stu", "hybrid"))
         return folder
 
     return run
