@@ -59,6 +59,37 @@ def tokenizers(result: Run) -> str:
     return table(result["runs"], columns)
 
 
+def optimizers(result: Run) -> str:
+    """Show what each optimizer reaches with the same tokens."""
+
+    def spread(name: str, key: str, digits: str) -> str:
+        values = [run[key] for run in chosen[name] if run[key] is not None]
+        if not values:
+            return "not reached"
+        mean, low, high = sum(values) / len(values), min(values), max(values)
+        return f"{mean:{digits}} ({low:{digits}} to {high:{digits}})"
+
+    rates, runs = result["best_rates"], result["runs"]
+    chosen = {
+        name: [run for run in runs if (run["optimizer"], run["learning_rate"]) == (name, rate)]
+        for name, rate in rates.items()
+    }
+
+    def first(rate: float, name: str) -> str:
+        tried = [run for run in runs if (run["optimizer"], run["learning_rate"]) == (name, rate)]
+        return f"{tried[0]['bits_per_byte']:.3f}"
+
+    columns: Columns = {"optimizer": lambda name: name}
+    for rate in sorted({run["learning_rate"] for run in runs}):
+        columns[f"at a rate of {rate:g}"] = partial(first, rate)
+    seeds = len(chosen["adamw"])
+    columns |= {
+        f"at the best, {seeds} seeds": lambda name: spread(name, "bits_per_byte", ".3f"),
+        "tokens to AdamW's mean": lambda name: spread(name, "tokens_to_goal", ",.0f"),
+    }
+    return table(rates, columns)
+
+
 def loss(result: Run) -> str:
     """Show memory and time of our loss and of a loss with whole logits."""
     columns: Columns = {
@@ -134,6 +165,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "loss": loss,
     "memory": memory,
     "tokenizers": tokenizers,
+    "optimizers": optimizers,
     "load": load,
     "invariance": invariance,
 }

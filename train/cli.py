@@ -22,7 +22,7 @@ COMMON_SETTINGS = {
     "--data.micro_batch_size": "Samples that each rank computes at once",
     "--model.config": "YAML file of the model's shape, as in configs/model/",
     "--model.config.num_layers": "Number of layers; other fields of the shape likewise",
-    "--model.optimizer.name": "Optimizer: `adamw` or `lion`",
+    "--model.optimizer.name": "Optimizer: `adamw`, `lion` or `muon`",
     "--model.optimizer.learning_rate": "Highest learning rate; other fields likewise",
     "--trainer.max_steps": "Optimizer steps of the run, where its learning-rate schedule ends",
     "--trainer.max_time": "Training time of the run, DD:HH:MM:SS; its schedule ends then too",
