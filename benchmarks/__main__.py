@@ -19,6 +19,7 @@ from stu.common.cli import ArgumentParser, run_command
 BENCHMARKS = {
     "decode": ("decoding.decode", "decoding steps with several caches, and of other models"),
     "model": ("decoding.model", "a cost model of decoding, compared with results of decode"),
+    "realisation": ("decoding.realisation", "states of filters: rank, error, seconds and memory"),
     "kernels": ("kernels", "registers and spills of the decoding kernels, without a GPU"),
     "convolution": ("training.convolution", "the training convolution against two branches"),
     "train": ("training.train", "training steps against two branches and attention"),

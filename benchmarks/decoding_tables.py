@@ -217,6 +217,25 @@ def kernels(result: Run) -> str:
     return table(rows, columns)
 
 
+def realisation(result: Run) -> str:
+    """Show states of filters, and what filters and states take to compute."""
+    columns: Columns = {
+        "`max_seq_len`": lambda run: f"{run['max_seq_len']:,}",
+        "rank": lambda run: str(run["rank"]),
+        "error of a filter": lambda run: f"{run['filter_error']:.1e}",
+        "error of random channels": lambda run: f"{run['channel_error']:.1e}",
+    }
+    for name in ("state", "filters"):
+        columns[f"{name}, seconds"] = partial(digits, f"{name}_seconds")
+        columns[f"{name}, GiB"] = partial(digits, f"{name}_gib")
+    return table(result["runs"], columns)
+
+
+def digits(name: str, run: Run) -> str:
+    """Return a figure of a run with two digits."""
+    return f"{run[name]:.2g}"
+
+
 def registers_on(gpu: str) -> Callable[[Any], str]:
     """Return the function that shows a kernel's registers on a GPU."""
     return lambda row: str(row[gpu]["registers"]) if gpu in row else "-"
@@ -260,6 +279,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "layouts": layouts,
     "int8 steps": int8_steps,
     "kernels": kernels,
+    "realisation": realisation,
     "h100 steps": gpu_steps,
     "h100 launches": gpu_launches,
     "model errors": model_errors,

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import decoding_tables, tables, train_serve_tables
+from benchmarks.decoding import realisation
 from benchmarks.recorded import RESULTS, ROOT, recorded
+from stu.realisation import LARGEST_ERRORS, RANKS
 
 
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
@@ -132,3 +135,18 @@ def test_training_and_serving_tables_show_the_results():
     assert rows(train_serve_tables.invariance({"runs": [run]})) == [
         ["yes", "1", "4", "1,000", "900"]
     ]
+
+
+def test_realisations_are_measured_and_shown():
+    options = realisation.Options(max_seq_len=(64, 600), filters=4, width=5, layers=2)
+    result = realisation.measure(options)
+    for run in result["runs"]:
+        assert run["rank"] in RANKS
+        assert 0 < run["channel_error"] <= LARGEST_ERRORS[torch.float32]
+        assert run["filter_error"] > 0
+        assert min(run["state_seconds"], run["filters_seconds"]) > 0
+        assert min(run["state_gib"], run["filters_gib"]) >= 0
+    result["runs"][1] |= {"rank": 77, "channel_error": 1.25e-8, "state_gib": 0.345}
+    shown = rows(decoding_tables.realisation(result))
+    assert [row[0] for row in shown] == ["64", "600"]
+    assert (shown[1][1], shown[1][3], shown[1][5]) == ("77", "1.2e-08", "0.34")
