@@ -40,6 +40,7 @@ COMMON_SETTINGS = {
     "--keep-checkpoints": "Number of newest checkpoints to keep",
     "--parallel.kind": "Strategy: `ddp`, `zero` for DeepSpeed, or `fsdp`",
     "--parallel.zero_stage": "Stage of DeepSpeed's ZeRO: what is divided among the ranks",
+    "--lora.r": "Rank of adapters (LoRA) that are trained instead of the model; `lora.*` likewise",
     "--seed-everything": "Seed of the initial weights",
     "--print-config": "Print all settings as YAML, and exit",
     "--help-all": "Describe all settings, and exit",

@@ -19,7 +19,7 @@ from train.data.mixture import first_index
 from train.loggers import check_loggers
 from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
-from train.tuning.origin import check_origin
+from train.tuning.start import check_start
 
 COUNTS = (
     *("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"),
@@ -71,7 +71,7 @@ def check_settings(
         is_divisor = settings.data.seq_len % parallel.context == 0
         allowed = f"a divisor of data.seq_len={settings.data.seq_len}"
         _require("parallel.context", parallel.context, is_divisor, allowed)
-    check_origin(settings, config)
+    check_start(settings, config)
     return config, optimizer, parallel
 
 

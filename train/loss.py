@@ -59,7 +59,8 @@ class _NextTokenLoss(torch.autograd.Function):
         losses = torch.empty(count, dtype=wide, device=hidden.device)
         nats = torch.empty_like(losses)
         hidden_grad = torch.empty_like(hidden)
-        output_grad = torch.zeros_like(output, dtype=wide)
+        is_trained = ctx.needs_input_grad[1]  # else an adapted model's is frozen
+        output_grad = torch.zeros_like(output, dtype=wide) if is_trained else None
         narrow_output = output.to(_product_dtype(hidden))
         for rows, logits in _logits(hidden, output):
             own = targets[rows]
@@ -70,21 +71,24 @@ class _NextTokenLoss(torch.autograd.Function):
             logits[torch.arange(len(own), device=own.device), own] -= 1 / count
             narrow = logits.to(narrow_output.dtype)
             hidden_grad[rows] = narrow @ narrow_output
+            if output_grad is None:
+                continue
             own_hidden = hidden[rows].to(narrow.dtype)
             if narrow.dtype == wide:
                 output_grad.addmm_(narrow.t(), own_hidden)
             else:
                 output_grad += narrow.t() @ own_hidden
-        ctx.save_for_backward(hidden_grad, output_grad.to(output.dtype))
+        saved = None if output_grad is None else output_grad.to(output.dtype)
+        ctx.save_for_backward(hidden_grad, saved)
         loss, mean_nats = losses.mean(), nats.mean()
         ctx.mark_non_differentiable(mean_nats)
         return loss, mean_nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_grad, output_grad = ctx.saved_tensors
-        return hidden_grad * grad, output_grad * grad, None, None
+        return hidden_grad * grad, None if output_grad is None else output_grad * grad, None, None
 
 
 def _logits(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:

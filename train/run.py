@@ -38,7 +38,7 @@ from train.start.messages import choose_messages
 from train.start.owner import RunOwner, owned
 from train.start.provenance import code_versions, provenance
 from train.start.signals import EXIT_CODES
-from train.tuning.origin import begin
+from train.tuning.start import begin
 
 TOO_MANY_BAD_STEPS = 65
 """Exit code after too many bad steps (sysexits' EX_DATAERR)."""
@@ -98,10 +98,9 @@ class TrainCLI(LightningCLI):
         try:
             self.resume_from = choose_checkpoint(self.run_dir, self.config_init.resume)
             trainer = self._make_trainer(self._step(), **kwargs)
-            self._compare(trainer)
-            record = self.model.run_record
-            noted = {name: record[name] for name in ("changes", "init_from") if name in record}
-            owner.note(resumes=str(self.resume_from or ""), **noted)
+            begun = self._compare(trainer)
+            changes = self.model.run_record["changes"]
+            owner.note(resumes=str(self.resume_from or ""), changes=changes, **begun)
         except BaseException:
             owner.withdraw()
             raise
@@ -182,8 +181,8 @@ class TrainCLI(LightningCLI):
         step: int = CheckpointFolder(self.resume_from).training["global_step"]
         return step
 
-    def _compare(self, trainer: L.Trainer) -> None:
-        """Raise UserError unless the run to continue is the same, or was allowed to change."""
+    def _compare(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Raise UserError for a resume that changes the run; return what the run began with."""
         names = self.config_init.allow_change or []
         allowed = {part.strip() for name in names for part in name.split(",")}
         schedule = {
@@ -194,9 +193,10 @@ class TrainCLI(LightningCLI):
             self.resume_from, trainer, self.model, self.datamodule, allowed, schedule, source
         )
         is_first = is_first_rank(self.launch)
-        origin = begin(self.model.model, self.resume_from, self.config, is_first)
+        begun = begin(self.model.model, self.resume_from, self.config, is_first)
         self.model.run_record = {"provenance": source, "schedule": schedule, "changes": changes}
-        self.model.run_record |= origin
+        self.model.run_record |= begun
+        return begun
 
 
 def is_first_rank(launch: Launch) -> bool:

@@ -13,10 +13,11 @@ from stu.common.cli import ArgumentParser
 from train.config import check_settings
 from train.data.loader import TokenData
 from train.loggers import LOGGERS
+from train.lora import LoraConfig
 from train.module import FlashSTUModule
 from train.parallel.config import ParallelConfig
 from train.start.agreement import ParseError
-from train.tuning.origin import default_shape
+from train.tuning.start import default_shape
 
 DEFAULTS = {
     "max_steps": 10_000,
@@ -93,6 +94,7 @@ def add_settings(parser: Parser) -> None:
     parser.add_lightning_class_args(FlashSTUModule, "model")
     parser.add_lightning_class_args(TokenData, "data")
     parser.add_class_arguments(ParallelConfig, "parallel")
+    parser.add_class_arguments(LoraConfig, "lora")
     # Users need not repeat what the token shards say.
     parser.set_defaults({"model.config.vocab_size": 0})
     parser.add_settings(RunSettings)

@@ -45,6 +45,14 @@ def test_equals_the_plain_loss(monkeypatch, rows_at_once, num_rows, z_weight, dt
     assert not nats.requires_grad
 
 
+def test_a_frozen_output_matrix_has_no_gradient():
+    hidden, output, targets = inputs(20, 31)
+    next_token_loss(hidden, output, targets)[0].backward()
+    expected, hidden.grad = hidden.grad, None
+    next_token_loss(hidden, output.detach(), targets)[0].backward()
+    assert torch.equal(hidden.grad, expected)
+
+
 def test_losses_and_hits_of_each_token(monkeypatch):
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 31 * 3)
     hidden, output, targets = inputs(20, 31)

@@ -139,6 +139,7 @@ def _read(
     from stu.tokenizer import make_tokenizer
     from train.checkpoint.folder import TRAINING_FILE, WEIGHT
     from train.checkpoint.resume import verified_checkpoint
+    from train.lora import LoraConfig, merged
 
     if (checkpoint / "model.safetensors").exists():
         model = load_model(checkpoint, dtype=None)
@@ -149,6 +150,8 @@ def _read(
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
     weights = {name: folder.tensor(WEIGHT, name) for name in folder.names}
+    if adapters := carried.get("lora"):
+        weights = merged(weights, LoraConfig(**adapters))
     model.load_state_dict(weights, assign=True)
     stored = carried["tokenizer"]
     if isinstance(stored, torch.Tensor):  # written when SentencePiece was the only kind

@@ -69,7 +69,7 @@ def replace_hyperparameters(
 
 
 def parameter_groups(model: FlashSTU, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups, with names of parameters as `params`.
+    """Return the optimizer's parameter groups, with names of trained parameters as `params`.
 
     Each has its `weight_decay` and the names of its `state_tensors`. If the optimizer updates
     matrices as a whole, their groups come first, and have the number of `matrices` in each
@@ -81,7 +81,8 @@ def parameter_groups(model: FlashSTU, config: OptimizerConfig) -> list[dict[str,
     shrink.
     """
     # Under ZeRO-3 a parameter's own shape is empty.
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trained.items()}
     excluded = {
         f"{prefix}.{name}" if prefix else name
         for prefix, mixer in model.named_modules()

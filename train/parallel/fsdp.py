@@ -70,7 +70,7 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
         step, state_tensors = folder.training["optimizer_step"], self.state_tensors
         for name, parameter in self._parameters():
             parameter.copy_(_like(parameter, folder.tensor(WEIGHT, name)))
-            if step:
+            if step and parameter.requires_grad:
                 self.optimizers[0].state[parameter] = {
                     "step": self.step_tensor(parameter, step),
                     **{k: _like(parameter, folder.tensor(k, name)) for k in state_tensors[name]},

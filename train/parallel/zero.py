@@ -98,7 +98,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             self._link_state()
         for name, parameter in self._named_parameters():
             yield WEIGHT, name, self._full(parameter, None)
-            for kind in state_tensors[name] if has_state else ():
+            for kind in state_tensors.get(name, ()) if has_state else ():
                 yield kind, name, self._full(parameter, kind)
 
     def optimizer_step_count(self) -> int:
@@ -121,7 +121,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             self._link_state()
         for name, parameter in self._named_parameters():
             self._set(parameter, None, folder.tensor(WEIGHT, name))
-            for kind in state_tensors[name] if step else ():
+            for kind in state_tensors.get(name, ()) if step else ():
                 self._set(parameter, kind, folder.tensor(kind, name))
         if self._stage in (1, 2):
             self._zero.update_lp_params()
@@ -220,6 +220,9 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         if self._stage == 0:
             state = self._torch_optimizer.state
             return parameter.detach() if kind is None else state[parameter][kind]
+        if not parameter.requires_grad:  # the optimizer holds no float32 copy of it
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                return parameter.detach().float().clone()
         if kind is None:
             return deepspeed.utils.safe_get_full_fp32_param(parameter)
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
@@ -229,6 +232,8 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         if self._stage == 0:
             held = parameter if kind is None else self._torch_optimizer.state[parameter][kind]
             held.copy_(value)
+        elif self._stage < 3 and not parameter.requires_grad:
+            parameter.data.copy_(value)
         elif self._stage < 3 and kind is None:
             deepspeed.utils.safe_set_full_fp32_param(parameter, value)
         elif self._stage < 3:
@@ -238,7 +243,9 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             padded = value.new_zeros(count * self.world_size)
             padded[: value.numel()] = value.flatten()
             own = padded[self.global_rank * count :][:count]
-            if kind is None:
+            if not parameter.requires_grad:
+                parameter.ds_tensor.copy_(own)
+            elif kind is None:
                 deepspeed.utils.safe_set_local_fp32_param(parameter, own)
             else:
                 deepspeed.utils.safe_set_local_optimizer_state(parameter, own, kind)

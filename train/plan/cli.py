@@ -54,6 +54,8 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
     for text in data_warnings(settings, nodes * gpus):
         print(f"warning: {text}", file=sys.stderr)
+    if settings.lora.r:
+        print("warning: memory and speed are those of training all weights", file=sys.stderr)
     code = show_plan(settings, options.gpu, nodes * gpus, options.tokens)
     for text in describe_sources(settings, nodes * gpus):
         print(text)

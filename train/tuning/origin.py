@@ -10,7 +10,6 @@ Its shape becomes the default of `model.config.*`, of which only two fields may 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,13 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer
 from stu.tokenizer import TOKENIZERS, Tokenizer, read_tokenizer
-from train.checkpoint.folder import CHECKPOINTS, TRAINING_FILE, CheckpointFolder
+from train.checkpoint.folder import CHECKPOINTS, TRAINING_FILE
 from train.checkpoint.published import load_published
-from train.checkpoint.resume import say
 from train.data.shards import TokenShards
 
 MAY_DIFFER = ("vocab_size", "max_seq_len")
 """Fields of the shape that need not be those of the model to start from."""
 EMBEDDING = "embedding.weight"
-RECORD = "init_from"
-"""Key of the origin in the record that checkpoints carry."""
 
 
 class Origin:
@@ -132,81 +128,6 @@ class Origin:
             rows.append(found[min(counts[key], len(found) - 1)] if found else -1)
             counts[key] += 1
         return torch.tensor(rows)
-
-
-def default_shape(settings: Any) -> Mapping[str, Any]:
-    """Return the fields of the model's shape that `--init-from` gives by default, or the checkpoint
-    that the run then continues from. Raises UserError."""
-    if settings.init_from is None:
-        return {}
-    return _resumed_shape(settings) or Origin(settings.init_from).shape(_shards(settings))
-
-
-def check_origin(settings: Any, config: ModelConfig) -> None:
-    """Raise UserError unless a new run of the shape `config` can start as its settings say."""
-    if settings.init_from is None:
-        if settings.init_tokens != "same":
-            raise UserError("--init-tokens", settings.init_tokens, fix="it needs --init-from")
-    elif _resumed_shape(settings) is None:
-        origin = Origin(settings.init_from)
-        origin.check(config, _shards(settings), settings.init_tokens == "by-bytes")
-
-
-def begin(
-    model: FlashSTU, checkpoint: Path | None, settings: Any, is_first: bool
-) -> dict[str, Any]:
-    """Give the model of a new run the weights that it starts from, if any, and return what its
-    record says of them.
-
-    Args:
-        model: Model of the run.
-        checkpoint: The one that the run continues from; None for a new run.
-        settings: Settings of the run, which have been checked.
-        is_first: Whether this rank is the first, which writes the record; others return none.
-
-    Raises UserError.
-    """
-    given = settings.init_from
-    if checkpoint is not None:
-        record = CheckpointFolder(checkpoint).training["stu"].get(RECORD)
-        if record is None and given is not None:
-            message = f"--init-from {given}: the run of {checkpoint} started from random weights: "
-            raise UserError("init_from", given, message=f"{message}leave the option out")
-        return {RECORD: record} if record else {}
-    if given is None:
-        return {}
-    origin, shards = Origin(given), _shards(settings)
-    assert shards is not None
-    origin.copy_to(model, shards)
-    if not is_first:
-        return {}
-    if origin.tokenizer is None:
-        say(f"warning: {given} has no tokenizer: that of the data is taken for its own")
-    return {RECORD: origin.record()}
-
-
-def _resumed_shape(settings: Any) -> Mapping[str, Any] | None:
-    """Return the shape in the checkpoint that a run would continue from; None for a new run.
-
-    Nothing is verified yet: all checkpoints of a run have the same shape.
-    """
-    resume = settings.resume
-    if resume is None:
-        return None
-    paths = sorted((settings.run_dir / CHECKPOINTS).glob("step-*.ckpt"), reverse=True)
-    for path in paths if resume in ("auto", "last") else [Path(resume)]:
-        try:
-            shape: Mapping[str, Any] = CheckpointFolder(path).training["stu"]["model_config"]
-        except UserError:
-            continue  # it is named when the checkpoint is chosen
-        return shape
-    return None
-
-
-def _shards(settings: Any) -> TokenShards | None:
-    """Return the shards of the run; None where a run is planned for another machine."""
-    folder = Path(settings.data.dir)
-    return TokenShards(folder, "train") if folder.exists() else None
 
 
 def _keys(tokenizer: Tokenizer) -> list[Any]:
