@@ -12,6 +12,9 @@ from stu.layouts import layout_names, mixer_names
 Weights = Literal["float", "int8"]
 """Format of the matrices that activations are multiplied with."""
 
+LATER_FIELDS = {"blocks", "filter_bands", "filter_floor"}
+"""Fields that the first versions of model directories do not have."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -42,16 +45,28 @@ class ModelConfig:
     softcap: float = 50.0
     """Bound on attention scores, which are squashed into (-softcap, softcap)."""
     norm_eps: float = 1e-5
-    """Number added to the mean square inside RMSNorm."""
+    """Number added to the mean square, or to the variance, inside norms."""
+    blocks: Literal["gated", "plain"] = "gated"
+    """Layers around the mixers. `gated`: RMSNorm and a gated MLP, without biases. `plain`:
+    LayerNorm and an MLP without a gate, with biases, as HyenaDNA has, for the layout `hyena`."""
+    filter_bands: int = 16
+    """Frequencies in the features of lags from which Hyena's filters are computed."""
+    filter_floor: float = 0.0
+    """Number added to the window of Hyena's filters, which falls towards 0 otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_filters", "max_seq_len"):
             _require(self, name, _is_count(getattr(self, name)), "a whole number >= 1")
-        for name in ("mlp_ratio", "num_heads", "window_tokens"):
+        for name in ("mlp_ratio", "num_heads", "window_tokens", "filter_bands"):
             _require(self, name, _is_count(getattr(self, name)), "a whole number >= 1")
         layouts = layout_names()
         _require(self, "layout", self.layout in layouts, f"one of {', '.join(layouts)}")
         _require(self, "stu_form", self.stu_form in ("tensordot", "full"), "tensordot or full")
+        _require(self, "blocks", self.blocks in ("gated", "plain"), "gated or plain")
+        is_plain, fits = self.blocks == "plain", {*self.mixers} == {"hyena"}
+        _require(self, "blocks", fits or not is_plain, "gated, as the layout is not hyena")
+        floor = self.filter_floor
+        _require(self, "filter_floor", floor == 0 or _is_positive(floor), "a number >= 0")
         _require(self, "softcap", _is_positive(self.softcap), "a positive number")
         _require(self, "norm_eps", _is_positive(self.norm_eps), "a positive number")
         if "stu" in self.mixers and self.num_filters > self.max_seq_len:
@@ -80,6 +95,13 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return asdict(self)
+
+    def stored(self) -> dict[str, Any]:
+        """Return the fields for a file, which older versions of stu read too if no field is needed
+        that they do not know."""
+        defaults = {field.name: field.default for field in fields(self)}
+        values = self.to_dict().items()
+        return {k: v for k, v in values if k not in LATER_FIELDS or v != defaults[k]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":

@@ -4,7 +4,8 @@ Poli et al. 2023, "Hyena Hierarchy: Towards Larger Convolutional Language Models
 The filters depend on the lag alone, not on the data, so FutureFill decodes with them. The constants
 are those of the published language models; their names there are in brackets (HazyResearch/safari
 on GitHub: `src/models/sequence/hyena.py` and `configs/experiment/pile/hyena.yaml`). Unlike there,
-the features of lags are not trained, and linear layers and short convolutions have no biases.
+the features of lags are not trained, and linear layers and short convolutions have biases only in
+`plain` blocks, which HyenaDNA has (Nguyen et al. 2023, arXiv:2306.15794).
 """
 
 import math
@@ -19,10 +20,8 @@ from stu.mixers import LastInputs, LongConvolution, Memory, PastInputs
 
 SHORT_TAPS = 3
 """Taps of the convolution of each projected channel (`short_filter_order`)."""
-NUM_BANDS = 16
-"""Frequencies in the features of a lag: their sines and cosines, and the lag: 33 (`emb_dim`)."""
 LOWEST_BAND = 1e-4
-"""Turns of the lowest frequency over the whole context; the others are near 1, 2, .., 15."""
+"""Turns of the lowest frequency over the whole context; the others are near 1, 2, 3 and so on."""
 FILTER_WIDTH = 64
 """Width of the network's hidden layers (`filter_order`)."""
 SINE_LAYERS = 3
@@ -46,16 +45,20 @@ class Hyena(LongConvolution):
     the long one ranks exchange slices for channels.
     """
 
+    short_bias: nn.Parameter | None
     keeps_documents_apart = True
     divides_sequences = True
     stacked_matrices = (("input.weight", 3),)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(PastInputs(config.width), LastInputs(3 * config.width, SHORT_TAPS))
-        self.input = nn.Linear(config.width, 3 * config.width, bias=False)
+        has_biases = config.blocks == "plain"
+        self.input = nn.Linear(config.width, 3 * config.width, bias=has_biases)
         self.short_taps = nn.Parameter(torch.empty(SHORT_TAPS, 3 * config.width))
+        short_bias = nn.Parameter(torch.empty(3 * config.width)) if has_biases else None
+        self.register_parameter("short_bias", short_bias)
         self.filter = ImplicitFilter(config)
-        self.output = nn.Linear(config.width, config.width, bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=has_biases)
 
     def forward(
         self,
@@ -66,6 +69,8 @@ class Hyena(LongConvolution):
     ) -> Tensor:
         projected = self.input(x)  # [B, T, D] -> [B, T, 3 D]
         convolved = self.convolve_short(projected, self.short_taps, memory, documents)
+        if self.short_bias is not None:
+            convolved = convolved + self.short_bias
         outer_gate, inner_gate, values = convolved.chunk(3, dim=-1)
         mixed = self.convolve(inner_gate * values, filters, memory, documents)
         gated: Tensor = self.output(outer_gate * mixed)
@@ -86,6 +91,9 @@ class Hyena(LongConvolution):
         bound = SHORT_TAPS**-0.5  # torch's default for a convolution, as published
         nn.init.uniform_(self.short_taps, -bound, bound)
         self.filter.initialize()
+        if self.short_bias is not None:
+            for bias in (self.input.bias, self.short_bias, self.output.bias):
+                nn.init.zeros_(bias)
 
     @property
     def filter_modules(self) -> tuple[nn.Module, ...]:
@@ -100,7 +108,7 @@ class ImplicitFilter(nn.Module):
 
     The features of lag m are `t = m / (L - 1)` and, for each frequency f, the real and imaginary
     parts of `exp(-2 pi i f m / L)`. The window is `exp(-decay t)`, with fixed decays from slow in
-    the first channel to fast in the last.
+    the first channel to fast in the last, plus `filter_floor`.
 
     The weights stay float32 or wider when a model is cast: rounding them to bfloat16 changes the
     taps by up to 2% before training and 5% after 200 steps of it.
@@ -109,8 +117,9 @@ class ImplicitFilter(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.length, self.width = config.max_seq_len, config.width
+        self.num_bands, self.floor = config.filter_bands, config.filter_floor
         # Not `nn.Linear`s, which would compute in the dtype of their weights.
-        self.input_matrix = nn.Parameter(torch.empty(1 + 2 * NUM_BANDS, FILTER_WIDTH))
+        self.input_matrix = nn.Parameter(torch.empty(1 + 2 * self.num_bands, FILTER_WIDTH))
         self.hidden_matrices = nn.Parameter(
             torch.empty(SINE_LAYERS - 1, FILTER_WIDTH, FILTER_WIDTH)
         )
@@ -123,7 +132,7 @@ class ImplicitFilter(nn.Module):
         """Compute the taps `[N, C]` of some channels at `lags [N]`, which are 0 to N - 1, in their
         dtype."""
         dtype = lags.dtype
-        hidden = self._features(lags)  # [N, 33]
+        hidden = self._features(lags)  # [N, 1 + 2 bands]
         matrices = self.input_matrix, *self.hidden_matrices
         for matrix, bias in zip(matrices, self.biases, strict=True):
             hidden = hidden @ matrix.to(dtype) + bias.to(dtype)
@@ -152,10 +161,9 @@ class ImplicitFilter(nn.Module):
     def _features(self, lags: Tensor) -> Tensor:
         # In float64: angles reach several hundred, which leaves float32 too few digits.
         turns = lags.double()[:, None] / self.length
-        bands = torch.linspace(
-            LOWEST_BAND, NUM_BANDS - 1, NUM_BANDS, dtype=turns.dtype, device=turns.device
-        )
-        angles = 2 * math.pi * turns * bands  # [N, NUM_BANDS]
+        ends = LOWEST_BAND, self.num_bands - 1
+        bands = torch.linspace(*ends, self.num_bands, dtype=turns.dtype, device=turns.device)
+        angles = 2 * math.pi * turns * bands  # [N, bands]
         features = torch.cat([self._times(lags.double()), angles.cos(), -angles.sin()], dim=1)
         return features.to(lags.dtype)
 
@@ -167,7 +175,7 @@ class ImplicitFilter(nn.Module):
             dtype=lags.dtype,
             device=lags.device,
         )
-        return torch.exp(-self._times(lags) * decays[channels])  # [N, 1] * [C] -> [N, C]
+        return torch.exp(-self._times(lags) * decays[channels]) + self.floor  # [N, 1] * [C]
 
     def _times(self, lags: Tensor) -> Tensor:
         return lags[:, None] / max(1, self.length - 1)

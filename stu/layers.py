@@ -1,10 +1,21 @@
-"""Layers of a block other than its mixer: RMSNorm and the gated MLP."""
+"""Layers of a block other than its mixer: norms and MLPs."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stu.config import ModelConfig
+
+
+def make_norm(config: ModelConfig) -> "RMSNorm | LayerNorm":
+    """Make a norm of the kind that `config.blocks` has."""
+    kind = LayerNorm if config.blocks == "plain" else RMSNorm
+    return kind(config.width, config.norm_eps)
+
+
+def make_mlp(config: ModelConfig) -> "GatedMLP | PlainMLP":
+    """Make an MLP of the kind that `config.blocks` has."""
+    return PlainMLP(config) if config.blocks == "plain" else GatedMLP(config)
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +32,24 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias`, computed in float32 or wider.
+
+    Ba, Kiros, Hinton 2016, "Layer Normalization", arXiv:1607.06450.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(wide, (x.shape[-1],), weight, bias, self.eps).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -48,3 +77,28 @@ class GatedMLP(nn.Module):
         nn.init.normal_(self.gate.weight, std=std)
         nn.init.normal_(self.up.weight, std=std)
         nn.init.normal_(self.down.weight, std=std * depth_scale)
+
+
+class PlainMLP(nn.Module):
+    """`down(gelu_tanh(up(x)))` with biases and a hidden width of `mlp_ratio * width`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_ratio * config.width
+        self.up, self.down = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """As `stu.mixers.Mixer.matrices`."""
+        return {"up.weight": 0, "down.weight": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x), approximate="tanh")
+        outputs: Tensor = self.down(hidden)
+        return outputs
+
+    def initialize(self, std: float, depth_scale: float) -> None:
+        """Draw normal weights as `GatedMLP` does; biases are 0."""
+        for linear, scale in ((self.up, 1.0), (self.down, depth_scale)):
+            nn.init.normal_(linear.weight, std=std * scale)
+            nn.init.zeros_(linear.bias)

@@ -12,7 +12,7 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig, Weights
 from stu.documents import Documents
 from stu.filters import spectral_filters
-from stu.layers import GatedMLP, RMSNorm
+from stu.layers import make_mlp, make_norm
 from stu.mixers import (
     LongConvolution,
     Memory,
@@ -26,7 +26,7 @@ from stu.slices.ranks import SliceRanks
 
 
 class FlashSTU(nn.Module):
-    """A language model of blocks, each a mixer and a gated MLP, with a tied embedding.
+    """A language model of blocks, each a mixer and an MLP, with a tied embedding.
 
     The model of Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489, and
     variants with the other mixers of `stu.layouts`. Weights are initialised from torch's global
@@ -48,7 +48,7 @@ class FlashSTU(nn.Module):
         unset = torch.empty(config.vocab_size, config.width) if torch.empty(0).is_meta else None
         self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=unset)
         self.blocks = nn.ModuleList(Block(config, name) for name in config.mixers)
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = make_norm(config)
         counts: Counter[type[Remembered]] = Counter()
         for mixer in self.mixers:
             mixer.numbers = {type(memory): counts[type(memory)] for memory in mixer.remembers}
@@ -215,13 +215,13 @@ def check_divides_sequences(config: ModelConfig, num_slices: int) -> None:
 
 
 class Block(nn.Module):
-    """A mixer and a gated MLP, each on a normalised copy of the residual stream."""
+    """A mixer and an MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mixer_norm = make_norm(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = make_mlp(config)
         self.mixer = make_mixer(mixer, config)
 
     def forward(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from stu.common.errors import UserError
 from stu.common.files import new_directory
@@ -79,7 +80,7 @@ def save_model(
             f"vocab_size={model.config.vocab_size}; give the tokenizer that it was trained with",
         )
     with new_directory(Path(path), overwrite) as folder:
-        _write_json(folder / "config.json", model.config.to_dict())
+        _write_json(folder / "config.json", model.config.stored())
         limit = {"max_new_tokens": min(256, max(1, model.config.max_seq_len // 2))}
         defaults = {**GENERATION_DEFAULTS, **limit, **(generation or {})}
         _write_json(folder / "generation.json", defaults)
@@ -181,8 +182,9 @@ def _replace_matrix(model: FlashSTU, name: str, weight: Quantized) -> None:
     if isinstance(module, Mixer):  # it multiplies with its own parameter
         module.pack(lambda _: QuantizedLinear(weight))
     else:
+        assert isinstance(module, nn.Linear)
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(weight))
+        setattr(model.get_submodule(parent), child, QuantizedLinear(weight, module.bias))
 
 
 def _read_weights(file: Path, device: str | torch.device) -> dict[str, torch.Tensor]:

@@ -58,19 +58,21 @@ def quantized(module: nn.Module, weights: ByteWeights) -> Quantized:
 
 
 class QuantizedLinear(nn.Module):
-    """`x @ weight.T`, `[.., in] -> [.., out]`, with a weight that stays in 8 bits when a model is
-    cast. The engine replaces it by a product that reads the 8 bits alone."""
+    """`x @ weight.T + bias`, `[.., in] -> [.., out]`, with a weight that stays in 8 bits when a
+    model is cast. The engine replaces it by a product that reads the 8 bits alone."""
 
     values: Tensor
     scales: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, weight: Quantized) -> None:
+    def __init__(self, weight: Quantized, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.register_buffer("values", weight.values.contiguous())
         self.register_buffer("scales", weight.scales)
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight_in(x.dtype))
+        return linear(x, self.weight_in(x.dtype), self.bias)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in another dtype."""

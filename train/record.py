@@ -56,7 +56,7 @@ def training_record(
     """
     return {
         "format_version": FORMAT_VERSION,
-        "model_config": config.to_dict(),
+        "model_config": config.stored(),
         "settings": dict(settings),
         "tokenizer": {
             name: torch.frombuffer(bytearray(contents), dtype=torch.uint8)

@@ -17,7 +17,9 @@ from serve.config import INVARIANT_ROWS
 from serve.engine.graphs import Graphs
 from serve.engine.memory import StaticMemory
 from serve.engine.step_state import ON_DEVICE, ROW, TOKEN, Copy, StepState, copy_in_order
+from serve.kernels.modules import KernelRMSNorm
 from serve.kernels.norm import add_norm
+from stu.layers import LayerNorm, RMSNorm
 from stu.mixers import Memory, Remembered
 from stu.model import Block, FlashSTU
 
@@ -139,9 +141,18 @@ def next_hidden(model: FlashSTU, tokens: Tensor, memory: Memory) -> Tensor:
             (block.mixer_norm, partial(block.mixer, filters=model.filters, memory=memory)),
             (block.mlp_norm, block.mlp),
         ):
-            stream, normed = add_norm(stream, added, norm.weight, norm.eps)
+            stream, normed = _add_norm(stream, added, norm)
             added = layer(normed[:, None])[:, 0]  # [B, D] -> [B, 1, D] -> [B, D]
-    return add_norm(stream, added, model.norm.weight, model.norm.eps)[1]
+    return _add_norm(stream, added, model.norm)[1]
+
+
+def _add_norm(
+    stream: Tensor, added: Tensor | None, norm: LayerNorm | RMSNorm | KernelRMSNorm
+) -> tuple[Tensor, Tensor]:
+    if isinstance(norm, LayerNorm):  # no kernel has it
+        stream = stream if added is None else stream + added
+        return stream, norm(stream)
+    return add_norm(stream, added, norm.weight, norm.eps)
 
 
 def batch_sizes(num_rows: int, batch_invariant: bool) -> list[int]:

@@ -144,11 +144,27 @@ def _replaced(module: nn.Module, layers: _Layers, weights: EngineWeights) -> nn.
     if isinstance(module, Mixer):
         module.pack(layers.linear)
     if isinstance(module, nn.Linear):
-        return layers.linear(module.weight)
+        return _with_bias(layers.linear(module.weight), module.bias)
     if isinstance(module, QuantizedLinear):
         assert weights != "float", "they have been replaced"
-        return layers.linear(quantized(module, weights))
+        return _with_bias(layers.linear(quantized(module, weights)), module.bias)
     return module
+
+
+def _with_bias(product: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+    return product if bias is None else BiasedProduct(product, bias)
+
+
+class BiasedProduct(nn.Module):
+    """A product `[.., in] -> [.., out]` and the bias that is added to it."""
+
+    def __init__(self, product: nn.Module, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.product, self.bias = product, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        biased: Tensor = self.product(x) + self.bias
+        return biased
 
 
 def _float(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -159,4 +175,5 @@ def _float(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         outputs, inputs = module.values.shape
         linear = nn.Linear(inputs, outputs, bias=False)
     linear.weight = nn.Parameter(module.weight_in(dtype), requires_grad=False)
+    linear.register_parameter("bias", module.bias)
     return linear

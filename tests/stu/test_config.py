@@ -58,3 +58,18 @@ def test_unknown_key_names_the_nearest():
         ModelConfig.from_dict({"vocab_size": 10, "zzz": 2})
     with pytest.raises(UserError, match="'vocab_size' is missing"):
         ModelConfig.from_dict({"width": 64})
+
+
+def test_files_of_older_models_stay_as_they_are():
+    """Fields that older versions do not read are written where they are needed alone."""
+    plain = ModelConfig(vocab_size=5, layout="hyena", blocks="plain", filter_bands=2)
+    added = {"blocks", "filter_bands", "filter_floor"}
+    assert not added & ModelConfig(vocab_size=5).stored().keys()
+    assert added & plain.stored().keys() == {"blocks", "filter_bands"}
+    assert ModelConfig.from_dict(plain.stored()) == plain
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "stu", "attention"])
+def test_plain_blocks_are_those_of_hyena(layout):
+    with pytest.raises(UserError, match="is not allowed: it must be gated"):
+        ModelConfig(vocab_size=5, layout=layout, blocks="plain")

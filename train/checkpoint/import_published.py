@@ -1,23 +1,28 @@
 """`stu-import`: write a checkpoint of another layout as a model directory."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveFloat
 
 from stu.common.cli import ArgumentParser, run_command
 from stu.common.errors import UserError
 
+if TYPE_CHECKING:
+    from stu.tokenizer import Tokenizer
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code. An error leaves nothing behind."""
     parser = ArgumentParser(
         prog="stu-import",
-        description="Write a checkpoint of the published Flash-STU code, or a folder that "
-        "stu-export wrote for transformers, as a model directory, which stu-generate and "
-        "stu-serve read. MLPs of the published code must gate with GELU, which checkpoints do not "
-        "say: with liger-kernel, the first version of that code gates with SiLU.",
+        description="Write a checkpoint of the published Flash-STU code or of HyenaDNA, or a "
+        "folder that stu-export wrote for transformers, as a model directory, which stu-generate "
+        "and stu-serve read. MLPs of the Flash-STU code must gate with GELU, which checkpoints do "
+        "not say: with liger-kernel, the first version of that code gates with SiLU.",
     )
     add = parser.add_argument
     add(
@@ -30,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="Folder to write")
     tokenizer = (
         "Tokenizer of the checkpoint: a tokenizer.model, tokenizer.json, alphabet.json or "
-        "o200k_base.tiktoken, or a folder with one; by default that of a folder for transformers"
+        "o200k_base.tiktoken, or a folder with one; by default that of HyenaDNA, or the one in a "
+        "folder for transformers"
     )
     add("--tokenizer", metavar="PATH", type=Path, help=tokenizer)
     add(
@@ -64,7 +70,8 @@ def import_published(
     Args:
         published: Folder or file of weights.
         output: Folder to write.
-        tokenizer: File of a tokenizer, or its folder; None: that of a folder for transformers.
+        tokenizer: File of a tokenizer, or its folder; None: that of a folder for transformers, or
+            of HyenaDNA.
         overwrite: Whether an existing `output` is replaced.
         norm_eps: Epsilon of RMSNorm of a published checkpoint, instead of that in config.json.
 
@@ -72,22 +79,28 @@ def import_published(
     """
     from stu.model_dir import save_model
     from stu.tokenizer import read_tokenizer
-    from train.checkpoint import transformers_folder
+    from train.checkpoint import hyenadna, transformers_folder
     from train.checkpoint.published import load_published
 
-    config = transformers_folder.read_config(published)
-    if config is None:
-        model, generation, others = load_published(published, norm_eps), {}, {}
-    else:
-        if norm_eps is not None:
-            raise UserError("norm_eps", norm_eps, fix="leave it out: config.json has it")
+    generation: dict[str, Any] = {}
+    others: dict[str, bytes] = {}
+    own_tokenizer: Callable[[int], Tokenizer] | None = None
+    if (config := transformers_folder.read_config(published)) is not None:
         model = transformers_folder.load_transformers(published, config)
+        own_tokenizer = partial(transformers_folder.load_tokenizer, published)
         generation = transformers_folder.load_generation(published)
         others = transformers_folder.other_files(published)
+    elif (config := hyenadna.read_config(published)) is not None:
+        model = hyenadna.load_hyenadna(published, config)
+        own_tokenizer = hyenadna.hyenadna_tokenizer
+    else:
+        model = load_published(published, norm_eps)
+    if config is not None and norm_eps is not None:
+        raise UserError("norm_eps", norm_eps, fix="leave it out: config.json has it")
     if tokenizer is not None:
         vocabulary = read_tokenizer(tokenizer, model.config.vocab_size)
-    elif config is not None:
-        vocabulary = transformers_folder.load_tokenizer(published, model.config.vocab_size)
+    elif own_tokenizer is not None:
+        vocabulary = own_tokenizer(model.config.vocab_size)
     else:
         fix = "give the tokenizer that the checkpoint was trained with"
         raise UserError("tokenizer", message=f"--tokenizer is missing: {fix}")

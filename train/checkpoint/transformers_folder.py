@@ -21,7 +21,7 @@ from torch import Tensor
 from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
-from stu.config import ModelConfig
+from stu.config import LATER_FIELDS, ModelConfig
 from stu.mixers import LongConvolution
 from stu.model import FlashSTU
 from stu.realisation import NoRealisation, fitting_realisation
@@ -79,6 +79,11 @@ def save_transformers(
     Raises UserError if `path` is occupied or the model has a mixer of other code; OSError, with
     nothing left behind, if the disk is full.
     """
+    if later := sorted(model.config.stored().keys() & LATER_FIELDS):
+        raise UserError(
+            message=f"models with {', '.join(later)} of their own cannot be exported for "
+            "transformers yet, whose code does not have them: export a model directory"
+        )
     if unknown := {*model.config.mixers} - KNOWN_MIXERS:
         raise UserError(
             message=f"layout={model.config.layout!r} cannot be exported for transformers, whose "
@@ -93,7 +98,7 @@ def save_transformers(
         "architectures": ["StuForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_type": MODEL_TYPE,
-        **model.config.to_dict(),
+        **model.config.stored(),
         "state_rank": _state_rank(model),
         "tie_word_embeddings": True,
         "dtype": str(dtype).removeprefix("torch."),
