@@ -175,13 +175,13 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 class StuHyena(nn.Module):
-    """Hyena of order 2: `output(x1 * (psi conv (x2 * v)))`, psi from an `ImplicitFilter`."""
+    """Hyena of order 2: `output(x1 * (psi conv (x2 * v)))`, psi from an `StuImplicitFilter`."""
 
     def __init__(self, config: StuConfig) -> None:
         super().__init__()
         self.input = nn.Linear(config.width, 3 * config.width, bias=False)
         self.short_taps = nn.Parameter(torch.empty(SHORT_TAPS, 3 * config.width))
-        self.implicit_filter = ImplicitFilter(config)
+        self.implicit_filter = StuImplicitFilter(config)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
@@ -215,7 +215,7 @@ class StuHyena(nn.Module):
         return mixed
 
 
-class ImplicitFilter(Float32Module):
+class StuImplicitFilter(Float32Module):
     """Filters as functions of the lag: `window(t) * network(features(t))`, and a term at lag 0."""
 
     def __init__(self, config: StuConfig) -> None:

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .cache_stu import Realisation, StuCache
 from .configuration_stu import StuConfig
 from .layers_stu import StuFilters, StuMLP, StuRMSNorm
-from .mixers_stu import MIXERS, ImplicitFilter, StuHyena, StuMixer
+from .mixers_stu import MIXERS, StuHyena, StuImplicitFilter, StuMixer
 
 FIELDS = BaseModelOutputWithPast.__dataclass_fields__
 CACHE = "cache" if "cache" in FIELDS else "past_key_values"
@@ -59,7 +59,7 @@ class StuPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             for matrices in module.parameters():
                 for matrix in matrices if matrices.ndim == 3 else [matrices]:
                     nn.init.xavier_normal_(matrix)
-        elif isinstance(module, ImplicitFilter):
+        elif isinstance(module, StuImplicitFilter):
             for matrix in (module.input_matrix, module.hidden_matrices, module.output_matrix):
                 nn.init.normal_(matrix, std=0.02)
             nn.init.zeros_(module.biases)
