@@ -13,6 +13,7 @@ import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.inference_model import FP8_CAPABILITY
 from serve.sampling.features import EVERYTHING, FEW, GREEDY
 from serve.sampling_params import SamplingParams
 from stu import futurefill
@@ -24,6 +25,7 @@ from stu.futurefill import Continuous, Epoched
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.online_convolution import Naive
+from stu.quantization import dequantize, quantize
 from stu.tokenizers.sentence_piece import train_bpe
 from tests.models import float64_model
 from tests.serve.requests import make_request
@@ -162,6 +164,31 @@ def test_bfloat16_stays_near_float64(kind, tokenizer):
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert len(logprobs) == len(tokens)
         assert (torch.tensor(logprobs).double() - expected).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_weights_of_8_bits_decode_as_the_numbers_that_they_are(
+    weights, dtype, tolerance, tokenizer
+):
+    if weights == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("the GPU has no floats of 8 bits")
+    model = build("hybrid").to(dtype)
+    found = decode(copy_to_cuda(model, dtype), tokenizer, requests(), weights=weights)
+    unembedding = dequantize(quantize(model.embedding.weight, weights)).double()
+    for name, dim in model.matrices.items():
+        weight = model.get_parameter(name).data
+        model.get_parameter(name).data = (
+            dequantize(quantize(weight.movedim(dim, 0), weights)).movedim(0, dim).double()
+        )
+    model = model.double()
+    for request, (tokens, logprobs) in zip(requests(), found, strict=True):
+        with torch.no_grad():
+            hidden = model.hidden(torch.tensor([[*request.prompt_token_ids, *tokens]]))
+        logits = hidden[0, len(request.prompt_token_ids) - 1 : -1] @ unembedding.T
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert len(logprobs) == len(tokens)
+        assert (torch.tensor(logprobs).double() - expected).abs().mean() < tolerance
 
 
 @pytest.mark.parametrize("features", [GREEDY, EVERYTHING, replace(EVERYTHING, most_kept=FEW)])

@@ -33,14 +33,16 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "kernels": Part("correctness.kernel_measures", 50, "tests of kernels"),
-    "captured": Part("decoding.captured_measures", 110, "captured steps at 2.7 B and 550 M"),
-    "correctness": Part("correctness.cuda_measures", 90, "tests of CUDA"),
-    "sync": Part("decoding.sync_measures", 30, "captured steps that may not wait for the GPU"),
-    "peer": Part("peer.decode_measures", 70, "steps of Llama-like models of equal size"),
-    "training": Part("training.measures", 70, "training steps at 550 M and 2.7 B parameters"),
-    "prefill": Part("prefill.measures", 30, "a prompt of 8,192 tokens"),
-    "eager": Part("decoding.eager_measures", 30, "the same steps, launched from Python"),
+    "kernels": Part("correctness.kernel_measures", 60, "tests of kernels"),
+    "captured": Part("decoding.captured_measures", 95, "captured steps at 2.7 B and 550 M"),
+    "correctness": Part("correctness.cuda_measures", 75, "tests of CUDA"),
+    "weights": Part("weights.measures", 60, "weights of 8 bits: quality, products, steps"),
+    "sync": Part("decoding.sync_measures", 25, "captured steps that may not wait for the GPU"),
+    "peer": Part("peer.decode_measures", 50, "steps of Llama-like models of equal size"),
+    "training": Part("training.measures", 45, "training steps at 550 M and 2.7 B parameters"),
+    "compiled": Part("compiled.measures", 25, "kernels against what torch.compile makes of twins"),
+    "prefill": Part("prefill.measures", 25, "a prompt of 8,192 tokens"),
+    "eager": Part("decoding.eager_measures", 20, "the same steps, launched from Python"),
 }
 """Parts, the most important first. Each is a process of its own, as a fault on the GPU ends all
 that a process has there."""

@@ -21,6 +21,7 @@ from benchmarks.gpu_check.measuring import (
 )
 from benchmarks.gpu_check.sizes import Sizes
 from benchmarks.timing import timed
+from serve.config import EngineWeights
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
 from stu.config import ModelConfig
@@ -58,19 +59,33 @@ def decode_measures(device: str, sizes: Sizes, batches: Sequence[int], captures:
         release_memory()
 
 
-def start(engines: list[Engine], model: FlashSTU, batch: int, captures: bool) -> Figures:
+def start(
+    engines: list[Engine],
+    model: FlashSTU,
+    batch: int,
+    captures: bool,
+    weights: EngineWeights = "float",
+) -> Figures:
     """Append an engine to `engines`, and return the seconds that it takes to start."""
-    return {"start_seconds": timed(lambda: engines.append(make_engine(model, batch, captures)))}
+    seconds = timed(lambda: engines.append(make_engine(model, batch, captures, weights)))
+    return {"start_seconds": seconds}
 
 
-def decode(engine: Engine, model: FlashSTU, batch: int, sizes: Sizes, bandwidth: float) -> Figures:
+def decode(
+    engine: Engine,
+    model: FlashSTU,
+    batch: int,
+    sizes: Sizes,
+    bandwidth: float,
+    weights: EngineWeights = "float",
+) -> Figures:
     """Return the figures of a batch."""
     with filled(engine, model, batch, sizes.context):
         for _ in range(sizes.warm_steps):
             engine.step()
         figures = step_times(engine.step, sizes.steps, waits=False)
         figures |= energy(engine.step, sizes.energy_seconds)
-    num_bytes = step_bytes(engine, model, batch, sizes.context + sizes.warm_steps)
+    num_bytes = step_bytes(engine, model, batch, sizes.context + sizes.warm_steps, weights)
     figures["times_reading"] = figures["step_ms"] / (1e3 * num_bytes / bandwidth)
     figures["tokens_per_second"] = 1e3 * batch / figures["mean_step_ms"]
     return figures | {"step_bytes": num_bytes}

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from serve.config import EngineConfig
+from serve.config import EngineConfig, EngineWeights
 from serve.engine.engine import Engine
 from serve.request import Request
 from serve.sampling_params import SamplingParams
@@ -28,9 +28,13 @@ class NoText:
         return b" a"
 
 
-def make_engine(model: FlashSTU, batch: int, captures: bool = False) -> Engine:
+def make_engine(
+    model: FlashSTU, batch: int, captures: bool = False, weights: EngineWeights = "float"
+) -> Engine:
     """Return an engine for so many requests, whose steps are captured or called from Python."""
-    config = EngineConfig(max_running=batch, prefix_cache_gib=0, enforce_eager=not captures)
+    config = EngineConfig(
+        max_running=batch, prefix_cache_gib=0, enforce_eager=not captures, weights=weights
+    )
     tokenizer = cast(Tokenizer, NoText(model.config.vocab_size))
     return Engine(model, tokenizer, config)
 
@@ -68,13 +72,23 @@ def filled(engine: Engine, model: FlashSTU, batch: int, prompt_tokens: int) -> I
             engine.step()
 
 
-def step_bytes(engine: Engine, model: FlashSTU, batch: int, num_tokens: int) -> int:
+def step_bytes(
+    engine: Engine,
+    model: FlashSTU,
+    batch: int,
+    num_tokens: int,
+    weights: EngineWeights = "float",
+) -> int:
     """Return the bytes that a step must move: weights are read once, and so are the keys and values
     in each row's window; states are read and written once in a page.
 
     num_tokens: Tokens of each sequence.
     """
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    narrow = {*model.matrices, "embedding.weight"} if weights != "float" else set()
+    num_bytes = sum(
+        parameter.numel() if name in narrow else parameter.nbytes
+        for name, parameter in model.named_parameters()
+    )
     for window in remembered(model.mixers, KeyWindow):
         numbers = min(num_tokens, window.window_tokens) * window.num_heads * window.head_dim
         num_bytes += batch * 2 * numbers * model.embedding.weight.element_size()

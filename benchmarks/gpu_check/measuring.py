@@ -16,6 +16,8 @@ Figures = dict[str, Any]
 Measures = Iterator[tuple[str, Callable[[], Figures]]]
 """Names of settings, and the functions that measure them."""
 READ_REPEATS = 9
+WARM_CALLS = 3
+"""Calls before a capture, which compile kernels and allocate workspaces."""
 
 
 def read_bandwidth(device: str, num_bytes: int) -> float:
@@ -96,3 +98,25 @@ def counted_energy(pynvml: Any, call: Callable[[], object], seconds: float) -> F
     synchronize()
     joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3
     return {"joules_per_step": joules / count, "watts": joules / (time.monotonic() - start)}
+
+
+def warmed(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the step, after a few of it."""
+    for _ in range(WARM_CALLS):
+        step()
+    return step
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of the step; on a CPU the step itself."""
+    if not torch.cuda.is_available():
+        return warmed(step)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warmed(step)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):  # whose workspaces are there
+        step()
+    return warmed(graph.replay)

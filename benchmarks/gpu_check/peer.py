@@ -1,7 +1,6 @@
 """The Llama-like peer of the check: equal in size, compiled, and captured as a CUDA graph."""
 
 import statistics
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
@@ -11,6 +10,7 @@ from benchmarks.gpu_check.llama import LlamaLike
 from benchmarks.gpu_check.measuring import (
     Figures,
     Measures,
+    captured,
     decoding_dtype,
     energy,
     release_memory,
@@ -21,8 +21,6 @@ from benchmarks.timing import timed
 from stu.config import ModelConfig
 from train.flops import num_parameters
 
-WARM_CALLS = 3
-"""Calls before a capture, which compile kernels and allocate workspaces."""
 PREFILL_REPEATS = 3
 
 
@@ -69,28 +67,6 @@ def decode(peer: LlamaLike, batch: int, sizes: Sizes) -> Figures:
     figures["tokens_per_second"] = 1e3 * batch / figures["mean_step_ms"]
     figures["parameters"] = sum(parameter.numel() for parameter in peer.parameters())
     return figures | energy(run, sizes.energy_seconds)
-
-
-def warmed(step: Callable[[], None]) -> Callable[[], None]:
-    """Return the step, after a few of it."""
-    for _ in range(WARM_CALLS):
-        step()
-    return step
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph of the step; on a CPU the step itself."""
-    if not torch.cuda.is_available():
-        return warmed(step)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warmed(step)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # whose workspaces are there
-        step()
-    return warmed(graph.replay)
 
 
 @torch.no_grad()

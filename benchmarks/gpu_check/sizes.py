@@ -28,6 +28,10 @@ class Sizes:
     batches: tuple[int, ...]
     eager_batches: tuple[int, ...]
     """Batches with steps launched from Python."""
+    weight_batches: tuple[int, ...]
+    """Batches with weights of 8 bits."""
+    compiled_rows: int
+    """Rows of the kernels that are compared with compiled ones."""
     peer_batches: tuple[int, ...]
     """Batches of the peer, each of which is compiled anew."""
     context: int
@@ -46,6 +50,14 @@ class Sizes:
     """Seconds over which energy is counted; the driver counts every tenth of a second."""
     read_bytes: int
     """Bytes that are read to measure the memory."""
+    text_model: ModelConfig
+    """A model of bytes."""
+    text_bytes: int
+    """Bytes of text, of which it is trained on nine tenths, and tested on the rest."""
+    quality_steps: int
+    """Its training steps."""
+    quality_texts: int
+    """Texts that it is tested on."""
 
 
 STU_2_7B = ModelConfig(vocab_size=4096, width=2560, num_layers=32, layout="stu", num_heads=20)
@@ -65,6 +77,8 @@ def full_sizes() -> Sizes:
         models={name: replace(config, max_seq_len=LENGTH) for name, config in models.items()},
         batches=(1, 8, 32, 128, 256),
         eager_batches=(1, 32),
+        weight_batches=(1, 8, 32, 256),
+        compiled_rows=32,
         peer_batches=(1, 32, 256),
         context=512,
         warm_steps=32,
@@ -75,6 +89,10 @@ def full_sizes() -> Sizes:
         train_steps=5,
         energy_seconds=1.5,
         read_bytes=2**32,
+        text_model=ModelConfig(vocab_size=256, max_seq_len=512),
+        text_bytes=4_000_000,
+        quality_steps=150,
+        quality_texts=64,
     )
 
 
@@ -87,6 +105,8 @@ def tiny_sizes() -> Sizes:
         models={name: ModelConfig(**tiny, layout=layout) for name, layout in layouts.items()},
         batches=(3,),
         eager_batches=(2,),
+        weight_batches=(3,),
+        compiled_rows=3,
         peer_batches=(3,),
         context=20,
         warm_steps=2,
@@ -97,6 +117,10 @@ def tiny_sizes() -> Sizes:
         train_steps=2,
         energy_seconds=0.0,
         read_bytes=2**20,
+        text_model=ModelConfig(**tiny, layout="hybrid"),
+        text_bytes=20_000,
+        quality_steps=1,
+        quality_texts=2,
     )
 
 

@@ -65,6 +65,14 @@ def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
     assert rows["eager"]["hybrid-550m, batch 2"]["times_reading"] > 0
     assert rows["peer"]["size of stu-2.7b, batch 3"]["step_ms"] > 0
     assert rows["prefill"]["peer of hybrid-2.7b"]["prefill_seconds"] > 0
+    quality = rows["weights"]["bits per byte"]
+    assert 4 < quality["float"] < 9
+    assert abs(quality["int8_increase"]) < 0.05
+    assert rows["weights"]["product of 32 x 32, 3 rows"]["int8_us"] > 0
+    assert rows["weights"]["stu-2.7b, int8, batch 3"]["times_reading"] > 0
+    for name in ("add_norm", "gated_product", "near_field"):
+        assert rows["compiled"][name]["largest_difference"] < 1e-6
+        assert rows["compiled"][name]["compiled_us"] > 0
     shares = rows["training"]["hybrid-2.7b, defaults"]["shares"]
     assert all(0 < share < 1 for share in shares.values())
     assert sum(shares.values()) < 1

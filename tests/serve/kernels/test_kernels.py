@@ -200,42 +200,6 @@ def test_gated_product(run, dtype, hidden):
     )
 
 
-PRODUCTS = [
-    # rows, inputs, outputs
-    (1, 1, 1),
-    (1, 300, 37),
-    (7, 37, 5),
-    (17, 129, 70),
-    (3, 2100, 19),  # several programs share the inputs
-    (40, 1025, 33),
-    (256, 20, 66),
-    (257, 20, 9),  # many rows
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
-@pytest.mark.parametrize("weights", ["int8", "fp8"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCTS)
-def test_narrow_product(run, dtype, weights, rows, inputs, outputs):
-    torch.manual_seed(inputs)
-    values, scales = quantize(torch.randn(outputs, inputs), weights)
-    scales = scales * torch.logspace(-1, 1, outputs)
-    x = torch.full((rows + 2, inputs + 3), math.nan, dtype=dtype)[1:-1, :inputs]
-    x.copy_(torch.randn(rows, inputs))
-    x[rows // 2] = math.nan  # which no other row sees
-    expected = reference.narrow_product(*(t.double().numpy() for t in (x, values, scales)))
-    args = (tensor.to(device(run)) for tensor in (x, values, scales))
-    name = "triton_narrow_product" if rows <= 256 and run == "triton" else "narrow_product"
-    found = getattr(narrow_product, name)(*args)
-    assert found.dtype == dtype
-    error = (found.cpu().double() - torch.from_numpy(expected)).abs()
-    assert error[rows // 2].isnan().all()
-    error[rows // 2] = 0
-    largest = 3 * scales * values.double().norm(dim=1)  # about that of the row
-    # Of many rows, weights are rounded once more.
-    assert (error <= (3 if rows > 256 else 1) * DTYPES[dtype] * largest).all()
-
-
 WINDOWS = [
     # window_tokens, page_len, heads, head_dim, lengths of the sequences before the new token
     (5, 4, 3, 5, [0, 3, 4, 5, 9, 23]),
@@ -318,3 +282,39 @@ def test_padding_changes_no_other_row(run):
         assert all(torch.isfinite(tensor).all() for tensor in buffers)
         found.append([buffers[which][2:] for which in (0, 2, 5)])
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+PRODUCTS = [
+    # rows, inputs, outputs
+    (1, 1, 1),
+    (1, 300, 37),
+    (7, 37, 5),
+    (17, 129, 70),
+    (3, 2100, 19),  # several programs share the inputs
+    (40, 1025, 33),
+    (256, 20, 66),
+    (257, 20, 9),  # many rows
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCTS)
+def test_narrow_product(run, dtype, weights, rows, inputs, outputs):
+    torch.manual_seed(inputs)
+    values, scales = quantize(torch.randn(outputs, inputs), weights)
+    scales = scales * torch.logspace(-1, 1, outputs)
+    x = torch.full((rows + 2, inputs + 3), math.nan, dtype=dtype)[1:-1, :inputs]
+    x.copy_(torch.randn(rows, inputs))
+    x[rows // 2] = math.nan  # which no other row sees
+    expected = reference.narrow_product(*(t.double().numpy() for t in (x, values, scales)))
+    args = (tensor.to(device(run)) for tensor in (x, values, scales))
+    name = "triton_narrow_product" if rows <= 256 and run == "triton" else "narrow_product"
+    found = getattr(narrow_product, name)(*args)
+    assert found.dtype == dtype
+    error = (found.cpu().double() - torch.from_numpy(expected)).abs()
+    assert error[rows // 2].isnan().all()
+    error[rows // 2] = 0
+    largest = 3 * scales * values.double().norm(dim=1)  # about that of the row
+    # Of many rows, weights are rounded once more.
+    assert (error <= (3 if rows > 256 else 1) * DTYPES[dtype] * largest).all()
