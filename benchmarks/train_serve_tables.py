@@ -159,6 +159,19 @@ def invariance(result: Run) -> str:
     return table(fewest_threads(result["runs"]), columns)
 
 
+def step(result: Run) -> str:
+    """Show what a step of the engine spends beside the model's forward pass."""
+    columns: Columns = {
+        "weights": lambda run: {"float": "float32", "int8": "8 bits"}[run["weights"]],
+        "choice": lambda run: str(run["choice"]),
+        "model, ms": lambda run: f"{run['model_ms']:.3g}",
+        "caches, ms": lambda run: f"{run['caches_ms']:.2g}",
+        "rest, ms": lambda run: f"{run['rest_ms']:.2g}",
+        "share of the rest": lambda run: f"{run['rest_share']:.1%}",
+    }
+    return table(result["runs"], columns)
+
+
 TABLES: dict[str, Callable[[Run], str]] = {
     "convolution": convolution,
     "train": train,
@@ -168,4 +181,5 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "optimizers": optimizers,
     "load": load,
     "invariance": invariance,
+    "step": step,
 }

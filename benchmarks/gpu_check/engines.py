@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -39,23 +39,29 @@ def make_engine(
     return Engine(model, tokenizer, config)
 
 
-def make_request(model: FlashSTU, prompt_tokens: int, new_tokens: int, seed: int) -> Request:
-    """Return a request with a random prompt that is decoded greedily."""
+def make_request(
+    model: FlashSTU, prompt_tokens: int, new_tokens: int, seed: int, **sampling: Any
+) -> Request:
+    """Return a request with a random prompt, decoded greedily unless `sampling` says otherwise."""
     source = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=source)
-    params = SamplingParams(max_new_tokens=new_tokens, stop_at_eos=False)
+    params = SamplingParams(max_new_tokens=new_tokens, stop_at_eos=False, seed=seed, **sampling)
     return Request(prompt.tolist(), params)
 
 
 @contextmanager
-def filled(engine: Engine, model: FlashSTU, batch: int, prompt_tokens: int) -> Iterator[None]:
+def filled(
+    engine: Engine, model: FlashSTU, batch: int, prompt_tokens: int, **sampling: Any
+) -> Iterator[None]:
     """Add requests that decode to the end of the context, and step until all of them decode. They
     are aborted at the end.
 
     Raises RuntimeError if one ends before, because not all fit into the cache at once.
     """
     new_tokens = model.config.max_seq_len - prompt_tokens
-    requests = [make_request(model, prompt_tokens, new_tokens, seed) for seed in range(batch)]
+    requests = [
+        make_request(model, prompt_tokens, new_tokens, seed, **sampling) for seed in range(batch)
+    ]
     ids = [engine.add(request) for request in requests]
     decoding: set[int] = set()
     try:

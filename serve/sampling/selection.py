@@ -38,25 +38,26 @@ def reached(keys: Tensor, amounts: Tensor, target: Tensor, key_bits: int) -> Lev
 
     Args:
         keys: Signed integers of `key_bits` bits, `[B, V]`.
-        amounts: What each key counts for, `[B, V]`, int64: of equal keys the same, or 0.
+        amounts: What each key counts for, `[B, V]`, int64: of equal keys the same, or 0. They are
+            overwritten.
         target: From 1 to the sum of the amounts, `[B, 1]`, int64.
         key_bits: 32 or 64.
     """
     sign = -(1 << (key_bits - 1))  # added to the keys, it makes unsigned ones of them
-    keys = keys + sign
+    keys, digits = keys + sign, torch.empty_like(keys)
     key, above = torch.zeros_like(target), torch.zeros_like(target)
     left = key_bits
     while left:
         width = min(DIGIT_BITS, left)
         left -= width
         last = (1 << width) - 1
-        digits = (keys >> left) & last
+        torch.bitwise_right_shift(keys, left, out=digits).bitwise_and_(last)
         bins = amounts.new_zeros(len(keys), last + 1).scatter_add_(1, digits, amounts)
         # Amounts of each digit and all larger ones, [B, 2**width].
         sums = above + bins.flip(1).cumsum(1).flip(1)
         digit = ((sums >= target).sum(1, keepdim=True) - 1).clamp_(min=0)
         above = sums.gather(1, digit) - bins.gather(1, digit)
-        amounts = amounts * (digits == digit)
+        amounts.mul_(digits == digit)
         key = (key << width) + digit
     return Level(key + sign, above, amounts.amax(1, keepdim=True))
 

@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from benchmarks.machine import commit, describe
-from benchmarks.serving import invariance, load
+from benchmarks.serving import invariance, load, step
 from stu.common.errors import UserError
 from stu.tokenizer import read_tokenizer
 from stu.tokenizers.sentence_piece import train_bpe
@@ -47,3 +47,15 @@ def test_the_head_of_a_result_names_the_commit_and_the_time(tmp_path):
     assert head["commit"] == "unknown" or len(head["commit"].removesuffix("-dirty")) == 40
     assert datetime.fromisoformat(head["date"]).tzinfo is not None
     assert commit(tmp_path) == "unknown"
+
+
+def test_parts_of_a_step_add_up():
+    """Each is there, for each format of weights and each way to choose tokens."""
+    runs = step.measure(step.Options(batch=2, steps=3, width=32, layers=2))["runs"]
+    assert [(run["weights"], run["choice"]) for run in runs] == [
+        (weights, choice) for weights in ("float", "int8") for choice in step.CHOICES
+    ]
+    for run in runs:
+        parts = [run[f"{name}_ms"] for name in ("model", "caches", "rest")]
+        assert min(parts) > 0
+        assert run["rest_share"] == pytest.approx(parts[-1] / sum(parts))
