@@ -291,7 +291,7 @@ def check_documents_apart(config: ModelConfig) -> None:
     for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
         if not mixer.keeps_documents_apart:
             layout = f"layout={config.layout} cannot keep documents apart"
-            fix = "leave them together, or choose another layout"
+            fix = "take data.documents=together or another layout"
             raise UserError(message=f"{layout}, as its mixer {name} does not: {fix}")
 
 

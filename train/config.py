@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from stu.common.cli import option
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.mixers import check_documents_apart
 from stu.model import check_divides_sequences
 from stu.tokenizer import MOST_UNUSED
 from train.callbacks.bad_steps import GuardConfig
@@ -71,6 +72,10 @@ def check_settings(
         is_divisor = settings.data.seq_len % parallel.context == 0
         allowed = f"a divisor of data.seq_len={settings.data.seq_len}"
         _require("parallel.context", parallel.context, is_divisor, allowed)
+    if settings.data.documents == "apart":
+        check_documents_apart(config)
+        allowed = "1 with data.documents=apart"
+        _require("parallel.context", parallel.context, parallel.context == 1, allowed)
     check_start(settings, config)
     return config, optimizer, parallel
 
@@ -78,7 +83,7 @@ def check_settings(
 def data_notes(settings: Any, num_ranks: int) -> list[str]:
     """Return lines on what a run will read, and warnings."""
     warnings = [f"warning: {text}" for text in data_warnings(settings, num_ranks)]
-    return [*describe_sources(settings, num_ranks), *warnings]
+    return [*describe_sources(settings, num_ranks), *describe_rows(settings), *warnings]
 
 
 def data_warnings(settings: Any, num_ranks: int) -> list[str]:
@@ -124,6 +129,13 @@ def describe_sources(settings: Any, num_ranks: int) -> list[str]:
         f"{trainer.max_steps:,} steps"
         for name, count in epochs.items()
     ]
+
+
+def describe_rows(settings: Any) -> list[str]:
+    """Return lines on how many documents are cut, with either `data.packing`."""
+    if not Path(settings.data.dir).exists():
+        return []
+    return TokenData(**_values(settings.data)).row_notes()
 
 
 def precision_name(precision: object) -> str:

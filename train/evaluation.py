@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stu.common.files import new_file
+from stu.documents import Documents
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
 from train.callbacks.progress import warned
@@ -31,12 +32,19 @@ class ValidationSums:
 
     def __init__(self, seq_len: int, bytes_per_token: Tensor, own: slice = slice(None)) -> None:
         self._bytes_per_token = bytes_per_token  # [vocab_size]
-        self._group = torch.arange(1, seq_len + 1).log2().floor().long()  # [T]
-        self.values = torch.zeros(2 + 2 * (int(self._group[-1]) + 1), dtype=torch.float64)
+        self._groups = torch.arange(1, seq_len + 1).log2().floor().long()  # [seq_len]
+        self.values = torch.zeros(2 + 2 * (int(self._groups[-1]) + 1), dtype=torch.float64)
         """Nats, bytes of the targets' text, then hits and targets by context."""
-        self._group = self._group[own]
+        self._group = self._groups[own]  # [T]
 
-    def add(self, nats: Tensor, hits: Tensor, targets: Tensor, counted: Tensor) -> None:
+    def add(
+        self,
+        nats: Tensor,
+        hits: Tensor,
+        targets: Tensor,
+        counted: Tensor,
+        documents: Documents | None = None,
+    ) -> None:
         """Add a batch, all `[B, T]`.
 
         Args:
@@ -44,9 +52,11 @@ class ValidationSums:
             hits: Whether the target was the likeliest token.
             targets: Tokens to predict.
             counted: Whether the target counts.
+            documents: Documents that are kept apart, of which contexts are parts.
         """
         counted = counted.cpu()
-        groups = self._group.expand(counted.shape)[counted]
+        own = self._group if documents is None else self._groups[documents.positions.cpu()]
+        groups = own.expand(counted.shape)[counted]
         right = groups[hits.cpu()[counted]]
         num_groups = (len(self.values) - 2) // 2
         self.values[0] += nats.cpu()[counted].double().sum()

@@ -18,9 +18,16 @@ LOGIT_BYTES = 2**28
 
 
 def next_token_loss(
-    hidden: Tensor, output: Tensor, targets: Tensor, z_weight: float = 0.0
+    hidden: Tensor,
+    output: Tensor,
+    targets: Tensor,
+    z_weight: float = 0.0,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss to minimise, and the mean cross-entropy in it, in nats per target.
+
+    A target that does not count has a loss of 0 in both means. So each that counts weighs the same
+    in the gradients, however targets are divided among batches and ranks.
 
     Products are in autocast's dtype where it is on; softmax, sums over targets and the gradient of
     the output matrix are in float32 or wider.
@@ -31,8 +38,9 @@ def next_token_loss(
         targets: Tokens to predict, int64 `[N]`.
         z_weight: Weight of the mean squared log-normaliser, which keeps logits from drifting (PaLM,
             Chowdhery et al. 2022).
+        counted: Whether each target counts, `[N]`; None if all do.
     """
-    loss, nats = _NextTokenLoss.apply(hidden, output, targets, z_weight)  # type: ignore[no-untyped-call]
+    loss, nats = _NextTokenLoss.apply(hidden, output, targets, z_weight, counted)  # type: ignore[no-untyped-call]
     return loss, nats
 
 
@@ -52,7 +60,12 @@ class _NextTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, output: Tensor, targets: Tensor, z_weight: float
+        ctx: Any,
+        hidden: Tensor,
+        output: Tensor,
+        targets: Tensor,
+        z_weight: float,
+        counted: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         count = len(targets)
@@ -69,6 +82,8 @@ class _NextTokenLoss(torch.autograd.Function):
             # In place: from exponentials to the gradients of the mean loss by the logits.
             logits *= ((1 + 2 * z_weight * normalisers) / (logits.sum(1) * count))[:, None]
             logits[torch.arange(len(own), device=own.device), own] -= 1 / count
+            if counted is not None:
+                logits.masked_fill_(~counted[rows, None], 0)
             narrow = logits.to(narrow_output.dtype)
             hidden_grad[rows] = narrow @ narrow_output
             if output_grad is None:
@@ -80,15 +95,19 @@ class _NextTokenLoss(torch.autograd.Function):
                 output_grad += narrow.t() @ own_hidden
         saved = None if output_grad is None else output_grad.to(output.dtype)
         ctx.save_for_backward(hidden_grad, saved)
+        if counted is not None:
+            losses.masked_fill_(~counted, 0)
+            nats.masked_fill_(~counted, 0)
         loss, mean_nats = losses.mean(), nats.mean()
         ctx.mark_non_differentiable(mean_nats)
         return loss, mean_nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, output_grad = ctx.saved_tensors
-        return hidden_grad * grad, None if output_grad is None else output_grad * grad, None, None
+        by_output = None if output_grad is None else output_grad * grad
+        return hidden_grad * grad, by_output, None, None, None
 
 
 def _logits(hidden: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.documents import Documents
 from stu.model import FlashSTU
 from stu.tokenizer import read_tokenizer
 from train.callbacks.bad_steps import GuardConfig, StepGuard
@@ -37,7 +38,7 @@ from train.optimizer import (
 )
 from train.parallel.context import divide_sequences
 from train.parallel.fsdp import FsdpStrategy
-from train.record import losses_since_log, result_settings, training_record
+from train.record import RecentLosses, nats_per_target, result_settings, training_record
 from train.throughput import Throughput
 
 
@@ -69,7 +70,7 @@ class FlashSTUModule(L.LightningModule):
         self._samples: list[int] = []  # of the step in progress
         self.config, self.optimizer_config = config, optimizer
         self.model = FlashSTU(config)
-        self._losses: list[Tensor] = []  # of the micro-batches since the last logged step
+        self._losses = RecentLosses()
 
     def result_settings(self, trainer: L.Trainer, data: TokenData) -> dict[str, Any]:
         """Return all settings that a run's results depend on, by name, except its length."""
@@ -104,7 +105,7 @@ class FlashSTUModule(L.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        self._losses = [loss.to(self.device) for loss in self._losses]
+        self._losses.to(self.device)
         if self.is_optimizer_changed:
             step, total_steps = self.trainer.global_step, self.trainer.max_steps
             factor = learning_rate_factor(step, total_steps, self.optimizer_config)
@@ -114,15 +115,16 @@ class FlashSTUModule(L.LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of a micro-batch: its mean in nats per token, plus the z-loss."""
-        tokens = batch["tokens"]  # [B, T + 1]
         # Not in a hook after the step: checkpoints are written before those run.
-        self._data.advance(len(tokens) * self.trainer.world_size // self._data.ranks_per_sample)
-        loss, nats = next_token_loss(*self._predictions(tokens), self.z_loss)
-        self._losses.append(nats)
+        groups = self.trainer.world_size // self._data.ranks_per_sample
+        self._data.advance(len(batch["tokens"]) * groups)
+        counted = self._counted(batch)
+        loss, nats = next_token_loss(*self._predictions(batch), self.z_loss, counted)
+        means = self._losses.add(nats, counted)
         self._samples += batch["sample_ids"].tolist()
         if self._guard.config.loss_jump:
-            mean = self.trainer.strategy.reduce(nats.clone(), reduce_op="mean")
-            if self._guard.is_spike(float(mean)):
+            means = self.trainer.strategy.reduce(means.clone(), reduce_op="mean")
+            if self._guard.is_spike(nats_per_target(means)):
                 return loss * math.nan  # steps whose gradients are not finite are skipped
         return loss
 
@@ -157,7 +159,7 @@ class FlashSTUModule(L.LightningModule):
         if not self._gradient_norm.isfinite():
             file = f"rank-{self.trainer.global_rank:05d}.jsonl"
             folder = Path(self.trainer.default_root_dir) / "skipped"
-            self._guard.count(step, float(self._losses[-1]), self._samples, folder / file)
+            self._guard.count(step, self._losses.last, self._samples, folder / file)
         self._samples = []
         if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_step(step, learning_rate)
@@ -176,12 +178,9 @@ class FlashSTUModule(L.LightningModule):
         return learning_rate
 
     def _log_step(self, step: int, learning_rate: float) -> None:
-        loss = torch.stack(self._losses).mean()
-        if self.trainer.world_size > 1:
-            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
         peak = peak_bytes(self.device, self._resident_before)
         metrics: dict[str, float | Tensor] = {
-            "train/loss": loss,
+            "train/loss": self._losses.take(self.trainer),
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
@@ -189,7 +188,6 @@ class FlashSTUModule(L.LightningModule):
             "train/memory_gib": largest_of_ranks(self.trainer, peak / 2**30)[0],
         }
         self._log(metrics, step)
-        self._losses.clear()
         self._throughput.restart()
 
     def on_validation_epoch_start(self) -> None:
@@ -206,10 +204,13 @@ class FlashSTUModule(L.LightningModule):
         tokens, own = batch["tokens"], self._own
         places = torch.arange(own.start, own.stop, device=tokens.device)
         counted = places < batch["num_targets"][:, None]  # [B, T]
-        hidden, output, targets = self._predictions(tokens)
+        if "counted" in batch:
+            counted &= batch["counted"][:, own]
+        hidden, output, targets = self._predictions(batch)
         nats, hits = token_losses(hidden, output, targets)
         nats, hits, targets = (values.view(counted.shape) for values in (nats, hits, targets))
-        self._validations[dataloader_idx].add(nats, hits, targets, counted)
+        documents = self._documents(batch)
+        self._validations[dataloader_idx].add(nats, hits, targets, counted, documents)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             name = list(self._data.validated)[dataloader_idx]
             texts = sample_texts(self.model, tokens, self._tokenizer, len(self._validations))
@@ -236,22 +237,12 @@ class FlashSTUModule(L.LightningModule):
         checkpoint["stu"] = {**record, **self.run_record}
         groups = parameter_groups(self.model, self.optimizer_config)
         checkpoint["stu"]["parameter_groups"] = [group["params"] for group in groups]
-        checkpoint["stu"]["since_log"] = {
-            "losses": self.trainer.strategy.all_gather(torch.stack(self._losses)).cpu()
-            if self._losses
-            else torch.zeros(0),
-            "micro_batches": self.trainer.accumulate_grad_batches,
-        }
+        checkpoint["stu"]["since_log"] = self._losses.state(self.trainer)
         checkpoint["stu"]["guard"] = self._guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.load_state_dict(checkpoint["stu"].get("guard", {}))
-        self._losses = losses_since_log(
-            checkpoint["stu"].get("since_log", {}),
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            self.trainer.accumulate_grad_batches,
-        )
+        self._losses.load(checkpoint["stu"].get("since_log", {}), self.trainer)
         # Lightning counts micro-batches, and a step may have another number of them than before.
         count = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -278,12 +269,22 @@ class FlashSTUModule(L.LightningModule):
         data: TokenData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
-    def _predictions(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states `[B T, D]` of the T own positions of `tokens`, the output matrix
+    def _predictions(self, batch: Batch | ValidationBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states `[B T, D]` of the T own positions of a batch, the output matrix
         `[V, D]`, and targets `[B T]`."""
-        own = self._own
-        hidden, targets = self.model.hidden(tokens[:, own]), tokens[:, own.start + 1 : own.stop + 1]
+        tokens, own = batch["tokens"], self._own
+        hidden = self.model.hidden(tokens[:, own], documents=self._documents(batch))
+        targets = tokens[:, own.start + 1 : own.stop + 1]
         return hidden.flatten(0, 1), self.model.embedding.weight, targets.flatten()
+
+    def _documents(self, batch: Batch | ValidationBatch) -> Documents | None:
+        lengths = batch.get("document_lengths")
+        return None if lengths is None else Documents(lengths, batch["tokens"].device)
+
+    def _counted(self, batch: Batch | ValidationBatch) -> Tensor | None:
+        """Return whether each target of the own positions counts, `[B T]`; None if all do."""
+        counted = batch.get("counted")
+        return None if counted is None else counted[:, self._own].flatten()
 
     def _log(self, metrics: Mapping[str, float | Tensor], step: int) -> None:
         """Log metrics that are equal on all ranks.

@@ -65,22 +65,64 @@ def training_record(
     }
 
 
-def losses_since_log(
-    saved: Mapping[str, Any], rank: int, num_ranks: int, micro_batches: int
-) -> list[Tensor]:
-    """Return the losses since the last logged step, for `rank` to continue with.
+class RecentLosses:
+    """Losses of the micro-batches since the last logged step."""
 
-    Args:
-        saved: Losses of all ranks, and micro-batches per step, in the checkpoint; may be empty.
-        rank: Rank of this process.
-        num_ranks: Number of ranks.
-        micro_batches: Micro-batches per step.
-    """
-    if not saved or not saved["losses"].numel():
-        return []
-    losses = saved["losses"].view(-1, saved["losses"].shape[-1])  # [ranks, n]
-    if (len(losses), saved["micro_batches"]) == (num_ranks, micro_batches):
-        return list(losses[rank])
-    # Every step weighs the same, whether it has few or many micro-batches.
-    by_step = losses.mean(0).view(-1, saved["micro_batches"]).mean(1)
-    return list(by_step.repeat_interleave(micro_batches))
+    def __init__(self) -> None:
+        self._means: list[Tensor] = []  # [2]: nats, and targets that count, per target
+
+    def add(self, nats: Tensor, counted: Tensor | None) -> Tensor:
+        """Add a micro-batch, and return `[2]`: nats and targets that count, both per target.
+
+        Args:
+            nats: Mean over all targets, of which those that do not count have none.
+            counted: Whether each target counts; None if all do.
+        """
+        share = torch.ones_like(nats) if counted is None else counted.to(nats.dtype).mean()
+        self._means.append(torch.stack([nats, share]))
+        return self._means[-1]
+
+    @property
+    def last(self) -> float:
+        """Nats per target that counts in the last micro-batch."""
+        return nats_per_target(self._means[-1])
+
+    def take(self, trainer: L.Trainer) -> float:
+        """Return nats per target that counts, over all ranks, and forget them; collective."""
+        means = torch.stack(self._means).mean(0)
+        self._means.clear()
+        if trainer.world_size > 1:
+            means = trainer.strategy.reduce(means, reduce_op="mean")
+        return nats_per_target(means)
+
+    def to(self, device: torch.device) -> None:
+        """Move them to a device."""
+        self._means = [means.to(device) for means in self._means]
+
+    def state(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Return the losses of all ranks, for a checkpoint; collective."""
+        means = torch.zeros(0)
+        if self._means:
+            means = trainer.strategy.all_gather(torch.stack(self._means)).cpu()
+        return {"means": means, "micro_batches": trainer.accumulate_grad_batches}
+
+    def load(self, saved: Mapping[str, Any], trainer: L.Trainer) -> None:
+        """Continue from the result of `state`, which may be empty, on this rank."""
+        means = saved.get("means", torch.zeros(0))
+        if "losses" in saved:  # of a version in which all targets counted
+            means = torch.stack([saved["losses"], torch.ones_like(saved["losses"])], dim=-1)
+        if not means.numel():
+            return
+        means = means.view(-1, *means.shape[-2:])  # [ranks, n, 2]
+        micro_batches = trainer.accumulate_grad_batches
+        if (len(means), saved["micro_batches"]) == (trainer.world_size, micro_batches):
+            self._means = list(means[trainer.global_rank])
+            return
+        # Every step weighs the same, whether it has few or many micro-batches.
+        by_step = means.mean(0).view(-1, saved["micro_batches"], 2).mean(1)
+        self._means = list(by_step.repeat_interleave(micro_batches, dim=0))
+
+
+def nats_per_target(means: Tensor) -> float:
+    """Return the nats of each target that counts. means: result of `RecentLosses.add`."""
+    return float(means[0] / means[1])

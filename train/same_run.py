@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from stu.common.errors import UserError
 from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.resume import say
-from train.data.loader import TokenData
+from train.data.loader import BEFORE_DOCUMENTS, TokenData
 from train.module import FlashSTUModule
 from train.record import DATA, MODEL, OPTIMIZER, SAMPLES
 from train.start.provenance import changes_since
@@ -57,7 +57,8 @@ def saved_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with which a checkpoint was written; old checkpoints lack some."""
     record = checkpoint["stu"]
     if "settings" in record:
-        return {OPTIMIZER_NAME: "adamw", **record["settings"]}
+        rows = {DATA + name: value for name, value in BEFORE_DOCUMENTS.items()}
+        return {OPTIMIZER_NAME: "adamw", **rows, **record["settings"]}
     data = {name: value for name, value in checkpoint["TokenData"].items() if name != "position"}
     groups = ((MODEL, record["model_config"]), (OPTIMIZER, record["optimizer"]), (DATA, data))
     return {prefix + name: value for prefix, values in groups for name, value in values.items()}

@@ -53,6 +53,28 @@ def test_a_frozen_output_matrix_has_no_gradient():
     assert torch.equal(hidden.grad, expected)
 
 
+@pytest.mark.parametrize("z_weight", [0.0, 1e-2])
+def test_targets_that_do_not_count(monkeypatch, z_weight):
+    monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 31 * 3)
+    hidden, output, targets = inputs(20, 31)
+    counted = torch.arange(20) % 3 > 0
+    expected, expected_nats = plain(hidden[counted], output, targets[counted], z_weight)
+    share = counted.double().mean()
+    (expected * share).backward()
+    grads = hidden.grad.clone(), output.grad.clone()
+    hidden.grad = output.grad = None
+    loss, nats = next_token_loss(hidden, output, targets, z_weight, counted)
+    loss.backward()
+    torch.testing.assert_close(loss, expected * share)
+    torch.testing.assert_close(nats, expected_nats * share)
+    for actual, wanted in zip((hidden.grad, output.grad), grads, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-14)
+    every = next_token_loss(hidden, output, targets, z_weight, torch.ones(20, dtype=torch.bool))
+    assert torch.equal(every[0], next_token_loss(hidden, output, targets, z_weight)[0])
+    loss, nats = next_token_loss(hidden, output, targets, z_weight, torch.zeros_like(counted))
+    assert loss == nats == 0
+
+
 def test_losses_and_hits_of_each_token(monkeypatch):
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 31 * 3)
     hidden, output, targets = inputs(20, 31)

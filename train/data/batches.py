@@ -6,15 +6,22 @@ from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from train.data.order import SampleOrder
+from train.data.rows.packing import PackedRows
 from train.data.shards import TokenShards
 
 
-class Batch(TypedDict):
+class Rows(TypedDict, total=False):
+    """Parts of a micro-batch that it has only if documents are kept apart or packed."""
+
+    counted: Tensor  # bool [micro_batch_size, seq_len], whether a target counts
+    document_lengths: list[list[int]]  # inputs of each document of each row, to keep them apart
+
+
+class Batch(Rows):
     """Micro-batch for training. Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`."""
 
     tokens: Tensor  # int64 [micro_batch_size, seq_len + 1]
@@ -23,7 +30,7 @@ class Batch(TypedDict):
     )
 
 
-class ValidationBatch(TypedDict):
+class ValidationBatch(Rows):
     """Micro-batch for validation. Only the first `num_targets` targets of a sequence count."""
 
     tokens: Tensor  # int64 [micro_batch_size, seq_len + 1], padded with 0
@@ -36,11 +43,39 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """Return the number of samples in an epoch."""
 
-    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
-        """Return what a batch holds of a sample, in arrays of the same shapes for all samples.
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return what a batch holds of a sample, in arrays of the same shapes for all samples, or
+        in lists.
 
         `tokens` are int64, `[seq_len + 1]`.
         """
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Boundaries between the documents of a row."""
+
+    are_kept: bool = False
+    """Whether documents are kept apart."""
+    mark: int | None = None
+    """First token of every document. As a target, it says that the document before it ends.
+    Without a mark, the first token of a document is no target where documents are kept apart."""
+
+    def describe(
+        self, shards: TokenShards, start: int, count: int, row_tokens: int
+    ) -> dict[str, Any]:
+        """Return what a batch holds of a row besides its tokens, for `count` inputs from `start` on
+        and padding."""
+        if not self.are_kept:
+            return {}
+        padding = [row_tokens - count] if count < row_tokens else []
+        lengths = shards.documents.lengths(start, start + count) if count else []
+        found: dict[str, Any] = {"document_lengths": lengths + padding}
+        if self.mark is None:
+            counted = np.ones(row_tokens, dtype=np.bool_)
+            counted[shards.documents.between(start + 1, start + count + 1) - start - 1] = False
+            found["counted"] = counted
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,13 +88,61 @@ class Windows:
 
     shards: TokenShards
     seq_len: int
+    boundaries: Boundaries = Boundaries()
 
     def __len__(self) -> int:
         return max(0, (len(self.shards) - 1) // self.seq_len)
 
-    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
-        start = number * self.seq_len
-        return {"tokens": self.shards.read(start, start + self.seq_len + 1)}
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        start, length = number * self.seq_len, self.seq_len
+        tokens = self.shards.read(start, start + length + 1)
+        return {"tokens": tokens, **self.boundaries.describe(self.shards, start, length, length)}
+
+
+class PackedDocuments:
+    """Samples that hold whole documents, where they fit, and padding.
+
+    Targets count as in `Windows`; those of padding do not.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, boundaries: Boundaries) -> None:
+        self._shards, self._seq_len, self._boundaries = shards, seq_len, boundaries
+        self._rows = PackedRows(shards.documents, seq_len)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        mark, seq_len = self._boundaries.mark, self._seq_len
+        tokens = np.full(seq_len + 1, mark or 0, dtype=np.int64)
+        counted = np.zeros(seq_len, dtype=np.bool_)
+        lengths, place = [], 0
+        for start, count in self._rows[number]:
+            end = place + count
+            # With the token after it, which is the next document's mark unless a cut is there.
+            after = self._shards.read(start, min(start + count + 1, len(self._shards)))
+            tokens[place : place + len(after)] = after
+            stop = start + count
+            is_cut = stop < len(self._shards) and not len(
+                self._shards.documents.between(stop, stop + 1)
+            )
+            counted[place : end - 1] = True
+            counted[end - 1] = is_cut or mark is not None
+            lengths.append(count)
+            place = end
+        if place < seq_len:
+            tokens[place:] = mark or 0
+            lengths.append(seq_len - place)
+        sample: dict[str, Any] = {"tokens": tokens, "counted": counted}
+        return sample | ({"document_lengths": lengths} if self._boundaries.are_kept else {})
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return rows as a batch."""
+    return {
+        key: values if isinstance(values[0], list) else torch.from_numpy(np.stack(values))
+        for key, values in ((key, [row[key] for row in rows]) for key in rows[0])
+    }
 
 
 @dataclass(eq=False)
@@ -90,7 +173,7 @@ class SampleStream(IterableDataset[Batch]):
                 self.sources[source][number]
                 for source, number in zip(sources.tolist(), numbers.tolist(), strict=True)
             ]
-            batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+            batch = collate(rows)
             batch["sample_ids"] = torch.from_numpy(offsets[sources] + numbers)
             yield cast(Batch, batch)
             first += self.world_size * self.micro_batch_size
@@ -114,6 +197,7 @@ class ValidationSet:
     max_tokens: int
     rank: int = 0
     world_size: int = 1
+    boundaries: Boundaries = Boundaries()
 
     @property
     def num_targets(self) -> int:
@@ -129,15 +213,13 @@ class ValidationSet:
         m = self.micro_batch_size
         for batch in range(len(self)):
             first = (batch * self.world_size + self.rank) * m
-            tokens = np.zeros((m, self.seq_len + 1), dtype=np.int64)
-            num_targets = np.zeros(m, dtype=np.int64)
-            for i in range(m):
-                start = (first + i) * self.seq_len
-                count = min(self.seq_len, self.num_targets - start)
-                if count > 0:
-                    tokens[i, : count + 1] = self.shards.read(start, start + count + 1)
-                    num_targets[i] = count
-            yield {
-                "tokens": torch.from_numpy(tokens),
-                "num_targets": torch.from_numpy(num_targets),
-            }
+            yield cast(ValidationBatch, collate([self._row(first + i) for i in range(m)]))
+
+    def _row(self, window: int) -> dict[str, Any]:
+        tokens = np.zeros(self.seq_len + 1, dtype=np.int64)
+        start = window * self.seq_len
+        count = max(0, min(self.seq_len, self.num_targets - start))
+        if count:
+            tokens[: count + 1] = self.shards.read(start, start + count + 1)
+        others = self.boundaries.describe(self.shards, start, count, self.seq_len)
+        return {"tokens": tokens, "num_targets": np.int64(count), **others}

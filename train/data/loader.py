@@ -3,15 +3,31 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 
 from stu.common.errors import UserError
-from train.data.batches import Samples, SampleStream, ValidationSet, Windows
+from stu.tokenizer import read_tokenizer
+from train.data.batches import (
+    Boundaries,
+    PackedDocuments,
+    Samples,
+    SampleStream,
+    ValidationSet,
+    Windows,
+)
 from train.data.mixture import Source, fingerprint, open_sources
 from train.data.order import SampleOrder
+from train.data.rows.packing import shares_of_cutting, shares_of_packing
+from train.data.rows.starts import starts_file
 from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases
+
+BEFORE_DOCUMENTS = {"documents": "together", "packing": "cut"}
+"""Values in `TokenData.identity` of checkpoints that lack them."""
+MOST_DOCUMENTS = 100_000
+"""Documents of a source by which `TokenData.row_notes` judges."""
 
 
 class TokenData(L.LightningDataModule):
@@ -29,6 +45,10 @@ class TokenData(L.LightningDataModule):
             mixture.
         curriculum: Other weights for parts of the run, each up to a step, in order, as in
             `[{until_step: 1000, weights: {web: 1}}]`; `weights` follow.
+        documents: `together`: tokens see all that precedes them in their sample. `apart`: they see
+            nothing of other documents.
+        packing: `cut`: samples follow each other in the text, and cut documents where they end.
+            `best_fit`: samples hold whole documents, where these fit, and padding, which is little.
 
     Raises UserError if a value is not allowed, or the folder is damaged or has less than a sample.
     """
@@ -42,6 +62,8 @@ class TokenData(L.LightningDataModule):
         max_validation_tokens: int = 1_000_000,
         weights: dict[str, float] | None = None,
         curriculum: list[Part] | None = None,
+        documents: Literal["together", "apart"] = "together",
+        packing: Literal["cut", "best_fit"] = "cut",
     ) -> None:
         super().__init__()
         for name, value in [
@@ -67,13 +89,29 @@ class TokenData(L.LightningDataModule):
         """Samples consumed so far, over all ranks, sources and epochs."""
         self._resumed_position, self._resumed_step = 0, 0
         self._past: list[Phase] = []  # phases in the checkpoint that the run continues from
-        self._samples = {source.name: self._cut(source) for source in self.sources}
+        self.documents, self.packing = documents, packing
+        self._boundaries = self._find_boundaries()
+        self._samples = {source.name: self._divide(source) for source in self.sources}
         self._require_samples()
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples of all sources."""
         return sum(map(len, self._samples.values()))
+
+    def row_notes(self) -> list[str]:
+        """Return a line for each source on what its samples do to documents, in either packing, by
+        the first of its documents. Sources of an older stu-prepare have none."""
+        notes = []
+        for source in self.sources:
+            files = (source.train.folder / shard.file for shard in source.train.split.shards)
+            if all(starts_file(path).exists() for path in files):
+                starts = source.train.documents
+                bounds = starts.at(np.arange(min(MOST_DOCUMENTS, len(starts)) + 1))
+                cut = shares_of_cutting(bounds - bounds[0], self.seq_len)
+                packed = shares_of_packing(bounds, self.seq_len)
+                notes.append(f"data.packing{source.label}: cut: {cut}; best_fit: {packed}")
+        return notes
 
     def num_samples(self, name: str) -> int:
         """Return the number of samples of a source."""
@@ -130,7 +168,14 @@ class TokenData(L.LightningDataModule):
         tokens = max(1, self.max_validation_tokens // len(sources))
         ranks = self._rank_and_world_size()
         return [
-            ValidationSet(source.validation, self.seq_len, self.micro_batch_size, tokens, *ranks)
+            ValidationSet(
+                source.validation,
+                self.seq_len,
+                self.micro_batch_size,
+                tokens,
+                *ranks,
+                self._boundaries,
+            )
             for source in sources
         ]
 
@@ -147,6 +192,7 @@ class TokenData(L.LightningDataModule):
         Weights that differ from the checkpoint's hold from there on. Raises UserError if its run
         had another order of samples, unless that is accepted.
         """
+        state_dict = BEFORE_DOCUMENTS | state_dict
         for name, value in self.identity().items():
             if state_dict.get(name, value) != value and name not in self.accepted_changes:
                 raise UserError(
@@ -167,6 +213,8 @@ class TokenData(L.LightningDataModule):
             "tokenizer_sha256": self.tokenizer_sha256,
             "num_tokens": sum(len(source.train) for source in self.sources),
             "contents": self._fingerprint,
+            "documents": self.documents,
+            "packing": self.packing,
         }
         mixture = {"weights": self.weights, "curriculum": self._curriculum}
         return values | mixture if self.is_mixture else values
@@ -181,9 +229,20 @@ class TokenData(L.LightningDataModule):
     def _fingerprint(self) -> str:
         return fingerprint(self.sources)
 
-    def _cut(self, source: Source) -> Samples:
+    def _divide(self, source: Source) -> Samples:
         """Return the samples of a source; each kind of sample has its class."""
-        return Windows(source.train, self.seq_len)
+        if self.packing == "best_fit":
+            return PackedDocuments(source.train, self.seq_len, self._boundaries)
+        return Windows(source.train, self.seq_len, self._boundaries)
+
+    def _find_boundaries(self) -> Boundaries:
+        if (self.documents, self.packing) == ("together", "cut"):
+            return Boundaries()
+        marks = read_tokenizer(self.tokenizer_path).start_ids
+        for source in self.sources:
+            for shards in (source.train, source.validation):
+                _ = shards.documents  # raises if it is not known where they begin
+        return Boundaries(self.documents == "apart", marks[0] if marks else None)
 
     def _set_weights(self, weights: dict[str, float] | None, curriculum: Sequence[Part]) -> None:
         if not self.is_mixture and (weights or curriculum):
@@ -212,7 +271,8 @@ class TokenData(L.LightningDataModule):
         parts = [self.weights, *(part["weights"] for part in self._curriculum)]
         for source in self.sources:
             is_read = any(source.name in part for part in parts)
-            if is_read and not len(self._samples[source.name]):
+            least = self.seq_len + 1 if self.packing == "cut" else 1
+            if is_read and len(source.train) < least:
                 raise UserError(
                     "data.seq_len",
                     self.seq_len,

@@ -20,6 +20,7 @@ from stu.common.errors import UserError
 from stu.common.files import fsync
 from train.data.reading.remote import InputFile, size_of
 from train.data.reading.skipped import SKIPPED_FILE, join_lists
+from train.data.rows.starts import starts_file
 from train.data.shards import INDEX_FILE, Index, Split, shard_file
 
 COMMON_FILE = "parts.json"
@@ -73,6 +74,8 @@ class Parts:
                 for shard in Index.load(self.path(number)).splits[name].shards
             ]
             for source, shard in zip(sources, split.shards, strict=True):
+                if starts_file(source).exists():
+                    _move(starts_file(source), starts_file(self.folder / shard.file))
                 _move(source, self.folder / shard.file)
         lists = [self.path(number) / SKIPPED_FILE for number in range(self.count)]
         join_lists([path for path in lists if path.exists()], self.folder / SKIPPED_FILE)

@@ -7,6 +7,7 @@ DIR/parts.json                 settings that all parts had in common, if it was 
 DIR/skipped.jsonl              the first rows that could not be read (`--on-error skip`)
 DIR/train-00000.bin ...        documents, each BOS tokens EOS, as little-endian unsigned integers;
                                without EOS if that is the same token as BOS
+DIR/train-00000.starts ...     where documents begin in them (`train.data.rows.starts`)
 DIR/validation-00000.bin ...
 ```
 """
@@ -15,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +25,8 @@ from numpy.typing import NDArray
 
 from stu.common.errors import UserError
 from stu.common.files import new_file
-from stu.tokenizer import files_sha256, find_tokenizer, tokenizer_files
+from stu.tokenizer import files_sha256, find_tokenizer, read_tokenizer, tokenizer_files
+from train.data.rows.starts import DocumentStarts, write_starts
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
@@ -136,6 +139,7 @@ class SplitWriter:
         self._num_bytes = 0
         self._shards: list[Shard] = []
         self._file: BinaryIO | None = None
+        self._starts: list[int] = []  # of documents in the last shard
         self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> "SplitWriter":
@@ -158,6 +162,8 @@ class SplitWriter:
         self._sha256.update(contents)
         self._num_bytes += num_bytes
         last = self._shards[-1]
+        if starts:
+            self._starts.append(last.num_tokens)
         num_documents = last.num_documents + starts
         self._shards[-1] = Shard(last.file, last.num_tokens + len(tokens), num_documents)
 
@@ -173,10 +179,11 @@ class SplitWriter:
             self._file.close()
             checksum = self._sha256.hexdigest()
             self._shards[-1] = dataclasses.replace(self._shards[-1], sha256=checksum)
+            write_starts(self._folder / self._shards[-1].file, self._starts)
 
     def _next_shard(self) -> None:
         self._finish_shard()
-        self._sha256 = hashlib.sha256()
+        self._starts, self._sha256 = [], hashlib.sha256()
         name = shard_file(self._split, len(self._shards))
         self._file = (self._folder / name).open("wb", buffering=WRITE_BUFFER_BYTES)
         self._shards.append(Shard(name, 0, 0))
@@ -228,6 +235,14 @@ class TokenShards:
             filled += len(found)
             shard += 1
         return tokens
+
+    @cached_property
+    def documents(self) -> DocumentStarts:
+        """Where documents begin; raises UserError if that cannot be told."""
+        paths = [self.folder / shard.file for shard in self.split.shards]
+        counts = [shard.num_documents for shard in self.split.shards]
+        tokenizer = partial(read_tokenizer, self.tokenizer_path)
+        return DocumentStarts.open(paths, self._shards, counts, tokenizer)
 
     def fingerprint(self) -> str:
         """Return a hash of the checksums in the index and of samples of tokens from all files.

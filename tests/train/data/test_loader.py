@@ -1,7 +1,7 @@
 """Each rank gets its samples in one order that does not depend on the number of ranks."""
 
 import math
-from itertools import islice
+from itertools import islice, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from stu.common.errors import UserError
 from tests.train.token_shards import write_token_shards
-from train.data.batches import SampleStream, ValidationSet, Windows
+from train.data.batches import (
+    Boundaries,
+    PackedDocuments,
+    SampleStream,
+    ValidationSet,
+    Windows,
+)
 from train.data.loader import TokenData
 from train.data.order import SampleOrder
 from train.data.shards import TokenShards
@@ -154,12 +160,17 @@ def test_state_is_the_position_and_the_values_it_depends_on(folder):
         "tokenizer_sha256": data.tokenizer_sha256,
         "num_tokens": 1000,
         "contents": TokenShards(folder, "train").fingerprint(),
+        "documents": "together",
+        "packing": "cut",
     }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 4), ("seq_len", 16), ("num_tokens", 7), ("contents", "0"), ("tokenizer_sha256", "0")],
+    [
+        *(("seed", 4), ("seq_len", 16), ("num_tokens", 7), ("contents", "0")),
+        *(("tokenizer_sha256", "0"), ("documents", "apart"), ("packing", "best_fit")),
+    ],
 )
 def test_a_position_of_another_order_is_refused(folder, name, value):
     data = _data(folder)
@@ -173,3 +184,82 @@ def test_a_position_of_another_order_is_refused(folder, name, value):
 def test_settings_are_checked(folder, name):
     with pytest.raises(UserError, match=f"^data.{name}=0 .* must be at least 1"):
         _data(folder, **{name: 0})
+
+
+MARK = 2000
+APART = Boundaries(are_kept=True)
+MARKED = Boundaries(are_kept=True, mark=MARK)
+
+
+def lengths_of(bounds, start, stop):
+    """Tokens of each document between two places."""
+    inner = [bound for bound in bounds if start < bound < stop]
+    return [b - a for a, b in pairwise([start, *inner, stop])]
+
+
+@pytest.mark.parametrize("boundaries", [Boundaries(), MARKED, APART])
+def test_windows_say_which_documents_they_hold(folder, boundaries):
+    samples, bounds = Windows(TokenShards(folder, "train"), 8, boundaries), range(0, 1001, 7)
+    for number in range(len(samples)):
+        sample, start = samples[number], 8 * number
+        assert sample["tokens"].tolist() == list(range(start, start + 9))
+        if boundaries.are_kept:
+            assert sample["document_lengths"] == lengths_of(bounds, start, start + 8)
+        if boundaries is APART:  # the token after a document is the next one's text
+            expected = [place not in bounds for place in range(start + 1, start + 9)]
+            assert sample["counted"].tolist() == expected
+        assert len(sample) == 1 + boundaries.are_kept + (boundaries is APART)
+
+
+@pytest.mark.parametrize("seq_len", [5, 7, 8, 20, 2000])
+@pytest.mark.parametrize("boundaries", [Boundaries(mark=MARK), MARKED, APART])
+def test_packed_documents_are_whole_and_every_target_counts_once(folder, boundaries, seq_len):
+    samples = PackedDocuments(TokenShards(folder, "train"), seq_len, boundaries)
+    bounds, inputs, targets, ends = [*range(0, 1000, 7), 1000], [], [], 0
+    for number in range(len(samples)):
+        sample = samples[number]
+        tokens, counted = sample["tokens"].tolist(), sample["counted"].tolist()
+        assert (len(tokens), len(counted)) == (seq_len + 1, seq_len)
+        lengths = sample.get("document_lengths", [])
+        assert sum(lengths) == (seq_len if boundaries.are_kept else 0)
+        stops = [sum(lengths[:n]) for n in range(1, len(lengths) + 1)]
+        for place, counts in enumerate(counted):
+            before, after = tokens[place : place + 2]
+            if before == (boundaries.mark or 0) and not counts:
+                continue  # padding
+            inputs.append(before)
+            is_end = before + 1 in bounds
+            assert counts == (not is_end or boundaries.mark is not None)
+            assert not is_end or not lengths or place + 1 in stops
+            ends += is_end and counts
+            if counts and not is_end:
+                assert after == before + 1
+                assert place + 1 not in stops or place + 1 == seq_len  # where a cut is
+                targets.append(after)
+    assert sorted(targets) == [place for place in range(1000) if place not in bounds]
+    assert sorted(inputs) == list(range(1000))
+    assert ends == (143 if boundaries.mark else 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seq_len=st.integers(1, 60), m=sizes, world_size=sizes, max_tokens=st.integers(1, 120))
+def test_validation_says_which_documents_it_holds(folder, seq_len, m, world_size, max_tokens):
+    shards, bounds = TokenShards(folder, "validation"), range(0, 100, 7)
+    for rank in range(world_size):
+        for batch in ValidationSet(shards, seq_len, m, max_tokens, rank, world_size, APART):
+            counts = batch["num_targets"].tolist()
+            for i, count in enumerate(counts):
+                lengths, counted = batch["document_lengths"][i], batch["counted"][i]
+                start = int(batch["tokens"][i, 0])
+                padding = [seq_len - count] if count < seq_len else []
+                expected = lengths_of(bounds, start, start + count) if count else []
+                assert lengths == expected + padding
+                targets = range(start + 1, start + count + 1)
+                assert counted[:count].tolist() == [place not in bounds for place in targets]
+
+
+def test_checkpoints_of_before_kept_documents_together(folder):
+    data = _data(folder)
+    state = data.state_dict()
+    del state["documents"], state["packing"]
+    data.load_state_dict(state)

@@ -20,7 +20,8 @@ from train.data.config import PrepareConfig
 from train.data.lock_file import LockFile
 from train.data.parts import Parts, files_of_part
 from train.data.prepare import prepare, prepare_part
-from train.data.shards import Index
+from train.data.rows.packing import all_bounds
+from train.data.shards import Index, TokenShards
 
 COUNT = 3
 QUICK = {"vocab_size": 320, "validation_fraction": 0.2, "workers": 1, "shard_tokens": 500}
@@ -72,8 +73,14 @@ def _assert_equal(output, whole):
     for name, split in index.splits.items():
         expected.splits[name] = dataclasses.replace(expected.splits[name], shards=split.shards)
     assert index == expected
-    named = {shard.file for split in index.splits.values() for shard in split.shards}
-    assert {path.name for path in output.iterdir()} == named | {model, "index.json", "parts.json"}
+    for name in index.splits:
+        starts, expected_starts = (
+            all_bounds(TokenShards(f, name).documents) for f in (output, whole)
+        )
+        assert starts.tolist() == expected_starts.tolist()
+    named = {Path(shard.file).stem for split in index.splits.values() for shard in split.shards}
+    files = {f"{name}{suffix}" for name in named for suffix in (".bin", ".starts")}
+    assert {path.name for path in output.iterdir()} == files | {model, "index.json", "parts.json"}
     assert {path.name for path in output.parent.iterdir()} == {output.name, f"{output.name}.lock"}
 
 

@@ -90,6 +90,17 @@ def test_other_ranks_and_stages_continue_a_run(run, whole, runs, tmp_path, saved
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [slow(stage) for stage in (None, 1, 3, "fsdp")])
+def test_documents_apart_and_packed_equal_one_process(run, run_alone, tmp_path, stage):
+    """Though ranks have other numbers of targets that count."""
+    more = "--data.documents=apart", "--data.packing=best_fit", "--data.seq_len=24"
+    alone, folder = run_alone(tmp_path / "alone", *more), run(tmp_path / "run", 2, stage, *more)
+    assert_close(end(folder), end(alone))
+    for name in ("train/loss", "train/grad_norm", "val/bits_per_byte"):
+        expected, actual = report.read_curves(alone)[name], report.read_curves(folder)[name]
+        assert actual[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-9)
+
+
 @pytest.mark.parametrize("stage", [3, *map(slow, (None, 0, 1, 2, "fsdp"))])
 def test_lion_trains_and_resumes_bit_for_bit(run, run_alone, tmp_path, stage):
     """Ranks nearly agree with one process: rounding changes the signs of few gradients near 0."""

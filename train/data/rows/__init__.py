@@ -1,0 +1,1 @@
+"""Documents in rows: where they begin, and how they are packed."""
