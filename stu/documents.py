@@ -6,6 +6,7 @@ whole sequences then needs no mask, does no work for the rest of the row, and re
 other documents.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Documents:
     def __init__(
         self, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> None:
+        _leave_uncompiled()
         tokens = np.array([length for row in lengths for length in row], dtype=np.int64)
         (num_tokens,) = {sum(row) for row in lengths}
         assert tokens.min() > 0, "every document has tokens"
@@ -54,7 +56,6 @@ class Documents:
         self.bounds = torch.from_numpy(bounds).to(device)
         """Place in `B T` at which each document starts, and the end: int32 `[documents + 1]`."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else compiled for each batch
     def apply(
         self, function: Callable[..., Tensor], sequences: Sequence[Tensor], *others: Any
     ) -> Tensor:
@@ -76,6 +77,15 @@ class Documents:
         ]
         gathered: Tensor = _Gathered.apply(torch.cat(mixed), slots)  # type: ignore[no-untyped-call]
         return gathered.view(*self.shape, *gathered.shape[1:])
+
+
+@functools.cache
+def _leave_uncompiled() -> None:
+    """Keep torch.compile out of `Documents.apply`, which it would compile anew for each batch.
+
+    This imports the compiler, which takes a second and is not for those who keep nothing apart.
+    """
+    Documents.apply = torch.compiler.disable(Documents.apply)  # type: ignore[method-assign, no-untyped-call]
 
 
 def padded_length(length: int) -> int:
