@@ -10,7 +10,7 @@ import torch
 
 from tests import forked
 from tests.train.conftest import parallel, slow
-from tests.train.saved import assert_close, checkpoint, load_checkpoint
+from tests.train.saved import assert_close, checkpoint, load_checkpoint, losses
 from train import report
 
 STEPS, SAVED = 6, 3
@@ -98,6 +98,30 @@ def test_full_form_equals_one_process(run, wholes, tmp_path):
     form = "--model.config.stu_form=full"
     folder = run(tmp_path / "run", 4, 2, 2, "stu", form)
     assert_equal_runs(folder, wholes("stu", form))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_compiled_blocks_exchange_too(run, wholes, tmp_path, recomputes):
+    more = "--parallel.compile=true", f"--parallel.checkpoint_activations={str(recomputes).lower()}"
+    folder = run(tmp_path / "run", 2, 2, None, "hybrid", *more)
+    assert_equal_runs(folder, wholes("hybrid"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+@pytest.mark.parametrize("stage", [None, 3, "fsdp"])
+def test_bfloat16_exchanges_rounded_tensors(run, wholes, tmp_path, stage, layout):
+    half = "--trainer.precision=bf16-mixed"
+    folder = run(tmp_path / "run", 2, 2, stage, layout, half)
+    assert losses(folder) == pytest.approx(losses(wholes(layout)), rel=0.02)
+
+
+@pytest.mark.slow
+def test_muon_takes_the_same_steps(run, wholes, tmp_path):
+    more = "--model.optimizer.name=muon", "--model.optimizer.learning_rate=1e-3"
+    folder = run(tmp_path / "run", 4, 2, 1, "hybrid", *more)
+    assert losses(folder) == pytest.approx(losses(wholes("hybrid", *more)), rel=1e-5)
 
 
 @pytest.mark.parametrize("recomputes", [True, slow(False)])
