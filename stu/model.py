@@ -204,7 +204,12 @@ class FlashSTU(nn.Module):
 
 
 def check_divides_sequences(config: ModelConfig, num_slices: int) -> None:
-    """Raise UserError, naming the mixer, if one cannot compute slices of sequences."""
+    """Raise UserError, naming it, if a mixer cannot compute slices of sequences, or if they are
+    more than the channels that they may be exchanged for."""
+    if num_slices > config.width:
+        raise UserError(
+            "parallel.context", num_slices, f"at most model.config.width={config.width}"
+        )
     for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
         if not mixer.divides_sequences:
             raise UserError(

@@ -12,7 +12,7 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.documents import Documents
 from stu.mixers import LastInputs, Mixer
-from stu.model import FlashSTU
+from stu.model import FlashSTU, check_divides_sequences
 from stu.slices import states
 from stu.slices.convolution import all_channels, all_positions
 from stu.slices.ranks import with_earlier
@@ -239,6 +239,7 @@ def test_sequences_may_not_be_longer_than_the_context():
         own.divide_sequences(ranks)
         with pytest.raises(UserError, match="98 tokens exceeds max_seq_len=96"):
             own.hidden(torch.zeros(1, 49, dtype=torch.int64))
+        assert copy.deepcopy(own).slices is ranks
         with own.whole_sequences():
             whole = own.hidden(torch.zeros(1, 49, dtype=torch.int64))
         assert own.slices is ranks
@@ -266,6 +267,11 @@ def test_mixer_that_needs_whole_sequences_is_refused_by_name(monkeypatch):
     model = make_model("needs_all", "")
     with pytest.raises(UserError, match="it must be 1 with the mixer needs_all"):
         in_threads(2, lambda ranks: model.divide_sequences(ranks))
+
+
+def test_more_slices_than_channels_are_refused():
+    with pytest.raises(UserError, match=r"at most model\.config\.width=20"):
+        check_divides_sequences(CONFIG, 21)
 
 
 def test_documents_are_not_kept_apart_in_slices():
