@@ -128,12 +128,15 @@ class TrainCLI(LightningCLI):
 
     @rank_zero_only
     def save_settings(self) -> None:
-        """Write `config.yaml`, with which the run can be repeated or resumed."""
+        """Write `config.yaml`, with which the run can be repeated or resumed, and begin to log."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         settings = self.config.clone()
         settings.resume = settings.allow_change = None
         with new_file(self.run_dir / "config.yaml") as temporary:
             temporary.write_text(self.parser.dump(settings), encoding="utf-8")
+        loggers: list[Any] = self.trainer.loggers
+        for logger in loggers:
+            logger.start(flatten(self.config.as_dict()))
 
     def _make_trainer(self, step: int, **kwargs: Any) -> L.Trainer:
         settings, run_dir = self.config_init, self.run_dir
@@ -152,12 +155,13 @@ class TrainCLI(LightningCLI):
         ]
         if settings.log_samples:
             self.trainer_defaults["callbacks"].append(SampleLog(run_dir / "samples"))
+        names = settings.logger if is_first_rank(self.launch) else []
         plugins: list[Any] = [FolderIO(self.writer)]
         if self.launch.kind != "alone":
             plugins.append(self.launch.environment())
         trainer = super().instantiate_trainer(
             default_root_dir=run_dir,
-            logger=make_loggers(settings.logger, run_dir, step + 1),
+            logger=make_loggers(names, run_dir, step + 1),
             strategy=self.strategy,
             plugins=plugins,
             **FORCED,
