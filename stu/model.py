@@ -22,6 +22,7 @@ from stu.mixers import (
     make_mixer,
     planned_mixers,
 )
+from stu.quantization import ByteWeights
 from stu.slices.ranks import SliceRanks
 
 
@@ -40,8 +41,8 @@ class FlashSTU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.weights: Weights = "float"
-        """Format of the matrices in the model directory that the model comes from."""
+        self.weights: Weights | ByteWeights = "float"
+        """Format in which the engine decodes by default."""
         self.slices: SliceRanks | None = None
         """Ranks among which sequences are divided; None if each is whole."""
         # On the meta device, nn.Embedding would import torch._dynamo to initialise this: 1.3 s.

@@ -70,14 +70,21 @@ def save_model(
         others: Contents of other files by name, such as a chat template, which the tokenizer's own
             files replace.
 
-    Raises UserError if `path` is occupied and `overwrite` is off, or if the vocabularies differ;
-    OSError, with nothing left behind, if the disk is full.
+    Raises UserError if `path` is occupied and `overwrite` is off, if the vocabularies differ, or
+    for a model with matrices of 8 bits in memory; OSError, with nothing left behind, if the disk is
+    full.
     """
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             "tokenizer",
             message=f"the tokenizer has {tokenizer.vocab_size} tokens and the model has "
             f"vocab_size={model.config.vocab_size}; give the tokenizer that it was trained with",
+        )
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise UserError(
+            "weights",
+            message="a model whose matrices have 8 bits in memory cannot be saved: load it with "
+            'weights="float", and save it with weights="int8"',
         )
     with new_directory(Path(path), overwrite) as folder:
         _write_json(folder / "config.json", model.config.stored())
@@ -115,8 +122,8 @@ def load_model(
         dtype: Dtype of the weights; None keeps the stored dtypes and, on the CPU, maps the weights
             from disk.
         weights: Format of the matrices in memory; None: as they are stored. Modules with matrices
-            of 8 bits are `stu.quantization.QuantizedLinear`. Stored ones of 8 bits that become
-            float leave "int8" in the model's `weights`, which the engine turns them back into.
+            of 8 bits are `stu.quantization.QuantizedLinear`. The model's `weights` is the format
+            that the engine decodes in by default: this one, or int8 if they are stored so.
 
     Raises UserError, naming the file, for one that is missing, cut short, of other shapes, or
     written by a newer version.
@@ -143,6 +150,8 @@ def load_model(
     _check_weights(path / "model.safetensors", tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     del tensors
+    if weights in DTYPES:
+        model.weights = weights
     for name, dim in matrices.items():
         if weights in DTYPES and name not in quantized:
             wide = model.get_parameter(name).movedim(dim, 0)

@@ -37,10 +37,10 @@ class _Layers(NamedTuple):
 
 
 def chosen_weights(asked: EngineWeights | None, model: FlashSTU) -> EngineWeights:
-    """Return the format that `EngineConfig.weights` asks for; by default that of the model
-    directory, if it runs on the model's device."""
-    if asked is not None or model.weights == "float":
-        return asked or "float"
+    """Return the format that `EngineConfig.weights` asks for; by default that of the model, or
+    float where the model has int8 and its device does not run that."""
+    if asked is not None or model.weights != "int8":
+        return asked or model.weights
     if _runs_int8(model.embedding.weight):
         return "int8"
     logger.warning(

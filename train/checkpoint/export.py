@@ -122,7 +122,8 @@ def export(
         arguments = torch_dtype, overwrite, generation, chat, *facts
         save_transformers(output, model, tokenizer, *arguments)
     else:
-        stored = overwrite, torch_dtype, weights or model.weights, chat
+        kept: Weights = "int8" if model.weights == "int8" else "float"
+        stored = overwrite, torch_dtype, weights or kept, chat
         save_model(output, model, tokenizer, generation, *stored)
 
 

@@ -91,7 +91,7 @@ def test_models_of_8_bits_compute_nearly_the_same(
         error = (found - expected).norm() / expected.norm()
         assert least < error < most
         loaded = load_model(tmp_path / "model", weights=weights)
-        assert torch.equal(engine_of(loaded, weights)._runner._model(tokens), found)
+        assert torch.equal(engine_of(loaded)._runner._model(tokens), found), "by default"
         torch.testing.assert_close(loaded(tokens), found, rtol=1e-4, atol=1e-4)
     names = {name for name, _ in copied.named_parameters()}
     assert not names & model.matrices.keys(), "none is left in float"
@@ -122,6 +122,8 @@ def test_8_bits_turn_back_into_floats(model, code_tokenizer, tmp_path):
         for inference in (lambda model: model, lambda model: inference_copy(model, "float")):
             torch.testing.assert_close(inference(narrow)(tokens), inference(wide)(tokens))
         assert narrow.double().blocks[0].mlp.gate.values.dtype == torch.int8
+    with pytest.raises(UserError, match="cannot be saved"):
+        save_model(tmp_path / "again", narrow, code_tokenizer)
 
 
 @pytest.mark.parametrize(("capability", "is_refused"), [((8, 6), True), ((8, 9), False)])
