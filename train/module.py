@@ -27,8 +27,7 @@ from train.data.batches import Batch, ValidationBatch
 from train.data.loader import TokenData
 from train.evaluation import ValidationSums, mixture_metrics, sample_texts, write_results
 from train.gpus import peak_bytes, resident_bytes
-from train.loggers import log_texts
-from train.loggers.base import RunLogger
+from train.loggers.base import RunLogger, log_texts
 from train.loss import next_token_loss, token_losses
 from train.optimizer import (
     OptimizerConfig,

@@ -91,7 +91,7 @@ def test_wandb_continues_its_run(tmp_path):
         logger.start({"model.optimizer.learning_rate": rate})
         for step in (first_step, first_step + 1):
             logger.log_metrics({"train/loss": 10.0 - step}, step)
-        logger.log_text("sample/0", "a *text*", step)
+        logger.add_text("sample/0", "a *text*", step)
         logger.sync()
         logger.finalize("success")
     # W&B's process writes the last entries when its run has finished here.

@@ -26,10 +26,3 @@ def check_loggers(names: list[str]) -> None:
 def make_loggers(names: list[str], run_dir: Path, first_step: int) -> list[RunLogger]:
     """Return the loggers that settings name, in that order. Raises UserError."""
     return [LOGGERS[name](run_dir, first_step) for name in names]
-
-
-def log_texts(loggers: list[RunLogger], tag: str, texts: list[str], step: int) -> None:
-    """Log texts as `TAG/0`, `TAG/1` and so on."""
-    for number, text in enumerate(texts):
-        for logger in loggers:
-            logger.log_text(f"{tag.rstrip('/')}/{number}", text, step)

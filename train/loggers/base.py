@@ -1,4 +1,4 @@
-"""What a run asks of a logger, in addition to Lightning's interface."""
+"""The interface of a logger."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class RunLogger(Logger, ABC):
         ignores them. Raises UserError if there is nowhere to log to.
         """
 
-    def log_text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         """Log a text in Markdown; a logger without support for texts ignores it."""
 
     @abstractmethod
@@ -25,3 +25,10 @@ class RunLogger(Logger, ABC):
 
         Raises OSError.
         """
+
+
+def log_texts(loggers: list[RunLogger], tag: str, texts: list[str], step: int) -> None:
+    """Log texts as `TAG/0`, `TAG/1` and so on."""
+    for number, text in enumerate(texts):
+        for logger in loggers:
+            logger.add_text(f"{tag.rstrip('/')}/{number}", text, step)

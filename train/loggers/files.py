@@ -17,7 +17,7 @@ class TensorBoard(TensorBoardLogger, RunLogger):
         # Drops steps that an interrupted job logged after its checkpoint: they are repeated now.
         super().__init__(run_dir, name="", version="tensorboard", purge_step=first_step)
 
-    def log_text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         self.experiment.add_text(name, text, step)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:

@@ -47,7 +47,7 @@ class WeightsAndBiases(WandbLogger, RunLogger):
             message += "or set WANDB_MODE=offline"
             raise UserError("--logger", "wandb", message=message) from error
 
-    def log_text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         self.experiment.log({name: text, "trainer/global_step": step})
 
     def sync(self) -> None:
@@ -104,7 +104,7 @@ class MLflow(MLFlowLogger, RunLogger):
             message += f"MLFLOW_TRACKING_URI, or remove {self._id_file} to begin another run there"
             raise UserError("--logger", "mlflow", message=message) from error
 
-    def log_text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         self.experiment.log_text(self.run_id, text, f"{name}/step-{step}.md")
 
     def sync(self) -> None:
