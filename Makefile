@@ -5,10 +5,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all evidence-quick gpu-check docs lint format clean
+.PHONY: demo demo-chat test test-all evidence-quick gpu-check docs lint format clean
 
 demo: .venv/installed  ## train a small model on real text, export it, decode prompts: under ten minutes
 	$(BIN)/python -m train.demo
+
+demo-chat: .venv/installed  ## tune the demo's model on conversations, and ask it; runs the demo first
+	test -d runs/demo/model || $(MAKE) demo
+	$(BIN)/python examples/fine_tune.py runs/demo/model runs/demo-chat
 
 test: .venv/installed  ## everything CI runs
 	$(PYTEST) -m "not slow"

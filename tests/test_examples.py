@@ -45,6 +45,14 @@ def test_examples_of_training(tmp_path):
     assert "step 30: loss" in run(forked.python(), tmp_path, "resume.py", str(folder))
 
 
+@pytest.mark.slow
+def test_example_of_fine_tuning(model, tmp_path):
+    few = "--trainer.max_steps", "3", "--trainer.devices", "1", "--data.micro_batch_size", "1"
+    text = run(sys.executable, tmp_path, "fine_tune.py", str(model), str(tmp_path / "chat"), *few)
+    assert "> Write a " in text
+    assert (tmp_path / "chat" / "model" / "chat_template.jinja").exists()
+
+
 def test_example_of_a_client(model, tmp_path):
     with serving(model) as server:
         text = run(forked.python(), tmp_path, "stream.py", f"{server.url}/v1")

@@ -121,6 +121,8 @@ class FlashSTUModule(L.LightningModule):
         counted = self._counted(batch)
         loss, nats = next_token_loss(*self._predictions(batch), self.z_loss, counted)
         means = self._losses.add(nats, counted)
+        if "mean_counted" in batch:  # the mean over answers, not over all targets
+            loss = loss * (batch["counted"].numel() / batch["mean_counted"])
         self._samples += batch["sample_ids"].tolist()
         if self._guard.config.loss_jump:
             means = self.trainer.strategy.reduce(means.clone(), reduce_op="mean")

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from stu.chat.template import FILE_NAME as CHAT_TEMPLATE
 from stu.config import ModelConfig
 from stu.tokenizer import tokenizer_files
 from train.checkpoint.folder import FORMAT_VERSION
@@ -62,7 +63,16 @@ def training_record(
             name: torch.frombuffer(bytearray(contents), dtype=torch.uint8)
             for name, contents in tokenizer_files(tokenizer).items()
         },
+        **_chat_template(tokenizer.parent),
     }
+
+
+def _chat_template(folder: Path) -> dict[str, Tensor]:
+    """Return the chat template of conversations, if the token shards in `folder` are of these."""
+    file = folder / CHAT_TEMPLATE
+    if not file.is_file():
+        return {}
+    return {"chat_template": torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)}
 
 
 class RecentLosses:

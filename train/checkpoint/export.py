@@ -115,6 +115,8 @@ def export(
     torch_dtype = getattr(torch, dtype)
     others = {name: checkpoint / name for name in CHAT_TEMPLATES}
     chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
+    if folder is not None and "chat_template" in (carried := folder.training["stu"]):
+        chat[CHAT_TEMPLATES[0]] = carried["chat_template"].numpy().tobytes()
     if layout == "published":
         save_published(output, model, tokenizer, torch_dtype, overwrite)
     elif layout == "transformers":

@@ -77,6 +77,7 @@ def import_published(
 
     Raises UserError or OSError, and then leaves nothing behind.
     """
+    from stu.chat.template import FILE_NAME, find_template
     from stu.model_dir import save_model
     from stu.tokenizer import read_tokenizer
     from train.checkpoint import hyenadna, transformers_folder
@@ -95,6 +96,9 @@ def import_published(
         own_tokenizer = hyenadna.hyenadna_tokenizer
     else:
         model = load_published(published, norm_eps)
+        folder = published if published.is_dir() else published.parent
+        if (template := find_template(folder)[1]) is not None:
+            others = {FILE_NAME: template.encode()}
     if config is not None and norm_eps is not None:
         raise UserError("norm_eps", norm_eps, fix="leave it out: config.json has it")
     if tokenizer is not None:

@@ -1,11 +1,13 @@
 """Batches for training and validation: the samples of each rank at each position."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -19,6 +21,7 @@ class Rows(TypedDict, total=False):
 
     counted: Tensor  # bool [micro_batch_size, seq_len], whether a target counts
     document_lengths: list[list[int]]  # inputs of each document of each row, to keep them apart
+    mean_counted: Tensor  # float32 [], targets that count in a micro-batch of the step, on average
 
 
 class Batch(Rows):
@@ -89,6 +92,8 @@ class Windows:
     shards: TokenShards
     seq_len: int
     boundaries: Boundaries = Boundaries()
+    has_answers: bool = False
+    """Whether a source of the data has conversations, so that all samples say what counts."""
 
     def __len__(self) -> int:
         return max(0, (len(self.shards) - 1) // self.seq_len)
@@ -96,7 +101,21 @@ class Windows:
     def __getitem__(self, number: int) -> dict[str, Any]:
         start, length = number * self.seq_len, self.seq_len
         tokens = self.shards.read(start, start + length + 1)
-        return {"tokens": tokens, **self.boundaries.describe(self.shards, start, length, length)}
+        row = {"tokens": tokens, **self.boundaries.describe(self.shards, start, length, length)}
+        if self.has_answers:
+            row["counted"] = only_answers(row.get("counted"), self.shards, start, length, length)
+        return row
+
+
+def only_answers(
+    counted: NDArray[np.bool_] | None, shards: TokenShards, start: int, count: int, row_tokens: int
+) -> NDArray[np.bool_]:
+    """Return which targets of a row count: of those in `counted`, or of all, the ones that belong
+    to answers if the shards have conversations. The row has `count` inputs from `start` on."""
+    found = np.ones(row_tokens, dtype=np.bool_) if counted is None else counted.copy()
+    if shards.answers is not None:
+        found[:count] &= shards.answers[start + 1 : start + count + 1] != 0
+    return found
 
 
 class PackedDocuments:
@@ -161,12 +180,16 @@ class SampleStream(IterableDataset[Batch]):
     rank: int = 0
     world_size: int = 1
     position: int = 0
+    micro_batches: int | None = None
+    """Micro-batches that each rank sums up for a step, the first one at `position`, if the loss of
+    a step is the mean over its targets that count; None if it is that over all targets."""
 
     def __iter__(self) -> Iterator[Batch]:
         # The samples of all sources are numbered one source after the other.
         offsets = np.cumsum([0, *(len(samples) for samples in self.sources)])
-        first = self.position + self.rank * self.micro_batch_size
-        while True:
+        step_size = self.world_size * self.micro_batch_size  # of all ranks' micro-batches
+        for number in itertools.count():
+            first = self.position + number * step_size + self.rank * self.micro_batch_size
             positions = np.arange(first, first + self.micro_batch_size, dtype=np.int64)
             sources, numbers = self.order(positions)
             rows = [
@@ -175,8 +198,22 @@ class SampleStream(IterableDataset[Batch]):
             ]
             batch = collate(rows)
             batch["sample_ids"] = torch.from_numpy(offsets[sources] + numbers)
+            if self.micro_batches is not None:
+                if number % self.micro_batches == 0:
+                    mean = self._mean_counted(self.position + number * step_size)
+                batch["mean_counted"] = torch.tensor(mean)
             yield cast(Batch, batch)
-            first += self.world_size * self.micro_batch_size
+
+    def _mean_counted(self, first: int) -> float:
+        """Return the mean number of targets that count in the micro-batches, on all ranks, of the
+        step that begins at position `first`."""
+        assert self.micro_batches is not None
+        count = self.world_size * self.micro_batches
+        sources, numbers = self.order(
+            np.arange(first, first + count * self.micro_batch_size, dtype=np.int64)
+        )
+        samples = zip(sources.tolist(), numbers.tolist(), strict=True)
+        return sum(int(self.sources[s][n]["counted"].sum()) for s, n in samples) / count
 
 
 @dataclass(frozen=True)
@@ -222,4 +259,7 @@ class ValidationSet:
         if count:
             tokens[: count + 1] = self.shards.read(start, start + count + 1)
         others = self.boundaries.describe(self.shards, start, count, self.seq_len)
+        if self.shards.answers is not None:
+            settings = self.shards, start, count, self.seq_len
+            others["counted"] = only_answers(others.get("counted"), *settings)
         return {"tokens": tokens, "num_targets": np.int64(count), **others}

@@ -95,6 +95,7 @@ def _summary(output: Path) -> str:
     lines = [
         f"{name}: {split.num_documents:,} documents, {split.num_bytes / 1e6:,.1f} MB, "
         f"{split.num_tokens:,} tokens ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
+        + (f", {split.num_tokens // index.chat_seq_len:,} rows" if index.chat_seq_len else "")
         for name, split in index.splits.items()
         if split.num_tokens
     ]

@@ -55,6 +55,13 @@ class PrepareConfig:
     """Part of the corpus that this run tokenizes: I/N with I from 0 to N - 1, for one of N runs.
     The run that completes the last part joins all of them in the output. Files are not divided.
     None: the whole corpus."""
+    chat_seq_len: int = 0
+    """Prepare conversations for training with this `data.seq_len`: sources are JSON lines of
+    `{"messages": [{"role": .., "content": ..}, ..]}`, whole ones are packed into rows of that many
+    tokens, and only answers are trained on. It needs `--tokenizer`. 0: sources are texts."""
+    chat_template: Path | None = None
+    """Chat template of conversations: a file, or a folder with one. None: that in the folder of
+    `--tokenizer`, or else roles and contents in turn, with EOS after each answer."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -66,6 +73,7 @@ class PrepareConfig:
             ("validation_fraction", is_fraction, "between 0 and 1"),
             ("shard_tokens", self.shard_tokens >= 1, "at least 1"),
             ("workers", self.workers >= 0, "at least 1, or 0 for one per CPU"),
+            ("chat_seq_len", self.chat_seq_len >= 0, "a whole number >= 0"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
         ]:
             if not is_allowed:
@@ -76,3 +84,22 @@ class PrepareConfig:
             raise UserError("tokenizer", str(self.tokenizer), allowed)
         if self.part is not None:
             ArrayTask.parse(self.part)
+        self._check_chat()
+
+    @property
+    def row_key(self) -> str:
+        """Field or column of a row to read; empty for the whole row."""
+        return "" if self.chat_seq_len else self.text_key
+
+    def _check_chat(self) -> None:
+        if not self.chat_seq_len:
+            if self.chat_template is not None:
+                fix = "it needs --chat-seq-len"
+                raise UserError("chat_template", str(self.chat_template), fix=fix)
+            return
+        if str(self.tokenizer) in TRAINED:
+            fix = "give the model directory to fine-tune, as conversations train no tokenizer"
+            raise UserError("tokenizer", str(self.tokenizer), fix=fix)
+        if self.part is not None:
+            fix = "leave it out: conversations are prepared in one run"
+            raise UserError("part", self.part, fix=fix)

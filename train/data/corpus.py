@@ -1,15 +1,17 @@
 """One pass over the text of a corpus, and the pass that writes its tokens."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stu.common.errors import UserError
 from stu.common.processes import num_processors
 from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
-from train.data.encode import encode_all, encode_batch, token_dtype
+from train.data.conversations import conversation_encoder, write_rows, write_template
+from train.data.encode import Encoded, encode_all, encode_batch, token_dtype
 from train.data.progress import show_progress
 from train.data.reading.document import BadInput, Document
 from train.data.reading.documents import read_documents
@@ -33,7 +35,7 @@ def read_texts(
     num_read = 0
     sizes = sum(map(size_of, files.documents))
     with show_progress(task, sizes) as advance:
-        settings = config.text_key, files.piece_bytes, config.kind
+        settings = config.row_key, files.piece_bytes, config.kind
         for document in read_documents(files.documents, *settings):
             if isinstance(document, BadInput):
                 if config.on_error == "stop":
@@ -67,14 +69,17 @@ def write_splits(
     worker dies.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    encoder = partial(
+    encoder: Callable[[list[Document]], list[Any]] = partial(
         encode_batch,
         tokenizer_path=tokenizer.path,
         seed=config.seed,
         validation_fraction=config.validation_fraction,
     )
-    num_start, num_end = len(tokenizer.start_ids), len(tokenizer.end_ids)
+    if config.chat_seq_len:
+        write_template(config, tokenizer, folder)
+        encoder = conversation_encoder(config, folder)
     skipped = Skipped()
+    answers: dict[str, str] = {}
     with (
         SplitWriter(folder, "train", dtype, config.shard_tokens) as train,
         SplitWriter(folder, "validation", dtype, config.shard_tokens) as validation,
@@ -82,14 +87,11 @@ def write_splits(
         closing(encode_all(texts, encoder, config.workers or num_processors())) as encoded,
     ):
         writers = {"train": train, "validation": validation}
-        previous_split = None  # of the piece that this one continues
-        for piece in encoded:
-            # BOS where the split lacks the text before, EOS only at the true end of a file.
-            starts = piece.starts or piece.split != previous_split
-            first, last = 0 if starts else num_start, 0 if piece.ends else num_end
-            tokens = piece.tokens[first : len(piece.tokens) - last]
-            writers[piece.split].add(tokens, piece.num_bytes, starts)
-            previous_split = None if piece.ends else piece.split
+        if config.chat_seq_len:
+            padding = (tokenizer.end_ids or tokenizer.start_ids)[0]
+            answers = write_rows(encoded, writers, folder, config, padding, skipped)
+        else:
+            _write_texts(encoded, writers, tokenizer)
         splits = {name: writer.finish() for name, writer in writers.items()}
     skipped.save(folder)
     return Index(
@@ -105,7 +107,23 @@ def write_splits(
         num_hidden_files=files.num_hidden,
         num_repeated_files=files.num_repeated,
         num_bad_rows=dict(skipped.num_bad),
+        chat_seq_len=config.chat_seq_len,
+        answers_sha256=answers,
     )
+
+
+def _write_texts(
+    encoded: Iterable[Encoded], writers: Mapping[str, SplitWriter], tokenizer: Tokenizer
+) -> None:
+    num_start, num_end = len(tokenizer.start_ids), len(tokenizer.end_ids)
+    previous_split = None  # of the piece that this one continues
+    for piece in encoded:
+        # BOS where the split lacks the text before, EOS only at the true end of a file.
+        starts = piece.starts or piece.split != previous_split
+        first, last = 0 if starts else num_start, 0 if piece.ends else num_end
+        tokens = piece.tokens[first : len(piece.tokens) - last]
+        writers[piece.split].add(tokens, piece.num_bytes, starts)
+        previous_split = None if piece.ends else piece.split
 
 
 def require_both_splits(config: PrepareConfig, num_documents: Mapping[str, int]) -> None:

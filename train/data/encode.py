@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ BATCH_CHARS = 1 << 18
 """Characters of text sent to a worker at once: some tenths of a second of work."""
 PIECE_CHARS = 1 << 18
 """Characters passed to a tokenizer at once, to bound its memory."""
+
+
+Result = TypeVar("Result")
 
 
 class Encoded(NamedTuple):
@@ -100,8 +103,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def encode_all(
-    documents: Iterable[Document], encoder: Callable[[list[Document]], list[Encoded]], workers: int
-) -> Generator[Encoded, None, None]:
+    documents: Iterable[Document], encoder: Callable[[list[Document]], list[Result]], workers: int
+) -> Generator[Result, None, None]:
     """Yield documents encoded by `encoder`, in order, using `workers` processes (1: this one).
 
     Reads only a few batches ahead. Raises BrokenProcessPool if a worker dies.
@@ -110,7 +113,7 @@ def encode_all(
         for batch in _batches(documents):
             yield from encoder(batch)
         return
-    waiting: deque[Future[list[Encoded]]] = deque()
+    waiting: deque[Future[list[Result]]] = deque()
     # Not fork, as this process has threads, such as the progress bar's.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:

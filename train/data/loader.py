@@ -18,7 +18,7 @@ from train.data.batches import (
     ValidationSet,
     Windows,
 )
-from train.data.mixture import Source, fingerprint, open_sources
+from train.data.mixture import Source, check_conversations, fingerprint, open_sources
 from train.data.order import SampleOrder
 from train.data.rows.packing import shares_of_cutting, shares_of_packing
 from train.data.rows.starts import starts_file
@@ -78,6 +78,7 @@ class TokenData(L.LightningDataModule):
         self.seed = seed
         self.max_validation_tokens = max_validation_tokens
         self.sources = open_sources(dir)
+        self._has_answers = any(source.train.answers is not None for source in self.sources)
         self.is_mixture = self.sources[0].name != ""
         """Whether the sources have names, with which their epochs and validations are logged."""
         self._set_weights(weights, curriculum or [])
@@ -90,6 +91,7 @@ class TokenData(L.LightningDataModule):
         self._resumed_position, self._resumed_step = 0, 0
         self._past: list[Phase] = []  # phases in the checkpoint that the run continues from
         self.documents, self.packing = documents, packing
+        check_conversations(self.sources, seq_len, packing)
         self._boundaries = self._find_boundaries()
         self._samples = {source.name: self._divide(source) for source in self.sources}
         self._require_samples()
@@ -160,6 +162,7 @@ class TokenData(L.LightningDataModule):
             self.micro_batch_size,
             *self._rank_and_world_size(),
             self.position,
+            self._micro_batches if self._has_answers else None,
         )
 
     def val_dataloader(self) -> list[ValidationSet]:
@@ -222,8 +225,11 @@ class TokenData(L.LightningDataModule):
     @property
     def samples_per_step(self) -> int:
         """Samples that an optimizer step consumes, over all ranks."""
-        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return self.micro_batch_size * self._rank_and_world_size()[1] * accumulated
+        return self.micro_batch_size * self._rank_and_world_size()[1] * self._micro_batches
+
+    @property
+    def _micro_batches(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -233,7 +239,7 @@ class TokenData(L.LightningDataModule):
         """Return the samples of a source; each kind of sample has its class."""
         if self.packing == "best_fit":
             return PackedDocuments(source.train, self.seq_len, self._boundaries)
-        return Windows(source.train, self.seq_len, self._boundaries)
+        return Windows(source.train, self.seq_len, self._boundaries, self._has_answers)
 
     def _find_boundaries(self) -> Boundaries:
         if (self.documents, self.packing) == ("together", "cut"):

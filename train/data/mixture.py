@@ -112,6 +112,18 @@ def first_index(folder: str | Path) -> Index:
     return Index.load(Path(folder) / next(iter(read_weights(Path(folder)))))
 
 
+def check_conversations(sources: Sequence[Source], seq_len: int, packing: str) -> None:
+    """Raise UserError if rows of conversations, which are packed already, would be divided."""
+    for source in sources:
+        row_tokens = source.train.index.chat_seq_len
+        if row_tokens not in (0, seq_len):
+            allowed = f"{row_tokens}, the length of the rows into which the conversations"
+            raise UserError("data.seq_len", seq_len, f"{allowed}{source.label} were packed")
+        if row_tokens and packing != "cut":
+            fix = "leave it out: conversations were packed by stu-prepare"
+            raise UserError("data.packing", packing, fix=fix)
+
+
 def fingerprint(sources: Sequence[Source]) -> str:
     """Return a hash of the contents of all sources, whatever their order."""
     prints = sorted((source.name, source.train.fingerprint()) for source in sources)

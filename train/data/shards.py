@@ -9,6 +9,8 @@ DIR/train-00000.bin ...        documents, each BOS tokens EOS, as little-endian 
                                without EOS if that is the same token as BOS
 DIR/train-00000.starts ...     where documents begin in them (`train.data.rows.starts`)
 DIR/validation-00000.bin ...
+DIR/chat_template.jinja        of conversations: the template that wrote them
+DIR/train.answers ...          of conversations: a byte for each token, 1 if an answer has it
 ```
 """
 
@@ -32,6 +34,7 @@ FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 TOKEN_DTYPES = ("uint16", "uint32")
 WRITE_BUFFER_BYTES = 1 << 20
+ANSWERS_SUFFIX = ".answers"
 FINGERPRINT_PIECES, FINGERPRINT_TOKENS = 256, 1024
 
 
@@ -78,6 +81,10 @@ class Index:
     """Paths that lead to a file already read by another path."""
     num_bad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rows, and rests of files, that could not be read, by kind of error (`--on-error skip`)."""
+    chat_seq_len: int = 0
+    """Tokens of each row, if the documents are conversations, packed into rows."""
+    answers_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Checksums of the files of answers by split, for conversations."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -202,12 +209,20 @@ class TokenShards:
         if split not in self.index.splits:
             splits = ", ".join(self.index.splits)
             raise _unusable(self.folder, f"no split {split!r}, only {splits}")
-        self.split = self.index.splits[split]
+        self._name, self.split = split, self.index.splits[split]
         self._check_tokenizer()
         dtype = np.dtype(self.index.dtype).newbyteorder("<")
-        self._shards = [self._open(shard, dtype) for shard in self.split.shards]
+        self._shards = [
+            self._open(self.folder / shard.file, shard.num_tokens, dtype)
+            for shard in self.split.shards
+        ]
         # [shards + 1]: the position in the whole sequence at which each shard starts
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self.answers: NDArray[np.uint8] | None = None
+        """Whether each token belongs to an answer: `[len(self)]`, only of conversations."""
+        if self.index.chat_seq_len:
+            file = self.folder / f"{split}{ANSWERS_SUFFIX}"
+            self.answers = self._open(file, len(self), np.dtype(np.uint8))
 
     def __len__(self) -> int:
         """Return the number of tokens in the split."""
@@ -249,7 +264,9 @@ class TokenShards:
 
         It detects other tokens of the same number without reading all of them.
         """
-        digest = hashlib.sha256("".join(shard.sha256 for shard in self.split.shards).encode())
+        sums = [shard.sha256 for shard in self.split.shards]
+        sums.append(self.index.answers_sha256.get(self._name, ""))
+        digest = hashlib.sha256("".join(sums).encode())
         step = max(FINGERPRINT_TOKENS, len(self) // FINGERPRINT_PIECES)
         for start in range(0, len(self), step):
             stop = min(start + FINGERPRINT_TOKENS, len(self))
@@ -268,10 +285,9 @@ class TokenShards:
                 f"{self.index.tokenizer_sha256}); run stu-prepare again",
             )
 
-    def _open(self, shard: Shard, dtype: np.dtype[Any]) -> NDArray[Any]:
-        path = self.folder / shard.file
+    def _open(self, path: Path, num_tokens: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         size = path.stat().st_size if path.is_file() else 0
-        expected = shard.num_tokens * dtype.itemsize
+        expected = num_tokens * dtype.itemsize
         if size != expected:
             reason = f"{size} bytes, expected {expected}; copy it or run stu-prepare again"
             raise _unusable(path, reason)

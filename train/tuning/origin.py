@@ -20,6 +20,7 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer
 from stu.tokenizer import TOKENIZERS, Tokenizer, read_tokenizer
+from train.checkpoint import transformers_folder
 from train.checkpoint.folder import CHECKPOINTS, TRAINING_FILE
 from train.checkpoint.published import load_published
 from train.data.shards import TokenShards
@@ -30,7 +31,7 @@ EMBEDDING = "embedding.weight"
 
 
 class Origin:
-    """A model to start from: a model directory, or a published checkpoint. Weights are mapped from
+    """A model to start from: a model directory, or what `stu-import` reads. Weights are mapped from
     the disk.
 
     Raises UserError, naming the file, for what is missing or damaged.
@@ -47,6 +48,10 @@ class Origin:
             raise UserError("init_from", path, fix=fix)
         if path.is_dir() and _is_model_dir(path / "config.json"):
             self.model, self.tokenizer = load_model(path, dtype=None), load_tokenizer(path)
+        elif path.is_dir() and (config := transformers_folder.read_config(path)) is not None:
+            self.model = transformers_folder.load_transformers(path, config)
+            size = self.model.config.vocab_size
+            self.tokenizer = transformers_folder.load_tokenizer(path, size)
         else:
             self.model = load_published(path)
             self.tokenizer = _published_tokenizer(path, self.model.config.vocab_size)
@@ -148,7 +153,7 @@ def _is_model_dir(file: Path) -> bool:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return True  # whose reader names the file
-    return not isinstance(values, dict) or "n_embd" not in values
+    return not isinstance(values, dict) or {"n_embd", "model_type"}.isdisjoint(values)
 
 
 def _published_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:

@@ -94,6 +94,12 @@ def test_published_checkpoint_gives_the_same_weights(start, trained, origin, tmp
     assert "has no tokenizer" in capsys.readouterr().err
 
 
+def test_folder_for_transformers_gives_the_same_weights(start, trained, origin, tmp_path):
+    export(trained, tmp_path / "exported", layout="transformers")
+    weights, expected = start(tmp_path / "exported"), load_file(origin / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_step_and_optimizer_begin_anew(tuned, origin):
     before = load_file(origin / "model.safetensors")
     saved = load_checkpoint(checkpoint(tuned, SAVED))

@@ -25,7 +25,8 @@ def read_documents(
 
     Args:
         files: Files to read.
-        text_key: Field or column that holds a row's text; `a.b` is field `b` in field `a`.
+        text_key: Field or column that holds a row's text; `a.b` is field `b` in field `a`. Empty
+            for the whole row of JSON.
         piece_bytes: Largest piece of a text file.
         kind: Kind of all files; None: by their names.
 

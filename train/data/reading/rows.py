@@ -34,6 +34,8 @@ def read_json_lines(source: OpenedFile, text_key: str) -> Iterator[Document | Ba
 def _json_text(line: str, path: InputFile, place: str, text_key: str) -> str | BadInput:
     if not line.strip():
         return ""
+    if not text_key:
+        return line.removeprefix("\ufeff").strip()
     try:
         row = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
