@@ -152,6 +152,28 @@ def test_a_batch_decodes_the_same_tokens_as_the_cpu(
         assert logprobs == pytest.approx(their_logprobs, abs=1e-8)
 
 
+SAMPLING = {
+    "greedy": {},
+    "random": {"temperature": 0.9},
+    "few": {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+    "truncated": {"temperature": 1.2, "top_p": 0.8, "min_p": 0.01},
+    "penalties, not captured": {"temperature": 1.0, "frequency_penalty": 0.5},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_engines_sample_the_same_tokens_as_on_the_cpu(sampling, enforce_eager, tokenizer):
+    """Every second request is greedy; none asks for log probabilities, which are not captured."""
+    model, wanted = build("hybrid"), []
+    for number, request in enumerate(requests()):
+        params = SamplingParams(seed=number, **SAMPLING[sampling] if number % 2 else {})
+        wanted.append(make_request(request.prompt_token_ids, 60 + 5 * number, sampling=params))
+    expected = decode(model, tokenizer, wanted)
+    cuda, settings = copy_to_cuda(model, torch.float64), {"enforce_eager": enforce_eager}
+    assert decode(cuda, tokenizer, wanted, **settings) == expected
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_bfloat16_stays_near_float64(kind, tokenizer):
     model = build(kind)

@@ -1,6 +1,6 @@
 """Choice of the next tokens over tensors that stay where they are, so that a GPU can replay it.
 
-A step of the sampler takes five operations for greedy rows, and more than a hundred where top-p
+A step of the sampler takes a few operations for greedy rows, and more than a hundred where top-p
 leaves tokens out. The kinds of work that most requests need are captured as CUDA graphs, or run as
 they are; steps that need other work, such as penalties, masks or log probabilities, are left to the
 caller.

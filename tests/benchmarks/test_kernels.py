@@ -42,6 +42,8 @@ def test_resources_are_those_of_the_result():
 )
 def test_no_kernel_of_another_shape_spills(options, dtype):
     for launch in kernels.launches(options, dtype):
+        if launch.is_fp8 or (launch.name == "narrow_product" and dtype == torch.float64):
+            continue  # much as int8, and not in float64
         resources = kernels.compiled(launch, 90)
         assert resources["spilled_bytes"] == resources["stack_bytes"] == 0, launch.kernel
 

@@ -285,21 +285,22 @@ def test_padding_changes_no_other_row(run):
 
 
 PRODUCTS = [
-    # rows, inputs, outputs
-    (1, 1, 1),
-    (1, 300, 37),
-    (7, 37, 5),
-    (17, 129, 70),
-    (3, 2100, 19),  # several programs share the inputs
-    (40, 1025, 33),
-    (256, 20, 66),
-    (257, 20, 9),  # many rows
+    # format, rows, inputs, outputs
+    ("int8", 1, 1, 1),
+    ("fp8", 1, 300, 37),
+    ("int8", 7, 37, 5),
+    ("int8", 17, 129, 70),
+    ("fp8", 3, 2100, 19),  # several programs share the inputs
+    ("int8", 40, 1025, 33),
+    ("int8", 256, 20, 66),
+    ("fp8", 256, 20, 66),
+    ("int8", 257, 20, 9),  # many rows
+    ("fp8", 257, 20, 9),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
-@pytest.mark.parametrize("weights", ["int8", "fp8"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCTS)
+@pytest.mark.parametrize(("weights", "rows", "inputs", "outputs"), PRODUCTS)
 def test_narrow_product(run, dtype, weights, rows, inputs, outputs):
     torch.manual_seed(inputs)
     values, scales = quantize(torch.randn(outputs, inputs), weights)
