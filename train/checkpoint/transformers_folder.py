@@ -36,9 +36,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "stu"
 CODE = Path(__file__).parent / "hugging_face"
-CODE_FILES = [
-    f"{name}_stu.py" for name in ("configuration", "modeling", "mixers", "layers", "cache")
-]
+PARTS = "configuration", "modeling", "mixers", "layers", "cache", "memory"
+CODE_FILES = [f"{part}_stu.py" for part in PARTS]
 AUTO_MAP = {
     "AutoConfig": "configuration_stu.StuConfig",
     "AutoModel": "modeling_stu.StuModel",
@@ -99,7 +98,7 @@ def save_transformers(
         "auto_map": AUTO_MAP,
         "model_type": MODEL_TYPE,
         **model.config.stored(),
-        "state_rank": _state_rank(model),
+        "state_rates": _state_rates(model),
         "tie_word_embeddings": True,
         "dtype": str(dtype).removeprefix("torch."),
         **special,
@@ -208,12 +207,13 @@ def _own_weights(tensors: dict[str, Tensor], model: FlashSTU) -> dict[str, Tenso
     return {name: tensors[_name(name)] for name in shapes}
 
 
-def _state_rank(model: FlashSTU) -> int:
-    """Return the rank at which states give all filters, alone and in each channel; 0: none does."""
+def _state_rates(model: FlashSTU) -> list[float] | None:
+    """Return the rates of states that give all filters, alone and in each channel, if there are
+    any."""
     layers = [mixer for mixer in model.mixers if isinstance(mixer, LongConvolution)]
     layers = [mixer for mixer in layers if mixer.needs_filters]
     if not layers:
-        return 0
+        return None
     mixed = [mixer.past.basis == "mixed" for mixer in layers]
     weights = [
         m.basis(model.filters)[1] if is_mixed else None
@@ -224,8 +224,8 @@ def _state_rank(model: FlashSTU) -> int:
         found, _ = fitting_realisation(model.filters.double(), [None, *detached], torch.float32)
     except NoRealisation as reason:
         logger.warning("transformers will keep all inputs while it generates, as %s", reason)
-        return 0
-    return found.rank
+        return None
+    return found.rates.tolist()
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -272,6 +272,7 @@ def _write_tokenizer(
         "eos_token": None,
         **names,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }

@@ -13,13 +13,16 @@ import torch
 
 from serve import LLM, SamplingParams
 from stu.config import ModelConfig
+from stu.filters import spectral_filters
 from stu.layouts import MIXERS
 from stu.model import FlashSTU
 from stu.model_dir import load_generation, load_model, load_tokenizer, save_model
+from stu.realisation import fitting_realisation
 from stu.tokenizer import make_tokenizer, read_tokenizer
 from tests.stu.tokenizers.vocabularies import KINDS, make, texts
 from train.checkpoint import export, import_published, transformers_folder
 from train.checkpoint.folder import CheckpointFolder
+from train.checkpoint.hugging_face.memory_stu import Realisation
 from train.checkpoint.hugging_face.tokenizer_json import NotExact, tokenizer_json
 
 SHAPE = {"vocab_size": 280, "width": 24, "num_layers": 3, "num_heads": 3, "mlp_ratio": 2}
@@ -56,7 +59,7 @@ for name in names:
     wanted = torch.load(os.path.join(root, name, "wanted.pt"), weights_only=True)
     load = AutoModelForCausalLM.from_pretrained
     model = load(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert not model.training and model.dtype == torch.float32, name
     with torch.no_grad():
         logits = model(wanted["tokens"]).logits
@@ -127,7 +130,7 @@ for name in names:
     predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     expected = torch.nn.functional.cross_entropy(predicted, targets)
     assert torch.allclose(loss, expected), name
-    assert all(p.grad is not None for p in model.parameters()), name
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters()), name
     half = load(folder, trust_remote_code=True, dtype=torch.bfloat16)
     for tensor_name, tensor in half.state_dict().items():
         is_wide = "filters" in tensor_name or "implicit_filter" in tensor_name
@@ -366,3 +369,14 @@ def test_mixer_of_other_code_is_refused(tmp_path, code_tokenizer, capsys, monkey
     assert export.main(command) == 2
     assert "transformers, whose code has no mixer mine" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("lag_step", [1, 2])
+def test_states_of_the_exported_code_give_the_filters(lag_step):
+    """At the rates that ours have, refined or not."""
+    taps = torch.from_numpy(spectral_filters(4096, 24)).float()[::lag_step]
+    found, _ = fitting_realisation(taps.double(), [None], torch.float32)
+    theirs = Realisation(taps, found.rates.tolist())
+    decays = torch.exp(-torch.arange(len(taps) - 1)[:, None] * theirs.rates)
+    errors = (decays @ theirs.outputs.T - taps[1:]).abs().amax(0)
+    assert (errors <= 5e-7 * taps.abs().amax(0)).all()

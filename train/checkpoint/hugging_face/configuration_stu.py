@@ -25,8 +25,9 @@ class StuConfig(PretrainedConfig):  # type: ignore[misc]
         window_tokens: Tokens that attention sees before the current one.
         softcap: Bound on attention scores.
         norm_eps: Number added to the mean square inside RMSNorm.
-        state_rank: Numbers in which a channel's past is kept while generating; 0: filters that no
-            state of constant size gives, whose inputs are kept instead.
+        state_rates: Rates of decay of the numbers in which the past of an STU layer's channel is
+            kept while generating; None: no state of constant size gives its filters, and inputs are
+            kept instead.
         use_cache: Whether forward passes return a cache.
         tie_word_embeddings: Must be true: the output matrix is the embedding.
     """
@@ -54,7 +55,7 @@ class StuConfig(PretrainedConfig):  # type: ignore[misc]
         window_tokens: int = 1024,
         softcap: float = 50.0,
         norm_eps: float = 1e-5,
-        state_rank: int = 0,
+        state_rates: list[float] | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
@@ -75,7 +76,7 @@ class StuConfig(PretrainedConfig):  # type: ignore[misc]
         self.window_tokens = window_tokens
         self.softcap = softcap
         self.norm_eps = norm_eps
-        self.state_rank = state_rank
+        self.state_rates = state_rates
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

@@ -55,12 +55,11 @@ class StuMLP(nn.Module):
 class StuFilters(Float32Module):
     """The spectral filters `sigma_k^(1/4) phi_k`, `[L, K]`: a part of the checkpoint."""
 
-    taps: Tensor
-
     def __init__(self, config: StuConfig) -> None:
         super().__init__()
         shape = config.max_seq_len, config.num_filters
-        self.register_buffer("taps", torch.empty(shape, dtype=torch.float32))
+        # Not a buffer, which some versions of transformers cast.
+        self.taps = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
 
     def initialize(self) -> None:
         """Compute the filters of a new model.

@@ -1,7 +1,7 @@
 """Mixers of Stu models: the parts of a block in which tokens see one another.
 
 `present [B, T, 1]` is true at tokens and false at padding, which must be on the left; None: there
-is none. `memory` is what the layer remembers (`cache_stu.LayerMemory`); None: the tokens are whole
+is none. `memory` is what the layer remembers (`memory_stu.LayerMemory`); None: the tokens are whole
 sequences.
 """
 
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache_stu import LayerMemory, Past, Realisation
 from .configuration_stu import StuConfig
 from .layers_stu import Float32Module
+from .memory_stu import LayerMemory, Past, Realisation
 
 QUERY_BLOCK = 256
 SHORT_TAPS, NUM_BANDS, LOWEST_BAND, FILTER_WIDTH, SINE_LAYERS = 3, 16, 1e-4, 64, 3

@@ -17,7 +17,7 @@ CODE = """\
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(".")
+    tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 """

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .cache_stu import Realisation, StuCache
+from .cache_stu import StuCache
 from .configuration_stu import StuConfig
 from .layers_stu import StuFilters, StuMLP, StuRMSNorm
+from .memory_stu import Realisation
 from .mixers_stu import MIXERS, StuHyena, StuImplicitFilter, StuMixer
 
 FIELDS = BaseModelOutputWithPast.__dataclass_fields__
@@ -39,8 +40,12 @@ class StuPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = StuConfig
     base_model_prefix = "model"
     _no_split_modules = ["StuBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["filters", "implicit_filter"]  # noqa: RUF012
     _is_stateful = True
+
+    def __init__(self, config: StuConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        wide = {"stu": "filters", "hyena": "implicit_filter"}
+        self._keep_in_fp32_modules_strict = [wide[kind] for kind in wide if kind in config.mixers]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -164,9 +169,9 @@ class StuModel(StuPreTrainedModel):
 
     def _realisation(self, device: torch.device) -> Realisation | None:
         # The states need float64, which MPS lacks.
-        if self.filters is None or self.config.state_rank == 0 or device.type == "mps":
+        if self.filters is None or not self.config.state_rates or device.type == "mps":
             return None
-        return Realisation(self.filters.taps, self.config.state_rank)
+        return Realisation(self.filters.taps, self.config.state_rates)
 
 
 class StuForCausalLM(StuPreTrainedModel, GenerationMixin):  # type: ignore[misc]
