@@ -32,6 +32,7 @@ from tests.serve.requests import make_request
 from tests.serve.sampling.test_device_sampler import ALL_ROWS, random_logits, sampler_of_everything
 from train.loss import next_token_loss
 from train.optimizer import OptimizerConfig, make_optimizer
+from train.optimizer.muon import Muon
 from train.parallel.config import ParallelConfig, prepare_blocks
 
 try:
@@ -343,6 +344,17 @@ def test_training_steps_follow_those_of_the_cpu(kind, compiles):
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         found = train_steps(half, tokens.cuda())
     assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_muon_orthogonalizes_in_bfloat16_as_the_cpu_does():
+    weight = torch.nn.Parameter(torch.zeros(3 * 64, 40))
+    weight.grad = torch.randn(weight.shape, generator=torch.manual_seed(7))
+    on_gpu = torch.nn.Parameter(weight.detach().cuda())
+    on_gpu.grad = weight.grad.cuda()
+    for parameter in weight, on_gpu:
+        groups = [{"params": [parameter], "matrices": [3]}]
+        Muon(groups, lr=1.0, momentum=0.9, weight_decay=0.0).step()
+    assert distance(on_gpu, weight) < 0.05
 
 
 def train_steps(model, tokens):

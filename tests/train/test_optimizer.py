@@ -203,3 +203,15 @@ def test_a_run_with_fused_adamw_clips_and_resumes(kind, train, tmp_path, monkeyp
     for name in expected.names:
         ours, theirs = found.tensor(WEIGHT, name), expected.tensor(WEIGHT, name)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_whose_groups_do_not_name_state_tensors_are_read(trained):
+    folder = CheckpointFolder(trained / CHECKPOINTS / LAST)
+    expected = [dict(group) for group in folder.optimizer_groups]
+    assert expected[0]["state_tensors"] == ["exp_avg", "exp_avg_sq"]
+    for group in folder.training["optimizer_groups"]:
+        del group["state_tensors"]
+    assert folder.optimizer_groups == expected
+    folder.training["stu"]["state_tensors"] = ["exp_avg"]
+    assert all(group["state_tensors"] == ["exp_avg"] for group in folder.optimizer_groups)
+    folder.check()

@@ -84,3 +84,21 @@ def test_other_ranks_and_stages_continue_a_run(run, whole, runs, tmp_path, saved
     ranks, stage, accumulated = resumed
     more = *settings(ranks, accumulated), f"--resume={checkpoint(runs(*saved), SAVED)}"
     assert_equal_end(run(tmp_path / "run", ranks, stage, *more), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_on_the_cpu_changes_no_result(run, whole, tmp_path, stage):
+    more = *settings(2, 1), "--parallel.offload_optimizer=true"
+    assert_equal_end(run(tmp_path / "run", 2, stage, *more), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["hyena", "attention", "stu"])
+def test_matrices_of_all_mixers_equal_one_process(run, run_alone, tmp_path, layout):
+    shape = f"--model.config.layout={layout}", "--model.config.stu_form=full"
+    rate = "--model.optimizer.learning_rate=1e-3"
+    whole = run_alone(tmp_path / "whole", *settings(1, 1), *shape, rate)
+    for stage in (1, 3, "fsdp"):
+        folder = tmp_path / str(stage) / "run"
+        assert_equal_end(run(folder, 4, stage, *settings(4, 1), *shape, rate), whole)
