@@ -80,11 +80,14 @@ def optimizers(result: Run) -> str:
         return f"{tried[0]['bits_per_byte']:.3f}"
 
     columns: Columns = {"optimizer": lambda name: name}
-    for rate in sorted({run["learning_rate"] for run in runs}):
-        columns[f"at a rate of {rate:g}"] = partial(first, rate)
-    seeds = len(chosen["adamw"])
+    tried = sorted({run["learning_rate"] for run in runs})
+    for rate in tried if len(tried) > 1 else ():
+        columns[f"first seed, learning rate {rate:g}"] = partial(first, rate)
     columns |= {
-        f"at the best, {seeds} seeds": lambda name: spread(name, "bits_per_byte", ".3f"),
+        "learning rate": lambda name: f"{rates[name]:g}",
+        f"bits per byte, {len(chosen['adamw'])} seeds": lambda name: spread(
+            name, "bits_per_byte", ".3f"
+        ),
         "tokens to AdamW's mean": lambda name: spread(name, "tokens_to_goal", ",.0f"),
     }
     return table(rates, columns)
