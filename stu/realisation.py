@@ -37,8 +37,8 @@ SLOWEST_DECAY = 0.5
 """Smallest product of a rate and the number of taps."""
 REFINED_FROM = 200.0
 """Errors over the wanted one that a search for better rates may remove."""
-ROUNDS = 50
-"""Most rounds of that search."""
+ROUNDS, LEAST_GAIN = 50, 0.999
+"""Most rounds of that search, and the factor of the squared error at which it ends."""
 MOST_DECAYS = 100.0
 """Decays after which nothing is left. Smaller numbers make no difference, and the smallest ones
 that float64 has are slow."""
@@ -220,7 +220,9 @@ def _refined(fit: _Fit) -> _Fit:
             damping *= 5
         else:
             return fit
-        fit, damping = tried, damping / 5
+        is_done, fit, damping = tried.loss > LEAST_GAIN * fit.loss, tried, damping / 5
+        if is_done:
+            return fit
     return fit
 
 
