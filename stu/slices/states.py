@@ -14,11 +14,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stu.common.errors import UserError
-from stu.realisation import NoRealisation, Realisation, fitting_realisation
+from stu.realisation import RANKS, NoRealisation, Realisation, fitting_realisation
 from stu.slices.ranks import SliceRanks, exchange
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ def slice_states(
     lag_step: int,
     dtype: torch.dtype,
 ) -> SliceStates:
-    """Return the tables for slices of `length` positions, which are computed once for the filters.
+    """Return the tables for slices of `length` positions, which are computed once for the filters;
+    collective then.
 
     basis: As `stu.mixers.LongConvolution.basis`.
     Raises UserError if no state gives their taps.
@@ -148,25 +150,57 @@ def slice_states(
     kept: _Kept | None = ranks.kept.get(key)
     if kept is not None and kept.fits(filters):
         return kept.states
-    try:
-        found, error = fitting_realisation(basis(filters)[0], [None], dtype)
-    except NoRealisation as reason:
+    states = SliceStates(
+        common_realisation(ranks, basis(filters)[0], dtype),
+        ranks,
+        length,
+        lag_step,
+        dtype,
+        filters.device,
+    )
+    ranks.kept[key] = _Kept(states, filters, filters._version, filters.clone())
+    return states
+
+
+def common_realisation(ranks: SliceRanks, basis: Tensor, dtype: torch.dtype) -> Realisation:
+    """Return the first rank's realisation of filters `basis [N, K]`; collective.
+
+    It is not searched for on each rank: processors round differently, and rates must be the same.
+    Raises UserError on all ranks if there is none.
+    """
+    num_filters = basis.shape[1]
+    # The rank, the rates and the outputs.
+    sent = torch.zeros(1 + RANKS[-1] * (1 + num_filters), dtype=torch.float64)
+    failure = None
+    if ranks.rank == 0:
+        try:
+            found, error = fitting_realisation(basis, [None], dtype)
+        except NoRealisation as reason:
+            failure = reason
+        else:
+            numbers = np.concatenate([[found.rank], found.rates, found.outputs.ravel()])
+            sent[: len(numbers)] = torch.from_numpy(numbers)
+            logger.info(
+                "slices of sequences know the earlier ones by spectral states of rank %d; taps "
+                "differ by at most %.1e of their filter's largest",
+                found.rank,
+                error,
+            )
+    sent = sent.to(basis.device)
+    parts = [sent[: len(sent) if ranks.rank == 0 else 0]] * ranks.size
+    shapes = [(len(sent) if other == 0 else 0,) for other in range(ranks.size)]
+    received = torch.cat(ranks.swap(parts, shapes)).cpu().numpy()
+    rank = int(received[0])
+    if rank == 0:
+        why = f" ({failure})" if failure else ""
         raise UserError(
             "parallel.context",
             ranks.size,
             message=f"parallel.context={ranks.size}: the model's filters have no state of constant "
-            f"size ({reason}), by which a slice of a sequence could know the earlier ones: take 1",
-        ) from reason
-    if ranks.rank == 0:
-        logger.info(
-            "slices of sequences know the earlier ones by spectral states of rank %d; taps differ "
-            "by at most %.1e of their filter's largest",
-            found.rank,
-            error,
-        )
-    states = SliceStates(found, ranks, length, lag_step, dtype, filters.device)
-    ranks.kept[key] = _Kept(states, filters, filters._version, filters.clone())
-    return states
+            f"size{why}, by which a slice of a sequence could know the earlier ones: take 1",
+        ) from failure
+    rates, outputs = received[1 : 1 + rank], received[1 + rank :][: num_filters * rank]
+    return Realisation(rates, outputs.reshape(num_filters, rank), np.empty((0, num_filters)))
 
 
 def _slots(position: int, phase: int, lag_step: int) -> int:

@@ -212,14 +212,13 @@ def _without_repetition() -> Iterator[None]:
     def zeros(length: int, count: int) -> NDArray[np.float64]:
         return np.zeros((length, count))
 
-    def realisation(basis: Tensor, *_: Any) -> tuple[Realisation, float]:
+    def realisation(_: SliceRanks, basis: Tensor, dtype: torch.dtype) -> Realisation:
         count, rank = basis.shape[1], RANKS[-1]
-        zeros = np.zeros(rank), np.zeros((count, rank)), np.zeros((1, count))
-        return Realisation(*zeros), 0.0
+        return Realisation(np.zeros(rank), np.zeros((count, rank)), np.zeros((0, count)))
 
     with (
         patch.object(loss, "_logits", few),
-        patch.object(states, "fitting_realisation", realisation),
+        patch.object(states, "common_realisation", realisation),
         patch.object(flash_stu, "spectral_filters", zeros),
     ):
         yield
