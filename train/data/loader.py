@@ -107,7 +107,7 @@ class TokenData(L.LightningDataModule):
         notes = []
         for source in self.sources:
             files = (source.train.folder / shard.file for shard in source.train.split.shards)
-            if all(starts_file(path).exists() for path in files):
+            if len(source.train) and all(starts_file(path).exists() for path in files):
                 starts = source.train.documents
                 bounds = starts.at(np.arange(min(MOST_DOCUMENTS, len(starts)) + 1))
                 cut = shares_of_cutting(bounds - bounds[0], self.seq_len)

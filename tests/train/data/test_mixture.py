@@ -52,7 +52,7 @@ def test_weights_hold_at_every_position(values):
         seen[name] += 1
 
 
-@pytest.mark.parametrize("start", [2**30 - 3, 2**33 + 5, 2**45])
+@pytest.mark.parametrize("start", [2**30 - 3, 2**33 + 5, 2**50])
 def test_turns_at_positions_that_do_not_fit_into_32_bits(start):
     turns = Turns({"a": 0.7, "b": 0.2, "c": 0.1})
     positions = np.arange(start, start + 200)
@@ -75,6 +75,14 @@ def test_realised_weights_after_a_million_tokens():
         read = order.num_read(10**6 // seq_len)
         for name, share in shares.items():
             assert abs(read[name] * seq_len / 10**6 - share) < 1e-3
+
+
+def test_sources_of_one_size_have_orders_of_their_own():
+    order = SampleOrder({"a": 50, "b": 50}, 0, [Phase(0, {"a": 0.5, "b": 0.5})])
+    sources, samples = order(np.arange(100))
+    first, second = (samples[sources == source].tolist() for source in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
 
 
 def ids(data, num_batches):
@@ -221,9 +229,13 @@ def test_the_order_of_sources_in_the_mixture_does_not_matter(folder, tmp_path):
     for name in SIZES:
         (tmp_path / name).symlink_to(folder / name)
     save_mixture(tmp_path, dict(reversed(STORED.items())))
+    equal = dict.fromkeys(SIZES, 1.0)  # then their names decide which is first
     tokens = [
-        [batch["tokens"].tolist() for batch in islice(make(path).train_dataloader(), 50)]
-        for path in (folder, tmp_path)
+        [batch["tokens"].tolist() for batch in islice(data.train_dataloader(), 50)]
+        for data in (
+            make(folder, weights=equal),
+            make(tmp_path, weights=dict(reversed(equal.items()))),
+        )
     ]
     assert tokens[0] == tokens[1]
     assert make(folder).identity() == make(tmp_path).identity()
