@@ -165,12 +165,13 @@ def compiled(launch: Launch, architecture: int) -> Run:
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | settings
     for place, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        specializes = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specializes):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         is_tensor = isinstance(value, Tensor)
         signature[parameter.name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
-        if is_tensor or value % 16 == 0:
+        if is_tensor or (value % 16 == 0 and specializes):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)

@@ -28,7 +28,7 @@ from serve.cache.recent_inputs import RecentInputs
 from serve.cache.spectral_state import SpectralStates
 from serve.cache.state_steps import ENDED_AT_ONCE
 from serve.config import EngineConfig
-from serve.kernels.narrow_product import MOST_SPLITS
+from serve.kernels.narrow_product import MOST_ROWS, MOST_SPLITS
 from serve.sampling.sampler import NUMBERS_ON_DEVICE
 from serve.sampling.tables import table_bytes
 from stu.common.errors import UserError, setting_name
@@ -287,6 +287,8 @@ def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
     num_bytes = numbers * weight.element_size()
     if (config.weights or model.weights) != "float":
         num_bytes += rows * width * MOST_SPLITS * 4  # sums, which are joined in float32
+        if rows > MOST_ROWS:  # a copy of the largest matrix
+            num_bytes += 2 * hidden * width * weight.element_size()
     sampled_at_once = min(rows * vocab_size, max(vocab_size, NUMBERS_ON_DEVICE))
     num_bytes += SAMPLER_TENSORS * sampled_at_once * 8
     if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +17,13 @@ tl: Any = importlib.import_module("triton.language") if HAS_TRITON else None
 logger = logging.getLogger(__name__)
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
+def jit(kernel: Callable[..., Any], unspecialized: Sequence[str] = ()) -> Any:
     """Return a kernel that Triton compiles; the function itself where Triton is missing, so that
-    its file can be imported."""
-    return triton.jit(kernel) if HAS_TRITON else kernel
+    its file can be imported.
+
+    unspecialized: Arguments for which Triton compiles no variants, by whether 16 divides them.
+    """
+    return triton.jit(kernel, do_not_specialize=list(unspecialized)) if HAS_TRITON else kernel
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ Many rows take as long as their multiply-adds, and go through a copy of the weig
 
 from __future__ import annotations  # annotations of kernels need Triton
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def num_splits(programs: int, inputs: int) -> int:
     return min(splits, MOST_SPLITS)
 
 
-@jit
+@partial(jit, unspecialized=["num_rows"])
 def _narrow_product_kernel(
     x,
     values,
@@ -148,7 +149,7 @@ def _narrow_product_kernel(
     tl.store(sums + results, total.to(sums.dtype.element_ty), mask=both)
 
 
-@jit
+@partial(jit, unspecialized=["num_rows"])
 def _join_splits(
     sums, scales, products, num_rows, num_outputs, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -44,7 +44,7 @@ def without_packages(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_whole_check_runs_on_a_cpu(without_packages, tmp_path, capfd):
     output = tmp_path / "check.json"
-    options = ["--device", "cpu", "--sizes", "tiny", "--output", str(output)]
+    options = ["--device", "cpu", "--sizes", "tiny", "--output", str(output), "--minutes", "30"]
     assert gpu_check.main(options) == 0, capfd.readouterr().err
     result = json.loads(output.read_text())
     assert result["machine"]["torch"] == torch.__version__
