@@ -141,7 +141,8 @@ def test_divided_run_continues_whole(run, wholes, tmp_path):
     assert_equal_runs(folder, wholes("hybrid"), SAVED + 1)
 
 
-@pytest.mark.parametrize("length", [4096, slow(131_072)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [4096, 131_072])
 def test_each_rank_keeps_its_share_of_the_activations(tmp_path, length):
     """Besides these, a rank keeps the keys of a window, and tables for the states."""
     script = Path(__file__).with_name("long_sequence.py")
