@@ -29,14 +29,14 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TUNED = (
-    "{% for message in messages %}{{ message.role }}:"
+    "{% for message in messages %}{{ message.role + ':\\n' }}"
     "{% if message.role == 'assistant' %}"
-    "{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}"
-    "{% else %} {{ message.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-"""Template for models that are trained on conversations: as without a template, and EOS ends each
-answer."""
+"""Template for models that are trained on conversations, if they have none: each content is on the
+line after its role, and EOS ends answers."""
 FAULTS = (TemplateError, TypeError, ArithmeticError, LookupError, ValueError, AttributeError)
 """Errors that a template may raise for messages that it was not written for."""
 

@@ -49,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", metavar="DIR", type=Path, required=True, help="Folder to write")
     add(
         "--format",
-        type=Literal["stu", "published", "transformers"],
+        type=Literal["stu", "published", "transformers", "adapter"],
         default="stu",
         help="stu: a model directory; published: tensor names and config.json of the published "
         "Flash-STU code; transformers: a folder that Hugging Face's transformers loads with "
-        "trust_remote_code=True, with the code, the tokenizer and a model card",
+        "trust_remote_code=True, with the code, the tokenizer and a model card; adapter: only the "
+        "adapters (LoRA) of a run, as the peft library loads them for the base in that folder",
     )
     add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Dtype of weights")
     add(
@@ -98,7 +99,7 @@ def export(
         output: Folder to write.
         dtype: Dtype of the weights.
         overwrite: Whether an existing `output` is replaced.
-        layout: `stu` for a model directory, `published`, or `transformers`.
+        layout: `stu` for a model directory, `published`, `transformers`, or `adapter`.
         weights: Format of the matrices of a model directory; None: as they are.
 
     Raises UserError or OSError, and then leaves nothing behind.
@@ -106,6 +107,7 @@ def export(
     import torch
 
     from stu.model_dir import save_model
+    from train.checkpoint.adapter_folder import save_adapters
     from train.checkpoint.published import save_published
     from train.checkpoint.transformers_folder import save_transformers
 
@@ -117,7 +119,9 @@ def export(
     chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
     if folder is not None and "chat_template" in (carried := folder.training["stu"]):
         chat[CHAT_TEMPLATES[0]] = carried["chat_template"].numpy().tobytes()
-    if layout == "published":
+    if layout == "adapter":
+        save_adapters(output, folder, overwrite)
+    elif layout == "published":
         save_published(output, model, tokenizer, torch_dtype, overwrite)
     elif layout == "transformers":
         facts = ({}, {}) if folder is None else (_training_facts(folder), _validation_facts(folder))

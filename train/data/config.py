@@ -61,7 +61,7 @@ class PrepareConfig:
     tokens, and only answers are trained on. It needs `--tokenizer`. 0: sources are texts."""
     chat_template: Path | None = None
     """Chat template of conversations: a file, or a folder with one. None: that in the folder of
-    `--tokenizer`, or else roles and contents in turn, with EOS after each answer."""
+    `--tokenizer`, or else each content on the line after its role, and EOS after answers."""
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -328,7 +328,7 @@ def test_answers_between_marks_are_those_of_transformers(make, code_tokenizer):
 @pytest.mark.parametrize(
     ("source", "answers"),
     [
-        (None, [" {0}</s>", " {1}</s>"]),
+        (None, ["{0}</s>", "{1}</s>"]),
         (CHATML, ["{0}<|im_end|>\n", "{1}<|im_end|>\n"]),
         (MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), ["{0}</s>"]),
         ("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"

@@ -88,15 +88,20 @@ def test_loss_is_the_mean_over_answers(whole, arguments, chats):
     data = TokenData(str(chats), SEQ_LEN, SAMPLES)
     ids = next(iter(data.train_dataloader()))["sample_ids"].tolist()
     tokens, answers = rows(chats, "train")
-    total, count = 0.0, 0
+    nats, squares = [], []
     for number in ids:
         row = tokens[number * SEQ_LEN : (number + 1) * SEQ_LEN + 1]
-        nats = -model(row[None, :-1])[0].double().log_softmax(-1)
+        logits = model(row[None, :-1])[0].double()
         for place in range(SEQ_LEN):
             if answers[number * SEQ_LEN + place + 1]:
-                total, count = total + nats[place, row[place + 1]].item(), count + 1
-    assert losses(whole)[1] == pytest.approx(total / count, rel=1e-6)
-    assert count == int(sum(answers[n * SEQ_LEN + 1 : (n + 1) * SEQ_LEN + 1].sum() for n in ids))
+                nats.append(-logits[place].log_softmax(-1)[row[place + 1]])
+                squares.append(logits[place].logsumexp(-1) ** 2)
+    assert len(nats) == sum(answers[n * SEQ_LEN + 1 : (n + 1) * SEQ_LEN + 1].sum() for n in ids)
+    mean = torch.stack(nats).mean()
+    assert losses(whole)[1] == pytest.approx(mean.item(), rel=1e-6)
+    (mean + 1e-3 * torch.stack(squares).mean()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    assert report.read_curves(whole)["train/grad_norm"][1][0] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -191,5 +196,5 @@ def test_server_answers_as_it_was_taught(settings, tmp_path, code_tokenizer):
         for question, answer in answers.items():
             body = {"model": "model", "messages": [{"role": "user", "content": question}]}
             answered = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
-            assert answered["choices"][0]["message"]["content"].strip() == answer
+            assert answered["choices"][0]["message"]["content"] == answer
             assert answered["choices"][0]["finish_reason"] == "stop"

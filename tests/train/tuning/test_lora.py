@@ -1,5 +1,6 @@
 """Adapters: what they compute, which weights training changes, and models merged at export."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.train.parallel.test_zero import assert_close
 from tests.train.saved import assert_same_state, checkpoint, load_checkpoint
 from train import cli
 from train.checkpoint.export import export
+from train.checkpoint.export import main as export_command
 from train.lora import LoraConfig, adapter_tensors, add_adapters, merged
 
 STEPS, SAVED = 4, 2
@@ -139,6 +141,24 @@ def test_export_merges(tuned, origin, tmp_path):
     assert not torch.equal(whole(tokens), load_model(origin)(tokens))
 
 
+def test_adapters_alone_are_written_as_peft_has_them(tuned, trained, tmp_path, capsys):
+    assert export_command([str(tuned), "--format=adapter", f"--output={tmp_path / 'lora'}"]) == 0
+    saved = load_checkpoint(checkpoint(tuned, STEPS))
+    start = "base_model.model.model."
+    actual = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    expected = {
+        f"{start}{name.removeprefix('model.')}": tensor
+        for name, tensor in adapter_tensors(saved["state_dict"]).items()
+    }
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 12.0)
+    assert config["target_modules"] == ["down", "gate", "output", "qkv", "up"]
+    assert export_command([str(trained), "--format=adapter", f"--output={tmp_path / 'x'}"]) == 2
+    assert "--lora.r" in capsys.readouterr().err
+
+
 def test_resumed_run_is_bit_equal(tuned, arguments, tmp_path, capsys):
     run = tmp_path / "run"
     resume = f"--resume={checkpoint(tuned, SAVED)}"
@@ -149,21 +169,25 @@ def test_resumed_run_is_bit_equal(tuned, arguments, tmp_path, capsys):
     assert_same_state(load_checkpoint(checkpoint(run, STEPS)), expected)
 
 
-@pytest.mark.parametrize("stage", [slow(None), slow(0), slow(1), 2, slow(3), slow("fsdp")])
-def test_ranks_equal_one_process_and_resume(tuned, arguments, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "is_resumed"),
+    [(2, True), slow(2, False), *(slow(s, r) for s in (None, 0, 1, 3, "fsdp") for r in (0, 1))],
+)
+def test_ranks_equal_one_process(tuned, arguments, tmp_path, stage, is_resumed):
     more = [f"--{name}={value}" for name, value in parallel(stage).items()]
     more += ["--trainer.devices=2", "--data.micro_batch_size=1"]
+    more += [f"--resume={checkpoint(tuned, SAVED)}"] if is_resumed else []
+    given = arguments(tmp_path / "run", *more)
+    done = forked.run(forked.program("stu-train"), *given, PYTHONPATH=str(Path.cwd()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    actual = load_checkpoint(checkpoint(tmp_path / "run", STEPS))
     expected = load_checkpoint(checkpoint(tuned, STEPS))
-    for name, resume in {"run": (), "on": [f"--resume={checkpoint(tuned, SAVED)}"]}.items():
-        given = arguments(tmp_path / name, *more, *resume)
-        done = forked.run(forked.program("stu-train"), *given, PYTHONPATH=str(Path.cwd()))
-        assert done.returncode == 0, done.stderr[-3000:]
-        actual = load_checkpoint(checkpoint(tmp_path / name, STEPS))
-        assert_close(actual, expected)
-        assert actual["stu"]["lora"] == expected["stu"]["lora"]
-        for key in expected["state_dict"]:
-            if "lora" not in key:
-                assert torch.equal(actual["state_dict"][key], expected["state_dict"][key]), key
+    assert_close(actual, expected)
+    assert actual["stu"]["lora"] == expected["stu"]["lora"]
+    assert actual["stu"]["init_from"] == expected["stu"]["init_from"]
+    for name in expected["state_dict"]:
+        if "lora" not in name:
+            assert torch.equal(actual["state_dict"][name], expected["state_dict"][name]), name
 
 
 @pytest.mark.parametrize(
