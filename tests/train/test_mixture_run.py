@@ -4,11 +4,13 @@ import json
 import random
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.train.conftest import WORDS
+from tests import forked
+from tests.train.conftest import WORDS, parallel
 from tests.train.saved import assert_same_state, last_checkpoint
 from train import report
 from train.callbacks.progress import StepProgress
@@ -54,9 +56,13 @@ CURRICULUM = "--data.curriculum=[{until_step: 4, weights: {small: 1}}]"
 
 
 def samples(run):
-    """Return the samples of each step; for one that was repeated, the last ones."""
-    rows = (run / "samples" / "rank-00000.txt").read_text().splitlines()
-    return {step: numbers for step, *numbers in (map(int, row.split()) for row in rows)}
+    """Return the samples of each step of all ranks; for one that was repeated, the last ones."""
+    steps = {}
+    for path in sorted((run / "samples").iterdir()):
+        rows = [[*map(int, row.split())] for row in path.read_text().splitlines()]
+        for step, numbers in {step: numbers for step, *numbers in rows}.items():
+            steps.setdefault(step, []).extend(numbers)
+    return steps
 
 
 def test_each_source_is_measured_and_a_resume_is_exact(
@@ -93,6 +99,24 @@ def test_each_source_is_measured_and_a_resume_is_exact(
     train(parts, *more, "--resume=last")
     assert_same_state(last_checkpoint(parts), last_checkpoint(whole))
     assert samples(parts) == samples(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 3])
+def test_two_ranks_read_and_measure_the_same(train, settings, mixture, tmp_path, stage):
+    more = f"--data.dir={mixture}", "--log-samples=true", "--trainer.max_steps=6"
+    one = train(tmp_path / "one", *more)
+    run = [f"--{name}={value}" for name, value in parallel(stage).items()]
+    run += [f"--run-dir={tmp_path / 'two'}", "--trainer.devices=2", "--data.micro_batch_size=1"]
+    command = [forked.program("stu-train"), *settings, *more, *run]
+    done = forked.run(*command, PYTHONPATH=str(Path.cwd()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert samples(tmp_path / "two") == samples(one)
+    results = [
+        json.loads((tmp_path / name / "validation.json").read_text()) for name in ("one", "two")
+    ]
+    assert "val_loss/small" in results[0]
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_plan_and_health_know_mixtures(settings, mixture, capsys):
