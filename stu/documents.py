@@ -66,6 +66,8 @@ class Documents:
         sequences: tensors `[B, T, ..]`.
         """
         slots, groups = self._slots, self._groups
+        if groups == [self.shape]:  # each row is one document
+            return function(*sequences, *others)
         sizes = [count * length for count, length in groups]
         padded = [
             _Scattered.apply(tensor.flatten(0, 1), slots, sum(sizes)).split(sizes)  # type: ignore[no-untyped-call]

@@ -92,7 +92,8 @@ class FlashSTU(nn.Module):
                 f"max_seq_len={self.config.max_seq_len}: shorten it"
             )
         if documents is not None:
-            check_documents_apart(self.config)
+            if not all(mixer.keeps_documents_apart for mixer in self.mixers):
+                check_documents_apart(self.config)
             if self.slices is not None:
                 raise UserError(
                     "parallel.context", self.slices.size, "1 where documents are kept apart"

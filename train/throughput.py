@@ -34,7 +34,8 @@ class Throughput:
         data = self._data
         tokens = (data.position - self._position) * data.seq_len
         tokens_per_second = tokens / (time.monotonic() - self._start)
-        flops = token_flops(self._config, data.seq_len, data.micro_batch_size, recomputes=False)
+        num_documents = data.micro_batch_size * data.seq_len // data.context_tokens
+        flops = token_flops(self._config, data.context_tokens, num_documents, recomputes=False)
         by_rank = tokens_per_second / self._num_ranks
         products = by_rank * (flops.dense + flops.attention)
         metrics = {

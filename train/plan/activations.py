@@ -22,6 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from stu import convolution
 from stu import model as flash_stu
 from stu.config import ModelConfig
+from stu.documents import Documents
 from stu.layouts import mixer_names
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
@@ -43,16 +44,18 @@ def activation_bytes(
     parallel: ParallelConfig,
     is_half: bool,
     on_gpu: bool,
+    is_apart: bool = False,
 ) -> int:
     """Return the bytes beyond weights and gradients at the peak of a forward and backward pass.
 
     Two periods of the layout are counted; each further period adds what one keeps for the backward
-    pass. on_gpu: count what the GPU's kernels keep, such as flash-attn's if `is_half`.
+    pass. on_gpu: count what the GPU's kernels keep, such as flash-attn's if `is_half`. is_apart:
+    whether documents are kept apart.
     """
     period = len(mixer_names(config.layout))
     num_layers = min(config.num_layers, 2 * period + config.num_layers % period)
     few = replace(config, num_layers=num_layers)
-    step = step_memory(few, seq_len, micro_batch_size, parallel, is_half, on_gpu)
+    step = step_memory(few, seq_len, micro_batch_size, parallel, is_half, on_gpu, is_apart)
     num_more = (config.num_layers - num_layers) // period
     return max(step.blocks_peak + num_more * step.period_kept, step.peak)
 
@@ -76,6 +79,7 @@ def step_memory(
     parallel: ParallelConfig,
     is_half: bool,
     on_gpu: bool,
+    is_apart: bool = False,
 ) -> StepMemory:
     """Count the memory of a pass through all layers."""
     with FakeTensorMode(), _whole_width_ffts(on_gpu), _without_repetition():
@@ -109,10 +113,12 @@ def step_memory(
         period = len(mixer_names(config.layout))
         for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:
             module.register_forward_pre_hook(record)
+        documents = _typical_documents(seq_len, micro_batch_size) if is_apart else None
         with tracker, autocast:
             length = seq_len // parallel.context
             tokens = torch.zeros(micro_batch_size, length + 1, dtype=torch.int64)
-            hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)  # [B, T, D] -> [B T, D]
+            hidden = model.hidden(tokens[:, :-1], documents=documents)
+            hidden = hidden.flatten(0, 1)  # [B, T, D] -> [B T, D]
             objective, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
             objective.backward()  # type: ignore[no-untyped-call]
         peak = _total(tracker, "peak")
@@ -174,6 +180,14 @@ def _fft_bytes(past: PastInputs, seq_len: int, micro_batch_size: int, context: i
         peak = _total(tracker, "peak")
     held = [inputs, taps, grad, inputs, inputs, taps]  # the last three: outputs, both gradients
     return max(0, peak - sum(tensor.nbytes for tensor in held))
+
+
+def _typical_documents(seq_len: int, num_rows: int) -> Documents:
+    """Return documents that padding makes a fifth longer, as on average."""
+    longest = max(1, seq_len * 5 // 8)
+    rest = seq_len - longest
+    lengths = [length for length in (longest, rest * 5 // 6, rest - rest * 5 // 6) if length]
+    return Documents([lengths] * num_rows)
 
 
 def _total(tracker: MemTracker, moment: str) -> int:

@@ -23,6 +23,8 @@ class Fits:
     """Whether the run computes in bfloat16 rather than float32."""
     state_bytes: float
     """Mean bytes of the optimizer's state per weight."""
+    is_apart: bool = False
+    """Whether documents are kept apart."""
     _activations: dict[tuple[bool, bool, int], int] = field(default_factory=dict)
 
     def memory(self, parallel: ParallelConfig, micro_batch: int) -> RankMemory:
@@ -55,7 +57,13 @@ class Fits:
         key = parallel.kind == "ddp", parallel.checkpoint_activations, micro_batch
         if key not in self._activations:
             self._activations[key] = activation_bytes(
-                self.config, self.seq_len, micro_batch, parallel, self.is_half, on_gpu=True
+                self.config,
+                self.seq_len,
+                micro_batch,
+                parallel,
+                self.is_half,
+                on_gpu=True,
+                is_apart=self.is_apart,
             )
         return self._activations[key]
 

@@ -37,7 +37,8 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
     is_half = precision_name(settings.trainer.precision) != "32-true"
     usable = USABLE_SHARE * GPUS[gpu_name].memory_gib * GIB
     state_bytes = optimizer_kind(settings.model.optimizer).state_bytes(matrix_share(config))
-    fits = Fits(config, data.seq_len, num_ranks, usable, is_half, state_bytes)
+    is_apart = data.documents == "apart"
+    fits = Fits(config, data.seq_len, num_ranks, usable, is_half, state_bytes, is_apart)
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     work = data.seq_len, data.micro_batch_size, parallel.checkpoint_activations
     console.print(_describe_model(config, *work))

@@ -13,6 +13,7 @@ from train.data.rows.packing import (
     PackedRows,
     all_bounds,
     best_fit,
+    context_of_tokens,
     shares_of_cutting,
     shares_of_packing,
 )
@@ -88,6 +89,12 @@ def test_shares_of_cutting():
         "20.0% of the documents are cut, 37.5% of the tokens follow a cut, 0.0% of the rows are "
         "padding"
     )
+
+
+def test_context_of_an_average_token():
+    bounds = np.array([0, 3, 10, 35, 36, 40])  # in rows of 10: 3, 7, 10, 10, 5, 1, 4
+    assert context_of_tokens(bounds, 10) == round((9 + 49 + 100 + 100 + 25 + 1 + 16) / 40)
+    assert context_of_tokens(bounds, 100) == round((9 + 49 + 625 + 1 + 16) / 40)
 
 
 def test_lengths_between_two_places():

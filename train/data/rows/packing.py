@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from train.data.rows.starts import DocumentStarts
 
+MOST_DOCUMENTS = 100_000
+"""Documents by which a whole split is judged."""
+
 
 class Pattern(NamedTuple):
     """Rows that hold documents of the same lengths."""
@@ -140,6 +143,20 @@ class PackedRows:
 def all_bounds(starts: DocumentStarts) -> NDArray[np.int64]:
     """Return where each document begins, and where the last one ends."""
     return starts.at(np.arange(len(starts) + 1))
+
+
+def first_bounds(starts: DocumentStarts) -> NDArray[np.int64]:
+    """Return the bounds of the first documents, by which a split can be judged."""
+    return starts.at(np.arange(min(MOST_DOCUMENTS, len(starts)) + 1))
+
+
+def context_of_tokens(bounds: NDArray[np.int64], row_tokens: int) -> int:
+    """Return the length of the document in which an average token lies, without those that rows
+    cut off."""
+    lengths = np.diff(bounds)
+    squares = (lengths // row_tokens).sum() * row_tokens**2
+    squares += np.square(lengths % row_tokens).sum()
+    return max(1, round(float(squares / lengths.sum())))
 
 
 class Shares(NamedTuple):
