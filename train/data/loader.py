@@ -19,12 +19,7 @@ from train.data.batches import (
 )
 from train.data.mixture import Source, check_conversations, fingerprint, open_sources
 from train.data.order import SampleOrder
-from train.data.rows.packing import (
-    context_of_tokens,
-    first_bounds,
-    shares_of_cutting,
-    shares_of_packing,
-)
+from train.data.rows.packing import context_of_tokens, effects
 from train.data.rows.starts import starts_file
 from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases
 
@@ -110,19 +105,18 @@ class TokenData(L.LightningDataModule):
         for source in self.sources:
             files = (source.train.folder / shard.file for shard in source.train.split.shards)
             if len(source.train) and all(starts_file(path).exists() for path in files):
-                bounds = first_bounds(source.train.documents)
-                cut = shares_of_cutting(bounds - bounds[0], self.seq_len)
-                packed = shares_of_packing(bounds, self.seq_len)
-                notes.append(f"data.packing{source.label}: cut: {cut}; best_fit: {packed}")
+                note = effects(source.train.documents, self.seq_len)
+                notes.append(f"data.packing{source.label}: {note}")
         return notes
 
     @cached_property
     def context_tokens(self) -> int:
         """Tokens of the sequences that a model sees: of whole samples, or, where documents are kept
-        apart, of the document that an average token lies in, by the first of the documents."""
+        apart, of the document that an average token lies in, by the largest source."""
         if self.documents == "together":
             return self.seq_len
-        return context_of_tokens(first_bounds(self.sources[0].train.documents), self.seq_len)
+        source = max(self.sources, key=lambda source: len(source.train))
+        return context_of_tokens(source.train.documents, self.seq_len)
 
     def num_samples(self, name: str) -> int:
         """Return the number of samples of a source."""

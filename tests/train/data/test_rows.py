@@ -92,9 +92,9 @@ def test_shares_of_cutting():
 
 
 def test_context_of_an_average_token():
-    bounds = np.array([0, 3, 10, 35, 36, 40])  # in rows of 10: 3, 7, 10, 10, 5, 1, 4
-    assert context_of_tokens(bounds, 10) == round((9 + 49 + 100 + 100 + 25 + 1 + 16) / 40)
-    assert context_of_tokens(bounds, 100) == round((9 + 49 + 625 + 1 + 16) / 40)
+    starts = starts_of([3, 7, 25, 1, 4])  # in rows of 10: 3, 7, 10, 10, 5, 1, 4
+    assert context_of_tokens(starts, 10) == round((9 + 49 + 100 + 100 + 25 + 1 + 16) / 40)
+    assert context_of_tokens(starts, 100) == round((9 + 49 + 625 + 1 + 16) / 40)
 
 
 def test_lengths_between_two_places():

@@ -150,13 +150,20 @@ def first_bounds(starts: DocumentStarts) -> NDArray[np.int64]:
     return starts.at(np.arange(min(MOST_DOCUMENTS, len(starts)) + 1))
 
 
-def context_of_tokens(bounds: NDArray[np.int64], row_tokens: int) -> int:
-    """Return the length of the document in which an average token lies, without those that rows
-    cut off."""
-    lengths = np.diff(bounds)
+def context_of_tokens(starts: DocumentStarts, row_tokens: int) -> int:
+    """Return the length of the document in which an average token lies, without what rows cut
+    off."""
+    lengths = np.diff(first_bounds(starts))
     squares = (lengths // row_tokens).sum() * row_tokens**2
     squares += np.square(lengths % row_tokens).sum()
     return max(1, round(float(squares / lengths.sum())))
+
+
+def effects(starts: DocumentStarts, row_tokens: int) -> str:
+    """Return words on what rows do to documents, in either way of laying them into rows."""
+    bounds = first_bounds(starts)
+    cut = shares_of_cutting(bounds - bounds[0], row_tokens)
+    return f"cut: {cut}; best_fit: {shares_of_packing(bounds, row_tokens)}"
 
 
 class Shares(NamedTuple):
