@@ -36,7 +36,7 @@ weights = st.lists(
 ).filter(any)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(weights)
 def test_weights_hold_at_every_position(values):
     """Counts of turns one by one, against those that are found without the turns before."""
@@ -117,7 +117,7 @@ CURRICULUM = [
 ]
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=10)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), st.data())
 def test_samples_do_not_depend_on_ranks_micro_batches_and_resumes(
     folder, legs, is_curriculum, draw

@@ -96,7 +96,7 @@ def test_each_source_becomes_a_folder(corpora, tmp_path, capsys):
     assert tokenizer.sha256 == sources["few"].train.index.tokenizer_sha256
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_parts_make_the_same_mixture(corpora, tmp_path, given, capsys):
     path = write_list(tmp_path / "sources.yaml", rows_of(corpora))
     more = [f"--tokenizer={tmp_path / 'whole'}"] if given else []
