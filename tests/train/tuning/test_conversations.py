@@ -124,6 +124,19 @@ def test_ranks_and_micro_batches_equal_one(whole, arguments, tmp_path, ranks, mi
         assert actual[1] == pytest.approx(expected[1], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_divided_sequences_equal_whole_ones(whole, arguments, tmp_path):
+    given = arguments(tmp_path / "run", 2, 1, **{"parallel.context": 2})
+    given += [f"--data.micro_batch_size={SAMPLES}"]
+    done = forked.run(forked.program("stu-train"), *given, PYTHONPATH=str(Path.cwd()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = load_checkpoint(checkpoint(whole, STEPS))
+    assert_close(load_checkpoint(checkpoint(tmp_path / "run", STEPS)), expected)
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        expected, actual = (report.read_curves(run)[name] for run in (whole, tmp_path / "run"))
+        assert actual[1] == pytest.approx(expected[1], rel=1e-5)
+
+
 def test_resume_within_an_epoch_continues_the_weights(whole, arguments, tmp_path):
     resume = checkpoint(whole, 2)
     given = arguments(tmp_path / "run", 1, 2)
