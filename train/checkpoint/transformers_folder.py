@@ -21,7 +21,7 @@ from torch import Tensor
 from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
-from stu.config import LATER_FIELDS, ModelConfig
+from stu.config import ModelConfig
 from stu.mixers import LongConvolution
 from stu.model import FlashSTU
 from stu.realisation import NoRealisation, fitting_realisation
@@ -78,11 +78,6 @@ def save_transformers(
     Raises UserError if `path` is occupied or the model has a mixer of other code; OSError, with
     nothing left behind, if the disk is full.
     """
-    if later := sorted(model.config.stored().keys() & LATER_FIELDS):
-        raise UserError(
-            message=f"models with {', '.join(later)} of their own cannot be exported for "
-            "transformers yet, whose code does not have them: export a model directory"
-        )
     if unknown := {*model.config.mixers} - KNOWN_MIXERS:
         raise UserError(
             message=f"layout={model.config.layout!r} cannot be exported for transformers, whose "
@@ -97,7 +92,7 @@ def save_transformers(
         "architectures": ["StuForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_type": MODEL_TYPE,
-        **model.config.stored(),
+        **model.config.to_dict(),
         "state_rates": _state_rates(model),
         "tie_word_embeddings": True,
         "dtype": str(dtype).removeprefix("torch."),
@@ -225,7 +220,7 @@ def _state_rates(model: FlashSTU) -> list[float] | None:
     except NoRealisation as reason:
         logger.warning("transformers will keep all inputs while it generates, as %s", reason)
         return None
-    return found.rates.tolist()
+    return [float(rate) for rate in found.rates]
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

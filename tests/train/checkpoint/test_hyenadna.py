@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -218,15 +219,26 @@ def test_model_directory_of_8_bits_has_biases(imported, tmp_path):
     assert 1e-4 < (stored - before).abs().max() < 0.3
 
 
-def test_other_formats_refuse_it(imported, tmp_path, capsys):
+def test_export_for_transformers(imported, tmp_path):
     _, folder, _ = imported
-    for layout, message in [
-        ("transformers", "models with blocks, filter_bands, filter_floor of their own cannot"),
-        ("published", "layout='hyena' cannot be exported to the published format"),
-    ]:
-        command = [str(folder), "--output", str(tmp_path / layout), "--format", layout]
-        assert export.main(command) == 2
-        assert message in capsys.readouterr().err
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    command = [str(folder), "--output", str(theirs), "--format=transformers"]
+    assert export.main(command) == 0
+    made = tokenizers.Tokenizer.from_file(str(theirs / "tokenizer.json"))
+    assert made.encode("ACGTNX").ids == [7, 8, 9, 10, 11, 6]
+    assert import_published.main([str(theirs), "--output", str(back)]) == 0
+    first, second = load_model(folder), load_model(back)
+    assert first.config == second.config
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+    assert load_tokenizer(back).files == load_tokenizer(folder).files
+
+
+def test_published_format_refuses_it(imported, tmp_path, capsys):
+    _, folder, _ = imported
+    command = [str(folder), "--output", str(tmp_path / "other"), "--format=published"]
+    assert export.main(command) == 2
+    assert "layout='hyena' cannot be exported to the published" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ KINDS_OF_MODELS = {
     "full": {"layout": "stu", "stu_form": "full"},
     "hyena": {"layout": "hyena"},
     "no_state": {"layout": "stu"},
+    "plain": {"layout": "hyena", "blocks": "plain", "filter_bands": 2, "filter_floor": 0.05},
 }
-QUICK, SLOW = ["hybrid", "hyena"], ["full", "no_state"]
+QUICK, SLOW = ["hybrid", "hyena"], ["full", "no_state", "plain"]
 PROMPTS = ["def f(x):\n\treturn", "  x", "return x + 1\nélève 👩‍👩‍👧 "]
 NEW_TOKENS = 64
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -166,7 +167,7 @@ def build(kind, tokenizer):
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 weight.add_(0.3 * torch.randn_like(weight))
             elif name != "embedding.weight" and "filter." not in name:
                 weight.mul_(2)

@@ -24,7 +24,11 @@ class StuConfig(PretrainedConfig):  # type: ignore[misc]
         num_heads: Attention heads.
         window_tokens: Tokens that attention sees before the current one.
         softcap: Bound on attention scores.
-        norm_eps: Number added to the mean square inside RMSNorm.
+        norm_eps: Number added to the mean square, or to the variance, inside norms.
+        blocks: Layers around the mixers. `gated`: RMSNorm and a gated MLP, without biases; `plain`:
+            LayerNorm and an MLP without a gate, with biases.
+        filter_bands: Frequencies in the features of lags of Hyena's filters.
+        filter_floor: Number added to the window of Hyena's filters.
         state_rates: Rates of decay of the numbers in which the past of an STU layer's channel is
             kept while generating; None: no state of constant size gives its filters, and inputs are
             kept instead.
@@ -55,6 +59,9 @@ class StuConfig(PretrainedConfig):  # type: ignore[misc]
         window_tokens: int = 1024,
         softcap: float = 50.0,
         norm_eps: float = 1e-5,
+        blocks: str = "gated",
+        filter_bands: int = 16,
+        filter_floor: float = 0.0,
         state_rates: list[float] | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
@@ -76,6 +83,9 @@ class StuConfig(PretrainedConfig):  # type: ignore[misc]
         self.window_tokens = window_tokens
         self.softcap = softcap
         self.norm_eps = norm_eps
+        self.blocks = blocks
+        self.filter_bands = filter_bands
+        self.filter_floor = filter_floor
         self.state_rates = state_rates
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

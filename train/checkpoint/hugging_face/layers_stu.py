@@ -37,6 +37,40 @@ class StuRMSNorm(nn.Module):
         return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
+class StuLayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias`, computed in float32 or wider."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(wide, (x.shape[-1],), weight, bias, self.eps).to(x.dtype)
+
+
+class StuPlainMLP(nn.Module):
+    """`down(gelu_tanh(up(x)))`, with biases."""
+
+    def __init__(self, config: StuConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_ratio * config.width
+        self.up, self.down = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return outputs
+
+
+def make_norm(config: StuConfig) -> StuRMSNorm | StuLayerNorm:
+    """Make a norm of the kind that `config.blocks` has."""
+    kind = StuLayerNorm if config.blocks == "plain" else StuRMSNorm
+    return kind(config.width, config.norm_eps)
+
+
 class StuMLP(nn.Module):
     """`down(gelu_tanh(gate(x)) * up(x))`."""
 

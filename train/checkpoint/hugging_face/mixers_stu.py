@@ -16,7 +16,7 @@ from .layers_stu import Float32Module
 from .memory_stu import LayerMemory, Past, Realisation
 
 QUERY_BLOCK = 256
-SHORT_TAPS, NUM_BANDS, LOWEST_BAND, FILTER_WIDTH, SINE_LAYERS = 3, 16, 1e-4, 64, 3
+SHORT_TAPS, LOWEST_BAND, FILTER_WIDTH, SINE_LAYERS = 3, 1e-4, 64, 3
 DECAYED_TO, FASTEST, SLOWEST = 0.01, 0.3, 1.5
 
 
@@ -175,14 +175,19 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 class StuHyena(nn.Module):
-    """Hyena of order 2: `output(x1 * (psi conv (x2 * v)))`, psi from an `StuImplicitFilter`."""
+    """Hyena of order 2: `output(x1 * (psi conv (x2 * v)))`, psi from a `StuImplicitFilter`."""
+
+    short_bias: nn.Parameter | None
 
     def __init__(self, config: StuConfig) -> None:
         super().__init__()
-        self.input = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.short_taps = nn.Parameter(torch.empty(SHORT_TAPS, 3 * config.width))
+        has_biases, width = config.blocks == "plain", config.width
+        self.input = nn.Linear(width, 3 * width, bias=has_biases)
+        self.short_taps = nn.Parameter(torch.empty(SHORT_TAPS, 3 * width))
+        bias = nn.Parameter(torch.empty(3 * width)) if has_biases else None
+        self.register_parameter("short_bias", bias)
         self.implicit_filter = StuImplicitFilter(config)
-        self.output = nn.Linear(config.width, config.width, bias=False)
+        self.output = nn.Linear(width, width, bias=has_biases)
 
     def forward(
         self,
@@ -202,6 +207,8 @@ class StuHyena(nn.Module):
         convolved = taps[0] * inputs[:, last:]
         for lag in range(1, SHORT_TAPS):
             convolved = convolved + taps[lag] * inputs[:, last - lag : last - lag + length]
+        if self.short_bias is not None:
+            convolved = convolved + self.short_bias
         outer_gate, inner_gate, values = convolved.chunk(3, dim=-1)
         gated = masked(inner_gate * values, present)
         known = None if memory is None else memory.taps
@@ -221,11 +228,12 @@ class StuImplicitFilter(Float32Module):
     def __init__(self, config: StuConfig) -> None:
         super().__init__()
         self.length, self.width = config.max_seq_len, config.width
+        self.num_bands, self.floor = config.filter_bands, config.filter_floor
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=torch.float32))
 
-        self.input_matrix = parameter(1 + 2 * NUM_BANDS, FILTER_WIDTH)
+        self.input_matrix = parameter(1 + 2 * self.num_bands, FILTER_WIDTH)
         self.hidden_matrices = parameter(SINE_LAYERS - 1, FILTER_WIDTH, FILTER_WIDTH)
         self.biases = parameter(SINE_LAYERS, FILTER_WIDTH)
         self.frequencies = parameter(FILTER_WIDTH)
@@ -236,9 +244,8 @@ class StuImplicitFilter(Float32Module):
         """Return the taps `[num_taps, D]` from lag 0, at most to the end of the context."""
         # In float64, which some devices lack: float32 has too few digits for the angles.
         lags = torch.arange(min(num_taps, self.length), dtype=torch.float64, device="cpu")[:, None]
-        bands = torch.linspace(
-            LOWEST_BAND, NUM_BANDS - 1, NUM_BANDS, dtype=torch.float64, device="cpu"
-        )
+        ends = LOWEST_BAND, self.num_bands - 1
+        bands = torch.linspace(*ends, self.num_bands, dtype=torch.float64, device="cpu")
         angles = 2 * math.pi * lags / self.length * bands
         times = lags / max(1, self.length - 1)
         hidden = torch.cat([times, angles.cos(), -angles.sin()], dim=1).to(self.skip)
@@ -247,7 +254,8 @@ class StuImplicitFilter(Float32Module):
             hidden = torch.sin(self.frequencies * (hidden @ matrix + bias))
         slow, fast = (-math.log(DECAYED_TO) / share for share in (SLOWEST, FASTEST))
         decays = torch.linspace(slow, fast, self.width).to(self.skip)
-        taps = torch.exp(-times.to(self.skip) * decays) * (hidden @ self.output_matrix)
+        window = torch.exp(-times.to(self.skip) * decays) + self.floor
+        taps = window * (hidden @ self.output_matrix)
         return torch.cat([taps[:1] + self.skip, taps[1:]])
 
 

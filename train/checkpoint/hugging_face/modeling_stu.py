@@ -9,7 +9,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache_stu import StuCache
 from .configuration_stu import StuConfig
-from .layers_stu import StuFilters, StuMLP, StuRMSNorm
+from .layers_stu import (
+    StuFilters,
+    StuLayerNorm,
+    StuMLP,
+    StuPlainMLP,
+    StuRMSNorm,
+    make_norm,
+)
 from .memory_stu import Realisation
 from .mixers_stu import MIXERS, StuHyena, StuImplicitFilter, StuMixer
 
@@ -19,13 +26,13 @@ CACHE = "cache" if "cache" in FIELDS else "past_key_values"
 
 
 class StuBlock(nn.Module):
-    """A mixer and a gated MLP, each on a normalised copy of the residual stream."""
+    """A mixer and an MLP, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: StuConfig, mixer: str) -> None:
         super().__init__()
-        self.mixer_norm = StuRMSNorm(config.width, config.norm_eps)
-        self.mlp_norm = StuRMSNorm(config.width, config.norm_eps)
-        self.mlp = StuMLP(config)
+        self.mixer_norm = make_norm(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = StuPlainMLP(config) if config.blocks == "plain" else StuMLP(config)
         self.mixer = MIXERS[mixer](config)
 
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
@@ -56,8 +63,13 @@ class StuPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         std, depth_scale = self.config.width**-0.5, (2 * self.config.num_layers) ** -0.5
         if isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, StuRMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, StuLayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, StuFilters):
             module.initialize()
         elif isinstance(module, StuMixer):
@@ -72,6 +84,8 @@ class StuPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             nn.init.normal_(module.skip)
         elif isinstance(module, StuHyena):
             nn.init.uniform_(module.short_taps, -(3**-0.5), 3**-0.5)
+            if module.short_bias is not None:
+                nn.init.zeros_(module.short_bias)
         elif isinstance(module, StuBlock):  # after its parts
             for part in (module.mlp.down, getattr(module.mixer, "output", None)):
                 if part is not None:
@@ -86,7 +100,7 @@ class StuModel(StuPreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.filters = StuFilters(config) if "stu" in config.mixers else None
         self.blocks = nn.ModuleList(StuBlock(config, mixer) for mixer in config.mixers)
-        self.norm = StuRMSNorm(config.width, config.norm_eps)
+        self.norm = make_norm(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -120,8 +120,6 @@ def _of_alphabet(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, An
         return _file(model, _special(tokenizer), None, _byte_level(), _byte_level())
     unknown = settings.get("unknown_token")
     vocab = dict(settings["alphabet"])
-    if unknown is not None:
-        vocab[unknown] = settings["special_tokens"][unknown]
     # Without such a token, characters outside the alphabet are refused, as they are here.
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown or ""}
     pattern = {"Regex": "(?m:.)"}
@@ -183,6 +181,8 @@ def _file(
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
 ) -> dict[str, Any]:
+    for token in added:  # or they would get the next free ids
+        model["vocab"].setdefault(token["content"], token["id"])
     return {
         "version": "1.0",
         "truncation": None,
@@ -237,6 +237,9 @@ def _dump(described: dict[str, Any]) -> bytes:
 
 def _require_equal(tokenizer: Tokenizer, made: Any) -> None:
     """Raise NotExact if `made` gives other ids, or another text for them, than `tokenizer`."""
+    for name, token in tokenizer.control_tokens().items():
+        if made.token_to_id(name) != token:
+            raise NotExact(f"the id of {show(name)} would differ")
     names = [re.escape(name) for name in tokenizer.control_tokens()]
     special = re.compile("|".join(names)) if names else None
     for text in _texts(tokenizer):
