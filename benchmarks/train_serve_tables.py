@@ -62,12 +62,13 @@ def tokenizers(result: Run) -> str:
 def optimizers(result: Run) -> str:
     """Show what each optimizer reaches with the same tokens."""
 
-    def spread(name: str, key: str, digits: str) -> str:
-        values = [run[key] for run in chosen[name] if run[key] is not None]
-        if not values:
-            return "not reached"
-        mean, low, high = sum(values) / len(values), min(values), max(values)
-        return f"{mean:{digits}} ({low:{digits}} to {high:{digits}})"
+    def reached(name: str) -> str:
+        values = [run["bits_per_byte"] for run in chosen[name]]
+        return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    def tokens(name: str) -> str:
+        values = [run["tokens_to_goal"] for run in chosen[name]]
+        return ", ".join("not reached" if value is None else f"{value:,.0f}" for value in values)
 
     rates, runs = result["best_rates"], result["runs"]
     chosen = {
@@ -85,10 +86,8 @@ def optimizers(result: Run) -> str:
         columns[f"first seed, learning rate {rate:g}"] = partial(first, rate)
     columns |= {
         "learning rate": lambda name: f"{rates[name]:g}",
-        f"bits per byte, {len(chosen['adamw'])} seeds": lambda name: spread(
-            name, "bits_per_byte", ".3f"
-        ),
-        "tokens to AdamW's mean": lambda name: spread(name, "tokens_to_goal", ",.0f"),
+        f"bits per byte, {len(chosen['adamw'])} seeds": reached,
+        "tokens to AdamW's mean, by seed": tokens,
     }
     return table(rates, columns)
 
