@@ -92,6 +92,17 @@ def optimizers(result: Run) -> str:
     return table(rates, columns)
 
 
+def documents(result: Run) -> str:
+    """Show the cost of keeping documents apart, against together."""
+    columns: Columns = {
+        "model": lambda run: run["model"],
+        "together, s": lambda run: f"{run['together_seconds']:.2f}",
+        "apart, of that": lambda run: f"{run['apart_ratio']:.2f}",
+        "apart, one document a sample": lambda run: f"{run['one_a_row_ratio']:.2f}",
+    }
+    return table(result["runs"], columns)
+
+
 def loss(result: Run) -> str:
     """Show memory and time of our loss and of a loss with whole logits."""
     columns: Columns = {
@@ -178,6 +189,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "convolution": convolution,
     "train": train,
     "loss": loss,
+    "documents": documents,
     "memory": memory,
     "tokenizers": tokenizers,
     "optimizers": optimizers,

@@ -38,7 +38,7 @@ class Options:
     """Tokens of a row."""
     rows: PositiveInt = 2
     """Rows of a batch."""
-    width: PositiveInt = 128
+    width: PositiveInt = 64
     """Model width."""
     mean_tokens: PositiveInt = 800
     """Mean length of a document, before rows cut it."""
@@ -56,7 +56,7 @@ def measure(options: Options) -> dict[str, Any]:
     runs = []
     for name, layout in MODELS.items():
         torch.manual_seed(0)
-        shape: dict[str, Any] = {"vocab_size": 50, "num_layers": 2, "num_heads": 2} | layout
+        shape: dict[str, Any] = {"vocab_size": 50, "num_layers": 2, "num_heads": 1} | layout
         shape |= {"width": options.width, "max_seq_len": options.seq_len}
         model = FlashSTU(ModelConfig(**shape, window_tokens=options.window_tokens))
         tokens = torch.randint(50, (options.rows, options.seq_len))
