@@ -34,7 +34,7 @@ KINDS_OF_MODELS = {
     "no_state": {"layout": "stu"},
     "plain": {"layout": "hyena", "blocks": "plain", "filter_bands": 2, "filter_floor": 0.05},
 }
-QUICK, SLOW = ["hybrid", "hyena"], ["full", "no_state", "plain"]
+QUICK, SLOW = ["hybrid"], ["hyena", "full", "no_state", "plain"]
 PROMPTS = ["def f(x):\n\treturn", "  x", "return x + 1\nélève 👩‍👩‍👧 "]
 NEW_TOKENS = 64
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -273,7 +273,14 @@ def test_card_has_what_a_training_checkpoint_knows(trained, tmp_path):
     assert json.loads((output / "generation_config.json").read_text())["do_sample"] is False
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "ACGTN", "unigram", "nmt_nfkc"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(kind for kind in KINDS if kind != "cl100k_base"),
+        pytest.param("cl100k_base", marks=pytest.mark.slow),
+        *("ACGTN", "unigram", "nmt_nfkc"),
+    ],
+)
 def test_tokenizers(kind, tmp_path):
     """A tokenizer.json gives the same ids, or there is none."""
     if kind in ("unigram", "nmt_nfkc"):
