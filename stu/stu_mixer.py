@@ -39,8 +39,11 @@ class STU(LongConvolution):
     ) -> Tensor:
         return self.combine(self.convolve(self.streams(x), filters, memory, documents), x)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def convolve_slices(self, streams: Tensor, filters: Tensor, slices: SliceRanks) -> Tensor:
+        outputs: Tensor = slices.uncompiled(self._convolve_slices, streams, filters, slices)
+        return outputs
+
+    def _convolve_slices(self, streams: Tensor, filters: Tensor, slices: SliceRanks) -> Tensor:
         """Convolve this rank's slice of each stream, and add what follows from the states that
         earlier ranks send."""
         length, step = streams.shape[1], self.past.lag_step

@@ -6,7 +6,7 @@ gradients the other way.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ class SliceRanks(ABC):
         self.rank, self.size = rank, size
         self.kept: dict[Hashable, Any] = {}
         """Tables that mixers compute once, by keys of their own."""
+        # Not a decorator: this imports the compiler, which takes a second.
+        self.uncompiled: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
+        """Function that calls another one, with its arguments, outside of what torch.compile
+        compiles."""
 
     @abstractmethod
     def swap(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -46,7 +50,6 @@ class SliceRanks(ABC):
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange(
     ranks: SliceRanks, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]
 ) -> tuple[Tensor, ...]:
@@ -55,7 +58,7 @@ def exchange(
     The gradients are exchanged in the backward pass, which must reach this call on every rank: let
     the results be part of each rank's loss, even if they are empty.
     """
-    received: tuple[Tensor, ...] = _Exchange.apply(ranks, shapes, *parts)  # type: ignore[no-untyped-call]
+    received: tuple[Tensor, ...] = ranks.uncompiled(_Exchange.apply, ranks, shapes, *parts)
     return received
 
 
@@ -89,3 +92,7 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return (None, None, *ctx.ranks.swap(grads, ctx.shapes))
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)

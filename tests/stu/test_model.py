@@ -1,6 +1,8 @@
 """The model: forms of STU, causality, casts, initial weights."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,9 @@ def test_meta_device_costs_no_filters():
     with torch.device("meta"):
         model = FlashSTU(ModelConfig(vocab_size=200064, width=1024, max_seq_len=2**20))
     assert model.filters.is_meta
+
+
+def test_the_library_does_not_import_the_compiler():
+    """It takes a second, which every replica of a server would wait for."""
+    code = "import sys, stu.model, serve.engine.engine; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
