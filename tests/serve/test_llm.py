@@ -82,8 +82,8 @@ def test_chat_renders_the_template(llm, code_tokenizer):
 
 def test_chat_without_jinja2_names_the_extra_to_install(llm, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    for name in ("chat_dialect", "chat_template"):
-        monkeypatch.delitem(sys.modules, f"serve.openai.{name}", raising=False)
+    for name in ("dialect", "template"):
+        monkeypatch.delitem(sys.modules, f"stu.chat.{name}", raising=False)
     with pytest.raises(UserError, match=r'jinja2 is not installed: pip install "stu\[serve\]"'):
         llm.chat([{"role": "user", "content": "f?"}])
 

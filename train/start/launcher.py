@@ -1,7 +1,9 @@
 """Ranks that `stu-train` starts itself on one machine, without srun or torchrun."""
 
 import os
+import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -10,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -18,6 +21,10 @@ PATIENCE_SECONDS = 60.0
 """Time the first rank has to end by itself after another one failed or was stopped."""
 STOP_SECONDS = 10.0
 """Time the other ranks have to end when the first one tells them to."""
+
+
+PORTS = range(10_000, 15_000)
+"""Ports below Lightning's for Slurm jobs, and below those that systems hand out."""
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -36,6 +43,9 @@ class Launcher(_SubprocessScriptLauncher):
     ) -> Any:
         if self.cluster_environment.creates_processes_externally:
             return super().launch(function, *args, trainer=trainer, **kwargs)
+        environment = self.cluster_environment
+        if isinstance(environment, LightningEnvironment) and "MASTER_PORT" not in os.environ:
+            environment._main_port = unused_port()
         self._call_children_scripts()
         threading.Thread(target=self._watch, daemon=True, name="launcher").start()
         try:
@@ -72,3 +82,19 @@ class Launcher(_SubprocessScriptLauncher):
         print(f"stu-train: another rank ended with code {code}", file=sys.stderr, flush=True)
         self.kill(signal.SIGKILL)
         os._exit(code)
+
+
+def unused_port() -> int:
+    """Return a port that nobody listens at.
+
+    The first rank listens there a second later. Until then an outgoing connection of any process
+    could take a port that the system hands out, and the run would fail.
+    """
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return port
