@@ -106,6 +106,7 @@ def test_a_batch_can_be_set_to_later_positions(layout, name):
     assert counts["convolution"] > 0
 
 
+@pytest.mark.slow
 def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
     settings = ["--layout", "[hybrid]", "--width", "64", "--layers", "2", "--new-tokens", "[320]"]
     settings += ["--batch", "[2]", "--caches", "[ours,ours_int8,flashinference]"]

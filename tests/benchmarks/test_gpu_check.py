@@ -162,6 +162,7 @@ print(json.dumps(run_tests(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_a_failing_test_is_kept_and_leaves_the_limit_armed(tmp_path):
     file = tmp_path / "test_own.py"
     file.write_text("def test_bad():\n    assert 1 + 1 == 3\n\ndef test_good():\n    pass\n")

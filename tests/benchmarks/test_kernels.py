@@ -27,6 +27,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_resources_are_those_of_the_result():
     measured = kernels.measure(kernels.Options())["runs"]
     assert all(run["spilled_bytes"] == run["stack_bytes"] == 0 for run in measured)

@@ -28,6 +28,7 @@ def test_prompts_of_invariance_are_pieces_of_the_validation_split(data, tmp_path
         invariance.read_prompts(data, other, 9, 4)
 
 
+@pytest.mark.slow
 def test_a_server_is_compared_with_its_engine(monkeypatch):
     monkeypatch.setattr(load, "WIDTH", 64)
     options = load.Options(clients=2, requests=4, new_tokens=8)

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests import forked
 from tests.serve.conftest import generate, read_rows, write_rows
@@ -27,6 +28,7 @@ if os.environ["SLURM_ARRAY_TASK_ID"] == "1" and "SLURM_RESTART_COUNT" not in os.
 """
 
 
+@pytest.mark.slow
 def test_prepare_repeats_a_killed_task_of_an_array(cluster, tmp_path):
     """It equals one run, though a task is killed before its part is complete."""
     corpus, output, alone = tmp_path / "corpus", tmp_path / "out" / "data", tmp_path / "alone"

@@ -295,12 +295,17 @@ def loses_little_when_the_disk_is_full(scene):
 
 SCENARIOS = [
     saves_and_continues_when_its_time_is_up,
-    continues_after_a_rank_is_killed,
-    is_requeued_when_its_time_is_up_before_training,
-    owns_its_folder,
-    continues_without_an_unfit_node,
     is_not_repeated_after_a_refusal,
-    pytest.param(loses_little_when_the_disk_is_full, marks=pytest.mark.slow),
+    *(
+        pytest.param(scenario, marks=pytest.mark.slow)
+        for scenario in (
+            continues_after_a_rank_is_killed,
+            is_requeued_when_its_time_is_up_before_training,
+            owns_its_folder,
+            continues_without_an_unfit_node,
+            loses_little_when_the_disk_is_full,
+        )
+    ),
 ]
 
 

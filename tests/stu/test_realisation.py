@@ -81,7 +81,7 @@ def test_states_never_grow_without_end(length):
     ("length", "rank", "dtype"),
     [
         (1024, 32, np.float64),
-        (8192, 34, np.float64),
+        pytest.param(8192, 34, np.float64, marks=pytest.mark.slow),
         (8192, 34, np.float32),
         pytest.param(131072, 40, np.float32, marks=pytest.mark.slow),
     ],

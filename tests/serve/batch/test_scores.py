@@ -135,6 +135,7 @@ def test_stopped_run_resumes_to_the_same_file(
     assert sorted_lines(target) == sorted_lines(whole)
 
 
+@pytest.mark.slow
 def test_workers_and_parts_write_the_same_rows(
     tmp_path, model_directory, source, target, monkeypatch, capsys
 ):

@@ -358,8 +358,17 @@ BOUNDS = {0: 5e-7, 0.5: 2e-6, 5: 5e-6}
 standard deviations."""
 
 
-@pytest.mark.parametrize("mean", BOUNDS)
-@pytest.mark.parametrize("length", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("length", "mean"),
+    [
+        (2048, 0.5),
+        *(
+            pytest.param(length, mean, marks=pytest.mark.slow)
+            for length in (4096, 16384)
+            for mean in BOUNDS
+        ),
+    ],
+)
 def test_a_long_run_with_states(length, mean):
     """Channels of very different size, each right by itself, whether its terms cancel or not."""
     torch.manual_seed(0)

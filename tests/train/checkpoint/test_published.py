@@ -434,6 +434,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' /proc")
 def test_exports_hold_no_second_model(tmp_path, code_tokenizer):
     config = ModelConfig(vocab_size=280, width=512, num_layers=8, max_seq_len=64, layout="stu")

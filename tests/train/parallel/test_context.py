@@ -81,7 +81,7 @@ def assert_equal_runs(folder, whole, first=1):
     ("ranks", "context", "stage", "layout"),
     [
         (2, 2, 3, "hybrid"),
-        (4, 2, None, "hyena"),
+        slow(4, 2, None, "hyena"),
         *(slow(2, 2, None, layout) for layout in ("stu", "hyena", "attention", "hybrid")),
         *(slow(4, 4, None, layout) for layout in ("stu", "hyena", "attention", "hybrid")),
         *(slow(4, 2, stage, "hybrid") for stage in (None, 0, 1, 2, 3, "fsdp")),

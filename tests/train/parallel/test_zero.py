@@ -42,8 +42,8 @@ def runs(run, tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "stage"),
     [
-        *((2, stage) for stage in (0, 2, 3, "fsdp")),
-        slow(2, 1),
+        *((2, stage) for stage in (3, "fsdp")),
+        *(slow(2, stage) for stage in (0, 1, 2)),
         *(slow(1, stage) for stage in STAGES),
         *(slow(4, stage) for stage in STAGES),
     ],
@@ -61,7 +61,7 @@ def test_ranks_equal_one_process(whole, runs, ranks, stage):
 
 @pytest.mark.parametrize(
     ("layout", "stage"),
-    [("hyena", 3), slow("attention", 3), slow("hyena", 1), slow("hyena", "fsdp")],
+    [slow("hyena", 3), slow("attention", 3), slow("hyena", 1), slow("hyena", "fsdp")],
 )
 def test_other_mixers_equal_one_process(run, run_alone, tmp_path, layout, stage):
     # At the rate of the others, eight steps would take the weights of Hyena's filters to four times
@@ -101,7 +101,7 @@ def test_documents_apart_and_packed_equal_one_process(run, run_alone, tmp_path, 
         assert actual[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("stage", [3, *map(slow, (None, 0, 1, 2, "fsdp"))])
+@pytest.mark.parametrize("stage", [None, *map(slow, (0, 1, 2, 3, "fsdp"))])
 def test_lion_trains_and_resumes_bit_for_bit(run, run_alone, tmp_path, stage):
     """Ranks nearly agree with one process: rounding changes the signs of few gradients near 0."""
     more = "--model.optimizer.learning_rate=3e-4", "--model.optimizer.name=lion"

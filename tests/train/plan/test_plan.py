@@ -81,7 +81,11 @@ def test_activations_include_what_is_saved_for_the_backward_pass(layout):
 
 @pytest.mark.parametrize(
     "config",
-    [replace(SMALL, layout="hyena"), replace(SMALL, layout="stu", num_layers=2), SMALL],
+    [
+        replace(SMALL, layout="hyena"),
+        replace(SMALL, layout="stu", num_layers=2),
+        pytest.param(SMALL, marks=pytest.mark.slow),
+    ],
     ids=lambda config: config.layout,
 )
 def test_slices_divide_activations(config):
