@@ -120,7 +120,10 @@ def _read_file(file: Path) -> Mapping[Any, Any]:
     except Exception as error:  # torch.load documents no errors, and raises many kinds
         kind = type(error).__name__
         raise UserError(
-            message=f"cut short, or not a file of tensors alone ({kind}): save model.state_dict()"
+            message=f"cut short, or not a file of tensors alone ({kind}): other objects are never "
+            "loaded. If you trust the file, save {'state_dict': ..} with its tensors alone again "
+            "where it can be loaded, or take one of safetensors, as in HyenaDNA's folders that end "
+            "in -hf"
         ) from error
     for name in STATE_DICTS:
         if isinstance(contents, dict) and isinstance(contents.get(name), dict):

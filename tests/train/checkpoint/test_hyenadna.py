@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -267,6 +268,18 @@ def test_other_models_are_refused(tmp_path, config, change, message, capsys):
     assert message in error
     assert str(source) in error
     assert not (tmp_path / "ours").exists()
+
+
+def test_checkpoints_with_other_objects_say_what_to_do(tmp_path, capsys):
+    """As those on the hub, which hold their settings."""
+    source = write_original(tmp_path / "theirs", random_weights())
+    contents = torch.load(source / "weights.ckpt", weights_only=True)
+    torch.save(contents | {"hyper_parameters": Namespace(lr=1)}, source / "weights.ckpt")
+    assert import_published.main([str(source), "--output", str(tmp_path / "ours")]) == 2
+    error = capsys.readouterr().err
+    assert "weights.ckpt: cut short, or not a file of tensors alone" in error
+    assert "save {'state_dict': ..} with its tensors alone again" in error
+    assert "end in -hf" in error
 
 
 def test_epsilon_is_that_of_the_configuration(tmp_path, capsys):
