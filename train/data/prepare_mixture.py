@@ -16,6 +16,7 @@ from train.data.mixture import MIXTURE_FILE, save_mixture
 from train.data.parts import COMMON_FILE, require_same
 from train.data.prepare import prepare_part, remove_unfinished
 from train.data.reading.sources import find_files
+from train.data.shards import INDEX_FILE
 from train.data.source_list import SourceConfig, named, read_source_list
 from train.data.tokenizer import Corpus, given_tokenizer, write_tokenizer
 
@@ -48,16 +49,21 @@ def prepare_mixture_part(config: PrepareConfig) -> list[int]:
     sources = read_source_list(config)
     output = config.output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with closing(LockFile(output.with_name(f"{output.name}.lock"))) as lock, lock.held(0):
-        _start(config, sources, output)
     missing = set[int]()
-    for source in sources:
-        with named(source):
-            made = dataclasses.replace(source, output=output / source.name, tokenizer=output)
-            missing.update(prepare_part(made))
-    if not missing and not (output / MIXTURE_FILE).exists():
-        save_mixture(output, {source.name: source.weight for source in sources})
-    return sorted(missing)
+    with closing(LockFile(output.with_name(f"{output.name}.lock"))) as lock:
+        with lock.held(0):
+            _start(config, sources, output)
+        for source in sources:
+            with named(source):
+                made = dataclasses.replace(source, output=output / source.name, tokenizer=output)
+                missing.update(prepare_part(made))
+        with lock.held(0):
+            # Other runs may have completed sources since this one made its part of them.
+            if not all((output / source.name / INDEX_FILE).exists() for source in sources):
+                return sorted(missing)
+            if not (output / MIXTURE_FILE).exists():
+                save_mixture(output, {source.name: source.weight for source in sources})
+            return []
 
 
 def _find(sources: Sequence[SourceConfig]) -> list[Corpus]:

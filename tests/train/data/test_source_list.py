@@ -9,9 +9,12 @@ import yaml
 from stu.common.errors import UserError
 from stu.tokenizer import find_tokenizer, read_tokenizer
 from tests.train.token_shards import read_tokens
+from train.data import prepare_mixture
 from train.data.cli import main
 from train.data.config import PrepareConfig
 from train.data.mixture import open_sources
+from train.data.prepare import prepare_part
+from train.data.prepare_mixture import prepare_mixture_part
 from train.data.shards import TokenShards
 from train.data.source_list import read_source_list
 
@@ -116,6 +119,27 @@ def test_parts_make_the_same_mixture(corpora, tmp_path, given, capsys):
     write_list(path, [{**rows[0], "weight": 4}, *rows[1:]])
     assert prepared(path, tmp_path / "parts", "--part=0/3", *more) == 2
     assert re.search("sources .*'books': 4.*was made with", capsys.readouterr().err)
+
+
+def test_runs_that_complete_sources_in_turn_complete_the_mixture(corpora, tmp_path, monkeypatch):
+    """Each run misses a part of one source, and neither sees all sources complete in its turn."""
+    path = write_list(tmp_path / "sources.yaml", rows_of(corpora)[:2])
+    settings = {"tokenizer": "bytes", "validation_fraction": 0.3, "workers": 1}
+    runs = [
+        PrepareConfig([str(path)], tmp_path / "parts", part=f"{part}/2", **settings)
+        for part in (0, 1)
+    ]
+    results = []
+
+    def prepare_in_turn(source):
+        if (source.name, source.part) == ("code", "0/2"):  # the first run has its part of "books"
+            results.append(prepare_mixture_part(runs[1]))
+        return prepare_part(source)
+
+    monkeypatch.setattr(prepare_mixture, "prepare_part", prepare_in_turn)
+    results.append(prepare_mixture_part(runs[0]))
+    assert results == [[0], []]
+    assert [source.name for source in open_sources(tmp_path / "parts")] == ["books", "code"]
 
 
 def test_a_source_has_its_share_of_the_text_for_the_tokenizer(corpora, tmp_path, monkeypatch):
