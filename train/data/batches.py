@@ -138,6 +138,8 @@ class PackedDocuments:
         lengths, place = [], 0
         for start, count in self._rows[number]:
             end = place + count
+            if place and not len(self._shards.documents.between(start, start + 1)):
+                counted[place - 1] = False  # the rest of a cut document is no next document
             # With the token after it, which is the next document's mark unless a cut is there.
             after = self._shards.read(start, min(start + count + 1, len(self._shards)))
             tokens[place : place + len(after)] = after
