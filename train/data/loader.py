@@ -20,7 +20,6 @@ from train.data.batches import (
 from train.data.mixture import Source, check_conversations, fingerprint, open_sources
 from train.data.order import SampleOrder
 from train.data.rows.packing import context_of_tokens, effects
-from train.data.rows.starts import starts_file
 from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases
 
 BEFORE_DOCUMENTS = {"documents": "together", "packing": "cut"}
@@ -100,14 +99,13 @@ class TokenData(L.LightningDataModule):
 
     def row_notes(self) -> list[str]:
         """Return a line for each source on what its samples do to documents, in either packing, by
-        the first of its documents. Sources of an older stu-prepare have none."""
-        notes = []
-        for source in self.sources:
-            files = (source.train.folder / shard.file for shard in source.train.split.shards)
-            if len(source.train) and all(starts_file(path).exists() for path in files):
-                note = effects(source.train.documents, self.seq_len)
-                notes.append(f"data.packing{source.label}: {note}")
-        return notes
+        the first of its documents. Conversations, and sources of an older stu-prepare, have
+        none."""
+        return [
+            f"data.packing{source.label}: {effects(source.train.documents, self.seq_len)}"
+            for source in self.sources
+            if source.is_packable
+        ]
 
     @cached_property
     def context_tokens(self) -> int:

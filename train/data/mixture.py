@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stu.common.errors import UserError
 from stu.common.files import new_file
+from train.data.rows.starts import starts_file
 from train.data.shards import INDEX_FILE, Index, TokenShards
 
 MIXTURE_FILE = "mixture.json"
@@ -39,6 +40,15 @@ class Source:
     def label(self) -> str:
         """Words that name the source in messages, after a space; empty without a name."""
         return f" of source {self.name}" if self.name else ""
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether it has documents for training, with files that say where they begin, and they are
+        not conversations, which are packed already."""
+        shards = self.train.split.shards
+        if self.train.index.chat_seq_len or not self.train.split.num_documents:
+            return False
+        return all(starts_file(self.train.folder / shard.file).exists() for shard in shards)
 
 
 def open_sources(folder: str | Path) -> list[Source]:

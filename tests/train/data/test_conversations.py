@@ -13,6 +13,7 @@ from stu.tokenizer import read_tokenizer
 from train.data import cli
 from train.data.config import PrepareConfig
 from train.data.encode import split_of
+from train.data.loader import TokenData
 from train.data.prepare import prepare
 from train.data.shards import Index, TokenShards
 
@@ -129,6 +130,19 @@ def test_fingerprint_covers_the_answers(folder, tmp_path):
         other.read(0, 500).tolist() == TokenShards(folder / "data", "train").read(0, 500).tolist()
     )
     assert other.fingerprint() != before
+
+
+def test_conversations_that_are_only_for_validation(folder, tmp_path):
+    """Their train split has a token and no documents."""
+    path = str(folder / "chats.jsonl")
+    held_out = {"name": "held-out", "path": path, "weight": 0, "validation_fraction": 1}
+    given = [str(write(tmp_path / "sources.yaml", [[{"name": "chats", "path": path}, held_out]]))]
+    given += ["--tokenizer", str(folder), "--chat-seq-len", str(SEQ_LEN), "--workers=1"]
+    assert cli.main([*given, "--validation-fraction=0.2", f"--output={tmp_path / 'data'}"]) == 0
+    data = TokenData(str(tmp_path / "data"), SEQ_LEN, 1)
+    assert len(data.sources[1].train) == 1
+    assert data.row_notes() == []
+    assert [len(source.validation) > 1 for source in data.sources] == [True, True]
 
 
 BAD = [
