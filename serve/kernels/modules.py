@@ -69,13 +69,13 @@ def kernel_mlp(mlp: GatedMLP) -> KernelGatedMLP:
 
 
 def narrow_mlp(mlp: GatedMLP, weights: ByteWeights) -> KernelGatedMLP:
-    """Return the MLP that runs kernels, with weights of 8 bits. Those that `mlp` has already become
-    parts of one matrix, as those of `kernel_mlp`."""
+    """Return the MLP that runs kernels, with weights of 8 bits. Those that `mlp` has in this format
+    already become parts of one matrix, as those of `kernel_mlp`."""
     gate, up, down = (quantized(own, weights) for own in (mlp.gate, mlp.up, mlp.down))
     dtype = gate.values.dtype
     values = torch.cat([own.values.view(torch.int8) for own in (gate, up)]).view(dtype)
     for own, part in zip((mlp.gate, mlp.up), values.chunk(2), strict=True):
-        if isinstance(own, QuantizedLinear):
+        if isinstance(own, QuantizedLinear) and own.values.dtype == dtype:
             own.values.data = part
     gate_up = NarrowLinear(Quantized(values, torch.cat([gate.scales, up.scales])))
     return KernelGatedMLP(gate_up, NarrowLinear(down))

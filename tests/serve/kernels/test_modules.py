@@ -114,6 +114,19 @@ def test_stored_weights_of_8_bits_are_in_memory_once(engine_of, model, code_toke
     assert all(module.scales.dtype == torch.float32 for module in products)
 
 
+@pytest.mark.parametrize(("stored", "wanted"), [("int8", "fp8"), ("fp8", "int8")])
+def test_an_engine_of_another_format_of_8_bits_leaves_the_model_alone(
+    engine_of, model, code_tokenizer, tmp_path, stored, wanted
+):
+    save_model(tmp_path / "model", model, code_tokenizer)
+    loaded = load_model(tmp_path / "model", weights=stored)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    engine_of(loaded, wanted)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == before[name].dtype, name
+        assert torch.equal(tensor.float(), before[name].float()), name
+
+
 def test_8_bits_turn_back_into_floats(model, code_tokenizer, tmp_path):
     save_model(tmp_path / "model", model, code_tokenizer, weights="int8")
     narrow, wide = (load_model(tmp_path / "model", weights=own) for own in (None, "float"))
