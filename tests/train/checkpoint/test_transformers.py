@@ -22,7 +22,7 @@ from stu.tokenizer import make_tokenizer, read_tokenizer
 from tests.stu.tokenizers.vocabularies import KINDS, make, texts
 from train.checkpoint import export, import_published, transformers_folder
 from train.checkpoint.folder import CheckpointFolder
-from train.checkpoint.hugging_face.memory_stu import Realisation
+from train.checkpoint.hugging_face.memory_stu import LayerMemory, Realisation
 from train.checkpoint.hugging_face.tokenizer_json import NotExact, tokenizer_json
 
 SHAPE = {"vocab_size": 280, "width": 24, "num_layers": 3, "num_heads": 3, "mlp_ratio": 2}
@@ -62,6 +62,12 @@ for name in names:
     model = load(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert not model.training and model.dtype == torch.float32, name
+    if model.model.filters is not None:  # hooks that move tensors between devices run at calls
+        calls = []
+        hook = model.model.filters.register_forward_hook(lambda *_: calls.append(name))
+        model(wanted["tokens"], use_cache=True)
+        assert len(calls) == (1 if name == "no_state" else 2), name
+        hook.remove()
     with torch.no_grad():
         logits = model(wanted["tokens"]).logits
         error = 1e-5 * wanted["logits"].abs().max()
@@ -388,3 +394,13 @@ def test_states_of_the_exported_code_give_the_filters(lag_step):
     decays = torch.exp(-torch.arange(len(taps) - 1)[:, None] * theirs.rates)
     errors = (decays @ theirs.outputs.T - taps[1:]).abs().amax(0)
     assert (errors <= 5e-7 * taps.abs().amax(0)).all()
+
+
+def test_states_are_on_the_device_of_their_layer():
+    """Which need not be that of the filters."""
+    states, memory = Realisation(torch.rand(9, 2), [0.1, 0.5]), LayerMemory()
+    inputs = torch.zeros(1, 3, 4, device="meta")
+    assert states.step(memory, inputs) is None
+    past = states.step(memory, inputs)
+    assert memory.tensors["state"].is_meta
+    assert all(part.is_meta for part in past)

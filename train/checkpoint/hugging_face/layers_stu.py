@@ -95,6 +95,10 @@ class StuFilters(Float32Module):
         # Not a buffer, which some versions of transformers cast.
         self.taps = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
 
+    def forward(self) -> Tensor:
+        """Return the filters. A model over several devices moves them as it calls this."""
+        return self.taps
+
     def initialize(self) -> None:
         """Compute the filters of a new model.
 

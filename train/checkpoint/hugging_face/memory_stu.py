@@ -62,13 +62,14 @@ class Realisation:
         self.rates = torch.tensor(rates, dtype=torch.float64, device=device)  # [r]
 
     def step(self, memory: LayerMemory, inputs: Tensor) -> "Past | None":
-        """Take inputs `[B, T, D]` into a layer's state, and return the earlier state, if any.
+        """Take inputs `[B, T, D]` into a layer's state, which is on their device, and return the
+        earlier state, if any.
 
         A state `[B, 2, D, r]` has two parts: for the filters, and for those with the alternating
         signs `(-1)^lag`.
         """
         counts = torch.arange(inputs.shape[1] + 1, device=inputs.device)
-        decays = torch.exp(-counts[:, None] * self.rates)  # [T + 1, r]
+        decays = torch.exp(-counts[:, None] * self.rates.to(inputs.device))  # [T + 1, r]
         signs = (1 - 2 * (counts % 2))[:, None]
         powers = torch.stack([decays, signs * decays])  # [2, T + 1, r]
         newest_first = inputs.flip(1).to(decays.dtype)
@@ -80,7 +81,8 @@ class Realisation:
         if state is None:
             return None
         # Lag q + 1 + m has the sign (-1)^m, which the state has, times (-1)^(q + 1).
-        return Past(state, torch.stack([powers[0, :-1], -powers[1, :-1]]), self.outputs)
+        outputs = self.outputs.to(inputs.device)
+        return Past(state, torch.stack([powers[0, :-1], -powers[1, :-1]]), outputs)
 
 
 class Past(NamedTuple):

@@ -166,7 +166,7 @@ class StuModel(StuPreTrainedModel):
                 cache.ends_in_padding = bool((attention_mask.diff(dim=1) < 0).any())
             cache.num_tokens += length
         states = []
-        filters = None if self.filters is None else self.filters.taps
+        filters = None if self.filters is None else self.filters()
         for number, block in enumerate(self.blocks):
             if output_hidden_states:
                 states.append(x)
@@ -185,7 +185,7 @@ class StuModel(StuPreTrainedModel):
         # The states need float64, which MPS lacks.
         if self.filters is None or not self.config.state_rates or device.type == "mps":
             return None
-        return Realisation(self.filters.taps, self.config.state_rates)
+        return Realisation(self.filters(), self.config.state_rates)
 
 
 class StuForCausalLM(StuPreTrainedModel, GenerationMixin):  # type: ignore[misc]
