@@ -6,7 +6,7 @@ not multiplied with the activations keeps its dtype: embeddings, norms, filters,
 that compute filters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,3 +84,18 @@ class QuantizedLinear(nn.Module):
         self.values = values.to(self.values.device)
         self.scales = scales.to(self.scales.device)
         return self
+
+
+def rounded_bytes(model: nn.Module, matrices: Mapping[str, int], weights: ByteWeights) -> int:
+    """Return the bytes of a model's matrices in this format, with their scales, without those that
+    it has in the format already.
+
+    matrices: Names of its matrices, and their dim of outputs.
+    """
+    floats, num_bytes = dict(model.named_parameters()), 0
+    for name in matrices.keys() & floats.keys():
+        num_bytes += floats[name].numel() + 4 * floats[name].shape[matrices[name]]
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.values.dtype != DTYPES[weights]:
+            num_bytes += module.values.numel() + 4 * module.scales.numel()
+    return num_bytes

@@ -34,6 +34,7 @@ from serve.sampling.tables import table_bytes
 from stu.common.errors import UserError, setting_name
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
 from stu.model import FlashSTU
+from stu.quantization import rounded_bytes
 from stu.realisation import RANKS
 
 logger = logging.getLogger(__name__)
@@ -269,11 +270,12 @@ def free_bytes(device: torch.device) -> int:
 
 def other_bytes(model: FlashSTU, config: EngineConfig) -> int:
     """Return the bytes that an engine may come to take besides caches and graphs: those of the
-    sampler's tables, and of the unembedding in 8 bits on CUDA."""
+    sampler's tables, and of matrices that it rounds to 8 bits on CUDA, such as the unembedding."""
     shape, weights = model.config, config.weights or model.weights
     num_bytes = table_bytes(num_rows(config), shape.vocab_size, shape.max_seq_len)
     if weights != "float" and model.embedding.weight.device.type == "cuda":
         num_bytes += shape.vocab_size * (shape.width + 4)  # with its scales
+        num_bytes += rounded_bytes(model, model.matrices, weights)
     return num_bytes
 
 
@@ -288,7 +290,7 @@ def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
     if (config.weights or model.weights) != "float":
         num_bytes += rows * width * MOST_SPLITS * 4  # sums, which are joined in float32
         if rows > MOST_ROWS:  # a copy of the largest matrix
-            num_bytes += 2 * hidden * width * weight.element_size()
+            num_bytes += max(2 * hidden, vocab_size) * width * weight.element_size()
     sampled_at_once = min(rows * vocab_size, max(vocab_size, NUMBERS_ON_DEVICE))
     num_bytes += SAMPLER_TENSORS * sampled_at_once * 8
     if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):

@@ -11,10 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.cache import budget
 from serve.config import EngineConfig
+from serve.kernels.narrow_product import MOST_ROWS
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.model import FlashSTU
+from stu.model_dir import load_model, save_model
+from stu.quantization import rounded_bytes
 
 GIB = 2**30
 SHAPE = {"width": 64, "num_layers": 2, "num_heads": 2, "num_filters": 8, "mlp_ratio": 2}
@@ -29,8 +32,11 @@ def model_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr(budget, "graph_bytes", lambda model, config: 2 * GIB)
     weight = SimpleNamespace(device=torch.device("cuda", 0))
+    with torch.device("meta"):
+        model = FlashSTU(CONFIG)
+    parts = {name: getattr(model, name) for name in ("matrices", "named_parameters", "modules")}
     embedding = SimpleNamespace(weight=weight)
-    return SimpleNamespace(embedding=embedding, config=CONFIG, weights="float")
+    return SimpleNamespace(embedding=embedding, config=CONFIG, weights="float", **parts)
 
 
 @pytest.mark.parametrize(("enforce_eager", "free_gib"), [(False, 10), (True, 12)])
@@ -45,13 +51,40 @@ def test_default_size_counts_memory_that_torch_keeps(
 
 @pytest.mark.parametrize("weights", ["float", "int8", "fp8"])
 def test_default_size_leaves_room_for_what_else_an_engine_takes(model_on_cuda, weights):
-    """Tables of the sampler, and the unembedding in 8 bits, in half of what is free."""
+    """Tables of the sampler, and all matrices in 8 bits, in half of what is free."""
     model_on_cuda.config = replace(CONFIG, vocab_size=200_000)
     config = EngineConfig(enforce_eager=True, max_running=255, weights=weights)
     tables = 256 * 200_000 * (4 + 2 + 2 / 8)  # biases, counts, and two bits
     unembedding = 200_000 * (64 + 4) if weights != "float" else 0
-    expected = (12 * GIB - tables - unembedding) / 2
+    # The MLP has three matrices of 64 x 128, and the mixer one of 64 x 64.
+    layer = 3 * 64 * 128 + 64**2 + 4 * (128 + 128 + 64 + 64)
+    rounded = 2 * layer if weights != "float" else 0
+    expected = (12 * GIB - tables - unembedding - rounded) / 2
     assert budget._budget_bytes(model_on_cuda, config) == expected
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+def test_matrices_that_have_8_bits_already_take_no_more(code_tokenizer, tmp_path, stored):
+    config = replace(CONFIG, vocab_size=code_tokenizer.vocab_size)
+    save_model(tmp_path / "m", FlashSTU(config), code_tokenizer)
+    wide, narrow = (load_model(tmp_path / "m", weights=own) for own in ("float", stored))
+    other = "fp8" if stored == "int8" else "int8"
+    whole = rounded_bytes(wide, wide.matrices, stored)
+    assert rounded_bytes(narrow, narrow.matrices, stored) == 0
+    assert rounded_bytes(narrow, narrow.matrices, other) == whole > 0
+
+
+def test_graphs_have_room_for_a_copy_of_the_largest_matrix():
+    """The unembedding of many tokens, if more rows than a kernel takes run at once."""
+    counted = {}
+    for vocab_size in (256, 1000):
+        with torch.device("meta"):
+            model = FlashSTU(replace(CONFIG, vocab_size=vocab_size))
+        for weights in ("float", "int8"):
+            config = EngineConfig(max_running=MOST_ROWS + 1, weights=weights)
+            counted[vocab_size, weights] = budget.graph_bytes(model, config)
+    copies = {size: counted[size, "int8"] - counted[size, "float"] for size in (256, 1000)}
+    assert copies[1000] - copies[256] == (1000 - 256) * 64 * 4
 
 
 class Largest(TorchDispatchMode):
