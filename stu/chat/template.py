@@ -204,11 +204,17 @@ def find_template(model: Path) -> tuple[Path, str | None]:
         config = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise UserError(str(path), message=f"{path}: not JSON: {error}") from error
-    template = config.get("chat_template") if isinstance(config, dict) else None
+    return path, template_of(config if isinstance(config, dict) else {}, path)
+
+
+def template_of(config: Mapping[str, Any], path: Path) -> str | None:
+    """Return the template in the contents of the tokenizer_config.json at `path`, if there is any.
+    Raises UserError."""
+    template = config.get("chat_template")
     field, allowed = f"{path}: chat_template", "a string, or a list of templates with names"
     if isinstance(template, list):
         entries = [entry for entry in template if isinstance(entry, dict)]
-        named = {entry.get("name"): entry.get("template") for entry in entries}
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default")
         if not isinstance(template, str):
             names = ", ".join(map(show, named))
@@ -216,7 +222,7 @@ def find_template(model: Path) -> tuple[Path, str | None]:
             raise UserError(field, fix=fix)
     if template is not None and not isinstance(template, str):
         raise UserError(field, template, allowed)
-    return path, template
+    return template
 
 
 def _read(path: Path) -> str:

@@ -1,11 +1,13 @@
 """Files and folders that appear complete or not at all."""
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stu.common.errors import UserError
 
@@ -61,6 +63,17 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError, naming the file, if it has none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UserError(str(file), message=f"{file}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(str(file), message=f"{file}: a JSON object is needed")
+    return values
 
 
 def _temporary_name(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """`stu-export`: write a training checkpoint as a model directory, or for other programs."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,14 +183,21 @@ def _training_facts(folder: "CheckpointFolder") -> dict[str, str]:
 
 
 def _validation_facts(folder: "CheckpointFolder") -> dict[str, str]:
-    """Return the last validation of a checkpoint's run, by name, if it was of the same step."""
+    """Return the last validation of a checkpoint's run, by name, if it was of the same step. Raises
+    UserError."""
+    from stu.common.files import read_json_object
     from train.evaluation import RESULTS_FILE
 
     file = folder.path.resolve().parent.parent / RESULTS_FILE
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results = read_json_object(file) if file.is_file() else {}
     if results.get("step") != folder.training["optimizer_step"]:
         return {}
-    return {name: f"{results[key]:.4f}" for name, key in RESULTS.items() if key in results}
+    found = {name: (key, results[key]) for name, key in RESULTS.items() if key in results}
+    for key, value in found.values():
+        if not isinstance(value, int | float):
+            fix = "delete the file, which only the model card needs"
+            raise UserError(f"{file}: {key}", value, "a number", fix)
+    return {name: f"{value:.4f}" for name, (_, value) in found.items()}
 
 
 def _last_of_run(run_dir: Path) -> "CheckpointFolder":

@@ -81,6 +81,7 @@ def import_published(
     from stu.model_dir import save_model
     from stu.tokenizer import read_tokenizer
     from train.checkpoint import hyenadna, transformers_folder
+    from train.checkpoint.generation_config import load_generation
     from train.checkpoint.published import load_published
 
     generation: dict[str, Any] = {}
@@ -89,7 +90,7 @@ def import_published(
     if (config := transformers_folder.read_config(published)) is not None:
         model = transformers_folder.load_transformers(published, config)
         own_tokenizer = partial(transformers_folder.load_tokenizer, published)
-        generation = transformers_folder.load_generation(published)
+        generation = load_generation(published)
         others = transformers_folder.other_files(published)
     elif (config := hyenadna.read_config(published)) is not None:
         model = hyenadna.load_hyenadna(published, config)

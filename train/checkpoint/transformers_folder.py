@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stu.chat.template import template_of
 from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
@@ -27,6 +28,7 @@ from stu.model import FlashSTU
 from stu.realisation import NoRealisation, fitting_realisation
 from stu.tokenizer import TOKENIZERS, Tokenizer, read_tokenizer
 from stu.tokenizers.special_tokens import read_json
+from train.checkpoint import generation_config
 from train.checkpoint.hugging_face import model_card
 from train.checkpoint.hugging_face.tokenizer_json import FILE as TOKENIZER_JSON
 from train.checkpoint.hugging_face.tokenizer_json import NotExact, tokenizer_json
@@ -46,8 +48,6 @@ AUTO_MAP = {
 KNOWN_MIXERS = {"stu", "attention", "hyena"}
 FILTERS = "filters"
 CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-GENERATION = ("max_new_tokens", "temperature", "top_k", "top_p")
-"""Defaults for decoding that have the same name and meaning in both."""
 
 
 def save_transformers(
@@ -103,8 +103,8 @@ def save_transformers(
             for name in CODE_FILES:
                 (folder / name).write_bytes((CODE / name).read_bytes())
             _write_json(folder / "config.json", values)
-            defaults = _generation_config(generation or {}) | special
-            _write_json(folder / "generation_config.json", defaults)
+            defaults = generation_config.generation_config(generation or {}) | special
+            _write_json(folder / generation_config.FILE, defaults)
             has_tokenizer = _write_tokenizer(folder, path, model.config, tokenizer, others or {})
             card = model_card.model_card(model, training or {}, validation or {}, has_tokenizer)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -164,18 +164,6 @@ def other_files(folder: Path) -> dict[str, bytes]:
     return {}
 
 
-def load_generation(folder: Path) -> dict[str, Any]:
-    """Return the defaults for decoding in generation_config.json, by our names."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
-    found = {name: values[name] for name in GENERATION if values.get(name) is not None}
-    if not values.get("do_sample", False):
-        found["temperature"] = 0.0
-    return found
-
-
 def _name(ours: str) -> str:
     if ours == FILTERS:
         return "model.filters.taps"
@@ -199,7 +187,10 @@ def _own_weights(tensors: dict[str, Tensor], model: FlashSTU) -> dict[str, Tenso
     ]
     if problems:
         raise UserError(message=f"does not fit config.json: {', '.join(problems[:3])}")
-    return {name: tensors[_name(name)] for name in shapes}
+    own = {name: tensors[_name(name)] for name in shapes}
+    for name in model.wide_names & own.keys():
+        own[name] = own[name].to(torch.promote_types(own[name].dtype, torch.float32))
+    return own
 
 
 def _state_rates(model: FlashSTU) -> list[float] | None:
@@ -228,13 +219,6 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     ids["pad_token_id"] = tokenizer.eos_id if tokenizer.eos_id >= 0 else tokenizer.bos_id
     return {name: token for name, token in ids.items() if token >= 0}
-
-
-def _generation_config(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    is_sampled = defaults.get("temperature", 0) > 0
-    # transformers refuses settings of sampling beside greedy decoding.
-    names = GENERATION if is_sampled else ("max_new_tokens",)
-    return {"do_sample": is_sampled, **{n: defaults[n] for n in names if n in defaults}}
 
 
 def _write_tokenizer(
@@ -278,11 +262,9 @@ def _write_tokenizer(
 def _chat_template(others: Mapping[str, bytes], path: Path) -> bytes | None:
     if CHAT_TEMPLATE in others:
         return others[CHAT_TEMPLATE]
-    config = read_json(others.get(TOKENIZER_CONFIG, b"{}"), path / TOKENIZER_CONFIG)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # of several with names
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template.encode() if isinstance(template, str) else None
+    file = path / TOKENIZER_CONFIG
+    template = template_of(read_json(others.get(TOKENIZER_CONFIG, b"{}"), file), file)
+    return None if template is None else template.encode()
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

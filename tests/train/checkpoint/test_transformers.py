@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 from serve import LLM, SamplingParams
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
 from stu.layouts import MIXERS
@@ -20,7 +23,7 @@ from stu.model_dir import load_generation, load_model, load_tokenizer, save_mode
 from stu.realisation import fitting_realisation
 from stu.tokenizer import make_tokenizer, read_tokenizer
 from tests.stu.tokenizers.vocabularies import KINDS, make, texts
-from train.checkpoint import export, import_published, transformers_folder
+from train.checkpoint import export, generation_config, import_published, transformers_folder
 from train.checkpoint.folder import CheckpointFolder
 from train.checkpoint.hugging_face.memory_stu import LayerMemory, Realisation
 from train.checkpoint.hugging_face.tokenizer_json import NotExact, tokenizer_json
@@ -371,9 +374,79 @@ def test_mistakes_are_named(tmp_path, code_tokenizer, capsys):
         (theirs / "config.json").write_text(json.dumps(config | change))
         refused(message)
     (theirs / "config.json").write_text(json.dumps(config))
+    for contents, message in [
+        (b"{", "generation_config.json: not JSON"),
+        (b'"\xff"', "generation_config.json: not JSON"),
+        (b"[1]", "generation_config.json: a JSON object is needed"),
+        (b'{"temperature": "hot"}', 'generation_config.json: temperature="hot" is not allowed'),
+        (b'{"top_k": true}', "top_k=true is not allowed: it must be a whole number from 0"),
+        (b'{"top_p": 1.1}', "top_p=1.1 is not allowed: it must be a number from 0 to 1"),
+        (b'{"temperature": Infinity}', "temperature=Infinity is not allowed"),
+        (b'{"do_sample": 1}', "do_sample=1 is not allowed: it must be true or false"),
+    ]:
+        (theirs / "generation_config.json").write_bytes(contents)
+        refused(message)
+    (theirs / "generation_config.json").unlink()
     (theirs / "tokenizer.model").unlink()
     (theirs / "tokenizer.json").unlink()
     refused("has no tokenizer: name one with --tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        ({"do_sample": True, "top_k": 3, "top_p": 0.5}, {"temperature": 1.0, "top_k": 3}),
+        ({"do_sample": True, "temperature": 0.3, "top_k": None}, {"temperature": 0.3, "top_k": 50}),
+        ({"temperature": 0.3, "max_new_tokens": 7}, {"temperature": 0.0, "max_new_tokens": 7}),
+    ],
+)
+def test_sampling_has_the_defaults_of_transformers(tmp_path, values, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    found = generation_config.load_generation(tmp_path)
+    assert {name: found[name] for name in expected} == expected
+    assert found.get("top_p") == values.get("top_p")
+
+
+@pytest.mark.parametrize("template", ["[1]", '[{"name": ["a"]}]', '[{"name": "default"}]', "7"])
+def test_damaged_templates_are_named(tmp_path, code_tokenizer, capsys, template):
+    save_model(tmp_path / "ours", FlashSTU(ModelConfig(**SHAPE)), code_tokenizer)
+    settings = f'{{"chat_template": {template}}}'
+    (tmp_path / "ours" / "tokenizer_config.json").write_text(settings)
+    command = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
+    assert export.main([*command, "--format=transformers"]) == 2
+    assert "tokenizer_config.json: chat_template" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("{", "validation.json: not JSON"),
+        ("[]", "validation.json: a JSON object is needed"),
+        ('{"step": 12, "val/loss": "low"}', 'val/loss="low" is not allowed: it must be a number'),
+    ],
+)
+def test_damaged_results_are_named(tmp_path, contents, message):
+    folder = SimpleNamespace(path=tmp_path / "checkpoints" / "a", training={"optimizer_step": 12})
+    (tmp_path / "validation.json").write_text(contents)
+    with pytest.raises(UserError, match=message):
+        export._validation_facts(folder)
+
+
+def test_narrow_filters_become_wide(tmp_path, code_tokenizer):
+    """As those that other programs cast, so that the model can be loaded."""
+    save_model(tmp_path / "ours", FlashSTU(ModelConfig(**SHAPE)), code_tokenizer)
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    command = [str(tmp_path / "ours"), f"--output={theirs}", "--format=transformers"]
+    assert export.main(command) == 0
+    file = theirs / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    assert import_published.main([str(theirs), f"--output={back}"]) == 0
+    model = load_model(back, dtype=None)
+    assert torch.equal(model.filters, tensors["model.filters.taps"].float())
+    assert model.embedding.weight.dtype == torch.bfloat16
 
 
 def test_mixer_of_other_code_is_refused(tmp_path, code_tokenizer, capsys, monkeypatch):
