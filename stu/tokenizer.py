@@ -194,8 +194,7 @@ def find_tokenizer(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(message=f"tokenizer {path}: no such file")
-    found = [path / name for name in TOKENIZERS if (path / name).is_file()]
-    found = found or sorted(path.glob("*.tiktoken"))  # ranks as they are published
+    found = tokenizers_in(path)
     if not found:
         names = ", ".join(TOKENIZERS)
         raise UserError(message=f"tokenizer {path}: has none of {names}, nor other *.tiktoken")
@@ -204,6 +203,12 @@ def find_tokenizer(path: str | Path) -> Path:
         fix = "name one of these files instead of the folder, or leave only that one in it"
         raise UserError(message=f"tokenizer {path}: has {names}: {fix}")
     return found[0]
+
+
+def tokenizers_in(folder: Path) -> list[Path]:
+    """Return the main files of the tokenizers in a folder, for `find_tokenizer`."""
+    found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
+    return found or sorted(folder.glob("*.tiktoken"))  # ranks as they are published
 
 
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:

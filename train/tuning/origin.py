@@ -19,7 +19,7 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer
-from stu.tokenizer import TOKENIZERS, Tokenizer, read_tokenizer
+from stu.tokenizer import Tokenizer, read_tokenizer, tokenizers_in
 from train.checkpoint import transformers_folder
 from train.checkpoint.folder import CHECKPOINTS, TRAINING_FILE
 from train.checkpoint.published import load_published
@@ -84,11 +84,18 @@ class Origin:
             message += f"{self.path} has: prepare the text with stu-prepare --tokenizer "
             message += f"{self.tokenizer.path}, or keep the rows of tokens that both have with "
             raise UserError("init_tokens", message=f"{message}--init-tokens by-bytes")
-        if self.tokenizer is None and here["vocab_size"] != there["vocab_size"]:
+        if self.tokenizer is not None:
+            return
+        if here["vocab_size"] != there["vocab_size"]:
             message = f"model.config.vocab_size is {here['vocab_size']}, and "
             message += f"{there['vocab_size']} in --init-from {self.path}, which has no tokenizer: "
             message += "prepare the text with its own, or put that beside its weights"
             raise UserError("model.config.vocab_size", message=message)
+        if shards is not None and shards.index.vocab_size != there["vocab_size"]:
+            message = f"the tokenizer of data.dir {shards.folder} has {shards.index.vocab_size} "
+            message += f"tokens, and the model of --init-from {self.path}, which has no tokenizer, "
+            message += f"{there['vocab_size']}: put its own beside its weights, and prepare the "
+            raise UserError("data.dir", message=f"{message}text with that")
 
     @torch.no_grad()
     def copy_to(self, model: FlashSTU, shards: TokenShards) -> None:
@@ -158,5 +165,4 @@ def _is_model_dir(file: Path) -> bool:
 
 def _published_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     folder = path if path.is_dir() else path.parent
-    has_any = any((folder / name).is_file() for name in TOKENIZERS)
-    return read_tokenizer(folder, vocab_size) if has_any else None
+    return read_tokenizer(folder, vocab_size) if tokenizers_in(folder) else None

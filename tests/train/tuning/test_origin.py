@@ -1,5 +1,6 @@
 """Runs that start from the weights of a model directory or of a published checkpoint."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -92,6 +93,28 @@ def test_published_checkpoint_gives_the_same_weights(start, trained, origin, tmp
     (tmp_path / "published" / "tokenizer.model").unlink()
     start(tmp_path / "published", f"--run-dir={tmp_path / 'other'}")
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_published_checkpoint_accepts_the_data_of_its_tokenizer_only(
+    trained, shapeless, other_data, tmp_path, capsys
+):
+    folder = tmp_path / "published"
+    export(trained, folder, layout="published")
+    (folder / "tokenizer.model").unlink()
+    run = f"--run-dir={tmp_path / 'run'}", f"--init-from={folder}"
+    error = refusal(capsys, [*shapeless, f"--data.dir={other_data}", *run])
+    size = read_tokenizer(other_data).vocab_size
+    assert f"has {size} tokens, and the model" in error
+    assert "which has no tokenizer, 300: put its own beside" in error
+    # Ranks under a name of their own, as tiktoken's are published.
+    symbols = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    lines = [f"{symbol} {rank}\n" for rank, symbol in enumerate(symbols)]
+    (folder / "mine.tiktoken").write_text("".join(lines))
+    values = {"pattern": r"\s+|\S+", "special_tokens": {"<end>": 299}, "eos_token": "<end>"}
+    (folder / "mine.tiktoken.json").write_text(json.dumps(values))
+    error = refusal(capsys, [*shapeless, *run])
+    assert "made with another tokenizer" in error
+    assert f"--tokenizer {folder / 'mine.tiktoken'}" in error
 
 
 def test_folder_for_transformers_gives_the_same_weights(start, trained, origin, tmp_path):
