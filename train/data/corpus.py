@@ -51,7 +51,7 @@ def read_texts(
             else:
                 yield document
     if config.part is None:
-        require_mostly_good(num_read, skipped.num_bad, "; ".join(map(str, skipped.listed[:3])))
+        require_mostly_good(num_read, skipped.num_bad, skipped.examples)
 
 
 def write_splits(
@@ -93,6 +93,9 @@ def write_splits(
         else:
             _write_texts(encoded, writers, tokenizer)
         splits = {name: writer.finish() for name, writer in writers.items()}
+    if config.chat_seq_len:  # rows that were read may be no conversations
+        num_good = sum(split.num_documents for split in splits.values())
+        require_mostly_good(num_good, skipped.num_bad, skipped.examples)
     skipped.save(folder)
     return Index(
         dtype=dtype.name,

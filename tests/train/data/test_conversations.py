@@ -170,6 +170,17 @@ def test_rows_that_are_no_conversations(folder, tmp_path, capsys, line, message)
     assert (tmp_path / "data" / "train-00000.bin").read_bytes()[: len(expected)] == expected
 
 
+def test_mostly_refused_rows_are_no_conversations(tmp_path, capsys):
+    """Though each of them could be read."""
+    good, bad = [*conversations(4)], [{"prompt": "2 + 2?", "answer": "4"}] * 5
+    given = ["--tokenizer=bytes", "--chat-seq-len=256", "--workers=1", "--validation-fraction=0.5"]
+    given += ["--on-error=skip", "--output", str(tmp_path / "data")]
+    assert cli.main([str(write(tmp_path / "chats.jsonl", good + bad)), *given]) == 2
+    message = r"5 of 9 rows cannot be read \(5 not a conversation\), .*chats\.jsonl line 5: a row"
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -29,6 +29,11 @@ class Skipped:
         if len(self.listed) < MOST_LISTED:
             self.listed.append(bad)
 
+    @property
+    def examples(self) -> str:
+        """The first rows that could not be read, for messages."""
+        return "; ".join(map(str, self.listed[:3]))
+
     def save(self, folder: Path) -> None:
         """Write the list, unless it is empty, as JSON lines of file, place, kind and reason."""
         rows = [
