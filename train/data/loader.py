@@ -20,7 +20,7 @@ from train.data.batches import (
 from train.data.mixture import Source, check_conversations, fingerprint, open_sources
 from train.data.order import SampleOrder
 from train.data.rows.packing import context_of_tokens, effects
-from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases
+from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases, read_plan
 
 BEFORE_DOCUMENTS = {"documents": "together", "packing": "cut"}
 """Values in `TokenData.identity` of checkpoints that lack them."""
@@ -205,9 +205,10 @@ class TokenData(L.LightningDataModule):
                     f"{state_dict[name]!r}, so its position would mean other samples; use that "
                     f"{name}, or start a new run",
                 )
+        names = None if "contents" in self.accepted_changes else list(self._samples)
+        self._past = read_plan(state_dict.get("phases", [[0, {"": 1.0}]]), names)
         self.position = self._resumed_position = state_dict["position"]
         self._resumed_step = state_dict.get("step", 0)
-        self._past = [Phase(*phase) for phase in state_dict.get("phases", [[0, {"": 1.0}]])]
 
     def identity(self) -> dict[str, Any]:
         """Return all values on which the samples at a position depend, by name."""

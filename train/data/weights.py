@@ -135,6 +135,23 @@ def check_curriculum(curriculum: Sequence[Mapping[str, Any]], names: Sequence[st
     return parts
 
 
+def read_plan(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> list[Phase]:
+    """Return the phases in a checkpoint.
+
+    Raises UserError if they have sources that are not in `names`, as the samples of these would be
+    counted from the first one again; a hash of the text does not depend on the name of a source
+    alone. With None, all names are allowed.
+    """
+    phases = [Phase(*row) for row in rows]
+    known = {name for phase in phases for name in phase.weights}
+    if names is not None and not known <= {*names}:
+        before, now = (" ".join(sorted(own)) or "without a name" for own in (known, names))
+        message = f"data.contents: the sources of the checkpoint's run are {before}, and these are "
+        message += f"{now}; use the same names, or start a new run"
+        raise UserError("data.contents", message=message)
+    return phases
+
+
 def plan_phases(
     past: Sequence[Phase],
     position: int,

@@ -213,6 +213,20 @@ def test_weights_may_change_at_a_resume(folder, step):
     assert [i for batch in ids(again, 45) for i in batch] == after[20:]
 
 
+def test_a_lone_source_keeps_its_name_at_a_resume(folder, tmp_path):
+    """Its text alone does not tell, and its samples would be counted from the first one again."""
+    for name in ("code", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).symlink_to(folder / "code")
+        save_mixture(tmp_path / name, {name: 1})
+    state = make(tmp_path / "code").state_dict()
+    make(tmp_path / "code").load_state_dict(state)
+    data = make(tmp_path / "other")
+    data.accepted_changes = {"weights"}
+    with pytest.raises(UserError, match=r"^data\.contents: .* run are code, .* are other; use the"):
+        data.load_state_dict(state)
+
+
 def test_phases_follow_the_number_of_samples_in_a_step():
     a, b, last = {"a": 1.0}, {"b": 1.0}, {"a": 0.5, "b": 0.5}
     parts = [{"until_step": 4, "weights": a}, {"until_step": 9, "weights": b}]
