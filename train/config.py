@@ -80,62 +80,9 @@ def check_settings(
     return config, optimizer, parallel
 
 
-def data_notes(settings: Any, num_ranks: int) -> list[str]:
-    """Return lines on what a run will read, and warnings."""
-    warnings = [f"warning: {text}" for text in data_warnings(settings, num_ranks)]
-    return [*describe_sources(settings, num_ranks), *describe_rows(settings), *warnings]
-
-
-def data_warnings(settings: Any, num_ranks: int) -> list[str]:
-    """Return warnings about token shards that are too small for this run."""
-    if not Path(settings.data.dir).exists():
-        return []
-    data, found = TokenData(**_values(settings.data)), []
-    trainer = settings.trainer
-    groups = num_ranks // settings.parallel.context
-    a_step = groups * data.micro_batch_size * trainer.accumulate_grad_batches
-    for source in data.sources:
-        num_samples = data.num_samples(source.name)
-        if num_samples < round(a_step * data.weights.get(source.name, 0)):
-            found.append(
-                f"the {len(source.train):,} tokens for training{source.label} are {num_samples:,} "
-                f"samples of data.seq_len={data.seq_len}, and a step reads {a_step:,}"
-                f"{' of all sources' if source.name else ''}: some are read several times in one "
-                "step; prepare more text, or lower data.micro_batch_size, "
-                "trainer.accumulate_grad_batches or data.seq_len"
-            )
-        num_targets = len(source.validation) - 1
-        if source.name in data.validated and num_targets < data.seq_len:
-            found.append(
-                f"the validation split{source.label} has {num_targets:,} tokens to predict, fewer "
-                f"than one sample of data.seq_len={data.seq_len}: its loss says little; prepare "
-                "the text with a larger --validation-fraction"
-            )
-    return found
-
-
-def describe_sources(settings: Any, num_ranks: int) -> list[str]:
-    """Return a line for each source of a mixture: its share of a run, and how often it is read."""
-    if not Path(settings.data.dir).exists():
-        return []
-    data, trainer = TokenData(**_values(settings.data)), settings.trainer
-    groups = max(1, num_ranks // settings.parallel.context)
-    a_step = groups * data.micro_batch_size * trainer.accumulate_grad_batches
-    position = trainer.max_steps * a_step
-    epochs = data.epochs(position, a_step)
-    return [
-        f"{name}: {count * data.num_samples(name) / position:.2%} of the samples, "
-        f"{data.num_samples(name) * data.seq_len:,} tokens read {count:.2f} times in "
-        f"{trainer.max_steps:,} steps"
-        for name, count in epochs.items()
-    ]
-
-
-def describe_rows(settings: Any) -> list[str]:
-    """Return lines on how many documents are cut, with either `data.packing`."""
-    if not Path(settings.data.dir).exists():
-        return []
-    return TokenData(**_values(settings.data)).row_notes()
+def open_data(settings: Any) -> TokenData | None:
+    """Return the data of a run; None if it is not on this machine."""
+    return TokenData(**_values(settings.data)) if Path(settings.data.dir).exists() else None
 
 
 def precision_name(precision: object) -> str:

@@ -69,7 +69,7 @@ def mixture_metrics(values: Tensor, shares: Mapping[str, float]) -> dict[str, fl
     """Return the metrics to log of one or more sources, given their sums over all ranks.
 
     Those of a mixture are what its targets have on average if each source has its share of them;
-    then follow the losses of each source.
+    then follow the losses of each source. A source without targets that count has no part in them.
 
     Args:
         values: `ValidationSums.values` of each source, `[sources, n]`.
@@ -81,15 +81,20 @@ def mixture_metrics(values: Tensor, shares: Mapping[str, float]) -> dict[str, fl
         values[:, 2:].reshape(len(values), 2, -1)[:, 1].sum(1, keepdim=True)
     )  # [sources, 1]
     weights = torch.tensor(list(shares.values()), dtype=values.dtype)[:, None]
-    metrics = validation_metrics((weights * values / num_targets).sum(0))
+    # Without targets, the values are 0 too.
+    metrics = validation_metrics((weights * values / num_targets.clamp(min=1)).sum(0))
     for name, own in zip(shares, map(validation_metrics, values), strict=True):
-        metrics[f"val_loss/{name}"] = own["val/loss"]
-        metrics[f"val_bits_per_byte/{name}"] = own["val/bits_per_byte"]
+        for key in ("loss", "bits_per_byte"):
+            if f"val/{key}" in own:
+                metrics[f"val_{key}/{name}"] = own[f"val/{key}"]
     return metrics
 
 
 def validation_metrics(values: Tensor) -> dict[str, float]:
-    """Return the metrics of one source, given the sums' `values` over all ranks."""
+    """Return the metrics of one source, given the sums' `values` over all ranks.
+
+    They are those that exist: none without targets, no bits per byte if the targets have no text.
+    """
     nats, num_bytes = values[:2].tolist()
     hits, targets = values[2:].view(2, -1).tolist()
     by_context = {
@@ -97,9 +102,12 @@ def validation_metrics(values: Tensor) -> dict[str, float]:
         for group, (right, count) in enumerate(zip(hits, targets, strict=True))
         if count
     }
+    if not sum(targets):
+        return {}
+    bits = {"val/bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
     return {
         "val/loss": nats / sum(targets),
-        "val/bits_per_byte": nats / math.log(2) / num_bytes,
+        **bits,
         "val/accuracy": sum(hits) / sum(targets),
         **by_context,
     }
@@ -150,7 +158,7 @@ def plot_accuracy(metrics: dict[str, float], path: Path) -> None:
     axes.set(
         xlabel="tokens read, from .. to twice as many",
         ylabel="next token is the likeliest, %",
-        xlim=(1, max(2, *points)),
+        xlim=(1, max([2, *points])),
         ylim=(0, None),
     )
     axes.spines[["top", "right"]].set_visible(False)

@@ -122,7 +122,8 @@ class FlashSTUModule(L.LightningModule):
         loss, nats = next_token_loss(*self._predictions(batch), self.z_loss, counted)
         means = self._losses.add(nats, counted)
         if "mean_counted" in batch:  # the mean over answers, not over all targets
-            loss = loss * (batch["counted"].numel() / batch["mean_counted"])
+            mean = batch["mean_counted"]  # a step without any is skipped, as one with NaN
+            loss = loss * (batch["counted"].numel() / mean if mean else math.nan)
         self._samples += batch["sample_ids"].tolist()
         if self._guard.config.loss_jump:
             means = self.trainer.strategy.reduce(means.clone(), reduce_op="mean")
@@ -235,7 +236,7 @@ class FlashSTUModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `stu-export` and a resumed run need besides Lightning's state."""
         settings = self.result_settings(self.trainer, self._data)
-        record = training_record(settings, self.config, self._data.tokenizer_path)
+        record = training_record(settings, self.config, self._data)
         checkpoint["stu"] = {**record, **self.run_record}
         groups = parameter_groups(self.model, self.optimizer_config)
         checkpoint["stu"]["parameter_groups"] = [group["params"] for group in groups]

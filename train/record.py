@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from stu.chat.template import FILE_NAME as CHAT_TEMPLATE
 from stu.config import ModelConfig
 from stu.tokenizer import tokenizer_files
 from train.checkpoint.folder import FORMAT_VERSION
@@ -49,30 +47,25 @@ def result_settings(
 
 
 def training_record(
-    settings: Mapping[str, Any], config: ModelConfig, tokenizer: Path
+    settings: Mapping[str, Any], config: ModelConfig, data: TokenData
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds besides Lightning's state: tensors and plain values.
-
-    tokenizer: Main file of the tokenizer.
-    """
+    """Return what a checkpoint holds besides Lightning's state: tensors and plain values."""
+    template = data.chat_template
     return {
         "format_version": FORMAT_VERSION,
         "model_config": config.stored(),
         "settings": dict(settings),
         "tokenizer": {
-            name: torch.frombuffer(bytearray(contents), dtype=torch.uint8)
-            for name, contents in tokenizer_files(tokenizer).items()
+            name: _bytes(contents)
+            for name, contents in tokenizer_files(data.tokenizer_path).items()
         },
-        **_chat_template(tokenizer.parent),
+        **({} if template is None else {"chat_template": _bytes(template)}),
     }
 
 
-def _chat_template(folder: Path) -> dict[str, Tensor]:
-    """Return the chat template of conversations, if the token shards in `folder` are of these."""
-    file = folder / CHAT_TEMPLATE
-    if not file.is_file():
-        return {}
-    return {"chat_template": torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)}
+def _bytes(contents: bytes) -> Tensor:
+    """Return the contents of a file as a tensor."""
+    return torch.frombuffer(bytearray(contents), dtype=torch.uint8)
 
 
 class RecentLosses:

@@ -24,10 +24,11 @@ from train.checkpoint.folder import CHECKPOINTS, CheckpointFolder
 from train.checkpoint.folder_io import FolderIO
 from train.checkpoint.resume import choose_checkpoint
 from train.checkpoint.writer import CheckpointWriter
-from train.config import check_settings, data_notes
+from train.config import check_settings
 from train.data.mixture import index_hashes
 from train.fit_loop import FitLoop
 from train.loggers import make_loggers
+from train.notes import data_notes
 from train.parallel.config import ParallelConfig, make_strategy, prepare_blocks
 from train.same_run import SCHEDULE, compare
 from train.settings import FORCED, Parser, add_settings, parse
@@ -254,8 +255,9 @@ def _fit(cli: TrainCLI) -> None:
         f"{cli.datamodule.samples_per_epoch * cli.datamodule.seq_len:,} tokens in an epoch, "
         f"{trainer.world_size} x {trainer.accelerator.name()}, everything goes to {cli.run_dir}"
     )
-    for text in data_notes(cli.config, trainer.world_size):
-        _print(text)
+    if trainer.is_global_zero:
+        for text in data_notes(cli.datamodule, cli.config, trainer.world_size):
+            _print(text)
     try:
         trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     except TooManyBadSteps as error:

@@ -12,7 +12,15 @@ from stu.model import FlashSTU
 from stu.tokenizer import read_tokenizer
 from tests.train.conftest import MODEL
 from train import report
-from train.evaluation import ValidationSums, plot_accuracy, sample_texts, validation_metrics
+from train.evaluation import (
+    ValidationSums,
+    mixture_metrics,
+    plot_accuracy,
+    sample_texts,
+    validated_step,
+    validation_metrics,
+    write_results,
+)
 from train.flops import token_flops
 
 
@@ -52,6 +60,23 @@ def test_context_without_targets_is_left_out():
     sums.add(zeros, zeros.bool(), zeros.long(), first)
     names = [name for name in validation_metrics(sums.values) if "context" in name]
     assert names == [f"accuracy_by_context/from_{n:06d}_tokens" for n in (1, 2)]
+
+
+def test_sources_without_targets_have_no_part_in_the_metrics(tmp_path):
+    nothing, some = (ValidationSums(8, torch.tensor([0, 2])) for _ in range(2))
+    place, nats = torch.arange(8)[None] == 3, torch.ones(1, 8)
+    some.add(nats, place, torch.ones(1, 8).long(), place)
+    metrics = mixture_metrics(torch.stack([nothing.values, some.values]), {"a": 0.9, "b": 0.1})
+    alone = validation_metrics(some.values)
+    losses = {f"val_{name}/b": alone[f"val/{name}"] for name in ("loss", "bits_per_byte")}
+    assert metrics == pytest.approx({**alone, **losses})
+    assert validation_metrics(nothing.values) == {}
+    nothing.add(nats, place, torch.zeros(1, 8).long(), place)  # tokens without text
+    found = validation_metrics(nothing.values)
+    assert found["val/loss"] == 1
+    assert "val/bits_per_byte" not in found
+    write_results({}, 1, tmp_path)
+    assert validated_step(tmp_path) == 1
 
 
 def test_samples_follow_the_model(data):

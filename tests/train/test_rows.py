@@ -7,6 +7,8 @@ from stu import layouts
 from stu.mixers import make_mixer
 from tests.train.saved import assert_same_state, checkpoint, load_checkpoint, losses
 from train import report
+from train.data import loader
+from train.data.mixture import open_sources
 
 APART = "--data.documents=apart", "--data.packing=best_fit", "--data.seq_len=24"
 LONG = "--trainer.max_steps=6", "--checkpoint-every-steps=3"
@@ -70,8 +72,16 @@ def test_what_cannot_be_is_refused_before_a_run(train, monkeypatch, capfd, tmp_p
     assert error in capfd.readouterr().err
 
 
-def test_the_start_says_what_rows_do_to_documents(train, capfd, tmp_path):
+def test_the_start_says_what_rows_do_to_documents(train, monkeypatch, capfd, tmp_path):
+    opened = []
+
+    def count(folder):
+        opened.append(folder)
+        return open_sources(folder)
+
+    monkeypatch.setattr(loader, "open_sources", count)
     train(tmp_path / "run", *APART, "--trainer.max_steps=1")
     (line,) = (row for row in capfd.readouterr().err.splitlines() if "best_fit" in row)
     assert line.startswith("data.packing: cut: ")
     assert "% of the tokens follow a cut" in line
+    assert len(opened) == 2, "opened to check the settings, and to train"

@@ -21,7 +21,8 @@ class Rows(TypedDict, total=False):
 
     counted: Tensor  # bool [micro_batch_size, seq_len], whether a target counts
     document_lengths: list[list[int]]  # inputs of each document of each row, to keep them apart
-    mean_counted: Tensor  # float32 [], targets that count in a micro-batch of the step, on average
+    mean_counted: float  # targets that count in a micro-batch of the step, on average; no tensor,
+    # as strategies cast tensors to 16 bits
 
 
 class Batch(Rows):
@@ -203,7 +204,7 @@ class SampleStream(IterableDataset[Batch]):
             if self.micro_batches is not None:
                 if number % self.micro_batches == 0:
                     mean = self._mean_counted(self.position + number * step_size)
-                batch["mean_counted"] = torch.tensor(mean)
+                batch["mean_counted"] = mean
             yield cast(Batch, batch)
 
     def _mean_counted(self, first: int) -> float:

@@ -17,9 +17,10 @@ from train.data.batches import (
     ValidationSet,
     Windows,
 )
+from train.data.chats import chat_template, require_answers
 from train.data.mixture import Source, check_conversations, fingerprint, open_sources
 from train.data.order import SampleOrder
-from train.data.rows.packing import context_of_tokens, effects
+from train.data.rows.packing import context_of_tokens
 from train.data.weights import Part, Phase, check_curriculum, check_weights, plan_phases, read_plan
 
 BEFORE_DOCUMENTS = {"documents": "together", "packing": "cut"}
@@ -88,24 +89,17 @@ class TokenData(L.LightningDataModule):
         self._past: list[Phase] = []  # phases in the checkpoint that the run continues from
         self.documents, self.packing = documents, packing
         check_conversations(self.sources, seq_len, packing)
+        self.chat_template = chat_template(self.sources)
+        """Template that wrote the conversations of all sources; None without conversations."""
         self._boundaries = self._find_boundaries()
         self._samples = {source.name: self._divide(source) for source in self.sources}
         self._require_samples()
+        require_answers(self.sources, self.validated, max_validation_tokens)
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples of all sources."""
         return sum(map(len, self._samples.values()))
-
-    def row_notes(self) -> list[str]:
-        """Return a line for each source on what its samples do to documents, in either packing, by
-        the first of its documents. Conversations, and sources of an older stu-prepare, have
-        none."""
-        return [
-            f"data.packing{source.label}: {effects(source.train.documents, self.seq_len)}"
-            for source in self.sources
-            if source.is_packable
-        ]
 
     @cached_property
     def context_tokens(self) -> int:

@@ -38,12 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from train.config import (
-        data_warnings,
-        describe_sources,
-        num_devices,
-    )  # modules that take seconds to import
+    from train.config import num_devices, open_data  # modules that take seconds to import
     from train.gpus import GPUS
+    from train.notes import data_warnings, describe_sources
     from train.plan.report import show_plan
     from train.settings import parse_settings
 
@@ -52,12 +49,13 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     settings = parse_settings(arguments)
     nodes = options.nodes or settings.trainer.num_nodes
     gpus = options.gpus or num_devices(settings.trainer) or DEFAULT_GPUS
-    for text in data_warnings(settings, nodes * gpus):
+    data = open_data(settings)
+    for text in data_warnings(data, settings, nodes * gpus) if data else []:
         print(f"warning: {text}", file=sys.stderr)
     if settings.lora.r:
         print("warning: memory and speed are those of training all weights", file=sys.stderr)
     code = show_plan(settings, options.gpu, nodes * gpus, options.tokens)
-    for text in describe_sources(settings, nodes * gpus):
+    for text in describe_sources(data, settings, nodes * gpus) if data else []:
         print(text)
     return code
 

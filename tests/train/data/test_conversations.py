@@ -16,6 +16,7 @@ from train.data.encode import split_of
 from train.data.loader import TokenData
 from train.data.prepare import prepare
 from train.data.shards import Index, TokenShards
+from train.notes import describe_rows
 
 SEQ_LEN = 128
 CHATML = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}
@@ -141,7 +142,7 @@ def test_conversations_that_are_only_for_validation(folder, tmp_path):
     assert cli.main([*given, "--validation-fraction=0.2", f"--output={tmp_path / 'data'}"]) == 0
     data = TokenData(str(tmp_path / "data"), SEQ_LEN, 1)
     assert len(data.sources[1].train) == 1
-    assert data.row_notes() == []
+    assert describe_rows(data) == []
     assert [len(source.validation) > 1 for source in data.sources] == [True, True]
 
 
