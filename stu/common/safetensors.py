@@ -23,6 +23,8 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int8: "I8",
 }
+FLOATS = {dtype for dtype in DTYPE_NAMES if dtype.is_floating_point}
+"""Dtypes of weights that are no whole numbers; floats of 8 bits are none."""
 
 
 class Digest(Protocol):

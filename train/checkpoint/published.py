@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stu.common.errors import UserError
 from stu.common.files import new_directory
-from stu.common.safetensors import write_safetensors
+from stu.common.safetensors import FLOATS, write_safetensors
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
@@ -124,9 +124,10 @@ def _model_weights(
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in expected]
     problems += [
-        f"{name} is {tensor.dtype} {list(tensor.shape)}, not floating point {list(expected[name])}"
+        f"{name} is {tensor.dtype} {list(tensor.shape)}, not floats of 16 bits or more "
+        f"{list(expected[name])}"
         for name, tensor in tensors.items()
-        if name in expected and not (tensor.is_floating_point() and tensor.shape == expected[name])
+        if name in expected and not (tensor.dtype in FLOATS and tensor.shape == expected[name])
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -21,7 +21,7 @@ from torch import Tensor
 from stu.chat.template import template_of
 from stu.common.errors import UserError
 from stu.common.files import new_directory
-from stu.common.safetensors import write_safetensors
+from stu.common.safetensors import FLOATS, write_safetensors
 from stu.config import ModelConfig
 from stu.mixers import LongConvolution
 from stu.model import FlashSTU
@@ -181,9 +181,10 @@ def _own_weights(tensors: dict[str, Tensor], model: FlashSTU) -> dict[str, Tenso
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in expected]
     problems += [
-        f"{name} is {tensor.dtype} {list(tensor.shape)}, not floating point {list(expected[name])}"
+        f"{name} is {tensor.dtype} {list(tensor.shape)}, not floats of 16 bits or more "
+        f"{list(expected[name])}"
         for name, tensor in tensors.items()
-        if name in expected and not (tensor.is_floating_point() and tensor.shape == expected[name])
+        if name in expected and not (tensor.dtype in FLOATS and tensor.shape == expected[name])
     ]
     if problems:
         raise UserError(message=f"does not fit config.json: {', '.join(problems[:3])}")

@@ -85,9 +85,11 @@ def _read_index(index: Path) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     for name in files:
         file = index.parent / name
-        if Path(name).name != name or not file.is_file():
+        is_beside = Path(name).name == name and file.is_file()
+        if not is_beside or name.endswith(INDEX_SUFFIX):
             raise UserError(
-                message=f"{name}, which it names, is not a file beside it: copy all of them"
+                message=f"{name}, which it names, is not a file of weights beside it: copy all of "
+                "them"
             )
         try:
             contents = _read_file(file)

@@ -258,9 +258,11 @@ def test_several_files_with_an_index(tmp_path, code_tokenizer, capsys):
     assert run_import(source, code_tokenizer, tmp_path / "c") == 2
     error = capsys.readouterr().err
     assert "index.json: model-00002-of-00003.safetensors, which it names, is not a file" in error
+    refusal = "model.safetensors.index.json, which it names, is not a file of weights"
     (tmp_path / "gone.safetensors").rename(source / "model-00002-of-00003.safetensors")
     for change, message in [
         ({"model.norm.weight": "../gone.safetensors"}, "../gone.safetensors, which it names"),
+        ({"model.norm.weight": index.name}, refusal),
         ({"model.odd": "model-00001-of-00003.safetensors"}, "has no model.odd, unlike the index"),
     ]:
         index.write_text(json.dumps({"weight_map": contents["weight_map"] | change}))
@@ -353,6 +355,10 @@ def refused(tmp_path, tokenizer, config, weights, message, capsys):
         (lambda old: {HEAD: old[HEAD] + 1}, "lm_head.weight differs from tok_emb.weight"),
         (lambda old: {"layers.2.stu.phi": old["phi"] * 2}, "layers.2.stu.phi differs from phi"),
         (lambda old: {NORM: old[NORM].int()}, "norm.weight is torch.int32 [24]"),
+        (
+            lambda old: {NORM: old[NORM].to(torch.float8_e4m3fn)},
+            "norm.weight is torch.float8_e4m3f",
+        ),
         (lambda old: {f"module.{NORM}": old[NORM].clone()}, "norm.weight is there twice"),
         (lambda _: {"phi": None}, "phi is missing: the signs"),
     ],

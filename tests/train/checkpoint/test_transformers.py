@@ -366,7 +366,7 @@ def test_mistakes_are_named(tmp_path, code_tokenizer, capsys):
     refused("leave it out: config.json has it", "--norm-eps=1e-6")
     config = json.loads((theirs / "config.json").read_text())
     for change, message in [
-        ({"width": 48}, "], not floating point [48, 48]"),
+        ({"width": 48}, "], not floats of 16 bits or more [48, 48]"),
         ({"num_layers": 2}, "model.blocks.2.mixer_norm.weight is unknown"),
         ({"num_layers": 4}, "model.blocks.3.mixer_norm.weight is missing"),
         ({"width": "wide"}, 'config.json: width="wide" is not allowed'),
