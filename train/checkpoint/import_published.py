@@ -87,17 +87,17 @@ def import_published(
     generation: dict[str, Any] = {}
     others: dict[str, bytes] = {}
     own_tokenizer: Callable[[int], Tokenizer] | None = None
+    folder = published if published.is_dir() else published.parent
     if (config := transformers_folder.read_config(published)) is not None:
         model = transformers_folder.load_transformers(published, config)
-        own_tokenizer = partial(transformers_folder.load_tokenizer, published)
-        generation = load_generation(published)
-        others = transformers_folder.other_files(published)
+        own_tokenizer = partial(transformers_folder.load_tokenizer, folder)
+        generation = load_generation(folder)
+        others = transformers_folder.other_files(folder)
     elif (config := hyenadna.read_config(published)) is not None:
         model = hyenadna.load_hyenadna(published, config)
         own_tokenizer = hyenadna.hyenadna_tokenizer
     else:
         model = load_published(published, norm_eps)
-        folder = published if published.is_dir() else published.parent
         if (template := find_template(folder)[1]) is not None:
             others = {FILE_NAME: template.encode()}
     if config is not None and norm_eps is not None:

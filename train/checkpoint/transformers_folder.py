@@ -114,10 +114,10 @@ def save_transformers(
             raise OSError(f"{path}: could not be written: {error}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of config.json in a folder for transformers; None: it is no such
-    folder."""
-    file = folder / "config.json"
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return the contents of config.json in a folder for transformers, or beside a file in it;
+    None: it is no such folder."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # whoever reads another layout says what is wrong
@@ -125,20 +125,21 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and values.get("model_type") == MODEL_TYPE else None
 
 
-def load_transformers(folder: Path, config: Mapping[str, Any]) -> FlashSTU:
-    """Return the model of a folder for transformers, weights in their own dtype.
+def load_transformers(path: Path, config: Mapping[str, Any]) -> FlashSTU:
+    """Return the model of a folder for transformers, or of a file in it, weights in their own
+    dtype.
 
     config: Contents of its config.json. Raises UserError, naming the file.
     """
     known = {field.name for field in fields(ModelConfig)}
-    file = folder / "config.json"
+    weights = weights_file(path)
+    file = weights.parent / "config.json"
     try:
         shape = ModelConfig.from_dict({key: config[key] for key in config if key in known})
     except UserError as error:
         raise UserError(error.field, message=f"{file}: {error}") from error
     with torch.device("meta"):
         model = FlashSTU(shape)
-    weights = weights_file(folder)
     try:
         model.load_state_dict(_own_weights(read_tensors(weights), model), assign=True)
     except UserError as error:

@@ -435,15 +435,19 @@ def test_damaged_results_are_named(tmp_path, contents, message):
 
 
 def test_narrow_filters_become_wide(tmp_path, code_tokenizer):
-    """As those that other programs cast, so that the model can be loaded."""
-    save_model(tmp_path / "ours", FlashSTU(ModelConfig(**SHAPE)), code_tokenizer)
+    """As those that other programs cast, so that the model can be loaded; the file itself may be
+    named."""
+    defaults = {"temperature": 0.5}
+    save_model(tmp_path / "ours", FlashSTU(ModelConfig(**SHAPE)), code_tokenizer, defaults)
     theirs, back = tmp_path / "theirs", tmp_path / "back"
     command = [str(tmp_path / "ours"), f"--output={theirs}", "--format=transformers"]
     assert export.main(command) == 0
     file = theirs / "model.safetensors"
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    assert import_published.main([str(theirs), f"--output={back}"]) == 0
+    assert import_published.main([str(file), f"--output={back}"]) == 0
+    assert load_tokenizer(back).files == code_tokenizer.files
+    assert load_generation(back)["temperature"] == 0.5
     model = load_model(back, dtype=None)
     assert torch.equal(model.filters, tensors["model.filters.taps"].float())
     assert model.embedding.weight.dtype == torch.bfloat16
