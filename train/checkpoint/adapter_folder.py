@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
@@ -20,8 +22,10 @@ from train.lora import LoraConfig, adapter_tensors
 PREFIX = "base_model.model.model."
 
 
-def save_adapters(path: Path, folder: CheckpointFolder | None, overwrite: bool = False) -> None:
-    """Write the adapters of a training checkpoint.
+def save_adapters(
+    path: Path, folder: CheckpointFolder | None, dtype: torch.dtype, overwrite: bool = False
+) -> None:
+    """Write the adapters of a training checkpoint, cast to `dtype`.
 
     Raises UserError if it has none, or if `path` is occupied and `overwrite` is off.
     """
@@ -46,4 +50,5 @@ def save_adapters(path: Path, folder: CheckpointFolder | None, overwrite: bool =
     with new_directory(path, overwrite) as output:
         (output / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
         tensors = {PREFIX + name: tensor for name, tensor in weights.items()}
-        write_safetensors(output / "adapter_model.safetensors", tensors, {"format": "pt"}, {})
+        dtypes, metadata = dict.fromkeys(tensors, dtype), {"format": "pt"}
+        write_safetensors(output / "adapter_model.safetensors", tensors, metadata, dtypes)

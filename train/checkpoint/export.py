@@ -112,15 +112,16 @@ def export(
 
     if weights == "int8" and layout != "stu":
         raise UserError("weights", weights, f"float for the {layout} layout")
-    model, tokenizer, generation, folder = _read(checkpoint)
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype, folder = getattr(torch, dtype), _training_checkpoint(checkpoint)
+    if layout == "adapter":
+        save_adapters(output, folder, torch_dtype, overwrite)
+        return
+    model, tokenizer, generation = _read(checkpoint, folder)
     others = {name: checkpoint / name for name in CHAT_TEMPLATES}
     chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
     if folder is not None and "chat_template" in (carried := folder.training["stu"]):
         chat[CHAT_TEMPLATES[0]] = carried["chat_template"].numpy().tobytes()
-    if layout == "adapter":
-        save_adapters(output, folder, overwrite)
-    elif layout == "published":
+    if layout == "published":
         save_published(output, model, tokenizer, torch_dtype, overwrite)
     elif layout == "transformers":
         facts = ({}, {}) if folder is None else (_training_facts(folder), _validation_facts(folder))
@@ -132,26 +133,33 @@ def export(
         save_model(output, model, tokenizer, generation, *stored)
 
 
+def _training_checkpoint(checkpoint: Path) -> "CheckpointFolder | None":
+    """Return the training checkpoint, the last of a run; None: it is a model directory."""
+    from train.checkpoint.folder import TRAINING_FILE
+    from train.checkpoint.resume import verified_checkpoint
+
+    if (checkpoint / "model.safetensors").exists():
+        return None
+    is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
+    return _last_of_run(checkpoint) if is_run else verified_checkpoint(checkpoint)
+
+
 def _read(
-    checkpoint: Path,
-) -> "tuple[FlashSTU, Tokenizer, dict[str, Any], CheckpointFolder | None]":
-    """Return the model, its tokenizer, its defaults for decoding, if it has any, and the training
-    checkpoint, if it is one."""
+    checkpoint: Path, folder: "CheckpointFolder | None"
+) -> "tuple[FlashSTU, Tokenizer, dict[str, Any]]":
+    """Return the model, its tokenizer, and its defaults for decoding, if it has any."""
     import torch
 
     from stu.config import ModelConfig
     from stu.model import FlashSTU
     from stu.model_dir import load_generation, load_model, load_tokenizer
     from stu.tokenizer import make_tokenizer
-    from train.checkpoint.folder import TRAINING_FILE, WEIGHT
-    from train.checkpoint.resume import verified_checkpoint
+    from train.checkpoint.folder import WEIGHT
     from train.lora import LoraConfig, merged
 
-    if (checkpoint / "model.safetensors").exists():
+    if folder is None:
         model = load_model(checkpoint, dtype=None)
-        return model, load_tokenizer(checkpoint), load_generation(checkpoint), None
-    is_run = checkpoint.is_dir() and not (checkpoint / TRAINING_FILE).exists()
-    folder = _last_of_run(checkpoint) if is_run else verified_checkpoint(checkpoint)
+        return model, load_tokenizer(checkpoint), load_generation(checkpoint)
     carried: Mapping[str, Any] = folder.training["stu"]
     with torch.device("meta"):
         model = FlashSTU(ModelConfig.from_dict(carried["model_config"]))
@@ -164,7 +172,7 @@ def _read(
         stored = {"tokenizer.model": stored}
     files = {name: contents.numpy().tobytes() for name, contents in stored.items()}
     tokenizer = make_tokenizer(files, checkpoint, model.config.vocab_size)
-    return model, tokenizer, {}, folder
+    return model, tokenizer, {}
 
 
 def _training_facts(folder: "CheckpointFolder") -> dict[str, str]:

@@ -141,7 +141,7 @@ def test_export_merges(tuned, origin, tmp_path):
     assert not torch.equal(whole(tokens), load_model(origin)(tokens))
 
 
-def test_adapters_alone_are_written_as_peft_has_them(tuned, trained, tmp_path, capsys):
+def test_adapters_alone_are_written_as_peft_has_them(tuned, trained, tmp_path, capsys, monkeypatch):
     assert export_command([str(tuned), "--format=adapter", f"--output={tmp_path / 'lora'}"]) == 0
     saved = load_checkpoint(checkpoint(tuned, STEPS))
     start = "base_model.model.model."
@@ -155,6 +155,12 @@ def test_adapters_alone_are_written_as_peft_has_them(tuned, trained, tmp_path, c
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 12.0)
     assert config["target_modules"] == ["down", "gate", "output", "qkv", "up"]
+    monkeypatch.setattr("train.lora.merged", None)  # nothing is merged for them
+    command = [str(tuned), "--format=adapter", f"--output={tmp_path / 'narrow'}"]
+    assert export_command([*command, "--dtype=bfloat16"]) == 0
+    narrow = load_file(tmp_path / "narrow" / "adapter_model.safetensors")
+    assert narrow.keys() == expected.keys()
+    assert all(torch.equal(narrow[name], expected[name].bfloat16()) for name in expected)
     assert export_command([str(trained), "--format=adapter", f"--output={tmp_path / 'x'}"]) == 2
     assert "--lora.r" in capsys.readouterr().err
 
