@@ -20,7 +20,7 @@ from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer
 from stu.tokenizer import Tokenizer, read_tokenizer, tokenizers_in
-from train.checkpoint import transformers_folder
+from train.checkpoint import hyenadna, transformers_folder
 from train.checkpoint.folder import CHECKPOINTS, TRAINING_FILE
 from train.checkpoint.published import load_published
 from train.data.shards import TokenShards
@@ -46,12 +46,15 @@ class Origin:
         if (path / TRAINING_FILE).exists() or (path / CHECKPOINTS).is_dir():
             fix = f"export it first: stu-export {path} --output MODEL_DIR"
             raise UserError("init_from", path, fix=fix)
-        if path.is_dir() and _is_model_dir(path / "config.json"):
-            self.model, self.tokenizer = load_model(path, dtype=None), load_tokenizer(path)
-        elif path.is_dir() and (config := transformers_folder.read_config(path)) is not None:
+        if (config := transformers_folder.read_config(path)) is not None:
             self.model = transformers_folder.load_transformers(path, config)
-            size = self.model.config.vocab_size
-            self.tokenizer = transformers_folder.load_tokenizer(path, size)
+            folder, size = path if path.is_dir() else path.parent, self.model.config.vocab_size
+            self.tokenizer = transformers_folder.load_tokenizer(folder, size)
+        elif (config := hyenadna.read_config(path)) is not None:
+            self.model = hyenadna.load_hyenadna(path, config)
+            self.tokenizer = hyenadna.hyenadna_tokenizer(self.model.config.vocab_size)
+        elif path.is_dir() and _is_model_dir(path / "config.json"):
+            self.model, self.tokenizer = load_model(path, dtype=None), load_tokenizer(path)
         else:
             self.model = load_published(path)
             self.tokenizer = _published_tokenizer(path, self.model.config.vocab_size)

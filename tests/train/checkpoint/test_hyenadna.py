@@ -19,6 +19,7 @@ from stu.model_dir import load_config, load_model, load_tokenizer
 from tests.reference import hyenadna as reference
 from tests.serve.requests import make_request
 from train.checkpoint import export, import_published
+from train.tuning.origin import Origin
 
 WIDTH, LAYERS, LONGEST, EMB_DIM = 12, 2, 90, 5
 ORIGINAL = {
@@ -133,6 +134,17 @@ def imported(tmp_path_factory):
         output = folder / f"{source.name}-ours"
         assert import_published.main([str(source), "--output", str(output)]) == 0
     return weights, folder / "original-ours", folder / "hub-ours"
+
+
+def test_runs_start_from_both_layouts(imported):
+    weights, *folders = imported
+    for folder in folders:
+        source = folder.with_name(folder.name.removesuffix("-ours"))
+        origin, expected = Origin(source), load_model(folder)
+        assert origin.model.config == expected.config
+        assert origin.tokenizer.files == load_tokenizer(folder).files
+        name = "backbone.layers.1.mlp.fc1.weight"
+        assert torch.equal(origin.model.blocks[1].mlp.up.weight, weights[name])
 
 
 def test_both_layouts_give_the_same_model(imported):
