@@ -38,7 +38,7 @@ def check_start(settings: Any, config: ModelConfig) -> None:
     if settings.init_from is None:
         if settings.init_tokens != "same":
             raise UserError("--init-tokens", settings.init_tokens, fix="it needs --init-from")
-        if lora.r:
+        if lora.r and _resumed_shape(settings) is None:
             fix = "it needs --init-from, as adapters change a model that is trained already"
             raise UserError("lora.r", lora.r, fix=fix)
     elif _resumed_shape(settings) is None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -173,6 +174,14 @@ def test_resumed_run_is_bit_equal(tuned, arguments, tmp_path, capsys):
     assert cli.main(arguments(run, "--trainer.devices=1", resume)) == 0
     expected = load_checkpoint(checkpoint(tuned, STEPS))
     assert_same_state(load_checkpoint(checkpoint(run, STEPS)), expected)
+
+
+def test_resumed_run_does_not_need_the_option(tuned, settings, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(L.Trainer, "fit", lambda self, module, **_: begun.append(module))
+    resume = f"--resume={checkpoint(tuned, SAVED)}", f"--run-dir={tmp_path / 'run'}"
+    assert cli.main([*settings, *LORA, *resume, f"--trainer.max_steps={STEPS}"]) == 0
+    assert adapter_tensors(begun[0].model.state_dict())
 
 
 @pytest.mark.parametrize(
