@@ -133,27 +133,32 @@ class Origin:
             same = torch.arange(tokenizer.vocab_size)
             return same.where(same < before, -1)
         by_key = defaultdict(list)
-        for token, key in enumerate(_keys(self.tokenizer)):
-            by_key[key].append(token)
+        for token, keys in enumerate(_keys(self.tokenizer)):
+            for key in keys:
+                by_key[key].append(token)
         counts: dict[Any, int] = defaultdict(int)
         rows: list[int] = []
-        for key in _keys(tokenizer):
-            found = by_key.get(key, []) if key is not None else []
+        for keys in _keys(tokenizer):
+            key = next((key for key in keys if key in by_key), None)
+            found = by_key.get(key, [])
             # Several tokens may have the same bytes, such as a letter and the byte that it is.
             rows.append(found[min(counts[key], len(found) - 1)] if found else -1)
             counts[key] += 1
         return torch.tensor(rows)
 
 
-def _keys(tokenizer: Tokenizer) -> list[Any]:
-    """Return what identifies each token in other vocabularies: its bytes, its role or its name;
-    None for an id of no token."""
-    keys: list[Any] = [tokenizer.token_bytes(i) or None for i in range(tokenizer.vocab_size)]
-    for name, token in tokenizer.control_tokens().items():
-        keys[token] = name
-    for role, token in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
+def _keys(tokenizer: Tokenizer) -> list[list[Any]]:
+    """Return what identifies each token in other vocabularies, the surest first: its bytes, or its
+    roles and its name; nothing for an id of no token."""
+    texts = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    keys: list[list[Any]] = [[text] if text else [] for text in texts]
+    names = {token: [name] for name, token in tokenizer.control_tokens().items()}
+    roles = defaultdict(list)
+    for role, token in (("EOS", tokenizer.eos_id), ("BOS", tokenizer.bos_id)):
         if token >= 0:
-            keys[token] = (role,)
+            roles[token].append((role,))
+    for token in names.keys() | roles.keys():
+        keys[token] = [*roles[token], *names.get(token, [])]
     return keys
 
 

@@ -4,18 +4,20 @@ import base64
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from stu.config import ModelConfig
 from stu.filters import spectral_filters
 from stu.model import FlashSTU
 from stu.model_dir import load_model, save_model
 from stu.tokenizer import read_tokenizer
 from tests import forked
-from tests.train.conftest import parallel, slow
+from tests.train.conftest import MODEL, parallel, slow
 from tests.train.parallel.test_zero import assert_close
 from tests.train.saved import assert_same_state, checkpoint, load_checkpoint
 from train import cli
@@ -23,6 +25,7 @@ from train.checkpoint.export import export
 from train.data.config import PrepareConfig
 from train.data.prepare import prepare
 from train.plan import cli as plan
+from train.tuning.origin import Origin
 
 STEPS, SAVED = 4, 2
 
@@ -75,6 +78,16 @@ def refusal(capsys, arguments):
     return " ".join(capsys.readouterr().err.split())
 
 
+def write_ranks(folder, special_tokens, **marks):
+    """Write ranks of the bytes, as tiktoken's are published, under a name of their own."""
+    symbols = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    lines = [f"{symbol} {rank}\n" for rank, symbol in enumerate(symbols)]
+    (folder / "mine.tiktoken").write_text("".join(lines))
+    settings = {"pattern": r"\s+|\S+", "special_tokens": special_tokens, **marks}
+    (folder / "mine.tiktoken.json").write_text(json.dumps(settings))
+    return folder / "mine.tiktoken"
+
+
 def test_new_run_has_the_weights_and_says_where_they_are_from(start, origin, tmp_path):
     weights = start(origin)
     expected = load_file(origin / "model.safetensors")
@@ -106,12 +119,7 @@ def test_published_checkpoint_accepts_the_data_of_its_tokenizer_only(
     size = read_tokenizer(other_data).vocab_size
     assert f"has {size} tokens, and the model" in error
     assert "which has no tokenizer, 300: put its own beside" in error
-    # Ranks under a name of their own, as tiktoken's are published.
-    symbols = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
-    lines = [f"{symbol} {rank}\n" for rank, symbol in enumerate(symbols)]
-    (folder / "mine.tiktoken").write_text("".join(lines))
-    values = {"pattern": r"\s+|\S+", "special_tokens": {"<end>": 299}, "eos_token": "<end>"}
-    (folder / "mine.tiktoken.json").write_text(json.dumps(values))
+    write_ranks(folder, {"<end>": 299}, eos_token="<end>")
     error = refusal(capsys, [*shapeless, *run])
     assert "made with another tokenizer" in error
     assert f"--tokenizer {folder / 'mine.tiktoken'}" in error
@@ -224,6 +232,31 @@ def test_other_tokenizer_is_refused_or_keeps_rows_by_bytes(
             assert any(torch.equal(rows[token], before[i]) for i in same), own
         elif token not in (new.bos_id, new.eos_id):
             torch.testing.assert_close(rows[token], before.mean(0))
+
+
+def test_control_tokens_keep_rows_by_role_or_else_by_name(tmp_path):
+    names = {"<a>": 256, "<b>": 257, "<c>": 258}
+    torch.manual_seed(0)
+    before = FlashSTU(ModelConfig(**{**MODEL, "vocab_size": 300}))
+    old, new = tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+
+    def rows(old_marks, new_marks):
+        tokenizer = read_tokenizer(write_ranks(tmp_path, names, **old_marks), 300)
+        shutil.rmtree(old, ignore_errors=True)
+        save_model(old, before, tokenizer)
+        path = write_ranks(new, {**names, "<d>": 259}, **new_marks)
+        after = FlashSTU(before.config)
+        Origin(old).copy_to(after, SimpleNamespace(tokenizer_path=path))
+        same = (after.embedding.weight[:, None] == before.embedding.weight).all(-1)
+        assert same[:256].nonzero()[:, 1].tolist() == [*range(256)]
+        return [same[token].nonzero().flatten().tolist() for token in range(256, 260)]
+
+    one, two = {"eos_token": "<a>"}, {"bos_token": "<a>", "eos_token": "<b>"}
+    # One old token for both; two old ones for one; roles of other names; roles that are gone.
+    assert rows(one, two) == [[256], [256], [258], []]
+    assert rows(two, one) == [[257], [257], [258], []]
+    assert rows(two, {"bos_token": "<d>", "eos_token": "<c>"}) == [[256], [257], [257], [256]]
 
 
 def test_unused_rows_are_kept_and_added(start, origin, tmp_path):
