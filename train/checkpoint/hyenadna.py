@@ -20,8 +20,17 @@ import torch
 from torch import Tensor
 
 from stu.common.errors import UserError
+from stu.common.safetensors import FLOATS
 from stu.config import ModelConfig
-from stu.hyena import DECAYED_TO, FASTEST, LOWEST_BAND, SHORT_TAPS, SINE_LAYERS, SLOWEST
+from stu.hyena import (
+    DECAYED_TO,
+    FASTEST,
+    FILTER_WIDTH,
+    LOWEST_BAND,
+    SHORT_TAPS,
+    SINE_LAYERS,
+    SLOWEST,
+)
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer, make_tokenizer
 from train.checkpoint.weight_files import read_tensors, weights_file
@@ -80,6 +89,10 @@ def load_hyenadna(path: Path, config: Mapping[str, Any]) -> FlashSTU:
     try:
         tensors = {_plain(name): tensor for name, tensor in read_tensors(file).items()}
         tensors = {name: t for name, t in tensors.items() if not METRICS.match(name)}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in FLOATS:
+                needed = "floats of 16 bits or more"
+                raise UserError(message=f"{name} is {tensor.dtype}, not {needed}")
         shape = _shape(tensors, config)
         with torch.device("meta"):
             model = FlashSTU(shape)
@@ -125,7 +138,7 @@ def _shape(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> ModelCon
     layers = [re.match(r"backbone\.layers\.(\d+)\.", name) for name in tensors]
     first = "backbone.layers.0"
     for name in (EMBEDDING, f"{first}.mlp.fc1.weight", f"{first}.{NETWORK}.0.weight"):
-        if name not in tensors or tensors[name].ndim != 2:
+        if name not in tensors or tensors[name].ndim != 2 or not tensors[name].numel():
             raise UserError(message=f"{name} is missing, or no matrix: not HyenaDNA's layout")
     vocab_size, width = tensors[EMBEDDING].shape
     features = tensors.get(f"{first}.{FILTER}.pos_emb.z")
@@ -153,15 +166,21 @@ def _weights(tensors: dict[str, Tensor], config: ModelConfig, model: FlashSTU) -
     """Return the weights by the names of `FlashSTU`. Raises UserError."""
     shapes = model.state_dict()
     weights = {"filters": torch.empty(shapes["filters"].shape, dtype=torch.float32)}
+    width = config.width
+    # Numbers between the matrices of the network that computes filters.
+    sizes = [1 + 2 * config.filter_bands, *[FILTER_WIDTH] * SINE_LAYERS, width]
 
-    def take(name: str) -> Tensor:
+    def take(name: str, *shape: int) -> Tensor:
         if name not in tensors:
             raise UserError(message=f"{name} is missing")
+        if shape and tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise UserError(message=f"{name} is of shape {found}, not {list(shape)}")
         return tensors.pop(name)
 
     weights["embedding.weight"] = take(EMBEDDING)
     head = tensors.pop(HEAD, weights["embedding.weight"])
-    if not torch.equal(head, weights["embedding.weight"]):
+    if not _are_equal(head, weights["embedding.weight"]):
         raise UserError(message=f"{HEAD} differs from {EMBEDDING}: the two must be one matrix here")
     for kind in ("weight", "bias"):
         weights[f"norm.{kind}"] = take(f"backbone.ln_f.{kind}")
@@ -171,17 +190,20 @@ def _weights(tensors: dict[str, Tensor], config: ModelConfig, model: FlashSTU) -
             for kind in ("weight", "bias"):
                 weights[f"{ours}{own}.{kind}"] = take(f"{theirs}{published}.{kind}")
         # A published tap is at its distance from the last one.
-        short = take(f"{theirs}{SHORT}.weight")
+        short = take(f"{theirs}{SHORT}.weight", 3 * width, 1, SHORT_TAPS)
         weights[f"{ours}mixer.short_taps"] = short.flatten(1).flip(-1).T.contiguous()
         weights[f"{ours}mixer.short_bias"] = take(f"{theirs}{SHORT}.bias")
         _check_fixed(tensors, theirs, config)
-        matrices = [take(f"{theirs}{NETWORK}.{2 * i}.weight").T for i in range(SINE_LAYERS + 1)]
+        matrices = [
+            take(f"{theirs}{NETWORK}.{2 * i}.weight", *sizes[i : i + 2][::-1]).T
+            for i in range(SINE_LAYERS + 1)
+        ]
         network = {
             "input_matrix": matrices[0],
             "hidden_matrices": torch.stack(matrices[1:-1]),
             "output_matrix": matrices[-1],
             "biases": torch.stack(
-                [take(f"{theirs}{NETWORK}.{2 * i}.bias") for i in range(SINE_LAYERS)]
+                [take(f"{theirs}{NETWORK}.{2 * i}.bias", FILTER_WIDTH) for i in range(SINE_LAYERS)]
             ),
             "frequencies": _frequencies(tensors, f"{theirs}{NETWORK}"),
             "skip": take(f"{theirs}{FILTER}.bias"),
@@ -192,19 +214,21 @@ def _weights(tensors: dict[str, Tensor], config: ModelConfig, model: FlashSTU) -
     if tensors:
         raise UserError(message=f"{next(iter(tensors))} is unknown: not HyenaDNA's layout")
     for name, tensor in weights.items():
-        if tensor.shape != shapes[name].shape or not tensor.is_floating_point():
+        if tensor.shape != shapes[name].shape:
             found, needed = list(tensor.shape), list(shapes[name].shape)
-            raise UserError(
-                message=f"{name} would be {tensor.dtype} {found}, not of shape {needed}"
-            )
+            raise UserError(message=f"{name} would be of shape {found}, not {needed}")
     return weights
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _frequencies(tensors: dict[str, Tensor], network: str) -> Tensor:
     """Return the factors in the sines, which all layers share; files may have them once."""
     names = [f"{network}.{2 * i + 1}.freq" for i in range(SINE_LAYERS)]
     found = [tensors.pop(name) for name in names if name in tensors]
-    if not found or not all(torch.equal(found[0], other) for other in found):
+    if not found or not all(_are_equal(found[0], other) for other in found):
         raise UserError(message=f"{names[0]} is missing, or differs from those of other layers")
     return found[0].flatten()
 

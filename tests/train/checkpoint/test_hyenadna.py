@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 from serve.completion import CompletionBuilder
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_config, load_model, load_tokenizer
 from tests.reference import hyenadna as reference
 from tests.serve.requests import make_request
 from train.checkpoint import export, import_published
+from train.checkpoint.hyenadna import load_hyenadna
 from train.tuning.origin import Origin
 
 WIDTH, LAYERS, LONGEST, EMB_DIM = 12, 2, 90, 5
@@ -280,6 +283,39 @@ def test_other_models_are_refused(tmp_path, config, change, message, capsys):
     assert message in error
     assert str(source) in error
     assert not (tmp_path / "ours").exists()
+
+
+FIRST = "backbone.layers.0.mixer"
+NETWORK = f"{FIRST}.filter_fn.implicit_filter"
+EMBEDDING = "backbone.embeddings.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (EMBEDDING, torch.zeros(16, 0), "or no matrix"),
+        (f"{FIRST}.short_filter.weight", torch.zeros(36), "[36], not [36, 1, 3]"),
+        (f"{NETWORK}.0.weight", torch.zeros(3, 5), "[3, 5], not [64, 5]"),
+        (f"{NETWORK}.0.weight", torch.zeros(64, 1), "filter_bands=0 is not allowed"),
+        (f"{NETWORK}.2.weight", torch.zeros(()), "[], not [64, 64]"),
+        (f"{NETWORK}.4.weight", torch.zeros(64, 3), "[64, 3], not [64, 64]"),
+        (f"{NETWORK}.6.weight", torch.zeros(2, WIDTH, 64), "[2, 12, 64], not [12, 64]"),
+        (f"{NETWORK}.2.bias", torch.zeros(3), "[3], not [64]"),
+        (f"{NETWORK}.3.freq", torch.zeros(1, 64).double(), "differs from those of other layers"),
+        (f"{NETWORK}.1.freq", torch.zeros(1, 64).int(), "is torch.int32, not floats"),
+        ("lm_head.weight", torch.zeros(16, WIDTH).double(), "differs from"),
+        (f"{FIRST}.filter_fn.pos_emb.t", torch.zeros(1, LONGEST, 1).int(), "is torch.int32"),
+        (f"{FIRST}.filter_fn.pos_emb.t", torch.zeros(()), "not what the formula gives"),
+        (f"{FIRST}.filter_fn.pos_emb.z", torch.zeros(1, 0, 5), "max_seq_len=0 is not allowed"),
+        (f"{FIRST}.in_proj.weight", torch.zeros(36, 12).to(torch.float8_e5m2), "float8_e5m2, not"),
+        (f"{FIRST}.in_proj.weight", torch.zeros(36), "of shape [36], not [36, 12]"),
+    ],
+)
+def test_damaged_tensors_are_named(tmp_path, name, tensor, message):
+    (tmp_path / "config.json").write_text(json.dumps(HUB))
+    save_file(random_weights() | {name: tensor}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_hyenadna(tmp_path, HUB)
 
 
 def test_checkpoints_with_other_objects_say_what_to_do(tmp_path, capsys):
