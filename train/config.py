@@ -85,6 +85,21 @@ def open_data(settings: Any) -> TokenData | None:
     return TokenData(**_values(settings.data)) if Path(settings.data.dir).exists() else None
 
 
+def check_validation_share(limit: Any, data: TokenData, world_size: int) -> None:
+    """Raise UserError if a share of the validation batches is less than one of them.
+
+    Args:
+        limit: `trainer.limit_val_batches`.
+        data: Data of the run.
+        world_size: Ranks that read different samples.
+    """
+    fewest = min(map(len, data.validation_sets(0, world_size)))
+    if isinstance(limit, float) and limit > 0 and int(limit * fewest) < 1:
+        allowed = f"0, a whole number, or a share of at least 1 of the {fewest} batches that a "
+        allowed += "validation has, of each source"
+        raise UserError("trainer.limit_val_batches", limit, allowed)
+
+
 def precision_name(precision: object) -> str:
     """Return the canonical name of a precision."""
     return PRECISION_ALIASES.get(str(precision), str(precision))

@@ -24,7 +24,7 @@ from train.checkpoint.folder import CHECKPOINTS, CheckpointFolder
 from train.checkpoint.folder_io import FolderIO
 from train.checkpoint.resume import choose_checkpoint
 from train.checkpoint.writer import CheckpointWriter
-from train.config import check_settings
+from train.config import check_settings, check_validation_share
 from train.data.mixture import index_hashes
 from train.fit_loop import FitLoop
 from train.loggers import make_loggers
@@ -170,6 +170,8 @@ class TrainCLI(LightningCLI):
         )
         self.launch.check(trainer.num_devices, trainer.num_nodes)
         self.parallel.check_ranks(trainer.num_devices * trainer.num_nodes)
+        groups = trainer.num_devices * trainer.num_nodes // self.parallel.context
+        check_validation_share(settings.trainer.limit_val_batches, self.datamodule, groups)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             trainer.strategy._launcher = Launcher(

@@ -122,6 +122,7 @@ def test_accumulated_micro_batches_are_one_step(run, capsys):
         ("--data.dir=/nowhere", "/nowhere: no index.json"),
         ("--trainer.max_epochs=3", "trainer.max_epochs is chosen by stu-train"),
         ("--trainer.limit_train_batches=3", "trainer.limit_train_batches is chosen by stu-train"),
+        ("--trainer.limit_val_batches=0.01", "limit_val_batches=0.01 .* at least 1 of the"),
         ("--trainer.logger=false", "trainer.logger is chosen by stu-train"),
         ("--resume=/nowhere.ckpt", "checkpoint /nowhere.ckpt: no such folder"),
         ("--optimizer=SGD", "unrecognized arguments"),

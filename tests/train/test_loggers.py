@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,6 +116,65 @@ def test_wandb_without_a_key_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(UserError, match=r"wandb login.*WANDB_MODE=offline"):
         WeightsAndBiases(tmp_path, 1).start({})
+
+
+class ClientOfServer:
+    """Client of an MLflow server that goes away; its one run has a setting that never changes."""
+
+    def __init__(self):
+        self.tags, self.is_away = {}, False
+
+    def get_run(self, run_id):
+        params = {"rate": "0.1", "same": "x"}
+        return SimpleNamespace(data=SimpleNamespace(params=params, tags=dict(self.tags)))
+
+    def set_tag(self, run_id, name, value):
+        self.tags[name] = value
+
+    def log_batch(self, *_, **others):
+        if self.is_away:
+            raise MlflowException("no server")
+
+    update_run = set_terminated = log_text = log_batch
+
+
+class MlflowException(Exception):
+    """Stands for MLflow's own."""
+
+
+@pytest.fixture
+def mlflow_client(monkeypatch):
+    client = ClientOfServer()
+    monkeypatch.setattr(MLflow, "experiment", client)
+    monkeypatch.setattr(MLflow, "run_id", "mine")
+    return client
+
+
+@pytest.fixture
+def mlflow_logger(mlflow_client, tmp_path):
+    """A logger without MLflow, which takes seconds to import."""
+    logger = MLflow.__new__(MLflow)
+    logger._errors, logger._is_incomplete = MlflowException, False
+    logger._tracking_uri, logger._id_file = "http://server", tmp_path / "id"
+    logger._initialized, logger._prefix, logger._checkpoint_callback = True, "", None
+    return logger
+
+
+def test_mlflow_has_changed_settings_as_tags(mlflow_client, mlflow_logger):
+    for rate, tags in (("0.1", {}), ("0.2", {"rate": "0.2"}), ("0.1", {"rate": "0.1"})):
+        mlflow_logger.start({"rate": rate, "same": "x"})
+        assert mlflow_client.tags == tags
+
+
+@pytest.mark.filterwarnings("error")
+def test_mlflow_that_goes_away_is_a_warning(mlflow_client, mlflow_logger):
+    mlflow_client.is_away = True
+    with pytest.warns(UserWarning, match="http://server does not take an entry"):
+        mlflow_logger.add_text("sample/0", "text", 1)
+    mlflow_logger.add_text("sample/0", "text", 2)
+    mlflow_logger.finalize("success")
+    with pytest.raises(UserError, match="does not take the run"):
+        mlflow_logger.start({"rate": "0.1", "same": "x"})
 
 
 @pytest.mark.slow

@@ -162,16 +162,20 @@ class TokenData(L.LightningDataModule):
 
     def val_dataloader(self) -> list[ValidationSet]:
         """Return the micro-batches of this rank for the validation of each of `validated`."""
+        return self.validation_sets(*self._rank_and_world_size())
+
+    def validation_sets(self, rank: int, world_size: int) -> list[ValidationSet]:
+        """Return the same for a rank of `world_size` that read different samples."""
         sources = [source for source in self.sources if source.name in self.validated]
         tokens = max(1, self.max_validation_tokens // len(sources))
-        ranks = self._rank_and_world_size()
         return [
             ValidationSet(
                 source.validation,
                 self.seq_len,
                 self.micro_batch_size,
                 tokens,
-                *ranks,
+                rank,
+                world_size,
                 self._boundaries,
             )
             for source in sources

@@ -6,6 +6,7 @@ environment variables say where they log to.
 
 import os
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from train.loggers.base import RunLogger
 
 PROJECT = "stu"
 """Project of W&B, or experiment of MLflow, if their environment variables name none."""
+PARAMETER_LENGTH = 250
+"""Characters of a parameter of MLflow, as Lightning cuts them."""
 
 
 class WeightsAndBiases(WandbLogger, RunLogger):
@@ -71,7 +74,11 @@ class MLflow(MLFlowLogger, RunLogger):
             import alembic  # noqa: F401
             import mlflow
             import sqlalchemy  # noqa: F401
+        # By default a request to a server that is away takes minutes, in which no rank trains.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._errors = mlflow.exceptions.MlflowException
+        self._is_incomplete = False
         self._id_file, folder = run_dir / "mlflow-run-id", run_dir.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
@@ -90,8 +97,14 @@ class MLflow(MLFlowLogger, RunLogger):
     def start(self, settings: Mapping[str, str]) -> None:
         with self._reported(self._tracking_uri):
             _write_id(self._id_file, str(self.run_id))
-            known = self.experiment.get_run(self.run_id).data.params  # which may not change
-            self.log_hyperparams({name: settings[name] for name in settings.keys() - known})
+            found = self.experiment.get_run(self.run_id).data
+            known = found.params  # which may not change
+            if new := {name: settings[name] for name in settings.keys() - known}:
+                self.log_hyperparams(new)
+            for name in settings.keys() & known:
+                value = settings[name][:PARAMETER_LENGTH]
+                if value != found.tags.get(name, known[name]):
+                    self.experiment.set_tag(self.run_id, name, value)
             self.experiment.update_run(self.run_id, status="RUNNING")
 
     @contextmanager
@@ -104,8 +117,34 @@ class MLflow(MLFlowLogger, RunLogger):
             message += f"MLFLOW_TRACKING_URI, or remove {self._id_file} to begin another run there"
             raise UserError("--logger", "mlflow", message=message) from error
 
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._warned():
+            super().log_metrics(metrics, step)
+
     def add_text(self, name: str, text: str, step: int) -> None:
-        self.experiment.log_text(self.run_id, text, f"{name}/step-{step}.md")
+        with self._warned():
+            self.experiment.log_text(self.run_id, text, f"{name}/step-{step}.md")
+
+    def finalize(self, status: str = "success") -> None:
+        with self._warned():
+            super().finalize(status)
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        """Turn what MLflow refuses in the block into a warning, once.
+
+        The first rank alone logs, and the others would wait for it.
+        """
+        try:
+            yield
+        except (self._errors, OSError) as error:
+            if not self._is_incomplete:
+                self._is_incomplete = True
+                warnings.warn(
+                    f"--logger mlflow: {self._tracking_uri} does not take an entry ({error}); the "
+                    "run goes on, and its log there is not complete",
+                    stacklevel=3,
+                )
 
     def sync(self) -> None:
         """Nothing is left to write: each entry is committed when it is logged."""
