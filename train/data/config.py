@@ -10,6 +10,8 @@ from stu.common.errors import UserError
 
 TRAINED = ("sentencepiece", "huggingface")
 """Tokenizers that are trained on the text."""
+JSON_LINES = "jsonl"
+"""Kind of files with conversations."""
 CHARACTERS = "characters:"
 """Beginning of a tokenizer that is an alphabet."""
 
@@ -100,6 +102,11 @@ class PrepareConfig:
         if str(self.tokenizer) in TRAINED:
             fix = "give the model directory to fine-tune, as conversations train no tokenizer"
             raise UserError("tokenizer", str(self.tokenizer), fix=fix)
+        if self.kind not in (None, JSON_LINES):
+            raise UserError("kind", self.kind, f"{JSON_LINES} with --chat-seq-len")
+        if self.text_key != PrepareConfig.text_key:
+            fix = "leave it out: a row is a whole conversation with --chat-seq-len"
+            raise UserError("text_key", self.text_key, fix=fix)
         if self.part is not None:
             fix = "leave it out: conversations are prepared in one run"
             raise UserError("part", self.part, fix=fix)

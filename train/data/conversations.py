@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from stu.chat.template import FILE_NAME, TUNED, ChatTemplate, find_template
 from stu.common.errors import UserError, show
 from stu.tokenizer import Tokenizer, read_tokenizer
-from train.data.config import PrepareConfig
+from train.data.config import JSON_LINES, PrepareConfig
 from train.data.encode import split_of, token_dtype
 from train.data.reading.document import BadInput, Document
+from train.data.reading.remote import InputFile
 from train.data.reading.skipped import Skipped
+from train.data.reading.sources import Files, kind_of
 from train.data.shards import ANSWERS_SUFFIX, SplitWriter
 
 MOST_OPEN_ROWS = 256
@@ -43,9 +45,19 @@ class Conversation(NamedTuple):
 class Refusal(NamedTuple):
     """A row that is not a conversation, or not one of a length that can be trained on."""
 
+    path: InputFile
     place: str
     kind: str
     reason: str
+
+
+def require_json_lines(config: PrepareConfig, files: Files) -> None:
+    """Raise UserError unless all files of conversations are JSON lines."""
+    for path in files.documents:
+        if (config.kind or kind_of(path)) != JSON_LINES:
+            message = f"source {path}: conversations are JSON lines, in .jsonl files (also as .gz "
+            message += "or .zst); name these alone, or write its conversations to one"
+            raise UserError("SOURCE", str(path), message=message)
 
 
 def write_template(config: PrepareConfig, tokenizer: Tokenizer, folder: Path) -> None:
@@ -110,10 +122,9 @@ def write_rows(
             if isinstance(found, Conversation):
                 packers[found.split].add(found)
                 continue
-            path, _, line = found.place.rpartition(" line ")
-            bad = BadInput(Path(path), f"line {line}", found.kind, found.reason)
+            bad = BadInput(*found)
             if config.on_error == "stop":
-                raise UserError(path, message=str(bad))
+                raise UserError(str(bad.path), message=str(bad))
             skipped.add(bad)
         return {split: packer.finish() for split, packer in packers.items()}
 
@@ -192,12 +203,13 @@ def _encode_batch(
             messages = parse_messages(document.text)
             ids, answers = template.conversation(messages)
         except UserError as error:
-            encoded.append(Refusal(document.place, "not a conversation", str(error)))
+            place = document.path, document.place
+            encoded.append(Refusal(*place, "not a conversation", str(error)))
             continue
         if len(ids) > seq_len:
             reason = f"{len(ids):,} tokens, more than --chat-seq-len {seq_len:,}: raise that, or "
             reason += "leave such conversations out with --on-error skip"
-            encoded.append(Refusal(document.place, "too long", reason))
+            encoded.append(Refusal(document.path, document.place, "too long", reason))
             continue
         split = split_of(document.text, seed, validation_fraction)
         num_bytes = sum(len(message["content"].encode()) for message in messages)

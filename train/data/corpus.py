@@ -10,7 +10,12 @@ from stu.common.errors import UserError
 from stu.common.processes import num_processors
 from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
-from train.data.conversations import conversation_encoder, write_rows, write_template
+from train.data.conversations import (
+    conversation_encoder,
+    require_json_lines,
+    write_rows,
+    write_template,
+)
 from train.data.encode import Encoded, encode_all, encode_batch, token_dtype
 from train.data.progress import show_progress
 from train.data.reading.document import BadInput, Document
@@ -76,6 +81,7 @@ def write_splits(
         validation_fraction=config.validation_fraction,
     )
     if config.chat_seq_len:
+        require_json_lines(config, files)
         write_template(config, tokenizer, folder)
         encoder = conversation_encoder(config, folder)
     skipped = Skipped()

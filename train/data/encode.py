@@ -58,11 +58,12 @@ def encode_batch(
     """
     tokenizer = _load_tokenizer(tokenizer_path)
     encoded = []
-    for text, _, starts, ends, place in documents:
+    for text, _, path, place, starts, ends in documents:
         try:
             tokens = encode_document(tokenizer, text)
         except UserError as error:
-            raise UserError(place, message=f"{place}: {error}") from error
+            where = f"{path} {place}".rstrip()
+            raise UserError(where, message=f"{where}: {error}") from error
         split = split_of(text, seed, validation_fraction)
         encoded.append(Encoded(split, tokens, len(text.encode()), starts, ends))
     return encoded

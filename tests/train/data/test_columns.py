@@ -59,7 +59,7 @@ def test_rows_of_columns_are_documents(tmp_path, name, kind):
     write(tmp_path / name, table)
     assert texts(tmp_path / name) == [text or "" for text in TEXTS] * 30
     found = list(read_documents([tmp_path / name]))
-    assert found[149].place == f"{tmp_path / name} row 150"
+    assert (found[149].path, found[149].place) == (tmp_path / name, "row 150")
     assert 0 < sum(document.source_bytes for document in found) <= (tmp_path / name).stat().st_size
 
 

@@ -171,6 +171,34 @@ def test_rows_that_are_no_conversations(folder, tmp_path, capsys, line, message)
     assert (tmp_path / "data" / "train-00000.bin").read_bytes()[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("name", ["chats.txt", "chats.csv.gz", "chats.parquet"])
+def test_files_that_are_no_json_lines(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"x")
+    given = [str(tmp_path / name), "--tokenizer=bytes", "--chat-seq-len=64", "--workers=1"]
+    assert cli.main([*given, "--output", str(tmp_path / "data")]) == 2
+    assert f"{name}: conversations are JSON lines, in .jsonl files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_refused_rows_name_their_url(tmp_path, capsys, on_error):
+    write(tmp_path / "chats.jsonl", [*conversations(8), {"messages": []}])
+    url = f"file://{tmp_path}/chats.jsonl"
+    given = [
+        url,
+        "--tokenizer=bytes",
+        "--chat-seq-len=256",
+        "--workers=1",
+        f"--output={tmp_path}/d",
+    ]
+    status = cli.main([*given, "--validation-fraction=0.5", f"--on-error={on_error}"])
+    assert status == (2 if on_error == "stop" else 0)
+    if on_error == "stop":
+        assert f"{url} line 9: a row must be" in capsys.readouterr().err
+    else:
+        (row,) = (tmp_path / "d" / "skipped.jsonl").read_text().splitlines()
+        assert (json.loads(row)["file"], json.loads(row)["place"]) == (url, "line 9")
+
+
 def test_mostly_refused_rows_are_no_conversations(tmp_path, capsys):
     """Though each of them could be read."""
     good, bad = [*conversations(4)], [{"prompt": "2 + 2?", "answer": "4"}] * 5
@@ -188,6 +216,8 @@ def test_mostly_refused_rows_are_no_conversations(tmp_path, capsys):
         (["--chat-seq-len=-1"], "--chat-seq-len=-1 is not allowed"),
         (["--chat-seq-len=64"], "--tokenizer=\"sentencepiece\" is not allowed: give the model"),
         (["--chat-seq-len=64", "--tokenizer=bytes", "--part=0/2"], "--part=\"0/2\" is not allowed"),
+        (["--chat-seq-len=64", "--tokenizer=bytes", "--text-key=chat"], "leave it out: a row is a"),
+        (["--chat-seq-len=64", "--tokenizer=bytes", "--kind=csv"], "it must be jsonl with"),
         (["--chat-template=x"], "it needs --chat-seq-len"),
         (["--chat-seq-len=64", "--tokenizer=bytes", "--chat-template=/x"], "a file, or a fold"),
     ],

@@ -27,7 +27,7 @@ def read_parquet(path: InputFile, text_key: str) -> Iterator[Document]:
             for text in _texts(batch, names):
                 share = size * (done + 1) // num_rows - size * done // num_rows
                 done += 1
-                yield Document(text, share, place=f"{path} row {done}")
+                yield Document(text, share, path, f"row {done}")
 
 
 def read_arrow(path: InputFile, text_key: str) -> Iterator[Document]:
@@ -46,7 +46,7 @@ def read_arrow(path: InputFile, text_key: str) -> Iterator[Document]:
             for start in range(0, len(batch), ROWS):
                 for text in _texts(batch.slice(start, ROWS), names):
                     done += 1
-                    yield Document(text, end - used, place=f"{path} row {done}")
+                    yield Document(text, end - used, path, f"row {done}")
                     used = end
 
 

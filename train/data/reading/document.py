@@ -12,9 +12,10 @@ class Document(NamedTuple):
 
     text: str
     source_bytes: int  # bytes of the file, compressed or not, that were read for it
+    path: InputFile
+    place: str = ""  # where in the file, such as "line 3"; empty for the file as a whole
     starts: bool = True  # False: continues the document before it
     ends: bool = True  # False: the next document continues it
-    place: str = ""  # file, and where in it the text is, for messages
 
 
 class BadInput(Exception):

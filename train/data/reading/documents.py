@@ -45,7 +45,7 @@ def _read_file(
         elif kind == "arrow":
             yield from read_arrow(path, text_key)
         elif kind is None:  # Python, of which kind_of knows nothing as folders leave it out
-            yield Document(read_python(path), size_of(path), place=str(path))
+            yield Document(read_python(path), size_of(path), path)
         else:
             with path.open("rb") as file:
                 opened = OpenedFile(path, file)
@@ -73,8 +73,8 @@ def _read_text(source: OpenedFile, piece_bytes: int) -> Iterator[Document | BadI
         else:
             if not offset:
                 text = text.removeprefix("\ufeff")
-            place = f"{source.path} from byte {offset}" if offset else str(source.path)
-            yield Document(text, source.used(), starts, ends, place)
+            place = f"from byte {offset}" if offset else ""
+            yield Document(text, source.used(), source.path, place, starts, ends)
             starts = False
         offset += cut
         if ends:

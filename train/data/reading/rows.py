@@ -26,7 +26,7 @@ def read_json_lines(source: OpenedFile, text_key: str) -> Iterator[Document | Ba
         if isinstance(text, str):
             text = _json_text(text, source.path, place, text_key)
         if isinstance(text, str):
-            yield Document(text, source.used(), place=f"{source.path} {place}")
+            yield Document(text, source.used(), source.path, place)
         else:
             yield text
 
@@ -100,7 +100,7 @@ def read_csv(source: OpenedFile, text_key: str) -> Iterator[Document | BadInput]
                 raise BadInput(source.path, "line 1", "no field", reason)
             column = row.index(text_key)
         elif len(row) > column:
-            yield Document(row[column], source.used(), place=f"{source.path} {place}")
+            yield Document(row[column], source.used(), source.path, place)
         elif row:  # else a blank line
             reason = f"{len(row)} fields, but {text_key!r} is number {column + 1}"
             yield BadInput(source.path, place, "no field", reason)
