@@ -326,7 +326,7 @@ def test_torch_file_that_is_not_an_archive(tmp_path, code_tokenizer):
         ({"use_attn": False}, "layers.1.stu_norm.weight is missing"),
         ({"use_approx": False}, "layers.0.stu.M_phi_plus is missing"),
         ({"n_layers": 2}, "does not fit config.json: layers.2."),
-        ({"seq_len": 40}, "phi is torch.float32 [37, 4], not floating point [40, 4]"),
+        ({"seq_len": 40}, "phi is torch.float32 [37, 4], not floats of 16 bits or more [40, 4]"),
         *(
             ({key: MISSING}, f"config.json: {key} missing: add what")
             for key in ("n_embd", "n_heads", "window_size", "softcap", "mlp_scale")
