@@ -92,7 +92,7 @@ def blocks(rows: int, outputs: int, itemsize: int) -> dict[str, Any]:
         "BLOCK_ROWS": block_rows,
         "BLOCK_OUT": min(block_out, max(power_of_two(outputs), 16)),
         "BLOCK_IN": 256 if is_small else 128,
-        "num_warps": 4,
+        "num_warps": 8 if block_rows > 64 else 4,  # or sm_80 would spill
         "num_stages": 4 if is_small else 3,
     }
 
