@@ -59,6 +59,7 @@ def has_pending_sigterm(process):
     return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.slow
 def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
     cluster, tmp_path, model_directory
 ):

@@ -160,7 +160,7 @@ def test_resumed_run_does_not_need_the_model(tuned, origin, shapeless, tmp_path)
     assert actual["stu"]["init_from"]["sha256"] == expected["stu"]["init_from"]["sha256"]
 
 
-@pytest.mark.parametrize("stage", map(slow, [None, 0, 1, 2, 3, "fsdp"]))
+@pytest.mark.parametrize("stage", [*map(slow, (None, 0, 1, 2, 3, "fsdp"))])
 def test_ranks_start_from_the_same_weights(tuned, origin, shapeless, tmp_path, stage):
     more = [f"--{name}={value}" for name, value in parallel(stage).items()]
     run = arguments(tmp_path / "run", origin, "--trainer.devices=2", *more)
