@@ -216,7 +216,18 @@ class SampleStream(IterableDataset[Batch]):
             np.arange(first, first + count * self.micro_batch_size, dtype=np.int64)
         )
         samples = zip(sources.tolist(), numbers.tolist(), strict=True)
-        return sum(int(self.sources[s][n]["counted"].sum()) for s, n in samples) / count
+        return sum(_num_counted(self.sources[s], n) for s, n in samples) / count
+
+
+def _num_counted(samples: Samples, number: int) -> int:
+    """Return the number of targets of a sample that count. Every rank asks this of the samples of
+    all, so that no more is read than must be."""
+    if not isinstance(samples, Windows) or samples.boundaries.are_kept:
+        return int(samples[number]["counted"].sum())
+    if samples.shards.answers is None:
+        return samples.seq_len
+    start = number * samples.seq_len + 1
+    return int(np.count_nonzero(samples.shards.answers[start : start + samples.seq_len]))
 
 
 @dataclass(frozen=True)

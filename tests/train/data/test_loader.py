@@ -267,3 +267,5 @@ def test_checkpoints_of_before_kept_documents_together(folder):
     state = data.state_dict()
     del state["documents"], state["packing"]
     data.load_state_dict(state)
+    with pytest.raises(UserError, match=r"data\.documents"):
+        _data(folder).load_state_dict(state | {"documents": "apart", "packing": "cut"})
