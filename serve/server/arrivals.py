@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from serve.request import Output
 from serve.server.replicas.stream import EngineError
-from serve.server.replicas.wire import PackedLogprobs
+from serve.wire import PackedLogprobs
 
 MOST_BYTES_BEHIND = 16 * 2**20
 """Limit of the memory that outputs for one client take, without those in its socket."""

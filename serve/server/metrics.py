@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from serve.cache.base import ConvolutionCacheInfo
 from serve.request import FinishReason
 from serve.server.replicas.dispatch import Replicas
-from serve.server.replicas.wire import Message
+from serve.wire import Message
 
 SECONDS = [0.001 * 2**i for i in range(20)]
 TOKENS = [2.0**i for i in range(18)]

@@ -16,7 +16,7 @@ import torch
 from serve.batch.cli import main
 from serve.config import EngineConfig
 from serve.server.replicas.process import Replica
-from serve.server.replicas.wire import Unpacker, pack
+from serve.wire import Unpacker, pack
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model

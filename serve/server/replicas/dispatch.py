@@ -17,7 +17,7 @@ from serve.server.replicas.replica import Replica
 from serve.server.replicas.slices import Pauses
 from serve.server.replicas.stream import Busy, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig, Supervisor
-from serve.server.replicas.wire import Message, error_from_wire, output_from_wire, request_to_wire
+from serve.wire import Message, error_from_wire, output_from_wire, request_to_wire
 
 logger = logging.getLogger(__name__)
 

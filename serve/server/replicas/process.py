@@ -2,7 +2,7 @@
 
     python -m serve.server.replicas.process FD
 
-FD is a socket to the server, with the messages of `serve.server.replicas.wire`. The process ends
+FD is a socket to the server, with the messages of `serve.wire`. The process ends
 when the socket is closed, so it never outlives the server.
 """
 
@@ -22,7 +22,7 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.request import Request
-from serve.server.replicas.wire import (
+from serve.wire import (
     Message,
     Unpacker,
     error_to_wire,

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from serve.engine.stats import Stats
 from serve.server.replicas.stream import Stream
-from serve.server.replicas.wire import Message, Unpacker, pack
+from serve.wire import Message, Unpacker, pack
 from stu.common.processes import child_command, hangups_blocked, last_output
 
 RECEIVE_BYTES = 2**20
@@ -31,7 +31,7 @@ class Replica:
     """A process with an engine.
 
     Args:
-        settings: First message to the process, see `serve.server.replicas.wire`.
+        settings: First message to the process, see `serve.wire`.
         num_threads: Threads that the engine computes with on a CPU.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from serve.config import EngineConfig
 from serve.engine.stats import Stats
 from serve.server.replicas.replica import Replica
-from serve.server.replicas.wire import Message
+from serve.wire import Message
 
 logger = logging.getLogger(__name__)
 

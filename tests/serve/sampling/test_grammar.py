@@ -12,7 +12,7 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling.grammar import MOST_CHARS, Grammars
 from serve.sampling_params import Constraint, SamplingParams
-from serve.server.replicas.wire import request_to_wire
+from serve.wire import request_to_wire
 from stu.common.errors import UserError
 from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS

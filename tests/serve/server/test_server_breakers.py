@@ -35,7 +35,8 @@ POISON = [1, 66, 67, 68]
 FAULTS = f"""
 import os
 from serve.cache import page_pool as pages
-from serve.server.replicas import dispatch, wire
+from serve import wire
+from serve.server.replicas import dispatch
 dispatch.MOST_MOVES = 3
 read = wire.request_from_wire
 def request_from_wire(values):

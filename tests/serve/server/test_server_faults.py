@@ -20,7 +20,7 @@ from serve.sampling_params import Constraint, SamplingParams
 from serve.server.replicas import supervisor
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.supervisor import ReplicasConfig
-from serve.server.replicas.wire import request_to_wire
+from serve.wire import request_to_wire
 from tests import forked
 from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS, eventually, serving

@@ -15,8 +15,8 @@ from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
 from serve.server.replicas.stream import Stream
 from serve.server.replicas.supervisor import ReplicasConfig
-from serve.server.replicas.wire import request_from_wire, request_to_wire
 from serve.server.streams import Answer
+from serve.wire import request_from_wire, request_to_wire
 from tests.serve.requests import make_request
 
 pytestmark = pytest.mark.anyio
