@@ -81,6 +81,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Return the completions of `prompts`, in their order.
 
@@ -90,6 +91,7 @@ class LLM:
                 `default_sampling_params`. Prompts that share settings get different seeds, derived
                 from the settings' seed.
             use_tqdm: Whether to show a progress bar, with the rate and the time left.
+            priority: A number for each prompt; lower ones run first. None: 0 for all.
 
         Raises UserError, before anything is decoded, if a prompt or setting is not allowed. A
         completion that fails later has the `finish_reason` "error".
@@ -97,15 +99,14 @@ class LLM:
         listed = _listed(prompts)
         shared = sampling_params or self.default_sampling_params
         params = [shared] * len(listed) if isinstance(shared, SamplingParams) else list(shared)
-        if len(params) != len(listed):
-            raise UserError(
-                "sampling_params",
-                message=f"{len(params)} sampling_params for {len(listed)} prompts: give one for "
-                "each, or one for all",
-            )
+        priorities = [0] * len(listed) if priority is None else list(priority)
+        for name, values in (("sampling_params", params), ("priority", priorities)):
+            if len(values) != len(listed):
+                message = f"{len(values)} {name} for {len(listed)} prompts: give one for each"
+                raise UserError(name, message=message)
         requests = [
-            Request(encode_prompt(self.tokenizer, prompt), own)
-            for prompt, own in zip(listed, params, strict=True)
+            Request(encode_prompt(self.tokenizer, prompt), own, number)
+            for prompt, own, number in zip(listed, params, priorities, strict=True)
         ]
         if not requests:
             return []

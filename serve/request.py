@@ -12,6 +12,7 @@ from stu.config import ModelConfig
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Pooling = Literal["mean", "last"]
+MOST_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Settings, which hold for this request alone."""
     priority: int = 0
-    """Requests with a lower number run first; equal ones in the order of their arrival."""
+    """Requests with a lower number run first, and preempt running ones with a higher number where
+    they need their rows or pages; equal ones run in the order of their arrival."""
     client: str = ""
     """Name of the client. Clients whose requests have the same priority get equally many rows, as
     far as they have requests for them."""
@@ -51,8 +53,10 @@ class Request:
         if not isinstance(self.cache_salt, str):
             raise UserError("cache_salt", self.cache_salt, "a text")
         require_unicode("cache_salt", self.cache_salt)
-        if not isinstance(self.priority, int):
-            raise UserError("priority", self.priority, "a whole number")
+        is_number = isinstance(self.priority, int) and not isinstance(self.priority, bool)
+        if not is_number or abs(self.priority) > MOST_PRIORITY:
+            allowed = f"a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}"
+            raise UserError("priority", self.priority, allowed)
         first, length = self.prompt_logprobs_from, len(self.prompt_token_ids)
         if not is_whole(first) or not 1 <= first <= length:
             raise UserError("prompt_logprobs_from", first, f"a whole number from 1 to {length}")

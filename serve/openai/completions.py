@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from serve.openai.choices import TextChoiceWriter
-from serve.openai.endpoint import Endpoint
+from serve.openai.endpoint import Endpoint, request_fields
 from serve.openai.response_format import constraint_of
 from serve.openai.schemas import CompletionBody, CompletionSettings
 from serve.prompts import SETTINGS, RequestBuilder, choices, listed_prompts
@@ -103,9 +103,9 @@ class Completions(Endpoint[AnyBody]):
                 raise UserError("ignore_eos", True, "false with response_format, as EOS ends it")
             settings["constraint"] = constraint
         given = {name: value for name, value in settings.items() if value is not None}
-        salt = body.cache_salt or ""
+        more = request_fields(body)
         requests = [self._builder.build(number, prompt, given) for prompt in prompts]
-        return [replace(request, cache_salt=salt) for request in requests] if salt else requests
+        return [replace(request, **more) for request in requests] if more else requests
 
 
 class TextCompletions(Completions[CompletionBody]):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from serve.completion import Completion, normalized
-from serve.openai.endpoint import Endpoint
+from serve.openai.endpoint import Endpoint, request_fields
 from serve.openai.schemas import EmbeddingBody
 from serve.prompts import encode_prompt, listed_prompts
 from serve.request import Request
@@ -49,12 +49,9 @@ class Embeddings(Endpoint[EmbeddingBody]):
         if body.dimensions not in (None, self._width):
             allowed = f"{self._width}, the model's width, or left out"
             raise UserError("dimensions", body.dimensions, allowed)
-        nothing_new, salt = SamplingParams(max_new_tokens=0), body.cache_salt or ""
+        nothing_new, more = SamplingParams(max_new_tokens=0), request_fields(body)
         prompts = [encode_prompt(self._tokenizer, text) for text in inputs]
-        return [
-            Request(prompt, nothing_new, pooling=body.pooling, cache_salt=salt)
-            for prompt in prompts
-        ]
+        return [Request(prompt, nothing_new, pooling=body.pooling, **more) for prompt in prompts]
 
 
 class EmbeddingWriter:

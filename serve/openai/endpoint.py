@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 from serve.completion import Completion
 from serve.openai.choices import ChoiceWriter
-from serve.openai.schemas import AnyBody, RequestBody, read_body
-from serve.request import Request
+from serve.openai.schemas import AnyBody, EngineBody, RequestBody, read_body
+from serve.request import MOST_PRIORITY, Request
 from stu.common.errors import UserError
 from stu.common.text import Json, require_unicode
 from stu.tokenizer import Tokenizer
@@ -105,6 +105,19 @@ class Endpoint(ABC, Generic[AnyBody]):
     @abstractmethod
     def _requests(self, number: int, body: AnyBody) -> list[Request]:
         """Return the requests of a body."""
+
+
+def request_fields(body: EngineBody) -> dict[str, Any]:
+    """Return fields of an engine's request that a body of any kind may have, if it does.
+
+    Raises UserError for a negative priority, as its requests would overtake all that name none.
+    """
+    priority = body.priority or 0
+    if not 0 <= priority <= MOST_PRIORITY:
+        allowed = f"a whole number from 0, which goes first and is the default, to {MOST_PRIORITY}"
+        raise UserError("priority", priority, allowed)
+    values = {"cache_salt": body.cache_salt, "priority": priority}
+    return {name: value for name, value in values.items() if value}
 
 
 def usage(num_prompt_tokens: int, num_new_tokens: int) -> Json:

@@ -68,7 +68,6 @@ NEUTRAL: Neutral = {
     "guided_regex": ((), _SCHEMAS),
     "guided_choice": ((), _SCHEMAS),
     "guided_grammar": ((), _SCHEMAS),
-    "priority": ((0,), "requests have no priorities, leave it out"),
     "request_id": ((), "send the header X-Request-Id"),
     "return_tokens_as_token_ids": ((False,), _TOKENS),
     "return_token_ids": ((False,), _TOKENS),
@@ -102,7 +101,6 @@ EMBEDDING_NEUTRAL: Neutral = {
     for name in (
         "add_special_tokens",
         "mm_processor_kwargs",
-        "priority",
         "request_id",
         "truncate_prompt_tokens",
         "truncation_side",

@@ -115,6 +115,15 @@ def _unknown(name: str, known: list[str]) -> UserError:
     return UserError(name, fix=f"there is no such field, {fix}")
 
 
+class EngineBody(RequestBody):
+    """Fields of all bodies that engines compute."""
+
+    cache_salt: str | None = None
+    """Name of a tenant: remembered prefixes are shared only among requests with the same one."""
+    priority: int | None = None
+    """Requests with a lower number go first; 0, the default, goes before all others."""
+
+
 class StreamOptions(Body):
     """Options of a stream."""
 
@@ -126,7 +135,7 @@ class StreamOptions(Body):
     """Pad pieces, so that an eavesdropper cannot tell the lengths of tokens."""
 
 
-class CompletionSettings(RequestBody):
+class CompletionSettings(EngineBody):
     """Fields of both text and chat completions."""
 
     n: int | None = None
@@ -151,8 +160,6 @@ class CompletionSettings(RequestBody):
         Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None
     ) = None
     min_tokens: int | None = None
-    cache_salt: str | None = None
-    """Name of a tenant: remembered prefixes are shared only among requests with the same one."""
 
 
 class CompletionBody(CompletionSettings):
@@ -246,7 +253,7 @@ class ChatBody(CompletionSettings):
     neutral = CHAT_NEUTRAL
 
 
-class EmbeddingBody(RequestBody):
+class EmbeddingBody(EngineBody):
     """Body of `/v1/embeddings`."""
 
     input: Input
@@ -256,8 +263,6 @@ class EmbeddingBody(RequestBody):
     """Hidden states that make the embedding: the mean over all positions, or the last one."""
     normalize: bool = True
     """Scale embeddings to length 1."""
-    cache_salt: str | None = None
-    """Name of a tenant, as for completions."""
 
     harmless = HARMLESS
     neutral = EMBEDDING_NEUTRAL

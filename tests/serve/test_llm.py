@@ -58,6 +58,26 @@ def test_each_prompt_may_have_its_own_sampling_params(llm, capsys):
         llm.generate(PROMPTS, params[:2])
 
 
+def test_prompts_with_a_lower_priority_number_run_first(model_directory, monkeypatch):
+    llm, ended = LLM(model_directory, "cpu", cache_gib=0.01, max_running=1), []
+    step = llm._engine.step
+
+    def noted_step():
+        outputs = step()
+        ended.extend(output.request_id for output in outputs if output.finish_reason)
+        return outputs
+
+    params = SamplingParams(max_new_tokens=3, temperature=1.0, stop_at_eos=False)
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+    monkeypatch.setattr(llm._engine, "step", noted_step)
+    found = llm.generate(PROMPTS, params, use_tqdm=False, priority=[2, -1, 0, 2])
+    assert [result.outputs for result in found] == [result.outputs for result in expected]
+    assert [number % 4 for number in ended] == [1, 2, 0, 3]
+    for wrong, message in (([1], "1 priority for 4"), ([0, 0, 0, True], "priority=true is not")):
+        with pytest.raises(UserError, match=message):
+            llm.generate(PROMPTS, params, priority=wrong)
+
+
 def test_prompt_without_sampling_params_takes_the_model_defaults(llm, code_tokenizer):
     assert llm.default_sampling_params.max_new_tokens == 9
     (text,), (ids,) = llm.generate("def f("), llm.generate(code_tokenizer.encode_prompt("def f("))

@@ -129,7 +129,7 @@ class Replicas(Supervisor):
         for stream in self._waiting.heads():
             free = [replica for replica in self.running if replica.has_room(stream)]
             if free:
-                return stream, min(free, key=lambda replica: replica.cost)
+                return stream, min(free, key=lambda replica: replica.cost(stream))
             if stream.is_suspect:
                 return None  # replicas finish what they have, or it would never run
         return None

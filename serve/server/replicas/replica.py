@@ -70,23 +70,30 @@ class Replica:
         """Last lines that the process wrote to stderr or stdout."""
         return last_output(self._errors)
 
-    @property
-    def cost(self) -> int:
-        """Number of tokens that all its requests still need."""
-        return sum(stream.cost for stream in self.streams.values())
+    def cost(self, stream: Stream) -> tuple[int, int]:
+        """Return how many tokens its requests that a new one would wait for still need, and how
+        many all of them need."""
+        costs = [other.cost for other in self.streams.values()]
+        return sum(other.cost for other in self._at_least(stream.priority)), sum(costs)
 
     def has_room(self, stream: Stream) -> bool:
         """Return whether a request would run soon, and not beside one that may end the process.
 
-        A client's first request here always would, as the engine gives clients rows in turn.
+        Those of lower priority do not count, as the engine preempts them for it. A client's first
+        request here always would, as the engine gives clients rows in turn.
         """
         if any(other.is_suspect for other in self.streams.values()):
             return False
         if stream.is_suspect:
             return not self.streams
-        if len(self.streams) < AHEAD * int(self.settings["engine"]["max_running"]):
+        before = self._at_least(stream.priority)
+        if len(before) < AHEAD * int(self.settings["engine"]["max_running"]):
             return True
-        return all(other.client != stream.client for other in self.streams.values())
+        return all(other.client != stream.client for other in before)
+
+    def _at_least(self, priority: int) -> list[Stream]:
+        """Return its requests that a request of this priority does not overtake."""
+        return [stream for stream in self.streams.values() if stream.priority <= priority]
 
     def send(self, message: Message) -> None:
         """Send a message, which is lost if the process has ended."""

@@ -37,6 +37,11 @@ class Stream:
     """Time at which an engine first began its prefill, by the monotonic clock."""
 
     @property
+    def priority(self) -> int:
+        """Priority of the request; lower numbers go first."""
+        return self.request.priority
+
+    @property
     def is_suspect(self) -> bool:
         """Whether the request may have caused the end of replicas."""
         return self.num_moves >= SUSPECT_MOVES

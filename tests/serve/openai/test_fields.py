@@ -35,6 +35,7 @@ AS_OTHERS = [
     ({"stop": []}, {}),
     ({"stop_token_ids": []}, {}),
     ({"min_tokens": 0}, {}),
+    ({"priority": 0}, {}),
     ({"logit_bias": {}}, {}),
 ]
 """Pairs of settings with the same meaning."""
@@ -162,6 +163,15 @@ def test_stop_tokens_and_min_tokens(endpoint, code_tokenizer):
     assert request.sampling.stop_ids(code_tokenizer.eos_id) == (5,)
 
 
+def test_priorities(endpoint):
+    _, requests = endpoint
+    (request,), (plain,) = requests(priority=7), requests()
+    assert request == replace(plain, priority=7)
+    for number in (-1, 2**31):
+        with pytest.raises(UserError, match=r"priority=.* from 0, which goes first"):
+            requests(priority=number)
+
+
 def test_many_stop_strings(endpoint):
     _, requests = endpoint
     stops = [f"\n{number}" for number in range(128)]
@@ -176,6 +186,8 @@ def test_the_documentation_names_every_field():
 
 def test_embeddings_have_the_salt_of_their_tenant(code_tokenizer):
     embeddings = Embeddings(16, tokenizer=code_tokenizer, model_name="demo")
+    (request,) = embeddings.requests(0, read_body(EmbeddingBody, {"input": "x", "priority": 3}))
+    assert request.priority == 3
     for more, salt in (({"cache_salt": "a"}, "a"), ({}, ""), ({"cache_salt": None}, "")):
         body = read_body(EmbeddingBody, {"input": ["x", [5]], **more})
         assert [request.cache_salt for request in embeddings.requests(0, body)] == [salt, salt]

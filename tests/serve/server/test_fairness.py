@@ -149,8 +149,26 @@ def test_lower_priority_number_goes_before_any_turn(make_engine):
     assert scheduled == [2, 1, 0]
 
 
-def streams(clients):
-    return [Stream(number, request(client, 5), client) for number, client in enumerate(clients)]
+def test_lower_priority_number_preempts_others(make_engine):
+    """They continue exactly, and run only when nothing more urgent waits."""
+    rows = [request("a", 20, seed, priority=2) for seed in range(3)]
+    urgent = [request("a", 3, 7, priority=1), request("b", 3, 8)]
+    settings = {"batch_invariant": True, "page_len": 2}
+    alone, *_ = decoded(make_engine(**settings), [*rows, *urgent])
+    engine = make_engine(**settings)
+    tokens, _, ended = decoded(engine, rows, urgent, after_steps=4)
+    assert tokens == alone
+    assert ended[:2] == [4, 3]
+    assert engine.stats().preemptions == 2
+
+
+def streams(clients, priorities=None):
+    """Requests of these clients, with these priorities."""
+    levels = priorities or [0] * len(clients)
+    return [
+        Stream(number, request(client, 5, priority=level), client)
+        for number, (client, level) in enumerate(zip(clients, levels, strict=True))
+    ]
 
 
 def test_clients_take_turns_in_the_queue():
@@ -171,6 +189,21 @@ def test_clients_take_turns_in_the_queue():
     assert list(queue) == [more[1]]
     assert queue.clear() == [more[1]]
     assert not queue.heads()
+
+
+def test_lower_priorities_go_first_in_the_queue():
+    queue = FairQueue()
+    queue.add(streams("aabbc", [2, 1, 1, 2, 0]))
+    queue.put_back([Stream(9, request("a", 5, priority=1), "a")])
+    assert len(queue) == 6
+    assert [head.number for head in queue.heads()] == [4, 9, 1, 2, 0, 3]
+    taken = []
+    while queue:
+        queue.take(queue.heads()[0])
+        taken.append(len(queue))
+    assert taken == [5, 4, 3, 2, 1, 0]
+    assert not queue.heads()
+    queue.remove(Stream(9, request("a", 5, priority=1), "a"))
 
 
 class StoppedReplica(Replica):
@@ -201,6 +234,28 @@ def test_full_replica_takes_the_first_request_of_another_client(replicas):
     for number in range(2):
         replicas.abort(replica.streams[number])
     assert clients() == ["a"] * 3 + ["b", "a"]  # b had its turn last
+
+
+def test_full_replica_takes_requests_that_overtake_its_own(replicas):
+    """Others wait in the server."""
+    replicas.submit([request("", 5, priority=3)] * 7, "a")
+    (replica,) = replicas.running
+    assert len(replica.streams) == 5
+    replicas.submit([request("", 5, priority=number) for number in (4, 2, 2, 0)], "a")
+    placed = [stream.priority for stream in replica.streams.values()]
+    assert placed == [3] * 5 + [0, 2, 2]
+    assert [stream.priority for stream in replicas._waiting] == [3, 3, 4]
+
+
+def test_requests_go_where_the_fewest_tokens_are_before_them(replicas):
+    second = StoppedReplica(4)
+    replicas._replicas.append(second)
+    first, _ = replicas.running
+    replicas.submit([request("", 50, priority=3)], "a")
+    replicas.submit([request("", 10)], "a")  # where no row has begun
+    replicas.submit([request("", 10)], "a")  # where only others of lower priority have
+    assert [stream.priority for stream in first.streams.values()] == [3, 0]
+    assert [stream.priority for stream in second.streams.values()] == [0]
 
 
 def test_one_client_alone_may_fill_the_queue_and_others_get_a_share(replicas):
@@ -243,3 +298,21 @@ def test_short_request_of_another_key_does_not_wait_for_a_large_body(model_direc
         ("second-key", "key 2"),
         ("first-key", "key 1"),
     ]
+
+
+@pytest.mark.slow
+def test_urgent_request_overtakes_rows_of_low_priority(long_model_directory):
+    """It takes a row from them, though they fill the replica and the queue."""
+    rows = {"prompt": "x", "n": 12, "max_tokens": 6000, "stop_at_eos": False, "priority": 1}
+    with (
+        serving(long_model_directory, "--max-running", 2) as server,
+        server.client() as client,
+        client.stream("POST", "/v1/completions", json={**rows, "stream": True}) as answer,
+    ):
+        lines = answer.iter_lines()  # while it lives, the connection is open
+        next(lines)
+        eventually(lambda: server.metric("vllm:num_requests_running") == 2)
+        urgent = {"prompt": "x", "max_tokens": 5, "stop_at_eos": False}
+        server.post("/v1/completions", json=urgent).raise_for_status()
+        assert server.metric("vllm:num_preemptions_total") == 1
+        assert server.metric("vllm:request_success_total") == 1, "no row has ended"
