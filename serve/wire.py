@@ -4,8 +4,9 @@ To a replica: its settings, then `{"add": number, "request": {..}}` and `{"abort
 
 From a replica: `{"ready": stats}` once. Then `{"refused": number, "error": {..}}` for a request at
 fault, `{"failed": number, "trace": ..}` for a fault of the replica, and a report after each step,
-and regularly when idle: `{"scheduled": [[number, time], ..], "outputs": [..], "stats": {..}}`, with
-`step_seconds` if there were outputs. Times are of the monotonic clock, which all processes share.
+and regularly when idle: `{"time": time, "scheduled": [[number, time], ..], "outputs": [..],
+"stats": {..}}`, with `step_seconds` if there were outputs, and `step_tokens` if the step prefilled
+or generated any. Times are of the monotonic clock, which all processes share.
 """
 
 from array import array

@@ -80,7 +80,7 @@ class Engine:
         self.scheduled: dict[int, float] = {}
         """Requests whose prefill began in the last step, and when, by the monotonic clock."""
         self._next_id = itertools.count()
-        self._prompt_tokens = self._new_tokens = self._steps = 0
+        self._new_tokens = self._steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -144,7 +144,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return the load of the engine and its counts."""
-        counts = self._prompt_tokens, self._new_tokens, self._steps
+        counts = self._runner.num_prefilled, self._new_tokens, self._steps
         return Stats.of(self._scheduler, self._caches, self._prefixes, *counts)
 
     def check_integrity(self) -> None:
@@ -167,7 +167,6 @@ class Engine:
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())
         at_once = self._config.prompt_tokens_per_step
         self._prefill = Prefill(self._runner, prompts, at_once, self._prefixes.chunk_len)
-        self._prompt_tokens += self._prefill.num_tokens
 
     def _continue_prefill(self) -> None:
         """Prefill as many tokens as a step may."""

@@ -89,6 +89,8 @@ class Runner:
         self._joining: dict[int, int] = {}
         """Rows that join the batch, and their numbers of tokens."""
         self._batch: list[int] = []
+        self.num_prefilled = 0
+        """Tokens of prompts that have gone through all layers."""
         self._last_tokens = torch.zeros(
             num_rows(config) + 1, dtype=torch.int64, device=self._device
         )
@@ -190,6 +192,7 @@ class Runner:
                 parts.append(block.feed_forward(part))
                 yield None
             x = torch.cat(parts, dim=1)
+        self.num_prefilled += len(ids)
         for chunk, hidden in zip(chunks, x[0].split(lengths), strict=True):
             last = len(hidden) - chunk.is_last
             # A token's logits are those of the position before.

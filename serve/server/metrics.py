@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from serve.cache.base import ConvolutionCacheInfo
 from serve.request import FinishReason
 from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.stream import Stream
 from serve.wire import Message
 
 SECONDS = [0.001 * 2**i for i in range(20)]
@@ -64,6 +65,21 @@ class Metrics:
             "Time from the arrival of a request to the start of its prefill.",
             SECONDS,
         )
+        self.prefill_time = histogram(
+            f"{prefix}:request_prefill_time_seconds",
+            "Time from the start of a request's prefill to its first token.",
+            SECONDS,
+        )
+        self.decode_time = histogram(
+            f"{prefix}:request_decode_time_seconds",
+            "Time from the first token of a request to its last.",
+            SECONDS,
+        )
+        self.inference_time = histogram(
+            f"{prefix}:request_inference_time_seconds",
+            "Time from the start of a request's prefill to its last token.",
+            SECONDS,
+        )
         self.request_prompt_tokens = histogram(
             f"{prefix}:request_prompt_tokens", "Prompt tokens of a request.", TOKENS
         )
@@ -76,13 +92,25 @@ class Metrics:
             [*self._label, "status"],
             registry=self._registry,
         )
+        self._step_tokens = histogram(
+            f"{prefix}:iteration_tokens_total",
+            "Tokens of an engine step, prefilled and generated.",
+            TOKENS,
+        )
         self._step = histogram("stu:step_seconds", "Time of engine steps with outputs.", SECONDS)
         self._registry.register(_ReplicasCollector(replicas, prefix, model_name))
         replicas.step_observers.append(self._observe_step)
 
-    def finished(self, reason: FinishReason | str) -> None:
-        """Count a request that ended."""
+    def finished(self, reason: FinishReason | str, stream: Stream) -> None:
+        """Count a request that ended, and the times that its engine took."""
         self._finished.labels(**self._label, finished_reason=reason).inc()
+        self.request_prompt_tokens.observe(len(stream.request.prompt_token_ids))
+        self.request_generation_tokens.observe(len(stream.new_token_ids))
+        began, first, last = stream.scheduled, stream.first_token, stream.last_token
+        if began is not None and first is not None and last is not None:
+            self.prefill_time.observe(first - began)
+            self.decode_time.observe(last - first)
+            self.inference_time.observe(last - began)
 
     def count_refused(self, status: int) -> None:
         """Count a request that was refused with a status."""
@@ -95,6 +123,8 @@ class Metrics:
     def _observe_step(self, message: Message) -> None:
         if "step_seconds" in message:
             self._step.observe(message["step_seconds"])
+        if "step_tokens" in message:
+            self._step_tokens.observe(message["step_tokens"])
 
 
 class _ReplicasCollector(Collector):

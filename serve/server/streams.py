@@ -59,6 +59,8 @@ class Answer:
 
     def __post_init__(self) -> None:
         self._builders = [CompletionBuilder() for _ in self.streams]
+        for stream in self.streams:
+            stream.on_scheduled = self._observe_queue_time
 
     async def whole(self) -> list[bytes]:
         """Return a whole answer, as JSON in pieces."""
@@ -186,7 +188,6 @@ class Answer:
             async for output in self.replicas.outputs(stream):
                 now = time.monotonic()
                 if num_tokens == 0:
-                    metrics.queue_time.observe((stream.scheduled or now) - self.arrived)
                     metrics.prompt_tokens.inc(len(stream.request.prompt_token_ids))
                     if output.new_token_ids:
                         metrics.time_to_first_token.observe(now - self.arrived)
@@ -203,10 +204,11 @@ class Answer:
             reason = "error"
             arrivals.put(index, error)
         finally:
-            metrics.finished(reason)
+            metrics.finished(reason, stream)
             metrics.latency.observe(time.monotonic() - self.arrived)
-            metrics.request_prompt_tokens.observe(len(stream.request.prompt_token_ids))
-            metrics.request_generation_tokens.observe(num_tokens)
+
+    def _observe_queue_time(self, scheduled: float) -> None:
+        self.metrics.queue_time.observe(scheduled - self.arrived)
 
     def _log(self) -> None:
         logs_texts = self.prompts is not None

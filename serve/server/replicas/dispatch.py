@@ -154,24 +154,22 @@ class Replicas(Supervisor):
         replica.stats = Stats.from_json(message["stats"])
         for number, time_scheduled in message["scheduled"]:
             if (stream := replica.streams.get(number)) is not None:
-                stream.scheduled = stream.scheduled or time_scheduled
+                stream.schedule(time_scheduled)
         pauses = Pauses()
         for values in message["outputs"]:
-            self._take(replica, output_from_wire(values))
+            self._take(replica, output_from_wire(values), message["time"])
             await pauses.pause_if_due()
         self._place_waiting()
         for observe in self.step_observers:
             observe(message)
 
-    def _take(self, replica: Replica, output: Output) -> None:
+    def _take(self, replica: Replica, output: Output, moment: float) -> None:
         stream = replica.streams.get(output.request_id)
         if stream is None:
             return  # its reader went away
-        stream.num_moves = 0
-        stream.new_token_ids += output.new_token_ids
         if output.finish_reason is not None:
             del replica.streams[output.request_id]
-        stream.outputs.put_nowait(output)
+        stream.take(output, moment)
 
     def _end(self, replica: Replica, number: int, error: Exception) -> None:
         stream = replica.streams.pop(number, None)

@@ -60,7 +60,7 @@ class Replica:
     def run(self) -> None:
         """Load the model that the first message names, then decode."""
         engine = self._load()
-        was_idle = False
+        was_idle, num_tokens = False, 0
         while True:
             idle_seconds = COMPILING_SECONDS if self._compiling else HEARTBEAT_SECONDS
             for message in self._receive(0.0 if engine.has_work else idle_seconds):
@@ -83,13 +83,18 @@ class Replica:
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._engine_ids[self._numbers.pop(output.request_id)]
+            stats, ended = engine.stats(), time.monotonic()
             report: Message = {
+                "time": ended,
                 "scheduled": scheduled,
                 "outputs": written,
-                "stats": asdict(engine.stats()),
+                "stats": asdict(stats),
             }
             if outputs:
-                report["step_seconds"] = time.monotonic() - began
+                report["step_seconds"] = ended - began
+            num_before, num_tokens = num_tokens, stats.prompt_tokens + stats.new_tokens
+            if num_tokens > num_before:
+                report["step_tokens"] = num_tokens - num_before
             self._send(report)
 
     def _load(self) -> Engine:

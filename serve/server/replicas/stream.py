@@ -1,6 +1,7 @@
 """A client's request while replicas decode it, and the ways in which it may fail."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from serve.request import Output, Request
@@ -35,6 +36,12 @@ class Stream:
     """Replicas that ended during the request since its last token."""
     scheduled: float | None = None
     """Time at which an engine first began its prefill, by the monotonic clock."""
+    first_token: float | None = None
+    """Time at the end of the step that generated its first token."""
+    last_token: float | None = None
+    """Time at the end of the last step that generated a token."""
+    on_scheduled: Callable[[float], None] | None = None
+    """Function to call with the time at which its prefill begins."""
 
     @property
     def priority(self) -> int:
@@ -51,6 +58,22 @@ class Stream:
         """Number of tokens that an engine has yet to prefill or to decode."""
         num_prompt_tokens = len(self.request.prompt_token_ids)
         return num_prompt_tokens + self.request.sampling.max_new_tokens - len(self.new_token_ids)
+
+    def schedule(self, moment: float) -> None:
+        """Note that an engine has begun its prefill; another one may do so again later."""
+        if self.scheduled is None:
+            self.scheduled = moment
+            if self.on_scheduled is not None:
+                self.on_scheduled(moment)
+
+    def take(self, output: Output, moment: float) -> None:
+        """Pass an output on to the reader, with the time at the end of its step."""
+        if output.new_token_ids:
+            self.num_moves = 0
+            self.new_token_ids += output.new_token_ids
+            self.first_token = self.first_token or moment
+            self.last_token = moment
+        self.outputs.put_nowait(output)
 
     def rest(self) -> Request:
         """Return the request for the tokens that are still to be decoded."""

@@ -180,6 +180,8 @@ VLLM_NAMES = [
     *("time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket"),
     *("e2e_request_latency_seconds_bucket", "request_queue_time_seconds_bucket"),
     *("request_prompt_tokens_bucket", "request_generation_tokens_bucket"),
+    *("request_prefill_time_seconds_bucket", "request_decode_time_seconds_bucket"),
+    *("request_inference_time_seconds_bucket", "iteration_tokens_total_bucket"),
 ]
 
 
