@@ -14,11 +14,11 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Constraint:
-    """A JSON schema or regular expression that the whole new text must match."""
+    """A JSON schema or regular expression that the whole new text must match, or calls of tools."""
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "tools"]
     source: str
-    """The schema, as JSON, or the expression."""
+    """The schema, as JSON, the expression, or the source of `serve.sampling.tool_grammar`."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from serve.completion import Completion
+from serve.openai.tools.reader import CallReader, call_id
 from serve.request import Request, TokenLogprobs
 from serve.sampling.detokenizer import TextStream
 from stu.common.text import Json
@@ -89,11 +90,22 @@ class TextChoiceWriter:
 
 
 class ChatChoiceWriter:
-    """Writes choice number `index` of a chat completion, in deltas if `is_stream`."""
+    """Writes choice number `index` of a chat completion, in deltas if `is_stream`.
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, index: int, is_stream: bool) -> None:
+    reader: Reader of an answer that may call tools.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        index: int,
+        is_stream: bool,
+        reader: CallReader | None = None,
+    ) -> None:
         self._tokenizer, self._request, self._index = tokenizer, request, index
-        self._field = "delta" if is_stream else "message"
+        self._is_stream, self._reader = is_stream, reader
+        self._num_calls = 0
         self._has_begun = False
 
     def write(self, piece: Completion) -> Json:
@@ -103,11 +115,49 @@ class ChatChoiceWriter:
         logprobs: Json | None = None
         if self._request.sampling.logprobs is not None:
             logprobs = {"content": [self._token(token) for token in piece.logprobs]}
+        finish_reason: str | None = piece.finish_reason
+        if self._reader is None:
+            message["content"] = piece.text
+        else:
+            message |= self._with_calls(self._reader, piece)
+            if finish_reason == "stop" and self._reader.num_ended:
+                finish_reason = "tool_calls"
         return {
             "index": self._index,
-            self._field: {**message, "content": piece.text},
+            "delta" if self._is_stream else "message": message,
             "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": finish_reason,
+        }
+
+    def _with_calls(self, reader: CallReader, piece: Completion) -> Json:
+        """Return the content and the calls in a piece."""
+        texts: list[str] = []
+        calls: list[Json] = []
+        for part in reader.read(piece.text, piece.finish_reason is not None):
+            if part.kind == "text":
+                texts.append(part.text)
+            elif part.kind == "call":
+                calls.append(self._new_call(part.text))
+                self._num_calls += 1
+            elif part.kind == "arguments":
+                if not calls:
+                    index = self._num_calls - 1
+                    calls.append({"index": index, "function": {"arguments": ""}})
+                calls[-1]["function"]["arguments"] += part.text
+        message: Json = {"content": "".join(texts)} if texts else {}
+        if not self._is_stream:
+            message.setdefault("content", None if calls else "")
+            for call in calls:
+                del call["index"]
+        return message | ({"tool_calls": calls} if calls else {})
+
+    def _new_call(self, name: str) -> Json:
+        sampling, index = self._request.sampling, self._num_calls
+        return {
+            "index": index,
+            "id": call_id(self._request.prompt_token_ids, sampling.seed, index),
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
         }
 
     def _token(self, token: TokenLogprobs) -> Json:

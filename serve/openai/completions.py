@@ -14,7 +14,7 @@ from serve.openai.response_format import constraint_of
 from serve.openai.schemas import CompletionBody, CompletionSettings
 from serve.prompts import SETTINGS, RequestBuilder, choices, listed_prompts
 from serve.request import Request
-from serve.sampling_params import JsonWhitespace
+from serve.sampling_params import Constraint, JsonWhitespace
 from stu.common.errors import UserError
 from stu.common.text import Json
 
@@ -44,6 +44,7 @@ class Completions(Endpoint[AnyBody]):
         "min_new_tokens": "min_tokens",
         "json_schema": "response_format",
         "regex": "response_format",
+        "tools": "tools",
     }
 
     def __init__(
@@ -80,6 +81,12 @@ class Completions(Endpoint[AnyBody]):
     def _prompt_requests(self, number: int, body: AnyBody) -> list[Request]:
         """Return a request for each prompt."""
 
+    def _constraint(self, body: AnyBody) -> Constraint | None:
+        """Return what the text of an answer must match."""
+        if body.response_format is None:
+            return None
+        return constraint_of(body.response_format, self._json_whitespace)
+
     @abstractmethod
     def _object(self, body: AnyBody) -> str:
         """Return the `object` of an answer."""
@@ -97,10 +104,13 @@ class Completions(Endpoint[AnyBody]):
         settings |= {"n": body.n, "min_new_tokens": body.min_tokens, **own_settings}
         if body.ignore_eos is not None:
             settings["stop_at_eos"] = not body.ignore_eos
-        if body.response_format is not None:
-            constraint = constraint_of(body.response_format, self._json_whitespace)
-            if constraint is not None and body.ignore_eos:
-                raise UserError("ignore_eos", True, "false with response_format, as EOS ends it")
+        if (constraint := self._constraint(body)) is not None:
+            if body.ignore_eos:
+                raise UserError(
+                    "ignore_eos",
+                    True,
+                    f"false with {self.client_names[constraint.kind]}, as EOS ends it",
+                )
             settings["constraint"] = constraint
         given = {name: value for name, value in settings.items() if value is not None}
         more = request_fields(body)

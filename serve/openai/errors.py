@@ -31,6 +31,7 @@ _ALLOWED_UNIONS = {
     "input": "a string, a list of token ids (whole numbers >= 0), or a list of such inputs",
     "prompt": "a string, a list of token ids (whole numbers >= 0), or a list of such prompts",
     "stop": "a string or a list of strings",
+    "tool_choice": "a string or an object",
 }
 """Allowed values of fields with several types, where pydantic reports an error for each type."""
 

@@ -31,7 +31,7 @@ HARMLESS: Mapping[str, type] = {
 }
 """Fields that change no answer, with the type of their values."""
 
-_NO_TOOLS = "the model calls no tools, leave it out"
+_NO_TOOLS = "use /v1/chat/completions, where the model may call tools"
 _NO_EFFECT = "leave it out"
 _SCHEMAS = "use response_format"
 _TOKENS = "use logprobs, which have the text and the bytes of each token"
@@ -87,8 +87,11 @@ TEXT_NEUTRAL: Neutral = {
     "suffix": (("",), 'the model writes only after the prompt, leave it out or give ""'),
     "add_special_tokens": ((True,), "give the prompt as token ids, to which nothing is added"),
 }
+CHAT_HARMLESS = {name: kind for name, kind in HARMLESS.items() if name != "parallel_tool_calls"}
 CHAT_NEUTRAL: Neutral = {
-    **NEUTRAL,
+    **{name: NEUTRAL[name] for name in NEUTRAL.keys() - {"tools", "tool_choice"}},
+    "functions": (([],), "use tools"),
+    "function_call": (("none", "auto"), "use tool_choice"),
     "echo": ((False,), "use /v1/completions"),
     "add_special_tokens": ((False,), "the chat template decides, leave it out"),
     "add_generation_prompt": ((True,), "use /v1/completions"),
@@ -112,15 +115,21 @@ MESSAGE_HARMLESS: Mapping[str, type] = {"annotations": list, "parsed": object, "
 MESSAGE_NEUTRAL: Neutral = {
     "refusal": ((), "put its text into content"),
     "audio": ((), "put its transcript into content"),
-    "tool_calls": (([],), "the model calls no tools, put the call into content"),
-    "function_call": ((), "the model calls no tools, put the call into content"),
+    "function_call": ((), "use tool_calls"),
     "reasoning": (("",), "put it into content or leave it out"),
     "reasoning_content": (("",), "put it into content or leave it out"),
 }
+CALL_HARMLESS: Mapping[str, type] = {"parsed_arguments": object, "index": int}
 PART_HARMLESS: Mapping[str, type] = {"cache_control": dict, "prompt_cache_breakpoint": dict}
 
 
-_TYPES = {str: "a string", dict: "an object", bool: "true or false", list: "a list"}
+_TYPES = {
+    str: "a string",
+    dict: "an object",
+    bool: "true or false",
+    list: "a list",
+    int: "a whole number",
+}
 
 
 def without_inert(body: Mapping[str, Any], harmless: Mapping[str, type], neutral: Neutral) -> Json:

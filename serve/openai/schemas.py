@@ -9,40 +9,25 @@ each element, and a body of a million elements would take a minute and gigabytes
 dict here has `fail_fast`, and a limit where its elements become objects.
 """
 
-import difflib
-import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError
 
+from serve.openai.bodies import Body
 from serve.openai.errors import body_error, located
 from serve.openai.fields import (
+    CHAT_HARMLESS,
     CHAT_NEUTRAL,
     EMBEDDING_NEUTRAL,
     HARMLESS,
-    MESSAGE_HARMLESS,
-    MESSAGE_NEUTRAL,
-    PART_HARMLESS,
     TEXT_NEUTRAL,
-    Neutral,
-    without_inert,
 )
+from serve.openai.messages import Messages, Tools
 from serve.prompts import MOST_STOP_TOKENS
 from serve.request import Pooling
 from stu.common.errors import UNSET, UserError
 
 MOST_BIASES = 4096
-MOST_MESSAGES = 1024
-MOST_PARTS = 8192
-"""Limit of text parts in all messages of a chat together."""
 MOST_PROMPTS = 128
 MOST_INPUTS = 2048
 
@@ -68,30 +53,6 @@ Prompt = Annotated[OneOrSeveral, _require_few("prompt", MOST_PROMPTS)]
 Input = Annotated[OneOrSeveral, _require_few("input", MOST_INPUTS)]
 
 
-class Body(BaseModel):
-    """An object in the body of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    harmless: ClassVar[Mapping[str, type]] = {}
-    neutral: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settle(cls, values: Any) -> Any:
-        """Leave out nulls and fields that change nothing, and refuse the first unknown field."""
-        if not isinstance(values, dict):
-            return values
-        try:
-            values = without_inert(values, cls.harmless, cls.neutral)
-            for name in values:
-                if name not in cls.model_fields:
-                    raise _unknown(name, list(cls.model_fields))
-        except UserError as error:
-            raise located(error) from error
-        return values
-
-
 class RequestBody(Body):
     """Body of a request, which may name the model."""
 
@@ -107,12 +68,6 @@ def read_body(kind: type[AnyBody], values: Any) -> AnyBody:
         return kind.model_validate(values)
     except ValidationError as error:
         raise body_error(error.errors(include_url=False)) from error
-
-
-def _unknown(name: str, known: list[str]) -> UserError:
-    similar = difflib.get_close_matches(name[:100], known, n=1)
-    fix = f"did you mean {json.dumps(similar[0])}?" if similar else "leave it out"
-    return UserError(name, fix=f"there is no such field, {fix}")
 
 
 class EngineBody(RequestBody):
@@ -175,81 +130,20 @@ class CompletionBody(CompletionSettings):
     neutral = TEXT_NEUTRAL
 
 
-class TextPart(Body):
-    """A text part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-    harmless = PART_HARMLESS
-
-
-class Message(Body):
-    """A message of a chat, also as OpenAI's client returns it in an answer."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: str | None = None
-
-    harmless = MESSAGE_HARMLESS
-    neutral = MESSAGE_NEUTRAL
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, message: Any) -> Any:
-        """Refuse roles and parts that other servers know, with what to do instead."""
-        if not isinstance(message, dict):
-            return message
-        role, content = message.get("role"), message.get("content")
-        if role in ("tool", "function"):
-            fix = 'the model calls no tools, put their answers into a message of role "user"'
-            raise located(UserError("role", role, fix=fix))
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            if kind != "text":
-                raise located(UserError("content.type", kind, '"text"'))
-        return message
-
-    @model_validator(mode="after")
-    def _require_content(self) -> "Message":
-        if self.content is None and self.role != "assistant":
-            raise located(UserError("content", None, "a string"))
-        return self
-
-    @property
-    def text(self) -> str:
-        """Content as one string."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
-
-
-def _require_few_parts(messages: Any) -> Any:
-    """Refuse too many parts before looking at any of them."""
-    if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
-        contents = [message.get("content") for message in messages if isinstance(message, dict)]
-        count = sum(len(content) for content in contents if isinstance(content, list))
-        if count > MOST_PARTS:
-            allowed = f"messages of at most {MOST_PARTS} parts together, not {count}"
-            raise located(UserError("", UNSET, allowed))
-    return messages
-
-
 class ChatBody(CompletionSettings):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[
-        list[Message],
-        Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES),
-        BeforeValidator(_require_few_parts),
-    ]
+    messages: Messages
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
-    harmless = HARMLESS
+    harmless = CHAT_HARMLESS
     neutral = CHAT_NEUTRAL
 
 

@@ -1,4 +1,4 @@
-"""Constraints on text by a JSON schema or a regular expression, through llguidance.
+"""Constraints on text by a JSON schema, a regular expression or tools, through llguidance.
 
 A grammar gives a mask over the vocabulary for each token. Limits hold for the size of a grammar and
 for the work of each token.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from serve.sampling.json_schema import Node, children, prepare, target
 from serve.sampling.schema_rewrites import Schema
+from serve.sampling.tool_grammar import schemas_of, tool_grammar, wrong_parameters
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
 from stu.common.text import require_unicode
@@ -85,6 +86,8 @@ class Grammars:
             raise _refused(kind, f"it has {len(source)} characters and may have {MOST_CHARS}")
         if kind == "regex":
             grammar = str(llguidance.LLMatcher.grammar_from_regex(source))
+        elif kind == "tools":
+            grammar = str(llguidance.LLMatcher.grammar_from_lark(tool_grammar(source)))
         else:
             schema = _schema(source)
             grammar = _json_grammar(schema)
@@ -93,6 +96,8 @@ class Grammars:
             reason = _reason(grammar) or GrammarMatcher(compiled).error
             if kind == "json_schema":
                 reason = f"at {_place(schema, reason)}, {reason}"
+            elif kind == "tools":
+                _refuse_parameters(source)
             raise _refused(kind, reason)
         # A well-formed constraint may still allow no text at all, or exceed the limits.
         self._allowed(GrammarMatcher(compiled.deep_copy()), constraint)
@@ -194,6 +199,13 @@ def _json_grammar(schema: Schema) -> str:
         return str(compile_schema(json.dumps(schema), {"whitespace_flexible": False}))
     except (ValueError, RecursionError) as error:
         raise _refused("json_schema", error) from error
+
+
+def _refuse_parameters(source: str) -> None:
+    """Raise UserError that names the first of the tools whose parameters cannot be followed."""
+    for name, schema in schemas_of(source):
+        if reason := _reason(_json_grammar(schema)):
+            raise wrong_parameters(name, f"at {_place(schema, reason)}, {reason}")
 
 
 def _reason(grammar: str) -> str:

@@ -109,7 +109,8 @@ def _prepare(
         try:
             service.grammars.check(constraint)
         except UserError as error:
-            raise UserError("response_format", constraint.source, message=str(error)) from error
+            wrong = UserError(constraint.kind, constraint.source, message=str(error))
+            raise endpoint.in_client_names(wrong) from error
     writers = endpoint.writers(body, requests)
     if not service.config.log_prompts:
         return requests, writers, None

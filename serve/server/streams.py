@@ -196,7 +196,7 @@ class Answer:
                 num_tokens, last = num_tokens + len(output.new_token_ids), now
                 metrics.generation_tokens.inc(len(output.new_token_ids))
                 if output.finish_reason == "error":
-                    raise _error_of(output)
+                    raise _error_of(output, stream)
                 reason = output.finish_reason or reason
                 arrivals.put(index, output)
             arrivals.put(index, None)
@@ -234,10 +234,12 @@ def event(values: Json) -> str:
     return f"data: {json_line(values)}\n\n"
 
 
-def _error_of(output: Output) -> Exception:
+def _error_of(output: Output, stream: Stream) -> Exception:
     """Return the error that ended a request in mid-text."""
-    if output.is_refused:  # its constraint turned out to be too costly
-        return UserError("response_format", output.error, message=output.error)
+    constraint = stream.request.sampling.constraint
+    if output.is_refused and constraint is not None:  # it turned out to be too costly
+        field = "tools" if constraint.kind == "tools" else "response_format"
+        return UserError(field, output.error, message=output.error)
     return EngineError(output.error)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateRuntimeError, nodes
+from jinja2 import Template, TemplateError, TemplateRuntimeError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -43,6 +43,8 @@ class CompiledTemplate:
     ) -> None:
         environment = _Environment(generation)
         tree = environment.parse(source)
+        self.variables = meta.find_undeclared_variables(tree)
+        """Names of variables that the template reads."""
         _mark(tree, marks)
         for loop in list(tree.find_all(nodes.For)):
             tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)

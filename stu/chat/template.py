@@ -77,19 +77,32 @@ class ChatTemplate:
             raise UserError(str(path), message=message) from error
 
     def tokens(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Return the token ids of the prompt, after BOS if there is one.
 
         Args:
             messages: With `role`, `content` and perhaps `name`.
             variables: More variables of the template.
+            tools: Tools that the prompt describes, if the template knows any (`knows_tools`).
 
         Raises:
             UserError: The template refuses the messages, or `variables` has a name that is taken.
         """
-        text = self._answer_mark.sub("", self._render(messages, variables or {}))
+        text = self._answer_mark.sub("", self._render(messages, variables or {}, tools=tools))
         return self._after_start(self._encode(text))
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template writes tools into prompts."""
+        return "tools" in self._template.variables
+
+    def has_control_token(self, name: str) -> bool:
+        """Return whether a control token has this name."""
+        return name in self._marks
 
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
         """Return the token ids of a whole conversation, after BOS if there is one, and whether each
@@ -175,6 +188,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any],
         is_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         for name in variables:
             if name == "messages" or name in self._fixed or name in self._template.globals:
@@ -182,7 +196,7 @@ class ChatTemplate:
                 raise UserError(f"chat_template_kwargs.{name}", fix=fix)
         try:
             fixed = {**self._fixed, "add_generation_prompt": is_prompt, "messages": messages}
-            return self._template.render({**variables, **fixed})
+            return self._template.render({**variables, **fixed, "tools": tools})
         except (*FAULTS, RecursionError) as error:
             is_deep = isinstance(error, RecursionError)
             reason = "it is nested too deeply" if is_deep else str(error)

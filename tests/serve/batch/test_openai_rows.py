@@ -264,7 +264,8 @@ BAD_ROWS = [
     (chat("", [{"role": "user"}]), "messages.0.content=null is not allowed: it must be a string"),
     (chat("", [HI], stream=True), "stream=true is not allowed: it must be false"),
     (chat("", [HI], max_tokens=70), "max_seq_len=64"),
-    (chat("", [HI], tools=[{}]), "the model calls no tools"),
+    (chat("", [HI], tools=[{}]), 'field "tools.0.type" is missing'),
+    (row("", **PROMPT, tools=[{}]), "use /v1/chat/completions, where the model may call tools"),
     *(
         (row("", **{**PROMPT, **body}), message)
         for body, message in [

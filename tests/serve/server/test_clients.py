@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jsonschema_rs
+import openai
 import pytest
 from openai import LengthFinishReasonError, OpenAI
 from pydantic import BaseModel, Field
@@ -99,6 +100,64 @@ def test_openai_parses_whole_and_streamed_answers(chat):
 def test_openai_reports_an_answer_that_was_cut_off(chat):
     with pytest.raises(LengthFinishReasonError):
         chat.parse(**{**PARSED, "max_tokens": 5})
+
+
+class Add(BaseModel):
+    """Add two numbers."""
+
+    first: Annotated[int, Field(ge=0, le=99)]
+    kind: Literal["}", "</tool_call>"]
+
+
+TOOLS = [openai.pydantic_function_tool(Add, name="add")]
+NOW = {"type": "function", "function": {"name": "now", "strict": True}}
+CHOICE = {"type": "function", "function": {"name": "now"}}
+CALLED = {**ASKED, "tools": [*TOOLS, NOW], "tool_choice": "required", "max_tokens": 300}
+
+
+def test_openai_parses_whole_and_streamed_calls(chat):
+    """Random answers have calls with valid arguments, which the next turn takes back."""
+    for seed in range(4):
+        asked = {**CALLED, "seed": seed, "parallel_tool_calls": seed % 2 == 0}
+        (whole,) = chat.parse(**asked).choices
+        with chat.stream(**asked) as stream:
+            events = list(stream)
+            (streamed,) = stream.get_final_completion().choices
+        assert streamed.finish_reason == whole.finish_reason == "tool_calls"
+        calls = whole.message.tool_calls
+        assert [(call.id, call.function) for call in streamed.message.tool_calls] == [
+            (call.id, call.function) for call in calls
+        ]
+        assert len(calls) == 1 or seed % 2 == 0
+        for call in calls:
+            is_add = call.function.name == "add"
+            assert isinstance(call.function.parsed_arguments, Add) == is_add
+            assert is_add or call.function.arguments == "{}"
+        kinds = {event.type for event in events}
+        assert {
+            "tool_calls.function.arguments.delta",
+            "tool_calls.function.arguments.done",
+        } <= kinds
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "5"} for call in calls]
+        messages = [*ASKED["messages"], whole.message, *results]
+        answer = chat.create(**{**ASKED, "messages": messages}, tools=TOOLS, max_tokens=3)
+        assert answer.usage.prompt_tokens > 100
+
+
+def test_a_named_tool_and_none(chat):
+    named = chat.create(
+        **{**CALLED, "tool_choice": CHOICE, "parallel_tool_calls": False}, logprobs=True
+    )
+    (call,) = named.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("now", "{}")
+    assert named.choices[0].message.content is None
+    assert named.choices[0].logprobs.content
+    asked = {**CALLED, "tool_choice": "none", "max_tokens": 5}
+    assert chat.create(**asked).choices[0].message.tool_calls is None
+    wrong = {"type": "function", "function": {"name": "x", "parameters": {"type": "what"}}}
+    with pytest.raises(openai.BadRequestError, match='the parameters of the tool "x": ') as found:
+        chat.create(**{**CALLED, "tools": [wrong]})
+    assert found.value.param == "tools"
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

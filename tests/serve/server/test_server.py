@@ -263,6 +263,10 @@ def message(role, content, **fields):
 
 IMAGE = {"type": "image_url", "image_url": {}}
 CALLS = [{"id": "x"}]
+WRONG = {"name": "xy", "arguments": "[]"}
+CALL = {"id": "x", "type": "function", "function": {"name": "xy", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "xy"}}
+NAMED = {"type": "function", "function": {"name": "x"}}
 BAD_CHATS = [
     ({}, "messages", 'field "messages" is missing'),
     ({"messages": []}, "messages", "a list of at least 1 element"),
@@ -271,11 +275,33 @@ BAD_CHATS = [
     ({**HI, "prompt": "x"}, "prompt", f"prompt {NO_FIELD}"),
     ({**HI, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "the server sets"),
     (message("assistant", "x", refusal="no"), "refusal", '.refusal="no" is not allowed: put its'),
-    (message("assistant", "x", tool_calls=CALLS), "tool_calls", "the model calls no tools"),
+    (
+        message("assistant", "x", tool_calls=CALLS),
+        "tool_calls",
+        'tool_calls.0.function" is missing',
+    ),
+    (
+        message("assistant", "", tool_calls=[{**CALL, "function": WRONG}]),
+        "arguments",
+        "JSON object",
+    ),
+    (message("user", "x", tool_calls=[CALL]), "tool_calls", 'only a message of role "assistant"'),
+    (message("user", "x", tool_call_id="x"), "tool_call_id", 'only a message of role "tool"'),
+    (message("tool", "x", tool_call_id="x"), "tool_call_id", "no message before it has a call"),
+    ({**HI, "tools": [{"type": "custom"}]}, "tools.0.type", "no tools of its own"),
+    ({**HI, "tools": [{**TOOL, "function": {"name": "a b"}}]}, "name", "1 to 64 letters, digits"),
+    ({**HI, "tools": [TOOL, TOOL]}, "tools", "several have the name"),
+    ({**HI, "tools": [TOOL], "tool_choice": "any"}, "tool_choice", "it must be none, auto"),
+    ({**HI, "tools": [TOOL], "tool_choice": 5}, "tool_choice", "a string or an object"),
+    ({**HI, "tools": [TOOL], "tool_choice": {"type": "x"}}, "tool_choice.type", "function or"),
+    ({**HI, "tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "no function 'x': did you mean"),
+    ({**HI, "tool_choice": "required"}, "tool_choice", "tools has none"),
+    ({**HI, "functions": [{}]}, "functions", "use tools"),
     (message("assistant", "x", speed=5), "speed", f"messages.0.speed {NO_FIELD}"),
     (message("user", None), "messages.0.content", "=null is not allowed: it must be a string"),
     (message("robot", "x"), "messages.0.role", "'system'"),
-    (message("tool", "x"), "messages.0.role", 'messages.0.role="tool" is not allowed'),
+    (message("tool", "x"), "messages.0.tool_call_id", "the id of the call"),
+    (message("function", "x"), "messages.0.role", 'use role "tool"'),
     (message("user", [IMAGE]), "messages.0.content.type", '"image_url" is not allowed: it must be'),
     ({**HI, "top_logprobs": 2}, "top_logprobs", "used with logprobs=true"),
     ({**HI, "max_tokens": 1000}, "messages", "maximum context length is 64 tokens"),

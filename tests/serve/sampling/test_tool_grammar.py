@@ -1,0 +1,166 @@
+"""Grammars of answers that may call tools, and what reads such answers."""
+
+import json
+from random import Random
+
+import jsonschema_rs
+import pytest
+
+from serve.openai.tools.reader import CallReader
+from serve.sampling.grammar import Grammars
+from serve.sampling.tool_grammar import BEGIN, CallableTool, ToolAnswers, tool_constraint
+from stu.common.errors import UserError
+
+ADD = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": 0, "maximum": 99},
+        "mark": {"enum": ["}", "\n</tool_call>", "<tool_call>", '"'], "type": "string"},
+        "more": {"type": "array", "items": {"$ref": "#/$defs/inner"}, "maxItems": 2},
+    },
+    "required": ["a", "mark"],
+    "$defs": {"inner": {"type": "object", "properties": {"x": {"type": "null"}}}},
+}
+TOOLS = [
+    CallableTool("add", ADD, True),
+    CallableTool("now", None, True),
+    CallableTool("no-thing", {"type": "object", "properties": {}}, True),
+    CallableTool("list_2", {**ADD, "x-guidance": {"whitespace_flexible": True}}, False),
+]
+SCHEMAS = {
+    "add": ADD,
+    "now": {"type": "object", "maxProperties": 0},
+    "no-thing": {"type": "object", "maxProperties": 0},
+    "list_2": ADD,
+}
+
+
+@pytest.fixture(scope="module")
+def grammars(code_tokenizer):
+    return Grammars(code_tokenizer)
+
+
+def walk(grammars, tokenizer, answers, rng, begin="", most_tokens=400):
+    """A random answer that follows `begin`, and whether it is whole."""
+    matcher = grammars.matcher(tool_constraint(answers))
+    tokens = tokenizer.encode(begin) if begin else []
+    for token in tokens:
+        assert matcher.allowed(tokenizer.vocab_size)[token], begin
+        matcher.append(token)
+    for _ in range(most_tokens):
+        allowed = matcher.allowed(tokenizer.vocab_size).nonzero()[:, 0].tolist()
+        assert not matcher.error
+        token = rng.choice(allowed)
+        if tokenizer.eos_id in allowed and rng.random() < 0.5:
+            token = tokenizer.eos_id
+        if token == tokenizer.eos_id:
+            return tokenizer.decode(tokens), True
+        tokens.append(token)
+        matcher.append(token)
+    return tokenizer.decode(tokens), False
+
+
+def read(text, rng=None, follows_text=True):
+    """Text and calls of an answer, read in random pieces."""
+    reader, said, calls = CallReader(follows_text), "", []
+    while text or rng is not None:
+        size = len(text) if rng is None else rng.randint(1, 9)
+        piece, text = text[:size], text[size:]
+        for part in reader.read(piece, not text):
+            if part.kind == "text":
+                said += part.text
+            elif part.kind == "call":
+                calls.append([part.text, "", False])
+            elif part.kind == "arguments":
+                calls[-1][1] += part.text
+            else:
+                calls[-1][2] = True
+        if not text:
+            break
+    assert reader.num_ended == sum(is_whole for *_, is_whole in calls)
+    return said, calls
+
+
+@pytest.mark.parametrize("must_call", [True, False])
+@pytest.mark.parametrize("calls_several", [True, False])
+def test_random_answers_have_valid_calls(grammars, code_tokenizer, must_call, calls_several):
+    rng = Random(0)
+    answers = ToolAnswers(TOOLS, must_call, calls_several)
+    found, most, num_whole = set(), 0, 0
+    for _ in range(25):
+        begin = "" if must_call else rng.choice(["", "x < y \n", "<tool_cal", "<<"]) + BEGIN
+        text, is_whole = walk(grammars, code_tokenizer, answers, rng, begin)
+        said, calls = read(text)
+        assert (said, calls) == read(text, rng)
+        assert said == begin[: -len(BEGIN)].rstrip()
+        for name, arguments, is_ended in calls:
+            if is_ended:
+                jsonschema_rs.validate(SCHEMAS[name], json.loads(arguments))
+                found.add(name)
+        if is_whole:
+            num_whole += 1
+            assert all(is_ended for *_, is_ended in calls)
+            most = max(most, len(calls))
+    assert num_whole > 10
+    assert found == SCHEMAS.keys()
+    assert most > 1 if calls_several else most == 1
+
+
+def test_any_text_without_a_call_is_an_answer(grammars, code_tokenizer):
+    rng = Random(1)
+    for begin in ("", "def f(x):", "a <tool_call", "{\n}\n</tool_call>\n"):
+        text, _ = walk(grammars, code_tokenizer, ToolAnswers(TOOLS, False, True), rng, begin, 40)
+        assert read(text) == read(text, rng) == (text, [])
+
+
+def test_an_answer_is_calls_or_follows_a_schema(grammars, code_tokenizer):
+    rng, kinds = Random(2), set()
+    schema = {"enum": ["<tool_call>", "\n<tool_call>\n{"]}
+    answers = ToolAnswers(TOOLS[1:2], False, False, schema)
+    for _ in range(20):
+        text, is_whole = walk(grammars, code_tokenizer, answers, rng)
+        said, calls = read(text, rng, follows_text=False)
+        assert (said, calls) == read(text, follows_text=False)
+        assert is_whole
+        kinds.add(bool(calls))
+        if calls:
+            assert (said, calls) == ("", [["now", "{}", True]])
+        else:
+            assert json.loads(said) in schema["enum"]
+    assert kinds == {True, False}
+
+
+def test_answers_that_are_cut_off(grammars):
+    call = '<tool_call>\n{"name": "now", "arguments": {"a": {}}}\n</tool_call>'
+    rng = Random(3)
+    for end in range(len(call)):
+        said, calls = read(call[:end])
+        assert (said, calls) == read(call[:end], rng)
+        if end < len(BEGIN):
+            assert (said, calls) == (call[:end], [])
+        for name, arguments, is_ended in calls:
+            assert (said, name, is_ended) == ("", "now", False)
+            assert '{"a": {}}'.startswith(arguments)
+    assert read("Yes. \n\n" + call + "\n" + call) == ("Yes.", [["now", '{"a": {}}', True]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "is_strict", "message"),
+    [
+        ({"type": "object", "properties": {"a": {"not": {}}}}, True, "not cannot be followed"),
+        ({"type": "object", "properties": {"a": {"type": "what"}}}, False, "at #/properties/a, "),
+        ({"type": "array", "items": {"$ref": "#/$defs/no"}}, False, "no"),
+    ],
+)
+def test_parameters_that_cannot_be_followed(grammars, parameters, is_strict, message):
+    tools = [TOOLS[0], CallableTool("wrong", parameters, is_strict)]
+    with pytest.raises(UserError, match='the parameters of the tool "wrong": ') as found:
+        grammars.check(tool_constraint(ToolAnswers(tools, True, True)))
+    assert message in str(found.value)
+    assert found.value.field == "tools"
+
+
+def test_keywords_that_cannot_be_followed_are_ignored_unless_strict(grammars):
+    parameters = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
+    tools = [CallableTool("loose", parameters, False)]
+    grammars.check(tool_constraint(ToolAnswers(tools, True, True)))
