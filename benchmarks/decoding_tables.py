@@ -232,8 +232,9 @@ def realisation(result: Run) -> str:
 
 
 def digits(name: str, run: Run) -> str:
-    """Return a figure of a run with two digits."""
-    return f"{run[name]:.2g}"
+    """Return a figure of a run with two digits, or as a whole number."""
+    value = run[name]
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
 def registers_on(gpu: str) -> Callable[[Any], str]:

@@ -17,9 +17,9 @@ from tests.serve.conftest import generate, read_rows, wait_for_bytes
 
 ROWS = [
     {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 10 + number % 35, "temperature": 1}
-    for number in range(100)
+    for number in range(60)
 ]
-ROWS[30] = ROWS[70] = {"promt": "x"}
+ROWS[30] = ROWS[50] = {"promt": "x"}
 
 
 def sorted_lines(path):
@@ -110,7 +110,7 @@ def test_finished_run_loads_no_model(model_directory, source, target, monkeypatc
     monkeypatch.setattr("serve.batch.worker.load_model", load_model)
     assert generate(model_directory, source, target) == 1
     assert target.read_bytes() == before
-    assert "0 rows, besides 100 from before (2 with an error)" in capsys.readouterr().err
+    assert "0 rows, besides 60 from before (2 with an error)" in capsys.readouterr().err
 
 
 def cut_in_half(path):

@@ -125,8 +125,15 @@ def spread_nan(engine):
 
 
 @pytest.mark.parametrize(("kind", "cache"), CACHES)
-@pytest.mark.parametrize("page_len", [2, 8])
-@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    ("page_len", "batch_invariant"),
+    [
+        (2, False),
+        (8, True),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(8, False, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_equal_those_of_the_usual_steps(make_engine, kind, cache, page_len, batch_invariant):
     """In random traffic, with preemptions, and with NaN wherever nothing may be read."""
     settings = {
@@ -206,8 +213,15 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("kind", "cache", "batch_invariant", "num_steps"),
     [
-        *((kind, cache, False, 200) for kind, cache in CACHES),
+        ("hybrid", None, False, 200),
         ("hybrid", None, True, 200),
+        ("hyena", None, False, 200),
+        ("full", "pages", False, 200),
+        *(
+            pytest.param(kind, cache, False, 200, marks=pytest.mark.slow)
+            for kind, cache in CACHES
+            if (kind, cache) not in (("hybrid", None), ("hyena", None), ("full", "pages"))
+        ),
         pytest.param("hybrid", None, False, 1000, marks=pytest.mark.slow),
         pytest.param("hyena", None, False, 1000, marks=pytest.mark.slow),
     ],

@@ -45,7 +45,7 @@ def test_requests_beyond_the_queue_are_refused_until_later(model_directory):
 
 @pytest.mark.parametrize(
     ("open_files", "num_connections"),
-    [(128, 300), pytest.param(1024, 2000, marks=pytest.mark.slow)],
+    [(100, 150), pytest.param(1024, 2000, marks=pytest.mark.slow)],
 )
 def test_idle_connections_starve_neither_health_nor_replicas(
     model_directory, open_files, num_connections

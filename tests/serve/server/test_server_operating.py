@@ -302,6 +302,7 @@ def logged_until(process, text):
     return log
 
 
+@pytest.mark.slow
 def test_server_at_a_unix_socket_while_and_after_it_loads(
     model_directory, tmp_path, folder_of_namesakes
 ):

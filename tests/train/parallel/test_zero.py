@@ -101,7 +101,7 @@ def test_documents_apart_and_packed_equal_one_process(run, run_alone, tmp_path, 
         assert actual[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("stage", [None, *map(slow, (0, 1, 2, 3, "fsdp"))])
+@pytest.mark.parametrize("stage", [*map(slow, (None, 0, 1, 2, 3, "fsdp"))])
 def test_lion_trains_and_resumes_bit_for_bit(run, run_alone, tmp_path, stage):
     """Ranks nearly agree with one process: rounding changes the signs of few gradients near 0."""
     more = "--model.optimizer.learning_rate=3e-4", "--model.optimizer.name=lion"

@@ -301,7 +301,7 @@ def test_wrong_data_is_named(settings, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+@pytest.mark.parametrize("layout", [pytest.param("hybrid", marks=pytest.mark.slow), "hyena"])
 def test_documents_kept_apart_take_a_little_more(layout):
     """Their inputs are padded where a mixer keeps them for the backward pass."""
     config = ModelConfig(vocab_size=50, width=64, num_layers=4, num_heads=2, layout=layout)

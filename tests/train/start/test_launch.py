@@ -131,6 +131,7 @@ def test_ranks_import_nothing_from_the_current_folder(settings, tmp_path, folder
     assert "trained to step 1 of 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_signal_before_the_first_step_ends_all_ranks_of_one_machine(settings, tmp_path):
     """The first rank handles no signal while it waits for the other, which the signal has ended."""
     program = Path(sys.executable).with_name("stu-train")

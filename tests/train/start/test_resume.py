@@ -105,7 +105,7 @@ def signalled_validations(monkeypatch):
         yield stopping
 
 
-@pytest.mark.parametrize("stop", [5, 25, 90])
+@pytest.mark.parametrize("stop", [pytest.param(5, marks=pytest.mark.slow), 25, 90])
 def test_resumed_losses_and_weights_are_bit_equal(train, long_run, data, tmp_path, stop):
     """Stopped between validations, right at one, and in the second epoch."""
     assert 2 * 25 < TokenData(str(data), 16, 2).samples_per_epoch < 2 * 90
@@ -335,7 +335,16 @@ def flip_a_bit(file):
     file.write_bytes(contents)
 
 
-@pytest.mark.parametrize("name", ["rank-00000.safetensors", "training.pt", "SHA256SUMS"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training.pt",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("rank-00000.safetensors", "SHA256SUMS")
+        ),
+    ],
+)
 def test_auto_goes_back_to_the_checkpoint_before_a_damaged_one(
     train, short_run, copied_run, capsys, name
 ):
@@ -398,6 +407,7 @@ def test_ranks_that_resume_from_different_steps_stop(train, copied_run, monkeypa
     assert last_checkpoint(copied_run)["global_step"] == 6
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_one_rank_continues_their_run(train, settings, long_run, tmp_path):
     """The global batches are the same, so the runs differ only in the order of float32 sums."""
     program, two = Path(sys.executable).with_name("stu-train"), tmp_path / "two"
@@ -427,6 +437,7 @@ def timer_clock(monkeypatch):
     monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", clock)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("timer_clock")
 def test_max_time_counts_all_jobs_and_the_schedule_ends_with_it(train, tmp_path, capsys):
     """Otherwise a run that its time limit cuts would stop at its highest rate."""
@@ -510,7 +521,13 @@ def validated_steps(run):
     return [int(row["step"]) for row in rows if row.get("val/loss")]
 
 
-@pytest.mark.parametrize("limit", ["--trainer.max_steps=3", "--trainer.max_time=00:00:00:01"])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        "--trainer.max_steps=3",
+        pytest.param("--trainer.max_time=00:00:00:01", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("timer_clock")
 def test_resume_makes_an_interrupted_last_validation_once(
     train, signalled_validations, tmp_path, limit

@@ -131,7 +131,7 @@ VALUES = {
 
 @given(strategies.data())
 @hypothesis.settings(
-    max_examples=25,
+    max_examples=10,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
