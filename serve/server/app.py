@@ -1,16 +1,24 @@
 """The ASGI application: all routes, and the playground, a page at / that uses them."""
 
 import hashlib
+import json
+import logging
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from serve.server.batches.batch_routes import add_batch_routes, refuse_batch_routes
+from serve.server.batches.decoding import Answering, RowRequest
+from serve.server.batches.internal import post
 from serve.server.completion_routes import add_completion_routes
-from serve.server.error_answers import add_error_answers
+from serve.server.error_answers import REPLICAS_ENDED, add_error_answers, error_answer
+from serve.server.exchange import Exchange, exchange_of
 from serve.server.information_routes import add_information_routes
 from serve.server.json_body import JsonRoute
 from serve.server.service import Service
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "playground"
 MEDIA_TYPES = {
@@ -51,9 +59,31 @@ def make_app(service: Service) -> FastAPI:
     add_error_answers(app)
     add_completion_routes(app, service)
     add_information_routes(app, service)
+    if service.batches is None:
+        refuse_batch_routes(app)
+    else:
+        add_batch_routes(app, service.batches, lambda request: exchange_of(request.scope).owner)
     for path, file in PLAYGROUND_FILES.items():
         _add_file(app, path, file.read_bytes(), MEDIA_TYPES[file.suffix])
     return app
+
+
+def row_answering(app: FastAPI) -> Answering:
+    """Return what answers the rows of batches as the application answers requests."""
+
+    async def answer(request: RowRequest) -> tuple[int, bytes] | None:
+        exchange = Exchange(request.request_id, request.client, is_background=True)
+        try:
+            status, body = await post(app, request.path, request.body, {"stu.exchange": exchange})
+        except Exception as error:
+            fields = {"request_id": exchange.request_id}
+            logger.exception("a row of a batch failed", extra={"fields": fields})
+            status, values = error_answer(error)
+            return status, json.dumps(values).encode()
+        is_later = status in (429, 503) and exchange.code != REPLICAS_ENDED
+        return None if is_later else (status, body)
+
+    return answer
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:

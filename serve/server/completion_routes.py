@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,8 +23,8 @@ from serve.openai.schemas import (
     EmbeddingBody,
     StreamOptions,
 )
+from serve.request import MOST_PRIORITY, check_request
 from serve.request import Request as EngineRequest
-from serve.request import check_request
 from serve.server.error_answers import error_answer
 from serve.server.exchange import exchange_of
 from serve.server.replicas.stream import EngineError, Unavailable
@@ -70,17 +72,21 @@ async def _answer(
     requests, writers, prompts = await service.threads.run(
         exchange.client, _prepare, service, endpoint, body
     )
+    seconds = service.config.request_timeout_seconds
+    if exchange.is_background:
+        requests = [replace(request, priority=MOST_PRIORITY) for request in requests]
+        seconds = math.inf
     answer = Answer(
         replicas=service.replicas,
         metrics=service.metrics,
         # Last, when nothing can fail any more before somebody reads the outputs.
-        streams=service.replicas.submit(requests, exchange.client),
+        streams=service.replicas.submit(requests, exchange.client, exchange.is_background),
         writers=writers,
         frame=endpoint.frame(exchange.request_id, int(time.time()), body),
         list_name=endpoint.list_name,
         num_prompt_tokens=endpoint.num_prompt_tokens(body, requests),
         choices_per_prompt=endpoint.choices_per_prompt(body),
-        timeout_seconds=service.config.request_timeout_seconds,
+        timeout_seconds=seconds,
         arrived=arrived,
         exchange=exchange,
         prompts=prompts,

@@ -49,6 +49,17 @@ class ServerConfig:
     body for embeddings."""
     max_body_bytes: int = 4 * 2**20
     """Size limit of a request's body, in bytes."""
+    batch_dir: Path | None = None
+    """Folder on a local disk for the files of /v1/files and the batches of /v1/batches, which
+    continue after a restart; each server needs its own. Without it these paths are not served."""
+    max_file_bytes: int = 512 * 2**20
+    """Size limit of a file for a batch, in bytes. An upload may take as many times as long as
+    another body as it may be larger."""
+    max_stored_bytes: int = 64 * 2**30
+    """Size limit of all files of an API key together, with the results of its batches, in bytes.
+    Beyond it uploads are refused."""
+    max_batch_rows: int = 1_000_000
+    """Number of rows that a batch may have."""
     header_timeout_seconds: float = 20.0
     """Time in seconds that a client may take to send the headers of a request."""
     body_timeout_seconds: float = 50.0
@@ -78,12 +89,21 @@ class ServerConfig:
     """Settings of each engine."""
 
     def __post_init__(self) -> None:
-        for name, least in {"replicas": 1, "max_waiting": 1, "max_choices": 1}.items():
+        for name, least in {
+            "replicas": 1,
+            "max_waiting": 1,
+            "max_choices": 1,
+            "max_stored_bytes": 1,
+            "max_batch_rows": 1,
+        }.items():
             value = getattr(self, name)
             self._require(name, is_whole(value) and value >= least, f"a whole number >= {least}")
         self._require("port", is_whole(self.port) and self.port < 2**16, "from 0 to 65535")
         is_size = is_whole(self.max_body_bytes) and self.max_body_bytes >= 1024
         self._require("max_body_bytes", is_size, "a whole number >= 1024")
+        least = self.max_body_bytes
+        is_size = is_whole(self.max_file_bytes) and self.max_file_bytes >= least
+        self._require("max_file_bytes", is_size, f"a whole number >= {least}, max_body_bytes")
         for name in (
             "header_timeout_seconds",
             "body_timeout_seconds",

@@ -22,7 +22,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.openai.errors import error_body
-from serve.server.exchange import request_id
+from serve.server.exchange import has_file, request_id
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Deadlines:
     body: float
     request: float
     """Time from the end of the body to the end of the answer."""
+    file_factor: float = 1.0
+    """Factor of these times for requests with a file."""
 
 
 class Connection(H11Protocol):
@@ -194,12 +196,14 @@ class Connection(H11Protocol):
     def _begin(self, phase: Phase) -> None:
         deadlines = self._registry.deadlines
         self.phase, self._phase_cycle = phase, self.cycle
+        is_file = phase in ("body", "answer") and has_file(self.scope)
+        factor = deadlines.file_factor if is_file else 1.0
         seconds = {
             "headers": deadlines.headers,
             # Later than uvicorn's own, which a stray byte cancels.
             "idle": self.timeout_keep_alive + CLOSE_SECONDS,
-            "body": deadlines.body,
-            "answer": deadlines.request + ANSWER_GRACE_SECONDS,
+            "body": deadlines.body * factor,
+            "answer": deadlines.request * factor + ANSWER_GRACE_SECONDS,
             "refused": LINGER_SECONDS,
         }
         self._deadline = time.monotonic() + seconds[phase]

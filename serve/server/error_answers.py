@@ -11,13 +11,15 @@ from starlette.exceptions import HTTPException
 
 from serve.openai.errors import body_error, error_body, user_error_body
 from serve.server.exchange import FAULT, exchange_of
-from serve.server.replicas.stream import Busy, EngineError, Unavailable
+from serve.server.replicas.stream import Abandoned, Busy, EngineError, Unavailable
 from serve.server.streams import TimedOut
 from stu.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = "1"
+REPLICAS_ENDED = "replicas_ended"
+"""Code of the error of a request that several replicas ended during."""
 
 
 def error_answer(error: Exception) -> tuple[int, Any]:
@@ -27,6 +29,8 @@ def error_answer(error: Exception) -> tuple[int, Any]:
         return 404 if error.code == "model_not_found" else 400, user_error_body(error)
     if isinstance(error, Busy):
         return 429, error_body(str(error), "rate_limit_error", code="rate_limit_exceeded")
+    if isinstance(error, Abandoned):
+        return 503, error_body(str(error), "server_error", code=REPLICAS_ENDED)
     if isinstance(error, Unavailable):
         return 503, error_body(str(error), "server_error", code="unavailable")
     if isinstance(error, TimedOut):

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,10 @@ class Exchange:
     request_id: str
     client: str = ""
     """Address of the client, or the position of its key among all keys. Clients take turns."""
+    owner: str = ""
+    """Digest of the client's key, which owns files and batches; empty without a key."""
+    is_background: bool = False
+    """Whether all other requests go first and no time limit applies, as for rows of batches."""
     reason: str = ""
     """Message of the answer if the request was refused."""
     logged_reason: str = ""
@@ -60,6 +64,12 @@ def exchange_of(scope: MutableMapping[str, Any]) -> Exchange:
     """Return the exchange of a request's ASGI scope."""
     found: Exchange = scope["stu.exchange"]
     return found
+
+
+def has_file(scope: Mapping[str, Any]) -> bool:
+    """Return whether a request sends or takes a whole file, which takes longer than others."""
+    path: str = scope["path"]
+    return path == "/v1/files" or (path.startswith("/v1/files/") and path.endswith("/content"))
 
 
 class Exchanges:

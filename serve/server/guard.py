@@ -10,11 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.openai.errors import error_body
 from serve.server.app import PLAYGROUND_FILES
-from serve.server.exchange import answer, exchange_of
+from serve.server.exchange import answer, exchange_of, has_file
 
 MAX_HEADER_BYTES = 16 * 2**10
 OPEN_PATHS = frozenset({"/health", "/ready", *PLAYGROUND_FILES})
 """Paths that need no API key, which probes and browsers that open a page cannot send."""
+FORM_BYTES = 2**16
+"""Size of a form without the file in it."""
+OWNER_DIGITS = 32
 
 
 class Guard:
@@ -24,11 +27,14 @@ class Guard:
         app: The application inside.
         keys: Valid API keys; none if requests need no key.
         max_body_bytes: Limit of a request's body.
+        max_file_bytes: Limit of a file in a form.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, max_file_bytes: int
+    ) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
-        self._too_large = f"the body has more than {max_body_bytes} bytes: send less at once"
+        self._max_form_bytes = max_file_bytes + FORM_BYTES
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +51,7 @@ class Guard:
         position = self._key_position(headers.get(b"authorization", b""))
         if position is not None:
             exchange.client = f"key {position}"
+            exchange.owner = self._digests[position - 1].hex()[:OWNER_DIGITS]
         elif self._digests and scope["path"] not in OPEN_PATHS:
             message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", code="invalid_api_key")
@@ -54,9 +61,11 @@ class Guard:
             message = f"the headers have more than {MAX_HEADER_BYTES} bytes: send less"
             await refuse(431, error_body(message, "invalid_request_error"), {})
             return
+        most = self._max_form_bytes if has_file(scope) else self._max_body_bytes
+        too_large = f"the body has more than {most} bytes: send less at once"
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body_bytes:
-            await refuse(413, error_body(self._too_large, "invalid_request_error"), {})
+        if not length.isdigit() or int(length) > most:
+            await refuse(413, error_body(too_large, "invalid_request_error"), {})
             return
         num_bytes, is_whole = 0, False
 
@@ -67,8 +76,8 @@ class Guard:
                 raise HTTPException(499, "the client went away before its body was whole")
             is_whole = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, self._too_large)
+            if num_bytes > most:
+                raise HTTPException(413, too_large)
             return message
 
         await self._app(scope, counted, send)

@@ -15,7 +15,8 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from serve.server.app import make_app
+from serve.server.app import make_app, row_answering
+from serve.server.batches.decoding import Answering
 from serve.server.config import ServerConfig
 from serve.server.connection import Connection, Deadlines
 from serve.server.connections import Connections, connection_limit
@@ -72,6 +73,7 @@ class HttpServer(uvicorn.Server):
             config.header_timeout_seconds,
             config.body_timeout_seconds,
             config.request_timeout_seconds,
+            config.max_file_bytes / config.max_body_bytes,
         )
         most, count_refused = connection_limit(len(service.replicas)), service.metrics.count_refused
         self._connections = Connections(most, deadlines, count_refused)
@@ -145,8 +147,8 @@ class HttpServer(uvicorn.Server):
 def _asgi_app(config: ServerConfig, service: Service, keys: Sequence[str]) -> ASGIApp:
     """Return the application with its middleware."""
     routes = make_app(service)
-    routes.router.lifespan_context = _lifespan(service)
-    app: ASGIApp = Guard(routes, keys, config.max_body_bytes)
+    routes.router.lifespan_context = _lifespan(service, row_answering(routes))
+    app: ASGIApp = Guard(routes, keys, config.max_body_bytes, config.max_file_bytes)
     origins = [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()]
     if origins:
         # Outside of the guard: a browser asks without a key whether it may send one.
@@ -160,16 +162,20 @@ def _asgi_app(config: ServerConfig, service: Service, keys: Sequence[str]) -> AS
     return Exchanges(app, config.log_prompts, service.metrics.count_refused)
 
 
-def _lifespan(service: Service) -> Any:
+def _lifespan(service: Service, answering: Answering) -> Any:
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         sys.setswitchinterval(SWITCH_SECONDS)
         gc.collect()
         gc.freeze()  # or collections of all imported modules would hold up streams
         await service.replicas.start()
+        if service.batches is not None:
+            await service.batches.start(answering)
         try:
             yield
         finally:
+            if service.batches is not None:
+                await service.batches.stop()
             await service.replicas.stop()
 
     return lifespan

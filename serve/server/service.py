@@ -1,6 +1,7 @@
 """Everything that the routes of the server work with."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.prompts import RequestBuilder
 from serve.sampling.grammar import Grammars
+from serve.server.batches.batches import Batches, Limits
 from serve.server.config import ServerConfig
 from serve.server.metrics import Metrics
 from serve.server.replicas.dispatch import Replicas
@@ -23,6 +25,9 @@ from stu.common.processes import num_processors
 from stu.config import ModelConfig
 from stu.model_dir import load_config, load_generation, load_tokenizer
 from stu.tokenizer import Tokenizer
+
+ROWS_AHEAD = 1.5
+"""Rows of batches to decode at once, as a multiple of the requests that engines decode together."""
 
 
 @dataclass
@@ -38,6 +43,8 @@ class Service:
     grammars: Grammars
     replicas: Replicas
     metrics: Metrics
+    batches: Batches | None = None
+    """Files and batches, if there is a folder for them."""
     version: str = field(default_factory=lambda: stu.__version__)
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
@@ -96,4 +103,18 @@ def make_service(config: ServerConfig) -> Service:
         Grammars(tokenizer),
         replicas,
         Metrics(replicas, config.metric_prefix, config.name),
+        _batches(config, len(devices)),
     )
+
+
+def _batches(config: ServerConfig, num_replicas: int) -> Batches | None:
+    if config.batch_dir is None:
+        return None
+    limits = Limits(
+        file_bytes=config.max_file_bytes,
+        stored_bytes=config.max_stored_bytes,
+        rows=config.max_batch_rows,
+        line_bytes=config.max_body_bytes,
+        rows_at_once=math.ceil(ROWS_AHEAD * config.engine.max_running) * num_replicas,
+    )
+    return Batches(config.batch_dir, limits)

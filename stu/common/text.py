@@ -16,7 +16,11 @@ MOST_LISTED_NAMES = 20
 
 def json_line(value: Any) -> str:
     """Return `value` as JSON without any character that ends a line."""
-    text = json.dumps(value, ensure_ascii=False)
+    return escaped_line_ends(json.dumps(value, ensure_ascii=False))
+
+
+def escaped_line_ends(text: str) -> str:
+    """Return JSON without line breaks as JSON without any character that ends a line."""
     if not text.isascii():
         for character, escape in LINE_ENDS.items():
             text = text.replace(character, escape)

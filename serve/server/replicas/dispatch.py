@@ -15,7 +15,7 @@ from serve.request import Output, Request
 from serve.server.replicas.fair_queue import FairQueue
 from serve.server.replicas.replica import Replica
 from serve.server.replicas.slices import Pauses
-from serve.server.replicas.stream import Busy, EngineError, Stream, Unavailable
+from serve.server.replicas.stream import Abandoned, Busy, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig, Supervisor
 from serve.wire import Message, error_from_wire, output_from_wire, request_to_wire
 
@@ -42,10 +42,13 @@ class Replicas(Supervisor):
     @property
     def num_waiting(self) -> int:
         """Number of requests whose prefill has not begun."""
-        return self._waiting_by_client().total()
+        return len(self._all_waiting())
 
-    def submit(self, requests: Sequence[Request], client: str = "") -> list[Stream]:
-        """Queue requests of a client, and return their streams.
+    def submit(
+        self, requests: Sequence[Request], client: str = "", is_background: bool = False
+    ) -> list[Stream]:
+        """Queue requests of a client, and return their streams. Those in the background take no
+        places of others in the queue, and have no limit.
 
         Raises:
             Busy: Too many requests wait.
@@ -55,8 +58,11 @@ class Replicas(Supervisor):
             raise Unavailable(NO_REPLICA)
         if self.is_loading:
             raise Unavailable("the model is being loaded: try again in a moment")
-        self._require_room(len(requests), client)
-        streams = [Stream(next(self._numbers), request, client) for request in requests]
+        if not is_background:
+            self._require_room(len(requests), client)
+        streams = [
+            Stream(next(self._numbers), request, client, is_background) for request in requests
+        ]
         self._waiting.add(streams)
         self._place_waiting()
         return streams
@@ -98,10 +104,9 @@ class Replicas(Supervisor):
         for stream in streams:
             stream.outputs.put_nowait(Unavailable("the server is stopping: try another one"))
 
-    def _waiting_by_client(self) -> Counter[str]:
+    def _all_waiting(self) -> list[Stream]:
         streams = [stream for replica in self.running for stream in replica.streams.values()]
-        streams = [stream for stream in streams if stream.scheduled is None]
-        return Counter(stream.client for stream in [*self._waiting, *streams])
+        return [*self._waiting, *(stream for stream in streams if stream.scheduled is None)]
 
     def _require_room(self, count: int, client: str) -> None:
         """Raise Busy if `count` more requests of a client may not wait.
@@ -109,7 +114,10 @@ class Replicas(Supervisor):
         A client alone may fill the queue. A full queue still has room for other clients, up to an
         equal share for each that waits.
         """
-        waiting, most = self._waiting_by_client(), self._config.max_waiting
+        most = self._config.max_waiting
+        waiting = Counter(
+            stream.client for stream in self._all_waiting() if not stream.is_background
+        )
         if waiting.total() + count <= most:
             return
         share = most // len(waiting.keys() | {client})
@@ -185,7 +193,7 @@ class Replicas(Supervisor):
                 message = (
                     f"{stream.num_moves} replicas ended during this request, which may be the cause"
                 )
-                stream.outputs.put_nowait(Unavailable(message))
+                stream.outputs.put_nowait(Abandoned(message))
         self.num_resumed += len(streams)
         self._waiting.put_back(streams.values())
         self._place_waiting()

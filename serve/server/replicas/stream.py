@@ -15,7 +15,11 @@ class Busy(Exception):
 
 
 class Unavailable(Exception):
-    """No replica is available, or several of them ended during a request."""
+    """No replica is available."""
+
+
+class Abandoned(Unavailable):
+    """Several replicas ended during a request."""
 
 
 class EngineError(Exception):
@@ -30,6 +34,8 @@ class Stream:
     request: Request
     client: str = ""
     """Name of the client; clients take turns."""
+    is_background: bool = False
+    """Whether it takes no place of other requests in the queue."""
     new_token_ids: list[int] = field(default_factory=list)
     outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
     num_moves: int = 0

@@ -1,0 +1,184 @@
+"""All files and batches of a server: their folder, and what runs batches."""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.server.batches.decoding import Answering, Decoding, new_request_id
+from serve.server.batches.files import Files
+from serve.server.batches.lines import unanswered
+from serve.server.batches.progress import Place, Progress
+from serve.server.batches.rows import Rows
+from serve.server.batches.store import Store
+from serve.server.batches.table import BatchTable, NewBatch
+from serve.server.batches.validation import validate
+from serve.server.batches.window import Window
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 30.0
+LONGEST_PAUSE_SECONDS = 60.0
+"""Longest pause before a batch is continued that failed, for example as the disk cannot be read."""
+UNANSWERED = {
+    "cancelling": ("batch_cancelled", "the batch was cancelled before this request had ended"),
+    "finalizing": ("batch_expired", "the batch expired before this request had ended"),
+}
+"""Codes and messages of rows without an answer, by the status of their batch."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of files and batches."""
+
+    file_bytes: int
+    """Size of a file."""
+    stored_bytes: int
+    """Size of all files of an owner together."""
+    rows: int
+    """Rows of a batch."""
+    line_bytes: int
+    """Size of a row."""
+    rows_at_once: int
+    """Rows that are decoded at once, of all batches."""
+
+
+class Batches:
+    """All files and batches of a server. Raises UserError if the folder cannot be used."""
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.limits = limits
+        self._store = Store(folder)
+        self.files = Files(self._store, limits.stored_bytes)
+        self.table = BatchTable(self._store)
+        self._cancelled: dict[int, asyncio.Event] = {}
+        """An event for each batch that has not ended, by number."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+
+    async def start(self, answering: Answering) -> None:
+        """Continue the batches that had not ended when the server did."""
+        self._answering, self._window = answering, Window(self.limits.rows_at_once)
+        await self.table.recover()
+        for number in await self.table.unfinished():
+            self._begin(number)
+        self._start(self._sweep())
+
+    async def stop(self) -> None:
+        """Stop. Rows that are being decoded are decoded again after the next start."""
+        self._is_stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._store.close()
+
+    async def create(self, new: NewBatch) -> sqlite3.Row:
+        """Add a batch, begin to run it, and return its row. Raises as `BatchTable.add`."""
+        row = await self.table.add(new)
+        self._begin(row["number"])
+        return row
+
+    async def cancel(self, number: int) -> sqlite3.Row:
+        """Cancel a batch unless it has ended or is ending, and return its row."""
+        row = await Progress(self._store, number).cancel()
+        if number in self._cancelled:
+            self._cancelled[number].set()
+        return row
+
+    def _begin(self, number: int) -> None:
+        self._cancelled[number] = asyncio.Event()
+        self._start(self._run(number))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                await self.files.sweep()
+                await self.table.sweep()
+            except Exception:
+                logger.exception("files that have expired cannot be removed")
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    async def _run(self, number: int) -> None:
+        """Run a batch to its end, whatever fails on the way."""
+        progress = Progress(self._store, number)
+        num_failures = 0
+        while True:
+            try:
+                row = await progress.row()
+                if row["status"] == "validating":
+                    await self._validate(progress, row)
+                elif row["status"] == "in_progress":
+                    await self._decode(progress, row)
+                elif row["status"] in UNANSWERED:
+                    await self._end(progress, row)
+                else:
+                    break
+                num_failures = 0
+            except Exception:
+                logger.exception("a batch failed, and is continued in a moment")
+                await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2.0**num_failures))
+                num_failures += 1
+        del self._cancelled[number]
+
+    async def _validate(self, progress: Progress, row: sqlite3.Row) -> None:
+        cancelled = self._cancelled[row["number"]]
+        num_rows, errors = await asyncio.to_thread(
+            validate,
+            self.files.path(row["input_file_id"]),
+            row["endpoint"],
+            self.limits.rows,
+            self.limits.line_bytes,
+            lambda: not (self._is_stopping or cancelled.is_set()),
+        )
+        # Neither changes a batch that was cancelled, whose file may not have been read to its end.
+        if errors:
+            await progress.fail(errors)
+        else:
+            await progress.begin(num_rows)
+
+    async def _decode(self, progress: Progress, row: sqlite3.Row) -> None:
+        """Decode rows until none is left, the batch is cancelled, or it expires."""
+        async with self._rows(progress, row) as rows:
+            decoding = Decoding(rows, self._answering, self._window, row["owner"], row["endpoint"])
+            work = asyncio.create_task(decoding.run())
+            cancelled = asyncio.create_task(self._cancelled[row["number"]].wait())
+            try:
+                seconds = max(0.0, row["expires_at"] - time.time())
+                first = asyncio.FIRST_COMPLETED
+                await asyncio.wait({work, cancelled}, timeout=seconds, return_when=first)
+                is_done = work.done()
+                if is_done:
+                    work.result()
+            finally:
+                for task in (work, cancelled):
+                    task.cancel()
+                await asyncio.gather(work, cancelled, return_exceptions=True)
+        await progress.finalize("completed" if is_done else "expired")
+
+    async def _end(self, progress: Progress, row: sqlite3.Row) -> None:
+        """Give the rows that are left a result, and end the batch."""
+        if row["in_progress_at"] is not None:  # otherwise its file is not known to be valid
+            code, message = UNANSWERED[row["status"]]
+            async with self._rows(progress, row) as rows:
+                async for line in rows.read():
+                    custom_id = line.value()["custom_id"]
+                    result = unanswered(custom_id, new_request_id(), code, message, line.place.line)
+                    await rows.add(result)
+                await rows.written()
+        await progress.end()
+
+    def _rows(self, progress: Progress, row: sqlite3.Row) -> Rows:
+        path, place = (
+            self.files.path(row["input_file_id"]),
+            Place(row["next_line"], row["next_offset"]),
+        )
+        return Rows(progress, path, place, self.limits.line_bytes)

@@ -1,0 +1,117 @@
+"""Decoding of the rows of a batch."""
+
+import asyncio
+import json
+import secrets
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from serve.openai.errors import user_error_body
+from serve.server.batches.lines import Line, answered
+from serve.server.batches.progress import Result
+from serve.server.batches.rows import Rows
+from serve.server.batches.window import Window
+from stu.common.errors import UserError
+from stu.common.text import Json
+
+UNAVAILABLE_SECONDS = 0.5
+"""Time after which a row is sent again that found no replica."""
+MOST_BYTES_AT_ONCE = 2**18
+"""Size of an answer above which another thread reads it."""
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """A row as a request to the server."""
+
+    path: str
+    request_id: str
+    client: str
+    """Name of the client, for the log; clients take turns."""
+    body: bytes
+
+
+class Answering(Protocol):
+    """Answers rows as the server answers requests."""
+
+    async def __call__(self, request: RowRequest) -> tuple[int, bytes] | None:
+        """Return the HTTP status and the body of an answer; None if there is none now, and the
+        request is to be sent again."""
+
+
+class Decoding:
+    """Decodes rows of a batch.
+
+    Args:
+        rows: Rows to decode.
+        answering: Answers them.
+        window: Limit of the rows that are decoded at once, of all batches.
+        owner: Owner of the batch.
+        endpoint: Path of the rows.
+    """
+
+    def __init__(
+        self, rows: Rows, answering: Answering, window: Window, owner: str, endpoint: str
+    ) -> None:
+        self._rows, self._answering, self._window = rows, answering, window
+        self._owner, self._endpoint = owner, endpoint
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    async def run(self) -> None:
+        """Decode all rows, and return when their results are written."""
+        try:
+            async for line in self._rows.read():
+                await self._window.enter(self._owner, len(line.content))
+                task = asyncio.create_task(self._decode(line))
+                self._tasks.add(task)
+                # A task that is cancelled before it begins does not even run its `finally`.
+                task.add_done_callback(partial(self._ended, len(line.content)))
+                if self._failure is not None:
+                    break
+            while self._tasks and self._failure is None:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure is not None:
+                raise self._failure
+            await self._rows.written()
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, num_bytes: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._window.leave(num_bytes)
+        if not task.cancelled():
+            self._failure = self._failure or task.exception()
+
+    async def _decode(self, line: Line) -> None:
+        row = line.value()
+        await self._rows.add(await self._result(row, line.place.line))
+
+    async def _result(self, row: Json, line: int) -> Result:
+        body = row["body"]
+        if body.get("stream") is True:
+            error = UserError("stream", True, "false, as a batch has no streams")
+            found = 400, json.dumps(user_error_body(error)).encode()
+            return answered(row["custom_id"], new_request_id(), *found, line)
+        content = json.dumps(body).encode()
+        while True:
+            client = f"batches {self._owner[:8]}".rstrip()
+            request = RowRequest(self._endpoint, new_request_id(), client, content)
+            answer = await self._answering(request)
+            if answer is not None:
+                break
+            await asyncio.sleep(UNAVAILABLE_SECONDS)
+        status, content = answer
+        values = row["custom_id"], request.request_id, status, content, line
+        if len(content) > MOST_BYTES_AT_ONCE:
+            return await asyncio.to_thread(answered, *values)
+        return answered(*values)
+
+
+def new_request_id() -> str:
+    """Return the id of a request."""
+    return secrets.token_hex(12)

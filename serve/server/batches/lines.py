@@ -1,0 +1,93 @@
+"""Rows of a batch: lines of its input file, and of the files with their results."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.server.batches.progress import Place, Result, Tokens
+from stu.common.text import escaped_line_ends, json_line
+
+CHUNK_BYTES = 2**18
+"""Size at which a chunk of lines ends."""
+SKIP_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of an input file that is not blank."""
+
+    place: Place
+    content: bytes
+    """Content with the line's end, cut off beyond the limit of a line."""
+    following: Place
+    """Beginning of the next line."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `content` is not cut off."""
+        return self.following.offset == self.place.offset + len(self.content)
+
+    def value(self) -> Any:
+        """Return the JSON value of the line. Raises ValueError or RecursionError."""
+        is_first = self.place.offset == 0
+        return json.loads(self.content.removeprefix(codecs.BOM_UTF8 if is_first else b""))
+
+
+def read_lines(path: Path, place: Place, most_bytes: int) -> Iterator[Line]:
+    """Yield the lines from a place on that are not blank. A line may have `most_bytes`."""
+    with path.open("rb") as file:
+        file.seek(place.offset)
+        while content := file.readline(most_bytes):
+            offset = place.offset + len(content)
+            part = content
+            while not part.endswith(b"\n") and (part := file.readline(SKIP_BYTES)):
+                offset += len(part)
+            line = Line(place, content, Place(place.line + 1, offset))
+            if content.strip() or not line.is_whole:
+                yield line
+            place = line.following
+
+
+def read_chunk(path: Path, place: Place, most_bytes: int) -> list[Line]:
+    """Return the next lines that are not blank, about `CHUNK_BYTES` of them; none at the end."""
+    end = place.offset + CHUNK_BYTES
+    chunk = []
+    for line in read_lines(path, place, most_bytes):
+        chunk.append(line)
+        if line.following.offset >= end:
+            break
+    return chunk
+
+
+def answered(custom_id: str, request_id: str, status: int, body: bytes, line: int) -> Result:
+    """Return the result of a row that was answered with an HTTP status and a body in JSON."""
+    text = escaped_line_ends(body.decode())
+    head = json_line({"id": f"batch_req_{request_id}", "custom_id": custom_id})[:-1]
+    named = json_line({"status_code": status, "request_id": request_id})[:-1]
+    written = f'{head}, "response": {named}, "body": {text}}}, "error": null}}\n'
+    tokens = Tokens() if status >= 400 else _tokens(json.loads(text).get("usage") or {})
+    return Result(line, written.encode(), status >= 400, tokens)
+
+
+def unanswered(custom_id: str, request_id: str, code: str, message: str, line: int) -> Result:
+    """Return the result of a row that was not decoded."""
+    values = {
+        "id": f"batch_req_{request_id}",
+        "custom_id": custom_id,
+        "response": None,
+        "error": {"code": code, "message": message},
+    }
+    return Result(line, f"{json_line(values)}\n".encode(), is_error=True)
+
+
+def _tokens(usage: Any) -> Tokens:
+    """Return the numbers of tokens in the usage of a completion, an embedding or a response."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    return Tokens(
+        usage.get("prompt_tokens", usage.get("input_tokens", 0)),
+        details.get("cached_tokens", 0),
+        usage.get("completion_tokens", usage.get("output_tokens", 0)),
+    )

@@ -1,0 +1,121 @@
+"""Rows of a batch that have no result yet, and the results, which are written together."""
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+
+from serve.server.batches.lines import Line, read_chunk
+from serve.server.batches.progress import Place, Progress, Result
+
+logger = logging.getLogger(__name__)
+
+WRITE_SECONDS = 0.05
+"""Time in which results gather before they are written."""
+RETRY_SECONDS = 5.0
+"""Time until results are written again that could not be, for example on a full disk."""
+MOST_UNWRITTEN_BYTES = 2**23
+"""Size of the results that wait to be written, above which no further row ends."""
+
+
+class Rows:
+    """Rows of a batch that have no result yet.
+
+    Used as a context, at whose end the results so far are written if that is possible. Rows whose
+    result is not written are among those of the next one.
+
+    Args:
+        progress: Progress of the batch.
+        path: Its input file.
+        place: The first row without a result.
+        most_line_bytes: Limit of a line.
+    """
+
+    def __init__(self, progress: Progress, path: Path, place: Place, most_line_bytes: int) -> None:
+        self._progress, self._path, self._most_line_bytes = progress, path, most_line_bytes
+        self._unread = place
+        self._read: dict[int, Place] = {}
+        """Rows that were read and whose result is not written, by line, in the file's order."""
+        self._results: list[Result] = []
+        """Results that are not written."""
+        self._num_bytes = 0
+        """Size of these."""
+        self._has_results, self._has_written = asyncio.Event(), asyncio.Event()
+        self._is_over = False
+
+    async def __aenter__(self) -> "Rows":
+        self._writing = asyncio.create_task(self._write())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_over = True
+        self._has_results.set()
+        await self._writing
+
+    async def read(self) -> AsyncIterator[Line]:
+        """Yield the rows in the order of the file."""
+        while lines := await asyncio.to_thread(
+            read_chunk, self._path, self._unread, self._most_line_bytes
+        ):
+            first, last = lines[0], lines[-1]
+            done = await self._progress.done(first.place.line, last.place.line)
+            lines = [line for line in lines if line.place.line not in done]
+            self._read |= {line.place.line: line.place for line in lines}
+            self._unread = last.following
+            for line in lines:
+                yield line
+
+    async def add(self, result: Result) -> None:
+        """Add the result of a row. This waits while many wait to be written."""
+        self._results.append(result)
+        self._num_bytes += len(result.text)
+        self._has_results.set()
+        await self._until_unwritten(MOST_UNWRITTEN_BYTES)
+
+    async def written(self) -> None:
+        """Wait until all results are written."""
+        await self._until_unwritten(0)
+
+    async def _until_unwritten(self, most_bytes: int) -> None:
+        while self._num_bytes > most_bytes:
+            self._has_written.clear()
+            await self._has_written.wait()
+
+    async def _write(self) -> None:
+        while True:
+            await self._has_results.wait()
+            if not self._is_over:
+                await asyncio.sleep(WRITE_SECONDS)
+            results = list(self._results)
+            if results and not await self._are_written(results):
+                if self._is_over:
+                    return
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            del self._results[: len(results)]
+            self._num_bytes -= sum(len(result.text) for result in results)
+            self._has_written.set()
+            if not self._results:
+                self._has_results.clear()
+                if self._is_over:
+                    return
+
+    async def _are_written(self, results: list[Result]) -> bool:
+        """Write results, and return whether that was possible."""
+        lines = {result.line for result in results}
+        left = (place for line, place in self._read.items() if line not in lines)
+        try:
+            await self._progress.add(results, next(left, self._unread))
+        except (OSError, sqlite3.Error) as error:
+            logger.error("results of a batch cannot be written: %s", error)
+            return False
+        for line in lines:
+            del self._read[line]
+        return True
