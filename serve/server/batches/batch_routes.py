@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query, Request
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from serve.openai.schemas import Body
+from serve.openai.bodies import Body
 from serve.server.batches.batches import Batches
 from serve.server.batches.file_routes import (
     LEAST_SECONDS,
