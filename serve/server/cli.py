@@ -7,11 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from serve.config import EngineConfig
+from serve.server.access.keys import Keys
 from serve.server.config import ServerConfig
 from serve.server.listening import is_reached_from_outside, listening
 from serve.server.logs import log_as_json
 from stu.common.cli import ArgumentParser, exit_if_terminated, run_command
-from stu.common.processes import ignore_hangups
+from stu.common.processes import Hangups
 
 logger = logging.getLogger("stu")
 
@@ -27,10 +28,9 @@ def serve(config: ServerConfig) -> int:
     Raises UserError or OSError if the server cannot start.
     """
     repeats = log_as_json()
-    ignore_hangups()
-    keys = config.keys()
+    hangups, keys = Hangups(), Keys(config.api_keys)
     with listening(config) as sockets:
-        if not keys and any(map(is_reached_from_outside, sockets)):
+        if not len(keys) and any(map(is_reached_from_outside, sockets)):
             logger.warning(
                 "--host %s without API keys: everyone who reaches this machine may use the "
                 "server; give --api-keys, or set STU_API_KEYS",
@@ -40,7 +40,7 @@ def serve(config: ServerConfig) -> int:
         from serve.server.http_server import run_server
 
         exit_if_terminated()
-        run_server(config, keys, sockets, repeats.report)
+        run_server(config, keys, sockets, hangups, repeats.report)
     return 0
 
 

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,9 +26,10 @@ from serve.openai.schemas import (
 )
 from serve.request import MOST_PRIORITY, check_request
 from serve.request import Request as EngineRequest
+from serve.server.access.limits import UNLIMITED, Charge, RateLimited
 from serve.server.error_answers import error_answer
-from serve.server.exchange import exchange_of
-from serve.server.replicas.stream import EngineError, Unavailable
+from serve.server.exchange import Exchange, exchange_of
+from serve.server.replicas.stream import Busy, EngineError, Unavailable
 from serve.server.service import Service
 from serve.server.streams import Answer, TimedOut, event
 from stu.common.errors import UserError
@@ -76,19 +78,27 @@ async def _answer(
     if exchange.is_background:
         requests = [replace(request, priority=MOST_PRIORITY) for request in requests]
         seconds = math.inf
+    num_prompt_tokens = endpoint.num_prompt_tokens(body, requests)
+    charge = _charge(service, exchange, num_prompt_tokens, requests)
+    try:
+        # Last, when nothing can fail any more before somebody reads the outputs.
+        streams = service.replicas.submit(requests, exchange.client, exchange.is_background)
+    except (Busy, Unavailable):
+        charge.settle(0)
+        raise
     answer = Answer(
         replicas=service.replicas,
         metrics=service.metrics,
-        # Last, when nothing can fail any more before somebody reads the outputs.
-        streams=service.replicas.submit(requests, exchange.client, exchange.is_background),
+        streams=streams,
         writers=writers,
         frame=endpoint.frame(exchange.request_id, int(time.time()), body),
         list_name=endpoint.list_name,
-        num_prompt_tokens=endpoint.num_prompt_tokens(body, requests),
+        num_prompt_tokens=num_prompt_tokens,
         choices_per_prompt=endpoint.choices_per_prompt(body),
         timeout_seconds=seconds,
         arrived=arrived,
         exchange=exchange,
+        on_end=partial(_account, charge),
         prompts=prompts,
     )
     try:
@@ -97,6 +107,31 @@ async def _answer(
         return await _streamed(answer, stream, request)
     except UserError as error:  # of the engine
         raise endpoint.in_client_names(error) from error
+
+
+def _charge(
+    service: Service, exchange: Exchange, num_prompt_tokens: int, requests: Sequence[EngineRequest]
+) -> Charge:
+    """Charge a client for all tokens of a body. Rows of batches have no limits, as all others go
+    first. Raises RateLimited or UserError."""
+    if exchange.is_background:
+        return UNLIMITED
+    new_tokens = sum(request.sampling.max_new_tokens for request in requests)
+    num_tokens = num_prompt_tokens + new_tokens
+    try:
+        return service.limits.charge(exchange.client, exchange.key, num_tokens, exchange.headers)
+    except RateLimited:
+        if exchange.key is not None:
+            service.metrics.count_limited(exchange.key.name)
+        raise
+
+
+def _account(charge: Charge, answer: Answer) -> None:
+    """Give a client back what it did not use, and count the rest for its key."""
+    usage = answer.usage()
+    charge.settle(usage["total_tokens"])
+    if (key := answer.exchange.key) is not None:
+        answer.metrics.count_use(key.name, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def _prepare(

@@ -1,6 +1,5 @@
 """The settings of `stu-serve`."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -37,10 +36,17 @@ class ServerConfig:
     dtype: Dtype = "float32"
     """Number format of the weights."""
     api_keys: Path | None = None
-    """File with an API key on each line. Every request must have one of them, except for /health,
-    /ready and the page at /, which shows nothing without a key. Default: the keys in the
-    environment variable STU_API_KEYS, separated by commas; if it is not set, requests need no
-    key."""
+    """File with an API key on each line, and after it, if wanted, its name=NAME for the log and
+    metrics, its requests-per-minute=N and tokens-per-minute=N, and admin if it may use /admin.
+    Every request must have one of them, except for /health, /ready and the page at /, which shows
+    nothing without a key. SIGHUP reads the file again. Default: the keys in the environment
+    variable STU_API_KEYS, separated by commas; if it is not set, requests need no key."""
+    requests_per_minute: int | None = None
+    """Limit of the requests of a key, or of an address where there are no keys, for keys whose line
+    in the file names no other. More are refused with status 429. None: no limit."""
+    tokens_per_minute: int | None = None
+    """The same for tokens of prompts and new tokens. A request counts with all new tokens that it
+    asks for, and gets back at its end what it did not use."""
     max_waiting: int = 256
     """Number of requests that may wait. More are refused with status 429. One client may use all
     places; even then every other client gets an equal share."""
@@ -78,7 +84,8 @@ class ServerConfig:
     cors_origins: str = ""
     """Origins of web pages that may call the server from a browser, separated by commas."""
     tls_certificate: Path | None = None
-    """PEM file with a certificate. With it and tls_key the server uses https."""
+    """PEM file with a certificate. With it and tls_key the server uses https. SIGHUP reads both
+    again."""
     tls_key: Path | None = None
     """PEM file with the key of the certificate, without a passphrase."""
     metric_prefix: MetricPrefix = "vllm"
@@ -98,6 +105,10 @@ class ServerConfig:
         }.items():
             value = getattr(self, name)
             self._require(name, is_whole(value) and value >= least, f"a whole number >= {least}")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            is_limit = value is None or (is_whole(value) and value >= 1)
+            self._require(name, is_limit, "a whole number >= 1, or null")
         self._require("port", is_whole(self.port) and self.port < 2**16, "from 0 to 65535")
         is_size = is_whole(self.max_body_bytes) and self.max_body_bytes >= 1024
         self._require("max_body_bytes", is_size, "a whole number >= 1024")
@@ -136,47 +147,6 @@ class ServerConfig:
     def name(self) -> str:
         """Name of the model for clients."""
         return self.model_name or self.model.resolve().name
-
-    def keys(self) -> list[str]:
-        """Return the API keys, none if requests need no key.
-
-        Raises UserError for a file or a variable without keys, for both together, or for a key that
-        a header cannot hold.
-        """
-        variable = os.environ.get("STU_API_KEYS")
-        if self.api_keys is not None:
-            if variable is not None:
-                raise UserError(
-                    "api_keys",
-                    message=f"--api-keys {self.api_keys} and the environment variable STU_API_KEYS "
-                    "are both set: unset one of them",
-                )
-            lines = self.api_keys.read_text(encoding="utf-8").split("\n")
-            keys = [line.strip() for line in lines if line.strip()]
-            if not keys:
-                raise UserError(
-                    "api_keys",
-                    message=f"--api-keys {self.api_keys}: has no key; write one on each line",
-                )
-        elif variable is not None:
-            keys = [key.strip() for key in variable.split(",") if key.strip()]
-            if not keys:
-                raise UserError(
-                    "STU_API_KEYS",
-                    message="the environment variable STU_API_KEYS is set and has no key: give "
-                    "keys separated by commas, or unset it to serve everyone without a key",
-                )
-        else:
-            keys = []
-        for key in keys:
-            if not key.isascii() or not key.isprintable() or " " in key or "," in key:
-                raise UserError(
-                    "api_keys",
-                    message="an API key has a space, a comma, or a character beyond printable "
-                    "ASCII: change it, and put each key on a line of a file, or commas between "
-                    "keys in STU_API_KEYS",
-                )
-        return keys
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -68,6 +68,7 @@ class Connections:
         most: Limit of connections at once.
         deadlines: Times that clients may take.
         count_refused: Called with the status of each request that is refused here.
+        context: What new connections use for TLS. None: they have none.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class Connections:
         most: int,
         deadlines: Deadlines,
         count_refused: Callable[[int], None] = lambda status: None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
-        self.deadlines, self.count_refused = deadlines, count_refused
+        self.deadlines, self.context, self.count_refused = deadlines, context, count_refused
         self._most = most
         self._handshakes: dict[asyncio.Task[None], None] = {}
         self._busy: dict[Connection, None] = {}
@@ -89,16 +91,11 @@ class Connections:
     def __len__(self) -> int:
         return len(self._handshakes) + len(self._busy) + len(self._idle) + len(self._sending)
 
-    def listen(
-        self,
-        sockets: Sequence[socket.socket],
-        make: Callable[[], Connection],
-        context: ssl.SSLContext | None,
-    ) -> None:
+    def listen(self, sockets: Sequence[socket.socket], make: Callable[[], Connection]) -> None:
         """Accept connections on sockets that listen. `make` returns a new connection."""
         for listener in sockets:
             listener.setblocking(False)
-            self._tasks.append(asyncio.create_task(self._accept(listener, make, context)))
+            self._tasks.append(asyncio.create_task(self._accept(listener, make)))
         self._tasks.append(asyncio.create_task(self._sweep()))
 
     async def stop_accepting(self) -> None:
@@ -120,12 +117,7 @@ class Connections:
         for group in (self._busy, self._idle, self._sending):
             group.pop(connection, None)
 
-    async def _accept(
-        self,
-        listener: socket.socket,
-        make: Callable[[], Connection],
-        context: ssl.SSLContext | None,
-    ) -> None:
+    async def _accept(self, listener: socket.socket, make: Callable[[], Connection]) -> None:
         loop = asyncio.get_running_loop()
         num_accepted = 0
         while True:
@@ -143,7 +135,7 @@ class Connections:
                 accepted.close()
                 continue
             is_crowded = len(self) >= self._most
-            task = asyncio.create_task(self._connect(accepted, make, is_crowded, context))
+            task = asyncio.create_task(self._connect(accepted, make, is_crowded))
             self._handshakes[task] = None
             task.add_done_callback(lambda done: self._handshakes.pop(done, None))
 
@@ -152,7 +144,6 @@ class Connections:
         accepted: socket.socket,
         make: Callable[[], Connection],
         is_crowded: bool,
-        context: ssl.SSLContext | None,
     ) -> None:
         def made() -> Connection:
             connection = make()
@@ -160,6 +151,7 @@ class Connections:
                 connection.app = health_alone(connection.app, self.count_refused)
             return connection
 
+        context = self.context
         timeout = {} if context is None else {"ssl_handshake_timeout": HANDSHAKE_SECONDS}
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):  # the client went away, or does not speak TLS

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from serve.openai.errors import body_error, error_body, user_error_body
+from serve.server.access.limits import RateLimited
 from serve.server.exchange import FAULT, exchange_of
 from serve.server.replicas.stream import Abandoned, Busy, EngineError, Unavailable
 from serve.server.streams import TimedOut
@@ -27,6 +28,8 @@ def error_answer(error: Exception) -> tuple[int, Any]:
     server, whose message no client gets."""
     if isinstance(error, UserError):
         return 404 if error.code == "model_not_found" else 400, user_error_body(error)
+    if isinstance(error, RateLimited):
+        return 429, error_body(str(error), error.kind, code="rate_limit_exceeded")
     if isinstance(error, Busy):
         return 429, error_body(str(error), "rate_limit_error", code="rate_limit_exceeded")
     if isinstance(error, Abandoned):
@@ -45,10 +48,12 @@ def add_error_answers(app: FastAPI) -> None:
         status, body = error_answer(error)
         reason = error.without_value() if isinstance(error, UserError) else None
         headers = {"retry-after": RETRY_SECONDS} if status in (429, 503) else {}
+        if isinstance(error, RateLimited):
+            headers = error.headers
         return _response(request, status, body, headers, reason)
 
     # An exception that is none of the others is logged by `serve.server.exchange`.
-    for kind in (UserError, Busy, Unavailable, TimedOut, EngineError, Exception):
+    for kind in (UserError, RateLimited, Busy, Unavailable, TimedOut, EngineError, Exception):
         app.exception_handler(kind)(answer)
 
     @app.exception_handler(RequestValidationError)

@@ -12,12 +12,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.openai.errors import error_body
+from serve.server.access.keys import Key
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,11 @@ class Exchange:
 
     request_id: str
     client: str = ""
-    """Address of the client, or the position of its key among all keys. Clients take turns."""
+    """Address of the client, or the name of its key. Clients take turns."""
+    key: Key | None = None
+    """API key of the request, if it has a valid one."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Headers of the answer about the limits of the client."""
     owner: str = ""
     """Digest of the client's key, which owns files and batches; empty without a key."""
     is_background: bool = False
@@ -108,8 +113,9 @@ class Exchanges:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                header = (b"x-request-id", exchange.request_id.encode())
-                message = {**message, "headers": [*message["headers"], header]}
+                own = {**exchange.headers, "x-request-id": exchange.request_id}
+                more = [(name.encode(), value.encode()) for name, value in own.items()]
+                message = {**message, "headers": [*message["headers"], *more]}
             elif status >= 400 and not message.get("more_body", False) and not is_read:
                 # A socket that is closed with unread bytes resets the connection, and its client
                 # sees no answer.

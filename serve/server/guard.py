@@ -1,14 +1,12 @@
 """ASGI middleware that checks the API key and the size of a request before its body is read."""
 
-import hashlib
-import hmac
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.openai.errors import error_body
+from serve.server.access.keys import Keys
 from serve.server.app import PLAYGROUND_FILES
 from serve.server.exchange import answer, exchange_of, has_file
 
@@ -30,12 +28,9 @@ class Guard:
         max_file_bytes: Limit of a file in a form.
     """
 
-    def __init__(
-        self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, max_file_bytes: int
-    ) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int, max_file_bytes: int) -> None:
+        self._app, self._keys, self._max_body_bytes = app, keys, max_body_bytes
         self._max_form_bytes = max_file_bytes + FORM_BYTES
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or pass it on."""
@@ -48,11 +43,11 @@ class Guard:
             exchange.refuse(body)
             await answer(send, status, body, more)
 
-        position = self._key_position(headers.get(b"authorization", b""))
-        if position is not None:
-            exchange.client = f"key {position}"
-            exchange.owner = self._digests[position - 1].hex()[:OWNER_DIGITS]
-        elif self._digests and scope["path"] not in OPEN_PATHS:
+        exchange.key = self._keys.find(headers.get(b"authorization", b""))
+        if exchange.key is not None:
+            exchange.client = exchange.key.name
+            exchange.owner = exchange.key.digest.hex()[:OWNER_DIGITS]
+        elif len(self._keys) and scope["path"] not in OPEN_PATHS:
             message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", code="invalid_api_key")
             await refuse(401, body, {"www-authenticate": "Bearer"})
@@ -81,13 +76,3 @@ class Guard:
             return message
 
         await self._app(scope, counted, send)
-
-    def _key_position(self, header: bytes) -> int | None:
-        """Return the position of the key in an Authorization header among all keys, from 1."""
-        scheme, _, key = header.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        # Each in constant time, and all of them.
-        matches = [hmac.compare_digest(digest, other) for other in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
-            return None
-        return 1 + matches.index(True)

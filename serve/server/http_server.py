@@ -15,6 +15,7 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from serve.server.access.keys import Keys
 from serve.server.app import make_app, row_answering
 from serve.server.batches.decoding import Answering
 from serve.server.config import ServerConfig
@@ -22,8 +23,10 @@ from serve.server.connection import Connection, Deadlines
 from serve.server.connections import Connections, connection_limit
 from serve.server.exchange import Exchanges
 from serve.server.guard import MAX_HEADER_BYTES, Guard
-from serve.server.listening import url_of
+from serve.server.listening import tls_context, url_of
+from serve.server.operating.read_again import read_again
 from serve.server.service import Service, make_service
+from stu.common.processes import Hangups
 
 logger = logging.getLogger("stu")
 
@@ -36,8 +39,9 @@ LAST_ANSWERS_SECONDS = 3
 
 def run_server(
     config: ServerConfig,
-    keys: Sequence[str],
+    keys: Keys,
     sockets: Sequence[socket.socket],
+    hangups: Hangups,
     on_tick: Callable[[], None],
 ) -> None:
     """Serve at `sockets` until a signal stops the server.
@@ -46,12 +50,13 @@ def run_server(
         config: Settings of the server.
         keys: API keys, none if requests need no key.
         sockets: Sockets that listen.
+        hangups: SIGHUP, at which keys and certificate are read again.
         on_tick: Called a few times a second.
 
     Raises:
         OSError: No replica can be started.
     """
-    server = HttpServer(config, make_service(config), keys, on_tick)
+    server = HttpServer(config, make_service(config), keys, hangups, on_tick)
     asyncio.run(server.serve(list(sockets)))
     if server.failure is not None:
         raise server.failure
@@ -64,10 +69,12 @@ class HttpServer(uvicorn.Server):
         self,
         config: ServerConfig,
         service: Service,
-        keys: Sequence[str],
+        keys: Keys,
+        hangups: Hangups,
         on_tick: Callable[[], None],
     ) -> None:
         self._service, self._on_tick = service, on_tick
+        self._config, self._keys, self._hangups = config, keys, hangups
         self._drain_seconds, self._is_tls = config.drain_seconds, config.tls_key is not None
         deadlines = Deadlines(
             config.header_timeout_seconds,
@@ -76,7 +83,7 @@ class HttpServer(uvicorn.Server):
             config.max_file_bytes / config.max_body_bytes,
         )
         most, count_refused = connection_limit(len(service.replicas)), service.metrics.count_refused
-        self._connections = Connections(most, deadlines, count_refused)
+        self._connections = Connections(most, deadlines, count_refused, tls_context(config))
         self.failure: OSError | None = None
         """Why no replica could be started."""
         super().__init__(
@@ -93,8 +100,6 @@ class HttpServer(uvicorn.Server):
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=max(1, round(config.drain_seconds))
                 + LAST_ANSWERS_SECONDS,
-                ssl_certfile=config.tls_certificate,
-                ssl_keyfile=config.tls_key,
             )
         )
 
@@ -111,7 +116,7 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         """Accept connections, and load the model meanwhile."""
         await super().startup([])  # uvicorn would accept connections without a limit
-        self._connections.listen(sockets, self._connection, self.config.ssl)
+        self._connections.listen(sockets, self._connection)
         self._url = url_of(sockets[0], self._is_tls)
         logger.info("loading the model; until then %s answers 503", self._url)
         self._loading = asyncio.create_task(self._load())
@@ -122,8 +127,10 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """Run the periodic callback; return whether the server stops."""
+        """Run the periodic callback, and what SIGHUP asks for; return whether the server stops."""
         self._on_tick()
+        if self._hangups.take():
+            read_again(self._config, self._keys, self._connections)
         return await super().on_tick(counter)
 
     async def _load(self) -> None:
@@ -144,7 +151,7 @@ class HttpServer(uvicorn.Server):
         )
 
 
-def _asgi_app(config: ServerConfig, service: Service, keys: Sequence[str]) -> ASGIApp:
+def _asgi_app(config: ServerConfig, service: Service, keys: Keys) -> ASGIApp:
     """Return the application with its middleware."""
     routes = make_app(service)
     routes.router.lifespan_context = _lifespan(service, row_answering(routes))

@@ -28,7 +28,7 @@ def listening(config: ServerConfig) -> Iterator[list[socket.socket]]:
 
     Raises OSError that names the setting that cannot be used.
     """
-    _require_certificate(config)
+    tls_context(config)
     with ExitStack() as stack:
         if config.uds is not None:
             yield [stack.enter_context(_unix_socket(config.uds))]
@@ -53,6 +53,24 @@ def is_reached_from_outside(listener: socket.socket) -> bool:
     if listener.family == socket.AF_UNIX:
         return False
     return not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """Return what connections with TLS use, None without a certificate. Raises OSError that names
+    the files if they cannot be used."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
+        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")
+    except OSError as error:
+        raise OSError(
+            f"--tls-certificate {config.tls_certificate}, --tls-key {config.tls_key}: cannot be "
+            f"used ({error.strerror or error}): give a certificate in PEM and its key without a "
+            "passphrase"
+        ) from error
+    return context
 
 
 def _tcp_sockets(host: str, port: int) -> list[socket.socket]:
@@ -150,18 +168,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _require_certificate(config: ServerConfig) -> None:
-    if config.tls_certificate is None or config.tls_key is None:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # Without a password, OpenSSL would ask for that of an encrypted key on the terminal.
-        context.load_cert_chain(config.tls_certificate, config.tls_key, password=lambda: "")
-    except OSError as error:
-        raise OSError(
-            f"--tls-certificate {config.tls_certificate}, --tls-key {config.tls_key}: cannot be "
-            f"used ({error.strerror or error}): give a certificate in PEM and its key without a "
-            "passphrase"
-        ) from error

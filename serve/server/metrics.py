@@ -86,6 +86,26 @@ class Metrics:
         self.request_generation_tokens = histogram(
             f"{prefix}:request_generation_tokens", "New tokens of a request.", TOKENS
         )
+        labels = [*self._label, "key"]
+        self._of_keys = [
+            Counter(
+                f"stu:key_{name}",
+                f"{text}, by the name of the key.",
+                labels,
+                registry=self._registry,
+            )
+            for name, text in {
+                "requests": "Requests that ended",
+                "prompt_tokens": "Prompt tokens of requests that ended",
+                "generation_tokens": "New tokens of requests that ended",
+            }.items()
+        ]
+        self._limited = Counter(
+            "stu:key_rate_limited",
+            "Requests over a limit of a key, by the name of the key.",
+            labels,
+            registry=self._registry,
+        )
         self.refused = Counter(
             "stu:requests_refused",
             "Requests that were refused, by HTTP status.",
@@ -111,6 +131,16 @@ class Metrics:
             self.prefill_time.observe(first - began)
             self.decode_time.observe(last - first)
             self.inference_time.observe(last - began)
+
+    def count_use(self, key: str, num_prompt_tokens: int, num_new_tokens: int) -> None:
+        """Count a body that ended for the key of this name."""
+        counts = 1, num_prompt_tokens, num_new_tokens
+        for counter, count in zip(self._of_keys, counts, strict=True):
+            counter.labels(**self._label, key=key).inc(count)
+
+    def count_limited(self, key: str) -> None:
+        """Count a request that was over a limit of the key of this name."""
+        self._limited.labels(**self._label, key=key).inc()
 
     def count_refused(self, status: int) -> None:
         """Count a request that was refused with a status."""

@@ -13,6 +13,7 @@ from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.prompts import RequestBuilder
 from serve.sampling.grammar import Grammars
+from serve.server.access.limits import RateLimits
 from serve.server.batches.batches import Batches, Limits
 from serve.server.config import ServerConfig
 from serve.server.metrics import Metrics
@@ -51,6 +52,10 @@ class Service:
     is_draining: bool = False
     """Whether the server is stopping and takes no more requests."""
     threads: Threads = field(default_factory=Threads)
+    limits: RateLimits = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
 
     def require_served(self, model: str | None) -> None:
         """Raise UserError if a body asks for another model."""

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from serve.completion import CompletionBuilder, piece_of
@@ -52,10 +52,13 @@ class Answer:
     arrived: float
     """Time of the arrival, by the monotonic clock."""
     exchange: Exchange
+    on_end: Callable[["Answer"], None] | None = None
+    """Function to call once all requests have ended."""
     prompts: Sequence[str] | None = None
     """Prompts for the log, which then has the completions too."""
     _builders: list[CompletionBuilder] = field(init=False)
-    _error: Exception | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    """Why a request failed."""
 
     def __post_init__(self) -> None:
         self._builders = [CompletionBuilder() for _ in self.streams]
@@ -153,7 +156,7 @@ class Answer:
                 await pauses.pause_if_due()
                 index, output = await arrivals.take()
                 if isinstance(output, Exception):
-                    self._error = output
+                    self.error = output
                     raise output
                 if output is None:
                     num_left -= 1
@@ -169,6 +172,8 @@ class Answer:
                 task.cancel()
             for stream in self.streams:  # a task that never began aborts nothing
                 self.replicas.abort(stream)
+            if self.on_end is not None:
+                self.on_end(self)
             self._log()
 
     def _cut_off(self, num_bytes: int) -> bool:
@@ -210,6 +215,10 @@ class Answer:
     def _observe_queue_time(self, scheduled: float) -> None:
         self.metrics.queue_time.observe(scheduled - self.arrived)
 
+    def finish_reasons(self) -> list[str]:
+        """Return why each choice has ended; abort if it has not."""
+        return [choice.finish_reason or "abort" for choice in self._builders]
+
     def _log(self) -> None:
         logs_texts = self.prompts is not None
         fields = {
@@ -217,12 +226,12 @@ class Answer:
             "client": self.exchange.client,
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.usage(),
-            "finish_reasons": [choice.finish_reason or "abort" for choice in self._builders],
+            "finish_reasons": self.finish_reasons(),
         }
-        if isinstance(self._error, UserError) and not logs_texts:
-            fields["error"] = self._error.without_value()
-        elif self._error is not None:
-            fields["error"] = str(self._error)
+        if isinstance(self.error, UserError) and not logs_texts:
+            fields["error"] = self.error.without_value()
+        elif self.error is not None:
+            fields["error"] = str(self.error)
         if logs_texts:
             completions = ["".join(choice.texts) for choice in self._builders]
             fields |= {"prompts": self.prompts, "completions": completions}

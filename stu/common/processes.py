@@ -1,6 +1,5 @@
 """Processes: how many fit here, how child processes start, and which signals they get."""
 
-import logging
 import os
 import signal
 import sys
@@ -40,16 +39,20 @@ def last_output(file: IO[bytes]) -> str:
     return tail.decode(errors="replace").strip()
 
 
-def ignore_hangups() -> None:
-    """Log SIGHUP, which closing a terminal and `systemctl reload` send, instead of ending."""
+class Hangups:
+    """Notes SIGHUP from when it is made, instead of ending the process."""
 
-    def ignore(*_: object) -> None:
-        logging.getLogger("stu").warning(
-            "SIGHUP is ignored: settings and keys are read at startup only; restart to change "
-            "them, or send SIGTERM to stop"
-        )
+    def __init__(self) -> None:
+        self._has_come = False
+        signal.signal(signal.SIGHUP, self._note)
 
-    signal.signal(signal.SIGHUP, ignore)
+    def take(self) -> bool:
+        """Return whether SIGHUP has come since the last call."""
+        has_come, self._has_come = self._has_come, False
+        return has_come
+
+    def _note(self, *_: object) -> None:
+        self._has_come = True
 
 
 @contextmanager

@@ -101,9 +101,10 @@ def connection_maker(app, connections, state):
 @asynccontextmanager
 async def listening(app, deadlines=NO_DEADLINES, most=100, context=None, count=lambda status: None):
     """Connections, and a function that opens one, which is closed at the end."""
-    connections, state, writers = Connections(most, deadlines, count), ServerState(), []
+    connections = Connections(most, deadlines, count, context)
+    state, writers = ServerState(), []
     with anyio.fail_after(SECONDS), socket.create_server(("127.0.0.1", 0)) as listener:
-        connections.listen([listener], connection_maker(app, connections, state), context)
+        connections.listen([listener], connection_maker(app, connections, state))
 
         async def connect():
             reader, writer = await asyncio.open_connection(*listener.getsockname())

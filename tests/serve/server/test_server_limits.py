@@ -247,27 +247,3 @@ def test_settings_that_are_not_allowed(tmp_path, name, value, message):
     value = tmp_path.__class__(value) if isinstance(value, str) else value
     with pytest.raises(UserError, match=message):
         ServerConfig(tmp_path, **{name: value})
-
-
-@pytest.mark.parametrize("text", ["", " \n\n", "a b\n", "größe\n", "a,b\n"])
-def test_key_files_that_are_not_allowed(tmp_path, text):
-    path = tmp_path / "keys"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"has no key|beyond printable ASCII"):
-        ServerConfig(tmp_path, api_keys=path).keys()
-
-
-def test_keys_are_in_the_environment_or_in_a_file(tmp_path, monkeypatch):
-    path = tmp_path / "keys"
-    path.write_text("a-key\n\nb-key\n")
-    monkeypatch.delenv("STU_API_KEYS", raising=False)
-    assert ServerConfig(tmp_path).keys() == []
-    assert ServerConfig(tmp_path, api_keys=path).keys() == ["a-key", "b-key"]
-    monkeypatch.setenv("STU_API_KEYS", "a-key, b-key")
-    assert ServerConfig(tmp_path).keys() == ["a-key", "b-key"]
-    with pytest.raises(UserError, match="are both set"):
-        ServerConfig(tmp_path, api_keys=path).keys()
-    for without in ("", " ", ",", " , ,"):  # it does not open the server
-        monkeypatch.setenv("STU_API_KEYS", without)
-        with pytest.raises(UserError, match="STU_API_KEYS is set and has no key"):
-            ServerConfig(tmp_path).keys()

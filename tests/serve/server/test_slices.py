@@ -113,7 +113,7 @@ async def test_large_message_of_a_replica_is_read_in_slices(tmp_path, monkeypatc
     replica = SimpleNamespace(streams={}, stats=None, is_ready=False)
     stats = {**dict.fromkeys(Stats.__dataclass_fields__, 0), "flushes": {}}
     outputs = [{"request_id": number} for number in range(10)]
-    message = {"outputs": outputs, "stats": stats, "scheduled": []}
+    message = {"outputs": outputs, "stats": stats, "scheduled": [], "time": 0.0}
     assert await num_pauses(replicas._hear(0, replica, message)) == 10
 
 

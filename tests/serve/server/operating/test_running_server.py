@@ -1,0 +1,155 @@
+"""What changes while a server runs: keys, certificates, limits."""
+
+import json
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+
+import httpx
+import pytest
+
+from tests.serve.server_process import SECONDS, eventually, serving
+
+PATH = "/v1/completions"
+BODY = {"prompt": [1, 2, 3], "max_tokens": 4, "stop_at_eos": False}
+OPERATOR, SEARCH, OTHER = "sk-operator", "sk-search", "sk-other"
+KEYS = f"""
+# made by a test
+{OPERATOR} name=operations admin
+{SEARCH} name=search requests-per-minute=3 tokens-per-minute=1000
+"""
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, certificate):
+    """A folder with keys and a certificate that tests change."""
+    folder = tmp_path_factory.mktemp("operating")
+    (folder / "keys").write_text(KEYS)
+    for name, path in zip(("certificate.pem", "key.pem"), certificate, strict=True):
+        shutil.copy(path, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model_directory, folder):
+    options = ["--api-keys", folder / "keys", "--tls-certificate", folder / "certificate.pem"]
+    options += ["--tls-key", folder / "key.pem"]
+    with serving(model_directory, *options) as server:
+        yield server
+        text = "".join(server.lines)
+        assert not any(key in text for key in (OPERATOR, SEARCH, OTHER))
+
+
+def hang_up(server, message):
+    """Send SIGHUP, and wait until the log has a message."""
+    before = len(server.lines)
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: any(message in line for line in server.lines[before:]))
+    (line,) = [json.loads(line) for line in server.lines[before:] if message in line]
+    return line
+
+
+def by_key(server, name):
+    """A counter of each key."""
+    text = server.get("/metrics", headers=bearer(OPERATOR)).text
+    return {
+        key: float(value)
+        for key, value in re.findall(rf'^{name}{{key="(.*?)",.*}} (\S+)$', text, re.M)
+    }
+
+
+def test_a_key_has_limits_and_counts_under_its_name(server):
+    with server.client(headers=bearer(SEARCH)) as http:
+        too_large = http.post(PATH, json={**BODY, "n": 10, "max_tokens": 60, "prompt": ["x"] * 2})
+        assert too_large.status_code == 400
+        assert (
+            "more than the limit of 1000 tokens per minute" in too_large.json()["error"]["message"]
+        )
+        answers = [http.post(PATH, json=BODY) for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+        for left, answer in zip((2, 1, 0, 0), answers, strict=True):
+            headers = answer.headers
+            assert headers["x-ratelimit-limit-requests"] == "3"
+            assert headers["x-ratelimit-remaining-requests"] == str(left)
+            assert headers["x-ratelimit-limit-tokens"] == "1000"
+            # What earlier requests did not use came back.
+            assert 1000 - 4 * 7 <= int(headers["x-ratelimit-remaining-tokens"]) < 1000
+        refused = answers[-1]
+        assert 1 <= int(refused.headers["retry-after"]) <= 20
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+    answer = server.post(PATH, json=BODY, headers=bearer(OPERATOR))
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
+    assert by_key(server, "stu:key_requests_total") == {"search": 3, "operations": 1}
+    assert by_key(server, "stu:key_prompt_tokens_total") == {"search": 9, "operations": 3}
+    assert by_key(server, "stu:key_generation_tokens_total") == {"search": 12, "operations": 4}
+    assert by_key(server, "stu:key_rate_limited_total") == {"search": 1}
+
+
+def test_sighup_reads_keys_again_and_a_bad_file_changes_nothing(server, folder):
+    status = {}
+
+    def ask(http):
+        for key in (OPERATOR, SEARCH, OTHER):
+            status[key] = http.get("/v1/models", headers=bearer(key)).status_code
+        return tuple(status.values())
+
+    with server.client() as http:  # one connection
+        assert ask(http) == (200, 200, 401)
+        (folder / "keys").write_text(f"{OPERATOR} name=operations admin\n{OTHER} oops\n")
+        line = hang_up(server, "the old API keys stay valid")
+        assert line["level"] == "error"
+        assert "keys: line 2: what follows the key is not allowed" in line["message"]
+        assert ask(http) == (200, 200, 401)
+        body = {**BODY, "prompt": "x", "max_tokens": 60, "stream": True}
+        with http.stream("POST", PATH, json=body, headers=bearer(OPERATOR)) as stream:
+            (folder / "keys").write_text(f"{OTHER}\n")
+            hang_up(server, "1 API keys were read")
+            assert ask(http) == (401, 401, 200)
+            lines = list(stream.iter_lines())
+            assert lines[-2] == "data: [DONE]"
+        (folder / "keys").write_text(KEYS)
+        hang_up(server, "2 API keys were read")
+        assert ask(http) == (200, 200, 401)
+
+
+def serial_number(server):
+    """The serial number of the certificate that new connections get."""
+    pem = ssl.get_server_certificate(server.address)
+    command = ["openssl", "x509", "-noout", "-serial"]
+    return subprocess.run(command, input=pem, text=True, capture_output=True, check=True).stdout
+
+
+def local_port(answer):
+    """The port of the connection that a good answer came on."""
+    assert answer.status_code == 200
+    return answer.extensions["network_stream"].get_extra_info("client_addr")[1]
+
+
+def test_sighup_reads_the_certificate_again_and_connections_live_on(server, folder):
+    with server.client(headers=bearer(OPERATOR)) as http:
+        port = local_port(http.get("/v1/models"))
+        before = serial_number(server)
+        saved = (folder / "key.pem").read_bytes()
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+        command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+        command += ["-out", folder / "certificate.pem", "-keyout", folder / "new.pem"]
+        subprocess.run(command, check=True, capture_output=True)
+        # A certificate with the key of another one.
+        line = hang_up(server, "the old certificate stays in use")
+        assert line["level"] == "error"
+        assert serial_number(server) == before
+        assert (folder / "key.pem").read_bytes() == saved
+        shutil.move(folder / "new.pem", folder / "key.pem")
+        hang_up(server, "the certificate was read from")
+        assert serial_number(server) != before
+        context = ssl.create_default_context(cafile=folder / "certificate.pem")
+        assert httpx.get(f"{server.url}/health", verify=context, timeout=SECONDS).status_code == 200
+        assert local_port(http.get("/v1/models")) == port
