@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from stu.config import ModelConfig
 from stu.documents import Documents
-from stu.mixers import Costs, KeyWindow, Memory, Mixer
+from stu.flash_attention import flash_attention, flash_stand_in
+from stu.layers import Costs
+from stu.mixers import KeyWindow, Memory, Mixer
+from stu.slices.channels import ChannelRanks, Divided
 from stu.slices.ranks import with_earlier
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ class SlidingWindowAttention(Mixer):
     keeps_documents_apart = True
     divides_sequences = True
     stacked_matrices = (("qkv.weight", 3),)
+    summed = ("output",)
 
     def __init__(self, config: ModelConfig) -> None:
         window, softcap = config.window_tokens, config.softcap
@@ -70,8 +75,8 @@ class SlidingWindowAttention(Mixer):
             queries = queries.contiguous()  # a view would keep the keys and values alive twice
             keys, values = with_earlier(self.slices, both, window.window_tokens).unbind(2)
         if memory is None:
-            slopes = alibi_slopes(window.num_heads).to(x.device)
-            attend = _flash_stand_in if self._imitates_flash else sliding_window_attention
+            slopes = window_slopes(window).to(x.device)
+            attend = flash_stand_in if self._imitates_flash else sliding_window_attention
             shape = window.window_tokens, window.softcap
             attended = attend(queries, keys, values, slopes, *shape, documents)
         else:
@@ -90,8 +95,25 @@ class SlidingWindowAttention(Mixer):
         # The backward pass computes the scores again.
         return forward + Costs(attention=flops), backward + Costs(attention=2.5 * flops)
 
+    @property
+    def divided(self) -> dict[str, Divided]:
+        return {"qkv.weight": Divided(0, groups=3), "output.weight": Divided(1)}
+
+    def take_part(self, ranks: ChannelRanks) -> None:
+        super().take_part(ranks)
+        count, own = self.window.num_heads, ranks.own(self.window.num_heads)
+        heads = {"num_heads": own.stop - own.start, "first_head": own.start, "all_heads": count}
+        self.window = replace(self.window, **heads)
+        self.remembers = (self.window,)
+
     def imitate_gpu(self, is_half: bool) -> None:
         self._imitates_flash = is_half
+
+
+def window_slopes(window: KeyWindow) -> Tensor:
+    """Return the slopes of a window's heads, which may be some of a layer's, `[num_heads]`."""
+    slopes = alibi_slopes(window.all_heads or window.num_heads)
+    return slopes[window.first_head : window.first_head + window.num_heads]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -132,7 +154,7 @@ def sliding_window_attention(
 
         return flex_window_attention(*sequences, *scores, documents)
     if kernel == "flash-attn":
-        return _flash_attention(*sequences, *scores, documents)
+        return flash_attention(*sequences, *scores, documents)
     if documents is not None:
         apart: Tensor = documents.apply(sliding_window_attention, sequences, *scores)
         return apart
@@ -159,34 +181,6 @@ def attend(
     """
     bias = _bias(distances, slopes, window_tokens, queries.dtype)
     return _weights(queries, keys, bias, softcap)[0] @ values
-
-
-def _flash_attention(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slopes: Tensor,
-    window_tokens: int,
-    softcap: float,
-    documents: Documents | None,
-) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    score: dict[str, Any] = {"causal": True, "window_size": (window_tokens, 0)}
-    score |= {"softcap": softcap, "alibi_slopes": slopes.float()}
-    attended: Tensor
-    if documents is None:
-        attended = flash_attn_func(queries, keys, values, **score)
-        return attended
-    attended = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (queries, keys, values)),  # [B T, heads, head_dim]
-        cu_seqlens_q=documents.bounds,
-        cu_seqlens_k=documents.bounds,
-        max_seqlen_q=documents.longest,
-        max_seqlen_k=documents.longest,
-        **score,
-    )
-    return attended.view_as(queries)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -276,25 +270,3 @@ def _geometric(num_heads: int) -> list[float]:
 def _log_kernel() -> None:
     if torch.cuda.is_available():
         logger.info("attention on CUDA runs %s", KERNEL_ON_CUDA)
-
-
-def _flash_stand_in(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
-    attended: Tensor = _FlashStandIn.apply(queries, keys, values)  # type: ignore[no-untyped-call]
-    return attended
-
-
-class _FlashStandIn(torch.autograd.Function):
-    """A function that keeps what flash-attn keeps: its inputs, its output, and a float32 for each
-    query and head."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        attended = torch.empty_like(queries)
-        sums = torch.empty(queries.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(queries, keys, values, attended, sums)
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys, values, _, _ = ctx.saved_tensors
-        return torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)

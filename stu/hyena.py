@@ -10,6 +10,7 @@ the features of lags are not trained, and linear layers and short convolutions h
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from stu.config import ModelConfig
 from stu.documents import Documents
 from stu.mixers import LastInputs, LongConvolution, Memory, PastInputs
+from stu.slices.channels import ChannelRanks, Divided
 
 SHORT_TAPS = 3
 """Taps of the convolution of each projected channel (`short_filter_order`)."""
@@ -49,6 +51,7 @@ class Hyena(LongConvolution):
     keeps_documents_apart = True
     divides_sequences = True
     stacked_matrices = (("input.weight", 3),)
+    summed = ("output",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(PastInputs(config.width), LastInputs(3 * config.width, SHORT_TAPS))
@@ -58,6 +61,8 @@ class Hyena(LongConvolution):
         short_bias = nn.Parameter(torch.empty(3 * config.width)) if has_biases else None
         self.register_parameter("short_bias", short_bias)
         self.filter = ImplicitFilter(config)
+        self.channels = slice(None)
+        """Channels that this rank computes. It has the whole filter network, which is small."""
         self.output = nn.Linear(config.width, config.width, bias=has_biases)
 
     def forward(
@@ -77,7 +82,7 @@ class Hyena(LongConvolution):
         return gated
 
     def taps(self, filters: Tensor) -> Tensor:
-        return self.channel_taps(filters, slice(None))
+        return self.channel_taps(filters, self.channels)
 
     def channel_taps(self, filters: Tensor, channels: slice) -> Tensor:
         lags = torch.arange(len(filters), dtype=filters.dtype, device=filters.device)
@@ -94,6 +99,21 @@ class Hyena(LongConvolution):
         if self.short_bias is not None:
             for bias in (self.input.bias, self.short_bias, self.output.bias):
                 nn.init.zeros_(bias)
+
+    @property
+    def divided(self) -> dict[str, Divided]:
+        three = {"input.weight": 0, "input.bias": 0, "short_taps": 1, "short_bias": 0}
+        if self.short_bias is None:
+            three = {"input.weight": 0, "short_taps": 1}
+        own = {name: Divided(dim, groups=3) for name, dim in three.items()}
+        return own | {"output.weight": Divided(1)}
+
+    def take_part(self, ranks: ChannelRanks) -> None:
+        super().take_part(ranks)
+        self.channels = ranks.own(self.past.channels)
+        count = self.channels.stop - self.channels.start
+        self.past = replace(self.past, channels=count)
+        self.remembers = (self.past, LastInputs(3 * count, SHORT_TAPS))
 
     @property
     def filter_modules(self) -> tuple[nn.Module, ...]:

@@ -1,10 +1,35 @@
-"""Layers of a block other than its mixer: norms and MLPs."""
+"""Layers of a block other than its mixer, norms and MLPs, and the costs of a layer."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stu.config import ModelConfig
+from stu.slices.channels import Divided
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one pass of a layer, for each token."""
+
+    dense: float = 0.0
+    """Floating-point operations of products with weights."""
+    convolution: float = 0.0
+    """Floating-point operations of FFTs."""
+    attention: float = 0.0
+    """Floating-point operations of queries with keys, and of scores with values."""
+    fft_bytes: float = 0.0
+    """Bytes that FFTs read and write, with the copies before and after them."""
+
+    def __add__(self, other: "Costs") -> "Costs":
+        return Costs(
+            self.dense + other.dense,
+            self.convolution + other.convolution,
+            self.attention + other.attention,
+            self.fft_bytes + other.fft_bytes,
+        )
 
 
 def make_norm(config: ModelConfig) -> "RMSNorm | LayerNorm":
@@ -67,6 +92,11 @@ class GatedMLP(nn.Module):
         """As `stu.mixers.Mixer.matrices`."""
         return {"gate.weight": 0, "up.weight": 0, "down.weight": 0}
 
+    @property
+    def divided(self) -> dict[str, Divided]:
+        """As `stu.mixers.Mixer.divided`; ranks sum the outputs of `down`."""
+        return {"gate.weight": Divided(0), "up.weight": Divided(0), "down.weight": Divided(1)}
+
     def forward(self, x: Tensor) -> Tensor:
         gated: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
         return gated
@@ -91,6 +121,11 @@ class PlainMLP(nn.Module):
     def matrices(self) -> dict[str, int]:
         """As `stu.mixers.Mixer.matrices`."""
         return {"up.weight": 0, "down.weight": 0}
+
+    @property
+    def divided(self) -> dict[str, Divided]:
+        """As `GatedMLP.divided`."""
+        return {"up.weight": Divided(0), "up.bias": Divided(0), "down.weight": Divided(1)}
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.up(x), approximate="tanh")

@@ -22,7 +22,9 @@ from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.convolution import after_zeros, causal_convolution, fast_fft_length, short_convolution
 from stu.documents import Documents
+from stu.layers import Costs
 from stu.layouts import MIXERS
+from stu.slices.channels import ChannelRanks, Divided
 from stu.slices.convolution import convolve_by_channels, convolve_short_slices
 from stu.slices.ranks import SliceRanks
 
@@ -61,6 +63,9 @@ class KeyWindow:
     num_heads: int
     head_dim: int
     softcap: float
+    first_head: int = 0
+    all_heads: int | None = None
+    """Heads of the layer, of which these are some, from `first_head` on; None: these are all."""
 
 
 Remembered = PastInputs | LastInputs | KeyWindow
@@ -86,28 +91,6 @@ class Memory(Protocol):
         return the attended values, of the same shape."""
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Costs of one pass of a layer, for each token."""
-
-    dense: float = 0.0
-    """Floating-point operations of products with weights."""
-    convolution: float = 0.0
-    """Floating-point operations of FFTs."""
-    attention: float = 0.0
-    """Floating-point operations of queries with keys, and of scores with values."""
-    fft_bytes: float = 0.0
-    """Bytes that FFTs read and write, with the copies before and after them."""
-
-    def __add__(self, other: "Costs") -> "Costs":
-        return Costs(
-            self.dense + other.dense,
-            self.convolution + other.convolution,
-            self.attention + other.attention,
-            self.fft_bytes + other.fft_bytes,
-        )
-
-
 class Mixer(nn.Module, ABC):
     """A causal layer `[B, T, D] -> [B, T, D]` in which tokens see one another.
 
@@ -124,6 +107,10 @@ class Mixer(nn.Module, ABC):
     """Whether `forward` computes slices of sequences, where `slices` is set."""
     stacked_matrices: tuple[tuple[str, int], ...] = ()
     """Names of weights that are several matrices, one below the other, and how many."""
+    summed: ClassVar[tuple[str, ...]] = ()
+    """Names of the projections whose inputs are `divided`: their outputs are summed over ranks."""
+    ranks: ChannelRanks | None = None
+    """Ranks that each compute some of the channels; None if this one computes them all."""
 
     def __init__(self, *remembers: Remembered) -> None:
         super().__init__()
@@ -180,6 +167,15 @@ class Mixer(nn.Module, ABC):
         return {f"{name}.weight": 0 for name, own in modules if isinstance(own, nn.Linear)}
 
     @property
+    def divided(self) -> dict[str, Divided]:
+        """Names of the weights of which ranks have parts, and how; none: of each they have all."""
+        return {}
+
+    def take_part(self, ranks: ChannelRanks) -> None:
+        """Compute and remember this rank's channels alone from now on, by its part of `divided`."""
+        self.ranks = ranks
+
+    @property
     def decoding_weights(self) -> int:
         """Number of weights that each decoded token is multiplied with."""
         return sum(self.get_parameter(name).numel() for name in self.matrices)
@@ -224,6 +220,10 @@ class LongConvolution(Mixer):
         """Return the filters `[N, K]` that `PastInputs.basis` speaks of, tap j at lag `lag_step j`,
         and their weights `[K, C]` in each channel if they are mixed."""
         raise NotImplementedError(f"the filters of {type(self).__name__} have no basis")
+
+    def weights_of_all(self, filters: Tensor) -> Tensor | None:
+        """Return the weights of `basis` in the channels of all ranks."""
+        return self.basis(filters)[1]
 
     def convolve(
         self,

@@ -23,6 +23,7 @@ from stu.mixers import (
     planned_mixers,
 )
 from stu.quantization import ByteWeights
+from stu.slices.channels import ChannelRanks
 from stu.slices.ranks import SliceRanks
 
 
@@ -45,6 +46,8 @@ class FlashSTU(nn.Module):
         """Format in which the engine decodes by default."""
         self.slices: SliceRanks | None = None
         """Ranks among which sequences are divided; None if each is whole."""
+        self.ranks: ChannelRanks | None = None
+        """Ranks among which channels and the vocabulary are divided; None if all are here."""
         # On the meta device, nn.Embedding would import torch._dynamo to initialise this: 1.3 s.
         unset = torch.empty(config.vocab_size, config.width) if torch.empty(0).is_meta else None
         self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=unset)
@@ -61,6 +64,11 @@ class FlashSTU(nn.Module):
             if needs_filters:
                 self.filters.copy_(torch.from_numpy(spectral_filters(*shape)))
             self._initialize()
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks among which channels are divided; 1 if all are here."""
+        return 1 if self.ranks is None else self.ranks.size
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -107,7 +115,13 @@ class FlashSTU(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute scores of the next token with the tied embedding:
         `[..., D] -> [..., vocab_size]`."""
-        return F.linear(hidden, self.embedding.weight)
+        return self.logits_of_all(F.linear(hidden, self.embedding.weight))
+
+    def logits_of_all(self, logits: Tensor) -> Tensor:
+        """Return the logits `[..., vocab_size]` of all ranks, given those of this rank's tokens."""
+        if self.ranks is None:
+            return logits
+        return self.ranks.gather(logits)[..., : self.config.vocab_size]
 
     def divide_sequences(self, slices: SliceRanks | None) -> None:
         """Let `hidden` compute this rank's slice of each sequence together with the other ranks;

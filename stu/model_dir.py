@@ -11,7 +11,7 @@ A directory is written under a temporary name and renamed, so readers see all of
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import write_safetensors
 from stu.config import ModelConfig, Weights
+from stu.division.parts import SCALES, Parts
 from stu.mixers import Mixer
 from stu.model import FlashSTU
 from stu.quantization import (
@@ -33,10 +34,10 @@ from stu.quantization import (
     dequantize,
     quantize,
 )
+from stu.slices.channels import ChannelRanks
 from stu.tokenizer import Tokenizer, read_tokenizer
 
 FORMAT_VERSIONS: dict[Weights, int] = {"float": 1, "int8": 2}
-SCALES = ".scales"
 GENERATION_DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 256,
     "temperature": 0.0,
@@ -113,6 +114,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     weights: Weights | ByteWeights | None = "float",
+    ranks: ChannelRanks | None = None,
 ) -> FlashSTU:
     """Load the model of a model directory, in eval mode. `load_tokenizer` loads the tokenizer.
 
@@ -124,17 +126,19 @@ def load_model(
         weights: Format of the matrices in memory; None: as they are stored. Modules with matrices
             of 8 bits are `stu.quantization.QuantizedLinear`. The model's `weights` is the format
             that the engine decodes in by default: this one, or int8 if they are stored so.
+        ranks: Ranks that divide the model. Each reads its part of the file, and all load it at the
+            same time.
 
     Raises UserError, naming the file, for one that is missing, cut short, of other shapes, or
     written by a newer version.
     """
     path = Path(path)
     config = load_config(path)
-    tensors = _read_weights(path / "model.safetensors", device)
     with torch.device("meta"):
         model = FlashSTU(config)
+    matrices, parts = model.matrices, Parts(model, ranks)
+    tensors = _read_weights(path / "model.safetensors", device, parts.read)
     quantized: dict[str, Quantized] = {}
-    matrices = model.matrices
     for name, dim in matrices.items():
         matrix, scales = tensors.get(name), tensors.pop(name + SCALES, None)
         if matrix is not None and scales is not None:
@@ -155,10 +159,10 @@ def load_model(
     for name, dim in matrices.items():
         if weights in DTYPES and name not in quantized:
             wide = model.get_parameter(name).movedim(dim, 0)
-            quantized[name] = quantize(wide, weights)
+            quantized[name] = quantize(wide, weights, parts.largest_of_all(name))
         if name in quantized:
             _replace_matrix(model, name, quantized.pop(name))
-    return (model if dtype is None else model.to(dtype)).eval()
+    return parts.exchange(model if dtype is None else model.to(dtype)).eval()
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -196,7 +200,9 @@ def _replace_matrix(model: FlashSTU, name: str, weight: Quantized) -> None:
         setattr(model.get_submodule(parent), child, QuantizedLinear(weight, module.bias))
 
 
-def _read_weights(file: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+def _read_weights(
+    file: Path, device: str | torch.device, read: Callable[[Any, str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise UserError(
             str(file), message=f"{file}: no such file; is {file.parent} a model directory?"
@@ -204,7 +210,7 @@ def _read_weights(file: Path, device: str | torch.device) -> dict[str, torch.Ten
     try:
         with safe_open(file, framework="pt", device=str(device)) as archive:
             _check_version(file, archive.metadata() or {})
-            return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            return {name: read(archive, name) for name in archive.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
             str(file),

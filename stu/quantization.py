@@ -29,15 +29,23 @@ class Quantized(NamedTuple):
     """float32 `[out]`."""
 
 
-def quantize(weight: Tensor, weights: ByteWeights = "int8") -> Quantized:
+def quantize(
+    weight: Tensor,
+    weights: ByteWeights = "int8",
+    largest_of_all: Callable[[Tensor], Tensor] | None = None,
+) -> Quantized:
     """Round a matrix `[out, in]` to 8 bits.
+
+    largest_of_all: Function of the largest weight of each output here, `[out]`, that returns those
+    of all ranks, if they have other inputs.
 
     The largest error of an int8 weight is half a scale, 1/254 of the largest weight of its output;
     that of an fp8 weight is 1/16 of itself, or of what is 1/28,000 of the largest if that is more.
     A matrix with a NaN or an infinity keeps it in its scales.
     """
     wide, dtype = weight.detach().float(), DTYPES[weights]
-    scales = wide.abs().amax(1) / LARGEST[dtype]
+    largest = wide.abs().amax(1)
+    scales = (largest_of_all(largest) if largest_of_all else largest) / LARGEST[dtype]
     values = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     return Quantized((values.round_() if weights == "int8" else values).to(dtype), scales)
 

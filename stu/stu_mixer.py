@@ -5,6 +5,7 @@ Liu et al. 2024, "Flash STU: Fast Spectral Transform Units", arXiv:2409.10489.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.documents import Documents
 from stu.mixers import LongConvolution, Memory, PastInputs
+from stu.slices.channels import ChannelRanks, Divided
 from stu.slices.ranks import SliceRanks
 from stu.slices.states import SliceStates, slice_states
 
@@ -77,6 +79,9 @@ class TensordotSTU(STU):
         super().__init__(PastInputs(config.width, lag_step=2, basis="mixed"))
         self.input_matrix = nn.Parameter(torch.empty(config.width, config.width))
         self.filter_matrix = nn.Parameter(torch.empty(config.num_filters, config.width))
+        self.channels = slice(None)
+        """Channels that this rank computes. It has the filter matrix of all of them, so that every
+        rank chooses the same state."""
         self.project: nn.Module | None = None
         """Product with `input_matrix`, once it is packed."""
 
@@ -86,7 +91,10 @@ class TensordotSTU(STU):
             return basis @ weights  # [L/2, K] @ [K, D]
 
     def basis(self, filters: Tensor) -> tuple[Tensor, Tensor]:
-        return 2 * filters[::2], self.filter_matrix.to(filters.dtype)
+        return 2 * filters[::2], self.weights_of_all(filters)[:, self.channels]
+
+    def weights_of_all(self, filters: Tensor) -> Tensor:
+        return self.filter_matrix.to(filters.dtype)
 
     def streams(self, x: Tensor) -> Tensor:
         projected: Tensor = x @ self.input_matrix if self.project is None else self.project(x)
@@ -96,7 +104,7 @@ class TensordotSTU(STU):
         return states.mixed(streams, self.filter_matrix)
 
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
-        return mixed
+        return mixed if self.ranks is None else self.ranks.gather(mixed)
 
     def initialize(self, depth_scale: float) -> None:
         nn.init.xavier_normal_(self.input_matrix)
@@ -105,6 +113,16 @@ class TensordotSTU(STU):
     @property
     def matrices(self) -> dict[str, int]:
         return {"input_matrix": 1}
+
+    @property
+    def divided(self) -> dict[str, Divided]:
+        return {"input_matrix": Divided(1)}
+
+    def take_part(self, ranks: ChannelRanks) -> None:
+        super().take_part(ranks)
+        self.channels = ranks.own(self.past.channels)
+        self.past = replace(self.past, channels=self.channels.stop - self.channels.start)
+        self.remembers = (self.past,)
 
     def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
         if self.project is None:
@@ -119,7 +137,7 @@ class FullSTU(STU):
     def __init__(self, config: ModelConfig) -> None:
         channels = 2 * config.num_filters
         super().__init__(PastInputs(channels, streams=config.width, basis="alternating"))
-        self.width = config.width
+        self.width, self.channels = config.width, slice(None)
         shape = config.num_filters, config.width, config.width
         self.plus_matrices = nn.Parameter(torch.empty(shape))
         self.minus_matrices = nn.Parameter(torch.empty(shape))
@@ -135,7 +153,7 @@ class FullSTU(STU):
         return filters, None
 
     def streams(self, x: Tensor) -> Tensor:
-        channels = x.transpose(1, 2).flatten(0, 1)  # [B, T, D] -> [B D, T]
+        channels = x[..., self.channels].transpose(1, 2).flatten(0, 1)  # [B, T, D] -> [B D, T]
         return channels[..., None].expand(-1, -1, self.past.channels)  # -> [B D, T, 2 K]
 
     def convolve(
@@ -162,14 +180,26 @@ class FullSTU(STU):
         return states.alternating(streams[..., 0])  # all channels of a stream have one input
 
     def combine(self, mixed: Tensor, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        mixed = mixed.view(batch, width, length, -1)  # [B D, T, 2 K] -> [B, D, T, 2 K]
+        batch, length, _ = x.shape
+        mixed = mixed.view(batch, self.width, length, -1)  # [B D, T, 2 K] -> [B, D, T, 2 K]
         matrices = torch.cat([self.plus_matrices, self.minus_matrices])
-        return torch.einsum("bdtk,kde->bte", mixed, matrices)
+        outputs = torch.einsum("bdtk,kde->bte", mixed, matrices)
+        return outputs if self.ranks is None else self.ranks.sum(outputs)
 
     def initialize(self, depth_scale: float) -> None:
         for matrix in (*self.plus_matrices, *self.minus_matrices):
             nn.init.xavier_normal_(matrix)
+
+    @property
+    def divided(self) -> dict[str, Divided]:
+        return {"plus_matrices": Divided(1), "minus_matrices": Divided(1)}
+
+    def take_part(self, ranks: ChannelRanks) -> None:
+        super().take_part(ranks)
+        self.channels = ranks.own(self.width)
+        self.width = self.channels.stop - self.channels.start
+        self.past = replace(self.past, streams=self.width)
+        self.remembers = (self.past,)
 
     @property
     def decoding_weights(self) -> int:

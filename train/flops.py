@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from stu.config import ModelConfig
-from stu.mixers import Costs, planned_mixers
+from stu.layers import Costs
+from stu.mixers import planned_mixers
 from stu.model import Block, FlashSTU
 
 

@@ -27,7 +27,7 @@ from serve.cache.window_blocks import (
 )
 from serve.cache.window_step import WindowStep, window_pages
 from serve.config import EngineConfig
-from stu.attention import alibi_slopes, attend, sliding_window_attention
+from stu.attention import attend, sliding_window_attention, window_slopes
 from stu.common.errors import UserError
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
@@ -45,7 +45,7 @@ class AttentionCache(Cache):
     def __init__(self, window: KeyWindow, pool: PagePool) -> None:
         self._window, self.pool = window, pool
         self._page_len = pool.pages.shape[3]
-        self._slopes = alibi_slopes(window.num_heads).to(pool.pages.device)
+        self._slopes = window_slopes(window).to(pool.pages.device)
         self._windows: dict[int, SequenceWindow] = {}
         self._rows: list[int] = []
         self._promised = 0

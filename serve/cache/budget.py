@@ -255,6 +255,8 @@ def _budget_bytes(model: FlashSTU, config: EngineConfig) -> int:
     free = free_bytes(device) - other_bytes(model, config)
     if device.type == "cuda" and not config.enforce_eager:
         free -= graph_bytes(model, config)
+    if model.ranks is not None:  # all have as many pages; those of a CPU share its memory
+        free = model.ranks.smallest(free // (1 if device.type == "cuda" else model.num_ranks))
     return int(DEFAULT_SHARE * max(0, free))
 
 
@@ -274,27 +276,25 @@ def other_bytes(model: FlashSTU, config: EngineConfig) -> int:
     shape, weights = model.config, config.weights or model.weights
     num_bytes = table_bytes(num_rows(config), shape.vocab_size, shape.max_seq_len)
     if weights != "float" and model.embedding.weight.device.type == "cuda":
-        num_bytes += shape.vocab_size * (shape.width + 4)  # with its scales
+        num_bytes += -(-shape.vocab_size // model.num_ranks) * (shape.width + 4)  # with its scales
         num_bytes += rounded_bytes(model, model.matrices, weights)
     return num_bytes
 
 
 def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
-    """Return about how many bytes CUDA graphs of decoding steps take: the temporaries of the
-    largest batch, which all sizes share."""
+    """Return about how many bytes CUDA graphs take: temporaries of the largest batch, for all."""
     shape, weight = model.config, model.embedding.weight
-    width, hidden = shape.width, shape.mlp_ratio * shape.width
+    width, hidden = shape.width, shape.mlp_ratio * shape.width // model.num_ranks
     rows, vocab_size = num_rows(config), shape.vocab_size
-    numbers = rows * (2 * vocab_size + 3 * hidden + 16 * width)
-    num_bytes = numbers * weight.element_size()
+    num_bytes = rows * (2 * vocab_size + 3 * hidden + 16 * width) * weight.element_size()
     if (config.weights or model.weights) != "float":
         num_bytes += rows * width * MOST_SPLITS * 4  # sums, which are joined in float32
         if rows > MOST_ROWS:  # a copy of the largest matrix
-            num_bytes += max(2 * hidden, vocab_size) * width * weight.element_size()
-    sampled_at_once = min(rows * vocab_size, max(vocab_size, NUMBERS_ON_DEVICE))
-    num_bytes += SAMPLER_TENSORS * sampled_at_once * 8
+            num_bytes += max(2 * hidden, len(weight)) * width * weight.element_size()
+    sampled = min(rows * vocab_size, max(vocab_size, NUMBERS_ON_DEVICE))
+    num_bytes += SAMPLER_TENSORS * sampled * 8
     if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):
-        num_bytes += 3 * ENDED_AT_ONCE * 2 * width * max(RANKS) * 8  # a layer has two signals
-        matrices = 2 * shape.num_filters * width**2  # a layer puts them together
-        num_bytes += matrices * weight.element_size()
+        streams = width // model.num_ranks  # of two signals each; matrices are put together
+        num_bytes += 3 * ENDED_AT_ONCE * 2 * streams * max(RANKS) * 8
+        num_bytes += 2 * shape.num_filters * streams * width * weight.element_size()
     return num_bytes

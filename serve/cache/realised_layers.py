@@ -60,11 +60,15 @@ def realised_layers(
     past = layers[0].past
     if past.basis != basis_kind or any(layer.past != past for layer in layers):
         raise CannotHold(f"their filters {BASES[basis_kind]}")
-    made = [layer.basis(model.filters.double()) for layer in layers]
+    filters = model.filters.double()
+    made = [layer.basis(filters) for layer in layers]
     basis, weights = made[0][0], [None if own is None else own.detach() for _, own in made]
-    require_finite(basis, *[own for own in weights if own is not None])
+    # Of all channels, so that ranks that divide them choose the same realisation.
+    of_all = [layer.weights_of_all(filters) for layer in layers]
+    of_all = [None if own is None else own.detach() for own in of_all]
+    require_finite(basis, *[own for own in of_all if own is not None])
     try:
-        found, error = fitting_realisation(basis, weights, model.filters.dtype)
+        found, error = fitting_realisation(basis, of_all, model.filters.dtype)
     except NoRealisation as reason:
         raise CannotHold(str(reason)) from reason
     return RealisedLayers(past, basis, weights, found, error)

@@ -59,7 +59,7 @@ class DecodeStep:
         self._last_tokens = last_tokens
         weight = model.embedding.weight
         self._state = StepState(self._steps, self.batches[-1], weight.device, copy)
-        self.logits = weight.new_zeros(self.batches[-1], len(weight))
+        self.logits = weight.new_zeros(self.batches[-1], model.config.vocab_size)
         """Logits of the last step, `[max_batch, vocab_size]`."""
         self.graphs: Graphs | None = None
         if captures:

@@ -16,6 +16,7 @@ from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
 from serve.kernels.dispatch import uses_triton
 from serve.kernels.modules import KernelRMSNorm, NarrowLinear, kernel_mlp, narrow_mlp
 from stu.common.errors import UserError
+from stu.division.modules import SummedOutputs
 from stu.layers import GatedMLP, RMSNorm
 from stu.mixers import Mixer
 from stu.model import FlashSTU
@@ -67,6 +68,11 @@ def inference_copy(model: FlashSTU, weights: EngineWeights = "float") -> FlashST
         _replace(copied, partial(_float, dtype=model.embedding.weight.dtype))
     if layers is not None:
         _replace(copied, partial(_replaced, layers=layers, weights=weights))
+    for module in copied.modules():
+        if isinstance(module, SummedOutputs):
+            for product in (module.inner, getattr(module.inner, "down", None)):
+                if isinstance(product, Int8Linear):
+                    product.largest_of_all = module.ranks.largest
     return copied
 
 

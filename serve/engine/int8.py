@@ -6,6 +6,7 @@ step of few rows takes the time to read its weights, of which 8 bits are a quart
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,17 @@ class Int8Linear(RowsTogether):
         if isinstance(weight, Tensor):
             weight = quantize(weight)
         self._weight, self._gelu = _packed(weight), gelu
+        self.largest_of_all: Callable[[Tensor], Tensor] | None = None
+        """Function of the largest inputs of rows here that returns those of all ranks, if they have
+        other inputs of the same rows."""
 
     def product(self, rows: Tensor) -> Tensor:
         wide = rows.float()
         smallest = torch.finfo(torch.float32).tiny
-        sizes = wide.abs().amax(-1, keepdim=True).clamp_min_(smallest).div_(LEVELS)
+        largest = wide.abs().amax(-1, keepdim=True)
+        if self.largest_of_all is not None:
+            largest = self.largest_of_all(largest)
+        sizes = largest.clamp_min_(smallest).div_(LEVELS)
         linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         products: Tensor = linear(wide / sizes, 1.0, ZERO, self._weight)
         products.mul_(sizes)  # NaN where the row has one

@@ -80,7 +80,7 @@ class Runner:
         weights = chosen_weights(config.weights, model)
         self._model = inference_copy(model, weights)
         self._batch_invariant = config.batch_invariant
-        self._unembed = inference_product(model.embedding.weight, weights)
+        self._product = inference_product(model.embedding.weight, weights)
         self._caches = caches
         self._device = model.embedding.weight.device
         self.num_layers = len(model.blocks)
@@ -271,6 +271,9 @@ class Runner:
         tokens = self._last_tokens
         return DecodeStep(self._model, self._unembed, found, tokens, invariant, captures)
 
+    def _unembed(self, hidden: Tensor) -> Tensor:
+        return self._model.logits_of_all(self._product(hidden))
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return logits `[B, vocab_size]` of `hidden [B, D]`."""
         if not self._batch_invariant:
@@ -285,7 +288,7 @@ class Runner:
 
 def _require_invariance(model: FlashSTU) -> None:
     """Raise UserError for a width at which a row's products round according to its place."""
-    width = model.config.width
+    width = model.config.width // model.num_ranks
     is_safe = packs(model.embedding.weight) and all(
         past.streams == 1 for past in remembered(model.mixers, PastInputs)
     )

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from stu.slices.channels import ChannelRanks
 from stu.slices.ranks import SliceRanks
 
 
@@ -38,12 +39,31 @@ class ThreadRanks(SliceRanks):
         return received
 
 
-def in_threads(size: int, compute: Callable[[ThreadRanks], object]) -> list:
-    """Run a function of each of `size` ranks at once, and return the results."""
-    meeting = Meeting(size)
-    ranks = [ThreadRanks(rank, size, meeting) for rank in range(size)]
+class ChannelThreadRanks(ChannelRanks):
+    """A thread among `size` that have channels of their own."""
 
-    def run(own: ThreadRanks) -> object:
+    def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
+        super().__init__(rank, size)
+        self._meeting = meeting
+
+    def all(self, part: Tensor) -> Tensor:
+        self._meeting.parts[self.rank] = [part]
+        self._meeting.barrier.wait()
+        sent = [parts[0] for parts in self._meeting.parts]
+        assert len({(own.shape, own.dtype) for own in sent}) == 1
+        received = torch.stack(sent)
+        self._meeting.barrier.wait()
+        return received
+
+
+def in_threads(
+    size: int, compute: Callable[..., object], kind: Callable[..., object] = ThreadRanks
+) -> list:
+    """Run a function of each of `size` ranks, of a kind, at once, and return the results."""
+    meeting = Meeting(size)
+    ranks = [kind(rank, size, meeting) for rank in range(size)]
+
+    def run(own: object) -> object:
         torch.set_num_threads(1)
         try:
             return compute(own)

@@ -10,11 +10,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import cross_entropy
 
 from stu import layouts
-from stu.attention import _flash_attention, alibi_slopes, sliding_window_attention
+from stu.attention import alibi_slopes, sliding_window_attention
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution, short_convolution
 from stu.documents import Documents, padded_length
+from stu.flash_attention import flash_attention
 from stu.flex_attention import BLOCK, document_mask, flex_window_attention, in_document
 from stu.mixers import make_mixer
 from stu.model import FlashSTU
@@ -230,6 +231,6 @@ def test_flash_attention_gets_each_document_as_a_sequence(monkeypatch):
 
     module = SimpleNamespace(flash_attn_func=None, flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    found = _flash_attention(q, k, v, slopes, 30, 5.0, documents)
+    found = flash_attention(q, k, v, slopes, 30, 5.0, documents)
     expected = sliding_window_attention(q, k, v, slopes, 30, 5.0, documents)
     torch.testing.assert_close(found, expected)

@@ -34,7 +34,8 @@ def model_on_cuda(monkeypatch):
     weight = SimpleNamespace(device=torch.device("cuda", 0))
     with torch.device("meta"):
         model = FlashSTU(CONFIG)
-    parts = {name: getattr(model, name) for name in ("matrices", "named_parameters", "modules")}
+    names = "matrices", "named_parameters", "modules", "ranks", "num_ranks"
+    parts = {name: getattr(model, name) for name in names}
     embedding = SimpleNamespace(weight=weight)
     return SimpleNamespace(embedding=embedding, config=CONFIG, weights="float", **parts)
 

@@ -1,0 +1,1 @@
+"""Division of a model's channels among ranks, which compute each token together."""
