@@ -1,7 +1,8 @@
 """Dispatch of clients' requests to replicas.
 
-A request goes to the replica that has the least to do. If that replica ends or no longer responds,
-the request continues in another one, after the tokens that it has. Its reader sees no gap and no
+A request goes to the least busy replica, or to one that remembers more of its prompt and so has
+fewer tokens to compute before its first one. If that replica ends or no longer responds, the
+request continues in another one, after the tokens that it has. Its reader sees no gap and no
 repetition, because a token depends only on the request, its seed and its position.
 """
 
@@ -61,7 +62,10 @@ class Replicas(Supervisor):
         if not is_background:
             self._require_room(len(requests), client)
         streams = [
-            Stream(next(self._numbers), request, client, is_background) for request in requests
+            Stream(
+                next(self._numbers), request, client, is_background, list(request.new_token_ids)
+            )
+            for request in requests
         ]
         self._waiting.add(streams)
         self._place_waiting()
@@ -125,10 +129,13 @@ class Replicas(Supervisor):
             raise Busy(f"{waiting.total()} requests wait, of at most {most}: try again later")
 
     def _place_waiting(self) -> None:
-        """Send waiting requests to replicas that have room, to the least busy ones first."""
+        """Send waiting requests to replicas that have room."""
         while (placement := self._placement()) is not None:
             stream, replica = placement
             self._waiting.take(stream)
+            stream.expect_prefill(replica.num_remembered(stream) if len(self) > 1 else 0)
+            if len(self) > 1:
+                replica.prefixes.add(stream.prefix)
             replica.streams[stream.number] = stream
             replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
 
@@ -137,7 +144,7 @@ class Replicas(Supervisor):
         for stream in self._waiting.heads():
             free = [replica for replica in self.running if replica.has_room(stream)]
             if free:
-                return stream, min(free, key=lambda replica: replica.cost(stream))
+                return stream, _soonest(stream, free)
             if stream.is_suspect:
                 return None  # replicas finish what they have, or it would never run
         return None
@@ -201,3 +208,18 @@ class Replicas(Supervisor):
     def _refuse_waiting(self) -> None:
         for stream in self._waiting.clear():
             stream.outputs.put_nowait(Unavailable(NO_REPLICA))
+
+
+def _soonest(stream: Stream, replicas: Sequence[Replica]) -> Replica:
+    """Return the replica with the fewest tokens to compute before `stream` has its first one.
+
+    Tokens of its own prompt count twice: they also delay requests that come after it.
+    """
+    if len(replicas) == 1:
+        return replicas[0]
+
+    def cost(replica: Replica) -> tuple[int, int]:
+        before, total = replica.cost(stream)
+        return before - 2 * replica.num_remembered(stream), total
+
+    return min(replicas, key=cost)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from serve.engine.stats import Stats
+from serve.server.replicas.prefixes import SentPrefixes
 from serve.server.replicas.stream import Stream
 from serve.wire import Message, Unpacker, pack
 from stu.common.processes import child_command, hangups_blocked, last_output
@@ -44,6 +45,8 @@ class Replica:
         """Requests that the engine has, by number."""
         self.stats: Stats | None = None
         """Last statistics of the engine, None until it is ready."""
+        self.prefixes = SentPrefixes()
+        """Prefixes of the prompts that it was sent."""
         self.last_heard = time.monotonic()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._socket, theirs = socket.socketpair()
@@ -75,6 +78,15 @@ class Replica:
         many all of them need."""
         costs = [other.cost for other in self.streams.values()]
         return sum(other.cost for other in self._at_least(stream.priority)), sum(costs)
+
+    def num_remembered(self, stream: Stream) -> int:
+        """Return how many tokens of a prompt the engine probably remembers.
+
+        An engine without a prefix cache never looks for any.
+        """
+        if self.stats is None or not self.stats.prefix_tokens_asked:
+            return 0
+        return self.prefixes.num_tokens(stream.prefix)
 
     def has_room(self, stream: Stream) -> bool:
         """Return whether a request would run soon, and not beside one that may end the process.

@@ -3,8 +3,11 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+from serve.cache.prefix_cache import Digests
 from serve.request import Output, Request
+from serve.server.replicas.prefixes import prefix_digests
 
 SUSPECT_MOVES = 2
 """Replicas that end during a request before it is suspected as the cause."""
@@ -48,6 +51,11 @@ class Stream:
     """Time at the end of the last step that generated a token."""
     on_scheduled: Callable[[float], None] | None = None
     """Function to call with the time at which its prefill begins."""
+    num_to_prefill: int = field(init=False)
+    """Tokens that a replica has yet to prefill, as far as is known."""
+
+    def __post_init__(self) -> None:
+        self.expect_prefill(num_remembered=0)
 
     @property
     def priority(self) -> int:
@@ -62,8 +70,18 @@ class Stream:
     @property
     def cost(self) -> int:
         """Number of tokens that an engine has yet to prefill or to decode."""
-        num_prompt_tokens = len(self.request.prompt_token_ids)
-        return num_prompt_tokens + self.request.sampling.max_new_tokens - len(self.new_token_ids)
+        num_to_decode = self.request.sampling.max_new_tokens - len(self.new_token_ids)
+        return self.num_to_prefill + num_to_decode
+
+    @cached_property
+    def prefix(self) -> Digests:
+        """Digests of the blocks at the start of the prompt that a replica may remember."""
+        return prefix_digests(self.request)
+
+    def expect_prefill(self, num_remembered: int) -> None:
+        """Note that a replica is to prefill all tokens but those that it remembers."""
+        num_tokens = len(self.request.prompt_token_ids) + len(self.new_token_ids)
+        self.num_to_prefill = num_tokens - num_remembered
 
     def schedule(self, moment: float) -> None:
         """Note that an engine has begun its prefill; another one may do so again later."""
@@ -74,6 +92,7 @@ class Stream:
 
     def take(self, output: Output, moment: float) -> None:
         """Pass an output on to the reader, with the time at the end of its step."""
+        self.num_to_prefill = 0
         if output.new_token_ids:
             self.num_moves = 0
             self.new_token_ids += output.new_token_ids
