@@ -62,9 +62,7 @@ class Replicas(Supervisor):
         if not is_background:
             self._require_room(len(requests), client)
         streams = [
-            Stream(
-                next(self._numbers), request, client, is_background, list(request.new_token_ids)
-            )
+            Stream(next(self._numbers), request, client, is_background, list(request.new_token_ids))
             for request in requests
         ]
         self._waiting.add(streams)

@@ -14,6 +14,7 @@ from serve.engine.scheduler import Scheduler
 from serve.sampling_params import SamplingParams
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.fair_queue import FairQueue
+from serve.server.replicas.prefixes import SentPrefixes
 from serve.server.replicas.replica import Replica
 from serve.server.replicas.stream import Busy, Stream
 from serve.server.replicas.supervisor import ReplicasConfig
@@ -211,7 +212,8 @@ class StoppedReplica(Replica):
 
     def __init__(self, max_running):
         self.settings = {"engine": {"max_running": max_running}}
-        self.streams, self.stats, self._writer = {}, object(), None
+        self.streams, self.prefixes, self._writer = {}, SentPrefixes(), None
+        self.stats = Mock(prefix_tokens_asked=0)
 
 
 @pytest.fixture

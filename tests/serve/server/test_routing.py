@@ -133,7 +133,7 @@ def num_common(first, second):
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-NUM_DOCUMENTS, NUM_QUESTIONS, DOCUMENT_TOKENS = 12, 6, 2048
+NUM_DOCUMENTS, NUM_QUESTIONS, DOCUMENT_TOKENS = 24, 4, 2048
 
 
 @pytest.mark.slow
