@@ -30,6 +30,7 @@ class ChatCompletions(Completions[ChatBody]):
     """
 
     body_type, id_prefix = ChatBody, "chatcmpl"
+    operation = "chat"
     client_names: ClassVar[Mapping[str, str]] = {
         **Completions.client_names,
         "prompt": "messages",

@@ -122,6 +122,7 @@ class TextCompletions(Completions[CompletionBody]):
     """Bodies of `/v1/completions`."""
 
     body_type, id_prefix = CompletionBody, "cmpl"
+    operation = "text_completion"
 
     def writers(self, body: CompletionBody, requests: Sequence[Request]) -> list[TextChoiceWriter]:
         """Return a writer for each choice."""

@@ -25,6 +25,7 @@ class Embeddings(Endpoint[EmbeddingBody]):
     """
 
     body_type, list_name = EmbeddingBody, "data"
+    operation = "embeddings"
     client_names: ClassVar[Mapping[str, str]] = {"prompt": "input"}
 
     def __init__(self, width: int, **settings: Any) -> None:

@@ -31,6 +31,8 @@ class Endpoint(ABC, Generic[AnyBody]):
     body_type: type[AnyBody]
     list_name: ClassVar[str]
     """Field of an answer with a result for each request."""
+    operation: ClassVar[str]
+    """Name of the operation by OpenTelemetry's conventions."""
     client_names: ClassVar[Mapping[str, str]]
     """Names of fields in a body, by their names in an engine's request."""
 

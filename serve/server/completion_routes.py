@@ -98,7 +98,7 @@ async def _answer(
         timeout_seconds=seconds,
         arrived=arrived,
         exchange=exchange,
-        on_end=partial(_account, charge),
+        on_end=partial(_ended, service, endpoint.operation, charge),
         prompts=prompts,
     )
     try:
@@ -126,9 +126,11 @@ def _charge(
         raise
 
 
-def _account(charge: Charge, answer: Answer) -> None:
-    """Give a client back what it did not use, and count the rest for its key."""
+def _ended(service: Service, operation: str, charge: Charge, answer: Answer) -> None:
+    """Give a client back what it did not use, count the rest for its key, and send the trace."""
     usage = answer.usage()
+    if service.tracing is not None:
+        service.tracing.record(operation, service.config.name, answer)
     charge.settle(usage["total_tokens"])
     if (key := answer.exchange.key) is not None:
         answer.metrics.count_use(key.name, usage["prompt_tokens"], usage["completion_tokens"])

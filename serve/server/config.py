@@ -90,6 +90,9 @@ class ServerConfig:
     """PEM file with the key of the certificate, without a passphrase."""
     metric_prefix: MetricPrefix = "vllm"
     """Prefix of the metrics that vLLM has too. With vllm, dashboards for vLLM work."""
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry collector, such as http://localhost:4318/v1/traces, that gets a trace
+    of each request by OTLP over HTTP. It needs the extra stu[tracing]."""
     log_prompts: bool = False
     """Write prompts and completions to the log."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -125,6 +128,10 @@ class ServerConfig:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and 0 < value < 10**9
             self._require(name, is_number, "a number above 0, in seconds")
+        endpoint = self.otlp_traces_endpoint
+        is_url = endpoint is None or endpoint.startswith(("http://", "https://"))
+        allowed = "a URL such as http://localhost:4318/v1/traces"
+        self._require("otlp_traces_endpoint", is_url, allowed)
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise UserError(
                 "tls_key",

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 DISCARD_SECONDS, DISCARD_BYTES = 10.0, 2**26
 """Limits of what is still read of a refused body."""
 FAULT = "the server failed; its log has the reason under the id in the header x-request-id"
+TRACE_HEADERS = b"traceparent", b"tracestate"
 MOST_ID_CHARACTERS = 128
 MOST_PATH_CHARACTERS = 200
 CLIENT_ID = re.compile(rf"[!-~]{{1,{MOST_ID_CHARACTERS}}}")
@@ -40,6 +41,8 @@ class Exchange:
     """Address of the client, or the name of its key. Clients take turns."""
     key: Key | None = None
     """API key of the request, if it has a valid one."""
+    trace_context: dict[str, str] = field(default_factory=dict)
+    """Headers that name the trace of the request."""
     headers: dict[str, str] = field(default_factory=dict)
     """Headers of the answer about the limits of the client."""
     owner: str = ""
@@ -98,6 +101,11 @@ class Exchanges:
             return
         address = scope["client"][0] if scope.get("client") else "local"
         exchange = Exchange(request_id(scope["headers"]), address)
+        exchange.trace_context = {
+            name.decode(): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in TRACE_HEADERS
+        }
         state = scope.get("state", {})  # of serve.server.connection
         exchange.cut_off_if_stalled = state.get("cut_off_if_stalled", exchange.cut_off_if_stalled)
         status, began = 0, time.monotonic()

@@ -184,5 +184,7 @@ def _lifespan(service: Service, answering: Answering) -> Any:
             if service.batches is not None:
                 await service.batches.stop()
             await service.replicas.stop()
+            if service.tracing is not None:
+                await asyncio.to_thread(service.tracing.close)
 
     return lifespan

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import stu
 from serve.devices import choose_devices
@@ -21,11 +21,14 @@ from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import Threads
 from serve.server.replicas.supervisor import ReplicasConfig
 from stu.chat.template import ChatTemplate
-from stu.common.errors import UserError, setting_name
+from stu.common.errors import UserError, requires_extra, setting_name
 from stu.common.processes import num_processors
 from stu.config import ModelConfig
 from stu.model_dir import load_config, load_generation, load_tokenizer
 from stu.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from serve.server.operating.tracing import Tracing
 
 ROWS_AHEAD = 1.5
 """Rows of batches to decode at once, as a multiple of the requests that engines decode together."""
@@ -52,6 +55,7 @@ class Service:
     is_draining: bool = False
     """Whether the server is stopping and takes no more requests."""
     threads: Threads = field(default_factory=Threads)
+    tracing: "Tracing | None" = None
     limits: RateLimits = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +113,17 @@ def make_service(config: ServerConfig) -> Service:
         replicas,
         Metrics(replicas, config.metric_prefix, config.name),
         _batches(config, len(devices)),
+        tracing=_tracing(config.otlp_traces_endpoint),
     )
+
+
+def _tracing(endpoint: str | None) -> "Tracing | None":
+    if endpoint is None:
+        return None
+    with requires_extra("tracing"):
+        from serve.server.operating.tracing import otlp_tracing
+
+        return otlp_tracing(endpoint)
 
 
 def _batches(config: ServerConfig, num_replicas: int) -> Batches | None:

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 from serve.openai.errors import error_body
 from serve.server import connection as connection_module
 from serve.server import connections as connections_module
+from serve.server.access.keys import Keys
 from serve.server.connection import FED_BYTES, Connection, Deadlines
 from serve.server.connections import SPARE, Connections, connection_limit
 from serve.server.exchange import Exchanges
@@ -182,7 +183,9 @@ async def test_late_connection_ends(sent, app, deadlines, expected):
 async def test_refusal_below_the_application(sent, deadlines, status, caplog):
     """It says why, except to HEAD, and is counted and logged once, with the request's ID."""
     counted = []
-    app = Exchanges(Guard(hello_after_body, [], 1024), log_texts=False, count=counted.append)
+    app = Exchanges(
+        Guard(hello_after_body, Keys(), 1024, 1024), log_texts=False, count=counted.append
+    )
     sent = sent.replace(b"host: x", b"host: x\r\nx-request-id: mine")
     most = 0 if status == 503 else 9
     caplog.set_level(logging.INFO)
@@ -399,10 +402,14 @@ async def test_body_in_chunks_of_a_byte_is_parsed_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("size", [2**20, 2**24])
 @pytest.mark.parametrize("status", [413, 401, 503, 404])
-async def test_client_that_writes_all_before_it_reads_sees_why_it_is_refused(size, status):
+async def test_client_that_writes_all_before_it_reads_sees_why_it_is_refused(
+    monkeypatch, size, status
+):
     """Sockets that are closed with unread bytes reset the connection."""
     limit = 1024 if status == 413 else 2 * size
-    app = Exchanges(Guard(not_found, ["key"] if status == 401 else [], limit), False)
+    if status == 401:
+        monkeypatch.setenv("STU_API_KEYS", "key")
+    app = Exchanges(Guard(not_found, Keys(), limit, limit), False)
     head = "POST /v1/x HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
     head = f"{head}content-length: {size}\r\n\r\n".encode()
     answer = await answer_to(head + b"x" * size, app, most=0 if status == 503 else 100)

@@ -1,14 +1,19 @@
 """What changes while a server runs: keys, certificates, limits."""
 
+import gzip
 import json
 import re
 import shutil
 import signal
 import ssl
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.serve.server_process import SECONDS, eventually, serving
 
@@ -36,11 +41,42 @@ def folder(tmp_path_factory, certificate):
     return folder
 
 
+class Collector(BaseHTTPRequestHandler):
+    """Takes traces by OTLP."""
+
+    spans: ClassVar[list] = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                self.spans += scope.spans
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture(scope="module")
-def server(model_directory, folder):
-    options = ["--api-keys", folder / "keys", "--tls-certificate", folder / "certificate.pem"]
+def collector():
+    """A collector of traces: its URL and the spans that it has got."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{collector.server_port}/v1/traces", Collector.spans
+        collector.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(model_directory, folder, collector):
+    options = ["--otlp-traces-endpoint", collector[0]]
+    options += ["--api-keys", folder / "keys", "--tls-certificate", folder / "certificate.pem"]
     options += ["--tls-key", folder / "key.pem"]
-    with serving(model_directory, *options) as server:
+    with serving(model_directory, *options, OTEL_BSP_SCHEDULE_DELAY="50") as server:
         yield server
         text = "".join(server.lines)
         assert not any(key in text for key in (OPERATOR, SEARCH, OTHER))
@@ -153,3 +189,35 @@ def test_sighup_reads_the_certificate_again_and_connections_live_on(server, fold
         context = ssl.create_default_context(cafile=folder / "certificate.pem")
         assert httpx.get(f"{server.url}/health", verify=context, timeout=SECONDS).status_code == 200
         assert local_port(http.get("/v1/models")) == port
+
+
+def test_a_collector_gets_the_trace_that_a_request_names(server, collector):
+    _, spans = collector
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    context = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "traced"}
+    answer = server.post(PATH, json={**BODY, "n": 2}, headers=bearer(OPERATOR) | context)
+    assert answer.status_code == 200
+
+    def own():
+        return [span for span in spans if span.trace_id.hex() == trace]
+
+    eventually(lambda: len(own()) == 7)
+    (request,) = [span for span in own() if span.name == "llm_request"]
+    assert request.parent_span_id.hex() == parent
+    values = {
+        pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in request.attributes
+    }
+    assert values["gen_ai.request.id"] == "traced"
+    assert values["gen_ai.operation.name"] == "text_completion"
+    assert values["gen_ai.usage.prompt_tokens"] == 3
+    assert values["gen_ai.usage.completion_tokens"] == 8
+    assert values["gen_ai.request.n"] == 2
+    queued, first, e2e = (
+        values[f"gen_ai.latency.{name}"] for name in ("time_in_queue", "time_to_first_token", "e2e")
+    )
+    assert 0 <= queued < first < e2e
+    for name in ("queue", "prefill", "decode"):
+        (one, other) = [span for span in own() if span.name == name]
+        assert {one.parent_span_id, other.parent_span_id} == {request.span_id}
+        assert request.start_time_unix_nano <= one.start_time_unix_nano <= one.end_time_unix_nano
+        assert one.end_time_unix_nano <= request.end_time_unix_nano
