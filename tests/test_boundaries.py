@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = "stu", "train", "serve"
+EVALUATING = "train/tasks/"
+"""The one folder of `train` that imports `serve`: the engine evaluates the model of a run."""
 LIBRARIES_OF_STU = {
     *("backports", "compression", "docstring_parser", "flash_attn", "jinja2", "jsonargparse"),
     *("numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch"),
@@ -23,6 +25,7 @@ COMMANDS = {
     "stu-plan": "train.plan.cli",
     "stu-generate": "serve.batch.cli",
     "stu-serve": "serve.server.cli",
+    "stu-eval": "serve.evaluation.cli",
     "python -m benchmarks": "benchmarks.__main__",
 }
 
@@ -48,7 +51,21 @@ def imported(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_only_stu(package):
     others = {"train", "serve"} - {package}
-    assert [(str(file), name) for file, name in imported(package) if name in others] == []
+    found = {(str(file), name) for file, name in imported(package) if name in others}
+    assert {(file, name) for file, name in found if not file.startswith(EVALUATING)} == set()
+
+
+def test_training_imports_of_serving_its_evaluation_alone():
+    """The model of a run is evaluated in the engine that serves."""
+    modules = {
+        name
+        for file in sorted((ROOT / EVALUATING).glob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (name := node.module or "").startswith("serve")
+    }
+    assert {name for name in modules if not name.startswith("serve.evaluation.")} == {
+        "serve.config"  # of the engine
+    }
 
 
 def test_stu_imports_few_packages():

@@ -40,6 +40,8 @@ COMMON_SETTINGS = {
     "--keep-checkpoints": "Number of newest checkpoints to keep",
     "--parallel.kind": "Strategy: `ddp`, `zero` for DeepSpeed, or `fsdp`",
     "--parallel.zero_stage": "Stage of DeepSpeed's ZeRO: what is divided among the ranks",
+    "--evaluation.tasks": "Tasks to evaluate the model on: `needle,recall`, or lm-eval's",
+    "--evaluation.every_steps": "Optimizer steps between two evaluations; `evaluation.*` likewise",
     "--lora.r": "Rank of adapters (LoRA) that are trained instead of the model; `lora.*` likewise",
     "--seed-everything": "Seed of the initial weights",
     "--print-config": "Print all settings as YAML, and exit",

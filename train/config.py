@@ -20,6 +20,7 @@ from train.data.mixture import first_index
 from train.loggers import check_loggers
 from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
+from train.tasks.config import RunEvaluation
 from train.tuning.start import check_start
 
 COUNTS = (
@@ -62,6 +63,8 @@ def check_settings(
     check_schedule(optimizer, settings.trainer.max_steps)
     GuardConfig(**_values(settings.model.guard))
     check_loggers(settings.logger)
+    if not is_plan:  # its files may be on another machine
+        RunEvaluation(**_values(settings.evaluation))
     parallel = ParallelConfig(**_values(settings.parallel))
     _check_trainer(settings.trainer)
     _check_devices(settings.trainer, is_plan)

@@ -111,7 +111,7 @@ class FlashSTUModule(L.LightningModule):
             factor = learning_rate_factor(step, total_steps, self.optimizer_config)
             scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
             replace_hyperparameters(scheduler, self.model, self.optimizer_config, factor)
-        self._throughput = Throughput(self.config, self._data, self.trainer.world_size)
+        self.throughput = Throughput(self.config, self._data, self.trainer.world_size)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of a micro-batch: its mean in nats per token, plus the z-loss."""
@@ -187,11 +187,11 @@ class FlashSTUModule(L.LightningModule):
             "train/grad_norm": self._gradient_norm,
             "train/lr": learning_rate,
             "train/skipped_updates": float(self._guard.num_bad_steps),
-            **self._throughput.metrics(self.device),
+            **self.throughput.metrics(self.device),
             "train/memory_gib": largest_of_ranks(self.trainer, peak / 2**30)[0],
         }
         self._log(metrics, step)
-        self._throughput.restart()
+        self.throughput.restart()
 
     def on_validation_epoch_start(self) -> None:
         sums = (self._data.seq_len, self._bytes_per_token, self._own)
@@ -231,7 +231,7 @@ class FlashSTUModule(L.LightningModule):
             self._log(metrics, self.trainer.global_step)
             if self.trainer.is_global_zero:
                 write_results(metrics, self.trainer.global_step, self.trainer.default_root_dir)
-            self._throughput.leave_out(time.monotonic() - self._validation_start)
+            self.throughput.leave_out(time.monotonic() - self._validation_start)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `stu-export` and a resumed run need besides Lightning's state."""

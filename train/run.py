@@ -1,6 +1,5 @@
 """One training run: from command-line arguments to a trained model."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +32,13 @@ from train.parallel.config import ParallelConfig, make_strategy, prepare_blocks
 from train.same_run import SCHEDULE, compare
 from train.settings import FORCED, Parser, add_settings, parse
 from train.start.agreement import Start, flatten
-from train.start.launch import Launch, detect_launch
+from train.start.launch import Launch, detect_launch, is_first_rank
 from train.start.launcher import Launcher
 from train.start.messages import choose_messages
 from train.start.owner import RunOwner, owned
 from train.start.provenance import code_versions, provenance
 from train.start.signals import EXIT_CODES
+from train.tasks.callback import TaskEvaluation
 from train.tuning.start import begin
 
 TOO_MANY_BAD_STEPS = 65
@@ -142,10 +142,15 @@ class TrainCLI(LightningCLI):
     def _make_trainer(self, step: int, **kwargs: Any) -> L.Trainer:
         settings, run_dir = self.config_init, self.run_dir
         self.interruption = Interruption()
+        watchdog = Watchdog(run_dir, settings.hang_minutes)
+        self.evaluation = TaskEvaluation(
+            settings.evaluation, settings.lora, run_dir, self.interruption, watchdog
+        )
         self.trainer_defaults["callbacks"] = [
             StepProgress(),
             self.interruption,
-            Watchdog(run_dir, settings.hang_minutes),
+            watchdog,
+            self.evaluation,
             Checkpoints(
                 run_dir / CHECKPOINTS,
                 self.writer,
@@ -206,12 +211,6 @@ class TrainCLI(LightningCLI):
         return begun
 
 
-def is_first_rank(launch: Launch) -> bool:
-    """Return whether this process is the first rank of its run, which may start the others."""
-    by_lightning: int = rank_zero_only.rank  # type: ignore[attr-defined]
-    return launch.rank == by_lightning == int(os.environ.get("NODE_RANK") or 0) == 0
-
-
 def _prepare(arguments: list[str]) -> TrainCLI:
     """Build the run, all ranks together, and check all that can be refused. The first rank owns the
     folder afterwards.
@@ -241,6 +240,8 @@ def _prepare(arguments: list[str]) -> TrainCLI:
         with start.together():
             if cli.owner is None:
                 cli.follow(start.shared("resume"))
+            else:
+                cli.evaluation.prepare(cli.model.config, cli.datamodule.tokenizer_path)
             cli.save_settings()
         start.check_folder(cli.run_dir)
     except BaseException:

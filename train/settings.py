@@ -17,6 +17,7 @@ from train.lora import LoraConfig
 from train.module import FlashSTUModule
 from train.parallel.config import ParallelConfig
 from train.start.agreement import ParseError
+from train.tasks.config import GROUP, RunEvaluation
 from train.tuning.start import default_shape
 
 DEFAULTS = {
@@ -68,7 +69,7 @@ class RunSettings:
     keep_checkpoints: int = 3
     """Number of newest checkpoints to keep"""
     hang_minutes: float = 30.0
-    """Time without a batch after which a run ends itself"""
+    """Time without a batch, or work of an evaluation, after which a run ends itself"""
 
 
 class Parser(ArgumentParser, LightningArgumentParser):
@@ -95,6 +96,7 @@ def add_settings(parser: Parser) -> None:
     parser.add_lightning_class_args(TokenData, "data")
     parser.add_class_arguments(ParallelConfig, "parallel")
     parser.add_class_arguments(LoraConfig, "lora")
+    parser.add_class_arguments(RunEvaluation, GROUP)
     # Users need not repeat what the token shards say.
     parser.set_defaults({"model.config.vocab_size": 0})
     parser.add_settings(RunSettings)

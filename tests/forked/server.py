@@ -38,6 +38,8 @@ OTHERS = [
     "uvicorn",
 ]
 """Imported by our modules only when they are needed."""
+NOT_FORKED = {"serve.evaluation.harness"}
+"""Modules whose import starts threads."""
 
 
 class Server:
@@ -243,7 +245,7 @@ def preload() -> None:
     for package in ("stu", "train", "serve"):
         module = importlib.import_module(package)
         for found in pkgutil.walk_packages(module.__path__, f"{package}."):
-            if not found.name.endswith("__main__"):
+            if not found.name.endswith("__main__") and found.name not in NOT_FORKED:
                 importlib.import_module(found.name)
     for name in OTHERS:
         importlib.import_module(name)

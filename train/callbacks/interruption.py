@@ -36,14 +36,14 @@ class Interruption(L.Callback):
                 signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: L.Trainer, *hook: Any) -> None:
-        if ends_step(trainer, *hook) and self._agree(trainer):
+        if ends_step(trainer, *hook) and self.agree(trainer):
             trainer.should_stop = True
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if not trainer.sanity_checking and self.received is None:
-            self._agree(trainer)
+            self.agree(trainer)
 
-    def _agree(self, trainer: L.Trainer) -> bool:
+    def agree(self, trainer: L.Trainer) -> bool:
         """Return whether any rank received a signal; collective. If so, no validation follows."""
         (noted,) = largest_of_ranks(trainer, self._noted or 0)
         if noted:

@@ -23,7 +23,7 @@ WRITE_SECONDS = 30.0
 
 
 class Watchdog(L.Callback):
-    """Callback that ends a rank without a batch for `hang_minutes`.
+    """Callback that ends a rank that does nothing for `hang_minutes`.
 
     It writes the stacks of all threads into `RUN_DIR/stacks` first. Ranks wait for one another, so
     if one hangs, all end. The first rank also writes `RUN_DIR/heartbeat.json` every few
@@ -41,7 +41,7 @@ class Watchdog(L.Callback):
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._seen = time.monotonic()
+        self.note()
         if self._rank == 0 and self._seen - self._written >= HEARTBEAT_SECONDS:
             self._written = self._seen
             beat = {
@@ -55,6 +55,10 @@ class Watchdog(L.Callback):
                 temporary.write_text(json.dumps(beat) + "\n", encoding="utf-8")
 
     def on_validation_batch_end(self, *_: Any) -> None:
+        self.note()
+
+    def note(self) -> None:
+        """Take note that the rank is at work."""
         self._seen = time.monotonic()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -30,6 +30,11 @@ class ShardedSaving:
         """Yield kind, name and whole tensor of each; collective, in the same order on all ranks."""
 
     @abstractmethod
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and whole tensor of each weight, as the model computes with it; collective, in
+        the same order on all ranks."""
+
+    @abstractmethod
     def scatter(self, folder: CheckpointFolder) -> None:
         """Load this rank's part of each tensor."""
 

@@ -58,6 +58,9 @@ class FsdpStrategy(ShardedSaving, ModelParallelStrategy):
             for kind in state_tensors[name] if state else ():
                 yield kind, name, _whole(state[kind])
 
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, _whole(parameter)) for name, parameter in self._parameters())
+
     def optimizer_step_count(self) -> int:
         states = list(self.optimizers[0].state.values())
         return int(states[0]["step"]) if states else 0

@@ -101,6 +101,11 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             for kind in state_tensors.get(name, ()) if has_state else ():
                 yield kind, name, self._full(parameter, kind)
 
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                yield name, parameter.detach()
+
     def optimizer_step_count(self) -> int:
         states = list(self._torch_optimizer.state.values())
         return int(states[0]["step"]) if states else 0

@@ -10,6 +10,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities import rank_zero_only
 
 from stu.common.errors import UserError
 
@@ -175,6 +176,12 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
         is_shell = variables.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in variables
         return Launch("slurm allocation", num_nodes=nodes, allocated=allocated, is_shell=is_shell)
     return Launch("alone")
+
+
+def is_first_rank(launch: Launch) -> bool:
+    """Return whether this process is the first rank of its run, which may start the others."""
+    by_lightning: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return launch.rank == by_lightning == int(os.environ.get("NODE_RANK") or 0) == 0
 
 
 def discovery_port() -> int:

@@ -1,0 +1,1 @@
+"""Evaluation during a run: tasks of `serve.evaluation` on the model that is trained."""
