@@ -1,5 +1,6 @@
 """OpenAI's choices of text and chat completions, whole or piece by piece."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from serve.completion import Completion
@@ -114,7 +115,7 @@ class ChatChoiceWriter:
         self._has_begun = True
         logprobs: Json | None = None
         if self._request.sampling.logprobs is not None:
-            logprobs = {"content": [self._token(token) for token in piece.logprobs]}
+            logprobs = {"content": token_logprobs(self._tokenizer, piece.logprobs)}
         finish_reason: str | None = piece.finish_reason
         if self._reader is None:
             message["content"] = piece.text
@@ -160,10 +161,18 @@ class ChatChoiceWriter:
             "function": {"name": name, "arguments": ""},
         }
 
-    def _token(self, token: TokenLogprobs) -> Json:
-        top = [self._logprob(other, logprob) for other, logprob in token.top.items()]
-        return {**self._logprob(token.token, token.logprob), "top_logprobs": top}
 
-    def _logprob(self, token: int, logprob: float) -> Json:
-        text, token_bytes = self._tokenizer.token_text(token), self._tokenizer.token_bytes(token)
-        return {"token": text, "logprob": logprob, "bytes": list(token_bytes)}
+def token_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> list[Json]:
+    """Return OpenAI's log probabilities of the tokens of a chat."""
+
+    def logprob(token: int, value: float) -> Json:
+        text, token_bytes = tokenizer.token_text(token), tokenizer.token_bytes(token)
+        return {"token": text, "logprob": value, "bytes": list(token_bytes)}
+
+    return [
+        {
+            **logprob(token.token, token.logprob),
+            "top_logprobs": [logprob(other, value) for other, value in token.top.items()],
+        }
+        for token in tokens
+    ]

@@ -16,6 +16,7 @@ from serve.server.error_answers import REPLICAS_ENDED, add_error_answers, error_
 from serve.server.exchange import Exchange, exchange_of
 from serve.server.information_routes import add_information_routes
 from serve.server.json_body import JsonRoute
+from serve.server.response_routes import add_response_routes
 from serve.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def make_app(service: Service) -> FastAPI:
     app.router.route_class = JsonRoute
     add_error_answers(app)
     add_completion_routes(app, service)
+    add_response_routes(app, service)
     add_information_routes(app, service)
     if service.batches is None:
         refuse_batch_routes(app)

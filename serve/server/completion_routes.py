@@ -5,10 +5,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
@@ -33,8 +33,12 @@ from serve.server.replicas.stream import Busy, EngineError, Unavailable
 from serve.server.service import Service
 from serve.server.streams import Answer, TimedOut, event
 from stu.common.errors import UserError
+from stu.common.text import Json
 
 logger = logging.getLogger(__name__)
+
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+Event = TypeVar("Event")
 
 
 def add_completion_routes(app: FastAPI, service: Service) -> None:
@@ -65,6 +69,19 @@ async def _answer(
     request: Request,
     stream: StreamOptions | None,
 ) -> Response:
+    answer = await start_answer(service, endpoint, body, request)
+    try:
+        if stream is None:
+            return response_in_pieces(await unless_gone(request, answer.whole()))
+        return await _streamed(answer, stream, request)
+    except UserError as error:  # of the engine
+        raise endpoint.in_client_names(error) from error
+
+
+async def start_answer(
+    service: Service, endpoint: Endpoint[AnyBody], body: AnyBody, request: Request
+) -> Answer:
+    """Submit the requests of a body, and return the answer that they will have."""
     arrived = time.monotonic()
     if service.is_draining:
         raise Unavailable("the server is stopping: send the request to another one")
@@ -86,7 +103,7 @@ async def _answer(
     except (Busy, Unavailable):
         charge.settle(0)
         raise
-    answer = Answer(
+    return Answer(
         replicas=service.replicas,
         metrics=service.metrics,
         streams=streams,
@@ -101,12 +118,6 @@ async def _answer(
         on_end=partial(_ended, service, endpoint.operation, charge),
         prompts=prompts,
     )
-    try:
-        if stream is None:
-            return response_in_pieces(await _unless_gone(request, answer.whole()))
-        return await _streamed(answer, stream, request)
-    except UserError as error:  # of the engine
-        raise endpoint.in_client_names(error) from error
 
 
 def _charge(
@@ -163,12 +174,12 @@ def _prepare(
 
 async def _streamed(answer: Answer, options: StreamOptions, request: Request) -> Response:
     outputs = answer.outputs(keeps_logprobs=False)
-    first = await _unless_gone(request, anext(outputs))
+    first = await unless_gone(request, anext(outputs))
     events = answer.events(first, outputs, options)
     return StreamingResponse(
-        _with_error_event(answer, outputs, events),
+        with_last_events(answer, outputs, events, lambda error: [event(error)]),
         media_type="text/event-stream",
-        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        headers=STREAM_HEADERS,
     )
 
 
@@ -185,23 +196,27 @@ def response_in_pieces(body: list[bytes]) -> Response:
     return StreamingResponse(pieces(), media_type="application/json", headers=headers)
 
 
-async def _with_error_event(
-    answer: Answer, outputs: Any, events: AsyncIterator[str]
-) -> AsyncIterator[str]:
-    """Yield events; an error in mid-stream becomes the last one."""
+async def with_last_events(
+    answer: Answer,
+    outputs: Any,
+    events: AsyncIterator[Event],
+    last: Callable[[Json], Iterable[Event]],
+) -> AsyncIterator[Event]:
+    """Yield events; after an error in mid-stream, those that `last` makes of its body."""
     try:
-        async for text in events:
-            yield text
+        async for found in events:
+            yield found
     except Exception as error:
         if not isinstance(error, UserError | Unavailable | EngineError | TimedOut):
             fields = {"request_id": answer.exchange.request_id}
             logger.exception("a stream failed", extra={"fields": fields})
-        yield event(error_answer(error)[1])
+        for found in last(error_answer(error)[1]):
+            yield found
     finally:
         await outputs.aclose()
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
+async def unless_gone(request: Request, work: Any) -> Any:
     """Return the result of `work`, which is cancelled when the client goes away."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))

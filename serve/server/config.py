@@ -57,7 +57,8 @@ class ServerConfig:
     """Size limit of a request's body, in bytes."""
     batch_dir: Path | None = None
     """Folder on a local disk for the files of /v1/files and the batches of /v1/batches, which
-    continue after a restart; each server needs its own. Without it these paths are not served."""
+    continue after a restart; each server needs its own. Without it these paths are not served. With
+    it, responses of /v1/responses are stored there too, and otherwise in memory."""
     max_file_bytes: int = 512 * 2**20
     """Size limit of a file for a batch, in bytes. An upload may take as many times as long as
     another body as it may be larger."""
@@ -66,6 +67,9 @@ class ServerConfig:
     Beyond it uploads are refused."""
     max_batch_rows: int = 1_000_000
     """Number of rows that a batch may have."""
+    max_response_bytes: int = 64 * 2**20
+    """Size limit of all stored responses together, in bytes. Beyond it, those that were used least
+    recently are forgotten; 0 stores none."""
     header_timeout_seconds: float = 20.0
     """Time in seconds that a client may take to send the headers of a request."""
     body_timeout_seconds: float = 50.0
@@ -118,6 +122,8 @@ class ServerConfig:
         least = self.max_body_bytes
         is_size = is_whole(self.max_file_bytes) and self.max_file_bytes >= least
         self._require("max_file_bytes", is_size, f"a whole number >= {least}, max_body_bytes")
+        is_size = is_whole(self.max_response_bytes)
+        self._require("max_response_bytes", is_size, "a whole number >= 0")
         for name in (
             "header_timeout_seconds",
             "body_timeout_seconds",

@@ -21,13 +21,15 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = "1"
 REPLICAS_ENDED = "replicas_ended"
 """Code of the error of a request that several replicas ended during."""
+NOT_FOUND = ("model_not_found", "response_not_found")
+"""Codes of errors about something that does not exist."""
 
 
 def error_answer(error: Exception) -> tuple[int, Any]:
     """Return the status and the body for an error. Errors that are not known here are faults of the
     server, whose message no client gets."""
     if isinstance(error, UserError):
-        return 404 if error.code == "model_not_found" else 400, user_error_body(error)
+        return 404 if error.code in NOT_FOUND else 400, user_error_body(error)
     if isinstance(error, RateLimited):
         return 429, error_body(str(error), error.kind, code="rate_limit_exceeded")
     if isinstance(error, Busy):

@@ -46,7 +46,7 @@ class Exchange:
     headers: dict[str, str] = field(default_factory=dict)
     """Headers of the answer about the limits of the client."""
     owner: str = ""
-    """Digest of the client's key, which owns files and batches; empty without a key."""
+    """Digest of the client's key, which owns what the server stores; empty without a key."""
     is_background: bool = False
     """Whether all other requests go first and no time limit applies, as for rows of batches."""
     reason: str = ""

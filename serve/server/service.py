@@ -11,6 +11,8 @@ from serve.devices import choose_devices
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
+from serve.openai.responses.endpoint import Responses
+from serve.openai.responses.store import ResponseStore
 from serve.prompts import RequestBuilder
 from serve.sampling.grammar import Grammars
 from serve.server.access.limits import RateLimits
@@ -44,6 +46,8 @@ class Service:
     completions: TextCompletions
     chats: ChatCompletions
     embeddings: Embeddings
+    responses: Responses
+    stored: ResponseStore
     grammars: Grammars
     replicas: Replicas
     metrics: Metrics
@@ -102,17 +106,22 @@ def make_service(config: ServerConfig) -> Service:
             config.max_waiting,
         )
     )
+    chats = ChatCompletions(template, model.max_seq_len, chat_tokens, **of_completions)
+    batches = _batches(config, len(devices))
+    file = config.batch_dir and config.batch_dir / "responses.sqlite3"
     return Service(
         config,
         model,
         tokenizer,
         TextCompletions(**of_completions),
-        ChatCompletions(template, model.max_seq_len, chat_tokens, **of_completions),
+        chats,
         Embeddings(model.width, **common),
+        Responses(chats, **common),
+        ResponseStore(file, config.max_response_bytes),
         Grammars(tokenizer),
         replicas,
         Metrics(replicas, config.metric_prefix, config.name),
-        _batches(config, len(devices)),
+        batches,
         tracing=_tracing(config.otlp_traces_endpoint),
     )
 

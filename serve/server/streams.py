@@ -100,7 +100,7 @@ class Answer:
         """
         has_usage = bool(options.include_usage)
         with_usage: Json = {"usage": None} if has_usage else {}
-        async for index, output in _chained(first, rest):
+        async for index, output in chained(first, rest):
             piece = piece_of(output)
             is_last = piece.finish_reason is not None
             if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
@@ -108,7 +108,7 @@ class Answer:
                 if has_usage and options.continuous_usage_stats:
                     with_usage = {"usage": self.usage()}
                 values = {**self.frame, "choices": [choice], **with_usage}
-                yield event(_padded(values) if options.include_obfuscation else values)
+                yield event(padded(values) if options.include_obfuscation else values)
         if has_usage:
             yield event({**self.frame, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
@@ -252,16 +252,17 @@ def _error_of(output: Output, stream: Stream) -> Exception:
     return EngineError(output.error)
 
 
-def _padded(values: Json) -> Json:
+def padded(values: Json) -> Json:
     """Return `values` with random text that makes their length a multiple of `PADDED_BYTES`."""
     filled = {**values, "obfuscation": ""}
     missing = -len(event(filled).encode()) % PADDED_BYTES
     return {**filled, "obfuscation": secrets.token_hex(missing)[:missing]}
 
 
-async def _chained(
+async def chained(
     first: tuple[int, Output], rest: AsyncIterator[tuple[int, Output]]
 ) -> AsyncIterator[tuple[int, Output]]:
+    """Yield the first output and the rest."""
     yield first
     async for indexed in rest:
         yield indexed

@@ -1,0 +1,132 @@
+"""Responses that the server remembers, in SQLite: in memory, or in a file that outlives it."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from stu.common.errors import UserError
+from stu.common.text import Json
+
+CREATE = """
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    response TEXT NOT NULL,
+    items TEXT NOT NULL,
+    previous TEXT,
+    bytes INTEGER NOT NULL,
+    used INTEGER NOT NULL
+)
+"""
+VERSION = 1
+"""Version of the table."""
+MOST_TURNS = 1024
+"""Limit of the responses that one follows."""
+
+
+class ResponseStore:
+    """Stored responses, each with the items of its input.
+
+    Those that were used least recently make room. It may be used from any thread.
+
+    Args:
+        path: File of the database. None: it is in memory.
+        most_bytes: Limit of the JSON of all responses together.
+    """
+
+    def __init__(self, path: Path | None, most_bytes: int) -> None:
+        self._most_bytes, self._lock = most_bytes, threading.Lock()
+        self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
+        with self._lock, self._database as database:
+            database.execute("PRAGMA journal_mode=WAL")
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version not in (0, VERSION):
+                reason = f"its table has version {version}, and this program knows {VERSION}"
+                raise UserError(message=f"{path}: {reason}: give another folder")
+            database.execute(CREATE)
+            database.execute(f"PRAGMA user_version={VERSION}")
+            database.execute("CREATE INDEX IF NOT EXISTS by_use ON responses (used)")
+            counts = "SELECT COALESCE(SUM(bytes), 0), COALESCE(MAX(used), 0) FROM responses"
+            self._num_bytes, self._num_uses = database.execute(counts).fetchone()
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._database.close()
+
+    def add(self, owner: str, response: Json, items: Sequence[Json]) -> None:
+        """Store a response. One that is larger than the limit is not stored."""
+        texts = json.dumps(response), json.dumps(list(items))
+        num_bytes = sum(map(len, texts))
+        if num_bytes > self._most_bytes:
+            return
+        with self._lock, self._database as database:
+            self._num_uses += 1
+            self._num_bytes += num_bytes
+            previous = response["previous_response_id"]
+            row = (response["id"], owner, *texts, previous, num_bytes, self._num_uses)
+            database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            while self._num_bytes > self._most_bytes:
+                oldest = "SELECT id, bytes FROM responses ORDER BY used LIMIT 1"
+                self._remove(*database.execute(oldest).fetchone())
+
+    def response(self, owner: str, response_id: str) -> Json:
+        """Return a response. Raises UserError if there is none with this id."""
+        with self._lock:
+            return dict(json.loads(self._row(owner, response_id)[0]))
+
+    def items(self, owner: str, response_id: str) -> list[Json]:
+        """Return the items of the input of a response. Raises UserError as `response`."""
+        with self._lock:
+            return list(json.loads(self._row(owner, response_id)[1]))
+
+    def conversation(self, owner: str, response_id: str) -> list[Json]:
+        """Return the items of a response and of all that it follows: input, output, and so on.
+
+        Calls that were cut off are left out. Raises UserError if one of them is not stored.
+        """
+        turns: list[list[Json]] = []
+        next_id: str | None = response_id
+        with self._lock, self._database as database:
+            while next_id is not None and len(turns) < MOST_TURNS:
+                response, items, previous = self._row(owner, next_id)
+                self._num_uses += 1
+                use = "UPDATE responses SET used = ? WHERE id = ?"
+                database.execute(use, (self._num_uses, next_id))
+                turns.append([*json.loads(items), *json.loads(response)["output"]])
+                next_id = previous
+        found = [item for turn in reversed(turns) for item in turn]
+        return [
+            item
+            for item in found
+            if item["type"] != "function_call" or item["status"] == "completed"
+        ]
+
+    def delete(self, owner: str, response_id: str) -> None:
+        """Forget a response. Raises UserError as `response`."""
+        with self._lock, self._database as database:
+            self._row(owner, response_id)
+            size = "SELECT bytes FROM responses WHERE id = ?"
+            self._remove(response_id, database.execute(size, (response_id,)).fetchone()[0])
+
+    def _row(self, owner: str, response_id: str) -> tuple[Any, ...]:
+        query = "SELECT response, items, previous FROM responses WHERE id = ? AND owner = ?"
+        with closing(self._database.execute(query, (response_id, owner))) as cursor:
+            row: tuple[Any, ...] | None = cursor.fetchone()
+        if row is None:
+            raise UserError(
+                "response_id",
+                response_id,
+                message=f"no stored response has the id {response_id[:100]!r}: it was not stored, "
+                "was deleted, or has made room for others",
+                code="response_not_found",
+            )
+        return row
+
+    def _remove(self, response_id: str, num_bytes: int) -> None:
+        self._database.execute("DELETE FROM responses WHERE id = ?", (response_id,))
+        self._num_bytes -= num_bytes

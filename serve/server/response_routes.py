@@ -1,0 +1,201 @@
+"""Routes of OpenAI's responses."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+
+from serve.completion import piece_of
+from serve.openai.responses.body import ResponseBody
+from serve.openai.responses.items import Item, read_items
+from serve.openai.responses.writer import ResponseWriter
+from serve.request import Output
+from serve.server.completion_routes import (
+    STREAM_HEADERS,
+    response_in_pieces,
+    start_answer,
+    unless_gone,
+    with_last_events,
+)
+from serve.server.exchange import exchange_of
+from serve.server.replicas.slices import json_slices, pieces
+from serve.server.service import Service
+from serve.server.streams import Answer, chained, padded
+from stu.common.errors import UserError
+from stu.common.text import Json, json_line
+
+MOST_LISTED = 100
+
+
+def add_response_routes(app: FastAPI, service: Service) -> None:
+    """Add `/v1/responses` and what concerns stored ones."""
+    _add_create(app, service)
+    _add_stored(app, service)
+
+
+def _add_create(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/responses")
+    async def create(body: ResponseBody, request: Request) -> Response:
+        exchange = exchange_of(request.scope)
+        if exchange.is_background:  # a row of a batch, whose results are files
+            body = body.model_copy(update={"store": False})
+        whole = await _with_history(service, body, request)
+        answer = await start_answer(service, service.responses, whole, request)
+        writer = service.responses.writer(
+            secrets.token_hex(24), int(time.time()), body, answer.streams[0].request
+        )
+
+        async def save() -> None:
+            if body.store is not False:
+                items = _numbered(body.items, writer.response["id"])
+                arguments = exchange.owner, writer.response, items
+                await service.threads.run(exchange.client, service.stored.add, *arguments)
+
+        outputs = answer.outputs(keeps_logprobs=False)
+        try:
+            if not body.stream:
+                whole_answer = _whole(answer, outputs, writer, save)
+                return response_in_pieces(await unless_gone(request, whole_answer))
+            first = await unless_gone(request, anext(outputs))
+        except UserError as error:  # of the engine
+            raise service.responses.in_client_names(error) from error
+        options = body.stream_options
+        is_padded = options is not None and bool(options.include_obfuscation)
+        events = _events(answer, first, outputs, writer, save)
+        texts = with_last_events(answer, outputs, events, writer.fail)
+        return StreamingResponse(
+            _sent(texts, is_padded), media_type="text/event-stream", headers=STREAM_HEADERS
+        )
+
+    @app.post("/v1/responses/input_tokens")
+    async def input_tokens(body: ResponseBody, request: Request) -> Json:
+        service.require_served(body.model)
+        whole = await _with_history(service, body, request)
+        client = exchange_of(request.scope).client
+        (counted,) = await service.threads.run(client, service.responses.requests, 0, whole)
+        count = len(counted.prompt_token_ids)
+        return {"object": "response.input_tokens", "input_tokens": count}
+
+
+def _add_stored(app: FastAPI, service: Service) -> None:
+    stored = service.stored
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve(response_id: str, request: Request, stream: bool = False) -> Json:
+        if stream:
+            raise UserError("stream", True, fix="a stored response is whole, leave it out")
+        exchange = exchange_of(request.scope)
+        return await service.threads.run(
+            exchange.client, stored.response, exchange.owner, response_id
+        )
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str, request: Request) -> Json:
+        exchange = exchange_of(request.scope)
+        await service.threads.run(exchange.client, stored.delete, exchange.owner, response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel(response_id: str) -> Json:
+        fix = "only responses in the background can be cancelled, and there are none"
+        raise UserError("response_id", response_id, fix=fix)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(
+        response_id: str,
+        request: Request,
+        after: str | None = None,
+        limit: int = 20,
+        order: str = "desc",
+    ) -> Json:
+        if not 1 <= limit <= MOST_LISTED:
+            raise UserError("limit", limit, f"from 1 to {MOST_LISTED}")
+        if order not in ("asc", "desc"):
+            raise UserError("order", order, "asc or desc")
+        exchange = exchange_of(request.scope)
+        items = await service.threads.run(
+            exchange.client, stored.items, exchange.owner, response_id
+        )
+        if order == "desc":
+            items.reverse()
+        ids = [item["id"] for item in items]
+        if after is not None and after not in ids:
+            raise UserError("after", after, "the id of an item of this response")
+        begin = 0 if after is None else ids.index(after) + 1
+        page = items[begin : begin + limit]
+        return {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": begin + limit < len(items),
+        }
+
+
+async def _with_history(service: Service, body: ResponseBody, request: Request) -> ResponseBody:
+    """Return the body with the items of the responses that it follows before its own."""
+    if body.previous_response_id is None:
+        return body
+    exchange = exchange_of(request.scope)
+
+    def conversation() -> list[Item]:
+        items = service.stored.conversation(exchange.owner, str(body.previous_response_id))
+        return read_items(items)
+
+    try:
+        earlier = await service.threads.run(exchange.client, conversation)
+    except UserError as error:
+        code = "previous_response_not_found"
+        value = body.previous_response_id
+        raise UserError("previous_response_id", value, message=str(error), code=code) from error
+    return body.model_copy(update={"input": [*earlier, *body.items]})
+
+
+async def _whole(
+    answer: Answer,
+    outputs: AsyncIterator[tuple[int, Output]],
+    writer: ResponseWriter,
+    save: Callable[[], Awaitable[None]],
+) -> list[bytes]:
+    writer.begin()
+    output = Output(0)
+    async for _, output in outputs:
+        writer.write(piece_of(output))
+    writer.end(answer.usage(), output.finish_reason == "length", int(time.time()))
+    await save()
+    return await asyncio.to_thread(lambda: list(pieces(json_slices(writer.response))))
+
+
+async def _events(
+    answer: Answer,
+    first: tuple[int, Output],
+    rest: AsyncIterator[tuple[int, Output]],
+    writer: ResponseWriter,
+    save: Callable[[], Awaitable[None]],
+) -> AsyncIterator[Json]:
+    for event in writer.begin():
+        yield event
+    output = first[1]
+    async for _, output in chained(first, rest):
+        for event in writer.write(piece_of(output)):
+            yield event
+    last = writer.end(answer.usage(), output.finish_reason == "length", int(time.time()))
+    # Before its client may ask for it.
+    await save()
+    for event in last:
+        yield event
+
+
+async def _sent(events: AsyncIterator[Json], is_padded: bool) -> AsyncIterator[str]:
+    async for event in events:
+        if is_padded and "delta" in event:
+            event = padded(event)
+        yield f"event: {event['type']}\ndata: {json_line(event)}\n\n"
+
+
+def _numbered(items: Sequence[Item], response_id: str) -> list[Json]:
+    suffix = response_id.partition("_")[2]
+    return [item.written(f"{item.prefix}_{suffix}_in{index}") for index, item in enumerate(items)]
