@@ -141,7 +141,9 @@ def _ended(service: Service, operation: str, charge: Charge, answer: Answer) -> 
     """Give a client back what it did not use, count the rest for its key, and send the trace."""
     usage = answer.usage()
     if service.tracing is not None:
-        service.tracing.record(operation, service.config.name, answer)
+        exchange = answer.exchange
+        names = operation, service.config.name, exchange.request_id
+        service.tracing.record(*names, exchange.trace_context, answer)
     charge.settle(usage["total_tokens"])
     if (key := answer.exchange.key) is not None:
         answer.metrics.count_use(key.name, usage["prompt_tokens"], usage["completion_tokens"])

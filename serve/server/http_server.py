@@ -24,8 +24,8 @@ from serve.server.connections import Connections, connection_limit
 from serve.server.exchange import Exchanges
 from serve.server.guard import MAX_HEADER_BYTES, Guard
 from serve.server.listening import tls_context, url_of
-from serve.server.operating.read_again import read_again
 from serve.server.service import Service, make_service
+from stu.common.errors import UserError
 from stu.common.processes import Hangups
 
 logger = logging.getLogger("stu")
@@ -130,8 +130,32 @@ class HttpServer(uvicorn.Server):
         """Run the periodic callback, and what SIGHUP asks for; return whether the server stops."""
         self._on_tick()
         if self._hangups.take():
-            read_again(self._config, self._keys, self._connections)
+            self._read_again()
         return await super().on_tick(counter)
+
+    def _read_again(self) -> None:
+        """Use the keys and the certificate that the files have now. What cannot be used is logged,
+        and the old one stays."""
+        path, certificate = self._keys.path, self._config.tls_certificate
+        if path is None and certificate is None:
+            logger.warning(
+                "SIGHUP is ignored: there is no file of --api-keys or --tls-certificate to read "
+                "again; send SIGTERM to stop"
+            )
+        if path is not None:
+            try:
+                self._keys.read()
+            except (UserError, OSError) as error:
+                logger.error("the old API keys stay valid: %s", error)
+            else:
+                logger.info("%d API keys were read from %s", len(self._keys), path)
+        if certificate is not None:
+            try:
+                self._connections.context = tls_context(self._config)
+            except OSError as error:
+                logger.error("the old certificate stays in use: %s", error)
+            else:
+                logger.info("the certificate was read from %s", certificate)
 
     async def _load(self) -> None:
         try:

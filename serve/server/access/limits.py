@@ -50,7 +50,7 @@ class RateLimited(Exception):
 
 
 class Allowance:
-    """What a client may still use."""
+    """Requests or tokens that a client may still use."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.per_minute = per_minute
@@ -74,7 +74,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Charge:
-    """What a request was charged for."""
+    """Tokens that a request was charged for."""
 
     tokens: Allowance | None
     num_tokens: int

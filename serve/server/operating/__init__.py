@@ -1,1 +1,1 @@
-"""What operators ask of a server that runs: traces, new keys and certificates, another model."""
+"""Operating a server that runs: traces of its requests."""

@@ -8,6 +8,8 @@ OTEL_EXPORTER_OTLP_HEADERS.
 """
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -18,11 +20,28 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import stu
 from serve.server.replicas.stream import Stream
-from serve.server.streams import Answer
 from stu.common.errors import UserError
+from stu.common.text import Json
 
 SPAN_NAME = "llm_request"
 NANOSECONDS = 1_000_000_000
+
+
+class Answer(Protocol):
+    """The answer to a body whose requests have ended."""
+
+    arrived: float
+    """Time of the arrival of the body, by the monotonic clock."""
+    streams: Sequence[Stream]
+    choices_per_prompt: int
+    error: Exception | None
+    """Why a request failed."""
+
+    def usage(self) -> Json:
+        """Return OpenAI's numbers of tokens."""
+
+    def finish_reasons(self) -> list[str]:
+        """Return why each choice has ended."""
 
 
 class Tracing:
@@ -36,12 +55,21 @@ class Tracing:
         self._tracer = self._provider.get_tracer("stu", stu.__version__)
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(self, operation: str, model: str, answer: Answer) -> None:
+    def record(
+        self,
+        operation: str,
+        model: str,
+        request_id: str,
+        trace_context: Mapping[str, str],
+        answer: Answer,
+    ) -> None:
         """Send the spans of a body whose requests have just ended.
 
         Args:
             operation: Its name: text_completion, chat or embeddings.
             model: Name of the model.
+            request_id: Id of the request.
+            trace_context: Headers of the request that name its trace.
             answer: The answer to the body.
         """
         now, offset = time.monotonic(), time.time_ns() - time.monotonic_ns()
@@ -51,13 +79,14 @@ class Tracing:
 
         span = self._tracer.start_span(
             SPAN_NAME,
-            self._propagator.extract(answer.exchange.trace_context),
+            self._propagator.extract(trace_context),
             SpanKind.SERVER,
             start_time=nanoseconds(answer.arrived),
         )
         if span.is_recording():
             span.set_attribute("gen_ai.operation.name", operation)
             span.set_attribute("gen_ai.response.model", model)
+            span.set_attribute("gen_ai.request.id", request_id)
             _describe(span, answer, now)
             context = set_span_in_context(span)
             for index, stream in enumerate(answer.streams):
@@ -94,7 +123,6 @@ def _describe(span: Span, answer: Answer, now: float) -> None:
     sampling = first.request.sampling
     span.set_attributes(
         {
-            "gen_ai.request.id": answer.exchange.request_id,
             "gen_ai.request.n": answer.choices_per_prompt,
             "gen_ai.request.max_tokens": sampling.max_new_tokens,
             "gen_ai.request.temperature": sampling.temperature,

@@ -8,7 +8,6 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from serve.server.exchange import Exchange
 from serve.server.operating.tracing import Tracing
 from serve.server.replicas.stream import Stream
 from tests.serve.requests import make_request
@@ -34,11 +33,10 @@ def stream(number, *moments):
     return made
 
 
-def answer(arrived, *streams, error=None, **context):
-    """An answer whose requests have ended."""
+def record(tracing, arrived, *streams, error=None, context=()):
+    """Record an answer whose requests have ended."""
     usage = {"prompt_tokens": 3, "completion_tokens": 5}
-    return SimpleNamespace(
-        exchange=Exchange("own", trace_context=context),
+    answer = SimpleNamespace(
         arrived=arrived,
         streams=streams,
         choices_per_prompt=2,
@@ -46,6 +44,7 @@ def answer(arrived, *streams, error=None, **context):
         finish_reasons=lambda: ["length"] * len(streams),
         error=error,
     )
+    tracing.record("chat", "m", "own", dict(context), answer)
 
 
 def seconds(span):
@@ -57,7 +56,7 @@ def test_a_request_is_a_span_with_a_span_for_each_phase(tracing, collector):
     context = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
     first = stream(0, arrived + 2, arrived + 3, arrived + 7)
     second = stream(1, arrived + 4, arrived + 5, arrived + 6)
-    tracing.record("chat", "m", answer(arrived, first, second, **context))
+    record(tracing, arrived, first, second, context=context)
     *phases, span = collector.get_finished_spans()
     assert (span.name, span.kind) == ("llm_request", SpanKind.SERVER)
     assert format(span.context.trace_id, "032x") == TRACE
@@ -103,8 +102,8 @@ def test_a_request_is_a_span_with_a_span_for_each_phase(tracing, collector):
 
 def test_requests_that_end_early_have_the_phases_that_began(tracing, collector):
     arrived = time.monotonic() - 10
-    tracing.record("chat", "m", answer(arrived, stream(0), error=TimeoutError("too late")))
-    tracing.record("chat", "m", answer(arrived, stream(0, arrived + 1)))
+    record(tracing, arrived, stream(0), error=TimeoutError("too late"))
+    record(tracing, arrived, stream(0, arrived + 1))
     queue, span, _, prefill, _ = collector.get_finished_spans()
     assert (queue.name, prefill.name) == ("queue", "prefill")
     assert queue.end_time == span.end_time
@@ -115,7 +114,7 @@ def test_requests_that_end_early_have_the_phases_that_began(tracing, collector):
 
 @pytest.mark.parametrize("header", ["", "garbage", f"00-{TRACE}-{'0' * 16}-01"])
 def test_a_request_without_a_valid_parent_begins_a_trace(tracing, collector, header):
-    tracing.record("chat", "m", answer(time.monotonic(), stream(0), traceparent=header))
+    record(tracing, time.monotonic(), stream(0), context={"traceparent": header})
     span = collector.get_finished_spans()[-1]
     assert span.parent is None
     assert format(span.context.trace_id, "032x") != TRACE
@@ -123,12 +122,12 @@ def test_a_request_without_a_valid_parent_begins_a_trace(tracing, collector, hea
 
 def test_a_trace_that_is_not_sampled_has_no_spans(tracing, collector):
     context = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
-    tracing.record("chat", "m", answer(time.monotonic(), stream(0), **context))
+    record(tracing, time.monotonic(), stream(0), context=context)
     assert not collector.get_finished_spans()
 
 
 def test_the_environment_names_the_service(monkeypatch, collector):
     monkeypatch.setenv("OTEL_SERVICE_NAME", "chat")
     tracing = Tracing(SimpleSpanProcessor(collector))
-    tracing.record("chat", "m", answer(time.monotonic(), stream(0)))
+    record(tracing, time.monotonic(), stream(0))
     assert collector.get_finished_spans()[0].resource.attributes["service.name"] == "chat"
