@@ -8,6 +8,7 @@ from stu.common.errors import UserError, setting_name
 
 EngineWeights = Literal["float", "int8", "fp8"]
 """Format of the weights of dense layers while they decode."""
+MOST_DRAFTS = 31
 INVARIANT_ROWS = 8
 """Rows that go through the model together under `batch_invariant`."""
 
@@ -45,6 +46,13 @@ class EngineConfig:
     times as fast as float32 and twice as fast as bfloat16; products differ by about 1%. fp8: floats
     of 8 bits, on GPUs that have them. float: the dtype of the model. None: as in the model
     directory."""
+    speculate: Literal["ngram"] | None = None
+    """How next tokens are guessed, so that a step confirms several of a request. ngram: as those
+    that followed the same few tokens earlier in the prompt or the new text. It helps where text
+    repeats itself, while at most four requests decode, and is left out where guesses are wrong. The
+    distribution of the text is the same. Not on CUDA. None: not at all."""
+    num_speculative_tokens: int = 7
+    """Most tokens of a request that a step guesses."""
     batch_invariant: bool = False
     """Compute a request's logits to the last bit independently of the other requests. Slower."""
     overlap: bool | None = None
@@ -54,6 +62,11 @@ class EngineConfig:
     enforce_eager: bool = False
     """Launch each operation of a decoding step by itself, and not all at once as a CUDA graph.
     Slower; it starts sooner, and takes less memory. No effect on a CPU."""
+
+    @property
+    def most_drafts(self) -> int:
+        """Most tokens that a step takes of a request besides the one that is known."""
+        return 0 if self.speculate is None else self.num_speculative_tokens
 
     def __post_init__(self) -> None:
         gib, page_len, expected = self.cache_gib, self.page_len, self.expected_new_tokens
@@ -69,6 +82,10 @@ class EngineConfig:
             self._require(name, is_whole(count) and count >= 1, "a whole number >= 1")
         is_count = expected is None or (is_whole(expected) and expected >= 1)
         self._require("expected_new_tokens", is_count, "a whole number >= 1, or null")
+        self._require("speculate", self.speculate in (None, "ngram"), "ngram, or null for none")
+        drafts = self.num_speculative_tokens
+        is_count = is_whole(drafts) and 1 <= drafts <= MOST_DRAFTS
+        self._require("num_speculative_tokens", is_count, f"a whole number from 1 to {MOST_DRAFTS}")
         is_cache = self.convolution_cache in (None, "state", "pages")
         self._require("convolution_cache", is_cache, "state or pages, or null to choose by itself")
         is_format = self.weights in (None, "float", "int8", "fp8")
@@ -79,6 +96,8 @@ class EngineConfig:
         self._require("overlap", is_switch, "true or false, or null to choose by the device")
         for name in ("batch_invariant", "enforce_eager"):
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
+        if self.overlap and self.speculate is not None:
+            raise UserError("overlap", True, f"false or null with {setting_name('speculate')}")
         if self.batch_invariant and expected is not None:
             raise UserError(
                 "expected_new_tokens",

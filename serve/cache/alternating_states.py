@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from serve.cache.base import CachePlan
+from serve.cache.drafted_states import DraftedStates
 from serve.cache.realised_layers import realised_layers
-from serve.cache.spectral_state import MOST_INPUTS, SpectralStates
+from serve.cache.spectral_state import MOST_INPUTS
 from serve.cache.state_steps import AlternatingStep
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
@@ -13,7 +14,7 @@ from stu.model import FlashSTU
 from stu.realisation import Realisation
 
 
-class AlternatingStates(SpectralStates):
+class AlternatingStates(DraftedStates):
     """States of two signals with the same filters: the inputs, and the inputs with the sign of
     their place, `(-1)^t u[t]`, whose outputs take that sign back.
 
@@ -37,6 +38,7 @@ class AlternatingStates(SpectralStates):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(realisation, layers, streams, max_rows, page_len, 1, dtype, basis.device)
+        self.streams = streams
         self._filters = basis[:MOST_INPUTS].to(dtype)
         num_filters = basis.shape[1]
         self._outputs = torch.from_numpy(realisation.outputs).to(basis.device)
@@ -99,19 +101,29 @@ class AlternatingStates(SpectralStates):
         return outputs.to(inputs.dtype)
 
     def step(self, layer: int, inputs: Tensor, first: int = 0) -> Tensor:
-        place = (self._time + self._offsets[layer]) % self._page_len
-        streams = self._states.shape[-1]
-        signal = inputs[:, 0].view(-1, streams).to(self._filters.dtype)  # [B, S]
+        if self._tokens:
+            return self._step_drafts(layer, inputs, first)
+        place = self._clocks.time + self._offsets[layer]
+        outputs = inputs.new_zeros(inputs.shape)
+        for run in self._group(first, len(inputs) // self.streams):
+            own = (place + run.ahead) % self._page_len
+            part = slice(run.places.start * self.streams, run.places.stop * self.streams)
+            outputs[part] = self._step_rows(layer, own, run.rows, inputs[part])
+        return outputs
+
+    def _page_tensors(self) -> list[Tensor]:
+        return [self._inputs, self._narrow]
+
+    def _step_rows(self, layer: int, place: int, rows: slice, inputs: Tensor) -> Tensor:
+        signal = inputs[:, 0].view(-1, self.streams).to(self._filters.dtype)  # [B, S]
         sign = self._signs[place % 2]
-        outputs = inputs.new_zeros(len(signal), streams, 2, self._reach.shape[1])
-        for places, rows in self._group(first, len(signal)):
-            self._inputs[rows, layer, 0, place] = signal[places]
-            self._inputs[rows, layer, 1, place] = signal[places] * sign
-            steps = place - torch.from_numpy(self._joined_at[rows, layer]).to(self._reach.device)
-            mixed = self._reach[steps][:, None] @ self._narrow[rows, layer]  # [B, 2, K, S]
-            mixed += self._near[place] @ self._inputs[rows, layer]
-            mixed[:, 1] *= sign
-            outputs[places] = mixed.permute(0, 3, 1, 2).to(inputs.dtype)
+        self._inputs[rows, layer, 0, place] = signal
+        self._inputs[rows, layer, 1, place] = signal * sign
+        steps = place - torch.from_numpy(self._joined_at[rows, layer]).to(self._reach.device)
+        mixed = self._reach[steps][:, None] @ self._narrow[rows, layer]  # [B, 2, K, S]
+        mixed += self._near[place] @ self._inputs[rows, layer]
+        mixed[:, 1] *= sign
+        outputs: Tensor = mixed.permute(0, 3, 1, 2).to(inputs.dtype)  # [B, S, 2, K]
         return outputs.flatten(2).flatten(0, 1)  # [B S, 2 K]
 
     def static_step(self, alone: bool) -> AlternatingStep:

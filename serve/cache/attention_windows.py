@@ -9,25 +9,30 @@ least.
 A snapshot shares the full pages of a window, and has a copy of the last one if it is not full.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot
+from serve.cache.base import Cache, CachePlan, CacheSize, DraftedToken, Snapshot
 from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
 from serve.cache.static_step import Numbers
 from serve.cache.window_blocks import (
     BLOCK_BYTES,
+    PagedWindow,
     SequenceWindow,
     WindowBlock,
+    attend_block,
+    draft_blocks,
+    drafted_window,
     on_device,
     window_blocks,
 )
 from serve.cache.window_step import WindowStep, window_pages
 from serve.config import EngineConfig
-from stu.attention import attend, sliding_window_attention, window_slopes
+from stu.attention import sliding_window_attention, window_slopes
 from stu.common.errors import UserError
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
@@ -38,14 +43,15 @@ class AttentionCache(Cache):
 
     Args:
         pool: Pages `[attention layers, 2, page_len, heads, head_dim]`, keys and values.
+        most_drafts: Most tokens of a row that a step takes besides the first.
     """
 
     pool: PagePool
 
-    def __init__(self, window: KeyWindow, pool: PagePool) -> None:
-        self._window, self.pool = window, pool
-        self._page_len = pool.pages.shape[3]
-        self._slopes = window_slopes(window).to(pool.pages.device)
+    def __init__(self, window: KeyWindow, pool: PagePool, most_drafts: int = 0) -> None:
+        self._window, self.pool, self._most_drafts = window, pool, most_drafts
+        self._page_len, self._device = pool.pages.shape[3], pool.pages.device
+        self._slopes = window_slopes(window).to(self._device)
         self._windows: dict[int, SequenceWindow] = {}
         self._rows: list[int] = []
         self._promised = 0
@@ -58,6 +64,8 @@ class AttentionCache(Cache):
         num_pages = max(window_pages(window, self._page_len), BLOCK_BYTES // page.nbytes)
         self._gathered = page.new_empty(2, num_pages, *page.shape)
         self._blocks: list[WindowBlock] = []
+        self._num_drafted = Counter[int]()
+        """Tokens of each row in a step of drafts."""
 
     @classmethod
     def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
@@ -71,14 +79,14 @@ class AttentionCache(Cache):
             )
         window, page_len = windows[0], config.page_len
         numbers = len(windows) * 2 * page_len * window.num_heads * window.head_dim
-        pages = pages_for(model.config.max_seq_len, page_len)
-        pages = min(pages, window_pages(window, page_len))
+        pages, drafts = pages_for(model.config.max_seq_len, page_len), config.most_drafts
+        pages = min(pages, window_pages(window, page_len, drafts))
         weight = model.embedding.weight
-        page_bytes = numbers * weight.element_size()
+        place, page_bytes = (weight.dtype, weight.device), numbers * weight.element_size()
         shape = len(windows), 2, page_len, window.num_heads, window.head_dim
         return CachePlan(
             CacheSize(page_bytes, page_bytes, pages, pages, pages, page_bytes, pages - 1),
-            lambda count: cls(window, PagePool(count + 1, shape, weight.dtype, weight.device)),
+            lambda count: cls(window, PagePool(count + 1, shape, *place), drafts),
         )
 
     @property
@@ -112,7 +120,7 @@ class AttentionCache(Cache):
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         pages = pages_for(prompt_tokens + new_tokens, self._page_len)
-        return min(pages, window_pages(self._window, self._page_len))
+        return min(pages, window_pages(self._window, self._page_len, self._most_drafts))
 
     def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
         promised = self.pages_needed(prompt_tokens, new_tokens)
@@ -173,7 +181,7 @@ class AttentionCache(Cache):
         self._allocate(row, num_pages - len(sequence.pages))
         kept = np.arange(max(before, first_page * page_len), sequence.length)
         own_pages = np.array(sequence.pages)[kept // page_len - first_page]
-        device = self.pool.pages.device
+        device = self._device
         sequence.earlier_pages = on_device(np.array(earlier_pages, dtype=np.int64), device)
         sequence.new_slots = on_device(own_pages, device), on_device(kept % page_len, device)
 
@@ -191,27 +199,48 @@ class AttentionCache(Cache):
         if end := sequence.length % self._page_len:
             pages[sequence.pages[-1], :, end:].zero_()  # what is masked must be finite as well
         seen = torch.cat([earlier, both], 1)[:, None]
-        return sliding_window_attention(
-            queries,
-            seen[0],
-            seen[1],
-            self._slopes,
-            self._window.window_tokens,
-            self._window.softcap,
-        )
+        scores = self._slopes, self._window.window_tokens, self._window.softcap
+        return sliding_window_attention(queries, seen[0], seen[1], *scores)
 
     def begin_step(self, rows: list[int], alone: bool) -> None:
-        windows, pages, places = self._slide(rows), [], []
+        windows = self._slide(rows)
         for sequence in windows:
-            page, place = divmod(sequence.length, self._page_len)
-            if place == 0:
+            if sequence.length % self._page_len == 0:
                 self.pool.pages[sequence.pages[-1]] = 0
-            pages.append(sequence.pages[page - sequence.first_page])
-            places.append(place)
-        device = self.pool.pages.device
+        self._blocks = list(window_blocks(windows, *self._place(windows), alone, self._device))
+
+    def begin_drafts(self, tokens: Sequence[DraftedToken], alone: bool) -> None:
+        page_len, self._num_drafted = self._page_len, Counter(token.row for token in tokens)
+        for row, sequence in zip(
+            sorted(self._num_drafted), self._slide(sorted(self._num_drafted)), strict=True
+        ):
+            first, last = sequence.length, sequence.length + self._num_drafted[row] - 1
+            self._allocate(row, last // page_len + 1 - sequence.first_page - len(sequence.pages))
+            for page in sequence.pages[pages_for(first, page_len) - sequence.first_page :]:
+                self.pool.pages[page] = 0
+        shape = self._window.window_tokens, page_len
+        windows = [drafted_window(self._windows[row], ahead, *shape) for row, ahead in tokens]
+        self._blocks = list(draft_blocks(windows, *self._place(windows), self._device))
+
+    def keep(self, row: int, num_tokens: int) -> None:
+        sequence, page_len = self._windows[row], self._page_len
+        sequence.length += num_tokens
+        if num_tokens == self._num_drafted[row]:
+            return
+        count = (sequence.length - 1) // page_len + 1 - sequence.first_page
+        self.pool.free(row, sequence.pages[count:])
+        del sequence.pages[count:]
+        if end := sequence.length % page_len:
+            self.pool.pages[sequence.pages[-1], :, :, end:] = 0
+
+    def _place(self, windows: Sequence[PagedWindow]) -> tuple[int, int]:
+        """Let a step write to the ends of some windows. Return the positions of a page, and the
+        bytes of its keys in a layer."""
+        length, device = self._page_len, self._device
+        pages = [own.pages[own.length // length - own.first_page] for own in windows]
+        places = [own.length % length for own in windows]
         self._slots = torch.tensor(pages, device=device), torch.tensor(places, device=device)
-        page_bytes = self.pool.page_bytes // (2 * len(self.pool.pages[0]))
-        self._blocks = list(window_blocks(windows, self._page_len, page_bytes, alone, device))
+        return length, self.pool.page_bytes // (2 * len(self.pool.pages[0]))
 
     def step(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, first: int = 0
@@ -221,40 +250,17 @@ class AttentionCache(Cache):
         All are `[B, 1, heads, head_dim]`. Those beyond the rows of the batch are padding, and their
         outputs are 0.
         """
-        window = self._window
         pages, places = (slots[first : first + len(queries)] for slots in self._slots)
         for kind, new in enumerate((keys, values)):
             new = new[: len(pages), 0].to(self.pool.pages.dtype)
             self.pool.pages[pages, layer, kind, places] = new
-        dtype = torch.promote_types(queries.dtype, torch.float32)
         outputs = torch.zeros_like(queries)
-        for rows, tables, distances in self._blocks:
-            if not first <= rows.start < first + len(queries):
-                continue
-            here = slice(rows.start - first, rows.stop - first)
-            keys_seen, values_seen = (
-                torch.index_select(
-                    self.pool.pages[:, layer, kind],
-                    0,
-                    tables,
-                    out=self._gathered[kind, : len(tables)],
-                )
-                .view(rows.stop - rows.start, -1, *keys.shape[2:])
-                .to(dtype)
-                .transpose(1, 2)  # [B, heads, S, head_dim]
-                for kind in (0, 1)
-            )
-            asked = queries[here].to(dtype).transpose(1, 2)  # [B, heads, 1, head_dim]
-            attended = attend(
-                asked,
-                keys_seen,
-                values_seen,
-                distances,
-                self._slopes,
-                window.window_tokens,
-                window.softcap,
-            )
-            outputs[here] = attended.transpose(1, 2).to(queries.dtype)
+        for block in self._blocks:
+            start, stop = block.rows.start - first, block.rows.stop - first
+            if 0 <= start < len(queries):
+                own, pages = queries[start:stop], self.pool.pages[:, layer]
+                shape = self._slopes, self._window
+                outputs[start:stop] = attend_block(pages, block, self._gathered, own, *shape)
         return outputs
 
     def advance(self) -> None:

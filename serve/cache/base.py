@@ -7,7 +7,7 @@ and for all sequences. `serve.cache.budget.CACHES` lists them.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -88,6 +88,14 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+class DraftedToken(NamedTuple):
+    """A token of a step that takes several of a row."""
+
+    row: int
+    ahead: int
+    """Tokens of the row before it in the step."""
+
+
 class CannotHold(Exception):
     """A cache is not made for what this model remembers."""
 
@@ -98,7 +106,9 @@ class Cache(ABC):
     A sequence is known by its row of the batch, which it keeps from `admit` to `release`. Its
     prompt goes through each layer's `prefill`, in one or more chunks, each announced by
     `begin_chunk`. It joins the batch, and then it steps: `begin_step`, each layer's `step`,
-    `advance`. The arguments of `prefill` and `step` depend on the kind of memory.
+    `advance`. The arguments of `prefill` and `step` depend on the kind of memory. A step may take
+    several tokens of a row, of which the first are kept: `begin_drafts`, each layer's `step` for
+    all tokens in this order, `keep` for each row, `advance_drafts`.
     """
 
     takes_chunks: ClassVar[bool] = True
@@ -165,8 +175,9 @@ class Cache(ABC):
     def skip(self, num_steps: int) -> None:  # noqa: B027
         """Let steps pass, while there is no row in the batch."""
 
-    def join(self, row: int) -> None:  # noqa: B027
-        """Add `row`, whose prompt has been prefilled, to the batch."""
+    def join(self, row: int, ahead: int = 0) -> None:  # noqa: B027
+        """Add `row`, whose prompt has been prefilled, to the batch. ahead: steps by which it is to
+        be ahead of the other rows, as though they had gone by."""
 
     def leave(self, row: int) -> None:  # noqa: B027
         """Remove `row` from the batch."""
@@ -190,6 +201,23 @@ class Cache(ABC):
 
     def advance(self) -> None:  # noqa: B027
         """Finish a step, after `step` for every layer."""
+
+    def most_tokens(self, row: int) -> int | None:
+        """Return the most tokens of `row` that a step may take; None: any number."""
+        return None
+
+    @abstractmethod
+    def begin_drafts(self, tokens: Sequence[DraftedToken], alone: bool) -> None:
+        """Prepare for a step of these tokens of the batch, in place of `begin_step`. Each row has
+        at least one, and its tokens are in their order. alone: as for `begin_step`."""
+
+    @abstractmethod
+    def keep(self, row: int, num_tokens: int) -> None:
+        """Finish a step of drafts for `row`, which remembers its first `num_tokens`, at least one,
+        and forgets the others."""
+
+    def advance_drafts(self) -> None:  # noqa: B027
+        """Finish a step of drafts, after `keep` for every row that has not left the batch."""
 
     def static_step(self, alone: bool) -> StaticStep | None:
         """Return the device's part of steps that can be captured, or None if there is none. alone:
@@ -225,17 +253,3 @@ def require_finite(*filters: Tensor) -> None:
             message="the model's convolution filters are not finite: its weights are damaged; try "
             "another checkpoint"
         )
-
-
-Runs = list[tuple[slice, slice]]
-"""Consecutive rows: their places among some rows in ascending order, and the rows."""
-
-
-def runs_of(rows: Sequence[int]) -> Runs:
-    """Divide rows in ascending order into consecutive ones, so that slices reach them."""
-    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
-    ends = [*starts, len(rows)][1:]
-    return [
-        (slice(start, stop), slice(rows[start], rows[stop - 1] + 1))
-        for start, stop in zip(starts, ends, strict=True)
-    ]

@@ -3,13 +3,30 @@
 Flushes of full pages are transforms by FFT, which cannot be captured; they run between the steps.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from serve.cache.base import Runs
+from serve.cache.row_clocks import Run
 from serve.cache.static_step import StaticStep
+from stu.futurefill import future_fill
+
+
+@dataclass
+class PagedSequence:
+    """One sequence's pages."""
+
+    pages: list[int]
+    """Page of each `page_len` new tokens. Full ones may have been freed."""
+    start: int = 0
+    """Time of the first new token."""
+    done: int = 0
+    """Number of full pages."""
+    tiles: list[list[int]] = field(default_factory=list)
+    """Pages of each finished tile that is part of a later, larger one; latest tile last."""
 
 
 class StepViews(NamedTuple):
@@ -30,7 +47,12 @@ class StepViews(NamedTuple):
 
 
 def step_views(
-    pending: Tensor, inputs: Tensor, near: Tensor, slot: int, columns_reached: int, runs: Runs
+    pending: Tensor,
+    inputs: Tensor,
+    near: Tensor,
+    time: int,
+    columns_reached: int,
+    runs: Sequence[Run],
 ) -> list[StepViews]:
     """Return the views of a layer's rings for the rows in `runs`.
 
@@ -38,14 +60,15 @@ def step_views(
         pending: Ring of pending outputs, `[lag_step, columns, rows, W / C, C]`.
         inputs: Ring of inputs, `[page_len, rows, W / C, C]`.
         near: Taps within a page, `[columns, 1, 1, C]`.
-        slot: Slot of the token.
+        time: Time of rows that are not ahead.
         columns_reached: Columns that the token adds to.
         runs: Consecutive rows.
     """
-    column, phase = divmod(slot, len(pending))
-    before_end = min(columns_reached, pending.shape[1] - column)
     views, per_row = [], inputs.shape[2]
-    for places, rows in runs:
+    for places, rows, ahead in runs:
+        slot = (time + ahead) % len(inputs)
+        column, phase = divmod(slot, len(pending))
+        before_end = min(columns_reached, pending.shape[1] - column)
         own, new = pending[phase, :, rows], inputs[slot, rows]
         reached = [(near[:before_end], own[column : column + before_end])]
         if columns_reached > before_end:
@@ -55,6 +78,67 @@ def step_views(
         flat_new, due = new.flatten(0, 1), own[column].flatten(0, 1)
         views.append(StepViews(streams, reached, new, flat_new, due))
     return views
+
+
+def step_by(views: StepViews, inputs: Tensor) -> Tensor:
+    """Take the inputs of a step, `[B W / C, C]`, into the rings, and return the outputs of some of
+    its rows."""
+    views.flat_new.copy_(inputs[views.streams])
+    for taps, pending in views.reached:
+        pending.addcmul_(taps, views.new)
+    return views.due
+
+
+def store_page(inputs: Tensor, page: Tensor, time: int) -> None:
+    """Copy a row's ring of inputs to a page, in the order of positions.
+
+    inputs: `[layers, page_len, W / C, C]`. page: `[layers, page_len, W]`. time: Time at its start.
+    """
+    start, flat = time % inputs.shape[1], inputs.flatten(2)
+    before_turn = inputs.shape[1] - start
+    page[:, :before_turn] = flat[:, start:]
+    page[:, before_turn:] = flat[:, :start]
+
+
+def load_page(pending: Tensor, page: Tensor, time: int) -> None:
+    """Copy a page's pending outputs to a row's ring.
+
+    pending: `[layers, lag_step, columns, W / C, C]`. page: `[layers, page_len, W]`. time: Time at
+    its start.
+    """
+    step, start = pending.shape[1], time % page.shape[1]
+    for first in range(step):  # first position of the page in each phase
+        column, phase = divmod(start + first, step)
+        stored = page[:, first::step]  # [layers, columns, W]
+        ring = pending[:, phase].flatten(2)
+        before_turn = pending.shape[2] - column
+        ring[:, column:] = stored[:, :before_turn]
+        ring[:, :column] = stored[:, before_turn:]
+
+
+def fill_pages(
+    pages: Tensor, taps: Tensor, lag_step: int, past: list[int], future: list[int]
+) -> None:
+    """Add what the inputs in some pages contribute to the outputs in the pages after them.
+
+    Args:
+        pages: Pages `[pages, layers, page_len, W]`.
+        taps: Taps `[layers, N, C]`, tap j at lag `lag_step * j`.
+        lag_step: Distance between taps.
+        past: Full pages, in their order.
+        future: Pages that follow.
+    """
+    per_page = pages.shape[2] // lag_step
+    num_outputs = len(future) * per_page
+    for phase in range(lag_step):
+        for layer, layer_taps in enumerate(taps):
+            # Transposed copies: transforms along strides are slower.
+            inputs = pages[past, layer, phase::lag_step].flatten(0, 1).T.contiguous()  # [W, T]
+            near = layer_taps[: inputs.shape[1] + num_outputs].T.contiguous()  # those that reach
+            streams = inputs.view(-1, len(near), inputs.shape[1])  # [W / C, C, T]
+            filled = future_fill(streams, near, num_outputs).flatten(0, 1).T
+            for page, added in zip(future, torch.split(filled, per_page), strict=True):
+                pages[page, layer, phase::lag_step] += added
 
 
 class FutureFillStep(StaticStep):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from serve.cache.base import CachePlan
+from serve.cache.drafted_states import DraftedStates
 from serve.cache.realised_layers import realised_layers
-from serve.cache.spectral_state import MOST_INPUTS, SpectralStates
+from serve.cache.spectral_state import MOST_INPUTS
 from serve.cache.state_steps import MixedStep
 from serve.config import EngineConfig
 from stu.convolution import causal_convolution
@@ -33,7 +34,7 @@ class _StepViews(NamedTuple):
     """Pending outputs of the first of these slots, `[B, C]`."""
 
 
-class MixedStates(SpectralStates):
+class MixedStates(DraftedStates):
     """States of convolutions with `lag_step` phases, each a signal of its own.
 
     When a page begins, its pending outputs are computed from the states; each token's input is
@@ -43,6 +44,8 @@ class MixedStates(SpectralStates):
         basis: Filters `[N, K]`.
         weights: Weights `[layers, K, C]` of the basis in each channel's filter.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -115,7 +118,9 @@ class MixedStates(SpectralStates):
         return outputs.to(inputs.dtype)
 
     def step(self, layer: int, inputs: Tensor, first: int = 0) -> Tensor:
-        place = (self._time + self._offsets[layer]) % self._page_len
+        if self._tokens:
+            return self._step_drafts(layer, inputs, first)
+        place = (self._clocks.time + self._offsets[layer]) % self._page_len
         key = layer, place, first, len(inputs)
         views = self._views.get(key)
         if views is None:
@@ -134,18 +139,37 @@ class MixedStates(SpectralStates):
         return MixedStep(self._tensors(), self._pending, self._near, self._coefficients)
 
     def _step_views(self, layer: int, place: int, first: int, count: int) -> list[_StepViews]:
-        slot, phase = divmod(place, self._lag_step)
         return [
-            _StepViews(
-                None if places == slice(0, count) else places,
-                self._inputs[rows, layer, phase, slot],
-                self._inputs[rows, layer, phase, slot, None],
-                self._near[layer, : self._slots - slot],
-                self._pending[rows, layer, phase, slot:],
-                self._pending[rows, layer, phase, slot],
+            self._row_views(
+                layer,
+                (place + run.ahead) % self._page_len,
+                run.rows,
+                None if run.places == slice(0, count) else run.places,
             )
-            for places, rows in self._group(first, count)
+            for run in self._group(first, count)
         ]
+
+    def _row_views(
+        self, layer: int, place: int, rows: slice, places: slice | None = None
+    ) -> _StepViews:
+        slot, phase = divmod(place, self._lag_step)
+        return _StepViews(
+            places,
+            self._inputs[rows, layer, phase, slot],
+            self._inputs[rows, layer, phase, slot, None],
+            self._near[layer, : self._slots - slot],
+            self._pending[rows, layer, phase, slot:],
+            self._pending[rows, layer, phase, slot],
+        )
+
+    def _page_tensors(self) -> list[Tensor]:
+        return [self._inputs, self._pending]
+
+    def _step_rows(self, layer: int, place: int, rows: slice, inputs: Tensor) -> Tensor:
+        views = self._row_views(layer, place, rows)
+        views.new.copy_(inputs)
+        views.reached.addcmul_(views.near, views.broadcast)
+        return views.due
 
     def _change_rows(self, rows: list[int]) -> None:
         super()._change_rows(rows)

@@ -18,10 +18,8 @@ pages, float32 or float64.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,33 +28,28 @@ from serve.cache.base import (
     CachePlan,
     CacheSize,
     ConvolutionCacheInfo,
+    DraftedToken,
     num_rows,
     require_finite,
-    runs_of,
 )
-from serve.cache.futurefill_steps import FutureFillStep, StepViews, step_views
+from serve.cache.futurefill_steps import (
+    FutureFillStep,
+    PagedSequence,
+    StepViews,
+    fill_pages,
+    load_page,
+    step_by,
+    step_views,
+    store_page,
+)
 from serve.cache.page_pool import PagePool, pages_for
+from serve.cache.row_clocks import RowClocks, Run
 from serve.cache.static_step import Numbers
 from serve.config import EngineConfig
 from stu.common.errors import UserError
 from stu.convolution import causal_convolution
-from stu.futurefill import future_fill
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
-
-
-@dataclass
-class _Sequence:
-    """One sequence's pages."""
-
-    pages: list[int]
-    """Page of each `page_len` new tokens. Full ones may have been freed."""
-    start: int = 0
-    """Time of the first new token."""
-    done: int = 0
-    """Number of full pages."""
-    tiles: list[list[int]] = field(default_factory=list)
-    """Pages of each finished tile that is part of a later, larger one; latest tile last."""
 
 
 class PagedFutureFill(Cache):
@@ -89,15 +82,21 @@ class PagedFutureFill(Cache):
         self._pending = pool.pages.new_zeros(layers, lag_step, columns, *row_shape)
         self._inputs = pool.pages.new_zeros(layers, page_len, *row_shape)
         self._views: dict[tuple[int, int, int, int], list[list[StepViews]]] = {}
-        """Views by slot, columns reached, first row and number of streams, and by layer, until rows
-        change."""
+        """Views by place of the time, columns reached, first row and number of streams, and by
+        layer, until rows or their clocks change."""
         self._columns_reached = 0
         """Columns that the next step adds to: up to the end of the page that ends last."""
         self.flushes: dict[int, tuple[int, float]] = {}
         """Number of steps that flushed tiles, and their seconds, by the positions of a tile."""
-        self._time = 0
-        self._sequences: dict[int, _Sequence] = {}
+        self._clocks = RowClocks(max_rows)
+        self._sequences: dict[int, PagedSequence] = {}
         self._rows: list[int] = []
+        self._tokens: list[DraftedToken] = []
+        """Tokens of the step, if it takes several of a row."""
+        self._drafts: dict[tuple[int, int], list[Tensor]] = {}
+        """Inputs of these by row and layer."""
+        self._before: dict[int, Tensor] = {}
+        """Pending outputs of their rows' rings before the step."""
 
     @classmethod
     def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
@@ -130,7 +129,7 @@ class PagedFutureFill(Cache):
 
     def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
         count = self.pages_needed(prompt_tokens, new_tokens)
-        self._sequences[row] = _Sequence(self.pool.allocate(row, count))
+        self._sequences[row] = PagedSequence(self.pool.allocate(row, count))
 
     def release(self, row: int) -> None:
         assert row not in self._rows, f"row {row} is still in the batch"
@@ -150,9 +149,10 @@ class PagedFutureFill(Cache):
             self.pool.pages[page, layer].view(pending.shape).copy_(pending)
         return outputs[:, :length].to(inputs.dtype)
 
-    def join(self, row: int) -> None:
+    def join(self, row: int, ahead: int = 0) -> None:
         sequence = self._sequences[row]
-        sequence.start = self._time
+        self._clocks.start(row, ahead)
+        sequence.start = self._clocks.of(row)
         self._inputs[:, :, row] = 0
         if sequence.pages:
             self._load_page(row, sequence.pages[0])
@@ -171,49 +171,100 @@ class PagedFutureFill(Cache):
 
         inputs: `[B W / C, C]`, as the outputs. Those beyond the rows of the batch are padding.
         """
-        key = self._time % self._page_len, self._columns_reached, first, len(inputs)
+        if self._tokens:
+            return self._step_drafts(layer, inputs, first)
+        key = self._clocks.time % self._page_len, self._columns_reached, first, len(inputs)
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self._step_views(*key)
-        parts = []
-        for streams, reached, new, flat_new, due in views[layer]:
-            flat_new.copy_(inputs[streams])
-            for taps, pending in reached:
-                pending.addcmul_(taps, new)
-            parts.append(due)
+        parts = [step_by(own, inputs) for own in views[layer]]
         outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
         if len(outputs) < len(inputs):
             outputs = torch.cat([outputs, outputs.new_zeros(inputs[len(outputs) :].shape)])
         return outputs.to(inputs.dtype)
 
     def advance(self) -> None:
-        self._time += 1
-        first_place = self._page_len
+        self._clocks.time += 1
         for row in self._rows:
-            sequence = self._sequences[row]
-            done, place = divmod(self._time - sequence.start, self._page_len)
-            first_place = min(first_place, place)
-            if place == 0 and done < len(sequence.pages):
-                sequence.done = done
-                self._store_page(row, sequence.pages[done - 1])
-                self._flush(row, sequence)
-        self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
+            self._end_page(row)
+        self._set_reach()
+
+    def most_tokens(self, row: int) -> int:
+        return self._page_len - self._position(row) % self._page_len
+
+    def begin_drafts(self, tokens: Sequence[DraftedToken], alone: bool) -> None:
+        self._tokens, self._drafts = list(tokens), {}
+        self._before = {row: self._pending[:, :, :, row].clone() for row in self._rows}
+
+    def keep(self, row: int, num_tokens: int) -> None:
+        drafts = [self._drafts[row, layer] for layer in range(len(self._taps))]
+        if num_tokens < len(drafts[0]):
+            self._pending[:, :, :, row] = self._before[row]
+            for layer, inputs in enumerate(drafts):
+                for ahead in range(num_tokens):
+                    self._take(layer, DraftedToken(row, ahead), inputs[ahead])
+        self._clocks.move(row, num_tokens)
+        self._end_page(row)
+
+    def advance_drafts(self) -> None:
+        self._tokens = []
+        self._clocks.align(self._rows)
+        self._change_rows(self._rows)
+        self._set_reach()
 
     def static_step(self, alone: bool) -> FutureFillStep:
         return FutureFillStep(self._pending, self._inputs, self._near)
 
     def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
         assert list(rows) == self._rows, "a token of each row is needed"
-        shared[0] = self._time % self._page_len
-        starts = [self._sequences[row].start for row in rows]
-        own[:, 0] = (self._time - np.array(starts, dtype=np.int64)) % self._page_len
+        shared[0] = self._clocks.time % self._page_len
+        own[:, 0] = [self._position(row) % self._page_len for row in rows]
         return False
+
+    def _step_drafts(self, layer: int, inputs: Tensor, first: int) -> Tensor:
+        """Do as `step`, for the tokens of the step of drafts from the `first`. Rows go up to the
+        ends of their pages at most."""
+        outputs, streams = torch.zeros_like(inputs), self._inputs.shape[3]
+        parts = zip(torch.split(inputs, streams), torch.split(outputs, streams), strict=True)
+        for token, (own, output) in zip(self._tokens[first:], parts, strict=False):
+            self._drafts.setdefault((token.row, layer), []).append(own)
+            output.copy_(self._take(layer, token, own))
+        return outputs
+
+    def _take(self, layer: int, token: DraftedToken, inputs: Tensor) -> Tensor:
+        """Take the inputs of a token into the ring of its row, and return its outputs."""
+        row, ahead = token
+        place = (self._position(row) + ahead) % self._page_len
+        reach = -(-(self._page_len - place) // self._lag_step)
+        run = Run(slice(0, 1), slice(row, row + 1), self._clocks.ahead(row) + ahead)
+        rings = self._pending[layer], self._inputs[layer], self._near[layer]
+        (views,) = step_views(*rings, self._clocks.time, reach, [run])
+        return step_by(views, inputs)
+
+    def _position(self, row: int) -> int:
+        """Return the number of steps that a row has taken."""
+        return self._clocks.of(row) - self._sequences[row].start
+
+    def _set_reach(self) -> None:
+        places = [self._position(row) % self._page_len for row in self._rows]
+        first_place = min(places, default=self._page_len)
+        self._columns_reached = -(-(self._page_len - first_place) // self._lag_step)
+
+    def _end_page(self, row: int) -> None:
+        """Flush the page of a row, if it is full and another one follows."""
+        sequence = self._sequences[row]
+        done, place = divmod(self._position(row), self._page_len)
+        if place == 0 and done < len(sequence.pages):
+            sequence.done = done
+            inputs, page = self._inputs[:, :, row], self.pool.pages[sequence.pages[done - 1]]
+            store_page(inputs, page, self._clocks.of(row))
+            self._flush(row, sequence)
 
     def _change_rows(self, rows: list[int]) -> None:
         self._rows = sorted(rows)
         self._views.clear()
 
-    def _flush(self, row: int, sequence: _Sequence) -> None:
+    def _flush(self, row: int, sequence: PagedSequence) -> None:
         """Add the tile that ends with the last full page to the pages after it, and load the next
         page into the ring."""
         began, done = time.perf_counter(), sequence.done
@@ -223,9 +274,7 @@ class PagedFutureFill(Cache):
         past.append(sequence.pages[done - 1])
         del sequence.tiles[len(sequence.tiles) - level :]
         future = sequence.pages[done : done + size]
-        num_outputs = len(future) * self._page_len
-        for phase in range(self._lag_step):
-            self._fill(past, future, phase, num_outputs // self._lag_step)
+        fill_pages(self.pool.pages, self._taps, self._lag_step, past, future)
         if done + size < len(sequence.pages):
             sequence.tiles.append(past)
             past = []
@@ -237,42 +286,13 @@ class PagedFutureFill(Cache):
         count, seconds = self.flushes.get(positions, (0, 0.0))
         self.flushes[positions] = count + 1, seconds + time.perf_counter() - began
 
-    def _fill(self, past: list[int], future: list[int], phase: int, num_outputs: int) -> None:
-        """Add what the inputs of a phase in `past` contribute to its outputs in `future`."""
-        pages, step = self.pool.pages, self._lag_step
-        for layer, layer_taps in enumerate(self._taps):
-            # Transposed copies: transforms along strides are slower.
-            inputs = pages[past, layer, phase::step].flatten(0, 1).T.contiguous()  # [W, T]
-            taps = layer_taps[: inputs.shape[1] + num_outputs].T.contiguous()  # those that reach
-            streams = inputs.view(-1, len(taps), inputs.shape[1])  # [W / C, C, T]
-            filled = future_fill(streams, taps, num_outputs).flatten(0, 1).T
-            for page, added in zip(
-                future, torch.split(filled, self._page_len // step), strict=True
-            ):
-                pages[page, layer, phase::step] += added
-
     def _step_views(
-        self, slot: int, columns_reached: int, first: int, num_streams: int
+        self, time: int, columns_reached: int, first: int, num_streams: int
     ) -> list[list[StepViews]]:
         per_row = self._inputs.shape[3]
-        runs = runs_of(self._rows[first : first + num_streams // per_row])
+        runs = self._clocks.runs(self._rows[first : first + num_streams // per_row])
         layers = zip(self._pending, self._inputs, self._near, strict=True)
-        return [step_views(*layer, slot, columns_reached, runs) for layer in layers]
-
-    def _store_page(self, row: int, page: int) -> None:
-        """Copy a row's ring of inputs to a page, in the order of positions."""
-        stored, start = self.pool.pages[page], self._time % self._page_len
-        inputs = self._inputs[:, :, row].flatten(2)  # [layers, page_len, W]
-        stored[:, : self._page_len - start] = inputs[:, start:]
-        stored[:, self._page_len - start :] = inputs[:, :start]
+        return [step_views(*layer, time, columns_reached, runs) for layer in layers]
 
     def _load_page(self, row: int, page: int) -> None:
-        """Copy a page's pending outputs to a row's ring."""
-        step, start = self._lag_step, self._time % self._page_len
-        for first in range(step):  # first position of the page in each phase
-            column, phase = divmod(start + first, step)
-            stored = self.pool.pages[page, :, first::step]  # [layers, columns, W]
-            pending = self._pending[:, phase, :, row].flatten(2)
-            before_turn = self._page_len // step - column
-            pending[:, column:] = stored[:, :before_turn]
-            pending[:, :column] = stored[:, before_turn:]
+        load_page(self._pending[:, :, :, row], self.pool.pages[page], self._clocks.of(row))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize, Snapshot, num_rows
+from serve.cache.base import Cache, CachePlan, CacheSize, DraftedToken, Snapshot, num_rows
 from serve.cache.static_step import StaticStep
 from serve.config import EngineConfig
 from stu.convolution import short_convolution
@@ -38,6 +38,10 @@ class RecentInputs(Cache):
         """Rows of the batch."""
         self._index = torch.full((max_rows,), max_rows, device=device)
         """`_rows` as a tensor, filled up to `max_rows` with the row for padding."""
+        self._tokens: list[DraftedToken] = []
+        """Tokens of the step, if it takes several of a row."""
+        self._seen: dict[tuple[int, int], list[Tensor]] = {}
+        """Last inputs by row and layer, before these tokens and after each of them."""
 
     @classmethod
     def plan(cls, model: FlashSTU, config: EngineConfig) -> CachePlan | None:
@@ -84,10 +88,35 @@ class RecentInputs(Cache):
 
         inputs: `[B, 1, C]`. Those beyond the rows of the batch are padding, with any finite input.
         """
+        if self._tokens:
+            return self._step_drafts(layer, inputs, taps, first)
         rows = self._index[first : first + len(inputs)]
         extended = torch.cat([self._inputs[layer][rows], inputs], dim=1)  # [B, J, C]
         self._inputs[layer][rows] = extended[:, 1:]
         return short_convolution(extended, taps)
+
+    def begin_drafts(self, tokens: Sequence[DraftedToken], alone: bool) -> None:
+        self._tokens = list(tokens)
+        layers = range(len(self._inputs))
+        rows = {row for row, _ in tokens}
+        self._seen = {(row, i): [self._inputs[i][row].clone()] for row in rows for i in layers}
+
+    def keep(self, row: int, num_tokens: int) -> None:
+        for layer, inputs in enumerate(self._inputs):
+            inputs[row] = self._seen[row, layer][num_tokens]
+
+    def advance_drafts(self) -> None:
+        self._tokens = []
+
+    def _step_drafts(self, layer: int, inputs: Tensor, taps: Tensor, first: int) -> Tensor:
+        """Do as `step`, for the tokens of the step of drafts from the `first`."""
+        outputs = torch.zeros_like(inputs)
+        for place, (row, _) in enumerate(self._tokens[first : first + len(inputs)]):
+            seen = self._seen[row, layer]
+            extended = torch.cat([seen[-1], inputs[place]])  # [J, C]
+            seen.append(extended[1:])
+            outputs[place] = short_convolution(extended[None], taps)[0]
+        return outputs
 
     def static_step(self, alone: bool) -> "RecentStep":
         return RecentStep(self._inputs)

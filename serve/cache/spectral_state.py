@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, Runs, Snapshot, runs_of
+from serve.cache.base import Cache, Snapshot
 from serve.cache.page_pool import OutOfPages
+from serve.cache.row_clocks import RowClocks, Run
 from serve.cache.state_steps import ENDS, TIME, StateTensors
 from serve.cache.static_step import Numbers
 from stu.common.errors import UserError
@@ -102,7 +103,7 @@ class SpectralStates(Cache):
             for layer in range(layers)
         ]
         """Places in its page of each layer at time 0."""
-        self._time = 0
+        self._clocks = RowClocks(max_rows)
         self._joined_at = np.zeros((max_rows, layers), dtype=np.int64)
         """Place at which a row joined, in the page that is being decoded; else 0."""
         self._joined_time = np.zeros(max_rows, dtype=np.int64)
@@ -111,7 +112,7 @@ class SpectralStates(Cache):
         """Tokens of each row that have been restored or prefilled, or are being prefilled."""
         self._admitted: set[int] = set()
         self._rows: list[int] = []
-        self._groups: dict[tuple[int, int], Runs] = {}
+        self._groups: dict[tuple[int, int], list[Run]] = {}
         """Runs of the rows that step together, by the first one's place and their number."""
 
     @property
@@ -151,17 +152,18 @@ class SpectralStates(Cache):
         self._lengths[row] += num_tokens
 
     def steps_until_aligned(self, num_tokens: int) -> int:
-        return (num_tokens - self._time) % self._page_len
+        return (num_tokens - self._clocks.time) % self._page_len
 
     def skip(self, num_steps: int) -> None:
         assert not self._rows, "rows of the batch would miss steps"
-        self._time += num_steps
+        self._clocks.time += num_steps
 
-    def join(self, row: int) -> None:
+    def join(self, row: int, ahead: int = 0) -> None:
         self._inputs[row] = 0
-        self._joined_time[row] = self._time
+        self._clocks.start(row, ahead)
+        self._joined_time[row] = time = self._clocks.of(row)
         for layer, offset in enumerate(self._offsets):
-            place = (self._time + offset) % self._page_len
+            place = (time + offset) % self._page_len
             self._joined_at[row, layer] = place
             self._turn(self._states[row, layer], place)
             self._begin_page(row, layer, place)
@@ -176,8 +178,9 @@ class SpectralStates(Cache):
         states = self._states[row].clone()
         if row not in self._rows:
             return Snapshot(num_tokens, (states,))
+        time = self._clocks.of(row)
         for layer, offset in enumerate(self._offsets):
-            place, joined_at = (self._time + offset) % self._page_len, self._joined_at[row, layer]
+            place, joined_at = (time + offset) % self._page_len, self._joined_at[row, layer]
             for signal, state in enumerate(states[layer]):
                 ends = self._slots_before(joined_at, signal), self._slots_before(place, signal)
                 slots = slice(*ends)
@@ -192,32 +195,34 @@ class SpectralStates(Cache):
     def begin_step(self, rows: list[int], alone: bool) -> None:
         assert rows == self._rows, "a token of each row is needed"
 
-    def page_ends(self) -> list[int]:
-        """Return for each layer the number of steps from now until its page ends."""
-        return [self._page_len - (self._time + o) % self._page_len for o in self._offsets]
-
     def advance(self) -> None:
-        ending = self._ending()
-        self._time += 1
-        for layer in ending:
-            for row in self._rows:
-                self._end_page(row, layer)
+        for run in self._group(0, len(self._rows)):
+            for layer in self._ending(run.ahead):
+                for row in range(run.rows.start, run.rows.stop):
+                    self._end_page(row, layer)
+        self._clocks.time += 1
 
     def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
         assert list(rows) == self._rows, "a token of each row is needed"
-        ending = self._ending()
-        shared[TIME], shared[ENDS:] = self._time, -1
+        ending, time = self._ending(), self._clocks.time
+        shared[TIME], shared[ENDS:] = time, -1
         shared[ENDS : ENDS + len(ending)] = ending
-        own[:, 0] = self._time - self._joined_time[rows]
+        own[:, 0] = time - self._joined_time[rows]
         return bool(ending)
 
     def advance_static(self) -> None:
         self._joined_at[np.ix_(self._rows, self._ending())] = 0
-        self._time += 1
+        self._clocks.time += 1
 
-    def _ending(self) -> list[int]:
+    def page_ends(self, ahead: int = 0) -> list[int]:
+        """Return for each layer the number of steps from now until its page ends, in rows that are
+        ahead by some steps."""
+        time = self._clocks.time + ahead
+        return [self._page_len - (time + offset) % self._page_len for offset in self._offsets]
+
+    def _ending(self, ahead: int = 0) -> list[int]:
         """Return the layers whose pages end with the step that begins or has begun."""
-        return [layer for layer, steps in enumerate(self.page_ends()) if steps == 1]
+        return [layer for layer, steps in enumerate(self.page_ends(ahead)) if steps == 1]
 
     def _tensors(self) -> StateTensors:
         """Return the storage and tables that a static step uses."""
@@ -251,11 +256,11 @@ class SpectralStates(Cache):
         self._rows = rows
         self._groups.clear()
 
-    def _group(self, first: int, count: int) -> Runs:
+    def _group(self, first: int, count: int) -> list[Run]:
         """Return the runs of `count` rows of the batch, or as many as there are, from `first`."""
         key = first, count
         if key not in self._groups:
-            self._groups[key] = runs_of(self._rows[first : first + count])
+            self._groups[key] = self._clocks.runs(self._rows[first : first + count])
         return self._groups[key]
 
     def prefill(self, row: int, layer: int, inputs: Tensor) -> Tensor:

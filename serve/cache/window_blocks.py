@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.cache.page_pool import NULL_PAGE
+from stu.attention import attend
+from stu.mixers import KeyWindow
 
 BLOCK_BYTES = 2**22
 """Bytes of keys that are attended to at once on the CPU: they should fit the cache of a core."""
@@ -50,6 +52,8 @@ class WindowBlock(NamedTuple):
     """Their page tables, padded with the null page, `[B n]`."""
     distances: Tensor
     """Distance back to each slot, negative for later positions, `[B, 1, 1, n page_len]`."""
+    end: int | None = None
+    """Slot from which on the page table has drafts after the only row's token; None: none."""
 
 
 def window_blocks(
@@ -89,6 +93,53 @@ def window_blocks(
             distances[:, None, None],
         )
         start = stop
+
+
+def draft_blocks(
+    windows: Sequence[PagedWindow], page_len: int, page_bytes: int, device: torch.device
+) -> Iterator[WindowBlock]:
+    """Yield a block for each window of a token of a step of drafts."""
+    blocks = window_blocks(windows, page_len, page_bytes, True, device)
+    for window, block in zip(windows, blocks, strict=True):
+        yield block._replace(end=window.length - window.first_page * page_len + 1)
+
+
+def drafted_window(
+    sequence: PagedWindow, ahead: int, window_tokens: int, page_len: int
+) -> PagedWindow:
+    """Return the window of a sequence when it has `ahead` more tokens, for which it has pages."""
+    length = sequence.length + ahead
+    oldest = max(0, length - window_tokens) // page_len
+    first, stop = oldest - sequence.first_page, length // page_len + 1 - sequence.first_page
+    return PagedWindow(length, oldest, sequence.pages[first:stop])
+
+
+def attend_block(
+    pages: Tensor,
+    block: WindowBlock,
+    gathered: Tensor,
+    queries: Tensor,
+    slopes: Tensor,
+    window: KeyWindow,
+) -> Tensor:
+    """Return the outputs of the tokens of a block, `[B, 1, heads, head_dim]` as their queries.
+
+    pages: Pages of a layer, `[pages, 2, page_len, heads, head_dim]`. gathered: Memory for those of
+    a block, `[2, >= B n, page_len, heads, head_dim]`.
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    both = []
+    for kind in (0, 1):
+        out = gathered[kind, : len(block.tables)]
+        seen = torch.index_select(pages[:, kind], 0, block.tables, out=out)
+        if block.end is not None:
+            seen.flatten(0, 1)[block.end :] = 0  # what is masked must be finite as well
+        seen = seen.view(len(queries), -1, *queries.shape[2:])
+        both.append(seen.to(dtype).transpose(1, 2))  # [B, heads, S, head_dim]
+    asked = queries.to(dtype).transpose(1, 2)  # [B, heads, 1, head_dim]
+    bounds = window.window_tokens, window.softcap
+    attended = attend(asked, both[0], both[1], block.distances, slopes, *bounds)
+    return attended.transpose(1, 2).to(queries.dtype)
 
 
 def on_device(numbers: NDArray[np.int64], device: torch.device) -> Tensor:

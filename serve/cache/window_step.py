@@ -39,6 +39,6 @@ class WindowStep(StaticStep):
         return attended[:, None]
 
 
-def window_pages(window: KeyWindow, page_len: int) -> int:
-    """Return the number of pages that a token and its window can touch."""
-    return pages_for(window.window_tokens, page_len) + 1
+def window_pages(window: KeyWindow, page_len: int, more_tokens: int = 0) -> int:
+    """Return the number of pages that a token, its window, and tokens after it can touch."""
+    return pages_for(window.window_tokens + more_tokens, page_len) + 1

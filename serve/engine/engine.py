@@ -17,6 +17,7 @@ from serve.engine.prefixes import Prefixes
 from serve.engine.prompt_results import PromptResults
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
+from serve.engine.speculation import Speculation
 from serve.engine.stats import Stats
 from serve.request import FinishReason, Output, Request, TokenLogprobs, check_request
 from serve.sampling.chooser import NOT_FINITE, Choice, TokenChooser
@@ -68,13 +69,14 @@ class Engine:
         self._texts: dict[int, TextStream] = {}
         self._prompt_results = PromptResults()
         self._prefill: Prefill | None = None
-        device = model.embedding.weight.device
-        most_new_tokens = model.config.max_seq_len
-        self._chooser = TokenChooser(tokenizer, device, num_rows(config), most_new_tokens)
+        device, most_tokens = model.embedding.weight.device, model.config.max_seq_len
+        self._chooser = TokenChooser(tokenizer, device, num_rows(config), most_tokens)
         overlaps = device.type == "cuda" if config.overlap is None else config.overlap
         if overlaps:
             self._runner.capture_sampling(self._chooser.sampler)
         self._next_tokens = NextTokens(self._chooser, self._runner, overlaps, self._take)
+        drafts = self._runner.drafts, config.most_drafts
+        self._speculation = Speculation(*drafts, self._chooser, self._take)
         self._outputs: list[Output] = []
         """Outputs for the next step to return."""
         self.scheduled: dict[int, float] = {}
@@ -111,12 +113,8 @@ class Engine:
         except UserError:
             self._chooser.remove(request_id)
             raise
-        text = TextStream(
-            self._tokenizer,
-            request.prompt_token_ids,
-            request.sampling.stop,
-            request.sampling.min_new_tokens,
-        )
+        ends = request.sampling.stop, request.sampling.min_new_tokens
+        text = TextStream(self._tokenizer, request.prompt_token_ids, *ends)
         self._texts[request_id] = text
         for token in request.new_token_ids:
             text.append(token)
@@ -145,7 +143,8 @@ class Engine:
     def stats(self) -> Stats:
         """Return the load of the engine and its counts."""
         counts = self._runner.num_prefilled, self._new_tokens, self._steps
-        return Stats.of(self._scheduler, self._caches, self._prefixes, *counts)
+        guesses = self._speculation.counts
+        return Stats.of(self._scheduler, self._caches, self._prefixes, *counts, guesses)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost, has two owners, or belongs to no request."""
@@ -202,12 +201,13 @@ class Engine:
     def _decode(self) -> None:
         rows = set(self._runner.batch())
         jobs = [job for job in self._scheduler.running if job.row in rows]
+        if self._speculation.decode(jobs):
+            return
         earlier = self._next_tokens.unread
         if jobs:
             logits = self._runner.decode([job.next_token for job in jobs])
             for job in jobs:
-                job.steps_left -= 1
-                job.num_seen += 1
+                job.see()
             self._next_tokens.choose(jobs, logits)
         self._next_tokens.read(earlier)
 
@@ -289,6 +289,7 @@ class Engine:
             self._scheduler.preempt(job)
 
     def _remove_row(self, job: Job, keeps: bool = True) -> None:
+        self._speculation.settle(job)
         if keeps:
             self._prefixes.keep(job)
         self._scheduler.running.remove(job)

@@ -18,7 +18,7 @@ from serve.kernels.modules import KernelRMSNorm, NarrowLinear, kernel_mlp, narro
 from stu.common.errors import UserError
 from stu.division.modules import SummedOutputs
 from stu.layers import GatedMLP, RMSNorm
-from stu.mixers import Mixer
+from stu.mixers import Mixer, PastInputs, remembered
 from stu.model import FlashSTU
 from stu.quantization import ByteWeights, Quantized, QuantizedLinear, quantize, quantized
 
@@ -84,6 +84,20 @@ def inference_product(
     if layers is not None and layers.linear is not None:
         return layers.linear(weight)
     return partial(nn.functional.linear, weight=weight)
+
+
+def require_invariance(model: FlashSTU) -> None:
+    """Raise UserError for a width at which a row's products round according to its place."""
+    width = model.config.width // model.num_ranks
+    is_safe = packs(model.embedding.weight) and all(
+        past.streams == 1 for past in remembered(model.mixers, PastInputs)
+    )
+    if width % 16 and not is_safe:
+        raise UserError(
+            "batch_invariant",
+            message=f"batch_invariant is not allowed for width={width}: for the full form, and "
+            "where weights are not packed, the width must be a multiple of 16",
+        )
 
 
 def _layers(weight: Tensor, weights: EngineWeights) -> _Layers | None:

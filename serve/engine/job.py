@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from serve.cache.prefix_cache import Digests
 from serve.request import Request
+from serve.sampling.ngrams import Ngrams
 
 SCORED_TOKEN_COST = 4
 """Prompt tokens that are prefilled in about the time of one whose log probability is asked for."""
@@ -34,6 +35,14 @@ class Job:
     """Numbers of tokens after which its prefill takes a snapshot. None: after each chunk."""
     cached_tokens: int | None = None
     """Number of tokens of its prompt that were remembered when it was first admitted."""
+
+    ngrams: Ngrams | None = None
+    """Guesses of its next tokens, once there were any."""
+
+    def see(self) -> None:
+        """Take note that its row has taken one more of its tokens, in a step."""
+        self.num_seen += 1
+        self.steps_left -= 1
 
     @property
     def tokens(self) -> tuple[int, ...]:

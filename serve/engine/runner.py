@@ -15,16 +15,20 @@ from serve.cache.page_pool import OutOfPages
 from serve.cache.window_blocks import on_device
 from serve.config import INVARIANT_ROWS, EngineConfig
 from serve.engine.decode_step import DecodeStep
-from serve.engine.inference_model import chosen_weights, inference_copy, inference_product
+from serve.engine.draft_step import DraftStep
+from serve.engine.inference_model import (
+    chosen_weights,
+    inference_copy,
+    inference_product,
+    require_invariance,
+)
 from serve.engine.memory import PromptMemory, RowMemory
-from serve.engine.packing import packs
 from serve.engine.prompt_results import PooledHidden, PromptLogits
 from serve.engine.sampling_step import SamplingStep
 from serve.request import Pooling
 from serve.sampling.features import Features
 from serve.sampling.sampler import DeviceSampler, Sampled
 from stu.common.errors import UserError
-from stu.mixers import PastInputs, remembered
 from stu.model import Block, FlashSTU
 
 logger = logging.getLogger(__name__)
@@ -76,7 +80,7 @@ class Runner:
         static: bool | None = None,
     ) -> None:
         if config.batch_invariant:
-            _require_invariance(model)
+            require_invariance(model)
         weights = chosen_weights(config.weights, model)
         self._model = inference_copy(model, weights)
         self._batch_invariant = config.batch_invariant
@@ -98,7 +102,15 @@ class Runner:
         on_cuda = self._device.type == "cuda"
         self._static: DecodeStep | None = None
         self._sampling: SamplingStep | None = None
-        if on_cuda if static is None else static:
+        is_static = on_cuda if static is None else static
+        self.drafts: DraftStep | None = None
+        """Steps that take several tokens of a row."""
+        if config.speculate is not None:
+            if is_static:
+                allowed = "null on CUDA, where steps take a token of a row"
+                raise UserError("speculate", config.speculate, allowed)
+            self.drafts = DraftStep(self._model, caches, self._logits, config.batch_invariant)
+        if is_static:
             self._static = self._static_step(captures=on_cuda and not config.enforce_eager)
 
     @property
@@ -143,10 +155,12 @@ class Runner:
     def batch(self) -> list[int]:
         """Return the rows that the next step decodes, in ascending order."""
         caches = self._caches.all
-        wait = dict.fromkeys(self._joining, 0)
+        ahead, wait = dict.fromkeys(self._joining, 0), dict.fromkeys(self._joining, 0)
         if self._batch_invariant:
+            # Where a step may take several tokens, rows have clocks of their own.
+            aligned = wait if self.drafts is None else ahead
             for row, num_tokens in self._joining.items():
-                wait[row] = max((c.steps_until_aligned(num_tokens) for c in caches), default=0)
+                aligned[row] = max((c.steps_until_aligned(num_tokens) for c in caches), default=0)
         shortest = min(wait.values(), default=0)
         if shortest and not self._batch:
             for cache in caches:
@@ -155,7 +169,7 @@ class Runner:
         for row in [row for row, steps in wait.items() if steps == 0]:
             del self._joining[row]
             for cache in caches:
-                cache.join(row)
+                cache.join(row, ahead[row])
             self._batch = sorted([*self._batch, row])
         return self._batch
 
@@ -284,17 +298,3 @@ class Runner:
             padded[: len(group)] = group
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
-
-
-def _require_invariance(model: FlashSTU) -> None:
-    """Raise UserError for a width at which a row's products round according to its place."""
-    width = model.config.width // model.num_ranks
-    is_safe = packs(model.embedding.weight) and all(
-        past.streams == 1 for past in remembered(model.mixers, PastInputs)
-    )
-    if width % 16 and not is_safe:
-        raise UserError(
-            "batch_invariant",
-            message=f"batch_invariant is not allowed for width={width}: for the full form, and "
-            "where weights are not packed, the width must be a multiple of 16",
-        )

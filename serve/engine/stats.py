@@ -11,6 +11,24 @@ from serve.engine.prefixes import Prefixes
 from serve.engine.scheduler import Scheduler
 
 
+@dataclass
+class SpeculationCounts:
+    """Counts of guesses."""
+
+    num_drafts: int = 0
+    """Steps that guessed tokens of a request, for each request."""
+    num_draft_tokens: int = 0
+    """Tokens guessed."""
+    num_accepted_tokens: int = 0
+    """Guesses that were right."""
+
+    def add(self, guessed: int, right: int) -> None:
+        """Count the guesses of a step for a request."""
+        self.num_drafts += 1
+        self.num_draft_tokens += guessed
+        self.num_accepted_tokens += right
+
+
 @dataclass(frozen=True)
 class Stats:
     """Load of an engine, and its counts since it was made."""
@@ -38,6 +56,12 @@ class Stats:
     launched), by the positions of a tile."""
     convolution_cache: ConvolutionCacheInfo | None = None
     """The cache of long convolutions, if the model has any."""
+    spec_decode_num_drafts: int = 0
+    """Steps that guessed tokens of a request, for each request."""
+    spec_decode_num_draft_tokens: int = 0
+    """Tokens guessed."""
+    spec_decode_num_accepted_tokens: int = 0
+    """Guesses that were right."""
 
     @classmethod
     def of(
@@ -48,6 +72,7 @@ class Stats:
         prompt_tokens: int,
         new_tokens: int,
         steps: int,
+        guesses: SpeculationCounts,
     ) -> "Stats":
         """Return the stats of an engine with these parts and counts."""
         capacity, used, convolution = caches.capacity, caches.used, caches.convolution
@@ -66,6 +91,9 @@ class Stats:
             prefix_tokens_found=prefixes.tokens_found,
             flushes=dict(convolution.flushes) if isinstance(convolution, PagedFutureFill) else {},
             convolution_cache=caches.convolution_info,
+            spec_decode_num_drafts=guesses.num_drafts,
+            spec_decode_num_draft_tokens=guesses.num_draft_tokens,
+            spec_decode_num_accepted_tokens=guesses.num_accepted_tokens,
         )
 
     @classmethod

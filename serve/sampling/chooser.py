@@ -161,6 +161,15 @@ class TokenChooser:
         are appended, which constraints do not allow."""
         return all(self._states[request_id].matcher is None for request_id in request_ids)
 
+    def possible(self, request_id: int, tokens: Sequence[int]) -> list[int]:
+        """Return the first of `tokens`, as far as they may follow in a request's text without
+        ending it."""
+        state = self._states[request_id]
+        count = next((i for i, own in enumerate(tokens) if own in state.stop_ids), len(tokens))
+        if state.matcher is not None:
+            count = state.matcher.num_allowed(tokens[:count])
+        return list(tokens[:count])
+
     def begin_rows(self, request_ids: Sequence[int]) -> tuple[list[int], list[float], Features]:
         """Begin the next token of each request, which have joined rows and have no constraints.
         Return their rows, the random numbers for them, and the work that their step needs."""

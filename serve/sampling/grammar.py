@@ -7,6 +7,7 @@ for the work of each token.
 import functools
 import json
 import math
+from collections.abc import Sequence
 from random import Random
 
 import llguidance
@@ -123,6 +124,10 @@ class GrammarMatcher:
     def append(self, token: int) -> None:
         """Advance by `token`."""
         self._matcher.consume_token(token)
+
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens`, from the first on, may come next."""
+        return int(self._matcher.validate_tokens(list(tokens)))
 
     @property
     def error(self) -> str:

@@ -203,6 +203,18 @@ class _ReplicasCollector(Collector):
                 "Prompt tokens that the prefix cache had.",
                 totals.prefix_tokens_found,
             ),
+            f"{self._prefix}:spec_decode_num_drafts": (
+                "Steps that guessed tokens of a request, for each request.",
+                totals.spec_decode_num_drafts,
+            ),
+            f"{self._prefix}:spec_decode_num_draft_tokens": (
+                "Tokens that were guessed.",
+                totals.spec_decode_num_draft_tokens,
+            ),
+            f"{self._prefix}:spec_decode_num_accepted_tokens": (
+                "Guessed tokens that were right.",
+                totals.spec_decode_num_accepted_tokens,
+            ),
             "stu:replica_restarts": (
                 "Replicas that ended and were replaced.",
                 replicas.num_restarts,

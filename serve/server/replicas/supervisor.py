@@ -5,7 +5,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from serve.config import EngineConfig
@@ -50,14 +50,16 @@ class Totals:
     preemptions: int = 0
     prefix_tokens_asked: int = 0
     prefix_tokens_found: int = 0
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
     flushes: dict[int, tuple[int, float]] = field(default_factory=dict)
     """As in `Stats`."""
 
     def add(self, stats: Stats) -> None:
         """Count another engine."""
-        self.preemptions += stats.preemptions
-        self.prefix_tokens_asked += stats.prefix_tokens_asked
-        self.prefix_tokens_found += stats.prefix_tokens_found
+        for name in (own.name for own in fields(self) if own.name != "flushes"):
+            setattr(self, name, getattr(self, name) + getattr(stats, name))
         for positions, (count, seconds) in stats.flushes.items():
             before = self.flushes.get(positions, (0, 0.0))
             self.flushes[positions] = before[0] + count, before[1] + seconds

@@ -177,6 +177,8 @@ VLLM_NAMES = [
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
     *("prompt_tokens_total", "request_success_total", "num_preemptions_total"),
     *("prefix_cache_queries_total", "prefix_cache_hits_total"),
+    *("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total"),
+    "spec_decode_num_accepted_tokens_total",
     *("time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket"),
     *("e2e_request_latency_seconds_bucket", "request_queue_time_seconds_bucket"),
     *("request_prompt_tokens_bucket", "request_generation_tokens_bucket"),
