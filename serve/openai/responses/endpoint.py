@@ -23,7 +23,7 @@ class Responses(Endpoint[ResponseBody]):
         settings: Arguments of `Endpoint`.
     """
 
-    body_type, list_name = ResponseBody, "output"
+    body_type, list_name, operation = ResponseBody, "output", "chat"
     client_names: ClassVar[Mapping[str, str]] = {
         "messages": "input",
         "response_format": "text.format",
