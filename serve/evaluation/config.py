@@ -29,7 +29,7 @@ class EvaluationConfig:
     and data sets that were downloaded before"""
     lengths: list[int] | None = None
     """Tokens of the texts of needle and recall, answer included. null: the model's max_seq_len, and
-    a half, a quarter and an eighth of it"""
+    a half, a quarter and an eighth of it, where that has room"""
     depths: int = 5
     """Number of places, from the first to the last, where needle and recall put the fact that is
     asked for"""

@@ -7,7 +7,6 @@ their length says, and follow from seed, length, place and number alone.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -52,12 +51,18 @@ class RetrievalTask(ABC):
     ) -> None:
         self.name = name
         self._start, language = tokenizer.start_ids, language_of(tokenizer)
-        grid = product(config.chosen_lengths(longest), config.chosen_depths())
-        self.examples = [
-            Example(place, self._text(place, language, _generator(config.seed, place, number)))
-            for place in map(Place._make, grid)
-            for number in range(config.samples)
-        ]
+        self.examples: list[Example] = []
+        for length in config.chosen_lengths(longest):
+            places = [Place(length, depth) for depth in config.chosen_depths()]
+            try:
+                self.examples += [
+                    Example(place, self._text(place, language, _generator(config.seed, place, n)))
+                    for place in places
+                    for n in range(config.samples)
+                ]
+            except UserError:
+                if config.lengths is not None or length == longest:
+                    raise
 
     def run(self, model: TextModel) -> TaskResult:
         """Return the results of a model."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +97,8 @@ def likelihood(formula, context, continuation):
 
 
 def test_tasks_have_the_results_of_the_model(tasks, models, code_tokenizer):
+    from serve.evaluation.harness import HarnessModel  # takes seconds
+
     config = EvaluationConfig(",".join(KINDS), include_path=tasks)
     evaluation = Evaluation(config, code_tokenizer, MAX_SEQ_LEN)
     engine, formula = models
@@ -108,7 +111,10 @@ def test_tasks_have_the_results_of_the_model(tasks, models, code_tokenizer):
         assert found[name].num_examples == len(DOCUMENTS)
     best, best_norm = 0, 0
     for document in DOCUMENTS:
-        sums = [likelihood(formula, document["query"], text) for text in document["choices"]]
+        pairs = [(document["query"], choice) for choice in document["choices"]]
+        sums = [likelihood(formula, *pair) for pair in pairs]
+        answers = HarnessModel(engine).loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
+        assert [logprob for logprob, _ in answers] == pytest.approx(sums, rel=1e-5, abs=1e-5)
         normed = [s / len(c) for s, c in zip(sums, document["choices"], strict=True)]
         best += sums.index(max(sums)) == document["gold"]
         best_norm += normed.index(max(normed)) == document["gold"]

@@ -120,6 +120,11 @@ def test_lengths_without_room_are_refused(tokenizer):
             kind(name, EvaluationConfig(name, lengths=[7]), tokenizer, 512)
         with pytest.raises(UserError, match="at most the model's max_seq_len=512"):
             kind(name, EvaluationConfig(name, lengths=[513]), tokenizer, 512)
+        by_default = kind(name, EvaluationConfig(name, depths=1, samples=1), tokenizer, 256)
+        lengths = [example.place.length for example in by_default.examples]
+        assert lengths == [length for length in (32, 64, 128, 256) if length >= lengths[0]]
+        assert lengths[-1] == 256
+        assert lengths[0] > 32 or tokenizer.vocab_size < 10
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from train.checkpoint.export import export
 from train.start.signals import EXIT_CODES
 
 LONGEST, STEPS = 160, 4
-TASKS = {"tasks": "needle,recall", "lengths": [130, LONGEST], "depths": 2, "samples": 2}
+TASKS = {"tasks": "recall", "lengths": [130, LONGEST], "depths": 2, "samples": 2}
 SHAPE = f"--model.config.max_seq_len={LONGEST}", "--trainer.val_check_interval=100"
 
 
@@ -44,13 +44,15 @@ def assert_results_of_the_model(run, step, folder):
         assert metrics == pytest.approx(result.metrics, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_run_logs_results_of_its_weights_and_stays_the_same(train, tmp_path):
+    needle = "--evaluation.tasks=needle,recall"
     steps = (
         f"--trainer.max_steps={STEPS}",
         "--checkpoint-every-steps=2",
         "--logger=[csv,tensorboard]",
     )
-    run = train(tmp_path / "run", *steps, *arguments())
+    run = train(tmp_path / "run", *steps, *arguments(), needle)
     for step in (2, STEPS):
         assert_results_of_the_model(run, step, tmp_path / f"model-{step}")
     curves = report.read_curves(run)
@@ -84,12 +86,13 @@ def test_mistakes_end_a_run_before_its_first_step(train, tmp_path, capsys, setti
 def start(settings):
     """Function that runs `stu-train` in processes of its own."""
 
-    def start(folder, ranks, stage, *more, command=None):
+    def start(folder, ranks, stage, *more, command=None, **environment):
         values = {"trainer.devices": ranks, "run-dir": folder, "trainer.max_steps": STEPS}
         values |= {"checkpoint-every-steps": 2, **parallel(stage)}
         command = [*(command or [forked.program("stu-train")]), *settings, *arguments()]
         command += [f"--{name}={value}" for name, value in values.items()]
-        return forked.run(*command, *more, PYTHONPATH=str(Path.cwd()))
+        environment |= {"PYTHONPATH": str(Path.cwd())}
+        return forked.run(*command, *more, **environment)
 
     return start
 
@@ -142,8 +145,8 @@ def harmed(folder, path, name, rank, harm=""):
 @pytest.mark.parametrize(
     ("stage", "path", "name", "rank"),
     [
-        (3, ENGINE, "score", "1"),
-        *(slow(stage, ENGINE, "score", "1") for stage in (None, 1, "fsdp")),
+        (None, ENGINE, "score", "1"),
+        *(slow(stage, ENGINE, "score", "1") for stage in (1, 3, "fsdp")),
         slow(3, ENGINE, "score", "0"),
         *(slow(3, ENGINE, "__init__", rank) for rank in "01"),
         slow("fsdp", TASK, "run", "0"),
@@ -159,6 +162,7 @@ def test_an_evaluation_that_a_rank_gives_up_harms_nothing(start, tmp_path, stage
     assert "no room" in done.stderr
     files = {file.name for file in (tmp_path / "run" / "evaluation").glob("*.json")}
     assert files == {f"step-{STEPS:08d}.json"}
+    assert report.read_curves(tmp_path / "run")["eval/recall/acc"][0] == [STEPS]
     assert_results_of_the_model(tmp_path / "run", STEPS, tmp_path / "model")
 
 
@@ -174,3 +178,43 @@ def test_a_signal_cuts_an_evaluation_short(start, tmp_path, rank):
     done = start(tmp_path / "run", 2, None, "--resume=last")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_results_of_the_model(tmp_path / "run", STEPS, tmp_path / "model")
+
+
+CHOICES = """
+task: own
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, "fsdp"])
+def test_lm_evals_tasks_run_on_all_ranks(start, tmp_path, stage):
+    rows = [
+        {"query": "def value", "choices": ["self", "import x", "None"], "gold": number % 3}
+        for number in range(5)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text(CHOICES.format(data=tmp_path / "rows.jsonl"))
+    more = "--evaluation.tasks=own,needle", f"--evaluation.include_path={tmp_path}"
+    done = start(tmp_path / "run", 2, stage, *more, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in (2, STEPS):
+        found = results(tmp_path / "run", step)["results"]
+        assert list(found) == ["needle", "own"]
+        folder = tmp_path / f"model-{step}"
+        export(checkpoint(tmp_path / "run", step), folder)
+        formula = FormulaModel(load_model(folder), load_tokenizer(folder))
+        config = EvaluationConfig("own", include_path=tmp_path)
+        expected = Evaluation(config, formula.tokenizer, LONGEST).run(formula)["own"]
+        assert found["own"]["metrics"] == pytest.approx(expected.metrics)
+        assert found["own"]["num_examples"] == 5
