@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serve.request import FinishReason, Output, TokenLogprobs
+from serve.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Completion:
     """Explanation of `finish_reason == "error"`."""
     embedding: Sequence[float] = ()
     """Embedding of the prompt, if it was asked for; in the last piece."""
+    cumulative_logprob: float | None = None
+    """Sum of the log probabilities of the new tokens, that of the stop token included, if they were
+    asked for."""
 
 
 @dataclass
@@ -68,7 +72,29 @@ class CompletionBuilder:
             self.prompt_logprobs,
             self.error,
             self.embedding,
+            math.fsum(token.logprob for token in logprobs) if logprobs else None,
         )
+
+
+def best(completions: Sequence[Completion], count: int) -> list[Completion]:
+    """Return the `count` completions with the highest cumulative log probabilities, in descending
+    order. Those that failed come last, and of equal ones the first comes first."""
+
+    def rank(completion: Completion) -> tuple[bool, float]:
+        return completion.finish_reason == "error", -(completion.cumulative_logprob or 0.0)
+
+    return sorted(completions, key=rank)[:count]
+
+
+def answered(completions: Sequence[Completion], params: SamplingParams) -> list[Completion]:
+    """Return the completions that answer a request, of all that were generated for it. Log
+    probabilities are left out if they were only to choose the best."""
+    if params.num_candidates == params.n:
+        return list(completions)
+    found = best(completions, params.n)
+    if params.logprobs is not None:
+        return found
+    return [replace(completion, logprobs=()) for completion in found]
 
 
 def normalized(embedding: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from serve.completion import Completion, CompletionBuilder, normalized
+from serve.completion import Completion, CompletionBuilder, answered, normalized
 from serve.config import EngineConfig
 from serve.devices import choose_devices
 from serve.engine.engine import Engine
@@ -32,7 +32,7 @@ class RequestOutput:
     prompt_token_ids: Sequence[int]
     """Token ids of the prompt, with BOS."""
     outputs: Sequence[Completion]
-    """The `n` completions."""
+    """The `n` completions; of `best_of` the best, in their order."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,10 @@ class LLM:
             RequestOutput(
                 prompt if isinstance(prompt, str) else None,
                 request.prompt_token_ids,
-                [next(completions) for _ in range(request.sampling.n)],
+                answered(
+                    [next(completions) for _ in range(request.sampling.num_candidates)],
+                    request.sampling,
+                ),
             )
             for prompt, request in zip(listed, requests, strict=True)
         ]

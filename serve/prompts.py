@@ -13,7 +13,7 @@ from stu.common.errors import UserError
 from stu.common.text import nearest
 from stu.tokenizer import Tokenizer, encode_text
 
-NOT_IN_ROWS = ("n", "prompt_logprobs", "constraint")
+NOT_IN_ROWS = ("n", "constraint")
 SETTINGS = [field.name for field in fields(SamplingParams) if field.name not in NOT_IN_ROWS]
 """Fields of `SamplingParams` that a row of a file may have."""
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,99}")
@@ -81,21 +81,25 @@ def listed_prompts(prompts: Any) -> list[Any]:
 
 
 def choices(requests: Sequence[Request]) -> list[Request]:
-    """Return a request with its own seed for each of the `n` completions of each request.
+    """Return a request with its own seed for each completion that is generated for each request:
+    `n` or `best_of`, which are compared by their log probabilities.
 
     All seeds derive from that of the first request, which keeps it.
     """
-    seed = requests[0].sampling.seed
-    repeated = [request for request in requests for _ in range(request.sampling.n)]
-    return [
-        replace(
-            request,
-            sampling=replace(
-                request.sampling, n=1, seed=derived_seed(seed, index) if index else seed
-            ),
+    seed, single = requests[0].sampling.seed, []
+    repeated = [request for request in requests for _ in range(request.sampling.num_candidates)]
+    for index, request in enumerate(repeated):
+        params = request.sampling
+        are_compared = params.num_candidates > params.n and params.logprobs is None
+        own = replace(
+            params,
+            n=1,
+            best_of=None,
+            seed=derived_seed(seed, index) if index else seed,
+            logprobs=0 if are_compared else params.logprobs,
         )
-        for index, request in enumerate(repeated)
-    ]
+        single.append(replace(request, sampling=own))
+    return single
 
 
 def derived_seed(seed: int, number: int) -> int:

@@ -20,7 +20,8 @@ class Request:
     """One prompt to decode. Raises UserError for a value that no model allows."""
 
     prompt_token_ids: Sequence[int]
-    """Token ids of the prompt, at least one: BOS, if there is nothing else."""
+    """Token ids of the prompt, at least one: BOS, if there is nothing else. Only the last ones are
+    kept if `truncate_prompt_tokens` says so."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Settings, which hold for this request alone."""
     priority: int = 0
@@ -50,6 +51,8 @@ class Request:
             raise UserError("prompt_token_ids", [], fix="start the prompt with BOS")
         if not isinstance(self.sampling, SamplingParams):
             raise UserError("sampling", self.sampling, "SamplingParams")
+        if (count := self.sampling.truncate_prompt_tokens) is not None:
+            object.__setattr__(self, "prompt_token_ids", self.prompt_token_ids[-count:])
         if not isinstance(self.cache_salt, str):
             raise UserError("cache_salt", self.cache_salt, "a text")
         require_unicode("cache_salt", self.cache_salt)
@@ -79,6 +82,8 @@ class TokenLogprobs:
     top: dict[int, float]
     """Log probabilities of the most probable tokens by id, in descending order; of equal ones the
     lower id comes first."""
+    rank: int
+    """Place of `token` among all tokens in this order, from 1."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from stu.common.errors import UserError
 
 JsonWhitespace = Literal["compact", "flexible"]
 MOST_LOGPROBS = 20
+BOOL = "true or false"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class SamplingParams:
     """Whether EOS ends the text."""
     n: int = 1
     """Number of completions of the prompt. An `Engine` takes 1 only."""
+    best_of: int | None = None
+    """Number of completions to generate; the answer has the `n` whose log probabilities add up to
+    the most, the best first. None: n."""
     seed: int = 0
     """Seed of the random choices, from 0 to 2**64 - 1."""
     logprobs: int | None = None
@@ -62,6 +66,12 @@ class SamplingParams:
     own, at most 20; None: no log probabilities."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first."""
+    skip_special_tokens: bool = True
+    """Whether tokens without text, such as BOS, add nothing to the text, instead of their names. A
+    stop token never adds to it."""
+    truncate_prompt_tokens: int | None = None
+    """Number of tokens at the end of the prompt that are used; the others are left out, BOS too.
+    None: the whole prompt."""
     constraint: Constraint | None = None
     """Schema or expression that the text must match."""
 
@@ -75,6 +85,11 @@ class SamplingParams:
         self._check_reports()
         for name in ("stop", "stop_token_ids"):  # the caller's list may change
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of completions to generate."""
+        return self.n if self.best_of is None else self.best_of
 
     def stop_ids(self, eos_id: int) -> tuple[int, ...]:
         """Return all token ids that end the text; eos_id: -1 for a tokenizer without EOS."""
@@ -112,8 +127,10 @@ class SamplingParams:
         ids = self.stop_token_ids
         are_ids = isinstance(ids, list | tuple) and all(map(is_whole, ids))
         self._require("stop_token_ids", are_ids, "a list of token ids, whole numbers >= 0")
-        self._require("stop_at_eos", isinstance(self.stop_at_eos, bool), "true or false")
+        self._require("stop_at_eos", isinstance(self.stop_at_eos, bool), BOOL)
         self._require("n", is_whole(self.n) and self.n >= 1, "a whole number >= 1")
+        is_enough = self.best_of is None or (is_whole(self.best_of) and self.best_of >= self.n)
+        self._require("best_of", is_enough, f"a whole number >= n, which is {self.n}")
         if constraint is not None:
             allowed = "0 with a constraint, which may allow no text so long"
             self._require("min_new_tokens", least == 0, allowed)
@@ -121,6 +138,10 @@ class SamplingParams:
             self._require("stop_at_eos", self.stop_at_eos, allowed)
 
     def _check_reports(self) -> None:
+        self._require("skip_special_tokens", isinstance(self.skip_special_tokens, bool), BOOL)
+        keep = self.truncate_prompt_tokens
+        is_count = keep is None or (is_whole(keep) and keep >= 1)
+        self._require("truncate_prompt_tokens", is_count, "a whole number >= 1, or null for all")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             is_count = count is None or (is_whole(count) and count <= MOST_LOGPROBS)

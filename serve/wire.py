@@ -99,7 +99,7 @@ def output_to_wire(output: Output, number: int) -> Message:
     for name in ("logprobs", "prompt_logprobs"):
         if logprobs := getattr(output, name):
             values[name] = msgpack.packb(
-                [[token.token, token.logprob, token.top] for token in logprobs]
+                [[token.token, token.logprob, token.top, token.rank] for token in logprobs]
             )
     if output.cached_tokens:
         values["cached_tokens"] = output.cached_tokens

@@ -62,12 +62,13 @@ class BatchJob:
             common: dict[str, Any] = {
                 "tokenizer": self.tokenizer,
                 "model_name": config.model.resolve().name,
+                "max_seq_len": model.max_seq_len,
             }
             self.row_format = OpenAiRows(
                 {
                     "/v1/completions": TextCompletions(builder, **common),
                     "/v1/chat/completions": ChatCompletions(
-                        template, model.max_seq_len, max_tokens, builder=builder, **common
+                        template, max_tokens, builder=builder, **common
                     ),
                     "/v1/embeddings": Embeddings(model.width, **common),
                 }

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from serve.batch.source import Source
-from serve.completion import Completion
-from serve.prompts import SETTINGS, RequestBuilder
+from serve.completion import Completion, answered
+from serve.prompts import SETTINGS, RequestBuilder, choices
 from serve.request import Request
+from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError, show
 from stu.common.text import Json, nearest, require_unicode
 
@@ -23,6 +24,8 @@ class Row:
     """Fields of the input row."""
     requests: Sequence[Request]
     """A request for each completion."""
+    sampling: SamplingParams | None = None
+    """Settings of the row, where it has one prompt."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class PromptRows:
         self.check_fields(fields)
         settings = {name: fields[name] for name in SETTINGS if name in fields}
         request = self._builder.build(number, fields["prompt"], settings)
-        return Row(number, row_id, fields, [request])
+        return Row(number, row_id, fields, choices([request]), request.sampling)
 
     def check_fields(self, fields: Mapping[str, Any]) -> None:
         """Raise UserError if there is an unknown field, or no prompt."""
@@ -102,10 +105,12 @@ class PromptRows:
 
     def completed(self, row: Row, completions: Sequence[Completion]) -> Json:
         """Return `{"id", "row", "prompt", "completion", "num_prompt_tokens",
-        "num_completion_tokens", "finish_reason"}`, and "logprobs" if the row asks for them.
+        "num_completion_tokens", "finish_reason"}`, and "logprobs" and "prompt_logprobs" if the
+        row asks for them.
 
         BOS counts as a prompt token; a stop token is not counted."""
-        (request,), (completion,) = row.requests, completions
+        assert row.sampling is not None
+        request, (completion,) = row.requests[0], answered(completions, row.sampling)
         written = {
             "id": row.id,
             "row": row.number,
@@ -115,8 +120,9 @@ class PromptRows:
             "num_completion_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
         }
-        if completion.logprobs:
-            written["logprobs"] = [asdict(logprobs) for logprobs in completion.logprobs]
+        for name in ("logprobs", "prompt_logprobs"):
+            if logprobs := getattr(completion, name):
+                written[name] = [asdict(values) for values in logprobs]
         return written
 
     def refused(self, refusal: Refusal) -> Json:

@@ -99,8 +99,9 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request and return its id. Raises UserError if it can never be decoded."""
         check_request(request, self._model_config)
-        if request.sampling.n != 1:
-            raise UserError("n", request.sampling.n, "1", "add a request for each completion")
+        if (count := request.sampling.num_candidates) != 1:
+            fix = "add a request for each completion"
+            raise UserError("n", count, "1, without best_of", fix)
         return self.add_checked(request)
 
     def add_checked(self, request: Request) -> int:
@@ -113,9 +114,7 @@ class Engine:
         except UserError:
             self._chooser.remove(request_id)
             raise
-        ends = request.sampling.stop, request.sampling.min_new_tokens
-        text = TextStream(self._tokenizer, request.prompt_token_ids, *ends)
-        self._texts[request_id] = text
+        text = self._texts[request_id] = TextStream.of(self._tokenizer, request)
         for token in request.new_token_ids:
             text.append(token)
         return request_id

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from serve.openai.choices import ChatChoiceWriter
+from serve.openai.choices import ChatChoiceWriter, prompt_logprobs
 from serve.openai.completions import Completions
 from serve.openai.messages import rendered
 from serve.openai.schemas import ChatBody
@@ -17,13 +17,13 @@ from serve.sampling.tool_grammar import tool_constraint
 from serve.sampling_params import Constraint
 from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
+from stu.common.text import Json
 
 
 class ChatCompletions(Completions[ChatBody]):
     """Bodies of `/v1/chat/completions`.
 
     Args:
-        max_seq_len: Longest context in tokens.
         default_new_tokens: Limit of new tokens for a body without one; it gets less if there is
             less room in the context.
         settings: Arguments of `Completions`.
@@ -37,20 +37,26 @@ class ChatCompletions(Completions[ChatBody]):
         "logprobs": "top_logprobs",
     }
 
-    def __init__(
-        self, template: ChatTemplate, max_seq_len: int, default_new_tokens: int, **settings: Any
-    ) -> None:
+    def __init__(self, template: ChatTemplate, default_new_tokens: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self._prompts, self._max_seq_len = ToolPrompts(template), max_seq_len
-        self._default_new_tokens = default_new_tokens
+        self._prompts, self._default_new_tokens = ToolPrompts(template), default_new_tokens
 
     def writers(self, body: ChatBody, requests: Sequence[Request]) -> list[ChatChoiceWriter]:
         """Return a writer for each choice."""
-        readers = [call_reader(request) for request in requests]
         return [
-            ChatChoiceWriter(self._tokenizer, request, index, bool(body.stream), readers[index])
-            for index, request in enumerate(requests)
+            ChatChoiceWriter(
+                self._tokenizer, request, index, bool(body.stream), call_reader(request)
+            )
+            for index, request in enumerate(self._answered(body, requests))
         ]
+
+    def last_fields(self, body: ChatBody, writers: Sequence[Any]) -> Json:
+        """See `Endpoint.last_fields`."""
+        if body.prompt_logprobs is None:
+            return {}
+        logprobs = writers[0].prompt_logprobs
+        values = prompt_logprobs(self._tokenizer, logprobs, body.prompt_logprobs)
+        return {"prompt_logprobs": values}
 
     def _prompt_requests(self, number: int, body: ChatBody) -> list[Request]:
         use = _tool_use(body)
@@ -59,11 +65,15 @@ class ChatCompletions(Completions[ChatBody]):
             body.chat_template_kwargs or {},
             None if use is None else use.described,
         )
-        if body.top_logprobs and not body.logprobs:
-            raise UserError("top_logprobs", body.top_logprobs, "used with logprobs=true")
+        limit = self._limit(body)
+        kept = self._truncation(body, self._default_new_tokens if limit is None else limit)
+        if limit is None:
+            num_prompt_tokens = len(prompt) if kept is None else min(len(prompt), kept)
+            limit = min(self._default_new_tokens, max(1, self._max_seq_len - num_prompt_tokens))
         own = {
-            "max_new_tokens": self._max_new_tokens(body, len(prompt)),
-            "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+            "max_new_tokens": limit,
+            "truncate_prompt_tokens": kept,
+            "logprobs": self._num_logprobs(body),
         }
         return self._build(number, [prompt], body, own)
 
@@ -76,14 +86,19 @@ class ChatCompletions(Completions[ChatBody]):
         schema = None if text is None else json.loads(text.source)
         return tool_constraint(replace(use.answers, text=schema))
 
-    def _max_new_tokens(self, body: ChatBody, num_prompt_tokens: int) -> int:
+    def _num_logprobs(self, body: ChatBody) -> int | None:
+        if body.top_logprobs and not body.logprobs:
+            raise UserError("top_logprobs", body.top_logprobs, "used with logprobs=true")
+        return (body.top_logprobs or 0) if body.logprobs else None
+
+    def _limit(self, body: ChatBody) -> int | None:
+        """Return the limit of new tokens that a body sets, or None."""
         limits = {body.max_tokens, body.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise UserError(
                 "max_tokens", body.max_tokens, "left out, or equal to max_completion_tokens"
             )
-        room = max(1, self._max_seq_len - num_prompt_tokens)
-        return limits.pop() or 0 if limits else min(self._default_new_tokens, room)
+        return limits.pop() if limits else None
 
     def _object(self, body: ChatBody) -> str:
         return "chat.completion.chunk" if body.stream else "chat.completion"

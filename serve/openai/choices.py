@@ -1,6 +1,7 @@
 """OpenAI's choices of text and chat completions, whole or piece by piece."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 from serve.completion import Completion
@@ -25,14 +26,22 @@ class TextChoiceWriter:
         index: Number of the choice.
         echo: Text of the prompt if it goes before the completion.
         adds_bos: Whether the first prompt token is a BOS that the client did not send.
+        prompt_logprobs: Number of most probable tokens in vLLM's field of this name; None: without.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Request, index: int, echo: str | None, adds_bos: bool
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        index: int,
+        echo: str | None,
+        adds_bos: bool,
+        prompt_logprobs: int | None = None,
     ) -> None:
         self._tokenizer, self._request, self._index = tokenizer, request, index
-        self._echo, self._adds_bos = echo, adds_bos
-        self._stream = TextStream(tokenizer, request.prompt_token_ids)
+        self._echo, self._adds_bos, self._prompt_logprobs = echo, adds_bos, prompt_logprobs
+        skips = request.sampling.skip_special_tokens
+        self._stream = TextStream(tokenizer, request.prompt_token_ids, skips_special=skips)
         self._offset = self._num_written = 0
         self._has_begun = False
 
@@ -42,6 +51,11 @@ class TextChoiceWriter:
         logprobs: Json | None = None
         if self._request.sampling.logprobs is not None:
             logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        of_prompt: Json = {}
+        if not self._has_begun and self._prompt_logprobs is not None:
+            count = self._prompt_logprobs
+            values = prompt_logprobs(self._tokenizer, piece.prompt_logprobs, count)
+            of_prompt = {"prompt_logprobs": values}
         if not self._has_begun and self._echo is not None:
             text = self._echo + text
             if logprobs is not None:
@@ -62,6 +76,7 @@ class TextChoiceWriter:
             "text": text,
             "logprobs": logprobs,
             "finish_reason": piece.finish_reason,
+            **of_prompt,
         }
 
     def _add_prompt(self, logprobs: Json, piece: Completion) -> None:
@@ -84,7 +99,9 @@ class TextChoiceWriter:
             logprobs["top_logprobs"].append(None)
             return
         top: dict[str, float] = {}
-        for other, logprob in [*values.top.items(), (token, values.logprob)]:
+        # A prompt may have more than are asked for here, for prompt_logprobs.
+        shown = islice(values.top.items(), self._request.sampling.logprobs)
+        for other, logprob in [*shown, (token, values.logprob)]:
             # Two tokens may have the same text: a byte and a character.
             top[text_of(other)] = max(logprob, top.get(text_of(other), logprob))
         logprobs["top_logprobs"].append(top)
@@ -108,9 +125,13 @@ class ChatChoiceWriter:
         self._is_stream, self._reader = is_stream, reader
         self._num_calls = 0
         self._has_begun = False
+        self.prompt_logprobs: Sequence[TokenLogprobs] = ()
+        """Log probabilities of the prompt, once the first piece is written."""
 
     def write(self, piece: Completion) -> Json:
         """Return the choice with the next piece of its completion."""
+        if not self._has_begun:
+            self.prompt_logprobs = piece.prompt_logprobs
         message: Json = {} if self._has_begun else {"role": "assistant"}
         self._has_begun = True
         logprobs: Json | None = None
@@ -176,3 +197,26 @@ def token_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> lis
         }
         for token in tokens
     ]
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], count: int
+) -> list[Json | None]:
+    """Return log probabilities of a prompt as vLLM writes them: null for the first token, and for
+    each other an object by token id, of the token itself and of the `count` most probable ones."""
+    written: list[Json | None] = [None]
+    for values in logprobs:
+        ranked = {values.token: (values.logprob, values.rank)}
+        for rank, (token, logprob) in enumerate(islice(values.top.items(), count), 1):
+            ranked[token] = (logprob, rank)
+        written.append(
+            {
+                str(token): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": tokenizer.token_text(token),
+                }
+                for token, (logprob, rank) in ranked.items()
+            }
+        )
+    return written

@@ -4,17 +4,19 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
-from serve.openai.choices import TextChoiceWriter
+from serve.completion import Completion, best
+from serve.openai.choices import ChoiceWriter, TextChoiceWriter
 from serve.openai.endpoint import Endpoint, request_fields
 from serve.openai.response_format import constraint_of
 from serve.openai.schemas import CompletionBody, CompletionSettings
 from serve.prompts import SETTINGS, RequestBuilder, choices, listed_prompts
 from serve.request import Request
-from serve.sampling_params import Constraint, JsonWhitespace
+from serve.sampling_params import MOST_LOGPROBS, Constraint, JsonWhitespace
 from stu.common.errors import UserError
 from stu.common.text import Json
 
@@ -71,7 +73,16 @@ class Completions(Endpoint[AnyBody]):
 
     def choices_per_prompt(self, body: AnyBody) -> int:
         """See `Endpoint.choices_per_prompt`."""
-        return body.n or 1
+        return body.best_of or body.n or 1
+
+    def results(
+        self, body: AnyBody, writers: Sequence[ChoiceWriter], completions: Iterable[Completion]
+    ) -> Iterator[Json]:
+        """See `Endpoint.results`."""
+        n, num_candidates = body.n or 1, self.choices_per_prompt(body)
+        if num_candidates > n:
+            completions = _best_of(completions, num_candidates, n)
+        return super().results(body, writers, completions)
 
     def _requests(self, number: int, body: AnyBody) -> list[Request]:
         _check(body)
@@ -88,18 +99,36 @@ class Completions(Endpoint[AnyBody]):
         return constraint_of(body.response_format, self._json_whitespace)
 
     @abstractmethod
+    def _num_logprobs(self, body: AnyBody) -> int | None:
+        """Return the number of most probable tokens to report, None for no log probabilities."""
+
+    @abstractmethod
     def _object(self, body: AnyBody) -> str:
         """Return the `object` of an answer."""
+
+    def _answered(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[Request]:
+        """Return a request for each choice of the answer, with the log probabilities that the body
+        asks for: those that choose the best are not shown."""
+        n, num_candidates = body.n or 1, self.choices_per_prompt(body)
+        if num_candidates == n:
+            return requests
+        count = self._num_logprobs(body)
+        return [
+            replace(request, sampling=replace(request.sampling, logprobs=count))
+            for first in range(0, len(requests), num_candidates)
+            for request in requests[first : first + n]
+        ]
 
     def _build(
         self, number: int, prompts: Sequence[Any], body: AnyBody, own_settings: Json
     ) -> list[Request]:
         """Build a request for each prompt. `own_settings` are those that text and chat completions
         name differently."""
-        num_choices = len(prompts) * (body.n or 1)
+        num_choices = len(prompts) * self.choices_per_prompt(body)
         if self._max_choices is not None and num_choices > self._max_choices:
             fix = f"a body may ask for {self._max_choices} choices, not {num_choices}: send several"
-            raise UserError("n", body.n or 1, fix=fix)
+            name, value = ("best_of", body.best_of) if body.best_of else ("n", body.n or 1)
+            raise UserError(name, value, fix=fix)
         settings = {name: getattr(body, name, None) for name in SETTINGS}
         settings |= {"n": body.n, "min_new_tokens": body.min_tokens, **own_settings}
         if body.ignore_eos is not None:
@@ -128,22 +157,36 @@ class TextCompletions(Completions[CompletionBody]):
         """Return a writer for each choice."""
         prompts = listed_prompts(body.prompt)
         writers = []
-        for index, request in enumerate(requests):
+        for index, request in enumerate(self._answered(body, requests)):
             prompt = prompts[index // (body.n or 1)]
+            start_ids, tokens = self._tokenizer.start_ids, request.prompt_token_ids
+            adds_bos = bool(start_ids) and (isinstance(prompt, str) or not prompt)
+            if body.truncate_prompt_tokens is not None:
+                adds_bos = adds_bos and list(tokens[:1]) == start_ids
+                prompt = list(tokens)
             echo = self._text(prompt) if body.echo else None
-            adds_bos = bool(self._tokenizer.start_ids) and (isinstance(prompt, str) or not prompt)
-            writers.append(TextChoiceWriter(self._tokenizer, request, index, echo, adds_bos))
+            writers.append(
+                TextChoiceWriter(
+                    self._tokenizer, request, index, echo, adds_bos, body.prompt_logprobs
+                )
+            )
         return writers
 
     def _prompt_requests(self, number: int, body: CompletionBody) -> list[Request]:
-        if body.best_of not in (None, body.n or 1):
-            raise UserError("best_of", body.best_of, "left out, or equal to n")
+        limit = body.max_tokens
+        if limit is None:
+            limit = self._builder.defaults.max_new_tokens
+        asked = (body.prompt_logprobs, body.logprobs if body.echo else None)
         own = {
             "max_new_tokens": body.max_tokens,
+            "truncate_prompt_tokens": self._truncation(body, limit),
             "logprobs": body.logprobs,
-            "prompt_logprobs": body.logprobs if body.echo else None,
+            "prompt_logprobs": max((count for count in asked if count is not None), default=None),
         }
         return self._build(number, listed_prompts(body.prompt), body, own)
+
+    def _num_logprobs(self, body: CompletionBody) -> int | None:
+        return body.logprobs
 
     def _object(self, body: CompletionBody) -> str:
         return "text_completion"
@@ -152,12 +195,36 @@ class TextCompletions(Completions[CompletionBody]):
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
 
+def _best_of(
+    completions: Iterable[Completion], num_candidates: int, n: int
+) -> Iterator[Completion]:
+    """Yield the best `n` of each `num_candidates` completions."""
+    left = iter(completions)
+    while candidates := list(islice(left, num_candidates)):
+        yield from best(candidates, n)
+
+
 def _check(body: CompletionSettings) -> None:
     """Check the values that only a body has; the builder checks the others."""
     if body.stream_options is not None and not body.stream:
         raise UserError("stream_options", fix="it needs stream=true, leave it out")
     if body.n is not None and not 1 <= body.n <= MOST_CHOICES:
         raise UserError("n", body.n, f"a whole number from 1 to {MOST_CHOICES}")
+    if body.best_of is not None:
+        n = body.n or 1
+        if not n <= body.best_of <= MOST_CHOICES:
+            allowed = f"a whole number from n, which is {n}, to {MOST_CHOICES}"
+            raise UserError("best_of", body.best_of, allowed)
+        if body.stream and body.best_of > n:
+            allowed = f"{n}, as n, with stream=true: which are the best is known only at the end"
+            raise UserError("best_of", body.best_of, allowed)
+    if body.prompt_logprobs is not None:
+        if not 0 <= body.prompt_logprobs <= MOST_LOGPROBS:
+            allowed = f"from 0 to {MOST_LOGPROBS}, or null for none"
+            raise UserError("prompt_logprobs", body.prompt_logprobs, allowed)
+        if body.stream:
+            fix = "it needs stream=false; echo and logprobs of /v1/completions are streamed"
+            raise UserError("prompt_logprobs", body.prompt_logprobs, fix=fix)
     if body.ignore_eos is not None and body.stop_at_eos is body.ignore_eos:
         raise UserError("ignore_eos", body.ignore_eos, "the opposite of stop_at_eos")
     stops = body.stop if isinstance(body.stop, list) else [body.stop or ""]

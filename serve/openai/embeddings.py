@@ -50,7 +50,8 @@ class Embeddings(Endpoint[EmbeddingBody]):
         if body.dimensions not in (None, self._width):
             allowed = f"{self._width}, the model's width, or left out"
             raise UserError("dimensions", body.dimensions, allowed)
-        nothing_new, more = SamplingParams(max_new_tokens=0), request_fields(body)
+        kept, more = self._truncation(body, 0), request_fields(body)
+        nothing_new = SamplingParams(max_new_tokens=0, truncate_prompt_tokens=kept)
         prompts = [encode_prompt(self._tokenizer, text) for text in inputs]
         return [Request(prompt, nothing_new, pooling=body.pooling, **more) for prompt in prompts]
 

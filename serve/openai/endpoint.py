@@ -1,7 +1,7 @@
 """Endpoints of OpenAI's API: from a body to engine requests, and back to the body of an answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic
 
 from pydantic import BaseModel
@@ -25,6 +25,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     Args:
         tokenizer: The model's tokenizer.
         model_name: Name in answers to bodies that give none.
+        max_seq_len: Longest context in tokens.
         max_choices: Limit of requests of one body. None: only the limits of the fields apply.
     """
 
@@ -37,10 +38,14 @@ class Endpoint(ABC, Generic[AnyBody]):
     """Names of fields in a body, by their names in an engine's request."""
 
     def __init__(
-        self, tokenizer: Tokenizer, model_name: str, max_choices: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        model_name: str,
+        max_seq_len: int,
+        max_choices: int | None = None,
     ) -> None:
         self._tokenizer, self._model_name = tokenizer, model_name
-        self._max_choices = max_choices
+        self._max_seq_len, self._max_choices = max_seq_len, max_choices
 
     def read(self, values: Any) -> AnyBody:
         """Return the body of a row of a batch. Raises UserError for the first wrong field."""
@@ -68,11 +73,23 @@ class Endpoint(ABC, Generic[AnyBody]):
 
     @abstractmethod
     def writers(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[ChoiceWriter]:
-        """Return a writer for the result of each request."""
+        """Return a writer for each result."""
 
     @abstractmethod
     def frame(self, answer_id: str, created: int, body: AnyBody) -> Json:
         """Return an answer without its results and its usage."""
+
+    def results(
+        self, body: AnyBody, writers: Sequence[ChoiceWriter], completions: Iterable[Completion]
+    ) -> Iterator[Json]:
+        """Yield the results of a whole answer, given what was generated for each request. Nothing
+        is kept that has been yielded, as completions with log probabilities are large."""
+        for writer, completion in zip(writers, completions, strict=True):
+            yield writer.write(completion)
+
+    def last_fields(self, body: AnyBody, writers: Sequence[ChoiceWriter]) -> Json:
+        """Return further fields of a whole answer, once its results are written."""
+        return {}
 
     def choices_per_prompt(self, body: AnyBody) -> int:
         """Return the number of requests of each prompt, which follow one another."""
@@ -93,16 +110,20 @@ class Endpoint(ABC, Generic[AnyBody]):
     ) -> Json:
         """Return the body of the answer to row `number` of a batch."""
         writers = self.writers(body, requests)
-        results = [
-            writer.write(completion)
-            for writer, completion in zip(writers, completions, strict=True)
-        ]
+        results = list(self.results(body, writers, completions))
         num_new_tokens = sum(len(completion.token_ids) for completion in completions)
         return {
             **self.frame(str(number), BATCH_CREATED, body),
             self.list_name: results,
             "usage": usage(self.num_prompt_tokens(body, requests), num_new_tokens),
+            **self.last_fields(body, writers),
         }
+
+    def _truncation(self, body: EngineBody, max_new_tokens: int) -> int | None:
+        """Return how many tokens of its prompts a body asks to use, None for all. With -1 there is
+        room for `max_new_tokens` after them."""
+        count = body.truncate_prompt_tokens
+        return max(1, self._max_seq_len - max_new_tokens) if count == -1 else count
 
     @abstractmethod
     def _requests(self, number: int, body: AnyBody) -> list[Request]:

@@ -35,7 +35,6 @@ _NO_TOOLS = "use /v1/chat/completions, where the model may call tools"
 _NO_EFFECT = "leave it out"
 _SCHEMAS = "use response_format"
 _TOKENS = "use logprobs, which have the text and the bytes of each token"
-_PROMPT = "shorten the prompt yourself"
 
 NEUTRAL: Neutral = {
     "tools": (([],), _NO_TOOLS),
@@ -53,12 +52,9 @@ NEUTRAL: Neutral = {
     "thinking_token_budget": ((), "the model has no separate reasoning, leave it out"),
     "verbosity": (("medium",), "ask for a shorter or longer answer in a message"),
     "include_stop_str_in_output": ((False,), "add the stop string to the text yourself"),
-    "skip_special_tokens": ((True,), "special tokens have no text, leave it out"),
     "use_beam_search": ((False,), "ask for n completions with logprobs, and choose among them"),
     "length_penalty": ((1, 1.0), "there is no beam search, leave it out"),
-    "truncate_prompt_tokens": ((), _PROMPT),
-    "truncation_side": ((), _PROMPT),
-    "prompt_logprobs": ((), "use echo and logprobs of /v1/completions"),
+    "truncation_side": (("left",), "shorten the prompt yourself"),
     "prompt_embeds": ((), "give a prompt of text or token ids"),
     "logprob_token_ids": ((), "use logprobs"),
     "allowed_token_ids": ((), "use response_format, or logit_bias"),
@@ -105,7 +101,6 @@ EMBEDDING_NEUTRAL: Neutral = {
         "add_special_tokens",
         "mm_processor_kwargs",
         "request_id",
-        "truncate_prompt_tokens",
         "truncation_side",
     )
 }

@@ -77,6 +77,8 @@ class EngineBody(RequestBody):
     """Name of a tenant: remembered prefixes are shared only among requests with the same one."""
     priority: int | None = None
     """Requests with a lower number go first; 0, the default, goes before all others."""
+    truncate_prompt_tokens: int | None = None
+    """Number of tokens at the end of a prompt that are used; -1: as many as there is room for."""
 
 
 class StreamOptions(Body):
@@ -94,6 +96,7 @@ class CompletionSettings(EngineBody):
     """Fields of both text and chat completions."""
 
     n: int | None = None
+    best_of: int | None = None
     stop: str | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -115,6 +118,8 @@ class CompletionSettings(EngineBody):
         Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None
     ) = None
     min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
 
 
 class CompletionBody(CompletionSettings):
@@ -124,7 +129,6 @@ class CompletionBody(CompletionSettings):
     max_tokens: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    best_of: int | None = None
 
     harmless = HARMLESS
     neutral = TEXT_NEUTRAL

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
+from serve.request import Request
 from stu.tokenizer import Tokenizer
 
 MOST_BYTES = 4
@@ -13,7 +14,8 @@ class TextStream:
     """Text of one completion: what `append` and `finish` return, joined.
 
     It ends before the first of `stop_strings` that begins after the first `min_tokens` tokens.
-    Bytes that are not UTF-8 become U+FFFD.
+    Bytes that are not UTF-8 become U+FFFD. Tokens without text add none, or their names if
+    `skips_special` is false.
     """
 
     def __init__(
@@ -22,8 +24,10 @@ class TextStream:
         prompt: Sequence[int],
         stop_strings: Sequence[str] = (),
         min_tokens: int = 0,
+        skips_special: bool = True,
     ) -> None:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
+        self._skips_special = skips_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # A character that begins in the prompt belongs to the completion.
         for token in prompt[-MOST_BYTES:]:
@@ -35,9 +39,24 @@ class TextStream:
         self.stopped = False
         """Whether a stop string was found, after which there is no text."""
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, request: Request) -> "TextStream":
+        """Return the text of a request's completion, before its first token."""
+        params = request.sampling
+        return cls(
+            tokenizer,
+            request.prompt_token_ids,
+            params.stop,
+            params.min_new_tokens,
+            params.skip_special_tokens,
+        )
+
     def append(self, token: int) -> str:
         """Return the text that is certain after `token`."""
-        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        token_bytes = self._tokenizer.token_bytes(token)
+        if not token_bytes and not self._skips_special:
+            token_bytes = self._tokenizer.token_text(token).encode()
+        text = self._decoder.decode(token_bytes)
         if self._num_early > 0:
             self._num_early -= 1
             return text

@@ -42,6 +42,8 @@ class Logprobs(NamedTuple):
     """Most probable tokens, the most probable first, int64 `[B, count]`."""
     top: Tensor
     """Log probabilities of the most probable tokens, float64 `[B, count]`."""
+    ranks: Tensor
+    """Places of the tokens among all by probability, from 1, int64 `[B]`."""
 
     def of(self, tokens: Sequence[int], counts: Sequence[int | None]) -> list[TokenLogprobs | None]:
         """Return those of each row's token and of its `count` most probable ones, None for a row
@@ -50,8 +52,8 @@ class Logprobs(NamedTuple):
         return [
             None
             if count is None
-            else TokenLogprobs(token, own, dict(zip(top_ids[:count], top[:count], strict=True)))
-            for token, count, own, top_ids, top in zip(tokens, counts, *values, strict=True)
+            else TokenLogprobs(token, own, dict(zip(ids[:count], top[:count], strict=True)), rank)
+            for token, count, own, ids, top, rank in zip(tokens, counts, *values, strict=True)
         ]
 
 
@@ -242,8 +244,20 @@ def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
     for part, ids in zip(*split, strict=True):
         logprobs = part.double().log_softmax(-1)  # [R, vocab_size]
         top_ids = largest(part, min(count, part.shape[1]))
-        parts.append((logprobs.gather(1, ids[:, None])[:, 0], top_ids, logprobs.gather(1, top_ids)))
+        found = logprobs.gather(1, ids[:, None])[:, 0], top_ids, logprobs.gather(1, top_ids)
+        parts.append((*found, _ranks(part, ids)))
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _ranks(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the place of each row's token by its logit, from 1; of equal ones the lower id comes
+    first."""
+    own, ids = (
+        logits.gather(1, tokens[:, None]),
+        torch.arange(logits.shape[1], device=logits.device),
+    )
+    is_before = (logits > own) | ((logits == own) & (ids < tokens[:, None]))
+    return is_before.sum(1) + 1
 
 
 def _rows_at_once(logits: Tensor) -> int:

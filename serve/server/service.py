@@ -85,6 +85,7 @@ def make_service(config: ServerConfig) -> Service:
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
         "model_name": config.name,
+        "max_seq_len": model.max_seq_len,
         # With more choices than may wait, a request could never be queued, only retried for ever.
         "max_choices": min(config.max_choices, config.max_waiting),
     }
@@ -106,7 +107,7 @@ def make_service(config: ServerConfig) -> Service:
             config.max_waiting,
         )
     )
-    chats = ChatCompletions(template, model.max_seq_len, chat_tokens, **of_completions)
+    chats = ChatCompletions(template, chat_tokens, **of_completions)
     batches = _batches(config, len(devices))
     file = config.batch_dir and config.batch_dir / "responses.sqlite3"
     return Service(

@@ -6,10 +6,11 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from serve.completion import CompletionBuilder, piece_of
+from serve.completion import Completion, CompletionBuilder, piece_of
 from serve.openai.choices import ChoiceWriter
-from serve.openai.endpoint import usage
+from serve.openai.endpoint import Endpoint, usage
 from serve.openai.schemas import StreamOptions
 from serve.request import Output
 from serve.server.arrivals import Arrivals
@@ -36,17 +37,17 @@ class Answer:
 
     replicas: Replicas
     metrics: Metrics
+    endpoint: Endpoint[Any]
+    body: Any
+    """Body that the client sent, of the endpoint's type."""
     streams: Sequence[Stream]
-    """A stream of outputs for each choice."""
+    """A stream of outputs for each request of the body."""
     writers: Sequence[ChoiceWriter]
-    """A writer for each choice."""
+    """A writer for each result."""
     frame: Json
-    """The answer without choices and usage."""
-    list_name: str
-    """Field of the answer that has the choices."""
+    """The answer without results and usage."""
     num_prompt_tokens: int
     """Number of prompt tokens; a prompt of several choices counts once."""
-    choices_per_prompt: int
     timeout_seconds: float
     """Limit of the time from the arrival of the body to the end of its answer."""
     arrived: float
@@ -65,6 +66,11 @@ class Answer:
         for stream in self.streams:
             stream.on_scheduled = self._observe_queue_time
 
+    @property
+    def choices_per_prompt(self) -> int:
+        """Number of requests of each prompt, which follow one another."""
+        return self.endpoint.choices_per_prompt(self.body)
+
     async def whole(self) -> list[bytes]:
         """Return a whole answer, as JSON in pieces."""
         async for _ in self.outputs():
@@ -72,18 +78,29 @@ class Answer:
         return await asyncio.to_thread(lambda: list(pieces(self._whole())))
 
     def _whole(self) -> Iterator[str]:
-        """Yield the JSON of a whole answer. Each choice is freed once it is written: with log
-        probabilities it takes many times the memory of its text."""
-        usage = self.usage()
-        yield f'{"".join(json_slices(self.frame))[:-1]},"{self.list_name}":'
+        """Yield the JSON of a whole answer."""
+        endpoint, usage = self.endpoint, self.usage()
+        yield f'{"".join(json_slices(self.frame))[:-1]},"{endpoint.list_name}":'
         separator = "["
-        for index, writer in enumerate(self.writers):
+        for result in endpoint.results(self.body, self.writers, self._completions()):
+            yield separator
+            yield from json_slices(result)
+            separator = ","
+        last = {"usage": usage, **endpoint.last_fields(self.body, self.writers)}
+        separator = "],"
+        for name, value in last.items():
+            yield f'{separator}"{name}":'
+            yield from json_slices(value)
+            separator = ","
+        yield "}"
+
+    def _completions(self) -> Iterator[Completion]:
+        """Yield the completions of all requests. Each is freed once it is used: with log
+        probabilities it takes many times the memory of its text."""
+        for index in range(len(self._builders)):
             completion = self._builders[index].completion()
             self._builders[index] = CompletionBuilder()
-            yield separator
-            yield from json_slices(writer.write(completion))
-            separator = ","
-        yield f'],"usage":{"".join(json_slices(usage))}}}'
+            yield completion
 
     async def events(
         self,

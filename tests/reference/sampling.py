@@ -57,8 +57,10 @@ def sample(logits, params, position, prompt=(), new=()):
 
 
 def logprobs(logits, token, count):
-    """The token's log probability, and the `count` largest by token id, the largest first."""
+    """The token's log probability, the `count` largest by token id, the largest first, and the
+    token's place among all."""
     largest = max(logits)
     log_sum = largest + math.log(math.fsum(math.exp(x - largest) for x in logits))
-    ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:count]
-    return logits[token] - log_sum, {i: logits[i] - log_sum for i in ranked}
+    ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    top = {i: logits[i] - log_sum for i in ranked[:count]}
+    return logits[token] - log_sum, top, ranked.index(token) + 1

@@ -58,6 +58,28 @@ def test_each_prompt_may_have_its_own_sampling_params(llm, capsys):
         llm.generate(PROMPTS, params[:2])
 
 
+def test_the_best_of_several_completions(llm):
+    """They have the largest sums of log probabilities, which are not reported unasked."""
+    params = SamplingParams(temperature=1.0, max_new_tokens=12, seed=3, n=2, best_of=5)
+    params = replace(params, stop_at_eos=False)
+    each = llm.generate(PROMPTS, replace(params, n=5, best_of=None, logprobs=0))
+    for asks in (False, True):
+        own = replace(params, logprobs=0) if asks else params
+        for found, several in zip(llm.generate(PROMPTS, own), each, strict=True):
+            best = sorted(several.outputs, key=lambda output: -sum_of(output))[:2]
+            assert [output.text for output in found.outputs] == [output.text for output in best]
+            sums = [output.cumulative_logprob for output in found.outputs]
+            assert sums == pytest.approx([sum_of(output) for output in best])
+            assert all(bool(output.logprobs) == asks for output in found.outputs)
+    with pytest.raises(UserError, match="n=5 is not allowed: it must be 1, without best_of"):
+        llm._engine.add(Request([1], params))
+
+
+def sum_of(completion):
+    assert completion.finish_reason == "length"
+    return sum(token.logprob for token in completion.logprobs)
+
+
 def test_prompts_with_a_lower_priority_number_run_first(model_directory, monkeypatch):
     llm, ended = LLM(model_directory, "cpu", cache_gib=0.01, max_running=1), []
     step = llm._engine.step

@@ -47,7 +47,7 @@ def test_the_first_token_of_a_text_is_not_scored(dna):
     scoring = Scoring(dna, "GATT")
     assert scoring.request.prompt_token_ids == (2, 0, 3, 3)
     assert scoring.request.prompt_logprobs_from == 1
-    logprobs = [TokenLogprobs(token, -2.0, {}) for token in (0, 3, 3)]
+    logprobs = [TokenLogprobs(token, -2.0, {}, 5) for token in (0, 3, 3)]
     score = scoring.score(_scored(logprobs))
     assert (score.logprob, score.num_tokens, score.num_bytes) == (-6.0, 3, 3)
     after = Scoring(dna, "GA", "TT")
@@ -72,15 +72,16 @@ def test_a_chat_begins_with_its_text(dna, tmp_path):
 
 def test_echo_shows_every_token_of_the_prompt(dna):
     """There is no BOS to leave out."""
-    endpoint = TextCompletions(RequestBuilder(dna, {}), tokenizer=dna, model_name="dna")
+    common = {"tokenizer": dna, "model_name": "dna", "max_seq_len": 64}
+    endpoint = TextCompletions(RequestBuilder(dna, {}), **common)
     body = CompletionBody(prompt="GAT", max_tokens=1, echo=True, logprobs=1)
     (request,) = endpoint.requests(0, body)
     (writer,) = endpoint.writers(body, [request])
     piece = Completion(
         text="A",
         token_ids=[0],
-        prompt_logprobs=[TokenLogprobs(token, -1.0, {}) for token in (0, 3)],
-        logprobs=[TokenLogprobs(0, -1.0, {})],
+        prompt_logprobs=[TokenLogprobs(token, -1.0, {}, 5) for token in (0, 3)],
+        logprobs=[TokenLogprobs(0, -1.0, {}, 5)],
         finish_reason="length",
     )
     choice = writer.write(piece)

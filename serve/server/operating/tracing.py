@@ -33,9 +33,12 @@ class Answer(Protocol):
     arrived: float
     """Time of the arrival of the body, by the monotonic clock."""
     streams: Sequence[Stream]
-    choices_per_prompt: int
     error: Exception | None
     """Why a request failed."""
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """Number of completions of each prompt."""
 
     def usage(self) -> Json:
         """Return OpenAI's numbers of tokens."""

@@ -219,6 +219,23 @@ def test_stop_strings_end_a_completion(run):
     assert cut["finish_reason"] == "stop"
 
 
+def test_best_of_writes_the_most_probable_of_several_completions(run, code_model):
+    settings = {"prompt": [1, 100, 101], "temperature": 1, "seed": 4, "stop_at_eos": False}
+    _, rows = run([{**settings, "best_of": 9, "logprobs": 0}, {**settings, "best_of": 9}])
+    _, (first, plain) = run([{**settings, "logprobs": 0}, {**settings, "prompt_logprobs": 1}])
+    sums = [sum(token["logprob"] for token in row["logprobs"]) for row in (rows[0], first)]
+    assert sums[0] > sums[1]
+    assert rows[0]["completion"] == rows[1]["completion"] != plain["completion"]
+    assert "logprobs" not in rows[1]
+    with torch.no_grad():
+        expected = code_model(torch.tensor([settings["prompt"]]))[0].double().log_softmax(-1)
+    for values, row, token in zip(plain["prompt_logprobs"], expected, [100, 101], strict=False):
+        assert values["token"] == token
+        assert values["logprob"] == pytest.approx(row[token].item(), abs=1e-4)
+        assert values["rank"] == 1 + (row > row[token]).sum()
+        assert len(values["top"]) == 1
+
+
 def test_logprobs_equal_the_forward_pass(run, code_model, code_tokenizer):
     prompt = [code_tokenizer.bos_id, *code_tokenizer.encode("def")]
     _, (row,) = run([{"prompt": prompt, "logprobs": 3, "temperature": 2, "top_k": 50}])

@@ -178,7 +178,7 @@ def test_tokens_of_one_name_report_the_larger_probability(code_tokenizer):
     letter = code_tokenizer.encode("f")[0]
     byte = next(i for i in range(280) if i != letter and code_tokenizer.token_text(i) == "f")
     writer = TextChoiceWriter(code_tokenizer, REQUEST, 0, None, False)
-    logprobs = [TokenLogprobs(byte, -5.0, {letter: -0.1})]
+    logprobs = [TokenLogprobs(byte, -5.0, {letter: -0.1}, 2)]
     choice = writer.write(Completion("f", [byte], logprobs, "length"))
     assert choice["logprobs"]["token_logprobs"] == [-5.0]
     assert choice["logprobs"]["top_logprobs"] == [{"f": -0.1}]
@@ -189,9 +189,9 @@ def test_streamed_pieces_add_up_to_the_whole_choice(code_tokenizer, echo):
     tokens = code_tokenizer.encode("x = größe + 1\n")
     text = "x = größe + 1\n"
     logprobs = [
-        TokenLogprobs(token, -1.0 - at, {token: -1.0 - at}) for at, token in enumerate(tokens)
+        TokenLogprobs(token, -1.0 - at, {token: -1.0 - at}, 1) for at, token in enumerate(tokens)
     ]
-    prompt = [TokenLogprobs(token, -9.0, {}) for token in REQUEST.prompt_token_ids[1:]]
+    prompt = [TokenLogprobs(token, -9.0, {}, 5) for token in REQUEST.prompt_token_ids[1:]]
     whole = TextChoiceWriter(code_tokenizer, REQUEST, 3, echo, True).write(
         Completion(text, tokens, logprobs, "length", prompt)
     )
@@ -221,10 +221,11 @@ def test_completions_follow_their_response_format(choices):
 
 def test_text_offsets_are_where_the_texts_of_tokens_begin(code_tokenizer):
     builder = RequestBuilder(code_tokenizer, {"seed": 0, "max_new_tokens": 40})
-    completions = TextCompletions(builder, tokenizer=code_tokenizer, model_name="demo")
+    common = {"tokenizer": code_tokenizer, "model_name": "demo", "max_seq_len": 64}
+    completions = TextCompletions(builder, **common)
     text = "größe = x + 1"
     tokens = code_tokenizer.encode(text + "STOP")
-    logprobs = [TokenLogprobs(token, -1.0, {}) for token in tokens]
+    logprobs = [TokenLogprobs(token, -1.0, {}, 5) for token in tokens]
     completion = Completion(text, tokens, logprobs, "stop")
     body = completions.read({"prompt": "def", "logprobs": 0})
     requests = completions.requests(0, body)

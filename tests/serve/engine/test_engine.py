@@ -144,8 +144,8 @@ def collect(engine, answers):
 
 def check_logprobs(found, expected):
     assert len(found) == len(expected)
-    for logprobs, (token, logprob, top) in zip(found, expected, strict=True):
-        assert logprobs.token == token
+    for logprobs, (token, logprob, top, rank) in zip(found, expected, strict=True):
+        assert (logprobs.token, logprobs.rank) == (token, rank)
         assert logprobs.logprob == pytest.approx(logprob, abs=1e-9)
         assert logprobs.top == pytest.approx(top, abs=1e-9)
 

@@ -48,9 +48,10 @@ def endpoints(code_tokenizer):
         "builder": RequestBuilder(code_tokenizer, {"seed": 3, "max_new_tokens": 9}),
         "tokenizer": code_tokenizer,
         "model_name": "demo",
+        "max_seq_len": 64,
     }
     template = ChatTemplate(Path("nothing"), code_tokenizer)
-    chats = ChatCompletions(template, 64, 9, **common)
+    chats = ChatCompletions(template, 9, **common)
     return {"chat": (chats, CHAT), "text": (TextCompletions(**common), TEXT)}
 
 
@@ -185,7 +186,8 @@ def test_the_documentation_names_every_field():
 
 
 def test_embeddings_have_the_salt_of_their_tenant(code_tokenizer):
-    embeddings = Embeddings(16, tokenizer=code_tokenizer, model_name="demo")
+    common = {"tokenizer": code_tokenizer, "model_name": "demo", "max_seq_len": 64}
+    embeddings = Embeddings(16, **common)
     (request,) = embeddings.requests(0, read_body(EmbeddingBody, {"input": "x", "priority": 3}))
     assert request.priority == 3
     for more, salt in (({"cache_salt": "a"}, "a"), ({}, ""), ({"cache_salt": None}, "")):

@@ -34,15 +34,15 @@ ANSWER = (
 
 @pytest.fixture(scope="module")
 def chats(code_tokenizer):
-    common = {"tokenizer": code_tokenizer, "model_name": "demo"}
+    common = {"tokenizer": code_tokenizer, "model_name": "demo", "max_seq_len": 4096}
     builder = RequestBuilder(code_tokenizer, {"seed": 3, "temperature": 1.0})
     template = ChatTemplate(Path("nothing"), code_tokenizer)
-    return ChatCompletions(template, 4096, 9, builder=builder, **common)
+    return ChatCompletions(template, 9, builder=builder, **common)
 
 
 @pytest.fixture(scope="module")
 def responses(chats, code_tokenizer):
-    return Responses(chats, tokenizer=code_tokenizer, model_name="demo")
+    return Responses(chats, tokenizer=code_tokenizer, model_name="demo", max_seq_len=4096)
 
 
 def request_of(responses, **fields):
@@ -255,7 +255,7 @@ def test_events_add_up_to_the_response(responses, text, reason, fields):
 
 
 def test_log_probabilities_are_in_events_and_the_response(responses):
-    logprobs = [TokenLogprobs(70, -0.5, {70: -0.5, 71: -1.0})]
+    logprobs = [TokenLogprobs(70, -0.5, {70: -0.5, 71: -1.0}, 1)]
     fields = {"include": [LOGPROBS], "top_logprobs": 2}
     events, response = write(responses, "a", Random(0), logprobs=logprobs, **fields)
     (found,) = response["output"][0]["content"][0]["logprobs"]

@@ -50,11 +50,9 @@ def make(tmp_path, code_tokenizer):
         if source is not None:
             folder = tmp_path
             (tmp_path / "chat_template.jinja").write_text(source)
-        common = {"tokenizer": code_tokenizer, "model_name": "demo"}
+        common = {"tokenizer": code_tokenizer, "model_name": "demo", "max_seq_len": 4096}
         builder = RequestBuilder(code_tokenizer, {"seed": 3})
-        return ChatCompletions(
-            ChatTemplate(folder, code_tokenizer), 4096, 9, builder=builder, **common
-        )
+        return ChatCompletions(ChatTemplate(folder, code_tokenizer), 9, builder=builder, **common)
 
     return call
 

@@ -101,8 +101,8 @@ def test_logprobs_equal_the_reference(asked, logits_seed, distinct_values, vocab
         if count is None:
             assert result is None
             continue
-        logprob, top = reference.logprobs(row, token, count)
-        assert result.token == token
+        logprob, top, rank = reference.logprobs(row, token, count)
+        assert (result.token, result.rank) == (token, rank)
         assert result.logprob == pytest.approx(logprob, rel=1e-12)
         assert list(result.top) == list(top)
         assert result.top == pytest.approx(top, rel=1e-12)
@@ -190,6 +190,9 @@ NOT_ALLOWED = {
     ),
     "logprobs": ("from 0 to 20", [21, True, -1]),
     "seed": ("from 0 to", [-1, 2**64, 0.5]),
+    "best_of": ("a whole number >= n", [0, True, "2"]),
+    "skip_special_tokens": ("true or false", [None, 1]),
+    "truncate_prompt_tokens": ("a whole number >= 1", [0, -1, True, 2.0]),
 }
 
 

@@ -78,6 +78,17 @@ def test_several_inputs_are_answered_in_order_and_as_alone(embeddings, code_toke
     assert together.usage.prompt_tokens == together.usage.total_tokens == sum(map(len, ids))
 
 
+def test_embeddings_of_the_end_of_an_input(embeddings):
+    """With -1 as much of it as the model can read."""
+    ids = [5, *range(7, 100)]
+    for count, kept in ((3, ids[-3:]), (-1, ids[-64:]), (200, ids[-64:])):
+        text = ids if count < 200 else kept
+        cut = embeddings.create(
+            model="model", input=text, extra_body={"truncate_prompt_tokens": count}
+        )
+        assert cut == embeddings.create(model="model", input=kept)
+
+
 def test_embedding_may_name_its_user_and_its_width(embeddings, http):
     plain = http.post("/v1/embeddings", json={"input": "x"}).json()
     assert plain["data"][0].keys() == {"object", "index", "embedding"}
@@ -103,7 +114,7 @@ BAD = [
     ({"input": "x", "prompt": "x"}, "prompt", "there is no such field"),
     ({"input": "x", "max_tokens": 3}, "max_tokens", "there is no such field"),
     ({"input": "x", "stream": True}, "stream", "there is no such field"),
-    ({"input": "x", "truncate_prompt_tokens": 9}, "truncate", "shorten the prompt yourself"),
+    ({"input": "x", "truncate_prompt_tokens": 0}, "truncate", "a whole number >= 1"),
 ]
 
 

@@ -55,6 +55,39 @@ def test_completions_match_the_engine(complete, code_model, code_tokenizer, temp
         assert (last.choices, last.usage) == ([], usage)
 
 
+def test_streams_have_the_log_probabilities_of_whole_answers(complete, client):
+    asked = {"prompt": ["def f(", "größe"], "n": 2, "seed": 4, "max_tokens": 12, "logprobs": 2}
+    for echo in (False, True):
+        whole = complete(**asked, echo=echo).choices
+        found = [{name: [] for name in choice.logprobs.to_dict()} for choice in whole]
+        for piece in complete(**asked, echo=echo, stream=True):
+            (choice,) = piece.choices
+            for name, values in choice.logprobs.to_dict().items():
+                found[choice.index][name] += values
+        assert found == [choice.logprobs.to_dict() for choice in whole]
+    chat = partial(client.chat.completions.create, model="model", messages=[USER], seed=4)
+    asked = {"max_tokens": 12, "n": 2, "logprobs": True, "top_logprobs": 3, "extra_body": NO_EOS}
+    whole, found = chat(**asked).choices, [[], []]
+    for piece in chat(**asked, stream=True):
+        (choice,) = piece.choices
+        found[choice.index] += choice.logprobs.content
+    assert found == [choice.logprobs.content for choice in whole]
+    assert [len(tokens) for tokens in found] == [12, 12]
+
+
+def test_best_of_and_prompt_logprobs_over_http(complete):
+    """`test_answers.py` has what they must be."""
+    asked = {"prompt": "def f(", "max_tokens": 8, "seed": 4}
+    more = {"prompt_logprobs": 1, "best_of": 4, **NO_EOS}
+    answer = complete(**asked, n=2, extra_body=more)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.usage.completion_tokens == 4 * 8
+    num_tokens = answer.usage.prompt_tokens
+    assert [len(choice.prompt_logprobs) for choice in answer.choices] == [num_tokens] * 2
+    each = {choice.text for choice in complete(**asked, n=4).choices}
+    assert len({choice.text for choice in answer.choices} & each) == 2
+
+
 def test_several_prompts_and_completions(complete):
     asked = {"prompt": ["def", "x ="], "n": 2, "seed": 1, "max_tokens": 8}
     choices = complete(**asked).choices
@@ -254,7 +287,12 @@ BAD = [
     ({**X, "response_format": json_schema({"schema": {"$ref": "#"}})}, "json_schema", ""),
     ({**X, "response_format": json_schema({"schema": {}, "strct": True})}, "json_schema", ""),
     ({**X, "suffix": "y"}, "suffix", "leave it out"),
-    ({**X, "best_of": 3}, "best_of", "or equal to n"),
+    ({**X, "n": 2, "best_of": 1}, "best_of", "a whole number from n, which is 2, to 128"),
+    ({**X, "priority": -1}, "priority", "from 0, which goes first and is the default"),
+    ({**X, "prompt_logprobs": 21}, "prompt_logprobs", "from 0 to 20, or null"),
+    ({**X, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "a whole number >= 1"),
+    ({**X, "truncation_side": "right"}, "truncation_side", "shorten the prompt yourself"),
+    ({**X, "skip_special_tokens": 0}, "skip_special_tokens", "true or false"),
     ({**X, "chat_template": "{{ x }}"}, "chat_template", "there is no such field"),
 ]
 

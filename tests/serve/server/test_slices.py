@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.engine.stats import Stats
+from serve.openai.completions import TextCompletions
+from serve.openai.schemas import CompletionBody
+from serve.prompts import RequestBuilder
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
 from serve.server.replicas.stream import Stream
@@ -66,10 +69,16 @@ class EndedAnswer(Answer):
             yield output
 
 
-async def test_answer_is_written_in_another_thread():
+async def test_answer_is_written_in_another_thread(code_tokenizer):
     writers = [Writer(), Writer()]
     streams = [Stream(number, make_request([1], 4)) for number in range(2)]
-    answer = EndedAnswer(None, None, streams, writers, {"id": "a"}, "choices", 3, 1, 1.0, 0.0, None)
+    endpoint = TextCompletions(
+        RequestBuilder(code_tokenizer, {}), tokenizer=code_tokenizer, model_name="m", max_seq_len=64
+    )
+    asked = CompletionBody(prompt="x", n=2)
+    answer = EndedAnswer(
+        None, None, endpoint, asked, streams, writers, {"id": "a"}, 3, 1.0, 0.0, None
+    )
     body = json.loads(b"".join(await answer.whole()))
     usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
     usage["prompt_tokens_details"] = {"cached_tokens": 0}
