@@ -74,7 +74,12 @@ def row_answering(app: FastAPI) -> Answering:
     """Return what answers the rows of batches as the application answers requests."""
 
     async def answer(request: RowRequest) -> tuple[int, bytes] | None:
-        exchange = Exchange(request.request_id, request.client, is_background=True)
+        exchange = Exchange(
+            request.request_id,
+            request.client,
+            is_background=True,
+            cut_off_if_stalled=lambda reason: False,
+        )
         try:
             status, body = await post(app, request.path, request.body, {"stu.exchange": exchange})
         except Exception as error:

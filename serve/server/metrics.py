@@ -122,10 +122,13 @@ class Metrics:
         replicas.step_observers.append(self._observe_step)
 
     def finished(self, reason: FinishReason | str, stream: Stream) -> None:
-        """Count a request that ended, and the times that its engine took."""
+        """Count a request that ended, and the times that its engine took, unless others went
+        first."""
         self._finished.labels(**self._label, finished_reason=reason).inc()
         self.request_prompt_tokens.observe(len(stream.request.prompt_token_ids))
         self.request_generation_tokens.observe(len(stream.new_token_ids))
+        if stream.is_background:
+            return
         began, first, last = stream.scheduled, stream.first_token, stream.last_token
         if began is not None and first is not None and last is not None:
             self.prefill_time.observe(first - began)
@@ -141,6 +144,10 @@ class Metrics:
     def count_limited(self, key: str) -> None:
         """Count a request that was over a limit of the key of this name."""
         self._limited.labels(**self._label, key=key).inc()
+
+    def register(self, collector: Collector) -> None:
+        """Add the metrics of a collector."""
+        self._registry.register(collector)
 
     def count_refused(self, status: int) -> None:
         """Count a request that was refused with a status."""

@@ -17,6 +17,7 @@ from serve.prompts import RequestBuilder
 from serve.sampling.grammar import Grammars
 from serve.server.access.limits import RateLimits
 from serve.server.batches.batches import Batches, Limits
+from serve.server.batches.collector import BatchCollector
 from serve.server.config import ServerConfig
 from serve.server.metrics import Metrics
 from serve.server.replicas.dispatch import Replicas
@@ -108,7 +109,10 @@ def make_service(config: ServerConfig) -> Service:
         )
     )
     chats = ChatCompletions(template, chat_tokens, **of_completions)
+    metrics = Metrics(replicas, config.metric_prefix, config.name)
     batches = _batches(config, len(devices))
+    if batches is not None:
+        metrics.register(BatchCollector(batches, config.name))
     file = config.batch_dir and config.batch_dir / "responses.sqlite3"
     return Service(
         config,
@@ -121,7 +125,7 @@ def make_service(config: ServerConfig) -> Service:
         ResponseStore(file, config.max_response_bytes),
         Grammars(tokenizer),
         replicas,
-        Metrics(replicas, config.metric_prefix, config.name),
+        metrics,
         batches,
         tracing=_tracing(config.otlp_traces_endpoint),
     )

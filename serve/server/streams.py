@@ -64,7 +64,8 @@ class Answer:
     def __post_init__(self) -> None:
         self._builders = [CompletionBuilder() for _ in self.streams]
         for stream in self.streams:
-            stream.on_scheduled = self._observe_queue_time
+            if not stream.is_background:
+                stream.on_scheduled = self._observe_queue_time
 
     @property
     def choices_per_prompt(self) -> int:
@@ -204,6 +205,7 @@ class Answer:
     async def _forward(self, index: int, stream: Stream, arrivals: Arrivals) -> None:
         """Pass the outputs of a choice on, and count them."""
         metrics, last = self.metrics, self.arrived
+        is_timed = not stream.is_background
         reason = "abort"
         num_tokens = 0
         try:
@@ -211,9 +213,9 @@ class Answer:
                 now = time.monotonic()
                 if num_tokens == 0:
                     metrics.prompt_tokens.inc(len(stream.request.prompt_token_ids))
-                    if output.new_token_ids:
+                    if output.new_token_ids and is_timed:
                         metrics.time_to_first_token.observe(now - self.arrived)
-                elif output.new_token_ids:
+                elif output.new_token_ids and is_timed:
                     metrics.inter_token.observe(now - last)
                 num_tokens, last = num_tokens + len(output.new_token_ids), now
                 metrics.generation_tokens.inc(len(output.new_token_ids))
@@ -227,7 +229,8 @@ class Answer:
             arrivals.put(index, error)
         finally:
             metrics.finished(reason, stream)
-            metrics.latency.observe(time.monotonic() - self.arrived)
+            if is_timed:
+                metrics.latency.observe(time.monotonic() - self.arrived)
 
     def _observe_queue_time(self, scheduled: float) -> None:
         self.metrics.queue_time.observe(scheduled - self.arrived)

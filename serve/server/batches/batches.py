@@ -4,7 +4,8 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from serve.server.batches.decoding import Answering, Decoding, new_request_id
 from serve.server.batches.files import Files
 from serve.server.batches.lines import unanswered
-from serve.server.batches.progress import Place, Progress
+from serve.server.batches.progress import Place, Progress, Result
 from serve.server.batches.rows import Rows
 from serve.server.batches.store import Store
 from serve.server.batches.table import BatchTable, NewBatch
@@ -59,6 +60,13 @@ class Batches:
         """An event for each batch that has not ended, by number."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self.num_results: Counter[bool] = Counter()
+        """Results written since the server started, by whether they are errors."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Number of batches that have not ended."""
+        return len(self._cancelled)
 
     async def start(self, answering: Answering) -> None:
         """Continue the batches that had not ended when the server did."""
@@ -175,10 +183,14 @@ class Batches:
                     await rows.add(result)
                 await rows.written()
         await progress.end()
+        await self.files.sweep()  # its input may have been deleted meanwhile
 
     def _rows(self, progress: Progress, row: sqlite3.Row) -> Rows:
         path, place = (
             self.files.path(row["input_file_id"]),
             Place(row["next_line"], row["next_offset"]),
         )
-        return Rows(progress, path, place, self.limits.line_bytes)
+        return Rows(progress, path, place, self.limits.line_bytes, self._count)
+
+    def _count(self, results: Sequence[Result]) -> None:
+        self.num_results.update(result.is_error for result in results)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -31,10 +31,19 @@ class Rows:
         path: Its input file.
         place: The first row without a result.
         most_line_bytes: Limit of a line.
+        count: Called with results that have been written.
     """
 
-    def __init__(self, progress: Progress, path: Path, place: Place, most_line_bytes: int) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        path: Path,
+        place: Place,
+        most_line_bytes: int,
+        count: Callable[[Sequence[Result]], None] = lambda results: None,
+    ) -> None:
         self._progress, self._path, self._most_line_bytes = progress, path, most_line_bytes
+        self._count = count
         self._unread = place
         self._read: dict[int, Place] = {}
         """Rows that were read and whose result is not written, by line, in the file's order."""
@@ -118,4 +127,5 @@ class Rows:
             return False
         for line in lines:
             del self._read[line]
+        self._count(results)
         return True

@@ -38,7 +38,8 @@ class Stream:
     client: str = ""
     """Name of the client; clients take turns."""
     is_background: bool = False
-    """Whether it takes no place of other requests in the queue."""
+    """Whether others go first: it takes no place of theirs in the queue, and its times are not
+    observed."""
     new_token_ids: list[int] = field(default_factory=list)
     outputs: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
     num_moves: int = 0

@@ -239,6 +239,11 @@ def test_other_requests_go_first(model_directory, tmp_path):
             replica.send_signal(signal.SIGCONT)
             assert answer.result().status_code == 200
         assert ended(client, batch.id).request_counts.completed == 20
+        assert server.metric("vllm:request_success_total") == 21
+        assert server.metric("vllm:e2e_request_latency_seconds_count") == 1, "rows have no times"
+        assert server.metric("vllm:request_decode_time_seconds_count") == 1
+        assert server.metric("stu:batch_rows_total") == 20
+        assert server.metric("stu:batches_unfinished") == 0
         found = [json.loads(line) for line in list(server.lines) if "request ended" in line]
     assert "mine" in [line["request_id"] for line in found[:3]]
     assert {line["client"] for line in found} == {"127.0.0.1", "batches"}

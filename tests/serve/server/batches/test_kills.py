@@ -1,8 +1,11 @@
 """Batches of servers that are killed, and started again with the same folder."""
 
+import json
 import random
 import time
+from array import array
 
+import openai
 import pytest
 
 from tests.serve.server.batches.views import client_of, create, ended, make_row, results, watched
@@ -13,7 +16,7 @@ class Restarted:
     """A server of a folder that may be started again, with its `client`."""
 
     def __init__(self, model, folder):
-        self._arguments = model, "--batch-dir", folder
+        self.folder, self._arguments = folder, (model, "--batch-dir", folder)
         self._clients = []
         self.start()
 
@@ -39,8 +42,8 @@ def restarted(model_directory, tmp_path):
     restarted.end()
 
 
-def wait_for(restarted, batch_id, num_completed):
-    deadline = time.monotonic() + SECONDS
+def wait_for(restarted, batch_id, num_completed, seconds=SECONDS):
+    deadline = time.monotonic() + seconds
     while restarted.client.batches.retrieve(batch_id).request_counts.completed < num_completed:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -76,7 +79,44 @@ def test_rows_have_one_result_whenever_the_server_is_killed(restarted):
     assert restarted.server.stop() == 0
 
 
+def test_a_server_without_a_folder_names_the_option(server):
+    with client_of(server) as client:
+        for ask in (client.files.list, client.batches.list, lambda: client.files.retrieve("x")):
+            with pytest.raises(openai.NotFoundError, match="--batch-dir"):
+                ask()
+        with pytest.raises(openai.NotFoundError, match="--batch-dir"):
+            create(client, [])
+
+
 @pytest.mark.slow
 def test_ten_thousand_rows_and_ten_kills(restarted):
     kills = sorted(random.Random(0).sample(range(100, 9900), 10))
     run_through(restarted, 10_000, kills, max_tokens=3)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_files(restarted):
+    """A million rows are uploaded, checked, cancelled, and downloaded."""
+    client, path = restarted.client, restarted.folder.parent / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(1_000_000):
+            file.write(json.dumps(make_row(number)) + "\n")
+    ended(client, create(client, [make_row(0)]).id)
+    before = restarted.server.peak_bytes()
+    with path.open("rb") as file:
+        source = client.files.create(file=file, purpose="batch", timeout=600)
+    batch = client.batches.create(
+        input_file_id=source.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    wait_for(restarted, batch.id, 1, seconds=600)
+    client.batches.cancel(batch.id)
+    batch = ended(client, batch.id, seconds=600)
+    counts = batch.request_counts
+    assert counts.total == counts.completed + counts.failed == 1_000_000
+    numbers = array("B", bytes(1_000_000))
+    for file_id in (batch.output_file_id, batch.error_file_id):
+        with client.files.with_streaming_response.content(file_id, timeout=600) as answer:
+            for line in answer.iter_lines():
+                numbers[int(json.loads(line)["custom_id"].removeprefix("row "))] += 1
+    assert set(numbers) == {1}
+    assert restarted.server.peak_bytes() - before < 80 * 2**20

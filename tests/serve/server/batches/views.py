@@ -45,9 +45,9 @@ def create(client, rows, **settings):
     return client.batches.create(input_file_id=upload(client, rows).id, **settings)
 
 
-def ended(client, batch_id):
+def ended(client, batch_id, seconds=SECONDS):
     """The batch once it has ended."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while (batch := client.batches.retrieve(batch_id)).status not in ENDED:
         assert time.monotonic() < deadline, batch
         time.sleep(0.05)
