@@ -15,11 +15,13 @@ BOOL = "true or false"
 
 @dataclass(frozen=True)
 class Constraint:
-    """A JSON schema or regular expression that the whole new text must match, or calls of tools."""
+    """What the whole new text must match: a JSON schema, a regular expression, one of some texts, a
+    context-free grammar, or calls of tools."""
 
-    kind: Literal["json_schema", "regex", "tools"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "tools"]
     source: str
-    """The schema, as JSON, the expression, or the source of `serve.sampling.tool_grammar`."""
+    """The schema or the list of texts, as JSON; the expression; the grammar, in llguidance's
+    variant of Lark or in GBNF; or the source of `serve.sampling.tool_grammar`."""
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,9 @@ class ChatCompletions(Completions[ChatBody]):
         text, use = super()._constraint(body), _tool_use(body)
         if use is None:
             return text
-        if text is not None and text.kind == "regex":
-            raise UserError("response_format", "regex", "a JSON schema with tools")
+        if text is not None and text.kind != "json_schema":
+            field = self.constraint_field(body, text.kind)
+            raise UserError(field, text.kind, "a JSON schema with tools")
         schema = None if text is None else json.loads(text.source)
         return tool_constraint(replace(use.answers, text=schema))
 

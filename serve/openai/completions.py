@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 from serve.completion import Completion, best
 from serve.openai.choices import ChoiceWriter, TextChoiceWriter
 from serve.openai.endpoint import Endpoint, request_fields
-from serve.openai.response_format import constraint_of
 from serve.openai.schemas import CompletionBody, CompletionSettings
+from serve.openai.structured_outputs import constraint_field, structured_constraint
 from serve.prompts import SETTINGS, RequestBuilder, choices, listed_prompts
 from serve.request import Request
 from serve.sampling_params import MOST_LOGPROBS, Constraint, JsonWhitespace
@@ -44,8 +44,7 @@ class Completions(Endpoint[AnyBody]):
     client_names: ClassVar[Mapping[str, str]] = {
         "max_new_tokens": "max_tokens",
         "min_new_tokens": "min_tokens",
-        "json_schema": "response_format",
-        "regex": "response_format",
+        **dict.fromkeys(("json_schema", "regex", "choice", "grammar"), "response_format"),
         "tools": "tools",
     }
 
@@ -71,6 +70,10 @@ class Completions(Endpoint[AnyBody]):
             "model": body.model or self._model_name,
         }
 
+    def constraint_field(self, body: AnyBody, kind: str) -> str:
+        """See `Endpoint.constraint_field`."""
+        return kind if kind == "tools" else constraint_field(body)
+
     def choices_per_prompt(self, body: AnyBody) -> int:
         """See `Endpoint.choices_per_prompt`."""
         return body.best_of or body.n or 1
@@ -94,9 +97,7 @@ class Completions(Endpoint[AnyBody]):
 
     def _constraint(self, body: AnyBody) -> Constraint | None:
         """Return what the text of an answer must match."""
-        if body.response_format is None:
-            return None
-        return constraint_of(body.response_format, self._json_whitespace)
+        return structured_constraint(body, self._json_whitespace)
 
     @abstractmethod
     def _num_logprobs(self, body: AnyBody) -> int | None:
@@ -135,11 +136,8 @@ class Completions(Endpoint[AnyBody]):
             settings["stop_at_eos"] = not body.ignore_eos
         if (constraint := self._constraint(body)) is not None:
             if body.ignore_eos:
-                raise UserError(
-                    "ignore_eos",
-                    True,
-                    f"false with {self.client_names[constraint.kind]}, as EOS ends it",
-                )
+                field = self.constraint_field(body, constraint.kind)
+                raise UserError("ignore_eos", True, f"false with {field}, as EOS ends it")
             settings["constraint"] = constraint
         given = {name: value for name, value in settings.items() if value is not None}
         more = request_fields(body)

@@ -71,6 +71,10 @@ class Endpoint(ABC, Generic[AnyBody]):
         """Return an error of an engine's request with the name that the field has in a body."""
         return error.renamed(self.client_names.get(error.field, error.field))
 
+    def constraint_field(self, body: AnyBody, kind: str) -> str:
+        """Return the name of the field of a body that asks for a constraint of a kind."""
+        return self.in_client_names(UserError(kind)).field
+
     @abstractmethod
     def writers(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[ChoiceWriter]:
         """Return a writer for each result."""

@@ -27,13 +27,13 @@ HARMLESS: Mapping[str, type] = {
     "prompt_cache_options": dict,
     "session_id": str,
     "include_reasoning": bool,
+    "guided_decoding_backend": str,
     "spaces_between_special_tokens": bool,
 }
 """Fields that change no answer, with the type of their values."""
 
 _NO_TOOLS = "use /v1/chat/completions, where the model may call tools"
 _NO_EFFECT = "leave it out"
-_SCHEMAS = "use response_format"
 _TOKENS = "use logprobs, which have the text and the bytes of each token"
 
 NEUTRAL: Neutral = {
@@ -59,11 +59,6 @@ NEUTRAL: Neutral = {
     "logprob_token_ids": ((), "use logprobs"),
     "allowed_token_ids": ((), "use response_format, or logit_bias"),
     "bad_words": (([],), "use logit_bias"),
-    "structured_outputs": ((), _SCHEMAS),
-    "guided_json": ((), _SCHEMAS),
-    "guided_regex": ((), _SCHEMAS),
-    "guided_choice": ((), _SCHEMAS),
-    "guided_grammar": ((), _SCHEMAS),
     "request_id": ((), "send the header X-Request-Id"),
     "return_tokens_as_token_ids": ((False,), _TOKENS),
     "return_token_ids": ((False,), _TOKENS),

@@ -36,7 +36,8 @@ def constraint_of(
         return None
     if kind == "json_object":
         schema = response_format.get("schema")
-        return _constraint({"type": "object"} if schema is None else schema, json_whitespace)
+        schema = {"type": "object"} if schema is None else schema
+        return json_constraint("response_format.schema", schema, json_whitespace)
     if kind == "json_schema":
         named = response_format.get("json_schema")
         if not isinstance(named, dict) or named.get("schema") is None:
@@ -44,11 +45,28 @@ def constraint_of(
             raise UserError("response_format.json_schema", named, allowed)
         known = {"name", "description", "schema", "strict"}
         _require_known("response_format.json_schema", named, known)
-        return _constraint(named["schema"], json_whitespace)
+        return json_constraint("response_format.schema", named["schema"], json_whitespace)
     expression = response_format.get("regex")
     if not isinstance(expression, str):
         raise UserError("response_format.regex", expression, "a string")
     return Constraint("regex", expression)
+
+
+def json_constraint(
+    place: str, schema: Any, json_whitespace: JsonWhitespace, pattern: str | None = None
+) -> Constraint:
+    """Return the constraint to JSON of a schema, with white space that matches `pattern`, if it is
+    given. Raises UserError about the field `place` for what is no schema."""
+    if not isinstance(schema, dict | bool):
+        raise UserError(place, schema, "an object, or true or false")
+    if pattern is None and json_whitespace == "flexible":
+        pattern = FLEXIBLE
+    if pattern is not None:
+        schema = {"anyOf": [schema]} if isinstance(schema, bool) else schema
+        own = schema.get("x-guidance", {})
+        if isinstance(own, dict) and not own.keys() & {"whitespace_flexible", "whitespace_pattern"}:
+            schema = {**schema, "x-guidance": {**own, "whitespace_pattern": pattern}}
+    return Constraint("json_schema", json.dumps(schema))
 
 
 def _require_known(place: str, values: dict[str, Any], known: set[str]) -> None:
@@ -56,14 +74,3 @@ def _require_known(place: str, values: dict[str, Any], known: set[str]) -> None:
         if name not in known:
             fix = f"there is no such field here, use {', '.join(sorted(known))}"
             raise UserError(f"{place}.{name}", UNSET, fix=fix)
-
-
-def _constraint(schema: Any, json_whitespace: JsonWhitespace) -> Constraint:
-    if not isinstance(schema, dict | bool):
-        raise UserError("response_format.schema", schema, "an object, or true or false")
-    if json_whitespace == "flexible":
-        schema = {"anyOf": [schema]} if isinstance(schema, bool) else schema
-        own = schema.get("x-guidance", {})
-        if isinstance(own, dict) and not own.keys() & {"whitespace_flexible", "whitespace_pattern"}:
-            schema = {**schema, "x-guidance": {**own, "whitespace_pattern": FLEXIBLE}}
-    return Constraint("json_schema", json.dumps(schema))

@@ -112,6 +112,12 @@ class CompletionSettings(EngineBody):
         Annotated[dict[str, float], Field(fail_fast=True, max_length=MOST_BIASES)] | None
     ) = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: Any = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     stop_at_eos: bool | None = None
     ignore_eos: bool | None = None
     stop_token_ids: (

@@ -1,4 +1,4 @@
-"""Constraints on text by a JSON schema, a regular expression or tools, through llguidance.
+"""Constraints on text by a schema, an expression, a grammar or tools, through llguidance.
 
 A grammar gives a mask over the vocabulary for each token. Limits hold for the size of a grammar and
 for the work of each token.
@@ -7,12 +7,14 @@ for the work of each token.
 import functools
 import json
 import math
+import re
 from collections.abc import Sequence
 from random import Random
 
 import llguidance
 import numpy as np
 import torch
+from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from serve.sampling.json_schema import Node, children, prepare, target
@@ -87,8 +89,12 @@ class Grammars:
             raise _refused(kind, f"it has {len(source)} characters and may have {MOST_CHARS}")
         if kind == "regex":
             grammar = str(llguidance.LLMatcher.grammar_from_regex(source))
-        elif kind == "tools":
-            grammar = str(llguidance.LLMatcher.grammar_from_lark(tool_grammar(source)))
+        elif kind == "choice":
+            texts = "|".join(map(re.escape, json.loads(source)))
+            grammar = str(llguidance.LLMatcher.grammar_from_regex(texts))
+        elif kind in ("grammar", "tools"):
+            lark = tool_grammar(source) if kind == "tools" else _lark(source)
+            grammar = str(llguidance.LLMatcher.grammar_from_lark(lark))
         else:
             schema = _schema(source)
             grammar = _json_grammar(schema)
@@ -194,6 +200,14 @@ def _schema(source: str) -> Schema:
         return prepare(schema)
     except RecursionError as error:
         raise _refused("json_schema", "it is nested too deeply") from error
+
+
+def _lark(source: str) -> str:
+    """Return a grammar in Lark, given in Lark or in GBNF."""
+    try:
+        return any_to_lark(source)
+    except Exception as error:  # its errors about a grammar have no class of their own
+        raise _refused("grammar", f"{type(error).__name__}: {error}") from error
 
 
 def _json_grammar(schema: Schema) -> str:

@@ -165,8 +165,8 @@ def _prepare(
         try:
             service.grammars.check(constraint)
         except UserError as error:
-            wrong = UserError(constraint.kind, constraint.source, message=str(error))
-            raise endpoint.in_client_names(wrong) from error
+            field = endpoint.constraint_field(body, constraint.kind)
+            raise UserError(field, constraint.source, message=str(error)) from error
     writers = endpoint.writers(body, requests)
     if not service.config.log_prompts:
         return requests, writers, None

@@ -220,7 +220,7 @@ class Answer:
                 num_tokens, last = num_tokens + len(output.new_token_ids), now
                 metrics.generation_tokens.inc(len(output.new_token_ids))
                 if output.finish_reason == "error":
-                    raise _error_of(output, stream)
+                    raise self._error_of(output, stream)
                 reason = output.finish_reason or reason
                 arrivals.put(index, output)
             arrivals.put(index, None)
@@ -238,6 +238,14 @@ class Answer:
     def finish_reasons(self) -> list[str]:
         """Return why each choice has ended; abort if it has not."""
         return [choice.finish_reason or "abort" for choice in self._builders]
+
+    def _error_of(self, output: Output, stream: Stream) -> Exception:
+        """Return the error that ended a request in mid-text."""
+        constraint = stream.request.sampling.constraint
+        if output.is_refused and constraint is not None:  # it turned out to be too costly
+            field = self.endpoint.constraint_field(self.body, constraint.kind)
+            return UserError(field, output.error, message=output.error)
+        return EngineError(output.error)
 
     def _log(self) -> None:
         logs_texts = self.prompts is not None
@@ -261,15 +269,6 @@ class Answer:
 def event(values: Json) -> str:
     """Return a server-sent event."""
     return f"data: {json_line(values)}\n\n"
-
-
-def _error_of(output: Output, stream: Stream) -> Exception:
-    """Return the error that ended a request in mid-text."""
-    constraint = stream.request.sampling.constraint
-    if output.is_refused and constraint is not None:  # it turned out to be too costly
-        field = "tools" if constraint.kind == "tools" else "response_format"
-        return UserError(field, output.error, message=output.error)
-    return EngineError(output.error)
 
 
 def padded(values: Json) -> Json:

@@ -24,6 +24,7 @@ HARMLESS |= {"service_tier": "flex", "parallel_tool_calls": False, "prompt_cache
 HARMLESS |= {"prediction": {"type": "content", "content": "x"}, "prompt_cache_retention": "24h"}
 HARMLESS |= {"prompt_cache_options": {}, "session_id": "a"}
 HARMLESS |= {"include_reasoning": False, "spaces_between_special_tokens": False}
+HARMLESS |= {"guided_decoding_backend": "auto"}
 AS_OTHERS = [
     ({"seed": -1}, {}),
     ({"top_k": -1}, {"top_k": 0}),
