@@ -13,7 +13,7 @@ from tests import forked
 from tests.reference.evaluation import FormulaModel
 from tests.train.conftest import parallel, slow
 from tests.train.saved import assert_same_state, checkpoint, last_checkpoint, load_checkpoint
-from train import report
+from train import cli, report
 from train.checkpoint.export import export
 from train.start.signals import EXIT_CODES
 
@@ -178,6 +178,20 @@ def test_a_signal_cuts_an_evaluation_short(start, tmp_path, rank):
     done = start(tmp_path / "run", 2, None, "--resume=last")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_results_of_the_model(tmp_path / "run", STEPS, tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_adapters_are_merged(train, settings, tmp_path):
+    origin = train(tmp_path / "origin", "--trainer.max_steps=2", *SHAPE)
+    export(origin, tmp_path / "model")
+    own = [text for text in (*settings, *arguments()) if not text.startswith("--model.config.")]
+    own += [f"--init-from={tmp_path / 'model'}", "--lora.r=3", f"--trainer.max_steps={STEPS}"]
+    run = tmp_path / "run"
+    assert cli.main([*own, f"--run-dir={run}", "--checkpoint-every-steps=2"]) == 0
+    for step in (2, STEPS):
+        assert_results_of_the_model(run, step, tmp_path / f"model-{step}")
+    found = [results(run, step)["results"]["recall"]["metrics"] for step in (2, STEPS)]
+    assert found[0] != found[1]
 
 
 CHOICES = """
