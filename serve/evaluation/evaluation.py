@@ -40,7 +40,7 @@ class Evaluation:
             if name in RETRIEVAL
         ]
         others = [name for name in names if name not in RETRIEVAL]
-        self._harness = _harness_tasks(others, config, bootstrap) if others else None
+        self._harness = _harness_tasks(others, config, longest, bootstrap) if others else None
 
     def run(self, model: TextModel) -> Results:
         """Return the results of a model, by task. Raises UserError for one that does not fit."""
@@ -56,8 +56,10 @@ def _retrieval_kind(name: str) -> type[RetrievalTask]:
     return kind
 
 
-def _harness_tasks(names: list[str], config: EvaluationConfig, bootstrap: int) -> "HarnessTasks":
+def _harness_tasks(
+    names: list[str], config: EvaluationConfig, longest: int, bootstrap: int
+) -> "HarnessTasks":
     with requires_extra("eval"):
         from serve.evaluation.harness import HarnessTasks  # takes seconds
 
-    return HarnessTasks(names, config, bootstrap)
+    return HarnessTasks(names, config, longest, bootstrap)

@@ -87,23 +87,13 @@ class HarnessModel(LM):  # type: ignore[misc]
         return ScoredText(tokens[left_out:], first - left_out)
 
     def _prompt(self, number: int, context: str, given: Mapping[str, Any]) -> Prompt:
-        if unknown := given.keys() - GENERATION:
-            message = f"generation_kwargs: {', '.join(sorted(unknown))} of a task are not known"
-            raise UserError("tasks", message=f"{message}; known are {', '.join(GENERATION)}")
-        most = self._model.max_length - 1
-        counts = [int(given[name]) for name in NEW_TOKENS_NAMES if given.get(name) is not None]
-        new_tokens = counts[0] if counts else min(NEW_TOKENS, most // 2)
-        if new_tokens > most:
-            raise UserError(
-                "tasks",
-                message=f"a task generates {new_tokens} tokens, and the model has a context of "
-                f"{most + 1}: leave it out",
-            )
+        longest = self._model.max_length
+        new_tokens = _new_tokens(given, longest)
         tokens = [*self._tokenizer.start_ids, *self._encode(context)] or self._tokenizer.end_ids
         until = given.get("until") or []
         temperature = float(given.get("temperature") or 0)
         return Prompt(
-            tokens[-(most + 1 - new_tokens) :],
+            tokens[new_tokens - longest :],
             new_tokens,
             [until] if isinstance(until, str) else [stop for stop in until if stop],
             temperature if given.get("do_sample", temperature > 0) else 0.0,
@@ -126,12 +116,15 @@ class HarnessTasks:
     Args:
         names: Names of tasks and groups, or YAML files.
         config: Where they come from, and how many documents are used.
+        longest: See `Evaluation`.
         bootstrap: See `Evaluation`.
 
     Raises UserError.
     """
 
-    def __init__(self, names: list[str], config: EvaluationConfig, bootstrap: int) -> None:
+    def __init__(
+        self, names: list[str], config: EvaluationConfig, longest: int, bootstrap: int
+    ) -> None:
         self._limit, self._bootstrap = config.limit, bootstrap
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         datasets.disable_progress_bars()
@@ -147,6 +140,7 @@ class HarnessTasks:
                     reason = "runs code that the model writes" if kind == "UNSAFE_CODE" else ""
                     reason = reason or "needs more than text"
                     raise UserError("tasks", name, fix=f"it {reason}: leave it out")
+            _new_tokens(task.get_config("generation_kwargs") or {}, longest)
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
 
@@ -177,6 +171,22 @@ class HarnessTasks:
             for name, values in found["results"].items()
             if _metrics(values)
         }
+
+
+def _new_tokens(given: Mapping[str, Any], longest: int) -> int:
+    """Return the most new tokens that generation settings allow, in a model's context of `longest`
+    tokens. Raises UserError for settings that are not known, or for more than fit."""
+    if unknown := given.keys() - GENERATION:
+        message = f"generation_kwargs: {', '.join(sorted(unknown))} of a task are not known"
+        raise UserError("tasks", message=f"{message}; known are {', '.join(sorted(GENERATION))}")
+    counts = [int(given[name]) for name in NEW_TOKENS_NAMES if given.get(name) is not None]
+    if counts and counts[0] >= longest:
+        raise UserError(
+            "tasks",
+            message=f"a task generates {counts[0]} tokens, and the model has a context of "
+            f"{longest}: leave it out",
+        )
+    return counts[0] if counts else min(NEW_TOKENS, longest // 2)
 
 
 def _load(names: list[str], include_path: Path | None) -> Any:

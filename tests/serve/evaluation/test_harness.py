@@ -153,15 +153,13 @@ def test_limit_and_names_of_files(tasks, models, code_tokenizer):
         ("code_choices", ("test_split: test", "test_split: test\nunsafe_code: true"), "runs code"),
     ],
 )
-def test_tasks_that_cannot_run_are_refused(
-    tasks, models, code_tokenizer, tmp_path, task, change, message
-):
+def test_tasks_that_cannot_run_are_refused(tasks, code_tokenizer, tmp_path, task, change, message):
     text = (tasks / f"{task}.yaml").read_text()
     assert change[0] in text
     (tmp_path / "own.yaml").write_text(text.replace(*change))
     config = EvaluationConfig(task, include_path=tmp_path)
     with pytest.raises(UserError, match=message):
-        Evaluation(config, code_tokenizer, MAX_SEQ_LEN).run(models[0])
+        Evaluation(config, code_tokenizer, MAX_SEQ_LEN)
 
 
 def test_a_data_set_of_the_hub_is_not_downloaded(tasks, code_tokenizer, tmp_path):
