@@ -8,6 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from serve.server.access.keys import Keys
 from serve.server.batches.batch_routes import add_batch_routes, refuse_batch_routes
 from serve.server.batches.decoding import Answering, RowRequest
 from serve.server.batches.internal import post
@@ -70,13 +71,16 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def row_answering(app: FastAPI) -> Answering:
-    """Return what answers the rows of batches as the application answers requests."""
+def row_answering(app: FastAPI, keys: Keys) -> Answering:
+    """Return what answers the rows of batches as the application answers requests of their keys."""
 
     async def answer(request: RowRequest) -> tuple[int, bytes] | None:
+        key = keys.of_owner(request.owner)
         exchange = Exchange(
             request.request_id,
-            request.client,
+            "batches" if key is None else f"batches of {key.name}",
+            key,
+            owner=request.owner,
             is_background=True,
             cut_off_if_stalled=lambda reason: False,
         )

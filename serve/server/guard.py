@@ -15,7 +15,6 @@ OPEN_PATHS = frozenset({"/health", "/ready", *PLAYGROUND_FILES})
 """Paths that need no API key, which probes and browsers that open a page cannot send."""
 FORM_BYTES = 2**16
 """Size of a form without the file in it."""
-OWNER_DIGITS = 32
 
 
 class Guard:
@@ -46,7 +45,7 @@ class Guard:
         exchange.key = self._keys.find(headers.get(b"authorization", b""))
         if exchange.key is not None:
             exchange.client = exchange.key.name
-            exchange.owner = exchange.key.digest.hex()[:OWNER_DIGITS]
+            exchange.owner = exchange.key.owner
         elif len(self._keys) and scope["path"] not in OPEN_PATHS:
             message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", code="invalid_api_key")

@@ -178,7 +178,7 @@ class HttpServer(uvicorn.Server):
 def _asgi_app(config: ServerConfig, service: Service, keys: Keys) -> ASGIApp:
     """Return the application with its middleware."""
     routes = make_app(service)
-    routes.router.lifespan_context = _lifespan(service, row_answering(routes))
+    routes.router.lifespan_context = _lifespan(service, row_answering(routes, keys))
     app: ASGIApp = Guard(routes, keys, config.max_body_bytes, config.max_file_bytes)
     origins = [origin.strip() for origin in config.cors_origins.split(",") if origin.strip()]
     if origins:

@@ -21,6 +21,7 @@ from stu.common.errors import UserError
 VARIABLE = "STU_API_KEYS"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 COUNT = re.compile(r"[1-9][0-9]{0,14}")
+OWNER_DIGITS = 32
 SETTINGS = "name=NAME, requests-per-minute=COUNT, tokens-per-minute=COUNT and admin"
 
 
@@ -37,6 +38,11 @@ class Key:
     """Limit of its requests. None: that of the server."""
     tokens_per_minute: int | None = None
     """Limit of its tokens. None: that of the server."""
+
+    @property
+    def owner(self) -> str:
+        """Name under which files, batches and responses of the key are stored."""
+        return self.digest.hex()[:OWNER_DIGITS]
 
 
 class Keys:
@@ -61,6 +67,10 @@ class Keys:
     def read(self) -> None:
         """Read the keys again. The old ones stay valid if that raises an error, as when made."""
         self._keys = _read(self.path)
+
+    def of_owner(self, owner: str) -> Key | None:
+        """Return the key with this `owner`, if it is still valid."""
+        return next((key for key in self._keys if key.owner == owner), None)
 
     def find(self, header: bytes) -> Key | None:
         """Return the key in an Authorization header, if it is valid."""

@@ -27,8 +27,8 @@ class RowRequest:
 
     path: str
     request_id: str
-    client: str
-    """Name of the client, for the log; clients take turns."""
+    owner: str
+    """Owner of the batch."""
     body: bytes
 
 
@@ -99,8 +99,7 @@ class Decoding:
             return answered(row["custom_id"], new_request_id(), *found, line)
         content = json.dumps(body).encode()
         while True:
-            client = f"batches {self._owner[:8]}".rstrip()
-            request = RowRequest(self._endpoint, new_request_id(), client, content)
+            request = RowRequest(self._endpoint, new_request_id(), self._owner, content)
             answer = await self._answering(request)
             if answer is not None:
                 break

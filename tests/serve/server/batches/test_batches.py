@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from openai.types.responses import Response
 
 from tests.serve.server.batches.views import (
     URL,
@@ -73,6 +74,34 @@ def test_results_are_those_of_the_same_requests(client, server, url, body):
             for volatile in ("id", "created", "usage"):
                 expected.pop(volatile, None), found.pop(volatile, None)
             assert found == expected
+
+
+def test_rows_of_responses(client):
+    """They may follow a stored response, and are files instead of stored responses."""
+    first = client.responses.create(model="model", input="a", max_output_tokens=3)
+    body = {"input": "b", "previous_response_id": first.id, "max_output_tokens": 3}
+    body |= {"temperature": 0, "model": "model"}
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": body}
+    batch = ended(client, create(client, [row], endpoint="/v1/responses").id)
+    output, errors = results(client, batch)
+    assert not errors, errors
+    found = Response.model_validate(output["a"]["response"]["body"])
+    expected = client.responses.create(**body)
+    assert (found.output_text, found.usage.input_tokens) == (
+        expected.output_text,
+        expected.usage.input_tokens,
+    )
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(found.id)
+
+
+def test_rows_count_for_their_key(server, client, other):
+    header = {"authorization": f"Bearer {KEYS[0]}"}
+    before = server.metric("stu:key_requests_total", **header)
+    ended(other, create(other, [make_row(number) for number in range(3)]).id)
+    assert server.metric("stu:key_requests_total", **header) == before + 3
+    names = {json.loads(line)["client"] for line in list(server.lines) if "request ended" in line}
+    assert "batches of key 2" in names
 
 
 def test_rows_at_fault_are_in_the_error_file(client):

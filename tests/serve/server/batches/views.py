@@ -77,7 +77,8 @@ def results(client, batch):
         assert line["response"]["status_code"] == 200
         assert line["id"] == f"batch_req_{line['response']['request_id']}"
     usages = [line["response"]["body"]["usage"] for line in output.values()]
-    assert batch.usage.input_tokens == sum(usage["prompt_tokens"] for usage in usages)
+    inputs = [usage.get("prompt_tokens") or usage["input_tokens"] for usage in usages]
+    assert batch.usage.input_tokens == sum(inputs)
     assert batch.usage.total_tokens == sum(usage["total_tokens"] for usage in usages)
     return output, errors
 
