@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from benchmarks.machine import commit, describe
-from benchmarks.serving import invariance, load, step
+from benchmarks.serving import invariance, load, speculation, step
 from stu.common.errors import UserError
 from stu.tokenizer import read_tokenizer
 from stu.tokenizers.sentence_piece import train_bpe
@@ -60,3 +60,17 @@ def test_parts_of_a_step_add_up():
         parts = [run[f"{name}_ms"] for name in ("model", "caches", "rest")]
         assert min(parts) > 0
         assert run["rest_share"] == pytest.approx(parts[-1] / sum(parts))
+
+
+@pytest.mark.slow
+def test_guesses_are_right_where_an_answer_repeats_its_prompt():
+    """Answers are those that are given, in both engines; none is guessed in random ones."""
+    options = speculation.Options((2,), new_tokens=40, width=32, layers=2, vocab_size=512)
+    runs = {run["text"]: run for run in speculation.measure(options)["runs"]}
+    edited, random = runs["code, edited"], runs["random"]
+    assert edited["accepted_tokens"] > 20
+    assert random["drafts"] == 0
+    assert edited["speedup"] == pytest.approx(
+        edited["speculate_tokens_per_second"] / edited["plain_tokens_per_second"]
+    )
+    assert random["median_speedup_of_a_turn"] > 0
