@@ -6,7 +6,8 @@ From a replica: `{"ready": stats}` once. Then `{"refused": number, "error": {..}
 fault, `{"failed": number, "trace": ..}` for a fault of the replica, and a report after each step,
 and regularly when idle: `{"time": time, "scheduled": [[number, time], ..], "outputs": [..],
 "stats": {..}}`, with `step_seconds` if there were outputs, and `step_tokens` if the step prefilled
-or generated any. Times are of the monotonic clock, which all processes share.
+or generated any, and now and then `free_bytes` of a GPU. Times are of the monotonic clock, which
+all processes share.
 """
 
 from array import array

@@ -17,6 +17,7 @@ from serve.server.error_answers import REPLICAS_ENDED, add_error_answers, error_
 from serve.server.exchange import Exchange, exchange_of
 from serve.server.information_routes import add_information_routes
 from serve.server.json_body import JsonRoute
+from serve.server.operating.admin_routes import add_admin_routes
 from serve.server.response_routes import add_response_routes
 from serve.server.service import Service
 
@@ -62,6 +63,7 @@ def make_app(service: Service) -> FastAPI:
     add_completion_routes(app, service)
     add_response_routes(app, service)
     add_information_routes(app, service)
+    add_admin_routes(app, service.reloader, lambda request: exchange_of(request.scope).key)
     if service.batches is None:
         refuse_batch_routes(app)
     else:

@@ -30,7 +30,7 @@ from serve.server.access.limits import UNLIMITED, Charge, RateLimited
 from serve.server.error_answers import error_answer
 from serve.server.exchange import Exchange, exchange_of
 from serve.server.replicas.stream import Busy, EngineError, Unavailable
-from serve.server.service import Service
+from serve.server.service import ServedModel, Service
 from serve.server.streams import Answer, TimedOut, event
 from stu.common.errors import UserError
 from stu.common.text import Json
@@ -46,15 +46,21 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        return await _answer(service, service.completions, body, request, _stream(body))
+        async with service.entered() as served:
+            answering = served, served.completions
+            return await _answer(service, *answering, body, request, _stream(body))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        return await _answer(service, service.chats, body, request, _stream(body))
+        async with service.entered() as served:
+            answering = served, served.chats
+            return await _answer(service, *answering, body, request, _stream(body))
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        return await _answer(service, service.embeddings, body, request, None)
+        async with service.entered() as served:
+            answering = served, served.embeddings
+            return await _answer(service, *answering, body, request, None)
 
 
 def _stream(body: CompletionSettings) -> StreamOptions | None:
@@ -64,12 +70,13 @@ def _stream(body: CompletionSettings) -> StreamOptions | None:
 
 async def _answer(
     service: Service,
+    served: ServedModel,
     endpoint: Endpoint[AnyBody],
     body: AnyBody,
     request: Request,
     stream: StreamOptions | None,
 ) -> Response:
-    answer = await start_answer(service, endpoint, body, request)
+    answer = await start_answer(service, served, endpoint, body, request)
     try:
         if stream is None:
             return response_in_pieces(await unless_gone(request, answer.whole()))
@@ -79,7 +86,11 @@ async def _answer(
 
 
 async def start_answer(
-    service: Service, endpoint: Endpoint[AnyBody], body: AnyBody, request: Request
+    service: Service,
+    served: ServedModel,
+    endpoint: Endpoint[AnyBody],
+    body: AnyBody,
+    request: Request,
 ) -> Answer:
     """Submit the requests of a body, and return the answer that they will have."""
     arrived = time.monotonic()
@@ -89,7 +100,7 @@ async def start_answer(
     exchange = exchange_of(request.scope)
     # In a thread: a long prompt or a large schema would hold up the streams of others.
     requests, writers, prompts = await service.threads.run(
-        exchange.client, _prepare, service, endpoint, body
+        exchange.client, _prepare, served, endpoint, body, service.config.log_prompts
     )
     seconds = service.config.request_timeout_seconds
     if exchange.is_background:
@@ -99,12 +110,12 @@ async def start_answer(
     charge = _charge(service, exchange, num_prompt_tokens, requests)
     try:
         # Last, when nothing can fail any more before somebody reads the outputs.
-        streams = service.replicas.submit(requests, exchange.client, exchange.is_background)
+        streams = served.replicas.submit(requests, exchange.client, exchange.is_background)
     except (Busy, Unavailable):
         charge.settle(0)
         raise
     return Answer(
-        replicas=service.replicas,
+        replicas=served.replicas,
         metrics=service.metrics,
         endpoint=endpoint,
         body=body,
@@ -150,7 +161,7 @@ def _ended(service: Service, operation: str, charge: Charge, answer: Answer) -> 
 
 
 def _prepare(
-    service: Service, endpoint: Endpoint[AnyBody], body: AnyBody
+    served: ServedModel, endpoint: Endpoint[AnyBody], body: AnyBody, log_prompts: bool
 ) -> tuple[list[EngineRequest], Sequence[ChoiceWriter], list[str] | None]:
     """Return the requests of a body, the writers of their choices, and the prompts if the log is to
     have them."""
@@ -158,19 +169,19 @@ def _prepare(
     first_of_prompts = requests[:: endpoint.choices_per_prompt(body)]
     try:
         for request in first_of_prompts:
-            check_request(request, service.model)
+            check_request(request, served.model)
     except UserError as error:
         raise endpoint.in_client_names(error) from error
     if (constraint := requests[0].sampling.constraint) is not None:
         try:
-            service.grammars.check(constraint)
+            served.grammars.check(constraint)
         except UserError as error:
             field = endpoint.constraint_field(body, constraint.kind)
             raise UserError(field, constraint.source, message=str(error)) from error
     writers = endpoint.writers(body, requests)
-    if not service.config.log_prompts:
+    if not log_prompts:
         return requests, writers, None
-    prompts = [service.tokenizer.decode(request.prompt_token_ids) for request in first_of_prompts]
+    prompts = [served.tokenizer.decode(request.prompt_token_ids) for request in first_of_prompts]
     return requests, writers, prompts
 
 

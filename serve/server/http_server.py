@@ -82,7 +82,10 @@ class HttpServer(uvicorn.Server):
             config.request_timeout_seconds,
             config.max_file_bytes / config.max_body_bytes,
         )
-        most, count_refused = connection_limit(len(service.replicas)), service.metrics.count_refused
+        most, count_refused = (
+            connection_limit(2 * len(service.replicas)),
+            service.metrics.count_refused,
+        )
         self._connections = Connections(most, deadlines, count_refused, tls_context(config))
         self.failure: OSError | None = None
         """Why no replica could be started."""
@@ -207,6 +210,7 @@ def _lifespan(service: Service, answering: Answering) -> Any:
         finally:
             if service.batches is not None:
                 await service.batches.stop()
+            await service.reloader.stop()
             await service.replicas.stop()
             if service.tracing is not None:
                 await asyncio.to_thread(service.tracing.close)

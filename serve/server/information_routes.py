@@ -33,24 +33,25 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return {
             "id": name,
             "object": "model",
-            "created": service.started,
+            "created": service.current.loaded,
             "owned_by": "stu",
-            "max_model_len": service.model.max_seq_len,
+            "max_model_len": service.current.model.max_seq_len,
         }
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    tokenizer = service.tokenizer
-
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody, request: Request) -> Response:
         service.require_served(body.model)
+
+        served = service.current
+        tokenizer = served.tokenizer
 
         def tokenized() -> list[bytes]:
             tokens = _tokens(tokenizer, body.prompt)
             if body.add_special_tokens:
                 tokens = tokenizer.start_ids + tokens
-            length = service.model.max_seq_len
+            length = served.model.max_seq_len
             values = {"tokens": tokens, "count": len(tokens), "max_model_len": length}
             return list(pieces(json_slices(values)))
 
@@ -60,6 +61,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         service.require_served(body.model)
+        tokenizer = service.current.tokenizer
         if (largest := max(body.tokens, default=0)) >= tokenizer.vocab_size:
             allowed = f"a list of ids from 0 to {tokenizer.vocab_size - 1}, not {largest}"
             raise UserError("tokens", allowed=allowed)
@@ -69,6 +71,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Json:
+        tokenizer = service.current.tokenizer
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         return {
             name: tokenizer.token_text(token) if token >= 0 else None
@@ -82,7 +85,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         failure = "loading the model" if replicas.is_loading else "no replica responds"
-        return _state(replicas.is_healthy, failure)
+        # The only replica may be exchanged for one of another version, which is no reason to
+        # restart the server.
+        return _state(replicas.is_healthy or not service.is_open.is_set(), failure)
 
     @app.get("/ready")
     async def ready() -> Response:

@@ -12,8 +12,8 @@ from prometheus_client.registry import Collector
 
 from serve.cache.base import ConvolutionCacheInfo
 from serve.request import FinishReason
-from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.stream import Stream
+from serve.server.replicas.versions import Versions
 from serve.wire import Message
 
 SECONDS = [0.001 * 2**i for i in range(20)]
@@ -23,7 +23,7 @@ TOKENS = [2.0**i for i in range(18)]
 class Metrics:
     """Metrics of the server. `prefix` is that of metrics that vLLM has too."""
 
-    def __init__(self, replicas: Replicas, prefix: str, model_name: str) -> None:
+    def __init__(self, replicas: Versions, prefix: str, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._label = {"model_name": model_name}
 
@@ -167,7 +167,7 @@ class Metrics:
 class _ReplicasCollector(Collector):
     """Metrics that replicas report."""
 
-    def __init__(self, replicas: Replicas, prefix: str, model_name: str) -> None:
+    def __init__(self, replicas: Versions, prefix: str, model_name: str) -> None:
         self._replicas, self._prefix, self._model_name = replicas, prefix, model_name
 
     def collect(self) -> Iterable[Metric]:

@@ -43,8 +43,10 @@ def _add_create(app: FastAPI, service: Service) -> None:
         if exchange.is_background:  # a row of a batch, whose results are files
             body = body.model_copy(update={"store": False})
         whole = await _with_history(service, body, request)
-        answer = await start_answer(service, service.responses, whole, request)
-        writer = service.responses.writer(
+        async with service.entered() as served:
+            answer = await start_answer(service, served, served.responses, whole, request)
+        endpoint = served.responses
+        writer = endpoint.writer(
             secrets.token_hex(24), int(time.time()), body, answer.streams[0].request
         )
 
@@ -61,7 +63,7 @@ def _add_create(app: FastAPI, service: Service) -> None:
                 return response_in_pieces(await unless_gone(request, whole_answer))
             first = await unless_gone(request, anext(outputs))
         except UserError as error:  # of the engine
-            raise service.responses.in_client_names(error) from error
+            raise endpoint.in_client_names(error) from error
         options = body.stream_options
         is_padded = options is not None and bool(options.include_obfuscation)
         events = _events(answer, first, outputs, writer, save)
@@ -75,7 +77,7 @@ def _add_create(app: FastAPI, service: Service) -> None:
         service.require_served(body.model)
         whole = await _with_history(service, body, request)
         client = exchange_of(request.scope).client
-        (counted,) = await service.threads.run(client, service.responses.requests, 0, whole)
+        (counted,) = await service.threads.run(client, service.current.responses.requests, 0, whole)
         count = len(counted.prompt_token_ids)
         return {"object": "response.input_tokens", "input_tokens": count}
 

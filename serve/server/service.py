@@ -1,9 +1,13 @@
 """Everything that the routes of the server work with."""
 
+import asyncio
 import json
 import math
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stu
@@ -20,9 +24,12 @@ from serve.server.batches.batches import Batches, Limits
 from serve.server.batches.collector import BatchCollector
 from serve.server.config import ServerConfig
 from serve.server.metrics import Metrics
+from serve.server.operating.reload import Reloader
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.slices import Threads
+from serve.server.replicas.stream import Busy, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
+from serve.server.replicas.versions import Versions
 from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError, requires_extra, setting_name
 from stu.common.processes import num_processors
@@ -33,8 +40,37 @@ from stu.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from serve.server.operating.tracing import Tracing
 
+IDLE_SECONDS = 0.05
+"""Time between looks whether a version has requests left."""
 ROWS_AHEAD = 1.5
 """Rows of batches to decode at once, as a multiple of the requests that engines decode together."""
+
+
+@dataclass
+class ServedModel:
+    """A version of the served model, and all that its requests need."""
+
+    path: Path
+    """Model directory."""
+    version: int
+    """1 for the first, and one more for each that is loaded later."""
+    model: ModelConfig
+    tokenizer: Tokenizer
+    completions: TextCompletions
+    chats: ChatCompletions
+    embeddings: Embeddings
+    responses: Responses
+    grammars: Grammars
+    replicas: Replicas
+    loaded: int = field(default_factory=lambda: int(time.time()))
+    """Unix time in seconds."""
+    num_entering: int = 0
+    """Requests that have come, and may not have begun."""
+
+    async def idle(self) -> None:
+        """Wait until no request is left."""
+        while self.num_entering or not self.replicas.is_idle:
+            await asyncio.sleep(IDLE_SECONDS)
 
 
 @dataclass
@@ -42,29 +78,64 @@ class Service:
     """A served model."""
 
     config: ServerConfig
-    model: ModelConfig
-    tokenizer: Tokenizer
-    completions: TextCompletions
-    chats: ChatCompletions
-    embeddings: Embeddings
-    responses: Responses
+    current: ServedModel
+    """Version that takes new requests."""
     stored: ResponseStore
-    grammars: Grammars
-    replicas: Replicas
+    replicas: Versions
     metrics: Metrics
     batches: Batches | None = None
     """Files and batches, if there is a folder for them."""
     version: str = field(default_factory=lambda: stu.__version__)
-    started: int = field(default_factory=lambda: int(time.time()))
-    """Unix time in seconds."""
     is_draining: bool = False
     """Whether the server is stopping and takes no more requests."""
     threads: Threads = field(default_factory=Threads)
     tracing: "Tracing | None" = None
     limits: RateLimits = field(init=False)
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether requests may enter. Otherwise they wait, as the only replica is exchanged."""
+    reloader: "Reloader[ServedModel]" = field(init=False)
+    _num_at_door: int = 0
 
     def __post_init__(self) -> None:
         self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
+        self.is_open.set()
+        self.reloader = Reloader(self)
+
+    @asynccontextmanager
+    async def entered(self) -> AsyncIterator[ServedModel]:
+        """Return the version for a new request, which does not end before the block has.
+
+        Raises Busy or Unavailable.
+        """
+        if not self.is_open.is_set():
+            await self._wait_at_door()
+        served = self.current
+        served.num_entering += 1
+        try:
+            yield served
+        finally:
+            served.num_entering -= 1
+
+    async def _wait_at_door(self) -> None:
+        if self._num_at_door >= self.config.max_waiting:
+            raise Busy(f"{self._num_at_door} requests wait for another version: try again later")
+        self._num_at_door += 1
+        try:
+            await asyncio.wait_for(self.is_open.wait(), self.config.request_timeout_seconds)
+        except asyncio.TimeoutError as error:
+            raise Unavailable("another version of the model is being loaded") from error
+        finally:
+            self._num_at_door -= 1
+
+    def next_version(self, path: Path) -> ServedModel:
+        """Return another version of the model, whose replicas are not started yet. Raises
+        UserError."""
+        return _served(self.config, path, self.current.version + 1)
+
+    def switch(self, served: ServedModel) -> None:
+        """Let another version take all new requests."""
+        self.current, self.replicas.current = served, served.replicas
+        self.is_open.set()
 
     def require_served(self, model: str | None) -> None:
         """Raise UserError if a body asks for another model."""
@@ -75,7 +146,27 @@ class Service:
 
 def make_service(config: ServerConfig) -> Service:
     """Return the service of a model directory; its replicas are not started yet."""
-    model, tokenizer = load_config(config.model), load_tokenizer(config.model)
+    served = _served(config, config.model, 1)
+    replicas = Versions(served.replicas)
+    metrics = Metrics(replicas, config.metric_prefix, config.name)
+    batches = _batches(config, len(replicas))
+    if batches is not None:
+        metrics.register(BatchCollector(batches, config.name))
+    file = config.batch_dir and config.batch_dir / "responses.sqlite3"
+    return Service(
+        config,
+        served,
+        ResponseStore(file, config.max_response_bytes),
+        replicas,
+        metrics,
+        batches,
+        tracing=_tracing(config.otlp_traces_endpoint),
+    )
+
+
+def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
+    """Return a version of the model. Raises UserError."""
+    model, tokenizer = load_config(path), load_tokenizer(path)
     devices = choose_devices(config.devices) * config.replicas
     if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
         raise UserError(
@@ -95,11 +186,11 @@ def make_service(config: ServerConfig) -> Service:
         "json_whitespace": config.json_whitespace,
         **common,
     }
-    chat_tokens = load_generation(config.model)["max_new_tokens"]
-    template = ChatTemplate(config.model, tokenizer)
+    chat_tokens = load_generation(path)["max_new_tokens"]
+    template = ChatTemplate(path, tokenizer)
     replicas = Replicas(
         ReplicasConfig(
-            config.model,
+            path,
             tuple(devices),
             max(1, num_processors() // len(devices)),
             config.dtype,
@@ -109,25 +200,17 @@ def make_service(config: ServerConfig) -> Service:
         )
     )
     chats = ChatCompletions(template, chat_tokens, **of_completions)
-    metrics = Metrics(replicas, config.metric_prefix, config.name)
-    batches = _batches(config, len(devices))
-    if batches is not None:
-        metrics.register(BatchCollector(batches, config.name))
-    file = config.batch_dir and config.batch_dir / "responses.sqlite3"
-    return Service(
-        config,
+    return ServedModel(
+        path,
+        version,
         model,
         tokenizer,
         TextCompletions(**of_completions),
         chats,
         Embeddings(model.width, **common),
         Responses(chats, **common),
-        ResponseStore(file, config.max_response_bytes),
         Grammars(tokenizer),
         replicas,
-        metrics,
-        batches,
-        tracing=_tracing(config.otlp_traces_endpoint),
     )
 
 

@@ -106,6 +106,11 @@ class Replicas(Supervisor):
         for stream in streams:
             stream.outputs.put_nowait(Unavailable("the server is stopping: try another one"))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there are no requests."""
+        return not len(self._waiting) and not any(own.streams for own in self._started)
+
     def _all_waiting(self) -> list[Stream]:
         streams = [stream for replica in self.running for stream in replica.streams.values()]
         return [*self._waiting, *(stream for stream in streams if stream.scheduled is None)]
@@ -165,6 +170,8 @@ class Replicas(Supervisor):
 
     async def _take_report(self, replica: Replica, message: Message) -> None:
         replica.stats = Stats.from_json(message["stats"])
+        if "free_bytes" in message:
+            replica.free_bytes = message["free_bytes"]
         for number, time_scheduled in message["scheduled"]:
             if (stream := replica.streams.get(number)) is not None:
                 stream.schedule(time_scheduled)

@@ -38,6 +38,8 @@ HEARTBEAT_SECONDS = 0.25
 """Time between reports while there is nothing to do."""
 COMPILING_SECONDS = 0.01
 """Time between checks whether a constraint is compiled, while there is nothing else to do."""
+FREE_MEMORY_SECONDS = 1.0
+"""Time between reports of a GPU's free memory."""
 RECEIVE_BYTES = 2**20
 
 
@@ -53,6 +55,7 @@ class Replica:
         """The server's numbers of requests, by the engine's ids."""
         self._engine_ids: dict[int, int] = {}
         """The engine's ids of requests, by the server's numbers."""
+        self._device = torch.device("cpu")
         self._compiler = ThreadPoolExecutor(1)
         self._compiling: dict[int, tuple[Request, Future[None]]] = {}
         """Requests whose constraint a thread compiles, as it would hold up all others here."""
@@ -60,7 +63,7 @@ class Replica:
     def run(self) -> None:
         """Load the model that the first message names, then decode."""
         engine = self._load()
-        was_idle, num_tokens = False, 0
+        was_idle, num_tokens, reported = False, 0, 0.0
         while True:
             idle_seconds = COMPILING_SECONDS if self._compiling else HEARTBEAT_SECONDS
             for message in self._receive(0.0 if engine.has_work else idle_seconds):
@@ -95,11 +98,15 @@ class Replica:
             num_before, num_tokens = num_tokens, stats.prompt_tokens + stats.new_tokens
             if num_tokens > num_before:
                 report["step_tokens"] = num_tokens - num_before
+            if self._device.type == "cuda" and ended - reported > FREE_MEMORY_SECONDS:
+                report["free_bytes"], _ = torch.cuda.mem_get_info(self._device)
+                reported = ended
             self._send(report)
 
     def _load(self) -> Engine:
         settings = self._first_message()
         dtype = getattr(torch, settings["dtype"])
+        self._device = torch.device(settings["device"])
         config = EngineConfig(**settings["engine"])
         tokenizer = load_tokenizer(settings["model"])
         # The engine copies what it needs of the model, which nothing else may keep.

@@ -39,6 +39,11 @@ class Replica:
         OSError: The process cannot be started.
     """
 
+    is_retiring = False
+    """Whether it takes no new requests."""
+    free_bytes = 0
+    """Free memory of its GPU when it last reported that."""
+
     def __init__(self, settings: dict[str, Any], num_threads: int) -> None:
         self.settings = settings
         self.streams: dict[int, Stream] = {}
@@ -94,6 +99,8 @@ class Replica:
         Those of lower priority do not count, as the engine preempts them for it. A client's first
         request here always would, as the engine gives clients rows in turn.
         """
+        if self.is_retiring:
+            return False
         if any(other.is_suspect for other in self.streams.values()):
             return False
         if stream.is_suspect:

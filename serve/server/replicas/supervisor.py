@@ -56,8 +56,8 @@ class Totals:
     flushes: dict[int, tuple[int, float]] = field(default_factory=dict)
     """As in `Stats`."""
 
-    def add(self, stats: Stats) -> None:
-        """Count another engine."""
+    def add(self, stats: "Stats | Totals") -> None:
+        """Count another engine, or others."""
         for name in (own.name for own in fields(self) if own.name != "flushes"):
             setattr(self, name, getattr(self, name) + getattr(stats, name))
         for positions, (count, seconds) in stats.flushes.items():
@@ -75,7 +75,9 @@ class Supervisor(ABC):
         self._last_error = ""
         """Only for the log: the output of a process may have paths, which clients must not see."""
         self._has_been_ready = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._keeping: dict[int, asyncio.Task[None]] = {}
+        """Tasks that keep a replica running, by its index."""
+        self._watching: asyncio.Task[None] | None = None
         self._ended = Totals()
         """Counts of the replicas that ended."""
         self.num_restarts = 0
@@ -97,10 +99,44 @@ class Supervisor(ABC):
 
     async def start(self) -> None:
         """Start every replica."""
-        self._tasks = [asyncio.create_task(self._keep_running(index)) for index in range(len(self))]
-        self._tasks.append(asyncio.create_task(self._watch()))
-        for task in self._tasks:
-            task.add_done_callback(_log_failure)
+        for index in range(len(self)):
+            self.start_replica(index)
+
+    def start_replica(self, index: int) -> None:
+        """Start a replica, and keep it running."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+            self._watching.add_done_callback(_log_failure)
+        self._failed_starts[index] = 0
+        self._keeping[index] = asyncio.create_task(self._keep_running(index))
+        self._keeping[index].add_done_callback(_log_failure)
+
+    async def replica_ready(self, index: int) -> None:
+        """Wait until a replica that was just started takes requests. Raises OSError if it fails."""
+        while (replica := self._replicas[index]) is None or not replica.is_ready:
+            if self._failed_starts[index]:
+                raise OSError(f"no replica could be started: {self._last_error}")
+            await asyncio.sleep(WATCH_SECONDS / 4)
+
+    async def retire(self, index: int) -> None:
+        """Wait until a replica has no requests. It takes no new ones from now on."""
+        while (replica := self._replicas[index]) is not None:
+            replica.is_retiring = True
+            if not replica.streams:
+                return
+            await asyncio.sleep(WATCH_SECONDS / 4)
+
+    async def stop_replica(self, index: int) -> None:
+        """End a replica that has no requests, and wait for it."""
+        task = self._keeping.pop(index)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        replica, self._replicas[index] = self._replicas[index], None
+        if replica is not None:
+            if replica.stats is not None:
+                self._ended.add(replica.stats)
+            replica.kill()
+            await replica.ended()
 
     async def ready(self, is_wanted: Callable[[], bool]) -> None:
         """Wait until a replica takes requests or `is_wanted` returns False.
@@ -114,9 +150,10 @@ class Supervisor(ABC):
 
     async def stop(self) -> None:
         """End every replica, and wait for it."""
-        for task in self._tasks:
+        tasks = [*self._keeping.values(), *([self._watching] if self._watching else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.kill()
         for replica in self._started:
             await replica.ended()
@@ -153,6 +190,16 @@ class Supervisor(ABC):
         for stats in self.stats:
             totals.add(stats)
         return totals
+
+    @property
+    def config(self) -> ReplicasConfig:
+        """Settings of all replicas."""
+        return self._config
+
+    def devices_of_running(self) -> list[tuple[str, Replica]]:
+        """Replicas that take requests, with their devices."""
+        found = zip(self._config.devices, self._replicas, strict=True)
+        return [(device, own) for device, own in found if own is not None and own.is_ready]
 
     @property
     def _started(self) -> list[Replica]:

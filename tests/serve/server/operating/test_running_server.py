@@ -1,6 +1,7 @@
 """What changes while a server runs: keys, certificates, limits."""
 
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -8,6 +9,8 @@ import signal
 import ssl
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -15,10 +18,12 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.serve.server_process import SECONDS, eventually, serving
+from stu.model_dir import save_model
+from tests.serve.conftest import LONG_SEQ_LEN, make_model
+from tests.serve.server_process import SECONDS, events, eventually, serving
 
 PATH = "/v1/completions"
-BODY = {"prompt": [1, 2, 3], "max_tokens": 4, "stop_at_eos": False}
+BODY = {"prompt": [1, 2, 3], "max_tokens": 4, "stop_at_eos": False, "seed": 7}
 OPERATOR, SEARCH, OTHER = "sk-operator", "sk-search", "sk-other"
 KEYS = f"""
 # made by a test
@@ -72,11 +77,21 @@ def collector():
 
 
 @pytest.fixture(scope="module")
-def server(model_directory, folder, collector):
+def other_model(tmp_path_factory, code_tokenizer):
+    """A model of the same shape with other weights, and its directory."""
+    model = make_model(code_tokenizer, LONG_SEQ_LEN)
+    model.embedding.weight.data.mul_(-1).add_(0.1)
+    path = tmp_path_factory.mktemp("other") / "model"
+    save_model(path, model, code_tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(long_model_directory, folder, collector):
     options = ["--otlp-traces-endpoint", collector[0]]
     options += ["--api-keys", folder / "keys", "--tls-certificate", folder / "certificate.pem"]
-    options += ["--tls-key", folder / "key.pem"]
-    with serving(model_directory, *options, OTEL_BSP_SCHEDULE_DELAY="50") as server:
+    options += ["--tls-key", folder / "key.pem", "--watchdog-seconds", 300]
+    with serving(long_model_directory, *options, OTEL_BSP_SCHEDULE_DELAY="50") as server:
         yield server
         text = "".join(server.lines)
         assert not any(key in text for key in (OPERATOR, SEARCH, OTHER))
@@ -102,7 +117,7 @@ def by_key(server, name):
 
 def test_a_key_has_limits_and_counts_under_its_name(server):
     with server.client(headers=bearer(SEARCH)) as http:
-        too_large = http.post(PATH, json={**BODY, "n": 10, "max_tokens": 60, "prompt": ["x"] * 2})
+        too_large = http.post(PATH, json={**BODY, "n": 10, "max_tokens": 600})
         assert too_large.status_code == 400
         assert (
             "more than the limit of 1000 tokens per minute" in too_large.json()["error"]["message"]
@@ -170,7 +185,8 @@ def local_port(answer):
 
 
 def test_sighup_reads_the_certificate_again_and_connections_live_on(server, folder):
-    with server.client(headers=bearer(OPERATOR)) as http:
+    limits = httpx.Limits(keepalive_expiry=None)
+    with server.client(headers=bearer(OPERATOR), limits=limits) as http:
         port = local_port(http.get("/v1/models"))
         before = serial_number(server)
         saved = (folder / "key.pem").read_bytes()
@@ -221,3 +237,96 @@ def test_a_collector_gets_the_trace_that_a_request_names(server, collector):
         assert {one.parent_span_id, other.parent_span_id} == {request.span_id}
         assert request.start_time_unix_nano <= one.start_time_unix_nano <= one.end_time_unix_nano
         assert one.end_time_unix_nano <= request.end_time_unix_nano
+
+
+def text_of(http, **body):
+    answer = http.post(PATH, json={**BODY, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+@contextmanager
+def stopped_stream(server, http, num_tokens):
+    """Begin a stream, and stop its replica, which the function that is yielded lets go on: it
+    returns the text."""
+    body = {**BODY, "max_tokens": num_tokens, "stream": True}
+    (replica,) = server.replicas()
+    with http.stream("POST", PATH, json=body) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        replica.suspend()
+
+        def rest():
+            replica.resume()
+            answer.iter_lines = lambda: itertools.chain([first], lines)
+            return "".join(event["choices"][0]["text"] for event in events(answer))
+
+        try:
+            yield rest
+        finally:
+            replica.resume()
+
+
+def reload(http, **body):
+    return http.post("/admin/reload", json=body, timeout=5 * SECONDS)
+
+
+def test_another_version_is_loaded_without_dropping_a_stream(
+    server, long_model_directory, other_model
+):
+    num_tokens = 1000
+    with server.client(headers=bearer(OPERATOR)) as http:
+        assert http.post("/admin/reload", json={}, headers=bearer(SEARCH)).status_code == 403
+        assert http.get("/admin/reload", headers=bearer(SEARCH)).status_code == 403
+        before, short = text_of(http, max_tokens=num_tokens), text_of(http)
+        (old,) = server.replicas()
+        with stopped_stream(server, http, num_tokens) as rest, server.client() as other:
+            other.headers = http.headers
+            assert reload(other, model="no/such").status_code == 400
+            answer = reload(other, model=str(other_model), one_by_one=False)
+            assert answer.status_code == 200, answer.text
+            state = {"model": str(other_model), "version": 2, "replicas_ready": 1}
+            state |= {"state": "finishing", "one_by_one": False}
+            assert answer.json() | state == answer.json()
+            assert reload(other).status_code == 409
+            after = text_of(other)
+            assert after != short
+            assert len(server.replicas()) == 2
+            assert rest() == before
+        eventually(lambda: http.get("/admin/reload").json()["state"] == "idle")
+        assert old.pid not in [replica.pid for replica in server.replicas()]
+        assert text_of(http) == after
+        assert server.metric("stu:replica_restarts_total", **bearer(OPERATOR)) == 0
+        assert http.get("/health").status_code == 200
+
+
+@pytest.mark.slow
+def test_the_only_replica_is_exchanged_while_new_requests_wait(
+    server, long_model_directory, other_model, tmp_path
+):
+    num_tokens = 1000
+    with server.client(headers=bearer(OPERATOR)) as http, ThreadPoolExecutor() as pool:
+        assert reload(http, model=str(other_model), one_by_one=True).status_code == 200
+        eventually(lambda: http.get("/admin/reload").json()["state"] == "idle")
+        before, short = text_of(http, max_tokens=num_tokens), text_of(http)
+        with stopped_stream(server, http, num_tokens) as rest, server.client() as other:
+            other.headers = http.headers
+            body = {"model": str(long_model_directory), "one_by_one": True}
+            reloading = pool.submit(reload, other, **body)
+            eventually(lambda: other.get("/admin/reload").json()["state"] == "loading")
+            assert other.get("/health").status_code == 200
+            waiting = pool.submit(text_of, other)
+            assert rest() == before
+        assert reloading.result().status_code == 200
+        assert reloading.result().json()["one_by_one"]
+        assert waiting.result() == text_of(http) != short
+        # A model that no replica can load.
+        shutil.copytree(long_model_directory, tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "width": 32}))
+        for one_by_one in (True, False):
+            version = http.get("/admin/reload").json()["version"]
+            refused = reload(http, model=str(tmp_path / "model"), one_by_one=one_by_one)
+            assert refused.status_code == 500
+            assert f"version {version} goes on" in refused.json()["error"]["message"]
+            assert text_of(http) == waiting.result()
