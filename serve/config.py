@@ -19,7 +19,7 @@ class EngineConfig:
 
     cache_gib: float | None = None
     """Size of the caches of all running requests, in GiB. None: half of the memory that is free
-    once the model is loaded."""
+    once the model is loaded. Devices that divide a model have so much each."""
     page_len: int = 32
     """Positions in a cache page, a power of two."""
     max_running: int = 32

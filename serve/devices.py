@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 import torch
 
+from serve.config import is_whole
 from stu.common.array_task import in_step_of_tasks
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 
 ALLOWED = "auto, all, or a list of cpu, 0, cuda:0 and the like, separated by commas"
 
@@ -27,6 +29,35 @@ def choose_devices(text: str) -> list[str]:
         return [f"cuda:{index}" for index in range(num_cuda)]
     names = ["cuda:0"] if text == "all" else text.split(",")
     return [_device(name.strip(), text, num_cuda) for name in names]
+
+
+def device_groups(text: str, num_ranks: int) -> list[str]:
+    """Return the devices of each engine, with commas between those of the ranks that divide its
+    model.
+
+    text: As for `choose_devices`, where `cpu` stands for all ranks of an engine and `auto` for the
+    first CUDA devices. Raises UserError for devices that do not make up groups of `num_ranks`.
+    """
+    if not is_whole(num_ranks) or num_ranks < 1:
+        raise UserError("tensor_parallel", num_ranks, "a whole number >= 1")
+    names, num_cuda = choose_devices(text), torch.cuda.device_count()
+    if text == "auto" and names != ["cpu"] and num_ranks <= num_cuda:
+        first = num_ranks * int(names[0].removeprefix("cuda:"))
+        names = [f"cuda:{(first + rank) % num_cuda}" for rank in range(num_ranks)]
+    names = [name for own in names for name in [own] * (num_ranks if own == "cpu" else 1)]
+    groups = [names[first : first + num_ranks] for first in range(0, len(names), num_ranks)]
+    for group in groups:
+        if len(group) < num_ranks or len(set(group)) not in (num_ranks, 1 if "cpu" in group else 0):
+            allowed = f"{num_ranks} different CUDA devices for each engine, or cpu"
+            fix = f"{setting_name('tensor_parallel')}={num_ranks} divides a model among so many"
+            raise UserError("devices", text, allowed, fix)
+    return [",".join(group) for group in groups]
+
+
+def repeat_a_device(groups: Sequence[str]) -> bool:
+    """Return whether several of these groups have a device in common."""
+    names = [name for group in groups for name in set(group.split(","))]
+    return len(set(names)) < len(names)
 
 
 def _device(name: str, text: str, num_cuda: int) -> str:

@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from serve.completion import Completion, CompletionBuilder, answered, normalized
 from serve.config import EngineConfig
-from serve.devices import choose_devices
+from serve.devices import choose_devices, device_groups
 from serve.engine.engine import Engine
+from serve.parallel.loading import make_engine
 from serve.prompts import RequestBuilder, choices, encode_prompt
 from serve.request import Pooling, Request, are_token_ids
 from serve.sampling_params import SamplingParams
 from serve.scores import Score, Scoring
 from stu.common.errors import UserError, requires_extra
-from stu.model_dir import load_generation, load_model, load_tokenizer
+from stu.model_dir import load_generation, load_tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -54,6 +55,9 @@ class LLM:
         model: Model directory, as `stu-export` writes it.
         device: torch's name of a device. None: the first CUDA device, or the CPU without any.
         dtype: Type of the weights.
+        tensor_parallel: Number of devices that divide the model among them, each with a part of the
+            weights and of the caches. `device` may name them, with commas between them; cpu stands
+            for all. Those but the first are used by processes, which `close` ends.
         engine: Fields of `serve.config.EngineConfig`, such as `cache_gib` and `max_running`.
 
     Raises UserError for files and settings that cannot be used.
@@ -64,6 +68,7 @@ class LLM:
         model: str | Path,
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
+        tensor_parallel: int = 1,
         **engine: Any,
     ) -> None:
         self._path, self.tokenizer = Path(model), load_tokenizer(model)
@@ -71,10 +76,24 @@ class LLM:
             self.tokenizer, load_generation(model)
         ).defaults
         """Settings of the model directory's `generation.json`."""
-        config, device = EngineConfig(**engine), device or choose_devices("auto")[0]
-        self._engine = Engine(
-            load_model(model, device, dtype, config.weights), self.tokenizer, config
+        self._num_ranks = tensor_parallel
+        config, devices = EngineConfig(**engine), device or choose_devices("auto")[0]
+        if tensor_parallel != 1:
+            (devices, *others) = device_groups(device or "auto", tensor_parallel)
+            if others:
+                raise UserError("device", device, f"{tensor_parallel} devices")
+        self._engine = make_engine(
+            model, devices, dtype, self.tokenizer, config, ends_process=False
         )
+
+    def close(self) -> None:
+        """End the processes of `tensor_parallel`, which otherwise end with this process. No other
+        method is called afterwards."""
+        if self._num_ranks > 1:
+            from serve.parallel.engine import GroupEngine  # which needs msgpack
+
+            assert isinstance(self._engine, GroupEngine)
+            self._engine.close()
 
     def generate(
         self,

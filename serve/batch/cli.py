@@ -121,10 +121,13 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
 
 
 def _devices(config: BatchConfig) -> list[str]:
-    from serve.devices import choose_devices
+    from serve.devices import device_groups, repeat_a_device
+    from stu.division.parts import check_divides_channels
+    from stu.model_dir import load_config
 
-    devices = choose_devices(config.devices)
-    if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
+    devices = device_groups(config.devices, config.tensor_parallel)
+    check_divides_channels(load_config(config.model), config.tensor_parallel)
+    if repeat_a_device(devices) and config.engine.cache_gib is None:
         raise UserError(
             "devices",
             message=f"--devices {config.devices} names a device twice, and each process would take "
@@ -140,7 +143,7 @@ def _reports(
     from serve.batch.worker import decode
     from serve.batch.workers import Workers
 
-    if len(works) == 1:
+    if len(works) == 1 and works[0].config.tensor_parallel == 1:
         yield from ([(0, report)] for report in decode(works[0]))
     else:
         with Workers(works) as workers:

@@ -58,6 +58,10 @@ class BatchConfig:
     devices: str = "auto"
     """Devices to decode on. auto: the first CUDA device, or cpu if there is none. all: every CUDA
     device. Or a list such as cpu, 0, cuda:1, 0,1,2,3 or cpu,cpu, with a process for each."""
+    tensor_parallel: int = 1
+    """Number of devices that divide the model among them, for models too large for one: each has a
+    part of the weights and of the caches. It must divide the model's width and its attention heads.
+    Consecutive devices of the list decode together; cpu stands for all of them."""
     part: str | None = None
     """Part of the rows to decode, as i/n with i from 0: those whose number modulo n is i, into
     OUTPUT with .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, where N is the

@@ -23,11 +23,10 @@ from serve.batch.decoder import NO_STATS, READING_ERRORS, Decoder, Report
 from serve.batch.job import BatchJob
 from serve.batch.rows import read_rows
 from serve.batch.source import InputDigest
-from serve.engine.engine import Engine
+from serve.parallel.loading import make_engine
 from stu.common.array_task import ArrayTask
 from stu.common.cli import run_command
 from stu.common.errors import UserError
-from stu.model_dir import load_model
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Work:
 
     config: BatchConfig
     device: str
-    """torch's name of the device."""
+    """torch's name of the device, or names with commas between them, which divide the model."""
     task: ArrayTask
     """Rows of this engine."""
     done: frozenset[int]
@@ -91,12 +90,7 @@ def decode(work: Work) -> Iterator[Report]:
         return
     try:
         dtype, config = getattr(torch, work.config.dtype), work.config.engine
-        # No variable holds the model: the engine keeps only what it needs of it.
-        engine = Engine(
-            load_model(work.config.model, work.device, dtype, config.weights),
-            job.tokenizer,
-            config,
-        )
+        engine = make_engine(work.config.model, work.device, dtype, job.tokenizer, config)
         # After loading, since an export may have replaced the model meanwhile.
         job.require_same(work.model_and_settings)
         # Objects of the imports need no garbage collection, which would delay a step at times.

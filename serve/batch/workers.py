@@ -27,7 +27,8 @@ class Workers:
         self._reports: queue.SimpleQueue[tuple[int, Report | None]] = queue.SimpleQueue()
 
     def __enter__(self) -> "Workers":
-        num_threads = max(1, num_processors() // len(self._works))
+        num_ranks = len(self._works) * self._works[0].config.tensor_parallel
+        num_threads = max(1, num_processors() // num_ranks)
         environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
         for index in range(len(self._works)):
             self._errors.append(tempfile.TemporaryFile())

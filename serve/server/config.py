@@ -31,6 +31,10 @@ class ServerConfig:
     devices: str = "auto"
     """Devices, each with its own replica: a list such as cpu, 0, cuda:1 or 0,1,2,3; all for every
     CUDA device; auto for the first CUDA device, or cpu without any."""
+    tensor_parallel: int = 1
+    """Number of devices that each replica divides the model among, for models too large for one:
+    each has a part of the weights and of the caches. It must divide the model's width and its
+    attention heads. Consecutive devices of the list are a replica's; cpu stands for all of them."""
     replicas: int = 1
     """Number of replicas on each device. They share its processors or memory."""
     dtype: Dtype = "float32"
@@ -105,6 +109,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name, least in {
             "replicas": 1,
+            "tensor_parallel": 1,
             "max_waiting": 1,
             "max_choices": 1,
             "max_stored_bytes": 1,

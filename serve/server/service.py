@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stu
-from serve.devices import choose_devices
+from serve.devices import device_groups, repeat_a_device
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
@@ -34,6 +34,7 @@ from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError, requires_extra, setting_name
 from stu.common.processes import num_processors
 from stu.config import ModelConfig
+from stu.division.parts import check_divides_channels
 from stu.model_dir import load_config, load_generation, load_tokenizer
 from stu.tokenizer import Tokenizer
 
@@ -167,8 +168,9 @@ def make_service(config: ServerConfig) -> Service:
 def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
     """Return a version of the model. Raises UserError."""
     model, tokenizer = load_config(path), load_tokenizer(path)
-    devices = choose_devices(config.devices) * config.replicas
-    if len(set(devices)) < len(devices) and config.engine.cache_gib is None:
+    check_divides_channels(model, config.tensor_parallel)
+    devices = device_groups(config.devices, config.tensor_parallel) * config.replicas
+    if repeat_a_device(devices) and config.engine.cache_gib is None:
         raise UserError(
             "cache_gib",
             message="several replicas on a device would each take half of its free memory: give "
@@ -192,7 +194,7 @@ def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
         ReplicasConfig(
             path,
             tuple(devices),
-            max(1, num_processors() // len(devices)),
+            max(1, num_processors() // (len(devices) * config.tensor_parallel)),
             config.dtype,
             config.engine,
             config.watchdog_seconds,

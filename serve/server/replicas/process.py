@@ -21,6 +21,7 @@ import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.parallel.loading import make_engine
 from serve.request import Request
 from serve.wire import (
     Message,
@@ -32,7 +33,7 @@ from serve.wire import (
 )
 from stu.common.cli import run_command
 from stu.common.errors import UserError, setting_name
-from stu.model_dir import load_model, load_tokenizer
+from stu.model_dir import load_tokenizer
 
 HEARTBEAT_SECONDS = 0.25
 """Time between reports while there is nothing to do."""
@@ -109,12 +110,7 @@ class Replica:
         self._device = torch.device(settings["device"])
         config = EngineConfig(**settings["engine"])
         tokenizer = load_tokenizer(settings["model"])
-        # The engine copies what it needs of the model, which nothing else may keep.
-        engine = Engine(
-            load_model(settings["model"], settings["device"], dtype, config.weights),
-            tokenizer,
-            config,
-        )
+        engine = make_engine(settings["model"], settings["device"], dtype, tokenizer, config)
         gc.collect()
         gc.freeze()  # or collections of all imported modules would hold up steps
         self._send({"ready": asdict(engine.stats())})

@@ -31,7 +31,7 @@ class ReplicasConfig:
     model: Path
     """Model directory."""
     devices: tuple[str, ...] = ("cpu",)
-    """Device of each replica."""
+    """Device of each replica, or devices with commas between them, which divide the model."""
     num_threads: int = 1
     """Threads that a replica computes with on a CPU."""
     dtype: str = "float32"

@@ -1,0 +1,233 @@
+"""Engines of several processes that divide a model, by gloo, against one process."""
+
+import asyncio
+import json
+import signal
+import sys
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from serve.config import EngineConfig
+from serve.devices import device_groups
+from serve.llm import LLM
+from serve.parallel.loading import make_engine
+from serve.sampling_params import Constraint, SamplingParams
+from stu.common.errors import UserError
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import load_tokenizer, save_model
+from tests import forked
+from tests.serve.conftest import generate, read_rows, write_rows
+from tests.serve.requests import make_request
+from tests.serve.server_process import eventually, serving
+
+SHAPE = {"width": 16, "num_layers": 4, "num_filters": 6, "num_heads": 4, "window_tokens": 7}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, code_tokenizer):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=code_tokenizer.vocab_size, max_seq_len=256, **SHAPE)
+    path = tmp_path_factory.mktemp("divided") / "model"
+    save_model(path, FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
+    return path
+
+
+@pytest.fixture
+def start(directory, monkeypatch):
+    """Function of a number of ranks and settings, which returns an engine."""
+    monkeypatch.setattr(sys, "executable", forked.python())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    engines = []
+
+    def make(size, **settings):
+        config = EngineConfig(**{"cache_gib": 0.01, **settings})
+        devices, tokenizer = ",".join(["cpu"] * size), load_tokenizer(directory)
+        engine = make_engine(directory, devices, torch.float32, tokenizer, config, False)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        if hasattr(engine, "close"):
+            engine.close()
+
+
+def requests():
+    schema = Constraint("regex", "[a-z]{3,20}")
+    sampling = SamplingParams(temperature=1, seed=5, logprobs=1)
+    return [
+        make_request([5, 6, 7], 30),
+        make_request([*range(3, 90)], 20, sampling),
+        make_request([8], 25, SamplingParams(constraint=schema), stop_at_eos=True),
+        make_request([*range(3, 80), 9], 0, prompt_logprobs=1),
+        make_request([4, 5], 40, SamplingParams(temperature=1, logit_bias={7: 2.5})),
+    ]
+
+
+def decode(engine):
+    """Return the tokens and log probabilities of `requests`, one of which is aborted."""
+    wrong = SamplingParams(constraint=Constraint("regex", "("))
+    refused = make_request([5], 5, wrong, stop_at_eos=True)
+    found, numbers = {}, {}
+    for number, request in enumerate(requests()):
+        numbers[engine.add(request)] = number
+        if number == 1:
+            with pytest.raises(UserError, match="regex"):
+                engine.add(refused)
+    steps = 0
+    while engine.has_work:
+        if steps == 8:
+            engine.abort(max(numbers))
+        for output in engine.step():
+            tokens, logprobs = found.setdefault(numbers[output.request_id], ([], []))
+            tokens += output.new_token_ids
+            reported = [*output.logprobs, *output.prompt_logprobs]
+            logprobs += [token.logprob for token in reported]
+        steps += 1
+    engine.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_decode_as_one(start, size):
+    expected, engine = decode(start(1)), start(size)
+    for number, (tokens, logprobs) in decode(engine).items():
+        assert tokens == expected[number][0]
+        assert logprobs == pytest.approx(expected[number][1], abs=1e-5)
+    (child,) = {own.pid for own in followers()} if size == 2 else (0,)
+    engine.close()
+    assert not child or not psutil.pid_exists(child)
+
+
+def followers(process=None):
+    """Return the processes of other ranks that a process, or this one, has started."""
+    children = (process or psutil.Process()).children()
+    return [own for own in children if "serve.parallel.follower" in " ".join(own.cmdline())]
+
+
+def run_steps(engine, count):
+    for _ in range(count):
+        engine.step()
+
+
+def test_the_end_of_a_rank_is_an_error_and_the_next_group_works(start):
+    engine = start(2)
+    engine.add(make_request([5, 6, 7], 30))
+    engine.step()
+    (child,) = followers()
+    forked.real(child.pid).send_signal(signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="rank 1 of 2 on cpu ended by SIGKILL"):
+        run_steps(engine, 40)
+    engine.close()
+    assert start(2).add(make_request([5], 1)) == 0
+
+
+PROMPTS = ["def f(x):", "return", "x + 1"]
+
+
+def test_commands_and_python_decode_on_several_ranks(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", forked.python())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    params = SamplingParams(max_new_tokens=9)
+    llm = LLM(directory, device="cpu", tensor_parallel=2, cache_gib=0.01)
+    found = [output.outputs[0].text for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+    llm.close()
+    assert followers() == []
+    llm = LLM(directory, device="cpu", cache_gib=0.01)
+    expected = [output.outputs[0].text for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+    assert found == expected
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_rows(source, [{"prompt": prompt} for prompt in PROMPTS])
+    options = "--devices", "cpu", "--tensor-parallel", 2, "--max-new-tokens", 9
+    assert generate(directory, source, target, *options) == 0
+    rows = sorted(read_rows(target), key=lambda row: row["id"])
+    assert [row["completion"] for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "num_cuda", "size", "groups"),
+    [
+        ("auto", 0, 2, ["cpu,cpu"]),
+        ("auto", 4, 2, ["cuda:0,cuda:1"]),
+        ("all", 4, 2, ["cuda:0,cuda:1", "cuda:2,cuda:3"]),
+        ("3,1", 4, 2, ["cuda:3,cuda:1"]),
+        ("cpu,cpu", 0, 2, ["cpu,cpu", "cpu,cpu"]),
+        ("0,1", 4, 1, ["cuda:0", "cuda:1"]),
+        ("auto", 1, 2, None),
+        ("all", 3, 2, None),
+        ("0,0", 2, 2, None),
+        ("0,cpu", 2, 2, None),
+    ],
+)
+def test_devices_make_up_groups(monkeypatch, devices, num_cuda, size, groups):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cuda)
+    if groups is None:
+        with pytest.raises(UserError, match="2 different CUDA devices for each engine, or cpu"):
+            device_groups(devices, size)
+    else:
+        assert device_groups(devices, size) == groups
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused(directory, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"tensor_parallel=3 .* one of 1, 2, 4, which"):
+        LLM(directory, device="cpu", tensor_parallel=3)
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    paths = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    assert generate(directory, *paths, "--tensor-parallel", 8, "--devices", "cpu") == 2
+    assert "--tensor-parallel=8 is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_ranks_change_no_stream(directory):
+    """200 streams on two groups of two ranks, one of which is killed again and again: all complete,
+    with the same text as from a server that nothing disturbs."""
+    options = "--devices", "cpu", "--replicas", 2, "--max-running", 8, "--max-waiting", 600
+
+    def texts(server, num_kills):
+        num_pieces, killed = 0, []
+
+        async def read(client, seed):
+            nonlocal num_pieces
+            body = {"prompt": "def f(", "max_tokens": 40, "temperature": 1, "seed": seed}
+            body |= {"stream": True, "stop_at_eos": False}
+            text = ""
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
+                async for line in answer.aiter_lines():
+                    if line == "data: [DONE]":
+                        return text
+                    if line:
+                        piece = json.loads(line.removeprefix("data: "))
+                        assert "error" not in piece, piece
+                        text += piece["choices"][0]["text"]
+                        num_pieces += 1
+            raise AssertionError("the stream ended without [DONE]")
+
+        async def kill(streams):
+            while len(killed) < num_kills and not all(stream.done() for stream in streams):
+                await asyncio.sleep(0.01)
+                found = [child for replica in server.replicas() for child in followers(replica)]
+                alive = [child for child in found if child not in killed]
+                if alive and num_pieces > 500 * (len(killed) + 1):
+                    forked.real(alive[0].pid).kill()
+                    killed.append(alive[0])
+
+        async def run():
+            limits = httpx.Limits(max_connections=80)
+            async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+                streams = [asyncio.create_task(read(client, seed)) for seed in range(200)]
+                await kill(streams)
+                return await asyncio.gather(*streams)
+
+        return asyncio.run(run())
+
+    with serving(directory, *options, "--batch-invariant", "--tensor-parallel", 2) as server:
+        eventually(lambda: server.metric("stu:replicas_ready") == 2)
+        found = texts(server, num_kills=4)
+        assert server.metric("stu:requests_resumed_total") > 0
+        assert server.metric("stu:replica_restarts_total") == 4
+        assert found == texts(server, num_kills=0)
+        assert server.stop() == 0
