@@ -25,17 +25,19 @@ class Gpu:
     """Bandwidth of the GPU's own memory."""
     network_bytes_per_second: float
     """Bandwidth to other nodes in each direction, per GPU of a usual host."""
+    link_bytes_per_second: float
+    """Bandwidth to the other GPUs of a host in each direction."""
 
 
 GPUS = {
-    "a100-40g": Gpu("A100", 40, 312e12, 1.56e12, 25e9),
-    "a100-80g": Gpu("A100", 80, 312e12, 2.04e12, 25e9),
-    "h100-80g": Gpu("H100", 80, 989e12, 3.35e12, 50e9),
-    "h200-141g": Gpu("H200", 141, 989e12, 4.8e12, 50e9),
-    "l40s-48g": Gpu("L40S", 48, 362e12, 0.864e12, 12.5e9),
+    "a100-40g": Gpu("A100", 40, 312e12, 1.56e12, 25e9, 300e9),
+    "a100-80g": Gpu("A100", 80, 312e12, 2.04e12, 25e9, 300e9),
+    "h100-80g": Gpu("H100", 80, 989e12, 3.35e12, 50e9, 450e9),
+    "h200-141g": Gpu("H200", 141, 989e12, 4.8e12, 50e9, 450e9),
+    "l40s-48g": Gpu("L40S", 48, 362e12, 0.864e12, 12.5e9, 32e9),
 }
 """NVIDIA's data sheets of A100, H100 SXM, H200 and L40S. Networks are those of DGX hosts (200 and
-400 Gbit/s per GPU), and 100 Gbit/s."""
+400 Gbit/s per GPU), and 100 Gbit/s; links are NVLink and, on L40S, PCIe."""
 
 
 def known_gpu(device: torch.device) -> str | None:

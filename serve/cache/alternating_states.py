@@ -67,14 +67,13 @@ class AlternatingStates(DraftedStates):
         if found is None:
             return None
         past, dtype, page_len = found.past, model.filters.dtype, config.page_len
-        layers, rank = len(found.weights), found.realisation.rank
+        layers = len(found.weights)
 
         def make(num_rows: int) -> AlternatingStates:
             basis, streams = found.basis, past.streams
             return cls(found.realisation, basis, layers, streams, num_rows, page_len, dtype)
 
-        narrow = min(rank, page_len * found.basis.shape[1])
-        return found.plan(2 * past.streams, (narrow + page_len) * dtype.itemsize, make)
+        return found.plan(page_len, dtype.itemsize, make)
 
     @property
     def num_bytes(self) -> int:

@@ -34,6 +34,7 @@ from serve.cache.window_step import WindowStep, window_pages
 from serve.config import EngineConfig
 from stu.attention import sliding_window_attention, window_slopes
 from stu.common.errors import UserError
+from stu.decoding.memory import window_page_bytes
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
 
@@ -78,11 +79,11 @@ class AttentionCache(Cache):
                 "its mixers differ; combine others"
             )
         window, page_len = windows[0], config.page_len
-        numbers = len(windows) * 2 * page_len * window.num_heads * window.head_dim
         pages, drafts = pages_for(model.config.max_seq_len, page_len), config.most_drafts
         pages = min(pages, window_pages(window, page_len, drafts))
         weight = model.embedding.weight
-        place, page_bytes = (weight.dtype, weight.device), numbers * weight.element_size()
+        page_bytes = len(windows) * window_page_bytes(window, page_len, weight.element_size())
+        place = weight.dtype, weight.device
         shape = len(windows), 2, page_len, window.num_heads, window.head_dim
         return CachePlan(
             CacheSize(page_bytes, page_bytes, pages, pages, pages, page_bytes, pages - 1),

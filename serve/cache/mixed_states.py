@@ -94,8 +94,7 @@ class MixedStates(DraftedStates):
             basis, lag_step = found.basis, past.lag_step
             return cls(found.realisation, basis, weights, lag_step, num_rows, page_len, dtype)
 
-        page_bytes = 2 * page_len // past.lag_step * dtype.itemsize
-        return found.plan(past.lag_step * past.channels, page_bytes, make)
+        return found.plan(page_len, dtype.itemsize, make)
 
     @property
     def num_bytes(self) -> int:

@@ -15,7 +15,6 @@ loaded, to which a flush has added everything from earlier pages. Sums are in th
 pages, float32 or float64.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -48,6 +47,7 @@ from serve.cache.static_step import Numbers
 from serve.config import EngineConfig
 from stu.common.errors import UserError
 from stu.convolution import causal_convolution
+from stu.decoding.memory import pending_page_bytes
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 
@@ -106,7 +106,8 @@ class PagedFutureFill(Cache):
         longest, rows = model.config.max_seq_len, num_rows(config)
         usual = min(config.expected_new_tokens or max(1, longest // 2), longest)
         page_shape = len(layers), config.page_len, layers[0].channels * layers[0].streams
-        page_bytes = math.prod(page_shape) * filters.element_size()
+        own = layers[0], config.page_len, filters.element_size()
+        page_bytes = len(layers) * pending_page_bytes(*own)
         pages = pages_for(usual, config.page_len), pages_for(longest, config.page_len)
 
         def make(num_pages: int) -> PagedFutureFill:

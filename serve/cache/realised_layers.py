@@ -14,6 +14,7 @@ from serve.cache.base import (
     ConvolutionCacheInfo,
     require_finite,
 )
+from stu.decoding.memory import state_bytes, state_page_bytes
 from stu.mixers import LongConvolution, PastInputs
 from stu.model import FlashSTU
 from stu.realisation import NoRealisation, Realisation, fitting_realisation
@@ -34,16 +35,17 @@ class RealisedLayers:
     realisation: Realisation
     error: float
 
-    def plan(self, channels: int, page_bytes: int, make: Callable[[int], Cache]) -> CachePlan:
+    def plan(self, page_len: int, itemsize: int, make: Callable[[int], Cache]) -> CachePlan:
         """Return the plan of a cache.
 
-        channels: States of a layer. page_bytes: Bytes of a state's page. make: As in the plan.
+        page_len: Positions of a page. itemsize: Bytes of a number in it. make: As in the plan.
         """
-        states, rank = len(self.weights) * channels, self.realisation.rank
-        row_bytes = states * (8 * rank + page_bytes)
+        layers, rank = len(self.weights), self.realisation.rank
+        snapshot_bytes = layers * state_bytes(self.past, rank)
+        row_bytes = snapshot_bytes + layers * state_page_bytes(self.past, rank, page_len, itemsize)
         info = ConvolutionCacheInfo("state", row_bytes, rank, self.error)
         # One more row is for padding.
-        size = CacheSize(row_bytes, row_bytes, 1, 1, 1, snapshot_bytes=states * 8 * rank)
+        size = CacheSize(row_bytes, row_bytes, 1, 1, 1, snapshot_bytes=snapshot_bytes)
         return CachePlan(size, make, info)
 
 

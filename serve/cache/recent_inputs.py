@@ -12,6 +12,7 @@ from serve.cache.base import Cache, CachePlan, CacheSize, DraftedToken, Snapshot
 from serve.cache.static_step import StaticStep
 from serve.config import EngineConfig
 from stu.convolution import short_convolution
+from stu.decoding.memory import last_input_bytes
 from stu.mixers import LastInputs, remembered
 from stu.model import FlashSTU
 
@@ -49,8 +50,7 @@ class RecentInputs(Cache):
         if not layers:
             return None
         rows = num_rows(config)
-        numbers = sum((layer.num_taps - 1) * layer.channels for layer in layers)
-        row_bytes = numbers * weight.element_size()
+        row_bytes = sum(last_input_bytes(layer, weight.element_size()) for layer in layers)
         return CachePlan(
             CacheSize((rows + 1) * row_bytes, snapshot_bytes=row_bytes),
             lambda _: cls(layers, rows, weight.dtype, weight.device),

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from stu.common.cli import run_command
 from stu.common.errors import UserError
@@ -16,34 +17,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     of this program."""
     parser = argparse.ArgumentParser(
         prog="stu-plan",
-        usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]",
-        description="Show memory, speed and duration of a run of stu-train, whose settings follow. "
-        "The exit code is 1 if it does not fit and 2 if a setting is wrong.",
+        usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]\n"
+        "       stu-plan --serve MODEL [--gpu NAME] [--gpus M] [--batch N] [--length N] [--bits N]",
+        description="Show memory, speed and duration of a run of stu-train, whose settings follow; "
+        "or with --serve which GPUs a model decodes on, how fast. The exit code is 1 if it does "
+        "not fit and 2 if a setting is wrong.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add(
         "--gpu",
-        default="h100-80g",
         help="GPU model: a100-40g, a100-80g, h100-80g, h200-141g, l40s-48g, or `this` for this "
-        "machine's; if that is none of these, only the settings are checked",
+        "machine's; if that is none of these, only the settings are checked. By default h100-80g, "
+        "and with --serve all of them",
     )
     add("--nodes", type=_count, help="number of nodes, instead of trainer.num_nodes")
     gpus = "GPUs on each node, instead of trainer.devices; 8 if neither is set"
     add("--gpus", type=_count, help=gpus)
     tokens = "tokens to train on, instead of those of trainer.max_steps steps"
     add("--tokens", type=_positive, help=tokens)
+    serve = "plan decoding of this model: a model directory, or a YAML file of a model's settings"
+    add("--serve", type=Path, metavar="MODEL", help=serve)
+    add("--batch", type=_count, default=32, help="with --serve: sequences that decode together")
+    length = "with --serve: tokens of a sequence, half of them new; the model's longest by default"
+    add("--length", type=_count, help=length)
+    bits = "with --serve: bits of a weight of a matrix, 32, 16 or 8"
+    add("--bits", type=int, choices=(32, 16, 8), default=16, help=bits)
     options, others = parser.parse_known_args(argv)
     return run_command("stu-plan", lambda: _plan(options, others), "train")
 
 
 def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    return (
+        _plan_run(options, arguments)
+        if options.serve is None
+        else _plan_serving(options, arguments)
+    )
+
+
+def _plan_serving(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from train.gpus import GPUS
+    from train.plan.serving_report import show_serving
+
+    if arguments:
+        raise UserError(message=f"{' '.join(arguments)} is not allowed with --serve: leave it out")
+    names = list(GPUS) if options.gpu is None else [options.gpu]
+    if names[0] not in GPUS:
+        raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}")
+    work = options.batch, options.length, options.bits
+    return show_serving(options.serve, names, options.gpus or DEFAULT_GPUS, *work)
+
+
+def _plan_run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from train.config import num_devices, open_data  # modules that take seconds to import
     from train.gpus import GPUS
     from train.notes import data_warnings, describe_sources
     from train.plan.report import show_plan
     from train.settings import parse_settings
 
+    options.gpu = options.gpu or "h100-80g"
     if options.gpu not in (*GPUS, "this"):
         raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
     settings = parse_settings(arguments)

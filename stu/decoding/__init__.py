@@ -1,0 +1,1 @@
+"""Memory of sequences while they are decoded, by formula."""
