@@ -67,15 +67,7 @@ class Decoding:
 
     def weight_bytes(self) -> int:
         """Return the bytes of a rank's weights and filters."""
-        model = _part(self.config, self.num_ranks)
-        matrices = model.matrices if self.bits == 8 else {}
-        total = 0
-        for name, tensor in model.state_dict().items():
-            size = 1 if name in matrices else self.itemsize
-            total += tensor.numel() * (4 if name in model.wide_names else size)
-        if self.bits == 8:  # the unembedding is rounded too, beside the embedding
-            total += model.embedding.weight.numel()
-        return total
+        return _weight_bytes(self.config, self.num_ranks, self.bits)
 
     def row_bytes(self) -> int:
         """Return the bytes that a rank remembers of one sequence."""
@@ -208,6 +200,18 @@ def _part(config: ModelConfig, num_ranks: int) -> FlashSTU:
         model = FlashSTU(config)
     Parts(model, _Planned(0, num_ranks) if num_ranks > 1 else None)
     return model
+
+
+@functools.cache
+def _weight_bytes(config: ModelConfig, num_ranks: int, bits: int) -> int:
+    model = _part(config, num_ranks)
+    matrices, wide = model.matrices if bits == 8 else {}, model.wide_names
+    total = 0
+    for name, tensor in model.state_dict().items():
+        size = 4 if bits == 32 or name in wide else 1 if name in matrices else 2
+        total += tensor.numel() * size
+    # The unembedding is rounded too, beside the embedding.
+    return total + (model.embedding.weight.numel() if bits == 8 else 0)
 
 
 def _past(mixer: Mixer) -> PastInputs | None:
