@@ -84,7 +84,7 @@ def test_command_plans_a_model_directory_or_settings(tmp_path, capsys):
     assert "1 x l40s-48g" in written.out
     assert "2 x l40s-48g" in written.out
     settings = tmp_path / "large.yaml"
-    large = {**SHAPE, "width": 65536, "num_layers": 40, "num_filters": 8, "layout": "attention"}
+    large = {**SHAPE, "width": 2**18, "num_layers": 2, "num_filters": 8, "layout": "attention"}
     settings.write_text(json.dumps(large))
     code, written = plan(capsys, "--serve", settings, "--gpus", 4, "--gpu", "a100-40g")
     assert code == 1
