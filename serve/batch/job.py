@@ -15,6 +15,7 @@ from serve.batch.source import InputDigest, Source, open_input
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
+from serve.openai.text_scores import TextScores
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
 from stu.chat.template import ChatTemplate
@@ -71,6 +72,7 @@ class BatchJob:
                         template, max_tokens, builder=builder, **common
                     ),
                     "/v1/embeddings": Embeddings(model.width, **common),
+                    "/v1/score": TextScores(**common),
                 }
             )
             source = hashlib.sha256(template.source.encode()).hexdigest()

@@ -29,6 +29,8 @@ _ALLOWED = {
 _ALLOWED_UNIONS = {
     "content": "a string or a list of text parts",
     "input": "a string, a list of token ids (whole numbers >= 0), or a list of such inputs",
+    "text_1": "a string, a list of token ids (whole numbers >= 0), or a list of such texts",
+    "text_2": "a string, a list of token ids (whole numbers >= 0), or a list of such texts",
     "prompt": "a string, a list of token ids (whole numbers >= 0), or a list of such prompts",
     "stop": "a string or a list of strings",
     "tool_choice": "a string or an object",

@@ -172,6 +172,18 @@ class EmbeddingBody(EngineBody):
     neutral = EMBEDDING_NEUTRAL
 
 
+class TextScoreBody(EngineBody):
+    """Body of `/score`."""
+
+    text_1: Input
+    text_2: Input
+    pooling: Pooling = "mean"
+    """Hidden states that make the embeddings, as for `/v1/embeddings`."""
+
+    harmless = HARMLESS
+    neutral = EMBEDDING_NEUTRAL
+
+
 class TokenizeBody(RequestBody):
     """Body of `/tokenize`."""
 

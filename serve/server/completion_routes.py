@@ -23,6 +23,7 @@ from serve.openai.schemas import (
     CompletionSettings,
     EmbeddingBody,
     StreamOptions,
+    TextScoreBody,
 )
 from serve.request import MOST_PRIORITY, check_request
 from serve.request import Request as EngineRequest
@@ -42,7 +43,7 @@ Event = TypeVar("Event")
 
 
 def add_completion_routes(app: FastAPI, service: Service) -> None:
-    """Add `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings`."""
+    """Add `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings` and `/score`."""
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -60,6 +61,13 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         async with service.entered() as served:
             answering = served, served.embeddings
+            return await _answer(service, *answering, body, request, None)
+
+    @app.post("/score")
+    @app.post("/v1/score")
+    async def score(body: TextScoreBody, request: Request) -> Response:
+        async with service.entered() as served:
+            answering = served, served.text_scores
             return await _answer(service, *answering, body, request, None)
 
 

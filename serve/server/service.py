@@ -17,6 +17,7 @@ from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.openai.responses.endpoint import Responses
 from serve.openai.responses.store import ResponseStore
+from serve.openai.text_scores import TextScores
 from serve.prompts import RequestBuilder
 from serve.sampling.grammar import Grammars
 from serve.server.access.limits import RateLimits
@@ -60,6 +61,7 @@ class ServedModel:
     completions: TextCompletions
     chats: ChatCompletions
     embeddings: Embeddings
+    text_scores: TextScores
     responses: Responses
     grammars: Grammars
     replicas: Replicas
@@ -210,6 +212,7 @@ def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
         TextCompletions(**of_completions),
         chats,
         Embeddings(model.width, **common),
+        TextScores(**common),
         Responses(chats, **common),
         Grammars(tokenizer),
         replicas,

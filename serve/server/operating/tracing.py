@@ -69,7 +69,7 @@ class Tracing:
         """Send the spans of a body whose requests have just ended.
 
         Args:
-            operation: Its name: text_completion, chat or embeddings.
+            operation: Its name: text_completion, chat, embeddings or score.
             model: Name of the model.
             request_id: Id of the request.
             trace_context: Headers of the request that name its trace.

@@ -424,6 +424,11 @@ def test_embeddings_are_those_of_the_server(decode, model_directory):
     for index, (data, embedded) in enumerate(zip(answer["data"], expected, strict=True)):
         assert (data["object"], data["index"]) == ("embedding", index)
         assert data["embedding"] == pytest.approx(embedded.embedding, abs=1e-6)
+    pair = {"model": "demo", "text_1": "def", "text_2": [[1, 5]], "pooling": "last"}
+    (scored,) = decode([{**row("a"), "url": "/v1/score", "body": pair}])
+    (score,) = scored["response"]["body"]["data"]
+    products = zip(*(embedded.embedding for embedded in expected), strict=True)
+    assert score["score"] == pytest.approx(sum(a * b for a, b in products), abs=1e-6)
     num_tokens = sum(len(embedded.prompt_token_ids) for embedded in expected)
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == num_tokens
     assert (answer["object"], answer["model"]) == ("list", "demo")

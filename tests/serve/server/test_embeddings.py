@@ -4,6 +4,7 @@ import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from itertools import pairwise
 
 import numpy as np
 import openai
@@ -169,3 +170,51 @@ def test_embeddings_continue_in_another_replica(long_model_directory):
         server.replicas()[0].kill()
         assert [answer.result() for answer in answers] == expected
         assert server.metric("stu:requests_resumed_total") == 1
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+def test_scores_are_the_cosines_of_embeddings(http, expected, path):
+    def cosine(one, other, pooling="mean"):
+        first, second = expected(one, pooling), expected(other, pooling)
+        return first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+
+    one, several, pairs = INPUTS[0], INPUTS[1:], list(pairwise(INPUTS))
+    for text_1, text_2, cosines in (
+        (one, several, [cosine(one, other) for other in several]),
+        ([one], "größe", [cosine(one, "größe")]),
+        ([1, 100], [1, 100], [1.0]),
+        ([a for a, _ in pairs], [b for _, b in pairs], [cosine(a, b) for a, b in pairs]),
+    ):
+        answer = http.post(path, json={"text_1": text_1, "text_2": text_2}).json()
+        assert [data["index"] for data in answer["data"]] == list(range(len(cosines)))
+        assert {data["object"] for data in answer["data"]} == {"score"}
+        found = [data["score"] for data in answer["data"]]
+        assert found == pytest.approx(cosines, abs=1e-5)
+        assert (answer["object"], answer["id"][:6]) == ("list", "score-")
+        assert answer["usage"]["completion_tokens"] == 0
+    one, other = [3, 9, 7], [9, 5, 8, 6]
+    for count in (2, -1):
+        more = {"pooling": "last", "truncate_prompt_tokens": count}
+        (data,) = http.post(path, json={"text_1": one, "text_2": other, **more}).json()["data"]
+        kept = (one[-2:], other[-2:]) if count == 2 else (one, other)
+        assert data["score"] == pytest.approx(cosine(*kept, "last"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"text_1": "x"}, "text_2", 'field "text_2" is missing'),
+        ({"text_1": [], "text_2": "x"}, "text_1", "a text or a list of at least one"),
+        ({"text_1": ["x", "y"], "text_2": "x"}, "text_1", "it has 2 texts and text_2 1: give one"),
+        ({"text_1": "x", "text_2": 5}, "text_2", "it must be a string, a list of token ids"),
+        ({"text_1": "x", "text_2": ["y", "\ud800"]}, "text_2", "half of a surrogate pair"),
+        ({"text_1": "x", "text_2": ["y"] * 128}, "text_2", "may have 128 texts, not 129"),
+        ({"text_1": "x", "text_2": [[1] * 65]}, "text_2", "maximum context length is 64"),
+        ({"text_1": "x", "text_2": "y", "use_activation": True}, "use_activation", "no such field"),
+    ],
+)
+def test_wrong_pairs_are_refused(http, body, param, message):
+    answer = http.post("/score", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == 400, answer.text
+    assert message in answer.json()["error"]["message"]
+    assert param in answer.json()["error"]["param"]
