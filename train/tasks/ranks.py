@@ -8,7 +8,7 @@ waits for another. What they exchange is JSON.
 import json
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from serve.evaluation.text_model import Prompt, ScoredText, TextModel, TextScore
 
 T = TypeVar("T")
-TEXTS_AT_ONCE = 64
-"""Texts that each rank computes in a round."""
+TEXTS_AT_ONCE, TOKENS_AT_ONCE = 64, 2**18
+"""Texts that each rank computes in a round, at most, and their tokens; one text may have more.
+Signals are heeded after each round."""
 WORK: dict[str, Callable[[Any], Any]] = {
     "score": lambda values: ScoredText(**values),
     "generate": lambda values: Prompt(**values),
@@ -134,9 +135,9 @@ class SharedModel(TextModel):
             self._ranks.tell({"end": failure})
 
     def _rounds(self, method: str, work: Sequence[Any]) -> list[Any]:
-        answers, at_once = [], TEXTS_AT_ONCE * self._ranks.size
-        for begin in range(0, len(work), at_once):
-            items = [asdict(item) for item in work[begin : begin + at_once]]
+        answers = []
+        for chunk in rounds(work, self._ranks.size):
+            items = [asdict(item) for item in chunk]
             self._ranks.tell({"method": method, "items": items})
             try:
                 answers += self._ranks.compute(self._model, method, items)
@@ -155,6 +156,22 @@ def follow(ranks: Ranks, model: TextModel) -> None:
         ranks.compute(model, order["method"], order["items"])
     if order["end"] is not None:
         raise EvaluationFailed(order["end"])
+
+
+def rounds(work: Sequence[Any], num_ranks: int) -> Iterator[list[Any]]:
+    """Divide texts or prompts into those that the ranks compute in one round."""
+    chunk: list[Any] = []
+    tokens = 0
+    for item in work:
+        cost = len(item.tokens) + getattr(item, "max_new_tokens", 0)
+        is_full = len(chunk) == TEXTS_AT_ONCE * num_ranks
+        if chunk and (is_full or tokens + cost > TOKENS_AT_ONCE * num_ranks):
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(item)
+        tokens += cost
+    if chunk:
+        yield chunk
 
 
 def described(error: Exception) -> str:
