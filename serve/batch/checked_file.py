@@ -8,9 +8,9 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from stu.common.errors import UserError
 
@@ -19,6 +19,22 @@ MAX_BLOCKS = 2**16
 HASH_BYTES = 16
 """Bytes of a block's hash."""
 BUFFER_BYTES = 2**16
+
+
+class RawFile(Protocol):
+    """An open file: Python's without a buffer, or pyarrow's."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """Return at most `size` bytes, none at the end."""
+
+    def seek(self, offset: int, whence: int = ..., /) -> int | None:
+        """Move to a position."""
+
+    def tell(self) -> int:
+        """Return the position."""
+
+    def close(self) -> None:
+        """Close the file."""
 
 
 class Changed(UserError):
@@ -51,22 +67,29 @@ class FileDigest:
         """Read and hash a file. Raises UserError if it is written meanwhile."""
         with path.open("rb", buffering=0) as file:
             before = _signature(file.fileno())
-            num_bytes = os.fstat(file.fileno()).st_size
-            block_bytes = max(MIN_BLOCK_BYTES, -(-num_bytes // MAX_BLOCKS))
-            whole, blocks = hashlib.sha256(), []
-            num_read = 0
-            # A writer could move the end of the file for ever: stop at its present size.
-            while num_read < num_bytes and (block := _read_whole(file, block_bytes)):
-                whole.update(block)
-                blocks.append(_hash(block).hex())
-                num_read += len(block)
-            if num_read != num_bytes or _signature(file.fileno()) != before:
-                raise UserError(
-                    "input",
-                    message=f"input {path}: is being written; give the command again when it is "
-                    "complete",
-                )
-        return cls(num_read, whole.hexdigest(), block_bytes, "".join(blocks), before)
+            digest = cls.of_file(file, path)
+            if _signature(file.fileno()) != before:
+                raise _being_written(path)
+        return replace(digest, signature=before)
+
+    @classmethod
+    def of_file(cls, file: RawFile, path: Path) -> "FileDigest":
+        """Read and hash an open file, of any file system; the digest has no signature.
+
+        Raises UserError if it is written meanwhile."""
+        num_bytes = _size(file)
+        file.seek(0)
+        block_bytes = max(MIN_BLOCK_BYTES, -(-num_bytes // MAX_BLOCKS))
+        whole, blocks = hashlib.sha256(), []
+        num_read = 0
+        # A writer could move the end of the file for ever: stop at its present size.
+        while num_read < num_bytes and (block := _read_whole(file, block_bytes)):
+            whole.update(block)
+            blocks.append(_hash(block).hex())
+            num_read += len(block)
+        if num_read != num_bytes:
+            raise _being_written(path)
+        return cls(num_read, whole.hexdigest(), block_bytes, "".join(blocks), ())
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "FileDigest":
@@ -79,7 +102,11 @@ class FileDigest:
 
     def open(self, path: Path) -> BinaryIO:
         """Return a buffered reader of `path` that raises Changed at a block that differs."""
-        return cast(BinaryIO, io.BufferedReader(_CheckedFile(path, self), BUFFER_BYTES))
+        return self.checked(path.open("rb", buffering=0), path)
+
+    def checked(self, file: RawFile, path: Path) -> BinaryIO:
+        """Return a buffered reader of an open file that raises Changed at a block that differs."""
+        return cast(BinaryIO, io.BufferedReader(_CheckedFile(file, path, self), BUFFER_BYTES))
 
     def check(self, path: Path) -> None:
         """Raise Changed unless `path` is a file with these bytes."""
@@ -94,9 +121,8 @@ class FileDigest:
 
 
 class _CheckedFile(io.RawIOBase):
-    def __init__(self, path: Path, digest: FileDigest) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._path, self._digest = path, digest
+    def __init__(self, file: RawFile, path: Path, digest: FileDigest) -> None:
+        self._file, self._path, self._digest = file, path, digest
         self._position, self._index, self._block = 0, -1, b""
 
     def readable(self) -> bool:
@@ -115,7 +141,7 @@ class _CheckedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self._position >= self._digest.num_bytes:
-            if os.fstat(self._file.fileno()).st_size > self._digest.num_bytes:
+            if _size(self._file) > self._digest.num_bytes:
                 raise Changed(self._path)
             return 0
         index, start = divmod(self._position, self._digest.block_bytes)
@@ -143,7 +169,17 @@ def _hash(block: bytes) -> bytes:
     return hashlib.sha256(block).digest()[:HASH_BYTES]
 
 
-def _read_whole(file: io.RawIOBase | io.FileIO, num_bytes: int) -> bytes:
+def _size(file: RawFile) -> int:
+    file.seek(0, os.SEEK_END)
+    return file.tell()
+
+
+def _being_written(path: Path) -> UserError:
+    message = f"input {path}: is being written; give the command again when it is complete"
+    return UserError("input", message=message)
+
+
+def _read_whole(file: RawFile, num_bytes: int) -> bytes:
     """Read `num_bytes`, or up to the end of the file."""
     parts: list[bytes] = []
     while num_bytes and (part := file.read(num_bytes)):

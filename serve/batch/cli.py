@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,13 +14,12 @@ from serve.batch.spool import STANDARD, rereadable
 from serve.config import EngineConfig
 from stu.common.array_task import ArrayTask
 from stu.common.cli import ArgumentParser, exit_if_terminated, run_command
-from stu.common.errors import UserError
+from stu.common.errors import UserError, requires_extra
 
 # torch takes a second to import: `generate` imports it once the command line is checked.
 if TYPE_CHECKING:
-    from serve.batch.decoder import Report
+    from serve.batch.engines import Engines
     from serve.batch.progress import Tally
-    from serve.batch.worker import Work
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,40 +52,27 @@ def generate(config: BatchConfig) -> "Tally":
 
 
 def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
-    from serve.batch.job import BatchJob, fingerprint_of, open_weights
+    from serve.batch.job import fingerprint_of, open_weights
     from serve.batch.progress import Display, Tally
     from serve.batch.sink import OutputFile, StandardOutput, require_same_job
-    from serve.batch.source import InputDigest
-    from serve.batch.worker import Work
 
     exit_if_terminated()
-    devices, job = _devices(config), BatchJob(config, InputDigest.of(config.input))
-    decisive = job.model_and_settings()
-    identity = {"input": str(job.digest), "part": str(task), **decisive}
+    engines = _engines(config, task)
+    identity = {"input": str(engines.job.digest), "part": str(task), **engines.decisive}
     others = [] if path == STANDARD or config.overwrite else task.other_outputs(config.output)
+    recognise = engines.job.row_format.recognise
     with (
         open_weights(config.model) as weights,
         StandardOutput()
         if path == STANDARD
-        else OutputFile(path, identity, job.row_format.recognise, config.overwrite) as output,
+        else OutputFile(path, identity, recognise, config.overwrite) as output,
     ):
         loaded = fingerprint_of(weights)
         require_same_job(identity, others)
         tally = Tally(len(output.done), output.num_failed, counts_prompts=config.score)
-        works = [
-            Work(
-                config,
-                device,
-                part,
-                frozenset(number for number in output.done if number in part),
-                job.digest,
-                decisive,
-            )
-            for device, part in zip(devices, task.split(len(devices)), strict=True)
-        ]
         reading_error = ""
         try:
-            with Display() as display, closing(_reports(works)) as reports:
+            with Display() as display, closing(engines.reports(output.done)) as reports:
                 for arrived in reports:
                     output.append([line for _, report in arrived for line in report.lines])
                     for engine, report in arrived:
@@ -105,7 +91,7 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
         if reading_error:
             raise UserError("input", message=f"{reading_error}; {path} has {tally.num_done:,} rows")
         # All rows are of the old content in any case: blocks are compared before they are used.
-        job.digest.check(config.input)
+        engines.check_input()
         # Weights may be mapped from the disk. Where stu-export replaces the file, a process that
         # has it open keeps the old one.
         if fingerprint_of(weights) != loaded:
@@ -120,34 +106,15 @@ def _generate(config: BatchConfig, task: ArrayTask, path: Path) -> "Tally":
     return tally
 
 
-def _devices(config: BatchConfig) -> list[str]:
-    from serve.devices import device_groups, repeat_a_device
-    from stu.division.parts import check_divides_channels
-    from stu.model_dir import load_config
+def _engines(config: BatchConfig, task: ArrayTask) -> "Engines":
+    if config.ray:
+        with requires_extra("ray"):
+            from serve.batch.cluster import ClusterEngines
 
-    devices = device_groups(config.devices, config.tensor_parallel)
-    check_divides_channels(load_config(config.model), config.tensor_parallel)
-    if repeat_a_device(devices) and config.engine.cache_gib is None:
-        raise UserError(
-            "devices",
-            message=f"--devices {config.devices} names a device twice, and each process would take "
-            "half of its free memory; give --cache-gib",
-        )
-    return devices
+        return ClusterEngines(config, task)
+    from serve.batch.local import LocalEngines
 
-
-def _reports(
-    works: Sequence["Work"],
-) -> Generator[list[tuple[int, "Report"]], None, None]:
-    """Decode in this process, or in several, and yield lists of (engine, report)."""
-    from serve.batch.worker import decode
-    from serve.batch.workers import Workers
-
-    if len(works) == 1 and works[0].config.tensor_parallel == 1:
-        yield from ([(0, report)] for report in decode(works[0]))
-    else:
-        with Workers(works) as workers:
-            yield from workers.reports()
+    return LocalEngines(config, task)
 
 
 def _check_output(config: BatchConfig, path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from serve.config import EngineConfig
+from serve.config import EngineConfig, is_whole
 from serve.sampling_params import SamplingParams
 from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError, setting_name
@@ -67,6 +67,14 @@ class BatchConfig:
     OUTPUT with .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, where N is the
     size of the whole array, also when only some tasks run again. None: all rows, or the share of
     this task if srun started several."""
+    ray: bool = False
+    """Decode on the hosts of a Ray cluster, the one at RAY_ADDRESS or this host's. Each host must
+    find the model directory and the input at the same paths; the input may also be a URL, such as
+    s3://bucket/folder."""
+    engines: int | None = None
+    """Most engines on a Ray cluster. None: one for each GPU, or for each host if there are none."""
+    cpus_per_engine: int = 1
+    """Processors that each engine on a Ray cluster takes, and computes with if it has no GPU."""
     score: bool = False
     """Score the rows instead of generating: write the log probability of each prompt, or of a row's
     completion after its prompt."""
@@ -80,6 +88,15 @@ class BatchConfig:
             ArrayTask.parse(self.part)
         if self.score:
             self._check_score()
+        for name in ("engines", "cpus_per_engine"):
+            count = getattr(self, name)
+            if count is not None and (not is_whole(count) or count < 1):
+                raise UserError(name, count, "a whole number >= 1")
+        if self.ray and self.devices != "auto":
+            fix = "with --ray, Ray gives each engine a GPU; leave it out"
+            raise UserError("devices", self.devices, fix=fix)
+        if self.ray and self.tensor_parallel > 1:
+            raise UserError("tensor_parallel", self.tensor_parallel, "1 with --ray")
 
     def _check_score(self) -> None:
         names = {own.name for own in fields(self)} & {own.name for own in fields(SamplingParams)}

@@ -31,13 +31,12 @@ NUM_SAMPLES = 4096
 class BatchJob:
     """Rows of a batch run, and their formats.
 
-    digest: digest of the input, which must not change afterwards. Raises UserError for a model or
-    input that cannot be used and for settings that are not allowed.
+    digest: digest of the input, which must not change afterwards. Raises UserError for a model that
+    cannot be used and for settings that are not allowed.
     """
 
-    def __init__(self, config: BatchConfig, digest: InputDigest) -> None:
-        self.config, self.digest = config, digest
-        self.source: Source = open_input(config.input, digest, config.column, config.id_column)
+    def __init__(self, config: BatchConfig, digest: InputDigest, source: Source) -> None:
+        self.config, self.digest, self.source = config, digest, source
         self.tokenizer = load_tokenizer(config.model)
         is_openai = config.format == "openai" or (
             config.format == "auto" and _is_openai(self.source)
@@ -75,8 +74,15 @@ class BatchJob:
                     "/v1/score": TextScores(**common),
                 }
             )
-            source = hashlib.sha256(template.source.encode()).hexdigest()
-            self._chat = {"chat_template": source, "chat_max_tokens": max_tokens}
+            template_sha256 = hashlib.sha256(template.source.encode()).hexdigest()
+            self._chat = {"chat_template": template_sha256, "chat_max_tokens": max_tokens}
+
+    @classmethod
+    def of_files(cls, config: BatchConfig, digest: InputDigest) -> "BatchJob":
+        """Return the job of the files at `config.input`. Raises UserError if they cannot be
+        used."""
+        source = open_input(config.input, digest, config.column, config.id_column)
+        return cls(config, digest, source)
 
     def model_and_settings(self) -> dict[str, Any]:
         """Return everything except the input that determines the rows, as JSON values.

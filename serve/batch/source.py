@@ -79,7 +79,7 @@ def open_input(
     Raises UserError if the input cannot be read or has no such columns.
     """
     sources = [
-        _open_file(path / name, file, column, id_column) for name, file in digest.files.items()
+        open_file(path / name, file, column, id_column) for name, file in digest.files.items()
     ]
     return sources[0] if list(digest.files) == [""] else Folder(list(digest.files), sources)
 
@@ -150,7 +150,8 @@ def _names(path: Path, may_be_missing: bool = False) -> list[str]:
     return sorted(name.as_posix() for name in names)
 
 
-def _open_file(path: Path, digest: FileDigest, column: str | None, id_column: str | None) -> Source:
+def open_file(path: Path, digest: FileDigest, column: str | None, id_column: str | None) -> Source:
+    """Return the rows of one file of an input, as `open_input` does."""
     with digest.open(path) as file:
         is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
         file.seek(0)

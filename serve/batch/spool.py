@@ -28,7 +28,8 @@ def rereadable(source: Path, output: Path) -> Iterator[Path]:
     """
     if not is_stream(source):
         yield source
-        if output != STANDARD and any(source.samefile(copy) for copy in _copies(output)):
+        copies = _copies(output) if output != STANDARD and source.exists() else []
+        if any(source.samefile(copy) for copy in copies):
             _remove_copies(output)
         return
     with ExitStack() as stack:

@@ -75,7 +75,7 @@ def decode(work: Work) -> Iterator[Report]:
     The last report says why the rest of the input cannot be read, if so. Raises UserError or
     OSError if nothing can be decoded.
     """
-    job = BatchJob(work.config, work.digest)
+    job = BatchJob.of_files(work.config, work.digest)
     rows = read_rows(
         job.source,
         job.row_format,

@@ -38,8 +38,8 @@ OTHERS = [
     "uvicorn",
 ]
 """Imported by our modules only when they are needed."""
-NOT_FORKED = {"serve.evaluation.harness"}
-"""Modules whose import starts threads."""
+NOT_FORKED = ("serve.evaluation.harness", "serve.ray.", "serve.batch.cluster")
+"""Starts of the names of modules whose import starts threads."""
 
 
 class Server:
@@ -245,7 +245,8 @@ def preload() -> None:
     for package in ("stu", "train", "serve"):
         module = importlib.import_module(package)
         for found in pkgutil.walk_packages(module.__path__, f"{package}."):
-            if not found.name.endswith("__main__") and found.name not in NOT_FORKED:
+            is_left_out = found.name.startswith(NOT_FORKED) or found.name.endswith("__main__")
+            if not is_left_out:
                 importlib.import_module(found.name)
     for name in OTHERS:
         importlib.import_module(name)

@@ -100,7 +100,7 @@ def test_no_worker_outlives_its_run(model_directory, source, target, start, numb
 def test_worker_ends_when_its_stdin_does(tmp_path, model_directory, source, target):
     config = BatchConfig(model_directory, source, target, engine=EngineConfig(cache_gib=0.01))
     digest = InputDigest.of(source)
-    decisive = BatchJob(config, digest).model_and_settings()
+    decisive = BatchJob.of_files(config, digest).model_and_settings()
     work = Work(config, "cpu", ArrayTask(), frozenset(), digest, decisive)
     result = subprocess.run(
         [forked.python(), "-m", "serve.batch.worker"],

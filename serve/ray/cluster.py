@@ -1,0 +1,83 @@
+"""The Ray cluster that a command uses, and the engines that it has room for.
+
+Everything here needs the extra `ray`.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from stu.common.errors import UserError, requires_extra
+
+NAMESPACE = "stu"
+USAGE_REPORTS = "RAY_USAGE_STATS_ENABLED"
+"""Ray's environment variable that turns its reports to its makers on or off."""
+
+
+def connect() -> Any:
+    """Connect to the Ray cluster at RAY_ADDRESS, or of this host, and return the module `ray`.
+
+    Raises UserError if there is none, or if Ray is not installed.
+    """
+    os.environ.setdefault(USAGE_REPORTS, "0")
+    with requires_extra("ray"):
+        import ray
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address="auto",
+                namespace=NAMESPACE,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+        except ConnectionError as error:
+            raise UserError(
+                "ray",
+                message="--ray: there is no Ray cluster (RAY_ADDRESS="
+                f"{os.environ.get('RAY_ADDRESS', '')}): start one with `ray start --head`, or set "
+                "RAY_ADDRESS to that of one",
+            ) from error
+    return ray
+
+
+@dataclass(frozen=True)
+class EngineResources:
+    """What each engine takes of the cluster, and how many engines there may be."""
+
+    num_cpus: int
+    num_gpus: int
+    count: int
+
+    def options(self) -> dict[str, float]:
+        """Return the resources as options of Ray's actors."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+
+
+def engine_resources(
+    count: int | None, cpus_per_engine: int, cache_gib: float | None
+) -> EngineResources:
+    """Return the resources of `count` engines; None: one for each GPU, or for each host without.
+
+    Raises UserError if the cluster has no such hosts, or if engines that share the memory of a
+    host have no `cache_gib`.
+    """
+    ray = connect()
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_gpus = sum(int(host.get("GPU", 0)) for host in hosts)
+    if not any(host.get("CPU", 0) >= cpus_per_engine for host in hosts):
+        most = int(max((host.get("CPU", 0) for host in hosts), default=0))
+        raise UserError(
+            "cpus_per_engine",
+            cpus_per_engine,
+            f"at most {most}, the processors of the cluster's largest host",
+        )
+    if num_gpus:
+        return EngineResources(cpus_per_engine, 1, count or num_gpus)
+    if count is not None and count > len(hosts) and cache_gib is None:
+        raise UserError(
+            "cache_gib",
+            message="several engines on a host would each take half of its free memory: give "
+            "--cache-gib",
+        )
+    return EngineResources(cpus_per_engine, 0, count or len(hosts))
