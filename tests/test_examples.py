@@ -1,15 +1,18 @@
 """The scripts in examples/ and the snippets in docs/ run."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from serve import LLM, SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import load_model, save_model
 from tests import forked
-from tests.serve.server_process import serving
+from tests.serve.server_process import eventually, serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -57,6 +60,37 @@ def test_example_of_a_client(model, tmp_path):
     with serving(model) as server:
         text = run(forked.python(), tmp_path, "stream.py", f"{server.url}/v1")
     assert text.endswith(("[length]\n", "[stop]\n"))
+
+
+@pytest.mark.slow
+def test_example_of_datatrove(model, tmp_path):
+    """Each document has its completion once, though a first run is killed."""
+    pytest.importorskip("datatrove", reason='needs pip install "stu[datatrove]"')
+    texts = {f"document {number}": f"x = {number}\n" * (number % 40) for number in range(100)}
+    source, target = tmp_path / "prompts", tmp_path / "out"
+    source.mkdir()
+    lines = [json.dumps({"id": name, "text": text or "größe"}) for name, text in texts.items()]
+    (source / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with serving(model, "--batch-invariant") as server:
+        script = EXAMPLES / "decode_with_datatrove.py"
+        command = [sys.executable, str(script), server.url, str(source), str(target)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            finished = tmp_path / "out-checkpoints" / "00000" / "chunk_00000.jsonl"
+            eventually(lambda: finished.exists() and finished.stat().st_size > 0)
+            process.kill()
+        done = forked.run(*command)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = target.glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sorted(row["id"] for row in rows) == sorted(texts)
+    params = SamplingParams(temperature=0.8, seed=1, max_new_tokens=32, truncate_prompt_tokens=224)
+    llm = LLM(model, "cpu", cache_gib=0.01, batch_invariant=True)
+    prompts = [texts[row["id"]] or "größe" for row in rows]
+    found = llm.generate(prompts, [params] * len(rows), use_tqdm=False)
+    for row, result in zip(rows, found, strict=True):
+        (expected,) = result.outputs
+        written = {"text": expected.text, "finish_reason": expected.finish_reason}
+        assert row["metadata"]["rollout_results"] == [written]
 
 
 def run(python, folder, name, *arguments):
