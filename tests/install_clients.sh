@@ -6,8 +6,8 @@ set -eu
 python=$1
 folder=$2
 # instructor wants an older jiter than openai has at its newest.
-pip_packages="instructor==1.17.0 langchain-openai==1.7.4"
-npm_packages="openai@6.49.0 zod@4.6.7 ai@6.0.326 @ai-sdk/openai-compatible@2.0.92"
+pip_packages="instructor==1.17.0 langchain-openai==1.7.4 litellm==1.110.2"
+npm_packages="openai@6.49.0 zod@4.6.7 ai@6.0.326 @ai-sdk/openai-compatible@2.0.92 @ai-sdk/openai@3.0.141"
 
 mkdir -p "$folder"
 

@@ -251,3 +251,48 @@ def test_node_clients(server, tmp_path):
         assert set(answer["marks"]) == {"a", "b"}
         assert answer["shape"]["type"] in ("circle", "none")
     assert not answers
+
+
+@pytest.mark.slow
+def test_tools_and_responses_of_python_clients(server):
+    install()
+    answers = answers_of(server, INSTALLED / "venv" / "bin" / "python", CLIENTS / "tools.py")
+    kinds = ("chat", "responses")
+    modes = ("TOOLS", "TOOLS_STRICT", "partial", "RESPONSES_TOOLS")
+    names = [f"instructor {mode}" for mode in modes]
+    names += [f"langchain {kind} {name}" for kind in kinds for name in ("tools", "stream")]
+    names += [f"langchain {kind} function_calling" for kind in kinds]
+    names += ["litellm tools", "litellm stream", "litellm responses"]
+    for name in names:
+        Answer.model_validate({"note": None, **answers.pop(name)})
+    for kind in kinds:
+        assert answers.pop(f"langchain {kind} next turn") > 100
+    first, later = answers.pop("langchain previous_response_id")
+    assert later > first
+    assert answers.pop("litellm events") in ("response.completed", "response.incomplete")
+    assert not answers
+
+
+@pytest.mark.slow
+def test_tools_and_responses_of_node_clients(server, tmp_path):
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("needs node and npm")
+    install("npm")
+    (tmp_path / "node_modules").symlink_to(INSTALLED / "node_modules")
+    answers = answers_of(server, "node", shutil.copy(CLIENTS / "tools.mjs", tmp_path))
+    names = [f"openai {name}" for name in ("parse", "stream", "runTools", "responses tools")]
+    names += [
+        f"vercel {provider} {name}"
+        for provider in ("compatible", "chat", "responses")
+        for name in ("generateText", "streamText")
+    ]
+    for name in names:
+        found = answers.pop(name)
+        assert found.keys() == {"first", "kind"}, name
+        assert 0 <= found["first"] <= 99
+        assert found["kind"] in ("}", "plain")
+    for name in ("parse", "stream"):
+        assert answers.pop(f"openai responses {name}").keys() == {"title", "good"}
+    first, later = answers.pop("openai previous_response_id")
+    assert later > first
+    assert not answers

@@ -195,11 +195,21 @@ def test_no_text_of_a_request_is_logged(server, http):
         {"response_format": {"type": "json_schema", "json_schema": {SECRET: 1}}},
         {"response_format": WRONG_SCHEMA},
     ]
+    cases = [("/v1/completions", {**SHORT, **body}) for body in bodies]
+    wrong = {"name": "x", "parameters": {"type": "object", "properties": {SECRET: {"type": "a"}}}}
+    cases += [
+        ("/v1/responses", {"input": [{"type": SECRET}]}),
+        ("/v1/responses", {"input": "x", "include": [SECRET]}),
+        ("/v1/responses", {"input": "x", "previous_response_id": SECRET}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": SECRET}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **wrong}]}),
+        ("/v1/responses", {"input": "x", "tool_choice": SECRET}),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": SECRET}]}),
+    ]
     before = len(server.lines)
-    for number, body in enumerate(bodies):
+    for number, (path, body) in enumerate(cases):
         headers = {"x-request-id": f"secret-{number}", "content-type": "application/json"}
-        content = json.dumps({**SHORT, **body})
-        answer = http.post("/v1/completions", content=content, headers=headers)
+        answer = http.post(path, content=json.dumps(body), headers=headers)
         assert answer.status_code == 400, answer.text
         logged(server, request_id=f"secret-{number}", status=400)
     headers = {"x-request-id": "secret-stream"}
