@@ -15,7 +15,7 @@ BOOL = "true or false"
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the whole new text must match: a JSON schema, a regular expression, one of some texts, a
+    """Constraint on the whole new text: a JSON schema, a regular expression, one of some texts, a
     context-free grammar, or calls of tools."""
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "tools"]

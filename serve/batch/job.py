@@ -15,6 +15,7 @@ from serve.batch.source import InputDigest, Source, open_input
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
+from serve.openai.responses.endpoint import Responses
 from serve.openai.text_scores import TextScores
 from serve.prompts import SETTINGS, RequestBuilder
 from serve.sampling_params import SamplingParams
@@ -64,12 +65,12 @@ class BatchJob:
                 "model_name": config.model.resolve().name,
                 "max_seq_len": model.max_seq_len,
             }
+            chats = ChatCompletions(template, max_tokens, builder=builder, **common)
             self.row_format = OpenAiRows(
                 {
                     "/v1/completions": TextCompletions(builder, **common),
-                    "/v1/chat/completions": ChatCompletions(
-                        template, max_tokens, builder=builder, **common
-                    ),
+                    "/v1/chat/completions": chats,
+                    "/v1/responses": Responses(chats, **common),
                     "/v1/embeddings": Embeddings(model.width, **common),
                     "/v1/score": TextScores(**common),
                 }

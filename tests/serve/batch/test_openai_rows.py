@@ -252,6 +252,27 @@ def test_logprobs_without_top_tokens_and_of_an_empty_completion(choices):
 
 PROMPT = {"prompt": "x"}
 HI = {"role": "user", "content": "hi"}
+
+
+def test_a_response_has_the_text_of_a_chat(run):
+    def response(custom_id, **body):
+        return {**row(custom_id), "url": "/v1/responses", "body": {"input": "hi", **body}}
+
+    same = {"seed": 1, "logit_bias": {"2": -100}}
+    rows = [
+        chat("a", [HI], max_tokens=5, **same),
+        response("b", max_output_tokens=5, **same),
+        response("c", previous_response_id="resp_1"),
+    ]
+    code, (first, second, third) = run(rows)
+    assert code == 1
+    assert "a batch finds no earlier responses" in third["error"]["message"]
+    answer, written = first["response"]["body"], second["response"]["body"]
+    (item,) = written["output"]
+    assert item["content"][0]["text"] == answer["choices"][0]["message"]["content"]
+    assert (written["status"], written["usage"]["output_tokens"]) == ("incomplete", 5)
+
+
 BAD_ROWS = [
     ({**row("", **PROMPT), "method": "GET"}, 'method="GET" is not allowed: it must be "POST"'),
     ({**row("", **PROMPT), "url": "/v2"}, 'url="/v2" is not allowed: it must be "/v1/compl'),
