@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.machine import describe
 from serve.config import EngineConfig, EngineWeights
 from serve.engine.engine import Engine
+from serve.engine.job import Job
 from serve.request import Request
 from serve.sampling.chooser import Choice
 from serve.sampling_params import SamplingParams
@@ -150,6 +151,7 @@ def compare(
     turns = [engines[name].seconds_a_token for name in ("plain", "speculate")]
     return speeds | {
         "speedup": engines["speculate"].speed / engines["plain"].speed,
+        "vain_share": engines["speculate"].vain_share,
         "median_speedup_of_a_turn": statistics.median(map(truediv, *turns)),
         "drafts": stats.spec_decode_num_drafts,
         "draft_tokens": stats.spec_decode_num_draft_tokens,
@@ -183,10 +185,27 @@ class _Answering:
                 for request_id, choice, place in zip(request_ids, choices, places, strict=True)
             ]
 
+        speculation, self._vain_seconds = engine._speculation, 0.0
+        decode = speculation.decode
+
+        def decoded(jobs: Sequence[Job]) -> bool:
+            start = time.process_time()
+            is_done = decode(jobs)
+            if not is_done:
+                self._vain_seconds += time.process_time() - start
+            return is_done
+
         patch.object(engine._chooser, "choose", chosen).start()
+        patch.object(speculation, "decode", decoded).start()
         whole = self.tokens_left
         while engine.stats().waiting or self.tokens_left == whole:  # prompts are not timed
             self._step()
+        self._vain_seconds = 0.0
+
+    @property
+    def vain_share(self) -> float:
+        """Share of the time that looking for guesses took in steps without any."""
+        return self._vain_seconds / self._seconds
 
     @property
     def speed(self) -> float:

@@ -74,3 +74,4 @@ def test_guesses_are_right_where_an_answer_repeats_its_prompt():
         edited["speculate_tokens_per_second"] / edited["plain_tokens_per_second"]
     )
     assert random["median_speedup_of_a_turn"] > 0
+    assert 0 < random["vain_share"] < 1
