@@ -72,7 +72,8 @@ def inference_copy(model: FlashSTU, weights: EngineWeights = "float") -> FlashST
         if isinstance(module, SummedOutputs):
             for product in (module.inner, getattr(module.inner, "down", None)):
                 if isinstance(product, Int8Linear):
-                    product.largest_of_all = module.ranks.largest
+                    product.sum_over(module.ranks)
+                    module.is_summed = True
     return copied
 
 

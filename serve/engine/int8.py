@@ -6,7 +6,6 @@ step of few rows takes the time to read its weights, of which 8 bits are a quart
 """
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn.functional import gelu
 from serve.engine.packing import RowsTogether
 from stu.layers import GatedMLP
 from stu.quantization import Quantized, quantize, quantized
+from stu.slices.channels import ChannelRanks
 
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 """Largest number that inputs are rounded to. Processors without VNNI add two products in 16 bits,
@@ -39,19 +39,31 @@ class Int8Linear(RowsTogether):
         if isinstance(weight, Tensor):
             weight = quantize(weight)
         self._weight, self._gelu = _packed(weight), gelu
-        self.largest_of_all: Callable[[Tensor], Tensor] | None = None
-        """Function of the largest inputs of rows here that returns those of all ranks, if they have
-        other inputs of the same rows."""
+        self._ranks: ChannelRanks | None = None
+        self._scales = torch.empty(0)
+
+    def sum_over(self, ranks: ChannelRanks) -> None:
+        """Return the sums of products of all ranks from now on, which have other inputs of the same
+        rows.
+
+        They are added before they are scaled: whole numbers, whose sum is that of a whole product
+        to the last bit. Or the next product would round some of its inputs differently.
+        """
+        weight, _ = torch.ops.quantized.linear_unpack(self._weight)
+        self._ranks, self._scales = ranks, weight.q_per_channel_scales().float()
+        self._weight = _packed(Quantized(weight.int_repr(), torch.ones_like(self._scales)))
 
     def product(self, rows: Tensor) -> Tensor:
         wide = rows.float()
         smallest = torch.finfo(torch.float32).tiny
         largest = wide.abs().amax(-1, keepdim=True)
-        if self.largest_of_all is not None:
-            largest = self.largest_of_all(largest)
+        if self._ranks is not None:
+            largest = self._ranks.largest(largest)
         sizes = largest.clamp_min_(smallest).div_(LEVELS)
         linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         products: Tensor = linear(wide / sizes, 1.0, ZERO, self._weight)
+        if self._ranks is not None:
+            products = self._ranks.sum(products).mul_(self._scales)
         products.mul_(sizes)  # NaN where the row has one
         return (gelu(products, approximate="tanh") if self._gelu else products).to(rows.dtype)
 

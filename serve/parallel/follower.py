@@ -6,10 +6,12 @@ FD is a socket to the first rank, with the messages of `serve.parallel.followers
 when the socket is closed, so it never outlives the first rank.
 """
 
+import ctypes
 import gc
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -29,6 +31,7 @@ from stu.common.errors import UserError, setting_name
 from stu.model_dir import load_model, load_tokenizer
 
 RECEIVE_BYTES = 2**20
+PR_SET_PDEATHSIG = 1
 LAST_SECONDS = 5.0
 """Time in which the first rank ends, where an exchange with it has failed because of that."""
 
@@ -103,6 +106,7 @@ def main() -> int:
     """Run the process; return 2 after an error that the user can mend."""
 
     def follow() -> int:
+        _end_with_parent()
         with socket.socket(fileno=int(sys.argv[1])) as connection:
             try:
                 Follower(connection).run()
@@ -117,6 +121,12 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # the first rank logs
     return run_command("stu rank", follow, "serve", EngineConfig)
+
+
+def _end_with_parent() -> None:
+    """Let Linux kill this process with its parent, even while it is stopped and reads no socket."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

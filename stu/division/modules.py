@@ -17,6 +17,8 @@ class SummedOutputs(nn.Module):
         super().__init__()
         self.inner, self.ranks = inner, ranks
         self.register_parameter("bias", bias)
+        self.is_summed = False
+        """Whether `inner` returns the sum already."""
 
     @property
     def matrices(self) -> dict[str, int]:
@@ -25,7 +27,7 @@ class SummedOutputs(nn.Module):
         return {f"inner.{name}": dim for name, dim in own.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        summed = self.ranks.sum(self.inner(x))
+        summed = self.inner(x) if self.is_summed else self.ranks.sum(self.inner(x))
         return summed if self.bias is None else summed + self.bias
 
 

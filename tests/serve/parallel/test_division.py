@@ -48,16 +48,17 @@ def directories(tmp_path_factory, tokenizer):
     """Function of a kind and the format of its weights, which returns a model directory."""
     made = {}
 
-    def directory(kind, weights="float"):
-        if (kind, weights) not in made:
+    def directory(kind, weights="float", width=16):
+        key = kind, weights, width
+        if key not in made:
             torch.manual_seed(1)
-            model = float64_model(ModelConfig(**{**SHAPE, **KINDS[kind]}))
+            model = float64_model(ModelConfig(**{**SHAPE, **KINDS[kind], "width": width}))
             with torch.no_grad():
                 for parameter in model.parameters():  # biases and norms too
                     parameter.add_(0.1 * torch.randn_like(parameter))
-            made[kind, weights] = tmp_path_factory.mktemp(kind) / "model"
-            save_model(made[kind, weights], model, tokenizer, weights=weights)
-        return made[kind, weights]
+            made[key] = tmp_path_factory.mktemp(kind) / "model"
+            save_model(made[key], model, tokenizer, weights=weights)
+        return made[key]
 
     return directory
 
@@ -200,6 +201,8 @@ def decode(engine):
                 (4, "hyena", {"static": True}),
                 (2, "plain", {}),
                 (4, "attention", {}),
+                (2, "hybrid", {"speculate": "ngram"}),
+                (4, "hyena", {"speculate": "ngram"}),
             ]
         ),
     ],
@@ -223,6 +226,29 @@ def test_engines_of_ranks_decode_as_a_whole_one(directories, tokenizer, size, ki
     for steps, (num_bytes,) in in_ranks(size, compute):
         compare(steps, expected)
         assert num_bytes == remembered_bytes(whole) / size
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("hybrid", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("hybrid", 4), ("hyena", 4)]),
+        pytest.param("plain", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_engines_with_weights_of_8_bits_compute_the_same_bits(directories, tokenizer, kind, size):
+    """Ranks round the inputs of products alike, as they add whole numbers, and channels fill the
+    registers: other sums have the same bits only then."""
+    path = directories(kind, width=64)
+
+    def compute(ranks):
+        model = load_model(path, weights="int8", ranks=ranks)
+        config = EngineConfig(cache_gib=0.01, page_len=8, max_running=3, weights="int8")
+        return decode(Engine(model, tokenizer, config))
+
+    expected = compute(None)
+    for steps in in_ranks(size, compute):
+        assert steps == expected
 
 
 def remembered_bytes(engine):
