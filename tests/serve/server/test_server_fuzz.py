@@ -21,6 +21,9 @@ SEEDS = [
     {"prompt": "x", "max_tokens": 3, "response_format": {"type": "regex", "regex": "a|b"}},
     {"prompt": "x", "max_tokens": 3, "min_tokens": 2, "stop_token_ids": [5, 9], "seed": -2},
     {"prompt": "x", "stream": True, "stream_options": {"continuous_usage_stats": True}},
+    {"prompt": "x", "n": 2, "best_of": 3, "prompt_logprobs": 2, "truncate_prompt_tokens": 2},
+    {"prompt": "x", "guided_choice": ["a", "b"], "priority": 3, "skip_special_tokens": False},
+    {"prompt": "x", "structured_outputs": {"grammar": 'root ::= "a" root | "b"'}},
     {"prompt": "x", "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 2},
     {
         "prompt": "x",
@@ -38,6 +41,8 @@ CHAT = {
 NAMES = [
     *("n", "stop", "seed", "user", "suffix", "top_p", "x", "ignore_eos", "min_tokens", "metadata"),
     *("stop_token_ids", "tools", "stream_options", "logit_bias", "modalities", "echo"),
+    *("best_of", "prompt_logprobs", "truncate_prompt_tokens", "priority", "guided_json"),
+    *("guided_choice", "guided_grammar", "structured_outputs", "skip_special_tokens"),
 ]
 VALUES = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**64), 10**400),
