@@ -37,6 +37,8 @@ class GroupEngine(Engine):
             "engine": asdict(config),
             "size": len(devices),
             "port": place.port,
+            # A thread of a user's program may end before the program.
+            "dies_with_parent": ends_process,
         }
         self._turn: list[Message] = []
         """Calls since the last step."""

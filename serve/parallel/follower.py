@@ -63,6 +63,8 @@ class Follower:
 
     def _load(self) -> Engine:
         settings = self._messages.get()
+        if settings["dies_with_parent"]:
+            _die_with_parent()
         self._connection.sendall(pack({"at": "start"}))
         config = EngineConfig(**settings["engine"])
         where = settings["rank"], settings["size"], settings["device"]
@@ -106,7 +108,6 @@ def main() -> int:
     """Run the process; return 2 after an error that the user can mend."""
 
     def follow() -> int:
-        _end_with_parent()
         with socket.socket(fileno=int(sys.argv[1])) as connection:
             try:
                 Follower(connection).run()
@@ -123,8 +124,9 @@ def main() -> int:
     return run_command("stu rank", follow, "serve", EngineConfig)
 
 
-def _end_with_parent() -> None:
-    """Let Linux kill this process with its parent, even while it is stopped and reads no socket."""
+def _die_with_parent() -> None:
+    """Let Linux kill this process with the thread that started it, even while it is stopped and
+    reads no socket."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

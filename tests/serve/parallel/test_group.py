@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import subprocess
 import sys
 
 import httpx
@@ -23,7 +24,7 @@ from stu.model_dir import load_tokenizer, save_model
 from tests import forked
 from tests.serve.conftest import generate, read_rows, write_rows
 from tests.serve.requests import make_request
-from tests.serve.server_process import eventually, serving
+from tests.serve.server_process import SECONDS, eventually, serving
 
 SHAPE = {"width": 16, "num_layers": 4, "num_filters": 6, "num_heads": 4, "window_tokens": 7}
 
@@ -235,3 +236,43 @@ def test_killed_ranks_change_no_stream(directory):
         assert server.metric("stu:replica_restarts_total") == 4
         assert found == texts(server, num_kills=0)
         assert server.stop() == 0
+
+
+LEADER = """
+import sys, torch
+from serve.config import EngineConfig
+from serve.parallel.loading import make_engine
+from stu.model_dir import load_tokenizer
+path = sys.argv[1]
+config = EngineConfig(cache_gib=0.01)
+engine = make_engine(path, "cpu,cpu", torch.float32, load_tokenizer(path), config)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_no_rank_outlives_the_first(directory, is_stopped):
+    """Not even one that is stopped, and cannot see that its socket is closed."""
+    command = [sys.executable, "-c", LEADER, str(directory)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=forked.ROOT, **pipes) as first:
+        assert first.stdout.readline() == b"ready\n"
+        (other,) = followers(psutil.Process(first.pid))
+        if is_stopped:
+            other.suspend()
+        first.kill()
+    other.wait(SECONDS)
+
+
+@pytest.mark.slow
+def test_the_end_of_a_rank_ends_the_first_with_a_reason(directory):
+    command = [sys.executable, "-c", LEADER, str(directory)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=forked.ROOT, **pipes) as first:
+        assert first.stdout.readline() == b"ready\n"
+        (other,) = followers(psutil.Process(first.pid))
+        other.kill()
+        assert b"rank 1 of 2 on cpu ended by SIGKILL" in first.stderr.read()
+    assert first.returncode == 3
