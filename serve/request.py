@@ -32,6 +32,8 @@ class Request:
     far as they have requests for them."""
     cache_salt: str = ""
     """Remembered prefixes are shared only among requests with the same salt."""
+    adapter: str = ""
+    """Name of the adapter (LoRA) that changes the model for it; empty for the model alone."""
     new_token_ids: Sequence[int] = ()
     """New tokens that another engine generated before it ended; this one continues after them."""
     prompt_logprobs_from: int = 1
@@ -56,6 +58,8 @@ class Request:
         if not isinstance(self.cache_salt, str):
             raise UserError("cache_salt", self.cache_salt, "a text")
         require_unicode("cache_salt", self.cache_salt)
+        if not isinstance(self.adapter, str):
+            raise UserError("adapter", self.adapter, "a text")
         is_number = isinstance(self.priority, int) and not isinstance(self.priority, bool)
         if not is_number or abs(self.priority) > MOST_PRIORITY:
             allowed = f"a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}"
@@ -70,6 +74,12 @@ class Request:
             raise UserError("max_new_tokens", self.sampling.max_new_tokens, allowed)
         if self.new_token_ids and len(self.new_token_ids) >= self.sampling.max_new_tokens:
             raise ValueError("new_token_ids: nothing is left to generate for this request")
+
+    @property
+    def prefix_salt(self) -> str:
+        """Text that prompts must share to continue from the same prefix: an adapter changes what a
+        prefix leaves behind."""
+        return f"{self.adapter}\0{self.cache_salt}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from serve.adapters.layers import Adapters
 from serve.cache.base import Cache
 from serve.cache.static_step import StaticStep
 from serve.config import INVARIANT_ROWS
@@ -36,6 +37,7 @@ class DecodeStep:
         batch_invariant: Let rows go through the model in groups of a fixed size.
         captures: Capture CUDA graphs.
         copy: Copies numbers to the device.
+        adapters: Adapters of the rows.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class DecodeStep:
         batch_invariant: bool,
         captures: bool,
         copy: Copy = copy_in_order,
+        adapters: Adapters | None = None,
     ) -> None:
+        self._adapters = adapters
         self._model, self._unembed = model, unembed
         self._caches = [cache for cache, _ in caches.values()]
         self._steps = [step for _, step in caches.values()]
@@ -116,6 +120,8 @@ class DecodeStep:
             self._begin(shared, group)
             known, chosen = group[:, TOKEN], self._last_tokens.index_select(0, group[:, ROW])
             tokens = torch.where(known == ON_DEVICE, chosen, known)
+            if self._adapters is not None:
+                self._adapters.begin_rows(group[:, ROW])
             hidden = next_hidden(self._model, tokens, self._memory)
             self.logits[first : first + len(group)].copy_(self._unembed(hidden))
 

@@ -3,10 +3,12 @@
 import bisect
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from serve.adapters.folder import Adapter
 from serve.cache.base import num_rows
 from serve.cache.budget import make_caches
 from serve.config import EngineConfig
@@ -39,7 +41,7 @@ class Engine:
         model: On the device that decodes.
         tokenizer: The tokenizer that the model was trained with.
         config: Cache size and limits.
-        static: As of `Runner`; for tests.
+        static, adapters: As of `Runner`; the first is for tests.
 
     Raises UserError if the tokenizer does not fit the model, or the cache has no room for any
     request.
@@ -51,6 +53,7 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         static: bool | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         config = config or EngineConfig()
         if tokenizer.vocab_size != model.config.vocab_size:
@@ -61,7 +64,7 @@ class Engine:
             )
         self._model_config, self._tokenizer, self._config = model.config, tokenizer, config
         self._caches = make_caches(model, config)
-        self._runner = Runner(model, self._caches, config, static)
+        self._runner = Runner(model, self._caches, config, static, adapters)
         self._prefixes = Prefixes(self._caches, config)
         self._scheduler = Scheduler(
             config, self._caches.needed, self._caches.capacity, self._caches.grow, self._prefixes
@@ -77,12 +80,10 @@ class Engine:
         self._next_tokens = NextTokens(self._chooser, self._runner, overlaps, self._take)
         drafts = self._runner.drafts, config.most_drafts
         self._speculation = Speculation(*drafts, self._chooser, self._take)
-        self._outputs: list[Output] = []
-        """Outputs for the next step to return."""
+        self._outputs: list[Output] = []  # for the next step to return
         self.scheduled: dict[int, float] = {}
         """Requests whose prefill began in the last step, and when, by the monotonic clock."""
-        self._next_id = itertools.count()
-        self._new_tokens = self._steps = 0
+        self._next_id, self._new_tokens, self._steps = itertools.count(), 0, 0
 
     @property
     def has_work(self) -> bool:
@@ -107,6 +108,7 @@ class Engine:
     def add_checked(self, request: Request) -> int:
         """Queue a request of one completion that `check_request` allows, and return its id. Raises
         UserError if the cache never has room for it, or for a constraint that is not allowed."""
+        self._runner.adapters.require(request.adapter)
         request_id = next(self._next_id)
         self._chooser.add(request_id, request)
         try:
@@ -142,8 +144,8 @@ class Engine:
     def stats(self) -> Stats:
         """Return the load of the engine and its counts."""
         counts = self._runner.num_prefilled, self._new_tokens, self._steps
-        guesses = self._speculation.counts
-        return Stats.of(self._scheduler, self._caches, self._prefixes, *counts, guesses)
+        parts = self._scheduler, self._caches, self._prefixes
+        return Stats.of(*parts, *counts, self._speculation.counts)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost, has two owners, or belongs to no request."""
@@ -159,7 +161,7 @@ class Engine:
             return
         for job in group:
             prompt_tokens, job.steps_left = self._scheduler.size(job)
-            job.row = self._runner.admit(prompt_tokens, job.steps_left)
+            job.row = self._runner.admit(prompt_tokens, job.steps_left, job.request.adapter)
         self._prefixes.make_room()
         prompts = [self._prefixes.begin(job, self._scheduler.prompt(job)) for job in group]
         self.scheduled = dict.fromkeys((job.request_id for job in group), time.monotonic())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from serve.adapters.layers import Adapters, adapt, is_adapted
 from serve.config import EngineWeights
 from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
 from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
@@ -51,8 +52,11 @@ def chosen_weights(asked: EngineWeights | None, model: FlashSTU) -> EngineWeight
     return "float"
 
 
-def inference_copy(model: FlashSTU, weights: EngineWeights = "float") -> FlashSTU:
-    """Return a copy of `model` for inference, which shares the tensors that it does not replace.
+def inference_copy(
+    model: FlashSTU, weights: EngineWeights = "float", adapters: Adapters | None = None
+) -> FlashSTU:
+    """Return a copy of `model` for inference, with adapters beside layers. It shares the tensors
+    that it does not replace.
 
     float: linear layers are packed, where they can be; on CUDA, norms and MLPs run kernels, and the
     gate and up weights of an MLP of `model` move into one matrix. int8, fp8: weights have 8 bits;
@@ -64,6 +68,8 @@ def inference_copy(model: FlashSTU, weights: EngineWeights = "float") -> FlashST
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
     copied = copy.deepcopy(model, shared)
+    if adapters is not None:
+        adapt(copied, adapters, inference_product)
     if weights == "float":
         _replace(copied, partial(_float, dtype=model.embedding.weight.dtype))
     if layers is not None:
@@ -156,7 +162,7 @@ def _replace(module: nn.Module, replaced: Callable[[nn.Module], nn.Module]) -> N
 
 def _replaced(module: nn.Module, layers: _Layers, weights: EngineWeights) -> nn.Module:
     """Return `module`, or the one to use instead."""
-    if isinstance(module, GatedMLP):
+    if isinstance(module, GatedMLP) and not is_adapted(module):
         return layers.mlp(module)
     if isinstance(module, RMSNorm) and layers.norm is not None:
         return layers.norm(module)

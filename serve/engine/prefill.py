@@ -7,8 +7,8 @@ from itertools import islice, zip_longest
 import torch
 from torch import Tensor
 
-from serve.engine.prompt_results import PooledHidden, PromptLogits
-from serve.engine.runner import LOGITS_AT_ONCE, Chunk, Runner
+from serve.engine.prompt_results import Chunk, PooledHidden, PromptLogits
+from serve.engine.runner import LOGITS_AT_ONCE, Runner
 from serve.request import Pooling
 
 

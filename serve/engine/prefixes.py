@@ -49,7 +49,7 @@ class Prefixes:
     def add(self, job: Job) -> None:
         """Count the prompt of a new job among those that others may begin like."""
         if self._cache.is_on and job.most_skipped:
-            job.digests = block_digests(job.request.prompt_token_ids, job.request.cache_salt)
+            job.digests = block_digests(job.request.prompt_token_ids, job.request.prefix_salt)
             self._cache.see(job.digests)
 
     def num_found(self, job: Job, num_tokens: int) -> int:
@@ -81,7 +81,7 @@ class Prefixes:
         if job.digests is None:
             return prompt
         length = len(prompt.tokens)
-        job.digests = block_digests(prompt.tokens, job.request.cache_salt, job.digests)
+        job.digests = block_digests(prompt.tokens, job.request.prefix_salt, job.digests)
         tokens = prompt.tokens[: job.most_skipped + 1]
         start = self._cache.restore(prompt.row, tokens, job.digests)
         if job.cached_tokens is None:
@@ -115,7 +115,7 @@ class Prefixes:
         generates = job.request.sampling.max_new_tokens > 0
         if job.digests is not None and generates and not self._is_invariant:
             tokens = job.tokens[: job.num_seen]
-            job.digests = block_digests(tokens, job.request.cache_salt, job.digests)
+            job.digests = block_digests(tokens, job.request.prefix_salt, job.digests)
             self._cache.insert(job.row, tokens, job.digests)
 
     def forget(self, job: Job) -> None:

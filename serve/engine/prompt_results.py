@@ -1,14 +1,33 @@
-"""Results of prompts besides their next token: log probabilities and embeddings."""
+"""Pieces of prompts, and their results besides the next token: log probabilities and embeddings."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from serve.request import Request, TokenLogprobs
+from serve.request import Pooling, Request, TokenLogprobs
 from serve.sampling.sampler import token_logprobs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of a sequence to prefill."""
+
+    row: int
+    """The row that the sequence has been admitted to."""
+    tokens: Sequence[int]
+    """Token ids."""
+    first: int
+    """Position of the first of them in the sequence."""
+    is_last: bool
+    """Whether the sequence ends with them."""
+    logits_from: int | None = None
+    """Position in the sequence of the first token whose logits are computed. None: of no token."""
+    pooling: Pooling | None = None
+    """Way to pool the hidden states of the sequence."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from serve.adapters.folder import Adapter
+from serve.adapters.layers import Adapters
 from serve.cache.base import Cache, num_rows
 from serve.cache.budget import Caches
 from serve.cache.page_pool import OutOfPages
@@ -23,9 +24,8 @@ from serve.engine.inference_model import (
     require_invariance,
 )
 from serve.engine.memory import PromptMemory, RowMemory
-from serve.engine.prompt_results import PooledHidden, PromptLogits
+from serve.engine.prompt_results import Chunk, PooledHidden, PromptLogits
 from serve.engine.sampling_step import SamplingStep
-from serve.request import Pooling
 from serve.sampling.features import Features
 from serve.sampling.sampler import DeviceSampler, Sampled
 from stu.common.errors import UserError
@@ -34,26 +34,7 @@ from stu.model import Block, FlashSTU
 logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 256
-"""Tokens of a prompt whose logits are computed, or whose hidden states are pooled, together: a
-vocabulary may be large."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of a sequence to prefill."""
-
-    row: int
-    """The row that the sequence has been admitted to."""
-    tokens: Sequence[int]
-    """Token ids."""
-    first: int
-    """Position of the first of them in the sequence."""
-    is_last: bool
-    """Whether the sequence ends with them."""
-    logits_from: int | None = None
-    """Position in the sequence of the first token whose logits are computed. None: of no token."""
-    pooling: Pooling | None = None
-    """Way to pool the hidden states of the sequence."""
+"""Tokens of a prompt whose logits are computed, or whose hidden states are pooled, together."""
 
 
 class Runner:
@@ -70,6 +51,7 @@ class Runner:
             size, and attention and prompts run one by one.
         static: Decode by static steps (`serve.engine.decode_step`). None: on CUDA, where they are
             captured as graphs.
+        adapters: Adapters beside the model's layers, of which a row may have one.
     """
 
     def __init__(
@@ -78,11 +60,13 @@ class Runner:
         caches: Caches,
         config: EngineConfig,
         static: bool | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         if config.batch_invariant:
             require_invariance(model)
         weights = chosen_weights(config.weights, model)
-        self._model = inference_copy(model, weights)
+        self.adapters = Adapters(adapters, num_rows(config), model.embedding.weight)
+        self._model = inference_copy(model, weights, self.adapters)
         self._batch_invariant = config.batch_invariant
         self._product = inference_product(model.embedding.weight, weights)
         self._caches = caches
@@ -106,6 +90,8 @@ class Runner:
         self.drafts: DraftStep | None = None
         """Steps that take several tokens of a row."""
         if config.speculate is not None:
+            if adapters:
+                raise UserError("speculate", config.speculate, "null with adapters")
             if is_static:
                 allowed = "null on CUDA, where steps take a token of a row"
                 raise UserError("speculate", config.speculate, allowed)
@@ -118,9 +104,9 @@ class Runner:
         """Whether prompts go through all layers in chunks, and not whole through each layer."""
         return all(cache.takes_chunks for cache in self._caches.all)
 
-    def admit(self, prompt_tokens: int, new_tokens: int) -> int:
-        """Return a free row, with all that a prompt and new tokens need in every cache; or allocate
-        nothing and raise OutOfPages."""
+    def admit(self, prompt_tokens: int, new_tokens: int, adapter: str = "") -> int:
+        """Return a free row with an adapter, if one is named, and all that a prompt and new tokens
+        need in every cache; or allocate nothing and raise OutOfPages."""
         row = next(row for row in count() if row not in self._rows)
         admitted: list[Cache] = []
         try:
@@ -132,6 +118,7 @@ class Runner:
                 cache.release(row)
             raise
         self._rows.add(row)
+        self.adapters.admit(row, adapter)
         return row
 
     def release(self, row: int) -> None:
@@ -192,17 +179,22 @@ class Runner:
             for cache in self._caches.all:
                 cache.begin_chunk(chunk.row, len(chunk.tokens))
         lengths = [len(chunk.tokens) for chunk in chunks]
-        memory = PromptMemory(self._caches, [chunk.row for chunk in chunks], lengths)
+        rows = [chunk.row for chunk in chunks]
+        memory = PromptMemory(self._caches, rows, lengths)
+        factors = self.adapters.of_prompts(rows, lengths)
         x = model.embedding(on_device(np.array([ids]), self._device))  # [1, T, D]
         for block in model.blocks:
             assert isinstance(block, Block)
+            self.adapters.factors = factors  # other rows may have had a step since
             if tokens_at_once is None:
                 x = block(x, model.filters, memory)
                 continue
             x = block.mix(x, model.filters, memory)
             yield None
             parts = []
-            for part in torch.split(x, tokens_at_once, dim=1):
+            pairs = (torch.split(tensor, tokens_at_once, dim=1) for tensor in (x, factors))
+            for part, own in zip(*pairs, strict=True):
+                self.adapters.factors = own
                 parts.append(block.feed_forward(part))
                 yield None
             x = torch.cat(parts, dim=1)
@@ -245,6 +237,8 @@ class Runner:
             for place, row in enumerate(self._batch[first : first + at_once]):
                 if tokens[first + place] is None:
                     padded[place] = self._last_tokens[row]
+            own_rows = [*self._batch[first : first + at_once], *[-1] * (at_once - len(group))]
+            self.adapters.begin_rows(torch.tensor(own_rows, device=self._device))
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
         for cache in self._caches.all:
             cache.advance()
@@ -281,9 +275,10 @@ class Runner:
                 logger.warning("decoding runs without CUDA graphs, as %s", reason)
                 return None
             found[kind] = cache, step
-        invariant = self._batch_invariant
-        tokens = self._last_tokens
-        return DecodeStep(self._model, self._unembed, found, tokens, invariant, captures)
+        invariant, tokens = self._batch_invariant, self._last_tokens
+        adapters = self.adapters if self.adapters.rank else None
+        parts = self._model, self._unembed, found, tokens
+        return DecodeStep(*parts, invariant, captures, adapters=adapters)
 
     def _unembed(self, hidden: Tensor) -> Tensor:
         return self._model.logits_of_all(self._product(hidden))

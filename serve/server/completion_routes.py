@@ -110,6 +110,8 @@ async def start_answer(
     requests, writers, prompts = await service.threads.run(
         exchange.client, _prepare, served, endpoint, body, service.config.log_prompts
     )
+    if body.model in service.config.adapters:
+        requests = [replace(request, adapter=body.model) for request in requests]
     seconds = service.config.request_timeout_seconds
     if exchange.is_background:
         requests = [replace(request, priority=MOST_PRIORITY) for request in requests]

@@ -28,6 +28,10 @@ class ServerConfig:
     connect: with 0077 only the same user, with 0007 also the group."""
     model_name: str | None = None
     """Name of the model for clients. Default: the name of its directory."""
+    lora_modules: str = ""
+    """Adapters (LoRA) of the model, as NAME=PATH separated by commas: requests that give a NAME as
+    their model get the adapter in the folder PATH, which has peft's layout. Rows with different
+    adapters decode together."""
     devices: str = "auto"
     """Devices, each with its own replica: a list such as cpu, 0, cuda:1 or 0,1,2,3; all for every
     CUDA device; auto for the first CUDA device, or cpu without any."""
@@ -160,6 +164,18 @@ class ServerConfig:
                 message=f"--api-keys{shown}: no such file; give the path of a file with a key on "
                 "each line, not a key",
             )
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Folders of adapters by their names for clients. Raises UserError."""
+        found: dict[str, Path] = {}
+        for part in filter(None, map(str.strip, self.lora_modules.split(","))):
+            name, _, path = part.partition("=")
+            if not name or not path or name == self.name or name in found:
+                allowed = f"NAME=PATH, separated by commas, each NAME once and none {self.name}"
+                raise UserError("lora_modules", self.lora_modules, allowed)
+            found[name] = Path(path)
+        return found
 
     @property
     def name(self) -> str:

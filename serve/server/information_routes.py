@@ -25,13 +25,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Json:
-        return {"object": "list", "data": [await model(name)]}
+        names = [name, *service.config.adapters]
+        return {"object": "list", "data": [await model(own) for own in names]}
 
-    @app.get("/v1/models/{name:path}")  # names may contain slashes
-    async def model(name: str) -> Json:
-        service.require_served(name)
+    @app.get("/v1/models/{own:path}")  # names may contain slashes
+    async def model(own: str) -> Json:
+        service.require_served(own)
         return {
-            "id": name,
+            "id": own,
+            "parent": None if own == name else name,
             "object": "model",
             "created": service.current.loaded,
             "owned_by": "stu",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stu
+from serve.adapters.folder import read_adapter
 from serve.devices import device_groups, repeat_a_device
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import DEFAULTS, TextCompletions
@@ -142,8 +143,11 @@ class Service:
 
     def require_served(self, model: str | None) -> None:
         """Raise UserError if a body asks for another model."""
-        if model not in (None, self.config.name):
+        adapters = self.config.adapters
+        if model not in (None, self.config.name, *adapters):
             allowed = f"{json.dumps(self.config.name)}, the only model here"
+            if adapters:
+                allowed = f"one of {', '.join(map(json.dumps, [self.config.name, *adapters]))}"
             raise UserError("model", model, allowed, code="model_not_found")
 
 
@@ -170,6 +174,12 @@ def make_service(config: ServerConfig) -> Service:
 def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
     """Return a version of the model. Raises UserError."""
     model, tokenizer = load_config(path), load_tokenizer(path)
+    adapters = config.adapters
+    for name, folder in adapters.items():
+        read_adapter(name, folder, model)  # now, and not when replicas start
+    if adapters and config.tensor_parallel > 1:
+        allowed = "1 with --lora-modules, as adapters are not divided"
+        raise UserError("tensor_parallel", config.tensor_parallel, allowed)
     check_divides_channels(model, config.tensor_parallel)
     devices = device_groups(config.devices, config.tensor_parallel) * config.replicas
     if repeat_a_device(devices) and config.engine.cache_gib is None:
@@ -201,6 +211,7 @@ def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
             config.engine,
             config.watchdog_seconds,
             config.max_waiting,
+            adapters,
         )
     )
     chats = ChatCompletions(template, chat_tokens, **of_completions)

@@ -26,7 +26,7 @@ def prefix_digests(request: Request) -> Digests:
     if request.sampling.prompt_logprobs is not None:
         num_tokens = request.prompt_logprobs_from - 1
     most = min(num_tokens, MOST_COMPARED_TOKENS)
-    return block_digests(request.prompt_token_ids[:most], request.cache_salt)
+    return block_digests(request.prompt_token_ids[:most], request.prefix_salt)
 
 
 class SentPrefixes:

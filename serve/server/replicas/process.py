@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -107,10 +108,13 @@ class Replica:
     def _load(self) -> Engine:
         settings = self._first_message()
         dtype = getattr(torch, settings["dtype"])
-        self._device = torch.device(settings["device"])
+        self._device = torch.device(settings["device"].split(",")[0])  # of the first rank
         config = EngineConfig(**settings["engine"])
         tokenizer = load_tokenizer(settings["model"])
-        engine = make_engine(settings["model"], settings["device"], dtype, tokenizer, config)
+        adapters = {name: Path(path) for name, path in settings.get("adapters", {}).items()}
+        engine = make_engine(
+            settings["model"], settings["device"], dtype, tokenizer, config, adapters=adapters
+        )
         gc.collect()
         gc.freeze()  # or collections of all imported modules would hold up steps
         self._send({"ready": asdict(engine.stats())})

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class ReplicasConfig:
     """Time without a message after which a replica is killed."""
     max_waiting: int = 256
     """Limit of requests that wait."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of adapters by name."""
 
 
 @dataclass
@@ -224,6 +226,7 @@ class Supervisor(ABC):
             "device": config.devices[index],
             "dtype": config.dtype,
             "engine": asdict(config.engine),
+            "adapters": {name: str(path) for name, path in config.adapters.items()},
         }
         while True:
             try:

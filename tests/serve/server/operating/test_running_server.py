@@ -18,8 +18,10 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from stu.model_dir import save_model
+from stu.model_dir import load_model, save_model
+from tests.serve.adapters.adapter_folders import write_adapter
 from tests.serve.conftest import LONG_SEQ_LEN, make_model
+from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS, events, eventually, serving
 
 PATH = "/v1/completions"
@@ -87,8 +89,16 @@ def other_model(tmp_path_factory, code_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def server(long_model_directory, folder, collector):
-    options = ["--otlp-traces-endpoint", collector[0]]
+def adapted(tmp_path_factory, code_tokenizer):
+    """The folder of an adapter, and the model that has it merged."""
+    folder = tmp_path_factory.mktemp("adapter") / "own"
+    return folder, write_adapter(folder, make_model(code_tokenizer, LONG_SEQ_LEN))
+
+
+@pytest.fixture(scope="module")
+def server(long_model_directory, folder, collector, adapted):
+    options = ["--model-name", "base", "--lora-modules", f"tuned={adapted[0]}"]
+    options += ["--otlp-traces-endpoint", collector[0]]
     options += ["--api-keys", folder / "keys", "--tls-certificate", folder / "certificate.pem"]
     options += ["--tls-key", folder / "key.pem", "--watchdog-seconds", 300]
     with serving(long_model_directory, *options, OTEL_BSP_SCHEDULE_DELAY="50") as server:
@@ -237,6 +247,28 @@ def test_a_collector_gets_the_trace_that_a_request_names(server, collector):
         assert {one.parent_span_id, other.parent_span_id} == {request.span_id}
         assert request.start_time_unix_nano <= one.start_time_unix_nano <= one.end_time_unix_nano
         assert one.end_time_unix_nano <= request.end_time_unix_nano
+
+
+def test_requests_may_name_an_adapter_as_their_model(
+    server, adapted, long_model_directory, code_tokenizer
+):
+    models = {"base": load_model(long_model_directory), "tuned": adapted[1].eval()}
+    with server.client(headers=bearer(OPERATOR)) as http, ThreadPoolExecutor() as pool:
+        listed = http.get("/v1/models").json()["data"]
+        assert [(own["id"], own["parent"]) for own in listed] == [("base", None), ("tuned", "base")]
+        assert http.get("/v1/models/tuned").json() == listed[1]
+        prompts = [[1, 2, 3], [7, 8]]
+        asked = [(prompt, name) for prompt in prompts for name in models]
+        texts = pool.map(
+            lambda own: text_of(http, prompt=own[0], model=own[1], max_tokens=30, temperature=0),
+            asked,
+        )
+        for (prompt, name), text in zip(asked, texts, strict=True):
+            (expected,) = decode(models[name], code_tokenizer, [make_request(prompt, 30)])
+            assert text == expected.text, name
+        refused = http.post(PATH, json={**BODY, "model": "other"})
+        assert refused.status_code == 404
+        assert 'it must be one of "base", "tuned"' in refused.json()["error"]["message"]
 
 
 def text_of(http, **body):

@@ -1,0 +1,1 @@
+"""Adapters (LoRA) beside the linear layers of a model, several of which decode in one batch."""
