@@ -101,7 +101,7 @@ class BatchConfig:
     def _check_score(self) -> None:
         names = {own.name for own in fields(self)} & {own.name for own in fields(SamplingParams)}
         values = {name: getattr(self, name) for name in sorted(names)}
-        values["expected_new_tokens"] = self.engine.expected_new_tokens
+        values |= {n: getattr(self.engine, n) for n in ("expected_new_tokens", "speculate")}
         for name, value in values.items():
             if value is not None:
                 message = f"{setting_name(name)} is not allowed with {setting_name('score')}"

@@ -99,6 +99,7 @@ def test_bad_rows_are_refused_and_change_no_other(run, row, message):
         (["--seed", "1"], "--seed is not allowed with --score"),
         (["--stop-at-eos", "true"], "--stop-at-eos is not allowed with --score"),
         (["--expected-new-tokens", "3"], "--expected-new-tokens is not allowed with --score"),
+        (["--speculate", "ngram"], "--speculate is not allowed with --score"),
         (["--format", "openai"], "rows of OpenAI's format cannot be scored: give rows of"),
     ],
 )
