@@ -237,7 +237,8 @@ class Runner:
             for place, row in enumerate(self._batch[first : first + at_once]):
                 if tokens[first + place] is None:
                     padded[place] = self._last_tokens[row]
-            own_rows = [*self._batch[first : first + at_once], *[-1] * (at_once - len(group))]
+            padding = [len(self._last_tokens) - 1] * (at_once - len(group))
+            own_rows = [*self._batch[first : first + at_once], *padding]
             self.adapters.begin_rows(torch.tensor(own_rows, device=self._device))
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
         for cache in self._caches.all:
