@@ -18,7 +18,7 @@ from train.checkpoint.export import export
 from train.start.signals import EXIT_CODES
 
 LONGEST, STEPS = 160, 4
-TASKS = {"tasks": "recall", "lengths": [130, LONGEST], "depths": 2, "samples": 2}
+TASKS = {"tasks": "recall", "lengths": [130, LONGEST], "depths": 2, "samples": 3}
 SHAPE = f"--model.config.max_seq_len={LONGEST}", "--trainer.val_check_interval=100"
 
 
@@ -42,6 +42,9 @@ def assert_results_of_the_model(run, step, folder):
     for name, result in expected.items():
         metrics = found["results"][name]["metrics"]
         assert metrics == pytest.approx(result.metrics, rel=1e-5), name
+        for cell, wanted in zip(found["results"][name]["cells"], result.cells, strict=True):
+            assert (cell["length"], cell["depth"]) == (wanted.length, wanted.depth)
+            assert cell["metrics"] == pytest.approx(wanted.metrics, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -103,6 +106,8 @@ def start(settings):
         *(slow(2, stage, []) for stage in (None, 0, 1, 2, 3, "fsdp")),
         *(slow(2, stage, ["--parallel.context=2"]) for stage in (None, 1, 3, "fsdp")),
         slow(3, "fsdp", []),
+        # Evaluated in float32 on a CPU, from weights in float32.
+        *(slow(2, stage, ["--trainer.precision=bf16-mixed"]) for stage in (None, "fsdp")),
         *(slow(2, stage, ["--parallel.compile=true"]) for stage in (None, 3)),
         slow(2, 3, ["--model.config.layout=hyena", "--model.optimizer.learning_rate=1e-3"]),
     ],
