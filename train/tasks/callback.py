@@ -105,10 +105,9 @@ class TaskEvaluation(L.Callback):
         gc.collect()
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
-        seconds = time.monotonic() - began
-        module.throughput.leave_out(seconds)
         if results is not None:
-            self._log(trainer, results, step, seconds)
+            self._log(trainer, results, step, time.monotonic() - began)
+        module.throughput.leave_out(time.monotonic() - began)
 
     def _run(self, trainer: L.Trainer, module: "FlashSTUModule") -> Results | None:
         """Return the results on the first rank, None on others.
