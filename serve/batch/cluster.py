@@ -78,7 +78,7 @@ class ClusterEngines:
     def reports(self, done: Collection[int]) -> Generator[list[tuple[int, Report]], None, None]:
         """See `Engines.reports`."""
         written = set(done)
-        numbers: dict[str, int] = defaultdict(itertools.count().__next__)
+        numbers: dict[str, int] = defaultdict(itertools.count(1).__next__)
         num_rows = self._input.count(self._task)
         while len(written) < num_rows:
             before = len(written)
@@ -91,8 +91,9 @@ class ClusterEngines:
                 left = num_rows - len(written)
                 # The last row of a block has the newest state of its engine.
                 seconds, stats = json.loads(block["state"][-1])
-                report = Report(lines, num_failed, left, seconds, Stats.from_json(stats))
-                yield [(numbers[block["engine"][-1]], report)]
+                report = Report(lines, num_failed, 0, seconds, Stats.from_json(stats))
+                rows_left = Report([], 0, left, seconds, NO_STATS)  # of the run, not of an engine
+                yield [(0, rows_left), (numbers[block["engine"][-1]], report)]
             if len(written) == before:
                 raise OSError(f"Ray returned none of the {num_rows - before:,} rows that are left")
 

@@ -43,7 +43,7 @@ def connect() -> Any:
 
 @dataclass(frozen=True)
 class EngineResources:
-    """What each engine takes of the cluster, and how many engines there may be."""
+    """Resources that each engine takes of the cluster, and the most engines there may be."""
 
     num_cpus: int
     num_gpus: int

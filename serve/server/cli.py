@@ -2,11 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from serve.config import EngineConfig
+from serve.ray.config import ClusterConfig
 from serve.server.access.keys import Keys
 from serve.server.config import ServerConfig
 from serve.server.listening import is_reached_from_outside, listening
@@ -44,8 +46,29 @@ def serve(config: ServerConfig) -> int:
     return 0
 
 
+def config_from(settings: Mapping[str, Any]) -> ServerConfig:
+    """Return the configuration with these settings, which may be texts as in a command line.
+
+    Raises UserError for a setting that is not allowed.
+    """
+    return _config(_parser(exits=False).parse_object(dict(settings)))
+
+
 def _parse(argv: Sequence[str] | None) -> ServerConfig:
+    return _config(_parser().parse_args(argv))
+
+
+def _config(parsed: Any) -> ServerConfig:
+    values = parsed.as_dict()
+    values.pop("config", None)
+    engine = {setting.name: values.pop(setting.name) for setting in fields(EngineConfig)}
+    cluster = {setting.name: values.pop(setting.name) for setting in fields(ClusterConfig)}
+    return ServerConfig(**values, engine=EngineConfig(**engine), cluster=ClusterConfig(**cluster))
+
+
+def _parser(exits: bool = True) -> ArgumentParser:
     parser = ArgumentParser(
+        exits=exits,
         prog="stu-serve",
         description="Serve a model to OpenAI's clients at /v1/completions, /v1/chat/completions "
         "and /v1/embeddings, with a page to try it at /. At SIGTERM, running requests may end and "
@@ -54,10 +77,7 @@ def _parse(argv: Sequence[str] | None) -> ServerConfig:
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="model directory to serve")
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_settings(ServerConfig)
-    values = parser.parse_args(argv).as_dict()
-    del values["config"]
-    engine = {setting.name: values.pop(setting.name) for setting in fields(EngineConfig)}
-    return ServerConfig(**values, engine=EngineConfig(**engine))
+    return parser
 
 
 if __name__ == "__main__":

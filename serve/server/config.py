@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from serve.config import EngineConfig, is_whole
+from serve.ray.config import ClusterConfig
 from serve.sampling_params import JsonWhitespace
 from stu.common.cli import option
 from stu.common.errors import UserError
@@ -40,7 +41,12 @@ class ServerConfig:
     each has a part of the weights and of the caches. It must divide the model's width and its
     attention heads. Consecutive devices of the list are a replica's; cpu stands for all of them."""
     replicas: int = 1
-    """Number of replicas on each device. They share its processors or memory."""
+    """Number of replicas on each device, which share its processors or memory; with --ray, on the
+    cluster."""
+    ray: bool = False
+    """Run the replicas on the hosts of a Ray cluster, the one at RAY_ADDRESS or this host's, by Ray
+    Serve. Each host must find the model directory at the same path. This process remains the HTTP
+    server, and one server of a model name may use a cluster."""
     dtype: Dtype = "float32"
     """Number format of the weights."""
     api_keys: Path | None = None
@@ -109,6 +115,8 @@ class ServerConfig:
     """Write prompts and completions to the log."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Settings of each engine."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Settings of replicas on a Ray cluster."""
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -147,6 +155,11 @@ class ServerConfig:
         is_url = endpoint is None or endpoint.startswith(("http://", "https://"))
         allowed = "a URL such as http://localhost:4318/v1/traces"
         self._require("otlp_traces_endpoint", is_url, allowed)
+        if self.ray and self.devices != "auto":
+            fix = "with --ray, Ray gives each replica a GPU; leave it out"
+            raise UserError("devices", self.devices, fix=fix)
+        if self.ray and self.tensor_parallel > 1:
+            raise UserError("tensor_parallel", self.tensor_parallel, "1 with --ray")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise UserError(
                 "tls_key",

@@ -91,7 +91,7 @@ class HttpServer(uvicorn.Server):
         """Why no replica could be started."""
         super().__init__(
             uvicorn.Config(
-                _asgi_app(config, service, keys),
+                asgi_app(config, service, keys),
                 # Whoever may write to a Unix socket is trusted to name the client.
                 forwarded_allow_ips="*" if config.uds is not None else None,
                 log_config=None,
@@ -178,7 +178,7 @@ class HttpServer(uvicorn.Server):
         )
 
 
-def _asgi_app(config: ServerConfig, service: Service, keys: Keys) -> ASGIApp:
+def asgi_app(config: ServerConfig, service: Service, keys: Keys) -> ASGIApp:
     """Return the application with its middleware."""
     routes = make_app(service)
     routes.router.lifespan_context = _lifespan(service, row_answering(routes, keys))

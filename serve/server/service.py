@@ -28,6 +28,7 @@ from serve.server.config import ServerConfig
 from serve.server.metrics import Metrics
 from serve.server.operating.reload import Reloader
 from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.slices import Threads
 from serve.server.replicas.stream import Busy, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
@@ -65,7 +66,7 @@ class ServedModel:
     text_scores: TextScores
     responses: Responses
     grammars: Grammars
-    replicas: Replicas
+    replicas: Dispatcher
     loaded: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
     num_entering: int = 0
@@ -151,12 +152,14 @@ class Service:
             raise UserError("model", model, allowed, code="model_not_found")
 
 
-def make_service(config: ServerConfig) -> Service:
-    """Return the service of a model directory; its replicas are not started yet."""
-    served = _served(config, config.model, 1)
-    replicas = Versions(served.replicas)
-    metrics = Metrics(replicas, config.metric_prefix, config.name)
-    batches = _batches(config, len(replicas))
+def make_service(config: ServerConfig, replicas: Dispatcher | None = None) -> Service:
+    """Return the service of a model directory; its replicas are not started yet.
+
+    replicas: Replicas that another program runs. None: those of the settings."""
+    served = _served(config, config.model, 1, replicas)
+    versions = Versions(served.replicas)
+    metrics = Metrics(versions, config.metric_prefix, config.name)
+    batches = _batches(config, len(versions))
     if batches is not None:
         metrics.register(BatchCollector(batches, config.name))
     file = config.batch_dir and config.batch_dir / "responses.sqlite3"
@@ -164,14 +167,16 @@ def make_service(config: ServerConfig) -> Service:
         config,
         served,
         ResponseStore(file, config.max_response_bytes),
-        replicas,
+        versions,
         metrics,
         batches,
         tracing=_tracing(config.otlp_traces_endpoint),
     )
 
 
-def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
+def _served(
+    config: ServerConfig, path: Path, version: int, replicas: Dispatcher | None = None
+) -> ServedModel:
     """Return a version of the model. Raises UserError."""
     model, tokenizer = load_config(path), load_tokenizer(path)
     adapters = config.adapters
@@ -181,13 +186,6 @@ def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
         allowed = "1 with --lora-modules, as adapters are not divided"
         raise UserError("tensor_parallel", config.tensor_parallel, allowed)
     check_divides_channels(model, config.tensor_parallel)
-    devices = device_groups(config.devices, config.tensor_parallel) * config.replicas
-    if repeat_a_device(devices) and config.engine.cache_gib is None:
-        raise UserError(
-            "cache_gib",
-            message="several replicas on a device would each take half of its free memory: give "
-            f"{setting_name('cache_gib')}",
-        )
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
         "model_name": config.name,
@@ -202,18 +200,6 @@ def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
     }
     chat_tokens = load_generation(path)["max_new_tokens"]
     template = ChatTemplate(path, tokenizer)
-    replicas = Replicas(
-        ReplicasConfig(
-            path,
-            tuple(devices),
-            max(1, num_processors() // (len(devices) * config.tensor_parallel)),
-            config.dtype,
-            config.engine,
-            config.watchdog_seconds,
-            config.max_waiting,
-            adapters,
-        )
-    )
     chats = ChatCompletions(template, chat_tokens, **of_completions)
     return ServedModel(
         path,
@@ -226,7 +212,41 @@ def _served(config: ServerConfig, path: Path, version: int) -> ServedModel:
         TextScores(**common),
         Responses(chats, **common),
         Grammars(tokenizer),
-        replicas,
+        replicas or _replicas(config, path),
+    )
+
+
+def _replicas(config: ServerConfig, path: Path) -> Dispatcher:
+    if config.ray:
+        with requires_extra("ray"):
+            from serve.ray.deployment import deployed_replicas
+
+        settings = replicas_config(config, path, ("auto",), 1)
+        return deployed_replicas(f"stu-{config.name}", settings, config.replicas, config.cluster)
+    devices = device_groups(config.devices, config.tensor_parallel) * config.replicas
+    if repeat_a_device(devices) and config.engine.cache_gib is None:
+        raise UserError(
+            "cache_gib",
+            message="several replicas on a device would each take half of its free memory: give "
+            f"{setting_name('cache_gib')}",
+        )
+    num_threads = max(1, num_processors() // (len(devices) * config.tensor_parallel))
+    return Replicas(replicas_config(config, path, tuple(devices), num_threads))
+
+
+def replicas_config(
+    config: ServerConfig, path: Path, devices: tuple[str, ...], num_threads: int
+) -> ReplicasConfig:
+    """Return the settings of replicas of the model in a folder, on these devices."""
+    return ReplicasConfig(
+        path,
+        devices,
+        num_threads,
+        config.dtype,
+        config.engine,
+        config.watchdog_seconds,
+        config.max_waiting,
+        config.adapters,
     )
 
 

@@ -16,7 +16,7 @@ from serve.request import Output
 from serve.server.arrivals import Arrivals
 from serve.server.exchange import Exchange
 from serve.server.metrics import Metrics
-from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.slices import Pauses, json_slices, pieces
 from serve.server.replicas.stream import EngineError, Stream
 from stu.common.errors import UserError
@@ -35,7 +35,7 @@ class TimedOut(Exception):
 class Answer:
     """The answer to one body, written while its requests are decoded."""
 
-    replicas: Replicas
+    replicas: Dispatcher
     metrics: Metrics
     endpoint: Endpoint[Any]
     body: Any

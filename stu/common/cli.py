@@ -97,9 +97,13 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     """A jsonargparse parser with errors on one line and without abbreviated options.
 
     An abbreviation would silently take a mistyped name for another setting.
+
+    Args:
+        exits: Whether an error ends the process, as in a command. If not, it raises UserError.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, exits: bool = True, **kwargs: Any) -> None:
+        self._exits = exits
         super().__init__(*args, allow_abbrev=False, print_config="--print-config", **kwargs)
 
     def add_settings(self, dataclass: type) -> None:
@@ -134,6 +138,8 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 groups = match.groupdict()
                 key = ".".join(filter(None, [groups.get("group"), groups["key"]]))
                 message += nearest(key, self._setting_names())
+        if not self._exits:
+            raise UserError(message=message) from ex
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
 

@@ -38,7 +38,7 @@ OTHERS = [
     "uvicorn",
 ]
 """Imported by our modules only when they are needed."""
-NOT_FORKED = ("serve.evaluation.harness", "serve.ray.", "serve.batch.cluster")
+NOT_FORKED = ("serve.evaluation.harness", "serve.ray.", "serve.ray_", "serve.batch.cluster")
 """Starts of the names of modules whose import starts threads."""
 
 

@@ -17,6 +17,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from serve.server.operating.room import fits_beside, weight_bytes
 from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.stream import EngineError
 from serve.server.replicas.versions import Versions
 from stu.common.errors import UserError
@@ -33,7 +34,7 @@ class Version(Protocol):
 
     path: Path
     version: int
-    replicas: Replicas
+    replicas: Dispatcher
 
     async def idle(self) -> None:
         """Wait until no request is left."""
@@ -105,7 +106,7 @@ class Reloader(Generic[AnyVersion]):
         return {
             "model": str(served.path),
             "version": served.version,
-            "replicas_ready": len(served.replicas.running),
+            "replicas_ready": len(served.replicas.stats),
             "state": self._state,
             "one_by_one": self._is_one_by_one,
         }
@@ -153,7 +154,7 @@ class Reloader(Generic[AnyVersion]):
     def _next_version(self, path: Path, one_by_one: bool | None) -> tuple[AnyVersion, bool]:
         """Return the version in a folder, and whether to exchange replicas one by one. Raises
         UserError."""
-        running = self._service.current.replicas
+        running = _on_this_machine(self._service.current)
         load_config(path)
         weight_bytes(path, running.config.dtype)
         if one_by_one is None:
@@ -164,9 +165,10 @@ class Reloader(Generic[AnyVersion]):
         self, old: AnyVersion, new: AnyVersion, switched: "asyncio.Future[None]"
     ) -> None:
         try:
-            await new.replicas.start()
-            for index in range(len(new.replicas)):
-                await new.replicas.replica_ready(index)
+            replicas = _on_this_machine(new)
+            await replicas.start()
+            for index in range(len(replicas)):
+                await replicas.replica_ready(index)
         except Exception:
             await self._service.replicas.end(new.replicas)
             raise
@@ -176,25 +178,26 @@ class Reloader(Generic[AnyVersion]):
     async def _exchange_one_by_one(
         self, old: AnyVersion, new: AnyVersion, switched: "asyncio.Future[None]"
     ) -> None:
-        count = len(old.replicas)
+        before, after = _on_this_machine(old), _on_this_machine(new)
+        count = len(before)
         for index in range(count):
             if index + 1 < count:
-                await old.replicas.retire(index)
+                await before.retire(index)
             else:
                 if not switched.done():
                     self._service.is_open.clear()
                 await old.idle()
-            await old.replicas.stop_replica(index)
-            new.replicas.start_replica(index)
+            await before.stop_replica(index)
+            after.start_replica(index)
             if switched.done():
                 continue  # the version is known to start; a replica that fails is started again
             try:
-                await new.replicas.replica_ready(index)
+                await after.replica_ready(index)
             except Exception:
                 await self._service.replicas.end(new.replicas)
                 for stopped in range(index + 1):
-                    old.replicas.start_replica(stopped)
-                await old.replicas.replica_ready(index)
+                    before.start_replica(stopped)
+                await before.replica_ready(index)
                 raise
             if 2 * (index + 1) >= count:
                 self._switch(new, switched)
@@ -204,3 +207,14 @@ class Reloader(Generic[AnyVersion]):
         self._service.switch(new)
         self._state = "finishing"
         switched.set_result(None)
+
+
+def _on_this_machine(version: Version) -> Replicas:
+    """Return the replicas of a version. Raises UserError if they run on a cluster."""
+    if isinstance(version.replicas, Replicas):
+        return version.replicas
+    raise UserError(
+        "model",
+        message="replicas on a Ray cluster do not change their model: start another server with "
+        "the new version and another --model-name, and stop this one",
+    )

@@ -6,17 +6,15 @@ request continues in another one, after the tokens that it has. Its reader sees 
 repetition, because a token depends only on the request, its seed and its position.
 """
 
-import itertools
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 from serve.engine.stats import Stats
-from serve.request import Output, Request
-from serve.server.replicas.fair_queue import FairQueue
+from serve.request import Output
+from serve.server.replicas.dispatcher import ENGINE_FAILED, LOADING, NO_REPLICA, Dispatcher
 from serve.server.replicas.replica import Replica
 from serve.server.replicas.slices import Pauses
-from serve.server.replicas.stream import Abandoned, Busy, EngineError, Stream, Unavailable
+from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig, Supervisor
 from serve.wire import Message, error_from_wire, output_from_wire, request_to_wire
 
@@ -24,115 +22,33 @@ logger = logging.getLogger(__name__)
 
 MOST_MOVES = 5
 """Replicas that may end during a request before its next token."""
-ENGINE_FAILED = "the engine failed; the server's log has the reason"
-NO_REPLICA = "no replica can be started; the server's log has the reason"
 
 
-class Replicas(Supervisor):
-    """All replicas of the server, and the requests that they have or that wait for them."""
+class Replicas(Supervisor, Dispatcher):
+    """All replicas on this machine, and the requests that they have or that wait for them."""
 
     def __init__(self, config: ReplicasConfig) -> None:
-        super().__init__(config)
-        self._waiting: FairQueue[Stream] = FairQueue()
-        self._numbers = itertools.count()
-        self.num_resumed = 0
-        """Requests that continued in another replica."""
-        self.step_observers: list[Callable[[Message], None]] = []
-        """Functions to call with each report of an engine."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of requests whose prefill has not begun."""
-        return len(self._all_waiting())
-
-    def submit(
-        self, requests: Sequence[Request], client: str = "", is_background: bool = False
-    ) -> list[Stream]:
-        """Queue requests of a client, and return their streams. Those in the background take no
-        places of others in the queue, and have no limit.
-
-        Raises:
-            Busy: Too many requests wait.
-            Unavailable: There is no replica.
-        """
-        if self._cannot_start:
-            raise Unavailable(NO_REPLICA)
-        if self.is_loading:
-            raise Unavailable("the model is being loaded: try again in a moment")
-        if not is_background:
-            self._require_room(len(requests), client)
-        streams = [
-            Stream(next(self._numbers), request, client, is_background, list(request.new_token_ids))
-            for request in requests
-        ]
-        self._waiting.add(streams)
-        self._place_waiting()
-        return streams
-
-    async def outputs(self, stream: Stream) -> AsyncIterator[Output]:
-        """Yield the outputs of a request. It is aborted if its reader stops early.
-
-        Raises:
-            UserError: The engine refuses the request.
-            EngineError: The engine failed.
-            Unavailable: There is no replica any more.
-        """
-        is_over = False
-        try:
-            while not is_over:
-                output = await stream.outputs.get()
-                if isinstance(output, Exception):
-                    is_over = True
-                    raise output
-                is_over = output.finish_reason is not None
-                yield output
-        finally:
-            if not is_over:
-                self.abort(stream)
+        Supervisor.__init__(self, config)
+        Dispatcher.__init__(self, config.max_waiting)
 
     def abort(self, stream: Stream) -> None:
-        """End a request now; its pages are free within a step."""
+        """See `Dispatcher.abort`."""
         self._waiting.remove(stream)
         for replica in self._started:
             if replica.streams.pop(stream.number, None) is not None:
                 replica.send({"abort": stream.number})
         self._place_waiting()
 
-    def give_up(self) -> None:
-        """End every request with Unavailable, as the server stops."""
-        streams = list(self._waiting)
-        for replica in self._started:
-            streams += replica.streams.values()
-        for stream in streams:
-            stream.outputs.put_nowait(Unavailable("the server is stopping: try another one"))
+    def _require_available(self) -> None:
+        if self._cannot_start:
+            raise Unavailable(NO_REPLICA)
+        if self.is_loading:
+            raise Unavailable(LOADING)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether there are no requests."""
-        return not len(self._waiting) and not any(own.streams for own in self._started)
-
-    def _all_waiting(self) -> list[Stream]:
-        streams = [stream for replica in self.running for stream in replica.streams.values()]
-        return [*self._waiting, *(stream for stream in streams if stream.scheduled is None)]
-
-    def _require_room(self, count: int, client: str) -> None:
-        """Raise Busy if `count` more requests of a client may not wait.
-
-        A client alone may fill the queue. A full queue still has room for other clients, up to an
-        equal share for each that waits.
-        """
-        most = self._config.max_waiting
-        waiting = Counter(
-            stream.client for stream in self._all_waiting() if not stream.is_background
-        )
-        if waiting.total() + count <= most:
-            return
-        share = most // len(waiting.keys() | {client})
-        if waiting[client] + count > share:
-            raise Busy(f"{waiting.total()} requests wait, of at most {most}: try again later")
+    def _held(self) -> Iterable[Stream]:
+        return (stream for replica in self._started for stream in replica.streams.values())
 
     def _place_waiting(self) -> None:
-        """Send waiting requests to replicas that have room."""
         while (placement := self._placement()) is not None:
             stream, replica = placement
             self._waiting.take(stream)

@@ -4,7 +4,7 @@ earlier ones, which finish theirs."""
 from collections.abc import Callable
 
 from serve.engine.stats import Stats
-from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.supervisor import Totals
 from serve.wire import Message
 
@@ -13,15 +13,15 @@ class Versions:
     """Replicas that run, by the version of the model that they have.
 
     Args:
-        first: Replicas of the first version, which are not started yet.
+        first: Dispatcher of the first version, which are not started yet.
     """
 
-    def __init__(self, first: Replicas) -> None:
+    def __init__(self, first: Dispatcher) -> None:
         self.step_observers: list[Callable[[Message], None]] = []
         """Functions to call with each report of an engine."""
         self.current = first
         """Replicas of the version that takes new requests."""
-        self._all: list[Replicas] = []
+        self._all: list[Dispatcher] = []
         self._past = Totals()
         """Counts of the versions that have ended."""
         self._past_restarts = self._past_resumed = 0
@@ -30,12 +30,12 @@ class Versions:
     def __len__(self) -> int:
         return len(self.current)
 
-    def add(self, replicas: Replicas) -> None:
+    def add(self, replicas: Dispatcher) -> None:
         """Count the replicas of another version, which runs beside the current one."""
         replicas.step_observers = self.step_observers
         self._all.append(replicas)
 
-    async def end(self, replicas: Replicas) -> None:
+    async def end(self, replicas: Dispatcher) -> None:
         """Stop the replicas of a version, and keep their counts."""
         totals = replicas.totals()
         await replicas.stop()
@@ -49,7 +49,7 @@ class Versions:
         await self.current.start()
 
     async def ready(self, is_wanted: Callable[[], bool]) -> None:
-        """See `Supervisor.ready`."""
+        """See `Dispatcher.ready`."""
         await self.current.ready(is_wanted)
 
     async def stop(self) -> None:

@@ -14,7 +14,8 @@ from serve.server.app import make_app
 from serve.server.completion_routes import _with_error_event
 from serve.server.config import ServerConfig
 from serve.server.exchange import FAULT, Exchange, Exchanges
-from serve.server.replicas.dispatch import ENGINE_FAILED, Replicas
+from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.dispatcher import ENGINE_FAILED
 from serve.server.replicas.stream import EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.service import make_service

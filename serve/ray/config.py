@@ -1,0 +1,32 @@
+"""Settings of replicas on a Ray cluster."""
+
+from dataclasses import dataclass
+
+from serve.config import is_whole
+from stu.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Replicas on a Ray cluster. Raises UserError for a value that is not allowed."""
+
+    max_replicas: int | None = None
+    """Most replicas on a Ray cluster. While requests queue, Ray starts more replicas than
+    `replicas`, up to this number, and ends them again when they are not needed. None: as many as
+    `replicas`, always."""
+    cpus_per_replica: int = 1
+    """Processors that each replica on a Ray cluster takes, and computes with if it has no GPU."""
+    scale_up_seconds: float = 30.0
+    """Time in seconds that requests queue before Ray starts another replica."""
+    scale_down_seconds: float = 600.0
+    """Time in seconds without need of a replica after which Ray ends it."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_replicas", "cpus_per_replica"):
+            count = getattr(self, name)
+            if count is not None and (not is_whole(count) or count < 1):
+                raise UserError(name, count, "a whole number >= 1")
+        for name in ("scale_up_seconds", "scale_down_seconds"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 10**9:
+                raise UserError(name, value, "a number >= 0, in seconds")

@@ -1,0 +1,247 @@
+"""Replicas that Ray Serve runs, as the server sees them.
+
+The server keeps its clients' streams. When a replica or its host ends, each of its requests goes to
+another one, after the tokens that it has.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from serve.engine.stats import Stats
+from serve.ray.router import pack_prefix
+from serve.server.replicas.dispatcher import ENGINE_FAILED, LOADING, Dispatcher
+from serve.server.replicas.replica import AHEAD
+from serve.server.replicas.stream import EngineError, Stream, Unavailable
+from serve.server.replicas.supervisor import Totals
+from serve.wire import (
+    Message,
+    Unpacker,
+    error_from_wire,
+    output_from_wire,
+    pack,
+    request_to_wire,
+)
+
+logger = logging.getLogger(__name__)
+
+REPORT_SECONDS = 1.0
+"""Time between two reports of all replicas."""
+MOST_MOVES = 20
+"""Times that a request may have to look for another replica before its next token."""
+RETRY_SECONDS = 0.5
+"""Time before a request whose replica ended looks for another one."""
+ENDED = (RayError, RayServeException)
+"""Errors of a call whose replica or host ended, or is not known to have started yet."""
+
+
+class RayReplicas(Dispatcher):
+    """Replicas of a deployment of `serve.ray.engine_replica.EngineReplica`.
+
+    Args:
+        connect: Function that returns a handle of the deployment, and deploys it if need be. It may
+            take minutes.
+        disconnect: Function to call at the end.
+        num_replicas: Replicas that there are to be at least.
+        max_running: Requests that a replica decodes together.
+        max_waiting: Limit of requests that wait.
+        watchdog_seconds: Time without a report after which no replica counts as healthy.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        disconnect: Callable[[], None],
+        num_replicas: int,
+        max_running: int,
+        max_waiting: int,
+        watchdog_seconds: float,
+    ) -> None:
+        super().__init__(max_waiting)
+        self._connect, self._disconnect = connect, disconnect
+        self._num_replicas, self._max_running = num_replicas, max_running
+        self._watchdog_seconds = watchdog_seconds
+        self._handle: Any = None
+        self._failure: Exception | None = None
+        self._calls: dict[int, tuple[Stream, asyncio.Task[None]]] = {}
+        """Requests that Ray Serve has, by number, each with the task that reads its outputs."""
+        self._reports: dict[str, list[Stats]] = {}
+        """Last reports of the replicas that run, by their ids."""
+        self._ended = Totals()
+        self._last_report: float | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.num_restarts = 0
+
+    def __len__(self) -> int:
+        return self._num_replicas
+
+    @property
+    def is_loading(self) -> bool:
+        """See `Dispatcher.is_loading`."""
+        return self._last_report is None
+
+    @property
+    def is_healthy(self) -> bool:
+        """See `Dispatcher.is_healthy`."""
+        oldest = time.monotonic() - self._watchdog_seconds
+        return self._last_report is not None and self._last_report >= oldest
+
+    @property
+    def stats(self) -> list[Stats]:
+        """See `Dispatcher.stats`."""
+        return [engine for engines in self._reports.values() for engine in engines]
+
+    async def start(self) -> None:
+        """Connect to the deployment, while the server answers already."""
+        self._tasks = [asyncio.create_task(self._watch())]
+
+    async def ready(self, is_wanted: Callable[[], bool]) -> None:
+        """See `Dispatcher.ready`."""
+        while is_wanted() and self.is_loading:
+            if self._failure is not None:
+                raise OSError(f"Ray cannot run the replicas: {self._failure}") from self._failure
+            await asyncio.sleep(RETRY_SECONDS / 10)
+
+    async def stop(self) -> None:
+        """See `Dispatcher.stop`."""
+        tasks = [*self._tasks, *(task for _, task in self._calls.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self.kill)
+
+    def kill(self) -> None:
+        """See `Dispatcher.kill`."""
+        self._disconnect()
+
+    def totals(self) -> Totals:
+        """See `Dispatcher.totals`."""
+        totals = replace(self._ended, flushes=dict(self._ended.flushes))
+        for stats in self.stats:
+            totals.add(stats)
+        return totals
+
+    def abort(self, stream: Stream) -> None:
+        """See `Dispatcher.abort`."""
+        self._waiting.remove(stream)
+        if (call := self._calls.pop(stream.number, None)) is not None:
+            call[1].cancel()
+        self._place_waiting()
+
+    def _require_available(self) -> None:
+        if self.is_loading:
+            raise Unavailable(LOADING)
+
+    def _held(self) -> Iterable[Stream]:
+        return [stream for stream, _ in self._calls.values()]
+
+    def _place_waiting(self) -> None:
+        while (stream := self._next()) is not None:
+            self._waiting.take(stream)
+            task = asyncio.create_task(self._decode(stream))
+            self._calls[stream.number] = stream, task
+
+    def _next(self) -> Stream | None:
+        """Return the next request that Ray Serve may have, if there is one.
+
+        It has more than the replicas decode, so that it starts more of them.
+        """
+        has_room = len(self._calls) < AHEAD * self._max_running * max(1, len(self._reports))
+        clients = {stream.client for stream in self._held()}
+        for stream in self._waiting.heads():
+            if has_room or stream.client not in clients:
+                return stream
+        return None
+
+    async def _decode(self, stream: Stream) -> None:
+        """Put the outputs of a request into its stream, from one replica after another if they
+        end."""
+        try:
+            while not await self._decode_once(stream):
+                stream.num_moves += 1
+                if stream.num_moves > MOST_MOVES:
+                    message = f"{stream.num_moves} replicas could not decode this request"
+                    stream.outputs.put_nowait(Unavailable(message))
+                    return
+                self.num_resumed += stream.num_moves == 1
+                await asyncio.sleep(RETRY_SECONDS)
+        except Exception as error:
+            logger.exception("a request failed")
+            stream.outputs.put_nowait(EngineError(f"{ENGINE_FAILED} ({type(error).__name__})"))
+        finally:
+            self._calls.pop(stream.number, None)
+            self._place_waiting()
+
+    async def _decode_once(self, stream: Stream) -> bool:
+        """Decode the rest of a request on one replica; return whether it ended."""
+        prompt = stream.rest()
+        sent = time.monotonic()
+        response = self._handle.options(stream=True).decode.remote(
+            pack(request_to_wire(prompt)), prefix=pack_prefix(stream.prefix), cost=stream.cost
+        )
+        try:
+            async for packed in response:
+                (message,) = Unpacker().feed(packed)
+                if self._take(stream, message, sent):
+                    return True
+        except ENDED as error:
+            logger.warning("a replica ended during a request: %s", str(error).partition("\n")[0])
+        finally:
+            response.cancel()
+        return False
+
+    def _take(self, stream: Stream, message: Message, sent: float) -> bool:
+        """Put the outputs or the error of a message into a stream; return whether it ended."""
+        if "refused" in message:
+            stream.outputs.put_nowait(error_from_wire(message["refused"]))
+            return True
+        if "failed" in message:
+            stream.outputs.put_nowait(EngineError(message["failed"]))
+            return True
+        if "unavailable" in message:
+            return False
+        if "waited" in message:
+            stream.schedule(sent + message["waited"])
+        for values in message["outputs"]:
+            output = output_from_wire(values)
+            stream.take(output, time.monotonic())
+            if output.finish_reason is not None:
+                return True
+        return False
+
+    async def _watch(self) -> None:
+        """Connect, and ask all replicas for reports again and again."""
+        try:
+            self._handle = await asyncio.to_thread(self._connect)
+        except Exception as error:
+            logger.exception("Ray cannot run the replicas")
+            self._failure = error
+            return
+        while True:
+            with suppress(*ENDED, TimeoutError, asyncio.TimeoutError):
+                reports = await self._handle.broadcast("report").results_async(
+                    timeout_s=self._watchdog_seconds, return_exceptions=True
+                )
+                self._hear([report for report in reports if isinstance(report, dict)])
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _hear(self, reports: Sequence[Message]) -> None:
+        """Take the reports of all replicas that run."""
+        before, self._reports = self._reports, {}
+        for report in reports:
+            engines = [Stats.from_json(values) for values in report["stats"]]
+            self._reports[report["replica"]] = engines
+        for name in before.keys() - self._reports.keys():
+            self.num_restarts += 1
+            for stats in before[name]:
+                self._ended.add(stats)
+        if reports:
+            self._last_report = time.monotonic()
+        self._place_waiting()
