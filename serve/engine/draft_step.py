@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from serve.adapters.layers import Adapters
 from serve.cache.base import DraftedToken
 from serve.cache.budget import Caches
 from serve.config import INVARIANT_ROWS
@@ -18,6 +19,7 @@ class DraftStep:
     Args:
         model: As the engine runs it.
         caches: Its caches.
+        adapters: Adapters beside its layers.
         logits: Function of hidden states `[N, D]` that returns logits `[N, vocab_size]`.
         batch_invariant: Let tokens go through the model in groups of a fixed size.
     """
@@ -26,10 +28,12 @@ class DraftStep:
         self,
         model: FlashSTU,
         caches: Caches,
+        adapters: Adapters,
         logits: Callable[[Tensor], Tensor],
         batch_invariant: bool,
     ) -> None:
-        self._model, self._caches, self._logits = model, caches, logits
+        self._model, self._caches, self._adapters = model, caches, adapters
+        self._logits = logits
         self._batch_invariant = batch_invariant
         self._kept: dict[int, int] = {}
         """Tokens of each row in the step that it keeps, until caches have forgotten the others."""
@@ -55,7 +59,8 @@ class DraftStep:
         drafted = [DraftedToken(rows[place], ahead) for ahead, place in places]
         for cache in self._caches.all:
             cache.begin_drafts(drafted, alone=self._batch_invariant)
-        hidden = self._hidden([tokens[place][ahead] for ahead, place in places])
+        ids = [tokens[place][ahead] for ahead, place in places]
+        hidden = self._hidden(ids, [token.row for token in drafted])
         self._kept = dict.fromkeys(rows, 1)
         logits = self._logits(hidden)
         order = [[i for i, (_, other) in enumerate(places) if other == p] for p in range(len(rows))]
@@ -79,20 +84,19 @@ class DraftStep:
         for cache in self._caches.all:
             cache.advance_drafts()
 
-    def _hidden(self, tokens: Sequence[int]) -> Tensor:
-        """Return the hidden states `[N, D]` of tokens, the earlier of each row first. A layer takes
-        all groups before the next layer does: those of one row depend on one another."""
-        model = self._model
+    def _hidden(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Return the hidden states `[N, D]` of tokens of rows, the earlier of each row first. A
+        layer takes all groups before the next layer does: those of one row depend on one another.
+        """
+        model, device = self._model, self._model.embedding.weight.device
         at_once = INVARIANT_ROWS if self._batch_invariant else len(tokens)
-        padded = [*tokens, *[0] * (-len(tokens) % at_once)]
-        ids = torch.tensor(padded, device=model.embedding.weight.device)[:, None]
+        missing = [0] * (-len(tokens) % at_once)
+        ids = torch.tensor([*tokens, *missing], device=device)[:, None]
+        own_rows = torch.split(torch.tensor([*rows, *missing], device=device), at_once)
         groups = [model.embedding(own) for own in torch.split(ids, at_once)]  # [group, 1, D] each
         for block in model.blocks:
-            groups = [
-                self._through(block, own, number * at_once) for number, own in enumerate(groups)
-            ]
+            for number, own in enumerate(own_rows):
+                self._adapters.begin_rows(own)
+                memory = RowMemory(self._caches, number * at_once)
+                groups[number] = block(groups[number], model.filters, memory)
         return torch.cat([model.norm(own) for own in groups])[: len(tokens), 0]
-
-    def _through(self, block: nn.Module, group: Tensor, first: int) -> Tensor:
-        hidden: Tensor = block(group, self._model.filters, RowMemory(self._caches, first))
-        return hidden

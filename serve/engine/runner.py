@@ -90,12 +90,11 @@ class Runner:
         self.drafts: DraftStep | None = None
         """Steps that take several tokens of a row."""
         if config.speculate is not None:
-            if adapters:
-                raise UserError("speculate", config.speculate, "null with adapters")
             if is_static:
                 allowed = "null on CUDA, where steps take a token of a row"
                 raise UserError("speculate", config.speculate, allowed)
-            self.drafts = DraftStep(self._model, caches, self._logits, config.batch_invariant)
+            parts = self._model, caches, self.adapters, self._logits
+            self.drafts = DraftStep(*parts, config.batch_invariant)
         if is_static:
             self._static = self._static_step(captures=on_cuda and not config.enforce_eager)
 

@@ -11,6 +11,7 @@ from serve.adapters.folder import read_adapter
 from serve.completion import CompletionBuilder
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.sampling.ngrams import Ngrams
 from stu.common.errors import UserError
 from tests.serve.adapters.adapter_folders import PREFIX, write_adapter
 from tests.serve.requests import decode, make_request
@@ -71,6 +72,31 @@ def test_rows_decode_as_models_with_their_adapters_merged(merged, code_tokenizer
                 pairs = zip(getattr(found[place], kind), getattr(expected, kind), strict=True)
                 for one, other in pairs:
                     assert one.logprob == pytest.approx(other.logprob, abs=2e-4)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_guesses_are_confirmed_by_each_row_with_its_adapter(
+    merged, code_tokenizer, batch_invariant, monkeypatch
+):
+    """In groups of eight tokens, of rows with other adapters and of padding."""
+    models, adapters = merged
+    texts = {}
+    for name, model in models.items():
+        (own,) = decode(model, code_tokenizer, [make_request([5, 6, 7], 20)])
+        texts[name] = list(own.token_ids)
+
+    def guess(ngrams, most):
+        tokens = ngrams._tokens[3 : len(ngrams)].tolist()
+        text = next(text for text in texts.values() if text[: len(tokens)] == tokens)
+        return [*text[len(tokens) :][: most - 1], 9][:most] if most > 0 else []
+
+    monkeypatch.setattr(Ngrams, "guess", guess)
+    values = {"batch_invariant": batch_invariant, "speculate": "ngram"}
+    config = EngineConfig(cache_gib=0.01, max_running=3, **values)
+    engine = Engine(models[""], code_tokenizer, config, False, adapters)
+    found = completions(engine, [make_request([5, 6, 7], 20, adapter=name) for name in NAMES])
+    assert [list(own.token_ids) for own in found] == list(texts.values())
+    assert engine.stats().spec_decode_num_accepted_tokens > 20
 
 
 def make_without(request):
