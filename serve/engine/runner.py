@@ -236,9 +236,10 @@ class Runner:
             for place, row in enumerate(self._batch[first : first + at_once]):
                 if tokens[first + place] is None:
                     padded[place] = self._last_tokens[row]
-            padding = [len(self._last_tokens) - 1] * (at_once - len(group))
-            own_rows = [*self._batch[first : first + at_once], *padding]
-            self.adapters.begin_rows(torch.tensor(own_rows, device=self._device))
+            if self.adapters.rank:
+                padding = [len(self._last_tokens) - 1] * (at_once - len(group))
+                own_rows = [*self._batch[first : first + at_once], *padding]
+                self.adapters.begin_rows(torch.tensor(own_rows, device=self._device))
             hidden.append(self._model.hidden(padded[:, None], memory)[: len(group), 0])
         for cache in self._caches.all:
             cache.advance()
