@@ -63,7 +63,7 @@ def directories(tmp_path_factory, tokenizer):
     return directory
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     ("kind", "stored", "weights"),
     [

@@ -128,6 +128,16 @@ def test_the_end_of_a_rank_is_an_error_and_the_next_group_works(start):
     assert start(2).add(make_request([5], 1)) == 0
 
 
+@pytest.mark.slow
+def test_a_rank_that_chooses_other_tokens_ends(start):
+    engine = start(2)
+    engine.add(make_request([5, 6, 7], 30))
+    engine.step()
+    engine._digest += 1
+    with pytest.raises(RuntimeError, match="rank 1 of 2 on cpu ended with code 3"):
+        run_steps(engine, 3)
+
+
 PROMPTS = ["def f(x):", "return", "x + 1"]
 
 
