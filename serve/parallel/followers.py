@@ -17,6 +17,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from serve.request import Output
@@ -86,6 +87,8 @@ class Followers:
         """End the processes."""
         self._is_closing = True
         for own in self._sockets.values():
+            with suppress(OSError):  # the process has ended
+                own.shutdown(socket.SHUT_RDWR)  # `close` alone would wait for the thread that reads
             own.close()
         for process in self._processes.values():
             _end(process)

@@ -31,10 +31,14 @@ SHAPE = {"width": 16, "num_layers": 4, "num_filters": 6, "num_heads": 4, "window
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, code_tokenizer):
+    return save(tmp_path_factory.mktemp("divided") / "model", code_tokenizer)
+
+
+def save(path, tokenizer, **shape):
+    """Write a model directory, and return its path."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=code_tokenizer.vocab_size, max_seq_len=256, **SHAPE)
-    path = tmp_path_factory.mktemp("divided") / "model"
-    save_model(path, FlashSTU(config), code_tokenizer, {"max_new_tokens": 9})
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 256, **SHAPE, **shape}
+    save_model(path, FlashSTU(ModelConfig(**shape)), tokenizer, {"max_new_tokens": 9})
     return path
 
 
@@ -45,10 +49,10 @@ def start(directory, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     engines = []
 
-    def make(size, **settings):
+    def make(size, path=directory, **settings):
         config = EngineConfig(**{"cache_gib": 0.01, **settings})
-        devices, tokenizer = ",".join(["cpu"] * size), load_tokenizer(directory)
-        engine = make_engine(directory, devices, torch.float32, tokenizer, config, False)
+        devices, tokenizer = ",".join(["cpu"] * size), load_tokenizer(path)
+        engine = make_engine(path, devices, torch.float32, tokenizer, config, False)
         engines.append(engine)
         return engine
 
@@ -97,12 +101,37 @@ def decode(engine):
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_decode_as_one(start, size):
     expected, engine = decode(start(1)), start(size)
-    for number, (tokens, logprobs) in decode(engine).items():
-        assert tokens == expected[number][0]
-        assert logprobs == pytest.approx(expected[number][1], abs=1e-5)
+    compare(decode(engine), expected)
     (child,) = {own.pid for own in followers()} if size == 2 else (0,)
     engine.close()
     assert not child or not psutil.pid_exists(child)
+
+
+def compare(found, expected):
+    assert found.keys() == expected.keys()
+    for number, (tokens, logprobs) in found.items():
+        assert tokens == expected[number][0]
+        assert logprobs == pytest.approx(expected[number][1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({"layout": "stu"}, {"convolution_cache": "state"}),
+        ({"layout": "stu"}, {"convolution_cache": "pages"}),
+        ({"layout": "stu", "stu_form": "full", "num_layers": 2}, {}),
+        ({"layout": "hyena"}, {}),
+        ({"layout": "hyena", "blocks": "plain"}, {"batch_invariant": True}),
+        ({"layout": "attention"}, {"overlap": True}),
+        ({"layout": "hybrid", "width": 64}, {"weights": "int8"}),
+        ({"layout": "hybrid"}, {"speculate": "ngram"}),
+    ],
+)
+def test_all_layouts_decode_over_gloo(start, tmp_path, code_tokenizer, shape, settings):
+    path = save(tmp_path / "model", code_tokenizer, **shape)
+    expected = decode(start(1, path, **settings))
+    compare(decode(start(2, path, **settings)), expected)
 
 
 def followers(process=None):
