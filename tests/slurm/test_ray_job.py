@@ -1,0 +1,36 @@
+"""slurm/ray.sbatch."""
+
+import sys
+
+import pytest
+
+from tests.serve.conftest import read_rows, write_rows
+from tests.slurm.conftest import ROOT, read_logs
+
+RAY = """#!{python}
+from ray.scripts.scripts import main
+main()
+"""
+NUM_ROWS = 200
+
+
+@pytest.mark.slow
+def test_a_job_decodes_a_dataset_on_a_ray_cluster_of_its_two_nodes(
+    cluster, tmp_path, model_directory
+):
+    pytest.importorskip("ray")
+    source, target, programs = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "bin"
+    write_rows(source, [{"id": f"r{n}", "prompt": f"def f{n}("} for n in range(NUM_ROWS)])
+    programs.mkdir()
+    (programs / "ray").write_text(RAY.format(python=sys.executable))
+    (programs / "ray").chmod(0o755)
+    path = f"{programs}:{cluster.environment['PATH']}"
+    job = cluster.submit(
+        *("--nodes=2", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=2G", "--time=10"),
+        *(f"--export=ALL,PATH={path},STU_OBJECT_STORE_BYTES=80000000", f"--chdir={tmp_path}"),
+        *(ROOT / "slurm" / "ray.sbatch", "stu-generate", model_directory, "--ray"),
+        *("--input", source, "--output", target, "--cache-gib", "0.01", "--max-new-tokens", "3"),
+    )
+    assert cluster.wait(job) == "COMPLETED", read_logs(tmp_path)
+    assert sorted(row["row"] for row in read_rows(target)) == [*range(NUM_ROWS)]
+    assert "not all of 2 nodes joined" not in read_logs(tmp_path)
