@@ -9,6 +9,7 @@ import pytest
 from serve.config import EngineConfig
 from serve.server.operating import room
 from serve.server.operating.reload import Reloader, ReloadFailed, ReloadInProgress
+from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.supervisor import ReplicasConfig, Totals
 from serve.server.replicas.versions import Versions
 from stu.common.errors import UserError
@@ -16,11 +17,11 @@ from stu.common.errors import UserError
 pytestmark = pytest.mark.anyio
 
 
-class FakeReplicas:
+class FakeReplicas(Replicas):
     """Replicas that start when `starts` lets them, and have requests until `busy` is cleared."""
 
     num_restarts = num_resumed = num_waiting = 0
-    stats = ()
+    config = None
 
     def __init__(self, log, name, count, model):
         self.log, self.name = log, name
@@ -32,7 +33,7 @@ class FakeReplicas:
         return len(self.config.devices)
 
     @property
-    def running(self):
+    def stats(self):
         return sorted(self.ready)
 
     def totals(self):
