@@ -134,6 +134,22 @@ def test_all_layouts_decode_over_gloo(start, tmp_path, code_tokenizer, shape, se
     compare(decode(start(2, path, **settings)), expected)
 
 
+@pytest.mark.slow
+def test_processes_confirm_the_same_guesses(start):
+    request = make_request([3, 4, 5, 6] * 5, 100)
+    found, steps = [], []
+    for engine in (start(1), start(2, speculate="ngram")):
+        engine.add(request)
+        tokens = []
+        while engine.has_work:
+            for output in engine.step():
+                tokens += output.new_token_ids
+        found.append(tokens)
+        steps.append(engine.stats().steps)
+    assert found[1] == found[0]
+    assert steps[1] < steps[0] / 2
+
+
 def followers(process=None):
     """Return the processes of other ranks that a process, or this one, has started."""
     children = (process or psutil.Process()).children()
