@@ -446,7 +446,8 @@ def test_running_requests_advance_while_a_long_prompt_is_prefilled(make_engine, 
     expected = decode_alone(MODELS[kind], make_request([4] * 15, 5))[0]
     assert answers[kept][:2] == (expected, "length")
     stats = engine.stats()
-    assert (stats.prompt_tokens, stats.new_tokens) == (1 + 3 * 40 + 15, 65)
+    num_chunks = 0 if kind == "hyena" else 3  # its layers take a prompt as a whole
+    assert (stats.prompt_tokens, stats.new_tokens) == (1 + num_chunks * 40 + 15, 65)
     assert not engine._texts
     assert not engine._chooser._states
 
