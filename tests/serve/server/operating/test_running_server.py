@@ -10,11 +10,12 @@ import ssl
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import httpx
+import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -296,7 +297,8 @@ def stopped_stream(server, http, num_tokens):
         try:
             yield rest
         finally:
-            replica.resume()
+            with suppress(psutil.NoSuchProcess):
+                replica.resume()
 
 
 def reload(http, **body):
@@ -344,18 +346,21 @@ def test_the_only_replica_is_exchanged_while_new_requests_wait(
         with stopped_stream(server, http, num_tokens) as rest, server.client() as other:
             other.headers = http.headers
             body = {"model": str(long_model_directory), "one_by_one": True}
+            num_lines = len(server.lines)
             reloading = pool.submit(reload, other, **body)
-            eventually(lambda: other.get("/admin/reload").json()["state"] == "loading")
+            # From then on new requests wait.
+            eventually(lambda: any("is loaded from" in line for line in server.lines[num_lines:]))
+            assert other.get("/admin/reload").json()["state"] == "loading"
             assert other.get("/health").status_code == 200
             waiting = pool.submit(text_of, other)
             assert rest() == before
-        assert reloading.result().status_code == 200
-        assert reloading.result().json()["one_by_one"]
-        assert waiting.result() == text_of(http) != short
+            assert reloading.result().status_code == 200
+            assert reloading.result().json()["one_by_one"]
+            assert waiting.result() == text_of(other) != short
         # A model that no replica can load.
         shutil.copytree(long_model_directory, tmp_path / "model")
         config = json.loads((tmp_path / "model" / "config.json").read_text())
-        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "width": 32}))
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_filters": 5}))
         for one_by_one in (True, False):
             version = http.get("/admin/reload").json()["version"]
             refused = reload(http, model=str(tmp_path / "model"), one_by_one=one_by_one)
