@@ -28,6 +28,7 @@ _ALLOWED = {
 """Allowed values, by pydantic's type of an error."""
 _ALLOWED_UNIONS = {
     "content": "a string or a list of text parts",
+    "output": "a string or a list of text parts",
     "input": "a string, a list of token ids (whole numbers >= 0), or a list of such inputs",
     "text_1": "a string, a list of token ids (whole numbers >= 0), or a list of such texts",
     "text_2": "a string, a list of token ids (whole numbers >= 0), or a list of such texts",

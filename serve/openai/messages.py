@@ -16,7 +16,7 @@ MOST_MESSAGES = 1024
 MOST_PARTS = 8192
 """Limit of text parts in all messages of a chat together."""
 MOST_CALLS = 1024
-"""Limit of calls in a message."""
+"""Limit of calls in all messages of a chat together."""
 
 
 class Function(Body):
@@ -95,9 +95,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MOST_CALLS)] | None = (
-        None
-    )
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     harmless = MESSAGE_HARMLESS
@@ -142,13 +140,23 @@ class Message(Body):
         return "".join(part.text for part in self.content)
 
 
-def _require_few_parts(messages: Any) -> Any:
-    """Refuse too many parts before looking at any of them."""
-    if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
-        contents = [message.get("content") for message in messages if isinstance(message, dict)]
-        count = sum(len(content) for content in contents if isinstance(content, list))
-        if count > MOST_PARTS:
-            allowed = f"messages of at most {MOST_PARTS} parts together, not {count}"
+def num_elements(values: list[Any], name: str) -> int:
+    """Return the number of elements of the lists with a name in all objects of a list together."""
+    lists = [value.get(name) for value in values if isinstance(value, dict)]
+    return sum(len(found) for found in lists if isinstance(found, list))
+
+
+def _require_few(messages: Any) -> Any:
+    """Refuse too many parts or calls before looking at any of them."""
+    if not isinstance(messages, list):
+        return messages
+    looked_at = messages[:MOST_MESSAGES]
+    for name, most, what in (
+        ("content", MOST_PARTS, "parts"),
+        ("tool_calls", MOST_CALLS, "tool_calls"),
+    ):
+        if (count := num_elements(looked_at, name)) > most:
+            allowed = f"messages of at most {most} {what} together, not {count}"
             raise located(UserError("", UNSET, allowed))
     return messages
 
@@ -156,7 +164,7 @@ def _require_few_parts(messages: Any) -> Any:
 Messages = Annotated[
     list[Message],
     Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES),
-    BeforeValidator(_require_few_parts),
+    BeforeValidator(_require_few),
 ]
 Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)]
 

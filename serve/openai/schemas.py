@@ -34,6 +34,8 @@ MOST_INPUTS = 2048
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+StopTokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)]
+LogitBias = Annotated[dict[str, float], Field(fail_fast=True, max_length=MOST_BIASES)]
 
 
 def _require_few(kind: str, most: int) -> BeforeValidator:
@@ -108,9 +110,7 @@ class CompletionSettings(EngineBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: (
-        Annotated[dict[str, float], Field(fail_fast=True, max_length=MOST_BIASES)] | None
-    ) = None
+    logit_bias: LogitBias | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
@@ -120,9 +120,7 @@ class CompletionSettings(EngineBody):
     guided_whitespace_pattern: str | None = None
     stop_at_eos: bool | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: (
-        Annotated[list[TokenId], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None
-    ) = None
+    stop_token_ids: StopTokenIds | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None

@@ -10,7 +10,8 @@ from fastapi.responses import Response, StreamingResponse
 
 from serve.completion import piece_of
 from serve.openai.responses.body import ResponseBody
-from serve.openai.responses.items import Item, read_items
+from serve.openai.responses.items import Item
+from serve.openai.responses.store import earlier_items
 from serve.openai.responses.writer import ResponseWriter
 from serve.request import Output
 from serve.server.completion_routes import (
@@ -25,7 +26,7 @@ from serve.server.replicas.slices import json_slices, pieces
 from serve.server.service import Service
 from serve.server.streams import Answer, chained, padded
 from stu.common.errors import UserError
-from stu.common.text import Json, json_line
+from stu.common.text import Json, json_line, require_unicode
 
 MOST_LISTED = 100
 
@@ -141,18 +142,11 @@ async def _with_history(service: Service, body: ResponseBody, request: Request) 
     """Return the body with the items of the responses that it follows before its own."""
     if body.previous_response_id is None:
         return body
-    exchange = exchange_of(request.scope)
+    exchange, previous_id = exchange_of(request.scope), body.previous_response_id
+    require_unicode("previous_response_id", previous_id)
 
-    def conversation() -> list[Item]:
-        items = service.stored.conversation(exchange.owner, str(body.previous_response_id))
-        return read_items(items)
-
-    try:
-        earlier = await service.threads.run(exchange.client, conversation)
-    except UserError as error:
-        code = "previous_response_not_found"
-        value = body.previous_response_id
-        raise UserError("previous_response_id", value, message=str(error), code=code) from error
+    arguments = service.stored, exchange.owner, previous_id, len(body.items)
+    earlier = await service.threads.run(exchange.client, earlier_items, *arguments)
     return body.model_copy(update={"input": [*earlier, *body.items]})
 
 

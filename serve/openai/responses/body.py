@@ -9,7 +9,7 @@ from serve.openai.bodies import Body
 from serve.openai.errors import body_error, located
 from serve.openai.fields import HARMLESS, NEUTRAL, Neutral
 from serve.openai.responses.items import Item, messages_of, read_items
-from serve.openai.schemas import ChatBody, RequestBody, Texts, TokenId
+from serve.openai.schemas import ChatBody, LogitBias, RequestBody, StopTokenIds, Texts
 from serve.openai.tools.choice import MOST_TOOLS
 from stu.common.errors import UNSET, UserError
 from stu.common.text import Json
@@ -100,6 +100,13 @@ def _refuse_built_in(tools: Any) -> Any:
     return tools
 
 
+def _read_input(values: Any) -> list[Item]:
+    try:
+        return read_items(values)
+    except UserError as error:
+        raise located(error) from error
+
+
 def _require_small(metadata: Any) -> Any:
     if isinstance(metadata, dict) and (
         len(metadata) > MOST_METADATA
@@ -118,7 +125,7 @@ def _require_small(metadata: Any) -> Any:
 class ResponseBody(RequestBody):
     """Body of `/v1/responses`."""
 
-    input: Annotated[Any, BeforeValidator(read_items)]
+    input: Annotated[Any, BeforeValidator(_read_input)]
     """A text, or a list of items; after validation, always items."""
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -142,16 +149,18 @@ class ResponseBody(RequestBody):
     ) = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(_require_small)] = None
+    metadata: Annotated[
+        Annotated[dict[str, str], Field(fail_fast=True)] | None, BeforeValidator(_require_small)
+    ] = None
     seed: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     stop: str | Texts | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: StopTokenIds | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

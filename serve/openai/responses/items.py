@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from serve.openai.bodies import Body
 from serve.openai.errors import body_error, located
 from serve.openai.fields import CALL_HARMLESS, PART_HARMLESS
-from serve.openai.messages import MOST_MESSAGES, MOST_PARTS
+from serve.openai.messages import MOST_MESSAGES, MOST_PARTS, num_elements
 from serve.openai.tools.rendering import read_arguments
 from stu.common.errors import UNSET, UserError
 from stu.common.text import Json
@@ -136,19 +136,21 @@ INSTEAD = {
 
 
 def read_items(values: Any) -> list[Item]:
-    """Return the items of an input, which may be one text. Raises an error for pydantic."""
+    """Return the items of an input, which may be one text.
+
+    Raises UserError with the place in the input.
+    """
     if isinstance(values, str):
         return [MessageItem(role="user", content=values)]
     if not isinstance(values, list) or not values:
-        raise located(UserError("", UNSET, "a text, or a list of at least one item"))
+        raise UserError("", UNSET, "a text, or a list of at least one item")
     if len(values) > MOST_MESSAGES:
         allowed = f"a list of at most {MOST_MESSAGES} items, not {len(values)}"
-        raise located(UserError("", UNSET, allowed))
-    contents = [value.get("content") for value in values if isinstance(value, dict)]
-    count = sum(len(content) for content in contents if isinstance(content, list))
+        raise UserError("", UNSET, allowed)
+    count = sum(num_elements(values, name) for name in ("content", "output"))
     if count > MOST_PARTS:
         allowed = f"items of at most {MOST_PARTS} parts together, not {count}"
-        raise located(UserError("", UNSET, allowed))
+        raise UserError("", UNSET, allowed)
     return [_read_item(index, value) for index, value in enumerate(values)]
 
 
@@ -168,15 +170,14 @@ def _read_item(index: int, value: Any) -> Item:
     kind = value.get("type") or "message" if isinstance(value, dict) else "message"
     if not isinstance(kind, str) or kind not in KINDS:
         fix = INSTEAD.get(str(kind)[:50], f"the model reads only {', '.join(KINDS)}")
-        raise located(UserError(f"{index}.type", kind, fix=fix))
+        raise UserError(f"{index}.type", kind, fix=fix)
     _refuse_parts(index, value)
     try:
         return KINDS[kind].model_validate(value)
     except ValidationError as error:
         wrong = body_error(error.errors(include_url=False))
-        raise located(
-            wrong.renamed(f"{index}.{wrong.field}" if wrong.field else str(index))
-        ) from error
+        field = f"{index}.{wrong.field}" if wrong.field else str(index)
+        raise wrong.renamed(field) from error
 
 
 def _refuse_parts(index: int, value: Any) -> None:
@@ -187,7 +188,7 @@ def _refuse_parts(index: int, value: Any) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in TEXT_PARTS:
             fix = "the model reads only text: put it into a part of type input_text"
-            raise located(UserError(f"{index}.{name}.{number}.type", kind, fix=fix))
+            raise UserError(f"{index}.{name}.{number}.type", kind, fix=fix)
 
 
 def _text(content: str | Sequence[Part]) -> str:

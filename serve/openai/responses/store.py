@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from serve.openai.messages import MOST_MESSAGES
+from serve.openai.responses.items import Item, read_items
 from stu.common.errors import UserError
 from stu.common.text import Json
 
@@ -24,8 +26,6 @@ CREATE TABLE IF NOT EXISTS responses (
 """
 VERSION = 1
 """Version of the table."""
-MOST_TURNS = 1024
-"""Limit of the responses that one follows."""
 
 
 class ResponseStore:
@@ -84,27 +84,34 @@ class ResponseStore:
         with self._lock:
             return list(json.loads(self._row(owner, response_id)[1]))
 
-    def conversation(self, owner: str, response_id: str) -> list[Json]:
+    def conversation(
+        self, owner: str, response_id: str, most_items: int = MOST_MESSAGES
+    ) -> list[Json]:
         """Return the items of a response and of all that it follows: input, output, and so on.
 
-        Calls that were cut off are left out. Raises UserError if one of them is not stored.
+        Calls that were cut off are left out. Raises UserError if one of them is not stored, or if
+        they have more than `most_items` items.
         """
         turns: list[list[Json]] = []
+        num_items = 0
         next_id: str | None = response_id
         with self._lock, self._database as database:
-            while next_id is not None and len(turns) < MOST_TURNS:
+            while next_id is not None:
                 response, items, previous = self._row(owner, next_id)
                 self._num_uses += 1
                 use = "UPDATE responses SET used = ? WHERE id = ?"
                 database.execute(use, (self._num_uses, next_id))
-                turns.append([*json.loads(items), *json.loads(response)["output"]])
+                turn = [*json.loads(items), *json.loads(response)["output"]]
+                turns.append([item for item in turn if _is_whole(item)])
+                num_items += len(turns[-1])
+                if num_items > most_items:
+                    fix = (
+                        f"a conversation may have {MOST_MESSAGES} items, and with those of input "
+                        "this one has more: leave it out, and give the last of them in input"
+                    )
+                    raise UserError("", fix=fix)
                 next_id = previous
-        found = [item for turn in reversed(turns) for item in turn]
-        return [
-            item
-            for item in found
-            if item["type"] != "function_call" or item["status"] == "completed"
-        ]
+        return [item for turn in reversed(turns) for item in turn]
 
     def delete(self, owner: str, response_id: str) -> None:
         """Forget a response. Raises UserError as `response`."""
@@ -130,3 +137,29 @@ class ResponseStore:
     def _remove(self, response_id: str, num_bytes: int) -> None:
         self._database.execute("DELETE FROM responses WHERE id = ?", (response_id,))
         self._num_bytes -= num_bytes
+
+
+def earlier_items(
+    store: ResponseStore, owner: str, previous_id: str, num_new_items: int
+) -> list[Item]:
+    """Return the items of a stored conversation for a body with this `previous_response_id` and
+    `num_new_items` items of its own.
+
+    Raises UserError about this field if the conversation is not stored or cannot be continued.
+    """
+    field = "previous_response_id"
+    try:
+        most_items = MOST_MESSAGES - num_new_items
+        found = store.conversation(owner, previous_id, most_items)
+        return read_items(found)
+    except UserError as error:
+        if error.code is not None:
+            message, code = str(error), "previous_response_not_found"
+            raise UserError(field, previous_id, message=message, code=code) from error
+        wrong = error.renamed(f"{field}.{error.field}" if error.field else field)
+        message = f"the stored conversation cannot be continued: {wrong}"
+        raise UserError(field, previous_id, message=message) from error
+
+
+def _is_whole(item: Json) -> bool:
+    return bool(item["type"] != "function_call" or item["status"] == "completed")

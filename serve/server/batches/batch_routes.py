@@ -49,7 +49,7 @@ class BatchBody(Body):
     input_file_id: str
     endpoint: str
     completion_window: str
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(fail_fast=True)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
 
@@ -111,6 +111,7 @@ def _new_batch(body: BatchBody, owner: str, endpoints: Sequence[str]) -> NewBatc
     if body.endpoint not in endpoints:
         allowed = " or ".join(f'"{endpoint}"' for endpoint in endpoints)
         raise UserError("endpoint", body.endpoint, allowed)
+    require_unicode("input_file_id", body.input_file_id)
     for key, value in (body.metadata or {}).items():
         require_unicode("metadata", key)
         require_unicode("metadata", value)

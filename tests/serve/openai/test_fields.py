@@ -11,8 +11,17 @@ from serve.openai import fields
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import TextCompletions
 from serve.openai.embeddings import Embeddings
-from serve.openai.schemas import ChatBody, CompletionBody, EmbeddingBody, read_body
+from serve.openai.responses.body import ResponseBody
+from serve.openai.responses.items import Item
+from serve.openai.schemas import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    RequestBody,
+    read_body,
+)
 from serve.prompts import RequestBuilder
+from serve.server.batches.batch_routes import BatchBody
 from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
 
@@ -184,6 +193,39 @@ def test_the_documentation_names_every_field():
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
     for name in {*fields.HARMLESS, *fields.CHAT_NEUTRAL, *fields.TEXT_NEUTRAL}:
         assert f"`{name}`" in text, name
+
+
+def test_validation_of_any_body_stops_at_the_first_error():
+    """Otherwise pydantic builds an error for each of a million wrong elements."""
+    bodies, left = [RequestBody, ResponseBody, BatchBody, *Item.__subclasses__()], []
+    while bodies:
+        body = bodies.pop()
+        bodies += body.__subclasses__()
+        left.append((body.__name__, body.__pydantic_core_schema__))
+    seen = set()
+    while left:
+        name, part = left.pop()
+        if isinstance(part, dict):
+            kind = part.get("type")
+            elements = part.get("items_schema" if kind == "list" else "values_schema", {})
+            if kind in ("list", "dict") and elements.get("type", "any") != "any":
+                assert part.get("fail_fast"), f"{name}: {part}"
+                seen.add(kind)
+            name = part.get("cls", name) if kind == "model" else name
+            left += [(name, value) for value in part.values()]
+        elif isinstance(part, list | tuple):
+            left += [(name, value) for value in part]
+    assert seen == {"list", "dict"}
+
+
+def test_parts_and_calls_of_all_messages_together_are_few():
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "5"}}
+    for name, element, most in (("content", 5, 8192), ("tool_calls", call, 1024)):
+        messages = 64 * [{"role": "assistant", name: 200 * [element]}]
+        for many in (messages, 20 * messages):
+            with pytest.raises(UserError, match=f"messages of at most {most} ") as found:
+                read_body(ChatBody, {"messages": many})
+            assert found.value.field == "messages"
 
 
 def test_embeddings_have_the_salt_of_their_tenant(code_tokenizer):

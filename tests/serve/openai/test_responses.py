@@ -14,7 +14,7 @@ from serve.completion import Completion
 from serve.openai.chat import ChatCompletions
 from serve.openai.responses.body import ResponseBody
 from serve.openai.responses.endpoint import Responses
-from serve.openai.responses.store import ResponseStore
+from serve.openai.responses.store import ResponseStore, earlier_items
 from serve.openai.schemas import ChatBody, read_body
 from serve.prompts import RequestBuilder
 from serve.request import TokenLogprobs
@@ -158,6 +158,23 @@ def test_bodies_ask_for_the_same_as_chats(responses, chats):
         ({"max_output_tokens": -1}, "max_output_tokens", "a whole number >= 0"),
         ({"metadata": {"a": "x" * 600}}, "metadata", "at most 16 texts"),
         ({"stream_options": {}}, "stream_options", "it needs stream=true"),
+        ({"stop_token_ids": [5] * 1000}, "stop_token_ids", "elements"),
+        ({"logit_bias": {str(i): 1.0 for i in range(5000)}}, "logit_bias", "at most 4096"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "x", "output": 5}]},
+            "input.0.output",
+            "a string or a list of text parts",
+        ),
+        (
+            {
+                "input": [
+                    {"type": "function_call_output", "call_id": "x", "output": [5] * 100}
+                    for _ in range(100)
+                ]
+            },
+            "input",
+            "items of at most 8192 parts together, not 10000",
+        ),
         ({"inptu": 5}, "inptu", "did you mean"),
     ],
 )
@@ -363,4 +380,27 @@ def test_calls_that_were_cut_off_are_no_part_of_the_conversation():
     store = ResponseStore(None, 3000)
     store.add("me", *stored(0, status="incomplete"))
     assert [item["id"] for item in store.conversation("me", "resp_0")] == ["msg_in0"]
+    store.close()
+
+
+def test_stored_conversations_that_cannot_be_continued(database):
+    store = ResponseStore(database, 10**6)
+    user = {"type": "message", "role": "user", "content": "x", "id": "m", "status": "completed"}
+    call = {"type": "function_call", **CALL, "id": "fc", "status": "completed"}
+    for name, items, output in (
+        ("whole", 1023 * [user], call),
+        ("long", 1024 * [user], call),
+        ("broken", [user], {**call, "arguments": '{"a": '}),
+    ):
+        store.add("me", {"id": name, "previous_response_id": None, "output": [output]}, items)
+    assert len(earlier_items(store, "me", "whole", 0)) == 1024
+    for name, num_new_items, message, code in (
+        ("whole", 1, "a conversation may have 1024 items", None),
+        ("long", 0, "a conversation may have 1024 items", None),
+        ("broken", 1, "1.arguments=.* a JSON object", None),
+        ("none", 1, "no stored response", "previous_response_not_found"),
+    ):
+        with pytest.raises(UserError, match=message) as found:
+            earlier_items(store, "me", name, num_new_items)
+        assert (found.value.field, found.value.code) == ("previous_response_id", code)
     store.close()

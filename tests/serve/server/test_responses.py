@@ -199,6 +199,7 @@ def test_tools_and_their_results(client):
         ),
         ({"tools": [{**TOOL, "parameters": {"not": {}}}]}, "tools"),
         ({"input": [{"role": "user", "content": "\ud800"}]}, "input"),
+        ({"previous_response_id": "\ud800"}, "previous_response_id"),
         ({"model": "other"}, "model"),
     ],
 )
