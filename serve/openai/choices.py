@@ -142,7 +142,8 @@ class ChatChoiceWriter:
             message["content"] = piece.text
         else:
             message |= self._with_calls(self._reader, piece)
-            if finish_reason == "stop" and self._reader.num_ended:
+            is_whole = self._reader.num_ended and not self._reader.has_open_call
+            if finish_reason == "stop" and is_whole:
                 finish_reason = "tool_calls"
         return {
             "index": self._index,

@@ -14,6 +14,8 @@ from stu.common.errors import UserError
 from stu.common.text import Json, require_unicode
 from stu.tokenizer import Tokenizer
 
+MOST_DEPTH = 200
+"""Limit of lists and objects within one another in a body: no schema of more can be followed."""
 BATCH_CREATED = 0
 """Time in the answers of a batch: rows are the same whenever a run began."""
 
@@ -62,7 +64,7 @@ class Endpoint(ABC, Generic[AnyBody]):
             UserError: A value is not allowed; it has the name that the field has in the body.
         """
         try:
-            _require_unicode(body)
+            _check_values(body)
             return self._requests(number, body)
         except UserError as error:
             raise self.in_client_names(error) from error
@@ -156,19 +158,24 @@ def usage(num_prompt_tokens: int, num_new_tokens: int) -> Json:
     }
 
 
-def _require_unicode(body: RequestBody) -> None:
-    """Raise UserError for a string that UTF-8 cannot hold."""
+def _check_values(body: RequestBody) -> None:
+    """Raise UserError for a string that UTF-8 cannot hold, and for deeply nested values."""
     for name, value in body:
-        values = (
-            [] if name in ("prompt", "input") else [value]
-        )  # these are checked as they are encoded
+        depth = 0
+        # Prompts and inputs are checked as they are encoded.
+        values = [] if name in ("prompt", "input") else [value]
         while values:
-            value = values.pop()
-            if isinstance(value, str):
-                require_unicode(name, value)
-            elif isinstance(value, list):
-                values += value
-            elif isinstance(value, dict):
-                values += [*value, *value.values()]
-            elif isinstance(value, BaseModel):
-                values += [part for _, part in value]
+            if depth > MOST_DEPTH:
+                raise UserError(name, fix=f"it is nested more than {MOST_DEPTH} levels deep")
+            depth += 1
+            inner: list[Any] = []
+            for value in values:
+                if isinstance(value, str):
+                    require_unicode(name, value)
+                elif isinstance(value, list):
+                    inner += value
+                elif isinstance(value, dict):
+                    inner += [*value, *value.values()]
+                elif isinstance(value, BaseModel):
+                    inner += [part for _, part in value]
+            values = inner

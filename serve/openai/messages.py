@@ -9,6 +9,7 @@ from serve.openai.errors import located
 from serve.openai.fields import CALL_HARMLESS, MESSAGE_HARMLESS, MESSAGE_NEUTRAL, PART_HARMLESS
 from serve.openai.tools.choice import MOST_TOOLS, NAME, NAME_ALLOWED
 from serve.openai.tools.rendering import read_arguments
+from serve.sampling.tool_grammar import allows_only_objects
 from stu.common.errors import UNSET, UserError
 from stu.common.text import Json
 
@@ -28,9 +29,12 @@ class Function(Body):
     strict: bool | None = None
 
     @model_validator(mode="after")
-    def _check_name(self) -> "Function":
+    def _check(self) -> "Function":
         if not NAME.fullmatch(self.name):
             raise located(UserError("name", self.name, NAME_ALLOWED))
+        if self.parameters and not allows_only_objects(self.parameters):
+            allowed = 'a schema of objects, as arguments are one: give it "type": "object"'
+            raise located(UserError("parameters", UNSET, allowed))
         return self
 
 

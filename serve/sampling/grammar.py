@@ -19,7 +19,7 @@ from torch import Tensor
 
 from serve.sampling.json_schema import Node, children, prepare, target
 from serve.sampling.schema_rewrites import Schema
-from serve.sampling.tool_grammar import schemas_of, tool_grammar, wrong_parameters
+from serve.sampling.tool_grammar import schemas_of, text_of, tool_grammar, wrong_parameters
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
 from stu.common.text import require_unicode
@@ -104,7 +104,7 @@ class Grammars:
             if kind == "json_schema":
                 reason = f"at {_place(schema, reason)}, {reason}"
             elif kind == "tools":
-                _refuse_parameters(source)
+                _refuse_part(source)
             raise _refused(kind, reason)
         # A well-formed constraint may still allow no text at all, or exceed the limits.
         self._allowed(GrammarMatcher(compiled.deep_copy()), constraint)
@@ -220,10 +220,18 @@ def _json_grammar(schema: Schema) -> str:
         raise _refused("json_schema", error) from error
 
 
-def _refuse_parameters(source: str) -> None:
-    """Raise UserError that names the first of the tools whose parameters cannot be followed."""
+def _refuse_part(source: str) -> None:
+    """Raise UserError for the first schema of tools that cannot be followed: that of answers
+    without calls, or the parameters of a tool."""
+    text = text_of(source)
+    if text is not None and (reason := _reason(_json_grammar(text))):
+        raise _refused("json_schema", f"at {_place(text, reason)}, {reason}")
     for name, schema in schemas_of(source):
-        if reason := _reason(_json_grammar(schema)):
+        try:
+            reason = _reason(_json_grammar(schema))
+        except UserError as error:
+            raise wrong_parameters(name, str(error)) from error
+        if reason:
             raise wrong_parameters(name, f"at {_place(schema, reason)}, {reason}")
 
 

@@ -10,10 +10,10 @@ unless a call is required; after a call, another one, or nothing.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from serve.sampling.json_schema import prepare
+from serve.sampling.json_schema import prepare, target
 from serve.sampling.schema_rewrites import Schema
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
@@ -24,6 +24,10 @@ BETWEEN = "\n"
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space in arguments: that of Python's JSON, in which templates write earlier calls."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+OF_TYPES = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
+"""Keywords that decide which types of values a schema allows."""
+MOST_STEPS = 50
+"""Limit of schemas within one another that are read to find the type of arguments."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class ToolAnswers:
 
 def tool_constraint(answers: ToolAnswers) -> Constraint:
     """Return the constraint to such answers."""
-    return Constraint("tools", json.dumps(asdict(answers)))
+    tools = [vars(tool) for tool in answers.tools]
+    return Constraint("tools", json.dumps({**vars(answers), "tools": tools}))
 
 
 def tool_grammar(source: str) -> str:
@@ -68,7 +73,7 @@ def tool_grammar(source: str) -> str:
         lines.append(f"start: {_text(BEGIN)} {calls}")
     elif values["text"] is not None:
         lines.append(f"start: text | {_text(BEGIN)} {calls}")
-        lines.append(f"text: %json {json.dumps(prepare(values['text']))}")
+        lines.append(f"text: %json {json.dumps(prepared_text(values['text']))}")
     else:
         # The lexeme `begin` ends with the first mark, so TEXT never has one.
         lines.append(f"start: TEXT | begin {calls}")
@@ -89,9 +94,65 @@ def schemas_of(source: str) -> list[tuple[str, Schema]]:
     return [(tool.name, prepared_parameters(tool)) for tool in tools]
 
 
+def text_of(source: str) -> Schema | None:
+    """Return the prepared schema of a constraint's answers without calls, or None for any text."""
+    text = json.loads(source)["text"]
+    return None if text is None else prepared_text(text)
+
+
 def may_follow_text(source: str) -> bool:
     """Return whether a constraint allows calls after text, which is then any text."""
     return json.loads(source)["text"] is None
+
+
+def allows_only_objects(parameters: Mapping[str, Any]) -> bool:
+    """Return whether all values of a schema are objects, as arguments are. A schema that says
+    nothing about types is taken for one of objects."""
+    return not _says_types(parameters) or _allows_only_objects(parameters, parameters, {}, 0)
+
+
+def _says_types(schema: Mapping[str, Any]) -> bool:
+    return any(schema.get(key) is not None for key in OF_TYPES)
+
+
+def _allows_only_objects(
+    schema: Any, root: Mapping[str, Any], known: dict[int, bool], depth: int
+) -> bool:
+    if not isinstance(schema, dict) or depth > MOST_STEPS:
+        return False
+    if id(schema) in known:
+        return known[id(schema)]
+    known[id(schema)] = False  # for schemas that lead to themselves
+
+    def of_listed(key: str) -> list[bool]:
+        listed = schema.get(key)
+        inner = listed if isinstance(listed, list) else []
+        return [_allows_only_objects(one, root, known, depth + 1) for one in inner]
+
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    found = False
+    if schema.get("type") is not None:
+        found = schema["type"] in ("object", ["object"])
+    elif isinstance(values, list):
+        found = all(isinstance(value, dict) for value in values)
+    elif "$ref" in schema:
+        found = _allows_only_objects(target(schema["$ref"], dict(root)), root, known, depth + 1)
+    known[id(schema)] = (
+        found
+        or any(of_listed("allOf"))
+        or any(branches and all(branches) for branches in map(of_listed, ("anyOf", "oneOf")))
+    )
+    return known[id(schema)]
+
+
+def prepared_text(schema: Any) -> Schema:
+    """Return the schema of an answer without calls as llguidance can follow it. As without tools,
+    there is no white space unless the schema's `x-guidance` allows it. Raises UserError."""
+    schema = {"anyOf": [schema]} if isinstance(schema, bool) else dict(schema)
+    own = schema.get("x-guidance", {})
+    if isinstance(own, dict):
+        schema["x-guidance"] = {"whitespace_flexible": False, **own}
+    return prepare(schema)
 
 
 def prepared_parameters(tool: CallableTool) -> Schema:
@@ -99,6 +160,8 @@ def prepared_parameters(tool: CallableTool) -> Schema:
     schema: Schema = json.loads(json.dumps(tool.parameters or NO_ARGUMENTS))
     if schema.get("properties") == {}:  # generators of schemas write so for no arguments
         schema = {**NO_ARGUMENTS, **schema}
+    if not _says_types(schema):
+        schema["type"] = "object"
     own = schema.get("x-guidance", {})
     if isinstance(own, dict):
         is_flexible = own.keys() & {"whitespace_flexible", "whitespace_pattern"}

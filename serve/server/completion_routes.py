@@ -186,7 +186,7 @@ def _prepare(
         try:
             served.grammars.check(constraint)
         except UserError as error:
-            field = endpoint.constraint_field(body, constraint.kind)
+            field = endpoint.constraint_field(body, error.field)
             raise UserError(field, constraint.source, message=str(error)) from error
     writers = endpoint.writers(body, requests)
     if not log_prompts:

@@ -74,7 +74,9 @@ class ResponseWriter:
         if not self.response["output"]:
             events += self._begin_message()
         status: Status = "incomplete" if is_cut_off else "completed"
-        events += self._close(status)
+        # A stop string or token may end a call, which is then no call that a client could run.
+        is_call = self._reader is not None and self._reader.has_open_call
+        events += self._close("incomplete" if is_call else status)
         self.response |= {"status": status, "usage": response_usage(usage)}
         if is_cut_off:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}

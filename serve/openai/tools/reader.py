@@ -46,6 +46,11 @@ class CallReader:
         self.num_ended = 0
         """Number of calls that are complete."""
 
+    @property
+    def has_open_call(self) -> bool:
+        """Whether the arguments of the last call are not complete."""
+        return self._place == "arguments"
+
     def read(self, text: str, is_last: bool) -> list[Part]:
         """Return the parts that are certain once `text` is appended, empty ones left out.
 

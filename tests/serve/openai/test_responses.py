@@ -271,6 +271,17 @@ def test_events_add_up_to_the_response(responses, text, reason, fields):
         assert whole["output"][0]["content"][0]["text"] == "Let me see."
 
 
+def test_a_call_that_a_stop_string_cuts_is_incomplete(responses):
+    _, response = write(responses, ANSWER[:-20], Random(0), tools=[TOOL])
+    statuses = [item["status"] for item in response["output"]]
+    assert statuses == ["completed", "completed", "incomplete"]
+    assert response["status"] == "completed"
+    store = ResponseStore(None, 10_000)
+    store.add("me", response, [])
+    assert len(store.conversation("me", response["id"])) == 2
+    store.close()
+
+
 def test_log_probabilities_are_in_events_and_the_response(responses):
     logprobs = [TokenLogprobs(70, -0.5, {70: -0.5, 71: -1.0}, 1)]
     fields = {"include": [LOGPROBS], "top_logprobs": 2}

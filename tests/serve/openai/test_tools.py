@@ -232,6 +232,65 @@ def test_answers_without_calls_and_cut_off_ones(chats):
         assert bool(calls) == (arguments is not None)
 
 
+def test_a_call_that_a_stop_string_cuts_is_no_call_to_run(chats):
+    body = read_body(ChatBody, ASKED)
+    (request,) = chats.requests(0, body)
+    second = ANSWER.index('{"name": "now"')
+    for end, reason in ((second + 30, "stop"), (second - 1, "tool_calls"), (None, "tool_calls")):
+        (writer,) = chats.writers(body, [request])
+        choice = writer.write(completion(ANSWER[:end], "stop"))
+        assert choice["finish_reason"] == reason
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": 17}'
+
+
+OBJECT = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "is_allowed"),
+    [
+        ({}, True),
+        ({"properties": {"a": {"type": "integer"}}}, True),
+        ({"type": ["object"]}, True),
+        ({"$ref": "#/$defs/a", "$defs": {"a": OBJECT}}, True),
+        ({"anyOf": [OBJECT, {"enum": [{"a": 1}]}]}, True),
+        ({"allOf": [{"description": "x"}, OBJECT]}, True),
+        ({"type": "array"}, False),
+        ({"type": "integer"}, False),
+        ({"type": ["object", "null"]}, False),
+        ({"enum": [1]}, False),
+        ({"const": "x"}, False),
+        ({"anyOf": [OBJECT, {"type": "null"}]}, False),
+        ({"oneOf": []}, False),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": 99 * [{"$ref": "#/$defs/a"}]}}}, False),
+    ],
+)
+def test_parameters_are_objects(chats, parameters, is_allowed):
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    if is_allowed:
+        assert requests(chats, tools=tools)
+        return
+    with pytest.raises(UserError, match="a schema of objects") as found:
+        requests(chats, tools=tools)
+    assert found.value.field == "tools.1.function.parameters"
+
+
+def test_schemas_that_are_nested_too_deeply_are_refused(chats):
+    schema = OBJECT
+    for _ in range(300):
+        schema = {**OBJECT, "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for field, value in (
+        ("tools", [tool]),
+        ("response_format", {"type": "json_object", "schema": schema}),
+        ("guided_json", schema),
+        ("chat_template_kwargs", schema),
+    ):
+        with pytest.raises(UserError, match="nested more than 200 levels") as found:
+            requests(chats, **{field: value})
+        assert found.value.field == field
+
+
 def test_ids_of_calls_differ_between_turns(chats):
     body = read_body(ChatBody, {**ASKED, "seed": 1})
     (request,) = chats.requests(0, body)

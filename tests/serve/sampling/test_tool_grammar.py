@@ -130,6 +130,52 @@ def test_an_answer_is_calls_or_follows_a_schema(grammars, code_tokenizer):
     assert kinds == {True, False}
 
 
+def test_white_space_of_answers_without_calls(grammars, code_tokenizer):
+    """As without tools: none unless the schema allows it."""
+    schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}
+    for guidance, is_allowed in (
+        (None, False),
+        ({"whitespace_pattern": " ?"}, True),
+        ({"whitespace_flexible": True}, True),
+    ):
+        text = schema if guidance is None else {**schema, "x-guidance": guidance}
+        matcher = grammars.matcher(tool_constraint(ToolAnswers(TOOLS, False, True, text)))
+        tokens = code_tokenizer.encode("[true, false]")
+        assert (matcher.num_allowed(tokens) == len(tokens)) == is_allowed
+        tokens = code_tokenizer.encode("[true,false]")
+        assert matcher.num_allowed(tokens) == len(tokens)
+
+
+def test_errors_of_tools_and_of_the_text_beside_them_are_told_apart(grammars):
+    deep = {"type": "object"}
+    for _ in range(90):
+        deep = {"type": "object", "properties": {"a": deep}}
+    for wrong in (
+        {"type": "object", "properties": {"a": {"not": {}}}},
+        {"type": "object", "properties": {"a": {"type": "what"}}},
+        deep,
+    ):
+        for tools, text, field in (
+            (TOOLS, wrong, "json_schema"),
+            ([CallableTool("wrong", wrong, True)], {"type": "object"}, "tools"),
+            ([CallableTool("wrong", wrong, True)], None, "tools"),
+        ):
+            with pytest.raises(UserError) as found:
+                grammars.check(tool_constraint(ToolAnswers(tools, False, True, text)))
+            assert found.value.field == field
+            assert ('the tool "wrong"' in str(found.value)) == (field == "tools")
+
+
+def test_parameters_without_a_type_are_objects(grammars, code_tokenizer):
+    tools = [CallableTool("f", {"properties": {"a": {"type": "null"}}}, True)]
+    matcher = grammars.matcher(tool_constraint(ToolAnswers(tools, True, False)))
+    for token in code_tokenizer.encode(BEGIN + '\n{"name": "f", "arguments": '):
+        matcher.append(token)
+    for text, is_allowed in (('{"a": null}', True), ("5", False), ("null", False)):
+        tokens = code_tokenizer.encode(text)
+        assert (matcher.num_allowed(tokens) == len(tokens)) == is_allowed
+
+
 def test_answers_that_are_cut_off(grammars):
     call = '<tool_call>\n{"name": "now", "arguments": {"a": {}}}\n</tool_call>'
     rng = Random(3)

@@ -198,6 +198,13 @@ def test_tools_and_their_results(client):
             "text.format",
         ),
         ({"tools": [{**TOOL, "parameters": {"not": {}}}]}, "tools"),
+        (
+            {
+                "tools": [TOOL],
+                "text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}},
+            },
+            "text.format",
+        ),
         ({"input": [{"role": "user", "content": "\ud800"}]}, "input"),
         ({"previous_response_id": "\ud800"}, "previous_response_id"),
         ({"model": "other"}, "model"),
