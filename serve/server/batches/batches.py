@@ -4,8 +4,9 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from serve.server.batches.store import Store
 from serve.server.batches.table import BatchTable, NewBatch
 from serve.server.batches.validation import validate
 from serve.server.batches.window import Window
+from stu.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,13 @@ UNANSWERED = {
     "finalizing": ("batch_expired", "the batch expired before this request had ended"),
 }
 """Codes and messages of rows without an answer, by the status of their batch."""
+LOST = {
+    "code": "input_file_lost",
+    "line": None,
+    "message": "the input file is no longer in the server's folder: upload it again",
+    "param": "input_file_id",
+}
+"""Error of a batch whose input file was removed from the disk."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,11 @@ class Batches:
         """An event for each batch that has not ended, by number."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        # Not the threads of the event loop, on which all other requests rely.
+        self._checks = ThreadPoolExecutor(1, "batch-checks")
+        self._readers = ThreadPoolExecutor(1, "batch-readers")
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """For each owner one, so that owners take turns at checks."""
         self.num_results: Counter[bool] = Counter()
         """Results written since the server started, by whether they are errors."""
 
@@ -82,6 +96,8 @@ class Batches:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for threads in (self._checks, self._readers):
+            threads.shutdown()
         self._store.close()
 
     async def create(self, new: NewBatch) -> sqlite3.Row:
@@ -122,7 +138,9 @@ class Batches:
         while True:
             try:
                 row = await progress.row()
-                if row["status"] == "validating":
+                if self._is_lost(row):
+                    await progress.lose([LOST])
+                elif row["status"] == "validating":
                     await self._validate(progress, row)
                 elif row["status"] == "in_progress":
                     await self._decode(progress, row)
@@ -139,14 +157,16 @@ class Batches:
 
     async def _validate(self, progress: Progress, row: sqlite3.Row) -> None:
         cancelled = self._cancelled[row["number"]]
-        num_rows, errors = await asyncio.to_thread(
-            validate,
-            self.files.path(row["input_file_id"]),
-            row["endpoint"],
-            self.limits.rows,
-            self.limits.line_bytes,
-            lambda: not (self._is_stopping or cancelled.is_set()),
-        )
+        async with self._turns[row["owner"]]:
+            num_rows, errors = await asyncio.get_running_loop().run_in_executor(
+                self._checks,
+                validate,
+                self.files.path(row["input_file_id"]),
+                row["endpoint"],
+                self.limits.rows,
+                self.limits.line_bytes,
+                lambda: not (self._is_stopping or cancelled.is_set()),
+            )
         # Neither changes a batch that was cancelled, whose file may not have been read to its end.
         if errors:
             await progress.fail(errors)
@@ -178,7 +198,10 @@ class Batches:
             code, message = UNANSWERED[row["status"]]
             async with self._rows(progress, row) as rows:
                 async for line in rows.read():
-                    custom_id = line.value()["custom_id"]
+                    try:
+                        custom_id = line.row()["custom_id"]
+                    except UserError:
+                        custom_id = ""
                     result = unanswered(custom_id, new_request_id(), code, message, line.place.line)
                     await rows.add(result)
                 await rows.written()
@@ -190,7 +213,13 @@ class Batches:
             self.files.path(row["input_file_id"]),
             Place(row["next_line"], row["next_offset"]),
         )
-        return Rows(progress, path, place, self.limits.line_bytes, self._count)
+        return Rows(progress, path, place, self.limits.line_bytes, self._readers, self._count)
+
+    def _is_lost(self, row: sqlite3.Row) -> bool:
+        """Return whether the input of a batch is needed, and somebody has removed it."""
+        is_ending = row["status"] in UNANSWERED and row["in_progress_at"] is not None
+        is_needed = row["status"] in ("validating", "in_progress") or is_ending
+        return is_needed and not self.files.path(row["input_file_id"]).exists()
 
     def _count(self, results: Sequence[Result]) -> None:
         self.num_results.update(result.is_error for result in results)

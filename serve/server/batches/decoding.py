@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from serve.openai.errors import user_error_body
-from serve.server.batches.lines import Line, answered
+from serve.server.batches.lines import Line, answered, unanswered
 from serve.server.batches.progress import Result
 from serve.server.batches.rows import Rows
 from serve.server.batches.window import Window
@@ -88,8 +88,13 @@ class Decoding:
             self._failure = self._failure or task.exception()
 
     async def _decode(self, line: Line) -> None:
-        row = line.value()
-        await self._rows.add(await self._result(row, line.place.line))
+        try:
+            row = line.row()
+        except UserError as error:
+            values = "", new_request_id(), error.code or "", str(error), line.place.line
+            await self._rows.add(unanswered(*values))
+        else:
+            await self._rows.add(await self._result(row, line.place.line))
 
     async def _result(self, row: Json, line: int) -> Result:
         body = row["body"]

@@ -6,6 +6,8 @@ Statuses follow one another as with OpenAI:
     validating -> in_progress -> finalizing -> completed or expired
     validating or in_progress -> cancelling -> cancelled
 
+A batch whose input file was removed from the disk fails, whatever its status was.
+
 The results of rows are appended to the two files of a batch. The database knows how many bytes of
 these count: what a killed server wrote beyond them is cut off before anything else is written.
 """
@@ -82,6 +84,16 @@ class Progress:
         """End the batch because its input is not valid, unless it was cancelled."""
         await self._change("validating", "failed", errors=json.dumps(errors))
 
+    async def lose(self, errors: Sequence[Json]) -> None:
+        """End the batch with the results that it has, because its input file is lost."""
+
+        def work(db: sqlite3.Connection) -> None:
+            row = self._row(db)
+            self._publish(db, row)
+            self._set_status(db, row["status"], "failed", {"errors": json.dumps(errors)})
+
+        await self._store.run(work)
+
     async def finalize(self, ends_as: Ending) -> None:
         """Decode no more rows, unless the batch was cancelled."""
         await self._change("in_progress", "finalizing", ends_as=ends_as)
@@ -143,22 +155,28 @@ class Progress:
         def work(db: sqlite3.Connection) -> None:
             row = self._row(db)
             assert row["completed"] + row["failed"] == row["total"]
-            for kind in ("output", "error"):
-                file_id, size = row[f"{kind}_id"], row[f"{kind}_bytes"]
-                path = self._store.path(file_id)
-                if size == 0:
-                    path.unlink(missing_ok=True)
-                    continue
+            self._publish(db, row)
+            status = "cancelled" if row["status"] == "cancelling" else row["ends_as"]
+            self._set_status(db, row["status"], status, {})
+
+        await self._store.run(work)
+
+    def _publish(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
+        """Let the client find the files with the results of a batch that ends."""
+        for kind in ("output", "error"):
+            file_id, size = row[f"{kind}_id"], row[f"{kind}_bytes"]
+            path = self._store.path(file_id)
+            if size == 0:
+                path.unlink(missing_ok=True)
+            elif path.exists():
                 os.truncate(path, size)
                 filename = f"{row['id']}_{kind}.jsonl"
                 seconds = row["results_seconds"]
                 new = NewFile(file_id, row["owner"], "batch_output", filename, size, seconds)
                 new.insert(db)
-            status = "cancelled" if row["status"] == "cancelling" else row["ends_as"]
-            self._set_status(db, row["status"], status, {})
-            db.execute("DELETE FROM done WHERE batch = ?", [self._number])
-
-        await self._store.run(work)
+            else:  # somebody has removed it
+                self._set(db, {f"{kind}_bytes": 0})
+        db.execute("DELETE FROM done WHERE batch = ?", [self._number])
 
     def _append(self, row: sqlite3.Row, kind: str, lines: Sequence[bytes]) -> int:
         """Append lines to a file of results, and return its size."""
@@ -199,7 +217,7 @@ class Progress:
 
 def batch_object(row: sqlite3.Row) -> Json:
     """Return a batch as OpenAI's object."""
-    has_ended = row["status"] in ("completed", "expired", "cancelled")
+    has_ended = row["status"] in ("completed", "failed", "expired", "cancelled")
     found = None if row["errors"] is None else json.loads(row["errors"])
     tokens = row["input_tokens"], row["output_tokens"]
     return {

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +32,7 @@ class Rows:
         path: Its input file.
         place: The first row without a result.
         most_line_bytes: Limit of a line.
+        readers: Threads that read the file; by default those of the event loop.
         count: Called with results that have been written.
     """
 
@@ -40,10 +42,11 @@ class Rows:
         path: Path,
         place: Place,
         most_line_bytes: int,
+        readers: Executor | None = None,
         count: Callable[[Sequence[Result]], None] = lambda results: None,
     ) -> None:
         self._progress, self._path, self._most_line_bytes = progress, path, most_line_bytes
-        self._count = count
+        self._readers, self._count = readers, count
         self._unread = place
         self._read: dict[int, Place] = {}
         """Rows that were read and whose result is not written, by line, in the file's order."""
@@ -70,8 +73,9 @@ class Rows:
 
     async def read(self) -> AsyncIterator[Line]:
         """Yield the rows in the order of the file."""
-        while lines := await asyncio.to_thread(
-            read_chunk, self._path, self._unread, self._most_line_bytes
+        loop = asyncio.get_running_loop()
+        while lines := await loop.run_in_executor(
+            self._readers, read_chunk, self._path, self._unread, self._most_line_bytes
         ):
             first, last = lines[0], lines[-1]
             done = await self._progress.done(first.place.line, last.place.line)

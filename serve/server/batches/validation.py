@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from serve.server.batches.lines import Line, read_lines
+from serve.server.batches.lines import INVALID_JSON, Line, read_lines
 from serve.server.batches.progress import Place
 from stu.common.errors import UserError, show
 from stu.common.text import Json, nearest, require_unicode
@@ -37,17 +37,22 @@ def validate(
     for line in read_lines(path, Place(1, 0), most_line_bytes):
         if not is_wanted():
             break
-        num_rows += 1
+        num_rows += not line.is_blank
+        num_blank = line.place.line - num_rows
         try:
             if num_rows > most_rows:
                 _refuse("too_many_rows", f"a batch may have {most_rows} rows: divide the file")
+            if num_blank > most_rows:
+                _refuse("too_many_rows", f"a file may have {most_rows} blank lines: remove them")
+            if line.is_blank:
+                continue
             ids.add(_custom_id(line, endpoint, most_line_bytes), line.place.line)
         except UserError as error:
             errors.append(_object(error, line.place.line))
-            if num_rows > most_rows or len(errors) == MOST_ERRORS:
+            if max(num_rows, num_blank) > most_rows or len(errors) == MOST_ERRORS:
                 break
     ids.close()
-    if num_rows == 0:
+    if num_rows == 0 and not errors:
         message = "the file is empty: give a line of JSON for each request"
         errors.append(_object(UserError("", message=message, code="empty_file"), None))
     return num_rows, errors
@@ -88,12 +93,9 @@ def _custom_id(line: Line, endpoint: str, most_line_bytes: int) -> str:
         _refuse(
             "line_too_long", f"{length} bytes are not allowed: a line may have {most_line_bytes}"
         )
-    try:
-        row = line.value()
-    except (ValueError, RecursionError) as error:
-        _refuse("invalid_json_line", f"the line is not JSON in UTF-8: {error}")
+    row = line.value()
     if not isinstance(row, dict):
-        _refuse("invalid_json_line", f"the line must be a JSON object, not {show(row)}")
+        _refuse(INVALID_JSON, f"the line must be a JSON object, not {show(row)}")
     for name in FIELDS:
         if row.get(name) is None:
             message = f"field {show(name)} is missing: a row has {', '.join(FIELDS)}"

@@ -1,0 +1,137 @@
+"""Batches that run in a folder, without a server: what one owner cannot do to the others."""
+
+import asyncio
+import json
+import sys
+import threading
+
+import pytest
+
+from serve.server.batches.batches import Batches, Limits
+from serve.server.batches.files import NewFile
+from serve.server.batches.lines import Line
+from serve.server.batches.progress import Place
+from serve.server.batches.table import NewBatch
+from serve.server.batches.validation import validate
+from stu.common.errors import UserError
+from tests.serve.server.batches.views import URL, make_row
+
+pytestmark = pytest.mark.anyio
+LIMITS = Limits(2**30, 2**31, rows=100, line_bytes=2**20, rows_at_once=4)
+
+
+async def answered(request):
+    return 200, b"{}"
+
+
+@pytest.fixture
+async def batches(tmp_path):
+    batches = Batches(tmp_path / "b", LIMITS)
+    await batches.start(answered)
+    yield batches
+    await batches.stop()
+
+
+async def add(batches, content, owner=""):
+    """The number of a batch of a file."""
+    file_id = f"file-{owner}-{len(content)}"
+    batches.files.path(file_id).write_bytes(content)
+    await batches.files.add(NewFile(file_id, owner, "batch", "a", len(content), 100))
+    row = await batches.create(NewBatch(owner, URL, file_id, "24h", 100, 100, None))
+    return row["number"]
+
+
+async def ended(batches, number):
+    async def wait():
+        while (row := await batches.table.get(number))["status"] not in ("completed", "failed"):
+            await asyncio.sleep(0.01)
+        return row
+
+    return await asyncio.wait_for(wait(), 10)
+
+
+def line_of(text):
+    return Line(Place(1, 0), text.encode(), Place(2, len(text)))
+
+
+def nested(levels):
+    """A row with so many levels."""
+    row = json.dumps({**make_row(0), "body": {"x": None}})
+    return row.replace("null", "[" * (levels - 2) + "]" * (levels - 2))
+
+
+def test_rows_have_a_limit_of_levels(tmp_path):
+    assert line_of(nested(200)).row()["custom_id"] == "row 0"
+    for levels in (201, 900, 100_000):
+        (tmp_path / "a").write_text(nested(levels))
+        (error,) = validate(tmp_path / "a", URL, 5, 2**20, lambda: True)[1]
+        assert error["code"] == "invalid_json_line", levels
+    flat = json.dumps({**make_row(0), "body": {"x": [[1]] * 300}})
+    assert len(line_of(flat).row()["body"]["x"]) == 300
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", '{"custom_id": 3, "body": {}}', '{"custom_id": "a"}'])
+def test_a_line_that_has_changed_is_no_row(text):
+    with pytest.raises(UserError):
+        line_of(text).row()
+
+
+async def test_a_row_that_cannot_be_read_has_an_error(batches, monkeypatch):
+    """As one had that was checked before rows had a limit of levels."""
+    monkeypatch.setattr("serve.server.batches.batches.validate", lambda *_: (2, []))
+    deep = nested(sys.getrecursionlimit() * 2)
+    content = f"{deep}\n{json.dumps(make_row(1))}\n".encode()
+    row = await ended(batches, await add(batches, content))
+    assert (row["status"], row["completed"], row["failed"]) == ("completed", 1, 1)
+    error = json.loads(batches.files.path(row["error_id"]).read_text())
+    assert (error["custom_id"], error["error"]["code"]) == ("", "invalid_json_line")
+
+
+async def test_blank_lines_have_a_limit_and_checks_end_among_them(tmp_path):
+    (tmp_path / "a").write_bytes(b"\n" * 100_000)
+    asked = []
+    _, (error,) = validate(tmp_path / "a", URL, 100, 2**20, lambda: asked.append(1) or True)
+    assert (error["code"], error["line"], len(asked)) == ("too_many_rows", 101, 101)
+    row = json.dumps(make_row(0)).encode()
+    (tmp_path / "a").write_bytes(b"\n" * 100 + row)
+    assert validate(tmp_path / "a", URL, 100, 2**20, lambda: True) == (1, [])
+    _, errors = validate(tmp_path / "a", URL, 100, 2**20, lambda: False)
+    assert [error["code"] for error in errors] == ["empty_file"]
+
+
+async def test_checks_take_no_threads_of_others_and_owners_take_turns(batches, monkeypatch):
+    go_on, checked = threading.Event(), []
+
+    def check(path, *_):
+        assert go_on.wait(10)
+        checked.append(path.name)
+        return 0, [{}]
+
+    monkeypatch.setattr("serve.server.batches.batches.validate", check)
+    numbers = [await add(batches, b"\n" * size, "many") for size in range(1, 11)]
+    numbers.append(await add(batches, b"\n", "one"))
+    numbers += [await add(batches, b"\n", f"other {number}") for number in range(40)]
+    assert await asyncio.wait_for(asyncio.to_thread(lambda: 3), 5) == 3
+    go_on.set()
+    for number in numbers:
+        assert (await ended(batches, number))["status"] == "failed"
+    assert checked.index("file-one-1") <= 2
+
+
+@pytest.mark.parametrize("status", ["validating", "in_progress", "finalizing"])
+async def test_a_batch_whose_input_was_removed_fails(tmp_path, status):
+    batches = Batches(tmp_path / "b", LIMITS)
+    content = b"".join(json.dumps(make_row(number)).encode() + b"\n" for number in range(3))
+    batches._begin = lambda number: None  # as if the server had ended at once
+    number = await add(batches, content)
+    with batches._store._connection as db:
+        times = {"validating": None}.get(status, 1)
+        query = "UPDATE batches SET status = ?, in_progress_at = ?, ends_as = 'expired', total = 3"
+        db.execute(query, [status, times])
+    del batches._begin
+    (tmp_path / "b" / "files" / f"file--{len(content)}").unlink()
+    await batches.start(answered)
+    row = await ended(batches, number)
+    assert (row["status"], json.loads(row["errors"])[0]["code"]) == ("failed", "input_file_lost")
+    assert batches.num_unfinished == 0
+    await batches.stop()
