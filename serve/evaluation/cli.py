@@ -53,6 +53,8 @@ def evaluate(path: Path, config: EvalConfig) -> None:
     if config.output is not None and not config.output.parent.is_dir():
         message = f"output {config.output}: there is no folder {config.output.parent}"
         raise UserError("output", message=f"{message}; create it first")
+    if config.output is not None and config.output.is_dir():
+        raise UserError("output", config.output, "a file, and there is a folder with this name")
     import torch
 
     import stu

@@ -68,6 +68,8 @@ class ChatCompletions(Completions[ChatBody]):
         limit = self._limit(body)
         kept = self._truncation(body, self._default_new_tokens if limit is None else limit)
         if limit is None:
+            if body.truncate_prompt_tokens == -1 and len(prompt) < self._max_seq_len:
+                kept = None  # it has room, if less than by default
             num_prompt_tokens = len(prompt) if kept is None else min(len(prompt), kept)
             limit = min(self._default_new_tokens, max(1, self._max_seq_len - num_prompt_tokens))
         own = {

@@ -73,6 +73,10 @@ class Endpoint(ABC, Generic[AnyBody]):
         """Return an error of an engine's request with the name that the field has in a body."""
         return error.renamed(self.client_names.get(error.field, error.field))
 
+    def about_prompt(self, error: UserError, body: AnyBody, index: int) -> UserError:
+        """Return an error of the request of a prompt with the name that the field has in a body."""
+        return self.in_client_names(error)
+
     def constraint_field(self, body: AnyBody, kind: str) -> str:
         """Return the name of the field of a body that asks for a constraint of a kind."""
         return self.in_client_names(UserError(kind)).field

@@ -18,9 +18,12 @@ FIELDS = {
 
 
 def constraint_of(
-    response_format: dict[str, Any], json_whitespace: JsonWhitespace = "compact"
+    response_format: dict[str, Any],
+    json_whitespace: JsonWhitespace = "compact",
+    pattern: str | None = None,
 ) -> Constraint | None:
-    """Return the constraint that a `response_format` asks for, None for plain text.
+    """Return the constraint that a `response_format` asks for, None for plain text. White space in
+    JSON matches `pattern`, if it is given.
 
     It may be `{"type": "text"}`, `{"type": "json_object"}` with or without a `schema`,
     `{"type": "json_schema", "json_schema": {"name": .., "schema": {..}}}`, or
@@ -37,7 +40,7 @@ def constraint_of(
     if kind == "json_object":
         schema = response_format.get("schema")
         schema = {"type": "object"} if schema is None else schema
-        return json_constraint("response_format.schema", schema, json_whitespace)
+        return json_constraint("response_format.schema", schema, json_whitespace, pattern)
     if kind == "json_schema":
         named = response_format.get("json_schema")
         if not isinstance(named, dict) or named.get("schema") is None:
@@ -45,7 +48,7 @@ def constraint_of(
             raise UserError("response_format.json_schema", named, allowed)
         known = {"name", "description", "schema", "strict"}
         _require_known("response_format.json_schema", named, known)
-        return json_constraint("response_format.schema", named["schema"], json_whitespace)
+        return json_constraint("response_format.schema", named["schema"], json_whitespace, pattern)
     expression = response_format.get("regex")
     if not isinstance(expression, str):
         raise UserError("response_format.regex", expression, "a string")

@@ -29,28 +29,41 @@ def structured_constraint(
     `serve.sampling.grammar.Grammars.check` tells whether it can be followed.
     """
     given = _given(body)
-    if not given:
-        return None
-    place, *others = given
+    place, *others = given or ["response_format"]
     if others:
         raise UserError(others[0], UNSET, fix=f"{place} is given too: leave one of them out")
-    if place == "response_format":
-        return constraint_of(given[place], json_whitespace)
     options = body.structured_outputs or {}
-    pattern = options.get("whitespace_pattern", body.guided_whitespace_pattern)
+    option, pattern = "structured_outputs.whitespace_pattern", options.get("whitespace_pattern")
+    if pattern is None:
+        option, pattern = "guided_whitespace_pattern", body.guided_whitespace_pattern
     if options.get("disable_any_whitespace"):
-        json_whitespace, pattern = "compact", None
-    kind = place.removeprefix("structured_outputs.").removeprefix("guided_")
-    if kind == "json":
-        return json_constraint(place, _schema(place, given[place]), json_whitespace, pattern)
-    if kind == "json_object":
-        return json_constraint(place, {"type": "object"}, json_whitespace, pattern)
-    return CONSTRAINTS[kind](place, given[place])
+        option, pattern = "structured_outputs.disable_any_whitespace", None
+        json_whitespace = "compact"
+    elif pattern is None:
+        option = ""
+    found = None if not given else _constraint(place, given[place], json_whitespace, pattern)
+    if option and (found is None or found.kind != "json_schema"):
+        raise UserError(option, fix="it is about white space in JSON, and none is asked for")
+    return found
 
 
 def constraint_field(body: CompletionSettings) -> str:
     """Return the name of the field in which a body asks for structured output."""
     return next(iter(_given(body)), "response_format")
+
+
+def _constraint(
+    place: str, value: Any, json_whitespace: JsonWhitespace, pattern: str | None
+) -> Constraint | None:
+    """Return the constraint that the field `place` asks for."""
+    if place == "response_format":
+        return constraint_of(value, json_whitespace, pattern)
+    kind = place.removeprefix("structured_outputs.").removeprefix("guided_")
+    if kind == "json":
+        return json_constraint(place, _schema(place, value), json_whitespace, pattern)
+    if kind == "json_object":
+        return json_constraint(place, {"type": "object"}, json_whitespace, pattern)
+    return CONSTRAINTS[kind](place, value)
 
 
 def _given(body: CompletionSettings) -> dict[str, Any]:

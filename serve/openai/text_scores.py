@@ -20,7 +20,13 @@ class TextScores(Endpoint[TextScoreBody]):
 
     body_type, list_name = TextScoreBody, "data"
     operation = "score"
-    client_names: ClassVar[Mapping[str, str]] = {"prompt": "text_1, text_2"}
+    client_names: ClassVar[Mapping[str, str]] = {"prompt": "text_1"}
+
+    def about_prompt(self, error: UserError, body: TextScoreBody, index: int) -> UserError:
+        """See `Endpoint.about_prompt`."""
+        if error.field != "prompt":
+            return self.in_client_names(error)
+        return error.renamed("text_1" if index < len(listed_prompts(body.text_1)) else "text_2")
 
     def writers(self, body: TextScoreBody, requests: Sequence[Request]) -> list[ChoiceWriter]:
         """Return nothing, as no result is that of one request."""

@@ -177,11 +177,13 @@ def _prepare(
     have them."""
     requests = endpoint.requests(secrets.randbits(32), body)
     first_of_prompts = requests[:: endpoint.choices_per_prompt(body)]
+    num_right = 0
     try:
         for request in first_of_prompts:
             check_request(request, served.model)
+            num_right += 1
     except UserError as error:
-        raise endpoint.in_client_names(error) from error
+        raise endpoint.about_prompt(error, body, num_right) from error
     if (constraint := requests[0].sampling.constraint) is not None:
         try:
             served.grammars.check(constraint)

@@ -10,7 +10,7 @@ from serve.openai.errors import body_error, located
 from serve.openai.fields import HARMLESS, NEUTRAL, Neutral
 from serve.openai.responses.items import Item, messages_of, read_items
 from serve.openai.schemas import ChatBody, LogitBias, RequestBody, StopTokenIds, Texts
-from serve.openai.tools.choice import MOST_TOOLS
+from serve.openai.tools.choice import MOST_TOOLS, WORDS
 from stu.common.errors import UNSET, UserError
 from stu.common.text import Json
 
@@ -32,6 +32,9 @@ PASSED_ON = (
     *("chat_template_kwargs", "stop_token_ids"),
 )
 """Fields with the same name and meaning in a chat."""
+FUNCTION = '{"type": "function", "name": ".."}'
+ALLOWED = f'{{"type": "allowed_tools", "mode": "auto", "tools": [{FUNCTION}]}}'
+"""Forms of `tool_choice`."""
 MOST_METADATA, MOST_KEY, MOST_VALUE = 16, 64, 512
 
 _NO_BACKGROUND = "answers are not written in the background: leave it out, or use stu-generate"
@@ -212,21 +215,32 @@ def response_format(text_format: Mapping[str, Any] | None) -> Json | None:
 
 
 def chat_choice(choice: str | Mapping[str, Any] | None) -> str | Json | None:
-    """Return the `tool_choice` of a chat for that of a response."""
+    """Return the `tool_choice` of a chat for that of a response. Raises UserError for one that has
+    not the form of a response's."""
+    if isinstance(choice, str) and choice not in WORDS:
+        raise UserError("tool_choice", choice, f"{', '.join(WORDS)}, {FUNCTION}, or {ALLOWED}")
     if choice is None or isinstance(choice, str):
         return choice
     kind = choice.get("type")
-    rest = {name: value for name, value in choice.items() if name != "type"}
     if kind == "function":
-        return {"type": kind, "function": rest}
-    if kind == "allowed_tools":
-        entries = choice.get("tools")
-        if isinstance(entries, list):
-            entries = [
-                chat_choice(entry) if isinstance(entry, Mapping) else entry for entry in entries
-            ]
-        return {"type": kind, kind: {**rest, "tools": entries}}
-    raise UserError("tool_choice.type", kind, "function or allowed_tools")
+        return _chat_function(choice, "tool_choice", FUNCTION)
+    if kind != "allowed_tools":
+        raise UserError("tool_choice.type", kind, "function or allowed_tools")
+    mode, entries = choice.get("mode"), choice.get("tools")
+    if mode not in ("auto", "required") or not isinstance(entries, list) or not entries:
+        raise UserError("tool_choice", UNSET, f"like {ALLOWED}")
+    tools = [
+        _chat_function(entry, f"tool_choice.tools.{index}", FUNCTION)
+        for index, entry in enumerate(entries)
+    ]
+    return {"type": kind, kind: {"mode": mode, "tools": tools}}
+
+
+def _chat_function(entry: Any, place: str, form: str) -> Json:
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    if not isinstance(name, str) or entry.get("type") != "function":
+        raise UserError(place, UNSET, f"like {form}")
+    return {"type": "function", "function": {"name": name}}
 
 
 def _check(body: ResponseBody) -> None:

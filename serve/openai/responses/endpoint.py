@@ -48,7 +48,9 @@ class Responses(Endpoint[ResponseBody]):
     def in_client_names(self, error: UserError) -> UserError:
         """See `Endpoint.in_client_names`."""
         error = self._chats.in_client_names(error)
-        field, _, inner = error.field.partition(".")
+        # A response has what is in json_schema beside the type.
+        place = error.field.replace("response_format.json_schema", "response_format")
+        field, _, inner = place.partition(".")
         if field == "messages":  # their numbers are not those of items
             return error.renamed("input")
         if field == "tools":

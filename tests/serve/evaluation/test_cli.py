@@ -56,6 +56,7 @@ def test_results_are_printed_without_an_output(folder, capsys):
     [
         ([], '--tasks="" is not allowed: it must be names separated by commas'),
         (["--tasks=needle", "--output=missing/results.json"], "there is no folder missing"),
+        (["--tasks=needle", "--output=."], "a file, and there is a folder with this name"),
         (["--tasks=needle", "--lengths=[65]"], "--lengths=[65] is not allowed: it must be at most"),
         (["--tasks=needle", "--limit=0"], "--limit=0 is not allowed"),
         (["--tasks=needle", "--device=tpu"], "device"),

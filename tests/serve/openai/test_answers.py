@@ -169,7 +169,8 @@ def test_echo_of_a_truncated_text_has_the_tokens_that_are_left(ask, code_tokeniz
 
 
 def test_truncation_to_what_fits(ask):
-    """-1 leaves room for the new tokens, which are the default in a chat without a limit."""
+    """-1 leaves room for the new tokens. In a chat without a limit they are the default, or what
+    there is room for after a prompt that fits."""
     long = [5] * 100
     answer = ask(prompt=long, truncate_prompt_tokens=-1)
     assert answer == ask(prompt=long[-56:])
@@ -177,6 +178,10 @@ def test_truncation_to_what_fits(ask):
     assert ask(**chat)["usage"]["prompt_tokens"] == 56
     usage = ask(**chat, max_tokens=None)["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (55, 9)
+    fitting = {**chat, "messages": [{"role": "user", "content": "x" * 40}], "max_tokens": None}
+    usage = ask(**fitting)["usage"]
+    assert usage == ask(**{**fitting, "truncate_prompt_tokens": None})["usage"]
+    assert 55 < usage["prompt_tokens"] < 64
     assert ask(**{**chat, "truncate_prompt_tokens": 60}, max_tokens=None)["usage"] == {
         "prompt_tokens": 60,
         "completion_tokens": 4,

@@ -93,6 +93,12 @@ def test_white_space_of_json(requests, whitespace, grammars, code_tokenizer):
     assert re.fullmatch(FLEXIBLE, "\n  ")
     assert allowed(guided_json=SCHEMA) == plain
     assert allowed(guided_json=SCHEMA, guided_whitespace_pattern=" *") == [True, True, False]
+    assert allowed(response_format=FORMAT, guided_whitespace_pattern=" *") == [True, True, False]
+    for name, value, expected in (
+        ("whitespace_pattern", " *", [True, True, False]),
+        ("disable_any_whitespace", True, [True, False, False]),
+    ):
+        assert allowed(response_format=FORMAT, structured_outputs={name: value}) == expected
     options = {"json": SCHEMA, "whitespace_pattern": " *"}
     assert allowed(structured_outputs=options) == [True, True, False]
     options["disable_any_whitespace"] = True
@@ -123,6 +129,19 @@ def test_white_space_of_json(requests, whitespace, grammars, code_tokenizer):
             {"response_format": FORMAT, "structured_outputs": {"regex": "a"}},
             "structured_outputs.regex is not allowed: response_format is given too",
         ),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern .* none is asked for",
+        ),
+        (
+            {"structured_outputs": {"choice": ["a"], "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace .* none is asked for",
+        ),
+        (
+            {"guided_grammar": LARK, "guided_whitespace_pattern": " "},
+            "guided_whitespace_pattern .* none is asked for",
+        ),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern .* none is asked for"),
         ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos=true .* with guided_choice, as"),
     ],
 )

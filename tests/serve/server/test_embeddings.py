@@ -210,6 +210,8 @@ def test_scores_are_the_cosines_of_embeddings(http, expected, path):
         ({"text_1": "x", "text_2": ["y", "\ud800"]}, "text_2", "half of a surrogate pair"),
         ({"text_1": "x", "text_2": ["y"] * 128}, "text_2", "may have 128 texts, not 129"),
         ({"text_1": "x", "text_2": [[1] * 65]}, "text_2", "maximum context length is 64"),
+        ({"text_1": "x", "text_2": ["y", [10**6]]}, "text_2", "it has the id 1000000"),
+        ({"text_1": [[1] * 65], "text_2": ["y"]}, "text_1", "maximum context length is 64"),
         ({"text_1": "x", "text_2": "y", "use_activation": True}, "use_activation", "no such field"),
     ],
 )
@@ -217,4 +219,4 @@ def test_wrong_pairs_are_refused(http, body, param, message):
     answer = http.post("/score", content=json.dumps(body), headers=JSON)
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
-    assert param in answer.json()["error"]["param"]
+    assert answer.json()["error"]["param"] == param
