@@ -60,7 +60,7 @@ class HttpReplica:
         self._config = config_from({**settings, "ray": True})
         replicas = handled_replicas(
             lambda: engines,
-            lambda: None,
+            lambda waits: None,
             replicas_config(self._config, self._config.model, ("auto",), 1),
             self._config.replicas,
         )

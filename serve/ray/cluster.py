@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from stu.common.errors import UserError, requires_extra
+from stu.common.errors import UserError, requires_extra, setting_name
 
 NAMESPACE = "stu"
 USAGE_REPORTS = "RAY_USAGE_STATS_ENABLED"
@@ -55,9 +55,22 @@ class EngineResources:
 
 
 def engine_resources(
-    count: int | None, cpus_per_engine: int, cache_gib: float | None
+    count: int | None,
+    cpus_per_engine: int,
+    cache_gib: float | None,
+    gpus_per_engine: int | None = None,
+    *,
+    name: str = "cpus_per_engine",
 ) -> EngineResources:
     """Return the resources of `count` engines; None: one for each GPU, or for each host without.
+
+    Args:
+        count: Number of engines.
+        cpus_per_engine: Processors of each.
+        cache_gib: Size of their caches.
+        gpus_per_engine: GPUs of each; the hosts may have yet to join the cluster. None: one if a
+            host of the cluster has any now.
+        name: Name of the setting of `cpus_per_engine`, for errors.
 
     Raises UserError if the cluster has no such hosts, or if engines that share the memory of a
     host have no `cache_gib`.
@@ -65,19 +78,19 @@ def engine_resources(
     ray = connect()
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     num_gpus = sum(int(host.get("GPU", 0)) for host in hosts)
-    if not any(host.get("CPU", 0) >= cpus_per_engine for host in hosts):
-        most = int(max((host.get("CPU", 0) for host in hosts), default=0))
-        raise UserError(
-            "cpus_per_engine",
-            cpus_per_engine,
-            f"at most {most}, the processors of the cluster's largest host",
-        )
-    if num_gpus:
+    most = int(max((host.get("CPU", 0) for host in hosts), default=0))
+    if gpus_per_engine is None and cpus_per_engine > most:
+        fix = ""
+        if name == "cpus_per_replica":
+            fix = f"give {setting_name('gpus_per_replica')} if others are to join"
+        allowed = f"at most {most}, the processors of the cluster's largest host"
+        raise UserError(name, cpus_per_engine, allowed, fix)
+    if gpus_per_engine or (gpus_per_engine is None and num_gpus):
         return EngineResources(cpus_per_engine, 1, count or num_gpus)
     if count is not None and count > len(hosts) and cache_gib is None:
         raise UserError(
             "cache_gib",
             message="several engines on a host would each take half of its free memory: give "
-            "--cache-gib",
+            f"{setting_name('cache_gib')}",
         )
     return EngineResources(cpus_per_engine, 0, count or len(hosts))

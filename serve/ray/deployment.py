@@ -6,14 +6,13 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from serve.ray.cluster import connect, engine_resources
+from serve.ray.cluster import engine_resources
 from serve.ray.config import ClusterConfig
 from serve.ray.engine_replica import EngineReplica
 from serve.ray.replicas import RayReplicas
 from serve.ray.router import PrefixRouter
 from serve.server.replicas.replica import AHEAD
 from serve.server.replicas.supervisor import ReplicasConfig
-from stu.common.errors import UserError
 
 NAME = "engine"
 """Name of the deployment."""
@@ -33,9 +32,13 @@ def engine_application(config: ReplicasConfig, num_replicas: int, cluster: Clust
     Raises UserError if the cluster has no host for a replica.
     """
     most = cluster.max_replicas or num_replicas
-    if most < num_replicas:
-        raise UserError("max_replicas", most, f"at least the number of replicas, {num_replicas}")
-    resources = engine_resources(most, cluster.cpus_per_replica, config.engine.cache_gib)
+    resources = engine_resources(
+        most,
+        cluster.cpus_per_replica,
+        config.engine.cache_gib,
+        cluster.gpus_per_replica,
+        name="cpus_per_replica",
+    )
     settings = {**asdict(config), "model": str(config.model.absolute())}
     settings["num_threads"] = cluster.cpus_per_replica
     settings["adapters"] = {name: path.absolute() for name, path in config.adapters.items()}
@@ -73,16 +76,18 @@ def deployed_replicas(
     """Return replicas that this process deploys on a Ray cluster, as an application of this name,
     and ends with itself.
 
-    Raises UserError if there is no cluster.
+    Raises UserError if there is no cluster, or if it has no host for a replica.
     """
-    connect()
+    application = engine_application(config, num_replicas, cluster)
 
     def deploy() -> Any:
         serve.start(proxy_location="Disabled")  # this process is the HTTP server
-        application = engine_application(config, num_replicas, cluster)
         return serve.run(application, name=name, route_prefix=None)
 
-    return handled_replicas(deploy, lambda: serve.delete(name), config, num_replicas)
+    def delete(waits: bool) -> None:
+        serve.delete(name, _blocking=waits)
+
+    return handled_replicas(deploy, delete, config, num_replicas)
 
 
 def handled_replicas(

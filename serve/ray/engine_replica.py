@@ -17,7 +17,7 @@ from serve.config import EngineConfig
 from serve.devices import choose_devices
 from serve.request import Output
 from serve.server.replicas.dispatch import Replicas
-from serve.server.replicas.stream import EngineError, Stream, Unavailable
+from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
 from serve.wire import (
     Message,
@@ -56,7 +56,7 @@ class EngineReplica:
         """Decode a request, and yield messages, each with all outputs since the one before.
 
         A message has `outputs`, with `waited`, the seconds before the prefill began, in the first
-        one; or `refused` or `failed`, an error at the end.
+        one; or `refused`, `failed`, `abandoned` or `unavailable`, an error at the end.
 
         Args:
             packed: The request, as `serve.wire` packs it.
@@ -78,6 +78,8 @@ class EngineReplica:
             yield pack({"refused": error_to_wire(error)})
         except EngineError as error:
             yield pack({"failed": str(error)})
+        except Abandoned as error:
+            yield pack({"abandoned": str(error)})
         except Unavailable as error:
             yield pack({"unavailable": str(error)})
         finally:
@@ -85,9 +87,14 @@ class EngineReplica:
                 self._replicas.abort(stream)
 
     def report(self) -> Message:
-        """Return the name of this replica, and the state of its engine."""
-        engines = [asdict(stats) for stats in self._replicas.stats]
-        return {"replica": get_replica_context().replica_id.unique_id, "stats": engines}
+        """Return the name of this replica, the state of its engine, and the counts of all that it
+        has had."""
+        return {
+            "replica": get_replica_context().replica_id.unique_id,
+            "stats": [asdict(stats) for stats in self._replicas.stats],
+            "totals": asdict(self._replicas.totals()),
+            "num_restarts": self._replicas.num_restarts,
+        }
 
     def check_health(self) -> None:
         """Raise RuntimeError while no engine responds. After three times in a row, Ray Serve ends

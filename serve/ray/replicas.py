@@ -6,21 +6,21 @@ another one, after the tokens that it has.
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from serve.engine.stats import Stats
 from serve.ray.router import pack_prefix
 from serve.server.replicas.dispatcher import ENGINE_FAILED, LOADING, Dispatcher
 from serve.server.replicas.replica import AHEAD
-from serve.server.replicas.stream import EngineError, Stream, Unavailable
-from serve.server.replicas.supervisor import Totals
+from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
+from serve.server.replicas.supervisor import Totals, log_failure
 from serve.wire import (
     Message,
     Unpacker,
@@ -34,10 +34,12 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 1.0
 """Time between two reports of all replicas."""
-MOST_MOVES = 20
+MOST_TRIES = 20
 """Times that a request may have to look for another replica before its next token."""
 RETRY_SECONDS = 0.5
 """Time before a request whose replica ended looks for another one."""
+KILL_SECONDS = 2.0
+"""Time to tell Ray that the replicas are to end at once, if it does not answer."""
 ENDED = (RayError, RayServeException)
 """Errors of a call whose replica or host ended, or is not known to have started yet."""
 
@@ -48,7 +50,8 @@ class RayReplicas(Dispatcher):
     Args:
         connect: Function that returns a handle of the deployment, and deploys it if need be. It may
             take minutes.
-        disconnect: Function to call at the end.
+        disconnect: Function to call at the end, with whether it is to wait until the replicas have
+            ended.
         num_replicas: Replicas that there are to be at least.
         max_running: Requests that a replica decodes together.
         max_waiting: Limit of requests that wait.
@@ -58,7 +61,7 @@ class RayReplicas(Dispatcher):
     def __init__(
         self,
         connect: Callable[[], Any],
-        disconnect: Callable[[], None],
+        disconnect: Callable[[bool], None],
         num_replicas: int,
         max_running: int,
         max_waiting: int,
@@ -74,9 +77,12 @@ class RayReplicas(Dispatcher):
         """Requests that Ray Serve has, by number, each with the task that reads its outputs."""
         self._reports: dict[str, list[Stats]] = {}
         """Last reports of the replicas that run, by their ids."""
-        self._ended = Totals()
+        self._totals: dict[str, Totals] = {}
+        """Last counts of all replicas that there have been, by their ids."""
+        self._restarts: dict[str, int] = {}
+        """Engines that were replaced within each of them."""
         self._last_report: float | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
         self.num_restarts = 0
 
     def __len__(self) -> int:
@@ -100,7 +106,8 @@ class RayReplicas(Dispatcher):
 
     async def start(self) -> None:
         """Connect to the deployment, while the server answers already."""
-        self._tasks = [asyncio.create_task(self._watch())]
+        self._watching = asyncio.create_task(self._watch())
+        self._watching.add_done_callback(log_failure)
 
     async def ready(self, is_wanted: Callable[[], bool]) -> None:
         """See `Dispatcher.ready`."""
@@ -111,21 +118,27 @@ class RayReplicas(Dispatcher):
 
     async def stop(self) -> None:
         """See `Dispatcher.stop`."""
-        tasks = [*self._tasks, *(task for _, task in self._calls.values())]
+        tasks = [task for _, task in self._calls.values()]
+        tasks += [self._watching] if self._watching else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.to_thread(self.kill)
+        await asyncio.to_thread(self._disconnect, True)
 
     def kill(self) -> None:
-        """See `Dispatcher.kill`."""
-        self._disconnect()
+        """See `Dispatcher.kill`.
+
+        In another thread, as Ray may not answer, or this one may hold a lock of it.
+        """
+        thread = threading.Thread(target=self._disconnect, args=(False,), daemon=True)
+        thread.start()
+        thread.join(KILL_SECONDS)
 
     def totals(self) -> Totals:
         """See `Dispatcher.totals`."""
-        totals = replace(self._ended, flushes=dict(self._ended.flushes))
-        for stats in self.stats:
-            totals.add(stats)
+        totals = Totals()
+        for counts in self._totals.values():
+            totals.add(counts)
         return totals
 
     def abort(self, stream: Stream) -> None:
@@ -151,26 +164,35 @@ class RayReplicas(Dispatcher):
     def _next(self) -> Stream | None:
         """Return the next request that Ray Serve may have, if there is one.
 
-        It has more than the replicas decode, so that it starts more of them.
+        It has more than the replicas decode, so that it starts more of them. Requests of lower
+        priority do not count, as engines preempt them.
         """
-        has_room = len(self._calls) < AHEAD * self._max_running * max(1, len(self._reports))
-        clients = {stream.client for stream in self._held()}
+        most = AHEAD * self._max_running * max(1, len(self._reports))
+        before: dict[int, list[str]] = {}
+        """Clients of the requests that one of a priority does not overtake."""
         for stream in self._waiting.heads():
-            if has_room or stream.client not in clients:
+            priority = stream.priority
+            if priority not in before:
+                before[priority] = [
+                    other.client for other in self._held() if other.priority <= priority
+                ]
+            if len(before[priority]) < most or stream.client not in before[priority]:
                 return stream
         return None
 
     async def _decode(self, stream: Stream) -> None:
         """Put the outputs of a request into its stream, from one replica after another if they
         end."""
+        num_tries, num_tokens = 0, 0
         try:
             while not await self._decode_once(stream):
-                stream.num_moves += 1
-                if stream.num_moves > MOST_MOVES:
-                    message = f"{stream.num_moves} replicas could not decode this request"
+                if len(stream.new_token_ids) > num_tokens:
+                    num_tries, num_tokens = 0, len(stream.new_token_ids)
+                num_tries += 1
+                if num_tries > MOST_TRIES:
+                    message = f"no replica could decode this request, in {num_tries} tries"
                     stream.outputs.put_nowait(Unavailable(message))
                     return
-                self.num_resumed += stream.num_moves == 1
                 await asyncio.sleep(RETRY_SECONDS)
         except Exception as error:
             logger.exception("a request failed")
@@ -181,10 +203,13 @@ class RayReplicas(Dispatcher):
 
     async def _decode_once(self, stream: Stream) -> bool:
         """Decode the rest of a request on one replica; return whether it ended."""
-        prompt = stream.rest()
+        prompt = pack(request_to_wire(stream.rest()))
         sent = time.monotonic()
+        # An engine without a prefix cache never looks for any prefix.
+        is_remembered = any(counts.prefix_tokens_asked for counts in self._totals.values())
+        prefix = pack_prefix(stream.prefix) if is_remembered else b""
         response = self._handle.options(stream=True).decode.remote(
-            pack(request_to_wire(prompt)), prefix=pack_prefix(stream.prefix), cost=stream.cost
+            prompt, prefix=prefix, cost=stream.cost
         )
         try:
             async for packed in response:
@@ -192,7 +217,13 @@ class RayReplicas(Dispatcher):
                 if self._take(stream, message, sent):
                     return True
         except ENDED as error:
+            if isinstance(error, RayTaskError) and not isinstance(error.cause, ENDED):
+                raise  # an exception in the replica, which goes on
             logger.warning("a replica ended during a request: %s", str(error).partition("\n")[0])
+            if not isinstance(error, RayServeException):
+                may_move = stream.move()
+                self.num_resumed += may_move
+                return not may_move
         finally:
             response.cancel()
         return False
@@ -204,6 +235,9 @@ class RayReplicas(Dispatcher):
             return True
         if "failed" in message:
             stream.outputs.put_nowait(EngineError(message["failed"]))
+            return True
+        if "abandoned" in message:
+            stream.outputs.put_nowait(Abandoned(message["abandoned"]))
             return True
         if "unavailable" in message:
             return False
@@ -234,14 +268,13 @@ class RayReplicas(Dispatcher):
 
     def _hear(self, reports: Sequence[Message]) -> None:
         """Take the reports of all replicas that run."""
-        before, self._reports = self._reports, {}
+        self._reports = {}
         for report in reports:
-            engines = [Stats.from_json(values) for values in report["stats"]]
-            self._reports[report["replica"]] = engines
-        for name in before.keys() - self._reports.keys():
-            self.num_restarts += 1
-            for stats in before[name]:
-                self._ended.add(stats)
+            name = report["replica"]
+            self._reports[name] = [Stats.from_json(values) for values in report["stats"]]
+            self._totals[name] = Totals(**report["totals"])
+            self._restarts[name] = report["num_restarts"]
+        self.num_restarts = sum(self._restarts.values())
         if reports:
             self._last_report = time.monotonic()
         self._place_waiting()

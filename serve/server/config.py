@@ -8,7 +8,7 @@ from serve.config import EngineConfig, is_whole
 from serve.ray.config import ClusterConfig
 from serve.sampling_params import JsonWhitespace
 from stu.common.cli import option
-from stu.common.errors import UserError
+from stu.common.errors import UserError, setting_name
 
 Dtype = Literal["float32", "bfloat16"]
 MetricPrefix = Literal["vllm", "stu"]
@@ -160,6 +160,14 @@ class ServerConfig:
             raise UserError("devices", self.devices, fix=fix)
         if self.ray and self.tensor_parallel > 1:
             raise UserError("tensor_parallel", self.tensor_parallel, "1 with --ray")
+        for name in () if self.ray else self.cluster.changed:
+            fix = (
+                f"it is for replicas on a Ray cluster; give {setting_name('ray')}, or leave it out"
+            )
+            raise UserError(name, getattr(self.cluster, name), fix=fix)
+        most = self.cluster.max_replicas
+        if most is not None and most < self.replicas:
+            raise UserError("max_replicas", most, f"at least {self.replicas}, replicas")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise UserError(
                 "tls_key",

@@ -109,8 +109,10 @@ class HttpServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; end everything at the second."""
         if self.should_exit:
-            self._service.replicas.kill()
-            os._exit(128 + sig)
+            try:
+                self._service.replicas.kill()
+            finally:
+                os._exit(128 + sig)
         self._service.is_draining = True
         self.should_exit = True
         loop = asyncio.get_running_loop()

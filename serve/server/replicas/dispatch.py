@@ -14,14 +14,11 @@ from serve.request import Output
 from serve.server.replicas.dispatcher import ENGINE_FAILED, LOADING, NO_REPLICA, Dispatcher
 from serve.server.replicas.replica import Replica
 from serve.server.replicas.slices import Pauses
-from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
+from serve.server.replicas.stream import EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig, Supervisor
 from serve.wire import Message, error_from_wire, output_from_wire, request_to_wire
 
 logger = logging.getLogger(__name__)
-
-MOST_MOVES = 5
-"""Replicas that may end during a request before its next token."""
 
 
 class Replicas(Supervisor, Dispatcher):
@@ -114,16 +111,9 @@ class Replicas(Supervisor, Dispatcher):
 
     def _move(self, replica: Replica) -> None:
         streams, replica.streams = replica.streams, {}
-        for stream in list(streams.values()):
-            stream.num_moves += 1
-            if stream.num_moves > MOST_MOVES:
-                del streams[stream.number]
-                message = (
-                    f"{stream.num_moves} replicas ended during this request, which may be the cause"
-                )
-                stream.outputs.put_nowait(Abandoned(message))
-        self.num_resumed += len(streams)
-        self._waiting.put_back(streams.values())
+        moved = [stream for stream in streams.values() if stream.move()]
+        self.num_resumed += len(moved)
+        self._waiting.put_back(moved)
         self._place_waiting()
 
     def _refuse_waiting(self) -> None:

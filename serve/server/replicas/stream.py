@@ -9,6 +9,8 @@ from serve.cache.prefix_cache import Digests
 from serve.request import Output, Request
 from serve.server.replicas.prefixes import prefix_digests
 
+MOST_MOVES = 5
+"""Replicas that may end during a request before its next token."""
 SUSPECT_MOVES = 2
 """Replicas that end during a request before it is suspected as the cause."""
 
@@ -83,6 +85,18 @@ class Stream:
         """Note that a replica is to prefill all tokens but those that it remembers."""
         num_tokens = len(self.request.prompt_token_ids) + len(self.new_token_ids)
         self.num_to_prefill = num_tokens - num_remembered
+
+    def move(self) -> bool:
+        """Note that a replica ended during the request, and return whether another may have it.
+
+        If not, as the request may be the cause, its reader gets Abandoned.
+        """
+        self.num_moves += 1
+        if self.num_moves <= MOST_MOVES:
+            return True
+        message = f"{self.num_moves} replicas ended during this request, which may be the cause"
+        self.outputs.put_nowait(Abandoned(message))
+        return False
 
     def schedule(self, moment: float) -> None:
         """Note that an engine has begun its prefill; another one may do so again later."""

@@ -108,10 +108,10 @@ class Supervisor(ABC):
         """Start a replica, and keep it running."""
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
-            self._watching.add_done_callback(_log_failure)
+            self._watching.add_done_callback(log_failure)
         self._failed_starts[index] = 0
         self._keeping[index] = asyncio.create_task(self._keep_running(index))
-        self._keeping[index].add_done_callback(_log_failure)
+        self._keeping[index].add_done_callback(log_failure)
 
     async def replica_ready(self, index: int) -> None:
         """Wait until a replica that was just started takes requests. Raises OSError if it fails."""
@@ -280,7 +280,7 @@ class Supervisor(ABC):
                     replica.last_heard = now  # log it once, however long the process takes to end
 
 
-def _log_failure(task: "asyncio.Task[None]") -> None:
+def log_failure(task: "asyncio.Task[None]") -> None:
     """Log the failure of a task that never ends; /health then reports that no replica responds."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.critical("a task of the server failed", exc_info=error)

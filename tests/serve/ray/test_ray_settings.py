@@ -1,6 +1,7 @@
 """Settings of engines on a Ray cluster, which are checked without one."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,15 +26,66 @@ def test_settings_of_a_dataset_on_ray_are_checked(values, message):
         BatchConfig(Path("m"), Path("in"), Path("out"), ray=True, **values)
 
 
-@pytest.mark.parametrize("values", [{"devices": "cpu"}, {"tensor_parallel": 2}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"devices": "cpu"},
+        {"tensor_parallel": 2},
+        {"cluster": ClusterConfig(max_replicas=2), "replicas": 4},
+    ],
+    ids=lambda values: next(iter(values)),
+)
 def test_settings_of_a_server_on_ray_are_checked(values):
-    with pytest.raises(UserError, match=next(iter(values))):
+    with pytest.raises(UserError, match=r"devices=|tensor_parallel=|max_replicas=2.*at least 4"):
         ServerConfig(Path("m"), ray=True, **values)
 
 
 @pytest.mark.parametrize(
+    "cluster",
+    [
+        {"max_replicas": 8},
+        {"cpus_per_replica": 2},
+        {"gpus_per_replica": 1},
+        {"scale_up_seconds": 5.0, "max_replicas": 8},
+    ],
+    ids=str,
+)
+def test_settings_of_the_cluster_are_refused_without_one(cluster):
+    with pytest.raises(UserError, match=r"not allowed.*give.*ray"):
+        ServerConfig(Path("m"), cluster=ClusterConfig(**cluster))
+    assert ServerConfig(Path("m"), ray=True, cluster=ClusterConfig(**cluster)).cluster.changed
+
+
+def resources(monkeypatch, hosts, *arguments, **more):
+    """The resources of engines on a cluster whose hosts have these."""
+    cluster = pytest.importorskip("serve.ray.cluster")
+    nodes = [{"Alive": True, "Resources": host} for host in hosts]
+    monkeypatch.setattr(cluster, "connect", lambda: Mock(nodes=lambda: nodes))
+    return cluster.engine_resources(*arguments, **more)
+
+
+def test_engines_may_be_for_hosts_that_have_yet_to_join(monkeypatch):
+    head = {"CPU": 0.0}
+    with pytest.raises(UserError, match=r"^cpus_per_replica=1.*at most 0.*gpus_per_replica"):
+        resources(monkeypatch, [head], 8, 1, None, name="cpus_per_replica")
+    for hosts in [head], [head, {"CPU": 8.0}], [head, {"CPU": 8.0, "GPU": 1.0}]:
+        found = resources(monkeypatch, hosts, 8, 1, None, 1)
+        assert (found.num_cpus, found.num_gpus, found.count) == (1, 1, 8)
+    assert resources(monkeypatch, hosts, 8, 1, None).num_gpus == 1
+    assert resources(monkeypatch, hosts, 8, 1, 1.0, 0).num_gpus == 0
+    with pytest.raises(UserError, match="cache_gib"):
+        resources(monkeypatch, hosts, 8, 1, None, 0)
+
+
+@pytest.mark.parametrize(
     "values",
-    [{"max_replicas": 0}, {"cpus_per_replica": 0}, {"scale_up_seconds": -1}],
+    [
+        {"max_replicas": 0},
+        {"cpus_per_replica": 0},
+        {"gpus_per_replica": 2},
+        {"scale_up_seconds": -1},
+        {"scale_up_seconds": 5.0},
+    ],
     ids=lambda values: next(iter(values)),
 )
 def test_settings_of_the_cluster_are_checked(values):

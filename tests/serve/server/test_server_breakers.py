@@ -36,8 +36,8 @@ FAULTS = f"""
 import os
 from serve.cache import page_pool as pages
 from serve import wire
-from serve.server.replicas import dispatch
-dispatch.MOST_MOVES = 3
+from serve.server.replicas import stream
+stream.MOST_MOVES = 3
 read = wire.request_from_wire
 def request_from_wire(values):
     if list(values["prompt_token_ids"]) == {POISON}:

@@ -1,0 +1,170 @@
+"""Requests and counts of replicas that Ray Serve runs, with a handle that needs no cluster."""
+
+import asyncio
+import threading
+from dataclasses import asdict
+
+import pytest
+
+from serve.server.replicas.stream import Abandoned, EngineError
+from serve.server.replicas.supervisor import Totals
+from serve.wire import Unpacker, pack, request_from_wire
+from tests.serve.requests import make_request
+
+ray_replicas = pytest.importorskip("serve.ray.replicas")
+exceptions = pytest.importorskip("ray.exceptions")
+pytestmark = pytest.mark.anyio
+
+
+class Call:
+    """A call of `decode`, whose answers a test gives: messages, or an error at the end."""
+
+    def __init__(self, packed, prefix, cost):
+        (values,) = Unpacker().feed(packed)
+        self.request, self.prefix = request_from_wire(values), prefix
+        self.answers = asyncio.Queue()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        answer = await self.answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return pack(answer)
+
+    def cancel(self):
+        pass
+
+
+class Handle:
+    """A handle of a deployment; `decode` makes calls and `answer` answers them at once."""
+
+    def __init__(self, answer=None):
+        self.calls, self._answer = [], answer
+        self.decode = self
+
+    def options(self, **_):
+        return self
+
+    def remote(self, packed, prefix, cost):
+        call = Call(packed, prefix, cost)
+        self.calls.append(call)
+        if self._answer is not None:
+            call.answers.put_nowait(self._answer)
+            call.answers.put_nowait(StopAsyncIteration())
+        return call
+
+
+def report(name, num_restarts=0, **counts):
+    totals = asdict(Totals(**counts))
+    return {"replica": name, "stats": [], "totals": totals, "num_restarts": num_restarts}
+
+
+@pytest.fixture
+def replicas_of(monkeypatch):
+    monkeypatch.setattr(ray_replicas, "RETRY_SECONDS", 0)
+
+    def make(handle, max_running=4, disconnect=lambda waits: None):
+        replicas = ray_replicas.RayReplicas(lambda: handle, disconnect, 1, max_running, 256, 30.0)
+        replicas._handle = handle
+        replicas._hear([report("first")])
+        return replicas
+
+    return make
+
+
+async def error_of(replicas):
+    (stream,) = replicas.submit([make_request([1, 100], 4)])
+    return await asyncio.wait_for(stream.outputs.get(), 20)
+
+
+async def test_a_request_that_ends_engines_or_actors_is_given_up_and_a_fault_is_not_tried_again(
+    replicas_of,
+):
+    handle = Handle({"abandoned": "6 replicas ended"})
+    error = await error_of(replicas_of(handle))
+    assert isinstance(error, Abandoned)
+    assert (str(error), len(handle.calls)) == ("6 replicas ended", 1)
+
+    handle = Handle(exceptions.ActorDiedError())
+    replicas = replicas_of(handle)
+    assert isinstance(await error_of(replicas), Abandoned)
+    assert (len(handle.calls), replicas.num_resumed) == (6, 5)
+
+    fault = exceptions.RayTaskError("decode", "a traceback", ValueError("wrong"))
+    for error in fault, fault.as_instanceof_cause():
+        handle = Handle(error)
+        found = await error_of(replicas_of(handle))
+        assert isinstance(found, EngineError)
+        assert len(handle.calls) == 1
+
+    handle = Handle({"unavailable": "no replica can be started"})
+    error = await error_of(replicas_of(handle))
+    assert not isinstance(error, Abandoned)
+    assert len(handle.calls) == ray_replicas.MOST_TRIES + 1
+
+
+async def test_requests_of_lower_priority_take_no_room_of_others(replicas_of):
+    handle = Handle()
+    replicas = replicas_of(handle)
+
+    def submit(client, priority):
+        replicas.submit([make_request([1, 100], 4, priority=priority)], client)
+
+    async def called():
+        await asyncio.sleep(0)
+        return [(call.request.client, call.request.priority) for call in handle.calls]
+
+    for _ in range(8):
+        submit("a", 1)
+    assert await called() == [("a", 1)] * 5  # 1.25 times those that a replica decodes together
+    for _ in range(6):
+        submit("a", 0)
+    assert (await called())[5:] == [("a", 0)] * 5
+    submit("b", 0)
+    submit("b", 0)
+    assert (await called())[10:] == [("b", 0)]
+    await replicas.stop()
+
+
+async def test_counts_grow_only_by_what_was_counted(replicas_of):
+    replicas = replicas_of(Handle())
+    replicas._hear([report("a", 1, preemptions=5), report("b", preemptions=7)])
+    assert (replicas.totals().preemptions, replicas.num_restarts) == (12, 1)
+    replicas._hear([report("b", preemptions=8)])  # a did not answer in time
+    assert (replicas.totals().preemptions, replicas.num_restarts) == (13, 1)
+    replicas._hear([report("a", 2, preemptions=6), report("b", preemptions=8)])
+    assert (replicas.totals().preemptions, replicas.num_restarts) == (14, 2)
+
+
+async def test_prefixes_are_sent_only_if_engines_look_for_them(replicas_of):
+    handle = Handle()
+    replicas = replicas_of(handle)
+    for num_asked in 0, 100:
+        replicas._hear([report("first", prefix_tokens_asked=num_asked)])
+        replicas.submit([make_request([1, *range(100, 200)] * 3, 4)])
+        await asyncio.sleep(0)
+    assert [bool(call.prefix) for call in handle.calls] == [False, True]
+    await replicas.stop()
+
+
+async def test_the_end_at_once_does_not_wait_for_ray(replicas_of, monkeypatch):
+    monkeypatch.setattr(ray_replicas, "KILL_SECONDS", 0.01)
+    answered, waited = threading.Event(), []
+
+    def disconnect(waits):
+        waited.append(waits)
+        answered.wait(20)
+
+    replicas_of(Handle(), disconnect=disconnect).kill()
+    assert waited == [False]
+    answered.set()
+
+
+async def test_the_failure_of_the_reports_is_logged(replicas_of, caplog):
+    replicas = replicas_of(Handle())  # which has no `broadcast`
+    await replicas.start()
+    await asyncio.wait([replicas._watching])
+    await asyncio.sleep(0)
+    assert "a task of the server failed" in caplog.text
