@@ -121,13 +121,46 @@ def test_manifests_have_known_fields(manifest):
         jsonschema_rs.validate(schema, {**manifest, "spec": {**manifest["spec"], "replica": 1}})
 
 
-def test_settings_of_the_ray_service_are_those_of_stu_serve():
+def ray_service():
+    """The specification of the service, and its part for Ray Serve."""
     (service,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "RayService"]
-    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    return service["spec"], yaml.safe_load(service["spec"]["serveConfigV2"])
+
+
+def test_settings_of_the_ray_service_are_those_of_stu_serve():
+    spec, serve = ray_service()
+    (application,) = serve["applications"]
     config = config_from({**application["args"], "ray": True})
-    assert (config.replicas, config.cluster.max_replicas) == (1, 8)
-    (groups,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert groups["maxReplicas"] == config.cluster.max_replicas
+    cluster = config.cluster
+    # Without it the service could not be built before a pod with a GPU has joined.
+    assert (config.replicas, cluster.max_replicas, cluster.gpus_per_replica) == (1, 8, 1)
+    (groups,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert groups["maxReplicas"] == cluster.max_replicas
+    # A replica of `http` beside an engine needs no pod of its own; two would share no responses.
+    (http,) = application["deployments"]
+    assert http["num_replicas"] == 1
+    (container,) = groups["template"]["spec"]["containers"]
+    cpus = http["ray_actor_options"]["num_cpus"] + cluster.cpus_per_replica
+    assert cpus <= int(container["resources"]["limits"]["cpu"])
+
+
+@pytest.mark.slow
+def test_the_ray_service_follows_the_schema_of_ray_serve():
+    schema = pytest.importorskip("ray.serve.schema")
+    _, serve = ray_service()
+    service = schema.ServeDeploySchema(**serve)
+    (application,), (given,) = service.applications, serve["applications"]
+    # Ray Serve ignores fields that it does not know.
+    for parsed, values in (
+        (service, serve),
+        (service.http_options, serve["http_options"]),
+        (application, given),
+        (application.deployments[0], given["deployments"][0]),
+    ):
+        assert values.keys() <= type(parsed).model_fields.keys()
+    given["deployments"][0]["num_replicas"] = -1
+    with pytest.raises(ValueError, match="num_replicas"):
+        schema.ServeDeploySchema(**serve)
 
 
 def test_a_pod_outlives_the_requests_that_it_drains():
