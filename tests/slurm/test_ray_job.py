@@ -1,5 +1,7 @@
 """slurm/ray.sbatch."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,32 @@ from ray.scripts.scripts import main
 main()
 """
 NUM_ROWS = 200
+FAKES = {
+    "ray": "exit 1",
+    "srun": "exit 1",
+    "python": "echo 127.0.0.1",
+    "stu-generate": 'echo "$@" >>"$LOG"; exit 2',
+    "scontrol": 'echo "$@" >>"$LOG"; exit 1',
+}
+"""Programs of a node whose Ray does not start; a script that is requeued would wait for its end."""
+
+
+def test_a_job_whose_cluster_does_not_start_is_requeued(tmp_path):
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(log),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    command = ["bash", str(ROOT / "slurm" / "ray.sbatch"), "stu-generate", "m", "--ray"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, log.read_text()) == (69, "requeue 7\n")
+    assert "the Ray cluster did not start\nstu-generate ended with code 69" in done.stderr
 
 
 @pytest.mark.slow

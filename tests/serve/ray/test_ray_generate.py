@@ -38,9 +38,16 @@ def test_rows_equal_those_of_one_engine_on_this_machine_whose_output_is_resumed(
 
 
 def actors():
-    """Processes of actors that decode."""
-    found = psutil.process_iter(["cmdline"])
-    return [process for process in found if ACTOR in " ".join(process.info["cmdline"] or ())]
+    """Processes of actors that decode, of the cluster that this process started."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if ACTOR in " ".join(cmdline(process))]
+
+
+def cmdline(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def test_each_row_is_written_once_though_workers_a_node_and_the_run_itself_are_killed(
