@@ -189,6 +189,13 @@ def test_wrong_settings_are_refused_by_name(client, changes, param):
     assert error.value.param == param
 
 
+def test_half_a_surrogate_pair_in_an_id_is_refused(server):
+    body = {"input_file_id": "\ud800", "endpoint": URL, "completion_window": "24h"}
+    headers = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}
+    answer = server.post("/v1/batches", content=json.dumps(body), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_file_id")
+
+
 def test_a_cancelled_batch_has_results_of_all_rows(client):
     batch = create(client, [make_row(number, max_tokens=20) for number in range(1500)])
     with watched(lambda: client, batch.id) as views:
