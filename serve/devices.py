@@ -47,7 +47,8 @@ def device_groups(text: str, num_ranks: int) -> list[str]:
     names = [name for own in names for name in [own] * (num_ranks if own == "cpu" else 1)]
     groups = [names[first : first + num_ranks] for first in range(0, len(names), num_ranks)]
     for group in groups:
-        if len(group) < num_ranks or len(set(group)) not in (num_ranks, 1 if "cpu" in group else 0):
+        is_cpu, is_cuda = set(group) == {"cpu"}, "cpu" not in group
+        if len(group) < num_ranks or not (is_cpu or (is_cuda and len(set(group)) == num_ranks)):
             allowed = f"{num_ranks} different CUDA devices for each engine, or cpu"
             fix = f"{setting_name('tensor_parallel')}={num_ranks} divides a model among so many"
             raise UserError("devices", text, allowed, fix)

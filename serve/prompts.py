@@ -18,6 +18,7 @@ SETTINGS = [field.name for field in fields(SamplingParams) if field.name not in 
 """Fields of `SamplingParams` that a row of a file may have."""
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,99}")
 MOST_STOP_TOKENS = 128
+MOST_CANDIDATES = 128
 LEAST_SEED = -(2**63)
 
 
@@ -120,6 +121,9 @@ def _params(settings: Mapping[str, Any]) -> SamplingParams:
     bias, ids = settings.get("logit_bias"), settings.get("stop_token_ids")
     if isinstance(ids, list) and len(ids) > MOST_STOP_TOKENS:
         raise UserError("stop_token_ids", ids, f"a list of at most {MOST_STOP_TOKENS} token ids")
+    best_of = settings.get("best_of")
+    if isinstance(best_of, int) and best_of > MOST_CANDIDATES:
+        raise UserError("best_of", best_of, f"at most {MOST_CANDIDATES}")
     if not isinstance(bias, dict):
         return SamplingParams(**settings)
     for token in bias:  # JSON has no keys but strings

@@ -60,6 +60,7 @@ class Request:
         require_unicode("cache_salt", self.cache_salt)
         if not isinstance(self.adapter, str):
             raise UserError("adapter", self.adapter, "a text")
+        require_unicode("adapter", self.adapter)
         is_number = isinstance(self.priority, int) and not isinstance(self.priority, bool)
         if not is_number or abs(self.priority) > MOST_PRIORITY:
             allowed = f"a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}"

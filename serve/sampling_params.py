@@ -7,21 +7,32 @@ from typing import Literal
 
 from serve.config import is_whole
 from stu.common.errors import UserError
+from stu.common.text import require_unicode
 
 JsonWhitespace = Literal["compact", "flexible"]
 MOST_LOGPROBS = 20
+COUNTS = 2**31
+"""Number that counts and token ids are below, so that they can be sent to other processes."""
 BOOL = "true or false"
+NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""Fields that hold floats."""
 
 
 @dataclass(frozen=True)
 class Constraint:
     """Constraint on the whole new text: a JSON schema, a regular expression, one of some texts, a
-    context-free grammar, or calls of tools."""
+    context-free grammar, or calls of tools. Raises UserError for half of a surrogate pair."""
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "tools"]
     source: str
     """The schema or the list of texts, as JSON; the expression; the grammar, in llguidance's
     variant of Lark or in GBNF; or the source of `serve.sampling.tool_grammar`."""
+
+    def __post_init__(self) -> None:
+        require_unicode(self.kind, self.source)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,10 @@ class SamplingParams:
         self._check_reports()
         for name in ("stop", "stop_token_ids"):  # the caller's list may change
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in NUMBERS:  # an int may have too many digits to be sent
+            object.__setattr__(self, name, float(getattr(self, name)))
+        bias = {token: float(value) for token, value in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", bias)
 
     @property
     def num_candidates(self) -> int:
@@ -99,8 +114,9 @@ class SamplingParams:
 
     def _check_choice(self) -> None:
         self._require("temperature", _is_number(self.temperature), "a finite number >= 0")
-        is_count = is_whole(self.top_k) and self.top_k < 2**31
-        self._require("top_k", is_count, "a whole number from 0 (for all tokens) to 2**31 - 1")
+        self._require(
+            "top_k", _is_count(self.top_k), "a whole number from 0 (for all tokens) to 2**31 - 1"
+        )
         is_share = _is_number(self.top_p) and self.top_p <= 1
         self._require("top_p", is_share, "from 0 (for the most probable token) to 1 (for all)")
         is_share = _is_number(self.min_p) and self.min_p <= 1
@@ -111,14 +127,14 @@ class SamplingParams:
             self._require(name, _is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
         bias = self.logit_bias
         is_bias = isinstance(bias, Mapping) and all(
-            is_whole(token) and _is_number(value, -100, 100) for token, value in bias.items()
+            _is_count(token) and _is_number(value, -100, 100) for token, value in bias.items()
         )
         self._require("logit_bias", is_bias, "a number from -100 to 100 for each of some token ids")
         self._require("seed", is_whole(self.seed) and self.seed < 2**64, "from 0 to 2**64 - 1")
 
     def _check_length(self) -> None:
         most, least, constraint = self.max_new_tokens, self.min_new_tokens, self.constraint
-        self._require("max_new_tokens", is_whole(most), "a whole number >= 0")
+        self._require("max_new_tokens", _is_count(most), "a whole number >= 0 and < 2**31")
         is_count = is_whole(least) and least <= most
         allowed = f"a whole number from 0 to {most}, the limit of new tokens"
         self._require("min_new_tokens", is_count, allowed)
@@ -126,13 +142,17 @@ class SamplingParams:
         are_strings = is_list and all(text and isinstance(text, str) for text in self.stop)
         allowed = "a string or a list of strings, none of them empty"
         self._require("stop", are_strings, allowed)
+        for text in self.stop:
+            require_unicode("stop", text)
         ids = self.stop_token_ids
-        are_ids = isinstance(ids, list | tuple) and all(map(is_whole, ids))
-        self._require("stop_token_ids", are_ids, "a list of token ids, whole numbers >= 0")
+        are_ids = isinstance(ids, list | tuple) and all(map(_is_count, ids))
+        allowed = "a list of token ids, whole numbers >= 0 and < 2**31"
+        self._require("stop_token_ids", are_ids, allowed)
         self._require("stop_at_eos", isinstance(self.stop_at_eos, bool), BOOL)
-        self._require("n", is_whole(self.n) and self.n >= 1, "a whole number >= 1")
-        is_enough = self.best_of is None or (is_whole(self.best_of) and self.best_of >= self.n)
-        self._require("best_of", is_enough, f"a whole number >= n, which is {self.n}")
+        self._require("n", _is_count(self.n, 1), "a whole number >= 1 and < 2**31")
+        is_enough = self.best_of is None or _is_count(self.best_of, self.n)
+        allowed = f"a whole number >= n, which is {self.n}, and < 2**31"
+        self._require("best_of", is_enough, allowed)
         if constraint is not None:
             allowed = "0 with a constraint, which may allow no text so long"
             self._require("min_new_tokens", least == 0, allowed)
@@ -142,8 +162,8 @@ class SamplingParams:
     def _check_reports(self) -> None:
         self._require("skip_special_tokens", isinstance(self.skip_special_tokens, bool), BOOL)
         keep = self.truncate_prompt_tokens
-        is_count = keep is None or (is_whole(keep) and keep >= 1)
-        self._require("truncate_prompt_tokens", is_count, "a whole number >= 1, or null for all")
+        allowed = "a whole number >= 1 and < 2**31, or null for all"
+        self._require("truncate_prompt_tokens", keep is None or _is_count(keep, 1), allowed)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             is_count = count is None or (is_whole(count) and count <= MOST_LOGPROBS)
@@ -152,6 +172,10 @@ class SamplingParams:
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise UserError(name, getattr(self, name), allowed)
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return is_whole(value) and least <= value < COUNTS  # type: ignore[operator]
 
 
 def _is_number(value: object, least: float = 0, most: float = sys.float_info.max) -> bool:

@@ -32,6 +32,12 @@ def pack(message: Message) -> bytes:
     return packed
 
 
+def unpack(packed: bytes) -> Message:
+    """Return the message that `pack` wrote."""
+    message: Message = msgpack.unpackb(packed, strict_map_key=False)
+    return message
+
+
 class Unpacker:
     """Reads messages from bytes that may be cut anywhere."""
 

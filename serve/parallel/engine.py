@@ -12,7 +12,7 @@ from serve.parallel.followers import Followers, digest_of
 from serve.parallel.ranks import join, leave, meeting_place, release
 from serve.request import Output, Request
 from serve.sampling_params import Constraint
-from serve.wire import Message, request_to_wire
+from serve.wire import pack, request_to_wire
 from stu.model_dir import load_model
 from stu.tokenizer import Tokenizer
 
@@ -40,8 +40,8 @@ class GroupEngine(Engine):
             # A thread of a user's program may end before the program.
             "dies_with_parent": ends_process,
         }
-        self._turn: list[Message] = []
-        """Calls since the last step."""
+        self._turn: list[bytes] = []
+        """Calls since the last step, packed one by one: a failure is that of one call alone."""
         self._digest = 0
         self._followers = Followers(devices, settings, ends_process, release)
         self._end = weakref.finalize(self, _end, self._followers)
@@ -61,11 +61,12 @@ class GroupEngine(Engine):
         super().compile(constraint)
 
     def add_checked(self, request: Request) -> int:
-        self._turn.append({"add": request_to_wire(request)})  # if it is refused, all refuse it
+        # If it is refused, all refuse it.
+        self._turn.append(pack({"add": request_to_wire(request)}))
         return super().add_checked(request)
 
     def abort(self, request_id: int) -> None:
-        self._turn.append({"abort": request_id})
+        self._turn.append(pack({"abort": request_id}))
         super().abort(request_id)
 
     def step(self) -> list[Output]:

@@ -25,7 +25,7 @@ from serve.engine.engine import Engine
 from serve.parallel.followers import digest_of
 from serve.parallel.ranks import join
 from serve.sampling_params import Constraint
-from serve.wire import Message, Unpacker, pack, request_from_wire
+from serve.wire import Message, Unpacker, pack, request_from_wire, unpack
 from stu.common.cli import run_command
 from stu.common.errors import UserError, setting_name
 from stu.model_dir import load_model, load_tokenizer
@@ -58,8 +58,10 @@ class Follower:
                 engine.check_integrity()
             else:
                 constraint = Constraint(**message["compile"])
+                # Clients of those that are done may have gone away; the engine has what it needs.
+                left = {own: done for own, done in self._compiled.items() if not done.done()}
                 compiled = self._compiler.submit(engine.compile, constraint)
-                self._compiled[constraint] = compiled
+                self._compiled = {**left, constraint: compiled}
 
     def _load(self) -> Engine:
         settings = self._messages.get()
@@ -83,7 +85,7 @@ class Follower:
     def _take_turn(self, engine: Engine, turn: Message) -> None:
         if turn["digest"] != self._digest:
             raise RuntimeError("this rank's tokens differ from those of the first rank")
-        for call in turn["turn"]:
+        for call in map(unpack, turn["turn"]):
             if "abort" in call:
                 engine.abort(call["abort"])
                 continue

@@ -2,10 +2,10 @@
 
 `serve.parallel.follower` is a process's side. Messages are msgpack maps as in `serve.wire`. To a
 follower: its settings, then `{"compile": {..}}` for a constraint, `{"check": true}`, and a turn for
-each step: `{"turn": [..], "digest": number}`, with what comes before the step, in its order:
-`{"add": {..}}` for a request and `{"abort": id}`. The digest is of the outputs of the step before,
-which must be the same on every rank. From a follower: `{"at": "start"}` and `{"at": "end"}` of
-loading.
+each step: `{"turn": [..], "digest": number}`, with what comes before the step, in its order and
+each packed by itself: `{"add": {..}}` for a request and `{"abort": id}`. The digest is of the
+outputs of the step before, which must be the same on every rank. From a follower:
+`{"at": "start"}` and `{"at": "end"}` of loading.
 """
 
 import os
@@ -57,8 +57,12 @@ class Followers:
         """Places that followers have reached, and an empty text for each that has ended."""
         self._lost, self._sending = threading.Event(), threading.Lock()
         self._failure, self._is_closing = "", False
-        for rank in range(1, len(devices)):
-            self._start(rank, {**settings, "rank": rank, "device": devices[rank]})
+        try:
+            for rank in range(1, len(devices)):
+                self._start(rank, {**settings, "rank": rank, "device": devices[rank]})
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, message: Message) -> None:
         """Send a message to every follower. Raises RuntimeError if one has ended."""
@@ -95,6 +99,7 @@ class Followers:
 
     def _start(self, rank: int, settings: Message) -> None:
         ours, theirs = socket.socketpair()
+        self._sockets[rank] = ours
         with theirs, hangups_blocked():
             self._processes[rank] = subprocess.Popen(
                 child_command("serve.parallel.follower", str(theirs.fileno())),
@@ -103,7 +108,6 @@ class Followers:
                 stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for this process alone
             )
-        self._sockets[rank] = ours
         ours.sendall(pack(settings))
         threading.Thread(target=self._hear, args=[rank, ours], daemon=True).start()
 

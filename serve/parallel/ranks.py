@@ -49,11 +49,6 @@ class DistributedRanks(ChannelRanks):
         dist.all_reduce(summed)
         return summed
 
-    def largest(self, part: Tensor) -> Tensor:
-        largest = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest
-
     def smallest(self, number: int) -> int:
         smallest = torch.tensor([number], device=self._device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)

@@ -22,7 +22,6 @@ from serve.sampling.schema_rewrites import Schema
 from serve.sampling.tool_grammar import schemas_of, text_of, tool_grammar, wrong_parameters
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
-from stu.common.text import require_unicode
 from stu.tokenizer import Tokenizer
 
 MOST_COMPILED = 16
@@ -84,7 +83,6 @@ class Grammars:
         kind, source = constraint.kind, constraint.source
         if self._tokenizer is None:
             raise _refused(kind, "the model's tokenizer has no EOS token to end the text")
-        require_unicode(kind, source)
         if len(source) > MOST_CHARS:
             raise _refused(kind, f"it has {len(source)} characters and may have {MOST_CHARS}")
         if kind == "regex":

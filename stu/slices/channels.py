@@ -42,8 +42,8 @@ class ChannelRanks(ABC):
         return total
 
     def largest(self, part: Tensor) -> Tensor:
-        """Return the largest of every rank's elements, in the shape of `part`."""
-        return self.all(part).amax(0)
+        """Return the largest of every rank's elements, in the shape of `part`, or NaN if one is."""
+        return self.all(part).amax(0)  # gloo's own reduction may lose a NaN
 
     def smallest(self, number: int) -> int:
         """Return the smallest of every rank's numbers."""

@@ -16,7 +16,7 @@ from serve.server.replicas.replica import Replica
 from serve.server.replicas.slices import Pauses
 from serve.server.replicas.stream import EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig, Supervisor
-from serve.wire import Message, error_from_wire, output_from_wire, request_to_wire
+from serve.wire import Message, error_from_wire, output_from_wire, pack, request_to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Replicas(Supervisor, Dispatcher):
         self._waiting.remove(stream)
         for replica in self._started:
             if replica.streams.pop(stream.number, None) is not None:
-                replica.send({"abort": stream.number})
+                replica.send(pack({"abort": stream.number}))
         self._place_waiting()
 
     def _require_available(self) -> None:
@@ -49,11 +49,17 @@ class Replicas(Supervisor, Dispatcher):
         while (placement := self._placement()) is not None:
             stream, replica = placement
             self._waiting.take(stream)
+            try:
+                packed = pack({"add": stream.number, "request": request_to_wire(stream.rest())})
+            except Exception:  # of this request alone, or it would end one replica after the other
+                logger.exception("request %d cannot be sent to a replica", stream.number)
+                stream.outputs.put_nowait(EngineError(ENGINE_FAILED))
+                continue
             stream.expect_prefill(replica.num_remembered(stream) if len(self) > 1 else 0)
             if len(self) > 1:
                 replica.prefixes.add(stream.prefix)
             replica.streams[stream.number] = stream
-            replica.send({"add": stream.number, "request": request_to_wire(stream.rest())})
+            replica.send(packed)
 
     def _placement(self) -> tuple[Stream, Replica] | None:
         """Return the next request that a replica has room for, and the replica."""

@@ -114,15 +114,15 @@ class Replica:
         """Return its requests that a request of this priority does not overtake."""
         return [stream for stream in self.streams.values() if stream.priority <= priority]
 
-    def send(self, message: Message) -> None:
-        """Send a message, which is lost if the process has ended."""
+    def send(self, packed: bytes) -> None:
+        """Send a message of `serve.wire.pack`, which is lost if the process has ended."""
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(pack(message))
+            self._writer.write(packed)
 
     async def messages(self) -> AsyncIterator[Message]:
         """Yield the messages of the process until it ends."""
         reader, self._writer = await asyncio.open_connection(sock=self._socket)
-        self.send(self.settings)
+        self.send(pack(self.settings))
         unpacker = Unpacker()
         try:
             while data := await reader.read(RECEIVE_BYTES):

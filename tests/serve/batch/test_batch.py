@@ -176,6 +176,8 @@ BAD_ROWS = [
             ('"max_new_tokens": -1', ["max_new_tokens=-1", "whole number >= 0"]),
             ('"max_new_tokens": null', ["max_new_tokens=null", ">= 0"]),
             ('"max_new_tokens": 63', ["prompt of 2 tokens", "63 new tokens", "to 62 or short"]),
+            ('"best_of": 129', ["best_of=129", "at most 128"]),
+            ('"stop": "\\ud800"', ["stop is not allowed: it has half of a surrogate pair"]),
             ('"stop": [""]', ["stop=", "none of them empty"]),
         ]
     ),

@@ -18,6 +18,7 @@ from serve.engine.stats import Stats
 from serve.request import Request
 from serve.sampling.chooser import Choice, TokenChooser
 from serve.sampling_params import SamplingParams
+from serve.wire import pack, request_from_wire, request_to_wire, unpack
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.mixers import PastInputs, planned_mixers, remembered
@@ -369,10 +370,15 @@ MALFORMED = {
     "new_token_ids": [[-1]],
     "sampling": [None],
     "priority": ["high", math.nan],
-    "max_new_tokens": [-1, 2.0, True, math.nan, "3"],
+    "max_new_tokens": [-1, 2.0, True, math.nan, "3", 2**31],
     "prompt_logprobs": [21, True],
-    "stop_token_ids": [[1.5], 5],
-    "n": [0],
+    "stop_token_ids": [[1.5], 5, [2**31]],
+    "n": [0, 2**31],
+    "best_of": [0, 2**31],
+    "truncate_prompt_tokens": [0, 2**31, 2**64],
+    "top_k": [2**31],
+    "logit_bias": [{2**64: 1.0}, {1: 10**400}],
+    "temperature": [10**400],
     "stop_at_eos": [1],
     "stop": ["", [""], [5], None],
     "pooling": ["max", True],
@@ -390,6 +396,17 @@ def test_malformed_requests_are_refused(field, value):
         make = partial(Request, [1]) if field in REQUEST_FIELDS else SamplingParams
     with pytest.raises(UserError, match=f"{field}=.* is not allowed: "):
         make(**{field: value})
+
+
+def test_settings_can_be_sent_to_other_processes():
+    sent = SamplingParams(temperature=10**30, logit_bias={3: 2}, presence_penalty=1)
+    request = Request([1], sent, priority=-5)
+    assert request_from_wire(unpack(pack(request_to_wire(request)))) == request
+    assert (sent.temperature, sent.logit_bias) == (1e30, {3: 2.0})
+    with pytest.raises(UserError, match="stop is not allowed: it has half of a surrogate pair"):
+        SamplingParams(stop=["x", "a\ud800"])
+    with pytest.raises(UserError, match="adapter is not allowed: it has half"):
+        Request([1], adapter="\ud800")
 
 
 def test_request_copies_its_prompt():

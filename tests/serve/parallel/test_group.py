@@ -15,7 +15,9 @@ import torch
 from serve.config import EngineConfig
 from serve.devices import device_groups
 from serve.llm import LLM
+from serve.parallel.followers import Followers
 from serve.parallel.loading import make_engine
+from serve.parallel.ranks import meeting_place
 from serve.sampling_params import Constraint, SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
@@ -102,9 +104,31 @@ def decode(engine):
 def test_processes_decode_as_one(start, size):
     expected, engine = decode(start(1)), start(size)
     compare(decode(engine), expected)
+    refuse_what_cannot_be_sent(engine)
     (child,) = {own.pid for own in followers()} if size == 2 else (0,)
     engine.close()
     assert not child or not psutil.pid_exists(child)
+
+
+def refuse_what_cannot_be_sent(engine):
+    """Each of these requests is refused alone, and the next one is decoded."""
+    unsendable = make_request([5], 5)
+    object.__setattr__(unsendable.sampling, "seed", 2**64)
+    with pytest.raises(OverflowError):
+        engine.add(unsendable)
+    with pytest.raises(UserError, match="regex is not allowed: it has half of a surrogate pair"):
+        Constraint("regex", "\ud800")
+    tokens_of(engine, make_request([5], 5))
+    engine.check_integrity()
+
+
+def tokens_of(engine, request):
+    engine.add(request)
+    found = []
+    while engine.has_work:
+        for output in engine.step():
+            found += output.new_token_ids
+    return found
 
 
 def compare(found, expected):
@@ -170,7 +194,45 @@ def test_the_end_of_a_rank_is_an_error_and_the_next_group_works(start):
     with pytest.raises(RuntimeError, match="rank 1 of 2 on cpu ended by SIGKILL"):
         run_steps(engine, 40)
     engine.close()
-    assert start(2).add(make_request([5], 1)) == 0
+    request = make_request([5, 6], 9)
+    assert tokens_of(start(2), request) == tokens_of(start(1), request)
+
+
+def test_no_rank_is_left_where_another_cannot_start(directory, monkeypatch):
+    started, start_process = [], subprocess.Popen
+
+    def start_one(*arguments, **options):
+        if started:
+            raise OSError("no process is left")
+        started.append(start_process(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(sys, "executable", forked.python())
+    monkeypatch.setattr(subprocess, "Popen", start_one)
+    with pytest.raises(OSError, match="no process is left"):
+        Followers(["cpu"] * 3, {"dies_with_parent": True}, False, lambda: None)
+    assert started[0].poll() is not None
+
+
+LARGEST = """
+import sys, torch
+from serve.parallel.ranks import join
+rank, port = map(int, sys.argv[1:])
+part = torch.full([40], float(rank))
+part[20 * rank : 20 * rank + 20] = torch.nan
+found = join(port, rank, 2, "cpu", False).largest(part)
+assert found.isnan().all(), found
+"""
+
+
+def test_the_largest_of_several_ranks_keeps_nan():
+    """Wherever it is, and whichever rank has it."""
+    place = meeting_place(2)
+    ranks = [
+        subprocess.Popen([forked.python(), "-c", LARGEST, str(rank), str(place.port)])
+        for rank in range(2)
+    ]
+    assert [rank.wait(SECONDS) for rank in ranks] == [0, 0]
 
 
 @pytest.mark.slow
@@ -218,6 +280,7 @@ def test_commands_and_python_decode_on_several_ranks(directory, tmp_path, monkey
         ("all", 3, 2, None),
         ("0,0", 2, 2, None),
         ("0,cpu", 2, 2, None),
+        ("0,cpu,1", 2, 2, None),
     ],
 )
 def test_devices_make_up_groups(monkeypatch, devices, num_cuda, size, groups):

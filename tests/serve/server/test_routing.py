@@ -13,8 +13,10 @@ from serve.cache.prefix_cache import BLOCK_TOKENS
 from serve.config import EngineConfig
 from serve.server.replicas import prefixes
 from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.dispatcher import ENGINE_FAILED
 from serve.server.replicas.prefixes import SentPrefixes, prefix_digests
 from serve.server.replicas.replica import Replica
+from serve.server.replicas.stream import EngineError
 from serve.server.replicas.supervisor import ReplicasConfig
 from stu.config import ModelConfig
 from stu.model import FlashSTU
@@ -100,6 +102,19 @@ def test_a_request_that_another_server_began_continues_after_its_tokens(replicas
     (stream,) = replicas.submit([make_request([1], 5, new_token_ids=[7, 8])])
     assert list(stream.rest().new_token_ids) == [7, 8]
     assert stream.cost == 1 + 2 + 5 - 2
+
+
+def test_a_request_that_cannot_be_sent_ends_alone(replicas):
+    request = make_request([1], 5)
+    object.__setattr__(request.sampling, "truncate_prompt_tokens", 2**64)
+    wrong, right = replicas.submit([request, make_request([1], 5)])
+    assert str(wrong.outputs.get_nowait()) == ENGINE_FAILED
+    assert [stream.number for stream in replicas._held()] == [right.number]
+    assert (len(replicas._waiting), right.outputs.empty()) == (0, True)
+    for own in replicas._replicas:  # of a replica that ends
+        own.streams[wrong.number] = wrong
+        replicas._move(own)
+        assert isinstance(wrong.outputs.get_nowait(), EngineError)
 
 
 def test_sent_prefixes_agree_with_a_search_through_all_prompts(monkeypatch):

@@ -44,6 +44,7 @@ NAMES = [
     *("best_of", "prompt_logprobs", "truncate_prompt_tokens", "priority", "guided_json"),
     *("guided_choice", "guided_grammar", "structured_outputs", "skip_special_tokens"),
 ]
+INTEGERS = "n", "best_of", "prompt_logprobs", "truncate_prompt_tokens", "priority"
 VALUES = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**64), 10**400),
     *(0.0, -0.0, 1e308, 5e-324),
@@ -95,6 +96,18 @@ def test_mutated_bodies(server, count):
                 assert sentinel(http) == expected
     assert statuses[200] > 0.03 * count
     assert statuses[400] > 0.3 * count
+
+
+def test_numbers_too_large_to_send_are_refused_by_name(server):
+    names = *INTEGERS, "max_tokens", "min_tokens", "seed", "logprobs", "top_k"
+    with server.client(headers=JSON) as http:
+        expected = sentinel(http)
+        for name in names:
+            for number in (2**64, 10**400):
+                answer = http.post("/v1/completions", json={"prompt": "x", name: number})
+                assert answer.status_code == 400, (name, answer.text)
+                assert name in answer.json()["error"]["message"]
+        assert sentinel(http) == expected
 
 
 def test_requests_of_schemathesis_cause_no_fault(server):
