@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -47,28 +48,32 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        async with service.entered() as served:
+        async with _entered(service, request) as served:
             answering = served, served.completions
             return await _answer(service, *answering, body, request, _stream(body))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        async with service.entered() as served:
+        async with _entered(service, request) as served:
             answering = served, served.chats
             return await _answer(service, *answering, body, request, _stream(body))
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        async with service.entered() as served:
+        async with _entered(service, request) as served:
             answering = served, served.embeddings
             return await _answer(service, *answering, body, request, None)
 
     @app.post("/score")
     @app.post("/v1/score")
     async def score(body: TextScoreBody, request: Request) -> Response:
-        async with service.entered() as served:
+        async with _entered(service, request) as served:
             answering = served, served.text_scores
             return await _answer(service, *answering, body, request, None)
+
+
+def _entered(service: Service, request: Request) -> AbstractAsyncContextManager[ServedModel]:
+    return service.entered(exchange_of(request.scope).is_background)
 
 
 def _stream(body: CompletionSettings) -> StreamOptions | None:
@@ -117,7 +122,10 @@ async def start_answer(
         requests = [replace(request, priority=MOST_PRIORITY) for request in requests]
         seconds = math.inf
     num_prompt_tokens = endpoint.num_prompt_tokens(body, requests)
-    charge = _charge(service, exchange, num_prompt_tokens, requests)
+    try:
+        charge = _charge(service, exchange, num_prompt_tokens, requests)
+    except UserError as error:
+        raise endpoint.in_client_names(error) from error
     try:
         # Last, when nothing can fail any more before somebody reads the outputs.
         streams = served.replicas.submit(requests, exchange.client, exchange.is_background)
@@ -152,6 +160,8 @@ def _charge(
     num_tokens = num_prompt_tokens + new_tokens
     try:
         return service.limits.charge(exchange.client, exchange.key, num_tokens, exchange.headers)
+    except UserError as error:
+        raise error.renamed("max_new_tokens" if new_tokens else "prompt") from error
     except RateLimited:
         if exchange.key is not None:
             service.metrics.count_limited(exchange.key.name)
@@ -163,7 +173,7 @@ def _ended(service: Service, operation: str, charge: Charge, answer: Answer) -> 
     usage = answer.usage()
     if service.tracing is not None:
         exchange = answer.exchange
-        names = operation, service.config.name, exchange.request_id
+        names = operation, answer.frame["model"], exchange.request_id
         service.tracing.record(*names, exchange.trace_context, answer)
     charge.settle(usage["total_tokens"])
     if (key := answer.exchange.key) is not None:

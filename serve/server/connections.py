@@ -39,9 +39,10 @@ MOST_FILES = 2**16
 """Limit of open files to set where the system has none."""
 
 
-def connection_limit(num_replicas: int) -> int:
+def connection_limit(num_replicas: int, num_uploads: int = 0) -> int:
     """Raise the limit of open files as far as the system allows, and return the number of
-    connections for it. Raises UserError if it is too small to serve."""
+    connections for it beside the files of replicas and uploads. Raises UserError if it is too
+    small to serve."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -51,7 +52,7 @@ def connection_limit(num_replicas: int) -> int:
     if soft == resource.RLIM_INFINITY:
         soft = MOST_FILES
     kept = FILES_KEPT + FILES_OF_A_REPLICA * num_replicas + psutil.Process().num_fds()
-    left = soft - kept - SPARE
+    left = soft - kept - num_uploads - SPARE
     if left < FEWEST:
         raise UserError(
             "ulimit",

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from serve.server.access.keys import Keys
 from serve.server.app import make_app, row_answering
 from serve.server.batches.decoding import Answering
+from serve.server.batches.files import MOST_UPLOADS
 from serve.server.config import ServerConfig
 from serve.server.connection import Connection, Deadlines
 from serve.server.connections import Connections, connection_limit
@@ -83,7 +84,9 @@ class HttpServer(uvicorn.Server):
             config.max_file_bytes / config.max_body_bytes,
         )
         most, count_refused = (
-            connection_limit(2 * len(service.replicas)),
+            connection_limit(
+                2 * len(service.replicas), 0 if service.batches is None else MOST_UPLOADS
+            ),
             service.metrics.count_refused,
         )
         self._connections = Connections(most, deadlines, count_refused, tls_context(config))

@@ -44,7 +44,7 @@ def _add_create(app: FastAPI, service: Service) -> None:
         if exchange.is_background:  # a row of a batch, whose results are files
             body = body.model_copy(update={"store": False})
         whole = await _with_history(service, body, request)
-        async with service.entered() as served:
+        async with service.entered(exchange.is_background) as served:
             answer = await start_answer(service, served, served.responses, whole, request)
         endpoint = served.responses
         writer = endpoint.writer(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -107,12 +108,16 @@ class Service:
         self.reloader = Reloader(self)
 
     @asynccontextmanager
-    async def entered(self) -> AsyncIterator[ServedModel]:
+    async def entered(self, is_background: bool = False) -> AsyncIterator[ServedModel]:
         """Return the version for a new request, which does not end before the block has.
+
+        is_background: Whether the request takes no place of `--max-waiting` and has no time limit.
 
         Raises Busy or Unavailable.
         """
-        if not self.is_open.is_set():
+        if is_background:
+            await self.is_open.wait()
+        elif not self.is_open.is_set():
             await self._wait_at_door()
         served = self.current
         served.num_entering += 1
@@ -162,11 +167,10 @@ def make_service(config: ServerConfig, replicas: Dispatcher | None = None) -> Se
     batches = _batches(config, len(versions))
     if batches is not None:
         metrics.register(BatchCollector(batches, config.name))
-    file = config.batch_dir and config.batch_dir / "responses.sqlite3"
     return Service(
         config,
         served,
-        ResponseStore(file, config.max_response_bytes),
+        _stored_responses(config),
         versions,
         metrics,
         batches,
@@ -257,6 +261,15 @@ def _tracing(endpoint: str | None) -> "Tracing | None":
         from serve.server.operating.tracing import otlp_tracing
 
         return otlp_tracing(endpoint)
+
+
+def _stored_responses(config: ServerConfig) -> ResponseStore:
+    file = config.batch_dir and config.batch_dir / "responses.sqlite3"
+    try:
+        return ResponseStore(file, config.max_response_bytes)
+    except sqlite3.Error as error:
+        message = f"{setting_name('batch_dir')}: {file} cannot be used ({error})"
+        raise UserError("batch_dir", message=message) from error
 
 
 def _batches(config: ServerConfig, num_replicas: int) -> Batches | None:

@@ -1,8 +1,10 @@
 """Limits of the requests and tokens that a client may use in a minute.
 
-A client's allowance refills evenly: with 60 requests a minute, one each second, up to 60. A request
-is charged for its prompts and all new tokens that it asks for, so no limit is ever exceeded, and
-gets back what it did not use when it ends.
+A client's allowance is full at first and refills evenly: with 60 requests a minute, one each
+second, up to 60. So a client that has waited may send 60 at once and 60 more in the minute that
+follows, and no more than 60 a minute from then on. A request is charged for its prompts and all new
+tokens that it asks for, so requests that run together cannot use more than that, and gets back what
+it did not use when it ends.
 """
 
 import math
@@ -125,7 +127,7 @@ class RateLimits:
 
         Raises:
             RateLimited: The client has to wait; nothing is charged.
-            UserError: The request needs more tokens than the client has in any minute.
+            UserError: The request needs more tokens than a full allowance has.
         """
         now = self._clock()
         limits = dict(self._defaults)
@@ -135,9 +137,9 @@ class RateLimits:
         asked: dict[Kind, int] = {"requests": 1, "tokens": num_tokens}
         if (most := limits["tokens"]) is not None and num_tokens > most:
             raise UserError(
-                "max_tokens",
+                "max_new_tokens",
                 message=f"prompt and new tokens are {num_tokens}, more than the limit of {most} "
-                "tokens per minute: lower max_tokens, or shorten the prompt",
+                "tokens per minute: ask for fewer new tokens, or shorten the prompt",
                 code="rate_limit_exceeded",
             )
         allowances = {

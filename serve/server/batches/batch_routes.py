@@ -108,6 +108,7 @@ def refuse_batch_routes(app: FastAPI) -> None:
 
 def _new_batch(body: BatchBody, owner: str, endpoints: Sequence[str]) -> NewBatch:
     """Return the batch that a body asks for. Raises UserError for values that are not allowed."""
+    require_unicode("input_file_id", body.input_file_id)
     if body.endpoint not in endpoints:
         allowed = " or ".join(f'"{endpoint}"' for endpoint in endpoints)
         raise UserError("endpoint", body.endpoint, allowed)

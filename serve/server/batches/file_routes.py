@@ -39,10 +39,10 @@ def add_file_routes(app: FastAPI, batches: Batches, owner_of: Owner) -> None:
     @app.post("/v1/files", openapi_extra=UPLOAD)
     async def upload(request: Request) -> Json:
         owner, file_id = owner_of(request), new_id("file-")
-        await files.require_room(owner, int(request.headers.get("content-length", 0)))
-        with files.receiving(file_id) as path:
-            with path.open("xb") as file:
-                form = Form(request.headers.get("content-type", ""), file)
+        with files.receiving(owner, file_id) as arriving:
+            await arriving.reserve(int(request.headers.get("content-length", 0)))
+            with arriving.path.open("xb") as file:
+                form = Form(request.headers.get("content-type", ""), file, arriving.reserve)
                 await form.read(request.stream())
                 new = _new_file(file_id, owner, form, batches.limits.file_bytes)
                 file.flush()

@@ -2,6 +2,7 @@
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from serve.server.batches.store import Store
+from serve.server.replicas.stream import Busy
 from stu.common.cli import option
 from stu.common.errors import UserError
 from stu.common.text import Json
@@ -18,6 +20,8 @@ Order = Literal["asc", "desc"]
 
 FILE_SECONDS = 30 * 24 * 3600
 """Time after which a file expires if its client does not say otherwise."""
+MOST_UPLOADS, MOST_UPLOADS_OF_OWNER = 64, 16
+"""Limits of the uploads at once. Each has an open file."""
 UNFINISHED = "('validating', 'in_progress', 'finalizing', 'cancelling')"
 """Statuses of batches that have not ended."""
 
@@ -45,6 +49,39 @@ class NewFile:
         )
 
 
+class Arriving:
+    """A file that arrives. Its bytes count among those of its owner before it is there.
+
+    Attributes:
+        path: Path of its content.
+    """
+
+    def __init__(self, files: "Files", owner: str, path: Path) -> None:
+        self._files, self._owner, self.path = files, owner, path
+        self._num_bytes = 0
+
+    async def reserve(self, num_bytes: int) -> None:
+        """Let the file have `num_bytes` in all. Raises UserError if it would make those of its
+        owner too large together."""
+        before = self._num_bytes
+        if num_bytes <= before:
+            return
+        self._set(num_bytes)  # at once, so that others that arrive meanwhile count these
+        try:
+            await self._files.require_room(self._owner, num_bytes)
+        except BaseException:
+            self._set(before)
+            raise
+
+    def release(self) -> None:
+        """Reserve nothing any more."""
+        self._set(0)
+
+    def _set(self, num_bytes: int) -> None:
+        self._files.arriving_bytes[self._owner] += num_bytes - self._num_bytes
+        self._num_bytes = num_bytes
+
+
 class Files:
     """Files of all owners in a store.
 
@@ -53,26 +90,43 @@ class Files:
 
     def __init__(self, store: Store, most_bytes: int) -> None:
         self._store, self._most_bytes = store, most_bytes
+        self._uploads = Counter[str]()
+        """Uploads of each owner."""
+        self.arriving_bytes = Counter[str]()
+        """Bytes of these."""
 
     async def require_room(self, owner: str, num_bytes: int) -> None:
-        """Raise UserError if a new file would make those of an owner too large together."""
-        await self._store.run(lambda db: self._require_room(db, owner, num_bytes))
+        """Raise UserError if a file of `num_bytes` that arrives makes those of its owner too large
+        together."""
+        others = self.arriving_bytes[owner] - num_bytes
+        await self._store.run(lambda db: self._require_room(db, owner, num_bytes, others))
 
     @contextmanager
-    def receiving(self, file_id: str) -> Iterator[Path]:
-        """Yield the path of a new file, which is removed if the block raises."""
-        path = self._store.path(file_id)
+    def receiving(self, owner: str, file_id: str) -> Iterator[Arriving]:
+        """Yield a new file, which is removed if the block raises.
+
+        Raises Busy for too many uploads at once.
+        """
+        own, count = self._uploads[owner], self._uploads.total()
+        if own >= MOST_UPLOADS_OF_OWNER or count >= MOST_UPLOADS:
+            raise Busy(f"{count} files are being uploaded, {own} of them yours: try again later")
+        self._uploads[owner] += 1
+        arriving = Arriving(self, owner, self._store.path(file_id))
         try:
-            yield path
+            yield arriving
         except BaseException:
-            path.unlink(missing_ok=True)
+            arriving.path.unlink(missing_ok=True)
             raise
+        finally:
+            arriving.release()
+            self._uploads[owner] -= 1
+            if self._uploads[owner] == 0:
+                del self._uploads[owner], self.arriving_bytes[owner]
 
     async def add(self, new: NewFile) -> Json:
-        """Add a file, and return it as OpenAI's object. Raises UserError as `require_room`."""
+        """Add a file that has been received, and return it as OpenAI's object."""
 
         def work(db: sqlite3.Connection) -> Json:
-            self._require_room(db, new.owner, new.num_bytes)
             self._store.sync_names()
             new.insert(db)
             found = find_file(db, new.owner, new.id)
@@ -140,13 +194,16 @@ class Files:
 
         await self._store.run(work)
 
-    def _require_room(self, db: sqlite3.Connection, owner: str, num_bytes: int) -> None:
+    def _require_room(
+        self, db: sqlite3.Connection, owner: str, num_bytes: int, others: int
+    ) -> None:
         files = "SELECT COALESCE(SUM(bytes), 0) FROM files WHERE owner = ? AND is_stored = 1"
         results = (
             "SELECT COALESCE(SUM(output_bytes + error_bytes), 0) FROM batches WHERE owner = ? "
             f"AND status IN {UNFINISHED}"
         )
-        present = sum(db.execute(query, [owner]).fetchone()[0] for query in (files, results))
+        stored = sum(db.execute(query, [owner]).fetchone()[0] for query in (files, results))
+        present = stored + others
         if present + num_bytes > self._most_bytes:
             raise UserError(
                 "file",

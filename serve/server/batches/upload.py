@@ -1,7 +1,7 @@
 """Forms with a file, which goes to the disk as it comes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import BinaryIO
 
 from python_multipart.exceptions import FormParserError
@@ -23,11 +23,14 @@ class Form:
     Args:
         content_type: Header of the request.
         file: Takes the content of the field `file`.
+        reserve: Called with the size of the file so far before more of it is written.
 
     Raises UserError, here and in `read`, for what is no such form.
     """
 
-    def __init__(self, content_type: str, file: BinaryIO) -> None:
+    def __init__(
+        self, content_type: str, file: BinaryIO, reserve: Callable[[int], Awaitable[None]]
+    ) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             fix = "send a form with the fields file and purpose, as multipart/form-data"
@@ -38,7 +41,7 @@ class Form:
         """Name of the file; None if there is none."""
         self.num_bytes = 0
         """Size of the file."""
-        self._file, self._block = file, bytearray()
+        self._file, self._reserve, self._block = file, reserve, bytearray()
         self._header, self._header_value, self._disposition = bytearray(), bytearray(), b""
         self._field, self._value = "", bytearray()
         self._is_whole = False
@@ -74,6 +77,7 @@ class Form:
         await self._write()
 
     async def _write(self) -> None:
+        await self._reserve(self.num_bytes)
         block, self._block = self._block, bytearray()
         await asyncio.to_thread(self._file.write, block)
 

@@ -28,7 +28,8 @@ def fits_beside(running: Replicas, model: Path) -> bool:
         return False
     weights = weight_bytes(model, config.dtype)
     own = int(config.engine.cache_gib * GIB) + WEIGHT_COPIES * weights + OVERHEAD_BYTES
-    needed = Counter(config.devices)
+    # Each rank of a replica has caches of its own, on a CPU too.
+    needed = Counter(device for group in config.devices for device in group.split(","))
     return all(count * own <= free_bytes(running, device) for device, count in needed.items())
 
 
@@ -50,5 +51,7 @@ def free_bytes(running: Replicas, device: str) -> int:
     if not device.startswith("cuda"):
         available: int = psutil.virtual_memory().available
         return available
-    reported = [own.free_bytes for place, own in running.devices_of_running() if place == device]
+    reported = [
+        own.free_bytes for group, own in running.devices_of_running() if device in group.split(",")
+    ]
     return min(reported, default=0)

@@ -428,6 +428,8 @@ def test_connections_leave_files_to_engines(monkeypatch):
         monkeypatch.setattr(resource, "getrlimit", lambda kind, values=(soft, hard): values)
         assert fewest <= connection_limit(1) <= most
         assert connection_limit(4) <= connection_limit(1)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 1024))
+    assert connection_limit(1, 64) == connection_limit(1) - 64
     assert limits[resource.RLIMIT_NOFILE] == (2**16, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
     with pytest.raises(UserError, match="limit of 64 open files leaves 0 connections"):

@@ -1,18 +1,22 @@
 """Batches that run in a folder, without a server: what one owner cannot do to the others."""
 
 import asyncio
+import contextlib
 import json
 import sys
 import threading
 
 import pytest
 
+from serve.server.batches.batch_routes import BatchBody, _new_batch
 from serve.server.batches.batches import Batches, Limits
-from serve.server.batches.files import NewFile
+from serve.server.batches.files import MOST_UPLOADS, MOST_UPLOADS_OF_OWNER, Files, NewFile
 from serve.server.batches.lines import Line
 from serve.server.batches.progress import Place
 from serve.server.batches.table import NewBatch
+from serve.server.batches.upload import Form
 from serve.server.batches.validation import validate
+from serve.server.replicas.stream import Busy
 from stu.common.errors import UserError
 from tests.serve.server.batches.views import URL, make_row
 
@@ -135,3 +139,57 @@ async def test_a_batch_whose_input_was_removed_fails(tmp_path, status):
     assert (row["status"], json.loads(row["errors"])[0]["code"]) == ("failed", "input_file_lost")
     assert batches.num_unfinished == 0
     await batches.stop()
+
+
+async def test_uploads_count_for_the_bytes_of_their_owner_while_they_arrive(batches):
+    files = Files(batches._store, 2 * 2**20)
+    head = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+
+    async def parts():
+        yield head
+        for _ in range(4):
+            yield bytes(2**20)
+
+    with files.receiving("a", "file-1") as other:
+        await other.reserve(2**20 - 1)
+        await other.reserve(2**19)  # of the same file, so these are among the others
+        with contextlib.suppress(UserError), files.receiving("a", "file-2") as own:
+            with own.path.open("xb", buffering=0) as file:
+                form = Form("multipart/form-data; boundary=x", file, own.reserve)
+                with pytest.raises(UserError, match="1048575 bytes of"):
+                    await form.read(parts())
+                assert file.tell() == 2**20
+            await own.reserve(2**21)
+        assert not own.path.exists()
+        with files.receiving("b", "file-3") as theirs:
+            await theirs.reserve(2 * 2**20)
+    assert not files.arriving_bytes
+    with files.receiving("a", "file-4") as later:
+        await later.reserve(2 * 2**20)
+
+
+async def test_uploads_at_once_have_a_limit(batches):
+    with contextlib.ExitStack() as stack:
+        for number in range(MOST_UPLOADS):
+            owner = f"owner {number // MOST_UPLOADS_OF_OWNER}"
+            stack.enter_context(batches.files.receiving(owner, f"file-{number}"))
+            if number == MOST_UPLOADS_OF_OWNER - 1:
+                with pytest.raises(Busy, match="16 of them yours"):
+                    stack.enter_context(batches.files.receiving(owner, "file-x"))
+        with pytest.raises(Busy, match="0 of them yours"):
+            stack.enter_context(batches.files.receiving("another", "file-x"))
+    with batches.files.receiving("another", "file-x"):
+        pass
+
+
+def test_an_id_that_utf_8_cannot_hold_is_refused():
+    body = BatchBody.model_construct(
+        input_file_id="\ud800",
+        endpoint=URL,
+        completion_window="24h",
+        metadata=None,
+        output_expires_after=None,
+    )
+    with pytest.raises(UserError, match="surrogate") as error:
+        _new_batch(body, "", [URL])
+    assert error.value.field == "input_file_id"

@@ -224,6 +224,14 @@ def test_room_beside_is_what_caches_weights_and_processes_take(monkeypatch, mode
         assert room.fits_beside(running, model_directory) == fits
     memory.available = own - 1
     assert not room.fits_beside(running, model_directory)
+    # The ranks that divide a model have caches of their own.
+    running.config = ReplicasConfig(model_directory, ("cpu,cpu",), engine=config.engine)
+    for free, fits in ((2 * own - 1, False), (2 * own, True)):
+        memory.available = free
+        assert room.fits_beside(running, model_directory) == fits
+    running.config = ReplicasConfig(model_directory, ("cuda:0,cuda:1",), engine=config.engine)
+    devices[:] = [("cuda:0,cuda:1", SimpleNamespace(free_bytes=own))]
+    assert room.fits_beside(running, model_directory)
     running.config = ReplicasConfig(model_directory)  # each takes half of what it finds
     memory.available = 10**15
     assert not room.fits_beside(running, model_directory)
