@@ -196,6 +196,23 @@ def test_half_a_surrogate_pair_in_an_id_is_refused(server):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_file_id")
 
 
+def test_ids_that_utf_8_cannot_hold_are_refused(server):
+    half, key = "%ED%A0%80", {"authorization": f"Bearer {KEYS[0]}"}
+    body = b'{"input_file_id": "\\ud800", "endpoint": "/v1/completions", "completion_window": "1h"}'
+    headers = {**key, "content-type": "application/json"}
+    answer = server.post("/v1/batches", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_file_id")
+    for path, status in [
+        (f"files/{half}", 404),
+        (f"files/{half}/content", 404),
+        (f"files?after={half}", 400),
+        (f"files?purpose={half}", 200),
+        (f"batches/{half}", 404),
+        (f"batches?after={half}", 400),
+    ]:
+        assert server.get(f"/v1/{path}", headers=key).status_code == status, path
+
+
 def test_a_cancelled_batch_has_results_of_all_rows(client):
     batch = create(client, [make_row(number, max_tokens=20) for number in range(1500)])
     with watched(lambda: client, batch.id) as views:
