@@ -9,6 +9,7 @@ from stu.common.errors import UserError, setting_name
 EngineWeights = Literal["float", "int8", "fp8"]
 """Format of the weights of dense layers while they decode."""
 MOST_DRAFTS = 31
+USUAL_DRAFTS = 7
 INVARIANT_ROWS = 8
 """Rows that go through the model together under `batch_invariant`."""
 
@@ -51,8 +52,8 @@ class EngineConfig:
     that followed the same few tokens earlier in the prompt or the new text. It helps where text
     repeats itself, while at most four requests decode, and is left out where guesses are wrong. The
     distribution of the text is the same. Not on CUDA. None: not at all."""
-    num_speculative_tokens: int = 7
-    """Most tokens of a request that a step guesses."""
+    num_speculative_tokens: int | None = None
+    """Most tokens of a request that a step guesses, with `speculate` alone. None: 7."""
     batch_invariant: bool = False
     """Compute a request's logits to the last bit independently of the other requests. Slower."""
     overlap: bool | None = None
@@ -66,7 +67,7 @@ class EngineConfig:
     @property
     def most_drafts(self) -> int:
         """Most tokens that a step takes of a request besides the one that is known."""
-        return 0 if self.speculate is None else self.num_speculative_tokens
+        return 0 if self.speculate is None else self.num_speculative_tokens or USUAL_DRAFTS
 
     def __post_init__(self) -> None:
         gib, page_len, expected = self.cache_gib, self.page_len, self.expected_new_tokens
@@ -84,8 +85,11 @@ class EngineConfig:
         self._require("expected_new_tokens", is_count, "a whole number >= 1, or null")
         self._require("speculate", self.speculate in (None, "ngram"), "ngram, or null for none")
         drafts = self.num_speculative_tokens
-        is_count = is_whole(drafts) and 1 <= drafts <= MOST_DRAFTS
+        is_count = drafts is None or (is_whole(drafts) and 1 <= drafts <= MOST_DRAFTS)
         self._require("num_speculative_tokens", is_count, f"a whole number from 1 to {MOST_DRAFTS}")
+        if drafts is not None and self.speculate is None:
+            fix = f"nothing is guessed without {setting_name('speculate')}; leave it out"
+            raise UserError("num_speculative_tokens", drafts, fix=fix)
         is_cache = self.convolution_cache in (None, "state", "pages")
         self._require("convolution_cache", is_cache, "state or pages, or null to choose by itself")
         is_format = self.weights in (None, "float", "int8", "fp8")

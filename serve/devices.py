@@ -13,11 +13,12 @@ from stu.common.errors import UserError, setting_name
 ALLOWED = "auto, all, or a list of cpu, 0, cuda:0 and the like, separated by commas"
 
 
-def choose_devices(text: str) -> list[str]:
+def choose_devices(text: str, field: str = "devices") -> list[str]:
     """Return torch's names of the devices in `text`: `auto`, `all`, `cpu`, `0` or `cuda:1,cpu`.
 
     `auto` is the first CUDA device, or the CPU without any; tasks of one SLURM step that see
-    several devices take one each. Raises UserError for a device that does not exist.
+    several devices take one each. Raises UserError, which names `field`, for a device that does not
+    exist.
     """
     num_cuda = torch.cuda.device_count()
     if text == "auto" and num_cuda:
@@ -28,19 +29,20 @@ def choose_devices(text: str) -> list[str]:
     if text == "all" and num_cuda:
         return [f"cuda:{index}" for index in range(num_cuda)]
     names = ["cuda:0"] if text == "all" else text.split(",")
-    return [_device(name.strip(), text, num_cuda) for name in names]
+    return [_device(name.strip(), text, num_cuda, field) for name in names]
 
 
-def device_groups(text: str, num_ranks: int) -> list[str]:
+def device_groups(text: str, num_ranks: int, field: str = "devices") -> list[str]:
     """Return the devices of each engine, with commas between those of the ranks that divide its
     model.
 
     text: As for `choose_devices`, where `cpu` stands for all ranks of an engine and `auto` for the
-    first CUDA devices. Raises UserError for devices that do not make up groups of `num_ranks`.
+    first CUDA devices. Raises UserError, which names `field`, for devices that do not make up
+    groups of `num_ranks`.
     """
     if not is_whole(num_ranks) or num_ranks < 1:
         raise UserError("tensor_parallel", num_ranks, "a whole number >= 1")
-    names, num_cuda = choose_devices(text), torch.cuda.device_count()
+    names, num_cuda = choose_devices(text, field), torch.cuda.device_count()
     if text == "auto" and names != ["cpu"] and num_ranks <= num_cuda:
         first = num_ranks * int(names[0].removeprefix("cuda:"))
         names = [f"cuda:{(first + rank) % num_cuda}" for rank in range(num_ranks)]
@@ -51,7 +53,7 @@ def device_groups(text: str, num_ranks: int) -> list[str]:
         if len(group) < num_ranks or not (is_cpu or (is_cuda and len(set(group)) == num_ranks)):
             allowed = f"{num_ranks} different CUDA devices for each engine, or cpu"
             fix = f"{setting_name('tensor_parallel')}={num_ranks} divides a model among so many"
-            raise UserError("devices", text, allowed, fix)
+            raise UserError(field, text, allowed, fix)
     return [",".join(group) for group in groups]
 
 
@@ -61,13 +63,13 @@ def repeat_a_device(groups: Sequence[str]) -> bool:
     return len(set(names)) < len(names)
 
 
-def _device(name: str, text: str, num_cuda: int) -> str:
+def _device(name: str, text: str, num_cuda: int, field: str) -> str:
     if name == "cpu":
         return name
-    match = re.fullmatch(r"(?:cuda:)?(\d+)", name)
+    match = re.fullmatch(r"(?:cuda:)?(\d+)", "0" if name == "cuda" else name)
     if not match:
-        raise UserError("devices", text, ALLOWED)
+        raise UserError(field, text, ALLOWED)
     if int(match[1]) >= num_cuda:
         seen = f"only {num_cuda} CUDA devices" if num_cuda else "no CUDA device"
-        raise UserError("devices", text, fix=f"torch sees {seen}; choose others, cpu, or auto")
+        raise UserError(field, text, fix=f"torch sees {seen}; choose others, cpu, or auto")
     return f"cuda:{int(match[1])}"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from serve.completion import Completion, CompletionBuilder, answered, normalized
 from serve.config import EngineConfig
-from serve.devices import choose_devices, device_groups
+from serve.devices import device_groups
 from serve.engine.engine import Engine
 from serve.parallel.loading import make_engine
 from serve.prompts import RequestBuilder, choices, encode_prompt
@@ -53,7 +53,8 @@ class LLM:
 
     Args:
         model: Model directory, as `stu-export` writes it.
-        device: torch's name of a device. None: the first CUDA device, or the CPU without any.
+        device: Device, such as `cpu`, `cuda`, `cuda:1` or `1`. None: the first CUDA device, or the
+            CPU without any.
         dtype: Type of the weights.
         tensor_parallel: Number of devices that divide the model among them, each with a part of the
             weights and of the caches. `device` may name them, with commas between them; cpu stands
@@ -77,11 +78,12 @@ class LLM:
         ).defaults
         """Settings of the model directory's `generation.json`."""
         self._num_ranks = tensor_parallel
-        config, devices = EngineConfig(**engine), device or choose_devices("auto")[0]
-        if tensor_parallel != 1:
-            (devices, *others) = device_groups(device or "auto", tensor_parallel)
-            if others:
-                raise UserError("device", device, f"{tensor_parallel} devices")
+        config = EngineConfig(**engine)
+        devices, *others = device_groups(device or "auto", tensor_parallel, "device")
+        if others:
+            count = "one device" if tensor_parallel == 1 else f"{tensor_parallel} devices"
+            fix = "tensor_parallel divides a model among several devices"
+            raise UserError("device", device, count, fix)
         self._engine = make_engine(
             model, devices, dtype, self.tokenizer, config, ends_process=False
         )

@@ -31,6 +31,8 @@ ABSENT: Mapping[str, tuple[Any, ...]] = {
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (None, False),
 }
 """Settings of peft that change what an adapter computes, and the values under which they do not."""
 
@@ -69,10 +71,12 @@ def read_adapter(name: str, path: Path, config: ModelConfig) -> Adapter:
         layers.setdefault(layer, {})[part[0]] = tensor
     if not layers:
         raise _error(path / WEIGHTS, "it has no tensors")
-    shapes = _linear_shapes(config)
+    rank, shapes = settings["r"], _linear_shapes(config)
     for layer, parts in layers.items():
         _check(path / WEIGHTS, layer, parts, shapes)
-    rank = settings["r"]
+        if len(parts["A"]) != rank:
+            message = f"{layer} has rank {len(parts['A'])}, and {CONFIG} says r={rank}"
+            raise _error(path / WEIGHTS, f"{message}: is it of another adapter?")
     scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return Adapter(name, {own: Narrow(p["A"], p["B"]) for own, p in layers.items()}, scale)
 

@@ -68,7 +68,7 @@ class ClusterEngines:
         ray.data.DataContext.get_current().enable_progress_bars = False
         self._config, self._task = config, task
         self._resources = engine_resources(
-            config.engines, config.cpus_per_engine, config.engine.cache_gib
+            config.engines, config.cpus_per_engine or 1, config.engine.cache_gib
         )
         self._input = ClusterInput(config)
         self._first = self._input.first_fields()
@@ -172,7 +172,7 @@ class RowDecoder:
                     ReplicasConfig(
                         config.model,
                         tuple(choose_devices("auto")),
-                        config.cpus_per_engine,
+                        config.cpus_per_engine or 1,
                         config.dtype,
                         config.engine,
                         max_waiting=UNBOUNDED,

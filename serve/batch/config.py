@@ -73,8 +73,9 @@ class BatchConfig:
     s3://bucket/folder."""
     engines: int | None = None
     """Most engines on a Ray cluster. None: one for each GPU, or for each host if there are none."""
-    cpus_per_engine: int = 1
-    """Processors that each engine on a Ray cluster takes, and computes with if it has no GPU."""
+    cpus_per_engine: int | None = None
+    """Processors that each engine on a Ray cluster takes, and computes with if it has no GPU. None:
+    1."""
     score: bool = False
     """Score the rows instead of generating: write the log probability of each prompt, or of a row's
     completion after its prompt."""
@@ -92,6 +93,9 @@ class BatchConfig:
             count = getattr(self, name)
             if count is not None and (not is_whole(count) or count < 1):
                 raise UserError(name, count, "a whole number >= 1")
+            if count is not None and not self.ray:
+                fix = f"it is for {setting_name('ray')} alone; leave it out"
+                raise UserError(name, count, fix=fix)
         if self.ray and self.devices != "auto":
             fix = "with --ray, Ray gives each engine a GPU; leave it out"
             raise UserError("devices", self.devices, fix=fix)

@@ -64,7 +64,7 @@ def evaluate(path: Path, config: EvalConfig) -> None:
     from serve.evaluation.text_model import EngineModel
     from stu.model_dir import load_config, load_model, load_tokenizer
 
-    devices = choose_devices(config.device)
+    devices = choose_devices(config.device, "device")
     if len(devices) > 1:
         raise UserError("device", config.device, "one device")
     tokenizer, longest = load_tokenizer(path), load_config(path).max_seq_len

@@ -9,7 +9,7 @@ from pathlib import Path
 from stu.common.cli import run_command
 from stu.common.errors import UserError
 
-DEFAULT_GPUS = 8
+DEFAULT_GPUS, DEFAULT_BATCH, DEFAULT_BITS = 8, 32, 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tokens", type=_positive, help=tokens)
     serve = "plan decoding of this model: a model directory, or a YAML file of a model's settings"
     add("--serve", type=Path, metavar="MODEL", help=serve)
-    add("--batch", type=_count, default=32, help="with --serve: sequences that decode together")
+    add("--batch", type=_count, help="with --serve: sequences that decode together, by default 32")
     length = "with --serve: tokens of a sequence, half of them new; the model's longest by default"
     add("--length", type=_count, help=length)
-    bits = "with --serve: bits of a weight of a matrix, 32, 16 or 8"
-    add("--bits", type=int, choices=(32, 16, 8), default=16, help=bits)
+    bits = "with --serve: bits of a weight of a matrix, 32, 16 or 8; by default 16"
+    add("--bits", type=int, choices=(32, 16, 8), help=bits)
     options, others = parser.parse_known_args(argv)
     return run_command("stu-plan", lambda: _plan(options, others), "train")
 
@@ -59,12 +59,13 @@ def _plan_serving(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from train.gpus import GPUS
     from train.plan.serving_report import show_serving
 
+    _refuse(options, ("nodes", "tokens"), "with --serve")
     if arguments:
         raise UserError(message=f"{' '.join(arguments)} is not allowed with --serve: leave it out")
     names = list(GPUS) if options.gpu is None else [options.gpu]
     if names[0] not in GPUS:
         raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}")
-    work = options.batch, options.length, options.bits
+    work = options.batch or DEFAULT_BATCH, options.length, options.bits or DEFAULT_BITS
     return show_serving(options.serve, names, options.gpus or DEFAULT_GPUS, *work)
 
 
@@ -75,6 +76,7 @@ def _plan_run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from train.plan.report import show_plan
     from train.settings import parse_settings
 
+    _refuse(options, ("batch", "length", "bits"), "without --serve")
     options.gpu = options.gpu or "h100-80g"
     if options.gpu not in (*GPUS, "this"):
         raise UserError("--gpu", options.gpu, f"one of {', '.join(GPUS)}, or this")
@@ -90,6 +92,12 @@ def _plan_run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for text in describe_sources(data, settings, nodes * gpus) if data else []:
         print(text)
     return code
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], when: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise UserError(message=f"--{name} is not allowed {when}: leave it out")
 
 
 def _count(text: str) -> int:

@@ -115,10 +115,13 @@ class Decoding:
         )
         return live + 3 * batch * config.vocab_size * 4 + 4 * taps
 
+    def cache_bytes(self, batch: int) -> int:
+        """Return the bytes of a rank's caches for so many sequences."""
+        return (batch + 1) * self.row_bytes()
+
     def total_bytes(self, batch: int) -> int:
         """Return the bytes of a rank with so many sequences."""
-        rows = (batch + 1) * self.row_bytes()
-        return self.weight_bytes() + rows + self.other_bytes(batch)
+        return self.weight_bytes() + self.cache_bytes(batch) + self.other_bytes(batch)
 
     def step_seconds(self, gpu: Gpu, batch: int) -> float:
         """Return the seconds of a step, under the shares assumed above: of reading weights and
@@ -139,12 +142,15 @@ class Decoding:
         sent_seconds = 2 * sent * (self.num_ranks - 1) / self.num_ranks / gpu.link_bytes_per_second
         return seconds + sent_seconds + (2 * config.num_layers + 2) * EXCHANGE_SECONDS
 
-    def largest_batch(self, gpu: Gpu, most: int = 4096) -> int:
-        """Return the most sequences, up to `most`, that fit; 0 if none does."""
-        usable = USABLE_SHARE * gpu.memory_gib * GIB
+    def fits(self, gpu: Gpu, batch: int) -> bool:
+        """Return whether a rank with so many sequences fits."""
+        return self.total_bytes(batch) <= USABLE_SHARE * gpu.memory_gib * GIB
+
+    def largest_batch(self, gpu: Gpu) -> int:
+        """Return the most sequences that fit; 0 if none does."""
         fixed = self.total_bytes(0)
         each = self.total_bytes(1) - fixed
-        return max(0, min(most, int((usable - fixed) // each)))
+        return max(0, int((USABLE_SHARE * gpu.memory_gib * GIB - fixed) // each))
 
     def _remembered(self) -> list[Any]:
         mixers = _part(self.config, self.num_ranks).mixers

@@ -1,5 +1,6 @@
 """The plan of decoding as a table: which GPUs hold a model, at which batch, and how fast."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,27 +43,30 @@ def show_serving(
     fits_somewhere = False
     for name in gpu_names:
         for own in found:
-            gpu, largest = GPUS[name], own.largest_batch(GPUS[name])
-            fits = largest >= batch
+            gpu, fits = GPUS[name], own.fits(GPUS[name], batch)
             fits_somewhere |= fits
-            sizes = own.weight_bytes(), (batch + 1) * own.row_bytes(), own.total_bytes(batch)
+            cache_gib = math.ceil(100 * own.cache_bytes(batch) / GIB) / 100
             usable = USABLE_SHARE * gpu.memory_gib
             seconds = own.step_seconds(gpu, batch)
             table.add_row(
                 f"{own.num_ranks} x {name}",
-                *(f"{size / GIB:.2f}" for size in sizes),
+                f"{own.weight_bytes() / GIB:.2f}",
+                f"{cache_gib:.2f}",
+                f"{own.total_bytes(batch) / GIB:.2f}",
                 f"{usable:.1f}",
                 "yes" if fits else "no",
-                str(largest),
+                str(own.largest_batch(gpu)),
                 f"{1000 * seconds:.2f}" if fits else "",
                 f"{batch / seconds:,.0f}" if fits else "",
             )
     console.print(_describe(found[0]))
     console.print(table)
     console.print(
-        "most: sequences that fit. A step takes the time of reading weights and caches at "
-        f"{READ_SHARE:.0%} of the bandwidth, or of products at {PRODUCT_SHARE:.0%} of the peak: "
-        "assumptions, compared with no GPU yet. Prompts take their own time."
+        "most: sequences that fit. caches: what an engine needs as --cache-gib for this, with "
+        f"--max-running {batch}; by itself it takes half of the memory that is free. A step takes "
+        f"the time of reading weights and caches at {READ_SHARE:.0%} of the bandwidth, or of "
+        f"products at {PRODUCT_SHARE:.0%} of the peak: assumptions, compared with no GPU yet. "
+        "Prompts take their own time."
     )
     if not fits_somewhere:
         console.print(

@@ -177,6 +177,8 @@ FIRST = f"{PREFIX}blocks.0.mlp.gate"
         (spoil_config(use_dora=True), "use_dora=true is not supported"),
         (spoil_config(modules_to_save=["norm"]), "modules_to_save="),
         (spoil_config(alpha_pattern={"gate": 3}), "alpha_pattern="),
+        (spoil_config(alora_invocation_tokens=[5]), "alora_invocation_tokens="),
+        (spoil_config(r=4), "has rank 3, and adapter_config.json says r=4"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "safetensors file"),
         (spoil_tensors(lambda t: t.clear()), "it has no tensors"),
         (spoil_tensors(lambda t: t.pop(f"{FIRST}.lora_B.weight")), "only one of lora_A and"),

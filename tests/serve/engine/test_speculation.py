@@ -303,8 +303,9 @@ def test_settings_that_do_not_go_together_are_refused(models, tokenizer):
     for values, name in (
         ({"speculate": "ngram", "overlap": True}, "overlap"),
         ({"speculate": "draft"}, "speculate"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
-        ({"num_speculative_tokens": 32}, "num_speculative_tokens"),
+        ({"speculate": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens"),
+        ({"speculate": "ngram", "num_speculative_tokens": 32}, "num_speculative_tokens"),
+        ({"num_speculative_tokens": 3}, "num_speculative_tokens"),
     ):
         with pytest.raises(UserError, match=f"{name}=.* is not allowed"):
             EngineConfig(**values)

@@ -292,6 +292,21 @@ def test_devices_make_up_groups(monkeypatch, devices, num_cuda, size, groups):
         assert device_groups(devices, size) == groups
 
 
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [
+        ("gpu", 1, 'device="gpu" is not allowed: it must be auto, all, or a list'),
+        ("gpu", 2, 'device="gpu" is not allowed: it must be auto, all, or a list'),
+        ("99", 1, 'device="99" is not allowed: torch sees'),
+        ("cpu,cpu", 1, 'device="cpu,cpu" is not allowed: it must be one device'),
+        ("cpu,cpu", 2, 'device="cpu,cpu" is not allowed: it must be 2 devices'),
+    ],
+)
+def test_devices_of_python_are_refused_by_name(directory, device, count, message):
+    with pytest.raises(UserError, match=message):
+        LLM(directory, device=device, tensor_parallel=count)
+
+
 def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused(directory, tmp_path, capsys):
     with pytest.raises(UserError, match=r"tensor_parallel=3 .* one of 1, 2, 4, which"):
         LLM(directory, device="cpu", tensor_parallel=3)

@@ -26,6 +26,12 @@ def test_settings_of_a_dataset_on_ray_are_checked(values, message):
         BatchConfig(Path("m"), Path("in"), Path("out"), ray=True, **values)
 
 
+@pytest.mark.parametrize("name", ["engines", "cpus_per_engine"])
+def test_settings_of_ray_are_refused_without_it(name):
+    with pytest.raises(UserError, match=f"{name}=1 is not allowed: it is for ray alone"):
+        BatchConfig(Path("m"), Path("in"), Path("out"), **{name: 1})
+
+
 @pytest.mark.parametrize(
     "values",
     [

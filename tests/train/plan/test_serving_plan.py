@@ -6,11 +6,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from serve.cache.budget import CACHES, cache_plan
+from serve.cache.budget import CACHES, cache_plan, make_caches
 from serve.config import EngineConfig
 from stu.config import ModelConfig
 from stu.mixers import KeyWindow, LastInputs, PastInputs
 from stu.model import FlashSTU
+from stu.model_dir import load_model, save_model
 from train.gpus import GPUS
 from train.plan import cli
 from train.plan.serving import PAGE_LEN, Decoding, plans
@@ -61,14 +62,34 @@ def test_ranks_divide_memory_and_work(kind):
         assert own.read_bytes() * own.num_ranks == pytest.approx(one.read_bytes())
     gpu = GPUS["h100-80g"]
     assert two.step_seconds(gpu, 1) > one.step_seconds(gpu, 1)  # so small a model only exchanges
-    assert one.largest_batch(gpu, most=10**9) < two.largest_batch(gpu, most=10**9)
-    assert one.total_bytes(one.largest_batch(gpu)) <= 80 * 2**30
+    assert one.largest_batch(gpu) < two.largest_batch(gpu)
+    assert one.fits(gpu, one.largest_batch(gpu))
+    assert not one.fits(gpu, one.largest_batch(gpu) + 1)
 
 
-def test_weights_of_8_bits_take_a_quarter():
-    config = ModelConfig(**SHAPE, layout="stu")
-    wide, narrow = (Decoding(config, 256, 128, 1, bits, 8).weight_bytes() for bits in (32, 8))
-    assert narrow < 0.5 * wide
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_of_the_planned_size_hold_the_batch(kind):
+    torch.manual_seed(0)
+    model = FlashSTU(ModelConfig(**{**SHAPE, **KINDS[kind]})).eval()
+    rank = cache_plan(PastInputs, model, EngineConfig()).info.rank or None
+    planned, batch = Decoding(model.config, 256, 128, 1, 32, rank), 5
+    cache_gib = planned.cache_bytes(batch) / 2**30
+    caches = make_caches(model, EngineConfig(cache_gib=cache_gib, max_running=batch))
+    needed = caches.needed(128, 128)
+    for own, total in zip(needed, caches.capacity, strict=True):
+        assert batch * own <= total
+
+
+def test_weights_of_8_bits_are_those_of_models(tmp_path, code_tokenizer):
+    torch.manual_seed(0)
+    shape = {**SHAPE, "vocab_size": code_tokenizer.vocab_size}
+    config = ModelConfig(**shape, layout="stu")
+    save_model(tmp_path / "model", FlashSTU(config), code_tokenizer)
+    loaded = load_model(tmp_path / "model", "cpu", torch.bfloat16, weights="int8")
+    rounded = config.vocab_size * config.width  # the unembedding, which an engine rounds
+    planned = Decoding(config, 256, 128, 1, 8, 8).weight_bytes()
+    scales = sum(own.nbytes for name, own in loaded.state_dict().items() if "scales" in name)
+    assert planned + scales == rounded + sum(own.nbytes for own in loaded.state_dict().values())
 
 
 def plan(capsys, *arguments):
@@ -83,6 +104,9 @@ def test_command_plans_a_model_directory_or_settings(tmp_path, capsys):
     assert code == 0
     assert "1 x l40s-48g" in written.out
     assert "2 x l40s-48g" in written.out
+    code, written = plan(capsys, "--serve", tmp_path, "--batch", 5000, "--gpu", "h200-141g")
+    assert code == 0
+    assert "--max-running 5000" in " ".join(written.out.split())
     settings = tmp_path / "large.yaml"
     large = {**SHAPE, "width": 2**18, "num_layers": 2, "num_filters": 8, "layout": "attention"}
     settings.write_text(json.dumps(large))
@@ -97,6 +121,11 @@ def test_command_plans_a_model_directory_or_settings(tmp_path, capsys):
         (["--serve", "nowhere"], "a model directory, or a file of a model's settings"),
         (["--serve", "{path}", "--length", "300"], "at most max_seq_len=256"),
         (["--serve", "{path}", "--gpu", "abacus"], "one of a100-40g"),
+        (["--serve", "{path}", "--nodes", "2"], "--nodes is not allowed with --serve"),
+        (["--serve", "{path}", "--tokens", "1e9"], "--tokens is not allowed with --serve"),
+        (["--batch", "8"], "--batch is not allowed without --serve"),
+        (["--length", "8"], "--length is not allowed without --serve"),
+        (["--bits", "8"], "--bits is not allowed without --serve"),
         (["--serve", "{path}", "--data.seq_len", "5"], "--data.seq_len 5 is not allowed"),
     ],
 )
