@@ -154,7 +154,8 @@ def test_a_named_tool_and_none(chat):
     assert named.choices[0].logprobs.content
     asked = {**CALLED, "tool_choice": "none", "max_tokens": 5}
     assert chat.create(**asked).choices[0].message.tool_calls is None
-    wrong = {"type": "function", "function": {"name": "x", "parameters": {"type": "what"}}}
+    parameters = {"type": "object", "properties": {"a": {"type": "what"}}}
+    wrong = {"type": "function", "function": {"name": "x", "parameters": parameters}}
     with pytest.raises(openai.BadRequestError, match='the parameters of the tool "x": ') as found:
         chat.create(**{**CALLED, "tools": [wrong]})
     assert found.value.param == "tools"

@@ -11,7 +11,7 @@ import pytest
 
 from serve.config import EngineConfig
 from serve.server.app import make_app
-from serve.server.completion_routes import _with_error_event
+from serve.server.completion_routes import with_last_events
 from serve.server.config import ServerConfig
 from serve.server.exchange import FAULT, Exchange, Exchanges
 from serve.server.replicas.dispatch import Replicas
@@ -19,7 +19,7 @@ from serve.server.replicas.dispatcher import ENGINE_FAILED
 from serve.server.replicas.stream import EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.service import make_service
-from serve.server.streams import TimedOut
+from serve.server.streams import TimedOut, event
 from stu.common.errors import UserError
 from tests.serve.requests import make_request
 
@@ -97,7 +97,8 @@ def test_an_error_in_mid_stream_is_the_last_event(caplog, error, kind, message):
 
     async def read():
         answer, outputs = SimpleNamespace(exchange=Exchange("own")), events()
-        return [text async for text in _with_error_event(answer, outputs, events())]
+        last = with_last_events(answer, outputs, events(), lambda error: [event(error)])
+        return [text async for text in last]
 
     first, last = asyncio.run(read())
     assert first == "data: {}\n\n"
