@@ -1,6 +1,7 @@
 """Files of a server: uploads, lists, downloads, deletion and limits."""
 
 import json
+import shutil
 import time
 
 import httpx
@@ -8,6 +9,7 @@ import openai
 import pytest
 
 from tests.serve.server.batches.views import client_of, create, ended, make_row, upload
+from tests.serve.server.test_clients import CLIENTS, INSTALLED, answers_of, install
 from tests.serve.server_process import SECONDS, serving
 
 LIMITS = ("--max-file-bytes", 6_000_000, "--max-stored-bytes", 10_000_000)
@@ -158,3 +160,26 @@ def test_an_upload_may_take_longer_than_another_body(server):
     with httpx.Client(base_url=server.url, timeout=SECONDS) as http:
         asked = {"content": slow(body, 2.6), "headers": headers}
         assert http.post("/v1/files", **asked).status_code == 200
+
+
+@pytest.mark.slow
+def test_node_client(model_directory, tmp_path):
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("needs node and npm")
+    install("npm")
+    (tmp_path / "node_modules").symlink_to(INSTALLED / "node_modules")
+    script = shutil.copy(CLIENTS / "batches.mjs", tmp_path)
+    with serving(model_directory, "--batch-dir", tmp_path / "b") as server:
+        answers = answers_of(server, "node", script)
+    assert answers == {
+        "file": ["zeilen é.jsonl", 3600],
+        "content": True,
+        "batch": ["completed", {"total": 2, "completed": 1, "failed": 1}, {"name": "é"}],
+        "output_file_id": ["good", 200],
+        "error_file_id": ["bad", 400],
+        "files": ["batch", "batch_output", "batch_output"],
+        "batches": True,
+        "cancel": 409,
+        "delete": True,
+        "deleted": 404,
+    }
