@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -15,6 +17,7 @@ import torch
 from serve.config import EngineConfig
 from serve.devices import device_groups
 from serve.llm import LLM
+from serve.parallel.follower import Follower
 from serve.parallel.followers import Followers
 from serve.parallel.loading import make_engine
 from serve.parallel.ranks import meeting_place
@@ -212,6 +215,40 @@ def test_no_rank_is_left_where_another_cannot_start(directory, monkeypatch):
     with pytest.raises(OSError, match="no process is left"):
         Followers(["cpu"] * 3, {"dies_with_parent": True}, False, lambda: None)
     assert started[0].poll() is not None
+
+
+class Ended(Exception):
+    """The end of a follower's loop."""
+
+
+class Compiling:
+    """An engine that compiles."""
+
+    def compile(self, constraint):
+        self.last = constraint
+
+    def check_integrity(self):
+        raise Ended
+
+
+def run_at_once(function, argument):
+    done = Future()
+    done.set_result(function(argument))
+    return done
+
+
+def test_compiled_constraints_are_not_kept_for_clients_that_went_away(monkeypatch):
+    monkeypatch.setattr(Follower, "_receive", lambda self: None)
+    engine = Compiling()
+    monkeypatch.setattr(Follower, "_load", lambda self: engine)
+    follower = Follower(None)
+    monkeypatch.setattr(follower, "_compiler", SimpleNamespace(submit=run_at_once))
+    for number in range(9):
+        follower._messages.put({"compile": {"kind": "regex", "source": str(number)}})
+    follower._messages.put({"check": True})
+    with pytest.raises(Ended):
+        follower.run()
+    assert list(follower._compiled) == [engine.last] == [Constraint("regex", "8")]
 
 
 LARGEST = """
