@@ -57,7 +57,9 @@ def test_states_read_inputs_and_give_outputs():
     np.testing.assert_allclose(at_once, stepped, atol=1e-11)
 
 
-@pytest.mark.parametrize(("length", "rank"), [(300, 24), (2560, 28)])
+@pytest.mark.parametrize(
+    ("length", "rank"), [(300, 24), pytest.param(2560, 28, marks=pytest.mark.slow)]
+)
 def test_better_rates_give_smaller_errors(length, rank):
     """With all channels alike, by a factor of 50, from rates that still never let a state grow."""
     taps = basis(length)
@@ -82,7 +84,7 @@ def test_states_never_grow_without_end(length):
     [
         (1024, 32, np.float64),
         pytest.param(8192, 34, np.float64, marks=pytest.mark.slow),
-        (8192, 34, np.float32),
+        pytest.param(8192, 34, np.float32, marks=pytest.mark.slow),
         pytest.param(131072, 40, np.float32, marks=pytest.mark.slow),
     ],
 )
@@ -129,6 +131,7 @@ def test_other_filters_are_refused_with_their_error(taps, why):
         fitting_realisation(taps.double(), [None], torch.float32)
 
 
+@pytest.mark.slow
 def test_float64_outputs_get_what_the_filters_allow():
     """Filters rounded to float32 are no sums of exponentials beyond that, which is refused."""
     torch.manual_seed(0)

@@ -165,7 +165,9 @@ def test_short_help_names_real_settings(capsys):
     assert options_with_underscores(full) == set()
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    "precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)]
+)
 def test_sixteen_bit_training(run, trained, precision):
     """Clipping included; the filters stay float32, and validation sums do not round."""
     same = "--trainer.max_steps=12", "--model.optimizer.warmup_steps=2"
@@ -177,6 +179,7 @@ def test_sixteen_bit_training(run, trained, precision):
         assert curves[name][1] == pytest.approx(single[name][1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_terminated_run_does_not_look_finished(settings, tmp_path):
     program = Path(sys.executable).with_name("stu-train")
     command = [program, *settings, f"--run-dir={tmp_path / 'run'}", "--trainer.max_steps=1000000"]

@@ -83,6 +83,7 @@ def leveldb_records(log):
             record = b""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trackers")
 def test_wandb_continues_its_run(tmp_path):
     run = tmp_path / "mine"

@@ -185,7 +185,7 @@ def test_fused_adamw_continues_what_another_implementation_began(saved_fused, mo
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["ddp", slow("fsdp")])
+@pytest.mark.parametrize("kind", [slow("ddp"), slow("fsdp")])
 def test_a_run_with_fused_adamw_clips_and_resumes(kind, train, tmp_path, monkeypatch):
     """Lightning refuses to clip gradients for optimizers that it takes for fused."""
     common = ["--trainer.precision=bf16-mixed", f"--parallel.kind={kind}"]

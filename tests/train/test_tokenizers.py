@@ -47,7 +47,14 @@ def texts_of(corpus):
     return [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["huggingface", *GIVEN, "bytes", f"characters:{LETTERS}"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "huggingface",
+        "bytes",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*GIVEN, f"characters:{LETTERS}")),
+    ],
+)
 def test_from_text_to_text(corpus, kind, train, tmp_path):
     given = make(kind, tmp_path / "given").path.parent if kind in GIVEN else kind
     data = prepared(corpus, given, tmp_path / "data")

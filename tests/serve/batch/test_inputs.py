@@ -119,7 +119,7 @@ def test_model_that_is_replaced_before_it_is_loaded_is_refused(
         export_another(model_copy, code_model, code_tokenizer)
         return load_model(*arguments)
 
-    monkeypatch.setattr("serve.batch.worker.load_model", export_and_load)
+    monkeypatch.setattr("serve.parallel.loading.load_model", export_and_load)
     assert generate(model_copy, source, target) == 2
     assert "model.safetensors changed while this run loaded it" in capsys.readouterr().err
     assert read_rows(target) == []

@@ -107,7 +107,7 @@ def test_finished_run_loads_no_model(model_directory, source, target, monkeypatc
     def load_model(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("serve.batch.worker.load_model", load_model)
+    monkeypatch.setattr("serve.parallel.loading.load_model", load_model)
     assert generate(model_directory, source, target) == 1
     assert target.read_bytes() == before
     assert "0 rows, besides 60 from before (2 with an error)" in capsys.readouterr().err

@@ -215,7 +215,7 @@ requests = generating | pooling | completing
     spare_bytes=st.integers(0, 30_000),
     prefix_bytes=st.sampled_from([None, 0, 40_000, 10**6]),
 )
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_requests_decode_in_traffic_as_if_alone(
     make_engine, kind, traffic, aborts, config, spare_bytes, prefix_bytes
 ):

@@ -26,7 +26,7 @@ from serve.openai.schemas import (
     EmbeddingBody,
     TokenizeBody,
 )
-from serve.server.guard import Guard
+from serve.server.access.keys import Keys
 from serve.server.json_body import JsonRequest
 from tests.serve.server_process import SECONDS, eventually, serving
 
@@ -212,7 +212,7 @@ def test_empty_prompts_begin_from_bos(server, prompt):
     assert completed(server, {**body, "prompt": prompt}) == expected
 
 
-def test_keys_are_compared_in_constant_time(monkeypatch):
+def test_keys_are_compared_in_constant_time(tmp_path, monkeypatch):
     """All of them, as digests of equal length, whichever is the right one."""
     compared, compare_digest = [], hmac.compare_digest
 
@@ -221,10 +221,12 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
         return compare_digest(*digests)
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    guard = Guard(None, ["one", "another-key", "three"], 1024)
+    path = tmp_path / "keys"
+    path.write_text("one\nanother-key\nthree\n")
+    keys = Keys(path)
     for key, holds in {"one": True, "three": True, "on": False, "": False, "x" * 99: False}.items():
         compared.clear()
-        assert (guard._key_position(f"Bearer {key}".encode()) is not None) == holds
+        assert (keys.find(f"Bearer {key}".encode()) is not None) == holds
         assert len(compared) == 3
         assert {len(digest) for pair in compared for digest in pair} == {32}
 

@@ -120,7 +120,7 @@ def test_requests_of_schemathesis_cause_no_fault(server):
         assert answer.status_code < 500, answer.text
 
     repeatable = settings(
-        max_examples=12,
+        max_examples=5,
         deadline=None,
         derandomize=True,
         database=None,

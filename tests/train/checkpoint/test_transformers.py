@@ -462,7 +462,7 @@ def test_mixer_of_other_code_is_refused(tmp_path, code_tokenizer, capsys, monkey
     assert os.listdir(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("lag_step", [1, 2])
+@pytest.mark.parametrize("lag_step", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_states_of_the_exported_code_give_the_filters(lag_step):
     """At the rates that ours have, refined or not."""
     taps = torch.from_numpy(spectral_filters(4096, 24)).float()[::lag_step]

@@ -74,9 +74,9 @@ def test_other_mixers_equal_one_process(run, run_alone, tmp_path, layout, stage)
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
-        ((2, 3), (1, None)),
+        slow((2, 3), (1, None)),
         ((1, None), (2, 3)),
-        ((2, "fsdp"), (1, None)),
+        slow((2, "fsdp"), (1, None)),
         ((2, 3), (2, "fsdp")),
         slow((2, 2), (1, 3)),
         slow((1, None), (4, "fsdp")),

@@ -29,6 +29,7 @@ def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
     return activation_bytes(config, seq_len, micro_batch, settings, is_half=False, on_gpu=False)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_micro_batch_and_layers():
     one, two, four = (activations(micro_batch=size) for size in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
@@ -41,7 +42,9 @@ def test_activations_grow_with_micro_batch_and_layers():
     ("layout", "num_layers", "vocab_size", "recomputes", "kind"),
     [
         ("hybrid", 7, 300, False, "ddp"),
-        ("hybrid", 8, 20_000, True, "ddp"),  # the embedding's gradient is the most
+        pytest.param(
+            "hybrid", 8, 20_000, True, "ddp", marks=pytest.mark.slow
+        ),  # the embedding's gradient is the most
         ("hyena", 4, 300, False, "zero"),
     ],
 )
@@ -82,7 +85,7 @@ def test_activations_include_what_is_saved_for_the_backward_pass(layout):
 @pytest.mark.parametrize(
     "config",
     [
-        replace(SMALL, layout="hyena"),
+        pytest.param(replace(SMALL, layout="hyena"), marks=pytest.mark.slow),
         replace(SMALL, layout="stu", num_layers=2),
         pytest.param(SMALL, marks=pytest.mark.slow),
     ],
@@ -227,6 +230,7 @@ def test_run_that_fits(settings, capsys):
     assert re.search(r"tokens per second, [\d.]+ days", shown.replace("\n", " "))
 
 
+@pytest.mark.slow
 def test_plan_of_divided_sequences(settings, capsys):
     assert plan.main(["--gpus", "8", *settings, "--parallel.context=4"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -236,6 +240,7 @@ def test_plan_of_divided_sequences(settings, capsys):
     assert "a divisor of the number of ranks (6 ranks)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plan_follows_the_precision(settings, capsys):
     """The default is float32, as in `stu-train`."""
     totals = {}

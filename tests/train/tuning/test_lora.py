@@ -166,6 +166,7 @@ def test_adapters_alone_are_written_as_peft_has_them(tuned, trained, tmp_path, c
     assert "--lora.r" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resumed_run_is_bit_equal(tuned, arguments, tmp_path, capsys):
     run = tmp_path / "run"
     resume = f"--resume={checkpoint(tuned, SAVED)}"

@@ -305,6 +305,7 @@ def reload(http, **body):
     return http.post("/admin/reload", json=body, timeout=5 * SECONDS)
 
 
+@pytest.mark.slow
 def test_another_version_is_loaded_without_dropping_a_stream(
     server, long_model_directory, other_model
 ):
