@@ -3,15 +3,18 @@
 import asyncio
 import threading
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 
-from serve.server.replicas.stream import Abandoned, EngineError
+from serve.server.http_server import HttpServer
+from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import Totals
-from serve.wire import Unpacker, pack, request_from_wire
+from serve.wire import Unpacker, pack, request_from_wire, request_to_wire
 from tests.serve.requests import make_request
 
 ray_replicas = pytest.importorskip("serve.ray.replicas")
+engine_replica = pytest.importorskip("serve.ray.engine_replica")
 exceptions = pytest.importorskip("ray.exceptions")
 pytestmark = pytest.mark.anyio
 
@@ -105,6 +108,26 @@ async def test_a_request_that_ends_engines_or_actors_is_given_up_and_a_fault_is_
     assert len(handle.calls) == ray_replicas.MOST_TRIES + 1
 
 
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (Abandoned("6 replicas ended"), "abandoned"),
+        (Unavailable("no replica can be started"), "unavailable"),
+        (EngineError("it failed"), "failed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_replica_tells_why_a_request_ended(error, name):
+    request = make_request([1, 100], 4)
+    stream = Stream(0, request)
+    stream.outputs.put_nowait(error)
+    replica = object.__new__(engine_replica.EngineReplica)
+    replica._replicas = Mock(submit=lambda *_: [stream])
+    messages = [packed async for packed in replica.decode(pack(request_to_wire(request)), b"", 1)]
+    (message,) = Unpacker().feed(b"".join(messages))
+    assert message == {name: str(error)}
+
+
 async def test_requests_of_lower_priority_take_no_room_of_others(replicas_of):
     handle = Handle()
     replicas = replicas_of(handle)
@@ -160,6 +183,16 @@ async def test_the_end_at_once_does_not_wait_for_ray(replicas_of, monkeypatch):
     replicas_of(Handle(), disconnect=disconnect).kill()
     assert waited == [False]
     answered.set()
+
+
+def test_a_second_signal_ends_the_server_though_its_replicas_cannot_be_told(monkeypatch):
+    server = object.__new__(HttpServer)
+    server.should_exit, server._service, codes = True, Mock(), []
+    server._service.replicas.kill.side_effect = OSError("no cluster")
+    monkeypatch.setattr("os._exit", codes.append)
+    with pytest.raises(OSError, match="no cluster"):
+        server.handle_exit(15, None)
+    assert codes == [143]
 
 
 async def test_the_failure_of_the_reports_is_logged(replicas_of, caplog):

@@ -6,8 +6,10 @@ from unittest.mock import Mock
 import pytest
 
 from serve.batch.config import BatchConfig
+from serve.ray.cluster import engine_resources
 from serve.ray.config import ClusterConfig
 from serve.server.config import ServerConfig
+from serve.server.replicas.supervisor import ReplicasConfig
 from stu.common.errors import UserError
 
 
@@ -62,12 +64,24 @@ def test_settings_of_the_cluster_are_refused_without_one(cluster):
     assert ServerConfig(Path("m"), ray=True, cluster=ClusterConfig(**cluster)).cluster.changed
 
 
+def connect_to(monkeypatch, hosts):
+    """Connect to a cluster whose hosts have these resources."""
+    nodes = [{"Alive": True, "Resources": host} for host in hosts]
+    monkeypatch.setattr("serve.ray.cluster.connect", lambda: Mock(nodes=lambda: nodes))
+
+
 def resources(monkeypatch, hosts, *arguments, **more):
     """The resources of engines on a cluster whose hosts have these."""
-    cluster = pytest.importorskip("serve.ray.cluster")
-    nodes = [{"Alive": True, "Resources": host} for host in hosts]
-    monkeypatch.setattr(cluster, "connect", lambda: Mock(nodes=lambda: nodes))
-    return cluster.engine_resources(*arguments, **more)
+    connect_to(monkeypatch, hosts)
+    return engine_resources(*arguments, **more)
+
+
+def test_the_server_does_not_start_without_a_host_for_a_replica(monkeypatch):
+    deployment = pytest.importorskip("serve.ray.deployment")
+    connect_to(monkeypatch, [{"CPU": 2.0}])
+    arguments = ReplicasConfig(Path("m")), 1, ClusterConfig(cpus_per_replica=4)
+    with pytest.raises(UserError, match=r"^cpus_per_replica=4.*at most 2"):
+        deployment.deployed_replicas("m", *arguments)
 
 
 def test_engines_may_be_for_hosts_that_have_yet_to_join(monkeypatch):
