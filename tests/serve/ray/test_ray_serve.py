@@ -17,6 +17,19 @@ from tests.serve.server_process import events, eventually, serving
 
 pytestmark = pytest.mark.slow
 SECONDS, NUM_STREAMS = 500, 300
+POISON = [1, 66, 67, 68]
+FAULT = f"""
+import os, sys
+if "serve.server.replicas.process" in sys.orig_argv:
+    from serve import wire
+    read = wire.request_from_wire
+    def request_from_wire(values):
+        if list(values["prompt_token_ids"]) == {POISON}:
+            os._exit(7)
+        return read(values)
+    wire.request_from_wire = request_from_wire
+"""
+"""A prompt that ends its engine, and not the actor of Ray that has it."""
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +126,22 @@ def test_replicas_are_added_while_requests_queue_and_ended_again(long_model_dire
 
         assert {reason for _, reason in asyncio.run(load())} == {"length"}
         eventually(lambda: server.metric("stu:replicas_ready") == 1, SECONDS)
+        assert server.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        assert server.stop() == 0
+
+
+def test_a_request_that_ends_its_engines_is_given_up_after_six(
+    model_directory, patched, monkeypatch
+):
+    for name, value in patched(FAULT).items():
+        monkeypatch.setenv(name, value)
+    with ray_cluster(num_cpus=1), serving(model_directory, "--ray") as server:
+        answer = server.post("/v1/completions", json={"prompt": POISON})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "replicas_ended"
+        assert "6 replicas ended during this request" in answer.json()["error"]["message"]
+        # Ray Serve may replace the actor meanwhile, which then does not report its last engines.
+        assert server.metric("stu:replica_restarts_total") <= 6
         assert server.post("/v1/completions", json={"prompt": "x"}).status_code == 200
         assert server.stop() == 0
 
