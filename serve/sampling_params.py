@@ -12,7 +12,8 @@ from stu.common.text import require_unicode
 JsonWhitespace = Literal["compact", "flexible"]
 MOST_LOGPROBS = 20
 COUNTS = 2**31
-"""Number that counts and token ids are below, so that they can be sent to other processes."""
+"""Number that counts are below, so that they can be sent to other processes. The model bounds new
+tokens and token ids, see `serve.request.check_request`."""
 BOOL = "true or false"
 NUMBERS = (
     *("temperature", "top_p", "min_p"),
@@ -127,14 +128,14 @@ class SamplingParams:
             self._require(name, _is_number(getattr(self, name), -2, 2), "a number from -2 to 2")
         bias = self.logit_bias
         is_bias = isinstance(bias, Mapping) and all(
-            _is_count(token) and _is_number(value, -100, 100) for token, value in bias.items()
+            is_whole(token) and _is_number(value, -100, 100) for token, value in bias.items()
         )
         self._require("logit_bias", is_bias, "a number from -100 to 100 for each of some token ids")
         self._require("seed", is_whole(self.seed) and self.seed < 2**64, "from 0 to 2**64 - 1")
 
     def _check_length(self) -> None:
         most, least, constraint = self.max_new_tokens, self.min_new_tokens, self.constraint
-        self._require("max_new_tokens", _is_count(most), "a whole number >= 0 and < 2**31")
+        self._require("max_new_tokens", is_whole(most), "a whole number >= 0")
         is_count = is_whole(least) and least <= most
         allowed = f"a whole number from 0 to {most}, the limit of new tokens"
         self._require("min_new_tokens", is_count, allowed)
@@ -145,8 +146,8 @@ class SamplingParams:
         for text in self.stop:
             require_unicode("stop", text)
         ids = self.stop_token_ids
-        are_ids = isinstance(ids, list | tuple) and all(map(_is_count, ids))
-        allowed = "a list of token ids, whole numbers >= 0 and < 2**31"
+        are_ids = isinstance(ids, list | tuple) and all(map(is_whole, ids))
+        allowed = "a list of token ids, whole numbers >= 0"
         self._require("stop_token_ids", are_ids, allowed)
         self._require("stop_at_eos", isinstance(self.stop_at_eos, bool), BOOL)
         self._require("n", _is_count(self.n, 1), "a whole number >= 1 and < 2**31")
