@@ -232,8 +232,7 @@ BAD = [
     ({}, "prompt", 'field "prompt" is missing'),
     ({**X, "max_token": 5}, "max_token", f"max_token {NO_FIELD}, did you mean"),
     ({**X, "max_tokens": -1}, "max_tokens", "max_tokens=-1 is not allowed"),
-    ({**X, "max_tokens": 10**9}, "prompt", "max_seq_len"),
-    ({**X, "max_tokens": 10**30}, "max_tokens", "a whole number >= 0 and < 2**31"),
+    ({**X, "max_tokens": 10**30}, "prompt", "max_seq_len"),
     ({**X, "max_tokens": "5"}, "max_tokens", 'max_tokens="5" is not allowed: it must be a whole'),
     ({**X, "max_tokens": 1000}, "prompt", "This model's maximum context length is 64 tokens"),
     ({**X, "temperature": -1}, "temperature", "temperature=-1"),
@@ -256,7 +255,7 @@ BAD = [
         ({**X, "logit_bias": {key: 1}}, "logit_bias", "must be an object whose keys are token ids")
         for key in ("x", "1_0", " 300 ", "+3", "-1", "03", "\u0663", "1.0", "", "1" * 5000)
     ),
-    ({**X, "logit_bias": {str(10**30): 1}}, "logit_bias", "for each of some token ids"),
+    ({**X, "logit_bias": {str(10**30): 1}}, "logit_bias", "has the id 1000000"),
     ({**X, "logit_bias": {"280": 1}}, "logit_bias", "has the id 280"),
     ({**X, "logit_bias": {"1": 1000}}, "logit_bias", "-100 to 100"),
     ({**X, "logit_bias": {str(i): 101 for i in range(300)}}, "logit_bias", "-100 to 100"),
@@ -273,7 +272,7 @@ BAD = [
     ({**X, "min_tokens": 1, "response_format": YES}, "min_tokens", "with a constraint"),
     ({**X, "min_tokens": 5, "max_tokens": 4}, "min_tokens", "from 0 to 4, the limit of new tokens"),
     ({**X, "stop_token_ids": [280]}, "stop_token_ids", "has the id 280"),
-    ({**X, "stop_token_ids": [2**70]}, "stop_token_ids", "whole numbers >= 0 and < 2**31"),
+    ({**X, "stop_token_ids": [2**70]}, "stop_token_ids", "has the id"),
     ({**X, "stop_token_ids": [1] * 129}, "stop_token_ids", "at most 128"),
     ({**X, "stop": 5}, "stop", "stop=5 is not allowed"),
     ({**X, "echo": 1}, "echo", "echo=1 is not allowed: it must be true or false"),
