@@ -188,7 +188,7 @@ def test_truncation_to_what_fits(ask):
         "total_tokens": 64,
     }
     for count in (0, -2):
-        with pytest.raises(UserError, match=f"truncate_prompt_tokens={count} .* >= 1, or null"):
+        with pytest.raises(UserError, match=f"truncate_prompt_tokens={count} .* number >= 1 and"):
             ask(prompt=long, truncate_prompt_tokens=count)
     with pytest.raises(UserError, match="maximum context length"):
         ask(prompt=long, truncate_prompt_tokens=60)
