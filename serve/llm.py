@@ -82,7 +82,7 @@ class LLM:
         devices, *others = device_groups(device or "auto", tensor_parallel, "device")
         if others:
             count = "one device" if tensor_parallel == 1 else f"{tensor_parallel} devices"
-            fix = "tensor_parallel divides a model among several devices"
+            fix = "tensor_parallel divides a model among several devices, and cpu stands for all"
             raise UserError("device", device, count, fix)
         self._engine = make_engine(
             model, devices, dtype, self.tokenizer, config, ends_process=False

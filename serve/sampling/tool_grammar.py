@@ -105,7 +105,7 @@ def may_follow_text(source: str) -> bool:
     return json.loads(source)["text"] is None
 
 
-def allows_only_objects(parameters: Mapping[str, Any]) -> bool:
+def allows_only_objects(parameters: Schema) -> bool:
     """Return whether all values of a schema are objects, as arguments are. A schema that says
     nothing about types is taken for one of objects."""
     return not _says_types(parameters) or _allows_only_objects(parameters, parameters, {}, 0)
@@ -115,9 +115,7 @@ def _says_types(schema: Mapping[str, Any]) -> bool:
     return any(schema.get(key) is not None for key in OF_TYPES)
 
 
-def _allows_only_objects(
-    schema: Any, root: Mapping[str, Any], known: dict[int, bool], depth: int
-) -> bool:
+def _allows_only_objects(schema: Any, root: Schema, known: dict[int, bool], depth: int) -> bool:
     if not isinstance(schema, dict) or depth > MOST_STEPS:
         return False
     if id(schema) in known:
@@ -136,7 +134,7 @@ def _allows_only_objects(
     elif isinstance(values, list):
         found = all(isinstance(value, dict) for value in values)
     elif "$ref" in schema:
-        found = _allows_only_objects(target(schema["$ref"], dict(root)), root, known, depth + 1)
+        found = _allows_only_objects(target(schema["$ref"], root), root, known, depth + 1)
     known[id(schema)] = (
         found
         or any(of_listed("allOf"))
@@ -152,7 +150,10 @@ def prepared_text(schema: Any) -> Schema:
     own = schema.get("x-guidance", {})
     if isinstance(own, dict):
         schema["x-guidance"] = {"whitespace_flexible": False, **own}
-    return prepare(schema)
+    try:
+        return prepare(schema)
+    except RecursionError as error:
+        raise UserError("json_schema", fix="it is nested too deeply") from error
 
 
 def prepared_parameters(tool: CallableTool) -> Schema:

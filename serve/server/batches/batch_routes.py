@@ -112,7 +112,6 @@ def _new_batch(body: BatchBody, owner: str, endpoints: Sequence[str]) -> NewBatc
     if body.endpoint not in endpoints:
         allowed = " or ".join(f'"{endpoint}"' for endpoint in endpoints)
         raise UserError("endpoint", body.endpoint, allowed)
-    require_unicode("input_file_id", body.input_file_id)
     for key, value in (body.metadata or {}).items():
         require_unicode("metadata", key)
         require_unicode("metadata", value)

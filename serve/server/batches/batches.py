@@ -194,7 +194,7 @@ class Batches:
 
     async def _end(self, progress: Progress, row: sqlite3.Row) -> None:
         """Give the rows that are left a result, and end the batch."""
-        if row["in_progress_at"] is not None:  # otherwise its file is not known to be valid
+        if _has_unanswered_rows(row):
             code, message = UNANSWERED[row["status"]]
             async with self._rows(progress, row) as rows:
                 async for line in rows.read():
@@ -217,9 +217,16 @@ class Batches:
 
     def _is_lost(self, row: sqlite3.Row) -> bool:
         """Return whether the input of a batch is needed, and somebody has removed it."""
-        is_ending = row["status"] in UNANSWERED and row["in_progress_at"] is not None
+        is_ending = row["status"] in UNANSWERED and _has_unanswered_rows(row)
         is_needed = row["status"] in ("validating", "in_progress") or is_ending
         return is_needed and not self.files.path(row["input_file_id"]).exists()
 
     def _count(self, results: Sequence[Result]) -> None:
         self.num_results.update(result.is_error for result in results)
+
+
+def _has_unanswered_rows(row: sqlite3.Row) -> bool:
+    """Return whether rows of a batch have no result. A file whose check has not ended is not known
+    to have rows."""
+    is_checked = row["in_progress_at"] is not None
+    return is_checked and row["completed"] + row["failed"] < row["total"]

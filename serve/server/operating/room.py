@@ -47,11 +47,13 @@ def weight_bytes(model: Path, dtype: str) -> int:
 
 def free_bytes(running: Replicas, device: str) -> int:
     """Return the free bytes of a device: of a GPU as its replicas last reported it, since asking
-    itself takes memory there."""
+    itself takes memory there. Only the first rank of a group reports, so others count as full."""
     if not device.startswith("cuda"):
         available: int = psutil.virtual_memory().available
         return available
     reported = [
-        own.free_bytes for group, own in running.devices_of_running() if device in group.split(",")
+        own.free_bytes
+        for group, own in running.devices_of_running()
+        if device == group.split(",")[0]
     ]
     return min(reported, default=0)

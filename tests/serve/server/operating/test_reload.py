@@ -230,7 +230,10 @@ def test_room_beside_is_what_caches_weights_and_processes_take(monkeypatch, mode
         memory.available = free
         assert room.fits_beside(running, model_directory) == fits
     running.config = ReplicasConfig(model_directory, ("cuda:0,cuda:1",), engine=config.engine)
+    # Only the first rank of a group reports its memory.
     devices[:] = [("cuda:0,cuda:1", SimpleNamespace(free_bytes=own))]
+    assert not room.fits_beside(running, model_directory)
+    devices.append(("cuda:1,cuda:0", SimpleNamespace(free_bytes=own)))
     assert room.fits_beside(running, model_directory)
     running.config = ReplicasConfig(model_directory)  # each takes half of what it finds
     memory.available = 10**15
