@@ -55,6 +55,14 @@ class Tool(Body):
         return tool
 
 
+def check_arguments(arguments: str) -> None:
+    """Raise pydantic's error for the field `arguments` if it is not a JSON object."""
+    try:
+        read_arguments(arguments)
+    except (ValueError, RecursionError) as error:
+        raise located(UserError("arguments", arguments, "a JSON object, as text")) from error
+
+
 class CalledFunction(Body):
     """The function of a call, and its arguments."""
 
@@ -65,12 +73,7 @@ class CalledFunction(Body):
 
     @model_validator(mode="after")
     def _check_arguments(self) -> "CalledFunction":
-        try:
-            read_arguments(self.arguments)
-        except (ValueError, RecursionError) as error:
-            raise located(
-                UserError("arguments", self.arguments, "a JSON object, as text")
-            ) from error
+        check_arguments(self.arguments)
         return self
 
 

@@ -1,15 +1,15 @@
 """Items of a conversation in OpenAI's responses: messages, calls of tools, and their results."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from serve.openai.bodies import Body
-from serve.openai.errors import body_error, located
+from serve.openai.errors import body_error
 from serve.openai.fields import CALL_HARMLESS, PART_HARMLESS
-from serve.openai.messages import MOST_MESSAGES, MOST_PARTS, num_elements
-from serve.openai.tools.rendering import read_arguments
+from serve.openai.messages import MOST_MESSAGES, MOST_PARTS, check_arguments, num_elements
 from stu.common.errors import UNSET, UserError
 from stu.common.text import Json
 
@@ -39,13 +39,13 @@ class Item(Body):
     prefix: ClassVar[str]
     """Beginning of the ids of such items."""
 
+    @abstractmethod
     def written(self, item_id: str) -> Json:
         """Return the item as the server lists it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_to(self, messages: list[Json]) -> None:
         """Append what the item says to the messages of a chat."""
-        raise NotImplementedError
 
 
 class MessageItem(Item):
@@ -82,12 +82,7 @@ class CallItem(Item):
 
     @model_validator(mode="after")
     def _check_arguments(self) -> "CallItem":
-        try:
-            read_arguments(self.arguments)
-        except (ValueError, RecursionError) as error:
-            raise located(
-                UserError("arguments", self.arguments, "a JSON object, as text")
-            ) from error
+        check_arguments(self.arguments)
         return self
 
     def written(self, item_id: str) -> Json:
