@@ -12,6 +12,7 @@ demo: .venv/installed  ## train a small model on real text, export it, decode pr
 
 demo-chat: .venv/installed  ## tune the demo's model on conversations, and ask it; runs the demo first
 	test -d runs/demo/model || $(MAKE) demo
+	rm -rf runs/demo-chat
 	$(BIN)/python examples/fine_tune.py runs/demo/model runs/demo-chat
 
 test: .venv/installed  ## everything CI runs

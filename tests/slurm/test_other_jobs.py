@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests import forked
@@ -82,6 +83,8 @@ def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
     (client,) = find_clients(str(target), "1/3")
     (process,) = forked.real(client.pid).children()  # it runs in the namespaces of its node
     process.suspend()  # it must not end before the signal arrives
+    # A process that has not run since gets SIGTERM, the lower number, before SIGSTOP.
+    until(lambda: process.status() == psutil.STATUS_STOPPED, log)
     cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_1")
     until(lambda: has_pending_sigterm(process), log)
     process.resume()
