@@ -64,7 +64,8 @@ class TrainCLI(LightningCLI):
     resume_from: Path | None
     """Checkpoint to continue from."""
     parallel: ParallelConfig
-    arguments: Sequence[str]
+    source: dict[str, Any]
+    """Where the results of this job come from."""
     launch: Launch
     owner: RunOwner | None = None
     """Ownership of `run_dir` by this job; on the first rank only."""
@@ -77,9 +78,9 @@ class TrainCLI(LightningCLI):
         add_settings(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.arguments = args
         assert isinstance(parser, Parser)
         self.config = parse(parser, args)
+        self.source = provenance(args)
         _, _, self.parallel = check_settings(self.config, is_plan=False)
 
     def before_instantiate_classes(self) -> None:
@@ -95,7 +96,7 @@ class TrainCLI(LightningCLI):
         if not is_first_rank(self.launch):
             return self._make_trainer(0, **kwargs)
         owner = RunOwner(self.run_dir)
-        owner.claim(provenance(self.arguments))
+        owner.claim(self.source)
         try:
             self.resume_from = choose_checkpoint(self.run_dir, self.config_init.resume)
             trainer = self._make_trainer(self._step(), **kwargs)
@@ -200,14 +201,13 @@ class TrainCLI(LightningCLI):
         schedule = {
             name: str(self.config_init.trainer[name.removeprefix("trainer.")]) for name in SCHEDULE
         }
-        source = provenance(self.arguments)
         changes = compare(
-            self.resume_from, trainer, self.model, self.datamodule, allowed, schedule, source
+            self.resume_from, trainer, self.model, self.datamodule, allowed, schedule, self.source
         )
         is_first = is_first_rank(self.launch)
         begun = begin(self.model.model, self.resume_from, self.config, is_first)
-        self.model.run_record = {"provenance": source, "schedule": schedule, "changes": changes}
-        self.model.run_record |= begun
+        record = {"provenance": self.source, "schedule": schedule, "changes": changes}
+        self.model.run_record = record | begun
         return begun
 
 

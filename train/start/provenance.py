@@ -1,5 +1,6 @@
 """Where a run's results come from: code, versions, host and command line."""
 
+import contextlib
 import hashlib
 import platform
 import shlex
@@ -71,5 +72,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
-    return {name: installed[name] for name in ("stu", *PACKAGES) if name in installed}
+    installed = {}
+    for name in ("stu", *PACKAGES):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
