@@ -2,7 +2,7 @@
 
 A field is accepted if the answer is the same with it as without it, or if its value asks for what
 is done anyway. Any other value would change the answer and is refused with what to do instead. All
-other fields are declared in `serve.openai.schemas`; `docs/serving.md` has a table of both kinds.
+other fields are declared in `serve.openai.schemas`; `docs/http-api.md` has a table of both kinds.
 """
 
 from collections.abc import Mapping

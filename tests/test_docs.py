@@ -1,0 +1,51 @@
+"""The pages of docs/: what they contain, and where their links lead."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = [page for part in navigation for pages in part.values() for page in pages]
+    assert sorted(name for page in listed for name in page.values()) == [p.name for p in PAGES]
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text()):
+        if not link.startswith(("https://", "http://")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def anchors(text):
+    """Return the anchors of a page's headings, as MkDocs and GitHub name them."""
+    headings = [re.sub(r"[^\w\s-]", "", heading).strip() for heading in HEADING.findall(text)]
+    return [re.sub(r"\s", "-", heading.lower()) for heading in headings]
+
+
+def test_pages_show_what_commands_print():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    before, text, after = hooks.on_page_markdown(
+        "before\n<!-- output of stu-health --help -->\nafter <!-- output of it -->"
+    ).split("```")
+    assert before == "before\n"
+    assert after == "\nafter <!-- output of it -->"
+    assert text.startswith("text\nusage: stu-health")
+    assert "--min-free-gib" in text
+    assert text.replace("\n", "").isprintable()
