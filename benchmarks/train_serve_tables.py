@@ -185,6 +185,20 @@ def step(result: Run) -> str:
     return table(result["runs"], columns)
 
 
+def speculation(result: Run) -> str:
+    """Show the speed with guesses over that without, and how many guesses were right."""
+    columns: Columns = {
+        "text": lambda run: str(run["text"]),
+        "batch": lambda run: str(run["batch"]),
+        "tokens/s": lambda run: f"{run['plain_tokens_per_second']:.3g}",
+        "with guesses": lambda run: f"{run['speculate_tokens_per_second']:.3g}",
+        "times as fast": lambda run: f"{run['speedup']:.2f}",
+        "guesses": lambda run: str(run["draft_tokens"]),
+        "right": lambda run: str(run["accepted_tokens"]),
+    }
+    return table(result["runs"], columns)
+
+
 TABLES: dict[str, Callable[[Run], str]] = {
     "convolution": convolution,
     "train": train,
@@ -196,4 +210,5 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "load": load,
     "invariance": invariance,
     "step": step,
+    "speculation": speculation,
 }
