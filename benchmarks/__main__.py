@@ -30,6 +30,10 @@ BENCHMARKS = {
     "tokenizers": ("training.tokenizers", "encoding by each kind of tokenizer and its library"),
     "load": ("serving.load", "a server under many clients, and its engine alone"),
     "step": ("serving.step", "what the engine's steps spend beside the model's forward pass"),
+    "prefixes": (
+        "serving.prefixes",
+        "remembered prefixes, and long prompts beside running requests",
+    ),
     "speculation": ("serving.speculation", "decoding with guessed tokens against without"),
     "invariance": ("serving.invariance", "how often batch composition changes a request's tokens"),
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 
 from benchmarks.recorded import Columns, Run, fewest_threads, table
 
@@ -199,6 +200,49 @@ def speculation(result: Run) -> str:
     return table(result["runs"], columns)
 
 
+def prefixes(result: Run) -> str:
+    """Show requests whose beginning is remembered, and the same ones without that."""
+    (run,) = fewest_threads(result["runs"])
+    *_, turn = run["chat"]["turns"]
+    system, chat = run["system"], run["chat"]
+    rows = [
+        [
+            f"turn {len(chat['turns'])} of a chat, {turn['prompt_tokens']:,} tokens",
+            "ms to the first token",
+            f"{1e3 * turn['seconds']:,.0f}",
+            f"{1e3 * chat['plain_seconds']:,.0f}",
+            f"{chat['speedup']:.0f}",
+        ],
+        [
+            f"{system['requests']:.0f} requests, first {system['system_tokens']:,.0f} tokens alike",
+            "requests a second",
+            f"{system['requests_per_second']:.1f}",
+            f"{system['plain_requests_per_second']:.2f}",
+            f"{system['speedup']:.0f}",
+        ],
+    ]
+    titles = ["", "figure", "remembered", "not", "times as fast"]
+    return table(rows, {title: itemgetter(place) for place, title in enumerate(titles)})
+
+
+def long_prompt(result: Run) -> str:
+    """Show a long prompt beside requests that decode, and alone."""
+    columns: Columns = {
+        "prompt tokens (a step)": lambda run: (
+            f"{run['prompt_tokens']:,.0f} ({run['tokens_per_step']:.0f})"
+        ),
+        "rows": lambda run: f"{run['rows']:.0f}",
+        "step, ms": lambda run: f"{run['step_ms']:.0f}",
+        "chunk alone, ms": lambda run: f"{run['chunk_ms']:.0f}",
+        "longest gap, ms": lambda run: f"{run['longest_gap_ms']:.0f}",
+        "beyond the chunk, steps": lambda run: f"{run['steps_beyond_chunk']:.1f}",
+        "in chunks, s": lambda run: f"{run['chunked_seconds']:.1f}",
+        "whole, s": lambda run: f"{run['whole_seconds']:.1f}",
+        "ratio": lambda run: f"{run['chunked_over_whole']:.2f}",
+    }
+    return table([run["long"] for run in fewest_threads(result["runs"])], columns)
+
+
 TABLES: dict[str, Callable[[Run], str]] = {
     "convolution": convolution,
     "train": train,
@@ -211,4 +255,6 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "invariance": invariance,
     "step": step,
     "speculation": speculation,
+    "prefixes": prefixes,
+    "prefixes long": long_prompt,
 }

@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from benchmarks.machine import commit, describe
-from benchmarks.serving import invariance, load, speculation, step
+from benchmarks.serving import invariance, load, prefixes, speculation, step
 from stu.common.errors import UserError
 from stu.tokenizer import read_tokenizer
 from stu.tokenizers.sentence_piece import train_bpe
@@ -60,6 +60,32 @@ def test_parts_of_a_step_add_up():
         parts = [run[f"{name}_ms"] for name in ("model", "caches", "rest")]
         assert min(parts) > 0
         assert run["rest_share"] == pytest.approx(parts[-1] / sum(parts))
+
+
+def test_remembered_prefixes_are_compared_with_none():
+    """A turn computes its own tokens and the last one of the answer before it, which no step
+    took."""
+    options = prefixes.Options(
+        32, 2, history_tokens=300, turns=3, requests=6, system_tokens=200, rows=2,
+        prompt_tokens=300, tokens_per_step=64,
+    )  # fmt: skip
+    (run,) = prefixes.measure(options)["runs"]
+    turns = run["chat"]["turns"]
+    own, answer = prefixes.OWN_TOKENS, prefixes.NEW_TOKENS
+    assert [turn["computed_tokens"] for turn in turns] == [300 + own, own + 1, own + 1]
+    assert [turn["prompt_tokens"] for turn in turns] == [
+        300 + own + turn * (own + answer) for turn in range(3)
+    ]
+    assert run["chat"]["speedup"] == run["chat"]["plain_seconds"] / turns[-1]["seconds"]
+    system, long = run["system"], run["long"]
+    speeds = system["requests_per_second"], system["plain_requests_per_second"]
+    assert min(speeds) > 0
+    assert system["speedup"] == speeds[0] / speeds[1]
+    assert 0 < long["step_ms"] <= long["longest_gap_ms"]
+    assert long["steps_beyond_chunk"] == pytest.approx(
+        (long["longest_gap_ms"] - long["chunk_ms"]) / long["step_ms"]
+    )
+    assert long["chunked_over_whole"] == long["chunked_seconds"] / long["whole_seconds"]
 
 
 @pytest.mark.slow
