@@ -13,6 +13,14 @@ from tests.models import float64_model
 from tests.serve.requests import decode, make_request
 
 LAYOUTS = ("hybrid", "hyena", "stu")
+CACHES = [
+    *[("hybrid", None), ("hybrid", "pages"), ("hyena", None)],
+    # The layers of `hybrid` are those of `stu` and of attention, and `hyena` always has pages.
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("hyena", "pages"), ("stu", None), ("stu", "pages"))
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +57,10 @@ def random_prompts(*lengths):
     return [torch.randint(280, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("convolution_cache", [None, "pages"])
-@pytest.mark.parametrize("prompt_tokens_per_step", [1, 7, 16, 200])
+@pytest.mark.parametrize(("layout", "convolution_cache"), CACHES)
+@pytest.mark.parametrize(
+    "prompt_tokens_per_step", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 200))]
+)
 def test_results_of_any_chunks_equal_the_full_forward_pass(
     code_model, code_tokenizer, layout, convolution_cache, prompt_tokens_per_step
 ):
@@ -82,8 +91,7 @@ def test_results_of_any_chunks_equal_the_full_forward_pass(
         assert ended == {"length"}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("convolution_cache", [None, "pages"])
+@pytest.mark.parametrize(("layout", "convolution_cache"), CACHES)
 def test_batch_invariant_results_are_equal_to_the_last_bit(
     make_model, code_tokenizer, layout, convolution_cache
 ):
@@ -127,7 +135,7 @@ def test_request_that_is_aborted_leaves_nothing(make_model, code_tokenizer, layo
     engine.check_integrity()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["hybrid", "hyena", pytest.param("stu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_completions_after_one_prompt_compute_it_once(
     code_model, code_tokenizer, layout, batch_invariant

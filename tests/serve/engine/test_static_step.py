@@ -1,5 +1,6 @@
 """Steps over tensors that stay where they are, against the engine's usual steps on the CPU."""
 
+import itertools
 import math
 
 import pytest
@@ -29,6 +30,12 @@ KINDS = {
     "attention": {"layout": "attention", "window_tokens": 10},
 }
 CACHES = [*((kind, None) for kind in KINDS), ("stu", "pages"), ("full", "pages")]
+TRAFFIC = [(*cache, *step) for cache in CACHES for step in itertools.product((2, 8), (False, True))]
+QUICK = [
+    *((*cache, 2, False) for cache in (("hybrid", None), ("full", None), ("stu", "pages"))),
+    *((*cache, 8, True) for cache in (("hybrid", None), ("hyena", None), ("full", "pages"))),
+]
+"""Every kind of cache in a few steps: the layers of `hybrid` are those of `stu` and `attention`."""
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +131,16 @@ def spread_nan(engine):
         inputs[[row for row in range(len(inputs)) if row not in rows]] = math.nan
 
 
-@pytest.mark.parametrize(("kind", "cache"), CACHES)
 @pytest.mark.parametrize(
-    ("page_len", "batch_invariant"),
+    ("kind", "cache", "page_len", "batch_invariant", "num_steps"),
     [
-        (2, False),
-        (8, True),
-        pytest.param(2, True, marks=pytest.mark.slow),
-        pytest.param(8, False, marks=pytest.mark.slow),
+        *((*case, 100) for case in QUICK),
+        *(pytest.param(*case, 150, marks=pytest.mark.slow) for case in TRAFFIC),
     ],
 )
-def test_logits_equal_those_of_the_usual_steps(make_engine, kind, cache, page_len, batch_invariant):
+def test_logits_equal_those_of_the_usual_steps(
+    make_engine, kind, cache, page_len, batch_invariant, num_steps
+):
     """In random traffic, with preemptions, and with NaN wherever nothing may be read."""
     settings = {
         "page_len": page_len,
@@ -149,13 +155,13 @@ def test_logits_equal_those_of_the_usual_steps(make_engine, kind, cache, page_le
         engine = make_engine(kind, static, **settings)
         recorded.append(record_logits(engine))
         traffic = Traffic(engine, seed=page_len)
-        for _ in range(150):
+        for _ in range(num_steps):
             traffic.step()
             if static:
                 spread_nan(engine)
         outputs.append(traffic.outputs)
         assert engine.stats().preemptions > 0
-    assert len(recorded[0]) == len(recorded[1]) > 100
+    assert len(recorded[0]) == len(recorded[1]) > num_steps / 2
     for usual, found in zip(*recorded, strict=True):
         assert (found - usual).abs().max() <= 1e-12 * usual.abs().max()
     assert outputs[0] == outputs[1]
@@ -213,15 +219,10 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("kind", "cache", "batch_invariant", "num_steps"),
     [
-        ("hybrid", None, False, 200),
-        ("hybrid", None, True, 200),
-        ("hyena", None, False, 200),
-        ("full", "pages", False, 200),
-        *(
-            pytest.param(kind, cache, False, 200, marks=pytest.mark.slow)
-            for kind, cache in CACHES
-            if (kind, cache) not in (("hybrid", None), ("hyena", None), ("full", "pages"))
-        ),
+        ("hybrid", None, False, 120),
+        ("hyena", None, True, 120),
+        *(pytest.param(*cache, False, 200, marks=pytest.mark.slow) for cache in CACHES),
+        pytest.param("hybrid", None, True, 200, marks=pytest.mark.slow),
         pytest.param("hybrid", None, False, 1000, marks=pytest.mark.slow),
         pytest.param("hyena", None, False, 1000, marks=pytest.mark.slow),
     ],
