@@ -26,12 +26,14 @@ from tests.serve.server_process import SECONDS, eventually, serving
 MAX_SEQ_LEN, LONG_SEQ_LEN = 64, 8192
 
 
-@pytest.fixture(autouse=True)
-def no_slurm(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_slurm():
     """Hide a SLURM step that the tests run in."""
-    for name in os.environ:
-        if name.startswith("SLURM_"):
-            monkeypatch.delenv(name)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [*os.environ]:
+            if name.startswith("SLURM_"):
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture
@@ -47,12 +49,13 @@ def target(tmp_path):
     return tmp_path / "out.jsonl"
 
 
-@pytest.fixture
-def expected(tmp_path, model_directory, source):
+@pytest.fixture(scope="module")
+def expected(request, tmp_path_factory, model_directory):
     """Rows written for the test module's ROWS by one engine in this process."""
-    path = tmp_path / "expected.jsonl"
-    assert generate(model_directory, source, path) in (0, 1)
-    return rows_in_order(path)
+    folder = tmp_path_factory.mktemp("expected")
+    write_rows(folder / "in.jsonl", request.module.ROWS)
+    assert generate(model_directory, folder / "in.jsonl", folder / "out.jsonl") in (0, 1)
+    return rows_in_order(folder / "out.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,10 @@ from stu.model_dir import save_model
 from tests.serve.conftest import generate, read_rows, wait_for_bytes
 
 ROWS = [
-    {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 10 + number % 35, "temperature": 1}
-    for number in range(60)
+    {"prompt": "def f(x)"[: number % 9], "max_new_tokens": 10 + number % 20, "temperature": 1}
+    for number in range(40)
 ]
-ROWS[30] = ROWS[50] = {"promt": "x"}
+ROWS[20] = ROWS[30] = {"promt": "x"}
 
 
 def sorted_lines(path):
@@ -64,9 +64,9 @@ def terminate_in_a_library():
 @pytest.mark.parametrize(
     ("owner", "method", "number", "stop", "code"),
     [
-        (Engine, "step", 25, terminate, 143),
-        (Engine, "step", 25, terminate_in_a_library, 143),
-        (Engine, "step", 25, lambda: signal.raise_signal(signal.SIGINT), 130),
+        (Engine, "step", 15, terminate, 143),
+        (Engine, "step", 15, terminate_in_a_library, 143),
+        (Engine, "step", 15, lambda: signal.raise_signal(signal.SIGINT), 130),
         (OutputFile, "append", 5, fill_disk, 2),
     ],
 )
@@ -110,7 +110,7 @@ def test_finished_run_loads_no_model(model_directory, source, target, monkeypatc
     monkeypatch.setattr("serve.parallel.loading.load_model", load_model)
     assert generate(model_directory, source, target) == 1
     assert target.read_bytes() == before
-    assert "0 rows, besides 60 from before (2 with an error)" in capsys.readouterr().err
+    assert "0 rows, besides 40 from before (2 with an error)" in capsys.readouterr().err
 
 
 def cut_in_half(path):

@@ -20,7 +20,7 @@ from tests.serve.conftest import generate, read_rows, wait_for_bytes, write_rows
 
 ROWS = [{"prompt": "def f(x)"[: number % 9], "seed": number} for number in range(60)]
 ROWS[31] = {"promt": "x"}
-MANY_ROWS = [{"prompt": "x", "max_new_tokens": 60}] * 300
+MANY_ROWS = [{"prompt": "x", "max_new_tokens": 60}] * 100
 TWO = ["--devices", "cpu,cpu"]
 
 
