@@ -2,22 +2,26 @@
 
     serve run serve.ray_application:build model=/models/mine replicas=2 max_replicas=8
 
-It has two deployments: `engine`, whose replicas decode, and `http`, whose replicas answer clients
-behind Ray Serve's own HTTP proxies and keep their streams. A stream goes on in another replica when
-that of its engine or its host ends. It ends if its client's connection does, as it does with the
-host of its proxy or of its `http` replica.
+It has a deployment `engine`, whose replicas decode, one more for each of `models`, and `http`,
+whose replicas answer clients behind Ray Serve's own HTTP proxies and keep their streams. A stream
+goes on in another replica when that of its engine or its host ends. It ends if its client's
+connection does, as it does with the host of its proxy or of its `http` replica.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ray import serve
 
-from serve.ray.deployment import engine_application, handled_replicas
+from serve.ray.deployment import NAME, engine_application, handled_replicas
 from serve.server.access.keys import Keys
 from serve.server.cli import config_from
+from serve.server.config import ServerConfig, model_configs
 from serve.server.http_server import asgi_app
-from serve.server.service import make_service, replicas_config
+from serve.server.model_version import replicas_config
+from serve.server.replicas.supervisor import ReplicasConfig
+from serve.server.service import make_service
 from stu.common.errors import UserError
 
 OF_HTTP_SERVER = (
@@ -42,8 +46,11 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
         if name in settings:
             fix = "Ray Serve's proxies listen: set it in http_options, or leave it out"
             raise UserError(name, settings[name], fix=fix)
-    replicas = replicas_config(config, config.model, ("auto",), 1)
-    engines = engine_application(replicas, config.replicas, config.cluster)
+    engines = {}
+    for name, own in model_configs(config).items():
+        deployment = NAME if name == config.name else f"{NAME}-{name}"
+        arguments = _replicas_config(own), own.replicas, own.cluster, deployment
+        engines[name] = engine_application(*arguments)
     return serve.deployment(HttpReplica, **HTTP_REPLICAS_OPTIONS).bind(dict(settings), engines)
 
 
@@ -53,18 +60,25 @@ class HttpReplica:
 
     Args:
         settings: See `build`.
-        engines: Handle of the deployment of engines.
+        engines: Handles of the deployments of engines, by the names of their models.
     """
 
-    def __init__(self, settings: Mapping[str, Any], engines: Any) -> None:
+    def __init__(self, settings: Mapping[str, Any], engines: Mapping[str, Any]) -> None:
         self._config = config_from({**settings, "ray": True})
-        replicas = handled_replicas(
-            lambda: engines,
-            lambda waits: None,
-            replicas_config(self._config, self._config.model, ("auto",), 1),
-            self._config.replicas,
-        )
+        replicas = {
+            name: handled_replicas(
+                partial(engines.get, name),
+                lambda waits: None,
+                _replicas_config(own),
+                own.replicas,
+            )
+            for name, own in model_configs(self._config).items()
+        }
         self._service = make_service(self._config, replicas)
 
     def __serve_build_asgi_app__(self) -> Any:
         return asgi_app(self._config, self._service, Keys(self._config.api_keys))
+
+
+def _replicas_config(config: ServerConfig) -> ReplicasConfig:
+    return replicas_config(config, config.model, ("auto",), 1)

@@ -15,19 +15,22 @@ from serve.server.replicas.replica import AHEAD
 from serve.server.replicas.supervisor import ReplicasConfig
 
 NAME = "engine"
-"""Name of the deployment."""
+"""Name of the deployment of the first model."""
 SHUTDOWN_SECONDS = 60.0
 """Time that the requests of a replica that is not needed any more have to end; those that are left
 continue in others."""
 
 
-def engine_application(config: ReplicasConfig, num_replicas: int, cluster: ClusterConfig) -> Any:
+def engine_application(
+    config: ReplicasConfig, num_replicas: int, cluster: ClusterConfig, name: str = NAME
+) -> Any:
     """Return an application of Ray Serve with one engine in each replica.
 
     Args:
         config: Settings of the replicas. Their devices and `max_waiting` are not used.
         num_replicas: Replicas that always run.
         cluster: Settings of the cluster.
+        name: Name of the deployment, which no other of an application has.
 
     Raises UserError if the cluster has no host for a replica.
     """
@@ -60,7 +63,7 @@ def engine_application(config: ReplicasConfig, num_replicas: int, cluster: Clust
         }
     deployment = serve.deployment(
         EngineReplica,
-        name=NAME,
+        name=name,
         ray_actor_options=resources.options(),
         max_ongoing_requests=round(2 * AHEAD * max_running),
         graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,

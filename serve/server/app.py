@@ -63,7 +63,7 @@ def make_app(service: Service) -> FastAPI:
     add_completion_routes(app, service)
     add_response_routes(app, service)
     add_information_routes(app, service)
-    add_admin_routes(app, service.reloader, lambda request: exchange_of(request.scope).key)
+    add_admin_routes(app, service, lambda request: exchange_of(request.scope).key)
     if service.batches is None:
         refuse_batch_routes(app)
     else:

@@ -6,7 +6,6 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -31,8 +30,10 @@ from serve.request import Request as EngineRequest
 from serve.server.access.limits import UNLIMITED, Charge, RateLimited
 from serve.server.error_answers import error_answer
 from serve.server.exchange import Exchange, exchange_of
+from serve.server.model_version import ModelVersion
 from serve.server.replicas.stream import Busy, EngineError, Unavailable
-from serve.server.service import ServedModel, Service
+from serve.server.served_model import ServedModel
+from serve.server.service import Service
 from serve.server.streams import Answer, TimedOut, event
 from stu.common.errors import UserError
 from stu.common.text import Json
@@ -48,32 +49,22 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        async with _entered(service, request) as served:
-            answering = served, served.completions
-            return await _answer(service, *answering, body, request, _stream(body))
+        return await _answer(
+            service, lambda version: version.completions, body, request, _stream(body)
+        )
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        async with _entered(service, request) as served:
-            answering = served, served.chats
-            return await _answer(service, *answering, body, request, _stream(body))
+        return await _answer(service, lambda version: version.chats, body, request, _stream(body))
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        async with _entered(service, request) as served:
-            answering = served, served.embeddings
-            return await _answer(service, *answering, body, request, None)
+        return await _answer(service, lambda version: version.embeddings, body, request, None)
 
     @app.post("/score")
     @app.post("/v1/score")
     async def score(body: TextScoreBody, request: Request) -> Response:
-        async with _entered(service, request) as served:
-            answering = served, served.text_scores
-            return await _answer(service, *answering, body, request, None)
-
-
-def _entered(service: Service, request: Request) -> AbstractAsyncContextManager[ServedModel]:
-    return service.entered(exchange_of(request.scope).is_background)
+        return await _answer(service, lambda version: version.text_scores, body, request, None)
 
 
 def _stream(body: CompletionSettings) -> StreamOptions | None:
@@ -83,24 +74,35 @@ def _stream(body: CompletionSettings) -> StreamOptions | None:
 
 async def _answer(
     service: Service,
-    served: ServedModel,
-    endpoint: Endpoint[AnyBody],
+    endpoint_of: Callable[[ModelVersion], Endpoint[AnyBody]],
     body: AnyBody,
     request: Request,
     stream: StreamOptions | None,
 ) -> Response:
-    answer = await start_answer(service, served, endpoint, body, request)
-    try:
-        if stream is None:
-            return response_in_pieces(await unless_gone(request, answer.whole()))
-        return await _streamed(answer, stream, request)
-    except UserError as error:  # of the engine
-        raise endpoint.in_client_names(error) from error
+    model = named_model(service, body.model, request)
+    async with model.entered(exchange_of(request.scope).is_background) as version:
+        endpoint = endpoint_of(version)
+        answer = await start_answer(service, model, version, endpoint, body, request)
+        try:
+            if stream is None:
+                return response_in_pieces(await unless_gone(request, answer.whole()))
+            return await _streamed(answer, stream, request)
+        except UserError as error:  # of the engine
+            raise endpoint.in_client_names(error) from error
+
+
+def named_model(service: Service, name: str | None, request: Request) -> ServedModel:
+    """Return the model that a request names, and note it for the log and metrics. Raises
+    UserError."""
+    model = service.find(name)
+    exchange_of(request.scope).model = model.name
+    return model
 
 
 async def start_answer(
     service: Service,
-    served: ServedModel,
+    model: ServedModel,
+    version: ModelVersion,
     endpoint: Endpoint[AnyBody],
     body: AnyBody,
     request: Request,
@@ -109,13 +111,12 @@ async def start_answer(
     arrived = time.monotonic()
     if service.is_draining:
         raise Unavailable("the server is stopping: send the request to another one")
-    service.require_served(body.model)
     exchange = exchange_of(request.scope)
     # In a thread: a long prompt or a large schema would hold up the streams of others.
     requests, writers, prompts = await service.threads.run(
-        exchange.client, _prepare, served, endpoint, body, service.config.log_prompts
+        exchange.client, _prepare, version, endpoint, body, service.config.log_prompts
     )
-    if body.model in service.config.adapters:
+    if body.model in model.config.adapters:
         requests = [replace(request, adapter=body.model) for request in requests]
     seconds = service.config.request_timeout_seconds
     if exchange.is_background:
@@ -123,18 +124,18 @@ async def start_answer(
         seconds = math.inf
     num_prompt_tokens = endpoint.num_prompt_tokens(body, requests)
     try:
-        charge = _charge(service, exchange, num_prompt_tokens, requests)
+        charge = _charge(service, model, exchange, num_prompt_tokens, requests)
     except UserError as error:
         raise endpoint.in_client_names(error) from error
     try:
         # Last, when nothing can fail any more before somebody reads the outputs.
-        streams = served.replicas.submit(requests, exchange.client, exchange.is_background)
+        streams = version.replicas.submit(requests, exchange.client, exchange.is_background)
     except (Busy, Unavailable):
         charge.settle(0)
         raise
     return Answer(
-        replicas=served.replicas,
-        metrics=service.metrics,
+        replicas=version.replicas,
+        metrics=model.metrics,
         endpoint=endpoint,
         body=body,
         streams=streams,
@@ -150,7 +151,11 @@ async def start_answer(
 
 
 def _charge(
-    service: Service, exchange: Exchange, num_prompt_tokens: int, requests: Sequence[EngineRequest]
+    service: Service,
+    model: ServedModel,
+    exchange: Exchange,
+    num_prompt_tokens: int,
+    requests: Sequence[EngineRequest],
 ) -> Charge:
     """Charge a client for all tokens of a body. Rows of batches have no limits, as all others go
     first. Raises RateLimited or UserError."""
@@ -164,7 +169,7 @@ def _charge(
         raise error.renamed("max_new_tokens" if new_tokens else "prompt") from error
     except RateLimited:
         if exchange.key is not None:
-            service.metrics.count_limited(exchange.key.name)
+            model.metrics.count_limited(exchange.key.name)
         raise
 
 
@@ -181,7 +186,7 @@ def _ended(service: Service, operation: str, charge: Charge, answer: Answer) -> 
 
 
 def _prepare(
-    served: ServedModel, endpoint: Endpoint[AnyBody], body: AnyBody, log_prompts: bool
+    version: ModelVersion, endpoint: Endpoint[AnyBody], body: AnyBody, log_prompts: bool
 ) -> tuple[list[EngineRequest], Sequence[ChoiceWriter], list[str] | None]:
     """Return the requests of a body, the writers of their choices, and the prompts if the log is to
     have them."""
@@ -190,20 +195,20 @@ def _prepare(
     num_right = 0
     try:
         for request in first_of_prompts:
-            check_request(request, served.model)
+            check_request(request, version.model)
             num_right += 1
     except UserError as error:
         raise endpoint.about_prompt(error, body, num_right) from error
     if (constraint := requests[0].sampling.constraint) is not None:
         try:
-            served.grammars.check(constraint)
+            version.grammars.check(constraint)
         except UserError as error:
             field = endpoint.constraint_field(body, error.field)
             raise UserError(field, constraint.source, message=str(error)) from error
     writers = endpoint.writers(body, requests)
     if not log_prompts:
         return requests, writers, None
-    prompts = [served.tokenizer.decode(request.prompt_token_ids) for request in first_of_prompts]
+    prompts = [version.tokenizer.decode(request.prompt_token_ids) for request in first_of_prompts]
     return requests, writers, prompts
 
 

@@ -1,8 +1,9 @@
 """The settings of `stu-serve`."""
 
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from serve.config import EngineConfig, is_whole
 from serve.ray.config import ClusterConfig
@@ -12,6 +13,11 @@ from stu.common.errors import UserError, setting_name
 
 Dtype = Literal["float32", "bfloat16"]
 MetricPrefix = Literal["vllm", "stu"]
+OF_EACH_MODEL = (
+    *("model", "devices", "tensor_parallel", "replicas", "dtype", "lora_modules"),
+    *(setting.name for setting in fields(EngineConfig)),
+)
+"""Settings that models of `--models` may have of their own."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,15 @@ class ServerConfig:
     connect: with 0077 only the same user, with 0007 also the group."""
     model_name: str | None = None
     """Name of the model for clients. Default: the name of its directory."""
+    models: dict[str, Any] | str = ""
+    """More models, as NAME=PATH separated by commas: requests that give a NAME as their model get
+    the one in the model directory PATH, and those that give none the first, MODEL_DIR. Each has
+    replicas of its own, with the settings of this command; cache-gib is that of each replica. In a
+    file of --config it may be an object with an object for each NAME: model, its directory, and
+    what differs for it of devices, tensor_parallel, replicas, dtype, lora_modules and the settings
+    of engines."""
     lora_modules: str = ""
-    """Adapters (LoRA) of the model, as NAME=PATH separated by commas: requests that give a NAME as
+    """Adapters (LoRA) of MODEL_DIR, as NAME=PATH separated by commas: requests that give a NAME as
     their model get the adapter in the folder PATH, which has peft's layout. Rows with different
     adapters decode together."""
     devices: str = "auto"
@@ -62,8 +75,8 @@ class ServerConfig:
     """The same for tokens of prompts and new tokens. A request counts with all new tokens that it
     asks for, and gets back at its end what it did not use."""
     max_waiting: int = 256
-    """Number of requests that may wait. More are refused with status 429. One client may use all
-    places; even then every other client gets an equal share."""
+    """Number of requests that may wait, of each model. More are refused with status 429. One client
+    may use all places; even then every other client gets an equal share."""
     max_choices: int = 128
     """Number of completions that one body may ask for: prompts times n. Also the most inputs of a
     body for embeddings."""
@@ -189,14 +202,7 @@ class ServerConfig:
     @property
     def adapters(self) -> dict[str, Path]:
         """Folders of adapters by their names for clients. Raises UserError."""
-        found: dict[str, Path] = {}
-        for part in filter(None, map(str.strip, self.lora_modules.split(","))):
-            name, _, path = part.partition("=")
-            if not name or not path or name == self.name or name in found:
-                allowed = f"NAME=PATH, separated by commas, each NAME once and none {self.name}"
-                raise UserError("lora_modules", self.lora_modules, allowed)
-            found[name] = Path(path)
-        return found
+        return _named_paths("lora_modules", self.lora_modules, [self.name])
 
     @property
     def name(self) -> str:
@@ -206,3 +212,74 @@ class ServerConfig:
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise UserError(name, getattr(self, name), allowed)
+
+
+def model_configs(config: ServerConfig) -> dict[str, ServerConfig]:
+    """Return the settings of each model by its name for clients, those of MODEL_DIR first.
+
+    Raises UserError for settings that a model cannot have of its own, and for names that several
+    models or adapters have.
+    """
+    common = replace(config, models="", lora_modules="", model_name=None)
+    found = {config.name: replace(config, models="")}
+    for name, own in _listed(config.models, found).items():
+        found[name] = _own_config(common, name, own)
+    names = [name for own in found.values() for name in (own.name, *own.adapters)]
+    for name in names:
+        if names.count(name) > 1:
+            fix = f"each model and each adapter needs a name of its own, and {name} is there twice"
+            raise UserError("models", fix=fix)
+    return found
+
+
+def _listed(models: Mapping[str, Any] | str, taken: Container[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings that models of `--models` have of their own. Raises UserError."""
+    if isinstance(models, str):
+        paths = _named_paths("models", models, taken)
+        return {name: {"model": path} for name, path in paths.items()}
+    for name, own in models.items():
+        if not name or name in taken or not isinstance(own, Mapping) or "model" not in own:
+            allowed = "an object with an object for each NAME, which has its directory as model"
+            raise UserError("models", models, allowed)
+    return {name: dict(own) for name, own in models.items()}
+
+
+def _own_config(common: ServerConfig, name: str, own: Mapping[str, Any]) -> ServerConfig:
+    """Return the settings of a model, given those that it has of its own. Raises UserError."""
+    try:
+        engine, others = _checked(common, own)
+        engine_config = replace(common.engine, **engine)
+        return replace(common, **others, model_name=name, engine=engine_config)
+    except UserError as error:
+        message = f"{setting_name('models')}: {name}: {error}"
+        raise UserError("models", message=message) from error
+
+
+def _checked(common: ServerConfig, own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings of an engine and the others, with their types. Raises UserError."""
+    for setting in own:
+        if setting not in OF_EACH_MODEL:
+            allowed = f"one of {', '.join(OF_EACH_MODEL)}"
+            raise UserError(setting, message=f"{setting} is not allowed: it must be {allowed}")
+    engine = {setting: own[setting] for setting in own if hasattr(common.engine, setting)}
+    values = {setting: value for setting, value in own.items() if setting not in engine}
+    for setting in ("model", "devices", "lora_modules"):
+        if isinstance(values.get(setting), int):  # as YAML reads a device's number
+            values[setting] = str(values[setting])
+        if not isinstance(values.get(setting, ""), str | Path):
+            raise UserError(setting, values[setting], "a text")
+    if values.get("dtype", common.dtype) not in get_args(Dtype):
+        raise UserError("dtype", values["dtype"], f"one of {', '.join(get_args(Dtype))}")
+    return engine, {**values, "model": Path(values["model"])}
+
+
+def _named_paths(field: str, text: str, taken: Container[str]) -> dict[str, Path]:
+    """Return paths by their names, given NAME=PATH separated by commas. Raises UserError."""
+    found: dict[str, Path] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, path = part.partition("=")
+        if not name or not path or name in taken or name in found:
+            allowed = "NAME=PATH, separated by commas, each NAME once and none that of the model"
+            raise UserError(field, text, allowed)
+        found[name] = Path(path)
+    return found

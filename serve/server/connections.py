@@ -202,7 +202,11 @@ def health_alone(app: ASGIApp, count_refused: Callable[[int], None] | None = Non
         exchange_of(scope).refuse(body)
         await answer(send, 503, body, {"retry-after": "1"})
 
-    refusing = Exchanges(refuse, log_texts=False, count=count_refused)
+    def count(status: int, model: str) -> None:
+        if count_refused is not None:
+            count_refused(status)
+
+    refusing = Exchanges(refuse, log_texts=False, count=count)
 
     async def answered(scope: Scope, receive: Receive, send: Send) -> None:
         await (app if scope["path"] == "/health" else refusing)(scope, receive, send)

@@ -47,6 +47,8 @@ class Exchange:
     """Headers of the answer about the limits of the client."""
     owner: str = ""
     """Digest of the client's key, which owns what the server stores; empty without a key."""
+    model: str = ""
+    """Name of the model, once it is known."""
     is_background: bool = False
     """Whether all other requests go first and no time limit applies, as for rows of batches."""
     reason: str = ""
@@ -86,11 +88,11 @@ class Exchanges:
     Args:
         app: The application inside.
         log_texts: Whether the log may have what clients wrote.
-        count: Called with the status of each refusal.
+        count: Called with the status of each refusal and the name of the model, if it is known.
     """
 
     def __init__(
-        self, app: ASGIApp, log_texts: bool, count: Callable[[int], None] | None = None
+        self, app: ASGIApp, log_texts: bool, count: Callable[[int, str], None] | None = None
     ) -> None:
         self._app, self._log_texts, self._count = app, log_texts, count
 
@@ -148,7 +150,7 @@ class Exchanges:
         # serve.server.connection logs and counts what it refuses itself.
         if status >= 400 and not state.get("is_refused"):
             if self._count is not None:
-                self._count(status)
+                self._count(status, exchange.model)
             self._log(exchange, scope, status, time.monotonic() - began)
 
     def _log(self, exchange: Exchange, scope: Scope, status: int, seconds: float) -> None:

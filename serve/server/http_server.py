@@ -85,7 +85,7 @@ class HttpServer(uvicorn.Server):
         )
         most, count_refused = (
             connection_limit(
-                2 * len(service.replicas), 0 if service.batches is None else MOST_UPLOADS
+                2 * service.num_replicas, 0 if service.batches is None else MOST_UPLOADS
             ),
             service.metrics.count_refused,
         )
@@ -113,13 +113,13 @@ class HttpServer(uvicorn.Server):
         """Begin to drain at the first signal; end everything at the second."""
         if self.should_exit:
             try:
-                self._service.replicas.kill()
+                self._service.kill()
             finally:
                 os._exit(128 + sig)
         self._service.is_draining = True
         self.should_exit = True
         loop = asyncio.get_running_loop()
-        loop.call_later(self._drain_seconds, self._service.replicas.give_up)
+        loop.call_later(self._drain_seconds, self._service.give_up)
 
     async def startup(self, sockets: Any = None) -> None:
         """Accept connections, and load the model meanwhile."""
@@ -167,7 +167,7 @@ class HttpServer(uvicorn.Server):
 
     async def _load(self) -> None:
         try:
-            await self._service.replicas.ready(lambda: not self._service.is_draining)
+            await self._service.ready()
         except OSError as error:
             self.failure, self.should_exit = error, True
             return
@@ -207,7 +207,7 @@ def _lifespan(service: Service, answering: Answering) -> Any:
         sys.setswitchinterval(SWITCH_SECONDS)
         gc.collect()
         gc.freeze()  # or collections of all imported modules would hold up streams
-        await service.replicas.start()
+        await service.start()
         if service.batches is not None:
             await service.batches.start(answering)
         try:
@@ -215,8 +215,7 @@ def _lifespan(service: Service, answering: Answering) -> Any:
         finally:
             if service.batches is not None:
                 await service.batches.stop()
-            await service.reloader.stop()
-            await service.replicas.stop()
+            await service.stop()
             if service.tracing is not None:
                 await asyncio.to_thread(service.tracing.close)
 

@@ -1,12 +1,15 @@
 """Routes about the model, its tokenizer, and the state of the server."""
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve.openai.schemas import DetokenizeBody, TokenizeBody
-from serve.server.completion_routes import response_in_pieces
+from serve.server.completion_routes import named_model, response_in_pieces
 from serve.server.exchange import exchange_of
 from serve.server.replicas.slices import json_slices, pieces
+from serve.server.served_model import ServedModel
 from serve.server.service import Service
 from stu.common.errors import UserError
 from stu.common.text import Json
@@ -21,39 +24,34 @@ def add_information_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    name = service.config.name
-
     @app.get("/v1/models")
     async def models() -> Json:
-        names = [name, *service.config.adapters]
-        return {"object": "list", "data": [await model(own) for own in names]}
+        return {"object": "list", "data": [await model(name) for name in service.names]}
 
-    @app.get("/v1/models/{own:path}")  # names may contain slashes
-    async def model(own: str) -> Json:
-        service.require_served(own)
+    @app.get("/v1/models/{name:path}")  # names may contain slashes
+    async def model(name: str) -> Json:
+        found = service.find(name)
         return {
-            "id": own,
-            "parent": None if own == name else name,
+            "id": name,
+            "parent": None if name == found.name else found.name,
             "object": "model",
-            "created": service.current.loaded,
+            "created": found.current.loaded,
             "owned_by": "stu",
-            "max_model_len": service.current.model.max_seq_len,
+            "max_model_len": found.current.model.max_seq_len,
         }
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody, request: Request) -> Response:
-        service.require_served(body.model)
-
-        served = service.current
-        tokenizer = served.tokenizer
+        version = named_model(service, body.model, request).current
+        tokenizer = version.tokenizer
 
         def tokenized() -> list[bytes]:
             tokens = _tokens(tokenizer, body.prompt)
             if body.add_special_tokens:
                 tokens = tokenizer.start_ids + tokens
-            length = served.model.max_seq_len
+            length = version.model.max_seq_len
             values = {"tokens": tokens, "count": len(tokens), "max_model_len": length}
             return list(pieces(json_slices(values)))
 
@@ -62,8 +60,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody, request: Request) -> Response:
-        service.require_served(body.model)
-        tokenizer = service.current.tokenizer
+        tokenizer = named_model(service, body.model, request).current.tokenizer
         if (largest := max(body.tokens, default=0)) >= tokenizer.vocab_size:
             allowed = f"a list of ids from 0 to {tokenizer.vocab_size - 1}, not {largest}"
             raise UserError("tokens", allowed=allowed)
@@ -72,8 +69,8 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         return response_in_pieces(list(pieces(json_slices({"prompt": text}))))
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> Json:
-        tokenizer = service.current.tokenizer
+    async def tokenizer_info(request: Request, model: str | None = None) -> Json:
+        tokenizer = named_model(service, model, request).current.tokenizer
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         return {
             name: tokenizer.token_text(token) if token >= 0 else None
@@ -82,20 +79,24 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    replicas = service.replicas
-
     @app.get("/health")
-    async def health() -> Response:
-        failure = "loading the model" if replicas.is_loading else "no replica responds"
+    async def health(model: str | None = None) -> Response:
+        """Whether each model, or the one that is named, has a replica that responds."""
+        found = asked(model)
+        failure = "loading the model" if is_loading(found) else "no replica responds"
         # The only replica may be exchanged for one of another version, which is no reason to
         # restart the server.
-        return _state(replicas.is_healthy or not service.is_open.is_set(), failure)
+        is_good = all(own.replicas.is_healthy or not own.is_open.is_set() for own in found)
+        return _state(is_good, failure)
 
     @app.get("/ready")
-    async def ready() -> Response:
-        failure = "loading the model" if replicas.is_loading else "no replica is ready"
+    async def ready(model: str | None = None) -> Response:
+        """Whether each model, or the one that is named, takes requests."""
+        found = asked(model)
+        failure = "loading the model" if is_loading(found) else "no replica is ready"
         failure = "draining" if service.is_draining else failure
-        return _state(replicas.is_healthy and not service.is_draining, failure)
+        is_good = all(own.replicas.is_healthy for own in found)
+        return _state(is_good and not service.is_draining, failure)
 
     @app.get("/version")
     async def version() -> Json:
@@ -104,6 +105,12 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def asked(name: str | None) -> Sequence[ServedModel]:
+        return service.models if name is None else [service.find(name)]
+
+    def is_loading(models: Sequence[ServedModel]) -> bool:
+        return any(model.replicas.is_loading for model in models)
 
 
 def _state(is_good: bool, failure: str) -> Response:

@@ -16,6 +16,7 @@ from serve.openai.responses.writer import ResponseWriter
 from serve.request import Output
 from serve.server.completion_routes import (
     STREAM_HEADERS,
+    named_model,
     response_in_pieces,
     start_answer,
     unless_gone,
@@ -43,10 +44,11 @@ def _add_create(app: FastAPI, service: Service) -> None:
         exchange = exchange_of(request.scope)
         if exchange.is_background:  # a row of a batch, whose results are files
             body = body.model_copy(update={"store": False})
+        model = named_model(service, body.model, request)
         whole = await _with_history(service, body, request)
-        async with service.entered(exchange.is_background) as served:
-            answer = await start_answer(service, served, served.responses, whole, request)
-        endpoint = served.responses
+        async with model.entered(exchange.is_background) as version:
+            endpoint = version.responses
+            answer = await start_answer(service, model, version, endpoint, whole, request)
         writer = endpoint.writer(
             secrets.token_hex(24), int(time.time()), body, answer.streams[0].request
         )
@@ -75,10 +77,10 @@ def _add_create(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses/input_tokens")
     async def input_tokens(body: ResponseBody, request: Request) -> Json:
-        service.require_served(body.model)
+        model = named_model(service, body.model, request)
         whole = await _with_history(service, body, request)
-        client = exchange_of(request.scope).client
-        (counted,) = await service.threads.run(client, service.current.responses.requests, 0, whole)
+        client, endpoint = exchange_of(request.scope).client, model.current.responses
+        (counted,) = await service.threads.run(client, endpoint.requests, 0, whole)
         count = len(counted.prompt_token_ids)
         return {"object": "response.input_tokens", "input_tokens": count}
 

@@ -4,90 +4,43 @@ import asyncio
 import json
 import math
 import sqlite3
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import stu
-from serve.adapters.folder import read_adapter
-from serve.devices import device_groups, repeat_a_device
-from serve.openai.chat import ChatCompletions
-from serve.openai.completions import DEFAULTS, TextCompletions
-from serve.openai.embeddings import Embeddings
-from serve.openai.responses.endpoint import Responses
 from serve.openai.responses.store import ResponseStore
-from serve.openai.text_scores import TextScores
-from serve.prompts import RequestBuilder
-from serve.sampling.grammar import Grammars
 from serve.server.access.limits import RateLimits
 from serve.server.batches.batches import Batches, Limits
 from serve.server.batches.collector import BatchCollector
-from serve.server.config import ServerConfig
-from serve.server.metrics import Metrics
-from serve.server.operating.reload import Reloader
-from serve.server.replicas.dispatch import Replicas
+from serve.server.config import ServerConfig, model_configs
+from serve.server.model_version import engine_devices
+from serve.server.operating.metrics import Metrics
+from serve.server.operating.reload import ReloadInProgress
 from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.slices import Threads
-from serve.server.replicas.stream import Busy, Unavailable
-from serve.server.replicas.supervisor import ReplicasConfig
-from serve.server.replicas.versions import Versions
-from stu.chat.template import ChatTemplate
+from serve.server.served_model import ServedModel
 from stu.common.errors import UserError, requires_extra, setting_name
 from stu.common.processes import num_processors
-from stu.config import ModelConfig
-from stu.division.parts import check_divides_channels
-from stu.model_dir import load_config, load_generation, load_tokenizer
-from stu.tokenizer import Tokenizer
+from stu.common.text import Json
 
 if TYPE_CHECKING:
     from serve.server.operating.tracing import Tracing
 
-IDLE_SECONDS = 0.05
-"""Time between looks whether a version has requests left."""
 ROWS_AHEAD = 1.5
 """Rows of batches to decode at once, as a multiple of the requests that engines decode together."""
 
 
 @dataclass
-class ServedModel:
-    """A version of the served model, and all that its requests need."""
-
-    path: Path
-    """Model directory."""
-    version: int
-    """1 for the first, and one more for each that is loaded later."""
-    model: ModelConfig
-    tokenizer: Tokenizer
-    completions: TextCompletions
-    chats: ChatCompletions
-    embeddings: Embeddings
-    text_scores: TextScores
-    responses: Responses
-    grammars: Grammars
-    replicas: Dispatcher
-    loaded: int = field(default_factory=lambda: int(time.time()))
-    """Unix time in seconds."""
-    num_entering: int = 0
-    """Requests that have come, and may not have begun."""
-
-    async def idle(self) -> None:
-        """Wait until no request is left."""
-        while self.num_entering or not self.replicas.is_idle:
-            await asyncio.sleep(IDLE_SECONDS)
-
-
-@dataclass
 class Service:
-    """A served model."""
+    """All served models, and what they share."""
 
     config: ServerConfig
-    current: ServedModel
-    """Version that takes new requests."""
+    models: Sequence[ServedModel]
+    """Models, the one of requests that name none first."""
     stored: ResponseStore
-    replicas: Versions
     metrics: Metrics
     batches: Batches | None = None
     """Files and batches, if there is a folder for them."""
@@ -97,161 +50,129 @@ class Service:
     threads: Threads = field(default_factory=Threads)
     tracing: "Tracing | None" = None
     limits: RateLimits = field(init=False)
-    is_open: asyncio.Event = field(default_factory=asyncio.Event)
-    """Whether requests may enter. Otherwise they wait, as the only replica is exchanged."""
-    reloader: "Reloader[ServedModel]" = field(init=False)
-    _num_at_door: int = 0
 
     def __post_init__(self) -> None:
         self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
-        self.is_open.set()
-        self.reloader = Reloader(self)
+        self._by_name = {name: model for model in self.models for name in model.names}
 
-    @asynccontextmanager
-    async def entered(self, is_background: bool = False) -> AsyncIterator[ServedModel]:
-        """Return the version for a new request, which does not end before the block has.
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all models and adapters."""
+        return list(self._by_name)
 
-        is_background: Whether the request takes no place of `--max-waiting` and has no time limit.
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model that a body names, or that has the adapter that it names; the first if
+        it names none. Raises UserError if there is none."""
+        if name is None:
+            return self.models[0]
+        if (found := self._by_name.get(name)) is not None:
+            return found
+        allowed = f"{json.dumps(self.names[0])}, the only model here"
+        if len(self.names) > 1:
+            allowed = f"one of {', '.join(map(json.dumps, self.names))}"
+        raise UserError("model", name, allowed, code="model_not_found")
 
-        Raises Busy or Unavailable.
+    @property
+    def num_replicas(self) -> int:
+        """Number of replicas that there are to be."""
+        return sum(len(model.replicas) for model in self.models)
+
+    async def start(self) -> None:
+        """Start the replicas of all models."""
+        for model in self.models:
+            await model.replicas.start()
+
+    async def ready(self) -> None:
+        """Wait until each model has a replica that takes requests, or the server stops.
+
+        Raises OSError if a model has none that can be started.
         """
-        if is_background:
-            await self.is_open.wait()
-        elif not self.is_open.is_set():
-            await self._wait_at_door()
-        served = self.current
-        served.num_entering += 1
-        try:
-            yield served
-        finally:
-            served.num_entering -= 1
+        for model in self.models:
+            await model.replicas.ready(lambda: not self.is_draining)
 
-    async def _wait_at_door(self) -> None:
-        if self._num_at_door >= self.config.max_waiting:
-            raise Busy(f"{self._num_at_door} requests wait for another version: try again later")
-        self._num_at_door += 1
-        try:
-            await asyncio.wait_for(self.is_open.wait(), self.config.request_timeout_seconds)
-        except asyncio.TimeoutError as error:
-            raise Unavailable("another version of the model is being loaded") from error
-        finally:
-            self._num_at_door -= 1
+    async def stop(self) -> None:
+        """End every replica, and wait for it."""
+        for model in self.models:
+            await model.reloader.stop()
+        await asyncio.gather(*(model.replicas.stop() for model in self.models))
 
-    def next_version(self, path: Path) -> ServedModel:
-        """Return another version of the model, whose replicas are not started yet. Raises
+    def kill(self) -> None:
+        """End every replica at once."""
+        for model in self.models:
+            model.replicas.kill()
+
+    def give_up(self) -> None:
+        """End every request, as the server stops."""
+        for model in self.models:
+            model.replicas.give_up()
+
+    def reloading(self, name: str | None) -> Json:
+        """Return the version of a model that takes new requests, and how far a reload is. Raises
         UserError."""
-        return _served(self.config, path, self.current.version + 1)
+        model = self.find(name)
+        return {"model": model.name, **model.reloader.description()}
 
-    def switch(self, served: ServedModel) -> None:
-        """Let another version take all new requests."""
-        self.current, self.replicas.current = served, served.replicas
-        self.is_open.set()
-
-    def require_served(self, model: str | None) -> None:
-        """Raise UserError if a body asks for another model."""
-        adapters = self.config.adapters
-        if model not in (None, self.config.name, *adapters):
-            allowed = f"{json.dumps(self.config.name)}, the only model here"
-            if adapters:
-                allowed = f"one of {', '.join(map(json.dumps, [self.config.name, *adapters]))}"
-            raise UserError("model", model, allowed, code="model_not_found")
+    async def reload(self, name: str | None, path: Path | None, one_by_one: bool | None) -> Json:
+        """Load another version of a model, and return as `Reloader.reload` does. One model is
+        loaded at a time, as that looks whether memory has room."""
+        model = self.find(name)
+        if any(other.reloader.is_loading for other in self.models):
+            raise ReloadInProgress("another version is being loaded: wait until it is done")
+        return {"model": model.name, **await model.reloader.reload(path, one_by_one)}
 
 
-def make_service(config: ServerConfig, replicas: Dispatcher | None = None) -> Service:
-    """Return the service of a model directory; its replicas are not started yet.
+def make_service(config: ServerConfig, replicas: Mapping[str, Dispatcher] | None = None) -> Service:
+    """Return the service of the models of a server; their replicas are not started yet.
 
-    replicas: Replicas that another program runs. None: those of the settings."""
-    served = _served(config, config.model, 1, replicas)
-    versions = Versions(served.replicas)
-    metrics = Metrics(versions, config.metric_prefix, config.name)
-    batches = _batches(config, len(versions))
+    replicas: Replicas that another program runs, by the names of their models. None: those of the
+    settings.
+
+    Raises UserError.
+    """
+    configs, replicas = model_configs(config), replicas or {}
+    devices = {} if config.ray else {name: engine_devices(own) for name, own in configs.items()}
+    _require_cache_sizes(configs, devices)
+    num_ranks = sum(len(group.split(",")) for groups in devices.values() for group in groups)
+    num_threads = max(1, num_processors() // max(1, num_ranks))
+    metrics = Metrics(config.metric_prefix, list(configs))
+    models = [
+        ServedModel(own, metrics, num_threads, replicas.get(name)) for name, own in configs.items()
+    ]
+    batches = _batches(config, models)
     if batches is not None:
-        metrics.register(BatchCollector(batches, config.name))
+        metrics.register(BatchCollector(batches, metrics.common_name))
     return Service(
         config,
-        served,
+        models,
         _stored_responses(config),
-        versions,
         metrics,
         batches,
         tracing=_tracing(config.otlp_traces_endpoint),
     )
 
 
-def _served(
-    config: ServerConfig, path: Path, version: int, replicas: Dispatcher | None = None
-) -> ServedModel:
-    """Return a version of the model. Raises UserError."""
-    model, tokenizer = load_config(path), load_tokenizer(path)
-    adapters = config.adapters
-    for name, folder in adapters.items():
-        read_adapter(name, folder, model)  # now, and not when replicas start
-    if adapters and config.tensor_parallel > 1:
-        allowed = "1 with --lora-modules, as adapters are not divided"
-        raise UserError("tensor_parallel", config.tensor_parallel, allowed)
-    check_divides_channels(model, config.tensor_parallel)
-    common: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "model_name": config.name,
-        "max_seq_len": model.max_seq_len,
-        # With more choices than may wait, a request could never be queued, only retried for ever.
-        "max_choices": min(config.max_choices, config.max_waiting),
-    }
-    of_completions = {
-        "builder": RequestBuilder(tokenizer, DEFAULTS),
-        "json_whitespace": config.json_whitespace,
-        **common,
-    }
-    chat_tokens = load_generation(path)["max_new_tokens"]
-    template = ChatTemplate(path, tokenizer)
-    chats = ChatCompletions(template, chat_tokens, **of_completions)
-    return ServedModel(
-        path,
-        version,
-        model,
-        tokenizer,
-        TextCompletions(**of_completions),
-        chats,
-        Embeddings(model.width, **common),
-        TextScores(**common),
-        Responses(chats, **common),
-        Grammars(tokenizer),
-        replicas or _replicas(config, path),
+def _require_cache_sizes(
+    configs: Mapping[str, ServerConfig], devices: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise UserError if engines that share a device have no `cache_gib`.
+
+    devices: Devices of the engines of each model on this machine.
+    """
+    engines = Counter(
+        rank for groups in devices.values() for group in groups for rank in set(group.split(","))
     )
-
-
-def _replicas(config: ServerConfig, path: Path) -> Dispatcher:
-    if config.ray:
-        with requires_extra("ray"):
-            from serve.ray.deployment import deployed_replicas
-
-        settings = replicas_config(config, path, ("auto",), 1)
-        return deployed_replicas(f"stu-{config.name}", settings, config.replicas, config.cluster)
-    devices = device_groups(config.devices, config.tensor_parallel) * config.replicas
-    if repeat_a_device(devices) and config.engine.cache_gib is None:
-        raise UserError(
-            "cache_gib",
-            message="several replicas on a device would each take half of its free memory: give "
-            f"{setting_name('cache_gib')}",
-        )
-    num_threads = max(1, num_processors() // (len(devices) * config.tensor_parallel))
-    return Replicas(replicas_config(config, path, tuple(devices), num_threads))
-
-
-def replicas_config(
-    config: ServerConfig, path: Path, devices: tuple[str, ...], num_threads: int
-) -> ReplicasConfig:
-    """Return the settings of replicas of the model in a folder, on these devices."""
-    return ReplicasConfig(
-        path,
-        devices,
-        num_threads,
-        config.dtype,
-        config.engine,
-        config.watchdog_seconds,
-        config.max_waiting,
-        config.adapters,
-    )
+    for name, own in configs.items():
+        ranks = ",".join(devices.get(name, [])).split(",")
+        shares = any(engines[rank] > 1 for rank in ranks)
+        if own.ray:  # where Ray gives engines no GPUs, those of several models share hosts
+            shares = len(configs) > 1 and not own.cluster.gpus_per_replica
+        if shares and own.engine.cache_gib is None:
+            beside = f", or {setting_name('gpus_per_replica')} 1" if own.ray else ""
+            raise UserError(
+                "cache_gib",
+                message="several replicas on a device would each take half of its free memory: "
+                f"give {setting_name('cache_gib')}{beside}",
+            )
 
 
 def _tracing(endpoint: str | None) -> "Tracing | None":
@@ -272,7 +193,7 @@ def _stored_responses(config: ServerConfig) -> ResponseStore:
         raise UserError("batch_dir", message=message) from error
 
 
-def _batches(config: ServerConfig, num_replicas: int) -> Batches | None:
+def _batches(config: ServerConfig, models: Sequence[ServedModel]) -> Batches | None:
     if config.batch_dir is None:
         return None
     limits = Limits(
@@ -280,6 +201,11 @@ def _batches(config: ServerConfig, num_replicas: int) -> Batches | None:
         stored_bytes=config.max_stored_bytes,
         rows=config.max_batch_rows,
         line_bytes=config.max_body_bytes,
-        rows_at_once=math.ceil(ROWS_AHEAD * config.engine.max_running) * num_replicas,
+        rows_at_once={model.name: _rows_at_once(model) for model in models},
     )
-    return Batches(config.batch_dir, limits)
+    bases = {name: model.name for model in models for name in model.names}
+    return Batches(config.batch_dir, limits, lambda name: bases.get(name, models[0].name))
+
+
+def _rows_at_once(model: ServedModel) -> int:
+    return math.ceil(ROWS_AHEAD * model.config.engine.max_running) * len(model.replicas)

@@ -15,7 +15,7 @@ from serve.openai.schemas import StreamOptions
 from serve.request import Output
 from serve.server.arrivals import Arrivals
 from serve.server.exchange import Exchange
-from serve.server.metrics import Metrics
+from serve.server.operating.metrics import ModelMetrics
 from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.slices import Pauses, json_slices, pieces
 from serve.server.replicas.stream import EngineError, Stream
@@ -36,7 +36,7 @@ class Answer:
     """The answer to one body, written while its requests are decoded."""
 
     replicas: Dispatcher
-    metrics: Metrics
+    metrics: ModelMetrics
     endpoint: Endpoint[Any]
     body: Any
     """Body that the client sent, of the endpoint's type."""
@@ -252,6 +252,7 @@ class Answer:
         fields = {
             "request_id": self.exchange.request_id,
             "client": self.exchange.client,
+            "model": self.frame["model"],
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.usage(),
             "finish_reasons": self.finish_reasons(),

@@ -5,7 +5,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from serve.server.batches.rows import Rows
 from serve.server.batches.store import Store
 from serve.server.batches.table import BatchTable, NewBatch
 from serve.server.batches.validation import validate
-from serve.server.batches.window import Window
+from serve.server.batches.window import Windows
 from stu.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,23 @@ class Limits:
     """Rows of a batch."""
     line_bytes: int
     """Size of a row."""
-    rows_at_once: int
-    """Rows that are decoded at once, of all batches."""
+    rows_at_once: Mapping[str, int]
+    """Rows that are decoded at once, of all batches, by the names of models."""
 
 
 class Batches:
-    """All files and batches of a server. Raises UserError if the folder cannot be used."""
+    """All files and batches of a server.
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
-        self.limits = limits
+    Args:
+        folder: Folder of their files.
+        limits: Limits of them.
+        model_of: Returns the name of the model that the field `model` of a body stands for.
+
+    Raises UserError if the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, model_of: Callable[[str], str]) -> None:
+        self.limits, self._model_of = limits, model_of
         self._store = Store(folder)
         self.files = Files(self._store, limits.stored_bytes)
         self.table = BatchTable(self._store)
@@ -74,8 +82,9 @@ class Batches:
         self._readers = ThreadPoolExecutor(1, "batch-readers")
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """For each owner one, so that owners take turns at checks."""
-        self.num_results: Counter[bool] = Counter()
-        """Results written since the server started, by whether they are errors."""
+        self.num_results: Counter[tuple[str, bool]] = Counter()
+        """Results written since the server started, by the name of the model, if it is known, and
+        whether they are errors."""
 
     @property
     def num_unfinished(self) -> int:
@@ -84,7 +93,8 @@ class Batches:
 
     async def start(self, answering: Answering) -> None:
         """Continue the batches that had not ended when the server did."""
-        self._answering, self._window = answering, Window(self.limits.rows_at_once)
+        self._answering = answering
+        self._windows = Windows(self.limits.rows_at_once, self._model_of)
         await self.table.recover()
         for number in await self.table.unfinished():
             self._begin(number)
@@ -176,7 +186,7 @@ class Batches:
     async def _decode(self, progress: Progress, row: sqlite3.Row) -> None:
         """Decode rows until none is left, the batch is cancelled, or it expires."""
         async with self._rows(progress, row) as rows:
-            decoding = Decoding(rows, self._answering, self._window, row["owner"], row["endpoint"])
+            decoding = Decoding(rows, self._answering, self._windows, row["owner"], row["endpoint"])
             work = asyncio.create_task(decoding.run())
             cancelled = asyncio.create_task(self._cancelled[row["number"]].wait())
             try:
@@ -222,7 +232,7 @@ class Batches:
         return is_needed and not self.files.path(row["input_file_id"]).exists()
 
     def _count(self, results: Sequence[Result]) -> None:
-        self.num_results.update(result.is_error for result in results)
+        self.num_results.update((result.model, result.is_error) for result in results)
 
 
 def _has_unanswered_rows(row: sqlite3.Row) -> bool:

@@ -1,5 +1,6 @@
 """Prometheus metrics of batches."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,7 +12,7 @@ from serve.server.batches.batches import Batches
 class BatchCollector(Collector):
     """Metrics of batches.
 
-    model_name: Label of all metrics.
+    model_name: Label of batches, and of rows whose model is not known.
     """
 
     def __init__(self, batches: Batches, model_name: str) -> None:
@@ -26,6 +27,10 @@ class BatchCollector(Collector):
         rows = CounterMetricFamily(
             "stu:batch_rows", "Rows of batches with a result.", labels=["model_name", "result"]
         )
-        for result, is_error in (("completed", False), ("failed", True)):
-            rows.add_metric([self._model_name, result], self._batches.num_results[is_error])
+        models = self._batches.limits.rows_at_once
+        counts = Counter({(model, is_error): 0 for model in models for is_error in (False, True)})
+        for (model, is_error), count in self._batches.num_results.items():
+            counts[model or self._model_name, is_error] += count
+        for (model, is_error), count in counts.items():
+            rows.add_metric([model, "failed" if is_error else "completed"], count)
         yield from (unfinished, rows)

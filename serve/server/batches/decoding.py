@@ -3,15 +3,15 @@
 import asyncio
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from serve.openai.errors import user_error_body
-from serve.server.batches.lines import Line, answered, unanswered
+from serve.server.batches.lines import answered, unanswered
 from serve.server.batches.progress import Result
 from serve.server.batches.rows import Rows
-from serve.server.batches.window import Window
+from serve.server.batches.window import Window, Windows
 from stu.common.errors import UserError
 from stu.common.text import Json
 
@@ -46,15 +46,15 @@ class Decoding:
     Args:
         rows: Rows to decode.
         answering: Answers them.
-        window: Limit of the rows that are decoded at once, of all batches.
+        windows: Limits of the rows that are decoded at once, of all batches.
         owner: Owner of the batch.
         endpoint: Path of the rows.
     """
 
     def __init__(
-        self, rows: Rows, answering: Answering, window: Window, owner: str, endpoint: str
+        self, rows: Rows, answering: Answering, windows: Windows, owner: str, endpoint: str
     ) -> None:
-        self._rows, self._answering, self._window = rows, answering, window
+        self._rows, self._answering, self._windows = rows, answering, windows
         self._owner, self._endpoint = owner, endpoint
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -63,11 +63,18 @@ class Decoding:
         """Decode all rows, and return when their results are written."""
         try:
             async for line in self._rows.read():
-                await self._window.enter(self._owner, len(line.content))
-                task = asyncio.create_task(self._decode(line))
+                try:
+                    row = line.row()
+                except UserError as error:
+                    values = "", new_request_id(), error.code or "", str(error), line.place.line
+                    await self._rows.add(unanswered(*values))
+                    continue
+                window, num_bytes = self._windows.of(row["body"].get("model")), len(line.content)
+                await window.enter(self._owner, num_bytes)
+                task = asyncio.create_task(self._decode(row, line.place.line, window.model))
                 self._tasks.add(task)
                 # A task that is cancelled before it begins does not even run its `finally`.
-                task.add_done_callback(partial(self._ended, len(line.content)))
+                task.add_done_callback(partial(self._ended, window, num_bytes))
                 if self._failure is not None:
                     break
             while self._tasks and self._failure is None:
@@ -81,20 +88,15 @@ class Decoding:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ended(self, num_bytes: int, task: asyncio.Task[None]) -> None:
+    def _ended(self, window: Window, num_bytes: int, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._window.leave(num_bytes)
+        window.leave(num_bytes)
         if not task.cancelled():
             self._failure = self._failure or task.exception()
 
-    async def _decode(self, line: Line) -> None:
-        try:
-            row = line.row()
-        except UserError as error:
-            values = "", new_request_id(), error.code or "", str(error), line.place.line
-            await self._rows.add(unanswered(*values))
-        else:
-            await self._rows.add(await self._result(row, line.place.line))
+    async def _decode(self, row: Json, line: int, model: str) -> None:
+        result = await self._result(row, line)
+        await self._rows.add(replace(result, model=model))
 
     async def _result(self, row: Json, line: int) -> Result:
         body = row["body"]

@@ -47,6 +47,8 @@ class Result:
     """Line of the output file, or of the error file."""
     is_error: bool
     tokens: Tokens = field(default_factory=Tokens)
+    model: str = ""
+    """Name of the model that was to decode the row, if it is known."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,43 @@
-"""A limit of the rows that are decoded at once, which batches take turns at."""
+"""A limit of the rows of a model that are decoded at once, which batches take turns at."""
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 
 MOST_BYTES = 2**26
-"""Limit of the bytes of rows that are decoded at once. A single row may be larger."""
+"""Limit of the bytes of rows of a model that are decoded at once. A single row may be larger."""
+
+
+class Windows:
+    """Windows of all models, so that no model waits for another.
+
+    Args:
+        most_rows: Limits of rows, by the names of models.
+        model_of: Returns the name of the model that the field `model` of a body stands for.
+    """
+
+    def __init__(self, most_rows: Mapping[str, int], model_of: Callable[[str], str]) -> None:
+        self._windows = {model: Window(model, most) for model, most in most_rows.items()}
+        self._model_of = model_of
+
+    def of(self, named: object) -> "Window":
+        """Return the window of a row whose body has this `model`."""
+        return self._windows[self._model_of(named if isinstance(named, str) else "")]
 
 
 class Window:
-    """Rows that are decoded at once.
+    """Rows of a model that are decoded at once.
 
     Owners take turns, and so do the batches of an owner: they are served in the order in which they
     asked, and each asks for one row at a time.
 
-    most_rows: Limit of rows.
+    Args:
+        model: Name of the model.
+        most_rows: Limit of rows.
     """
 
-    def __init__(self, most_rows: int) -> None:
-        self._most_rows = most_rows
+    def __init__(self, model: str, most_rows: int) -> None:
+        self.model, self._most_rows = model, most_rows
         self._num_rows = self._num_bytes = 0
         self._turn = asyncio.Lock()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

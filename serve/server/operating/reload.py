@@ -43,8 +43,8 @@ class Version(Protocol):
 AnyVersion = TypeVar("AnyVersion", bound=Version)
 
 
-class Service(Protocol[AnyVersion]):
-    """A service whose model can be exchanged."""
+class Model(Protocol[AnyVersion]):
+    """A served model that can be exchanged."""
 
     current: AnyVersion
     """Version that takes new requests."""
@@ -68,14 +68,19 @@ class ReloadFailed(EngineError):
 
 
 class Reloader(Generic[AnyVersion]):
-    """Exchanges the version of the model that a service has."""
+    """Exchanges the version of a served model."""
 
-    def __init__(self, service: Service[AnyVersion]) -> None:
-        self._service = service
+    def __init__(self, model: Model[AnyVersion]) -> None:
+        self._model = model
         self._task: asyncio.Task[None] | None = None
         self._state: State = "idle"
         """finishing: the new version takes all new requests, and the old one has some left."""
         self._is_one_by_one = False
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded that takes no requests yet."""
+        return self._state == "loading"
 
     async def reload(self, path: Path | None, one_by_one: bool | None) -> Json:
         """Load a version, and return once it takes all new requests. It is loaded even if the
@@ -102,9 +107,9 @@ class Reloader(Generic[AnyVersion]):
 
     def description(self) -> Json:
         """Return the version that takes new requests, and how far a reload is."""
-        served = self._service.current
+        served = self._model.current
         return {
-            "model": str(served.path),
+            "path": str(served.path),
             "version": served.version,
             "replicas_ready": len(served.replicas.stats),
             "state": self._state,
@@ -120,17 +125,17 @@ class Reloader(Generic[AnyVersion]):
     async def _reload(
         self, path: Path | None, one_by_one: bool | None, switched: "asyncio.Future[None]"
     ) -> None:
-        service, old = self._service, self._service.current
+        model, old = self._model, self._model.current
         self._state = "loading"
         try:
             new, self._is_one_by_one = await asyncio.to_thread(
                 self._next_version, path or old.path, one_by_one
             )
             logger.info("version %d is loaded from %s", new.version, new.path)
-            service.replicas.add(new.replicas)
+            model.replicas.add(new.replicas)
             exchange = self._exchange_one_by_one if self._is_one_by_one else self._exchange_beside
             await exchange(old, new, switched)
-            await service.replicas.end(old.replicas)
+            await model.replicas.end(old.replicas)
             logger.info("version %d has replaced version %d", new.version, old.version)
         except Exception as error:
             if not switched.done():
@@ -139,13 +144,13 @@ class Reloader(Generic[AnyVersion]):
                 logger.exception("version %d has not ended", old.version)
         finally:
             self._state = "idle"
-            service.is_open.set()
+            model.is_open.set()
             switched.cancel()  # if the server stops
 
     def _failure(self, error: Exception, old: AnyVersion) -> Exception:
         """Return what the caller gets of an error; the log has the rest."""
         if isinstance(error, UserError):
-            return error
+            return error.renamed("path") if error.field == "model" else error
         is_known = isinstance(error, OSError)
         logger.error("version %d goes on: %s", old.version, error, exc_info=not is_known)
         reason = "the new version did not start; the server's log has the reason"
@@ -154,12 +159,12 @@ class Reloader(Generic[AnyVersion]):
     def _next_version(self, path: Path, one_by_one: bool | None) -> tuple[AnyVersion, bool]:
         """Return the version in a folder, and whether to exchange replicas one by one. Raises
         UserError."""
-        running = _on_this_machine(self._service.current)
+        running = _on_this_machine(self._model.current)
         load_config(path)
         weight_bytes(path, running.config.dtype)
         if one_by_one is None:
             one_by_one = not fits_beside(running, path)
-        return self._service.next_version(path), one_by_one
+        return self._model.next_version(path), one_by_one
 
     async def _exchange_beside(
         self, old: AnyVersion, new: AnyVersion, switched: "asyncio.Future[None]"
@@ -170,7 +175,7 @@ class Reloader(Generic[AnyVersion]):
             for index in range(len(replicas)):
                 await replicas.replica_ready(index)
         except Exception:
-            await self._service.replicas.end(new.replicas)
+            await self._model.replicas.end(new.replicas)
             raise
         self._switch(new, switched)
         await old.idle()
@@ -185,7 +190,7 @@ class Reloader(Generic[AnyVersion]):
                 await before.retire(index)
             else:
                 if not switched.done():
-                    self._service.is_open.clear()
+                    self._model.is_open.clear()
                 await old.idle()
             await before.stop_replica(index)
             after.start_replica(index)
@@ -194,7 +199,7 @@ class Reloader(Generic[AnyVersion]):
             try:
                 await after.replica_ready(index)
             except Exception:
-                await self._service.replicas.end(new.replicas)
+                await self._model.replicas.end(new.replicas)
                 for stopped in range(index + 1):
                     before.start_replica(stopped)
                 await before.replica_ready(index)
@@ -204,7 +209,7 @@ class Reloader(Generic[AnyVersion]):
 
     def _switch(self, new: Any, switched: "asyncio.Future[None]") -> None:
         """Let the new version take all new requests."""
-        self._service.switch(new)
+        self._model.switch(new)
         self._state = "finishing"
         switched.set_result(None)
 
@@ -214,7 +219,7 @@ def _on_this_machine(version: Version) -> Replicas:
     if isinstance(version.replicas, Replicas):
         return version.replicas
     raise UserError(
-        "model",
+        "path",
         message="replicas on a Ray cluster do not change their model: start another server with "
         "the new version and another --model-name, and stop this one",
     )

@@ -44,14 +44,14 @@ export async function getText(path) {
   return answer.text().catch(throwUnreachable);
 }
 
-/** Return the served model, with id and max_model_len. */
-export async function getModel() {
-  return JSON.parse(await getText("v1/models")).data[0];
+/** Return the served models, each with id and max_model_len. */
+export async function getModels() {
+  return JSON.parse(await getText("v1/models")).data;
 }
 
-/** Return the number of tokens of a prompt, with BOS. Throws ServerError or Unreachable. */
-export async function countTokens(prompt, signal) {
-  const answer = await post("tokenize", { prompt }, signal);
+/** Return the number of tokens of body.prompt, with BOS. Throws ServerError or Unreachable. */
+export async function countTokens(body, signal) {
+  const answer = await post("tokenize", body, signal);
   return (await answer.json().catch(throwUnreachable)).count;
 }
 

@@ -1,6 +1,6 @@
 // Whether the server responds, checked every second.
 
-import { getModel, getText, ServerError, Unreachable } from "./api.js";
+import { getModels, getText, ServerError, Unreachable } from "./api.js";
 
 const INTERVAL_MS = 1000;
 const WORDS = {
@@ -10,13 +10,13 @@ const WORDS = {
   "key-needed": "The server requires an API key",
 };
 
-/** Watches the server. Calls onChange(state), onModel(model) and onMetrics(text). */
+/** Watches the server. Calls onChange(state), onModels(models) and onMetrics(text). */
 export class Connection {
   #state = "asking";
   #wake = () => {};
 
-  constructor({ onChange, onModel, onMetrics }) {
-    Object.assign(this, { onChange, onModel, onMetrics });
+  constructor({ onChange, onModels, onMetrics }) {
+    Object.assign(this, { onChange, onModels, onMetrics });
   }
 
   /** Watch; this never returns. */
@@ -39,7 +39,7 @@ export class Connection {
     try {
       if (this.#state !== "connected") {
         await getText("health");
-        this.onModel(await getModel());
+        this.onModels(await getModels());
       }
       this.onMetrics(await getText("metrics"));
       return "connected";

@@ -4,13 +4,13 @@ import { countTokens } from "./api.js";
 
 const PAUSE_MS = 300;
 
-/** Counts the tokens of `textOf()` when `field` changes, and shows inWords(count). */
+/** Counts the tokens of `bodyOf().prompt` when `field` changes, and shows inWords(count). */
 export class Count {
   #timer = 0;
   #controller = new AbortController();
 
-  constructor(field, textOf, inWords) {
-    Object.assign(this, { textOf, inWords });
+  constructor(field, bodyOf, inWords) {
+    Object.assign(this, { bodyOf, inWords });
     this.line = document.getElementById(`${field.id}-count`);
     field.addEventListener("input", () => this.update());
   }
@@ -26,7 +26,7 @@ export class Count {
     this.#controller = new AbortController();
     const { signal } = this.#controller;
     try {
-      const count = await countTokens(this.textOf(), signal);
+      const count = await countTokens(this.bodyOf(), signal);
       if (!signal.aborted) this.line.textContent = this.inWords(count);
     } catch {
       // The request itself will show the error.

@@ -19,6 +19,8 @@ const PATHS = { text: "v1/completions", chat: "v1/chat/completions" };
 const [prompt, message, system, maxTokens, keyField, keyPanel, codePanel, logprobs] = byId(
   ...["prompt", "message", "system", "max_tokens", "key", "key-panel", "code-panel", "logprobs"],
 );
+const [choice, modelNames] = byId("model-choice", "models");
+let models = [];
 let model = null;
 
 const live = new Live();
@@ -30,23 +32,24 @@ const connection = new Connection({
     if (state !== "connected") live.blank();
     if (state === "key-needed") keyPanel.open = true;
   },
-  onModel(served) {
-    model = served;
-    const most = model.max_model_len;
-    byId("model")[0].textContent = `${model.id}: context of ${most.toLocaleString("en")} tokens`;
-    maxTokens.value ||= Math.min(USUAL_TOKENS, Math.floor(most / 2));
-    for (const count of Object.values(counts)) count.update();
-    showCode();
+  onModels(served) {
+    models = served;
+    modelNames.replaceChildren(...models.map(({ id }) => new Option(id, id)));
+    choice.hidden = models.length === 1;
+    choose(model?.id);
   },
   onMetrics: (text) => live.show(text),
 });
 
 const counts = {
-  text: new Count(prompt, () => prompt.value, ofContext),
+  text: new Count(prompt, () => ({ prompt: prompt.value, ...named() }), ofContext),
   // Without the text that the chat template adds.
   chat: new Count(
     message,
-    () => [...chatMessages().map(({ content }) => content), message.value].join("\n"),
+    () => {
+      const contents = chatMessages().map(({ content }) => content);
+      return { prompt: [...contents, message.value].join("\n"), ...named() };
+    },
     (count) => `the chat has about ${ofContext(count)}`,
   ),
 };
@@ -113,14 +116,30 @@ async function answer() {
   showCode();
 }
 
+/** Use the model with a name, or the first if there is none. */
+function choose(name) {
+  model = models.find(({ id }) => id === name) ?? models[0];
+  modelNames.value = model.id;
+  const most = model.max_model_len;
+  byId("model")[0].textContent = `${model.id}: context of ${most.toLocaleString("en")} tokens`;
+  maxTokens.value ||= Math.min(USUAL_TOKENS, Math.floor(most / 2));
+  for (const count of Object.values(counts)) count.update();
+  showCode();
+}
+
+/** Return the field that names the model, where there is a choice. */
+function named() {
+  return models.length > 1 ? { model: model.id } : {};
+}
+
 function textBody() {
-  const body = { prompt: prompt.value, ...settings() };
+  const body = { prompt: prompt.value, ...named(), ...settings() };
   if (logprobs.checked) body.logprobs = TOP_LOGPROBS;
   return body;
 }
 
 function chatBody() {
-  return { messages: chatMessages(), ...settings() };
+  return { messages: chatMessages(), ...named(), ...settings() };
 }
 
 function chatMessages() {
@@ -215,6 +234,7 @@ for (const button of document.querySelectorAll("[data-copy]")) {
 for (const field of [maxTokens, system]) {
   field.addEventListener("input", () => Object.values(counts).forEach((count) => count.update()));
 }
+modelNames.addEventListener("change", () => choose(modelNames.value));
 keyField.value = apiKey.value;
 keyField.addEventListener("input", () => {
   apiKey.value = keyField.value.trim();

@@ -43,6 +43,8 @@ class ReplicasConfig:
     """Limit of requests that wait."""
     adapters: Mapping[str, Path] = field(default_factory=dict)
     """Folders of adapters by name."""
+    name: str = ""
+    """Name of the model, for the log."""
 
 
 @dataclass
@@ -217,7 +219,8 @@ class Supervisor(ABC):
         self._failed_starts[index] = 0
 
     def _name(self, index: int) -> str:
-        return f"replica {index} on {self._config.devices[index]}"
+        of_model = f" of {self._config.name}" if self._config.name else ""
+        return f"replica {index}{of_model} on {self._config.devices[index]}"
 
     async def _keep_running(self, index: int) -> None:
         config = self._config

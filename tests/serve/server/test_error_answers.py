@@ -56,10 +56,10 @@ CONSTRAINED |= {"response_format": {"type": "regex", "regex": "x"}}
 @pytest.mark.parametrize(
     ("name", "fault", "asked"),
     [
-        ("serve.server.metrics.zip", shorter, ("GET", "/metrics", None)),
+        ("serve.server.operating.replica_metrics.zip", shorter, ("GET", "/metrics", None)),
         ("serve.prompts.derived_seed", failing, ("POST", "/v1/completions", {"prompt": "x"})),
         (
-            "serve.server.service.Grammars.check",
+            "serve.server.model_version.Grammars.check",
             failing,
             ("POST", "/v1/chat/completions", CONSTRAINED),
         ),

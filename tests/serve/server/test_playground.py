@@ -134,6 +134,23 @@ def test_loads(visit, server):
     assert page.console_errors == []
 
 
+def test_a_model_is_chosen_where_there_are_several(page):
+    expect(page.locator("#model-choice")).to_be_hidden()
+    own, other = {"id": "model", "max_model_len": 8192}, {"id": "other", "max_model_len": 100}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [own, other]}))
+    page.reload()
+    page.select_option("#models", "other")
+    expect(page.locator("#model")).to_have_text("other: context of 100 tokens")
+    with page.expect_request("**/tokenize") as counted:
+        page.fill("#prompt", "def f(")
+    assert counted.value.post_data_json == {"prompt": "def f(", "model": "other"}
+    answer_with(page, piece("x"), "[DONE]")
+    with page.expect_request("**/v1/completions") as asked:
+        page.click("#generate")
+    assert asked.value.post_data_json["model"] == "other"
+    assert done(page) == "x"
+
+
 def test_files_and_headers(server):
     with server.client() as client:
         page = client.get("/")

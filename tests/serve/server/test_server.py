@@ -434,6 +434,6 @@ def test_metrics_say_which_convolution_cache_runs(http, server):
     )
     assert re.search(r'kind="state",.*rank="[1-9]\d*",reason="".*\} 1.0$', line)
     assert 0 < server.metric("stu:convolution_cache_error") < 5e-7
-    started = "replica 0 on cpu: long convolutions are cached as spectral states"
+    started = "replica 0 of model on cpu: long convolutions are cached as spectral states"
     assert any(started in line for line in server.lines)
     assert server.metric("stu:convolution_page_bytes") > 0

@@ -28,7 +28,7 @@ from tests.serve.server_process import SECONDS, eventually, serving
 PROMPT = [1, 100, 101, 102]
 NUM_TOKENS = 55
 ENGINE = "serve.server.replicas.process"
-NO_REPLICA = "no replica could be started: replica 0 on cpu ended with code 2"
+NO_REPLICA = "no replica could be started: replica 0 of model on cpu ended with code 2"
 NO_PAUSES = "from serve.server.replicas import supervisor; supervisor.LONGEST_PAUSE_SECONDS = 0"
 
 

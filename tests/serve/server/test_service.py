@@ -26,7 +26,7 @@ def service_of(model_directory, **settings):
 
 @pytest.mark.anyio
 async def test_rows_of_batches_take_no_places_at_the_door(model_directory):
-    service = service_of(model_directory, max_waiting=2, max_choices=2)
+    (service,) = service_of(model_directory, max_waiting=2, max_choices=2).models
     service.is_open.clear()
     async with AsyncExitStack() as stack:
 

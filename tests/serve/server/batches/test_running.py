@@ -5,6 +5,7 @@ import contextlib
 import json
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -21,7 +22,7 @@ from stu.common.errors import UserError
 from tests.serve.server.batches.views import URL, make_row
 
 pytestmark = pytest.mark.anyio
-LIMITS = Limits(2**30, 2**31, rows=100, line_bytes=2**20, rows_at_once=4)
+LIMITS = Limits(2**30, 2**31, rows=100, line_bytes=2**20, rows_at_once={"": 4})
 
 
 async def answered(request):
@@ -30,7 +31,7 @@ async def answered(request):
 
 @pytest.fixture
 async def batches(tmp_path):
-    batches = Batches(tmp_path / "b", LIMITS)
+    batches = Batches(tmp_path / "b", LIMITS, lambda model: "")
     await batches.start(answered)
     yield batches
     await batches.stop()
@@ -123,6 +124,30 @@ async def test_checks_take_no_threads_of_others_and_owners_take_turns(batches, m
     assert checked.index("file-one-1") <= 2
 
 
+async def test_rows_of_a_model_do_not_wait_for_those_of_another(tmp_path):
+    models = {"": "first", "tuned": "first", "second": "second"}
+    limits = replace(LIMITS, rows_at_once={"first": 2, "second": 2})
+    batches, asked = Batches(tmp_path / "b", limits, lambda name: models.get(name, "first")), []
+
+    async def answering(request):
+        asked.append(json.loads(request.body)["model"])
+        if asked[-1] != "second":
+            await asyncio.Event().wait()  # as if no replica of it could be started
+        return 200, b"{}"
+
+    await batches.start(answering)
+    names = [None, "tuned", "first", ["second"]]
+    rows = [make_row(number, model=name) for number, name in enumerate(names)]
+    await add(batches, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    rows = [make_row(number, model="second") for number in range(9)]
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    row = await ended(batches, await add(batches, content, "another"))
+    assert (row["status"], row["completed"]) == ("completed", 9)
+    assert sorted(asked, key=str) == [None, *["second"] * 9, "tuned"]
+    assert batches.num_results == {("second", False): 9}
+    await batches.stop()
+
+
 @pytest.mark.parametrize(
     ("status", "completed", "ends_as"),
     [
@@ -133,7 +158,7 @@ async def test_checks_take_no_threads_of_others_and_owners_take_turns(batches, m
     ],
 )
 async def test_a_batch_whose_input_was_removed_fails(tmp_path, status, completed, ends_as):
-    batches = Batches(tmp_path / "b", LIMITS)
+    batches = Batches(tmp_path / "b", LIMITS, lambda model: "")
     content = b"".join(json.dumps(make_row(number)).encode() + b"\n" for number in range(3))
     batches._begin = lambda number: None  # as if the server had ended at once
     number = await add(batches, content)
@@ -150,7 +175,8 @@ async def test_a_batch_whose_input_was_removed_fails(tmp_path, status, completed
     errors = json.loads(row["errors"] or "[]")
     codes = ["input_file_lost"] if ends_as == "failed" else []
     assert (row["status"], [error["code"] for error in errors]) == (ends_as, codes)
-    assert batches.num_unfinished == 0
+    while batches.num_unfinished:  # the task ends after the batch has
+        await asyncio.sleep(0.01)
     await batches.stop()
 
 

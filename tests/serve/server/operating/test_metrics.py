@@ -12,7 +12,7 @@ from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.stats import Stats
 from serve.server.exchange import Exchange
-from serve.server.metrics import Metrics
+from serve.server.operating.metrics import Metrics
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.stream import Stream
 from serve.server.replicas.supervisor import ReplicasConfig
@@ -36,7 +36,8 @@ def report(moment, *outputs, scheduled=(), **values):
 def test_times_of_a_request_are_those_of_its_engine(model_directory):
     """The reader takes the outputs later, which no time depends on but the latency."""
     replicas = Replicas(ReplicasConfig(model_directory))
-    metrics = Metrics(replicas, "vllm", "m")
+    all_metrics = Metrics("vllm", ["m"])
+    metrics = all_metrics.of_model("m", replicas)
     began = time.monotonic() - 100
     stream, unscheduled = Stream(7, make_request([1, 2, 3], 5)), Stream(8, make_request([1], 5))
     replica = SimpleNamespace(streams={7: stream, 8: unscheduled}, stats=None)
@@ -47,7 +48,7 @@ def test_times_of_a_request_are_those_of_its_engine(model_directory):
         body=None,
         streams=[stream, unscheduled],
         writers=[],
-        frame={},
+        frame={"model": "m"},
         num_prompt_tokens=4,
         timeout_seconds=1000,
         arrived=began,
@@ -57,7 +58,7 @@ def test_times_of_a_request_are_those_of_its_engine(model_directory):
     def found(name):
         name = f"vllm:{name}"
         values = (
-            metrics._registry.get_sample_value(f"{name}_{part}", {"model_name": "m"})
+            all_metrics._registry.get_sample_value(f"{name}_{part}", {"model_name": "m"})
             for part in ("count", "sum")
         )
         return tuple(values)

@@ -317,10 +317,10 @@ def test_another_version_is_loaded_without_dropping_a_stream(
         (old,) = server.replicas()
         with stopped_stream(server, http, num_tokens) as rest, server.client() as other:
             other.headers = http.headers
-            assert reload(other, model="no/such").status_code == 400
-            answer = reload(other, model=str(other_model), one_by_one=False)
+            assert reload(other, path="no/such").status_code == 400
+            answer = reload(other, path=str(other_model), one_by_one=False)
             assert answer.status_code == 200, answer.text
-            state = {"model": str(other_model), "version": 2, "replicas_ready": 1}
+            state = {"model": "base", "path": str(other_model), "version": 2, "replicas_ready": 1}
             state |= {"state": "finishing", "one_by_one": False}
             assert answer.json() | state == answer.json()
             assert reload(other).status_code == 409
@@ -341,12 +341,12 @@ def test_the_only_replica_is_exchanged_while_new_requests_wait(
 ):
     num_tokens = 1000
     with server.client(headers=bearer(OPERATOR)) as http, ThreadPoolExecutor() as pool:
-        assert reload(http, model=str(other_model), one_by_one=True).status_code == 200
+        assert reload(http, path=str(other_model), one_by_one=True).status_code == 200
         eventually(lambda: http.get("/admin/reload").json()["state"] == "idle")
         before, short = text_of(http, max_tokens=num_tokens), text_of(http)
         with stopped_stream(server, http, num_tokens) as rest, server.client() as other:
             other.headers = http.headers
-            body = {"model": str(long_model_directory), "one_by_one": True}
+            body = {"path": str(long_model_directory), "one_by_one": True}
             num_lines = len(server.lines)
             reloading = pool.submit(reload, other, **body)
             # From then on new requests wait.
@@ -364,7 +364,7 @@ def test_the_only_replica_is_exchanged_while_new_requests_wait(
         (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_filters": 5}))
         for one_by_one in (True, False):
             version = http.get("/admin/reload").json()["version"]
-            refused = reload(http, model=str(tmp_path / "model"), one_by_one=one_by_one)
+            refused = reload(http, path=str(tmp_path / "model"), one_by_one=one_by_one)
             assert refused.status_code == 500
             assert f"version {version} goes on" in refused.json()["error"]["message"]
             assert text_of(http) == waiting.result()

@@ -1,0 +1,384 @@
+"""Several models of one server, chosen by the field `model`."""
+
+import asyncio
+import itertools
+import json
+import re
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.config import EngineConfig
+from serve.server.app import make_app
+from serve.server.cli import config_from
+from serve.server.config import ServerConfig, model_configs
+from serve.server.exchange import Exchanges
+from serve.server.replicas.stream import Busy
+from serve.server.service import make_service
+from stu.common.errors import UserError
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import load_model, load_tokenizer, save_model
+from stu.tokenizer import make_tokenizer
+from stu.tokenizers.alphabet import bytes_files
+from tests.serve.adapters.adapter_folders import write_adapter
+from tests.serve.conftest import MAX_SEQ_LEN, make_model
+from tests.serve.requests import decode, make_request
+from tests.serve.server.batches.views import client_of, create, ended, make_row, results
+from tests.serve.server_process import events, eventually, serving
+
+BYTES_SEQ_LEN = 4096
+TEMPLATE = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+PATHS = {
+    "completions": {"prompt": "def"},
+    "chat/completions": {"messages": [{"role": "user", "content": "def"}]},
+    "responses": {"input": "def"},
+    "embeddings": {"input": "def"},
+    "score": {"text_1": "def", "text_2": "def"},
+}
+"""Paths under /v1, and bodies that each accepts."""
+
+
+@pytest.fixture(scope="module")
+def other_directory(tmp_path_factory):
+    """A model with another vocabulary, width, context and chat template."""
+    folder = tmp_path_factory.mktemp("bytes")
+    tokenizer = make_tokenizer(bytes_files(), folder)
+    torch.manual_seed(1)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=8,
+        num_layers=2,
+        num_filters=6,
+        num_heads=2,
+        window_tokens=5,
+        max_seq_len=BYTES_SEQ_LEN,
+    )
+    save_model(folder / "model", FlashSTU(config), tokenizer, {"max_new_tokens": 5})
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    return folder / "model"
+
+
+def config_of(model_directory, models, **settings):
+    engine = EngineConfig(cache_gib=0.01)
+    return ServerConfig(model_directory, models=models, **{"engine": engine, **settings})
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, code_tokenizer):
+    folder = tmp_path_factory.mktemp("adapter") / "own"
+    write_adapter(folder, make_model(code_tokenizer, MAX_SEQ_LEN))
+    return folder
+
+
+@pytest.fixture
+def service(model_directory, other_directory, adapter):
+    """A service of two models, with an adapter of the first, and no replicas."""
+    models = f"other={other_directory}"
+    return make_service(config_of(model_directory, models, lora_modules=f"tuned={adapter}"))
+
+
+@pytest.fixture
+def ask(service):
+    """Call with a method, a path and a body: the answer of the service's application."""
+    count = service.metrics.count_refused
+    app = Exchanges(make_app(service), log_texts=False, count=count)
+
+    async def answer(method, path, body):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://stu") as http:
+            return await http.request(method, path, json=body)
+
+    return lambda method, path, body=None: asyncio.run(answer(method, path, body))
+
+
+@pytest.fixture
+def submitted(service, monkeypatch):
+    """Requests by the name of the model whose replicas got them, all of which are busy."""
+    found = {model.name: [] for model in service.models}
+
+    def submit(name, requests, *_):
+        found[name] += requests
+        raise Busy("full")
+
+    for model in service.models:
+        replicas = model.current.replicas
+        monkeypatch.setattr(replicas, "submit", lambda *values, n=model.name: submit(n, *values))
+    return found
+
+
+def sample(service, name, **labels):
+    return service.metrics._registry.get_sample_value(name, labels)
+
+
+def test_models_are_listed_with_their_adapters_and_lengths(ask):
+    data = ask("GET", "/v1/models").json()["data"]
+    assert [(own["id"], own["parent"], own["max_model_len"]) for own in data] == [
+        ("model", None, 64),
+        ("tuned", "model", 64),
+        ("other", None, BYTES_SEQ_LEN),
+    ]
+    assert ask("GET", "/v1/models/other").json()["max_model_len"] == BYTES_SEQ_LEN
+    assert ask("GET", "/tokenizer_info").json()["vocab_size"] == 280
+    assert ask("GET", "/tokenizer_info?model=other").json()["vocab_size"] < 280
+    for name in (None, "tuned", "other"):
+        body = {"model": name, "prompt": "def", "add_special_tokens": False}
+        found = ask("POST", "/tokenize", body).json()
+        assert (found["tokens"] == list(b"def")) == (name == "other")
+        assert found["max_model_len"] == (BYTES_SEQ_LEN if name == "other" else 64)
+        text = ask("POST", "/detokenize", {"model": name, "tokens": found["tokens"]}).json()
+        assert text["prompt"] == "def"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_request_goes_to_the_replicas_of_its_model(ask, service, submitted, path):
+    names = {None: "model", "model": "model", "tuned": "model", "other": "other"}
+    for name, base in names.items():
+        assert ask("POST", f"/v1/{path}", {**PATHS[path], "model": name}).status_code == 429
+        (first, *_) = submitted[base]
+        assert [len(requests) > 0 for requests in submitted.values()] == [
+            base == own for own in submitted
+        ]
+        assert first.adapter == ("tuned" if name == "tuned" else "")
+        version = service.find(base).current
+        text = version.tokenizer.decode(first.prompt_token_ids)
+        if path not in ("chat/completions", "responses"):
+            assert text == "def"
+        elif base == "other":
+            assert (text, first.sampling.max_new_tokens) == ("[def]", 5)
+        else:
+            assert (text, first.sampling.max_new_tokens) == ("user: def\n\nassistant:", 9)
+        for requests in submitted.values():
+            requests.clear()
+
+
+def test_limits_are_those_of_the_model(ask, submitted):
+    long = {"prompt": [1] * 100, "max_tokens": 1}
+    refused = ask("POST", "/v1/completions", long)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert ask("POST", "/v1/completions", {**long, "model": "other"}).status_code == 429
+    body = {"input": "x", "dimensions": 16}
+    assert ask("POST", "/v1/embeddings", body).status_code == 429
+    refused = ask("POST", "/v1/embeddings", {**body, "model": "other"})
+    assert "8, the model's width" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [*(f"/v1/{path}" for path in PATHS), "/tokenize", "/detokenize"])
+def test_an_unknown_model_is_not_found(ask, service, path):
+    body = PATHS.get(path.removeprefix("/v1/"), {"prompt": "x", "tokens": [1]})
+    body = {name: body[name] for name in body if path != "/tokenize" or name == "prompt"}
+    body = {name: body[name] for name in body if path != "/detokenize" or name == "tokens"}
+    answer = ask("POST", path, {**body, "model": "third"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert 'one of "model", "tuned", "other"' in error["message"]
+    assert sample(service, "stu:requests_refused_total", model_name="", status="404") == 1
+
+
+def test_metrics_are_by_model(ask, service, submitted):
+    for name in ("model", "tuned", "other"):
+        ask("POST", "/v1/completions", {"prompt": "x", "model": name})
+    refused = {
+        name: sample(service, "stu:requests_refused_total", model_name=name, status="429")
+        for name in ("model", "other")
+    }
+    assert refused == {"model": 2, "other": 1}
+    families = list(text_string_to_metric_families(service.metrics.text().decode()))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names)), "a family is written twice"
+    for family in families:
+        if family.name in ("vllm:num_requests_waiting", "stu:replicas_ready"):
+            assert [own.labels["model_name"] for own in family.samples] == ["model", "other"]
+    service.models[1].metrics.prompt_tokens.inc(3)
+    assert sample(service, "vllm:prompt_tokens_total", model_name="other") == 3
+    assert sample(service, "vllm:prompt_tokens_total", model_name="model") == 0
+
+
+def test_probes_tell_of_one_model_or_of_all(ask, service, monkeypatch):
+    first, second = (model.replicas for model in service.models)
+    for healthy, whole in (((1, 1), 200), ((1, 0), 503), ((0, 1), 503)):
+        for replicas, is_healthy in zip((first, second), healthy, strict=True):
+            current = SimpleNamespace(is_healthy=bool(is_healthy), is_loading=False)
+            monkeypatch.setattr(replicas, "current", current)
+        for path in ("/health", "/ready"):
+            assert ask("GET", path).status_code == whole
+            for name, is_healthy in zip(("model", "other"), healthy, strict=True):
+                found = ask("GET", f"{path}?model={name}").status_code
+                assert found == (200 if is_healthy else 503)
+    assert ask("GET", "/health?model=third").status_code == 404
+
+
+def test_reloads_name_a_model_and_come_one_after_the_other(service):
+    model, other = service.models
+
+    async def run():
+        assert service.reloading("other")["path"] == str(other.config.model)
+        other.reloader._state = "loading"
+        with pytest.raises(Exception, match="another version is being loaded"):
+            await service.reload("model", None, None)
+        other.reloader._state = "finishing"  # which takes no memory that is not taken already
+
+        async def reload(path, one_by_one):
+            return {"version": 2}
+
+        model.reloader.reload = reload
+        assert await service.reload(None, None, None) == {"model": "model", "version": 2}
+        with pytest.raises(UserError, match="third"):
+            await service.reload("third", None, None)
+
+    asyncio.run(run())
+
+
+def test_settings_of_models(model_directory, other_directory):
+    settings = {"model": str(model_directory), "cache_gib": 2.0, "devices": "cpu", "replicas": 2}
+    own = {"model": str(other_directory), "replicas": 3, "cache_gib": 0.5, "devices": 0}
+    for models in ({"small": own}, json.dumps({"small": own})):
+        found = model_configs(config_from({**settings, "models": models}))
+        assert list(found) == ["model", "small"]
+        first, second = found.values()
+        assert (first.name, first.replicas, first.engine.cache_gib) == ("model", 2, 2)
+        assert (second.name, second.model) == ("small", other_directory)
+        assert (second.replicas, second.engine.cache_gib, second.devices) == (3, 0.5, "0")
+    found = model_configs(config_from({**settings, "models": f"a={other_directory}, b=x"}))
+    assert [own.model.name for own in found.values()] == ["model", "model", "x"]
+    assert found["b"].engine.cache_gib == 2
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("a", "NAME=PATH"),
+        ("a=", "NAME=PATH"),
+        ("a=x,a=y", "each NAME once"),
+        ("model=x", "none that of the model"),
+        ({"a": "x"}, "an object for each NAME"),
+        ({"a": {"devices": "cpu"}}, "which has its directory as model"),
+        ({"a": {"model": "x", "port": 1}}, "a: port is not allowed: it must be one of model"),
+        ({"a": {"model": "x", "replicas": 0}}, "a: replicas=0 .* >= 1"),
+        ({"a": {"model": "x", "max_running": 0}}, "a: max_running=0"),
+        ({"a": {"model": "x", "dtype": "float16"}}, "a: dtype=.*float32, bfloat16"),
+        ({"a": {"model": ["x"]}}, "a: model=.*a text"),
+        ({"a": {"model": "x", "lora_modules": "tuned=y"}}, "tuned is there twice"),
+    ],
+)
+def test_settings_of_models_that_are_refused(model_directory, models, message):
+    with pytest.raises(UserError, match=message) as error:
+        model_configs(config_of(model_directory, models, lora_modules="tuned=x"))
+    assert error.value.field == "models"
+
+
+def test_engines_of_several_models_on_a_device_need_a_size(model_directory, other_directory):
+    models = f"other={other_directory}"
+    with pytest.raises(UserError, match="give cache_gib") as error:
+        make_service(config_of(model_directory, models, engine=EngineConfig()))
+    assert error.value.field == "cache_gib"
+    with pytest.raises(UserError, match="give cache_gib, or gpus_per_replica 1"):
+        make_service(config_of(model_directory, models, engine=EngineConfig(), ray=True))
+    sizes = {"other": {"model": str(other_directory), "cache_gib": 0.1}}
+    with pytest.raises(UserError, match="give cache_gib"):
+        make_service(config_of(model_directory, sizes, engine=EngineConfig()))
+
+
+def text_of(response):
+    return "".join(event["choices"][0]["text"] for event in events(response))
+
+
+@contextmanager
+def begun(http, replica, **body):
+    """Begin a stream and stop its replica; yield a function that returns the text of the rest."""
+    body = {"prompt": "def f(", "seed": 3, "stop_at_eos": False, "stream": True, **body}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        replica.suspend()
+
+        def rest():
+            response.iter_lines = lambda: itertools.chain([first], lines)
+            return text_of(response)
+
+        yield rest
+
+
+def expected(directory, count):
+    """The text of a stream of `begun`."""
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    tokens = tokenizer.start_ids + tokenizer.encode("def f(")
+    request = make_request(tokens, count, temperature=1.0, seed=3)
+    (completion,) = decode(model, tokenizer, [request], batch_invariant=True)
+    return completion.text
+
+
+def replicas_of(server):
+    """Processes of the replicas of two models with one each, the first model's first."""
+    return sorted(server.replicas(), key=lambda process: (process.create_time(), process.pid))
+
+
+def counts(server, name):
+    """Values of a metric by model."""
+    lines = re.findall(rf"^{name}{{(.*)}} (\S+)$", server.get("/metrics").text, re.M)
+    found: dict[str, float] = {}
+    for labels, value in lines:
+        model = re.search('model_name="([^"]*)"', labels)[1]
+        found[model] = found.get(model, 0) + float(value)
+    return found
+
+
+def test_a_model_goes_on_while_the_other_loses_its_replica(
+    long_model_directory, other_directory, tmp_path
+):
+    options = "--models", f"other={other_directory}", "--batch-invariant"
+    options += "--batch-dir", tmp_path / "batches", "--watchdog-seconds", 300
+    count, texts = 40, [expected(own, 40) for own in (long_model_directory, other_directory)]
+    with serving(long_model_directory, *options) as server, server.client() as http:
+        replicas = replicas_of(server)
+        with (
+            begun(http, replicas[0], max_tokens=count) as first,
+            begun(http, replicas[1], max_tokens=count, model="other") as second,
+        ):
+            replicas[1].kill()
+            replicas[0].resume()
+            assert first() == texts[0]
+            assert second() == texts[1]
+        assert counts(server, "stu:replica_restarts_total") == {"model": 0, "other": 1}
+        assert counts(server, "stu:requests_resumed_total") == {"model": 0, "other": 1}
+        assert counts(server, "vllm:generation_tokens_total") == {"model": count, "other": count}
+        rows = [
+            make_row(number, model=name) for number, name in enumerate(["model", "other", "x"] * 3)
+        ]
+        client = client_of(server)
+        output, errors = results(client, ended(client, create(client, rows).id))
+        models = {name: line["response"]["body"]["model"] for name, line in output.items()}
+        assert models == {
+            row["custom_id"]: row["body"]["model"] for row in rows if row["body"]["model"] != "x"
+        }
+        assert {line["response"]["status_code"] for line in errors.values()} == {404}
+        assert counts(server, "stu:batch_rows_total") == {"model": 6, "other": 3}
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_model_is_loaded_again_while_the_other_streams(
+    long_model_directory, other_directory, tmp_path
+):
+    keys = tmp_path / "keys"
+    keys.write_text("sk-operator admin\n")
+    options = "--models", f"other={other_directory}", "--batch-invariant", "--api-keys", keys
+    count, text = 40, expected(other_directory, 40)
+    with serving(long_model_directory, *options, "--watchdog-seconds", 300) as server:
+        http = server.client(headers={"authorization": "Bearer sk-operator"})
+        (_, replica) = replicas_of(server)
+        with http, begun(http, replica, max_tokens=count, model="other") as rest:
+            answer = http.post("/admin/reload", json={"path": str(other_directory)})
+            assert answer.status_code == 200, answer.text
+            found = answer.json()
+            assert (found["model"], found["version"]) == ("model", 2)
+            eventually(lambda: http.get("/admin/reload").json()["state"] == "idle")
+            assert http.get("/admin/reload?model=other").json()["version"] == 1
+            replica.resume()
+            assert rest() == text
+            lengths = [own["max_model_len"] for own in http.get("/v1/models").json()["data"]]
+            assert lengths == [BYTES_SEQ_LEN] * 2
