@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from serve.openai.response_format import constraint_of, json_constraint
+from serve.openai.response_format import WhiteSpace, constraint_of, json_constraint
 from serve.openai.schemas import CompletionSettings
 from serve.sampling_params import Constraint, JsonWhitespace
 from stu.common.errors import UNSET, UserError
@@ -32,19 +32,31 @@ def structured_constraint(
     place, *others = given or ["response_format"]
     if others:
         raise UserError(others[0], UNSET, fix=f"{place} is given too: leave one of them out")
-    options = body.structured_outputs or {}
-    option, pattern = "structured_outputs.whitespace_pattern", options.get("whitespace_pattern")
-    if pattern is None:
-        option, pattern = "guided_whitespace_pattern", body.guided_whitespace_pattern
-    if options.get("disable_any_whitespace"):
-        option, pattern = "structured_outputs.disable_any_whitespace", None
-        json_whitespace = "compact"
-    elif pattern is None:
-        option = ""
-    found = None if not given else _constraint(place, given[place], json_whitespace, pattern)
-    if option and (found is None or found.kind != "json_schema"):
-        raise UserError(option, fix="it is about white space in JSON, and none is asked for")
+    white_space = _white_space(body) or WhiteSpace.of_server(json_whitespace)
+    found = _constraint(place, given[place], white_space) if given else None
+    if white_space.field and (found is None or found.kind != "json_schema"):
+        fix = "it is about white space in JSON, and none is asked for"
+        raise UserError(white_space.field, fix=fix)
     return found
+
+
+def _white_space(body: CompletionSettings) -> WhiteSpace | None:
+    """Return the white space in JSON that a body asks for, or None. Raises UserError if its fields
+    ask for different ones."""
+    options = body.structured_outputs or {}
+    name = "whitespace_pattern"
+    patterns = {
+        f"structured_outputs.{name}": options.get(name),
+        f"guided_{name}": body.guided_whitespace_pattern,
+    }
+    asked = [WhiteSpace(own, place) for place, own in patterns.items() if own is not None]
+    if options.get("disable_any_whitespace"):
+        asked.insert(0, WhiteSpace(None, "structured_outputs.disable_any_whitespace"))
+    for other in asked[1:]:
+        if other.pattern != asked[0].pattern:
+            fix = f"{asked[0].field} is given too: leave one of them out"
+            raise UserError(other.field, fix=fix)
+    return asked[0] if asked else None
 
 
 def constraint_field(body: CompletionSettings) -> str:
@@ -52,17 +64,15 @@ def constraint_field(body: CompletionSettings) -> str:
     return next(iter(_given(body)), "response_format")
 
 
-def _constraint(
-    place: str, value: Any, json_whitespace: JsonWhitespace, pattern: str | None
-) -> Constraint | None:
+def _constraint(place: str, value: Any, white_space: WhiteSpace) -> Constraint | None:
     """Return the constraint that the field `place` asks for."""
     if place == "response_format":
-        return constraint_of(value, json_whitespace, pattern)
+        return constraint_of(value, white_space)
     kind = place.removeprefix("structured_outputs.").removeprefix("guided_")
     if kind == "json":
-        return json_constraint(place, _schema(place, value), json_whitespace, pattern)
+        return json_constraint(place, _schema(place, value), white_space)
     if kind == "json_object":
-        return json_constraint(place, {"type": "object"}, json_whitespace, pattern)
+        return json_constraint(place, {"type": "object"}, white_space)
     return CONSTRAINTS[kind](place, value)
 
 

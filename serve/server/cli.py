@@ -12,7 +12,7 @@ from serve.ray.config import ClusterConfig
 from serve.server.access.keys import Keys
 from serve.server.config import ServerConfig
 from serve.server.listening import is_reached_from_outside, listening
-from serve.server.logs import log_as_json
+from serve.server.operating.logs import log_as_json
 from stu.common.cli import ArgumentParser, exit_if_terminated, run_command
 from stu.common.processes import Hangups
 

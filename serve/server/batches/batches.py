@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from serve.server.batches.decoding import Answering, Decoding, new_request_id
 from serve.server.batches.files import Files
@@ -21,8 +21,11 @@ from serve.server.batches.table import BatchTable, NewBatch
 from serve.server.batches.validation import validate
 from serve.server.batches.window import Windows
 from stu.common.errors import UserError
+from stu.common.text import Json
 
 logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 SWEEP_SECONDS = 30.0
 LONGEST_PAUSE_SECONDS = 60.0
@@ -166,9 +169,21 @@ class Batches:
         del self._cancelled[number]
 
     async def _validate(self, progress: Progress, row: sqlite3.Row) -> None:
+        """Check the file of a batch, unless it is cancelled first, perhaps before its turn."""
+        found = await self._unless_cancelled(row["number"], self._check(row))
+        if found is None:
+            return
+        num_rows, errors = found
+        # Neither changes a batch that was cancelled, whose file may not have been read to its end.
+        if errors:
+            await progress.fail(errors)
+        else:
+            await progress.begin(num_rows)
+
+    async def _check(self, row: sqlite3.Row) -> tuple[int, list[Json]]:
         cancelled = self._cancelled[row["number"]]
         async with self._turns[row["owner"]]:
-            num_rows, errors = await asyncio.get_running_loop().run_in_executor(
+            return await asyncio.get_running_loop().run_in_executor(
                 self._checks,
                 validate,
                 self.files.path(row["input_file_id"]),
@@ -177,29 +192,29 @@ class Batches:
                 self.limits.line_bytes,
                 lambda: not (self._is_stopping or cancelled.is_set()),
             )
-        # Neither changes a batch that was cancelled, whose file may not have been read to its end.
-        if errors:
-            await progress.fail(errors)
-        else:
-            await progress.begin(num_rows)
+
+    async def _unless_cancelled(
+        self, number: int, work: Coroutine[Any, Any, Found], seconds: float | None = None
+    ) -> Found | None:
+        """Return the result of `work`, or None if the batch is cancelled, or the time is over,
+        before it has one."""
+        task = asyncio.create_task(work)
+        cancelled = asyncio.create_task(self._cancelled[number].wait())
+        try:
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait({task, cancelled}, timeout=seconds, return_when=first)
+            return task.result() if task.done() else None
+        finally:
+            for own in (task, cancelled):
+                own.cancel()
+            await asyncio.gather(task, cancelled, return_exceptions=True)
 
     async def _decode(self, progress: Progress, row: sqlite3.Row) -> None:
         """Decode rows until none is left, the batch is cancelled, or it expires."""
         async with self._rows(progress, row) as rows:
             decoding = Decoding(rows, self._answering, self._windows, row["owner"], row["endpoint"])
-            work = asyncio.create_task(decoding.run())
-            cancelled = asyncio.create_task(self._cancelled[row["number"]].wait())
-            try:
-                seconds = max(0.0, row["expires_at"] - time.time())
-                first = asyncio.FIRST_COMPLETED
-                await asyncio.wait({work, cancelled}, timeout=seconds, return_when=first)
-                is_done = work.done()
-                if is_done:
-                    work.result()
-            finally:
-                for task in (work, cancelled):
-                    task.cancel()
-                await asyncio.gather(work, cancelled, return_exceptions=True)
+            seconds = max(0.0, row["expires_at"] - time.time())
+            is_done = await self._unless_cancelled(row["number"], decoding.run(), seconds)
         await progress.finalize("completed" if is_done else "expired")
 
     async def _end(self, progress: Progress, row: sqlite3.Row) -> None:

@@ -59,8 +59,8 @@ class Decoding:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
 
-    async def run(self) -> None:
-        """Decode all rows, and return when their results are written."""
+    async def run(self) -> bool:
+        """Decode all rows, and return True when their results are written."""
         try:
             async for line in self._rows.read():
                 try:
@@ -82,6 +82,7 @@ class Decoding:
             if self._failure is not None:
                 raise self._failure
             await self._rows.written()
+            return True
         finally:
             tasks = list(self._tasks)
             for task in tasks:

@@ -1,1 +1,1 @@
-"""Operating a server that runs: traces of its requests, and another version of the model."""
+"""Operating a server that runs: log, metrics, traces, and another version of a model."""

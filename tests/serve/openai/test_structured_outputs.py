@@ -101,8 +101,10 @@ def test_white_space_of_json(requests, whitespace, grammars, code_tokenizer):
         assert allowed(response_format=FORMAT, structured_outputs={name: value}) == expected
     options = {"json": SCHEMA, "whitespace_pattern": " *"}
     assert allowed(structured_outputs=options) == [True, True, False]
-    options["disable_any_whitespace"] = True
-    assert allowed(structured_outputs=options) == [True, False, False]
+    same = {"structured_outputs": options, "guided_whitespace_pattern": " *"}
+    assert allowed(**same) == [True, True, False]
+    own = {**SCHEMA, "x-guidance": {"whitespace_pattern": " *"}}
+    assert allowed(guided_json=own) == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,41 @@ def test_white_space_of_json(requests, whitespace, grammars, code_tokenizer):
         (
             {"guided_grammar": LARK, "guided_whitespace_pattern": " "},
             "guided_whitespace_pattern .* none is asked for",
+        ),
+        (
+            {
+                "guided_json": SCHEMA,
+                "guided_whitespace_pattern": " ",
+                "structured_outputs": {"whitespace_pattern": "  "},
+            },
+            "guided_whitespace_pattern .*structured_outputs.whitespace_pattern is given too",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "json": SCHEMA,
+                    "whitespace_pattern": " ",
+                    "disable_any_whitespace": True,
+                }
+            },
+            "structured_outputs.whitespace_pattern .*disable_any_whitespace is given too",
+        ),
+        (
+            {
+                "guided_json": {**SCHEMA, "x-guidance": {"whitespace_flexible": True}},
+                "guided_whitespace_pattern": " ",
+            },
+            "guided_whitespace_pattern .* the schema has whitespace_flexible in its x-guidance",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_object",
+                    "schema": {**SCHEMA, "x-guidance": {"whitespace_pattern": " *"}},
+                },
+                "structured_outputs": {"disable_any_whitespace": True},
+            },
+            "structured_outputs.disable_any_whitespace .* the schema has whitespace_pattern",
         ),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern .* none is asked for"),
         ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos=true .* with guided_choice, as"),

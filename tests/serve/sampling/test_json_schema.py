@@ -14,7 +14,7 @@ import jsonschema_rs
 import pytest
 from pydantic import BaseModel, Field, PositiveInt, create_model
 
-from serve.openai.response_format import constraint_of
+from serve.openai.response_format import WhiteSpace, constraint_of
 from serve.sampling.grammar import Grammars
 from serve.sampling_params import Constraint
 from stu.common.errors import UserError
@@ -269,7 +269,9 @@ def test_flexible_white_space_ends(grammars, code_tokenizer, json_whitespace):
     }
 
     def write_blanks(schema, most):
-        constraint = constraint_of({"type": "json_object", "schema": schema}, json_whitespace)
+        constraint = constraint_of(
+            {"type": "json_object", "schema": schema}, WhiteSpace.of_server(json_whitespace)
+        )
         matcher, tokens = grammars.matcher(constraint), []
         while len(tokens) < most:
             allowed = matcher.allowed(code_tokenizer.vocab_size).nonzero()[:, 0].tolist()

@@ -24,7 +24,7 @@ from serve.server.connection import FED_BYTES, Connection, Deadlines
 from serve.server.connections import SPARE, Connections, connection_limit
 from serve.server.exchange import Exchanges
 from serve.server.guard import Guard
-from serve.server.logs import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
+from serve.server.operating.logs import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
 from stu.common.errors import UserError
 from tests.serve.server_process import SECONDS
 

@@ -141,9 +141,10 @@ def test_a_model_is_chosen_where_there_are_several(page):
     page.reload()
     page.select_option("#models", "other")
     expect(page.locator("#model")).to_have_text("other: context of 100 tokens")
-    with page.expect_request("**/tokenize") as counted:
+    expected = {"prompt": "def f(", "model": "other"}
+    with page.expect_request(lambda request: request.post_data_json == expected) as counted:
         page.fill("#prompt", "def f(")
-    assert counted.value.post_data_json == {"prompt": "def f(", "model": "other"}
+    assert counted.value.url.endswith("/tokenize")
     answer_with(page, piece("x"), "[DONE]")
     with page.expect_request("**/v1/completions") as asked:
         page.click("#generate")

@@ -25,7 +25,7 @@ from serve.engine.engine import Engine
 from serve.engine.stats import Stats
 from serve.server.config import ServerConfig
 from serve.server.listening import is_reached_from_outside, listening, url_of
-from serve.server.logs import JsonFormatter
+from serve.server.operating.logs import JsonFormatter
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.dispatcher import NO_REPLICA
 from serve.server.replicas.stream import Stream, Unavailable

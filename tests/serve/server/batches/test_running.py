@@ -48,7 +48,7 @@ async def add(batches, content, owner=""):
 
 async def ended(batches, number):
     async def wait():
-        ends = "completed", "failed", "expired"
+        ends = "completed", "failed", "expired", "cancelled"
         while (row := await batches.table.get(number))["status"] not in ends:
             await asyncio.sleep(0.01)
         return row
@@ -146,6 +146,27 @@ async def test_rows_of_a_model_do_not_wait_for_those_of_another(tmp_path):
     assert sorted(asked, key=str) == [None, *["second"] * 9, "tuned"]
     assert batches.num_results == {("second", False): 9}
     await batches.stop()
+
+
+@pytest.mark.parametrize("owner", ["same", "another"])
+async def test_a_batch_is_cancelled_before_its_turn_to_be_checked(batches, monkeypatch, owner):
+    go_on, checked = threading.Event(), []
+
+    def check(path, *_):
+        checked.append(path.name)
+        assert go_on.wait(10)
+        return 0, [{}]
+
+    monkeypatch.setattr("serve.server.batches.batches.validate", check)
+    first, second = await add(batches, b"\n", "same"), await add(batches, b"\n\n", owner)
+    while not checked:
+        await asyncio.sleep(0.01)
+    await batches.cancel(second)
+    assert (await ended(batches, second))["status"] == "cancelled"
+    assert (await batches.table.get(first))["status"] == "validating"
+    go_on.set()
+    assert (await ended(batches, first))["status"] == "failed"
+    assert checked == ["file-same-1"]
 
 
 @pytest.mark.parametrize(
