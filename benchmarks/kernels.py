@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from benchmarks.machine import describe, version
 from benchmarks.recorded import Run
 from serve.kernels import gated, narrow_product, near_field, norm, page_end, window_attention
-from stu.mixers import KeyWindow
+from stu.attention import Scores
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 """Compute capability, times ten, of each GPU."""
@@ -143,15 +143,12 @@ def _launch_all(options: Options, dtype: torch.dtype) -> None:
     for weights in (torch.int8, torch.float8_e4m3fn):
         values = numbers(width, width, dtype=weights)
         narrow_product.triton_narrow_product(x, values, scales)
-    window = KeyWindow(options.window_tokens, heads, width // heads, 50.0)
     num_pages = options.window_tokens // options.page_len + 1
-    pool = numbers(num_pages, layers, 2, options.page_len, heads, window.head_dim)
+    pool = numbers(num_pages, layers, 2, options.page_len, heads, width // heads)
     windows = window_attention.RowWindows(numbers(batch, num_pages, dtype=torch.int64), rows, rows)
-    queries, keys, values = numbers(batch, 3, heads, window.head_dim).unbind(1)
-    slopes = numbers(heads, dtype=torch.float32)
-    window_attention.triton_window_attention(
-        pool, 1, windows, rows, queries, keys, values, slopes, window
-    )
+    queries, keys, values = numbers(batch, 3, heads, width // heads).unbind(1)
+    scores = Scores(numbers(heads, dtype=torch.float32), options.window_tokens, 50.0)
+    window_attention.triton_window_attention(pool, 1, windows, rows, queries, keys, values, scores)
 
 
 def compiled(launch: Launch, architecture: int) -> Run:

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 
 from serve import Engine, EngineConfig, Request, SamplingParams
 from stu.config import ModelConfig
-from stu.documents import Documents
 from stu.layouts import LAYOUTS, register_mixer
-from stu.mixers import LastInputs, Memory, Mixer
+from stu.mixers import LastInputs, Mixer
 from stu.model import FlashSTU
+from stu.sequences.base import Sequences
 from stu.tokenizers.sentence_piece import train_bpe
 
 NUM_TAPS = 3
@@ -33,8 +33,6 @@ class GatedShortConvolution(Mixer):
     Liquid AI 2025, "LFM2 Technical Report", arXiv:2511.23404.
     """
 
-    keeps_documents_apart = True
-
     def __init__(self, config: ModelConfig) -> None:
         # While decoding, the layer remembers the last two inputs of its convolution.
         super().__init__(LastInputs(config.width, NUM_TAPS))
@@ -42,15 +40,9 @@ class GatedShortConvolution(Mixer):
         self.taps = nn.Parameter(torch.empty(NUM_TAPS, config.width))
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         inner_gate, outer_gate, values = self.input(x).chunk(3, dim=-1)  # [B, T, 3 D]
-        mixed = self.convolve_short(inner_gate * values, self.taps, memory, documents)
+        mixed = sequences.convolve_short(self, inner_gate * values, self.taps)
         output: Tensor = self.output(outer_gate * mixed)
         return output
 

@@ -10,19 +10,19 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stu.config import ModelConfig
-from stu.documents import Documents
 from stu.flash_attention import flash_attention, flash_stand_in
 from stu.layers import Costs
-from stu.mixers import KeyWindow, Memory, Mixer
+from stu.mixers import KeyWindow, WindowAttention
+from stu.sequences.base import Sequences
+from stu.sequences.documents import Documents
 from stu.slices.channels import ChannelRanks, Divided
-from stu.slices.ranks import with_earlier
 
 logger = logging.getLogger(__name__)
 
@@ -41,48 +41,33 @@ FLEX_LEAST_TOKENS, FLEX_LEAST_HEAD_DIM = 256, 16
 """Shorter sequences are one or two blocks, not worth a kernel; narrower heads it does not take."""
 
 
-class SlidingWindowAttention(Mixer):
-    """Causal attention to the last `window_tokens` tokens, with fused projections and no bias. The
-    keys and values before a slice of a sequence come from the ranks that have them."""
+class SlidingWindowAttention(WindowAttention):
+    """Causal attention to the last `window_tokens` tokens, with fused projections and no bias."""
 
-    keeps_documents_apart = True
-    divides_sequences = True
     stacked_matrices = (("qkv.weight", 3),)
     summed = ("output",)
 
     def __init__(self, config: ModelConfig) -> None:
         window, softcap = config.window_tokens, config.softcap
-        self.window = KeyWindow(window, config.num_heads, config.head_dim, softcap)
-        super().__init__(self.window)
+        super().__init__(KeyWindow(window, config.num_heads, config.head_dim, softcap))
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
         self._imitates_flash = False
         _log_kernel()
 
-    def forward(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        window = self.window
-        heads = window.num_heads, window.head_dim
+    def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
+        heads = self.window.num_heads, self.window.head_dim
         # [B, T, D] -> three of [B, T, heads, head_dim]
         queries, keys, values = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
-        if memory is None and self.slices is not None:
-            both = torch.stack([keys, values], dim=2)
-            queries = queries.contiguous()  # a view would keep the keys and values alive twice
-            keys, values = with_earlier(self.slices, both, window.window_tokens).unbind(2)
-        if memory is None:
-            slopes = window_slopes(window).to(x.device)
-            attend = flash_stand_in if self._imitates_flash else sliding_window_attention
-            shape = window.window_tokens, window.softcap
-            attended = attend(queries, keys, values, slopes, *shape, documents)
-        else:
-            attended = memory.attend(self.numbers[KeyWindow], queries, keys, values)
+        attended = sequences.attend(self, queries, keys, values)
         projected: Tensor = self.output(attended.flatten(2))
         return projected
+
+    def attended(
+        self, queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        attend = flash_stand_in if self._imitates_flash else sliding_window_attention
+        return attend(queries, keys, values, window_scores(self.window, queries.device), documents)
 
     def initialize(self, depth_scale: float) -> None:
         nn.init.xavier_normal_(self.qkv.weight)
@@ -110,10 +95,20 @@ class SlidingWindowAttention(Mixer):
         self._imitates_flash = is_half
 
 
-def window_slopes(window: KeyWindow) -> Tensor:
-    """Return the slopes of a window's heads, which may be some of a layer's, `[num_heads]`."""
+class Scores(NamedTuple):
+    """Scores of the keys in a window."""
+
+    slopes: Tensor
+    """ALiBi's slope of each head, `[heads]`."""
+    window_tokens: int
+    softcap: float
+
+
+def window_scores(window: KeyWindow, device: torch.device) -> Scores:
+    """Return the scores of a window, whose heads may be some of a layer's."""
     slopes = alibi_slopes(window.all_heads or window.num_heads)
-    return slopes[window.first_head : window.first_head + window.num_heads]
+    own = slopes[window.first_head : window.first_head + window.num_heads].to(device)
+    return Scores(own, window.window_tokens, window.softcap)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -132,55 +127,46 @@ def sliding_window_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slopes: Tensor,
-    window_tokens: int,
-    softcap: float,
+    scores: Scores,
     documents: Documents | None = None,
 ) -> Tensor:
     """Attend from each token to itself and to `window_tokens` before it, in its own document if
     `documents` are given.
 
-    Queries and the result are `[B, T, heads, head_dim]`; slopes `[heads]`. Keys and values are of
-    the same tokens, and may begin with those of earlier ones. 16-bit tensors on CUDA go through
-    flash-attn where it is installed, and otherwise, unless they are short, through flex_attention.
-    All others go through blocks of queries in float32, `O(T * window)` in time.
+    Queries and the result are `[B, T, heads, head_dim]`. Keys and values are of the same tokens,
+    and may begin with those of earlier ones. 16-bit tensors on CUDA go through flash-attn where it
+    is installed, and otherwise, unless they are short, through flex_attention. All others go
+    through blocks of queries in float32, `O(T * window)` in time.
     """
-    sequences, scores = (queries, keys, values), (slopes, window_tokens, softcap)
     half = queries.dtype in (torch.float16, torch.bfloat16)
     kernel = KERNEL_ON_CUDA if queries.is_cuda and half else ""
     is_small = keys.shape[1] < FLEX_LEAST_TOKENS or keys.shape[3] < FLEX_LEAST_HEAD_DIM
     if kernel == "flex_attention" and not is_small:
         from stu.flex_attention import flex_window_attention  # which imports torch's compiler
 
-        return flex_window_attention(*sequences, *scores, documents)
+        return flex_window_attention(queries, keys, values, scores, documents)
     if kernel == "flash-attn":
-        return flash_attention(*sequences, *scores, documents)
+        return flash_attention(queries, keys, values, scores, documents)
     if documents is not None:
-        apart: Tensor = documents.apply(sliding_window_attention, sequences, *scores)
+        apart: Tensor = documents.apply(sliding_window_attention, (queries, keys, values), scores)
         return apart
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in sequences)  # [B, heads, T, hd]
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))  # [B, heads, T, hd]
     with torch.autocast(queries.device.type, enabled=False):
         blocked: Tensor = _BlockedAttention.apply(q, k, v, *scores)  # type: ignore[no-untyped-call]
     return blocked.transpose(1, 2).to(queries.dtype)
 
 
 def attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    distances: Tensor,
-    slopes: Tensor,
-    window_tokens: int,
-    softcap: float,
+    queries: Tensor, keys: Tensor, values: Tensor, distances: Tensor, scores: Scores
 ) -> Tensor:
     """Attend from queries `[B, heads, Q, hd]` to keys `[B, heads, K, hd]`: `[B, heads, Q, hd]`.
 
     distances: number of tokens by which each key precedes each query, `[Q, K]` or `[B, 1, Q, K]`;
     keys with a distance outside `0..window_tokens` are masked. Sums are in the arguments' dtype.
     """
-    bias = _bias(distances, slopes, window_tokens, queries.dtype)
-    return _weights(queries, keys, bias, softcap)[0] @ values
+    bias = _bias(distances, scores.slopes, scores.window_tokens, queries.dtype)
+    return _weights(queries, keys, bias, scores.softcap)[0] @ values
 
 
 class _BlockedAttention(torch.autograd.Function):

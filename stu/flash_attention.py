@@ -1,27 +1,28 @@
 """Sliding-window attention by flash-attn, and a function that keeps what it keeps."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stu.documents import Documents
+from stu.sequences.documents import Documents
+
+if TYPE_CHECKING:
+    from stu.attention import Scores
 
 
 def flash_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slopes: Tensor,
-    window_tokens: int,
-    softcap: float,
+    scores: "Scores",
     documents: Documents | None,
 ) -> Tensor:
     """Attend as `stu.attention.sliding_window_attention` does, by flash-attn."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    score: dict[str, Any] = {"causal": True, "window_size": (window_tokens, 0)}
-    score |= {"softcap": softcap, "alibi_slopes": slopes.float()}
+    score: dict[str, Any] = {"causal": True, "window_size": (scores.window_tokens, 0)}
+    score |= {"softcap": scores.softcap, "alibi_slopes": scores.slopes.float()}
     attended: Tensor
     if documents is None:
         attended = flash_attn_func(queries, keys, values, **score)

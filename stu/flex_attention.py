@@ -8,14 +8,17 @@ Source: Dong et al. 2024, "Flex Attention", arXiv:2412.05496.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from stu.documents import Documents
+from stu.sequences.documents import Documents
+
+if TYPE_CHECKING:
+    from stu.attention import Scores
 
 BLOCK = 128
 """Queries, and keys, of a block of the mask. Sequences are padded to a multiple."""
@@ -25,9 +28,7 @@ def flex_window_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slopes: Tensor,
-    window_tokens: int,
-    softcap: float,
+    scores: "Scores",
     documents: Documents | None = None,
 ) -> Tensor:
     """Attend as `stu.attention.sliding_window_attention` does; all are `[B, T, heads, head_dim]`.
@@ -40,11 +41,11 @@ def flex_window_attention(
     q = pad(queries, (0, 0, 0, 0, earlier, after)).transpose(1, 2)  # [B, heads, T, head_dim]
     k, v = (pad(x, (0, 0, 0, 0, 0, after)).transpose(1, 2) for x in (keys, values))
     if documents is None:
-        mask = window_mask(length + after, earlier, window_tokens, queries.device)
+        mask = window_mask(length + after, earlier, scores.window_tokens, queries.device)
     else:
-        mask = document_mask(documents, window_tokens)
+        mask = document_mask(documents, scores.window_tokens)
     attend: Any = compiled_attention() if queries.is_cuda else flex_attention
-    attended: Tensor = attend(q, k, v, score_mod=scores(slopes, softcap), block_mask=mask)
+    attended: Tensor = attend(q, k, v, score_mod=score_mod(scores), block_mask=mask)
     return attended[:, :, earlier:length].transpose(1, 2)
 
 
@@ -54,8 +55,9 @@ def compiled_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def scores(slopes: Tensor, softcap: float) -> Callable[..., Tensor]:
-    """Return the function that bends scores and adds ALiBi. slopes: `[heads]`."""
+def score_mod(scores: "Scores") -> Callable[..., Tensor]:
+    """Return the function that bends scores and adds ALiBi."""
+    slopes, _, softcap = scores
 
     def score(product: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(product / softcap) - slopes[head] * (query - key)

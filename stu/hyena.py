@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stu.config import ModelConfig
-from stu.documents import Documents
-from stu.mixers import LastInputs, LongConvolution, Memory, PastInputs
+from stu.mixers import LastInputs, LongConvolution, PastInputs
+from stu.sequences.base import Sequences
 from stu.slices.channels import ChannelRanks, Divided
 
 SHORT_TAPS = 3
@@ -41,15 +41,9 @@ in the first (`fast_decay_pct`, `slow_decay_pct`)."""
 
 class Hyena(LongConvolution):
     """`output(x1 * (psi conv (x2 * v)))`: x1, x2 and v are projections of the input, each convolved
-    with a few taps per channel, and psi comes from an `ImplicitFilter`.
-
-    With slices of sequences, the short convolution takes the last tokens of earlier ranks, and for
-    the long one ranks exchange slices for channels.
-    """
+    with a few taps per channel, and psi comes from an `ImplicitFilter`."""
 
     short_bias: nn.Parameter | None
-    keeps_documents_apart = True
-    divides_sequences = True
     stacked_matrices = (("input.weight", 3),)
     summed = ("output",)
 
@@ -65,19 +59,13 @@ class Hyena(LongConvolution):
         """Channels that this rank computes. It has the whole filter network, which is small."""
         self.output = nn.Linear(config.width, config.width, bias=has_biases)
 
-    def forward(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         projected = self.input(x)  # [B, T, D] -> [B, T, 3 D]
-        convolved = self.convolve_short(projected, self.short_taps, memory, documents)
+        convolved = sequences.convolve_short(self, projected, self.short_taps)
         if self.short_bias is not None:
             convolved = convolved + self.short_bias
         outer_gate, inner_gate, values = convolved.chunk(3, dim=-1)
-        mixed = self.convolve(inner_gate * values, filters, memory, documents)
+        mixed = sequences.convolve(self, inner_gate * values, filters)
         gated: Tensor = self.output(outer_gate * mixed)
         return gated
 

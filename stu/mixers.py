@@ -13,20 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import log2
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.convolution import after_zeros, causal_convolution, fast_fft_length, short_convolution
-from stu.documents import Documents
+from stu.convolution import causal_convolution, fast_fft_length
 from stu.layers import Costs
 from stu.layouts import MIXERS
+from stu.sequences.base import Sequences
+from stu.sequences.documents import Documents
 from stu.slices.channels import ChannelRanks, Divided
-from stu.slices.convolution import convolve_by_channels, convolve_short_slices
-from stu.slices.ranks import SliceRanks
 
 FLOAT_BYTES = 4
 
@@ -72,21 +70,41 @@ Remembered = PastInputs | LastInputs | KeyWindow
 Kind = TypeVar("Kind", PastInputs, LastInputs, KeyWindow)
 
 
-class Memory(Protocol):
-    """A decoder's record of earlier tokens, which layers ask instead of mixing a whole sequence.
+class Memory(Sequences):
+    """Sequences that a decoder remembers, and whose next tokens the batch has.
 
-    `layer` numbers the layers that remember the same kind, from 0.
+    `number` counts the layers that remember the same kind, from 0.
     """
 
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+    def length(self, num_tokens: int) -> int:
+        return 0  # the decoder knows how much it can remember
+
+    def convolve(self, layer: "LongConvolution", inputs: Tensor, filters: Tensor) -> Tensor:
+        streams = layer.streams(inputs)
+        return layer.joined(self.continue_convolution(layer.numbers[PastInputs], streams))
+
+    def convolve_short(self, layer: "Mixer", inputs: Tensor, taps: Tensor) -> Tensor:
+        return self.continue_short_convolution(layer.numbers[LastInputs], inputs, taps)
+
+    def attend(
+        self, layer: "WindowAttention", queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        return self.continue_attention(layer.numbers[KeyWindow], queries, keys, values)
+
+    @abstractmethod
+    def continue_convolution(self, number: int, streams: Tensor) -> Tensor:
         """Take a long convolution's inputs `[S, T, C]` at the next T positions; return its
         outputs, of the same shape."""
 
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+    @abstractmethod
+    def continue_short_convolution(self, number: int, inputs: Tensor, taps: Tensor) -> Tensor:
         """Take a short convolution's inputs `[B, T, C]` and its taps `[J, C]`; return its
         outputs `[B, T, C]`."""
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    @abstractmethod
+    def continue_attention(
+        self, number: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         """Take queries, keys and values of the next T positions, all `[B, T, heads, head_dim]`;
         return the attended values, of the same shape."""
 
@@ -101,10 +119,6 @@ class Mixer(nn.Module, ABC):
 
     needs_filters: ClassVar[bool] = False
     """Whether `forward` reads the model's spectral filters."""
-    keeps_documents_apart: ClassVar[bool] = False
-    """Whether `forward` takes `documents`, and no token sees another document then."""
-    divides_sequences: ClassVar[bool] = False
-    """Whether `forward` computes slices of sequences, where `slices` is set."""
     stacked_matrices: tuple[tuple[str, int], ...] = ()
     """Names of weights that are several matrices, one below the other, and how many."""
     summed: ClassVar[tuple[str, ...]] = ()
@@ -117,19 +131,10 @@ class Mixer(nn.Module, ABC):
         self.remembers = remembers
         self.numbers: dict[type[Remembered], int] = {}
         """Number of this layer among those that remember the same kind, set by the model."""
-        self.slices: SliceRanks | None = None
-        """Ranks that each have a slice of every sequence; None if it is whole. Set by the model."""
 
     @abstractmethod
-    def forward(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """Mix `x`: whole sequences, the next tokens of those in `memory`, or rows of `documents`
-        that are kept apart.
+    def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
+        """Mix `x`. Tokens see one another by what `sequences` compute, and by nothing else.
 
         filters: the spectral filters `[L, K]`, or `[L, 0]` if no mixer of the model needs them.
         """
@@ -187,21 +192,6 @@ class Mixer(nn.Module, ABC):
         """Replace products with weights outside of `nn.Linear` by modules `packed(weight)`, which
         compute `x @ weight.T`. The engine calls this on a copy of the model."""
 
-    def convolve_short(
-        self,
-        inputs: Tensor,
-        taps: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """Convolve each channel with a few taps of its own: `[B, T, C]` with `[J, C]`."""
-        if memory is not None:
-            return memory.convolve_short(self.numbers[LastInputs], inputs, taps)
-        if self.slices is not None:
-            return convolve_short_slices(self.slices, inputs, taps)
-        positions = None if documents is None else documents.positions
-        return short_convolution(after_zeros(inputs, len(taps)), taps, positions)
-
 
 class LongConvolution(Mixer):
     """A mixer with one causal convolution, whose filters span the context and do not depend on the
@@ -225,29 +215,18 @@ class LongConvolution(Mixer):
         """Return the weights of `basis` in the channels of all ranks."""
         return self.basis(filters)[1]
 
-    def convolve(
-        self,
-        streams: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """Convolve each stream with its own filter: `[S, T, C]` both ways. A layer that divides
-        sequences into several streams does not pass `documents` here."""
-        if memory is not None:
-            return memory.convolve(self.numbers[PastInputs], streams)
-        if self.slices is not None:
-            return self.convolve_slices(streams, filters, self.slices)
-        taps, step = self.taps(filters[: streams.shape[1]]), self.past.lag_step
-        if documents is not None:
-            mixed: Tensor = documents.apply(causal_convolution, (streams,), taps, step)
-            return mixed
-        return causal_convolution(streams, taps, step)
+    def streams(self, inputs: Tensor) -> Tensor:
+        """Divide inputs into the streams that share the filters, `[B, T, ..] -> [S, T, C]`; here
+        each row is one."""
+        return inputs
 
-    def convolve_slices(self, streams: Tensor, filters: Tensor, slices: SliceRanks) -> Tensor:
-        """Convolve this rank's slice of each stream; here, in exchange for channels."""
-        taps = functools.partial(self.channel_taps, filters[: slices.size * streams.shape[1]])
-        return convolve_by_channels(slices, streams, taps, self.past.lag_step)
+    def joined(self, streams: Tensor) -> Tensor:
+        """Return the convolved streams of each row together, `[S, T, C] -> [B, T, ..]`."""
+        return streams
+
+    def convolved(self, inputs: Tensor, taps: Tensor) -> Tensor:
+        """Return the convolution of whole sequences: `[B, T, ..]` with `[N, C]`."""
+        return self.joined(causal_convolution(self.streams(inputs), taps, self.past.lag_step))
 
     def channel_taps(self, filters: Tensor, channels: slice) -> Tensor:
         """Compute the taps of some channels."""
@@ -269,6 +248,23 @@ class LongConvolution(Mixer):
         return forward + first, backward + second
 
 
+class WindowAttention(Mixer):
+    """A mixer in which each token attends to a window of tokens before it."""
+
+    def __init__(self, window: KeyWindow) -> None:
+        super().__init__(window)
+        self.window = window
+
+    @abstractmethod
+    def attended(
+        self, queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """Return the attention to a window of whole sequences, or of documents that share rows.
+
+        All are `[B, T, heads, head_dim]`; keys and values may begin with those of earlier tokens.
+        """
+
+
 def make_mixer(name: str, config: ModelConfig) -> Mixer:
     """Make the mixer that is registered under `name`."""
     entry = MIXERS[name]
@@ -284,15 +280,6 @@ def planned_mixers(config: ModelConfig) -> tuple[Mixer, ...]:
     with torch.device("meta"):
         made = {name: make_mixer(name, config) for name in dict.fromkeys(config.mixers)}
     return tuple(made[name] for name in config.mixers)
-
-
-def check_documents_apart(config: ModelConfig) -> None:
-    """Raise UserError, naming it, if a mixer of the model cannot keep documents apart."""
-    for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
-        if not mixer.keeps_documents_apart:
-            layout = f"layout={config.layout} cannot keep documents apart"
-            fix = "take data.documents=together or another layout"
-            raise UserError(message=f"{layout}, as its mixer {name} does not: {fix}")
 
 
 def remembered(mixers: Iterable[Mixer], kind: type[Kind]) -> list[Kind]:

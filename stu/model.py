@@ -1,8 +1,7 @@
 """Flash-STU: a language model whose blocks mix tokens by long convolutions and attention."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +9,12 @@ from torch.nn import functional as F
 
 from stu.common.errors import UserError
 from stu.config import ModelConfig, Weights
-from stu.documents import Documents
 from stu.filters import spectral_filters
 from stu.layers import make_mlp, make_norm
-from stu.mixers import (
-    LongConvolution,
-    Memory,
-    Mixer,
-    Remembered,
-    check_documents_apart,
-    make_mixer,
-    planned_mixers,
-)
+from stu.mixers import LongConvolution, Mixer, Remembered, make_mixer
 from stu.quantization import ByteWeights
+from stu.sequences.base import WHOLE, Sequences
 from stu.slices.channels import ChannelRanks
-from stu.slices.ranks import SliceRanks
 
 
 class FlashSTU(nn.Module):
@@ -44,8 +34,6 @@ class FlashSTU(nn.Module):
         self.config = config
         self.weights: Weights | ByteWeights = "float"
         """Format in which the engine decodes by default."""
-        self.slices: SliceRanks | None = None
-        """Ranks among which sequences are divided; None if each is whole."""
         self.ranks: ChannelRanks | None = None
         """Ranks among which channels and the vocabulary are divided; None if all are here."""
         # On the meta device, nn.Embedding would import torch._dynamo to initialise this: 1.3 s.
@@ -75,40 +63,27 @@ class FlashSTU(nn.Module):
         """The mixer of each block."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
-    def forward(
-        self, tokens: Tensor, memory: Memory | None = None, documents: Documents | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, sequences: Sequences = WHOLE) -> Tensor:
         """Compute the logits `[B, T, vocab_size]` of the tokens that follow `tokens [B, T]`.
 
-        With a `memory`, the tokens continue the sequences that it remembers. With `documents`, each
-        is computed as if it were alone in its row.
+        sequences: what the tokens are of: rows that are a sequence each, or another kind.
         """
-        return self.logits(self.hidden(tokens, memory, documents))
+        return self.logits(self.hidden(tokens, sequences))
 
-    def hidden(
-        self, tokens: Tensor, memory: Memory | None = None, documents: Documents | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, sequences: Sequences = WHOLE) -> Tensor:
         """Compute the normalised residual stream `[B, T, D]` that `logits` reads.
 
-        Raises UserError if whole sequences are longer than `max_seq_len`, or if documents cannot
-        be kept apart, by a mixer or in slices of sequences.
+        Raises UserError if whole sequences are longer than `max_seq_len`.
         """
-        length = tokens.shape[1] * (self.slices.size if self.slices else 1)
-        if memory is None and length > self.config.max_seq_len:
+        length = sequences.length(tokens.shape[1])
+        if length > self.config.max_seq_len:
             raise UserError(
                 message=f"a sequence of {length} tokens exceeds "
                 f"max_seq_len={self.config.max_seq_len}: shorten it"
             )
-        if documents is not None:
-            if not all(mixer.keeps_documents_apart for mixer in self.mixers):
-                check_documents_apart(self.config)
-            if self.slices is not None:
-                raise UserError(
-                    "parallel.context", self.slices.size, "1 where documents are kept apart"
-                )
         x = self.embedding(tokens)  # [B, T] -> [B, T, D]
         for block in self.blocks:
-            x = block(x, self.filters, memory, documents=documents)
+            x = block(x, self.filters, sequences=sequences)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -122,28 +97,6 @@ class FlashSTU(nn.Module):
         if self.ranks is None:
             return logits
         return self.ranks.gather(logits)[..., : self.config.vocab_size]
-
-    def divide_sequences(self, slices: SliceRanks | None) -> None:
-        """Let `hidden` compute this rank's slice of each sequence together with the other ranks;
-        None for whole sequences again.
-
-        Raises UserError, naming the mixer, if one cannot.
-        """
-        if slices is not None:
-            check_divides_sequences(self.config, slices.size)
-        self.slices = slices
-        for mixer in self.mixers:
-            mixer.slices = slices
-
-    @contextmanager
-    def whole_sequences(self) -> Iterator[None]:
-        """Compute whole sequences for a while, which every rank has."""
-        slices = self.slices
-        self.divide_sequences(None)
-        try:
-            yield
-        finally:
-            self.divide_sequences(slices)
 
     def convolution_taps(self) -> tuple[Tensor, int]:
         """Return the taps `[convolution layers, N, C]` and their lag step, for decoding.
@@ -219,22 +172,6 @@ class FlashSTU(nn.Module):
             block.mixer.initialize(depth_scale)
 
 
-def check_divides_sequences(config: ModelConfig, num_slices: int) -> None:
-    """Raise UserError, naming it, if a mixer cannot compute slices of sequences, or if they are
-    more than the channels that they may be exchanged for."""
-    if num_slices > config.width:
-        raise UserError(
-            "parallel.context", num_slices, f"at most model.config.width={config.width}"
-        )
-    for name, mixer in zip(config.mixers, planned_mixers(config), strict=True):
-        if not mixer.divides_sequences:
-            raise UserError(
-                "parallel.context",
-                num_slices,
-                f"1 with the mixer {name}, which needs whole sequences",
-            )
-
-
 class Block(nn.Module):
     """A mixer and an MLP, each on a normalised copy of the residual stream."""
 
@@ -245,25 +182,13 @@ class Block(nn.Module):
         self.mlp = make_mlp(config)
         self.mixer = make_mixer(mixer, config)
 
-    def forward(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        return self.feed_forward(self.mix(x, filters, memory, documents))
+    def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
+        return self.feed_forward(self.mix(x, filters, sequences))
 
-    def mix(
-        self,
-        x: Tensor,
-        filters: Tensor,
-        memory: Memory | None,
-        documents: Documents | None = None,
-    ) -> Tensor:
+    def mix(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         """Apply the first half, in which tokens see one another: `[B, T, D]` both ways."""
-        apart = {} if documents is None else {"documents": documents}
-        mixed: Tensor = x + self.mixer(self.mixer_norm(x), filters, memory, **apart)
+        # By keyword: ZeRO's hooks warn of positional arguments that they do not know.
+        mixed: Tensor = x + self.mixer(self.mixer_norm(x), filters, sequences=sequences)
         return mixed
 
     def feed_forward(self, x: Tensor) -> Tensor:

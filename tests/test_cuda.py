@@ -17,15 +17,15 @@ from serve.engine.inference_model import FP8_CAPABILITY
 from serve.sampling.features import EVERYTHING, FEW, GREEDY
 from serve.sampling_params import SamplingParams
 from stu import futurefill
-from stu.attention import KERNEL_ON_CUDA, alibi_slopes, sliding_window_attention
+from stu.attention import KERNEL_ON_CUDA, Scores, alibi_slopes, sliding_window_attention
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
-from stu.documents import Documents
 from stu.futurefill import Continuous, Epoched
 from stu.model import FlashSTU
 from stu.model_dir import save_model
 from stu.online_convolution import Naive
 from stu.quantization import dequantize, quantize
+from stu.sequences.documents import Documents
 from stu.tokenizers.sentence_piece import train_bpe
 from tests.models import float64_model
 from tests.serve.requests import make_request
@@ -271,8 +271,8 @@ def test_attention_in_bfloat16_stays_near_float64(length, earlier, window):
     exact = [x.detach().cpu().double().requires_grad_() for x in half]
     results = []
     for inputs in exact, half:
-        slopes = alibi_slopes(4).to(inputs[0].device)
-        out = sliding_window_attention(*inputs, slopes, window, 5.0)
+        scores = Scores(alibi_slopes(4).to(inputs[0].device), window, 5.0)
+        out = sliding_window_attention(*inputs, scores)
         upstream = torch.arange(out.numel(), device=out.device).view(out.shape) % 7 - 3.0
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
     for expected, found in zip(*results, strict=True):
@@ -292,8 +292,8 @@ def test_documents_kept_apart_stay_near_float64():
     results = []
     for inputs in exact, half, [x.requires_grad_() for x in changed]:
         documents = Documents([[300, 10, 390], [1, 128, 571]], inputs[0].device)
-        slopes = alibi_slopes(4).to(inputs[0].device)
-        out = sliding_window_attention(*inputs, slopes, 200, 5.0, documents)
+        scores = Scores(alibi_slopes(4).to(inputs[0].device), 200, 5.0)
+        out = sliding_window_attention(*inputs, scores, documents)
         upstream = torch.arange(out.numel(), device=out.device).view(out.shape) % 7 - 3.0
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
     for expected, found, other in zip(*results, strict=True):
@@ -310,8 +310,8 @@ def test_a_model_keeps_documents_apart_as_on_the_cpu(kind):
     model = build(kind)
     tokens = torch.randint(0, VOCAB_SIZE, (2, 300), generator=torch.manual_seed(6))
     lengths = [[100, 7, 193], [300]]
-    expected = model(tokens, documents=Documents(lengths))
-    found = copy_to_cuda(model, torch.float32)(tokens.cuda(), documents=Documents(lengths, "cuda"))
+    expected = model(tokens, Documents(lengths))
+    found = copy_to_cuda(model, torch.float32)(tokens.cuda(), Documents(lengths, "cuda"))
     assert distance(found, expected) < 1e-4
 
 
@@ -323,7 +323,7 @@ def test_attention_is_compiled_for_two_lengths_at_most():
     counters.clear()
     for length in (256, 300, 512, 700, 1024, 2050):
         inputs = torch.randn(3, 1, length, 2, 32, device="cuda", dtype=torch.bfloat16)
-        sliding_window_attention(*inputs, alibi_slopes(2).cuda(), 200, 50.0)
+        sliding_window_attention(*inputs, Scores(alibi_slopes(2).cuda(), 200, 50.0))
     assert counters["stats"]["unique_graphs"] <= 2
 
 

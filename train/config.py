@@ -11,8 +11,6 @@ from lightning.pytorch.callbacks import Timer
 from stu.common.cli import option
 from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.mixers import check_documents_apart
-from stu.model import check_divides_sequences
 from stu.tokenizer import MOST_UNUSED
 from train.callbacks.bad_steps import GuardConfig
 from train.data.loader import TokenData
@@ -70,15 +68,7 @@ def check_settings(
     _check_devices(settings.trainer, is_plan)
     _check_precision(settings.trainer, parallel)
     config = _check_model_and_data(settings, is_plan)
-    if parallel.context > 1:
-        check_divides_sequences(config, parallel.context)
-        is_divisor = settings.data.seq_len % parallel.context == 0
-        allowed = f"a divisor of data.seq_len={settings.data.seq_len}"
-        _require("parallel.context", parallel.context, is_divisor, allowed)
-    if settings.data.documents == "apart":
-        check_documents_apart(config)
-        allowed = "1 with data.documents=apart"
-        _require("parallel.context", parallel.context, parallel.context == 1, allowed)
+    _check_context(parallel.context, config, settings.data)
     check_start(settings, config)
     return config, optimizer, parallel
 
@@ -237,6 +227,16 @@ def _check_model_and_data(settings: Any, is_plan: bool) -> ModelConfig:
     if has_data:
         TokenData(**_values(data))  # raises if it is incomplete or too short for one sample
     return config
+
+
+def _check_context(context: int, config: ModelConfig, data: Any) -> None:
+    if data.documents == "apart":
+        _require("parallel.context", context, context == 1, "1 with data.documents=apart")
+    # Slices may be exchanged for channels.
+    allowed = f"at most model.config.width={config.width}"
+    _require("parallel.context", context, context <= config.width, allowed)
+    allowed = f"a divisor of data.seq_len={data.seq_len}"
+    _require("parallel.context", context, data.seq_len % context == 0, allowed)
 
 
 def _values(group: Any) -> dict[str, Any]:

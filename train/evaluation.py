@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stu.common.files import new_file
-from stu.documents import Documents
 from stu.model import FlashSTU
+from stu.sequences.documents import Documents
 from stu.tokenizer import Tokenizer
 from train.callbacks.progress import warned
 
@@ -184,11 +184,10 @@ def sample_texts(
     text = tokens.new_zeros(num_rows, num_all)
     text[:, :num_read] = tokens[: len(text), :num_read]
     generator = torch.Generator().manual_seed(0)
-    with model.whole_sequences():
-        for place in range(num_read, num_all):
-            hidden = model.hidden(text)[:, place - 1]  # [B, D]; tokens to the right are not seen
-            odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
-            text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
+    for place in range(num_read, num_all):
+        hidden = model.hidden(text)[:, place - 1]  # [B, D]; tokens to the right are not seen
+        odds = (model.logits(hidden).float() / TEMPERATURE).softmax(-1).cpu()
+        text[:, place] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(text.device)
     return [
         f"{_code(tokenizer.decode(row[:num_read]))}\n\n**continuation:**\n\n"
         f"{_code(tokenizer.decode(row[num_read:]))}"

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.documents import Documents
 from stu.model import FlashSTU
+from stu.sequences.documents import Documents
 from stu.tokenizer import read_tokenizer
 from train.callbacks.bad_steps import GuardConfig, StepGuard
 from train.callbacks.interruption import largest_of_ranks
@@ -82,7 +82,7 @@ class FlashSTUModule(L.LightningModule):
         check_length(self._data.seq_len, self.config.max_seq_len)
         self._tokenizer = read_tokenizer(self._data.tokenizer_path, self.config.vocab_size)
         self._bytes_per_token = torch.from_numpy(self._tokenizer.bytes_per_token())
-        self._own = divide_sequences(self.model, self._data.ranks_per_sample, self._data.seq_len)
+        self._slices, self._own = divide_sequences(self._data.ranks_per_sample, self._data.seq_len)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FsdpStrategy):
@@ -276,7 +276,7 @@ class FlashSTUModule(L.LightningModule):
         """Return hidden states `[B T, D]` of the T own positions of a batch, the output matrix
         `[V, D]`, and targets `[B T]`."""
         tokens, own = batch["tokens"], self._own
-        hidden = self.model.hidden(tokens[:, own], documents=self._documents(batch))
+        hidden = self.model.hidden(tokens[:, own], self._documents(batch) or self._slices)
         targets = tokens[:, own.start + 1 : own.stop + 1]
         return hidden.flatten(0, 1), self.model.embedding.weight, targets.flatten()
 

@@ -65,6 +65,8 @@ class Shape:
         numbers = sum((layer.num_taps - 1) * layer.channels for layer in short) * (self.batch + 1)
         if windows:
             num_pages = pages_for(self.prompt_tokens + self.new_tokens, PAGE_LEN)
-            num_pages = self.batch * min(num_pages, window_pages(windows[0], PAGE_LEN)) + 1
+            num_pages = (
+                self.batch * min(num_pages, window_pages(windows[0].window_tokens, PAGE_LEN)) + 1
+            )
             numbers += num_pages * 2 * len(windows) * self.config.width * PAGE_LEN
         return numbers * FLOAT_BYTES

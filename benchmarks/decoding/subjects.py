@@ -16,15 +16,15 @@ from serve.cache.page_pool import PagePool
 from serve.cache.recent_inputs import RecentInputs
 from serve.cache.window_step import window_pages
 from serve.engine.inference_model import inference_copy, inference_product
-from stu.mixers import KeyWindow, LastInputs, remembered
+from stu.mixers import KeyWindow, LastInputs, Memory, remembered
 from stu.model import FlashSTU
 
 PEER_PROMPT_TOKENS = 8
 """Prompt tokens that a peer really reads, before its cache is set to a later position."""
 
 
-class CacheSubject:
-    """Our model and its `stu.mixers.Memory`, decoded greedily with the engine's matrices.
+class CacheSubject(Memory):
+    """Our model and its memory, decoded greedily with the engine's matrices.
 
     A step's `convolution` is the time in that cache.
     """
@@ -61,17 +61,19 @@ class CacheSubject:
         """Return the work that some steps of a run do beyond decoding a token."""
         return self.cache.flushes()
 
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+    def continue_convolution(self, number: int, streams: Tensor) -> Tensor:
         with self._clock:
-            return self.cache.step(layer, streams[:, 0])[:, None]
+            return self.cache.step(number, streams[:, 0])[:, None]
 
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+    def continue_short_convolution(self, number: int, inputs: Tensor, taps: Tensor) -> Tensor:
         assert self._recent is not None
-        return self._recent.step(layer, inputs, taps)
+        return self._recent.step(number, inputs, taps)
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def continue_attention(
+        self, number: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         assert self._windows is not None
-        return self._windows.step(layer, queries, keys, values)
+        return self._windows.step(number, queries, keys, values)
 
     def _decode(self) -> None:
         rows = list(range(len(self._tokens)))
@@ -161,7 +163,7 @@ def make_windows(model: FlashSTU, shape: Shape) -> AttentionCache | None:
     if not layers:
         return None
     heads, head_dim = layers[0].num_heads, layers[0].head_dim
-    num_pages = shape.batch * window_pages(layers[0], PAGE_LEN) + 1
+    num_pages = shape.batch * window_pages(layers[0].window_tokens, PAGE_LEN) + 1
     page = len(layers), 2, PAGE_LEN, heads, head_dim
     windows = AttentionCache(layers[0], PagePool(num_pages, page, weight.dtype, weight.device))
     some = weight.new_full((1, shape.prompt_tokens + shape.new_tokens // 2, heads, head_dim), 0.1)

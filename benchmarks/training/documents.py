@@ -18,8 +18,9 @@ from jsonargparse.typing import PositiveInt
 from benchmarks.machine import describe
 from benchmarks.process_memory import peak_gib
 from stu.config import ModelConfig
-from stu.documents import Documents
 from stu.model import FlashSTU
+from stu.sequences.base import WHOLE
+from stu.sequences.documents import Documents
 
 MODELS: dict[str, dict[str, Any]] = {
     "STU": {"layout": "stu"},
@@ -68,8 +69,8 @@ def measure(options: Options) -> dict[str, Any]:
             tokens: torch.Tensor = tokens,
         ) -> None:
             model.zero_grad()
-            documents = None if lengths is None else Documents(lengths)
-            model.hidden(tokens, documents=documents).square().mean().backward()  # type: ignore[no-untyped-call]
+            sequences = WHOLE if lengths is None else Documents(lengths)
+            model.hidden(tokens, sequences).square().mean().backward()  # type: ignore[no-untyped-call]
 
         calls = {key: lambda lengths=lengths: step(lengths) for key, lengths in ways.items()}
         seconds = processor_seconds(calls, options.repeats)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from benchmarks.training.convolution import two_branch_convolution
 from stu import attention
 from stu.config import ModelConfig
-from stu.mixers import Memory
 from stu.model import FlashSTU
+from stu.sequences.base import Sequences
 from stu.stu_mixer import TensordotSTU
 
 
@@ -42,9 +42,9 @@ def make_model(layout: str, shape: ModelConfig) -> FlashSTU:
 def two_branches() -> AbstractContextManager[Any]:
     """Convolve both branches of STU layers, as they are published."""
 
-    def forward(layer: TensordotSTU, x: Tensor, filters: Tensor, memory: Memory | None) -> Tensor:
+    def forward(layer: TensordotSTU, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         return two_branch_convolution(
-            layer.streams(x), filters[: x.shape[1]] @ layer.filter_matrix
+            x @ layer.input_matrix, filters[: x.shape[1]] @ layer.filter_matrix
         )  # [L, K] @ [K, D]
 
     return patch.object(TensordotSTU, "forward", forward)

@@ -32,7 +32,7 @@ from serve.cache.window_blocks import (
 )
 from serve.cache.window_step import WindowStep, window_pages
 from serve.config import EngineConfig
-from stu.attention import sliding_window_attention, window_slopes
+from stu.attention import sliding_window_attention, window_scores
 from stu.common.errors import UserError
 from stu.decoding.memory import window_page_bytes
 from stu.mixers import KeyWindow, remembered
@@ -52,7 +52,7 @@ class AttentionCache(Cache):
     def __init__(self, window: KeyWindow, pool: PagePool, most_drafts: int = 0) -> None:
         self._window, self.pool, self._most_drafts = window, pool, most_drafts
         self._page_len, self._device = pool.pages.shape[3], pool.pages.device
-        self._slopes = window_slopes(window).to(self._device)
+        self._scores = window_scores(window, self._device)
         self._windows: dict[int, SequenceWindow] = {}
         self._rows: list[int] = []
         self._promised = 0
@@ -62,7 +62,9 @@ class AttentionCache(Cache):
         # Keys and values of a block are gathered here: the system clears new memory, which takes
         # longer than the gathering.
         page = pool.pages[0, 0, 0]
-        num_pages = max(window_pages(window, self._page_len), BLOCK_BYTES // page.nbytes)
+        num_pages = max(
+            window_pages(window.window_tokens, self._page_len), BLOCK_BYTES // page.nbytes
+        )
         self._gathered = page.new_empty(2, num_pages, *page.shape)
         self._blocks: list[WindowBlock] = []
         self._num_drafted = Counter[int]()
@@ -80,7 +82,7 @@ class AttentionCache(Cache):
             )
         window, page_len = windows[0], config.page_len
         pages, drafts = pages_for(model.config.max_seq_len, page_len), config.most_drafts
-        pages = min(pages, window_pages(window, page_len, drafts))
+        pages = min(pages, window_pages(window.window_tokens, page_len, drafts))
         weight = model.embedding.weight
         page_bytes = len(windows) * window_page_bytes(window, page_len, weight.element_size())
         place = weight.dtype, weight.device
@@ -121,7 +123,8 @@ class AttentionCache(Cache):
 
     def pages_needed(self, prompt_tokens: int, new_tokens: int) -> int:
         pages = pages_for(prompt_tokens + new_tokens, self._page_len)
-        return min(pages, window_pages(self._window, self._page_len, self._most_drafts))
+        window, page_len = self._window.window_tokens, self._page_len
+        return min(pages, window_pages(window, page_len, self._most_drafts))
 
     def admit(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
         promised = self.pages_needed(prompt_tokens, new_tokens)
@@ -200,8 +203,7 @@ class AttentionCache(Cache):
         if end := sequence.length % self._page_len:
             pages[sequence.pages[-1], :, end:].zero_()  # what is masked must be finite as well
         seen = torch.cat([earlier, both], 1)[:, None]
-        scores = self._slopes, self._window.window_tokens, self._window.softcap
-        return sliding_window_attention(queries, seen[0], seen[1], *scores)
+        return sliding_window_attention(queries, seen[0], seen[1], self._scores)
 
     def begin_step(self, rows: list[int], alone: bool) -> None:
         windows = self._slide(rows)
@@ -260,8 +262,7 @@ class AttentionCache(Cache):
             start, stop = block.rows.start - first, block.rows.stop - first
             if 0 <= start < len(queries):
                 own, pages = queries[start:stop], self.pool.pages[:, layer]
-                shape = self._slopes, self._window
-                outputs[start:stop] = attend_block(pages, block, self._gathered, own, *shape)
+                outputs[start:stop] = attend_block(pages, block, self._gathered, own, self._scores)
         return outputs
 
     def advance(self) -> None:
@@ -269,7 +270,7 @@ class AttentionCache(Cache):
             self._windows[row].length += 1
 
     def static_step(self, alone: bool) -> WindowStep:
-        return WindowStep(self.pool.pages, self._window, self._slopes)
+        return WindowStep(self.pool.pages, self._scores)
 
     def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:
         own[:] = NULL_PAGE

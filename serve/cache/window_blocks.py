@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.cache.page_pool import NULL_PAGE
-from stu.attention import attend
-from stu.mixers import KeyWindow
+from stu.attention import Scores, attend
 
 BLOCK_BYTES = 2**22
 """Bytes of keys that are attended to at once on the CPU: they should fit the cache of a core."""
@@ -115,12 +114,7 @@ def drafted_window(
 
 
 def attend_block(
-    pages: Tensor,
-    block: WindowBlock,
-    gathered: Tensor,
-    queries: Tensor,
-    slopes: Tensor,
-    window: KeyWindow,
+    pages: Tensor, block: WindowBlock, gathered: Tensor, queries: Tensor, scores: Scores
 ) -> Tensor:
     """Return the outputs of the tokens of a block, `[B, 1, heads, head_dim]` as their queries.
 
@@ -137,8 +131,7 @@ def attend_block(
         seen = seen.view(len(queries), -1, *queries.shape[2:])
         both.append(seen.to(dtype).transpose(1, 2))  # [B, heads, S, head_dim]
     asked = queries.to(dtype).transpose(1, 2)  # [B, heads, 1, head_dim]
-    bounds = window.window_tokens, window.softcap
-    attended = attend(asked, both[0], both[1], block.distances, slopes, *bounds)
+    attended = attend(asked, both[0], both[1], block.distances, scores)
     return attended.transpose(1, 2).to(queries.dtype)
 
 

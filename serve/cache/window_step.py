@@ -6,7 +6,7 @@ from torch import Tensor
 from serve.cache.page_pool import pages_for
 from serve.cache.static_step import StaticStep
 from serve.kernels.window_attention import RowWindows, window_attention
-from stu.mixers import KeyWindow
+from stu.attention import Scores
 
 
 class WindowStep(StaticStep):
@@ -17,13 +17,12 @@ class WindowStep(StaticStep):
 
     Args:
         pages: Pages `[pages, layers, 2, page_len, heads, head_dim]`, keys and values.
-        window: Window of every layer.
-        slopes: ALiBi slopes `[heads]`.
+        scores: Scores of the keys in the window of every layer.
     """
 
-    def __init__(self, pages: Tensor, window: KeyWindow, slopes: Tensor) -> None:
-        self._pages, self._window, self._slopes = pages, window, slopes
-        self.num_own = 1 + window_pages(window, pages.shape[3])
+    def __init__(self, pages: Tensor, scores: Scores) -> None:
+        self._pages, self._scores = pages, scores
+        self.num_own = 1 + window_pages(scores.window_tokens, pages.shape[3])
 
     def begin(self, rows: Tensor, shared: Tensor, own: Tensor) -> None:
         newest = own[:, 0].contiguous()
@@ -35,10 +34,10 @@ class WindowStep(StaticStep):
         """Return the outputs of one token of the rows, all `[B, 1, heads, head_dim]`."""
         new = queries[:, 0], keys[:, 0], values[:, 0]
         where = layer, self._windows, self._places
-        attended = window_attention(self._pages, *where, *new, self._slopes, self._window)
+        attended = window_attention(self._pages, *where, *new, self._scores)
         return attended[:, None]
 
 
-def window_pages(window: KeyWindow, page_len: int, more_tokens: int = 0) -> int:
+def window_pages(window_tokens: int, page_len: int, more_tokens: int = 0) -> int:
     """Return the number of pages that a token, its window, and tokens after it can touch."""
-    return pages_for(window.window_tokens + more_tokens, page_len) + 1
+    return pages_for(window_tokens + more_tokens, page_len) + 1

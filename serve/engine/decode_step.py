@@ -21,8 +21,9 @@ from serve.engine.step_state import ON_DEVICE, ROW, TOKEN, Copy, StepState, copy
 from serve.kernels.modules import KernelRMSNorm
 from serve.kernels.norm import add_norm
 from stu.layers import LayerNorm, RMSNorm
-from stu.mixers import Memory, Remembered
+from stu.mixers import Remembered
 from stu.model import Block, FlashSTU
+from stu.sequences.base import Sequences
 
 
 class DecodeStep:
@@ -137,14 +138,14 @@ class DecodeStep:
             step.begin(rows[:, ROW], *self._state.of_cache(index, shared, rows))
 
 
-def next_hidden(model: FlashSTU, tokens: Tensor, memory: Memory) -> Tensor:
+def next_hidden(model: FlashSTU, tokens: Tensor, memory: Sequences) -> Tensor:
     """Return what `model.hidden` does of one token of each row, `[B] -> [B, D]`. Each sum of the
     residual stream and a layer's output runs in one kernel with the norm that follows."""
     stream, added = model.embedding(tokens), None
     for block in model.blocks:
         assert isinstance(block, Block)
         for norm, layer in (
-            (block.mixer_norm, partial(block.mixer, filters=model.filters, memory=memory)),
+            (block.mixer_norm, partial(block.mixer, filters=model.filters, sequences=memory)),
             (block.mlp_norm, block.mlp),
         ):
             stream, normed = _add_norm(stream, added, norm)

@@ -8,37 +8,39 @@ from torch import Tensor
 
 from serve.cache.budget import Caches
 from serve.cache.static_step import StaticStep
-from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered
+from stu.mixers import KeyWindow, LastInputs, Memory, PastInputs, Remembered
 
 
-class PromptMemory:
-    """`stu.mixers.Memory` of chunks of prompts, concatenated. Each has a row and a length."""
+class PromptMemory(Memory):
+    """Chunks of prompts, concatenated. Each has a row and a length."""
 
     def __init__(self, caches: Caches, rows: Sequence[int], lengths: Sequence[int]) -> None:
         self._caches, self._rows, self._lengths = caches, rows, list(lengths)
 
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+    def continue_convolution(self, number: int, streams: Tensor) -> Tensor:
         convolution = self._caches.convolution
         assert convolution is not None
         outputs = torch.empty_like(streams)  # [S, T, C]
         for row, inputs, output in self._by_prompt(streams, outputs):
-            output.copy_(convolution.prefill(row, layer, inputs))
+            output.copy_(convolution.prefill(row, number, inputs))
         return outputs
 
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+    def continue_short_convolution(self, number: int, inputs: Tensor, taps: Tensor) -> Tensor:
         recent = self._caches.recent
         assert recent is not None
         outputs = torch.empty_like(inputs)  # [1, T, C]
         for row, part, output in self._by_prompt(inputs, outputs):
-            output.copy_(recent.prefill(row, layer, part, taps))
+            output.copy_(recent.prefill(row, number, part, taps))
         return outputs
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def continue_attention(
+        self, number: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         attention = self._caches.attention
         assert attention is not None
         outputs = torch.empty_like(queries)  # [1, T, heads, head_dim]
         for row, q, k, v, output in self._by_prompt(queries, keys, values, outputs):
-            output.copy_(attention.prefill(row, layer, q, k, v))
+            output.copy_(attention.prefill(row, number, q, k, v))
         return outputs
 
     def _by_prompt(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -47,43 +49,46 @@ class PromptMemory:
         return zip(self._rows, *parts, strict=True)
 
 
-class RowMemory:
-    """`stu.mixers.Memory` of one token of the rows from the `first` of the batch, padding
-    included."""
+class RowMemory(Memory):
+    """One token of the rows from the `first` of the batch, padding included."""
 
     def __init__(self, caches: Caches, first: int) -> None:
         self._caches, self._first = caches, first
 
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
+    def continue_convolution(self, number: int, streams: Tensor) -> Tensor:
         convolution = self._caches.convolution
         assert convolution is not None
-        return convolution.step(layer, streams[:, 0], self._first)[:, None]
+        return convolution.step(number, streams[:, 0], self._first)[:, None]
 
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
+    def continue_short_convolution(self, number: int, inputs: Tensor, taps: Tensor) -> Tensor:
         recent = self._caches.recent
         assert recent is not None
-        return recent.step(layer, inputs, taps, self._first)
+        return recent.step(number, inputs, taps, self._first)
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def continue_attention(
+        self, number: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         attention = self._caches.attention
         assert attention is not None
-        return attention.step(layer, queries, keys, values, self._first)
+        return attention.step(number, queries, keys, values, self._first)
 
 
-class StaticMemory:
-    """`stu.mixers.Memory` of one token of the rows of static steps that have begun."""
+class StaticMemory(Memory):
+    """One token of the rows of static steps that have begun."""
 
     def __init__(self, steps: Mapping[type[Remembered], StaticStep]) -> None:
         self._steps: Mapping[type[Remembered], Any] = steps
 
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        outputs: Tensor = self._steps[PastInputs].step(layer, streams[:, 0])
+    def continue_convolution(self, number: int, streams: Tensor) -> Tensor:
+        outputs: Tensor = self._steps[PastInputs].step(number, streams[:, 0])
         return outputs[:, None]
 
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        outputs: Tensor = self._steps[LastInputs].step(layer, inputs, taps)
+    def continue_short_convolution(self, number: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        outputs: Tensor = self._steps[LastInputs].step(number, inputs, taps)
         return outputs
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        outputs: Tensor = self._steps[KeyWindow].step(layer, queries, keys, values)
+    def continue_attention(
+        self, number: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        outputs: Tensor = self._steps[KeyWindow].step(number, queries, keys, values)
         return outputs

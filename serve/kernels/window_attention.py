@@ -9,8 +9,7 @@ from torch import Tensor
 
 from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
 from serve.kernels.near_field import vectors
-from stu.attention import attend
-from stu.mixers import KeyWindow
+from stu.attention import Scores, attend
 
 BLOCK_BYTES = 2**22
 """Bytes of keys that the torch code attends to at once: they should fit a processor's cache."""
@@ -42,8 +41,7 @@ def window_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slopes: Tensor,
-    window: KeyWindow,
+    scores: Scores,
 ) -> Tensor:
     """Write the new keys and values into their pages, and return the outputs of their tokens.
 
@@ -58,11 +56,10 @@ def window_attention(
         queries: Queries of the new tokens.
         keys: Their keys.
         values: Their values.
-        slopes: Slope of each head, `[heads]`.
-        window: Shape of the window, and bound of the scores.
+        scores: Scores of the keys in a window.
     """
     run = triton_window_attention if uses_triton(queries) else torch_window_attention
-    return run(pool, layer, windows, rows, queries, keys, values, slopes, window)
+    return run(pool, layer, windows, rows, queries, keys, values, scores)
 
 
 def torch_window_attention(
@@ -73,8 +70,7 @@ def torch_window_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slopes: Tensor,
-    window: KeyWindow,
+    scores: Scores,
 ) -> Tensor:
     """Do as `window_attention`, in torch."""
     own, page_len = pool[:, layer], pool.shape[3]  # [pages, 2, page_len, heads, head_dim]
@@ -92,7 +88,7 @@ def torch_window_attention(
     for start in range(0, len(rows), at_once):
         block = slice(start, start + at_once)
         distances = new[block, None] - slots  # [b, S]
-        seen = (distances >= 0) & (distances <= window.window_tokens)
+        seen = (distances >= 0) & (distances <= scores.window_tokens)
         # Other slots may hold anything: the new key and value are read in their place.
         read = torch.where(seen, slots, new[block, None])
         places = tables[block].gather(1, read // page_len) * per_page + read % page_len * per_slot
@@ -108,9 +104,7 @@ def torch_window_attention(
             past_keys,
             past_values,
             distances[:, None, None],
-            slopes,
-            window.window_tokens,
-            window.softcap,
+            scores,
         )
         outputs[block] = attended[:, :, 0]
     return outputs
@@ -124,13 +118,12 @@ def triton_window_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    slopes: Tensor,
-    window: KeyWindow,
+    scores: Scores,
 ) -> Tensor:
     """Do as `window_attention`, in Triton: parts of the windows first, which are then joined."""
     batch, heads, head_dim = queries.shape
     own, page_len = pool[:, layer], pool.shape[3]
-    reach = min(window.window_tokens, windows.pages.shape[1] * page_len)
+    reach = min(scores.window_tokens, windows.pages.shape[1] * page_len)
     part = max(SHORTEST_PART, power_of_two(-(-reach // MOST_PARTS)))
     parts, block_head = -(-reach // part), power_of_two(head_dim)
     block_dims = min(block_head, MOST_DIMS)
@@ -148,7 +141,7 @@ def triton_window_attention(
             queries,
             keys,
             values,
-            slopes,
+            scores.slopes,
             sums,
             scales,
             own.stride(0),
@@ -157,8 +150,8 @@ def triton_window_attention(
             queries.stride(0),
             keys.stride(0),
             values.stride(0),
-            WINDOW=window.window_tokens,
-            SOFTCAP=window.softcap,
+            WINDOW=scores.window_tokens,
+            SOFTCAP=scores.softcap,
             PAGE_LEN=page_len,
             HEADS=heads,
             HEAD_DIM=head_dim,

@@ -34,10 +34,6 @@ class SliceRanks(ABC):
         empty.
         """
 
-    def __deepcopy__(self, memo: object) -> "SliceRanks":
-        """Return the same ranks: a model's copy is divided among them too."""
-        return self
-
     def own(self, length: int) -> slice:
         """Return the positions of this rank's slice of sequences of `length` tokens."""
         part = length // self.size

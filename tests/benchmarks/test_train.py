@@ -77,7 +77,7 @@ def test_attention_sees_its_window_and_no_later_token(make, name):
 def test_torch_attention_is_ours_without_softcap_and_alibi():
     torch.manual_seed(0)
     queries, keys, values = torch.randn(3, 2, 300, 4, 8)
-    arguments = queries, keys, values, torch.zeros(4), 300, 1e4
+    arguments = queries, keys, values, attention.Scores(torch.zeros(4), 300, 1e4)
     ours = attention.sliding_window_attention(*arguments)
     with torch_attention():
         torchs = attention.sliding_window_attention(*arguments)

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stu.attention import alibi_slopes, attend, sliding_window_attention
+from stu.attention import Scores, alibi_slopes, attend, sliding_window_attention
 from stu.convolution import short_convolution
 from stu.futurefill import Continuous
-from stu.mixers import KeyWindow, LastInputs, PastInputs, remembered
+from stu.mixers import KeyWindow, LastInputs, Memory, PastInputs, remembered
 from stu.model import FlashSTU
 from stu.online_convolution import OnlineConvolution
 
 
-class Runner:
+class Runner(Memory):
     """The memory of a batch, and the model over it: `prefill` once, then `step` by step.
 
     prompts: Token ids of each of B rows. max_new_tokens: Steps of every row.
@@ -53,7 +53,8 @@ class Runner:
         ]
         """Inputs of each short convolution: `[B, J - 1, C]`."""
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self._slopes = alibi_slopes(config.num_heads).to(device)
+        slopes = alibi_slopes(config.num_heads).to(device)
+        self._scores = Scores(slopes, config.window_tokens, config.softcap)
         self._distances = torch.empty(0)
         self._prefilling: int | None = None
         """The row whose prompt runs through the model; None while all rows step."""
@@ -84,41 +85,40 @@ class Runner:
         self._convolution.advance()
         return self._model.logits(hidden)
 
-    def convolve(self, layer: int, streams: Tensor) -> Tensor:
-        """`Memory.convolve` of one prompt, or of one token of each row: `[S, T, C]` both ways."""
+    def continue_convolution(self, number: int, streams: Tensor) -> Tensor:
+        """Take one prompt, or one token of each row."""
         if self._prefilling is None:
-            return self._convolution.step(layer, streams[:, 0])[:, None]
+            return self._convolution.step(number, streams[:, 0])[:, None]
         start = self._prefilling * self._streams_per_row
         rows = slice(start, start + self._streams_per_row)
-        return self._convolution.prefill(layer, streams, rows)
+        return self._convolution.prefill(number, streams, rows)
 
-    def convolve_short(self, layer: int, inputs: Tensor, taps: Tensor) -> Tensor:
-        """`Memory.convolve_short` of one prompt, or of one token of each row: `[B, T, C]`."""
+    def continue_short_convolution(self, number: int, inputs: Tensor, taps: Tensor) -> Tensor:
+        """Take one prompt, or one token of each row."""
         row = self._prefilling
-        held = self._last_inputs[layer][slice(None) if row is None else slice(row, row + 1)]
+        held = self._last_inputs[number][slice(None) if row is None else slice(row, row + 1)]
         before = held.clone()
         held[:] = torch.cat([before, inputs], dim=1)[:, -held.shape[1] :]
         return short_convolution(torch.cat([before, inputs], dim=1), taps)
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """`Memory.attend` of one prompt, or of one token of each row: `[B, T, heads, head_dim]`."""
-        config, size = self._model.config, len(self._slots)
-        window, softcap = config.window_tokens, config.softcap
+    def continue_attention(
+        self, number: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Take one prompt, or one token of each row."""
+        size = len(self._slots)
         if self._prefilling is not None:
             kept = min(size, keys.shape[1])
             for ring, new in ((self._keys, keys), (self._values, values)):
-                ring[layer, self._prefilling, :, size - kept :] = new[0, -kept:].transpose(0, 1)
-            return sliding_window_attention(queries, keys, values, self._slopes, window, softcap)
+                ring[number, self._prefilling, :, size - kept :] = new[0, -kept:].transpose(0, 1)
+            return sliding_window_attention(queries, keys, values, self._scores)
         slot = self._convolution.position % size
-        self._keys[layer, :, :, slot] = keys[:, 0]
-        self._values[layer, :, :, slot] = values[:, 0]
+        self._keys[number, :, :, slot] = keys[:, 0]
+        self._values[number, :, :, slot] = values[:, 0]
         attended = attend(
             queries.transpose(1, 2).to(self._keys.dtype),  # -> [B, heads, 1, head_dim]
-            self._keys[layer],
-            self._values[layer],
+            self._keys[number],
+            self._values[number],
             self._distances,
-            self._slopes,
-            window,
-            softcap,
+            self._scores,
         )
         return attended.transpose(1, 2).to(queries.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stu import attention
-from stu.attention import alibi_slopes, attend, sliding_window_attention
+from stu.attention import Scores, alibi_slopes, attend, sliding_window_attention
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from tests.reference import attention as reference
@@ -29,7 +29,7 @@ def test_attention_equals_reference(length, window):
     torch.manual_seed(0)
     # Large enough that the softcap bends the scores.
     q, k, v = (4 * torch.randn(2, length, 3, 4, dtype=torch.float64) for _ in range(3))
-    actual = sliding_window_attention(q, k, v, alibi_slopes(3), window, 5.0)
+    actual = sliding_window_attention(q, k, v, Scores(alibi_slopes(3), window, 5.0))
     expected = reference.attention(q.numpy(), k.numpy(), v.numpy(), window, 5.0)
     np.testing.assert_allclose(actual, expected, atol=1e-7)  # slopes are float32
 
@@ -37,12 +37,13 @@ def test_attention_equals_reference(length, window):
 def test_float32_and_bfloat16_stay_near_float64():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 200, 2, 8, dtype=torch.float64) for _ in range(3))
-    exact = sliding_window_attention(q, k, v, alibi_slopes(2), 50, 50.0)
-    single = sliding_window_attention(q.float(), k.float(), v.float(), alibi_slopes(2), 50, 50.0)
+    scores = Scores(alibi_slopes(2), 50, 50.0)
+    exact = sliding_window_attention(q, k, v, scores)
+    single = sliding_window_attention(q.float(), k.float(), v.float(), scores)
     torch.testing.assert_close(single.double(), exact, rtol=0, atol=2e-6)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    exact = sliding_window_attention(q.double(), k.double(), v.double(), alibi_slopes(2), 50, 50.0)
-    half = sliding_window_attention(q, k, v, alibi_slopes(2), 50, 50.0)
+    exact = sliding_window_attention(q.double(), k.double(), v.double(), scores)
+    half = sliding_window_attention(q, k, v, scores)
     assert half.dtype == torch.bfloat16
     # One rounding, of the result: sums inside are float32.
     assert ((half.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
@@ -55,7 +56,7 @@ def test_autocast_changes_nothing():
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = sliding_window_attention(*inputs, alibi_slopes(2), 50, 50.0)
+            out = sliding_window_attention(*inputs, Scores(alibi_slopes(2), 50, 50.0))
         results.append([out, *torch.autograd.grad(out.sum(), inputs)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
@@ -67,7 +68,7 @@ def test_gradients_across_blocks(length, window):
     shape = 2, length, 3, 4
     q, k, v = (3 * torch.randn(shape, dtype=torch.float64) for _ in range(3))
     upstream = torch.randn(shape, dtype=torch.float64)
-    slopes = alibi_slopes(3)
+    scores = Scores(alibi_slopes(3), window, 5.0)
     gradients = []
     positions = torch.arange(length)
     distances = positions[:, None] - positions
@@ -75,9 +76,9 @@ def test_gradients_across_blocks(length, window):
         own = [x.clone().requires_grad_() for x in (q, k, v)]
         if whole:
             heads_first = [x.transpose(1, 2) for x in own]
-            out = attend(*heads_first, distances, slopes, window, 5.0).transpose(1, 2)
+            out = attend(*heads_first, distances, scores).transpose(1, 2)
         else:
-            out = sliding_window_attention(*own, slopes, window, 5.0)
+            out = sliding_window_attention(*own, scores)
         gradients.append(torch.autograd.grad(out, own, upstream))
     for expected, actual in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -101,7 +102,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     for length in (1024, 4096):
         q, k, v = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(3))
         with LargestTensor() as largest:
-            sliding_window_attention(q, k, v, alibi_slopes(2), 64, 50.0).sum().backward()
+            sliding_window_attention(q, k, v, Scores(alibi_slopes(2), 64, 50.0)).sum().backward()
         assert largest.elements <= 2 * max(length * 4, 128 * (128 + 64))
 
 

@@ -9,16 +9,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import cross_entropy
 
-from stu import layouts
-from stu.attention import alibi_slopes, sliding_window_attention
-from stu.common.errors import UserError
+from stu.attention import Scores, alibi_slopes, sliding_window_attention
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution, short_convolution
-from stu.documents import Documents, padded_length
 from stu.flash_attention import flash_attention
 from stu.flex_attention import BLOCK, document_mask, flex_window_attention, in_document
-from stu.mixers import make_mixer
 from stu.model import FlashSTU
+from stu.sequences.documents import Documents, padded_length
 from tests.reference import attention as reference_attention
 from tests.reference.documents import alone
 
@@ -46,7 +43,7 @@ def gradients(model, tokens, counted):
     tokens that are `counted`."""
     embedded = []
     handle = model.embedding.register_forward_hook(lambda *hooked: embedded.append(hooked[2]))
-    logits = model(tokens, documents=Documents(LENGTHS))
+    logits = model(tokens, Documents(LENGTHS))
     handle.remove()
     losses = cross_entropy(logits.flatten(0, 1), (tokens * 7 % 40).flatten(), reduction="none")
     weights = [weight for name, weight in model.named_parameters() if name != "embedding.weight"]
@@ -58,7 +55,7 @@ def gradients(model, tokens, counted):
 def test_documents_equal_each_alone(layout, form):
     model, tokens = make_model(layout, form).double(), make_tokens()
     upstream = torch.randn(4, 164, 40, dtype=torch.float64, generator=torch.manual_seed(2))
-    found = model(tokens, documents=Documents(LENGTHS))
+    found = model(tokens, Documents(LENGTHS))
     expected = alone(model, tokens, LENGTHS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     weights = list(model.parameters())
@@ -93,44 +90,28 @@ def test_a_document_changes_no_bit_of_another(layout, form):
 def test_a_document_that_is_not_a_number_spoils_no_other(layout, form):
     model, tokens = make_model(layout, form), make_tokens() % 39
     documents = Documents(LENGTHS)
-    expected = model(tokens, documents=documents)
+    expected = model(tokens, documents)
     with torch.no_grad():
         model.embedding.weight[39] = torch.nan
     for spoilt in (0, 9):
         others = documents.numbers != spoilt
-        found = model(torch.where(others, tokens, 39), documents=documents)
+        found = model(torch.where(others, tokens, 39), documents)
         assert torch.equal(found[others][:, :39], expected[others][:, :39])
 
 
 def test_compiled_blocks_are_not_compiled_anew_for_other_documents():
     model, tokens = make_model(), make_tokens()
     lengths = [LENGTHS, [[164]] * 4, [[82, 82], [1, 163], [50, 50, 64], [164]]]
-    expected = [model(tokens, documents=Documents(rows)) for rows in lengths]
+    expected = [model(tokens, Documents(rows)) for rows in lengths]
     torch.compiler.reset()
     for block in model.blocks:
         block.forward = torch.compile(block.forward, backend="eager")
     counts = []
     for rows, wanted in zip(lengths, expected, strict=True):
-        torch.testing.assert_close(model(tokens, documents=Documents(rows)), wanted)
+        torch.testing.assert_close(model(tokens, Documents(rows)), wanted)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[1] == counts[2]
     torch.compiler.reset()
-
-
-def test_a_mixer_that_cannot_is_refused_by_name(monkeypatch):
-    def plain(config):
-        mixer = make_mixer("stu", config)
-        mixer.keeps_documents_apart = False
-        return mixer
-
-    monkeypatch.setitem(layouts.MIXERS, "plain", plain)
-    monkeypatch.setitem(layouts.LAYOUTS, "mixed", ("attention", "plain"))
-    model = FlashSTU(ModelConfig(**SHAPE, layout="mixed"))
-    with pytest.raises(
-        UserError, match="layout=mixed cannot keep documents apart, as its mixer plain"
-    ):
-        model(make_tokens(), documents=Documents(LENGTHS))
-    assert model(make_tokens()).shape == (4, 164, 40)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 24, 25, 32, 33, 48, 49, 96, 1025, 1537, 3072])
@@ -184,9 +165,9 @@ ROWS = [[10, 118, 1, 127, 44], [300], [150, 150], [256, 44]]
 def test_flex_attention_and_its_mask(window):
     source = torch.manual_seed(4)
     q, k, v = (torch.randn(4, 300, 3, 4, generator=source, dtype=torch.float64) for _ in range(3))
-    documents, slopes = Documents(ROWS), alibi_slopes(3)
-    found = flex_window_attention(q, k, v, slopes, window, 5.0, documents)
-    expected = sliding_window_attention(q, k, v, slopes, window, 5.0, documents)
+    documents, scores = Documents(ROWS), Scores(alibi_slopes(3), window, 5.0)
+    found = flex_window_attention(q, k, v, scores, documents)
+    expected = sliding_window_attention(q, k, v, scores, documents)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         expected[2, 150:].numpy(),
@@ -211,7 +192,7 @@ def test_flex_attention_and_its_mask(window):
 def test_flash_attention_gets_each_document_as_a_sequence(monkeypatch):
     source = torch.manual_seed(5)
     q, k, v = (torch.randn(4, 164, 2, 4, generator=source) for _ in range(3))
-    slopes, documents = alibi_slopes(2), Documents(LENGTHS)
+    scores, documents = Scores(alibi_slopes(2), 30, 5.0), Documents(LENGTHS)
 
     def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **score):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
@@ -220,17 +201,17 @@ def test_flash_attention_gets_each_document_as_a_sequence(monkeypatch):
         assert max_seqlen_q == max_seqlen_k == 164
         assert score.pop("causal")
         assert score.pop("window_size") == (30, 0)
-        score = score["alibi_slopes"], 30, score["softcap"]
+        scores = Scores(score["alibi_slopes"], 30, score["softcap"])
         parts = itertools.pairwise(bounds)
         return torch.cat(
             [
-                sliding_window_attention(*(x[None, a:b] for x in (q, k, v)), *score)[0]
+                sliding_window_attention(*(x[None, a:b] for x in (q, k, v)), scores)[0]
                 for a, b in parts
             ]
         )
 
     module = SimpleNamespace(flash_attn_func=None, flash_attn_varlen_func=varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    found = flash_attention(q, k, v, slopes, 30, 5.0, documents)
-    expected = sliding_window_attention(q, k, v, slopes, 30, 5.0, documents)
+    found = flash_attention(q, k, v, scores, documents)
+    expected = sliding_window_attention(q, k, v, scores, documents)
     torch.testing.assert_close(found, expected)

@@ -6,9 +6,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from stu import flex_attention as flex
-from stu.attention import alibi_slopes, sliding_window_attention
+from stu.attention import Scores, alibi_slopes, sliding_window_attention
 from stu.config import ModelConfig
-from stu.flex_attention import BLOCK, flex_window_attention, in_window, scores, window_mask
+from stu.flex_attention import BLOCK, flex_window_attention, in_window, score_mod, window_mask
 from stu.model import FlashSTU
 from tests.reference import attention as reference
 
@@ -29,7 +29,7 @@ def random(length, num_queries=None, heads=3, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
 def test_attention_equals_the_reference(length, window):
     q, k, v = random(length)
-    found = flex_window_attention(q, k, v, alibi_slopes(3), window, SOFTCAP)
+    found = flex_window_attention(q, k, v, Scores(alibi_slopes(3), window, SOFTCAP))
     expected = reference.attention(q.numpy(), k.numpy(), v.numpy(), window, SOFTCAP)
     np.testing.assert_allclose(found, expected, atol=1e-7)  # slopes are float32
 
@@ -37,15 +37,16 @@ def test_attention_equals_the_reference(length, window):
 @pytest.mark.parametrize("num_queries", [1, 5, 128, 299])
 def test_queries_may_follow_earlier_keys(num_queries):
     q, k, v = random(300, num_queries)
-    arguments = alibi_slopes(3), 70, SOFTCAP
-    found = flex_window_attention(q, k, v, *arguments)
-    expected = sliding_window_attention(q, k, v, *arguments)
+    scores = Scores(alibi_slopes(3), 70, SOFTCAP)
+    found = flex_window_attention(q, k, v, scores)
+    expected = sliding_window_attention(q, k, v, scores)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_float32_stays_near_float64():
-    exact = flex_window_attention(*random(200), alibi_slopes(3), 50, SOFTCAP)
-    found = flex_window_attention(*random(200, dtype=torch.float32), alibi_slopes(3), 50, SOFTCAP)
+    scores = Scores(alibi_slopes(3), 50, SOFTCAP)
+    exact = flex_window_attention(*random(200), scores)
+    found = flex_window_attention(*random(200, dtype=torch.float32), scores)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
 
 
@@ -85,19 +86,20 @@ def test_blocks_before_the_first_query_see_nothing(first_query):
 def test_gradients_through_the_scores_are_those_of_blocks():
     """By hand, as torch has no backward pass of flex_attention on CPUs."""
     length, window = 150, 40
-    slopes, positions = alibi_slopes(3).double(), torch.arange(length)
+    scores = Scores(alibi_slopes(3).double(), window, SOFTCAP)
+    positions = torch.arange(length)
     gradients = []
     for by_hand in (True, False):
         q, k, v = (x.requires_grad_() for x in random(length))
         if by_hand:
             products = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4**0.5
             head, query, key = torch.meshgrid(torch.arange(3), positions, positions, indexing="ij")
-            bent = scores(slopes, SOFTCAP)(products, None, head, query, key)
+            bent = score_mod(scores)(products, None, head, query, key)
             seen = in_window(window)(None, None, query, key)
             weights = bent.masked_fill(~seen, -torch.inf).softmax(-1)
             out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
         else:
-            out = sliding_window_attention(q, k, v, slopes, window, SOFTCAP)
+            out = sliding_window_attention(q, k, v, scores)
         gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
     for expected, actual in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
@@ -110,7 +112,7 @@ def test_any_number_of_lengths_takes_two_compilations(monkeypatch):
     torch._dynamo.utils.counters.clear()
     for length, num_queries in [(256, 256), (300, 300), (519, 519), (700, 257), (1000, 900)]:
         inputs = random(length, num_queries, dtype=torch.float32)
-        flex_window_attention(*inputs, alibi_slopes(3), 100, SOFTCAP)
+        flex_window_attention(*inputs, Scores(alibi_slopes(3), 100, SOFTCAP))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     torch.compiler.reset()
 

@@ -6,6 +6,7 @@ import torch
 from stu.config import ModelConfig
 from stu.convolution import after_zeros, causal_convolution, short_convolution
 from stu.model import FlashSTU
+from stu.sequences.base import WHOLE
 from tests.reference import hyena as reference
 
 FILTER = "input_matrix", "hidden_matrices", "biases", "frequencies", "output_matrix", "skip"
@@ -37,7 +38,7 @@ def test_hyena_equals_reference(length, max_seq_len, width):
     x = torch.randn(2, length, width, dtype=torch.float64)
     weights = {name: weight.detach().numpy() for name, weight in hyena.named_parameters()}
     expected = torch.from_numpy(reference.hyena(x.numpy(), weights, max_seq_len))
-    actual = hyena(x, filters, None)
+    actual = hyena(x, filters, WHOLE)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     assert actual.std() > 1e-3 or actual.numel() == 1
 

@@ -2,6 +2,7 @@
 
 import ast
 import pkgutil
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from stu.futurefill import Continuous
 from stu.layouts import LAYOUTS, MIXERS, layout_names, register_mixer
 from stu.mixers import Kind, LongConvolution, make_mixer, planned_mixers
 from stu.model import FlashSTU
+from stu.sequences.base import WHOLE
+from stu.sequences.documents import Documents
+from stu.sequences.slices import SequenceSlices
 from tests.reference.decoding import Runner
+from tests.reference.documents import alone
+from tests.stu.slice_threads import in_threads
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 50, "width": 16, "num_layers": 4, "num_heads": 4, "mlp_ratio": 2}
@@ -45,7 +51,7 @@ def test_mixer_fulfils_its_contract(name, form):
     assert 0 < forward.dense < backward.dense
     assert 0 < planned.decoding_weights <= sum(p.numel() for p in mixer.parameters())
     x, filters = torch.randn(2, 9, 16), torch.randn(64, 5 if mixer.needs_filters else 0)
-    assert mixer(x, filters, None).shape == x.shape
+    assert mixer(x, filters, WHOLE).shape == x.shape
 
 
 def test_layouts_are_of_registered_mixers():
@@ -67,6 +73,24 @@ def test_mixers_of_several_kinds_decode_as_the_forward_pass(monkeypatch, mixers)
     with torch.inference_mode():
         expected = model(tokens)[:, 9:]
     torch.testing.assert_close(torch.stack(decoded, dim=1), expected, rtol=0, atol=1e-12)
+
+
+def test_a_mixer_from_outside_mixes_every_kind_of_sequences(monkeypatch):
+    """It asks the sequences, and knows nothing of their kinds."""
+    example = runpy.run_path(str(ROOT / "examples/add_a_mixer.py"))
+    monkeypatch.setitem(layouts.MIXERS, "own", example["GatedShortConvolution"])
+    torch.manual_seed(0)
+    model = FlashSTU(ModelConfig(**SMALL, layout="own")).double().eval()
+    tokens, lengths = torch.randint(50, (1, 30)), [[1, 17, 2, 10]]
+    whole = model(tokens)
+    found = model(tokens, Documents(lengths))
+    torch.testing.assert_close(found, alone(model, tokens, lengths), rtol=0, atol=1e-12)
+    assert not torch.allclose(found, whole)
+    parts = in_threads(3, lambda ranks: model(tokens[:, ranks.own(30)], SequenceSlices(ranks)))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+    runner = Runner(model, [tokens[0, :10].tolist()], 20, Continuous)
+    decoded = [runner.prefill(), *(runner.step(tokens[:, t]) for t in range(10, 30))]
+    torch.testing.assert_close(torch.stack(decoded, dim=1), whole[:, 9:], rtol=0, atol=1e-12)
 
 
 def test_decoding_convolutions_with_different_lag_steps_is_refused(monkeypatch):

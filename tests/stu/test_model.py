@@ -12,6 +12,7 @@ from stu.config import ModelConfig
 from stu.convolution import causal_convolution
 from stu.layers import GatedMLP, RMSNorm
 from stu.model import FlashSTU
+from stu.sequences.base import WHOLE
 from stu.stu_mixer import FullSTU, TensordotSTU
 from tests.reference import convolution as reference
 
@@ -43,7 +44,7 @@ def test_each_form_equals_plus_and_minus_branches(form, kind, by_branches, matri
     x = torch.randn(2, length, 16, dtype=torch.float64)
     tensors = (x, filters, *(getattr(stu, name) for name in matrices))
     expected = torch.from_numpy(by_branches(*(t.detach().numpy() for t in tensors)))
-    torch.testing.assert_close(stu(x, filters, None), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(stu(x, filters, WHOLE), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_gradcheck(layout, form):
         moved = {
             n: p + a * d for (n, p), a, d in zip(names.items(), amounts, directions, strict=True)
         }
-        return torch.func.functional_call(stu, moved, (x, filters, None))
+        return torch.func.functional_call(stu, moved, (x, filters, WHOLE))
 
     amounts = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in names]
     assert torch.autograd.gradcheck(along, (x, *amounts))
@@ -111,14 +112,14 @@ def test_taps_are_float32_under_autocast(layout):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         taps = mixer.taps(model.filters)
         x = torch.randn(1, 20, 16)
-        mixed = mixer(x, model.filters, None)
-        streams = mixer.streams(x) if layout == "stu" else None
+        mixed = mixer(x, model.filters, WHOLE)
+        projected = x @ mixer.input_matrix if layout == "stu" else None
     assert torch.equal(taps, mixer.taps(model.filters))
-    assert mixed.dtype == torch.bfloat16
-    if streams is None:
+    assert mixed.dtype == torch.bfloat16  # as autocast wants its matrix products
+    if projected is None:
         return
-    assert streams.dtype == torch.bfloat16  # as autocast wants its matrix products
-    expected = causal_convolution(streams.float(), taps, 2)
+    assert projected.dtype == torch.bfloat16
+    expected = causal_convolution(projected.float(), taps, 2)
     assert torch.equal(mixed, expected.bfloat16())  # rounded once, after the convolution
 
 

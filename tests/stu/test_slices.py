@@ -5,20 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
-from stu import layouts
 from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.documents import Documents
 from stu.filters import spectral_filters
-from stu.mixers import LastInputs, Mixer
-from stu.model import FlashSTU, check_divides_sequences
+from stu.model import FlashSTU
+from stu.sequences.base import WHOLE
+from stu.sequences.slices import SequenceSlices, all_channels, all_positions
 from stu.slices import states
-from stu.slices.convolution import all_channels, all_positions
 from stu.slices.ranks import with_earlier
 from tests.stu.slice_threads import in_threads
 from train.parallel.config import ParallelConfig, prepare_blocks
+from train.plan.activations import PlannedRanks
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -39,8 +38,8 @@ def make_model(layout, form, **changes):
     return FlashSTU(replace(CONFIG, layout=layout, **changes))
 
 
-def loss_of(model, tokens, own):
-    hidden = model.hidden(tokens[:, own])
+def loss_of(model, tokens, own, sequences=WHOLE):
+    hidden = model.hidden(tokens[:, own], sequences)
     targets = tokens[:, own.start + 1 : own.stop + 1]
     return cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())
 
@@ -58,9 +57,8 @@ def step_in_slices(model, tokens, size, prepare=lambda model: None):
 
     def step(ranks):
         own = copy.deepcopy(model)
-        own.divide_sequences(ranks)
         prepare(own)
-        loss = loss_of(own, tokens, ranks.own(tokens.shape[1] - 1))
+        loss = loss_of(own, tokens, ranks.own(tokens.shape[1] - 1), SequenceSlices(ranks))
         loss.backward()
         return loss.item(), {name: p.grad for name, p in own.named_parameters()}, ranks.sent
 
@@ -196,15 +194,14 @@ def test_states_are_computed_once_for_equal_filters(monkeypatch):
     tokens = torch.randint(50, (1, 49))
 
     def run(ranks):
-        own = copy.deepcopy(model)
-        own.divide_sequences(ranks)
+        own, slices = copy.deepcopy(model), SequenceSlices(ranks)
         place, found = ranks.own(48), []
         with torch.inference_mode():  # a validation comes first
-            found.append(own.hidden(tokens[:, place]))
+            found.append(own.hidden(tokens[:, place], slices))
         for change in (1.0, 1.0, 2.0, 1.0):
             own.filters.mul_(change)
-            loss_of(own, tokens, place).backward()
-            found.append(own.hidden(tokens[:, place]).detach())
+            loss_of(own, tokens, place, slices).backward()
+            found.append(own.hidden(tokens[:, place], slices).detach())
         return found
 
     first, *others = in_threads(2, run)[1]
@@ -222,13 +219,12 @@ def test_nothing_of_later_slices_is_read():
 
     def run(ranks):
         own = copy.deepcopy(model)
-        own.divide_sequences(ranks)
         with torch.no_grad():
             own.embedding.weight[49] = torch.nan
         changed = tokens.clamp(max=48)
         changed[:, 30] = 49
         with torch.no_grad():
-            return own.hidden(changed[:, ranks.own(48)])
+            return own.hidden(changed[:, ranks.own(48)], SequenceSlices(ranks))
 
     hidden = torch.cat(in_threads(4, run), dim=1)[0]
     assert hidden[:24].isfinite().all()
@@ -236,46 +232,9 @@ def test_nothing_of_later_slices_is_read():
 
 
 def test_sequences_may_not_be_longer_than_the_context():
-    model = make_model("attention", "")
-
-    def run(ranks):
-        own = copy.deepcopy(model)
-        own.divide_sequences(ranks)
-        with pytest.raises(UserError, match="98 tokens exceeds max_seq_len=96"):
-            own.hidden(torch.zeros(1, 49, dtype=torch.int64))
-        assert copy.deepcopy(own).slices is ranks
-        with own.whole_sequences():
-            whole = own.hidden(torch.zeros(1, 49, dtype=torch.int64))
-        assert own.slices is ranks
-        return whole
-
-    first, second = in_threads(2, run)
-    assert torch.equal(first, second)
-
-
-class NeedsAll(Mixer):
-    """A mixer that knows nothing of slices."""
-
-    def __init__(self, config):
-        super().__init__(LastInputs(config.width, 2))
-
-    def forward(self, x, filters, memory, documents=None):
-        return x + pad(x, (0, 0, 1, 0))[:, :-1]
-
-    def initialize(self, depth_scale):
-        pass
-
-
-def test_mixer_that_needs_whole_sequences_is_refused_by_name(monkeypatch):
-    monkeypatch.setitem(layouts.MIXERS, "needs_all", NeedsAll)
-    model = make_model("needs_all", "")
-    with pytest.raises(UserError, match="it must be 1 with the mixer needs_all"):
-        in_threads(2, lambda ranks: model.divide_sequences(ranks))
-
-
-def test_more_slices_than_channels_are_refused():
-    with pytest.raises(UserError, match=r"at most model\.config\.width=20"):
-        check_divides_sequences(CONFIG, 21)
+    slices = SequenceSlices(PlannedRanks(0, 2))
+    with pytest.raises(UserError, match="98 tokens exceeds max_seq_len=96"):
+        make_model("attention", "").hidden(torch.zeros(1, 49, dtype=torch.int64), slices)
 
 
 def test_filters_without_a_state_are_refused_on_all_ranks():
@@ -283,24 +242,10 @@ def test_filters_without_a_state_are_refused_on_all_ranks():
     model.filters.normal_()
 
     def run(ranks):
-        own = copy.deepcopy(model)
-        own.divide_sequences(ranks)
         with pytest.raises(UserError, match="filters have no state") as refused:
-            own.hidden(torch.zeros(1, 8, dtype=torch.int64))
+            model.hidden(torch.zeros(1, 8, dtype=torch.int64), SequenceSlices(ranks))
         return str(refused.value)
 
     first, second = in_threads(2, run)
     assert "float32 accepts" in first
     assert "accepts" not in second
-
-
-def test_documents_are_not_kept_apart_in_slices():
-    model = make_model("hybrid", "tensordot")
-
-    def run(ranks):
-        own = copy.deepcopy(model)
-        own.divide_sequences(ranks)
-        with pytest.raises(UserError, match=r"parallel.context=2 .* documents are kept apart"):
-            own.hidden(torch.zeros(1, 8, dtype=torch.int64), documents=Documents([[3, 5]]))
-
-    in_threads(2, run)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from stu import layouts
-from stu.mixers import make_mixer
 from tests.train.saved import assert_same_state, checkpoint, load_checkpoint, losses
 from train import report
 from train.data import loader
@@ -56,18 +54,9 @@ def test_settings_may_not_change_unseen(train, run, capfd, tmp_path):
     assert "data.documents is 'together', but the checkpoint" in capfd.readouterr().err
 
 
-def test_what_cannot_be_is_refused_before_a_run(train, monkeypatch, capfd, tmp_path):
-    def plain(config):
-        mixer = make_mixer("stu", config)
-        mixer.keeps_documents_apart = False
-        return mixer
-
-    monkeypatch.setitem(layouts.MIXERS, "plain", plain)
-    layout = "--model.config.layout=plain"
-    train(tmp_path / "a", "--data.documents=apart", "--trainer.max_steps=2", layout, code=2)
-    assert "its mixer plain does not: take data.documents=together" in capfd.readouterr().err
+def test_what_cannot_be_is_refused_before_a_run(train, capfd, tmp_path):
     more = "--parallel.context=2", "--trainer.max_steps=2"
-    train(tmp_path / "b", "--data.documents=apart", *more, code=2)
+    train(tmp_path / "run", "--data.documents=apart", *more, code=2)
     error = "parallel.context=2 is not allowed: it must be 1 with data.documents=apart"
     assert error in capfd.readouterr().err
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stu.model import FlashSTU
+from stu.sequences.base import WHOLE, Sequences
+from stu.sequences.slices import SequenceSlices
 from stu.slices.ranks import SliceRanks
 
 
@@ -35,14 +36,14 @@ class ContextRanks(SliceRanks):
         return [part.view(dtype).view(*shape) for part, shape in found]
 
 
-def divide_sequences(model: FlashSTU, context: int, seq_len: int) -> slice:
-    """Divide each sequence over `context` neighbouring ranks; return this one's positions.
+def divide_sequences(context: int, seq_len: int) -> tuple[Sequences, slice]:
+    """Divide each sequence over `context` neighbouring ranks; return this one's slices, and their
+    positions.
 
     Collective, once the process group has been initialised.
     """
     if context == 1:
-        return slice(0, seq_len)
+        return WHOLE, slice(0, seq_len)
     group, _ = dist.new_subgroups(context)  # type: ignore[no-untyped-call]
     ranks = ContextRanks(group)
-    model.divide_sequences(ranks)
-    return ranks.own(seq_len)
+    return SequenceSlices(ranks), ranks.own(seq_len)

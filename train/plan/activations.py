@@ -22,11 +22,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from stu import convolution
 from stu import model as flash_stu
 from stu.config import ModelConfig
-from stu.documents import Documents
 from stu.layouts import mixer_names
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from stu.realisation import RANKS, Realisation
+from stu.sequences.base import WHOLE, Sequences
+from stu.sequences.documents import Documents
+from stu.sequences.slices import SequenceSlices
 from stu.slices import states
 from stu.slices.ranks import SliceRanks
 from train import loss
@@ -86,8 +88,6 @@ def step_memory(
         # DeepSpeed and FSDP cast the model; otherwise autocast makes 16-bit copies on the way.
         casts = is_half and parallel.kind != "ddp"
         model = _make_model(torch.bfloat16 if casts else torch.float32, config)
-        if parallel.context > 1:  # the last rank receives the most
-            model.divide_sequences(PlannedRanks(parallel.context - 1, parallel.context))
         for mixer in model.mixers if on_gpu else ():
             mixer.imitate_gpu(is_half)
         autocast: Any = nullcontext()
@@ -113,11 +113,15 @@ def step_memory(
         period = len(mixer_names(config.layout))
         for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:
             module.register_forward_pre_hook(record)
-        documents = _typical_documents(seq_len, micro_batch_size) if is_apart else None
+        sequences: Sequences = WHOLE
+        if is_apart:
+            sequences = _typical_documents(seq_len, micro_batch_size)
+        elif parallel.context > 1:  # the last rank receives the most
+            sequences = SequenceSlices(PlannedRanks(parallel.context - 1, parallel.context))
         with tracker, autocast:
             length = seq_len // parallel.context
             tokens = torch.zeros(micro_batch_size, length + 1, dtype=torch.int64)
-            hidden = model.hidden(tokens[:, :-1], documents=documents)
+            hidden = model.hidden(tokens[:, :-1], sequences)
             hidden = hidden.flatten(0, 1)  # [B, T, D] -> [B T, D]
             objective, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())
             objective.backward()  # type: ignore[no-untyped-call]
@@ -149,9 +153,8 @@ def slice_bytes(
     ranks = PlannedRanks(context // 2, context)
     with FakeTensorMode(), _without_repetition(), torch.autocast("cpu", enabled=is_half):
         model = _make_model(torch.float32, config)
-        model.divide_sequences(ranks)
         tokens = torch.zeros(micro_batch_size, seq_len // context, dtype=torch.int64)
-        model.hidden(tokens).sum().backward()  # type: ignore[no-untyped-call]
+        model.hidden(tokens, SequenceSlices(ranks)).sum().backward()  # type: ignore[no-untyped-call]
     return ranks.sent_bytes
 
 

@@ -18,6 +18,7 @@ from stu.convolution import causal_convolution
 from stu.model import FlashSTU
 from stu.model_dir import load_model, save_model
 from stu.quantization import rounded_bytes
+from stu.sequences.base import WHOLE
 
 GIB = 2**30
 SHAPE = {"width": 64, "num_layers": 2, "num_heads": 2, "num_filters": 8, "mlp_ratio": 2}
@@ -110,7 +111,7 @@ def test_graphs_have_room_for_the_matrices_of_the_full_form():
         model = FlashSTU(replace(CONFIG, stu_form="full", num_filters=num_filters))
         width, channels = CONFIG.width, 2 * num_filters
         with Largest(channels * width**2) as largest:
-            model.blocks[0].mixer.combine(torch.zeros(width, 1, channels), torch.zeros(1, 1, width))
+            model.blocks[0].mixer(torch.zeros(1, 1, width), model.filters, WHOLE)
         taken.append(largest.num_bytes)
         counted.append(budget.graph_bytes(model, EngineConfig(max_running=1)))
     assert taken[1] == 2 * taken[0] > 0

@@ -11,8 +11,7 @@ from serve.kernels.near_field import torch_near_field
 from serve.kernels.norm import torch_add_norm
 from serve.kernels.page_end import torch_page_end
 from serve.kernels.window_attention import RowWindows, torch_window_attention
-from stu.attention import alibi_slopes
-from stu.mixers import KeyWindow
+from stu.attention import Scores, alibi_slopes
 
 WAITS = {"_local_scalar_dense", "nonzero", "item", "masked_select", "unique"}
 """Operations for which the host would wait for the device."""
@@ -63,12 +62,12 @@ def test_twins_wait_for_nothing():
     joined_at = torch.zeros(3, 2, dtype=torch.int64)
     windows = RowWindows(torch.zeros(3, 2, dtype=torch.int64), *torch.zeros(2, 3).long())
     pool, token = torch.zeros(2, 2, 2, 4, 1, 5), torch.zeros(2, 1, 5)
-    window, slopes = KeyWindow(4, 1, 5, 50.0), alibi_slopes(1)
+    scores = Scores(alibi_slopes(1), 4, 50.0)
     with Operations() as operations:
         torch_near_field(inputs, pending, torch.zeros(2, 4, 5), 1, rows, number, x)
         torch_page_end(states, inputs, pending, decays, coefficients, joined_at, number, rows)
         torch_add_norm(x, x, torch.zeros(5), 1e-5)
         torch_gated_product(torch.zeros(2, 10))
-        torch_window_attention(pool, 1, windows, rows, token, token, token, slopes, window)
+        torch_window_attention(pool, 1, windows, rows, token, token, token, scores)
     assert len(operations.names) > 20
     assert not operations.names & WAITS

@@ -20,9 +20,8 @@ from serve.kernels import (
     page_end,
     window_attention,
 )
-from stu.attention import alibi_slopes
+from stu.attention import Scores, alibi_slopes
 from stu.layers import RMSNorm
-from stu.mixers import KeyWindow
 from stu.quantization import quantize
 from tests.reference import kernels as reference
 
@@ -218,7 +217,6 @@ def test_window_attention(
     torch.manual_seed(window_tokens)
     monkeypatch.setattr(window_attention, "MOST_PARTS", 2)
     softcap, layers, layer = 5.0, 2, 1
-    window = KeyWindow(window_tokens, heads, head_dim, softcap)
     num_pages = -(-window_tokens // page_len) + 1
     rows = torch.randperm(len(lengths) + 1)[: len(lengths)]
     shape = layers, 2, page_len, heads, head_dim
@@ -244,11 +242,12 @@ def test_window_attention(
     for (page, place), keys, values in zip(new_places, *new[1:], strict=True):
         written[page, layer, 0, place], written[page, layer, 1, place] = keys, values
     pool, slopes, rows = (tensor.to(device(run)) for tensor in (pool, alibi_slopes(heads), rows))
+    scores = Scores(slopes, window_tokens, softcap)
     windows = window_attention.RowWindows(
         *(tensor.to(device(run)) for tensor in (tables, firsts, befores))
     )
     found = implementation(window_attention, "window_attention", run)(
-        pool, layer, windows, rows, *new.to(device(run)), slopes, window
+        pool, layer, windows, rows, *new.to(device(run)), scores
     )
     assert_close(found, np.stack(expected), dtype)
     torch.testing.assert_close(pool.cpu(), written, rtol=0, atol=0, equal_nan=True)

@@ -32,7 +32,7 @@ def main(rank: int, size: int, folder: Path, length: int) -> None:
             window_tokens=512,
         )
     )
-    own = divide_sequences(model, size, length)
+    sequences, own = divide_sequences(size, length)
     tokens = torch.randint(64, (1, length + 1))
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
@@ -44,7 +44,7 @@ def main(rank: int, size: int, folder: Path, length: int) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.hidden(tokens[:, own]).flatten(0, 1)
+        hidden = model.hidden(tokens[:, own], sequences).flatten(0, 1)
         targets = tokens[:, own.start + 1 : own.stop + 1].flatten()
         loss, nats = next_token_loss(hidden, model.embedding.weight, targets)
     loss.backward()

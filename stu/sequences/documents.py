@@ -8,19 +8,25 @@ other documents.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stu.convolution import after_zeros, short_convolution
+from stu.sequences.base import Sequences
+
+if TYPE_CHECKING:
+    from stu.mixers import LongConvolution, Mixer, WindowAttention
+
 LEAST_PADDED = 16
 """Length to which shorter documents are padded."""
 
 
-class Documents:
-    """Places of the documents in rows `[B, T]`.
+class Documents(Sequences):
+    """Documents that share rows `[B, T]`: each is computed as if it were alone in a row.
 
     Args:
         lengths: Tokens of each document of each row, in order. Those of a row sum to T.
@@ -55,6 +61,19 @@ class Documents:
         bounds = np.append(starts, len(numbers)).astype(np.int32)
         self.bounds = torch.from_numpy(bounds).to(device)
         """Place in `B T` at which each document starts, and the end: int32 `[documents + 1]`."""
+
+    def convolve(self, layer: "LongConvolution", inputs: Tensor, filters: Tensor) -> Tensor:
+        taps = layer.taps(filters[: inputs.shape[1]])
+        mixed: Tensor = self.apply(layer.convolved, (inputs,), taps)
+        return mixed
+
+    def convolve_short(self, layer: "Mixer", inputs: Tensor, taps: Tensor) -> Tensor:
+        return short_convolution(after_zeros(inputs, len(taps)), taps, self.positions)
+
+    def attend(
+        self, layer: "WindowAttention", queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        return layer.attended(queries, keys, values, documents=self)
 
     def apply(
         self, function: Callable[..., Tensor], sequences: Sequence[Tensor], *others: Any
