@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from serve.sampling.selection import at_least, ordered, reached
+from serve.sampling.selection import at_least, keep_first
 from serve.sampling.tables import Batch, Table
 from serve.sampling_params import SamplingParams
 
@@ -25,7 +25,8 @@ class Processor(NamedTuple):
     fields: tuple[str, ...]
     """Fields of `SamplingParams` that switch it on, for the rows where they are not the default."""
     apply: Callable[[Tensor, Batch], Tensor]
-    """Returns new logits or weights `[B, vocab_size]`. Called if any row of a step uses it."""
+    """Returns new logits or weights `[B, vocab_size]`. Called if any row of a step uses it. It may
+    overwrite weights, but not logits."""
     tables: tuple[Table, ...] = ()
     """Tables over the vocabulary that it reads."""
 
@@ -59,23 +60,21 @@ def _keep_most_probable(weights: Tensor, batch: Batch) -> Tensor:
     """
     if batch.most_kept < weights.shape[1]:
         return _keep_few(weights, batch)
-    vocab_size, keys = weights.shape[1], ordered(batch.logits)
-    key_bits = 8 * batch.logits.element_size()
+    vocab_size = weights.shape[1]
     if "top_k" in batch.fields:
         top_k = batch.column("top_k", torch.int64)
-        count = top_k.masked_fill(top_k == 0, vocab_size).clamp_(max=vocab_size)
-        key, above, _ = reached(keys, torch.ones_like(keys), count, key_bits)
-        weights = weights * at_least(keys, key, count - above)
+        count = top_k.masked_fill(top_k == 0, vocab_size)
+        ones = count.new_ones(1, 1).expand_as(weights)
+        keep_first(weights, batch.logits, ones, count)
     if "top_p" in batch.fields:
         top_p = batch.column("top_p")
         # Units so small that their sum just fits: integers add up to the same in any order.
         units = (weights * 2.0 ** (62 - vocab_size.bit_length())).long()
         total = units.sum(1, keepdim=True)
         target = (total * top_p).ceil_().long().clamp_(min=1).minimum(total)
-        key, above, unit = reached(keys, units, target, key_bits)
-        room = (target - above + unit - 1) // unit.clamp(min=1)
         # At 1 nothing is left out, not even a tail of less than a unit.
-        weights = weights * (at_least(keys, key, room) | (top_p >= 1))
+        target.masked_fill_(top_p >= 1, 2**62)
+        keep_first(weights, batch.logits, units, target)
     return weights
 
 
@@ -93,11 +92,11 @@ def _keep_few(weights: Tensor, batch: Batch) -> Tensor:
     count = is_before.sum(1, keepdim=True).clamp_(min=1).minimum(top_k)
     threshold = largest.values.gather(1, count - 1)
     above = (largest.values > threshold).sum(1, keepdim=True)
-    return weights * at_least(logits, threshold, count - above)
+    return weights.mul_(at_least(logits, threshold, count - above))
 
 
 def _keep_probable(weights: Tensor, batch: Batch) -> Tensor:
-    return weights * (weights >= batch.column("min_p", weights.dtype))
+    return weights.mul_(weights >= batch.column("min_p", weights.dtype))
 
 
 LOGITS_PROCESSORS = [

@@ -27,7 +27,7 @@ from serve.sampling.processors import LOGITS_PROCESSORS, WEIGHT_PROCESSORS
 from serve.sampling.selection import largest
 from serve.sampling.tables import Batch, RowTables
 
-NUMBERS_AT_ONCE = 2**16
+NUMBERS_AT_ONCE = 2**15
 """Numbers in float64 that are computed together on a CPU. More would fit no processor's cache."""
 NUMBERS_ON_DEVICE = 2**22
 """The same on other devices, whose memory it spares: a step needs about ten such tensors."""
@@ -225,11 +225,11 @@ def _drawn(batch: Batch, features: Features, uniforms: Tensor) -> Tensor:
         logits = part.logits.to(torch.promote_types(part.logits.dtype, torch.float32))
         temperatures = part.column("temperature")
         temperatures = temperatures.masked_fill(temperatures == 0, 1)
-        weights = logits.double()  # [R, vocab_size]
-        weights = (weights - weights.amax(-1, keepdim=True)).div_(temperatures).exp_()
+        weights = logits.to(torch.float64, copy=True)  # [R, vocab_size]
+        weights.sub_(weights.amax(-1, keepdim=True)).div_(temperatures).exp_()
         for processor in filter(features.runs, WEIGHT_PROCESSORS):
             weights = processor.apply(weights, replace(part, logits=logits))
-        cumulative = weights.cumsum(-1)
+        cumulative = weights.cumsum_(-1)
         # The first token whose cumulative weight is above the target: never one of weight 0.
         targets = uniforms[first : first + at_once, None] * cumulative[:, -1:]
         drawn.append(torch.searchsorted(cumulative, targets, right=True)[:, 0])

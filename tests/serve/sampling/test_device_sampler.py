@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.request import Request
+from serve.sampling import selection
 from serve.sampling.chooser import TokenChooser
 from serve.sampling.features import EVERYTHING, FEW, GREEDY
 from serve.sampling.sampler import DeviceSampler, uniforms
@@ -42,6 +44,12 @@ class Capturable(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and sources:
             assert {result.device} == sources, f"{name} copies between devices"
         return result
+
+
+def as_on_a_device(is_device=True):
+    """Let the sampler leave out tokens on a CPU as it does on a device."""
+    name = "keep_first_on_device" if is_device else "keep_first_on_host"
+    return mock.patch.object(selection, "keep_first_on_host", getattr(selection, name))
 
 
 some_rows = st.lists(
@@ -116,14 +124,19 @@ def test_several_steps_equal_the_reference(requests, order, seed, is_padded):
     st.integers(0, 1000),
     st.sampled_from([None, 0.3, 0.0]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_few_and_many_kept_tokens_equal_the_reference(requests, seed, distinct_values, dtype):
+def test_few_and_many_kept_tokens_equal_the_reference(
+    requests, seed, distinct_values, dtype, is_device
+):
     """A small top-k of all rows is searched in another way than one of some rows."""
     rows = range(len(requests))
     sampler = make_sampler(rows, requests, 200)
     logits = random_logits(len(rows), seed, distinct_values, 200).to(dtype)
-    drawn = sampler.sample(logits, torch.tensor(rows), numbers(requests), sampler.features(rows))
+    features = sampler.features(rows)
+    with as_on_a_device(is_device):
+        drawn = sampler.sample(logits, torch.tensor(rows), numbers(requests), features)
     for row, (own, prompt, new) in enumerate(requests):
         expected = reference.sample(logits[row].tolist(), own, len(prompt + new))
         assert drawn.tokens[row] == expected
@@ -155,7 +168,7 @@ def step(sampler, features, logits):
     places = torch.tensor([*ALL_ROWS, *[sampler.null_row] * 2], device=device)
     uniform = torch.full((len(places),), 0.4, dtype=torch.float64, device=device)
     logits = torch.cat([logits, torch.full_like(logits[:2], math.nan)])
-    with Capturable():
+    with Capturable(), as_on_a_device():
         return sampler.sample(logits, places, uniform, features)
 
 
@@ -301,3 +314,51 @@ def test_selection_equals_sorting(values, dtype, data):
         expected = sorted(range(size), key=lambda i: (-row[i], i))[:count]
         assert places.tolist() == expected
         assert found.nonzero()[:, 0].tolist() == sorted(expected)
+
+
+@given(
+    st.integers(1, 70),
+    st.lists(
+        st.tuples(
+            st.floats(0, 1.2),
+            st.sampled_from(["weights", "ones"]),
+            st.sampled_from([0.001, 1.0, 300.0]),
+            st.sampled_from([None, 0.0, 0.3, 2.0]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_tokens_that_are_kept_equal_those_of_sorted_lists(size, shares, dtype, seed):
+    """Also where many logits are equal, none is above 0, and a row is not finite."""
+    num_rows, wanted = len(shares), []
+    logits = random_logits(num_rows + 1, seed, None, size).to(dtype)
+    weights = torch.empty(num_rows + 1, size, dtype=torch.float64)
+    amounts, target = (
+        torch.ones_like(weights, dtype=torch.int64),
+        torch.ones(num_rows + 1, 1).long(),
+    )
+    logits[-1], weights[-1], amounts[-1] = math.nan, math.nan, -(2**63)
+    for row, (share, kind, spread, distinct_values) in enumerate(shares):
+        if distinct_values is not None:
+            logits[row] = (logits[row] * distinct_values).round()
+        logits[row] *= spread
+        logits[row, seed % size] = -math.inf if size > 1 else 0.0
+        weights[row] = (logits[row].double() - logits[row].max()).exp()
+        if kind == "weights":
+            amounts[row] = (weights[row] * 2.0**40).long()
+        total = int(amounts[row].sum())
+        target[row] = max(1, math.ceil(share * total))
+        mass, kept = 0, [0.0] * size
+        for token in sorted(range(size), key=lambda i: (-float(logits[row, i]), i)):
+            if mass < target[row]:
+                kept[token] = float(weights[row, token])
+            mass += int(amounts[row, token])
+        wanted.append(kept)
+    for keep in selection.keep_first_on_host, selection.keep_first_on_device:
+        found = weights.clone()
+        keep(found, logits, amounts, target)
+        assert found[:-1].tolist() == wanted
