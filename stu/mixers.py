@@ -1,10 +1,9 @@
 """Mixers: the parts of a block in which tokens see one another.
 
 A mixer is a class in a file of its own, registered in `stu.layouts`. Besides its forward pass, the
-class states everything that other code must know about it: how its weights are initialised, what
-training it costs, what it remembers while decoding, and which of its weights are treated apart. The
-model, the optimizer, the planner, the engine's caches and the benchmarks ask the mixer and never
-name one.
+class states everything that other code must know about it: its initial weights, what training it
+costs, what it remembers while decoding, and which of its weights are treated apart. The model, the
+optimizer, the planner, the engine's caches and the benchmarks ask the mixer and never name one.
 """
 
 import functools
@@ -188,9 +187,10 @@ class Mixer(nn.Module, ABC):
     def imitate_gpu(self, is_half: bool) -> None:
         """Keep for the backward pass what is kept on a GPU, for the planner, which counts it."""
 
-    def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
-        """Replace products with weights outside of `nn.Linear` by modules `packed(weight)`, which
-        compute `x @ weight.T`. The engine calls this on a copy of the model."""
+    def pack(self, packed: Callable[[Tensor], nn.Module] | None) -> None:
+        """Arrange weights for decoding; if `packed` is given, replace products with those outside
+        of `nn.Linear` by modules `packed(weight)`, which compute `x @ weight.T`. The engine calls
+        this on a copy of the model, which shares its weights: they may move."""
 
 
 class LongConvolution(Mixer):

@@ -14,6 +14,10 @@ from stu.mixers import LongConvolution, PastInputs
 from stu.sequences.base import Sequences
 from stu.slices.channels import ChannelRanks, Divided
 
+SUMMED_CHANNELS = 16
+"""Channels of an STU in full form whose products a CPU adds up in the model's dtype. Sums of more
+are in float64."""
+
 
 def make_stu(config: ModelConfig) -> "TensordotSTU | FullSTU":
     """Make the STU of the form that `config.stu_form` names."""
@@ -72,8 +76,8 @@ class TensordotSTU(LongConvolution):
         self.past = replace(self.past, channels=self.channels.stop - self.channels.start)
         self.remembers = (self.past,)
 
-    def pack(self, packed: Callable[[Tensor], nn.Module]) -> None:
-        if self.project is None:
+    def pack(self, packed: Callable[[Tensor], nn.Module] | None) -> None:
+        if self.project is None and packed is not None:
             self.project = packed(self.input_matrix.T)
             del self.input_matrix
 
@@ -93,9 +97,14 @@ class FullSTU(LongConvolution):
         self.minus_matrices = nn.Parameter(torch.empty(shape))
         count = config.num_filters
         self.stacked_matrices = ("plus_matrices", count), ("minus_matrices", count)
+        self._arranged: Tensor | None = None
+        """Both matrices, once they are arranged for decoding, `[D, 2 K, D]`."""
 
     def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         mixed = sequences.convolve(self, x[..., self.channels], filters)  # [B, T, D, 2 K]
+        if self._arranged is not None:
+            outputs = _product(mixed, self._arranged)
+            return (outputs if self.ranks is None else self.ranks.sum(outputs)).to(x.dtype)
         matrices = torch.cat([self.plus_matrices, self.minus_matrices])
         outputs = torch.einsum("btdk,kde->bte", mixed, matrices)
         return outputs if self.ranks is None else self.ranks.sum(outputs)
@@ -130,6 +139,32 @@ class FullSTU(LongConvolution):
         self.past = replace(self.past, streams=self.width)
         self.remembers = (self.past,)
 
+    def pack(self, packed: Callable[[Tensor], nn.Module] | None) -> None:
+        plus, minus = self.plus_matrices, self.minus_matrices
+        self._arranged = torch.cat([plus.detach(), minus.detach()]).transpose(0, 1).contiguous()
+        plus.data, minus.data = self._arranged.transpose(0, 1).chunk(2)
+        del self.plus_matrices, self.minus_matrices
+
     @property
     def decoding_weights(self) -> int:
         return self.plus_matrices.numel() + self.minus_matrices.numel()
+
+
+def _product(mixed: Tensor, matrices: Tensor) -> Tensor:
+    """Return `[B, T, E]`, the sum over channels and filters of `mixed [B, T, D, 2 K]` times
+    `matrices [D, 2 K, E]`.
+
+    A CPU adds up groups of channels, whatever channels a rank has, and adds the groups in float64,
+    as the sum of several ranks is then that of one rank to the last bit. Or products with weights
+    of 8 bits would round some of their inputs differently.
+    """
+    if mixed.device.type != "cpu":
+        outputs: Tensor = mixed.flatten(2) @ matrices.flatten(0, 1)
+        return outputs
+    batch, length = mixed.shape[:2]
+    total = mixed.new_zeros(batch * length, matrices.shape[2], dtype=torch.float64)
+    for first in range(0, len(matrices), SUMMED_CHANNELS):
+        channels = slice(first, first + SUMMED_CHANNELS)
+        rows = mixed[:, :, channels].flatten(2).flatten(0, 1)  # [B T, 16 * 2 K]
+        total += rows.contiguous() @ matrices[channels].flatten(0, 1)
+    return total.view(batch, length, -1)

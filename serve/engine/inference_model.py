@@ -19,7 +19,7 @@ from serve.kernels.modules import KernelRMSNorm, NarrowLinear, kernel_mlp, narro
 from stu.common.errors import UserError
 from stu.division.modules import SummedOutputs
 from stu.layers import GatedMLP, RMSNorm
-from stu.mixers import Mixer, PastInputs, remembered
+from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 from stu.quantization import ByteWeights, Quantized, QuantizedLinear, quantize, quantized
 
@@ -68,6 +68,8 @@ def inference_copy(
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
     copied = copy.deepcopy(model, shared)
+    for mixer in copied.mixers:
+        mixer.pack(None if layers is None else layers.linear)
     if adapters is not None:
         adapt(copied, adapters, inference_product)
     if weights == "float":
@@ -168,8 +170,6 @@ def _replaced(module: nn.Module, layers: _Layers, weights: EngineWeights) -> nn.
         return layers.norm(module)
     if layers.linear is None:
         return module
-    if isinstance(module, Mixer):
-        module.pack(layers.linear)
     if isinstance(module, nn.Linear):
         return _with_bias(layers.linear(module.weight), module.bias)
     if isinstance(module, QuantizedLinear):

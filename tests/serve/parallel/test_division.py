@@ -232,7 +232,11 @@ def test_engines_of_ranks_decode_as_a_whole_one(directories, tokenizer, size, ki
     ("kind", "size"),
     [
         ("hybrid", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("hybrid", 4), ("hyena", 4)]),
+        ("full", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("hybrid", 4), ("hyena", 4), ("full", 4)]
+        ),
         pytest.param("plain", 2, marks=pytest.mark.slow),
     ],
 )
