@@ -1,18 +1,16 @@
 """Decoding, scores and embeddings from Python, for lists of prompts."""
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from serve.completion import Completion, CompletionBuilder, answered, normalized
+from serve.completion import Completion, answered, normalized
 from serve.config import EngineConfig
 from serve.devices import device_groups
-from serve.engine.engine import Engine
+from serve.offline import run_requests
 from serve.parallel.loading import make_engine
 from serve.prompts import RequestBuilder, choices, encode_prompt
 from serve.request import Pooling, Request, are_token_ids
@@ -22,6 +20,7 @@ from stu.common.errors import UserError, requires_extra
 from stu.model_dir import load_generation, load_tokenizer
 
 Prompt = str | Sequence[int]
+LoraRequest = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class LLM:
         tensor_parallel: Number of devices that divide the model among them, each with a part of the
             weights and of the caches. `device` may name them, with commas between them; cpu stands
             for all. Those but the first are used by processes, which `close` ends.
+        lora_modules: Folders of adapters (LoRA) in peft's layout, by the names that `lora_request`
+            takes.
         engine: Fields of `serve.config.EngineConfig`, such as `cache_gib` and `max_running`.
 
     Raises UserError for files and settings that cannot be used.
@@ -70,6 +71,7 @@ class LLM:
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
         tensor_parallel: int = 1,
+        lora_modules: Mapping[str, str | Path] | None = None,
         **engine: Any,
     ) -> None:
         self._path, self.tokenizer = Path(model), load_tokenizer(model)
@@ -84,8 +86,9 @@ class LLM:
             count = "one device" if tensor_parallel == 1 else f"{tensor_parallel} devices"
             fix = "tensor_parallel divides a model among several devices, and cpu stands for all"
             raise UserError("device", device, count, fix)
+        self._adapters = {name: Path(path) for name, path in (lora_modules or {}).items()}
         self._engine = make_engine(
-            model, devices, dtype, self.tokenizer, config, ends_process=False
+            model, devices, dtype, self.tokenizer, config, False, self._adapters
         )
 
     def close(self) -> None:
@@ -103,6 +106,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        lora_request: LoraRequest = None,
     ) -> list[RequestOutput]:
         """Return the completions of `prompts`, in their order.
 
@@ -113,6 +117,8 @@ class LLM:
                 from the settings' seed.
             use_tqdm: Whether to show a progress bar, with the rate and the time left.
             priority: A number for each prompt; lower ones run first. None: 0 for all.
+            lora_request: Name of an adapter of `lora_modules` for all prompts, or a list with a
+                name or None for each. None: the model alone.
 
         Raises UserError, before anything is decoded, if a prompt or setting is not allowed. A
         completion that fails later has the `finish_reason` "error".
@@ -126,8 +132,10 @@ class LLM:
                 message = f"{len(values)} {name} for {len(listed)} prompts: give one for each"
                 raise UserError(name, message=message)
         requests = [
-            Request(encode_prompt(self.tokenizer, prompt), own, number)
-            for prompt, own, number in zip(listed, params, priorities, strict=True)
+            Request(encode_prompt(self.tokenizer, prompt), own, number, adapter=adapter)
+            for prompt, own, number, adapter in zip(
+                listed, params, priorities, self._names(lora_request, len(listed)), strict=True
+            )
         ]
         if not requests:
             return []
@@ -153,6 +161,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoraRequest = None,
     ) -> list[RequestOutput]:
         """Return the answers to one conversation, or to a list of conversations.
 
@@ -161,6 +170,7 @@ class LLM:
                 template of the model directory makes prompts of them.
             sampling_params: As for `generate`.
             use_tqdm: As for `generate`.
+            lora_request: As for `generate`, with a name for each conversation.
 
         Raises UserError as `generate` does, and without jinja2, which the extra `serve` installs.
         """
@@ -171,13 +181,14 @@ class LLM:
         is_single = all(isinstance(message, Mapping) for message in messages)
         chats: list[Any] = [messages] if is_single else list(messages)
         prompts = [template.tokens(chat) for chat in chats]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request=lora_request)
 
     def score(
         self,
         prompts: Prompt | Sequence[Prompt],
         completions: Prompt | Sequence[Prompt] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoraRequest = None,
     ) -> list[Score]:
         """Return the log probability of each prompt, or of each completion after its prompt.
 
@@ -187,6 +198,7 @@ class LLM:
             completions: A text or a list of token ids for each prompt. None: the prompts themselves
                 are scored.
             use_tqdm: As for `generate`.
+            lora_request: As for `generate`.
 
         Raises UserError if a prompt or completion is not allowed, or if a log probability is not
         finite.
@@ -204,7 +216,8 @@ class LLM:
             Scoring(self.tokenizer, prompt, completion)
             for prompt, completion in zip(listed, after, strict=True)
         ]
-        answers = self._compute([scoring.request for scoring in scorings], use_tqdm)
+        requests = [scoring.request for scoring in scorings]
+        answers = self._compute(requests, use_tqdm, lora_request)
         return [scoring.score(answer) for scoring, answer in zip(scorings, answers, strict=True)]
 
     def embed(
@@ -213,6 +226,7 @@ class LLM:
         pooling: Pooling = "mean",
         normalize: bool = True,
         use_tqdm: bool = True,
+        lora_request: LoraRequest = None,
     ) -> list[EmbeddingOutput]:
         """Return an embedding of each prompt, from the hidden states after the final norm.
 
@@ -222,6 +236,7 @@ class LLM:
                 state of the last token.
             normalize: Whether to scale embeddings to length 1.
             use_tqdm: As for `generate`.
+            lora_request: As for `generate`.
 
         Raises UserError if a prompt or the pooling is not allowed, or if a hidden state is not
         finite.
@@ -237,59 +252,44 @@ class LLM:
             )
             for prompt in listed
         ]
+        answers = self._compute(requests, use_tqdm, lora_request)
         return [
             EmbeddingOutput(
                 prompt if isinstance(prompt, str) else None,
                 request.prompt_token_ids,
                 normalized(answer.embedding) if normalize else answer.embedding,
             )
-            for prompt, request, answer in zip(
-                listed, requests, self._compute(requests, use_tqdm), strict=True
-            )
+            for prompt, request, answer in zip(listed, requests, answers, strict=True)
         ]
 
-    def _compute(self, requests: Sequence[Request], use_tqdm: bool) -> list[Completion]:
+    def _compute(
+        self, requests: Sequence[Request], use_tqdm: bool, lora_request: LoraRequest
+    ) -> list[Completion]:
         """Run requests that generate nothing. Raises UserError if one of them fails."""
+        adapters = self._names(lora_request, len(requests))
+        requests = [
+            replace(request, adapter=adapter)
+            for request, adapter in zip(requests, adapters, strict=True)
+        ]
         answers = run_requests(self._engine, requests, use_tqdm, "prompt")
         for answer in answers:
             if answer.error:
                 raise UserError("model", message=answer.error)
         return answers
 
-
-def run_requests(
-    engine: Engine, requests: Sequence[Request], use_tqdm: bool = False, unit: str = "completion"
-) -> list[Completion]:
-    """Run requests to their ends, and return their completions, in their order.
-
-    Raises UserError, with these requests aborted, for one that is not allowed.
-    """
-    builders: dict[int, CompletionBuilder] = {}
-    unfinished: dict[int, Request] = {}
-    began, num_tokens = time.perf_counter(), 0
-    try:
-        for request in requests:
-            request_id = engine.add(request)
-            builders[request_id] = CompletionBuilder()
-            unfinished[request_id] = request
-        with tqdm(total=len(requests), disable=not use_tqdm, unit=unit) as bar:
-            while unfinished:
-                for output in engine.step():
-                    if output.request_id not in unfinished:
-                        continue  # aborted by an earlier call
-                    builders[output.request_id].add(output)
-                    num_tokens += len(output.new_token_ids)
-                    if output.finish_reason is not None:
-                        request = unfinished.pop(output.request_id)
-                        if request.sampling.max_new_tokens == 0:
-                            num_tokens += len(request.prompt_token_ids)
-                        rate = num_tokens / (time.perf_counter() - began)
-                        bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-                        bar.update()
-    finally:
-        for request_id in unfinished:
-            engine.abort(request_id)
-    return [builder.completion() for builder in builders.values()]
+    def _names(self, lora_request: LoraRequest, count: int) -> list[str]:
+        """Return the names of the adapters of so many prompts, empty ones for the model alone.
+        Raises UserError."""
+        if lora_request is None or isinstance(lora_request, str):
+            lora_request = [lora_request] * count
+        if len(lora_request) != count:
+            message = f"{len(lora_request)} lora_request for {count} prompts: give one for each"
+            raise UserError("lora_request", message=message)
+        for name in lora_request:
+            if name is not None and name not in self._adapters:
+                known = ", ".join(self._adapters) or "None, as there are no lora_modules"
+                raise UserError("lora_request", name, f"one of {known}")
+        return [name or "" for name in lora_request]
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

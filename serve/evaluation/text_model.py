@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.llm import run_requests
+from serve.offline import run_requests
 from serve.request import Request, TokenLogprobs
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError

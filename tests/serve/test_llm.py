@@ -12,6 +12,7 @@ from serve.prompts import derived_seed
 from stu.common.errors import UserError
 from stu.model import FlashSTU
 from stu.model_dir import save_model
+from tests.serve.adapters.adapter_folders import write_adapter
 from tests.serve.requests import decode
 
 PROMPTS = ["def f(", "", [1, 100, 101], "return x"]
@@ -222,3 +223,39 @@ def test_damaged_model_has_no_scores_and_embeddings(tmp_path, code_model, code_t
     for compute in (llm.score, llm.embed):
         with pytest.raises(UserError, match="not finite: its weights are damaged"):
             compute("x")
+
+
+def test_prompts_have_adapters(llm, model_directory, code_model, code_tokenizer, tmp_path):
+    merged = write_adapter(tmp_path / "own", code_model)
+    save_model(tmp_path / "merged", merged, code_tokenizer)
+    own = LLM(model_directory, "cpu", cache_gib=0.01, lora_modules={"own": tmp_path / "own"})
+    expected = llm, LLM(tmp_path / "merged", "cpu", cache_gib=0.01)
+    prompts, names = ["def f("] * 2, [None, "own"]
+    params = SamplingParams(max_new_tokens=5, stop_at_eos=False)
+    found = own.generate(prompts, params, use_tqdm=False, lora_request=names)
+    alone = [other.generate(prompts[0], params, use_tqdm=False)[0] for other in expected]
+    assert [answer.outputs for answer in found] == [answer.outputs for answer in alone]
+    assert found[0].outputs != found[1].outputs
+    (answer,) = own.generate(prompts[0], params, use_tqdm=False, lora_request="own")
+    assert answer.outputs == alone[1].outputs
+    chat = [{"role": "user", "content": "x"}]
+    answers = own.chat([chat, chat], params, use_tqdm=False, lora_request=names)
+    assert [answer.outputs for answer in answers] == [
+        other.chat(chat, params, use_tqdm=False)[0].outputs for other in expected
+    ]
+    scores = own.score(prompts, use_tqdm=False, lora_request=names)
+    embeddings = own.embed(prompts, use_tqdm=False, lora_request=names)
+    for other, score, embedding in zip(expected, scores, embeddings, strict=True):
+        (same,) = other.score(prompts[0], use_tqdm=False)
+        assert score.logprob == pytest.approx(same.logprob, abs=1e-4)
+        (vector,) = other.embed(prompts[0], use_tqdm=False)
+        assert embedding.embedding == pytest.approx(vector.embedding, abs=1e-4)
+    assert scores[0].logprob != scores[1].logprob
+    for lora_request, message in (
+        ("other", 'lora_request="other" .* one of own'),
+        (["own"], "1 lora_request for 2 prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            own.generate(prompts, params, lora_request=lora_request)
+    with pytest.raises(UserError, match="no lora_modules"):
+        llm.embed(prompts, lora_request="own")
