@@ -1,6 +1,7 @@
 """Imports form no circles, files and folders are small, and docstrings are no fragments."""
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -38,17 +39,20 @@ def imports(tree):
             yield from imports(node)
 
 
+@functools.cache
 def graph():
-    """Yield each module of the packages with the ones that it imports."""
+    """Return each module of the packages with the ones that it imports."""
+    found = {}
     paths = {module_of(path): path for path in FILES}
     for module, path in paths.items():
         names = set(imports(ast.parse(path.read_text(encoding="utf-8"))))
         names = {name if name in paths else name.rpartition(".")[0] for name in names}
-        yield module, {name for name in names if name in paths and name != module}
+        found[module] = {name for name in names if name in paths and name != module}
+    return found
 
 
 def test_imports_of_files_have_no_circle():
-    TopologicalSorter(dict(graph())).prepare()
+    TopologicalSorter(graph()).prepare()
 
 
 def test_imports_of_folders_have_no_circle():
@@ -62,7 +66,7 @@ def test_imports_of_folders_have_no_circle():
         return ".".join(parts[:-1])
 
     places = {}
-    for module, names in graph():
+    for module, names in graph().items():
         found = places.setdefault(place(module), set())
         found |= {place(name) for name in names} - {place(module)}
     TopologicalSorter(places).prepare()

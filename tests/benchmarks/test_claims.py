@@ -1,12 +1,14 @@
 """Claims of the README, and how they are measured anew."""
 
 import json
+import sys
 
 import pytest
 
 from benchmarks import claims, evidence
 from benchmarks.claims import CLAIMS, CURVES, Claim
 from benchmarks.recorded import Run, recorded
+from tests import forked
 
 
 def test_claims_hold_within_their_bounds():
@@ -30,6 +32,12 @@ def test_every_claim_has_one_bound_and_is_measured_anew():
     for claim in CLAIMS:
         assert (claim.at_least is None) != (claim.at_most is None), claim.text
         assert claim.benchmark in evidence.QUICK, claim.text
+
+
+@pytest.fixture
+def forked_python(monkeypatch):
+    """Let benchmarks run in forks of a process that has imported torch."""
+    monkeypatch.setattr(sys, "executable", forked.python())
 
 
 def recorded_benchmark(monkeypatch, changed: dict[str, Run]):
@@ -102,6 +110,7 @@ def test_claims_are_about_the_figures_that_they_name():
     assert all(line.endswith(", 2026-01-02, fffffff |") for line in lines)
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_benchmark_that_fails_leaves_no_result_and_names_its_log(tmp_path):
     (tmp_path / "decode.json").write_text('{"runs": "damaged"')
     with pytest.raises(SystemExit, match=r"model failed: see .*model\.log"):
@@ -110,6 +119,7 @@ def test_a_benchmark_that_fails_leaves_no_result_and_names_its_log(tmp_path):
     assert "error: decode.json: not JSON (" in (tmp_path / "model.log").read_text()
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_benchmark_writes_its_result_where_it_is_looked_for(tmp_path):
     runs = recorded()["decode"]["runs"][:1]
     decoded = {"machine": {"commit": "of the decoding"}, "runs": runs}

@@ -37,7 +37,7 @@ def test_resources_are_those_of_the_result():
         assert measured == result["runs"], "run python -m benchmarks kernels"
 
 
-@pytest.mark.parametrize("options", [LARGE, ODD])
+@pytest.mark.parametrize("options", [LARGE, pytest.param(ODD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)]
 )

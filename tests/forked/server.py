@@ -31,13 +31,17 @@ from lightning.fabric.utilities import rank_zero
 
 NAMESPACES = "mnt", "uts", "pid"
 OTHERS = [
+    "deepspeed.module_inject",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # it compiles a function, for seconds
     "fastapi",
     "lightning.pytorch",
     "lightning.pytorch.strategies.deepspeed",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
     "torch.utils.tensorboard",
     "uvicorn",
 ]
-"""Imported by our modules only when they are needed."""
+"""Imported by our modules, or by DeepSpeed, only when they are needed."""
 NOT_FORKED = ("serve.evaluation.harness", "serve.ray.", "serve.ray_", "serve.batch.cluster")
 """Starts of the names of modules whose import starts threads."""
 

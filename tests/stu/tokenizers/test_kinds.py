@@ -96,7 +96,10 @@ def test_awkward_text(tokenizer, library, text):
     check(tokenizer, library, text)
 
 
-@pytest.mark.parametrize("text", ["a", "Ab", "中", "é", "x1", "-/"])
+@pytest.mark.parametrize(
+    "text",
+    ["中", "x1", *(pytest.param(text, marks=pytest.mark.slow) for text in ("a", "Ab", "é", "-/"))],
+)
 def test_a_megabyte_without_a_space(tokenizer, library, text):
     check(tokenizer, library, (text * LONG)[: LONG // len(text.encode())])
 

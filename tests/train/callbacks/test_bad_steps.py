@@ -70,7 +70,7 @@ def train_with_bad_losses(settings, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "stage", "value", "accumulated"),
     [
-        (1, None, "nan", 1),
+        slow(1, None, "nan", 1),
         (1, None, "inf", 1),
         *(slow(2, stage, "nan", 1) for stage in (None, 0, 1, 2, 3)),
         *(slow(2, stage, "inf", 1) for stage in (None, 3)),
@@ -101,7 +101,7 @@ def test_update_that_is_not_finite_is_skipped_on_all_ranks(
     assert len(samples) == len(set(samples)) == 4 * accumulated
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_too_many_skipped_updates_end_the_run(train_with_bad_losses, ranks):
     """The last checkpoint, which is still being written, is completed."""
     more = {"model.guard.most_bad_steps": 3, "checkpoint-every-steps": 2, "late_step": 4}

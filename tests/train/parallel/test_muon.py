@@ -6,7 +6,7 @@ import torch
 from tests.train.conftest import slow
 from tests.train.saved import checkpoint, load_checkpoint
 
-STEPS, SAVED, SAMPLES = 50, 25, 16
+STEPS, SAVED, SAMPLES = 16, 8, 16
 STAGES = [None, 0, 1, 2, 3, "fsdp"]
 
 
