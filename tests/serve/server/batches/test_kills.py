@@ -43,8 +43,13 @@ def restarted(model_directory, tmp_path):
 
 
 def wait_for(restarted, batch_id, num_completed, seconds=SECONDS):
-    deadline = time.monotonic() + seconds
-    while restarted.client.batches.retrieve(batch_id).request_counts.completed < num_completed:
+    """Wait until a batch has some number of results, of which one comes in `seconds`."""
+    found = -1
+    while found < num_completed:
+        before = found
+        found = restarted.client.batches.retrieve(batch_id).request_counts.completed
+        if found > before:
+            deadline = time.monotonic() + seconds
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
