@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.cache.page_pool import NULL_PAGE
@@ -15,6 +16,7 @@ from serve.engine.engine import Engine
 from serve.engine.sampling_step import KINDS as KINDS_OF_SAMPLING
 from serve.engine.step_state import NUM_BUFFERS, StepState
 from serve.kernels.norm import add_norm
+from serve.sampling import selection
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.tokenizers.sentence_piece import train_bpe
@@ -184,6 +186,20 @@ def test_every_sum_of_the_stream_runs_with_the_norm_after_it(make_engine, monkey
     )
 
 
+class NoNumbers(TorchFunctionMode):
+    """Fails where the host asks for numbers of a tensor or gives its own. In inference mode, a
+    dispatch mode sees neither."""
+
+    FORBIDDEN = (
+        *("item", "tolist", "numpy", "tensor"),
+        *("__int__", "__float__", "__bool__", "__index__"),
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func.__name__ not in self.FORBIDDEN, func.__name__
+        return func(*args, **(kwargs or {}))
+
+
 class NoSync(TorchDispatchMode):
     """Fails where a GPU would make the host wait, or where the host gives numbers of its own."""
 
@@ -201,7 +217,15 @@ class NoSync(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count, self._functions = 0, NoNumbers()
+
+    def __enter__(self):
+        self._functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, str(func)
@@ -228,9 +252,10 @@ class NoSync(TorchDispatchMode):
     ],
 )
 def test_the_device_part_never_waits_and_keeps_its_addresses(
-    make_engine, kind, cache, batch_invariant, num_steps
+    make_engine, monkeypatch, kind, cache, batch_invariant, num_steps
 ):
     """Over many random steps, whatever the size of the batch, and of the sampler."""
+    monkeypatch.setattr(selection, "keep_first_on_host", selection.keep_first_on_device)
     settings = {"convolution_cache": cache, "batch_invariant": batch_invariant, "overlap": True}
     engine = make_engine(kind, **settings)
     step, sampling = engine._runner._static, engine._runner._sampling
@@ -278,15 +303,19 @@ def static_addresses(engine):
     return [tensor.data_ptr() for tensor in found if tensor.layout is torch.strided]
 
 
-def test_a_step_that_waits_is_found():
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_step_that_waits_is_found(inference):
     for wait in (
         lambda x: x[0].item(),
+        lambda x: int(x[0]),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.tolist(),
         lambda x: x[x > 0],
         lambda x: x.nonzero(),
         lambda x: x + torch.tensor([1.0]),
-        lambda x: x.to("meta"),
+        *([] if inference else [lambda x: x.to("meta")]),
     ):
-        with pytest.raises(AssertionError), NoSync():
+        with pytest.raises(AssertionError), torch.inference_mode(inference), NoSync():
             wait(torch.ones(3))
 
 
