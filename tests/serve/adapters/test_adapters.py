@@ -48,7 +48,7 @@ def completions(engine, requests):
         (False, {}),
         (True, {"prompt_tokens_per_step": 24}),
         (True, {"batch_invariant": True}),
-        (False, {"batch_invariant": True}),
+        pytest.param(False, {"batch_invariant": True}, marks=pytest.mark.slow),
         (False, {"convolution_cache": "pages", "page_len": 4, "prompt_tokens_per_step": 10}),
     ],
 )

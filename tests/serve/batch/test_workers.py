@@ -79,7 +79,9 @@ def test_run_whose_worker_died_ends_and_resumes(model_directory, source, target,
     assert [row["row"] for row in in_order(after)] == list(range(len(MANY_ROWS)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_no_worker_outlives_its_run(model_directory, source, target, start, number):
     write_rows(source, MANY_ROWS)
     process = start(model_directory, source, target, *TWO, "--max-running", "2")

@@ -150,8 +150,8 @@ def test_errors_of_tools_and_of_the_text_beside_them_are_told_apart(grammars):
     deep = {"type": "object"}
     for _ in range(90):
         deep = {"type": "object", "properties": {"a": deep}}
-    definitions = {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(1500)}
-    definitions["1500"] = {"type": "object"}
+    definitions = {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(1100)}
+    definitions["1100"] = {"type": "object"}
     for wrong in (
         {"type": "object", "properties": {"a": {"not": {}}}},
         {"type": "object", "properties": {"a": {"type": "what"}}},

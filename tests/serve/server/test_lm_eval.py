@@ -82,7 +82,8 @@ def samples_of(folder, task):
     return samples
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # importing lm-eval takes 8 s
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_tasks_have_the_results_of_the_model(
     tmp_path, model_directory, code_model, code_tokenizer, batch_size
 ):

@@ -77,7 +77,7 @@ def ready(server):
 
 
 @pytest.mark.parametrize(
-    ("count", "num_kills"), [(32, 4), pytest.param(500, 20, marks=pytest.mark.slow)]
+    ("count", "num_kills"), [(20, 2), pytest.param(500, 20, marks=pytest.mark.slow)]
 )
 def test_killed_replicas_change_no_stream(
     model_directory, code_model, code_tokenizer, count, num_kills
@@ -164,7 +164,7 @@ def test_an_engine_that_ends_or_stops_is_replaced(model_directory, code_model, c
         assert len([line for line in server.lines if "does not respond" in line]) == 1
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_clients_that_go_away_leave_nothing_behind(model_directory, count):
     with serving(model_directory, "--max-waiting", 2000) as server:
         rng = random.Random(0)
@@ -202,7 +202,10 @@ def starting(model, *options, python=sys.executable, **environment):
     ("damaged", "cache_gib", "reason"),
     [
         ("config.json", "0.01", "config.json"),
-        ("model.safetensors", "0.01", NO_REPLICA + ".*model.safetensors"),
+        pytest.param(
+            *("model.safetensors", "0.01", NO_REPLICA + ".*model.safetensors"),
+            marks=pytest.mark.slow,
+        ),
         (None, "1e-6", NO_REPLICA + ".*--cache-gib=9.993e-07 is too little"),
     ],
 )

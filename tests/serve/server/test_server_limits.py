@@ -53,7 +53,7 @@ def test_idle_connections_starve_neither_health_nor_replicas(
     """They leave file descriptors for a new replica, and end when their deadline is over."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    timeouts = "--header-timeout-seconds", 5, "--body-timeout-seconds", 5
+    timeouts = "--header-timeout-seconds", 3, "--body-timeout-seconds", 3
     with ExitStack() as stack:
         server = stack.enter_context(serving(model_directory, *timeouts, open_files=open_files))
         half = "POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
@@ -150,13 +150,13 @@ def test_clients_that_read_nothing_leave_no_memory_behind(model_directory):
 
 def test_request_that_takes_too_long_ends(model_directory):
     """After the time limit of requests, or when the time to drain is over."""
-    options = "--request-timeout-seconds", 3, "--drain-seconds", 0.5
+    options = "--request-timeout-seconds", 2, "--drain-seconds", 0.5
     with serving(model_directory, *options) as server, server.client() as http:
         (replica,) = server.replicas()
         replica.send_signal(signal.SIGSTOP)
         answer = http.post(PATH, json=BODY)
         assert answer.status_code == 504
-        assert "3 seconds" in answer.json()["error"]["message"]
+        assert "2 seconds" in answer.json()["error"]["message"]
         replica.send_signal(signal.SIGCONT)
         assert http.post(PATH, json=SHORT).status_code == 200
         eventually(lambda: server.pages_used() == 0)
