@@ -48,7 +48,7 @@ PROMPT, NEW = (32, 512), (32, 256)
 """Fewest and most tokens of prompts, and new ones, of requests to servers."""
 MOST_SERVED = PROMPT[1] + NEW[1] + 1
 WARM_REQUESTS = 4
-HEAD: tuple[str, ...] = ("part", "width", "layers", "vocab_size", "threads")
+HEAD: tuple[str, ...] = ("part", "width", "layers", "vocab_size", "max_seq_len", "threads")
 HEAD += ("context", "batch", "new_tokens", "clients", "requests")
 SHOWN = ("part", "program", "context", "batch", "clients", "round")
 
@@ -78,6 +78,8 @@ class Options:
     """Blocks of the models."""
     vocab_size: PositiveInt = 4096
     """Tokens of the models."""
+    max_seq_len: PositiveInt = 2**15 + 2**8
+    """Longest context of the models, which all measurements of a file should share."""
     rounds: PositiveInt = 2
     """Rounds of all programs in turn."""
     peer_folder: Path | None = None
@@ -115,7 +117,9 @@ def measure(options: Options) -> dict[str, Any]:
 
 def chosen(options: Options) -> Iterator[dict[str, Any]]:
     """Yield the settings in which programs are compared."""
-    shared = {name: getattr(options, name) for name in ("width", "layers", "vocab_size")}
+    shared = {
+        name: getattr(options, name) for name in ("width", "layers", "vocab_size", "max_seq_len")
+    }
     shared["threads"] = torch.get_num_threads()
     if "decode" in options.parts:
         for context, batch in itertools.product(options.context, options.batch):
@@ -129,8 +133,12 @@ def chosen(options: Options) -> Iterator[dict[str, Any]]:
 def prepared(options: Options) -> dict[str, Program]:
     """Return the programs that can be had, and say which cannot."""
     longest = max(max(options.context) + options.new_tokens + max(options.batch) + 1, MOST_SERVED)
+    if longest > options.max_seq_len:
+        raise UserError(
+            "max-seq-len", options.max_seq_len, f"at least {longest} for these settings"
+        )
     sizes = {"width": options.width, "num_layers": options.layers}
-    shape = ModelConfig(options.vocab_size, layout="stu", max_seq_len=longest, **sizes)
+    shape = ModelConfig(options.vocab_size, layout="stu", max_seq_len=options.max_seq_len, **sizes)
     folder = options.peer_folder or cache_folder() / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()

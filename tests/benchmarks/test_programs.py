@@ -174,6 +174,7 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
         parts=("decode",),
         width=64,
         layers=2,
+        max_seq_len=2100,
         rounds=2,
         peer_folder=tmp_path / "peers",
         progress=tmp_path / "progress.json",
