@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -61,6 +62,17 @@ def repeat_a_device(groups: Sequence[str]) -> bool:
     """Return whether several of these groups have a device in common."""
     names = [name for group in groups for name in set(group.split(","))]
     return len(set(names)) < len(names)
+
+
+@contextmanager
+def memory_checked() -> Iterator[None]:
+    """Raise UserError, which names the settings to lower, where a device runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fields = map(setting_name, ("cache_gib", "max_running", "prompt_tokens_per_step"))
+        message = f"out of memory: lower one of {', '.join(fields)}"
+        raise UserError("cache_gib", message=message) from error
 
 
 def _device(name: str, text: str, num_cuda: int, field: str) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from stu.common.errors import UserError
 from stu.common.files import new_directory
-from stu.common.safetensors import write_safetensors
+from stu.common.safetensors import misfits, write_safetensors
 from stu.config import ModelConfig, Weights
 from stu.division.parts import SCALES, Parts
 from stu.mixers import Mixer
@@ -151,7 +151,9 @@ def load_model(
             else:
                 wide = dequantize(stored).movedim(0, dim)
                 tensors[name] = wide.to(dtype or torch.float32).contiguous()
-    _check_weights(path / "model.safetensors", tensors, model.state_dict())
+    if problems := misfits(tensors, model.state_dict(), wide={"filters"}):
+        file = path / "model.safetensors"
+        raise UserError(str(file), message=f"{file} does not fit config.json: {problems}")
     model.load_state_dict(tensors, assign=True)
     del tensors
     if weights in DTYPES:
@@ -234,28 +236,6 @@ def _check_version(file: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _check_weights(
-    file: Path, weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    problems += [
-        f"{name} is {weights[name].dtype}"
-        for name in expected
-        if name in weights and not _is_wide_enough(name, weights[name].dtype)
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            str(file), message=f"{file} does not fit config.json: {', '.join(problems[:3])}{more}"
-        )
-
-
 def _check_scales(
     file: Path, name: str, matrix: torch.Tensor, scales: torch.Tensor, dim: int
 ) -> None:
@@ -267,10 +247,6 @@ def _check_scales(
             message=f"{file}: {name}{SCALES} ({scales.dtype}, {tuple(scales.shape)}) does not "
             f"belong to {name} ({matrix.dtype}, {tuple(matrix.shape)}); copy the model again",
         )
-
-
-def _is_wide_enough(name: str, dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and (name != "filters" or torch.finfo(dtype).bits >= 32)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

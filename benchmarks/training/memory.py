@@ -20,7 +20,7 @@ from benchmarks.machine import describe
 from stu.config import ModelConfig
 from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
-from train.plan.activations import activation_bytes
+from train.plan.activations import RankStep, activation_bytes
 from train.plan.memory import rank_memory
 from train.report import read_curves
 
@@ -96,7 +96,7 @@ def compare(setting: Setting, data: Path, run_dir: Path) -> dict[str, Any]:
     train(run_dir, config, settings)
     measured = max(read_curves(run_dir)["train/memory_gib"][1])
     device = {"is_half": False, "on_gpu": False}
-    activations = activation_bytes(config, seq_len, micro_batch, parallel, **device)
+    activations = activation_bytes(config, RankStep(seq_len, micro_batch, parallel, **device))
     state_bytes = OPTIMIZERS["adamw"].state_bytes(matrix_share=0)
     memory = rank_memory(config, parallel, ranks, activations, **device, state_bytes=state_bytes)
     planned = memory.total / 2**30

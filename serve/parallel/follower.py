@@ -21,13 +21,14 @@ from contextlib import suppress
 import torch
 
 from serve.config import EngineConfig
+from serve.devices import memory_checked
 from serve.engine.engine import Engine
 from serve.parallel.followers import digest_of
 from serve.parallel.ranks import join
 from serve.sampling_params import Constraint
 from serve.wire import Message, Unpacker, pack, request_from_wire, unpack
 from stu.common.cli import run_command
-from stu.common.errors import UserError, setting_name
+from stu.common.errors import UserError
 from stu.model_dir import load_model, load_tokenizer
 
 RECEIVE_BYTES = 2**20
@@ -110,13 +111,11 @@ def main() -> int:
     """Run the process; return 2 after an error that the user can mend."""
 
     def follow() -> int:
-        with socket.socket(fileno=int(sys.argv[1])) as connection:
+        with socket.socket(fileno=int(sys.argv[1])) as connection, memory_checked():
             try:
                 Follower(connection).run()
-            except torch.OutOfMemoryError as error:
-                fields = map(setting_name, ("cache_gib", "max_running", "prompt_tokens_per_step"))
-                message = f"out of memory: lower one of {', '.join(fields)}"
-                raise UserError("cache_gib", message=message) from error
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, UserError):
                 threading.Event().wait(LAST_SECONDS)  # the end of the first rank ends this one
                 raise

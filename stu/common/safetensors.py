@@ -9,7 +9,7 @@ be written in another dtype without a second model in memory, which `safetensors
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -76,3 +76,25 @@ def _write(out: BinaryIO, part: bytes | memoryview, digest: Digest | None) -> No
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def misfits(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], wide: Container[str] = ()
+) -> str:
+    """Return the first differences to the expected names and shapes, and tensors that are no
+    floats of 16 bits or more; empty if there are none.
+
+    wide: Names of tensors that need 32 bits.
+    """
+    found = [f"{name} is missing" for name in expected if name not in tensors]
+    found += [f"{name} is unknown" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            continue
+        shape, bits = list(expected[name].shape), 32 if name in wide else 16
+        is_wide = tensor.dtype in FLOATS and torch.finfo(tensor.dtype).bits >= bits
+        if not is_wide or list(tensor.shape) != shape:
+            own = f"{tensor.dtype} {list(tensor.shape)}"
+            found.append(f"{name} is {own}, not floats of {bits} bits or more {shape}")
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stu.common.errors import UserError
 from stu.common.files import new_directory
-from stu.common.safetensors import FLOATS, write_safetensors
+from stu.common.safetensors import misfits, write_safetensors
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.tokenizer import Tokenizer
@@ -120,20 +120,10 @@ def _model_weights(
     _merge_head(tensors)
     _merge_filters(tensors)
     names = published_names(config)
-    expected = {names[name]: tensor.shape for name, tensor in shapes.items()}
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in expected]
-    problems += [
-        f"{name} is {tensor.dtype} {list(tensor.shape)}, not floats of 16 bits or more "
-        f"{list(expected[name])}"
-        for name, tensor in tensors.items()
-        if name in expected and not (tensor.dtype in FLOATS and tensor.shape == expected[name])
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    if problems := misfits(tensors, {names[name]: tensor for name, tensor in shapes.items()}):
         raise UserError(
-            message=f"does not fit config.json: {', '.join(problems[:3])}{more}; supported are "
-            "STU of either form and attention, alternating or STU alone, without biases"
+            message=f"does not fit config.json: {problems}; supported are STU of either form and "
+            "attention, alternating or STU alone, without biases"
         )
     filters = tensors[FILTERS]
     tensors[FILTERS] = filters.to(torch.promote_types(filters.dtype, torch.float32))

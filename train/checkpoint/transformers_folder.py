@@ -21,7 +21,7 @@ from torch import Tensor
 from stu.chat.template import template_of
 from stu.common.errors import UserError
 from stu.common.files import new_directory
-from stu.common.safetensors import FLOATS, write_safetensors
+from stu.common.safetensors import misfits, write_safetensors
 from stu.config import ModelConfig
 from stu.mixers import LongConvolution
 from stu.model import FlashSTU
@@ -178,17 +178,8 @@ def _own_weights(tensors: dict[str, Tensor], model: FlashSTU) -> dict[str, Tenso
     shapes = model.state_dict()
     if FILTERS in shapes and not shapes[FILTERS].numel():
         tensors[_name(FILTERS)] = torch.empty_like(shapes[FILTERS], device="cpu")
-    expected = {_name(name): tensor.shape for name, tensor in shapes.items()}
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in expected]
-    problems += [
-        f"{name} is {tensor.dtype} {list(tensor.shape)}, not floats of 16 bits or more "
-        f"{list(expected[name])}"
-        for name, tensor in tensors.items()
-        if name in expected and not (tensor.dtype in FLOATS and tensor.shape == expected[name])
-    ]
-    if problems:
-        raise UserError(message=f"does not fit config.json: {', '.join(problems[:3])}")
+    if problems := misfits(tensors, {_name(name): tensor for name, tensor in shapes.items()}):
+        raise UserError(message=f"does not fit config.json: {problems}")
     own = {name: tensors[_name(name)] for name in shapes}
     for name in model.wide_names & own.keys():
         own[name] = own[name].to(torch.promote_types(own[name].dtype, torch.float32))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from stu.common.errors import UserError
@@ -87,3 +89,13 @@ class OptimizerKind:
             others if self.matrix_state_tensors is None else len(self.matrix_state_tensors)
         )
         return STATE_BYTES * (matrix_share * of_matrices + (1 - matrix_share) * others)
+
+
+def running_average(state: dict[str, Any], parameter: Tensor) -> Tensor:
+    """Count a step in a parameter's state, and return the average of gradients that it keeps."""
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter)
+    state["step"] += 1
+    average: Tensor = state["exp_avg"]
+    return average

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from train.optimizer.base import OptimizerConfig, OptimizerKind
+from train.optimizer.base import OptimizerConfig, OptimizerKind, running_average
 
 
 class Lion(Optimizer):
@@ -51,14 +51,10 @@ class Lion(Optimizer):
         weight_decay: float,
         **_: Any,
     ) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        direction = state["exp_avg"].lerp(gradient, 1 - betas[0]).sign_()
+        average = running_average(self.state[parameter], parameter)
+        direction = average.lerp(gradient, 1 - betas[0]).sign_()
         parameter.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
-        state["exp_avg"].lerp_(gradient, 1 - betas[1])
+        average.lerp_(gradient, 1 - betas[1])
 
 
 def hyperparameters(config: OptimizerConfig) -> dict[str, Any]:

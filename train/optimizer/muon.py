@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from train.optimizer.adamw import DeviceAdamW
 from train.optimizer.adamw import hyperparameters as adamw_hyperparameters
-from train.optimizer.base import OptimizerConfig, OptimizerKind
+from train.optimizer.base import OptimizerConfig, OptimizerKind, running_average
 from train.optimizer.matrices import MatrixExchange, Part, Piece, flat
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -96,13 +96,9 @@ class Muon(DeviceAdamW):
             return
         for parameter in held:
             assert parameter.grad is not None
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(parameter)
-            state["step"] += 1
             parameter.grad = parameter.grad.contiguous()
-            flat(state["exp_avg"]).lerp_(flat(parameter.grad), 1 - momentum)
+            average = flat(running_average(self.state[parameter], parameter))
+            average.lerp_(flat(parameter.grad), 1 - momentum)
             flat(parameter).mul_(1 - lr * weight_decay)
 
         def direction(piece: Piece) -> Tensor:

@@ -7,7 +7,7 @@ the backward pass and everything else at its peak.
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -39,25 +39,31 @@ LOSS_CHUNKS = 3
 """Chunks of the loss that are counted: the first, one that replaces it, and one more."""
 
 
-def activation_bytes(
-    config: ModelConfig,
-    seq_len: int,
-    micro_batch_size: int,
-    parallel: ParallelConfig,
-    is_half: bool,
-    on_gpu: bool,
-    is_apart: bool = False,
-) -> int:
+@dataclass(frozen=True)
+class RankStep:
+    """A forward and backward pass of a rank."""
+
+    seq_len: int
+    micro_batch_size: int
+    parallel: ParallelConfig
+    is_half: bool = False
+    """Whether it computes in bfloat16 rather than float32."""
+    on_gpu: bool = False
+    """Whether to count what the GPU's kernels keep, such as flash-attn's if `is_half`."""
+    is_apart: bool = False
+    """Whether documents are kept apart."""
+
+
+def activation_bytes(config: ModelConfig, own: RankStep) -> int:
     """Return the bytes beyond weights and gradients at the peak of a forward and backward pass.
 
     Two periods of the layout are counted; each further period adds what one keeps for the backward
-    pass. on_gpu: count what the GPU's kernels keep, such as flash-attn's if `is_half`. is_apart:
-    whether documents are kept apart.
+    pass.
     """
     period = len(mixer_names(config.layout))
     num_layers = min(config.num_layers, 2 * period + config.num_layers % period)
     few = replace(config, num_layers=num_layers)
-    step = step_memory(few, seq_len, micro_batch_size, parallel, is_half, on_gpu, is_apart)
+    step = step_memory(few, own)
     num_more = (config.num_layers - num_layers) // period
     return max(step.blocks_peak + num_more * step.period_kept, step.peak)
 
@@ -74,21 +80,14 @@ class StepMemory(NamedTuple):
     """Bytes that one period of layers keeps for the backward pass."""
 
 
-def step_memory(
-    config: ModelConfig,
-    seq_len: int,
-    micro_batch_size: int,
-    parallel: ParallelConfig,
-    is_half: bool,
-    on_gpu: bool,
-    is_apart: bool = False,
-) -> StepMemory:
+def step_memory(config: ModelConfig, own: RankStep) -> StepMemory:
     """Count the memory of a pass through all layers."""
-    with FakeTensorMode(), _whole_width_ffts(on_gpu), _without_repetition():
+    parallel, is_half = own.parallel, own.is_half
+    with FakeTensorMode(), _whole_width_ffts(own.on_gpu), _without_repetition():
         # DeepSpeed and FSDP cast the model; otherwise autocast makes 16-bit copies on the way.
         casts = is_half and parallel.kind != "ddp"
         model = _make_model(torch.bfloat16 if casts else torch.float32, config)
-        for mixer in model.mixers if on_gpu else ():
+        for mixer in model.mixers if own.on_gpu else ():
             mixer.imitate_gpu(is_half)
         autocast: Any = nullcontext()
         if is_half and not casts:
@@ -114,13 +113,13 @@ def step_memory(
         for module in [*model.blocks, model.norm][period : 2 * period + 1 : period]:
             module.register_forward_pre_hook(record)
         sequences: Sequences = WHOLE
-        if is_apart:
-            sequences = _typical_documents(seq_len, micro_batch_size)
+        if own.is_apart:
+            sequences = _typical_documents(own.seq_len, own.micro_batch_size)
         elif parallel.context > 1:  # the last rank receives the most
             sequences = SequenceSlices(PlannedRanks(parallel.context - 1, parallel.context))
         with tracker, autocast:
-            length = seq_len // parallel.context
-            tokens = torch.zeros(micro_batch_size, length + 1, dtype=torch.int64)
+            length = own.seq_len // parallel.context
+            tokens = torch.zeros(own.micro_batch_size, length + 1, dtype=torch.int64)
             hidden = model.hidden(tokens[:, :-1], sequences)
             hidden = hidden.flatten(0, 1)  # [B, T, D] -> [B T, D]
             objective, _ = next_token_loss(hidden, model.embedding.weight, tokens[:, 1:].flatten())

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from stu.config import ModelConfig
 from train.parallel.config import ParallelConfig
-from train.plan.activations import activation_bytes
+from train.plan.activations import RankStep, activation_bytes
 from train.plan.memory import RankMemory, rank_memory
 
 MOST = 4096
@@ -56,15 +56,9 @@ class Fits:
     def _count(self, parallel: ParallelConfig, micro_batch: int) -> int:
         key = parallel.kind == "ddp", parallel.checkpoint_activations, micro_batch
         if key not in self._activations:
-            self._activations[key] = activation_bytes(
-                self.config,
-                self.seq_len,
-                micro_batch,
-                parallel,
-                self.is_half,
-                on_gpu=True,
-                is_apart=self.is_apart,
-            )
+            shape = self.seq_len, micro_batch, parallel, self.is_half
+            step = RankStep(*shape, on_gpu=True, is_apart=self.is_apart)
+            self._activations[key] = activation_bytes(self.config, step)
         return self._activations[key]
 
 

@@ -1,6 +1,6 @@
 """Prometheus metrics that replicas report."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +21,14 @@ class _Sample:
     value: float
     labels: dict[str, str] = field(default_factory=dict)
     """Labels beside the name of the model."""
+
+
+def _unlabelled(
+    kind: Literal["gauge", "counter"], values: Mapping[str, tuple[str, float]]
+) -> Iterator[_Sample]:
+    """Yield samples without labels of texts and values by name."""
+    for name, (text, value) in values.items():
+        yield _Sample(kind, name, text, value)
 
 
 class ReplicasCollector(Collector):
@@ -75,8 +83,7 @@ class ReplicasCollector(Collector):
             "stu:attention_pages_used": ("Cache pages for attention windows in use.", used[1]),
             "stu:replicas_ready": ("Replicas that take requests.", len(stats)),
         }
-        for name, (text, value) in gauges.items():
-            yield _Sample("gauge", name, text, value)
+        yield from _unlabelled("gauge", gauges)
         counters = {
             f"{self._prefix}:num_preemptions": ("Requests preempted.", totals.preemptions),
             f"{self._prefix}:prefix_cache_queries": (
@@ -108,8 +115,7 @@ class ReplicasCollector(Collector):
                 replicas.num_resumed,
             ),
         }
-        for name, (text, value) in counters.items():
-            yield _Sample("counter", name, text, value)
+        yield from _unlabelled("counter", counters)
         caches = [own.convolution_cache for own in stats if own.convolution_cache]
         if caches:
             yield from _convolution_cache(caches[0])  # replicas have the same
@@ -142,5 +148,4 @@ def _convolution_cache(cache: ConvolutionCacheInfo) -> Iterator[_Sample]:
             cache.page_bytes,
         ),
     }
-    for name, (text, value) in gauges.items():
-        yield _Sample("gauge", name, text, value)
+    yield from _unlabelled("gauge", gauges)

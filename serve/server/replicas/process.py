@@ -15,12 +15,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from serve.config import EngineConfig
+from serve.devices import memory_checked
 from serve.engine.engine import Engine
 from serve.parallel.loading import make_engine
 from serve.request import Request
@@ -33,7 +35,7 @@ from serve.wire import (
     request_from_wire,
 )
 from stu.common.cli import run_command
-from stu.common.errors import UserError, setting_name
+from stu.common.errors import UserError
 from stu.model_dir import load_tokenizer
 
 HEARTBEAT_SECONDS = 0.25
@@ -176,15 +178,9 @@ def main() -> int:
     """Run the process; return 0 if the server ended, 2 after an error that the user can mend."""
 
     def serve() -> int:
-        with socket.socket(fileno=int(sys.argv[1])) as connection:
-            try:
-                Replica(connection).run()
-            except ConnectionError:
-                pass  # the server ended
-            except torch.OutOfMemoryError as error:
-                fields = map(setting_name, ("cache_gib", "max_running", "prompt_tokens_per_step"))
-                message = f"out of memory: lower one of {', '.join(fields)}"
-                raise UserError("cache_gib", message=message) from error
+        connection = socket.socket(fileno=int(sys.argv[1]))
+        with connection, memory_checked(), suppress(ConnectionError):  # the server ended
+            Replica(connection).run()
         return 0
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # the server logs what starts

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from serve.config import EngineConfig
-from serve.devices import device_groups
+from serve.devices import device_groups, memory_checked
 from serve.llm import LLM
 from serve.parallel.follower import Follower
 from serve.parallel.followers import Followers
@@ -327,6 +327,17 @@ def test_devices_make_up_groups(monkeypatch, devices, num_cuda, size, groups):
             device_groups(devices, size)
     else:
         assert device_groups(devices, size) == groups
+
+
+def test_a_device_without_memory_names_the_settings_to_lower():
+    with (
+        pytest.raises(UserError, match=r"out of memory: lower one of .*max.running") as refused,
+        memory_checked(),
+    ):
+        raise torch.OutOfMemoryError
+    assert refused.value.field == "cache_gib"
+    with pytest.raises(RuntimeError, match="another"), memory_checked():
+        raise RuntimeError("another")
 
 
 @pytest.mark.parametrize(

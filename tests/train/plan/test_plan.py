@@ -17,7 +17,7 @@ from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan import activations as counting
 from train.plan import cli as plan
-from train.plan.activations import activation_bytes, fft_bytes, slice_bytes, step_memory
+from train.plan.activations import RankStep, activation_bytes, fft_bytes, slice_bytes, step_memory
 from train.plan.costs import update_bytes
 from train.plan.memory import rank_memory
 
@@ -26,7 +26,7 @@ SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, win
 
 def activations(config=SMALL, seq_len=256, micro_batch=2, **parallel):
     settings = ParallelConfig(**parallel)
-    return activation_bytes(config, seq_len, micro_batch, settings, is_half=False, on_gpu=False)
+    return activation_bytes(config, RankStep(seq_len, micro_batch, settings))
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_counting_two_periods_and_few_rows_equals_counting_all(
     config = replace(SMALL, layout=layout, num_layers=num_layers, vocab_size=vocab_size)
     monkeypatch.setattr(loss, "LOGIT_BYTES", 4 * vocab_size * 30)
     settings = ParallelConfig(kind=kind, checkpoint_activations=recomputes)
-    arguments = config, 128, 2, settings, not recomputes, False
+    arguments = config, RankStep(128, 2, settings, is_half=not recomputes)
     counted = activation_bytes(*arguments)
     monkeypatch.setattr(counting, "LOSS_CHUNKS", 1000)
     assert counted == pytest.approx(step_memory(*arguments).peak, abs=64)  # single numbers
@@ -311,7 +311,7 @@ def test_documents_kept_apart_take_a_little_more(layout):
     """Their inputs are padded where a mixer keeps them for the backward pass."""
     config = ModelConfig(vocab_size=50, width=64, num_layers=4, num_heads=2, layout=layout)
     together, apart = (
-        activation_bytes(config, 1024, 2, ParallelConfig(), False, False, is_apart)
+        activation_bytes(config, RankStep(1024, 2, ParallelConfig(), is_apart=is_apart))
         for is_apart in (False, True)
     )
     assert together < apart < 1.3 * together
