@@ -23,9 +23,27 @@ from triton.compiler import ASTSource
 
 from benchmarks.machine import describe, version
 from benchmarks.recorded import Run
-from serve.kernels import gated, narrow_product, near_field, norm, page_end, window_attention
+from serve.kernels import (
+    alternating_field,
+    gated,
+    narrow_product,
+    near_field,
+    norm,
+    page_end,
+    window_attention,
+)
 from stu.attention import Scores
 
+MODULES = (
+    near_field,
+    page_end,
+    alternating_field,
+    norm,
+    gated,
+    narrow_product,
+    window_attention,
+)
+"""Modules of the kernels."""
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 """Compute capability, times ten, of each GPU."""
 TYPES = {
@@ -53,6 +71,8 @@ class Options:
     """Rank of the spectral states."""
     page_len: int = 32
     """Positions of a page."""
+    num_filters: int = 24
+    """Spectral filters, of the full form."""
     window_tokens: int = 1024
     """Tokens that attention sees before the current one."""
     batch: int = 8
@@ -74,7 +94,8 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """Name of the kernel in results."""
-        return name_of(self.kernel) + "_fp8" * self.is_fp8
+        is_narrow = self.settings.get("IS_MIXED") is False
+        return name_of(self.kernel) + "_fp8" * self.is_fp8 + "_narrow" * is_narrow
 
 
 def measure(options: Options) -> Run:
@@ -98,7 +119,7 @@ def name_of(kernel: Any) -> str:
 
 def launches(options: Options, dtype: torch.dtype) -> list[Launch]:
     """Return the launches of a step: each kernel's once, or once for each format of weights of 8
-    bits. Their tensors have no memory."""
+    bits, and for each form of an STU. Their tensors have no memory."""
     launched: list[Launch] = []
 
     class Recorder:
@@ -111,7 +132,7 @@ def launches(options: Options, dtype: torch.dtype) -> list[Launch]:
             return lambda *args, **settings: launched.append(Launch(self.kernel, args, settings))
 
     with ExitStack() as stack:
-        for module in (near_field, page_end, norm, gated, window_attention, narrow_product):
+        for module in MODULES:
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction) and value.__module__ == module.__name__:
                     stack.enter_context(mock.patch.object(module, name, Recorder(value)))
@@ -137,6 +158,16 @@ def _launch_all(options: Options, dtype: torch.dtype) -> None:
     )
     joined_at = numbers(batch, layers, dtype=torch.int64)
     page_end.triton_page_end(states, inputs, inputs, decays, coefficients, joined_at, place, rows)
+    # The full form, whose states have two signals and a slot for every place.
+    inputs = numbers(layers, 2, options.page_len, batch, width, dtype=wide).permute(3, 0, 1, 2, 4)
+    narrow = numbers(batch, layers, 2, rank, width, dtype=wide)
+    reach = numbers(options.page_len, options.num_filters, rank, dtype=wide)
+    near = numbers(options.page_len, options.num_filters, options.page_len, dtype=wide)
+    tables = narrow, reach, near
+    alternating_field.triton_alternating_field(inputs, *tables, 1, rows, place, rows, x)
+    into_narrow = numbers(rank, rank, dtype=torch.float64)
+    pages = states, inputs, narrow, decays, into_narrow
+    page_end.triton_page_end(*pages, joined_at, place, rows)
     norm.triton_add_norm(x, x, numbers(width), 1e-5)
     gated.triton_gated_product(numbers(batch, 2 * options.mlp_ratio * width))
     scales = numbers(width, dtype=torch.float32)

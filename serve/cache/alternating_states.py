@@ -126,8 +126,8 @@ class AlternatingStates(DraftedStates):
         return outputs.flatten(2).flatten(0, 1)  # [B S, 2 K]
 
     def static_step(self, alone: bool) -> AlternatingStep:
-        tables = self._into_narrow, self._reach, self._near, self._signs
-        return AlternatingStep(self._tensors(), alone, self._narrow, *tables)
+        tables = self._into_narrow, self._reach, self._near
+        return AlternatingStep(self._tensors(), self._narrow, *tables)
 
     def leave(self, row: int) -> None:
         super().leave(row)

@@ -26,7 +26,6 @@ from serve.cache.page_pool import Pages
 from serve.cache.paged_futurefill import PagedFutureFill
 from serve.cache.recent_inputs import RecentInputs
 from serve.cache.spectral_state import SpectralStates
-from serve.cache.state_steps import ENDED_AT_ONCE
 from serve.config import EngineConfig
 from serve.kernels.narrow_product import MOST_ROWS, MOST_SPLITS
 from serve.sampling.sampler import NUMBERS_ON_DEVICE
@@ -35,7 +34,6 @@ from stu.common.errors import UserError, setting_name
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
 from stu.model import FlashSTU
 from stu.quantization import rounded_bytes
-from stu.realisation import RANKS
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +292,6 @@ def graph_bytes(model: FlashSTU, config: EngineConfig) -> int:
     sampled = min(rows * vocab_size, max(vocab_size, NUMBERS_ON_DEVICE))
     num_bytes += SAMPLER_TENSORS * sampled * 8
     if any(past.basis == "alternating" for past in remembered(model.mixers, PastInputs)):
-        streams = width // model.num_ranks  # of two signals each; matrices are put together
-        num_bytes += 3 * ENDED_AT_ONCE * 2 * streams * max(RANKS) * 8
-        num_bytes += 2 * shape.num_filters * streams * width * weight.element_size()
+        streams = width // model.num_ranks  # with outputs of two signals, which are copied once
+        num_bytes += 2 * rows * streams * 2 * shape.num_filters * weight.element_size()
     return num_bytes

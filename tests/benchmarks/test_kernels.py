@@ -9,14 +9,6 @@ from benchmarks.recorded import RESULTS
 
 triton = pytest.importorskip("triton")
 from benchmarks import kernels  # noqa: E402
-from serve.kernels import (  # noqa: E402
-    gated,
-    narrow_product,
-    near_field,
-    norm,
-    page_end,
-    window_attention,
-)
 
 LARGE = kernels.Options(width=8192, num_heads=32, rank=64, page_len=256, window_tokens=32768)
 ODD = kernels.Options(width=897, num_heads=13, mlp_ratio=3, rank=47, page_len=2, window_tokens=99)
@@ -31,7 +23,8 @@ def cache(tmp_path, monkeypatch):
 def test_resources_are_those_of_the_result():
     measured = kernels.measure(kernels.Options())["runs"]
     assert all(run["spilled_bytes"] == run["stack_bytes"] == 0 for run in measured)
-    assert {run["kernel"].removesuffix("_fp8") for run in measured} == set(kernel_names())
+    names = {run["kernel"].removesuffix("_fp8").removesuffix("_narrow") for run in measured}
+    assert names == set(kernel_names())
     result = json.loads((RESULTS / "kernels.json").read_text(encoding="utf-8"))
     if result["machine"]["triton"] == triton.__version__:
         assert measured == result["runs"], "run python -m benchmarks kernels"
@@ -79,13 +72,13 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     tensors = []
     monkeypatch.setattr(kernels, "Launch", lambda *_: tensors.append(entered[-1]))
     kernels.launches(kernels.Options(), torch.float32)
-    assert len(tensors) == len(set(kernel_names())) + 2, "two products more, of fp8"
+    assert len(tensors) == len(set(kernel_names())) + 3, "two products of fp8, and narrow states"
     assert all(tensor is not None for tensor in tensors)
 
 
 def kernel_names():
     """Yield the kernels that are launched; others are called by them."""
-    for module in (near_field, page_end, norm, gated, window_attention, narrow_product):
+    for module in kernels.MODULES:
         for value in vars(module).values():
             if isinstance(value, triton.JITFunction) and value.__name__ != "_tanh":
                 yield kernels.name_of(value)

@@ -34,6 +34,27 @@ def page_end(
     return state, np.stack(outputs)
 
 
+def alternating_field(
+    inputs: Array, state: Array, weights: Array, filters: Array, place: int, steps: int, new: Array
+) -> Array:
+    """Return outputs `[S, 2, K]`: inputs `[slots, S]` of the page, and of each signal a state
+    `[2, m, S]`, of which `weights [slots, K, m]` are in the outputs after so many steps.
+
+    filters: `[slots, K]`, and their number for lag 0 first.
+    """
+    past = [*inputs[:place], new]
+    outputs = np.zeros((len(new), 2, filters.shape[1]))
+    for stream in range(len(new)):
+        for number in range(filters.shape[1]):
+            for signal, alternates in enumerate((1, -1)):
+                share = alternates**place * (weights[steps, number] @ state[signal, :, stream])
+                for lag in range(place + 1):
+                    tap = alternates**lag * filters[lag, number]
+                    share += tap * past[place - lag][stream]
+                outputs[stream, signal, number] = share
+    return outputs
+
+
 def norm(x: Array, weight: Array, eps: float) -> Array:
     """Return RMSNorm of `[B, D]`."""
     return np.stack([row / np.sqrt((row * row).mean() + eps) * weight for row in x])

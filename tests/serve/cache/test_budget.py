@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.cache import budget
 from serve.config import EngineConfig
+from serve.engine.inference_model import inference_copy
 from serve.kernels.narrow_product import MOST_ROWS
 from stu.common.errors import UserError
 from stu.config import ModelConfig
@@ -104,18 +105,19 @@ class Largest(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def test_graphs_have_room_for_the_matrices_of_the_full_form():
-    """More of them for more filters; all else stays the same."""
-    taken, counted = [], []
-    for num_filters in (4, 8):
-        model = FlashSTU(replace(CONFIG, stu_form="full", num_filters=num_filters))
-        width, channels = CONFIG.width, 2 * num_filters
-        with Largest(channels * width**2) as largest:
-            model.blocks[0].mixer(torch.zeros(1, 1, width), model.filters, WHOLE)
+def test_no_step_copies_the_matrices_of_the_full_form():
+    """They are arranged once, so graphs need no room for them; the model keeps its parameters."""
+    model, taken = FlashSTU(replace(CONFIG, stu_form="full", num_filters=4)), []
+    width, x = CONFIG.width, torch.randn(1, 1, CONFIG.width)
+    before = [parameter.clone() for parameter in model.parameters()]
+    expected = model.blocks[0].mixer(x, model.filters, WHOLE)
+    for own in (model, inference_copy(model)):
+        with Largest(2 * 4 * width**2) as largest:
+            found = own.blocks[0].mixer(x, model.filters, WHOLE)
         taken.append(largest.num_bytes)
-        counted.append(budget.graph_bytes(model, EngineConfig(max_running=1)))
-    assert taken[1] == 2 * taken[0] > 0
-    assert counted[1] - counted[0] == taken[1] - taken[0]
+        torch.testing.assert_close(found, expected)
+    assert taken[0] > taken[1] == 0
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_float64_decodes_in_pages_if_filters_are_rounded_to_float32(caplog):

@@ -11,7 +11,15 @@ import torch
 
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.kernels import gated, narrow_product, near_field, norm, page_end, window_attention
+from serve.kernels import (
+    alternating_field,
+    gated,
+    narrow_product,
+    near_field,
+    norm,
+    page_end,
+    window_attention,
+)
 from serve.sampling_params import SamplingParams
 from stu.config import ModelConfig
 from stu.model import FlashSTU
@@ -33,6 +41,12 @@ NARROW_KERNELS = [
     (norm, "triton_add_norm"),
 ]
 """Kernels that run here with weights of 8 bits alone, as float ones are packed."""
+
+
+FULL_KERNELS = [
+    (alternating_field, "triton_alternating_field"),
+    (page_end, "triton_page_end"),
+]
 
 
 def counted(function, name, runs):
@@ -79,6 +93,21 @@ def test_engine_on_triton_kernels(code_tokenizer, monkeypatch, weights):
     for module, _ in NARROW_KERNELS:
         monkeypatch.setattr(module, "uses_triton", lambda _: False)
     expected = decode(model, code_tokenizer, static=False, weights=weights)
+    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
+        assert tokens == wanted
+        torch.testing.assert_close(logprobs, wanted_logprobs, rtol=0, atol=1e-5)
+
+
+def test_the_full_form_on_triton_kernels(code_tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    shape = {"width": 20, "num_heads": 4, "num_layers": 2, "num_filters": 3, "mlp_ratio": 1}
+    config = ModelConfig(280, **shape, max_seq_len=100, layout="stu", stu_form="full")
+    model, runs = FlashSTU(config).eval(), Counter()
+    for module, name in FULL_KERNELS:
+        monkeypatch.setattr(module, name, counted(getattr(module, name), name, runs))
+    found = decode(model, code_tokenizer, static=True)
+    assert set(runs) == {name for _, name in FULL_KERNELS}
+    expected = decode(model, code_tokenizer, static=False)
     for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
         assert tokens == wanted
         torch.testing.assert_close(logprobs, wanted_logprobs, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from serve.kernels import (
+    alternating_field,
     dispatch,
     gated,
     narrow_product,
@@ -104,6 +105,52 @@ def test_near_field(run, dtype, signals, slots, channels, place):
     torch.testing.assert_close(moved[0].cpu(), written, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("slots", "filters", "coordinates", "streams", "place"),
+    [(8, 3, 5, 37, 6), (1, 1, 1, 1, 0), (6, 4, 7, 130, 5)],
+)
+def test_alternating_field(run, dtype, slots, filters, coordinates, streams, place):
+    torch.manual_seed(place)
+    layers, layer, rows, own = 3, 1, 6, [4, 0, 5]
+    wide = cache_dtype(dtype)
+    inputs = page_tensor(rows, layers, 2, slots, streams, wide)
+    narrow = torch.full((rows, layers, 2, coordinates, streams), math.nan, dtype=wide)
+    signs = torch.tensor([1.0, -1.0], dtype=wide).repeat(-(-slots // 2))[:slots, None]
+    for row in own:
+        inputs[row, layer, 0, :place] = torch.randn(place, streams, dtype=wide)
+        inputs[row, layer, 1, :place] = (signs * inputs[row, layer, 0])[:place]
+        narrow[row, layer] = torch.randn(2, coordinates, streams, dtype=wide)
+    reach = torch.randn(slots, filters, coordinates, dtype=wide)
+    taps = torch.randn(slots, filters, dtype=wide)
+    near = torch.zeros(slots, filters, slots, dtype=wide)
+    for now in range(slots):
+        near[now, :, : now + 1] = taps[: now + 1].flip(0).T
+    ages = torch.tensor([[0, -9], [place + 5, -9], [place // 2, -9]])[:, 0]
+    x = torch.randn(len(own), 2 * streams).to(dtype)[:, ::2]  # none of these is dense
+    expected = [
+        reference.alternating_field(
+            inputs[row, layer, 0].double().numpy(),
+            narrow[row, layer].double().numpy(),
+            reach.double().numpy(),
+            taps.double().numpy(),
+            place,
+            min(place, int(age)),
+            new.double().numpy(),
+        )
+        for row, age, new in zip(own, ages, x, strict=True)
+    ]
+    written = inputs.clone()
+    written[own, layer, 0, place] = x.to(wide)
+    written[own, layer, 1, place] = x.to(wide) * (-1) ** place
+    moved = [tensor.to(device(run)) for tensor in (inputs, narrow, reach, near)]
+    numbers = torch.tensor(own), torch.tensor([place]), ages, x
+    tokens = (tensor.to(device(run)) for tensor in numbers)
+    found = implementation(alternating_field, "alternating_field", run)(*moved, layer, *tokens)
+    assert_close(found, np.stack(expected).reshape(len(own) * streams, 2 * filters), dtype)
+    torch.testing.assert_close(moved[0].cpu(), written, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("signals", "slots", "channels", "rank"), [(2, 4, 37, 5), (2, 1, 3, 2), (1, 8, 65, 36)]
@@ -145,6 +192,48 @@ def test_page_end(run, dtype, signals, slots, channels, rank, ending):
             expected[2][row, layer] = 0
     moved = [tensor.to(device(run)) for tensor in (states, inputs, pending, decays, coefficients)]
     numbers = [torch.tensor(ending).to(device(run)), torch.tensor(own).to(device(run))]
+    joined_at = joined_at.to(device(run))
+    implementation(page_end, "page_end", run)(*moved, joined_at, *numbers)
+    for found, wanted in zip((moved[0], moved[2], joined_at), expected, strict=True):
+        tolerance = 2e-6 if found.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(
+            found.cpu(), wanted, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("slots", "channels", "rank", "coordinates"), [(5, 37, 6, 4), (1, 3, 2, 2)]
+)
+def test_page_end_of_narrow_states(run, dtype, slots, channels, rank, coordinates):
+    """Both signals have a slot for every place."""
+    torch.manual_seed(rank)
+    layers, rows, own, layer = 3, 4, [3, 0], 1
+    states = torch.full((rows, layers, 2, rank, channels), math.nan, dtype=torch.float64)
+    inputs = page_tensor(rows, layers, 2, slots, channels, dtype)
+    narrow = torch.full((rows, layers, 2, coordinates, channels), math.nan, dtype=dtype)
+    rates = torch.linspace(0.05, 2, rank, dtype=torch.float64)
+    decays = torch.exp(-rates * torch.arange(slots + 1)[:, None])
+    into_narrow = torch.randn(coordinates, rank, dtype=torch.float64)
+    joined_at = torch.tensor([[slots // 2] * layers] * rows)
+    states[own, layer] = torch.randn(len(own), 2, rank, channels, dtype=torch.float64)
+    inputs[own, layer] = torch.randn(len(own), 2, slots, channels, dtype=dtype)
+    inputs[own, layer, :, : slots // 2] = 0
+    expected = [tensor.clone() for tensor in (states, narrow, joined_at)]
+    for row in own:
+        for signal in range(2):
+            state, _ = reference.page_end(
+                states[row, layer, signal].numpy(),
+                inputs[row, layer, signal, slots // 2 :].double().numpy(),
+                rates.numpy(),
+                np.ones((rank, channels)),
+                1,
+            )
+            expected[0][row, layer, signal] = torch.from_numpy(state)
+            expected[1][row, layer, signal] = into_narrow @ torch.from_numpy(state)
+        expected[2][row, layer] = 0
+    moved = [tensor.to(device(run)) for tensor in (states, inputs, narrow, decays, into_narrow)]
+    numbers = [torch.tensor([-1, layer]).to(device(run)), torch.tensor(own).to(device(run))]
     joined_at = joined_at.to(device(run))
     implementation(page_end, "page_end", run)(*moved, joined_at, *numbers)
     for found, wanted in zip((moved[0], moved[2], joined_at), expected, strict=True):
