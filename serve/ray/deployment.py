@@ -1,5 +1,6 @@
 """The deployment of engines on Ray Serve."""
 
+import threading
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +17,7 @@ from serve.server.replicas.supervisor import ReplicasConfig
 
 NAME = "engine"
 """Name of the deployment of the first model."""
+_starting = threading.Lock()
 SHUTDOWN_SECONDS = 60.0
 """Time that the requests of a replica that is not needed any more have to end; those that are left
 continue in others."""
@@ -84,7 +86,8 @@ def deployed_replicas(
     application = engine_application(config, num_replicas, cluster)
 
     def deploy() -> Any:
-        serve.start(proxy_location="Disabled")  # this process is the HTTP server
+        with _starting:  # as other models of this process do at the same time
+            serve.start(proxy_location="Disabled")  # this process is the HTTP server
         return serve.run(application, name=name, route_prefix=None)
 
     def delete(waits: bool) -> None:

@@ -116,7 +116,7 @@ async def start_answer(
     requests, writers, prompts = await service.threads.run(
         exchange.client, _prepare, version, endpoint, body, service.config.log_prompts
     )
-    if body.model in model.config.adapters:
+    if body.model in model.adapters:
         requests = [replace(request, adapter=body.model) for request in requests]
     seconds = service.config.request_timeout_seconds
     if exchange.is_background:

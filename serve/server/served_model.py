@@ -34,6 +34,8 @@ class ServedModel:
         replicas: Dispatcher | None = None,
     ) -> None:
         self.config, self._num_threads = config, num_threads
+        self.adapters = list(config.adapters)
+        """Names of its adapters."""
         self.current = make_version(config, config.model, 1, num_threads, replicas)
         """Version that takes new requests."""
         self.replicas = Versions(self.current.replicas)
@@ -52,7 +54,7 @@ class ServedModel:
     @property
     def names(self) -> Sequence[str]:
         """Names that clients may give: of the model, then of its adapters."""
-        return [self.name, *self.config.adapters]
+        return [self.name, *self.adapters]
 
     @asynccontextmanager
     async def entered(self, is_background: bool = False) -> AsyncIterator[ModelVersion]:

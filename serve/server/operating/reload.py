@@ -101,6 +101,7 @@ class Reloader(Generic[AnyVersion]):
         began = time.monotonic()
         switched: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         switched.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._state = "loading"
         self._task = asyncio.create_task(self._reload(path, one_by_one, switched))
         await asyncio.shield(switched)
         return {**self.description(), "seconds": round(time.monotonic() - began, 3)}
@@ -126,7 +127,6 @@ class Reloader(Generic[AnyVersion]):
         self, path: Path | None, one_by_one: bool | None, switched: "asyncio.Future[None]"
     ) -> None:
         model, old = self._model, self._model.current
-        self._state = "loading"
         try:
             new, self._is_one_by_one = await asyncio.to_thread(
                 self._next_version, path or old.path, one_by_one

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from tests.serve.server_process import events, eventually, serving
 pytestmark = pytest.mark.slow
 SECONDS, NUM_STREAMS = 500, 300
 POISON = [1, 66, 67, 68]
+BODY = {"max_tokens": 5, "temperature": 0, "stop_at_eos": False}
 FAULT = f"""
 import os, sys
 if "serve.server.replicas.process" in sys.orig_argv:
@@ -146,9 +148,29 @@ def test_a_request_that_ends_its_engines_is_given_up_after_six(
         assert server.stop() == 0
 
 
-def test_the_application_answers_behind_the_proxies_of_ray_serve(model_directory, monkeypatch):
+def test_each_of_several_models_is_an_application(model_directory, long_model_directory):
+    models = "--models", f"long={long_model_directory}", "--batch-invariant"
+    bodies = [{**BODY, "prompt": [1, 66, 67], "model": name} for name in ("model", "long")]
+    texts = []
+    for options, cluster in (
+        (models, nullcontext()),
+        ((*models, "--ray"), ray_cluster(num_cpus=2)),
+    ):
+        with cluster, serving(model_directory, *options) as server:
+            answers = [server.post("/v1/completions", json=body).json() for body in bodies]
+            texts.append([answer["choices"][0]["text"] for answer in answers])
+            lengths = [own["max_model_len"] for own in server.get("/v1/models").json()["data"]]
+            assert lengths == [64, LONG_SEQ_LEN]
+            assert server.metric("stu:replicas_ready") == 2
+            assert server.stop() == 0
+    assert texts[0] == texts[1]
+
+
+def test_the_application_answers_behind_the_proxies_of_ray_serve(
+    model_directory, long_model_directory, monkeypatch
+):
     monkeypatch.setenv("STU_API_KEYS", "a-key")
-    with ray_cluster(num_cpus=3):
+    with ray_cluster(num_cpus=4):
         import ray
         from ray import serve
 
@@ -163,12 +185,16 @@ def test_the_application_answers_behind_the_proxies_of_ray_serve(model_directory
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build({"model": str(model_directory), "cache_gib": "0.01"}))
+        models = f"long={long_model_directory}"
+        serve.run(build({"model": str(model_directory), "models": models, "cache_gib": "0.01"}))
         headers = {"authorization": "Bearer a-key"}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
             assert client.get("/v1/models").status_code == 401
             eventually(lambda: client.get("/ready").status_code == 200, SECONDS)
-            body = {"prompt": "x", "max_tokens": 5, "temperature": 0, "stop_at_eos": False}
+            body = {**BODY, "prompt": "x"}
+            long = {**body, "model": "long", "max_tokens": 100}
+            answer = client.post("/v1/completions", json=long, headers=headers).json()
+            assert (answer["model"], answer["usage"]["completion_tokens"]) == ("long", 100)
             answer = client.post("/v1/completions", json=body, headers=headers).json()
             assert answer["usage"]["completion_tokens"] == 5
             streamed_body = {**body, "stream": True}

@@ -31,7 +31,7 @@ from tests.serve.requests import decode, make_request
 from tests.serve.server.batches.views import client_of, create, ended, make_row, results
 from tests.serve.server_process import events, eventually, serving
 
-BYTES_SEQ_LEN = 4096
+BYTES_SEQ_LEN = 128
 TEMPLATE = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
 PATHS = {
     "completions": {"prompt": "def"},
@@ -328,12 +328,12 @@ def counts(server, name):
 
 
 def test_a_model_goes_on_while_the_other_loses_its_replica(
-    long_model_directory, other_directory, tmp_path
+    model_directory, other_directory, tmp_path
 ):
     options = "--models", f"other={other_directory}", "--batch-invariant"
     options += "--batch-dir", tmp_path / "batches", "--watchdog-seconds", 300
-    count, texts = 40, [expected(own, 40) for own in (long_model_directory, other_directory)]
-    with serving(long_model_directory, *options) as server, server.client() as http:
+    count, texts = 40, [expected(own, 40) for own in (model_directory, other_directory)]
+    with serving(model_directory, *options) as server, server.client() as http:
         replicas = replicas_of(server)
         with (
             begun(http, replicas[0], max_tokens=count) as first,
@@ -362,13 +362,13 @@ def test_a_model_goes_on_while_the_other_loses_its_replica(
 
 @pytest.mark.slow
 def test_a_model_is_loaded_again_while_the_other_streams(
-    long_model_directory, other_directory, tmp_path
+    model_directory, other_directory, tmp_path
 ):
     keys = tmp_path / "keys"
     keys.write_text("sk-operator admin\n")
     options = "--models", f"other={other_directory}", "--batch-invariant", "--api-keys", keys
     count, text = 40, expected(other_directory, 40)
-    with serving(long_model_directory, *options, "--watchdog-seconds", 300) as server:
+    with serving(model_directory, *options, "--watchdog-seconds", 300) as server:
         http = server.client(headers={"authorization": "Bearer sk-operator"})
         (_, replica) = replicas_of(server)
         with http, begun(http, replica, max_tokens=count, model="other") as rest:

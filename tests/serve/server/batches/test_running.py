@@ -158,8 +158,10 @@ async def test_a_batch_is_cancelled_before_its_turn_to_be_checked(batches, monke
         return 0, [{}]
 
     monkeypatch.setattr("serve.server.batches.batches.validate", check)
+    waiting, begin = [], batches._check
+    batches._check = lambda row: waiting.append(row["number"]) or begin(row)
     first, second = await add(batches, b"\n", "same"), await add(batches, b"\n\n", owner)
-    while not checked:
+    while not checked or second not in waiting:
         await asyncio.sleep(0.01)
     await batches.cancel(second)
     assert (await ended(batches, second))["status"] == "cancelled"
