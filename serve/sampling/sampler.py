@@ -27,8 +27,8 @@ from serve.sampling.processors import LOGITS_PROCESSORS, WEIGHT_PROCESSORS
 from serve.sampling.selection import largest
 from serve.sampling.tables import Batch, RowTables
 
-NUMBERS_AT_ONCE = 2**15
-"""Numbers in float64 that are computed together on a CPU. More would fit no processor's cache."""
+NUMBERS_AT_ONCE = 2**17
+"""Numbers in float64 that are computed together on a CPU. More would not fit most caches."""
 NUMBERS_ON_DEVICE = 2**22
 """The same on other devices, whose memory it spares: a step needs about ten such tensors."""
 
