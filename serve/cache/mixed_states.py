@@ -15,6 +15,24 @@ from stu.convolution import causal_convolution
 from stu.model import FlashSTU
 from stu.realisation import Realisation
 
+GROUP = 4
+"""Slots of a signal whose inputs are added to the outputs after them together."""
+
+
+class _Products(NamedTuple):
+    """Products of the inputs of a slot, which are added to pending outputs."""
+
+    reached: Tensor
+    """Pending outputs of some slots, `[B, n, C]`."""
+    near: Tensor
+    """Taps at their lags, `[n, C]`."""
+    inputs: Tensor
+    """Inputs of the slot, `[B, 1, C]`."""
+
+    def add(self) -> None:
+        """Add them up."""
+        self.reached.addcmul_(self.near, self.inputs)
+
 
 class _StepViews(NamedTuple):
     """Views that one step of a layer reads and writes for consecutive rows; slicing would cost more
@@ -24,21 +42,27 @@ class _StepViews(NamedTuple):
     """The rows' places among the inputs of the step; None where they have all of them."""
     new: Tensor
     """Slots for the inputs, `[B, C]`."""
-    broadcast: Tensor
-    """The same slots, `[B, 1, C]`."""
-    near: Tensor
-    """Taps of the slots from this one to the end of the page, `[n, C]`."""
-    reached: Tensor
-    """Pending outputs of these slots, `[B, n, C]`."""
+    products: list[_Products]
+    """Products of these inputs for the slots of their group, and where a group ends those of all
+    its inputs for the slots after it."""
     due: Tensor
-    """Pending outputs of the first of these slots, `[B, C]`."""
+    """Pending outputs of this slot, `[B, C]`."""
+
+    def take(self, inputs: Tensor) -> Tensor:
+        """Keep inputs `[B, C]`, and return the outputs, valid until the next step."""
+        self.new.copy_(inputs)
+        for products in self.products:
+            products.add()
+        return self.due
 
 
 class MixedStates(DraftedStates):
     """States of convolutions with `lag_step` phases, each a signal of its own.
 
-    When a page begins, its pending outputs are computed from the states; each token's input is
-    added to those that are left.
+    When a page begins, its pending outputs are computed from the states. A token's input is added
+    to those of its group of slots, and the inputs of a full group to those of all slots after it:
+    these so pass through the processor's cache once for several tokens. Each output's sum is in the
+    order of the inputs.
 
     Args:
         basis: Filters `[N, K]`.
@@ -124,10 +148,8 @@ class MixedStates(DraftedStates):
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = self._step_views(*key)
-        for places, new, broadcast, near, reached, _ in views:
-            new.copy_(inputs if places is None else inputs[places])
-            reached.addcmul_(near, broadcast)
-        outputs = views[0].due
+        for own in views:
+            outputs = own.take(inputs if own.places is None else inputs[own.places])
         if views[0].places is not None:
             parts = [own.due for own in views]
             padding = torch.zeros_like(inputs[sum(map(len, parts)) :])
@@ -152,23 +174,23 @@ class MixedStates(DraftedStates):
         self, layer: int, place: int, rows: slice, places: slice | None = None
     ) -> _StepViews:
         slot, phase = divmod(place, self._lag_step)
-        return _StepViews(
-            places,
-            self._inputs[rows, layer, phase, slot],
-            self._inputs[rows, layer, phase, slot, None],
-            self._near[layer, : self._slots - slot],
-            self._pending[rows, layer, phase, slot:],
-            self._pending[rows, layer, phase, slot],
-        )
+        inputs, pending = self._inputs[rows, layer, phase], self._pending[rows, layer, phase]
+        near, slots = self._near[layer], self._slots
+        first = slot - slot % GROUP
+        end = min(first + GROUP, slots)
+        products = [_Products(pending[:, slot:end], near[: end - slot], inputs[:, slot, None])]
+        if slot + 1 == end < slots:
+            products += [
+                _Products(pending[:, end:], near[end - own : slots - own], inputs[:, own, None])
+                for own in range(first, end)
+            ]
+        return _StepViews(places, inputs[:, slot], products, pending[:, slot])
 
     def _page_tensors(self) -> list[Tensor]:
         return [self._inputs, self._pending]
 
     def _step_rows(self, layer: int, place: int, rows: slice, inputs: Tensor) -> Tensor:
-        views = self._row_views(layer, place, rows)
-        views.new.copy_(inputs)
-        views.reached.addcmul_(views.near, views.broadcast)
-        return views.due
+        return self._row_views(layer, place, rows).take(inputs)
 
     def _change_rows(self, rows: list[int]) -> None:
         super()._change_rows(rows)
