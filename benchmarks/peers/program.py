@@ -100,7 +100,13 @@ class LlamaProgram(Program):
         with requires_extra("bench"):
             import transformers  # noqa: F401
         torch.manual_seed(0)
-        return Llama(self.work.shape, self.work.num_parameters).model
+        return LlamaInBlocks(self.work.shape, self.work.num_parameters).model
+
+
+class LlamaInBlocks(Llama):
+    """The model with matrices that divide into blocks of 32 numbers, as Q8_0 has."""
+
+    multiple = 32
 
 
 class ProgramError(Exception):

@@ -33,6 +33,9 @@ class CachedPeer(Peer):
 class Llama(CachedPeer):
     """Full attention, rotary positions, SwiGLU (Touvron et al. 2023, arXiv:2302.13971)."""
 
+    multiple = MULTIPLE
+    """Hidden widths are multiples of this."""
+
     @property
     def key_heads(self) -> int:
         """Heads of keys and values."""
@@ -51,7 +54,7 @@ class Llama(CachedPeer):
                 num_attention_heads=self.shape.num_heads,
                 num_key_value_heads=self.key_heads,
                 attn_implementation="grouped",
-                intermediate_size=MULTIPLE * hidden,
+                intermediate_size=self.multiple * hidden,
                 max_position_embeddings=self.shape.max_seq_len,
                 tie_word_embeddings=True,
             )

@@ -25,8 +25,7 @@ SHAPE = ModelConfig(320, width=64, layout="stu", num_layers=2, num_heads=4, max_
 
 @pytest.fixture
 def work(tmp_path):
-    size = num_parameters(SHAPE) - 3072  # so that matrices of the MLPs divide into blocks of 32
-    return Work(SHAPE, size, new_tokens=4, threads=1, folder=tmp_path)
+    return Work(SHAPE, num_parameters(SHAPE), new_tokens=4, threads=1, folder=tmp_path)
 
 
 def hugging_face_rotation(heads, angles):
