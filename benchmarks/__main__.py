@@ -20,6 +20,7 @@ BENCHMARKS = {
     "decode": ("decoding.decode", "decoding steps with several caches, and of other models"),
     "peers": ("decoding.programs", "our engine and server against llama.cpp and vLLM"),
     "model": ("decoding.model", "a cost model of decoding, compared with results of decode"),
+    "online": ("decoding.online", "one long convolution, by direct sums, FutureFill and states"),
     "realisation": ("decoding.realisation", "states of filters: rank, error, seconds and memory"),
     "kernels": ("kernels", "registers and spills of the decoding kernels, without a GPU"),
     "convolution": ("training.convolution", "the training convolution against two branches"),

@@ -131,14 +131,22 @@ class _Filled(OnlineConvolution):
 
 
 class Epoched(_Filled):
-    """FutureFill of the whole past into the next epoch, once per epoch of `sqrt(L log L)` columns.
+    """FutureFill of the whole past into the next epoch, once per epoch.
 
-    `O(L^1.5 sqrt(log L))` in all.
+    `O(L^1.5 sqrt(log L))` in all, with the usual epoch.
+
+    epoch_columns: Columns of an epoch. None: `usual_epoch`.
     """
 
-    def __init__(self, taps: Tensor, batch: int, max_new_tokens: int, lag_step: int = 1) -> None:
-        columns = -(-max_new_tokens // lag_step)
-        epoch_columns = math.ceil(math.sqrt(columns * max(1.0, math.log2(columns))))
+    def __init__(
+        self,
+        taps: Tensor,
+        batch: int,
+        max_new_tokens: int,
+        lag_step: int = 1,
+        epoch_columns: int | None = None,
+    ) -> None:
+        epoch_columns = epoch_columns or usual_epoch(-(-max_new_tokens // lag_step))
         super().__init__(taps, batch, max_new_tokens, lag_step, epoch_columns)
 
     def _flush(self, end: int) -> None:
@@ -152,6 +160,11 @@ class Epoched(_Filled):
         self.multiply_adds += _fft_multiply_adds(
             n, past[..., 0].numel(), self._filters.numel() // self._filters.shape[-1]
         )
+
+
+def usual_epoch(columns: int) -> int:
+    """Return the epoch for which sums and fills are of the same order: `sqrt(L log L)` columns."""
+    return math.ceil(math.sqrt(columns * max(1.0, math.log2(columns))))
 
 
 class Continuous(_Filled):

@@ -12,6 +12,7 @@ written to is read too fast.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from stu.model import FlashSTU
 from stu.online_convolution import Naive
 
 NUMBER = 0.1
+CacheKind = Literal["state", "pages"]
 OURS: dict[str, Weights] = {"ours": "float", "ours_int8": "int8"}
 """The engine's cache, and the format of the weights beside it."""
 CACHES = [*OURS, "continuous", "epoched", "flashinference", "naive"]
@@ -119,10 +121,13 @@ class SeekableContinuous(_Slots, Continuous):
 
 
 class EngineCache:
-    """The engine's cache, which reaches a later position by decoding random inputs."""
+    """The engine's cache, which reaches a later position by decoding random inputs.
 
-    def __init__(self, model: FlashSTU, shape: Shape) -> None:
-        plan = engine_plan(model, shape)
+    kind: `convolution_cache` of the engine.
+    """
+
+    def __init__(self, model: FlashSTU, shape: Shape, kind: CacheKind | None = None) -> None:
+        plan = engine_plan(model, shape, kind)
         cache = plan.make(shape.batch * plan.size.usual_pages)
         assert isinstance(cache, SpectralStates | PagedFutureFill)
         self.cache = cache
@@ -163,10 +168,14 @@ class EngineCache:
         return [Flush("page ends of some layers", ends[:3], len(ends) * pages, ends[-1])]
 
 
-def engine_plan(model: FlashSTU, shape: Shape) -> CachePlan:
+def engine_plan(model: FlashSTU, shape: Shape, kind: CacheKind | None = None) -> CachePlan:
     """Return the plan of the engine's cache for this batch."""
-    batch, usual = shape.batch, shape.new_tokens - 1
-    config = EngineConfig(page_len=PAGE_LEN, max_running=batch, expected_new_tokens=usual)
+    config = EngineConfig(
+        page_len=PAGE_LEN,
+        max_running=shape.batch,
+        expected_new_tokens=shape.new_tokens - 1,
+        convolution_cache=kind,
+    )
     plan = cache_plan(PastInputs, model, config)
     assert plan is not None, "the model has no long convolutions"
     return plan

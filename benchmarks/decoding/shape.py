@@ -1,6 +1,5 @@
 """Shapes of decoding runs, and the memory that their caches take."""
 
-import math
 from dataclasses import dataclass
 
 from benchmarks.peers.peer import FLOAT_BYTES
@@ -8,6 +7,7 @@ from serve.cache.page_pool import pages_for
 from serve.cache.window_step import window_pages
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.futurefill import usual_epoch
 from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered
 from stu.online_convolution import Naive
 
@@ -54,7 +54,7 @@ class Shape:
         else:
             if cache == "flashinference":
                 columns = -(-(self.prompt_tokens + self.new_tokens) // self.lag_step)
-            epoch = math.ceil(math.sqrt(columns * max(1.0, math.log2(columns))))
+            epoch = usual_epoch(columns)
             columns += 2 * min(epoch if cache == "epoched" else PAGE_COLUMNS, columns)
         return channels * FLOAT_BYTES * self.batch * self.lag_step * columns
 
