@@ -20,6 +20,8 @@ LABELS = {
     "s4": "S4D",
 }
 """Caches, then peers, in the order of tables and legends."""
+SCHEDULES = {"continuous", "epoched", "flashinference"}
+"""Other schedules of our model's convolutions (`online_tables` compares such)."""
 Runs = dict[str, Run]
 """Runs in one setting, by cache or peer."""
 
@@ -40,7 +42,7 @@ def decode_peers(result: Run) -> str:
     }
     for length in sorted({run["new_tokens"] for run in result["runs"]}):
         columns[f"{length:,} new"] = partial(cell, length)
-    return table([(batch, name) for batch in (1, 32) for name in present(result)], columns)
+    return table([(batch, name) for batch in (1, 32) for name in models(result)], columns)
 
 
 def decode_costs(result: Run) -> str:
@@ -58,32 +60,12 @@ def decode_costs(result: Run) -> str:
         "MB moved, weights": lambda run: f"{run[moved]['weights'] / 1e6:.1f}",
         "caches and filters": partial(apart, moved, "weights"),
     }
-    return table([runs[name] for name in present(result) if adds in runs.get(name, {})], columns)
-
-
-def decode_steps(result: Run) -> str:
-    """Show milliseconds of a step with three caches, and of two of the convolutions."""
-
-    def ratio(runs: Runs) -> str:
-        value = runs.get("naive", {}).get("convolution_over_ours")
-        return f"{value:.0f}" if value else "-"
-
-    columns: Columns = {
-        "batch, new tokens": batch_and_length,
-        "ours": partial(ms, "ours", "step_ms"),
-        "epoched": partial(ms, "epoched", "step_ms"),
-        "direct sums": partial(ms, "naive", "step_ms"),
-        "convolution alone, ours": partial(ms, "ours", "convolution_ms"),
-        "direct sums#2": partial(ms, "naive", "convolution_ms"),
-        "ratio": ratio,
-        "cache, ours, MiB": partial(cache_mib, "ours"),
-        "direct sums#3": partial(cache_mib, "naive"),
-    }
-    return table((decoded(result, *pair) for pair in settings(result)), columns)
+    return table([runs[name] for name in models(result) if adds in runs.get(name, {})], columns)
 
 
 def decode_shares(result: Run) -> str:
-    """Show the gain of FutureFill in a step, and that of a convolution that takes no time."""
+    """Show the gain of our cache in a step, and that of a convolution that takes no time, at the
+    smallest batch and the largest."""
 
     def gain(runs: Runs) -> str:
         rounds = runs["naive"]["step_over_ours_by_round"]
@@ -101,7 +83,10 @@ def decode_shares(result: Run) -> str:
         "times as fast (of the rounds)": gain,
         "with a convolution that takes no time": bound,
     }
-    return table(timed(result, ["ours", "naive"]), columns)
+    rows = timed(result, ["ours", "naive"])
+    batches = [runs["ours"]["batch"] for runs in rows]
+    ends = min(batches), max(batches)
+    return table([runs for runs in rows if runs["ours"]["batch"] in ends], columns)
 
 
 def int8_steps(result: Run) -> str:
@@ -113,20 +98,6 @@ def int8_steps(result: Run) -> str:
         "times as fast": lambda runs: f"{1 / runs['ours_int8']['step_over_ours']:.2f}",
     }
     return table(timed(result, ["ours", "ours_int8"]), columns)
-
-
-def flash_inference(result: Run) -> str:
-    """Show cache and convolution of tiles over prompt and generation beside ours."""
-    names = ["flashinference", "continuous", "ours"]
-    columns: Columns = {
-        "prompt, new tokens": lambda runs: (
-            f"{runs['ours']['prompt_tokens']:,}, {runs['ours']['new_tokens']:,}"
-        ),
-        "batch": lambda runs: str(runs["ours"]["batch"]),
-    }
-    columns |= {f"{LABELS[name]}, MiB": partial(cache_mib, name) for name in names}
-    columns |= {f"{LABELS[name]}, ms": partial(ms, name, "convolution_ms") for name in names}
-    return table(sorted(timed(result, names), key=lambda runs: runs["ours"]["batch"]), columns)
 
 
 def layouts(result: Run) -> str:
@@ -171,33 +142,15 @@ def gpu_launches(result: Run) -> str:
     return table(timed(result, ["ours", "naive"]), columns)
 
 
-def model_errors(result: Run) -> str:
-    """Show the largest errors of the cost model's curves."""
-    curves, first = result["curves"], result["curves"][0]["layout"]
-
-    def order(kind: tuple[str, str]) -> tuple[bool, str, int]:
-        return kind[0] != first, kind[0], list(LABELS).index(kind[1])
-
-    def cell(batch: int, kind: tuple[str, str]) -> str:
-        of_kind = [curve for curve in curves if (curve["layout"], curve["cache"]) == kind]
-        errors = [curve["largest_error"] for curve in of_kind if curve["batch"] == batch]
-        return f"{max(errors):.0%}" if errors else "-"
-
-    columns: Columns = {
-        "largest error of a curve": lambda kind: (
-            LABELS[kind[1]] + ("" if kind[0] == first else f", {kind[0]}")
-        )
-    }
-    for batch in sorted({curve["batch"] for curve in curves}):
-        columns[f"batch {batch}"] = partial(cell, batch)
-    kinds = sorted({(curve["layout"], curve["cache"]) for curve in curves}, key=order)
-    return table(kinds, columns)
-
-
 def present(result: Run) -> list[str]:
     """Return the caches and peers of a result of `decode`, in the order of the labels."""
     there = {run["cache"] for run in result["runs"]}
     return [name for name in LABELS if name in there]
+
+
+def models(result: Run) -> list[str]:
+    """Return the peers of a result, and the slowest and the fastest cache of our model."""
+    return [name for name in present(result) if name not in SCHEDULES]
 
 
 def kernels(result: Run) -> str:
@@ -259,11 +212,6 @@ def ms(name: str, part: str, runs: Runs) -> str:
     return f"{runs[name][part]:.3g}" if part in runs.get(name, {}) else "-"
 
 
-def cache_mib(name: str, runs: Runs) -> str:
-    """Return the size of a cache, or a dash for what is not there."""
-    return mib(runs[name]) if name in runs else "-"
-
-
 def mib(run: Run) -> str:
     """Return the size of a run's cache."""
     size = run["cache_bytes"] / 2**20
@@ -273,15 +221,11 @@ def mib(run: Run) -> str:
 TABLES: dict[str, Callable[[Run], str]] = {
     "decode peers": decode_peers,
     "decode costs": decode_costs,
-    "decode steps": decode_steps,
     "decode shares": decode_shares,
-    "decode flashinference": flash_inference,
-    "prompts flashinference": flash_inference,
     "layouts": layouts,
     "int8 steps": int8_steps,
     "kernels": kernels,
     "realisation": realisation,
     "h100 steps": gpu_steps,
     "h100 launches": gpu_launches,
-    "model errors": model_errors,
 }

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks import online_tables
 from benchmarks.decoding_tables import LABELS
 from benchmarks.recorded import Run, fewest_threads, recorded
 from benchmarks.train_serve_tables import VARIANTS
@@ -23,6 +24,15 @@ STYLES = {
 }
 """Marker and line of each cache or peer. FutureFill is black and the others are grey, so that they
 can be told apart without colours."""
+ONLINE_STYLES = {
+    "naive": ("v", (0, (1, 1.5))),
+    "epoched": ("D", (0, (7, 2))),
+    "continuous": ("s", (0, (7, 2, 1, 2))),
+    "pages": ("^", (0, (2.5, 1.5))),
+    "state": ("o", "-"),
+}
+"""Marker and dashes of each method for one convolution."""
+LENGTH_DASHES = [(0, (1, 1.5)), (0, (2.5, 1.5)), (0, (7, 2, 1, 2)), (0, (7, 2)), "-"]
 GREY, LARGE_BATCH, DPI = "0.45", 32, 140
 MANY_LABELS = 300
 """Ratio of an axis' ends from which powers of ten are labels enough."""
@@ -35,6 +45,7 @@ def draw_pictures(folder: Path) -> None:
     matplotlib.use("Agg")
     results = recorded()
     draw_decode(results["decode"], folder / "decode.png")
+    draw_online(results["online"], folder / "futurefill.png")
     draw_train(results["train"], folder / "training-step.png")
 
 
@@ -71,6 +82,63 @@ def draw_decode(result: Run, file: Path) -> None:
         f"Decoding after prompts of {first['prompt_tokens']:,} tokens: models of about "
         f"{first['parameters'] / 1e6:.1f} M parameters, D = {first['width']}, {first['dtype']}, "
         f"{first['threads']} thread(s)",
+        fontsize=11,
+    )
+    figure.savefig(file, dpi=DPI)
+    pyplot.close(figure)
+
+
+def draw_online(result: Run, file: Path) -> None:
+    """Draw time, memory and multiply-adds against length, and time against the epoch."""
+    from matplotlib import pyplot, ticker
+
+    runs, lengths = result["runs"], sorted({run["new_tokens"] for run in result["runs"]})
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
+    panels = list(grid.flat)
+    shown = {
+        "time of a token (µs)": lambda run: 1e3 * run["step_ms"],
+        "cache (MiB)": lambda run: run["cache_bytes"] / 2**20,
+        "multiply-adds of a token (thousands)": lambda run: run["multiply_adds_per_token"] / 1e3,
+    }
+    for axes, (title, figure_of) in zip(panels, shown.items(), strict=False):
+        for name, (marker, dashes) in ONLINE_STYLES.items():
+            own = [run for run in online_tables.lines(result) if run["cache"] == name]
+            axes.plot(
+                [run["new_tokens"] for run in own],
+                [figure_of(run) for run in own],
+                label=online_tables.LABELS[name],
+                marker=marker,
+                linestyle=dashes,
+                color="black",
+                markerfacecolor="black" if name == "state" else "white",
+                linewidth=2.2 if name == "state" else 1.2,
+            )
+        axes.set_ylabel(title)
+    for length, dashes in zip(lengths[::-1], LENGTH_DASHES[::-1], strict=False):
+        own = online_tables.epochs(result, length)
+        times = [1e3 * run["step_ms"] for run in own]
+        panels[3].plot([run["epoch"] for run in own], times, color="black", linestyle=dashes)
+        panels[3].annotate(f" {length:,}", (own[-1]["epoch"], times[-1]), va="center", fontsize=8)
+        paper = next(run for run in own if run["is_paper_epoch"])
+        panels[3].plot(paper["epoch"], 1e3 * paper["step_ms"], "D", color="black", mfc="white")
+    panels[3].set_ylabel("time of a token (µs), FutureFill, epoched")
+    of_longest = online_tables.epochs(result, lengths[-1])
+    epochs = [run["epoch"] for run in of_longest if not run["is_paper_epoch"]]
+    ticks = [(lengths, "tokens")] * 3 + [(epochs, "epoch (tokens); a line for each length")]
+    for axes, (places, title) in zip(panels, ticks, strict=True):
+        axes.set_xlabel(title)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(functools.partial(plain_number, "1"))
+        axes.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(
+        f"Decoding one convolution alone: D = {runs[0]['width']}, batch 1, float32, "
+        f"{runs[0]['threads']} thread(s). Diamonds: the epoch of the paper",
         fontsize=11,
     )
     figure.savefig(file, dpi=DPI)

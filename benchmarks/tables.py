@@ -11,18 +11,23 @@ documents with the results.
 import re
 import sys
 
-from benchmarks import decoding_tables, peers_tables, train_serve_tables
+from benchmarks import decoding_tables, online_tables, peers_tables, train_serve_tables
 from benchmarks.claims import claims
 from benchmarks.recorded import ROOT, Run, recorded
 
 DOCUMENTS = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("data", "engine", "evidence", "slurm", "training")),
+    *(
+        f"docs/{name}.md"
+        for name in ("data", "engine", "evidence", "gpu-check", "slurm", "training")
+    ),
 ]
 PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-TABLES = decoding_tables.TABLES | peers_tables.TABLES | train_serve_tables.TABLES
+TABLES = (
+    decoding_tables.TABLES | online_tables.TABLES | peers_tables.TABLES | train_serve_tables.TABLES
+)
 CLAIMS = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
