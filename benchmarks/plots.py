@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def draw_online(result: Run, file: Path) -> None:
     runs, lengths = result["runs"], sorted({run["new_tokens"] for run in result["runs"]})
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
     panels = list(grid.flat)
-    shown = {
+    shown: dict[str, Callable[[Run], float]] = {
         "time of a token (µs)": lambda run: 1e3 * run["step_ms"],
         "cache (MiB)": lambda run: run["cache_bytes"] / 2**20,
         "multiply-adds of a token (thousands)": lambda run: run["multiply_adds_per_token"] / 1e3,

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ from stu.model import FlashSTU
 
 PEER_PROMPT_TOKENS = 8
 """Prompt tokens that a peer really reads, before its cache is set to a later position."""
+
+
+class Subject(Protocol):
+    """What decodes a batch in step, and can be set to later positions."""
+
+    def step(self) -> dict[str, float]:
+        """Decode a token of each sequence; return the milliseconds of it and of its parts."""
+
+    def count(self) -> Counter[str]:
+        """Decode a token of each sequence; return what its operations do."""
+
+    def seek(self, position: int) -> None:
+        """Move to the state after this number of new tokens, which must not be an earlier one."""
+
+    def flushes(self) -> list[Flush]:
+        """Return the work that some steps of a run do beyond decoding a token."""
 
 
 class CacheSubject(Memory):
@@ -114,9 +131,6 @@ class PeerSubject:
 
     def _decode(self) -> None:
         self._tokens = self._peer.step(self._tokens).argmax(-1)
-
-
-Subject = CacheSubject | PeerSubject
 
 
 class Clock:
