@@ -40,6 +40,8 @@ def test_epochs_of_any_length_decode_the_same_convolution():
     assert names[1:-3] == [("epoched", epoch) for epoch in (paper, 64, 100, LENGTH)]
     for method in several[:-2]:  # tests/serve compares the engine's caches
         cache = method.begin()
+        if method.epoch is not None:
+            assert method.epoch == lag_step * cache.page_columns
         outputs = []
         for token in inputs:
             outputs.append(cache.step(0, token).clone())
