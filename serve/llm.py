@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from serve.adapters.names import LoraRequest, adapter_folders, requested_adapters
 from serve.completion import Completion, answered, normalized
 from serve.config import EngineConfig
 from serve.devices import device_groups
@@ -20,7 +21,6 @@ from stu.common.errors import UserError, requires_extra
 from stu.model_dir import load_generation, load_tokenizer
 
 Prompt = str | Sequence[int]
-LoraRequest = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LLM:
             weights and of the caches. `device` may name them, with commas between them; cpu stands
             for all. Those but the first are used by processes, which `close` ends.
         lora_modules: Folders of adapters (LoRA) in peft's layout, by the names that `lora_request`
-            takes.
+            takes. It needs `tensor_parallel` 1.
         engine: Fields of `serve.config.EngineConfig`, such as `cache_gib` and `max_running`.
 
     Raises UserError for files and settings that cannot be used.
@@ -74,6 +74,7 @@ class LLM:
         lora_modules: Mapping[str, str | Path] | None = None,
         **engine: Any,
     ) -> None:
+        self._adapters = adapter_folders(lora_modules, tensor_parallel)
         self._path, self.tokenizer = Path(model), load_tokenizer(model)
         self.default_sampling_params = RequestBuilder(
             self.tokenizer, load_generation(model)
@@ -86,7 +87,6 @@ class LLM:
             count = "one device" if tensor_parallel == 1 else f"{tensor_parallel} devices"
             fix = "tensor_parallel divides a model among several devices, and cpu stands for all"
             raise UserError("device", device, count, fix)
-        self._adapters = {name: Path(path) for name, path in (lora_modules or {}).items()}
         self._engine = make_engine(
             model, devices, dtype, self.tokenizer, config, False, self._adapters
         )
@@ -131,10 +131,11 @@ class LLM:
             if len(values) != len(listed):
                 message = f"{len(values)} {name} for {len(listed)} prompts: give one for each"
                 raise UserError(name, message=message)
+        adapters = requested_adapters(lora_request, len(listed), self._adapters)
         requests = [
             Request(encode_prompt(self.tokenizer, prompt), own, number, adapter=adapter)
             for prompt, own, number, adapter in zip(
-                listed, params, priorities, self._names(lora_request, len(listed)), strict=True
+                listed, params, priorities, adapters, strict=True
             )
         ]
         if not requests:
@@ -266,7 +267,7 @@ class LLM:
         self, requests: Sequence[Request], use_tqdm: bool, lora_request: LoraRequest
     ) -> list[Completion]:
         """Run requests that generate nothing. Raises UserError if one of them fails."""
-        adapters = self._names(lora_request, len(requests))
+        adapters = requested_adapters(lora_request, len(requests), self._adapters)
         requests = [
             replace(request, adapter=adapter)
             for request, adapter in zip(requests, adapters, strict=True)
@@ -276,20 +277,6 @@ class LLM:
             if answer.error:
                 raise UserError("model", message=answer.error)
         return answers
-
-    def _names(self, lora_request: LoraRequest, count: int) -> list[str]:
-        """Return the names of the adapters of so many prompts, empty ones for the model alone.
-        Raises UserError."""
-        if lora_request is None or isinstance(lora_request, str):
-            lora_request = [lora_request] * count
-        if len(lora_request) != count:
-            message = f"{len(lora_request)} lora_request for {count} prompts: give one for each"
-            raise UserError("lora_request", message=message)
-        for name in lora_request:
-            if name is not None and name not in self._adapters:
-                known = ", ".join(self._adapters) or "None, as there are no lora_modules"
-                raise UserError("lora_request", name, f"one of {known}")
-        return [name or "" for name in lora_request]
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

@@ -17,11 +17,11 @@ from ray import serve
 from serve.ray.deployment import NAME, engine_application, handled_replicas
 from serve.server.access.keys import Keys
 from serve.server.cli import config_from
-from serve.server.config import ServerConfig, model_configs
+from serve.server.config import ServerConfig, errors_of_model, model_configs
 from serve.server.http_server import asgi_app
 from serve.server.model_version import replicas_config
 from serve.server.replicas.supervisor import ReplicasConfig
-from serve.server.service import make_service
+from serve.server.service import make_service, require_cache_sizes
 from stu.common.errors import UserError
 
 OF_HTTP_SERVER = (
@@ -46,11 +46,13 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
         if name in settings:
             fix = "Ray Serve's proxies listen: set it in http_options, or leave it out"
             raise UserError(name, settings[name], fix=fix)
-    engines = {}
-    for name, own in model_configs(config).items():
+    engines, configs = {}, model_configs(config)
+    require_cache_sizes(configs, {})
+    for name, own in configs.items():
         deployment = NAME if name == config.name else f"{NAME}-{name}"
         arguments = _replicas_config(own), own.replicas, own.cluster, deployment
-        engines[name] = engine_application(*arguments)
+        with errors_of_model(config, name):
+            engines[name] = engine_application(*arguments)
     return serve.deployment(HttpReplica, **HTTP_REPLICAS_OPTIONS).bind(dict(settings), engines)
 
 

@@ -41,6 +41,13 @@ def connect() -> Any:
     return ray
 
 
+def engines_have_gpus(gpus_per_engine: int | None) -> bool:
+    """Return whether each engine takes a GPU; by default if a host of the cluster has any now."""
+    if gpus_per_engine is None:
+        return any(host.get("GPU", 0) >= 1 for host in _hosts())
+    return gpus_per_engine > 0
+
+
 @dataclass(frozen=True)
 class EngineResources:
     """Resources that each engine takes of the cluster, and the most engines there may be."""
@@ -75,8 +82,7 @@ def engine_resources(
     Raises UserError if the cluster has no such hosts, or if engines that share the memory of a
     host have no `cache_gib`.
     """
-    ray = connect()
-    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    hosts = _hosts()
     num_gpus = sum(int(host.get("GPU", 0)) for host in hosts)
     most = int(max((host.get("CPU", 0) for host in hosts), default=0))
     if gpus_per_engine is None and cpus_per_engine > most:
@@ -85,7 +91,7 @@ def engine_resources(
             fix = f"give {setting_name('gpus_per_replica')} if others are to join"
         allowed = f"at most {most}, the processors of the cluster's largest host"
         raise UserError(name, cpus_per_engine, allowed, fix)
-    if gpus_per_engine or (gpus_per_engine is None and num_gpus):
+    if engines_have_gpus(gpus_per_engine):
         return EngineResources(cpus_per_engine, 1, count or num_gpus)
     if count is not None and count > len(hosts) and cache_gib is None:
         raise UserError(
@@ -94,3 +100,8 @@ def engine_resources(
             f"{setting_name('cache_gib')}",
         )
     return EngineResources(cpus_per_engine, 0, count or len(hosts))
+
+
+def _hosts() -> list[dict[str, float]]:
+    """Return the resources of each host of the cluster."""
+    return [node["Resources"] for node in connect().nodes() if node["Alive"]]

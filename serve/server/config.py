@@ -1,6 +1,7 @@
 """The settings of `stu-serve`."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -222,9 +223,15 @@ def model_configs(config: ServerConfig) -> dict[str, ServerConfig]:
     """
     common = replace(config, models="", lora_modules="", model_name=None)
     found = {config.name: replace(config, models="")}
-    for name, own in _listed(config.models, found).items():
-        found[name] = _own_config(common, name, own)
-    names = [name for own in found.values() for name in (own.name, *own.adapters)]
+    for name, settings in _listed(config.models, found).items():
+        with errors_of_model(config, name):
+            engine, others = _checked(common, settings)
+            engine_config = replace(common.engine, **engine)
+            found[name] = replace(common, **others, model_name=name, engine=engine_config)
+    names = list(found)
+    for name, own in found.items():
+        with errors_of_model(config, name):
+            names += own.adapters
     for name in names:
         if names.count(name) > 1:
             fix = f"each model and each adapter needs a name of its own, and {name} is there twice"
@@ -238,19 +245,24 @@ def _listed(models: Mapping[str, Any] | str, taken: Container[str]) -> dict[str,
         paths = _named_paths("models", models, taken)
         return {name: {"model": path} for name, path in paths.items()}
     for name, own in models.items():
-        if not name or name in taken or not isinstance(own, Mapping) or "model" not in own:
-            allowed = "an object with an object for each NAME, which has its directory as model"
+        is_name = isinstance(name, str) and name and name not in taken  # YAML reads 7 as a number
+        if not is_name or not isinstance(own, Mapping) or "model" not in own:
+            allowed = (
+                "an object with an object for each NAME, which has its directory as model; each"
+            )
+            allowed += " NAME is a text, in quotes if it is a number, and none that of the model"
             raise UserError("models", models, allowed)
     return {name: dict(own) for name, own in models.items()}
 
 
-def _own_config(common: ServerConfig, name: str, own: Mapping[str, Any]) -> ServerConfig:
-    """Return the settings of a model, given those that it has of its own. Raises UserError."""
+@contextmanager
+def errors_of_model(config: ServerConfig, name: str) -> Iterator[None]:
+    """Let a UserError of the block name the model of `--models` that it is about, if it is one."""
     try:
-        engine, others = _checked(common, own)
-        engine_config = replace(common.engine, **engine)
-        return replace(common, **others, model_name=name, engine=engine_config)
+        yield
     except UserError as error:
+        if name == config.name:
+            raise
         message = f"{setting_name('models')}: {name}: {error}"
         raise UserError("models", message=message) from error
 

@@ -81,12 +81,12 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health(model: str | None = None) -> Response:
-        """Whether each model, or the one that is named, has a replica that responds."""
+        """Whether a model, or the one that is named, has a replica that responds."""
         found = asked(model)
         failure = "loading the model" if is_loading(found) else "no replica responds"
-        # The only replica may be exchanged for one of another version, which is no reason to
-        # restart the server.
-        is_good = all(own.replicas.is_healthy or not own.is_open.is_set() for own in found)
+        # A restart of the server would end the streams of the models that respond, and is not
+        # needed where the only replica is exchanged for one of another version.
+        is_good = any(own.replicas.is_healthy or not own.is_open.is_set() for own in found)
         return _state(is_good, failure)
 
     @app.get("/ready")
@@ -107,7 +107,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def asked(name: str | None) -> Sequence[ServedModel]:
-        return service.models if name is None else [service.find(name)]
+        if name is None:
+            return service.models
+        if name not in service.names:  # these are for those who have a key
+            raise UserError("model", name, "the name of a model here", code="model_not_found")
+        return [service.find(name)]
 
     def is_loading(models: Sequence[ServedModel]) -> bool:
         return any(model.replicas.is_loading for model in models)

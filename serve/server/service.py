@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import sqlite3
 from collections import Counter
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import stu
 from serve.openai.responses.store import ResponseStore
+from serve.ray.cluster import engines_have_gpus
 from serve.server.access.limits import RateLimits
 from serve.server.batches.batches import Batches, Limits
 from serve.server.batches.collector import BatchCollector
-from serve.server.config import ServerConfig, model_configs
+from serve.server.config import ServerConfig, errors_of_model, model_configs
 from serve.server.model_version import engine_devices
 from serve.server.operating.metrics import Metrics
 from serve.server.operating.reload import ReloadInProgress
@@ -28,6 +30,8 @@ from stu.common.text import Json
 
 if TYPE_CHECKING:
     from serve.server.operating.tracing import Tracing
+
+logger = logging.getLogger("stu")
 
 ROWS_AHEAD = 1.5
 """Rows of batches to decode at once, as a multiple of the requests that engines decode together."""
@@ -91,10 +95,14 @@ class Service:
             await model.replicas.ready(lambda: not self.is_draining)
 
     async def stop(self) -> None:
-        """End every replica, and wait for it."""
+        """End every replica, and wait for it. What fails for a model is logged."""
         for model in self.models:
             await model.reloader.stop()
-        await asyncio.gather(*(model.replicas.stop() for model in self.models))
+        ends = (model.replicas.stop() for model in self.models)
+        results = await asyncio.gather(*ends, return_exceptions=True)
+        for model, result in zip(self.models, results, strict=True):
+            if isinstance(result, BaseException):
+                logger.error("replicas of %s have not ended", model.name, exc_info=result)
 
     def kill(self) -> None:
         """End every replica at once."""
@@ -114,8 +122,12 @@ class Service:
 
     async def reload(self, name: str | None, path: Path | None, one_by_one: bool | None) -> Json:
         """Load another version of a model, and return as `Reloader.reload` does. One model is
-        loaded at a time, as that looks whether memory has room."""
+        loaded at a time, as that looks whether memory has room, and none while models load as the
+        server starts."""
         model = self.find(name)
+        if loading := [other.name for other in self.models if other.replicas.is_loading]:
+            names = ", ".join(loading)
+            raise ReloadInProgress(f"no replica of {names} is ready yet: wait until /ready is 200")
         if any(other.reloader.is_loading for other in self.models):
             raise ReloadInProgress("another version is being loaded: wait until it is done")
         return {"model": model.name, **await model.reloader.reload(path, one_by_one)}
@@ -130,14 +142,19 @@ def make_service(config: ServerConfig, replicas: Mapping[str, Dispatcher] | None
     Raises UserError.
     """
     configs, replicas = model_configs(config), replicas or {}
-    devices = {} if config.ray else {name: engine_devices(own) for name, own in configs.items()}
-    _require_cache_sizes(configs, devices)
+    devices = {}
+    for name, own in {} if config.ray else configs.items():
+        with errors_of_model(config, name):
+            devices[name] = engine_devices(own)
+    if not replicas:
+        require_cache_sizes(configs, devices)
     num_ranks = sum(len(group.split(",")) for groups in devices.values() for group in groups)
     num_threads = max(1, num_processors() // max(1, num_ranks))
     metrics = Metrics(config.metric_prefix, list(configs))
-    models = [
-        ServedModel(own, metrics, num_threads, replicas.get(name)) for name, own in configs.items()
-    ]
+    models = []
+    for name, own in configs.items():
+        with errors_of_model(config, name):
+            models.append(ServedModel(own, metrics, num_threads, replicas.get(name)))
     batches = _batches(config, models)
     if batches is not None:
         metrics.register(BatchCollector(batches, metrics.common_name))
@@ -151,10 +168,11 @@ def make_service(config: ServerConfig, replicas: Mapping[str, Dispatcher] | None
     )
 
 
-def _require_cache_sizes(
+def require_cache_sizes(
     configs: Mapping[str, ServerConfig], devices: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raise UserError if engines that share a device have no `cache_gib`.
+    """Raise UserError if engines that share a device, or hosts of a Ray cluster, have no
+    `cache_gib`.
 
     devices: Devices of the engines of each model on this machine.
     """
@@ -162,11 +180,14 @@ def _require_cache_sizes(
         rank for groups in devices.values() for group in groups for rank in set(group.split(","))
     )
     for name, own in configs.items():
-        ranks = ",".join(devices.get(name, [])).split(",")
-        shares = any(engines[rank] > 1 for rank in ranks)
+        if own.engine.cache_gib is not None:
+            continue
         if own.ray:  # where Ray gives engines no GPUs, those of several models share hosts
-            shares = len(configs) > 1 and not own.cluster.gpus_per_replica
-        if shares and own.engine.cache_gib is None:
+            shares = len(configs) > 1 and not engines_have_gpus(own.cluster.gpus_per_replica)
+        else:
+            ranks = ",".join(devices[name]).split(",")
+            shares = any(engines[rank] > 1 for rank in ranks)
+        if shares:
             beside = f", or {setting_name('gpus_per_replica')} 1" if own.ray else ""
             raise UserError(
                 "cache_gib",
@@ -204,7 +225,7 @@ def _batches(config: ServerConfig, models: Sequence[ServedModel]) -> Batches | N
         rows_at_once={model.name: _rows_at_once(model) for model in models},
     )
     bases = {name: model.name for model in models for name in model.names}
-    return Batches(config.batch_dir, limits, lambda name: bases.get(name, models[0].name))
+    return Batches(config.batch_dir, limits, bases.get)
 
 
 def _rows_at_once(model: ServedModel) -> int:

@@ -254,8 +254,27 @@ def test_prompts_have_adapters(llm, model_directory, code_model, code_tokenizer,
     for lora_request, message in (
         ("other", 'lora_request="other" .* one of own'),
         (["own"], "1 lora_request for 2 prompts"),
+        (object(), "lora_request=.* the name of an adapter, or a list"),
+        ([["own"], None], "lora_request=.* one of own"),
+        (["", "own"], 'lora_request="" .* one of own'),
     ):
         with pytest.raises(UserError, match=message):
             own.generate(prompts, params, lora_request=lora_request)
     with pytest.raises(UserError, match="no lora_modules"):
         llm.embed(prompts, lora_request="own")
+
+
+@pytest.mark.parametrize(
+    ("lora_modules", "message"),
+    [
+        ({"own": "x"}, "tensor_parallel=2 .* 1 with lora_modules"),
+        ({"": "x"}, "lora_modules=.* none of them empty"),
+        ({7: "x"}, "lora_modules="),
+        ({"own": None}, "lora_modules="),
+        (["x"], "lora_modules="),
+    ],
+    ids=str,
+)
+def test_adapters_are_checked_first(model_directory, lora_modules, message):
+    with pytest.raises(UserError, match=message):
+        LLM(model_directory, "cpu", tensor_parallel=2, lora_modules=lora_modules)

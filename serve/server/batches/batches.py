@@ -57,7 +57,8 @@ class Limits:
     line_bytes: int
     """Size of a row."""
     rows_at_once: Mapping[str, int]
-    """Rows that are decoded at once, of all batches, by the names of models."""
+    """Rows that are decoded at once, of all batches, by the names of models, the one of rows that
+    name none first."""
 
 
 class Batches:
@@ -66,12 +67,13 @@ class Batches:
     Args:
         folder: Folder of their files.
         limits: Limits of them.
-        model_of: Returns the name of the model that the field `model` of a body stands for.
+        model_of: Returns the name of the model that the field `model` of a body stands for, or
+            None if there is no such model.
 
     Raises UserError if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, limits: Limits, model_of: Callable[[str], str]) -> None:
+    def __init__(self, folder: Path, limits: Limits, model_of: Callable[[str], str | None]) -> None:
         self.limits, self._model_of = limits, model_of
         self._store = Store(folder)
         self.files = Files(self._store, limits.stored_bytes)

@@ -9,20 +9,27 @@ MOST_BYTES = 2**26
 
 
 class Windows:
-    """Windows of all models, so that no model waits for another.
+    """Windows of all models, so that rows of a model wait for none of another model and another
+    batch. Rows of no model, which are refused, have a window of their own.
 
     Args:
-        most_rows: Limits of rows, by the names of models.
-        model_of: Returns the name of the model that the field `model` of a body stands for.
+        most_rows: Limits of rows, by the names of models, the one of rows that name none first.
+        model_of: Returns the name of the model that the field `model` of a body stands for, or
+            None if there is no such model.
     """
 
-    def __init__(self, most_rows: Mapping[str, int], model_of: Callable[[str], str]) -> None:
+    def __init__(self, most_rows: Mapping[str, int], model_of: Callable[[str], str | None]) -> None:
         self._windows = {model: Window(model, most) for model, most in most_rows.items()}
+        self._first = next(iter(self._windows.values()))
+        self._of_none = Window("", max(most_rows.values()))
         self._model_of = model_of
 
     def of(self, named: object) -> "Window":
-        """Return the window of a row whose body has this `model`."""
-        return self._windows[self._model_of(named if isinstance(named, str) else "")]
+        """Return the window of a row whose body has this `model`; None if it has none."""
+        if named is None:
+            return self._first
+        model = self._model_of(named) if isinstance(named, str) else None
+        return self._of_none if model is None else self._windows[model]
 
 
 class Window:
@@ -32,7 +39,7 @@ class Window:
     asked, and each asks for one row at a time.
 
     Args:
-        model: Name of the model.
+        model: Name of the model; empty for rows of none.
         most_rows: Limit of rows.
     """
 

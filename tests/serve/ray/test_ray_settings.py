@@ -84,6 +84,21 @@ def test_the_server_does_not_start_without_a_host_for_a_replica(monkeypatch):
         deployment.deployed_replicas("m", *arguments)
 
 
+def test_models_on_hosts_without_gpus_need_a_size(monkeypatch):
+    build = pytest.importorskip("serve.ray_application").build
+    settings = {"model": "m", "models": "other=o"}
+    connect_to(monkeypatch, [{"CPU": 8.0}] * 4)
+    for more in {}, {"cpus_per_replica": 2}, {"gpus_per_replica": 0}:
+        with pytest.raises(UserError, match=r"^several replicas .* cache_gib, or gpus_per_replica"):
+            build({**settings, **more})
+    build({**settings, "cache_gib": 1})
+    build({**settings, "gpus_per_replica": 1})
+    connect_to(monkeypatch, [{"CPU": 8.0, "GPU": 2.0}])
+    build(settings)  # each has a GPU, though the setting is not given
+    with pytest.raises(UserError, match="cache_gib"):
+        build({**settings, "gpus_per_replica": 0})
+
+
 def test_engines_may_be_for_hosts_that_have_yet_to_join(monkeypatch):
     head = {"CPU": 0.0}
     with pytest.raises(UserError, match=r"^cpus_per_replica=1.*at most 0.*gpus_per_replica"):

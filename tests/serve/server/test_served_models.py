@@ -17,6 +17,7 @@ from serve.server.app import make_app
 from serve.server.cli import config_from
 from serve.server.config import ServerConfig, model_configs
 from serve.server.exchange import Exchanges
+from serve.server.operating.reload import ReloadInProgress
 from serve.server.replicas.stream import Busy
 from serve.server.service import make_service
 from stu.common.errors import UserError
@@ -31,7 +32,7 @@ from tests.serve.requests import decode, make_request
 from tests.serve.server.batches.views import client_of, create, ended, make_row, results
 from tests.serve.server_process import events, eventually, serving
 
-BYTES_SEQ_LEN = 128
+BYTES_SEQ_LEN, NUM_TOKENS = 512, 300
 TEMPLATE = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
 PATHS = {
     "completions": {"prompt": "def"},
@@ -200,22 +201,29 @@ def test_metrics_are_by_model(ask, service, submitted):
 
 def test_probes_tell_of_one_model_or_of_all(ask, service, monkeypatch):
     first, second = (model.replicas for model in service.models)
-    for healthy, whole in (((1, 1), 200), ((1, 0), 503), ((0, 1), 503)):
+    for healthy in ((1, 1), (1, 0), (0, 1), (0, 0)):
         for replicas, is_healthy in zip((first, second), healthy, strict=True):
             current = SimpleNamespace(is_healthy=bool(is_healthy), is_loading=False)
             monkeypatch.setattr(replicas, "current", current)
-        for path in ("/health", "/ready"):
-            assert ask("GET", path).status_code == whole
+        for path, is_good in (("/health", any(healthy)), ("/ready", all(healthy))):
+            assert ask("GET", path).status_code == (200 if is_good else 503)
             for name, is_healthy in zip(("model", "other"), healthy, strict=True):
                 found = ask("GET", f"{path}?model={name}").status_code
                 assert found == (200 if is_healthy else 503)
-    assert ask("GET", "/health?model=third").status_code == 404
+    for path in ("/health", "/ready"):  # which need no key
+        answer = ask("GET", f"{path}?model=third")
+        assert answer.status_code == 404
+        assert not re.search("tuned|other", answer.text)
 
 
-def test_reloads_name_a_model_and_come_one_after_the_other(service):
+def test_reloads_name_a_model_and_come_one_after_the_other(service, monkeypatch):
     model, other = service.models
 
     async def run():
+        monkeypatch.setattr(model.replicas, "current", SimpleNamespace(is_loading=False))
+        with pytest.raises(ReloadInProgress, match="no replica of other is ready yet"):
+            await service.reload("model", None, None)
+        monkeypatch.setattr(other.replicas, "current", SimpleNamespace(is_loading=False))
         assert service.reloading("other")["path"] == str(other.config.model)
         other.reloader._state = "loading"
         with pytest.raises(Exception, match="another version is being loaded"):
@@ -231,6 +239,37 @@ def test_reloads_name_a_model_and_come_one_after_the_other(service):
             await service.reload("third", None, None)
 
     asyncio.run(run())
+
+
+def test_of_two_reloads_at_once_one_is_refused(service, monkeypatch, tmp_path):
+    for model in service.models:
+        monkeypatch.setattr(model.replicas, "current", SimpleNamespace(is_loading=False))
+
+    async def run():
+        calls = (service.reload(model.name, tmp_path, None) for model in service.models)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, second = asyncio.run(run())
+    assert isinstance(first, UserError), "the first has looked into the folder"
+    assert isinstance(second, ReloadInProgress)
+
+
+def test_replicas_of_a_model_end_though_those_of_another_cannot(service, monkeypatch, caplog):
+    stopped = []
+
+    async def fail():
+        raise OSError("no pipe")
+
+    async def stop():
+        await asyncio.sleep(0)
+        stopped.append("other")
+
+    for model, end in zip(service.models, (fail, stop), strict=True):
+        monkeypatch.setattr(model.replicas, "stop", end)
+    asyncio.run(service.stop())
+    assert stopped == ["other"]
+    assert "replicas of model have not ended" in caplog.text
+    assert "no pipe" in caplog.text
 
 
 def test_settings_of_models(model_directory, other_directory):
@@ -256,6 +295,8 @@ def test_settings_of_models(model_directory, other_directory):
         ("a=x,a=y", "each NAME once"),
         ("model=x", "none that of the model"),
         ({"a": "x"}, "an object for each NAME"),
+        ({7: {"model": "x"}}, "a text, in quotes"),
+        ({"a": {"model": "x", "lora_modules": "tuned"}}, "a: lora_modules=.*NAME=PATH"),
         ({"a": {"devices": "cpu"}}, "which has its directory as model"),
         ({"a": {"model": "x", "port": 1}}, "a: port is not allowed: it must be one of model"),
         ({"a": {"model": "x", "replicas": 0}}, "a: replicas=0 .* >= 1"),
@@ -276,11 +317,33 @@ def test_engines_of_several_models_on_a_device_need_a_size(model_directory, othe
     with pytest.raises(UserError, match="give cache_gib") as error:
         make_service(config_of(model_directory, models, engine=EngineConfig()))
     assert error.value.field == "cache_gib"
-    with pytest.raises(UserError, match="give cache_gib, or gpus_per_replica 1"):
-        make_service(config_of(model_directory, models, engine=EngineConfig(), ray=True))
     sizes = {"other": {"model": str(other_directory), "cache_gib": 0.1}}
     with pytest.raises(UserError, match="give cache_gib"):
         make_service(config_of(model_directory, sizes, engine=EngineConfig()))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"devices": "gpu"}, '^models: other: devices="gpu"'),
+        ({"tensor_parallel": 3}, "^models: other: tensor_parallel=3"),
+        ({"lora_modules": "own=missing"}, "^models: other: missing/adapter_config.json: no such"),
+        ({"model": "missing"}, "^models: other: missing/config.json"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_errors_name_the_model_of_a_setting(model_directory, other_directory, own, message):
+    own = {"model": str(other_directory), **own}
+    with pytest.raises(UserError, match=message) as error:
+        make_service(config_of(model_directory, {"other": own}, devices="cpu"))
+    assert error.value.field == "models"
+
+
+def test_errors_of_the_first_model_are_those_of_the_command(model_directory, other_directory):
+    own = {"model": str(other_directory), "tensor_parallel": 1}
+    config = config_of(model_directory, {"other": own}, devices="cpu", tensor_parallel=3)
+    with pytest.raises(UserError, match=r"^tensor_parallel=3"):
+        make_service(config)
 
 
 def text_of(response):
@@ -288,13 +351,16 @@ def text_of(response):
 
 
 @contextmanager
-def begun(http, replica, **body):
-    """Begin a stream and stop its replica; yield a function that returns the text of the rest."""
-    body = {"prompt": "def f(", "seed": 3, "stop_at_eos": False, "stream": True, **body}
+def begun(http, replica, model):
+    """Begin a stream of `NUM_TOKENS` and stop its replica before the end; yield a function that
+    returns the whole text."""
+    body = {"prompt": "def f(", "seed": 3, "stop_at_eos": False, "stream": True}
+    body |= {"model": model, "max_tokens": NUM_TOKENS}
     with http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         first = next(lines)
         replica.suspend()
+        assert 0 < counts(http, "vllm:generation_tokens_total")[model] < NUM_TOKENS
 
         def rest():
             response.iter_lines = lambda: itertools.chain([first], lines)
@@ -303,11 +369,11 @@ def begun(http, replica, **body):
         yield rest
 
 
-def expected(directory, count):
+def expected(directory):
     """The text of a stream of `begun`."""
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     tokens = tokenizer.start_ids + tokenizer.encode("def f(")
-    request = make_request(tokens, count, temperature=1.0, seed=3)
+    request = make_request(tokens, NUM_TOKENS, temperature=1.0, seed=3)
     (completion,) = decode(model, tokenizer, [request], batch_invariant=True)
     return completion.text
 
@@ -317,9 +383,9 @@ def replicas_of(server):
     return sorted(server.replicas(), key=lambda process: (process.create_time(), process.pid))
 
 
-def counts(server, name):
+def counts(http, name):
     """Values of a metric by model."""
-    lines = re.findall(rf"^{name}{{(.*)}} (\S+)$", server.get("/metrics").text, re.M)
+    lines = re.findall(rf"^{name}{{(.*)}} (\S+)$", http.get("/metrics").text, re.M)
     found: dict[str, float] = {}
     for labels, value in lines:
         model = re.search('model_name="([^"]*)"', labels)[1]
@@ -328,16 +394,16 @@ def counts(server, name):
 
 
 def test_a_model_goes_on_while_the_other_loses_its_replica(
-    model_directory, other_directory, tmp_path
+    long_model_directory, other_directory, tmp_path
 ):
     options = "--models", f"other={other_directory}", "--batch-invariant"
     options += "--batch-dir", tmp_path / "batches", "--watchdog-seconds", 300
-    count, texts = 40, [expected(own, 40) for own in (model_directory, other_directory)]
-    with serving(model_directory, *options) as server, server.client() as http:
+    texts = [expected(own) for own in (long_model_directory, other_directory)]
+    with serving(long_model_directory, *options) as server, server.client() as http:
         replicas = replicas_of(server)
         with (
-            begun(http, replicas[0], max_tokens=count) as first,
-            begun(http, replicas[1], max_tokens=count, model="other") as second,
+            begun(http, replicas[0], "model") as first,
+            begun(http, replicas[1], "other") as second,
         ):
             replicas[1].kill()
             replicas[0].resume()
@@ -345,7 +411,8 @@ def test_a_model_goes_on_while_the_other_loses_its_replica(
             assert second() == texts[1]
         assert counts(server, "stu:replica_restarts_total") == {"model": 0, "other": 1}
         assert counts(server, "stu:requests_resumed_total") == {"model": 0, "other": 1}
-        assert counts(server, "vllm:generation_tokens_total") == {"model": count, "other": count}
+        num_tokens = dict.fromkeys(("model", "other"), NUM_TOKENS)
+        assert counts(server, "vllm:generation_tokens_total") == num_tokens
         rows = [
             make_row(number, model=name) for number, name in enumerate(["model", "other", "x"] * 3)
         ]
@@ -356,7 +423,7 @@ def test_a_model_goes_on_while_the_other_loses_its_replica(
             row["custom_id"]: row["body"]["model"] for row in rows if row["body"]["model"] != "x"
         }
         assert {line["response"]["status_code"] for line in errors.values()} == {404}
-        assert counts(server, "stu:batch_rows_total") == {"model": 6, "other": 3}
+        assert counts(server, "stu:batch_rows_total") == {"model": 3, "other": 3, "": 3}
         assert server.stop() == 0
 
 
@@ -367,11 +434,11 @@ def test_a_model_is_loaded_again_while_the_other_streams(
     keys = tmp_path / "keys"
     keys.write_text("sk-operator admin\n")
     options = "--models", f"other={other_directory}", "--batch-invariant", "--api-keys", keys
-    count, text = 40, expected(other_directory, 40)
+    text = expected(other_directory)
     with serving(model_directory, *options, "--watchdog-seconds", 300) as server:
         http = server.client(headers={"authorization": "Bearer sk-operator"})
         (_, replica) = replicas_of(server)
-        with http, begun(http, replica, max_tokens=count, model="other") as rest:
+        with http, begun(http, replica, "other") as rest:
             answer = http.post("/admin/reload", json={"path": str(other_directory)})
             assert answer.status_code == 200, answer.text
             found = answer.json()

@@ -124,27 +124,29 @@ async def test_checks_take_no_threads_of_others_and_owners_take_turns(batches, m
     assert checked.index("file-one-1") <= 2
 
 
-async def test_rows_of_a_model_do_not_wait_for_those_of_another(tmp_path):
-    models = {"": "first", "tuned": "first", "second": "second"}
+async def test_rows_of_a_model_do_not_wait_for_another_batch_of_another_model(tmp_path):
+    models = {"first": "first", "tuned": "first", "second": "second"}
     limits = replace(LIMITS, rows_at_once={"first": 2, "second": 2})
-    batches, asked = Batches(tmp_path / "b", limits, lambda name: models.get(name, "first")), []
+    batches, asked = Batches(tmp_path / "b", limits, models.get), []
 
     async def answering(request):
         asked.append(json.loads(request.body)["model"])
+        if asked[-1] in unknown:
+            return 404, b"{}"
         if asked[-1] != "second":
             await asyncio.Event().wait()  # as if no replica of it could be started
         return 200, b"{}"
 
     await batches.start(answering)
-    names = [None, "tuned", "first", ["second"]]
+    names, unknown = [None, "tuned", "first"], ["", "third", ["second"]]
     rows = [make_row(number, model=name) for number, name in enumerate(names)]
     await add(batches, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-    rows = [make_row(number, model="second") for number in range(9)]
+    rows = [make_row(number, model=name) for number, name in enumerate(["second"] * 9 + unknown)]
     content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     row = await ended(batches, await add(batches, content, "another"))
-    assert (row["status"], row["completed"]) == ("completed", 9)
-    assert sorted(asked, key=str) == [None, *["second"] * 9, "tuned"]
-    assert batches.num_results == {("second", False): 9}
+    assert (row["status"], row["completed"], row["failed"]) == ("completed", 9, 3)
+    assert sorted(asked, key=str) == ["", None, ["second"], *["second"] * 9, "third", "tuned"]
+    assert batches.num_results == {("second", False): 9, ("", True): 3}
     await batches.stop()
 
 
