@@ -28,6 +28,7 @@ BENCHMARKS = {
     "loss": ("training.loss", "the training loss against torch's, for a large vocabulary"),
     "memory": ("training.memory", "memory of training runs against the plan of stu-plan"),
     "optimizers": ("training.optimizers", "what AdamW and Muon reach with the same tokens"),
+    "quality": ("training.quality", "what mixers learn from the same tokens"),
     "documents": ("training.documents", "documents kept apart in training against together"),
     "tokenizers": ("training.tokenizers", "encoding by each kind of tokenizer and its library"),
     "load": ("serving.load", "a server under many clients, and its engine alone"),

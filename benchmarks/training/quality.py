@@ -1,0 +1,205 @@
+"""`python -m benchmarks quality`: what mixers learn from the same tokens with as many weights.
+
+Each run trains with stu-train in a process of one thread. The first seed tries learning rates on
+the first text and context, more until the best one is not the highest or lowest; all other runs of
+a layout have its best one, and Muon's have the same. A run that has ended is kept in a folder, and
+`minutes` limits how long runs are begun, so a whole result may come from several calls.
+"""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from benchmarks.machine import describe
+from benchmarks.training.quality_run import VOCAB_SIZE, Run
+from benchmarks.training.recall import Task, Trial
+
+PROSE = "torch", "numpy", "networkx"
+"""Packages whose documentation strings are the text `prose`."""
+LEAST_CHARS = 200
+"""Shorter documentation strings are left out."""
+RATES = 2e-3, 4e-3, 8e-3
+MOST_RATES = 6
+RECALL_RATES = 1e-3, 3e-3, 1e-2
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the benchmark."""
+
+    folder: Path = Path("runs/quality")
+    """Folder of the prepared texts and of the runs that have ended."""
+    minutes: PositiveFloat | None = None
+    """Minutes after which no run is begun. null: no limit."""
+    processes: PositiveInt = 2
+    """Runs at a time, of one thread each."""
+    tokens: PositiveInt = 1_500_000
+    """Tokens that each model trains on."""
+    steps: PositiveInt = 400
+    """Optimizer steps of each model that learns to recall."""
+    seeds: PositiveInt = 3
+    """Number of seeds, of the initial weights and of the data's order."""
+    texts: tuple[Literal["code", "prose"], ...] = ("code", "prose")
+    """Texts to learn: the sources of Python's standard library, and English of documentation."""
+    contexts: tuple[PositiveInt, ...] = (512, 4096)
+    """Tokens of a sample."""
+    layouts: tuple[str, ...] = ("stu", "hybrid", "hyena", "rope")
+    """Mixers; `rope` is attention to the whole context with rotary positions."""
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Return the results of all runs that have ended, and how many have not."""
+    work = _Work(options)
+    rates = {layout: best_rate(work, layout, options) for layout in options.layouts}
+    runs = [
+        run
+        for seed in range(options.seeds)
+        for run in (
+            *(
+                Run(text, context, layout, "adamw", rate, seed, options.tokens)
+                for text in options.texts
+                for context in options.contexts
+                for layout, rate in rates.items()
+            ),
+            *(
+                Run(
+                    options.texts[0], options.contexts[0], layout, "muon", rate, seed,
+                    options.tokens,
+                )
+                for layout, rate in rates.items()
+            ),
+        )
+    ]  # fmt: skip
+    trials = [
+        Trial(task, layout, rate, seed, options.steps)
+        for seed in range(options.seeds)
+        for task in get_args(Task)
+        for layout in options.layouts
+        for rate in RECALL_RATES
+    ]
+    learned, recalled = work.done(runs), work.done(trials)
+    missing = len(runs) + len(trials) - len(learned) - len(recalled)
+    return {
+        "machine": describe(),
+        "rates": rates,
+        "tried": work.done(tried(work, options)),
+        "runs": learned,
+        "recall": recalled,
+        "missing": missing,
+    }
+
+
+def best_rate(work: "_Work", layout: str, options: Options) -> float:
+    """Return the learning rate with the least loss of the first seed: of RATES, and of lower or
+    higher ones as long as the best one is the last on its side."""
+    rates = list(RATES)
+    while True:
+        found = work.done(first_runs(layout, rates, options))
+        if len(found) < len(rates):  # time was up
+            return rates[len(rates) // 2]
+        best = min(found, key=lambda result: float(result["loss"]))["learning_rate"]
+        if rates[0] < best < rates[-1] or len(rates) == MOST_RATES:
+            return float(best)
+        rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+
+
+def first_runs(layout: str, rates: Iterable[float], options: Options) -> list[Run]:
+    """Return the runs of the first seed with several learning rates."""
+    first = options.texts[0], options.contexts[0]
+    return [Run(*first, layout, "adamw", rate, 0, options.tokens) for rate in rates]
+
+
+def tried(work: "_Work", options: Options) -> list[Run]:
+    """Return the runs of `first_runs` that have ended."""
+    every = [RATES[0] * 2.0**power for power in range(-MOST_RATES, MOST_RATES + 3)]
+    return [
+        run
+        for layout in options.layouts
+        for run in first_runs(layout, every, options)
+        if work.path(run).exists()
+    ]
+
+
+class _Work:
+    """Runs that have ended, in a folder, and those that are begun until time is up."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        seconds = float("inf") if options.minutes is None else 60 * options.minutes
+        self._deadline = time.monotonic() + seconds
+
+    def path(self, run: Run | Trial) -> Path:
+        """Return the file of a run that has ended."""
+        return self._options.folder / f"{run.name}.json"
+
+    def done(self, runs: Sequence[Run | Trial]) -> list[Result]:
+        """Make the runs that are missing while there is time. Return the results there are."""
+        for text in sorted({run.text for run in runs if isinstance(run, Run)}):
+            prepared(text, self._options.folder)
+        with ThreadPoolExecutor(self._options.processes) as pool:
+            list(pool.map(self._make, runs))
+        paths = [self.path(run) for run in runs]
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+    def _make(self, run: Run | Trial) -> None:
+        path = self.path(run)
+        if path.exists() or time.monotonic() > self._deadline:
+            return
+        settings = json.dumps(dataclasses.asdict(run))
+        if isinstance(run, Run):
+            data = prepared(run.text, self._options.folder)
+            program = "quality_run", settings, str(data), str(path.with_suffix(""))
+        else:
+            self._options.folder.mkdir(parents=True, exist_ok=True)
+            program = "recall", settings
+        command = [sys.executable, "-m", f"benchmarks.training.{program[0]}", *program[1:]]
+        with open(path.with_suffix(".log"), "w") as log:
+            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=log)
+        part = path.with_suffix(".part")
+        part.write_bytes(made.stdout.splitlines()[-1])
+        part.rename(path)
+        print(path.name, made.stdout.splitlines()[-1][-160:], file=sys.stderr, flush=True)
+
+
+def prepared(text: str, folder: Path) -> Path:
+    """Return the token shards of a text, which are made if they are not there."""
+    data = folder / f"data-{text}"
+    if not data.exists():
+        source = "stdlib:"
+        if text == "prose":
+            source = str(folder / "prose.jsonl")
+            with open(source, "w") as output:
+                output.writelines(json.dumps({"text": own}) + "\n" for own in documentation())
+        command = [sys.executable, "-m", "train.data.cli", source, "--output", str(data)]
+        command += ["--vocab-size", str(VOCAB_SIZE), "--validation-fraction", "0.03"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return data
+
+
+def documentation() -> Iterator[str]:
+    """Yield the documentation of each module of some packages: its longer strings, in order."""
+    for package in PROSE:
+        for path in sorted(files(package) or [], key=str):
+            if path.suffix == ".py" and path.parts[0] == package:
+                source = Path(str(path.locate())).read_text(encoding="utf-8")
+                try:
+                    tree = ast.parse(source)
+                except SyntaxError:  # made for a newer Python
+                    continue
+                kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+                nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+                found = [ast.get_docstring(node) or "" for node in nodes]
+                if texts := [own for own in found if len(own) >= LEAST_CHARS]:
+                    yield "\n\n".join(texts)

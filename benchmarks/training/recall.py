@@ -1,0 +1,105 @@
+"""Recall of tokens: tasks that models learn from examples of their own, and how often they succeed.
+
+`recall`: pairs of a key and a value, then the keys again in another order, each of which asks for
+its value (Arora et al. 2023, arXiv:2312.04927). `needle`: noise in which one pair is hidden, and
+whose last token is its key.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
+
+from benchmarks.training.quality_run import register_peer
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from train.optimizer import OptimizerConfig, make_optimizer
+
+Task = Literal["recall", "needle"]
+NUM_KEYS = 64
+"""Keys are the first tokens of the vocabulary, then as many values, then noise."""
+VOCAB_SIZE = 4 * NUM_KEYS
+LENGTH, NUM_PAIRS = 256, 32
+BATCH, TEST_BATCH = 32, 256
+WIDTH = 64
+IGNORED = -100
+CLIP_NORM = 1.0
+
+
+def examples(task: Task, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets `[count, LENGTH]`; targets that do not count are IGNORED."""
+
+    def drawn(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=random)
+
+    tokens = drawn(2 * NUM_KEYS, VOCAB_SIZE, count, LENGTH)
+    targets = torch.full_like(tokens, IGNORED)
+    num_pairs = NUM_PAIRS if task == "recall" else 1
+    keys = torch.rand(count, NUM_KEYS, generator=random).argsort(1)[:, :num_pairs]
+    values = NUM_KEYS + drawn(0, NUM_KEYS, count, num_pairs)
+    if task == "needle":
+        rows, places = torch.arange(count), drawn(0, LENGTH - 2, count)
+        tokens[rows, places], tokens[rows, places + 1] = keys[:, 0], values[:, 0]
+        tokens[:, -1], targets[:, -1] = keys[:, 0], values[:, 0]
+        return tokens, targets
+    tokens[:, 0 : 2 * num_pairs : 2], tokens[:, 1 : 2 * num_pairs : 2] = keys, values
+    later = LENGTH - 2 * num_pairs
+    places = 2 * num_pairs + torch.rand(count, later, generator=random).argsort(1)[:, :num_pairs]
+    tokens.scatter_(1, places, keys)
+    targets.scatter_(1, places, values)
+    return tokens, targets
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What decides a model that learns a task."""
+
+    task: Task
+    layout: str
+    """Mixers of the model; `rope` is the peer."""
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return "-".join(str(value) for value in dataclasses.astuple(self))
+
+
+def learn(trial: Trial) -> dict[str, Any]:
+    """Train a model of two blocks on a task, and return its share of right answers."""
+    register_peer()
+    torch.manual_seed(trial.seed)
+    config = ModelConfig(
+        VOCAB_SIZE, width=WIDTH, num_layers=2, layout=trial.layout, max_seq_len=LENGTH,
+        num_heads=2, mlp_ratio=2, window_tokens=LENGTH,
+    )  # fmt: skip
+    model = FlashSTU(config)
+    optimizer = make_optimizer(model, OptimizerConfig(learning_rate=trial.learning_rate))
+    schedule = OneCycleLR(optimizer, trial.learning_rate, total_steps=trial.steps)
+    random = torch.Generator().manual_seed(trial.seed)
+    for _ in range(trial.steps):
+        tokens, targets = examples(trial.task, BATCH, random)
+        loss = cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+    tokens, targets = examples(trial.task, TEST_BATCH, torch.Generator().manual_seed(2**32))
+    with torch.inference_mode():
+        right = (model(tokens).argmax(-1) == targets)[targets != IGNORED]
+    share = right.double().mean().item()
+    return dataclasses.asdict(trial) | {"parameters": model.num_parameters(), "right": share}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(learn(Trial(**json.loads(sys.argv[1])))))

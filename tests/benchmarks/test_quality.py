@@ -1,0 +1,93 @@
+"""The benchmark of quality: its peer, its tasks, and how it chooses and keeps runs."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.peers.rope_attention import rotated
+from benchmarks.training import quality
+from benchmarks.training.quality import Options, first_runs
+from benchmarks.training.quality_run import register_peer, sized
+from benchmarks.training.recall import IGNORED, LENGTH, NUM_KEYS, examples
+from stu.model import FlashSTU
+
+
+@pytest.fixture(autouse=True)
+def peer():
+    register_peer()
+
+
+@pytest.mark.parametrize("context", [512, 4096])
+def test_models_have_as_many_weights(context):
+    with torch.device("meta"):
+        sizes = [
+            FlashSTU(sized(layout, context)).num_parameters()
+            for layout in ("stu", "hybrid", "hyena", "rope")
+        ]
+    assert max(sizes) / min(sizes) < 1.03
+
+
+def test_scores_of_the_peer_depend_on_distances_alone():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+    turned = [rotated(x.expand(1, 9, 1, 8))[0, :, 0] for x in (query, key)]
+    scores = turned[0] @ turned[1].T
+    for distance in range(9):
+        expected = sum(
+            (query[i] * key[i] + query[i + 4] * key[i + 4]) * math.cos(angle)
+            + (query[i] * key[i + 4] - query[i + 4] * key[i]) * math.sin(angle)
+            for i, angle in enumerate(distance * 10_000 ** (-i / 4) for i in range(4))
+        )
+        torch.testing.assert_close(
+            scores.diagonal(-distance), expected.expand(9 - distance), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("task", ["recall", "needle"])
+def test_each_question_has_one_answer_in_the_text(task):
+    tokens, targets = examples(task, 20, torch.Generator().manual_seed(0))
+    assert tokens.shape == targets.shape == (20, LENGTH)
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        asked = [place for place, answer in enumerate(answers) if answer != IGNORED]
+        assert len(asked) == (32 if task == "recall" else 1)
+        assert task == "recall" or asked == [LENGTH - 1]
+        for place in asked:
+            first = row.index(row[place])
+            assert row[place] < NUM_KEYS
+            assert first < place
+            assert row[first + 1] == answers[place] >= NUM_KEYS
+            assert row[:place].count(row[place]) == 1
+
+
+def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
+    options = Options(tmp_path, minutes=1e-9, texts=("code",))
+    (tmp_path / "data-code").mkdir()
+    work = quality._Work(options)
+    for run in first_runs("stu", [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3], options):
+        loss = abs(math.log(run.learning_rate / 15e-3))
+        result = json.dumps({"learning_rate": run.learning_rate, "loss": loss})
+        work.path(run).write_text(result)
+    assert quality.best_rate(work, "stu", options) == 16e-3
+    work.path(first_runs("stu", [32e-3], options)[0]).unlink()
+    assert quality.best_rate(work, "stu", options) == 8e-3, "as time is up"
+
+
+@pytest.mark.slow
+def test_a_small_run_is_kept(tmp_path, capfd):
+    arguments = ["quality", "--folder", str(tmp_path), "--tokens", "8192", "--steps", "2"]
+    arguments += ["--seeds", "1", "--texts", "[prose]", "--contexts", "[512]"]
+    arguments += ["--layouts", "[rope]"]
+    assert main(arguments) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["missing"] == 0
+    assert {run["optimizer"] for run in result["runs"]} == {"adamw", "muon"}
+    for run in result["runs"]:
+        positions = run["loss_by_position"]
+        assert list(positions) == [str(2**power) for power in range(10)]
+        assert positions["256"] < math.log(2048) + 1
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert main(arguments) == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
