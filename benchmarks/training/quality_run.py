@@ -119,13 +119,11 @@ def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     curves = read_curves(folder)
     export(folder, folder / "model", "float32", overwrite=False)
     model = load_model(folder / "model")
-    speeds = sorted(curves["train/tokens_per_second"][1])
     result = dataclasses.asdict(run) | {
         "parameters": model.num_parameters(),
         "bits_per_byte": curves["val/bits_per_byte"][1][-1],
         "loss": curves["val/loss"][1][-1],
         "loss_by_position": losses_by_position(model, data, run.context),
-        "tokens_per_second": speeds[len(speeds) // 2],
     }
     shutil.rmtree(folder)
     return result
