@@ -1,4 +1,4 @@
-"""What `make docs` writes into the pages: what commands print."""
+"""Parts of the pages that `make docs` writes: what commands print, and examples."""
 
 import os
 import re
@@ -8,11 +8,19 @@ import sys
 from pathlib import Path
 
 PRINTED = re.compile(r"^<!-- output of (.+) -->$", re.MULTILINE)
+WRITTEN = re.compile(r"^<!-- text of (.+\.py) -->$", re.MULTILINE)
+ROOT = Path(__file__).parents[1]
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace each line `<!-- output of COMMAND -->` with what the command prints."""
-    return PRINTED.sub(lambda match: f"```text\n{output_of(match[1])}```", markdown)
+    """Replace each line `<!-- output of COMMAND -->` with what the command prints, and each line
+    `<!-- text of FILE -->` with the file."""
+
+    def text_of(match: re.Match[str]) -> str:
+        return f"```python\n{(ROOT / match[1]).read_text(encoding='utf-8')}```"
+
+    printed = PRINTED.sub(lambda match: f"```text\n{output_of(match[1])}```", markdown)
+    return WRITTEN.sub(text_of, printed)
 
 
 def output_of(command: str) -> str:

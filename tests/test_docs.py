@@ -37,10 +37,23 @@ def anchors(text):
     return [re.sub(r"\s", "-", heading.lower()) for heading in headings]
 
 
-def test_pages_show_what_commands_print():
+@pytest.fixture(scope="module")
+def hooks():
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_show_examples(hooks):
+    page = (ROOT / "docs" / "add-a-mixer.md").read_text(encoding="utf-8")
+    assert "class GatedShortConvolution" not in page
+    shown = hooks.on_page_markdown(page)
+    example = (ROOT / "examples" / "add_a_mixer.py").read_text(encoding="utf-8")
+    assert f"```python\n{example}```\n" in shown
+
+
+def test_pages_show_what_commands_print(hooks):
     before, text, after = hooks.on_page_markdown(
         "before\n<!-- output of stu-health --help -->\nafter <!-- output of it -->"
     ).split("```")

@@ -25,7 +25,7 @@ PEER_PROMPT_TOKENS = 8
 
 
 class Subject(Protocol):
-    """What decodes a batch in step, and can be set to later positions."""
+    """A batch that decodes in step, and can be set to later positions."""
 
     def step(self) -> dict[str, float]:
         """Decode a token of each sequence; return the milliseconds of it and of its parts."""

@@ -157,14 +157,13 @@ class _Work:
         path = self.path(run)
         if path.exists() or time.monotonic() > self._deadline:
             return
-        settings = json.dumps(dataclasses.asdict(run))
+        arguments = [json.dumps(dataclasses.asdict(run))]
         if isinstance(run, Run):
             data = prepared(run.text, self._options.folder)
-            program = "quality_run", settings, str(data), str(path.with_suffix(""))
-        else:
-            self._options.folder.mkdir(parents=True, exist_ok=True)
-            program = "recall", settings
-        command = [sys.executable, "-m", f"benchmarks.training.{program[0]}", *program[1:]]
+            arguments += [str(data), str(path.with_suffix(""))]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program = "quality_run" if isinstance(run, Run) else "recall"
+        command = [sys.executable, "-m", f"benchmarks.training.{program}", *arguments]
         with open(path.with_suffix(".log"), "w") as log:
             made = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=log)
         part = path.with_suffix(".part")

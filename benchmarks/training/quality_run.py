@@ -39,7 +39,7 @@ VALIDATION_TOKENS = 262_144
 
 @dataclass(frozen=True)
 class Run:
-    """What decides a run."""
+    """Settings of a run."""
 
     text: str
     """Text that is learned: `code` or `prose`."""

@@ -58,7 +58,7 @@ def examples(task: Task, count: int, random: torch.Generator) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Trial:
-    """What decides a model that learns a task."""
+    """Settings of a model that learns a task."""
 
     task: Task
     layout: str
