@@ -32,13 +32,13 @@ pytestmark = pytest.mark.skipif(
 
 KERNELS = [
     (near_field, "triton_near_field"),
+    (norm, "triton_add_norm"),
     (page_end, "triton_page_end"),
     (window_attention, "triton_window_attention"),
 ]
 NARROW_KERNELS = [
     (gated, "triton_gated_product"),
     (narrow_product, "triton_narrow_product"),
-    (norm, "triton_add_norm"),
 ]
 """Kernels that run here with weights of 8 bits alone, as float ones are packed."""
 
@@ -90,7 +90,7 @@ def test_engine_on_triton_kernels(code_tokenizer, monkeypatch, weights):
     kernels = KERNELS if weights == "float" else [*KERNELS, *NARROW_KERNELS]
     assert set(runs) == {name for _, name in kernels}
     monkeypatch.undo()
-    for module, _ in NARROW_KERNELS:
+    for module, _ in [*KERNELS, *NARROW_KERNELS]:
         monkeypatch.setattr(module, "uses_triton", lambda _: False)
     expected = decode(model, code_tokenizer, static=False, weights=weights)
     for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
