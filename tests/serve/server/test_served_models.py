@@ -32,7 +32,7 @@ from tests.serve.requests import decode, make_request
 from tests.serve.server.batches.views import client_of, create, ended, make_row, results
 from tests.serve.server_process import events, eventually, serving
 
-BYTES_SEQ_LEN, NUM_TOKENS = 512, 300
+BYTES_SEQ_LEN, NUM_TOKENS = 256, 200
 TEMPLATE = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
 PATHS = {
     "completions": {"prompt": "def"},
@@ -62,6 +62,14 @@ def other_directory(tmp_path_factory):
     save_model(folder / "model", FlashSTU(config), tokenizer, {"max_new_tokens": 5})
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def first_directory(tmp_path_factory, code_tokenizer):
+    """A model with room for `NUM_TOKENS`, named `model`."""
+    folder = tmp_path_factory.mktemp("first") / "model"
+    save_model(folder, make_model(code_tokenizer, BYTES_SEQ_LEN), code_tokenizer)
+    return folder
 
 
 def config_of(model_directory, models, **settings):
@@ -394,12 +402,12 @@ def counts(http, name):
 
 
 def test_a_model_goes_on_while_the_other_loses_its_replica(
-    long_model_directory, other_directory, tmp_path
+    first_directory, other_directory, tmp_path
 ):
     options = "--models", f"other={other_directory}", "--batch-invariant"
     options += "--batch-dir", tmp_path / "batches", "--watchdog-seconds", 300
-    texts = [expected(own) for own in (long_model_directory, other_directory)]
-    with serving(long_model_directory, *options) as server, server.client() as http:
+    texts = [expected(own) for own in (first_directory, other_directory)]
+    with serving(first_directory, *options) as server, server.client() as http:
         replicas = replicas_of(server)
         with (
             begun(http, replicas[0], "model") as first,
@@ -429,13 +437,13 @@ def test_a_model_goes_on_while_the_other_loses_its_replica(
 
 @pytest.mark.slow
 def test_a_model_is_loaded_again_while_the_other_streams(
-    model_directory, other_directory, tmp_path
+    first_directory, other_directory, tmp_path
 ):
     keys = tmp_path / "keys"
     keys.write_text("sk-operator admin\n")
     options = "--models", f"other={other_directory}", "--batch-invariant", "--api-keys", keys
     text = expected(other_directory)
-    with serving(model_directory, *options, "--watchdog-seconds", 300) as server:
+    with serving(first_directory, *options, "--watchdog-seconds", 300) as server:
         http = server.client(headers={"authorization": "Bearer sk-operator"})
         (_, replica) = replicas_of(server)
         with http, begun(http, replica, "other") as rest:
