@@ -1,6 +1,7 @@
 """Replicas of all versions of the model: of the current one, which takes new requests, and of
 earlier ones, which finish theirs."""
 
+import asyncio
 from collections.abc import Callable
 
 from serve.engine.stats import Stats
@@ -53,9 +54,11 @@ class Versions:
         await self.current.ready(is_wanted)
 
     async def stop(self) -> None:
-        """End every replica, and wait for it."""
-        for replicas in self._all:
-            await replicas.stop()
+        """End every replica, and wait for it. An error is raised once all versions have ended."""
+        ends = (replicas.stop() for replicas in self._all)
+        for result in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     def kill(self) -> None:
         """End every replica at once."""

@@ -262,20 +262,25 @@ def test_of_two_reloads_at_once_one_is_refused(service, monkeypatch, tmp_path):
     assert isinstance(second, ReloadInProgress)
 
 
-def test_replicas_of_a_model_end_though_those_of_another_cannot(service, monkeypatch, caplog):
+def test_replicas_end_though_others_cannot(service, monkeypatch, caplog):
     stopped = []
 
     async def fail():
         raise OSError("no pipe")
 
-    async def stop():
-        await asyncio.sleep(0)
-        stopped.append("other")
+    def stopping(name):
+        async def stop():
+            await asyncio.sleep(0)
+            stopped.append(name)
 
-    for model, end in zip(service.models, (fail, stop), strict=True):
-        monkeypatch.setattr(model.replicas, "stop", end)
+        return stop
+
+    model, other = service.models
+    monkeypatch.setattr(model.replicas.current, "stop", fail)
+    model.replicas.add(SimpleNamespace(stop=stopping("next version")))
+    monkeypatch.setattr(other.replicas.current, "stop", stopping("other"))
     asyncio.run(service.stop())
-    assert stopped == ["other"]
+    assert sorted(stopped) == ["next version", "other"]
     assert "replicas of model have not ended" in caplog.text
     assert "no pipe" in caplog.text
 
