@@ -125,7 +125,7 @@ class AlternatingStates(DraftedStates):
         outputs: Tensor = mixed.permute(0, 3, 1, 2).to(inputs.dtype)  # [B, S, 2, K]
         return outputs.flatten(2).flatten(0, 1)  # [B S, 2 K]
 
-    def static_step(self, alone: bool) -> AlternatingStep:
+    def static_step(self) -> AlternatingStep:
         tables = self._into_narrow, self._reach, self._near
         return AlternatingStep(self._tensors(), self._narrow, *tables)
 

@@ -269,7 +269,7 @@ class AttentionCache(Cache):
         for row in self._rows:
             self._windows[row].length += 1
 
-    def static_step(self, alone: bool) -> WindowStep:
+    def static_step(self) -> WindowStep:
         return WindowStep(self.pool.pages, self._scores)
 
     def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:

@@ -219,9 +219,8 @@ class Cache(ABC):
     def advance_drafts(self) -> None:  # noqa: B027
         """Finish a step of drafts, after `keep` for every row that has not left the batch."""
 
-    def static_step(self, alone: bool) -> StaticStep | None:
-        """Return the device's part of steps that can be captured, or None if there is none. alone:
-        let sums be those of a group of `INVARIANT_ROWS`, whatever the number of rows."""
+    def static_step(self) -> StaticStep | None:
+        """Return the device's part of steps that can be captured, or None if there is none."""
         return None
 
     def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:

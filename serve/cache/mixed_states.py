@@ -156,7 +156,7 @@ class MixedStates(DraftedStates):
             outputs = torch.cat([*parts, padding])
         return outputs if outputs.dtype == inputs.dtype else outputs.to(inputs.dtype)
 
-    def static_step(self, alone: bool) -> MixedStep:
+    def static_step(self) -> MixedStep:
         return MixedStep(self._tensors(), self._pending, self._near, self._coefficients)
 
     def _step_views(self, layer: int, place: int, first: int, count: int) -> list[_StepViews]:

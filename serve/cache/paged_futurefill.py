@@ -213,7 +213,7 @@ class PagedFutureFill(Cache):
         self._change_rows(self._rows)
         self._set_reach()
 
-    def static_step(self, alone: bool) -> FutureFillStep:
+    def static_step(self) -> FutureFillStep:
         return FutureFillStep(self._pending, self._inputs, self._near)
 
     def begin_static(self, rows: Sequence[int], shared: Numbers, own: Numbers) -> bool:

@@ -118,7 +118,7 @@ class RecentInputs(Cache):
             outputs[place] = short_convolution(extended[None], taps)[0]
         return outputs
 
-    def static_step(self, alone: bool) -> "RecentStep":
+    def static_step(self) -> "RecentStep":
         return RecentStep(self._inputs)
 
 

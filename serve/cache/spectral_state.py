@@ -265,7 +265,7 @@ class SpectralStates(Cache):
 
     def prefill(self, row: int, layer: int, inputs: Tensor) -> Tensor:
         """Return the outputs of the chunk that begins, and take its inputs into the state: both
-        `[S, T, C]` as in `stu.mixers.Memory.convolve`."""
+        `[S, T, C]` as in `stu.mixers.Memory.continue_convolution`."""
         continues = self._lengths[row] > inputs.shape[1]
         if not continues:
             self._states[row, layer].zero_()

@@ -270,7 +270,7 @@ class Runner:
     def _static_step(self, captures: bool) -> DecodeStep | None:
         found = {}
         for kind, cache in self._caches.by_kind.items():
-            step = cache.static_step(self._batch_invariant)
+            step = cache.static_step()
             if step is None:
                 reason = f"{type(cache).__name__} has no static step"
                 logger.warning("decoding runs without CUDA graphs, as %s", reason)
