@@ -87,6 +87,9 @@ class FullSTU(LongConvolution):
     `(-1)^i phi_k[i]`."""
 
     needs_filters = True
+    arranged: Tensor | None
+    """Both matrices, once they are arranged for decoding: `[D, 2 K, D]` where a CPU adds up groups
+    of channels, else `[2 K, D, D]`."""
 
     def __init__(self, config: ModelConfig) -> None:
         channels = 2 * config.num_filters
@@ -97,13 +100,12 @@ class FullSTU(LongConvolution):
         self.minus_matrices = nn.Parameter(torch.empty(shape))
         count = config.num_filters
         self.stacked_matrices = ("plus_matrices", count), ("minus_matrices", count)
-        self._arranged: Tensor | None = None
-        """Both matrices, once they are arranged for decoding, `[D, 2 K, D]`."""
+        self.register_buffer("arranged", None, persistent=False)
 
     def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         mixed = sequences.convolve(self, x[..., self.channels], filters)  # [B, T, D, 2 K]
-        if self._arranged is not None:
-            outputs = _product(mixed, self._arranged)
+        if self.arranged is not None:
+            outputs = _product(mixed, self.arranged)
             return (outputs if self.ranks is None else self.ranks.sum(outputs)).to(x.dtype)
         matrices = torch.cat([self.plus_matrices, self.minus_matrices])
         outputs = torch.einsum("btdk,kde->bte", mixed, matrices)
@@ -140,26 +142,44 @@ class FullSTU(LongConvolution):
         self.remembers = (self.past,)
 
     def pack(self, packed: Callable[[Tensor], nn.Module] | None) -> None:
-        plus, minus = self.plus_matrices, self.minus_matrices
-        self._arranged = torch.cat([plus.detach(), minus.detach()]).transpose(0, 1).contiguous()
-        plus.data, minus.data = self._arranged.transpose(0, 1).chunk(2)
-        del self.plus_matrices, self.minus_matrices
+        if self.arranged is None:
+            plus, minus = self.plus_matrices.detach(), self.minus_matrices.detach()
+            if _adds_groups(plus):
+                self.arranged = torch.cat([plus.transpose(0, 1), minus.transpose(0, 1)], dim=1)
+            else:
+                self.arranged = _joined(self.plus_matrices, self.minus_matrices)
+            del self.plus_matrices, self.minus_matrices
 
     @property
     def decoding_weights(self) -> int:
+        if self.arranged is not None:
+            return self.arranged.numel()
         return self.plus_matrices.numel() + self.minus_matrices.numel()
+
+
+def _joined(first: nn.Parameter, second: nn.Parameter) -> Tensor:
+    """Return `cat([first, second])`, of which both become contiguous parts, if they are not yet."""
+    end = first.storage_offset() + first.numel()
+    one_storage = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if not (one_storage and second.storage_offset() == end):
+        first.data, second.data = torch.cat([first.detach(), second.detach()]).chunk(2)
+    return first.detach().as_strided((2 * len(first), *first.shape[1:]), first.stride())
+
+
+def _adds_groups(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _product(mixed: Tensor, matrices: Tensor) -> Tensor:
     """Return `[B, T, E]`, the sum over channels and filters of `mixed [B, T, D, 2 K]` times
-    `matrices [D, 2 K, E]`.
+    `matrices`, which are as in `FullSTU.arranged`.
 
-    A CPU adds up groups of channels, whatever channels a rank has, and adds the groups in float64,
-    as the sum of several ranks is then that of one rank to the last bit. Or products with weights
-    of 8 bits would round some of their inputs differently.
+    A CPU adds up groups of channels, and adds the groups in float64. Where each rank has a multiple
+    of `SUMMED_CHANNELS`, and so whole groups, the sum of several ranks is then that of one rank to
+    the last bit. Or products with weights of 8 bits would round some of their inputs differently.
     """
-    if mixed.device.type != "cpu":
-        outputs: Tensor = mixed.flatten(2) @ matrices.flatten(0, 1)
+    if not _adds_groups(mixed):
+        outputs: Tensor = mixed.transpose(2, 3).flatten(2) @ matrices.flatten(0, 1)
         return outputs
     batch, length = mixed.shape[:2]
     total = mixed.new_zeros(batch * length, matrices.shape[2], dtype=torch.float64)

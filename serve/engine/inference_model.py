@@ -58,11 +58,11 @@ def inference_copy(
     """Return a copy of `model` for inference, with adapters beside layers. It shares the tensors
     that it does not replace.
 
-    float: linear layers are packed, where they can be; on CUDA, norms and MLPs run kernels, and the
-    gate and up weights of an MLP of `model` move into one matrix. int8, fp8: weights have 8 bits;
-    those that `model` has in this format are shared on CUDA. Other weights that are replaced are in
-    memory twice while `model` is referenced. Raises UserError for a format that the device does not
-    run.
+    On CUDA, both matrices of a full form of `model` move into one tensor. float: linear layers are
+    packed, where they can be; on CUDA, norms and MLPs run kernels, and the gate and up weights of
+    an MLP of `model` move into one matrix. int8, fp8: weights have 8 bits; those that `model` has
+    in this format are shared on CUDA. Other weights that are replaced are in memory twice while
+    `model` is referenced. Raises UserError for a format that the device does not run.
     """
     layers = _layers(model.embedding.weight, weights)
     tensors = chain(model.parameters(), model.buffers())

@@ -1,6 +1,7 @@
 """Every registered mixer fulfils the contract of `stu.mixers.Mixer`; no other file names one."""
 
 import ast
+import copy
 import pkgutil
 import runpy
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stu import layouts
+from stu import layouts, stu_mixer
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.futurefill import Continuous
@@ -52,6 +54,37 @@ def test_mixer_fulfils_its_contract(name, form):
     assert 0 < planned.decoding_weights <= sum(p.numel() for p in mixer.parameters())
     x, filters = torch.randn(2, 9, 16), torch.randn(64, 5 if mixer.needs_filters else 0)
     assert mixer(x, filters, WHOLE).shape == x.shape
+
+
+@pytest.mark.parametrize("adds_groups", [True, False], ids=["cpu", "cuda"])
+def test_full_form_is_arranged_beside_its_parameters(monkeypatch, tmp_path, adds_groups):
+    """They can be trained and saved as before, and are in memory once where they can be."""
+    monkeypatch.setattr(stu_mixer, "_adds_groups", lambda _: adds_groups)
+    torch.manual_seed(0)
+    mixer = make_mixer("stu", ModelConfig(**SMALL, stu_form="full"))
+    mixer.initialize(depth_scale=0.5)
+    x, filters = torch.randn(2, 9, 16), torch.randn(64, mixer.plus_matrices.shape[0])
+    before = {name: weight.clone() for name, weight in mixer.state_dict().items()}
+    expected, arranged = mixer(x, filters, WHOLE), []
+    for _ in range(2):
+        copied = copy.deepcopy(mixer, {id(weight): weight for weight in mixer.parameters()})
+        for _ in range(2):
+            copied.pack(None)
+        torch.testing.assert_close(copied(x, filters, WHOLE), expected)
+        assert copied.decoding_weights == mixer.decoding_weights
+        assert not copied.state_dict()
+        arranged.append(copied.arranged)
+    if not adds_groups:
+        assert arranged[0].data_ptr() == arranged[1].data_ptr() == mixer.plus_matrices.data_ptr()
+    wide = copied.double()(x.double(), filters.double(), WHOLE)
+    torch.testing.assert_close(wide, expected.double(), rtol=1e-4, atol=1e-5)
+    assert wide.dtype == copied.arranged.dtype == torch.float64
+    assert all(weight.is_contiguous() for weight in mixer.parameters())
+    save_file(mixer.state_dict(), tmp_path / "mixer.safetensors")
+    saved = load_file(tmp_path / "mixer.safetensors")
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in before.items())
+    torch.testing.assert_close(mixer(x, filters, WHOLE), expected)
 
 
 def test_layouts_are_of_registered_mixers():
