@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.kernels import dispatch
+from serve.kernels.alternating_field import torch_alternating_field
 from serve.kernels.gated import torch_gated_product
 from serve.kernels.near_field import torch_near_field
 from serve.kernels.norm import torch_add_norm
@@ -58,6 +59,8 @@ def test_twins_wait_for_nothing():
     states = torch.zeros(3, 2, 2, 6, 5, dtype=torch.float64)
     decays = torch.zeros(5, 6, dtype=torch.float64)
     coefficients = torch.zeros(2, 6, 5, dtype=torch.float64)
+    narrow, into_narrow = torch.zeros(3, 2, 2, 3, 5), torch.zeros(3, 6, dtype=torch.float64)
+    reach, near, ages = torch.zeros(4, 2, 3), torch.zeros(4, 2, 4), torch.tensor([1, 4])
     rows, number, x = torch.tensor([2, 0]), torch.tensor([1]), torch.zeros(2, 5)
     joined_at = torch.zeros(3, 2, dtype=torch.int64)
     windows = RowWindows(torch.zeros(3, 2, dtype=torch.int64), *torch.zeros(2, 3).long())
@@ -66,6 +69,8 @@ def test_twins_wait_for_nothing():
     with Operations() as operations:
         torch_near_field(inputs, pending, torch.zeros(2, 4, 5), 1, rows, number, x)
         torch_page_end(states, inputs, pending, decays, coefficients, joined_at, number, rows)
+        torch_alternating_field(inputs, narrow, reach, near, 1, rows, number, ages, x)
+        torch_page_end(states, inputs, narrow, decays, into_narrow, joined_at, number, rows)
         torch_add_norm(x, x, torch.zeros(5), 1e-5)
         torch_gated_product(torch.zeros(2, 10))
         torch_window_attention(pool, 1, windows, rows, token, token, token, scores)

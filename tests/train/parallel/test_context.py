@@ -171,6 +171,7 @@ def test_each_rank_keeps_its_share_of_the_activations(tmp_path, length):
     [
         (["--parallel.context=3"], "parallel.context=3 .* a divisor of data.seq_len=16"),
         (["--parallel.context=2"], r"parallel.context=2 .* number of ranks \(1 rank\)"),
+        (["--parallel.context=32"], "parallel.context=32 .* at most model.config.width=16"),
         (["--parallel.context=0"], "parallel.context=0 .* a whole number >= 1"),
     ],
 )
