@@ -46,8 +46,7 @@ class Flush:
     count: float
     """Number of a run's steps that do it."""
     counted_at: int
-    """Number of new tokens after which its operations are counted. Where it occurs only once, a
-    cache that cannot go back counts a step without it."""
+    """Number of new tokens after which its operations are counted."""
 
 
 class SeekableNaive(Naive):
@@ -121,24 +120,19 @@ class SeekableContinuous(_Slots, Continuous):
 
 
 class EngineCache:
-    """The engine's cache, which reaches a later position by decoding random inputs.
+    """The engine's cache, which reaches a position by decoding random inputs.
 
     kind: `convolution_cache` of the engine.
     """
 
+    position: int
+
     def __init__(self, model: FlashSTU, shape: Shape, kind: CacheKind | None = None) -> None:
-        plan = engine_plan(model, shape, kind)
-        cache = plan.make(shape.batch * plan.size.usual_pages)
-        assert isinstance(cache, SpectralStates | PagedFutureFill)
-        self.cache = cache
-        if self.cache.pool is not None:
-            self.cache.pool.pages.fill_(NUMBER)
+        self._plan, self._shape = engine_plan(model, shape, kind), shape
         past, self._rows = remembered(model.mixers, PastInputs), list(range(shape.batch))
-        self.num_layers, self.position, self._shape = len(past), 0, shape
+        self.num_layers = len(past)
         self._inputs = 0.01 * torch.randn(shape.batch, past[0].channels).to(model.filters)
-        for row in self._rows:
-            self.cache.admit(row, shape.prompt_tokens, shape.new_tokens - 1)
-            self.cache.join(row)
+        self._begin()
 
     def step(self, layer: int, inputs: Tensor) -> Tensor:
         if layer == 0:
@@ -150,10 +144,13 @@ class EngineCache:
         self.cache.advance()
 
     def seek(self, position: int) -> None:
+        if self.cache.pool is not None and position < self.position:
+            del self.cache  # its memory is free for the next one
+            self._begin()  # pages cannot go back
         steps = position - self.position
         if self.cache.pool is None:
             steps %= PAGE_LEN  # with states, only the place in a page matters
-        for _ in range(steps):  # pages cannot go back
+        for _ in range(steps):
             for layer in range(self.num_layers):
                 self.step(layer, self._inputs)
             self.advance()
@@ -166,6 +163,17 @@ class EngineCache:
             return by_tile(range(PAGE_LEN, pages * PAGE_LEN, PAGE_LEN), 0)
         ends = sorted(PAGE_LEN * (pages // 2) + end for end in set(self.cache.page_ends()))
         return [Flush("page ends of some layers", ends[:3], len(ends) * pages, ends[-1])]
+
+    def _begin(self) -> None:
+        shape = self._shape
+        cache = self._plan.make(shape.batch * self._plan.size.usual_pages)
+        assert isinstance(cache, SpectralStates | PagedFutureFill)
+        self.cache, self.position = cache, 0
+        if cache.pool is not None:
+            cache.pool.pages.fill_(NUMBER)
+        for row in self._rows:
+            cache.admit(row, shape.prompt_tokens, shape.new_tokens - 1)
+            cache.join(row)
 
 
 def engine_plan(model: FlashSTU, shape: Shape, kind: CacheKind | None = None) -> CachePlan:
@@ -210,7 +218,7 @@ Cache = EngineCache | SeekableNaive | SeekableEpoched | SeekableContinuous
 
 def make_cache(name: str, model: FlashSTU, shape: Shape) -> Cache:
     """Return the cache of that name, with `step`, `advance`, `flushes` and `seek`, which moves
-    forward to the state after a number of new tokens."""
+    to the state after a number of new tokens."""
     if name in OURS:
         return EngineCache(model, shape)
     taps, lag_step = model.convolution_taps()

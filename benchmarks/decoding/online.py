@@ -76,8 +76,7 @@ class ConvolutionSubject:
     """A convolution cache of one layer, as `sampled` decodes it."""
 
     def __init__(self, begin: Callable[[], Cache], width: int) -> None:
-        self._begin, self._inputs = begin, 0.01 * torch.randn(1, width)
-        self.cache = begin()
+        self.cache, self._inputs = begin(), 0.01 * torch.randn(1, width)
 
     @property
     def num_bytes(self) -> int:
@@ -98,9 +97,6 @@ class ConvolutionSubject:
     @torch.inference_mode()
     def seek(self, position: int) -> None:
         """Move to the state after this number of tokens."""
-        cache = self.cache
-        if position < cache.position and isinstance(cache, EngineCache) and cache.cache.pool:
-            self.cache = self._begin()  # pages cannot go back
         self.cache.seek(position)
 
     def flushes(self) -> list[Flush]:

@@ -25,7 +25,7 @@ PEER_PROMPT_TOKENS = 8
 
 
 class Subject(Protocol):
-    """A batch that decodes in step, and can be set to later positions."""
+    """A batch that decodes in step, from any position."""
 
     def step(self) -> dict[str, float]:
         """Decode a token of each sequence; return the milliseconds of it and of its parts."""
@@ -34,7 +34,7 @@ class Subject(Protocol):
         """Decode a token of each sequence; return what its operations do."""
 
     def seek(self, position: int) -> None:
-        """Move to the state after this number of new tokens, which must not be an earlier one."""
+        """Move to the state after this number of new tokens."""
 
     def flushes(self) -> list[Flush]:
         """Return the work that some steps of a run do beyond decoding a token."""
@@ -65,7 +65,7 @@ class CacheSubject(Memory):
 
     @torch.inference_mode()
     def seek(self, position: int) -> None:
-        """Move to the state after this number of new tokens, which must not be an earlier one."""
+        """Move to the state after this number of new tokens."""
         self.cache.seek(position)
 
     @torch.inference_mode()

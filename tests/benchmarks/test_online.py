@@ -63,7 +63,7 @@ def test_pages_are_decoded_again_where_an_earlier_step_is_wanted():
     assert subject.count()["fft"] == 0
 
 
-def test_a_result_has_all_figures_and_is_shown_and_drawn(capsys, tmp_path):
+def test_a_result_has_all_figures_and_is_shown(capsys):
     options = ["--lengths", "[330,600]", "--epochs", "[128]", "--width", "8", "--rounds", "1"]
     assert main(["online", *options]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -87,8 +87,14 @@ def test_a_result_has_all_figures_and_is_shown_and_drawn(capsys, tmp_path):
     best = min(online_tables.epochs(result, 600), key=lambda run: run["step_ms"])
     assert f" | {1e3 * paper['step_ms']:,.0f} | " in shown[1]
     assert f"fastest epoch: {best['epoch']:,} | {1e3 * best['step_ms']:,.0f} | " in shown[2]
-    plots.draw_online(result, tmp_path / "futurefill.png")
-    assert (tmp_path / "futurefill.png").stat().st_size > 1e4
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_from_the_recorded_results(tmp_path):
+    plots.draw_pictures(tmp_path)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"decode.png", "futurefill.png", "training-step.png"}
+    assert min(sizes.values()) > 1e4
 
 
 def test_lengths_that_cannot_be_sampled_are_refused(capsys):
