@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.program import Figures, Program, ProgramError, Work
 from benchmarks.peers.vllm_cpu import Vllm
-from benchmarks.serving.load import load, resident_mib
+from benchmarks.serving.load import ServerError, load, resident_mib
 from stu.common.errors import UserError
 from stu.common.files import cache_folder, new_file, read_json_object
 from stu.config import ModelConfig
@@ -171,14 +172,17 @@ def measured(program: Program, setting: Mapping[str, Any], max_bytes: float) -> 
 
 
 def served(program: Program, clients: int, requests: int) -> Figures:
-    """Return the figures of a server, after a few requests to warm up."""
+    """Return the figures of a server, after a few requests to warm up. Raises ProgramError."""
     if not program.serves:
         return {}
-    with program.serving(clients) as (url, pid):
-        vocab_size = program.work.shape.vocab_size
-        asyncio.run(load(url, mixed(WARM_REQUESTS, vocab_size, seed=1), WARM_REQUESTS))
-        figures = asyncio.run(load(url, mixed(requests, vocab_size, seed=0), clients))
-        return figures | {"resident_mib": resident_mib(pid)}
+    try:
+        with program.serving(clients) as (url, pid):
+            vocab_size = program.work.shape.vocab_size
+            asyncio.run(load(url, mixed(WARM_REQUESTS, vocab_size, seed=1), WARM_REQUESTS))
+            figures = asyncio.run(load(url, mixed(requests, vocab_size, seed=0), clients))
+            return figures | {"resident_mib": resident_mib(pid)}
+    except (ServerError, psutil.NoSuchProcess) as error:
+        raise ProgramError(f"its server: {error}") from error
 
 
 def mixed(requests: int, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:

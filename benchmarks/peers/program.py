@@ -45,10 +45,11 @@ class Work:
     """Folder of environments and model files."""
 
     def file(self, name: str) -> Path:
-        """Return the path of a model file, for models of this shape alone."""
+        """Return the path of a model file, for models of this shape and size alone."""
         shape = self.shape
-        size = f"{shape.width}x{shape.num_layers}-{shape.vocab_size}-{shape.max_seq_len}"
-        return self.folder / f"{size}-{name}"
+        hidden = shape.mlp_ratio * shape.width
+        size = f"{shape.width}x{shape.num_layers}-{hidden}-{shape.vocab_size}-{shape.max_seq_len}"
+        return self.folder / f"{size}-{self.num_parameters}-{name}"
 
 
 class Program(ABC):

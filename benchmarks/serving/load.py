@@ -103,9 +103,14 @@ def engine_alone(path: Path, options: Options) -> float:
     return engine.stats().new_tokens / (time.perf_counter() - start)
 
 
+class ServerError(Exception):
+    """A server did not start, or did not answer a request to its end."""
+
+
 @contextmanager
 def serving(path: Path, max_running: int, *options: str) -> Iterator[tuple[str, float, int]]:
     """Start a server; yield its address, the seconds until it was ready, and its process id.
+    Raises ServerError.
 
     options: More options of stu-serve.
     """
@@ -119,7 +124,8 @@ def serving(path: Path, max_running: int, *options: str) -> Iterator[tuple[str, 
         url = ""
         while not url:
             line = server.stderr.readline()
-            assert line, "the server did not start"
+            if not line:
+                raise ServerError("the server did not start")
             if "listening on " in line:
                 url = json.loads(line)["message"].split()[-1]
         ready = time.perf_counter() - start
@@ -143,6 +149,7 @@ async def load(
     url: str, work: Sequence[tuple[list[int], int]], clients: int, rate: float | None = None
 ) -> dict[str, Any]:
     """Send requests to a server with OpenAI's API, ours or another, and return the figures.
+    Raises ServerError.
 
     work: Prompt and number of new tokens of each request. clients: Streams at a time, where there
     is no `rate`, in requests per second.
@@ -189,13 +196,18 @@ async def receive(
     body = {"prompt": tokens, "max_tokens": new_tokens, "temperature": 0}
     body |= {"stream": True, "ignore_eos": True}
     is_done = False
-    async with session.post("/v1/completions", json=body) as answer:
-        assert answer.status == 200, await answer.text()
-        async for line in answer.content:
-            if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-            is_done |= line.startswith(b"data: [DONE]")
-    assert is_done, "a stream ended too early"
+    try:
+        async with session.post("/v1/completions", json=body) as answer:
+            if answer.status != 200:
+                raise ServerError(f"HTTP {answer.status}: {await answer.text()}")
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    times.append(time.perf_counter())
+                is_done |= line.startswith(b"data: [DONE]")
+    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        raise ServerError(f"{type(error).__name__}: {error}") from error
+    if not is_done:
+        raise ServerError("a stream ended too early")
 
 
 def prompt(number: int) -> list[int]:

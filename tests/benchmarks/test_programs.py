@@ -1,15 +1,18 @@
 """`python -m benchmarks peers`: model files, outputs of tools, programs that cannot be had, and a
-second start."""
+second start; our own programs, and servers that fail."""
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from benchmarks.decoding import programs
-from benchmarks.peers import llama_cpp, program
+from benchmarks.peers import llama_cpp, program, vllm_cpu
 from benchmarks.peers.llama_cpp import LlamaCpp, parse_output, write_gguf
 from benchmarks.peers.program import Program, ProgramError, Work, make_environment, run_program
 from benchmarks.peers.vllm_cpu import Vllm
@@ -196,6 +199,107 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
     ]
     assert programs.measure(options)["runs"] == runs
     assert len(calls) == 5
+
+
+@pytest.mark.slow
+def test_our_engine_and_server_are_measured_and_shown(tmp_path):
+    options = programs.Options(
+        context=(16,),
+        batch=(1, 2),
+        programs=("ours",),
+        new_tokens=4,
+        clients=2,
+        requests=4,
+        width=64,
+        layers=2,
+        vocab_size=320,
+        max_seq_len=programs.MOST_SERVED,
+        rounds=1,
+        peer_folder=tmp_path / "peers",
+        progress=tmp_path / "progress.json",
+    )
+    result = programs.measure(options)
+    one, two, served = result["runs"]
+    for run in (one, two):
+        assert run["sequence_bytes"] > 0 < run["prefill_seconds"]
+        assert run["tokens_per_second"] == pytest.approx(1e3 * run["batch"] / run["step_ms"])
+    assert served["completed"] == 4
+    assert 0 < served["p50_itl_ms"] <= served["max_itl_ms"]
+    assert all(run["resident_mib"] > 100 for run in result["runs"])
+    (shown,) = TABLES["peers alone"](result).splitlines()[2:]
+    assert shown.startswith(f"| ours, float32 | 16 | {16 / one['prefill_seconds']:,.0f} | ")
+    (shown,) = TABLES["peers serving"](result).splitlines()[2:]
+    assert shown.startswith(f"| ours, float32 | 2 | {served['output_throughput']:,.0f} | ")
+
+
+SERVER = """
+import http.server, json, os, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if os.environ["FAULT"] == "dies":
+            os._exit(1)
+        self.send_response(500 if os.environ["FAULT"] == "refuses" else 200)
+        self.end_headers()
+        if os.environ["FAULT"] == "refuses":
+            self.wfile.write(b"no memory")
+            return
+        self.wfile.write(b"data: {}\\n\\n" * body["max_tokens"])
+        if os.environ["FAULT"] != "stops":
+            self.wfile.write(b"data: [DONE]\\n\\n")
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("none", ""),
+        ("refuses", "its server: HTTP 500: no memory"),
+        ("stops", "its server: a stream ended too early"),
+        ("dies", "its server: "),
+        ("is gone", "its server: process no longer exists"),
+    ],
+)
+def test_a_peer_whose_server_fails_is_left_out(work, monkeypatch, capsys, fault, said):
+    module = work.folder / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(SERVER)
+    monkeypatch.setenv("PYTHONPATH", str(work.folder))
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setattr(vllm_cpu, "make_environment", lambda *_: Path(sys.prefix))
+    peer = Vllm(work)
+    work.file("llama").mkdir()
+    peer.prepare()
+
+    def memory_of_ended(pid):
+        raise psutil.NoSuchProcess(pid)
+
+    if fault == "is gone":
+        monkeypatch.setattr(programs, "resident_mib", memory_of_ended)
+    figures = programs.measured(peer, {"part": "serve", "clients": 2, "requests": 3}, 0)
+    if fault == "none":
+        assert figures["completed"] == 3
+        assert figures["resident_mib"] > 1
+    else:
+        assert figures == {}
+        assert f"Vllm, part serve, clients 2: {said}" in capsys.readouterr().err
+
+
+def test_model_files_are_of_one_shape_and_size(work):
+    files = {work.file("ours"), replace(work, folder=work.folder).file("ours")}
+    assert len(files) == 1
+    wider = replace(SHAPE, mlp_ratio=2 * SHAPE.mlp_ratio)
+    files |= {replace(work, shape=wider).file("ours")}
+    files |= {replace(work, num_parameters=num_parameters(wider)).file("ours")}
+    assert len(files) == 3
 
 
 def test_requests_have_mixed_lengths():
