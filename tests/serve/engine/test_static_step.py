@@ -193,8 +193,7 @@ class NoNumbers(TorchFunctionMode):
     dispatch mode sees neither."""
 
     FORBIDDEN = (
-        *("item", "tolist", "numpy", "cpu"),
-        *("tensor", "as_tensor", "asarray", "from_numpy"),
+        *("item", "tolist", "numpy", "cpu", "tensor"),
         *("__int__", "__float__", "__bool__", "__index__"),
     )
 
