@@ -220,7 +220,7 @@ def test_chunks_have_an_end(tmp_path):
 
 
 async def test_owners_take_turns_and_so_do_their_batches():
-    window, entered = Window(1), asyncio.Queue()
+    window, entered = Window("", 1), asyncio.Queue()
 
     async def enter(owner, batch):
         for _ in range(3):
@@ -242,7 +242,7 @@ async def test_owners_take_turns_and_so_do_their_batches():
 
 
 async def test_large_rows_are_decoded_alone():
-    window = Window(3)
+    window = Window("", 3)
     await window.enter("", 2 * MOST_BYTES)
     second = asyncio.create_task(window.enter("", 1))
     await asyncio.sleep(0.01)
