@@ -47,7 +47,7 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
             fix = "Ray Serve's proxies listen: set it in http_options, or leave it out"
             raise UserError(name, settings[name], fix=fix)
     engines, configs = {}, model_configs(config)
-    require_cache_sizes(configs, {})
+    require_cache_sizes(config, configs, {})
     for name, own in configs.items():
         deployment = NAME if name == config.name else f"{NAME}-{name}"
         arguments = _replicas_config(own), own.replicas, own.cluster, deployment

@@ -22,8 +22,10 @@ from typing import Any, Literal, get_args
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from benchmarks.machine import describe
-from benchmarks.training.quality_run import VOCAB_SIZE, Run
+from benchmarks.training.quality_run import TOKENS_PER_STEP, VOCAB_SIZE, Run, register_peer
 from benchmarks.training.recall import Task, Trial
+from stu.common.errors import UserError
+from stu.layouts import layout_names
 
 PROSE = "torch", "numpy", "networkx"
 """Packages whose documentation strings are the text `prose`."""
@@ -45,7 +47,7 @@ class Options:
     """Minutes after which no run is begun. null: no limit."""
     processes: PositiveInt = 2
     """Runs at a time, of one thread each."""
-    tokens: PositiveInt = 1_500_000
+    tokens: PositiveInt = 1_495_040
     """Tokens that each model trains on."""
     steps: PositiveInt = 400
     """Optimizer steps of each model that learns to recall."""
@@ -61,6 +63,15 @@ class Options:
 
 def measure(options: Options) -> dict[str, Any]:
     """Return the results of all runs that have ended, and how many have not."""
+    for context in options.contexts:
+        if TOKENS_PER_STEP % context:
+            raise UserError("contexts", context, f"a divisor of {TOKENS_PER_STEP}")
+    if options.tokens % TOKENS_PER_STEP:
+        raise UserError("tokens", options.tokens, f"a multiple of {TOKENS_PER_STEP}")
+    register_peer()
+    for layout in options.layouts:
+        if layout not in layout_names():
+            raise UserError("layouts", layout, f"one of {', '.join(layout_names())}")
     work = _Work(options)
     rates = {layout: best_rate(work, layout, options) for layout in options.layouts}
     runs = [

@@ -90,7 +90,9 @@ def sized(layout: str, context: int) -> ModelConfig:
 
 
 def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
-    """Train, and return the result. What the run wrote is deleted."""
+    """Train, and return the result. What the run wrote is deleted, also that of an earlier one that
+    was interrupted."""
+    shutil.rmtree(folder, ignore_errors=True)
     register_peer()
     config = sized(run.layout, run.context)
     steps = run.tokens // TOKENS_PER_STEP

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from serve.config import is_whole
 from stu.common.errors import UserError
 
 LoraRequest = str | Sequence[str | None] | None
@@ -20,7 +21,7 @@ def adapter_folders(
     ):
         allowed = "a mapping from names, none of them empty, to folders"
         raise UserError("lora_modules", lora_modules, allowed)
-    if tensor_parallel > 1:
+    if is_whole(tensor_parallel) and tensor_parallel > 1:
         allowed = "1 with lora_modules, as adapters are not divided"
         raise UserError("tensor_parallel", tensor_parallel, allowed)
     return {name: Path(path) for name, path in lora_modules.items()}

@@ -147,7 +147,7 @@ def make_service(config: ServerConfig, replicas: Mapping[str, Dispatcher] | None
         with errors_of_model(config, name):
             devices[name] = engine_devices(own)
     if not replicas:
-        require_cache_sizes(configs, devices)
+        require_cache_sizes(config, configs, devices)
     num_ranks = sum(len(group.split(",")) for groups in devices.values() for group in groups)
     num_threads = max(1, num_processors() // max(1, num_ranks))
     metrics = Metrics(config.metric_prefix, list(configs))
@@ -169,12 +169,17 @@ def make_service(config: ServerConfig, replicas: Mapping[str, Dispatcher] | None
 
 
 def require_cache_sizes(
-    configs: Mapping[str, ServerConfig], devices: Mapping[str, Sequence[str]]
+    config: ServerConfig,
+    configs: Mapping[str, ServerConfig],
+    devices: Mapping[str, Sequence[str]],
 ) -> None:
     """Raise UserError if engines that share a device, or hosts of a Ray cluster, have no
     `cache_gib`.
 
-    devices: Devices of the engines of each model on this machine.
+    Args:
+        config: Settings of the server.
+        configs: Settings of each model.
+        devices: Devices of the engines of each model on this machine.
     """
     engines = Counter(
         rank for groups in devices.values() for group in groups for rank in set(group.split(","))
@@ -189,11 +194,11 @@ def require_cache_sizes(
             shares = any(engines[rank] > 1 for rank in ranks)
         if shares:
             beside = f", or {setting_name('gpus_per_replica')} 1" if own.ray else ""
-            raise UserError(
-                "cache_gib",
-                message="several replicas on a device would each take half of its free memory: "
-                f"give {setting_name('cache_gib')}{beside}",
-            )
+            message = "several replicas on a device would each take half of its free memory: give "
+            with errors_of_model(config, name):
+                raise UserError(
+                    "cache_gib", message=f"{message}{setting_name('cache_gib')}{beside}"
+                )
 
 
 def _tracing(endpoint: str | None) -> "Tracing | None":

@@ -75,11 +75,26 @@ def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
     assert quality.best_rate(work, "stu", options) == 8e-3, "as time is up"
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("contexts", "[3000]", "a divisor of 4096"),
+        ("tokens", "5000", "a multiple of 4096"),
+        ("layouts", "[llama]", "one of hybrid, "),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(option, value, allowed, tmp_path, capsys):
+    assert main(["quality", "--folder", str(tmp_path / "runs"), f"--{option}", value]) == 2
+    assert allowed in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_small_run_is_kept(tmp_path, capfd):
     arguments = ["quality", "--folder", str(tmp_path), "--tokens", "8192", "--steps", "2"]
     arguments += ["--seeds", "1", "--texts", "[prose]", "--contexts", "[512]"]
     arguments += ["--layouts", "[rope]"]
+    (tmp_path / "prose-512-rope-adamw-0.002-0-8192" / "checkpoints").mkdir(parents=True)
     assert main(arguments) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["missing"] == 0

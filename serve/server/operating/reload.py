@@ -79,8 +79,9 @@ class Reloader(Generic[AnyVersion]):
 
     @property
     def is_loading(self) -> bool:
-        """Whether a version is being loaded that takes no requests yet."""
-        return self._state == "loading"
+        """Whether replicas of a version are still loaded: until it takes requests, or where they
+        are exchanged one by one, until the last one is."""
+        return self._state == "loading" or (self._state == "finishing" and self._is_one_by_one)
 
     async def reload(self, path: Path | None, one_by_one: bool | None) -> Json:
         """Load a version, and return once it takes all new requests. It is loaded even if the

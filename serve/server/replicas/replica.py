@@ -54,6 +54,7 @@ class Replica:
         """Prefixes of the prompts that it was sent."""
         self.last_heard = time.monotonic()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._end: str | None = None
         self._socket, theirs = socket.socketpair()
         with theirs, hangups_blocked():
             self.process = subprocess.Popen(
@@ -141,6 +142,8 @@ class Replica:
 
     async def ended(self) -> str:
         """Wait until the process has ended; return how, and its last output."""
+        if self._end is not None:
+            return self._end
         with suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self.process.wait, LAST_OUTPUT_SECONDS)
         self.kill()
@@ -148,4 +151,5 @@ class Replica:
         words = self.last_output
         self._errors.close()
         how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with code {code}"
-        return f"ended {how}; its last output: {words or 'none'}"
+        self._end = f"ended {how}; its last output: {words or 'none'}"
+        return self._end

@@ -159,8 +159,10 @@ class Supervisor(ABC):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.kill()
-        for replica in self._started:
-            await replica.ended()
+        ends = [replica.ended() for replica in self._started]
+        for result in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     def kill(self) -> None:
         """End every replica at once."""

@@ -42,6 +42,17 @@ PATHS = {
     "score": {"text_1": "def", "text_2": "def"},
 }
 """Paths under /v1, and bodies that each accepts."""
+SLOW_STEPS = """
+import sys
+if "serve.server.replicas.process" in sys.orig_argv:
+    import time
+    from serve.engine.engine import Engine
+    step = Engine.step
+    def slow_step(engine):
+        time.sleep(0.01)
+        return step(engine)
+    Engine.step = slow_step
+"""
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +247,11 @@ def test_reloads_name_a_model_and_come_one_after_the_other(service, monkeypatch)
         other.reloader._state = "loading"
         with pytest.raises(Exception, match="another version is being loaded"):
             await service.reload("model", None, None)
-        other.reloader._state = "finishing"  # which takes no memory that is not taken already
+        other.reloader._state = "finishing"
+        other.reloader._is_one_by_one = True  # so the last replicas are still to come
+        with pytest.raises(Exception, match="another version is being loaded"):
+            await service.reload("model", None, None)
+        other.reloader._is_one_by_one = False
 
         async def reload(path, one_by_one):
             return {"version": 2}
@@ -406,8 +421,15 @@ def counts(http, name):
     return found
 
 
+@pytest.fixture
+def slow_steps(patched, monkeypatch):
+    """Let steps of replicas take 10 ms at least, so that streams have not ended when they stop."""
+    for name, value in patched(SLOW_STEPS).items():
+        monkeypatch.setenv(name, value)
+
+
 def test_a_model_goes_on_while_the_other_loses_its_replica(
-    first_directory, other_directory, tmp_path
+    first_directory, other_directory, tmp_path, slow_steps
 ):
     options = "--models", f"other={other_directory}", "--batch-invariant"
     options += "--batch-dir", tmp_path / "batches", "--watchdog-seconds", 300
@@ -442,13 +464,13 @@ def test_a_model_goes_on_while_the_other_loses_its_replica(
 
 @pytest.mark.slow
 def test_a_model_is_loaded_again_while_the_other_streams(
-    first_directory, other_directory, tmp_path
+    model_directory, other_directory, tmp_path, slow_steps
 ):
     keys = tmp_path / "keys"
     keys.write_text("sk-operator admin\n")
     options = "--models", f"other={other_directory}", "--batch-invariant", "--api-keys", keys
     text = expected(other_directory)
-    with serving(first_directory, *options, "--watchdog-seconds", 300) as server:
+    with serving(model_directory, *options, "--watchdog-seconds", 300) as server:
         http = server.client(headers={"authorization": "Bearer sk-operator"})
         (_, replica) = replicas_of(server)
         with http, begun(http, replica, "other") as rest:

@@ -75,6 +75,7 @@ def test_idle_connections_starve_neither_health_nor_replicas(
                 while connection.recv(1000):
                     pass
         assert len("".join(server.lines)) < 100_000
+        assert "Too many open files" not in "".join(server.lines)
 
 
 @contextmanager
