@@ -348,6 +348,9 @@ def test_engines_of_several_models_on_a_device_need_a_size(model_directory, othe
     sizes = {"other": {"model": str(other_directory), "cache_gib": 0.1}}
     with pytest.raises(UserError, match="give cache_gib"):
         make_service(config_of(model_directory, sizes, engine=EngineConfig()))
+    sizes["other"]["cache_gib"] = None
+    with pytest.raises(UserError, match="^models: other: several replicas on a device"):
+        make_service(config_of(model_directory, sizes))
 
 
 @pytest.mark.parametrize(
