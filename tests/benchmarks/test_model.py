@@ -161,8 +161,10 @@ def test_a_step_counts_what_the_algorithm_does(name):
     dense = layers * (width**2 + 3 * 4 * width**2) + 300 * width
     assert counts["dense"] == batch * dense
     column = position // 2
+    slots = [(position + offset) % 32 // 2 for offset in (0, 16)]
+    assert slots == [3, 11], "which end groups of four"
     outputs = {
-        "ours": 16 - sum((position + offset) % 32 // 2 for offset in (0, 16)) / 2,
+        "ours": sum(1 + 4 * (16 - slot - 1) for slot in slots) / 2,
         "continuous": 32 - column % 32,
         "flashinference": 32 - (prompt + position) // 2 % 32,
         "epoched": 34 - column % 34,

@@ -190,7 +190,7 @@ def test_many_stop_strings(endpoint):
 
 
 def test_the_documentation_names_every_field():
-    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "http-api.md").read_text(encoding="utf-8")
     for name in {*fields.HARMLESS, *fields.CHAT_NEUTRAL, *fields.TEXT_NEUTRAL}:
         assert f"`{name}`" in text, name
 
