@@ -349,7 +349,7 @@ def test_engines_of_several_models_on_a_device_need_a_size(model_directory, othe
     with pytest.raises(UserError, match="give cache_gib"):
         make_service(config_of(model_directory, sizes, engine=EngineConfig()))
     sizes["other"]["cache_gib"] = None
-    with pytest.raises(UserError, match="^models: other: several replicas on a device"):
+    with pytest.raises(UserError, match=r"^models: other: several replicas on a device"):
         make_service(config_of(model_directory, sizes))
 
 
