@@ -278,5 +278,5 @@ def test_prompts_have_adapters(llm, model_directory, code_model, code_tokenizer,
 def test_adapters_are_checked_first(model_directory, lora_modules, message):
     with pytest.raises(UserError, match=message):
         LLM(model_directory, "cpu", tensor_parallel=2, lora_modules=lora_modules)
-    with pytest.raises(UserError, match=r"lora_modules=|tensor_parallel=None .* whole number"):
+    with pytest.raises(UserError, match=r"lora_modules=|tensor_parallel=null .* whole number"):
         LLM(model_directory, "cpu", tensor_parallel=None, lora_modules=lora_modules)

@@ -219,6 +219,8 @@ class Supervisor(ABC):
     def _has_started(self, index: int) -> None:
         self._has_been_ready = True
         self._failed_starts[index] = 0
+        if replica := self._replicas[index]:
+            logger.info("%s takes requests: process %d", self._name(index), replica.process.pid)
 
     def _name(self, index: int) -> str:
         of_model = f" of {self._config.name}" if self._config.name else ""

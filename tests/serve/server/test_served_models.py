@@ -26,6 +26,7 @@ from stu.model import FlashSTU
 from stu.model_dir import load_model, load_tokenizer, save_model
 from stu.tokenizer import make_tokenizer
 from stu.tokenizers.alphabet import bytes_files
+from tests import forked
 from tests.serve.adapters.adapter_folders import write_adapter
 from tests.serve.conftest import MAX_SEQ_LEN, make_model
 from tests.serve.requests import decode, make_request
@@ -410,8 +411,11 @@ def expected(directory):
 
 
 def replicas_of(server):
-    """Processes of the replicas of two models with one each, the first model's first."""
-    return sorted(server.replicas(), key=lambda process: (process.create_time(), process.pid))
+    """Processes of the replicas of the models `model` and `other`, which have one each."""
+    text = "".join(server.lines)
+    logged = re.findall(r"replica 0 of (\w+) on cpu takes requests: process (\d+)", text)
+    processes = {name: forked.real(int(number)) for name, number in logged}
+    return processes["model"], processes["other"]
 
 
 def counts(http, name):
