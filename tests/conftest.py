@@ -1,10 +1,12 @@
 """Settings of all tests."""
 
+import os
 import signal
 
 import pytest
 import torch
 
+from stu.layouts import LAYOUTS, MIXERS
 from stu.tokenizers.sentence_piece import train_bpe
 from tests import forked
 
@@ -30,6 +32,26 @@ def pytest_collection_modifyitems(items):
     """Put the tests of the longest files first, and keep the order of the others."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def of_this_process():
+    """Settings of the process that a test could change for those after it."""
+    return {
+        "mixers": dict(MIXERS),
+        "layouts": dict(LAYOUTS),
+        "folder": os.getcwd(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    before = of_this_process()
+    yield
+    assert of_this_process() == before
 
 
 @pytest.fixture

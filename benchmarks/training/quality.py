@@ -3,7 +3,8 @@
 Each run trains with stu-train in a process of one thread. The first seed tries learning rates on
 the first text and context, more until the best one is not the highest or lowest; all other runs of
 a layout have its best one, and Muon's have the same. A run that has ended is kept in a folder, and
-`minutes` limits how long runs are begun, so a whole result may come from several calls.
+`minutes` limits how long runs are begun, so a whole result may come from several calls; with
+`recorded`, also from several machines.
 """
 
 import ast
@@ -25,6 +26,7 @@ from benchmarks.machine import describe
 from benchmarks.training.quality_run import TOKENS_PER_STEP, VOCAB_SIZE, Run, register_peer
 from benchmarks.training.recall import Task, Trial
 from stu.common.errors import UserError
+from stu.common.files import read_json_object
 from stu.layouts import layout_names
 
 PROSE = "torch", "numpy", "networkx"
@@ -43,6 +45,8 @@ class Options:
 
     folder: Path = Path("runs/quality")
     """Folder of the prepared texts and of the runs that have ended."""
+    recorded: Path | None = None
+    """Result of an earlier call, whose runs and trials are not made again."""
     minutes: PositiveFloat | None = None
     """Minutes after which no run is begun. null: no limit."""
     processes: PositiveInt = 2
@@ -150,6 +154,17 @@ class _Work:
         self._options = options
         seconds = float("inf") if options.minutes is None else 60 * options.minutes
         self._deadline = time.monotonic() + seconds
+        if options.recorded is not None:
+            earlier = read_json_object(options.recorded)
+            for result in (*earlier["tried"], *earlier["runs"], *earlier["recall"]):
+                self.keep(result)
+
+    def keep(self, result: Result) -> None:
+        """Write the result of a run that ended elsewhere."""
+        kind = Trial if "task" in result else Run
+        run = kind(**{field.name: result[field.name] for field in dataclasses.fields(kind)})
+        self._options.folder.mkdir(parents=True, exist_ok=True)
+        self.path(run).write_text(json.dumps(result))
 
     def path(self, run: Run | Trial) -> Path:
         """Return the file of a run that has ended."""

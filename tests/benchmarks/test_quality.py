@@ -12,12 +12,15 @@ from benchmarks.training import quality
 from benchmarks.training.quality import Options, first_runs
 from benchmarks.training.quality_run import register_peer, sized
 from benchmarks.training.recall import IGNORED, LENGTH, NUM_KEYS, examples
+from stu.layouts import MIXERS
 from stu.model import FlashSTU
 
 
 @pytest.fixture(autouse=True)
 def peer():
     register_peer()
+    yield
+    del MIXERS["rope"]
 
 
 @pytest.mark.parametrize("context", [512, 4096])
@@ -103,6 +106,11 @@ def test_a_small_run_is_kept(tmp_path, capfd):
         positions = run["loss_by_position"]
         assert list(positions) == [str(2**power) for power in range(10)]
         assert positions["256"] < math.log(2048) + 1
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert main([*arguments, "--minutes", "1e-9"]) == 0
+    assert json.loads(capfd.readouterr().out)["runs"] == result["runs"]
+    recorded, elsewhere = tmp_path / "recorded", tmp_path / "elsewhere"
+    recorded.write_text(json.dumps(result))
+    arguments += ["--folder", str(elsewhere), "--minutes", "1e-9", "--recorded", str(recorded)]
     assert main(arguments) == 0
-    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    again = json.loads(capfd.readouterr().out)
+    assert {**again, "machine": None} == {**result, "machine": None}
