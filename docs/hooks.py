@@ -24,13 +24,13 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def output_of(command: str) -> str:
-    """Return what a command of the package prints on lines of 100 characters."""
+    """Return what a command of the package prints on lines of 80 characters."""
     program, *arguments = shlex.split(command)
     text = subprocess.run(
         [Path(sys.executable).with_name(program), *arguments],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"COLUMNS": "100"},
+        env=os.environ | {"COLUMNS": "80"},
     ).stdout
     return re.sub(".\x08", "", text)  # jsonargparse takes a space back on a terminal

@@ -62,3 +62,4 @@ def test_pages_show_what_commands_print(hooks):
     assert text.startswith("text\nusage: stu-health")
     assert "--min-free-gib" in text
     assert text.replace("\n", "").isprintable()
+    assert max(map(len, text.splitlines())) <= 80  # what a page of 1,280 pixels has room for
