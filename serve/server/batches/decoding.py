@@ -8,10 +8,11 @@ from functools import partial
 from typing import Protocol
 
 from serve.openai.errors import user_error_body
-from serve.server.batches.lines import answered, unanswered
+from serve.server.batches.lines import Line, answered, unanswered
 from serve.server.batches.progress import Result
-from serve.server.batches.rows import Rows
+from serve.server.batches.rows import Reading, Rows
 from serve.server.batches.window import Window, Windows
+from serve.server.replicas.slices import Pauses
 from stu.common.errors import UserError
 from stu.common.text import Json
 
@@ -41,7 +42,11 @@ class Answering(Protocol):
 
 
 class Decoding:
-    """Decodes rows of a batch.
+    """Decodes rows of a batch, in the order of its file for each model.
+
+    The first reading of the file goes on to the rows of other models where those of a model have to
+    wait: another reading then begins there, of the rows of that model alone. So however many rows
+    wait, only a chunk of the file for each model is in memory.
 
     Args:
         rows: Rows to decode.
@@ -58,25 +63,13 @@ class Decoding:
         self._owner, self._endpoint = owner, endpoint
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._apart: set[Window] = set()
+        """Windows whose rows have a reading of their own."""
 
     async def run(self) -> bool:
         """Decode all rows, and return True when their results are written."""
         try:
-            async for line in self._rows.read():
-                try:
-                    row = line.row()
-                except UserError as error:
-                    values = "", new_request_id(), error.code or "", str(error), line.place.line
-                    await self._rows.add(unanswered(*values))
-                    continue
-                window, num_bytes = self._windows.of(row["body"].get("model")), len(line.content)
-                await window.enter(self._owner, num_bytes)
-                task = asyncio.create_task(self._decode(row, line.place.line, window.model))
-                self._tasks.add(task)
-                # A task that is cancelled before it begins does not even run its `finally`.
-                task.add_done_callback(partial(self._ended, window, num_bytes))
-                if self._failure is not None:
-                    break
+            await self._begin(self._rows.read())
             while self._tasks and self._failure is None:
                 await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             if self._failure is not None:
@@ -89,9 +82,53 @@ class Decoding:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ended(self, window: Window, num_bytes: int, task: asyncio.Task[None]) -> None:
+    async def _begin(self, reading: Reading, own: Window | None = None) -> None:
+        """Begin to decode the rows of a reading that it is to decode: those of its own window, or
+        of all that have no other reading."""
+        pauses = Pauses()
+        async for line in reading:
+            await pauses.pause_if_due()
+            if self._failure is not None:
+                return
+            try:
+                row = line.row()
+            except UserError as error:
+                if own is not None:
+                    reading.leave(line)
+                    continue
+                values = "", new_request_id(), error.code or "", str(error), line.place.line
+                await self._rows.add(unanswered(*values))
+                continue
+            window, num_bytes = self._windows.of(row["body"].get("model")), len(line.content)
+            if not await self._enter(window, own, line):
+                reading.leave(line)
+                continue
+            task = asyncio.create_task(self._decode(row, line.place.line, window.model))
+            # A task that is cancelled before it begins does not even run its `finally`.
+            task.add_done_callback(partial(_leave, window, num_bytes))
+            self._add(task)
+
+    async def _enter(self, window: Window, own: Window | None, line: Line) -> bool:
+        """Wait until a row may be decoded, or return False if another reading has it."""
+        num_bytes = len(line.content)
+        if window is not own:
+            if own is not None or window in self._apart:
+                return False
+            if window.try_enter(num_bytes):
+                return True
+            if self._windows.are_of_several_models:
+                self._apart.add(window)
+                self._add(asyncio.create_task(self._begin(self._rows.read(line.place), window)))
+                return False
+        await window.enter(self._owner, num_bytes)
+        return True
+
+    def _add(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        window.leave(num_bytes)
         if not task.cancelled():
             self._failure = self._failure or task.exception()
 
@@ -117,6 +154,10 @@ class Decoding:
         if len(content) > MOST_BYTES_AT_ONCE:
             return await asyncio.to_thread(answered, *values)
         return answered(*values)
+
+
+def _leave(window: Window, num_bytes: int, _: asyncio.Task[None]) -> None:
+    window.leave(num_bytes)
 
 
 def new_request_id() -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,44 @@ RETRY_SECONDS = 5.0
 """Time until results are written again that could not be, for example on a full disk."""
 MOST_UNWRITTEN_BYTES = 2**23
 """Size of the results that wait to be written, above which no further row ends."""
+
+
+class Reading:
+    """A reading of rows of a batch that have no result yet, in the order of the file.
+
+    Args:
+        read: Returns the next lines without a result from a place on and the place after them; None
+            at the end of the file.
+        place: The first row to read.
+    """
+
+    def __init__(
+        self, read: Callable[[Place], Awaitable[tuple[list[Line], Place] | None]], place: Place
+    ) -> None:
+        self._read, self._unread = read, place
+        self._left: dict[int, Place] = {}
+        """Rows that were read and whose result is not written, by line, in the file's order."""
+
+    async def __aiter__(self) -> AsyncIterator[Line]:
+        while (found := await self._read(self._unread)) is not None:
+            lines, self._unread = found
+            self._left |= {line.place.line: line.place for line in lines}
+            for line in lines:
+                yield line
+
+    def leave(self, line: Line) -> None:
+        """Leave a row to another reading."""
+        self._left.pop(line.place.line, None)
+
+    def first_left(self, lines: Container[int]) -> Place:
+        """Return its first row without a result, once these lines have theirs."""
+        left = (place for line, place in self._left.items() if line not in lines)
+        return next(left, self._unread)
+
+    def written(self, lines: Iterable[int]) -> None:
+        """Note that these lines have results."""
+        for line in lines:
+            self._left.pop(line, None)
 
 
 class Rows:
@@ -47,9 +85,9 @@ class Rows:
     ) -> None:
         self._progress, self._path, self._most_line_bytes = progress, path, most_line_bytes
         self._readers, self._count = readers, count
-        self._unread = place
-        self._read: dict[int, Place] = {}
-        """Rows that were read and whose result is not written, by line, in the file's order."""
+        self._place = place
+        self._readings: list[Reading] = []
+        """Each row without a result is among those of one of them at least."""
         self._results: list[Result] = []
         """Results that are not written."""
         self._num_bytes = 0
@@ -71,19 +109,10 @@ class Rows:
         self._has_results.set()
         await self._writing
 
-    async def read(self) -> AsyncIterator[Line]:
-        """Yield the rows in the order of the file."""
-        loop = asyncio.get_running_loop()
-        while lines := await loop.run_in_executor(
-            self._readers, read_chunk, self._path, self._unread, self._most_line_bytes
-        ):
-            first, last = lines[0], lines[-1]
-            done = await self._progress.done(first.place.line, last.place.line)
-            lines = [line for line in lines if line.place.line not in done]
-            self._read |= {line.place.line: line.place for line in lines}
-            self._unread = last.following
-            for line in lines:
-                yield line
+    def read(self, place: Place | None = None) -> Reading:
+        """Return a reading of the rows from a place on; by default of all."""
+        self._readings.append(Reading(self._read, place or self._place))
+        return self._readings[-1]
 
     async def add(self, result: Result) -> None:
         """Add the result of a row. This waits while many wait to be written."""
@@ -95,6 +124,16 @@ class Rows:
     async def written(self) -> None:
         """Wait until all results are written."""
         await self._until_unwritten(0)
+
+    async def _read(self, place: Place) -> tuple[list[Line], Place] | None:
+        lines = await asyncio.get_running_loop().run_in_executor(
+            self._readers, read_chunk, self._path, place, self._most_line_bytes
+        )
+        if not lines:
+            return None
+        first, last = lines[0], lines[-1]
+        done = await self._progress.done(first.place.line, last.place.line)
+        return [line for line in lines if line.place.line not in done], last.following
 
     async def _until_unwritten(self, most_bytes: int) -> None:
         while self._num_bytes > most_bytes:
@@ -123,13 +162,13 @@ class Rows:
     async def _are_written(self, results: list[Result]) -> bool:
         """Write results, and return whether that was possible."""
         lines = {result.line for result in results}
-        left = (place for line, place in self._read.items() if line not in lines)
+        firsts = [reading.first_left(lines) for reading in self._readings]
         try:
-            await self._progress.add(results, next(left, self._unread))
+            await self._progress.add(results, min(firsts, key=lambda place: place.line))
         except (OSError, sqlite3.Error) as error:
             logger.error("results of a batch cannot be written: %s", error)
             return False
-        for line in lines:
-            del self._read[line]
+        for reading in self._readings:
+            reading.written(lines)
         self._count(results)
         return True

@@ -24,6 +24,11 @@ class Windows:
         self._of_none = Window("", max(most_rows.values()))
         self._model_of = model_of
 
+    @property
+    def are_of_several_models(self) -> bool:
+        """Whether rows of one model could go on while those of another wait."""
+        return len(self._windows) > 1
+
     def of(self, named: object) -> "Window":
         """Return the window of a row whose body has this `model`; None if it has none."""
         if named is None:
@@ -45,25 +50,39 @@ class Window:
 
     def __init__(self, model: str, most_rows: int) -> None:
         self.model, self._most_rows = model, most_rows
-        self._num_rows = self._num_bytes = 0
+        self._num_rows = self._num_bytes = self._num_waiting = 0
         self._turn = asyncio.Lock()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._has_left = asyncio.Event()
 
     async def enter(self, owner: str, num_bytes: int) -> None:
         """Wait until a row of an owner may be decoded."""
-        async with self._turns[owner], self._turn:
-            while not self._has_room(num_bytes):
-                self._has_left.clear()
-                await self._has_left.wait()
-            self._num_rows += 1
-            self._num_bytes += num_bytes
+        self._num_waiting += 1
+        try:
+            async with self._turns[owner], self._turn:
+                while not self._has_room(num_bytes):
+                    self._has_left.clear()
+                    await self._has_left.wait()
+                self._add(num_bytes)
+        finally:
+            self._num_waiting -= 1
+
+    def try_enter(self, num_bytes: int) -> bool:
+        """Let a row be decoded if that needs no waiting, and return whether it is."""
+        if self._num_waiting or not self._has_room(num_bytes):
+            return False
+        self._add(num_bytes)
+        return True
 
     def leave(self, num_bytes: int) -> None:
         """Note that a row has its result."""
         self._num_rows -= 1
         self._num_bytes -= num_bytes
         self._has_left.set()
+
+    def _add(self, num_bytes: int) -> None:
+        self._num_rows += 1
+        self._num_bytes += num_bytes
 
     def _has_room(self, num_bytes: int) -> bool:
         is_small = self._num_bytes + num_bytes <= MOST_BYTES

@@ -46,14 +46,20 @@ async def add(batches, content, owner=""):
     return row["number"]
 
 
-async def ended(batches, number):
+async def until(batches, number, holds):
+    """The row of a batch once it is as wanted."""
+
     async def wait():
-        ends = "completed", "failed", "expired", "cancelled"
-        while (row := await batches.table.get(number))["status"] not in ends:
+        while not holds(row := await batches.table.get(number)):
             await asyncio.sleep(0.01)
         return row
 
     return await asyncio.wait_for(wait(), 10)
+
+
+async def ended(batches, number):
+    ends = "completed", "failed", "expired", "cancelled"
+    return await until(batches, number, lambda row: row["status"] in ends)
 
 
 def line_of(text):
@@ -147,6 +153,58 @@ async def test_rows_of_a_model_do_not_wait_for_another_batch_of_another_model(tm
     assert (row["status"], row["completed"], row["failed"]) == ("completed", 9, 3)
     assert sorted(asked, key=str) == ["", None, ["second"], *["second"] * 9, "third", "tuned"]
     assert batches.num_results == {("second", False): 9, ("", True): 3}
+    await batches.stop()
+
+
+@pytest.mark.parametrize("has_one_model", [False, True])
+async def test_rows_of_a_model_do_not_wait_for_those_of_another_in_their_file(
+    tmp_path, monkeypatch, has_one_model
+):
+    monkeypatch.setattr("serve.server.batches.lines.CHUNK_BYTES", 700)  # a few rows
+    names = {"dead": "dead", "alive": "alive"}
+    limits = replace(LIMITS, rows_at_once=dict.fromkeys(names, 2))
+    if has_one_model:
+        names, limits = {"dead": "all", "alive": "all"}, replace(LIMITS, rows_at_once={"all": 2})
+    models = ["alive", *["dead"] * 20, *["alive", "third", "dead"] * 9, *["alive"] * 20]
+    rows = [make_row(number, model=model) for number, model in enumerate(models)]
+    rows.insert(15, None)
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    monkeypatch.setattr("serve.server.batches.batches.validate", lambda *_: (len(rows), []))
+    asked, is_dead = [], True
+
+    async def answering(request):
+        body = json.loads(request.body)
+        if body["model"] == "third":
+            return 404, b"{}"
+        asked.append((body["model"], body["seed"]))
+        if is_dead and body["model"] == "dead":
+            await asyncio.Event().wait()  # as if no replica of it could be started
+        return 200, b"{}"
+
+    batches = Batches(tmp_path / "b", limits, names.get)
+    await batches.start(answering)
+    number = await add(batches, content)
+    num_alive = 1 if has_one_model else models.count("alive")
+    row = await until(batches, number, lambda row: row["completed"] == num_alive)
+    assert (row["status"], row["next_line"]) == ("in_progress", 2)
+    expected = [("alive", seed) for seed, own in enumerate(models) if own == "alive"]
+    assert [own for own in asked if own[0] == "alive"] == expected[:num_alive]
+    assert [own for own in asked if own[0] == "dead"] == [("dead", 1), ("dead", 2)]
+    await batches.stop()
+
+    asked, is_dead = [], False  # the next server has replicas of it
+    batches = Batches(tmp_path / "b", limits, names.get)
+    await batches.start(answering)
+    row = await ended(batches, number)
+    num_failed = models.count("third") + 1
+    assert (row["completed"], row["failed"]) == (len(rows) - num_failed, num_failed)
+    expected = [(own, seed) for seed, own in enumerate(models) if own != "third"]
+    left = [own for own in expected if has_one_model or own[0] == "dead"]
+    assert sorted(asked) == sorted(left)[has_one_model:]
+    lines = [*map(json.loads, batches.files.path(row["output_id"]).read_text().splitlines())]
+    assert sorted(line["custom_id"] for line in lines) == sorted(
+        f"row {seed}" for _, seed in expected
+    )
     await batches.stop()
 
 

@@ -241,6 +241,19 @@ async def test_owners_take_turns_and_so_do_their_batches():
     assert [batch for owner, batch in order if owner == "a"] == [1, 2] * 3
 
 
+async def test_a_row_enters_at_once_only_if_none_waits():
+    window = Window("", 1)
+    assert window.try_enter(1)
+    assert not window.try_enter(1)
+    waiting = asyncio.create_task(window.enter("", 1))
+    await asyncio.sleep(0)
+    window.leave(1)
+    assert not window.try_enter(1), "the room is that of the row that waits"
+    await waiting
+    window.leave(1)
+    assert window.try_enter(1)
+
+
 async def test_large_rows_are_decoded_alone():
     window = Window("", 3)
     await window.enter("", 2 * MOST_BYTES)
