@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from benchmarks.peers.peer import FLOAT_BYTES
-from serve.cache.page_pool import pages_for
-from serve.cache.window_step import window_pages
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.decoding.memory import pages_for, window_pages
 from stu.futurefill import usual_epoch
 from stu.mixers import KeyWindow, LastInputs, PastInputs, planned_mixers, remembered
 from stu.online_convolution import Naive

@@ -15,8 +15,8 @@ from benchmarks.timing import timed
 from serve.cache.attention_windows import AttentionCache
 from serve.cache.page_pool import PagePool
 from serve.cache.recent_inputs import RecentInputs
-from serve.cache.window_step import window_pages
 from serve.engine.inference_model import inference_copy, inference_product
+from stu.decoding.memory import window_pages
 from stu.mixers import KeyWindow, LastInputs, Memory, remembered
 from stu.model import FlashSTU
 

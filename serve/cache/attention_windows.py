@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize, DraftedToken, Snapshot
-from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from serve.cache.base import Cache, CachePlan, DraftedToken, Snapshot
+from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool
 from serve.cache.static_step import Numbers
 from serve.cache.window_blocks import (
     BLOCK_BYTES,
@@ -30,11 +30,11 @@ from serve.cache.window_blocks import (
     on_device,
     window_blocks,
 )
-from serve.cache.window_step import WindowStep, window_pages
+from serve.cache.window_step import WindowStep
 from serve.config import EngineConfig
 from stu.attention import sliding_window_attention, window_scores
 from stu.common.errors import UserError
-from stu.decoding.memory import window_page_bytes
+from stu.decoding.memory import pages_for, window_pages, window_size
 from stu.mixers import KeyWindow, remembered
 from stu.model import FlashSTU
 
@@ -81,14 +81,12 @@ class AttentionCache(Cache):
                 "its mixers differ; combine others"
             )
         window, page_len = windows[0], config.page_len
-        pages, drafts = pages_for(model.config.max_seq_len, page_len), config.most_drafts
-        pages = min(pages, window_pages(window.window_tokens, page_len, drafts))
-        weight = model.embedding.weight
-        page_bytes = len(windows) * window_page_bytes(window, page_len, weight.element_size())
+        weight, drafts = model.embedding.weight, config.most_drafts
+        lengths = model.config.max_seq_len, page_len
         place = weight.dtype, weight.device
         shape = len(windows), 2, page_len, window.num_heads, window.head_dim
         return CachePlan(
-            CacheSize(page_bytes, page_bytes, pages, pages, pages, page_bytes, pages - 1),
+            window_size(windows, *lengths, weight.element_size(), drafts),
             lambda count: cls(window, PagePool(count + 1, shape, *place), drafts),
         )
 

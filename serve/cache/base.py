@@ -15,27 +15,8 @@ from serve.cache.page_pool import PagePool
 from serve.cache.static_step import Numbers, StaticStep
 from serve.config import INVARIANT_ROWS, EngineConfig
 from stu.common.errors import UserError
+from stu.decoding.memory import CacheSize
 from stu.model import FlashSTU
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Memory that a cache takes."""
-
-    fixed_bytes: int = 0
-    """Bytes allocated for all rows, independent of the number of pages."""
-    page_bytes: int = 0
-    """Bytes of one page; 0 for a cache without pages."""
-    least_pages: int = 0
-    """Pages without which no request can run."""
-    usual_pages: int = 0
-    """Pages of a request of the usual length."""
-    most_pages: int = 0
-    """Pages of the longest request."""
-    snapshot_bytes: int = 0
-    """Bytes of a snapshot besides its pages."""
-    snapshot_pages: int = 0
-    """Most pages that a snapshot shares."""
 
 
 @dataclass(frozen=True)

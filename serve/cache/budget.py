@@ -16,7 +16,6 @@ from serve.cache.attention_windows import AttentionCache
 from serve.cache.base import (
     Cache,
     CachePlan,
-    CacheSize,
     CannotHold,
     ConvolutionCacheInfo,
     num_rows,
@@ -31,6 +30,7 @@ from serve.kernels.narrow_product import MOST_ROWS, MOST_SPLITS
 from serve.sampling.sampler import NUMBERS_ON_DEVICE
 from serve.sampling.tables import table_bytes
 from stu.common.errors import UserError, setting_name
+from stu.decoding.memory import CacheSize
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
 from stu.model import FlashSTU
 from stu.quantization import rounded_bytes
@@ -235,11 +235,11 @@ def _num_pages(
     left = num_bytes - fixed
     paged = {kind: size for kind, size in sizes.items() if size.page_bytes}
     usual = sum(size.usual_pages * size.page_bytes for size in paged.values())
-    requests = left / usual if usual else 0
+    shared = left
     pages = dict.fromkeys(sizes, 1)  # as few as a cache can have
     for i, (kind, size) in enumerate(paged.items()):
         is_last = i + 1 == len(paged)
-        count = left // size.page_bytes if is_last else int(requests * size.usual_pages)
+        count = left // size.page_bytes if is_last else shared * size.usual_pages // usual
         most = config.max_running * (size.most_pages if is_last else size.usual_pages)
         pages[kind] = max(size.least_pages, min(most, count))
         left -= pages[kind] * size.page_bytes

@@ -137,8 +137,3 @@ class PagePool:
         shared = self._owners == SHARED
         assert ((self._owners >= FREE) | shared)[1:].all(), "a page has an impossible owner"
         assert ((self.holders > 0) == shared).all(), "the holders of a page are miscounted"
-
-
-def pages_for(positions: int, page_len: int) -> int:
-    """Return the number of pages that hold `positions`."""
-    return -(-positions // page_len)

@@ -25,7 +25,6 @@ from torch import Tensor
 from serve.cache.base import (
     Cache,
     CachePlan,
-    CacheSize,
     ConvolutionCacheInfo,
     DraftedToken,
     num_rows,
@@ -41,13 +40,13 @@ from serve.cache.futurefill_steps import (
     step_views,
     store_page,
 )
-from serve.cache.page_pool import PagePool, pages_for
+from serve.cache.page_pool import PagePool
 from serve.cache.row_clocks import RowClocks, Run
 from serve.cache.static_step import Numbers
 from serve.config import EngineConfig
 from stu.common.errors import UserError
 from stu.convolution import causal_convolution
-from stu.decoding.memory import pending_page_bytes
+from stu.decoding.memory import pages_for, pending_size
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 
@@ -104,11 +103,9 @@ class PagedFutureFill(Cache):
         if not layers:
             return None
         longest, rows = model.config.max_seq_len, num_rows(config)
-        usual = min(config.expected_new_tokens or max(1, longest // 2), longest)
         page_shape = len(layers), config.page_len, layers[0].channels * layers[0].streams
-        own = layers[0], config.page_len, filters.element_size()
-        page_bytes = len(layers) * pending_page_bytes(*own)
-        pages = pages_for(usual, config.page_len), pages_for(longest, config.page_len)
+        shape = rows, longest, config.page_len, filters.element_size()
+        size = pending_size(layers, *shape, config.expected_new_tokens)
 
         def make(num_pages: int) -> PagedFutureFill:
             taps, lag_step = model.convolution_taps()
@@ -116,8 +113,7 @@ class PagedFutureFill(Cache):
             pool = PagePool(num_pages + 1, page_shape, filters.dtype, filters.device)
             return cls(taps, lag_step, pool, rows)
 
-        size = CacheSize((2 * rows + 3) * page_bytes, page_bytes, 1, *pages)
-        return CachePlan(size, make, ConvolutionCacheInfo("pages", page_bytes))
+        return CachePlan(size, make, ConvolutionCacheInfo("pages", size.page_bytes))
 
     @property
     def num_bytes(self) -> int:

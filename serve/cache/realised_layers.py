@@ -9,12 +9,11 @@ from torch import Tensor
 from serve.cache.base import (
     Cache,
     CachePlan,
-    CacheSize,
     CannotHold,
     ConvolutionCacheInfo,
     require_finite,
 )
-from stu.decoding.memory import state_bytes, state_page_bytes
+from stu.decoding.memory import state_size
 from stu.mixers import LongConvolution, PastInputs
 from stu.model import FlashSTU
 from stu.realisation import NoRealisation, Realisation, fitting_realisation
@@ -41,11 +40,8 @@ class RealisedLayers:
         page_len: Positions of a page. itemsize: Bytes of a number in it. make: As in the plan.
         """
         layers, rank = len(self.weights), self.realisation.rank
-        snapshot_bytes = layers * state_bytes(self.past, rank)
-        row_bytes = snapshot_bytes + layers * state_page_bytes(self.past, rank, page_len, itemsize)
-        info = ConvolutionCacheInfo("state", row_bytes, rank, self.error)
-        # One more row is for padding.
-        size = CacheSize(row_bytes, row_bytes, 1, 1, 1, snapshot_bytes=snapshot_bytes)
+        size = state_size(self.past, layers, rank, page_len, itemsize)
+        info = ConvolutionCacheInfo("state", size.page_bytes, rank, self.error)
         return CachePlan(size, make, info)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve.cache.base import Cache, CachePlan, CacheSize, DraftedToken, Snapshot, num_rows
+from serve.cache.base import Cache, CachePlan, DraftedToken, Snapshot, num_rows
 from serve.cache.static_step import StaticStep
 from serve.config import EngineConfig
 from stu.convolution import short_convolution
-from stu.decoding.memory import last_input_bytes
+from stu.decoding.memory import last_input_size
 from stu.mixers import LastInputs, remembered
 from stu.model import FlashSTU
 
@@ -50,9 +50,8 @@ class RecentInputs(Cache):
         if not layers:
             return None
         rows = num_rows(config)
-        row_bytes = sum(last_input_bytes(layer, weight.element_size()) for layer in layers)
         return CachePlan(
-            CacheSize((rows + 1) * row_bytes, snapshot_bytes=row_bytes),
+            last_input_size(layers, rows, weight.element_size()),
             lambda _: cls(layers, rows, weight.dtype, weight.device),
         )
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from serve.cache.page_pool import pages_for
 from serve.cache.static_step import StaticStep
 from serve.kernels.window_attention import RowWindows, window_attention
 from stu.attention import Scores
+from stu.decoding.memory import window_pages
 
 
 class WindowStep(StaticStep):
@@ -36,8 +36,3 @@ class WindowStep(StaticStep):
         where = layer, self._windows, self._places
         attended = window_attention(self._pages, *where, *new, self._scores)
         return attended[:, None]
-
-
-def window_pages(window_tokens: int, page_len: int, more_tokens: int = 0) -> int:
-    """Return the number of pages that a token, its window, and tokens after it can touch."""
-    return pages_for(window_tokens + more_tokens, page_len) + 1

@@ -1,5 +1,6 @@
 """The plan of decoding: memory of each rank, speed of a step, and what fits, without a device."""
 
+import bisect
 import functools
 import json
 import math
@@ -14,15 +15,22 @@ import yaml
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.decoding.memory import (
+    CacheSize,
+    bytes_for,
     last_input_bytes,
+    last_input_size,
+    pages_for,
     pending_page_bytes,
+    pending_size,
     state_bytes,
     state_page_bytes,
+    state_size,
     usual_rank,
     window_page_bytes,
+    window_size,
 )
 from stu.division.parts import Parts, check_divides_channels
-from stu.mixers import KeyWindow, LastInputs, Mixer, PastInputs
+from stu.mixers import KeyWindow, LastInputs, PastInputs, remembered
 from stu.model import Block, FlashSTU
 from stu.slices.channels import ChannelRanks
 from train.gpus import Gpu
@@ -71,19 +79,9 @@ class Decoding:
 
     def row_bytes(self) -> int:
         """Return the bytes that a rank remembers of one sequence."""
-        total = 0
-        for memory in self._remembered():
-            if isinstance(memory, KeyWindow):
-                pages = min(_pages(self.length), _pages(memory.window_tokens) + 1)
-                total += pages * window_page_bytes(memory, PAGE_LEN, self.itemsize)
-            elif isinstance(memory, LastInputs):
-                total += last_input_bytes(memory, self.itemsize)
-            elif self.rank is None:  # and two rings
-                total += (_pages(self.new_tokens) + 2) * pending_page_bytes(memory, PAGE_LEN, 4)
-            else:
-                total += state_bytes(memory, self.rank)
-                total += state_page_bytes(memory, self.rank, PAGE_LEN, 4)
-        return total
+        paged = sum(pages * size.page_bytes for size, pages in self._caches(1))
+        fixed = [sum(size.fixed_bytes for size, _ in self._caches(rows)) for rows in (0, 1)]
+        return paged + fixed[1] - fixed[0]
 
     def read_bytes(self) -> float:
         """Return the bytes of caches that a rank moves for a token of one sequence: windows, half a
@@ -116,8 +114,10 @@ class Decoding:
         return live + 3 * batch * config.vocab_size * 4 + 4 * taps
 
     def cache_bytes(self, batch: int) -> int:
-        """Return the bytes of a rank's caches for so many sequences."""
-        return (batch + 1) * self.row_bytes()
+        """Return the bytes that an engine must divide among a rank's caches for so many sequences
+        to find room in all of them."""
+        sizes, pages = zip(*self._caches(batch), strict=True)
+        return bytes_for(sizes, pages, batch)
 
     def total_bytes(self, batch: int) -> int:
         """Return the bytes of a rank with so many sequences."""
@@ -148,22 +148,41 @@ class Decoding:
 
     def largest_batch(self, gpu: Gpu) -> int:
         """Return the most sequences that fit; 0 if none does."""
-        fixed = self.total_bytes(0)
-        each = self.total_bytes(1) - fixed
-        return max(0, int((USABLE_SHARE * gpu.memory_gib * GIB - fixed) // each))
+        batches = range(1, int(gpu.memory_gib * GIB))
+        return bisect.bisect_left(batches, True, key=lambda batch: not self.fits(gpu, batch))
 
     def _remembered(self) -> list[Any]:
         mixers = _part(self.config, self.num_ranks).mixers
         return [memory for mixer in mixers for memory in mixer.remembers]
+
+    def _caches(self, rows: int) -> list[tuple[CacheSize, int]]:
+        """Return the sizes of a rank's caches with so many rows, and the pages of a sequence in
+        each. Its first new token comes with the prompt, and its last one is not remembered."""
+        mixers, longest = _part(self.config, self.num_ranks).mixers, self.config.max_seq_len
+        caches = []
+        if windows := remembered(mixers, KeyWindow):
+            usual, own = (
+                window_size(windows, tokens, PAGE_LEN, self.itemsize)
+                for tokens in (longest, self.length - 1)
+            )
+            caches.append((usual, own.most_pages))
+        if last := remembered(mixers, LastInputs):
+            caches.append((last_input_size(last, rows, self.itemsize), 0))
+        if past := remembered(mixers, PastInputs):
+            if self.rank is None:
+                pages = pages_for(self.new_tokens - 1, PAGE_LEN)
+                caches.append((pending_size(past, rows, longest, PAGE_LEN, 4), pages))
+            else:
+                caches.append((state_size(past[0], len(past), self.rank, PAGE_LEN, 4), 1))
+        return caches
 
 
 def plans(
     config: ModelConfig, length: int, new_tokens: int, bits: int, most_ranks: int
 ) -> list[Decoding]:
     """Return the plan for each power of two of ranks that can divide a model."""
-    mixer = next((own for own in _part(config, 1).mixers if _past(own) is not None), None)
-    past = None if mixer is None else _past(mixer)
-    rank = None if past is None else usual_rank(past, config.max_seq_len, config.num_filters)
+    past = remembered(_part(config, 1).mixers, PastInputs)
+    rank = usual_rank(past[0], config.max_seq_len, config.num_filters) if past else None
     one = Decoding(config, length, new_tokens, 1, bits, rank)
     found = []
     for num_ranks in (2**power for power in range(int(math.log2(most_ranks)) + 1)):
@@ -218,11 +237,3 @@ def _weight_bytes(config: ModelConfig, num_ranks: int, bits: int) -> int:
         total += tensor.numel() * size
     # The unembedding is rounded too, beside the embedding.
     return total + (model.embedding.weight.numel() if bits == 8 else 0)
-
-
-def _past(mixer: Mixer) -> PastInputs | None:
-    return next((own for own in mixer.remembers if isinstance(own, PastInputs)), None)
-
-
-def _pages(positions: int) -> int:
-    return -(-positions // PAGE_LEN)

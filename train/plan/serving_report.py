@@ -63,9 +63,7 @@ def show_serving(
     console.print(table)
     console.print(
         "most: sequences that fit. caches: what an engine needs as --cache-gib for this, with "
-        f"--max-running {batch}, at the model's max_seq_len (it divides its memory for that "
-        "length, so at a shorter --length fewer may run); by itself it takes half of the memory "
-        "that is free. A step takes "
+        f"--max-running {batch}; by itself it takes half of the memory that is free. A step takes "
         f"the time of reading weights and caches at {READ_SHARE:.0%} of the bandwidth, or of "
         f"products at {PRODUCT_SHARE:.0%} of the peak: assumptions, compared with no GPU yet. "
         "Prompts take their own time."

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from serve.cache.alternating_states import AlternatingStates
 from serve.cache.mixed_states import MixedStates
-from serve.cache.page_pool import OutOfPages, PagePool, pages_for
+from serve.cache.page_pool import OutOfPages, PagePool
 from serve.cache.paged_futurefill import PagedFutureFill
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.convolution import causal_convolution
+from stu.decoding.memory import pages_for
 from stu.filters import spectral_filters
 from stu.model import FlashSTU
 from stu.realisation import fitting_realisation

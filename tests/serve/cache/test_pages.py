@@ -6,8 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool, pages_for
+from serve.cache.page_pool import NULL_PAGE, OutOfPages, PagePool
 from stu.common.errors import UserError
+from stu.decoding.memory import pages_for
 
 NUM_PAGES = 12
 

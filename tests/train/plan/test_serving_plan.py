@@ -1,17 +1,22 @@
 """Plans of decoding, against the memory of models and caches that are made."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from serve.cache import budget
 from serve.cache.budget import CACHES, cache_plan, make_caches
 from serve.config import EngineConfig
+from serve.engine.engine import Engine
+from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.layouts import LAYOUTS
 from stu.mixers import KeyWindow, LastInputs, PastInputs
 from stu.model import FlashSTU
 from stu.model_dir import load_model, save_model
+from tests.serve.requests import make_request
 from train.gpus import GPUS
 from train.plan import cli
 from train.plan.serving import PAGE_LEN, Decoding, plans
@@ -67,17 +72,56 @@ def test_ranks_divide_memory_and_work(kind):
     assert not one.fits(gpu, one.largest_batch(gpu) + 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_caches_of_the_planned_size_hold_the_batch(kind):
+@pytest.mark.parametrize(
+    ("layout", "cache", "bits"),
+    [
+        ("hybrid", "state", 16),
+        ("hybrid", "pages", 32),
+        ("full", "state", 32),
+        ("plain", "pages", 32),
+        ("attention", None, 32),
+        ("hyena and attention", "pages", 16),
+    ],
+)
+def test_engine_with_caches_of_the_planned_size_runs_the_batch(
+    layout, cache, bits, monkeypatch, code_tokenizer
+):
+    monkeypatch.setitem(LAYOUTS, "hyena and attention", ("hyena", "attention"))
     torch.manual_seed(0)
-    model = FlashSTU(ModelConfig(**{**SHAPE, **KINDS[kind]})).eval()
-    rank = cache_plan(PastInputs, model, EngineConfig()).info.rank or None
-    planned, batch = Decoding(model.config, 256, 128, 1, 32, rank), 5
-    cache_gib = planned.cache_bytes(batch) / 2**30
-    caches = make_caches(model, EngineConfig(cache_gib=cache_gib, max_running=batch))
-    needed = caches.needed(128, 128)
-    for own, total in zip(needed, caches.capacity, strict=True):
-        assert batch * own <= total
+    shape = {**SHAPE, "layout": layout, **KINDS.get(layout, {}), "max_seq_len": 200}
+    model = FlashSTU(ModelConfig(**shape | {"vocab_size": code_tokenizer.vocab_size})).eval()
+    for name, parameter in model.named_parameters():
+        if bits == 16 and name not in model.wide_names:
+            parameter.data = parameter.data.bfloat16()
+    settings = {"convolution_cache": cache, "max_running": 5}
+    plans = {kind: cache_plan(kind, model, EngineConfig(**settings)) for kind in CACHES}
+    monkeypatch.setattr(budget, "cache_plan", lambda kind, *_: plans[kind])  # made once
+    past, page_bytes = plans[PastInputs], [own.size.page_bytes for own in plans.values() if own]
+    rank = past.info.rank or None if past else None
+    for length in (8, 40, 97, 200):
+        planned = Decoding(model.config, length, length // 2, 1, bits, rank).cache_bytes(5)
+        own = EngineConfig(**settings, cache_gib=planned / 2**30)
+        engine = Engine(model, code_tokenizer, own)
+        assert sum(made.num_bytes for made in engine._caches.all) <= planned
+        for number in range(5):
+            engine.add(make_request([number] * (length - length // 2), length // 2))
+        engine.step()
+        assert engine.stats().running == 5
+        needed = engine._caches.needed(length - length // 2, length // 2 - 1)
+        # It is no more than an engine needs, but for one page.
+        less = replace(own, cache_gib=(planned - max(page_bytes) - 1) / 2**30)
+        try:
+            capacity = make_caches(model, less).capacity
+        except UserError:
+            continue
+        assert any(5 * count > most for count, most in zip(needed, capacity, strict=True))
+
+
+def test_filters_that_are_too_short_for_states_are_cached_in_pages():
+    config = ModelConfig(**{**SHAPE, "max_seq_len": 2, "num_filters": 2, "layout": "stu"})
+    (one,) = plans(config, 2, 1, 32, 1)
+    assert one.rank is None
+    assert cache_plan(PastInputs, FlashSTU(config), EngineConfig()).info.kind == "pages"
 
 
 def test_weights_of_8_bits_are_those_of_models(tmp_path, code_tokenizer):
