@@ -88,8 +88,11 @@ class FullSTU(LongConvolution):
 
     needs_filters = True
     arranged: Tensor | None
-    """Both matrices, once they are arranged for decoding: `[D, 2 K, D]` where a CPU adds up groups
-    of channels, else `[2 K, D, D]`."""
+    """Both matrices, once they are arranged for decoding: `[D, 2 K, D]` if `by_channel`, else
+    `[2 K, D, D]`."""
+    by_channel = False
+    """Whether they are arranged for a CPU, which adds up groups of channels. They stay as they are
+    when the model moves to another device."""
 
     def __init__(self, config: ModelConfig) -> None:
         channels = 2 * config.num_filters
@@ -105,7 +108,8 @@ class FullSTU(LongConvolution):
     def forward(self, x: Tensor, filters: Tensor, sequences: Sequences) -> Tensor:
         mixed = sequences.convolve(self, x[..., self.channels], filters)  # [B, T, D, 2 K]
         if self.arranged is not None:
-            outputs = _product(mixed, self.arranged)
+            product = _sum_of_groups if self.by_channel else _product
+            outputs = product(mixed, self.arranged)
             return (outputs if self.ranks is None else self.ranks.sum(outputs)).to(x.dtype)
         matrices = torch.cat([self.plus_matrices, self.minus_matrices])
         outputs = torch.einsum("btdk,kde->bte", mixed, matrices)
@@ -144,7 +148,8 @@ class FullSTU(LongConvolution):
     def pack(self, packed: Callable[[Tensor], nn.Module] | None) -> None:
         if self.arranged is None:
             plus, minus = self.plus_matrices.detach(), self.minus_matrices.detach()
-            if _adds_groups(plus):
+            self.by_channel = _adds_groups(plus)
+            if self.by_channel:
                 self.arranged = torch.cat([plus.transpose(0, 1), minus.transpose(0, 1)], dim=1)
             else:
                 self.arranged = _joined(self.plus_matrices, self.minus_matrices)
@@ -172,15 +177,18 @@ def _adds_groups(tensor: Tensor) -> bool:
 
 def _product(mixed: Tensor, matrices: Tensor) -> Tensor:
     """Return `[B, T, E]`, the sum over channels and filters of `mixed [B, T, D, 2 K]` times
-    `matrices`, which are as in `FullSTU.arranged`.
+    `matrices [2 K, D, E]`."""
+    return mixed.transpose(2, 3).flatten(2) @ matrices.flatten(0, 1)
 
-    A CPU adds up groups of channels, and adds the groups in float64. Where each rank has a multiple
-    of `SUMMED_CHANNELS`, and so whole groups, the sum of several ranks is then that of one rank to
-    the last bit. Or products with weights of 8 bits would round some of their inputs differently.
+
+def _sum_of_groups(mixed: Tensor, matrices: Tensor) -> Tensor:
+    """Return the same sum for `matrices [D, 2 K, E]`, of groups of channels that are added in
+    float64.
+
+    Where each rank has a multiple of `SUMMED_CHANNELS`, and so whole groups, the sum of several
+    ranks is then that of one rank to the last bit. Or products with weights of 8 bits would round
+    some of their inputs differently.
     """
-    if not _adds_groups(mixed):
-        outputs: Tensor = mixed.transpose(2, 3).flatten(2) @ matrices.flatten(0, 1)
-        return outputs
     batch, length = mixed.shape[:2]
     total = mixed.new_zeros(batch * length, matrices.shape[2], dtype=torch.float64)
     for first in range(0, len(matrices), SUMMED_CHANNELS):

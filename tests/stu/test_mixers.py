@@ -90,6 +90,19 @@ def test_full_form_is_arranged_beside_its_parameters(monkeypatch, tmp_path, adds
     torch.testing.assert_close(mixer(x, filters, WHOLE), expected)
 
 
+@pytest.mark.parametrize("packs_for_cpu", [True, False])
+def test_full_form_moves_to_a_device_with_another_arrangement(monkeypatch, packs_for_cpu):
+    torch.manual_seed(0)
+    mixer = make_mixer("stu", ModelConfig(**SMALL, stu_form="full"))
+    mixer.initialize(depth_scale=0.5)
+    x, filters = torch.randn(2, 9, 16), torch.randn(64, mixer.plus_matrices.shape[0])
+    expected = mixer(x, filters, WHOLE)
+    monkeypatch.setattr(stu_mixer, "_adds_groups", lambda _: packs_for_cpu)
+    mixer.pack(None)
+    monkeypatch.setattr(stu_mixer, "_adds_groups", lambda _: not packs_for_cpu)
+    torch.testing.assert_close(copy.deepcopy(mixer)(x, filters, WHOLE), expected)
+
+
 def test_layouts_are_of_registered_mixers():
     assert {name for names in LAYOUTS.values() for name in names} <= set(MIXERS)
     assert layout_names() == ["hybrid", "stu", "hyena", "attention"]
