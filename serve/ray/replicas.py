@@ -94,6 +94,11 @@ class RayReplicas(Dispatcher):
         return self._last_report is None
 
     @property
+    def num_loading(self) -> int:
+        """See `Dispatcher.num_loading`."""
+        return max(0, len(self) - len(self._reports))
+
+    @property
     def is_healthy(self) -> bool:
         """See `Dispatcher.is_healthy`."""
         oldest = time.monotonic() - self._watchdog_seconds

@@ -38,6 +38,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "created": found.current.loaded,
             "owned_by": "stu",
             "max_model_len": found.current.model.max_seq_len,
+            **_num_replicas([found]),
         }
 
 
@@ -87,7 +88,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         # A restart of the server would end the streams of the models that respond, and is not
         # needed where the only replica is exchanged for one of another version.
         is_good = any(own.replicas.is_healthy or not own.is_open.is_set() for own in found)
-        return _state(is_good, failure)
+        return _state(is_good, failure, found)
 
     @app.get("/ready")
     async def ready(model: str | None = None) -> Response:
@@ -96,7 +97,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         failure = "loading the model" if is_loading(found) else "no replica is ready"
         failure = "draining" if service.is_draining else failure
         is_good = all(own.replicas.is_healthy for own in found)
-        return _state(is_good and not service.is_draining, failure)
+        return _state(is_good and not service.is_draining, failure, found)
 
     @app.get("/version")
     async def version() -> Json:
@@ -117,9 +118,19 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return any(model.replicas.is_loading for model in models)
 
 
-def _state(is_good: bool, failure: str) -> Response:
+def _state(is_good: bool, failure: str, models: Sequence[ServedModel]) -> Response:
+    """Return the answer of a probe about these models, which it does not name."""
     status, code = ("ok", 200) if is_good else (failure, 503)
-    return JSONResponse({"status": status}, code)
+    return JSONResponse({"status": status, **_num_replicas(models)}, code)
+
+
+def _num_replicas(models: Sequence[ServedModel]) -> dict[str, int]:
+    """Return how many replicas there are to be, and how many of them take requests."""
+    current = [model.current.replicas for model in models]
+    return {
+        "replicas": sum(map(len, current)),
+        "replicas_ready": sum(len(replicas.stats) for replicas in current),
+    }
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -122,14 +122,15 @@ class Service:
 
     async def reload(self, name: str | None, path: Path | None, one_by_one: bool | None) -> Json:
         """Load another version of a model, and return as `Reloader.reload` does. One model is
-        loaded at a time, as that looks whether memory has room, and none while models load as the
-        server starts."""
+        loaded at a time, as that looks whether memory has room, and none while replicas load, as
+        when the server starts."""
         model = self.find(name)
-        if loading := [other.name for other in self.models if other.replicas.is_loading]:
-            names = ", ".join(loading)
-            raise ReloadInProgress(f"no replica of {names} is ready yet: wait until /ready is 200")
         if any(other.reloader.is_loading for other in self.models):
             raise ReloadInProgress("another version is being loaded: wait until it is done")
+        replicas = {other.name: other.replicas for other in self.models}
+        if loading := [own for own, of in replicas.items() if of.is_loading or of.num_loading]:
+            message = f"replicas of {', '.join(loading)} are being loaded: "
+            raise ReloadInProgress(f"{message}wait until /ready counts them as ready")
         return {"model": model.name, **await model.reloader.reload(path, one_by_one)}
 
 

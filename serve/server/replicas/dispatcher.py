@@ -51,6 +51,11 @@ class Dispatcher(ABC):
 
     @property
     @abstractmethod
+    def num_loading(self) -> int:
+        """Number of replicas that load their model, without those whose last start failed."""
+
+    @property
+    @abstractmethod
     def is_healthy(self) -> bool:
         """Whether a replica takes requests and responds."""
 

@@ -180,6 +180,12 @@ class Supervisor(ABC):
         return not self._has_been_ready
 
     @property
+    def num_loading(self) -> int:
+        """Number of replicas that load their model, without those whose last start failed."""
+        found = zip(self._replicas, self._failed_starts, strict=True)
+        return sum(not failures and not (own and own.is_ready) for own, failures in found)
+
+    @property
     def is_healthy(self) -> bool:
         """Whether a replica takes requests and responds."""
         oldest = time.monotonic() - self._config.watchdog_seconds

@@ -76,6 +76,11 @@ class Versions:
         return self.current.is_loading
 
     @property
+    def num_loading(self) -> int:
+        """See `Dispatcher.num_loading`."""
+        return self.current.num_loading
+
+    @property
     def is_healthy(self) -> bool:
         """Whether a replica takes requests and responds."""
         return self.current.is_healthy

@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import json
 import re
+import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -13,12 +15,15 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.config import EngineConfig
+from serve.engine.stats import Stats
 from serve.server.app import make_app
 from serve.server.cli import config_from
 from serve.server.config import ServerConfig, model_configs
 from serve.server.exchange import Exchanges
 from serve.server.operating.reload import ReloadInProgress
+from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.stream import Busy
+from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.service import make_service
 from stu.common.errors import UserError
 from stu.config import ModelConfig
@@ -136,6 +141,11 @@ def sample(service, name, **labels):
     return service.metrics._registry.get_sample_value(name, labels)
 
 
+def replicas_that(is_healthy=True, num_loading=0):
+    """Replicas that are in a state."""
+    return SimpleNamespace(is_healthy=is_healthy, is_loading=False, num_loading=num_loading)
+
+
 def test_models_are_listed_with_their_adapters_and_lengths(ask):
     data = ask("GET", "/v1/models").json()["data"]
     assert [(own["id"], own["parent"], own["max_model_len"]) for own in data] == [
@@ -223,8 +233,7 @@ def test_probes_tell_of_one_model_or_of_all(ask, service, monkeypatch):
     first, second = (model.replicas for model in service.models)
     for healthy in ((1, 1), (1, 0), (0, 1), (0, 0)):
         for replicas, is_healthy in zip((first, second), healthy, strict=True):
-            current = SimpleNamespace(is_healthy=bool(is_healthy), is_loading=False)
-            monkeypatch.setattr(replicas, "current", current)
+            monkeypatch.setattr(replicas, "current", replicas_that(is_healthy=bool(is_healthy)))
         for path, is_good in (("/health", any(healthy)), ("/ready", all(healthy))):
             assert ask("GET", path).status_code == (200 if is_good else 503)
             for name, is_healthy in zip(("model", "other"), healthy, strict=True):
@@ -236,14 +245,47 @@ def test_probes_tell_of_one_model_or_of_all(ask, service, monkeypatch):
         assert not re.search("tuned|other", answer.text)
 
 
+@pytest.mark.parametrize("num_ready", [0, 1, 2, 3])
+def test_replicas_are_counted_beside_whether_a_model_can_serve(ask, service, num_ready):
+    """One replica is enough to serve, and the counts tell that others are still to come."""
+    other, replicas = service.models[1], Replicas(ReplicasConfig("", ("cpu",) * 3))
+    other.replicas.add(replicas)
+    other.switch(replace(other.current, replicas=replicas))
+    for index in range(num_ready):
+        replicas._replicas[index] = SimpleNamespace(
+            is_ready=True, stats=Stats(*[0] * 10), last_heard=time.monotonic(), streams={}
+        )
+        replicas._has_been_ready = True
+    assert replicas.num_loading == 3 - num_ready
+    counts = {"replicas": 3, "replicas_ready": num_ready}
+    for path in ("/health", "/ready"):
+        answer = ask("GET", f"{path}?model=other")
+        assert answer.status_code == (200 if num_ready else 503)
+        status = {"status": "ok" if num_ready else "loading the model"}
+        assert answer.json() == status | counts
+        # The other model has no replica yet: `/health` asks for one of any model.
+        status = status if path == "/health" else {"status": "loading the model"}
+        counts_of_both = {"replicas": 4, "replicas_ready": num_ready}
+        assert ask("GET", path).json() == status | counts_of_both
+    other, model = (ask("GET", f"/v1/models/{name}").json() for name in ("other", "tuned"))
+    assert counts.items() <= other.items()
+    assert {"replicas": 1, "replicas_ready": 0}.items() <= model.items()
+    assert sample(service, "stu:replicas", model_name="other") == 3
+    assert sample(service, "stu:replicas_ready", model_name="other") == num_ready
+    replicas._failed_starts[2] = 1
+    assert replicas.num_loading == max(0, 2 - num_ready), "one that fails is not waited for"
+
+
 def test_reloads_name_a_model_and_come_one_after_the_other(service, monkeypatch):
     model, other = service.models
 
     async def run():
-        monkeypatch.setattr(model.replicas, "current", SimpleNamespace(is_loading=False))
-        with pytest.raises(ReloadInProgress, match="no replica of other is ready yet"):
-            await service.reload("model", None, None)
-        monkeypatch.setattr(other.replicas, "current", SimpleNamespace(is_loading=False))
+        monkeypatch.setattr(model.replicas, "current", replicas_that())
+        for current in (other.replicas.current, replicas_that(num_loading=1)):
+            monkeypatch.setattr(other.replicas, "current", current)
+            with pytest.raises(ReloadInProgress, match="replicas of other are being loaded"):
+                await service.reload("model", None, None)
+        monkeypatch.setattr(other.replicas, "current", replicas_that())
         assert service.reloading("other")["path"] == str(other.config.model)
         other.reloader._state = "loading"
         with pytest.raises(Exception, match="another version is being loaded"):
@@ -267,7 +309,7 @@ def test_reloads_name_a_model_and_come_one_after_the_other(service, monkeypatch)
 
 def test_of_two_reloads_at_once_one_is_refused(service, monkeypatch, tmp_path):
     for model in service.models:
-        monkeypatch.setattr(model.replicas, "current", SimpleNamespace(is_loading=False))
+        monkeypatch.setattr(model.replicas, "current", replicas_that())
 
     async def run():
         calls = (service.reload(model.name, tmp_path, None) for model in service.models)
@@ -413,7 +455,7 @@ def expected(directory):
 def replicas_of(server):
     """Processes of the replicas of the models `model` and `other`, which have one each."""
     text = "".join(server.lines)
-    logged = re.findall(r"replica 0 of (\w+) on cpu takes requests: process (\d+)", text)
+    logged = re.findall(r"replica 0 of (\w+) on [cpu,]+ takes requests: process (\d+)", text)
     processes = {name: forked.real(int(number)) for name, number in logged}
     return processes["model"], processes["other"]
 
@@ -467,6 +509,39 @@ def test_a_model_goes_on_while_the_other_loses_its_replica(
         assert {line["response"]["status_code"] for line in errors.values()} == {404}
         assert counts(server, "stu:batch_rows_total") == {"model": 3, "other": 3, "": 3}
         assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_models_that_ranks_divide_are_served_together(first_directory, other_directory, slow_steps):
+    """Two models with two ranks each, over gloo, beside one that is whole: each answers as one
+    process does, and the end of a rank ends no stream, nor any rank of another model."""
+    whole = {"model": str(other_directory), "tensor_parallel": 1}
+    models = json.dumps({"other": {"model": str(other_directory)}, "whole": whole})
+    options = "--models", models, "--devices", "cpu", "--tensor-parallel", 2
+    options += "--batch-invariant", "--watchdog-seconds", 300
+    texts = [expected(own) for own in (first_directory, other_directory)]
+    with serving(first_directory, *options) as server, server.client() as http:
+        replicas = replicas_of(server)
+        ranks = [forked.real(child.pid) for own in replicas for child in own.children()]
+        assert len(ranks) == 2
+        with (
+            begun(http, replicas[0], "model") as first,
+            begun(http, replicas[1], "other") as second,
+        ):
+            ranks[1].kill()
+            for replica in replicas:
+                replica.resume()
+            assert [first(), second()] == texts
+        assert counts(server, "stu:replica_restarts_total") == {"model": 0, "other": 1, "whole": 0}
+        body = {"prompt": "def f(", "temperature": 1, "seed": 3, "max_tokens": 20, "n": 2}
+        answers = [
+            http.post("/v1/completions", json={**body, "model": name}).json()["choices"]
+            for name in ("other", "whole")
+        ]
+        assert answers[0] == answers[1]
+        assert ranks[0].is_running()
+        assert server.stop() == 0
+    eventually(lambda: not any(rank.is_running() for rank in ranks))
 
 
 @pytest.mark.slow

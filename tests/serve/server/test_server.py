@@ -400,8 +400,8 @@ def test_unknown_paths_methods_and_models(http):
 
 
 def test_state_model_and_tokenizer_routes(http, code_tokenizer):
-    assert http.get("/health").json() == {"status": "ok"}
-    assert http.get("/ready").json() == {"status": "ok"}
+    state = {"status": "ok", "replicas": 1, "replicas_ready": 1}
+    assert http.get("/health").json() == http.get("/ready").json() == state
     assert http.get("/version").json()["version"]
     (model,) = http.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("model", "model", 64)
