@@ -227,7 +227,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             return parameter.detach() if kind is None else state[parameter][kind]
         if not parameter.requires_grad:  # the optimizer holds no float32 copy of it
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                return parameter.detach().float().clone()
+                return parameter.detach().float()
         if kind is None:
             return deepspeed.utils.safe_get_full_fp32_param(parameter)
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
