@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from serve.engine.packing import RowsTogether
+from serve.engine.packing import RowsTogether, in_pieces
 from stu.layers import GatedMLP
 from stu.quantization import Quantized, quantize, quantized
 from stu.slices.channels import ChannelRanks
@@ -78,7 +78,10 @@ class Int8GatedMLP(nn.Module):
         self.gate_up, self.down = Int8Linear(Quantized(*both)), Int8Linear(down)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
+        return in_pieces(x, self._of_rows)
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        gate, up = self.gate_up(rows).chunk(2, -1)
         gated: Tensor = self.down(gelu(gate, approximate="tanh") * up)
         return gated
 
