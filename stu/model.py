@@ -66,7 +66,9 @@ class FlashSTU(nn.Module):
     def forward(self, tokens: Tensor, sequences: Sequences = WHOLE) -> Tensor:
         """Compute the logits `[B, T, vocab_size]` of the tokens that follow `tokens [B, T]`.
 
-        sequences: what the tokens are of: rows that are a sequence each, or another kind.
+        Args:
+            tokens: Token ids.
+            sequences: Sequences that the rows hold: by default one each, or another kind.
         """
         return self.logits(self.hidden(tokens, sequences))
 
