@@ -99,6 +99,7 @@ finally:
 """)
     assert result.returncode == 0, result.stderr
     assert f"usage: {command}" in result.stdout
+    assert "<class" not in result.stdout
     assert options_with_underscores(result.stdout) == set()
     heavy = {"torch", "lightning", "deepspeed", "tensorboard", "matplotlib", "transformers"}
     assert not heavy & set(result.stderr.split())

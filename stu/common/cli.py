@@ -1,5 +1,6 @@
 """Command lines: options from dataclasses, errors on one line, and exit codes."""
 
+import argparse
 import re
 import signal
 import sys
@@ -93,6 +94,14 @@ def _field_names(dataclass: type) -> Iterator[str]:
             yield from _field_names(types[field.name])
 
 
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Help in which types are plain words: `path`, and not `<class 'Path'>`."""
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        name = super()._get_type_str(action)
+        return name and re.sub(r"<class '(\w+)'>", r"\1", name).replace("Path", "path")
+
+
 class ArgumentParser(jsonargparse.ArgumentParser):
     """A jsonargparse parser with errors on one line and without abbreviated options.
 
@@ -104,7 +113,8 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def __init__(self, *args: Any, exits: bool = True, **kwargs: Any) -> None:
         self._exits = exits
-        super().__init__(*args, allow_abbrev=False, print_config="--print-config", **kwargs)
+        kwargs = {"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs}
+        super().__init__(*args, print_config="--print-config", **kwargs)
 
     def add_settings(self, dataclass: type) -> None:
         """Add an option for each field of a dataclass, and of dataclasses in it, that has none.

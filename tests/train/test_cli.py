@@ -163,6 +163,7 @@ def test_short_help_names_real_settings(capsys):
         assert name in short
         assert re.search(rf"{re.escape(name)}\b", full), name
     assert options_with_underscores(full) == set()
+    assert "<class" not in full
 
 
 @pytest.mark.parametrize(
