@@ -36,7 +36,7 @@ LARGEST_SEED = 2**32 - 1
 
 def check_settings(
     settings: Any, is_plan: bool
-) -> tuple[ModelConfig, OptimizerConfig, ParallelConfig]:
+) -> tuple[ModelConfig, OptimizerConfig, ParallelConfig, RunEvaluation]:
     """Check every parsed setting of a run, and return the groups that are objects. A vocabulary of
     0 becomes that of the token shards.
 
@@ -61,8 +61,8 @@ def check_settings(
     check_schedule(optimizer, settings.trainer.max_steps)
     GuardConfig(**_values(settings.model.guard))
     check_loggers(settings.logger)
-    if not is_plan:  # its files may be on another machine
-        RunEvaluation(**_values(settings.evaluation))
+    left_out = {"include_path": None} if is_plan else {}  # it may be on another machine
+    evaluation = RunEvaluation(**{**_values(settings.evaluation), **left_out})
     parallel = ParallelConfig(**_values(settings.parallel))
     _check_trainer(settings.trainer)
     _check_devices(settings.trainer, is_plan)
@@ -70,7 +70,7 @@ def check_settings(
     config = _check_model_and_data(settings, is_plan)
     _check_context(parallel.context, config, settings.data)
     check_start(settings, config)
-    return config, optimizer, parallel
+    return config, optimizer, parallel, evaluation
 
 
 def open_data(settings: Any) -> TokenData | None:

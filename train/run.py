@@ -81,7 +81,7 @@ class TrainCLI(LightningCLI):
         assert isinstance(parser, Parser)
         self.config = parse(parser, args)
         self.source = provenance(args)
-        _, _, self.parallel = check_settings(self.config, is_plan=False)
+        _, _, self.parallel, _ = check_settings(self.config, is_plan=False)
 
     def before_instantiate_classes(self) -> None:
         # First, as this may import DeepSpeed, whose memory is not counted as the model's.

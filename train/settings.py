@@ -134,6 +134,7 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     parser.add_argument("--config", action="config")
     add_settings(parser)
     settings = parse(parser, arguments)
-    config, optimizer, parallel = check_settings(settings, is_plan=True)
+    config, optimizer, parallel, evaluation = check_settings(settings, is_plan=True)
     settings.model.config, settings.model.optimizer, settings.parallel = config, optimizer, parallel
+    settings.evaluation = evaluation
     return settings

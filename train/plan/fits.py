@@ -12,7 +12,7 @@ MOST = 4096
 
 @dataclass(frozen=True)
 class Fits:
-    """Memory of one model on a number of ranks. It grows linearly with the micro-batch."""
+    """Memory of one model on a number of ranks. Activations grow linearly with the micro-batch."""
 
     config: ModelConfig
     seq_len: int
@@ -25,6 +25,8 @@ class Fits:
     """Mean bytes of the optimizer's state per weight."""
     is_apart: bool = False
     """Whether documents are kept apart."""
+    evaluation: int = 0
+    """Bytes of an evaluation on tasks; 0 if there are none."""
     _activations: dict[tuple[bool, bool, int], int] = field(default_factory=dict)
 
     def memory(self, parallel: ParallelConfig, micro_batch: int) -> RankMemory:
@@ -32,7 +34,7 @@ class Fits:
         activations = self._count(parallel, 1)
         if micro_batch > 1:  # counting takes time
             activations += (self._count(parallel, 2) - activations) * (micro_batch - 1)
-        return rank_memory(
+        step = rank_memory(
             self.config,
             parallel,
             self.num_ranks,
@@ -41,6 +43,7 @@ class Fits:
             on_gpu=True,
             state_bytes=self.state_bytes,
         )
+        return replace(step, evaluation=self.evaluation)
 
     def largest(self, parallel: ParallelConfig, most: int = MOST) -> int:
         """Return the largest micro-batch up to `most` that fits, or 0 if none does."""

@@ -19,7 +19,7 @@ GATHERED_AHEAD_ELEMENTS = 50_000_000
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank at the peak of a step."""
+    """Bytes on one rank at the peak of a step or of an evaluation."""
 
     weights: int
     """Weights that the model computes with, and the filters."""
@@ -30,11 +30,15 @@ class RankMemory:
     """Buffers in which ranks exchange gradients and weights."""
     activations: int
     """Tensors kept for the backward pass, FFTs, logits and all else at the peak."""
+    evaluation: int = 0
+    """Copy of the model, caches and activations of an evaluation on tasks. Between steps, when it
+    runs, there are no other activations."""
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        """Bytes of all parts at the larger of both peaks."""
+        held = self.weights + self.gradients + self.optimizer + self.buffers
+        return held + max(self.activations, self.evaluation)
 
 
 def rank_memory(

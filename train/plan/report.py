@@ -17,6 +17,7 @@ from train.parallel.config import ParallelConfig
 from train.plan.activations import fft_bytes, slice_bytes
 from train.plan.costs import USABLE_SHARE, exchanged_bytes, step_seconds, update_bytes
 from train.plan.fits import Fits, stages
+from train.plan.serving import evaluation_bytes
 
 GIB = 2**30
 DAY_SECONDS = 86_400
@@ -38,7 +39,11 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
     usable = USABLE_SHARE * GPUS[gpu_name].memory_gib * GIB
     state_bytes = optimizer_kind(settings.model.optimizer).state_bytes(matrix_share(config))
     is_apart = data.documents == "apart"
-    fits = Fits(config, data.seq_len, num_ranks, usable, is_half, state_bytes, is_apart)
+    evaluation, held = settings.evaluation, 0
+    if evaluation.task_names:
+        engine = evaluation.engine
+        held = evaluation_bytes(config, is_half, evaluation.cache_gib, engine.max_running)
+    fits = Fits(config, data.seq_len, num_ranks, usable, is_half, state_bytes, is_apart, held)
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     work = data.seq_len, data.micro_batch_size, parallel.checkpoint_activations
     console.print(_describe_model(config, *work))
@@ -47,6 +52,11 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
         "FFTs: those of one layer, part of the activations; largest: the largest micro-batch that "
         "fits"
     )
+    if held:
+        console.print(
+            f"total: with the larger of activations and an evaluation on tasks, {held / GIB:.2f} "
+            "GiB for a copy of the model and an engine, between two steps"
+        )
     console.print(_describe_speed(settings, gpu_name, num_ranks, is_half, budget_tokens))
     if not is_half:
         console.print("Times are for bfloat16 (trainer.precision=bf16-mixed); float32 is slower")

@@ -194,6 +194,22 @@ def plans(
     return found
 
 
+def evaluation_bytes(config: ModelConfig, is_half: bool, cache_gib: float, rows: int) -> int:
+    """Return the bytes that an evaluation during a run adds to what a rank holds between steps: a
+    copy of the whole model, and an engine's caches and activations.
+
+    Args:
+        config: Shape of the model.
+        is_half: Whether the run is bf16-mixed.
+        cache_gib: Size of the caches.
+        rows: Sequences that the engine decodes together.
+    """
+    have_states = all(past.basis for past in remembered(_part(config, 1).mixers, PastInputs))
+    rank = 0 if have_states else None  # it changes nothing but the caches
+    own = Decoding(config, config.max_seq_len, 1, 1, 16 if is_half else 32, rank)
+    return own.weight_bytes() + int(cache_gib * GIB) + own.other_bytes(rows)
+
+
 def read_model_config(path: Path) -> ModelConfig:
     """Read the configuration of a model: a model directory, or a YAML or JSON file of settings.
     Raises UserError."""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stu.config import ModelConfig
 from stu.mixers import planned_mixers
@@ -20,6 +21,8 @@ from train.plan import cli as plan
 from train.plan.activations import RankStep, activation_bytes, fft_bytes, slice_bytes, step_memory
 from train.plan.costs import update_bytes
 from train.plan.memory import rank_memory
+from train.plan.serving import Decoding, evaluation_bytes
+from train.tasks.whole_model import room
 
 SMALL = ModelConfig(vocab_size=500, width=64, num_layers=4, max_seq_len=256, window_tokens=32)
 
@@ -221,6 +224,34 @@ def test_flops_of_other_mixers():
     for batch in (1, 2, 8):
         dense = token_flops(hyena, 256, batch, recomputes=False).dense
         assert dense == 6 * (num_parameters(hyena) - network + network / batch)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+def test_evaluation_takes_a_copy_of_the_model_and_caches(layout, precision):
+    config, is_half = replace(SMALL, layout=layout), precision == "bf16-mixed"
+    with torch.device("meta"):
+        model = FlashSTU(config)
+    with FakeTensorMode():
+        model.filters = torch.empty(model.filters.shape, device="cuda")
+        copied = sum(t.nbytes for t in room(SimpleNamespace(precision=precision), model).values())
+    rank = None if layout == "hyena" else 8
+    own = Decoding(config, 256, 1, 1, 16 if is_half else 32, rank)
+    planned = evaluation_bytes(config, is_half, 0.5, rows=8)
+    assert planned == copied + 2**29 + own.other_bytes(8)
+    memory = rank_memory(config, ParallelConfig(), 1, 2**30, is_half, True, state_bytes=8)
+    assert replace(memory, evaluation=planned).total == memory.total
+    larger = replace(memory, evaluation=2**31)
+    assert larger.total == memory.total + 2**30
+
+
+def test_run_whose_evaluation_does_not_fit(settings, capsys, monkeypatch):
+    monkeypatch.setattr("train.plan.fits.activation_bytes", lambda *_: 2**20)
+    given = ["--gpus", "1", "--gpu", "a100-40g", *settings, "--evaluation.cache_gib=38"]
+    assert plan.main(given) == 0
+    assert "evaluation" not in capsys.readouterr().out
+    assert plan.main([*given, "--evaluation.tasks=recall"]) == 1
+    assert "an evaluation on tasks, 38." in " ".join(capsys.readouterr().out.split())
 
 
 def test_run_that_fits(settings, capsys):
