@@ -32,7 +32,7 @@ class RequestOutput:
     prompt_token_ids: Sequence[int]
     """Token ids of the prompt, with BOS."""
     outputs: Sequence[Completion]
-    """The `n` completions; of `best_of` the best, in their order."""
+    """The `n` completions; with `best_of`, the `n` most probable ones, the best first."""
 
 
 @dataclass(frozen=True)

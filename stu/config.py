@@ -97,8 +97,8 @@ class ModelConfig:
         return asdict(self)
 
     def stored(self) -> dict[str, Any]:
-        """Return the fields for a file, which older versions of stu read too if no field is needed
-        that they do not know."""
+        """Return the fields to store. Later additions are left out at their defaults, so that older
+        versions of stu read the file too."""
         defaults = {field.name: field.default for field in fields(self)}
         values = self.to_dict().items()
         return {k: v for k, v in values if k not in LATER_FIELDS or v != defaults[k]}

@@ -33,15 +33,15 @@ from stu.tokenizer import Tokenizer
 class Engine:
     """Decodes many requests together, synchronously and in one thread.
 
-    Each step prefills a piece of the waiting prompts and generates one token for every running
-    request. The same calls in the same order give the same outputs, and a request's tokens do not
-    depend on the other requests.
+    Each step prefills a piece of the waiting prompts and generates a token for each running one.
+    The same calls in the same order give the same outputs; other requests change only rounding.
 
     Args:
         model: On the device that decodes.
         tokenizer: The tokenizer that the model was trained with.
         config: Cache size and limits.
-        static, adapters: As of `Runner`; the first is for tests.
+        static: Whether to decode by static steps; for tests. None: on CUDA.
+        adapters: Adapters (LoRA) beside the model's layers, one of which a request may name.
 
     Raises UserError if the tokenizer does not fit the model, or the cache has no room for any
     request.

@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="stu-plan",
         usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]\n"
-        "       stu-plan --serve MODEL [--gpu NAME] [--gpus M] [--batch N] [--length N] [--bits N]",
+        "       stu-plan --serve MODEL [--gpu NAME] [--gpus M] [--batch N] [--length N]\n"
+        "                [--bits N]",
         description="Show memory, speed and duration of a run of stu-train, whose settings follow; "
         "or with --serve which GPUs a model decodes on, how fast. The exit code is 1 if it does "
         "not fit and 2 if a setting is wrong.",
