@@ -34,7 +34,8 @@ class RowsTogether(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         num_many = len(rows) - len(rows) % MANY_ROWS
-        pieces = [*rows[:num_many].split(MANY_ROWS), *rows[num_many:].split(ROWS_AT_ONCE)]
+        many, rest = rows[:num_many], rows[num_many:]
+        pieces = [*torch.split(many, MANY_ROWS), *torch.split(rest, ROWS_AT_ONCE)]
         pieces = [piece for piece in pieces if len(piece)] or [rows]
         parts = [self._padded_product(piece) for piece in pieces]
         products = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -78,7 +79,7 @@ class PackedGatedMLP(nn.Module):
 def in_pieces(x: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply layers that take rows apart, `[.., in] -> [.., out]`, to `MANY_ROWS` rows at a time:
     what is between their products stays in the processor's cache."""
-    parts = [layers(rows) for rows in x.flatten(0, -2).split(MANY_ROWS)]
+    parts = [layers(rows) for rows in torch.split(x.flatten(0, -2), MANY_ROWS)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
 
