@@ -3,7 +3,8 @@
 Peers have a Llama-like model with as many parameters as ours; all have random weights. They come
 from the package registry into environments of their own, and one that cannot be installed is left
 out. Every measurement is a process, and programs take turns. Each is written to a file as soon as
-it is done, and a second start with that file measures the rest.
+it is done. A second start with that file measures what it lacks and returns all that is in it, so a
+result may come from several starts with different options.
 
 Sequences of a batch share a prompt, which each program reads once and remembers. Ours and vLLM
 sample at temperature 1; llama.cpp's benchmark feeds random tokens.
@@ -15,7 +16,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,11 +89,12 @@ class Options:
     install: bool = True
     """Install peers that are not there. false: leave them out."""
     progress: Path = Path("runs/peers.json")
-    """File that every measurement is added to. A second start measures only what it lacks."""
+    """File that every measurement is added to. A second start measures only what it lacks, and
+    returns all."""
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure what the file lacks, and return the medians of all rounds."""
+    """Measure what the file lacks, and return the medians of all rounds in it."""
     settings = [*chosen(options)]
     for name in options.programs:
         if name not in PROGRAMS:
@@ -114,8 +116,7 @@ def measure(options: Options) -> dict[str, Any]:
             result["measured"].append(head | figures)
             with new_file(options.progress) as path:
                 path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    runs = [merged(setting, name, result["measured"]) for setting in settings for name in programs]
-    return {"machine": result["machine"], "runs": compared([run for run in runs if run])}
+    return {"machine": result["machine"], "runs": compared(merged(result["measured"]))}
 
 
 def chosen(options: Options) -> Iterator[dict[str, Any]]:
@@ -202,19 +203,22 @@ def mixed(requests: int, vocab_size: int, seed: int) -> list[tuple[list[int], in
     ]
 
 
-def merged(setting: Mapping[str, Any], name: str, measurements: list[Figures]) -> Figures:
-    """Return the medians over the rounds of a program in a setting, or none without rounds."""
-    head = {**setting, "program": name}
-    rounds = [own for own in measurements if head.items() <= own.items()]
-    if not rounds:
-        return {}
-    figures = {
-        key: statistics.median(own[key] for own in rounds)
-        for key in rounds[0].keys() - head.keys() - {"round"}
-    }
-    run = head | dict(sorted(figures.items()))
-    if setting["part"] == "decode":
-        run["tokens_per_second"] = 1e3 * setting["batch"] / run["step_ms"]
+def merged(measurements: Sequence[Figures]) -> list[Figures]:
+    """Return the medians over the rounds of each program in each setting, in the order of the
+    settings."""
+    rounds: dict[tuple[Any, ...], list[Figures]] = {}
+    for own in sorted(measurements, key=lambda own: [own.get(key, 0) for key in HEAD]):
+        rounds.setdefault(tuple(own.get(key) for key in (*HEAD, "program")), []).append(own)
+    return [median(own) for own in rounds.values()]
+
+
+def median(rounds: Sequence[Figures]) -> Figures:
+    """Return the median of each figure of a program in a setting."""
+    head = {key: rounds[0][key] for key in (*HEAD, "program") if key in rounds[0]}
+    figures = rounds[0].keys() - head.keys() - {"round"}
+    run = head | {key: statistics.median(own[key] for own in rounds) for key in sorted(figures)}
+    if run["part"] == "decode":
+        run["tokens_per_second"] = 1e3 * run["batch"] / run["step_ms"]
     return run | {"speed_by_round": {str(own["round"]): speed(own) for own in rounds}}
 
 

@@ -201,8 +201,12 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
         "| ours, float32 | 4 | 1,000 |",
         "| llama.cpp, F32 | 4 | 500 |",
     ]
-    assert programs.measure(options)["runs"] == runs
-    assert len(calls) == 5
+    more = replace(options, batch=(2,), programs=("ours",), rounds=1)
+    both = programs.measure(more)["runs"]
+    assert [(run["program"], run["batch"]) for run in both[:1]] == [("ours", 2)]
+    assert both[1:] == runs
+    assert programs.measure(options)["runs"] == both
+    assert len(calls) == 6
 
 
 @pytest.mark.slow
