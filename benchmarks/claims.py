@@ -1,7 +1,7 @@
 """Claims about speed and memory, with bounds.
 
 The README compares ours with the best of others in `COMPARISONS`; `CLAIMS` are about ours. Each
-figure comes from a result of a benchmark: in documents from the recorded one, for `make
+figure comes from a result of a benchmark: for the README from the recorded one, for `make
 evidence-quick` from a new one. Both must be within the claim's bound, which allows for other
 machines.
 """
@@ -260,22 +260,6 @@ def times(row: Comparison, result: Run) -> str:
     """Return how many times as good ours is, and who is better if it is not."""
     ratio = row.ratio(result)
     return shown(ratio) if ratio >= 1 else f"{shown(ratio)}: the peer is better"
-
-
-def claims(results: Mapping[str, Run]) -> str:
-    """Return the table of claims about ours."""
-
-    def made(claim: Claim) -> str:
-        machine = results[claim.benchmark]["machine"]
-        return f"{claim.benchmark}, {machine['date'].split('T')[0]}, {machine['commit'][:7]}"
-
-    columns: Columns = {
-        "claim": lambda claim: claim.text,
-        "measured": lambda claim: shown(claim.figure(results[claim.benchmark])),
-        "holds if": Claim.bound,
-        "benchmark, date, commit": made,
-    }
-    return table(CLAIMS, columns)
 
 
 def shown(figure: float) -> str:

@@ -4,15 +4,15 @@
 
 `benchmarks/results/NAME.json` is what `python -m benchmarks` printed. In a document, its figures
 are between `<!-- benchmark NAME -->` and `<!-- end -->`, with a PART after NAME if a result has
-several tables. Figures after `<!-- claims -->` or `<!-- comparisons -->` come from several results.
-A test compares the documents with the results.
+several tables. Figures after `<!-- comparisons -->` come from several results. A test
+compares the documents with the results.
 """
 
 import re
 import sys
 
 from benchmarks import decoding_tables, online_tables, peers_tables, train_serve_tables
-from benchmarks.claims import claims, comparisons
+from benchmarks.claims import comparisons
 from benchmarks.recorded import ROOT, Run, recorded
 
 DOCUMENTS = [
@@ -28,7 +28,7 @@ PLACE = re.compile(
 TABLES = (
     decoding_tables.TABLES | online_tables.TABLES | peers_tables.TABLES | train_serve_tables.TABLES
 )
-CLAIMS = re.compile(r"(<!-- (claims|comparisons) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMPARISONS = re.compile(r"(<!-- comparisons -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -50,11 +50,10 @@ def with_tables(text: str) -> str:
         result = results[place["name"]]
         return f"{place[1]}\n{TABLES[place['part']](result)}\n\n{made_on(result)}\n{place[4]}"
 
-    def claimed(place: re.Match[str]) -> str:
-        made = {"claims": claims, "comparisons": comparisons}[place[2]]
-        return f"{place[1]}\n{made(results)}\n\n{place[3]}"
+    def compared(place: re.Match[str]) -> str:
+        return f"{place[1]}\n{comparisons(results)}\n\n{place[2]}"
 
-    return CLAIMS.sub(claimed, PLACE.sub(figures, text))
+    return COMPARISONS.sub(compared, PLACE.sub(figures, text))
 
 
 def made_on(result: Run) -> str:

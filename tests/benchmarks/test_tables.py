@@ -14,7 +14,7 @@ from stu.realisation import LARGEST_ERRORS, RANKS
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
 def test_tables_are_those_of_the_results(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert tables.PLACE.search(text) or tables.CLAIMS.search(text), "no table is left there"
+    assert tables.PLACE.search(text) or tables.COMPARISONS.search(text), "no table is left there"
     assert tables.with_tables(text) == text, "run python -m benchmarks.tables"
 
 
