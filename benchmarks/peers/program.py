@@ -13,7 +13,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +45,8 @@ class Work:
     """Folder of environments and model files."""
     install: bool = True
     """Whether a peer is installed that is not there."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Errors of requirements that could not be installed, which is not tried again."""
 
     def file(self, name: str) -> Path:
         """Return the path of a model file, for models of this shape and size alone."""
@@ -77,6 +79,8 @@ class Work:
             return folder
         if not self.install:
             raise UserError(message=f"{requirement} is not installed in {folder}")
+        if requirement in self.failures:
+            raise UserError(message=self.failures[requirement])
         tqdm.write(f"installing {requirement} into {folder}", file=sys.stderr)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
         try:
@@ -85,7 +89,8 @@ class Work:
             if without:
                 run_program([*pip, "uninstall", "--yes", *without])
         except (OSError, ProgramError) as error:
-            raise UserError(message=f"{requirement} cannot be installed: {error}") from error
+            self.failures[requirement] = f"{requirement} cannot be installed: {error}"
+            raise UserError(message=self.failures[requirement]) from error
         note.write_text(wanted, encoding="utf-8")
         return folder
 
