@@ -89,8 +89,8 @@ class Options:
     install: bool = True
     """Install peers that are not there. false: leave them out."""
     progress: Path = Path("runs/peers.json")
-    """File that every measurement is added to. A second start measures only what it lacks, and
-    returns all."""
+    """File that every measurement is added to. A second start, of the same commit on the same
+    machine, measures only what it lacks, and returns all."""
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -100,9 +100,15 @@ def measure(options: Options) -> dict[str, Any]:
         if name not in PROGRAMS:
             raise UserError("programs", name, f"some of {', '.join(PROGRAMS)}")
     options.progress.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"machine": describe(), "measured": []}
+    machine = describe()
+    result: dict[str, Any] = {"machine": machine, "measured": []}
     if options.progress.exists():
         result = read_json_object(options.progress)
+        before = result["machine"]
+        for name in machine.keys() - {"date"}:
+            if before[name] != machine[name]:
+                allowed = f"a file of {name} {machine[name]}, and not {before[name]}, or a new one"
+                raise UserError("progress", str(options.progress), allowed)
     programs = prepared(options)
     turns = list(itertools.product(settings, range(options.rounds), programs))
     max_bytes = max_cache_bytes()

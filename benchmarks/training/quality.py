@@ -26,7 +26,7 @@ from benchmarks.machine import describe
 from benchmarks.training.quality_run import TOKENS_PER_STEP, VOCAB_SIZE, Run, register_peer
 from benchmarks.training.recall import Task, Trial
 from stu.common.errors import UserError
-from stu.common.files import read_json_object
+from stu.common.files import new_file, read_json_object
 from stu.layouts import layout_names
 
 PROSE = "torch", "numpy", "networkx"
@@ -108,6 +108,7 @@ def measure(options: Options) -> dict[str, Any]:
     missing = len(runs) + len(trials) - len(learned) - len(recalled)
     return {
         "machine": describe(),
+        "earlier_machines": work.machines,
         "rates": rates,
         "tried": work.done(tried(work, options)),
         "runs": learned,
@@ -152,19 +153,24 @@ class _Work:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self.machines: list[dict[str, Any]] = []
+        """Machines of the results that were recorded before."""
         seconds = float("inf") if options.minutes is None else 60 * options.minutes
         self._deadline = time.monotonic() + seconds
         if options.recorded is not None:
             earlier = read_json_object(options.recorded)
+            self.machines += [*earlier["earlier_machines"], earlier["machine"]]
             for result in (*earlier["tried"], *earlier["runs"], *earlier["recall"]):
-                self.keep(result)
+                self._keep(result)
 
-    def keep(self, result: Result) -> None:
+    def _keep(self, result: Result) -> None:
         """Write the result of a run that ended elsewhere."""
         kind = Trial if "task" in result else Run
         run = kind(**{field.name: result[field.name] for field in dataclasses.fields(kind)})
-        self._options.folder.mkdir(parents=True, exist_ok=True)
-        self.path(run).write_text(json.dumps(result))
+        if not self.path(run).exists():
+            self._options.folder.mkdir(parents=True, exist_ok=True)
+            with new_file(self.path(run)) as path:
+                path.write_text(json.dumps(result), encoding="utf-8")
 
     def path(self, run: Run | Trial) -> Path:
         """Return the file of a run that has ended."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.decoding import programs
+from benchmarks.machine import describe
 from benchmarks.peers import llama_cpp, program
 from benchmarks.peers.llama_cpp import LlamaCpp, parse_output, write_gguf
 from benchmarks.peers.program import Program, ProgramError, Work, run_program
@@ -210,6 +211,10 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
     assert both[1:] == runs
     assert programs.measure(options)["runs"] == both
     assert len(calls) == 6
+    machine = describe()
+    monkeypatch.setattr(programs, "describe", lambda: machine | {"commit": "other"})
+    with pytest.raises(UserError, match=r"progress=.* a file of commit other, and not "):
+        programs.measure(options)
 
 
 @pytest.mark.slow
