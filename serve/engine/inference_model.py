@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from serve.adapters.layers import Adapters, adapt, is_adapted
 from serve.config import EngineWeights
 from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
-from serve.engine.packing import PackedGatedMLP, PackedLinear, packs
+from serve.engine.packing import USUAL_ROWS, PackedGatedMLP, PackedLinear, packs
 from serve.kernels.dispatch import uses_triton
 from serve.kernels.modules import KernelRMSNorm, NarrowLinear, kernel_mlp, narrow_mlp
 from stu.common.errors import UserError
@@ -53,7 +53,10 @@ def chosen_weights(asked: EngineWeights | None, model: FlashSTU) -> EngineWeight
 
 
 def inference_copy(
-    model: FlashSTU, weights: EngineWeights = "float", adapters: Adapters | None = None
+    model: FlashSTU,
+    weights: EngineWeights = "float",
+    adapters: Adapters | None = None,
+    usual_rows: int = USUAL_ROWS,
 ) -> FlashSTU:
     """Return a copy of `model` for inference, with adapters beside layers. It shares the tensors
     that it does not replace.
@@ -63,8 +66,10 @@ def inference_copy(
     an MLP of `model` move into one matrix. int8, fp8: weights have 8 bits; those that `model` has
     in this format are shared on CUDA. Other weights that are replaced are in memory twice while
     `model` is referenced. Raises UserError for a format that the device does not run.
+
+    usual_rows: Number of rows of a usual step, for the layout of floats on a CPU.
     """
-    layers = _layers(model.embedding.weight, weights)
+    layers = _layers(model.embedding.weight, weights, usual_rows)
     tensors = chain(model.parameters(), model.buffers())
     shared: dict[int, object] = {id(tensor): tensor for tensor in tensors}
     copied = copy.deepcopy(model, shared)
@@ -86,10 +91,10 @@ def inference_copy(
 
 
 def inference_product(
-    weight: Tensor, weights: EngineWeights = "float"
+    weight: Tensor, weights: EngineWeights = "float", usual_rows: int = USUAL_ROWS
 ) -> Callable[[Tensor], Tensor]:
     """Return the function `x -> x @ weight.T` for inference."""
-    layers = _layers(weight, weights)
+    layers = _layers(weight, weights, usual_rows)
     if layers is not None and layers.linear is not None:
         return layers.linear(weight)
     return partial(nn.functional.linear, weight=weight)
@@ -98,9 +103,9 @@ def inference_product(
 def require_invariance(model: FlashSTU) -> None:
     """Raise UserError for a width at which a row's products round according to its place."""
     width = model.config.width // model.num_ranks
-    is_safe = packs(model.embedding.weight) and all(
-        past.streams == 1 for past in remembered(model.mixers, PastInputs)
-    )
+    weight = model.embedding.weight
+    is_safe = packs(weight) and weight.dtype == torch.float32
+    is_safe &= all(past.streams == 1 for past in remembered(model.mixers, PastInputs))
     if width % 16 and not is_safe:
         raise UserError(
             "batch_invariant",
@@ -109,11 +114,12 @@ def require_invariance(model: FlashSTU) -> None:
         )
 
 
-def _layers(weight: Tensor, weights: EngineWeights) -> _Layers | None:
+def _layers(weight: Tensor, weights: EngineWeights, usual_rows: int) -> _Layers | None:
     """Return the modules for weights like this one; None: those of the model. Raises UserError."""
     if weights == "float":
         if packs(weight):
-            return _Layers(PackedGatedMLP, PackedLinear)
+            mlp = partial(PackedGatedMLP, usual_rows=usual_rows)
+            return _Layers(mlp, partial(PackedLinear, usual_rows=usual_rows))
         return _Layers(kernel_mlp, norm=KernelRMSNorm) if uses_triton(weight) else None
     if weights == "fp8":
         _require_fp8(weight.device)

@@ -1,12 +1,14 @@
 """Weights in the layout that oneDNN multiplies fastest, for the CPU.
 
 `torch.nn.functional.linear` reorders the weights in every call, which takes a third to a half of a
-step of few rows. Here they are reordered once. In float32 the products are the same, summed in
-float32; `serve.engine.int8` has those of weights of 8 bits.
+step of few rows. Here they are reordered once. Products are the same: of float32 or bfloat16,
+summed in float32, and rounded to bfloat16 at the end. `serve.engine.int8` has those of weights of 8
+bits.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,15 @@ from torch.nn.functional import pad
 from stu.layers import GatedMLP
 
 USUAL_ROWS = 32
-"""Number of rows that the layout is optimised for; others are multiplied in it too."""
-MANY_ROWS, ROWS_AT_ONCE = 256, 64
-"""Rows are multiplied so many at a time, and what remains of many in smaller pieces. Pieces of 64
-take a seventh longer than the same rows in one."""
+"""Number of rows that the layout is usually optimised for; others are multiplied in it too. A
+layout for one row is a fifth faster for that in float32, and slower for a few."""
+MANY_ROWS = 256
+"""Rows of a full piece. Smaller pieces take longer a row."""
+ROWS_AT_ONCE = 64
+"""Most rows of a piece of those that fill no full one."""
 ROWS_MULTIPLE = 8
-"""oneDNN keeps half a megabyte of code for each number of rows, so rows are padded to multiples of
-this, up to `ROWS_AT_ONCE`; a single row is not padded."""
+"""oneDNN keeps half a megabyte of code for each number of rows, so there are few: these smaller
+pieces are padded to a multiple of this, but for a single row."""
 
 
 class RowsTogether(nn.Module, ABC):
@@ -48,12 +52,15 @@ class RowsTogether(nn.Module, ABC):
 
 
 class PackedLinear(RowsTogether):
-    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, its tanh-GELU."""
+    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, its tanh-GELU.
 
-    def __init__(self, weight: Tensor, gelu: bool = False) -> None:
+    usual_rows: Number of rows that the layout is optimised for.
+    """
+
+    def __init__(self, weight: Tensor, gelu: bool = False, usual_rows: int = USUAL_ROWS) -> None:
         super().__init__()
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        self._weight: Tensor = reorder(weight.detach().contiguous(), USUAL_ROWS)
+        self._weight: Tensor = reorder(weight.detach().contiguous(), usual_rows)
         self._activation: tuple[str, list[float], str] = ("none", [], "")
         if gelu:
             self._activation = ("gelu", [], "tanh")
@@ -67,24 +74,31 @@ class PackedLinear(RowsTogether):
 class PackedGatedMLP(nn.Module):
     """`stu.layers.GatedMLP`, packed."""
 
-    def __init__(self, mlp: GatedMLP) -> None:
+    def __init__(self, mlp: GatedMLP, usual_rows: int = USUAL_ROWS) -> None:
         super().__init__()
-        self.gate = PackedLinear(mlp.gate.weight, gelu=True)
-        self.up, self.down = PackedLinear(mlp.up.weight), PackedLinear(mlp.down.weight)
+        pack = partial(PackedLinear, usual_rows=usual_rows)
+        self.gate = pack(mlp.gate.weight, gelu=True)
+        self.up, self.down = pack(mlp.up.weight), pack(mlp.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return in_pieces(x, lambda rows: self.down(self.gate(rows).mul_(self.up(rows))))
 
 
 def in_pieces(x: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply layers that take rows apart, `[.., in] -> [.., out]`, to `MANY_ROWS` rows at a time:
-    what is between their products stays in the processor's cache."""
+    """Apply layers that treat rows independently, `[.., in] -> [.., out]`, to `MANY_ROWS` rows at a
+    time, so that intermediate results stay in the processor's cache."""
     parts = [layers(rows) for rows in torch.split(x.flatten(0, -2), MANY_ROWS)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
 
 def packs(weight: Tensor) -> bool:
     """Return whether this weight can be packed."""
-    is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_float32_on_cpu and has_onednn
+    is_packed = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bfloat16())
+    return weight.device.type == "cpu" and has_onednn and is_packed
+
+
+def has_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 itself."""
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()

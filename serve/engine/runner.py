@@ -24,6 +24,7 @@ from serve.engine.inference_model import (
     require_invariance,
 )
 from serve.engine.memory import PromptMemory, RowMemory
+from serve.engine.packing import USUAL_ROWS
 from serve.engine.prompt_results import Chunk, PooledHidden, PromptLogits
 from serve.engine.sampling_step import SamplingStep
 from serve.sampling.features import Features
@@ -66,9 +67,11 @@ class Runner:
             require_invariance(model)
         weights = chosen_weights(config.weights, model)
         self.adapters = Adapters(adapters, num_rows(config), model.embedding.weight)
-        self._model = inference_copy(model, weights, self.adapters)
+        groups = config.batch_invariant or config.speculate is not None
+        usual_rows = 1 if config.max_running == 1 and not groups else USUAL_ROWS
+        self._model = inference_copy(model, weights, self.adapters, usual_rows)
         self._batch_invariant = config.batch_invariant
-        self._product = inference_product(model.embedding.weight, weights)
+        self._product = inference_product(model.embedding.weight, weights, usual_rows)
         self._caches = caches
         self._device = model.embedding.weight.device
         self.num_layers = len(model.blocks)

@@ -77,7 +77,7 @@ def test_products_are_within_a_percent_of_float_ones():
 
 
 def test_a_row_does_not_depend_on_the_others():
-    linear, x = Int8Linear(torch.randn(40, 64)), torch.randn(100, 64)
+    linear, x = Int8Linear(torch.randn(40, 64)), torch.randn(300, 64)
     x[1::2] *= 1e6
     x[7] = torch.nan
     together = linear(x)
