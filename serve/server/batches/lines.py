@@ -4,6 +4,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ class Line:
     def row(self) -> Json:
         """Return the row of the line, which was valid when its batch began. Raises UserError if
         the file has changed since, or was checked by a version that allowed more."""
+        if isinstance(self.parsed, UserError):
+            raise self.parsed
+        return self.parsed
+
+    @cached_property
+    def parsed(self) -> Json | UserError:
+        """The row, or the error of `row`."""
+        try:
+            return self._row()
+        except UserError as error:
+            return error
+
+    def _row(self) -> Json:
         found = self.value()
         is_row = isinstance(found, dict) and isinstance(found.get("custom_id"), str)
         if not is_row or not isinstance(found.get("body"), dict):

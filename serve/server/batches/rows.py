@@ -5,6 +5,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -126,14 +127,15 @@ class Rows:
         await self._until_unwritten(0)
 
     async def _read(self, place: Place) -> tuple[list[Line], Place] | None:
-        lines = await asyncio.get_running_loop().run_in_executor(
-            self._readers, read_chunk, self._path, place, self._most_line_bytes
-        )
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._readers)
+        lines = await in_thread(read_chunk, self._path, place, self._most_line_bytes)
         if not lines:
             return None
         first, last = lines[0], lines[-1]
         done = await self._progress.done(first.place.line, last.place.line)
-        return [line for line in lines if line.place.line not in done], last.following
+        left = [line for line in lines if line.place.line not in done]
+        await in_thread(_parse, left)  # long rows would hold up the event loop
+        return left, last.following
 
     async def _until_unwritten(self, most_bytes: int) -> None:
         while self._num_bytes > most_bytes:
@@ -172,3 +174,9 @@ class Rows:
             reading.written(lines)
         self._count(results)
         return True
+
+
+def _parse(lines: Iterable[Line]) -> None:
+    """Parse rows, whose results the lines keep."""
+    for line in lines:
+        _ = line.parsed
