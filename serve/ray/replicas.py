@@ -52,7 +52,7 @@ class RayReplicas(Dispatcher):
             take minutes.
         disconnect: Function to call at the end, with whether it is to wait until the replicas have
             ended.
-        num_replicas: Replicas that there are to be at least.
+        num_replicas: Replicas that are wanted at least.
         max_running: Requests that a replica decodes together.
         max_waiting: Limit of requests that wait.
         watchdog_seconds: Time without a report after which no replica counts as healthy.
@@ -95,8 +95,8 @@ class RayReplicas(Dispatcher):
 
     @property
     def num_loading(self) -> int:
-        """See `Dispatcher.num_loading`."""
-        return max(0, len(self) - len(self._reports))
+        """0: Ray loads them, and the server exchanges no versions, for which it would wait."""
+        return 0
 
     @property
     def is_healthy(self) -> bool:

@@ -122,15 +122,19 @@ class Service:
 
     async def reload(self, name: str | None, path: Path | None, one_by_one: bool | None) -> Json:
         """Load another version of a model, and return as `Reloader.reload` does. One model is
-        loaded at a time, as that looks whether memory has room, and none while replicas load, as
-        when the server starts."""
+        loaded at a time, as that looks whether memory has room, which it cannot while replicas
+        load, as when the server starts. It does not look if `one_by_one` is given."""
         model = self.find(name)
         if any(other.reloader.is_loading for other in self.models):
             raise ReloadInProgress("another version is being loaded: wait until it is done")
         replicas = {other.name: other.replicas for other in self.models}
-        if loading := [own for own, of in replicas.items() if of.is_loading or of.num_loading]:
+        looks = one_by_one is None
+        loading = [o for o, of in replicas.items() if of.is_loading or (looks and of.num_loading)]
+        if loading:
             message = f"replicas of {', '.join(loading)} are being loaded: "
-            raise ReloadInProgress(f"{message}wait until /ready counts them as ready")
+            raise ReloadInProgress(
+                f"{message}wait until /ready counts them as ready, or set one_by_one"
+            )
         return {"model": model.name, **await model.reloader.reload(path, one_by_one)}
 
 

@@ -81,8 +81,11 @@ class ReplicasCollector(Collector):
             "stu:convolution_pages_used": ("Cache pages for convolutions in use.", used[0]),
             "stu:attention_pages": ("Cache pages for attention windows.", pages[1]),
             "stu:attention_pages_used": ("Cache pages for attention windows in use.", used[1]),
-            "stu:replicas": ("Replicas that there are to be.", len(replicas)),
-            "stu:replicas_ready": ("Replicas that take requests.", len(stats)),
+            "stu:replicas": ("Replicas wanted.", len(replicas)),
+            "stu:replicas_ready": (
+                "Replicas of the current version that take requests.",
+                len(replicas.current.stats),
+            ),
         }
         yield from _unlabelled("gauge", gauges)
         counters = {

@@ -42,7 +42,7 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return the number of replicas that there are to be."""
+        """Return the number of replicas that are wanted."""
 
     @property
     @abstractmethod
