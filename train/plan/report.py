@@ -131,6 +131,10 @@ def _advice(fits: Fits, parallel: ParallelConfig, micro_batch: int) -> str:
             if largest > 0:
                 more = " and parallel.checkpoint_activations=true" if recomputes else ""
                 found.append((-largest, recomputes, f"{name}, micro-batch {largest}{more}"))
-    if not found:
-        return "Nothing would on these GPUs: use more or larger ones, or a smaller model."
-    return f"This would: {min(found)[2]}."
+    if found:
+        return f"This would: {min(found)[2]}."
+    if replace(fits, evaluation=0).holds(parallel, micro_batch):
+        return (
+            "The run alone would: lower evaluation.cache_gib, or evaluate by stu-eval afterwards."
+        )
+    return "Nothing would on these GPUs: use more or larger ones, or a smaller model."

@@ -251,7 +251,9 @@ def test_run_whose_evaluation_does_not_fit(settings, capsys, monkeypatch):
     assert plan.main(given) == 0
     assert "evaluation" not in capsys.readouterr().out
     assert plan.main([*given, "--evaluation.tasks=recall"]) == 1
-    assert "an evaluation on tasks, 38." in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "an evaluation on tasks, 38." in printed
+    assert "The run alone would: lower evaluation.cache_gib" in printed
 
 
 def test_run_that_fits(settings, capsys):
