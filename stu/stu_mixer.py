@@ -91,8 +91,8 @@ class FullSTU(LongConvolution):
     """Both matrices, once they are arranged for decoding: `[D, 2 K, D]` if `by_channel`, else
     `[2 K, D, D]`."""
     by_channel = False
-    """Whether they are arranged for a CPU, which adds up groups of channels. They stay as they are
-    when the model moves to another device."""
+    """Whether `arranged` has the layout for a CPU, which adds up groups of channels. It keeps this
+    layout when the model moves to another device."""
 
     def __init__(self, config: ModelConfig) -> None:
         channels = 2 * config.num_filters

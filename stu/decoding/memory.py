@@ -39,8 +39,8 @@ class CacheSize:
 
 def bytes_for(sizes: Sequence[CacheSize], pages: Sequence[int], rows: int) -> int:
     """Return the bytes that caches must share so that each has its number of `pages` for each of
-    `rows` sequences. A sequence may need fewer than the usual ones, and they still share by these
-    (`serve.cache.budget`)."""
+    `rows` sequences. They share in proportion to the pages of usual sequences, even if these need
+    fewer (`serve.cache.budget`)."""
     needed = [rows * count for count in pages]
     usual = sum(size.usual_pages * size.page_bytes for size in sizes)
     paged = [(size, count) for size, count in zip(sizes, needed, strict=True) if size.page_bytes]
