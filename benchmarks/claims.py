@@ -8,8 +8,10 @@ machines.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
-from benchmarks import decoding_tables, peers_tables
+from benchmarks import decoding_tables, peers_tables, train_serve_tables
 from benchmarks.recorded import Columns, Run, decoded, fewest_threads, table
 
 BATCH, LENGTH = 8, 8192
@@ -18,16 +20,19 @@ CONTEXT = 2048
 """Prompt tokens of comparisons with programs."""
 COMPARED = ["llama", "mamba2", "rwkv", "s4"]
 """Models that ours is compared with."""
-Figures = Callable[[Run], Mapping[str, float]]
 CURVES = ["ours", "continuous", "epoched", "flashinference", "naive", *COMPARED]
-
-
-LABELS = decoding_tables.LABELS | peers_tables.LABELS | {"stu": "ours"}
-LABELS |= {"stu_two_branch": "its two-branch form"}
-FLOATS = "ours", "llama_cpp_f32", "llama_cpp_bf16", "vllm"
-EIGHT_BITS = "ours_int8", "llama_cpp_q8_0"
-OURS = "ours", "ours_int8", "stu"
+LABELS = decoding_tables.LABELS | peers_tables.LABELS | train_serve_tables.VARIANTS
+FORMATS = {
+    32: ("ours", "llama_cpp_f32", "vllm"),
+    16: ("ours_bf16", "llama_cpp_bf16", "vllm_bf16"),
+    8: ("ours_int8", "llama_cpp_q8_0"),
+}
+"""Programs by the bits of their weights."""
+PROGRAMS = tuple(chain(*FORMATS.values()))
+OURS = "ours", "ours_bf16", "ours_int8", "stu"
 """Names of ours in results; all others are peers."""
+Figures = Callable[[Run], Mapping[str, float]]
+"""Takes the figures of ours and of others from a result."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +64,24 @@ class Comparison:
 
     text: str
     benchmark: str
-    figures: Callable[[Run], Mapping[str, float]]
-    """Takes the figures of ours and of others from a result."""
+    figures: Figures
     at_least: float
     """Bound of the ratio."""
     less_is_better: bool = False
 
-    def ours(self, result: Run) -> float:
-        """Return the figure of ours. Raises KeyError if it is not there."""
+    def best(self, result: Run, ours: bool) -> tuple[float, str]:
+        """Return figure and name of the best of ours, or of the others. Raises KeyError without
+        any of ours, IndexError without others."""
         figures = self.figures(result)
-        return figures[next((name for name in OURS if name in figures), OURS[0])]
-
-    def peers(self, result: Run) -> list[tuple[float, str]]:
-        """Return figures and names of others, the best first."""
-        peers = [(own, name) for name, own in self.figures(result).items() if name not in OURS]
-        return sorted(peers, reverse=not self.less_is_better)
+        found = [(own, name) for name, own in figures.items() if (name in OURS) == ours]
+        if ours and not found:
+            raise KeyError(self.text)
+        return sorted(found, reverse=not self.less_is_better)[0]
 
     def ratio(self, result: Run) -> float:
-        """Return how many times as good ours is. Raises KeyError without figures of ours."""
-        own, (other, _) = self.ours(result), self.peers(result)[0]
+        """Return how many times as good ours is. Raises KeyError without any of ours, IndexError
+        without others."""
+        (own, _), (other, _) = (self.best(result, ours) for ours in (True, False))
         return other / own if self.less_is_better else own / other
 
     def claim(self) -> Claim:
@@ -179,47 +183,39 @@ def speed(run: Run) -> float:
 def trained(result: Run) -> dict[str, float]:
     """Return tokens per second of ways to train."""
     ways = first(result)["ways"]
-    return {name: speed(ways[name]) for name in ("stu", "stu_two_branch")}
+    names = "stu", "stu_two_branch", "attention_sdpa", "attention_windowed"
+    return {name: speed(ways[name]) for name in names}
 
 
 COMPARISONS = [
-    Comparison(
-        f"decode a sequence after {CONTEXT:,} tokens, float32: tokens/s",
-        "peers",
-        programs("decode", FLOATS, speed, batch=1, context=CONTEXT),
-        1.0,
+    *(
+        Comparison(
+            f"decode a sequence after {CONTEXT:,} tokens, weights of {bits} bits: tokens/s",
+            "peers",
+            programs("decode", names, speed, batch=1, context=CONTEXT),
+            0.9,
+        )
+        for bits, names in FORMATS.items()
     ),
     Comparison(
-        "the same, weights of 8 bits",
+        f"decode 32 sequences after {CONTEXT:,} tokens, each at its best: tokens/s",
         "peers",
-        programs("decode", EIGHT_BITS, speed, batch=1, context=CONTEXT),
-        1.0,
-    ),
-    Comparison(
-        f"decode 32 sequences after {CONTEXT:,} tokens, float32: tokens/s",
-        "peers",
-        programs("decode", FLOATS, speed, batch=32, context=CONTEXT),
+        programs("decode", PROGRAMS, speed, batch=32, context=CONTEXT),
         1.5,
     ),
     Comparison(
-        "the same, weights of 8 bits",
-        "peers",
-        programs("decode", EIGHT_BITS, speed, batch=32, context=CONTEXT),
-        1.5,
-    ),
-    Comparison(
-        f"read a prompt of {CONTEXT:,} tokens, float32: tokens/s",
+        f"read a prompt of {CONTEXT:,} tokens, each at its best: tokens/s",
         "peers",
         programs(
-            "decode", FLOATS, lambda run: run["context"] / run["prefill_seconds"],
+            "decode", PROGRAMS, lambda run: run["context"] / run["prefill_seconds"],
             batch=1, context=CONTEXT,
         ),
-        0.7,
+        0.9,
     ),
     Comparison(
-        "serve 64 streams of mixed lengths, float32: tokens/s",
+        "serve 64 streams of mixed lengths, each at its best: tokens/s",
         "peers",
-        programs("serve", FLOATS, lambda run: float(run["output_throughput"])),
+        programs("serve", PROGRAMS, lambda run: float(run["output_throughput"]), clients=64),
         1.5,
     ),
     Comparison(
@@ -235,33 +231,37 @@ COMPARISONS = [
         0.02,
         less_is_better=True,
     ),
-    Comparison("train at 2,048 tokens: tokens/s", "train", trained, 1.2),
+    Comparison("train at 2,048 tokens: tokens/s", "train", trained, 1.0),
 ]  # fmt: skip
 
 
 def comparisons(results: Mapping[str, Run]) -> str:
     """Return the table of the README."""
 
-    def peer(row: Comparison) -> str:
-        figure, name = row.peers(results[row.benchmark])[0]
-        return f"{shown(figure)}, {LABELS[name]}"
+    def cell(ours: bool, row: Comparison) -> str:
+        figure, name = row.best(results[row.benchmark], ours)
+        return f"{shown(figure)}, {LABELS[name]}".replace(", ours", "").replace(", STU", "")
+
+    def made(row: Comparison) -> str:
+        machine = results[row.benchmark]["machine"]
+        return f"{machine['date'].split('T')[0]}, {machine['commit'][:7]}"
 
     columns: Columns = {
         "what you do": lambda row: row.text,
-        "stu": lambda row: shown(row.ours(results[row.benchmark])),
-        "best peer": peer,
+        "stu": partial(cell, True),
+        "best peer": partial(cell, False),
         "times as good": lambda row: times(row, results[row.benchmark]),
-        "`python -m benchmarks`": lambda row: f"`{row.benchmark}`",
+        "`python -m benchmarks`": lambda row: f"`{row.benchmark}`, {made(row)}",
     }
-    return table([row for row in COMPARISONS if row.benchmark in results], columns)
+    return table(COMPARISONS, columns)
 
 
 def times(row: Comparison, result: Run) -> str:
     """Return how many times as good ours is, and who is better if it is not."""
-    ratio = row.ratio(result)
-    return shown(ratio) if ratio >= 1 else f"{shown(ratio)}: the peer is better"
+    ratio = shown(row.ratio(result))
+    return f"{ratio}: the peer is better" if row.ratio(result) < 1 else ratio
 
 
 def shown(figure: float) -> str:
     """Return a figure with three digits."""
-    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3g}"
+    return f"{figure:,.0f}" if figure >= 999.5 else f"{figure:.3g}"

@@ -100,6 +100,16 @@ def int8_steps(result: Run) -> str:
     return table(timed(result, ["ours", "ours_int8"]), columns)
 
 
+def model_errors(result: Run) -> str:
+    """Show how far the cost model is from the measured steps of each cache and model, at most."""
+    errors = result["largest_error"]
+    columns: Columns = {
+        "cache or model": LABELS.__getitem__,
+        "largest error": lambda name: f"{errors[name]:.1%}",
+    }
+    return table([name for name in LABELS if name in errors], columns)
+
+
 def layouts(result: Run) -> str:
     """Show milliseconds of a step and of its convolutions, by mixer."""
     names = ["ours", "continuous", "naive"]
@@ -221,6 +231,7 @@ def mib(run: Run) -> str:
 TABLES: dict[str, Callable[[Run], str]] = {
     "decode peers": decode_peers,
     "decode costs": decode_costs,
+    "model": model_errors,
     "decode shares": decode_shares,
     "layouts": layouts,
     "int8 steps": int8_steps,

@@ -7,11 +7,13 @@ from benchmarks.recorded import Columns, Run, table
 
 LABELS = {
     "ours": "ours, float32",
+    "ours_bf16": "ours, bfloat16",
     "ours_int8": "ours, weights of 8 bits",
     "llama_cpp_f32": "llama.cpp, F32",
     "llama_cpp_bf16": "llama.cpp, BF16",
     "llama_cpp_q8_0": "llama.cpp, Q8_0",
     "vllm": "vLLM, float32",
+    "vllm_bf16": "vLLM, bfloat16",
 }
 
 

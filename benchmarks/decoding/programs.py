@@ -40,11 +40,13 @@ from train.flops import num_parameters
 
 PROGRAMS: dict[str, Callable[[Work], Program]] = {
     "ours": lambda work: Ours(work, "float"),
+    "ours_bf16": lambda work: Ours(work, "float", "bfloat16"),
     "ours_int8": lambda work: Ours(work, "int8"),
     "llama_cpp_f32": lambda work: LlamaCpp(work, "f32"),
     "llama_cpp_bf16": lambda work: LlamaCpp(work, "bf16"),
     "llama_cpp_q8_0": lambda work: LlamaCpp(work, "q8_0"),
     "vllm": Vllm,
+    "vllm_bf16": lambda work: Vllm(work, "bfloat16"),
 }
 PROMPT, NEW = (32, 512), (32, 256)
 """Fewest and most tokens of prompts, and new ones, of requests to servers."""
@@ -64,8 +66,8 @@ class Options:
     batch: tuple[PositiveInt, ...] = (1, 8, 32)
     """Sequences that decode together, for example [1,8]."""
     programs: tuple[str, ...] = tuple(PROGRAMS)
-    """Programs to compare: ours, ours_int8 (with weights of 8 bits), llama_cpp_f32, llama_cpp_bf16,
-    llama_cpp_q8_0, vllm."""
+    """Programs to compare: ours and vllm in float32, others as they are named: ours_bf16, ours_int8
+    (weights of 8 bits), llama_cpp_f32, llama_cpp_bf16, llama_cpp_q8_0, vllm_bf16."""
     new_tokens: PositiveInt = 64
     """Timed steps of each batch."""
     parts: tuple[Literal["decode", "serve"], ...] = ("decode", "serve")
@@ -90,7 +92,8 @@ class Options:
     """Install peers that are not there. false: leave them out."""
     progress: Path = Path("runs/peers.json")
     """File that every measurement is added to. A second start, of the same commit on the same
-    machine, measures only what it lacks, and returns all."""
+    machine, measures only what it lacks, and returns all. Other contexts, batches, programs, parts
+    and rounds are added."""
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -100,15 +103,16 @@ def measure(options: Options) -> dict[str, Any]:
         if name not in PROGRAMS:
             raise UserError("programs", name, f"some of {', '.join(PROGRAMS)}")
     options.progress.parent.mkdir(parents=True, exist_ok=True)
-    machine = describe()
-    result: dict[str, Any] = {"machine": machine, "measured": []}
+    shared = shared_settings(options)
+    result: dict[str, Any] = {"machine": describe(), "settings": shared, "measured": []}
     if options.progress.exists():
-        result = read_json_object(options.progress)
-        before = result["machine"]
-        for name in machine.keys() - {"date"}:
-            if before[name] != machine[name]:
-                allowed = f"a file of {name} {machine[name]}, and not {before[name]}, or a new one"
-                raise UserError("progress", str(options.progress), allowed)
+        result, started = read_json_object(options.progress), result
+        for part in ("machine", "settings"):
+            for name in started[part].keys() - {"date"}:
+                here, there = started[part][name], result[part][name]
+                if here != there:
+                    allowed = f"a file of {name} {here}, and not {there}, or a new one"
+                    raise UserError("progress", str(options.progress), allowed)
     programs = prepared(options)
     turns = list(itertools.product(settings, range(options.rounds), programs))
     max_bytes = max_cache_bytes()
@@ -125,19 +129,22 @@ def measure(options: Options) -> dict[str, Any]:
     return {"machine": result["machine"], "runs": compared(merged(result["measured"]))}
 
 
+def shared_settings(options: Options) -> dict[str, int]:
+    """Return the settings that all measurements of a file share."""
+    names = "width", "layers", "vocab_size", "max_seq_len", "new_tokens", "clients", "requests"
+    return {name: getattr(options, name) for name in names} | {"threads": torch.get_num_threads()}
+
+
 def chosen(options: Options) -> Iterator[dict[str, Any]]:
     """Yield the settings in which programs are compared."""
-    shared = {
-        name: getattr(options, name) for name in ("width", "layers", "vocab_size", "max_seq_len")
-    }
-    shared["threads"] = torch.get_num_threads()
+    shared = shared_settings(options)
+    steps = {"new_tokens": shared.pop("new_tokens")}
+    load = {name: shared.pop(name) for name in ("clients", "requests")}
     if "decode" in options.parts:
         for context, batch in itertools.product(options.context, options.batch):
-            own = {"context": context, "batch": batch, "new_tokens": options.new_tokens}
-            yield {"part": "decode"} | shared | own
+            yield {"part": "decode", "context": context, "batch": batch} | steps | shared
     if "serve" in options.parts:
-        own = {"clients": options.clients, "requests": options.requests}
-        yield {"part": "serve"} | shared | own
+        yield {"part": "serve"} | load | shared
 
 
 def prepared(options: Options) -> dict[str, Program]:

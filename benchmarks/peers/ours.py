@@ -33,13 +33,17 @@ from stu.tokenizers.hugging_face import train_byte_level_bpe
 
 
 class Ours(Program):
-    """Our engine. weights: Format of the matrices."""
+    """Our engine.
+
+    weights: Format of the matrices.
+    dtype: Type of the weights, if they are floats.
+    """
 
     serves = True
 
-    def __init__(self, work: Work, weights: Weights) -> None:
+    def __init__(self, work: Work, weights: Weights, dtype: str = "float32") -> None:
         super().__init__(work)
-        self._weights = weights
+        self._weights, self._dtype = weights, dtype
 
     def prepare(self) -> None:
         """See `Program.prepare`."""
@@ -53,7 +57,7 @@ class Ours(Program):
         """See `Program.decode`."""
         settings = {"model": str(self._model), "weights": self._weights, "context": context}
         settings |= {"batch": batch, "new_tokens": self.work.new_tokens}
-        settings |= {"threads": self.work.threads}
+        settings |= {"threads": self.work.threads, "dtype": self._dtype}
         command = [sys.executable, "-m", "benchmarks.peers.ours", json.dumps(settings)]
         variables = {"OMP_NUM_THREADS": str(self.work.threads), "PYTHONPATH": str(ROOT)}
         printed, _, peak = run_program(command, variables)
@@ -63,7 +67,8 @@ class Ours(Program):
     @contextmanager
     def serving(self, clients: int) -> Iterator[tuple[str, int]]:
         """See `Program.serving`."""
-        with serving(self._model, clients, "--weights", self._weights) as (url, _, pid):
+        options = "--weights", self._weights, "--dtype", self._dtype
+        with serving(self._model, clients, *options) as (url, _, pid):
             yield url, pid
 
 
@@ -80,7 +85,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     context, batch, new_tokens = (settings[name] for name in ("context", "batch", "new_tokens"))
-    model = load_model(settings["model"])
+    model = load_model(settings["model"], dtype=getattr(torch, settings["dtype"]))
     tokenizer = cast(Tokenizer, NoText(model.config.vocab_size))
     engine = Engine(model, tokenizer, EngineConfig(max_running=batch, weights=settings["weights"]))
     for number in range(batch):  # the first calls allocate

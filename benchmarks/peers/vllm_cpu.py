@@ -1,4 +1,4 @@
-"""vLLM's build for CPUs with the Llama-like model of `transformers`, in float32."""
+"""vLLM's build for CPUs with the Llama-like model of `transformers`."""
 
 import json
 import math
@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import torch
+
 from benchmarks.peers import vllm_steps
 from benchmarks.peers.ours import train_tokenizer
-from benchmarks.peers.peer import FLOAT_BYTES
 from benchmarks.peers.program import (
     Figures,
     LlamaProgram,
     ProgramError,
+    Work,
     run_program,
     started,
 )
@@ -33,10 +35,14 @@ CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 class Vllm(LlamaProgram):
-    """vLLM on a CPU."""
+    """vLLM on a CPU. dtype: Type of weights and of the cache."""
 
     serves = True
-    cache_number_bytes = FLOAT_BYTES
+
+    def __init__(self, work: Work, dtype: str = "float32") -> None:
+        super().__init__(work)
+        self._dtype = dtype
+        self.cache_number_bytes = getattr(torch, dtype).itemsize
 
     def prepare(self) -> None:
         """See `Program.prepare`."""
@@ -61,7 +67,7 @@ class Vllm(LlamaProgram):
             "new_tokens": self.work.new_tokens,
             "threads": self.work.threads,
             "engine": {
-                "dtype": "float32",
+                "dtype": self._dtype,
                 "skip_tokenizer_init": True,
                 "enforce_eager": True,
                 "max_model_len": positions,
@@ -80,7 +86,7 @@ class Vllm(LlamaProgram):
             port = free.getsockname()[1]
         command = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
         command += ["--model", str(self._model), "--served-model-name", "llama"]
-        command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+        command += ["--host", "127.0.0.1", "--dtype", self._dtype, "--enforce-eager"]
         command += ["--max-num-seqs", str(clients)]
         variables = self._variables(SERVER_GIB)
         with (

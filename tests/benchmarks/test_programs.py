@@ -211,6 +211,8 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
     assert both[1:] == runs
     assert programs.measure(options)["runs"] == both
     assert len(calls) == 6
+    with pytest.raises(UserError, match=r"progress=.* a file of width 128, and not 64, or a new"):
+        programs.measure(replace(options, width=128))
     machine = describe()
     monkeypatch.setattr(programs, "describe", lambda: machine | {"commit": "other"})
     with pytest.raises(UserError, match=r"progress=.* a file of commit other, and not "):
