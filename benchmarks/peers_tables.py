@@ -19,37 +19,43 @@ LABELS = {
 
 def decoding(result: Run) -> str:
     """Show tokens per second of each program, by context, at each batch."""
-    runs = {
-        (run["program"], run["batch"], run["context"]): run
-        for run in result["runs"]
-        if run["part"] == "decode"
-    }
+    runs = [run for run in result["runs"] if run["part"] == "decode"]
+    contexts = sorted({run["context"] for run in runs})
 
-    def cell(context: int, row: tuple[int, str]) -> str:
-        run = runs.get((row[1], row[0], context))
-        return f"{run['tokens_per_second']:,.0f}" if run else "-"
+    def speeds(batch: int, name: str) -> str:
+        found = {
+            run["context"]: f"{run['tokens_per_second']:,.0f}"
+            for run in runs
+            if (run["program"], run["batch"]) == (name, batch)
+        }
+        return " / ".join(found.get(context, "-") for context in contexts)
 
-    columns: Columns = {
-        "tokens a second": lambda row: LABELS[row[1]],
-        "batch": lambda row: str(row[0]),
-    }
-    for context in sorted({context for _, _, context in runs}):
-        columns[f"after {context:,}"] = partial(cell, context)
-    batches = sorted({batch for _, batch, _ in runs})
-    return table([(batch, name) for batch in batches for name in present(result)], columns)
+    title = f"tokens a second after {' / '.join(f'{context:,}' for context in contexts)} tokens"
+    columns: Columns = {title: LABELS.__getitem__}
+    for batch in sorted({run["batch"] for run in runs}):
+        columns[f"batch {batch}"] = partial(speeds, batch)
+    return table(present(result), columns)
 
 
 def alone(result: Run) -> str:
     """Show what a single sequence takes, by context: its prompt's prefill, cache and process."""
     runs = [run for run in result["runs"] if run.get("batch") == 1]
+    contexts = sorted({run["context"] for run in runs})
+
+    def joined(figure: Callable[[Run], str], name: str) -> str:
+        found = {run["context"]: figure(run) for run in runs if run["program"] == name}
+        return " / ".join(found.get(context, "-") for context in contexts)
+
+    title = f"a prompt of {' / '.join(f'{context:,}' for context in contexts)} tokens"
     columns: Columns = {
-        "one sequence": lambda run: LABELS[run["program"]],
-        "prompt": lambda run: f"{run['context']:,}",
-        "prefill, tokens/s": lambda run: f"{run['context'] / run['prefill_seconds']:,.0f}",
-        "cache, MiB": lambda run: f"{run['sequence_bytes'] / 2**20:,.1f}",
-        "process, MiB": lambda run: f"{run['resident_mib']:,.0f}",
+        title: LABELS.__getitem__,
+        "tokens read a second": partial(
+            joined, lambda run: f"{run['context'] / run['prefill_seconds']:,.0f}"
+        ),
+        "cache, MiB": partial(joined, lambda run: f"{run['sequence_bytes'] / 2**20:,.3g}"),
+        "process, MiB": partial(joined, lambda run: f"{run['resident_mib']:,.0f}"),
     }
-    return table(runs, columns)
+    return table(present(result), columns)
 
 
 def serving(result: Run) -> str:

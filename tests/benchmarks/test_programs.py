@@ -201,9 +201,12 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
         ("llama_cpp_f32", 500),
     ]
     assert runs[1]["ours_times_as_fast"] == 2
-    assert TABLES["peers decoding"]({"runs": runs}).splitlines()[2:] == [
-        "| ours, float32 | 4 | 1,000 |",
-        "| llama.cpp, F32 | 4 | 500 |",
+    later = {**runs[1], "context": 2000, "tokens_per_second": 250.0}
+    assert TABLES["peers decoding"]({"runs": [*runs, later]}).splitlines() == [
+        "| tokens a second after 16 / 2,000 tokens | batch 4 |",
+        "| --- | --- |",
+        "| ours, float32 | 1,000 / - |",
+        "| llama.cpp, F32 | 500 / 250 |",
     ]
     more = replace(options, batch=(2,), programs=("ours",), rounds=1)
     both = programs.measure(more)["runs"]
@@ -245,7 +248,7 @@ def test_our_engine_and_server_are_measured_and_shown(tmp_path):
     assert 0 < served["p50_itl_ms"] <= served["max_itl_ms"]
     assert all(run["resident_mib"] > 100 for run in result["runs"])
     (shown,) = TABLES["peers alone"](result).splitlines()[2:]
-    assert shown.startswith(f"| ours, float32 | 16 | {16 / one['prefill_seconds']:,.0f} | ")
+    assert shown.startswith(f"| ours, float32 | {16 / one['prefill_seconds']:,.0f} | ")
     (shown,) = TABLES["peers serving"](result).splitlines()[2:]
     assert shown.startswith(f"| ours, float32 | 2 | {served['output_throughput']:,.0f} | ")
 
