@@ -88,6 +88,7 @@ def main() -> None:
     model = load_model(settings["model"], dtype=getattr(torch, settings["dtype"]))
     tokenizer = cast(Tokenizer, NoText(model.config.vocab_size))
     engine = Engine(model, tokenizer, EngineConfig(max_running=batch, weights=settings["weights"]))
+    del model  # or its weights would be in memory twice
     for number in range(batch):  # the first calls allocate
         add(engine, number, [3] * 8, 4)
     while engine.has_work:

@@ -175,8 +175,8 @@ def test_comparisons_are_about_the_figures_that_they_name():
         ["90, float32", "50, llama.cpp, Q8_0", "1.8"],
         ["2,000, bfloat16", "1,000, vLLM, float32", "2"],
         ["70, weights of 8 bits", "35, vLLM, bfloat16", "2"],
-        ["20", "10, S4D", "2"],
-        ["6", "2, S4D", "0.333: the peer is better"],
+        ["20, float32", "10, S4D", "2"],
+        ["6, float32", "2, S4D", "0.333: the peer is better"],
         ["3", "4, attention", "0.75: the peer is better"],
     ]
     assert lines[0].endswith("| `peers`, 2026-01-02, fffffff |")
