@@ -1,7 +1,7 @@
 """`python -m benchmarks speculation`: decoding with guessed tokens against decoding without them.
 
-Two engines of one model decode the same answers in turns, a few tokens at a time, with `speculate`
-and without. The model's weights are random, so each token that it chooses is replaced by the next
+Two engines of one model, with the usual `max_running`, decode the same answers in turns, a few
+tokens at a time, with `speculate` and without. The model's weights are random, so each token that it chooses is replaced by the next
 of a given answer, as a model that knows it would choose: all else is as always, and so is its time.
 Times are of the processor, so that other processes count less.
 """
@@ -131,7 +131,6 @@ def compare(
                 tokenizer,
                 EngineConfig(
                     cache_gib=0.5,
-                    max_running=len(pairs),
                     prefix_cache_gib=0,
                     weights=weights,
                     speculate="ngram" if name == "speculate" else None,

@@ -67,8 +67,8 @@ class Runner:
             require_invariance(model)
         weights = chosen_weights(config.weights, model)
         self.adapters = Adapters(adapters, num_rows(config), model.embedding.weight)
-        groups = config.batch_invariant or config.speculate is not None
-        usual_rows = 1 if config.max_running == 1 and not groups else USUAL_ROWS
+        is_alone = config.max_running == 1 and not config.batch_invariant
+        usual_rows = 1 if is_alone else USUAL_ROWS
         self._model = inference_copy(model, weights, self.adapters, usual_rows)
         self._batch_invariant = config.batch_invariant
         self._product = inference_product(model.embedding.weight, weights, usual_rows)

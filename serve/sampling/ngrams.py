@@ -8,15 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MOST_EQUAL = 8
-"""Tokens before a place that are compared with those at the end of the text, at most."""
+LEAST_EQUAL, MOST_EQUAL = 3, 8
+"""Tokens before a place that must be those at the end of the text, at least, and that are compared,
+at most."""
 MOST_SEARCHED = 2**16
 """Tokens at the end of the text that are searched, which takes tens of microseconds."""
-FIRST_MEAN, WORTHWHILE = 1.5, 0.25
+FIRST_MEAN, WORTHWHILE = 1.25, 1.0
 """Right guesses of a step, on average: as assumed at first, and at least for guessing to go on. A
-step of eight tokens takes up to a quarter longer than one of a single token."""
-WEIGHT = 1 / 8
-"""Weight of a step in that average."""
+step of several tokens takes up to twice as long as one of a single token."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 8, 64
 """Tokens for which guessing pauses when it was not worthwhile. Each pause in a row is twice as long
 as the one before."""
@@ -47,8 +46,8 @@ class Ngrams:
         self._length = length
 
     def guess(self, most: int) -> list[int]:
-        """Return up to `most` next tokens, fewer if few were right of late: none where the text's
-        last token is new, or guessing pauses."""
+        """Return up to `most` next tokens: none where the text's last tokens are new, or guessing
+        pauses."""
         if most < 1 or self._length < self._paused_until:
             return []
         text = self._tokens[max(0, self._length - MOST_SEARCHED) : self._length]
@@ -61,15 +60,14 @@ class Ngrams:
             if not len(longer):
                 break
             ends, num_equal = longer, num_equal + 1
-        if not len(ends):
+        if not len(ends) or num_equal < LEAST_EQUAL:
             return []
-        most = min(most, 2 + round(2 * self._mean))
         after = text[ends[-1] + 1 :]  # what is guessed may go on where the text ends
         return [int(after[i % len(after)]) for i in range(most)]
 
     def learn(self, num_right: int) -> None:
         """Take note of how many guesses of a step were right, before their tokens are appended."""
-        self._mean += WEIGHT * (num_right - self._mean)
+        self._mean += (num_right - self._mean) / 4
         if self._mean >= WORTHWHILE:
             self._pause = SHORTEST_PAUSE
         else:

@@ -219,6 +219,7 @@ def test_distribution_of_tokens_is_that_of_the_model(tokenizer, monkeypatch, cou
     logits = torch.full((280, 280), -torch.inf)
     logits[:states, :states] = 1.5 * torch.randn(states, states)
     monkeypatch.setattr(Ngrams, "learn", lambda self, num_right: None)  # never pauses
+    monkeypatch.setattr("serve.sampling.ngrams.LEAST_EQUAL", 1)
     chooser = TokenChooser(tokenizer, torch.device("cpu"))
     params = SamplingParams(1.0, max_new_tokens=count + 8, stop_at_eos=False, seed=8)
     job = Job(0, Request([0], params), count, new_token_ids=[1], num_seen=1, steps_left=count + 8)
