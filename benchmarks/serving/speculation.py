@@ -1,8 +1,9 @@
 """`python -m benchmarks speculation`: decoding with guessed tokens against decoding without them.
 
 Two engines of one model, with the usual `max_running`, decode the same answers in turns, a few
-tokens at a time, with `speculate` and without. The model's weights are random, so each token that it chooses is replaced by the next
-of a given answer, as a model that knows it would choose: all else is as always, and so is its time.
+tokens at a time, with `speculate` and without. The model's weights are random, so each token that
+it chooses is replaced by the next of a given answer, as a model that knows it would choose: all
+else is as always, and so is its time.
 Times are of the processor, so that other processes count less.
 """
 
