@@ -33,9 +33,8 @@ from stu.tokenizer import Tokenizer
 class Engine:
     """Decodes many requests together, synchronously and in one thread.
 
-    Each step prefills a piece of the waiting prompts and generates a token for each running
-    request. The same calls in the same order give the same outputs; other requests change only
-    rounding.
+    Each step prefills a piece of the waiting prompts, and generates a token of running requests.
+    The same calls in the same order give the same outputs; other requests change only rounding.
 
     Args:
         model: On the device that decodes.
