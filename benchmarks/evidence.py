@@ -28,15 +28,15 @@ from benchmarks.recorded import ROOT, recorded
 
 PROGRESS = "peers-measured.json"
 QUICK: dict[str, str] = {
-    "decode": f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 2 "
+    "decode": f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 1 "
     f"--peers [{','.join(COMPARED)}]",
     "model": "--decode [decode.json]",
     "convolution": "--first 1",
     "train": "--context [2048] --repeats 1",
     "loss": "--first 1 --repeats 1",
     "memory": "--first 1",
-    "load": "--requests 128",
-    "peers": f"--threads 2 --context [{CONTEXT}] --batch [1,32] --new-tokens 16 --requests 64 "
+    "load": "--requests 64",
+    "peers": f"--threads 2 --context [{CONTEXT}] --batch [1,32] --new-tokens 8 --requests 64 "
     f"--rounds 1 --programs [{','.join(PROGRAMS)}] --install false --progress {PROGRESS}",
 }
 """Options of each benchmark."""
