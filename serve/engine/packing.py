@@ -18,7 +18,7 @@ from stu.layers import GatedMLP
 
 USUAL_ROWS = 32
 """Number of rows that the layout is usually optimised for; others are multiplied in it too. A
-layout for one row is a fifth faster for that in float32, and slower for a few."""
+layout for one row is faster for that in float32, and slower for a few."""
 MANY_ROWS = 256
 """Rows of a full piece. Smaller pieces take longer a row."""
 ROWS_AT_ONCE = 64
