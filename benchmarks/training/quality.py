@@ -1,8 +1,9 @@
 """`python -m benchmarks quality`: what mixers learn from the same tokens with as many weights.
 
-Each run trains with stu-train in a process of one thread. The first seed tries learning rates on
-the first text and context, more until the best one is not the highest or lowest; all other runs of
-a layout have its best one, and Muon's have the same. A run that has ended is kept in a folder, and
+Each run trains with stu-train in a process of one thread, with bfloat16 products as users train.
+The first seed tries learning rates on the first text and context, more until the best one is not
+the highest or lowest; all other runs of a layout have its best one, and Muon's have the same. Tasks
+of recall have the best of three of the first seed. A run that has ended is kept in a folder, and
 `minutes` limits how long runs are begun, so a whole result may come from several calls; with
 `recorded`, also from several machines.
 """
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
+from threading import Semaphore
 from typing import Any, Literal, get_args
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -76,8 +78,12 @@ def measure(options: Options) -> dict[str, Any]:
     for layout in options.layouts:
         if layout not in layout_names():
             raise UserError("layouts", layout, f"one of {', '.join(layout_names())}")
+    for text in options.texts:
+        prepared(text, options.folder)
     work = _Work(options)
-    rates = {layout: best_rate(work, layout, options) for layout in options.layouts}
+    with ThreadPoolExecutor() as pool:
+        best = pool.map(lambda layout: best_rate(work, layout, options), options.layouts)
+        rates = dict(zip(options.layouts, best, strict=True))
     runs = [
         run
         for seed in range(options.seeds)
@@ -97,14 +103,21 @@ def measure(options: Options) -> dict[str, Any]:
             ),
         )
     ]  # fmt: skip
+    learned = work.done(runs)
     trials = [
-        Trial(task, layout, rate, seed, options.steps)
-        for seed in range(options.seeds)
+        Trial(task, layout, rate, 0, options.steps)
         for task in get_args(Task)
         for layout in options.layouts
         for rate in RECALL_RATES
     ]
-    learned, recalled = work.done(runs), work.done(trials)
+    found = work.done(trials)
+    trials += [
+        Trial(task, layout, best_recall_rate(found, task, layout), seed, options.steps)
+        for seed in range(1, options.seeds)
+        for task in get_args(Task)
+        for layout in options.layouts
+    ]
+    recalled = work.done(trials)
     missing = len(runs) + len(trials) - len(learned) - len(recalled)
     return {
         "machine": describe(),
@@ -129,6 +142,14 @@ def best_rate(work: "_Work", layout: str, options: Options) -> float:
         if rates[0] < best < rates[-1] or len(rates) == MOST_RATES:
             return float(best)
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+
+
+def best_recall_rate(results: Iterable[Result], task: Task, layout: str) -> float:
+    """Return the learning rate with the most right answers of a task."""
+    mine = [one for one in results if one["task"] == task and one["layout"] == layout]
+    if len(mine) < len(RECALL_RATES):  # time was up
+        return RECALL_RATES[1]
+    return float(max(mine, key=lambda one: float(one["right"]))["learning_rate"])
 
 
 def first_runs(layout: str, rates: Iterable[float], options: Options) -> list[Run]:
@@ -157,6 +178,7 @@ class _Work:
         """Machines of the results that were recorded before."""
         seconds = float("inf") if options.minutes is None else 60 * options.minutes
         self._deadline = time.monotonic() + seconds
+        self._free = Semaphore(options.processes)
         if options.recorded is not None:
             earlier = read_json_object(options.recorded)
             self.machines += [*earlier["earlier_machines"], earlier["machine"]]
@@ -178,14 +200,16 @@ class _Work:
 
     def done(self, runs: Sequence[Run | Trial]) -> list[Result]:
         """Make the runs that are missing while there is time. Return the results there are."""
-        for text in sorted({run.text for run in runs if isinstance(run, Run)}):
-            prepared(text, self._options.folder)
         with ThreadPoolExecutor(self._options.processes) as pool:
             list(pool.map(self._make, runs))
         paths = [self.path(run) for run in runs]
         return [json.loads(path.read_text()) for path in paths if path.exists()]
 
     def _make(self, run: Run | Trial) -> None:
+        with self._free:
+            self._make_now(run)
+
+    def _make_now(self, run: Run | Trial) -> None:
         path = self.path(run)
         if path.exists() or time.monotonic() > self._deadline:
             return
@@ -208,6 +232,7 @@ def prepared(text: str, folder: Path) -> Path:
     """Return the token shards of a text, which are made if they are not there."""
     data = folder / f"data-{text}"
     if not data.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         source = "stdlib:"
         if text == "prose":
             source = str(folder / "prose.jsonl")

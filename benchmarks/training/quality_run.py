@@ -110,6 +110,7 @@ def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
         "model.optimizer.final_lr_fraction": 0.05,
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
+        "trainer.precision": "bf16-mixed",
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps,
         "trainer.num_sanity_val_steps": 0,
