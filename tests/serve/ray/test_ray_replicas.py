@@ -188,7 +188,7 @@ async def test_the_end_at_once_does_not_wait_for_ray(replicas_of, monkeypatch):
 def test_a_second_signal_ends_the_server_though_its_replicas_cannot_be_told(monkeypatch):
     server = object.__new__(HttpServer)
     server.should_exit, server._service, codes = True, Mock(), []
-    server._service.replicas.kill.side_effect = OSError("no cluster")
+    server._service.kill.side_effect = OSError("no cluster")
     monkeypatch.setattr("os._exit", codes.append)
     with pytest.raises(OSError, match="no cluster"):
         server.handle_exit(15, None)
