@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import online_tables
+from benchmarks import online_tables, quality_tables
 from benchmarks.decoding_tables import LABELS
 from benchmarks.recorded import Run, fewest_threads, recorded
 from benchmarks.train_serve_tables import VARIANTS
@@ -33,6 +33,8 @@ ONLINE_STYLES = {
     "state": ("o", "-"),
 }
 """Marker and dashes of each method for one convolution."""
+LAYOUT_STYLES = {"stu": ("o", "-"), "hybrid": ("s", (0, (7, 2))), "hyena": ("^", (0, (2.5, 1.5)))}
+"""Marker and dashes of each layout that is compared with attention."""
 LENGTH_DASHES = [(0, (1, 1.5)), (0, (2.5, 1.5)), (0, (7, 2, 1, 2)), (0, (7, 2)), "-"]
 GREY, LARGE_BATCH, DPI = "0.45", 32, 140
 MANY_LABELS = 300
@@ -48,6 +50,7 @@ def draw_pictures(folder: Path) -> None:
     draw_decode(results["decode"], folder / "decode.png")
     draw_online(results["online"], folder / "futurefill.png")
     draw_train(results["train"], folder / "training-step.png")
+    draw_quality(results["quality"], folder / "quality.png")
 
 
 def draw_decode(result: Run, file: Path) -> None:
@@ -206,5 +209,41 @@ def draw_train(result: Run, file: Path) -> None:
     )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=DPI)
+    pyplot.close(figure)
+
+
+def draw_quality(result: Run, file: Path) -> None:
+    """Draw the loss less that of attention against the position, for each text."""
+    from matplotlib import pyplot, ticker
+
+    settings = quality_tables.longest(result)
+    figure, panels = pyplot.subplots(
+        1, len(settings), figsize=(11, 4.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, setting in zip(panels.flat, settings, strict=True):
+        peer = quality_tables.of_positions(result, setting, quality_tables.PEER)
+        for layout, (marker, dashes) in LAYOUT_STYLES.items():
+            own = quality_tables.of_positions(result, setting, layout)
+            places = [place for place in own if place in peer]
+            axes.plot(
+                places,
+                [own[place] - peer[place] for place in places],
+                label=quality_tables.LABELS[layout],
+                marker=marker,
+                linestyle=dashes,
+                color="black",
+                markerfacecolor="black" if layout == "stu" else "white",
+            )
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set_title(setting[0], fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks(list(peer), [f"{place:,}" for place in peer], fontsize=8)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_xlabel("tokens before, this many or up to twice as many")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+    panels[0, 0].set_ylabel("nats of a token, less those of attention")
+    panels[0, 0].legend(frameon=False)
     figure.savefig(file, dpi=DPI)
     pyplot.close(figure)

@@ -11,7 +11,13 @@ compares the documents with the results.
 import re
 import sys
 
-from benchmarks import decoding_tables, online_tables, peers_tables, train_serve_tables
+from benchmarks import (
+    decoding_tables,
+    online_tables,
+    peers_tables,
+    quality_tables,
+    train_serve_tables,
+)
 from benchmarks.claims import comparisons
 from benchmarks.recorded import ROOT, Run, recorded
 
@@ -26,7 +32,11 @@ PLACE = re.compile(
     r"(<!-- benchmark (?P<part>(?P<name>\w+)[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 TABLES = (
-    decoding_tables.TABLES | online_tables.TABLES | peers_tables.TABLES | train_serve_tables.TABLES
+    decoding_tables.TABLES
+    | online_tables.TABLES
+    | peers_tables.TABLES
+    | quality_tables.TABLES
+    | train_serve_tables.TABLES
 )
 COMPARISONS = re.compile(r"(<!-- comparisons -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from benchmarks import plots, quality_tables
 from benchmarks.__main__ import main
 from benchmarks.peers.rope_attention import rotated
 from benchmarks.training import quality
@@ -117,3 +118,43 @@ def test_a_small_run_is_kept(tmp_path, capfd):
     assert result.pop("earlier_machines") == []
     del again["machine"]
     assert again == result
+
+
+def trained(layout, seed, bits, context=4096, optimizer="adamw"):
+    run = {"text": "code", "context": context, "layout": layout, "optimizer": optimizer}
+    run |= {"seed": seed, "bits_per_byte": bits, "learning_rate": 4e-3}
+    return run | {"loss_by_position": {"1": bits, "2": bits / 2}}
+
+
+def test_tables_show_differences_of_the_same_seeds_and_which_are_not_significant(tmp_path):
+    attention = [trained("rope", seed, 2.0 + seed) for seed in range(3)]
+    runs = [
+        *attention,
+        *(trained("stu", seed, 1.9 + seed + 0.001 * seed) for seed in range(3)),
+        *(trained("hyena", seed, 2.1 + seed * 1.2) for seed in range(3)),
+        *(trained("hybrid", seed, 2.0 + seed) for seed in range(2)),
+        trained("rope", 0, 2.0, optimizer="muon"),
+        trained("stu", 0, 1.5, optimizer="muon"),
+    ]
+    result = {"runs": runs, "tried": runs[:1]}
+    result["recall"] = [
+        {"task": "needle", "layout": "stu", "seed": seed, "learning_rate": rate, "right": right}
+        for seed, rate, right in [(0, 1e-3, 0.2), (0, 3e-3, 0.5), (0, 1e-2, 0.1), (1, 3e-3, 0.25)]
+    ]
+    lines = quality_tables.losses(result).splitlines()
+    assert lines[0].endswith("| code, 4,096, 2 of 3 seeds | code, 4,096, Muon, 1 of 3 seeds |")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [
+        # A standard deviation of 0.001 over three differences, times 4.303, over sqrt(3).
+        ["STU", "2.901 (-0.099 ± 0.002)", "1.500 (-0.500, one seed)"],
+        ["hybrid", "2.500 (+0.000 ± 0.000, not significant)", "-"],
+        ["Hyena", "3.300 (+0.300 ± 0.497, not significant)", "-"],
+        ["attention, RoPE", "3.000", "2.000"],
+    ]
+    recall = quality_tables.recall(result).splitlines()
+    assert recall[2:4] == ["| STU | 50%, 25% |", "| hybrid | - |"]
+    assert quality_tables.rates(result).splitlines()[-1] == "| attention, RoPE | 2.000 |"
+    positions = quality_tables.of_positions(result, ("code", 4096, "adamw"), "rope")
+    assert positions == {1: 3.0, 2: 1.5}
+    plots.draw_quality(result, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")

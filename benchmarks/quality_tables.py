@@ -1,0 +1,135 @@
+"""The tables of what mixers learn from the same tokens."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.recorded import Columns, Run, table
+
+LABELS = {"stu": "STU", "hybrid": "hybrid", "hyena": "Hyena", "rope": "attention, RoPE"}
+"""Layouts, in the order of tables and legends; the last one is what others are compared with."""
+PEER = "rope"
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Two-sided 95% quantiles of Student's t by the number of differences."""
+Setting = tuple[str, int, str]
+"""Text, context and optimizer."""
+
+
+def setting_of(run: Run) -> Setting:
+    """Return the setting that a model was trained in."""
+    return run["text"], run["context"], run["optimizer"]
+
+
+def settings(result: Run) -> list[Setting]:
+    """Return the settings that models were trained in."""
+    found = {setting_of(run) for run in result["runs"]}
+    return sorted(found, key=lambda one: (one[2], one[0], one[1]))
+
+
+def by_seed(result: Run, setting: Setting, layout: str) -> dict[int, Run]:
+    """Return the runs of a layout in a setting, by seed."""
+    return {
+        run["seed"]: run
+        for run in result["runs"]
+        if (setting_of(run), run["layout"]) == (setting, layout)
+    }
+
+
+def difference(mine: dict[int, Run], peers: dict[int, Run]) -> tuple[float, float]:
+    """Return the mean difference in bits per byte of runs with the same seeds, thus the same order
+    of the data, and half of its 95% interval; infinity for one seed."""
+    seeds = mine.keys() & peers.keys()
+    each = [mine[seed]["bits_per_byte"] - peers[seed]["bits_per_byte"] for seed in sorted(seeds)]
+    if len(each) < 2:
+        return fmean(each), math.inf
+    return fmean(each), T_95[len(each)] * stdev(each) / math.sqrt(len(each))
+
+
+def losses(result: Run) -> str:
+    """Show bits per byte, and the difference from attention."""
+
+    def cell(setting: Setting, layout: str) -> str:
+        runs = by_seed(result, setting, layout)
+        if not runs:
+            return "-"
+        shown = f"{fmean(run['bits_per_byte'] for run in runs.values()):.3f}"
+        peers = by_seed(result, setting, PEER)
+        if layout == PEER or not runs.keys() & peers.keys():
+            return shown
+        mean, half = difference(runs, peers)
+        if half == math.inf:
+            return f"{shown} ({mean:+.3f}, one seed)"
+        verdict = "" if abs(mean) > half else ", not significant"
+        return f"{shown} ({mean:+.3f} ± {half:.3f}{verdict})"
+
+    def title(setting: Setting) -> str:
+        text, context, optimizer = setting
+        seeds = min(num_seeds(setting, layout) for layout in layouts_of(setting))
+        few = "" if seeds == most else f", {seeds} of {most} seeds"
+        return f"{text}, {context:,}{', Muon' if optimizer == 'muon' else ''}{few}"
+
+    def num_seeds(setting: Setting, layout: str) -> int:
+        return len(by_seed(result, setting, layout))
+
+    def layouts_of(setting: Setting) -> list[str]:
+        return [layout for layout in LABELS if num_seeds(setting, layout)]
+
+    shown = settings(result)
+    most = max(num_seeds(setting, layout) for setting in shown for layout in LABELS)
+    columns: Columns = {"bits per byte (less attention's)": LABELS.__getitem__}
+    columns |= {title(setting): partial(cell, setting) for setting in shown}
+    return table(LABELS, columns)
+
+
+def of_positions(result: Run, setting: Setting, layout: str) -> dict[int, float]:
+    """Return the mean nats of targets with as many tokens before them as each number or more, but
+    less than the next one. Empty without a run."""
+    all_nats = [run["loss_by_position"] for run in by_seed(result, setting, layout).values()]
+    return {int(place): fmean(nats[place] for nats in all_nats) for place in (all_nats or [{}])[0]}
+
+
+def longest(result: Run) -> list[Setting]:
+    """Return the settings with the longest context and AdamW."""
+    context = max(run["context"] for run in result["runs"])
+    return [setting for setting in settings(result) if setting[1:] == (context, "adamw")]
+
+
+def recall(result: Run) -> str:
+    """Show the share of right answers of each task, at the best learning rate of the first seed."""
+
+    def cell(task: str, layout: str) -> str:
+        runs = [run for run in result["recall"] if (run["task"], run["layout"]) == (task, layout)]
+        if not runs:
+            return "-"
+        rate = max((run for run in runs if run["seed"] == 0), key=lambda run: run["right"])
+        chosen = [run for run in runs if run["learning_rate"] == rate["learning_rate"]]
+        return ", ".join(f"{run['right']:.0%}" for run in chosen)
+
+    tasks = sorted({run["task"] for run in result["recall"]})
+    columns: Columns = {"right answers, by seed": LABELS.__getitem__}
+    columns |= {task: partial(cell, task) for task in tasks}
+    return table(LABELS, columns)
+
+
+def rates(result: Run) -> str:
+    """Show the learning rates that were tried."""
+    tried = sorted({run["learning_rate"] for run in result["tried"]})
+
+    def cell(rate: float, layout: str) -> str:
+        for run in result["tried"]:
+            if (run["layout"], run["learning_rate"]) == (layout, rate):
+                return f"{run['bits_per_byte']:.3f}"
+        return ""
+
+    columns: Columns = {"bits per byte at a learning rate of": LABELS.__getitem__}
+    columns |= {f"{rate:g}": partial(cell, rate) for rate in tried}
+    return table(LABELS, columns)
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "quality losses": losses,
+    "quality recall": recall,
+    "quality rates": rates,
+}
