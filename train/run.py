@@ -230,7 +230,11 @@ def _prepare(arguments: list[str]) -> TrainCLI:
                     load_from_checkpoint_support=False,
                     save_config_callback=None,
                     parser_class=Parser,
-                    parser_kwargs={"prog": "stu-train"},
+                    parser_kwargs={
+                        "prog": "stu-train",
+                        "usage": "stu-train --config FILE --data.dir DIR [--SETTING VALUE ...]",
+                        "description": "All settings. A dotted name is its path in the YAML file.",
+                    },
                 )
             except MisconfigurationException as error:
                 raise UserError(message=str(error)) from error

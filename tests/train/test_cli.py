@@ -159,6 +159,7 @@ def test_short_help_names_real_settings(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help-all"])
     full = capsys.readouterr().out
+    assert short.splitlines()[0] == full.splitlines()[0]
     for name in set(cli.COMMON_SETTINGS) - {"--help-all"}:
         assert name in short
         assert re.search(rf"{re.escape(name)}\b", full), name
