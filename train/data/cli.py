@@ -94,8 +94,12 @@ def _summary(output: Path) -> str:
     index = Index.load(output)
     lines = [
         f"{name}: {split.num_documents:,} documents, {split.num_bytes / 1e6:,.1f} MB, "
-        f"{split.num_tokens:,} tokens ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
-        + (f", {split.num_tokens // index.chat_seq_len:,} rows" if index.chat_seq_len else "")
+        f"{split.num_tokens:,} tokens"
+        + (
+            f", {split.num_tokens // index.chat_seq_len:,} rows, filled up at their ends"
+            if index.chat_seq_len
+            else f" ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
+        )
         for name, split in index.splits.items()
         if split.num_tokens
     ]

@@ -165,7 +165,9 @@ def test_rows_that_are_no_conversations(folder, tmp_path, capsys, line, message)
     assert cli.main(given) == 2
     assert re.search(message, capsys.readouterr().err)
     assert cli.main([*given, "--on-error=skip"]) == 0
-    assert "could not be read: 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "could not be read: 1" in printed
+    assert re.search(r"\d tokens, \d+ rows, filled up at their ends\n", printed)
     assert "line 301" in (tmp_path / "data" / "skipped.jsonl").read_text()
     expected = (folder / "data" / "train-00000.bin").read_bytes()
     assert (tmp_path / "data" / "train-00000.bin").read_bytes()[: len(expected)] == expected
