@@ -35,7 +35,6 @@ PROSE = "torch", "numpy", "networkx"
 """Packages whose documentation strings are the text `prose`."""
 LEAST_CHARS = 200
 """Shorter documentation strings are left out."""
-RATES = 2e-3, 4e-3, 8e-3
 MOST_RATES = 6
 RECALL_RATES = 1e-3, 3e-3, 1e-2
 Result = dict[str, Any]
@@ -65,10 +64,19 @@ class Options:
     """Tokens of a sample."""
     layouts: tuple[str, ...] = ("stu", "hybrid", "hyena", "rope")
     """Mixers; `rope` is attention to the whole context with rotary positions."""
+    optimizers: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
+    """Optimizers; all but the first one learn the first text with the first context alone."""
+    rates: tuple[PositiveFloat, ...] = (2e-3, 4e-3, 8e-3)
+    """Learning rates to try first; one is not changed."""
+    tasks: tuple[Task, ...] = get_args(Task)
+    """Tasks of recall."""
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Return the results of all runs that have ended, and how many have not."""
+    for name in ("texts", "contexts", "layouts", "optimizers", "rates"):
+        if not getattr(options, name):
+            raise UserError(name, "[]", "one value or more")
     for context in options.contexts:
         if TOKENS_PER_STEP % context:
             raise UserError("contexts", context, f"a divisor of {TOKENS_PER_STEP}")
@@ -89,24 +97,22 @@ def measure(options: Options) -> dict[str, Any]:
         for seed in range(options.seeds)
         for run in (
             *(
-                Run(text, context, layout, "adamw", rate, seed, options.tokens)
+                Run(text, context, layout, options.optimizers[0], rate, seed, options.tokens)
                 for text in options.texts
                 for context in options.contexts
                 for layout, rate in rates.items()
             ),
             *(
-                Run(
-                    options.texts[0], options.contexts[0], layout, "muon", rate, seed,
-                    options.tokens,
-                )
+                Run(*first_setting(options), layout, optimizer, rate, seed, options.tokens)
+                for optimizer in options.optimizers[1:]
                 for layout, rate in rates.items()
             ),
         )
-    ]  # fmt: skip
+    ]
     learned = work.done(runs)
     trials = [
         Trial(task, layout, rate, 0, options.steps)
-        for task in get_args(Task)
+        for task in options.tasks
         for layout in options.layouts
         for rate in RECALL_RATES
     ]
@@ -114,7 +120,7 @@ def measure(options: Options) -> dict[str, Any]:
     trials += [
         Trial(task, layout, best_recall_rate(found, task, layout), seed, options.steps)
         for seed in range(1, options.seeds)
-        for task in get_args(Task)
+        for task in options.tasks
         for layout in options.layouts
     ]
     recalled = work.done(trials)
@@ -131,15 +137,15 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def best_rate(work: "_Work", layout: str, options: Options) -> float:
-    """Return the learning rate with the least loss of the first seed: of RATES, and of lower or
-    higher ones as long as the best one is the last on its side."""
-    rates = list(RATES)
+    """Return the learning rate with the least loss of the first seed: of those given, and of lower
+    or higher ones as long as the best one is the last on its side. One rate alone is the best."""
+    rates: list[float] = sorted(options.rates)
     while True:
         found = work.done(first_runs(layout, rates, options))
         if len(found) < len(rates):  # time was up
             return rates[len(rates) // 2]
         best = min(found, key=lambda result: float(result["loss"]))["learning_rate"]
-        if rates[0] < best < rates[-1] or len(rates) == MOST_RATES:
+        if rates[0] < best < rates[-1] or len(rates) in (1, MOST_RATES):
             return float(best)
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 
@@ -154,13 +160,20 @@ def best_recall_rate(results: Iterable[Result], task: Task, layout: str) -> floa
 
 def first_runs(layout: str, rates: Iterable[float], options: Options) -> list[Run]:
     """Return the runs of the first seed with several learning rates."""
-    first = options.texts[0], options.contexts[0]
-    return [Run(*first, layout, "adamw", rate, 0, options.tokens) for rate in rates]
+    first = first_setting(options)
+    optimizer = options.optimizers[0]
+    return [Run(*first, layout, optimizer, rate, 0, options.tokens) for rate in rates]
+
+
+def first_setting(options: Options) -> tuple[str, int]:
+    """Return the first text and context."""
+    return options.texts[0], options.contexts[0]
 
 
 def tried(work: "_Work", options: Options) -> list[Run]:
     """Return the runs of `first_runs` that have ended."""
-    every = [RATES[0] * 2.0**power for power in range(-MOST_RATES, MOST_RATES + 3)]
+    powers = range(-MOST_RATES, MOST_RATES + 1)
+    every = sorted({rate * 2.0**power for rate in options.rates for power in powers})
     return [
         run
         for layout in options.layouts

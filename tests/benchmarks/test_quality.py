@@ -1,5 +1,6 @@
 """The benchmark of quality: its peer, its tasks, and how it chooses and keeps runs."""
 
+import dataclasses
 import json
 import math
 
@@ -77,6 +78,8 @@ def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
     assert quality.best_rate(work, "stu", options) == 16e-3
     work.path(first_runs("stu", [32e-3], options)[0]).unlink()
     assert quality.best_rate(work, "stu", options) == 8e-3, "as time is up"
+    only = dataclasses.replace(options, rates=(4e-3,))
+    assert quality.best_rate(work, "stu", only) == 4e-3
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,7 @@ def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
         ("contexts", "[3000]", "a divisor of 4096"),
         ("tokens", "5000", "a multiple of 4096"),
         ("layouts", "[llama]", "one of hybrid, "),
+        ("rates", "[]", "one value or more"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(option, value, allowed, tmp_path, capsys):
