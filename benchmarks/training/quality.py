@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
-from threading import Semaphore
+from threading import Lock, Semaphore
 from typing import Any, Literal, get_args
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -86,8 +86,6 @@ def measure(options: Options) -> dict[str, Any]:
     for layout in options.layouts:
         if layout not in layout_names():
             raise UserError("layouts", layout, f"one of {', '.join(layout_names())}")
-    for text in options.texts:
-        prepared(text, options.folder)
     work = _Work(options)
     with ThreadPoolExecutor() as pool:
         best = pool.map(lambda layout: best_rate(work, layout, options), options.layouts)
@@ -191,7 +189,7 @@ class _Work:
         """Machines of the results that were recorded before."""
         seconds = float("inf") if options.minutes is None else 60 * options.minutes
         self._deadline = time.monotonic() + seconds
-        self._free = Semaphore(options.processes)
+        self._free, self._preparing = Semaphore(options.processes), Lock()
         if options.recorded is not None:
             earlier = read_json_object(options.recorded)
             self.machines += [*earlier["earlier_machines"], earlier["machine"]]
@@ -228,7 +226,8 @@ class _Work:
             return
         arguments = [json.dumps(dataclasses.asdict(run))]
         if isinstance(run, Run):
-            data = prepared(run.text, self._options.folder)
+            with self._preparing:
+                data = prepared(run.text, self._options.folder)
             arguments += [str(data), str(path.with_suffix(""))]
         path.parent.mkdir(parents=True, exist_ok=True)
         program = "quality_run" if isinstance(run, Run) else "recall"
