@@ -165,6 +165,8 @@ def test_short_help_names_real_settings(capsys):
         assert re.search(rf"{re.escape(name)}\b", full), name
     assert options_with_underscores(full) == set()
     assert "<class" not in full
+    undescribed = r"^  (-\S+(?: \S+)*)\n +\((?:type|required)"
+    assert re.findall(undescribed, full, re.MULTILINE) == []
 
 
 @pytest.mark.parametrize(
