@@ -8,13 +8,13 @@ from benchmarks.recorded import Columns, Run, decoded, settings, table
 
 LABELS = {
     "ours": "ours",
-    "ours_int8": "ours, weights of 8 bits",
+    "ours_int8": "ours, int8",
     "continuous": "FutureFill, continuous",
     "epoched": "FutureFill, epoched",
-    "flashinference": "tiles over prompt and generation",
+    "flashinference": "tiles from the first prompt token",
     "naive": "direct sums",
-    "llama": "Llama-like, preallocated",
-    "llama_grouped": "Llama-like, 4 key heads",
+    "llama": "Llama-like",
+    "llama_grouped": "Llama-like, 4 KV heads",
     "mamba2": "Mamba-2",
     "rwkv": "RWKV-4",
     "s4": "S4D",
@@ -37,11 +37,11 @@ def decode_peers(result: Run) -> str:
         return f"{speed} ({mib(run)})"
 
     columns: Columns = {
-        "tokens a second (cache, MiB)": lambda row: LABELS[row[1]],
+        "tokens per second (cache, MiB)": lambda row: LABELS[row[1]],
         "batch": lambda row: str(row[0]),
     }
     for length in sorted({run["new_tokens"] for run in result["runs"]}):
-        columns[f"{length:,} new"] = partial(cell, length)
+        columns[f"{length:,} new tokens"] = partial(cell, length)
     return table([(batch, name) for batch in (1, 32) for name in models(result)], columns)
 
 
@@ -54,9 +54,9 @@ def decode_costs(result: Run) -> str:
 
     adds, moved = "multiply_adds_per_token", "bytes_moved_per_token"
     columns: Columns = {
-        "of a token": lambda run: LABELS[run["cache"]],
-        "M multiply-adds, dense": lambda run: f"{run[adds]['dense'] / 1e6:.1f}",
-        "mixing tokens": partial(apart, adds, "dense"),
+        "per token": lambda run: LABELS[run["cache"]],
+        "multiply-adds (M), dense layers": lambda run: f"{run[adds]['dense'] / 1e6:.1f}",
+        "token mixing": partial(apart, adds, "dense"),
         "MB moved, weights": lambda run: f"{run[moved]['weights'] / 1e6:.1f}",
         "caches and filters": partial(apart, moved, "weights"),
     }
@@ -76,12 +76,12 @@ def decode_shares(result: Run) -> str:
 
     columns: Columns = {
         "batch, new tokens": batch_and_length,
-        "convolution's share, direct sums": lambda runs: (
+        "share of the convolution, direct sums": lambda runs: (
             f"{runs['naive']['convolution_share']:.0%}"
         ),
         "ours": lambda runs: f"{runs['ours']['convolution_share']:.1%}",
-        "times as fast (of the rounds)": gain,
-        "with a convolution that takes no time": bound,
+        "speedup (range over rounds)": gain,
+        "speedup if the convolution were free": bound,
     }
     rows = timed(result, ["ours", "naive"])
     batches = [runs["ours"]["batch"] for runs in rows]
@@ -90,12 +90,12 @@ def decode_shares(result: Run) -> str:
 
 
 def int8_steps(result: Run) -> str:
-    """Show milliseconds of a step with weights in float and in 8 bits."""
+    """Show milliseconds of a step with weights in float32 and in int8."""
     columns: Columns = {
         "batch": lambda runs: str(runs["ours"]["batch"]),
         "float32, ms": partial(ms, "ours", "step_ms"),
-        "8 bits, ms": partial(ms, "ours_int8", "step_ms"),
-        "times as fast": lambda runs: f"{1 / runs['ours_int8']['step_over_ours']:.2f}",
+        "int8, ms": partial(ms, "ours_int8", "step_ms"),
+        "speedup": lambda runs: f"{1 / runs['ours_int8']['step_over_ours']:.2f}",
     }
     return table(timed(result, ["ours", "ours_int8"]), columns)
 
@@ -119,7 +119,7 @@ def layouts(result: Run) -> str:
     }
     columns |= {f"{LABELS[name]}, ms": partial(ms, name, "step_ms") for name in names}
     for name in names:
-        columns[f"convolution alone, {LABELS[name]}"] = partial(ms, name, "convolution_ms")
+        columns[f"convolution only, {LABELS[name]}, ms"] = partial(ms, name, "convolution_ms")
     layouts = dict.fromkeys(run["layout"] for run in result["runs"])
     pairs = settings(result)
     return table([decoded(result, *pair, name) for name in layouts for pair in pairs], columns)

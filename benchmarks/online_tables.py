@@ -50,11 +50,11 @@ def online(result: Run) -> str:
         return lambda row: " / ".join(map(figure, row[1]))
 
     columns: Columns = {
-        f"{' / '.join(f'{length:,}' for length in lengths)} tokens in all": lambda row: row[0],
-        "a token, µs": figures(lambda run: f"{1e3 * run['step_ms']:,.0f}"),
+        f"{' / '.join(f'{length:,}' for length in lengths)} tokens": lambda row: row[0],
+        "time per token, µs": figures(lambda run: f"{1e3 * run['step_ms']:,.0f}"),
         "longest step, µs": figures(lambda run: f"{1e3 * run['largest_step_ms']:,.0f}"),
         "cache, MiB": figures(mib),
-        "thousand multiply-adds": figures(
+        "multiply-adds per token, thousands": figures(
             lambda run: f"{run['multiply_adds_per_token'] / 1e3:,.0f}"
         ),
     }

@@ -8,7 +8,7 @@ from benchmarks.recorded import Columns, Run, table
 LABELS = {
     "ours": "ours, float32",
     "ours_bf16": "ours, bfloat16",
-    "ours_int8": "ours, weights of 8 bits",
+    "ours_int8": "ours, int8",
     "llama_cpp_f32": "llama.cpp, F32",
     "llama_cpp_bf16": "llama.cpp, BF16",
     "llama_cpp_q8_0": "llama.cpp, Q8_0",
@@ -30,7 +30,7 @@ def decoding(result: Run) -> str:
         }
         return " / ".join(found.get(context, "-") for context in contexts)
 
-    title = f"tokens a second after {' / '.join(f'{context:,}' for context in contexts)} tokens"
+    title = f"tokens per second after {' / '.join(f'{context:,}' for context in contexts)} tokens"
     columns: Columns = {title: LABELS.__getitem__}
     for batch in sorted({run["batch"] for run in runs}):
         columns[f"batch {batch}"] = partial(speeds, batch)
@@ -49,11 +49,11 @@ def alone(result: Run) -> str:
     title = f"a prompt of {' / '.join(f'{context:,}' for context in contexts)} tokens"
     columns: Columns = {
         title: LABELS.__getitem__,
-        "tokens read a second": partial(
+        "prefill, tokens/s": partial(
             joined, lambda run: f"{run['context'] / run['prefill_seconds']:,.0f}"
         ),
         "cache, MiB": partial(joined, lambda run: f"{run['sequence_bytes'] / 2**20:,.3g}"),
-        "process, MiB": partial(joined, lambda run: f"{run['resident_mib']:,.0f}"),
+        "resident memory, MiB": partial(joined, lambda run: f"{run['resident_mib']:,.0f}"),
     }
     return table(present(result), columns)
 
@@ -63,11 +63,11 @@ def serving(result: Run) -> str:
     runs = [run for run in result["runs"] if run["part"] == "serve"]
     columns: Columns = {
         "server": lambda run: LABELS[run["program"]],
-        "streams": lambda run: str(run["clients"]),
+        "concurrent streams": lambda run: str(run["clients"]),
         "new tokens/s": lambda run: f"{run['output_throughput']:,.0f}",
-        "first token, median ms": lambda run: f"{run['p50_ttft_ms']:,.0f}",
-        "between tokens, median ms": lambda run: f"{run['p50_itl_ms']:,.0f}",
-        "processes, MiB": lambda run: f"{run['resident_mib']:,.0f}",
+        "time to first token, median ms": lambda run: f"{run['p50_ttft_ms']:,.0f}",
+        "inter-token latency, median ms": lambda run: f"{run['p50_itl_ms']:,.0f}",
+        "resident memory, MiB": lambda run: f"{run['resident_mib']:,.0f}",
     }
     return table(runs, columns)
 

@@ -66,15 +66,15 @@ def draw_decode(result: Run, file: Path) -> None:
     for axes, batch in zip(panels, (batches[0], large), strict=False):
         draw_lines(axes, [run for run in runs if run["batch"] == batch], "new_tokens")
         axes.set_title(f"batch {batch}", fontsize=10)
-        axes.set_xlabel("new tokens of each sequence")
+        axes.set_xlabel("new tokens per sequence")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
     counts = Counter(run["new_tokens"] for run in runs)
     length = max(lengths, key=lambda length: (counts[length], length))
     draw_lines(panels[2], [run for run in runs if run["new_tokens"] == length], "cache_mib")
-    along = f"along a line, batch {', '.join(map(str, batches))}"
+    along = f"points of a line: batch {', '.join(map(str, batches))}"
     panels[2].set_title(f"{length:,} new tokens; {along}", fontsize=10)
-    panels[2].set_xlabel("cache of the batch (MiB)")
+    panels[2].set_xlabel("cache of the whole batch (MiB)")
     for axes in panels:
         axes.set_ylabel("tokens per second, all sequences")
         axes.spines[["top", "right"]].set_visible(False)
@@ -100,9 +100,9 @@ def draw_online(result: Run, file: Path) -> None:
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8.4), layout="constrained")
     panels = list(grid.flat)
     shown: dict[str, Callable[[Run], float]] = {
-        "time of a token (µs)": lambda run: 1e3 * run["step_ms"],
+        "time per token (µs)": lambda run: 1e3 * run["step_ms"],
         "cache (MiB)": lambda run: run["cache_bytes"] / 2**20,
-        "multiply-adds of a token (thousands)": lambda run: run["multiply_adds_per_token"] / 1e3,
+        "multiply-adds per token (thousands)": lambda run: run["multiply_adds_per_token"] / 1e3,
     }
     for axes, (title, figure_of) in zip(panels, shown.items(), strict=False):
         for name, (marker, dashes) in ONLINE_STYLES.items():
@@ -125,10 +125,10 @@ def draw_online(result: Run, file: Path) -> None:
         panels[3].annotate(f" {length:,}", (own[-1]["epoch"], times[-1]), va="center", fontsize=8)
         paper = next(run for run in own if run["is_paper_epoch"])
         panels[3].plot(paper["epoch"], 1e3 * paper["step_ms"], "D", color="black", mfc="white")
-    panels[3].set_ylabel("time of a token (µs), FutureFill, epoched")
+    panels[3].set_ylabel("time per token (µs), epoched FutureFill")
     of_longest = online_tables.epochs(result, lengths[-1])
     epochs = [run["epoch"] for run in of_longest if not run["is_paper_epoch"]]
-    ticks = [(lengths, "tokens")] * 3 + [(epochs, "epoch (tokens); a line for each length")]
+    ticks = [(lengths, "tokens")] * 3 + [(epochs, "epoch (tokens); one line per length")]
     for axes, (places, title) in zip(panels, ticks, strict=True):
         axes.set_xlabel(title)
         axes.set_xscale("log")
@@ -141,8 +141,8 @@ def draw_online(result: Run, file: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
-        f"Decoding one convolution alone: D = {runs[0]['width']}, batch 1, float32, "
-        f"{runs[0]['threads']} thread(s). Diamonds: the epoch of the paper",
+        f"Decoding a single convolution: D = {runs[0]['width']}, batch 1, float32, "
+        f"{runs[0]['threads']} thread(s). Diamonds: the paper's epoch",
         fontsize=11,
     )
     figure.savefig(file, dpi=DPI)
@@ -240,10 +240,10 @@ def draw_quality(result: Run, file: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks(list(peer), [f"{place:,}" for place in peer], fontsize=8)
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.set_xlabel("tokens before, this many or up to twice as many")
+        axes.set_xlabel("number of preceding tokens (from this to twice as many)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9")
-    panels[0, 0].set_ylabel("nats of a token, less those of attention")
+    panels[0, 0].set_ylabel("loss in nats, difference from attention")
     panels[0, 0].legend(frameon=False)
     figure.savefig(file, dpi=DPI)
     pyplot.close(figure)

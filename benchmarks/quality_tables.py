@@ -78,7 +78,7 @@ def losses(result: Run) -> str:
 
     shown = settings(result)
     most = max(num_seeds(setting, layout) for setting in shown for layout in LABELS)
-    columns: Columns = {"bits per byte (less attention's)": LABELS.__getitem__}
+    columns: Columns = {"bits per byte (difference from attention)": LABELS.__getitem__}
     columns |= {title(setting): partial(cell, setting) for setting in shown}
     return table(LABELS, columns)
 
@@ -108,7 +108,7 @@ def recall(result: Run) -> str:
         return ", ".join(f"{run['right']:.0%}" for run in chosen)
 
     tasks = sorted({run["task"] for run in result["recall"]})
-    columns: Columns = {"right answers, by seed": LABELS.__getitem__}
+    columns: Columns = {"accuracy, by seed": LABELS.__getitem__}
     columns |= {task: partial(cell, task) for task in tasks}
     return table(LABELS, columns)
 

@@ -12,7 +12,7 @@ VARIANTS = {
     "hybrid": "hybrid",
     "hybrid_two_branch": "hybrid, two branches",
     "attention_sdpa": "attention",
-    "attention_windowed": "attention in a window",
+    "attention_windowed": "sliding-window attention",
 }
 """Names of the variants in tables and pictures."""
 
@@ -37,11 +37,11 @@ def train(result: Run) -> str:
             compared = [(variant.removesuffix("_two_branch"), "two_branch")]
         elif variant.startswith("attention"):
             compared = [("stu", variant), ("hybrid", variant)]
-        ratios = [f"{a} {run['ratios'][f'{a}_over_{b}']:.2f} times" for a, b in compared]
+        ratios = [f"{VARIANTS[a]} {run['ratios'][f'{a}_over_{b}']:.2f}x" for a, b in compared]
         speed = f"{run['ways'][variant]['tokens_per_second']:,.0f}"
         return speed + (f" ({', '.join(ratios)})" if ratios else "")
 
-    columns: Columns = {"tokens a second": VARIANTS.__getitem__}
+    columns: Columns = {"tokens per second": VARIANTS.__getitem__}
     for run in fewest_threads(result["runs"]):
         columns[f"{run['context']:,} tokens"] = partial(cell, run)
     return table(VARIANTS, columns)
@@ -52,10 +52,10 @@ def tokenizers(result: Run) -> str:
     library = "library_mb_per_second"
     columns: Columns = {
         "tokenizer": lambda run: run["tokenizer"],
-        "tokens in the vocabulary": lambda run: f"{run['vocab_size']:,}",
+        "vocabulary size": lambda run: f"{run['vocab_size']:,}",
         "bytes per token": lambda run: f"{run['bytes_per_token']:.2f}",
         "MB/s": lambda run: f"{run['ours_mb_per_second']:.1f}",
-        "library alone": lambda run: f"{run[library]:.1f}" if library in run else "",
+        "library, MB/s": lambda run: f"{run[library]:.1f}" if library in run else "",
     }
     return table(result["runs"], columns)
 
@@ -88,7 +88,7 @@ def optimizers(result: Run) -> str:
     columns |= {
         "learning rate": lambda name: f"{rates[name]:g}",
         f"bits per byte, {len(chosen['adamw'])} seeds": reached,
-        "tokens to AdamW's mean, by seed": tokens,
+        "tokens to reach AdamW's mean, by seed": tokens,
     }
     return table(rates, columns)
 
@@ -98,8 +98,8 @@ def documents(result: Run) -> str:
     columns: Columns = {
         "model": lambda run: run["model"],
         "together, s": lambda run: f"{run['together_seconds']:.2f}",
-        "apart, of that": lambda run: f"{run['apart_ratio']:.2f}",
-        "apart, one document a sample": lambda run: f"{run['one_a_row_ratio']:.2f}",
+        "apart / together": lambda run: f"{run['apart_ratio']:.2f}",
+        "apart / together, one document per sample": lambda run: f"{run['one_a_row_ratio']:.2f}",
     }
     return table(result["runs"], columns)
 
@@ -108,11 +108,11 @@ def loss(result: Run) -> str:
     """Show memory and time of our loss and of a loss with whole logits."""
     columns: Columns = {
         "targets x width": lambda run: f"{run['targets']:,} x {run['width']}",
-        "memory, GiB": lambda run: f"{run['chunked_gib']:.2f}",
-        "of whole logits": lambda run: f"{run['plain_gib']:.2f}",
+        "ours, GiB": lambda run: f"{run['chunked_gib']:.2f}",
+        "full logits, GiB": lambda run: f"{run['plain_gib']:.2f}",
         "ratio": lambda run: f"{run['memory_ratio']:.1f}",
-        "seconds": lambda run: f"{run['chunked_seconds']:.1f}",
-        "of whole logits#2": lambda run: f"{run['plain_seconds']:.1f}",
+        "ours, s": lambda run: f"{run['chunked_seconds']:.1f}",
+        "full logits, s": lambda run: f"{run['plain_seconds']:.1f}",
         "ratio#2": lambda run: f"{run['speed_ratio']:.2f}",
     }
     return table(fewest_threads(result["runs"]), columns)
@@ -122,7 +122,7 @@ def memory(result: Run) -> str:
     """Show planned and measured memory of training runs."""
 
     def model(run: Run) -> str:
-        again = ", blocks computed again" if run["checkpoint_activations"] else ""
+        again = ", checkpointed activations" if run["checkpoint_activations"] else ""
         return f"{run['layout']}, mlp_ratio {run['mlp_ratio']}{again}"
 
     def ranks(run: Run) -> str:
@@ -150,13 +150,13 @@ def load(result: Run) -> str:
         "threads": lambda run: str(run["threads"]),
         "tokens/s over HTTP": lambda run: f"{run['closed_loop']['output_throughput']:,.0f}",
         "engine alone": lambda run: f"{run['engine_only_tokens_per_second']:,.0f}",
-        "lost": lambda run: f"{run['overhead_share']:.0%}",
-        "between tokens, ms: p50, p99": lambda run: quantiles("itl", run["closed_loop"]),
-        "first token, ms: p50, p99 (at so many requests/s)": lambda run: (
+        "overhead": lambda run: f"{run['overhead_share']:.0%}",
+        "inter-token latency, ms: p50, p99": lambda run: quantiles("itl", run["closed_loop"]),
+        "time to first token, ms: p50, p99 (requests/s)": lambda run: (
             f"{quantiles('ttft', run['open_loop'])} ({run['open_loop']['rate']:.1f})"
         ),
-        "ready after s": lambda run: f"{run['seconds_to_ready']:.1f}",
-        "GiB": lambda run: f"{run['resident_mib'] / 1024:.1f}",
+        "startup, s": lambda run: f"{run['seconds_to_ready']:.1f}",
+        "memory, GiB": lambda run: f"{run['resident_mib'] / 1024:.1f}",
     }
     return table(result["runs"], columns)
 
@@ -165,7 +165,7 @@ def invariance(result: Run) -> str:
     """Show how many prompts change with the batch, and what avoiding that costs."""
     columns: Columns = {
         "`--batch-invariant`": lambda run: "yes" if run["batch_invariant"] else "no",
-        "changed, greedy": lambda run: str(run["greedy_prompts_changed"]),
+        "changed prompts, greedy": lambda run: str(run["greedy_prompts_changed"]),
         "at temperature 1": lambda run: str(run["temperature_1_prompts_changed"]),
         "tokens/s, greedy": lambda run: f"{run['greedy_tokens_per_second']:,.0f}",
         "at temperature 1#2": lambda run: f"{run['temperature_1_tokens_per_second']:,.0f}",
@@ -176,12 +176,12 @@ def invariance(result: Run) -> str:
 def step(result: Run) -> str:
     """Show what a step of the engine spends beside the model's forward pass."""
     columns: Columns = {
-        "weights": lambda run: {"float": "float32", "int8": "8 bits"}[run["weights"]],
-        "choice": lambda run: str(run["choice"]),
+        "weights": lambda run: {"float": "float32", "int8": "int8"}[run["weights"]],
+        "sampling": lambda run: str(run["choice"]),
         "model, ms": lambda run: f"{run['model_ms']:.3g}",
         "caches, ms": lambda run: f"{run['caches_ms']:.2g}",
         "rest, ms": lambda run: f"{run['rest_ms']:.2g}",
-        "share of the rest": lambda run: f"{run['rest_share']:.1%}",
+        "share of rest": lambda run: f"{run['rest_share']:.1%}",
     }
     return table(result["runs"], columns)
 
@@ -192,10 +192,10 @@ def speculation(result: Run) -> str:
         "text": lambda run: str(run["text"]),
         "batch": lambda run: str(run["batch"]),
         "tokens/s": lambda run: f"{run['plain_tokens_per_second']:.3g}",
-        "with guesses": lambda run: f"{run['speculate_tokens_per_second']:.3g}",
-        "times as fast": lambda run: f"{run['speedup']:.2f}",
-        "guesses": lambda run: str(run["draft_tokens"]),
-        "right": lambda run: str(run["accepted_tokens"]),
+        "with speculation": lambda run: f"{run['speculate_tokens_per_second']:.3g}",
+        "speedup": lambda run: f"{run['speedup']:.2f}",
+        "draft tokens": lambda run: str(run["draft_tokens"]),
+        "accepted": lambda run: str(run["accepted_tokens"]),
     }
     return table(result["runs"], columns)
 
@@ -208,27 +208,27 @@ def prefixes(result: Run) -> str:
     rows = [
         [
             f"turn {len(chat['turns'])} of a chat, {turn['prompt_tokens']:,} tokens",
-            "ms to the first token",
+            "time to first token, ms",
             f"{1e3 * turn['seconds']:,.0f}",
             f"{1e3 * chat['plain_seconds']:,.0f}",
             f"{chat['speedup']:.0f}",
         ],
         [
-            f"{system['requests']:.0f} requests, first {system['system_tokens']:,.0f} tokens alike",
-            "requests a second",
+            f"{system['requests']:.0f} requests, shared prefix of {system['system_tokens']:,.0f}",
+            "requests per second",
             f"{system['requests_per_second']:.1f}",
             f"{system['plain_requests_per_second']:.2f}",
             f"{system['speedup']:.0f}",
         ],
     ]
-    titles = ["", "figure", "remembered", "not", "times as fast"]
+    titles = ["", "figure", "prefix cache", "without", "speedup"]
     return table(rows, {title: itemgetter(place) for place, title in enumerate(titles)})
 
 
 def long_prompt(result: Run) -> str:
     """Show a long prompt beside requests that decode, and alone."""
     columns: Columns = {
-        "prompt tokens (a step)": lambda run: (
+        "prompt tokens (per step)": lambda run: (
             f"{run['prompt_tokens']:,.0f} ({run['tokens_per_step']:.0f})"
         ),
         "rows": lambda run: f"{run['rows']:.0f}",

@@ -63,7 +63,7 @@ def test_a_claim_that_does_not_hold_fails_and_is_named(tmp_path, monkeypatch, ca
     assert evidence.main(["--folder", str(tmp_path / "bad")]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "NOT" in line]
     assert len(failed) == 1
-    assert "memory of whole logits over ours: 4.9 (at least 5)" in failed[0]
+    assert "memory of full logits over ours: 4.9 (at least 5)" in failed[0]
 
 
 def test_claim_without_its_run_does_not_hold(tmp_path, monkeypatch, capsys):
@@ -116,7 +116,7 @@ def test_comparisons_are_with_the_best_peer():
     assert more.best(result | {"ours_int8": 7.0}, ours=True) == (7.0, "ours_int8")
     assert more.ratio(result) == 6 / 8
     assert less.ratio(result) == 4 / 6
-    assert claims.times(more, result) == "0.75: the peer is better"
+    assert claims.times(more, result) == "0.75 (peer is better)"
     assert claims.times(more, {"ours": 3.0, "s4": 2.0}) == "1.5"
     with pytest.raises(KeyError):
         more.ratio({"s4": 1.0})
@@ -170,14 +170,14 @@ def test_comparisons_are_about_the_figures_that_they_name():
     lines = claims.comparisons(results).splitlines()[2:]
     assert [line.split(" | ")[1:4] for line in lines] == [
         ["9, float32", "8, vLLM, float32", "1.12"],
-        ["12, bfloat16", "16, llama.cpp, BF16", "0.75: the peer is better"],
-        ["33, weights of 8 bits", "99, llama.cpp, Q8_0", "0.333: the peer is better"],
+        ["12, bfloat16", "16, llama.cpp, BF16", "0.75 (peer is better)"],
+        ["33, int8", "99, llama.cpp, Q8_0", "0.333 (peer is better)"],
         ["90, float32", "50, llama.cpp, Q8_0", "1.8"],
         ["2,000, bfloat16", "1,000, vLLM, float32", "2"],
-        ["70, weights of 8 bits", "35, vLLM, bfloat16", "2"],
+        ["70, int8", "35, vLLM, bfloat16", "2"],
         ["20, float32", "10, S4D", "2"],
-        ["6, float32", "2, S4D", "0.333: the peer is better"],
-        ["3", "4, attention", "0.75: the peer is better"],
+        ["6, float32", "2, S4D", "0.333 (peer is better)"],
+        ["3", "4, attention", "0.75 (peer is better)"],
     ]
     assert lines[0].endswith("| `peers`, 2026-01-02, fffffff |")
 

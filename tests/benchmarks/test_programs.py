@@ -203,7 +203,7 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
     assert runs[1]["ours_times_as_fast"] == 2
     later = {**runs[1], "context": 2000, "tokens_per_second": 250.0}
     assert TABLES["peers decoding"]({"runs": [*runs, later]}).splitlines() == [
-        "| tokens a second after 16 / 2,000 tokens | batch 4 |",
+        "| tokens per second after 16 / 2,000 tokens | batch 4 |",
         "| --- | --- |",
         "| ours, float32 | 1,000 / - |",
         "| llama.cpp, F32 | 500 / 250 |",
