@@ -16,19 +16,18 @@ class Completion:
     token_ids: Sequence[int]
     """New tokens, without the stop token that ended the text."""
     logprobs: Sequence[TokenLogprobs]
-    """Log probabilities of `token_ids`, if they were asked for."""
+    """Log probabilities of `token_ids`, if requested."""
     finish_reason: FinishReason | None
     """Why the completion ended; None for a piece that is not the last."""
     prompt_logprobs: Sequence[TokenLogprobs] = ()
-    """Log probabilities of the prompt's tokens from `Request.prompt_logprobs_from`, if they were
-    asked for; in the first piece."""
+    """Log probabilities of the prompt's tokens from `Request.prompt_logprobs_from` on, if
+    requested; in the first piece."""
     error: str = ""
     """Explanation of `finish_reason == "error"`."""
     embedding: Sequence[float] = ()
-    """Embedding of the prompt, if it was asked for; in the last piece."""
+    """Embedding of the prompt, if requested; in the last piece."""
     cumulative_logprob: float | None = None
-    """Sum of the log probabilities of the new tokens, that of the stop token included, if they were
-    asked for."""
+    """Sum of the log probabilities of the new tokens, including the stop token, if requested."""
 
 
 @dataclass

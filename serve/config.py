@@ -20,50 +20,50 @@ class EngineConfig:
 
     cache_gib: float | None = None
     """Size of the caches of all running requests, in GiB. None: half of the memory that is free
-    once the model is loaded. Devices that divide a model have so much each."""
+    after the model is loaded. With tensor parallelism, each device has caches of this size."""
     page_len: int = 32
-    """Positions in a cache page, a power of two."""
+    """Positions per cache page; a power of two."""
     max_running: int = 32
-    """Most requests that decode together. With 1, weights in floats on a CPU are in a layout that a
-    single request reads faster."""
+    """Maximum number of requests that decode together. With 1, float weights on a CPU have a layout
+    that is faster for a single request."""
     prompt_tokens_per_step: int = 2048
-    """Prompt tokens to prefill in one step, in addition to a token of each running request. More
-    start new requests sooner, fewer keep the pace of running ones steadier. A token
-    counts as four if log probabilities of the whole prompt are asked for."""
+    """Maximum number of prompt tokens to prefill in one step, in addition to one token of each
+    running request. A larger number starts new requests sooner; a smaller one delays running
+    requests less. A token counts as four if log probabilities of the whole prompt are requested."""
     expected_new_tokens: int | None = None
-    """New tokens that a request gets cache pages for at first, where convolutions are cached in
-    pages. One that needs more is preempted and prefilled again with pages for twice as many. With
-    it more requests run together, if most stop long before their `max_new_tokens`. None: pages for
-    all new tokens from the start. A state needs no pages, and ignores this."""
+    """Number of new tokens for which a request first gets cache pages, if convolutions are cached
+    in pages. A request that needs more is preempted, and prefilled again with pages for twice as
+    many. This lets more requests run together if most stop long before `max_new_tokens`. None:
+    pages for all new tokens from the start. Ignored with states, which need no pages."""
     convolution_cache: Literal["state", "pages"] | None = None
-    """How long convolutions remember the past. state: as a state of constant size, which the
-    filters of a spectral transform unit allow. pages: as pending outputs in pages, by FutureFill,
-    which grows with the new tokens. None: as a state if the filters allow it, else in pages."""
+    """Cache of long convolutions. state: a state of constant size, which the filters of a spectral
+    transform unit allow. pages: pending outputs in pages, by FutureFill; it grows with the number
+    of new tokens. None: a state if the filters allow it, otherwise pages."""
     prefix_cache_gib: float | None = None
-    """Part of `cache_gib` that remembers prefixes of prompts, for later requests that begin alike.
-    None: a quarter, as far as running requests leave it over. 0: none are remembered. Models whose
-    long convolutions are cached in pages have no prefix cache."""
+    """Part of `cache_gib` that may hold prefixes of prompts, for later requests that begin with the
+    same tokens. None: up to a quarter, as far as running requests leave it free. 0: no prefix
+    caching. Models whose long convolutions are cached in pages have no prefix cache."""
     weights: EngineWeights | None = None
-    """Format of the weights of dense layers. int8: whole numbers of 8 bits, which a step reads four
-    times as fast as float32 and twice as fast as bfloat16; products differ by about 1%. fp8: floats
-    of 8 bits, on GPUs that have them. float: the dtype of the model. None: as in the model
-    directory."""
+    """Format of the weights of dense layers. int8: 8-bit integers, a quarter of the size of float32
+    and half of bfloat16; products differ by about 1%. fp8: 8-bit floats, on GPUs that support them.
+    float: the model's dtype. None: the format of the model directory."""
     speculate: Literal["ngram"] | None = None
-    """How next tokens are guessed, so that a step confirms several of a request. ngram: as those
-    that followed the same few tokens earlier in the prompt or the new text. It helps where text
-    repeats itself, while at most four requests decode, and is left out where guesses are wrong. The
-    distribution of the text is the same. Not on CUDA. None: not at all."""
+    """Source of draft tokens for speculative decoding, in which a step can accept several tokens of
+    a request. ngram: the tokens that followed the same last few tokens earlier in the prompt or the
+    new text. It helps where text repeats itself and at most four requests decode, and pauses while
+    drafts are rejected. The distribution of the text does not change. Not supported on CUDA. None:
+    no speculative decoding."""
     num_speculative_tokens: int | None = None
-    """Most tokens of a request that a step guesses, with `speculate` alone. None: 7."""
+    """Maximum number of draft tokens per request and step; only with `speculate`. None: 7."""
     batch_invariant: bool = False
-    """Compute a request's logits to the last bit independently of the other requests. Slower."""
+    """Make the logits of a request independent of the other requests, to the last bit. Slower."""
     overlap: bool | None = None
-    """Whether the device decodes the next tokens while the host reads the last ones: text comes a
-    step later, and more steps run in a second. A step still waits for the host while a request has
-    a schema or an expression to match. None: on CUDA."""
+    """Whether the device computes the next tokens while the host processes the last ones. Text
+    arrives one step later, and throughput is higher. Steps with a request that must match a schema
+    or regular expression still wait for the host. None: only on CUDA."""
     enforce_eager: bool = False
-    """Launch each operation of a decoding step by itself, and not all at once as a CUDA graph.
-    Slower; it starts sooner, and takes less memory. No effect on a CPU."""
+    """Launch the operations of a decoding step one by one instead of replaying a CUDA graph.
+    Slower, but starts sooner and takes less memory. No effect on a CPU."""
 
     @property
     def most_drafts(self) -> int:

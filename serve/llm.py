@@ -32,7 +32,7 @@ class RequestOutput:
     prompt_token_ids: Sequence[int]
     """Token ids of the prompt, with BOS."""
     outputs: Sequence[Completion]
-    """The `n` completions; with `best_of`, the `n` most probable ones, the best first."""
+    """The `n` completions; with `best_of`, the `n` most probable ones, best first."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,23 @@ class EmbeddingOutput:
     prompt_token_ids: Sequence[int]
     """Token ids of the prompt, with BOS."""
     embedding: Sequence[float]
-    """A number for each of the model's `width` channels."""
+    """One number per channel: `width` numbers."""
 
 
 class LLM:
-    """A model that decodes, scores and embeds lists of prompts, on one device.
+    """A model that decodes, scores and embeds lists of prompts, on one device or, with tensor
+    parallelism, several.
 
     Args:
         model: Model directory, as `stu-export` writes it.
         device: Device, such as `cpu`, `cuda`, `cuda:1` or `1`. None: the first CUDA device, or the
             CPU without any.
-        dtype: Type of the weights.
-        tensor_parallel: Number of devices that divide the model among them, each with a part of the
-            weights and of the caches. `device` may name them, with commas between them; cpu stands
-            for all. Those but the first are used by processes, which `close` ends.
-        lora_modules: Folders of adapters (LoRA) in peft's layout, by the names that `lora_request`
-            takes. It needs `tensor_parallel` 1.
+        dtype: Dtype of the weights.
+        tensor_parallel: Number of devices to divide the model among, each with a part of the
+            weights and of the caches. `device` may list them, separated by commas; `cpu` stands for
+            all of them. All but the first are used by other processes, which `close` ends.
+        lora_modules: Folders of LoRA adapters in peft's layout, by the names that `lora_request`
+            takes. Not supported with `tensor_parallel` above 1.
         engine: Fields of `serve.config.EngineConfig`, such as `cache_gib` and `max_running`.
 
     Raises UserError for files and settings that cannot be used.
@@ -92,8 +93,8 @@ class LLM:
         )
 
     def close(self) -> None:
-        """End the processes of `tensor_parallel`, which otherwise end with this process. No other
-        method is called afterwards."""
+        """End the other processes of `tensor_parallel`, which otherwise end with this process. No
+        other method may be called afterwards."""
         if self._num_ranks > 1:
             from serve.parallel.engine import GroupEngine  # which needs msgpack
 
@@ -111,14 +112,15 @@ class LLM:
         """Return the completions of `prompts`, in their order.
 
         Args:
-            prompts: A prompt or a list of prompts. Text gets BOS; token ids are used as they are.
-            sampling_params: Settings of all prompts, or a list with settings for each prompt. None:
-                `default_sampling_params`. Prompts that share settings get different seeds, derived
-                from the settings' seed.
-            use_tqdm: Whether to show a progress bar, with the rate and the time left.
+            prompts: A prompt or a list of prompts. BOS is put before texts; token ids are used as
+                they are.
+            sampling_params: Settings for all prompts, or a list with settings for each prompt.
+                None: `default_sampling_params`. Prompts that share settings get different seeds,
+                derived from the seed of the settings.
+            use_tqdm: Whether to show a progress bar.
             priority: A number for each prompt; lower ones run first. None: 0 for all.
             lora_request: Name of an adapter of `lora_modules` for all prompts, or a list with a
-                name or None for each. None: the model alone.
+                name or None for each prompt. None: the base model.
 
         Raises UserError, before anything is decoded, if a prompt or setting is not allowed. A
         completion that fails later has the `finish_reason` "error".
@@ -168,12 +170,13 @@ class LLM:
 
         Args:
             messages: Messages with a `role` and a `content`, or a list of such lists. The chat
-                template of the model directory makes prompts of them.
+                template of the model directory turns them into prompts.
             sampling_params: As for `generate`.
             use_tqdm: As for `generate`.
             lora_request: As for `generate`, with a name for each conversation.
 
-        Raises UserError as `generate` does, and without jinja2, which the extra `serve` installs.
+        Raises UserError as `generate` does, and if jinja2, which the extra `serve` installs, is
+        missing.
         """
         with requires_extra("serve"):  # jinja2
             from stu.chat.template import ChatTemplate

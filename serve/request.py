@@ -23,25 +23,25 @@ class Request:
     """Token ids of the prompt, at least one: BOS, if there is nothing else. Only the last ones are
     kept if `truncate_prompt_tokens` says so."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Settings, which hold for this request alone."""
+    """Sampling settings of this request."""
     priority: int = 0
-    """Requests with a lower number run first, and preempt running ones with a higher number where
-    they need their rows or pages; equal ones run in the order of their arrival."""
+    """Requests with a lower number run first, and preempt running requests with a higher number if
+    they need their rows or pages. Requests of equal priority run in order of arrival."""
     client: str = ""
-    """Name of the client. Clients whose requests have the same priority get equally many rows, as
-    far as they have requests for them."""
+    """Name of the client. Rows are shared evenly among clients whose requests have the same
+    priority."""
     cache_salt: str = ""
-    """Remembered prefixes are shared only among requests with the same salt."""
+    """Cached prefixes are shared only among requests with the same salt."""
     adapter: str = ""
-    """Name of the adapter (LoRA) that changes the model for it; empty for the model alone."""
+    """Name of the LoRA adapter to use; empty for the base model."""
     new_token_ids: Sequence[int] = ()
-    """New tokens that another engine generated before it ended; this one continues after them."""
+    """New tokens that another engine has already generated; this engine continues after them."""
     prompt_logprobs_from: int = 1
-    """Position of the first token of the prompt whose log probabilities are reported, if
-    `prompt_logprobs` asks for any."""
+    """Position of the first prompt token whose log probabilities are reported with
+    `prompt_logprobs`."""
     pooling: Pooling | None = None
-    """Way to make an embedding of the prompt's hidden states after the final norm: mean, the mean
-    over all positions, or last, that of the last token. It needs `max_new_tokens=0`."""
+    """Pooling of the prompt's hidden states after the final norm into an embedding: `mean` over all
+    positions, or `last` for that of the last token. It needs `max_new_tokens=0`."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_token_ids", "new_token_ids"):
@@ -85,13 +85,13 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probability of a token: natural, of the model itself, before any setting applies."""
+    """Natural log probability of a token under the model, before sampling settings apply."""
 
     token: int
     logprob: float
     """Log probability of `token`."""
     top: dict[int, float]
-    """Log probabilities of the most probable tokens by id, in descending order; of equal ones the
+    """Log probabilities of the most probable tokens by id, in descending order; among equals, the
     lower id comes first."""
     rank: int
     """Place of `token` among all tokens in this order, from 1."""
@@ -103,18 +103,18 @@ class Output:
 
     request_id: int
     new_token_ids: Sequence[int] = ()
-    """New token ids, including a stop token and the tokens of a stop string, which have no text."""
+    """New token ids, including a stop token and the tokens of a stop string, which add no text."""
     text: str = ""
     """New text in whole characters. The texts of a request, joined, are its completion."""
     logprobs: Sequence[TokenLogprobs] = ()
-    """Log probabilities of `new_token_ids`, if the request asks for them."""
+    """Log probabilities of `new_token_ids`, if requested."""
     prompt_logprobs: Sequence[TokenLogprobs] = ()
-    """Log probabilities of the prompt's tokens from `prompt_logprobs_from`, if the request asks for
-    them, in the first output that holds anything."""
+    """Log probabilities of the prompt's tokens from `prompt_logprobs_from` on, if requested; in the
+    first output that is not empty."""
     embedding: Sequence[float] = ()
     """Embedding of the prompt, if the request has a `pooling`, in its last output."""
     cached_tokens: int = 0
-    """Tokens of the prompt that were remembered and not computed."""
+    """Number of prompt tokens taken from the prefix cache instead of computed."""
     finish_reason: FinishReason | None = None
     """Why the request ended, in its last output; None in all others."""
     ends_with_stop_token: bool = False

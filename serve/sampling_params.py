@@ -24,8 +24,8 @@ NUMBERS = (
 
 @dataclass(frozen=True)
 class Constraint:
-    """Constraint on the whole new text: a JSON schema, a regular expression, one of some texts, a
-    context-free grammar, or calls of tools. Raises UserError for half of a surrogate pair."""
+    """Constraint on the whole new text: a JSON schema, a regular expression, a list of allowed
+    texts, a context-free grammar, or tool calls. Raises UserError for half of a surrogate pair."""
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "tools"]
     source: str
@@ -38,56 +38,58 @@ class Constraint:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of one request. Raises UserError for a value that no model allows."""
+    """Sampling settings of one request. Raises UserError for a value that no model allows."""
 
     temperature: float = 0.0
-    """Divisor of the logits; 0 always takes the most probable token."""
+    """Divisor of the logits; 0 always chooses the most probable token."""
     top_k: int = 0
-    """Number of most probable tokens to choose among; 0 or -1: all."""
+    """Number of most probable tokens to sample from; 0 or -1: all tokens."""
     top_p: float = 1.0
-    """Share of the probability that the most probable tokens to choose among must hold together,
-    from 0 (the most probable token alone) to 1 (all tokens)."""
+    """Cumulative probability of the most probable tokens to sample from, from 0 (only the most
+    probable token) to 1 (all tokens)."""
     min_p: float = 0.0
-    """Least probability of a token, relative to the most probable one; 0: all tokens."""
+    """Minimum probability of a token, relative to that of the most probable token; 0: all
+    tokens."""
     repetition_penalty: float = 1.0
     """Divisor of positive logits, and factor of negative ones, of tokens in the prompt or the new
     text (Keskar et al. 2019); 1: no penalty."""
     presence_penalty: float = 0.0
-    """Number subtracted from the logits of tokens in the new text."""
+    """Number subtracted from the logits of tokens that are in the new text."""
     frequency_penalty: float = 0.0
-    """Number subtracted from a token's logit for each time it is in the new text."""
+    """Number subtracted from a token's logit for each of its occurrences in the new text."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Numbers added to the logits, by token id."""
     max_new_tokens: int = 16
-    """Most tokens to generate; 0 for `prompt_logprobs` or an embedding alone."""
+    """Maximum number of tokens to generate; 0 to compute only `prompt_logprobs` or an embedding."""
     min_new_tokens: int = 0
-    """Number of tokens before which no stop token is chosen and no stop string ends the text."""
+    """Minimum number of tokens to generate before a stop token can be chosen or a stop string can
+    end the text."""
     stop: Sequence[str] = ()
-    """String, or list of strings, before the first of which the text ends."""
+    """String or strings that end the text; the text does not include them."""
     stop_token_ids: Sequence[int] = ()
     """Token ids that end the text, besides EOS."""
     stop_at_eos: bool = True
     """Whether EOS ends the text."""
     n: int = 1
-    """Number of completions of the prompt. An `Engine` takes 1 only."""
+    """Number of completions of the prompt. An `Engine` accepts only 1."""
     best_of: int | None = None
-    """Number of completions to generate; the answer has the `n` whose log probabilities add up to
-    the most, the best first. None: n."""
+    """Number of completions to generate, of which the `n` with the highest total log probability
+    are returned, best first. None: `n`."""
     seed: int = 0
     """Seed of the random choices, from 0 to 2**64 - 1."""
     logprobs: int | None = None
-    """Number of most probable tokens whose log probabilities are reported beside each new token's
-    own, at most 20; None: no log probabilities."""
+    """Number of most probable tokens, at most 20, whose log probabilities are reported with that of
+    each new token; None: no log probabilities."""
     prompt_logprobs: int | None = None
-    """The same for each token of the prompt but the first."""
+    """The same for each token of the prompt except the first."""
     skip_special_tokens: bool = True
-    """Whether tokens without text, such as BOS, add nothing to the text, instead of their names. A
-    stop token never adds to it."""
+    """Whether to leave tokens without text, such as BOS, out of the text; if not, their names are
+    added. A stop token is always left out."""
     truncate_prompt_tokens: int | None = None
-    """Number of tokens at the end of the prompt that are used; the others are left out, BOS too.
+    """Number of tokens at the end of the prompt to keep; the others, including BOS, are dropped.
     None: the whole prompt."""
     constraint: Constraint | None = None
-    """Schema or expression that the text must match."""
+    """Schema, regular expression or grammar that the text must match."""
 
     def __post_init__(self) -> None:
         if self.top_k == -1:  # vLLM's way to say all

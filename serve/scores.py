@@ -18,13 +18,14 @@ class Score:
     logprob: float
     """Sum of the natural log probabilities of its tokens."""
     num_tokens: int
-    """Number of tokens that are scored."""
+    """Number of scored tokens."""
     num_bytes: int
     """Number of bytes of the text in UTF-8."""
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Negative log probability to base 2, divided by the number of bytes; None without any."""
+        """Negative log probability to base 2, divided by the number of bytes; None for an empty
+        text."""
         return -self.logprob / math.log(2) / self.num_bytes if self.num_bytes else None
 
     @property

@@ -21,14 +21,14 @@ class ModelConfig:
     """Everything that decides the weights of a model and the function they compute."""
 
     vocab_size: int
-    """Number of token ids, which are the rows of the embedding."""
+    """Number of token ids: the rows of the embedding."""
     width: int = 512
     """Model width D: channels of the residual stream."""
     num_layers: int = 8
-    """Number of blocks, each of a mixer and a gated MLP."""
+    """Number of blocks, each with a mixer and an MLP."""
     layout: str = "hybrid"
-    """Mixers of the blocks: `hybrid` (even blocks use STU, odd ones windowed attention), or the
-    same one in all blocks: `stu`, `hyena` (of order 2) or `attention` (windowed)."""
+    """Mixers of the blocks: `hybrid` (STU in even blocks, sliding-window attention in odd ones), or
+    the same one in all blocks: `stu`, `hyena` (of order 2) or `attention` (sliding-window)."""
     stu_form: Literal["tensordot", "full"] = "tensordot"
     """Form of STU layers. `tensordot`: one filter per channel (STU-T). `full`: a D x D matrix per
     spectral filter."""
@@ -37,22 +37,23 @@ class ModelConfig:
     max_seq_len: int = 4096
     """Longest context L in tokens, prompt and new tokens together."""
     mlp_ratio: int = 4
-    """Hidden width of the gated MLP, in units of `width`."""
+    """Hidden width of the MLP, as a multiple of `width`."""
     num_heads: int = 8
-    """Attention heads; `width` is divided among them."""
+    """Number of attention heads, which divide `width` among them."""
     window_tokens: int = 1024
-    """Tokens that attention sees before the current one."""
+    """Number of tokens before the current one that attention sees."""
     softcap: float = 50.0
-    """Bound on attention scores, which are squashed into (-softcap, softcap)."""
+    """Bound on attention scores, which are squashed smoothly into (-softcap, softcap)."""
     norm_eps: float = 1e-5
-    """Number added to the mean square, or to the variance, inside norms."""
+    """Epsilon of the norms, added to the mean square or the variance."""
     blocks: Literal["gated", "plain"] = "gated"
     """Layers around the mixers. `gated`: RMSNorm and a gated MLP, without biases. `plain`:
-    LayerNorm and an MLP without a gate, with biases, as HyenaDNA has, for the layout `hyena`."""
+    LayerNorm and an MLP without a gate, with biases, as in HyenaDNA; only for the layout
+    `hyena`."""
     filter_bands: int = 16
-    """Frequencies in the features of lags from which Hyena's filters are computed."""
+    """Number of frequencies in the positional features from which Hyena's filters are computed."""
     filter_floor: float = 0.0
-    """Number added to the window of Hyena's filters, which falls towards 0 otherwise."""
+    """Number added to the window of Hyena's filters, which otherwise decays towards 0."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "num_layers", "num_filters", "max_seq_len"):

@@ -68,8 +68,7 @@ class FlashSTU(nn.Module):
 
         Args:
             tokens: Token ids.
-            sequences: Sequences that the rows hold: by default one each, or another kind.
-        """
+            sequences: What the rows hold: by default, one whole sequence each."""
         return self.logits(self.hidden(tokens, sequences))
 
     def hidden(self, tokens: Tensor, sequences: Sequences = WHOLE) -> Tensor:

@@ -123,13 +123,13 @@ def load_model(
         device: Device of the weights.
         dtype: Dtype of the weights; None keeps the stored dtypes and, on the CPU, maps the weights
             from disk.
-        weights: Format of the matrices in memory; None: as they are stored. Modules with matrices
-            of 8 bits are `stu.quantization.QuantizedLinear`. The model's `weights` is the format
-            that the engine decodes in by default: this one, or int8 if they are stored so.
-        ranks: Ranks that divide the model. Each reads its part of the file, and all load it at the
-            same time.
+        weights: Format of the matrices in memory; None: as stored. Modules with 8-bit matrices are
+            `stu.quantization.QuantizedLinear`. The model's attribute `weights` is the format in
+            which the engine decodes by default: this one, or int8 if the matrices are stored so.
+        ranks: Ranks that divide the model. Each reads only its part of the file, and all must load
+            at the same time.
 
-    Raises UserError, naming the file, for one that is missing, cut short, of other shapes, or
+    Raises UserError, naming the file, if a file is missing, truncated, has other shapes, or was
     written by a newer version.
     """
     path = Path(path)

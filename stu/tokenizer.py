@@ -44,8 +44,8 @@ class Vocabulary(NamedTuple):
 class Tokenizer(ABC):
     """Maps text to token ids and back.
 
-    A token stands for bytes of UTF-8, perhaps for a part of a character. Control tokens, such as
-    BOS and EOS, stand for no text, and no text yields them.
+    A token stands for bytes of UTF-8, which may be only a part of a character. Control tokens, such
+    as BOS and EOS, stand for no text, and encoding a text never gives them.
 
     Args:
         files: Contents of the tokenizer's files by name (see `read_files`).
@@ -70,8 +70,8 @@ class Tokenizer(ABC):
         self._bytes, self._names = vocabulary.token_bytes, vocabulary.names
         self._control = {self._names[token]: token for token in vocabulary.control}
         self.bos_id = vocabulary.bos_id
-        """Id of the token that begins texts; -1 if there is none. A tokenizer that names EOS alone,
-        as a mark between documents, and does not say that it has no BOS begins texts with that."""
+        """Id of the token that begins texts; -1 if there is none. If a tokenizer has an EOS and
+        does not say whether it has a BOS, EOS serves as BOS too."""
         self.eos_id = vocabulary.eos_id
         """Id of the token that ends texts; -1 if there is none."""
 
@@ -110,11 +110,11 @@ class Tokenizer(ABC):
         return b"".join([self._bytes[token] for token in tokens]).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token: perhaps a part of a character, perhaps none."""
+        """Return the UTF-8 bytes of a token, which may be a part of a character, or empty."""
         return self._bytes[token]
 
     def token_text(self, token: int) -> str:
-        """Return a token as it is shown alone: its text, `bytes:\\xe2` if it has a part of a
+        """Return a token as shown on its own: its text, `bytes:\\xe2` if it is a part of a
         character, or the name of a token without text."""
         token_bytes = self._bytes[token]
         if not token_bytes:
@@ -125,7 +125,7 @@ class Tokenizer(ABC):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
     def control_tokens(self) -> dict[str, int]:
-        """Return the ids, by name, of the tokens that no text yields, such as BOS and EOS."""
+        """Return the ids of the control tokens, such as BOS and EOS, by name."""
         return dict(self._control)
 
     def bytes_per_token(self) -> NDArray[np.int64]:

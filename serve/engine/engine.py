@@ -33,17 +33,18 @@ from stu.tokenizer import Tokenizer
 class Engine:
     """Decodes many requests together, synchronously and in one thread.
 
-    Each step prefills a piece of the waiting prompts, and generates a token of running requests.
-    The same calls in the same order give the same outputs; other requests change only rounding.
+    Each step prefills a chunk of the waiting prompts, and generates one token for each running
+    request. The same calls in the same order give the same outputs; other requests affect only
+    rounding.
 
     Args:
-        model: On the device that decodes.
+        model: Model, on the device to decode on.
         tokenizer: The tokenizer that the model was trained with.
         config: Cache size and limits.
-        static: Whether to decode by static steps; for tests. None: on CUDA.
-        adapters: Adapters (LoRA) beside the model's layers, one of which a request may name.
+        static: Whether decoding steps work on static tensors; for tests. None: only on CUDA.
+        adapters: LoRA adapters that requests can name.
 
-    Raises UserError if the tokenizer does not fit the model, or the cache has no room for any
+    Raises UserError if the tokenizer does not match the model, or the cache is too small for any
     request.
     """
 
@@ -82,7 +83,7 @@ class Engine:
         self._speculation = Speculation(*drafts, self._chooser, self._take)
         self._outputs: list[Output] = []  # for the next step to return
         self.scheduled: dict[int, float] = {}
-        """Requests whose prefill began in the last step, and when, by the monotonic clock."""
+        """Requests whose prefill began in the last step, with its time on the monotonic clock."""
         self._next_id, self._new_tokens, self._steps = itertools.count(), 0, 0
 
     @property
@@ -91,7 +92,7 @@ class Engine:
         return bool(self._texts or self._outputs)
 
     def compile(self, constraint: Constraint) -> None:
-        """Compile `constraint`, so that `add` takes no time for it. Another thread may do this.
+        """Compile `constraint` in advance, so that `add` is fast. Another thread may call this.
 
         Raises UserError for a constraint that is not allowed.
         """
@@ -122,7 +123,7 @@ class Engine:
         return request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request; the next step returns its last output. Ignored if it has ended."""
+        """End a request; the next step returns its last output. Does nothing if it has ended."""
         self._next_tokens.read_of(request_id)
         for job in self._scheduler.jobs:
             if job.request_id == request_id:
@@ -130,7 +131,7 @@ class Engine:
                 self._finish(job, "abort", held)
 
     def step(self) -> list[Output]:
-        """Run one step and return the outputs of the requests that it advanced."""
+        """Run one step, and return the outputs of the requests that made progress."""
         self.scheduled.clear()
         self._steps += 1
         self._leave_rows()

@@ -35,10 +35,10 @@ FEWSHOT_SEED = 1234
 
 
 class HarnessModel(LM):  # type: ignore[misc]
-    """A model as lm-eval asks it.
+    """The interface of lm-eval to a model.
 
-    Texts begin with BOS, if there is one, as they did in training. Where a text has no context and
-    there is no BOS, EOS is its context, or else its first token is not scored.
+    Texts begin with BOS, if there is one, as they did in training. Without BOS, a text that has no
+    context follows EOS; without EOS too, its first token is not scored.
     """
 
     def __init__(self, model: TextModel) -> None:
@@ -46,7 +46,8 @@ class HarnessModel(LM):  # type: ignore[misc]
         self._model, self._tokenizer = model, model.tokenizer
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return log probability, and whether it is greedy, of each continuation of a context."""
+        """Return the log probability of each continuation of a context, and whether greedy decoding
+        would give it."""
         scores = self._model.score([self._scored(*request.args) for request in requests])
         return [(score.logprob, score.is_greedy) for score in scores]
 

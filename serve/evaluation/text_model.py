@@ -71,10 +71,10 @@ class TextModel(ABC):
 
 
 class EngineModel(TextModel):
-    """A model in an engine of its own.
+    """A model that scores and continues texts in its own engine.
 
     Args:
-        model: On the device that computes.
+        model: Model, on the device to compute on.
         tokenizer: The model's tokenizer.
         config: Settings of the engine.
         use_tqdm: Whether to show progress bars.
