@@ -189,10 +189,8 @@ class TrainCLI(LightningCLI):
         return trainer
 
     def _step(self) -> int:
-        if self.resume_from is None:
-            return 0
-        step: int = CheckpointFolder(self.resume_from).training["global_step"]
-        return step
+        path = self.resume_from
+        return 0 if path is None else int(CheckpointFolder(path).training["global_step"])
 
     def _compare(self, trainer: L.Trainer) -> dict[str, Any]:
         """Raise UserError for a resume that changes the run; return what the run began with."""

@@ -33,9 +33,8 @@ from stu.tokenizer import Tokenizer
 class Engine:
     """Decodes many requests together, synchronously and in one thread.
 
-    Each step prefills a chunk of the waiting prompts, and generates one token for each running
-    request. The same calls in the same order give the same outputs; other requests affect only
-    rounding.
+    Each step prefills a chunk of waiting prompts and generates a token of each running request. The
+    same calls in the same order give the same outputs; other requests affect only rounding.
 
     Args:
         model: Model, on the device to decode on.
