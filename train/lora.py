@@ -30,10 +30,10 @@ class LoraConfig:
     lora_alpha: float = 16.0
     """An adapter's output is multiplied by `lora_alpha / r`."""
     lora_dropout: float = 0.0
-    """Share of an adapter's inputs that training sets to 0, at random."""
+    """Dropout probability of an adapter's inputs in training."""
     target_modules: list[str] | str = ALL
     """Linear layers with adapters, by the last part of their names, such as `[qkv, gate, up]`;
-    `all-linear` for all. The matrices of an STU are none."""
+    `all-linear` for all. The matrices of an STU get no adapters."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in [

@@ -55,21 +55,21 @@ class RunSettings:
     run_dir: Path = Path("runs/train")
     """Folder for checkpoints, logs and the record of jobs"""
     resume: str | None = None
-    """Checkpoint to continue from: a path, `last`, or `auto`, the last one if there is any"""
+    """Checkpoint to continue from: a path, `last`, or `auto` for the last one if there is one"""
     init_from: Path | None = None
     """Model directory, or published checkpoint, whose weights and shape a new run starts from; a
     resumed run does not read it"""
     init_tokens: Literal["same", "by-bytes"] = "same"
-    """Rows of the embedding with `--init-from`, if the data has another tokenizer: `same` refuses
-    it; `by-bytes` keeps the rows of tokens with the same bytes, and all others begin at the mean"""
+    """Embedding rows with `--init-from` if the data has another tokenizer: `same` refuses that;
+    `by-bytes` keeps the rows of tokens with the same bytes, and starts all others at the mean"""
     checkpoint_every_steps: int = 1000
-    """Optimizer steps between two checkpoints"""
+    """Optimizer steps between checkpoints"""
     checkpoint_every_minutes: float = 30.0
-    """Longest time between two checkpoints"""
+    """Maximum time between checkpoints"""
     keep_checkpoints: int = 3
-    """Number of newest checkpoints to keep"""
+    """Number of most recent checkpoints to keep"""
     hang_minutes: float = 30.0
-    """Time without a batch, or work of an evaluation, after which a run ends itself"""
+    """Time without progress of training or of an evaluation after which a run ends itself"""
 
 
 class Parser(ArgumentParser, LightningArgumentParser):

@@ -149,14 +149,15 @@ def _parse(argv: Sequence[str] | None) -> BatchConfig:
     parser = ArgumentParser(
         prog="stu-generate",
         description="Decode a file of prompts. Each line of the input is a JSON object with a "
-        '"prompt", and optionally an "id" and settings for this row (max_new_tokens, ..); or '
-        "a line of OpenAI's batch format, for /v1/completions, chat or embeddings. The "
-        "output has a line for each, in any order; with --score the log probability of the prompt, "
-        'or of a "completion" that the row has. The same command resumes a run that was stopped '
-        "or killed. The exit code is 1 if some rows could not be decoded; their lines say why.",
+        '"prompt", and optionally an "id" and settings for this row (max_new_tokens, ..), or a '
+        "request in OpenAI's batch format (completions, chats, responses or embeddings). The "
+        "output has a line for each of them, in any order; with --score, the log probability of "
+        'the prompt, or of the "completion" of the row. The same command resumes a run '
+        "that was stopped or killed. The exit code is 1 if some rows could not be decoded; their "
+        "lines say why.",
     )
     parser.add_argument(
-        "model", metavar="MODEL_DIR", type=Path, help="model directory, as stu-export writes it"
+        "model", metavar="MODEL_DIR", type=Path, help="Model directory, as stu-export writes it"
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_settings(BatchConfig)

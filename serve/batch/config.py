@@ -19,8 +19,8 @@ OPENAI_HAS_NO_SCORES = (
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Settings of a batch run. Settings that are None take the model directory's default, or
-    OpenAI's for rows of OpenAI's format."""
+    """Settings of a batch run. Settings that are None default to those of the model directory, or
+    for rows in OpenAI's format to OpenAI's."""
 
     model: Path
     """Model directory, as stu-export writes it."""
@@ -28,27 +28,28 @@ class BatchConfig:
     """JSON lines of prompts or of OpenAI's batch format, plain or compressed with gzip or
     Zstandard; Parquet; a folder of such files; a pipe; or - for standard input."""
     output: Path
-    """JSON lines to write, or - for standard output, where a stopped run cannot resume. A file
+    """JSON lines to write, or - for standard output, from which a stopped run cannot resume. A file
     beside it, .job.json, records the input, model and settings."""
     format: FormatName = "auto"
-    """Format of the rows. auto: openai if the first row has a custom_id or a body, else prompts."""
+    """Format of the rows. auto: openai if the first row has a custom_id or a body, otherwise
+    prompts."""
     column: str | None = None
-    """Parquet column of the prompts, struct.field within a struct. None: prompt."""
+    """Parquet column of the prompts, or struct.field for a field of a struct. None: prompt."""
     id_column: str | None = None
     """Parquet column of the ids. None: the id of a row is its number."""
     max_new_tokens: int | None = None
-    """Maximum number of new tokens of a row. None: the model directory's default."""
+    """Maximum number of new tokens per row. None: the model directory's default."""
     temperature: float | None = None
     """Sampling temperature; 0 always chooses the most probable token. None: the model
     directory's."""
     top_k: int | None = None
     """Number of most probable tokens to sample from; 0: all. None: the model directory's."""
     top_p: float | None = None
-    """Total probability of the most probable tokens to sample from; 1: all. None: the model
+    """Cumulative probability of the most probable tokens to sample from; 1: all. None: the model
     directory's."""
     min_p: float | None = None
-    """Least probability of a token to sample, relative to the most probable token's. None: the
-    model directory's."""
+    """Minimum probability of a token, relative to that of the most probable token. None: the model
+    directory's."""
     seed: int | None = None
     """Seed of the random choices. None: 0."""
     stop_at_eos: bool | None = None
@@ -59,28 +60,30 @@ class BatchConfig:
     """Devices to decode on. auto: the first CUDA device, or cpu if there is none. all: every CUDA
     device. Or a list such as cpu, 0, cuda:1, 0,1,2,3 or cpu,cpu, with a process for each."""
     tensor_parallel: int = 1
-    """Number of devices that divide the model among them, for models too large for one: each has a
-    part of the weights and of the caches. It must divide the model's width and its attention heads.
-    Consecutive devices of the list decode together; cpu stands for all of them."""
+    """Number of devices to divide the model among, if it is too large for one: each has a part of
+    the weights and of the caches. It must divide the model's width and number of attention heads.
+    Consecutive devices of the list form a group; cpu stands for all of them."""
     part: str | None = None
-    """Part of the rows to decode, as i/n with i from 0: those whose number modulo n is i, into
-    OUTPUT with .i-of-n before its suffix. In a job array: $SLURM_ARRAY_TASK_ID/N, where N is the
-    size of the whole array, also when only some tasks run again. None: all rows, or the share of
-    this task if srun started several."""
+    """Part of the rows to decode, as i/n with i from 0: rows whose number modulo n is i, written to
+    OUTPUT with .i-of-n before its suffix. In a job array, give $SLURM_ARRAY_TASK_ID/N, where N is
+    the size of the whole array even if only some tasks are run again. None: all rows, or this
+    task's share if srun started several."""
     ray: bool = False
-    """Decode on the hosts of a Ray cluster, the one at RAY_ADDRESS or this host's. Each host must
-    find the model directory and the input at the same paths; the input may also be a URL, such as
+    """Decode on the hosts of the Ray cluster at RAY_ADDRESS, or of this host's. The model directory
+    and the input must have the same paths on every host; the input may also be a URL, such as
     s3://bucket/folder."""
     engines: int | None = None
-    """Most engines on a Ray cluster. None: one for each GPU, or for each host if there are none."""
+    """Maximum number of engines on a Ray cluster. None: one per GPU, or one per host without
+    GPUs."""
     cpus_per_engine: int | None = None
-    """Processors that each engine on a Ray cluster takes, and computes with if it has no GPU. None:
-    1."""
+    """Number of CPUs reserved for each engine on a Ray cluster, and threads of an engine without a
+    GPU. None: 1."""
     score: bool = False
-    """Score the rows instead of generating: write the log probability of each prompt, or of a row's
-    completion after its prompt."""
+    """Score the rows instead of generating text: write the log probability of each prompt, or of a
+    row's completion given its prompt."""
     overwrite: bool = False
-    """Replace an existing output instead of resuming it. Not for a job that may be requeued."""
+    """Replace an existing output instead of resuming it. Do not use it in a job that may be
+    requeued."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Settings of the engine."""
 

@@ -23,8 +23,8 @@ class EvalConfig:
     evaluation: EvaluationConfig
     """Tasks to run."""
     output: Path | None = None
-    """JSON file to write, with pictures of needle and recall beside it. null: the results are
-    printed as JSON, without pictures"""
+    """JSON file to write, with plots of needle and recall beside it. null: the results are printed
+    as JSON, without plots"""
     device: str = "auto"
     """Device to compute on. auto: the first CUDA device, or cpu if there is none. Or cpu, 0, cuda:1
     and the like"""
@@ -85,11 +85,11 @@ def evaluate(path: Path, config: EvalConfig) -> None:
 def _parse(argv: Sequence[str] | None) -> tuple[Path, EvalConfig]:
     parser = ArgumentParser(
         prog="stu-eval",
-        description="Evaluate a model: lm-eval's tasks, and needle and recall, which ask for facts "
-        "in long texts. Results are JSON, with pictures of needle and recall beside it.",
+        description="Evaluate a model on lm-eval's tasks, and on needle and recall, which ask for "
+        "facts in long texts. The results are JSON, with plots of needle and recall beside it.",
     )
     parser.add_argument(
-        "model", metavar="MODEL_DIR", type=Path, help="model directory, as stu-export writes it"
+        "model", metavar="MODEL_DIR", type=Path, help="Model directory, as stu-export writes it"
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_settings(EvalConfig)

@@ -19,22 +19,22 @@ class EvaluationConfig:
 
     tasks: str = ""
     """Tasks to run, separated by commas: needle (a fact in a long text), recall (one of many
-    facts), and names of lm-eval's tasks and groups, or of YAML files of such"""
+    facts), names of lm-eval's tasks and groups, and paths of YAML files with tasks"""
     include_path: Path | None = None
-    """Folder with YAML files of more tasks for lm-eval"""
+    """Folder of YAML files with your own lm-eval tasks"""
     limit: int | None = None
-    """Most documents of each of lm-eval's tasks. null: all"""
+    """Maximum number of documents of each lm-eval task. null: all"""
     allow_hub: bool = False
-    """Let lm-eval download data sets from the Hugging Face Hub. By default it reads local files,
-    and data sets that were downloaded before"""
+    """Let lm-eval download datasets from the Hugging Face Hub. By default, it reads only local
+    files, and datasets downloaded before"""
     lengths: list[int] | None = None
-    """Tokens of the texts of needle and recall, answer included. null: the model's max_seq_len, and
-    a half, a quarter and an eighth of it, where that has room"""
+    """Lengths of the texts of needle and recall in tokens, answer included. null: the model's
+    max_seq_len, and a half, a quarter and an eighth of it, where long enough"""
     depths: int = 5
     """Number of places, from the first to the last, where needle and recall put the fact that is
     asked for"""
     samples: int = 8
-    """Texts of needle and recall for each length and place"""
+    """Number of texts of needle and recall for each length and place"""
     seed: int = 0
     """Seed of the texts of needle and recall"""
 

@@ -11,18 +11,20 @@ class ClusterConfig:
     """Replicas on a Ray cluster. Raises UserError for a value that is not allowed."""
 
     max_replicas: int | None = None
-    """Most replicas on a Ray cluster. While requests queue, Ray starts more replicas than
-    `replicas`, up to this number, and ends them again when they are not needed. None: as many as
-    `replicas`, always."""
+    """Maximum number of replicas on a Ray cluster. While requests queue, Ray starts more replicas
+    than `replicas`, up to this number, and ends them when they are not needed. None: always
+    `replicas`."""
     cpus_per_replica: int = 1
-    """Processors that each replica on a Ray cluster takes, and computes with if it has no GPU."""
+    """Number of CPUs reserved for each replica on a Ray cluster, and threads of a replica without a
+    GPU."""
     gpus_per_replica: int | None = None
-    """GPUs that each replica on a Ray cluster takes, 1 or 0. Give it where hosts join the cluster
-    while replicas wait for them. None: 1 if a host of the cluster has GPUs at the start."""
+    """Number of GPUs reserved for each replica on a Ray cluster, 1 or 0. Set it if hosts with GPUs
+    join the cluster only while replicas wait for them. None: 1 if a host of the cluster has GPUs at
+    the start."""
     scale_up_seconds: float = 30.0
-    """Time in seconds that requests queue before Ray starts another replica."""
+    """Time in seconds for which requests queue before Ray starts another replica."""
     scale_down_seconds: float = 600.0
-    """Time in seconds without need of a replica after which Ray ends it."""
+    """Time in seconds for which a replica is not needed before Ray ends it."""
 
     def __post_init__(self) -> None:
         for name in ("max_replicas", "cpus_per_replica"):

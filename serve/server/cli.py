@@ -70,11 +70,11 @@ def _parser(exits: bool = True) -> ArgumentParser:
     parser = ArgumentParser(
         exits=exits,
         prog="stu-serve",
-        description="Serve a model to OpenAI's clients at /v1/completions, /v1/chat/completions "
-        "and /v1/embeddings, with a page to try it at /. At SIGTERM, running requests may end and "
-        "no new ones begin; a second SIGTERM ends everything at once.",
+        description="Serve a model to OpenAI clients at /v1/completions, /v1/chat/completions, "
+        "/v1/responses and /v1/embeddings, with a playground at /. After SIGTERM, running requests "
+        "may finish and no new ones are accepted; a second SIGTERM ends everything at once.",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="model directory to serve")
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="Model directory to serve")
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_settings(ServerConfig)
     return parser

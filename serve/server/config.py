@@ -28,103 +28,102 @@ class ServerConfig:
     model: Path
     """Model directory."""
     host: str = "127.0.0.1"
-    """Address to listen at. With 0.0.0.0 other machines can connect; use API keys then."""
+    """Address to listen on. With 0.0.0.0, other machines can connect; use API keys then."""
     port: int = 8000
-    """Port to listen at. 0 takes a free one, which the log names."""
+    """Port to listen on. 0 chooses a free port, which the log names."""
     uds: Path | None = None
-    """Path of a Unix socket to listen at instead of host and port. The umask decides who may
+    """Path of a Unix socket to listen on instead of host and port. The umask decides who may
     connect: with 0077 only the same user, with 0007 also the group."""
     model_name: str | None = None
     """Name of the model for clients. Default: the name of its directory."""
     models: dict[str, Any] | str = ""
-    """More models, as NAME=PATH separated by commas: requests that give a NAME as their model get
-    the one in the model directory PATH, and those that give none the first, MODEL_DIR. Each has
-    replicas of its own, with the settings of this command; cache-gib is that of each replica. In a
-    file of --config it may be an object with an object for each NAME: model, its directory, and
-    what differs for it of devices, tensor_parallel, replicas, dtype, lora_modules and the settings
-    of engines."""
+    """More models, as NAME=PATH separated by commas: requests with NAME as their model use the
+    model directory PATH, and requests without a model use MODEL_DIR. Each model has its own
+    replicas, with the settings of this command; cache-gib applies to each replica. In a --config
+    file, this may be an object with an object for each NAME: `model`, its directory, and any of
+    devices, tensor_parallel, replicas, dtype, lora_modules and engine settings that differ."""
     lora_modules: str = ""
-    """Adapters (LoRA) of MODEL_DIR, as NAME=PATH separated by commas: requests that give a NAME as
-    their model get the adapter in the folder PATH, which has peft's layout. Rows with different
-    adapters decode together."""
+    """LoRA adapters for MODEL_DIR, as NAME=PATH separated by commas: requests with NAME as their
+    model use the adapter in the folder PATH, which has peft's layout. Rows with different adapters
+    decode together."""
     devices: str = "auto"
     """Devices, each with its own replica: a list such as cpu, 0, cuda:1 or 0,1,2,3; all for every
-    CUDA device; auto for the first CUDA device, or cpu without any."""
+    CUDA device; auto for the first CUDA device, or cpu if there is none."""
     tensor_parallel: int = 1
-    """Number of devices that each replica divides the model among, for models too large for one:
-    each has a part of the weights and of the caches. It must divide the model's width and its
-    attention heads. Consecutive devices of the list are a replica's; cpu stands for all of them."""
+    """Number of devices to divide the model of each replica among, if it is too large for one: each
+    has a part of the weights and of the caches. It must divide the model's width and number of
+    attention heads. Consecutive devices of the list form a replica; cpu stands for all of them."""
     replicas: int = 1
-    """Number of replicas on each device, which share its processors or memory; with --ray, on the
+    """Number of replicas on each device, which share its memory and processors; with --ray, on the
     cluster."""
     ray: bool = False
-    """Run the replicas on the hosts of a Ray cluster, the one at RAY_ADDRESS or this host's, by Ray
-    Serve. Each host must find the model directory at the same path. This process remains the HTTP
-    server, and one server of a model name may use a cluster."""
+    """Run the replicas with Ray Serve on the hosts of the Ray cluster at RAY_ADDRESS, or of this
+    host's. The model directory must have the same path on every host. This process remains the HTTP
+    server. A cluster can have only one server of a model name."""
     dtype: Dtype = "float32"
-    """Number format of the weights."""
+    """Data type of the weights."""
     api_keys: Path | None = None
-    """File with an API key on each line, and after it, if wanted, its name=NAME for the log and
-    metrics, its requests-per-minute=N and tokens-per-minute=N, and admin if it may use /admin.
-    Every request must have one of them, except for /health, /ready and the page at /, which shows
-    nothing without a key. SIGHUP reads the file again. Default: the keys in the environment
-    variable STU_API_KEYS, separated by commas; if it is not set, requests need no key."""
+    """File with an API key on each line, optionally followed by name=NAME for the log and metrics,
+    requests-per-minute=N, tokens-per-minute=N, and admin to allow the use of /admin. Every request
+    needs a key, except for /health, /ready and the page at /, which shows nothing without one.
+    SIGHUP reads the file again. Default: the keys in the environment variable STU_API_KEYS,
+    separated by commas; if it is not set, requests need no key."""
     requests_per_minute: int | None = None
-    """Limit of the requests of a key, or of an address where there are no keys, for keys whose line
-    in the file names no other. More are refused with status 429. None: no limit."""
+    """Maximum requests per minute of a key, or of an address if there are no keys. The file of keys
+    can set another limit for a key. More are refused with status 429. None: no limit."""
     tokens_per_minute: int | None = None
-    """The same for tokens of prompts and new tokens. A request counts with all new tokens that it
-    asks for, and gets back at its end what it did not use."""
+    """The same for prompt and new tokens. A request is charged for the maximum number of new tokens
+    that it asks for; when it ends, unused tokens are credited back."""
     max_waiting: int = 256
-    """Number of requests that may wait, of each model. More are refused with status 429. One client
-    may use all places; even then every other client gets an equal share."""
+    """Maximum number of waiting requests per model. More are refused with status 429. One client
+    may use all places; even then, every other client gets an equal share."""
     max_choices: int = 128
-    """Number of completions that one body may ask for: prompts times n. Also the most inputs of a
-    body for embeddings."""
+    """Maximum number of completions per request body (prompts times n), and of inputs per embedding
+    request."""
     max_body_bytes: int = 4 * 2**20
-    """Size limit of a request's body, in bytes."""
+    """Maximum size of a request body, in bytes."""
     batch_dir: Path | None = None
     """Folder on a local disk for the files of /v1/files and the batches of /v1/batches, which
-    continue after a restart; each server needs its own. Without it these paths are not served. With
-    it, responses of /v1/responses are stored there too, and otherwise in memory."""
+    continue after a restart; each server needs its own. Without it, these paths are not served.
+    With it, responses of /v1/responses are stored there too, otherwise in memory."""
     max_file_bytes: int = 512 * 2**20
-    """Size limit of a file for a batch, in bytes. An upload may take as many times as long as
-    another body as it may be larger."""
+    """Maximum size of an uploaded file, in bytes. The time limit of an upload is longer than that
+    of another body in the same proportion as their size limits."""
     max_stored_bytes: int = 64 * 2**30
-    """Size limit of all files of an API key together, with the results of its batches, in bytes.
-    Beyond it uploads are refused."""
+    """Maximum total size of an API key's files and of the results of its batches, in bytes. Beyond
+    it, uploads are refused."""
     max_batch_rows: int = 1_000_000
-    """Number of rows that a batch may have."""
+    """Maximum number of rows in a batch."""
     max_response_bytes: int = 64 * 2**20
-    """Size limit of all stored responses together, in bytes. Beyond it, those that were used least
-    recently are forgotten; 0 stores none."""
+    """Maximum total size of stored responses, in bytes. Beyond it, the least recently used ones are
+    removed; 0 stores none."""
     header_timeout_seconds: float = 20.0
     """Time in seconds that a client may take to send the headers of a request."""
     body_timeout_seconds: float = 50.0
     """Time in seconds that a client may take to send the body of a request."""
     request_timeout_seconds: float = 600.0
-    """Time in seconds from the arrival of a request to the end of its answer. A request that takes
-    longer is ended, and a client that does not read its answer is disconnected."""
+    """Maximum time in seconds from the arrival of a request to the end of its answer. A request
+    that takes longer is ended, and a client that does not read its answer is disconnected."""
     watchdog_seconds: float = 30.0
-    """Time in seconds without a sign of life after which a replica is replaced. It must be longer
-    than a step takes."""
+    """Time in seconds without a response after which a replica is replaced. It must be longer than
+    a step takes."""
     drain_seconds: float = 60.0
-    """Time in seconds that running requests have to end after the server is asked to stop."""
+    """Time in seconds for running requests to finish after the server is asked to stop."""
     json_whitespace: JsonWhitespace = "compact"
-    """White space in answers that follow a JSON schema: none if compact; if flexible, a line break
-    and up to 32 spaces or tabs wherever JSON allows white space."""
+    """White space in answers that follow a JSON schema. compact: none. flexible: a line break and
+    up to 32 spaces or tabs wherever JSON allows white space."""
     cors_origins: str = ""
     """Origins of web pages that may call the server from a browser, separated by commas."""
     tls_certificate: Path | None = None
-    """PEM file with a certificate. With it and tls_key the server uses https. SIGHUP reads both
+    """PEM file with a certificate. With it and tls_key, the server uses HTTPS. SIGHUP reads both
     again."""
     tls_key: Path | None = None
-    """PEM file with the key of the certificate, without a passphrase."""
+    """PEM file with the private key of the certificate, without a passphrase."""
     metric_prefix: MetricPrefix = "vllm"
-    """Prefix of the metrics that vLLM has too. With vllm, dashboards for vLLM work."""
+    """Prefix of the metrics that vLLM also has. With vllm, dashboards for vLLM work."""
     otlp_traces_endpoint: str | None = None
-    """URL of an OpenTelemetry collector, such as http://localhost:4318/v1/traces, that gets a trace
-    of each request by OTLP over HTTP. It needs the extra stu[tracing]."""
+    """URL of an OpenTelemetry collector, such as http://localhost:4318/v1/traces, to send a trace
+    of each request to, by OTLP over HTTP. It needs the extra stu[tracing]."""
     log_prompts: bool = False
     """Write prompts and completions to the log."""
     engine: EngineConfig = field(default_factory=EngineConfig)

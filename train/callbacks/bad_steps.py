@@ -24,10 +24,10 @@ class GuardConfig:
     """Rules for skipping updates. Those whose gradients are not all finite are always skipped."""
 
     loss_jump: float = 0.0
-    """Excess of a micro-batch's loss over the median of recent ones, in nats per token, above which
-    the update is skipped; 0 for no limit."""
+    """Skip an update if the loss of a micro-batch exceeds the median of recent losses by more than
+    this, in nats per token; 0 for no limit."""
     most_bad_steps: int = 20
-    """Number of skipped updates in one job after which it stops, with exit code 65."""
+    """Number of skipped updates in a job at which it stops with exit code 65."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.loss_jump < math.inf:

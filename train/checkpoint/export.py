@@ -35,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code. An error leaves nothing behind."""
     parser = ArgumentParser(
         prog="stu-export",
-        description="Write the model of a training checkpoint as a model directory, which "
-        "stu-generate and stu-serve read.",
+        description="Write the model of a training checkpoint as a model directory for "
+        "stu-generate and stu-serve, or in another format.",
     )
     add = parser.add_argument
     add(
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="Checkpoint (step-*.ckpt), folder of a run for its last one, or model directory",
+        help="Checkpoint (step-*.ckpt), run folder (for its last checkpoint), or model directory",
     )
     add("--output", metavar="DIR", type=Path, required=True, help="Folder to write")
     add(
@@ -53,14 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="stu: a model directory; published: tensor names and config.json of the published "
         "Flash-STU code; transformers: a folder that Hugging Face's transformers loads with "
         "trust_remote_code=True, with the code, the tokenizer and a model card; adapter: only the "
-        "adapters (LoRA) of a run, as the peft library loads them for the base in that folder",
+        "LoRA adapters of a run, for the peft library and a base model in the format transformers",
     )
-    add("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Dtype of weights")
+    add(
+        "--dtype",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="Dtype of the weights",
+    )
     add(
         "--weights",
         type=Literal["float", "int8"],
-        help="int8: matrices of 8 bits, a quarter of float32, which decode faster on a CPU; by "
-        "default as they are",
+        help="int8: 8-bit matrices, a quarter of the size of float32, which decode faster on a "
+        "CPU; by default, the format of the input",
     )
     add("--overwrite", action="store_true", help="Replace the output folder")
     given = parser.parse_args(argv)

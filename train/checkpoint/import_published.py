@@ -19,10 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code. An error leaves nothing behind."""
     parser = ArgumentParser(
         prog="stu-import",
-        description="Write a checkpoint of the published Flash-STU code or of HyenaDNA, or a "
-        "folder that stu-export wrote for transformers, as a model directory, which stu-generate "
-        "and stu-serve read. MLPs of the Flash-STU code must gate with GELU, which checkpoints do "
-        "not say: with liger-kernel, the first version of that code gates with SiLU.",
+        description="Convert a checkpoint of the published Flash-STU code or of HyenaDNA, or a "
+        "folder that stu-export wrote for transformers, to a model directory for stu-generate and "
+        "stu-serve. MLPs of a Flash-STU checkpoint must use GELU, which cannot be checked: with "
+        "liger-kernel installed, the first version of that code uses SiLU instead.",
     )
     add = parser.add_argument
     add(
@@ -30,19 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PUBLISHED",
         type=Path,
         help="Folder with config.json and the weights: model.safetensors, several such files with "
-        "an index, or a PyTorch file; or that file itself",
+        "an index, or a PyTorch file; or the file itself",
     )
     add("--output", metavar="MODEL_DIR", type=Path, required=True, help="Folder to write")
     tokenizer = (
         "Tokenizer of the checkpoint: a tokenizer.model, tokenizer.json, alphabet.json or "
-        "o200k_base.tiktoken, or a folder with one; by default that of HyenaDNA, or the one in a "
-        "folder for transformers"
+        "o200k_base.tiktoken, or a folder with one; not needed for HyenaDNA and for folders for "
+        "transformers"
     )
     add("--tokenizer", metavar="PATH", type=Path, help=tokenizer)
     add(
         "--norm-eps",
         type=PositiveFloat,
-        help="Epsilon of RMSNorm of a published checkpoint; by default that of config.json, or "
+        help="Epsilon of RMSNorm in a published checkpoint; by default that of config.json, or "
         "PyTorch's default, 1.19e-7",
     )
     add("--overwrite", action="store_true", help="Replace the output folder")

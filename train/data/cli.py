@@ -51,15 +51,15 @@ def warnings(index: Index) -> list[str]:
 def _parse(arguments: Sequence[str] | None) -> PrepareConfig:
     parser = ArgumentParser(
         prog="stu-prepare",
-        description="Tokenize text into token shards for stu-train. A source is a file, a folder, "
-        "a glob, a URL of these (s3://..), or stdlib: (the sources of Python's standard library). "
-        "Files are .txt or .md (one document each), .jsonl, .csv, .parquet or .arrow (one document "
-        "per row), or a folder is a dataset saved by Hugging Face's datasets; text, .jsonl and "
-        ".csv may be compressed (.gz, .zst). A .yaml file is a list of sources with names and "
-        "weights, to train on a mixture of them.",
+        description="Convert text to token shards for stu-train. A source is a file, a folder or a "
+        "glob, a URL of these (s3://..), or stdlib: for the source code of Python's standard "
+        "library. Files are .txt or .md (one document each), or .jsonl, .csv, .parquet or .arrow "
+        "(one document per row); text, .jsonl and .csv may be compressed (.gz, .zst). A folder may "
+        "also be a dataset saved by Hugging Face's datasets. A .yaml file lists sources with names "
+        "and weights, to train on a mixture of them.",
     )
     parser.add_argument(
-        "sources", metavar="SOURCE", nargs="+", help="File, folder, glob or stdlib:"
+        "sources", metavar="SOURCE", nargs="+", help="File, folder, glob, URL or stdlib:"
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_settings(PrepareConfig)

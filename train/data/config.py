@@ -28,42 +28,44 @@ class PrepareConfig:
     output: Path
     """Folder for the token shards; it must be new or empty."""
     vocab_size: int = 4096
-    """Vocabulary size of the tokenizer to train; unused if `--tokenizer` gives one."""
+    """Vocabulary size of the tokenizer to train; unused if `--tokenizer` names an existing one."""
     tokenizer: str | Path = TRAINED[0]
-    """Tokenizer to train on the text: `sentencepiece`, or `huggingface` for a byte-level BPE by the
-    tokenizers library. Or a tokenizer to use: `bytes`, `characters:` and an alphabet as in
+    """Tokenizer to train on the text: `sentencepiece`, or `huggingface` for a byte-level BPE of the
+    tokenizers library. Or a tokenizer to use: `bytes`, `characters:` followed by an alphabet as in
     `characters:ACGTN`, or the path of a `tokenizer.model`, `tokenizer.json`, `alphabet.json` or
     `o200k_base.tiktoken`, or of a folder with one."""
     validation_fraction: float = 0.01
     """Probability that a document goes to the validation split."""
     shard_tokens: int = 100_000_000
-    """Largest number of tokens in one file; a longer document gets a file of its own."""
+    """Maximum number of tokens per file; a longer document gets a file of its own."""
     workers: int = 0
-    """Processes that tokenize; 0 means one per CPU. The result does not depend on it."""
+    """Number of tokenizing processes; 0: one per CPU. It does not affect the result."""
     seed: int = 0
     """Seed that decides which documents are held out and which train the tokenizer."""
     text_key: str = "text"
     """JSON field, or CSV, Parquet or Arrow column, that holds the text; `a.b` is the field `b` in
     the field `a`."""
     kind: Literal["text", "jsonl", "csv", "parquet", "arrow"] | None = None
-    """Kind of all files, whatever their names. None: by their names, and files of other names in
-    folders are left out."""
+    """Kind of all files, whatever their names. None: by their names; other files in folders are
+    skipped."""
     allow_hub: bool = False
     """Whether sources may be read from the Hugging Face Hub: `hf://datasets/ORG/NAME/..`."""
     on_error: Literal["stop", "skip"] = "stop"
     """Action for a row, or the rest of a damaged file, that cannot be read: `stop` with an
     error that names it, or `skip` it and list the first 1,000 in `skipped.jsonl` in the output."""
     part: str | None = None
-    """Part of the corpus that this run tokenizes: I/N with I from 0 to N - 1, for one of N runs.
+    """Part of the corpus to tokenize in this run: I/N, with I from 0 to N - 1, for one of N runs.
     The run that completes the last part joins all of them in the output. Files are not divided.
     None: the whole corpus."""
     chat_seq_len: int = 0
     """Prepare conversations for training with this `data.seq_len`: sources are JSON lines of
-    `{"messages": [{"role": .., "content": ..}, ..]}`, whole ones are packed into rows of that many
-    tokens, and only answers are trained on. It needs `--tokenizer`. 0: sources are texts."""
+    `{"messages": [{"role": .., "content": ..}, ..]}`. Whole conversations are packed into rows of
+    that many tokens, and only answers are trained on. It needs `--tokenizer`. 0: sources are
+    texts."""
     chat_template: Path | None = None
     """Chat template of conversations: a file, or a folder with one. None: that in the folder of
-    `--tokenizer`, or else each content on the line after its role, and EOS after answers."""
+    `--tokenizer`, or if it has none, each content on the line after its role, and EOS after
+    answers."""
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -32,20 +32,19 @@ class TokenData(L.LightningDataModule):
 
     Args:
         dir: Folder of token shards, or of a mixture of sources.
-        seq_len: Input tokens of one sample.
-        micro_batch_size: Samples that each rank processes at once.
+        seq_len: Number of input tokens per sample.
+        micro_batch_size: Number of samples that each rank processes at once.
         seed: Seed of the order of samples.
-        max_validation_tokens: Largest number of targets in one validation, over all ranks, of which
-            each source has an equal part; the first ones of a split are used.
-        weights: Shares of the training tokens by name of the source, to any scale, as in
-            `{code: 3, web: 1}`; a source that is not named has none. None: the weights in the
-            mixture.
-        curriculum: Other weights for parts of the run, each up to a step, in order, as in
-            `[{until_step: 1000, weights: {web: 1}}]`; `weights` follow.
-        documents: `together`: tokens see all that precedes them in their sample. `apart`: they see
-            nothing of other documents.
-        packing: `cut`: samples follow each other in the text, and cut documents where they end.
-            `best_fit`: samples hold whole documents, where these fit, and padding, which is little.
+        max_validation_tokens: Maximum number of targets per validation, over all ranks, divided
+            evenly among the sources; the first ones of a split are used.
+        weights: Relative shares of the training tokens, by name of the source, as in `{code: 3,
+            web: 1}`; a source that is not named is not used. null: the weights of the mixture.
+        curriculum: Weights for the first parts of the run, each up to a step, as in `[{until_step:
+            1000, weights: {web: 1}}]`; after them, `weights` apply.
+        documents: `together`: tokens see all previous tokens of their sample. `apart`: they see
+            only those of their own document.
+        packing: `cut`: samples are consecutive pieces of the text, so documents are cut where
+            samples end. `best_fit`: samples hold whole documents, if they fit, and little padding.
 
     Raises UserError if a value is not allowed, or the folder is damaged or has less than a sample.
     """

@@ -24,14 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="stu-health",
         usage="stu-health --folder DIR [options] [-- settings of stu-train]",
-        description="Check the nodes of a SLURM job before it trains: srun --ntasks-per-node=1 "
-        "stu-health. With the settings of stu-train, the folder of the run and the data are "
-        "checked, too.",
+        description="Check the nodes of a SLURM job before training: srun --ntasks-per-node=1 "
+        "stu-health. Given the settings of stu-train, it also checks the run folder and the data.",
     )
     add = parser.add_argument
-    add("--folder", metavar="DIR", type=Path, required=True, help="Folder that all nodes share.")
-    add("--min-free-gib", type=float, default=4.0, help="Free memory that each node needs, in GiB.")
-    add("--timeout-seconds", type=float, default=120.0, help="Seconds that nodes have to report.")
+    add("--folder", metavar="DIR", type=Path, required=True, help="Folder shared by all nodes.")
+    add("--min-free-gib", type=float, default=4.0, help="Minimum free memory per node, in GiB.")
+    add(
+        "--timeout-seconds",
+        type=float,
+        default=120.0,
+        help="Seconds within which nodes must report.",
+    )
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:end])

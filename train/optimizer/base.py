@@ -20,30 +20,32 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
     name: str = "adamw"
-    """Optimizer: `adamw`, `lion` or `muon`. Lion keeps half the state; it needs a learning rate 3
-    to 10 times lower, and a weight decay as much higher. Muon takes AdamW's."""
+    """Optimizer: `adamw`, `lion` or `muon`. Lion keeps half the state of AdamW; it needs a learning
+    rate 3 to 10 times lower, and a weight decay higher by the same factor. Muon works with AdamW's
+    settings."""
     learning_rate: float = 1e-3
-    """Highest learning rate, reached when the warm-up ends."""
+    """Peak learning rate, reached at the end of the warm-up."""
     beta1: float = 0.9
-    """Decay of the running average of gradients that an update follows; of matrices under Muon, see
-    `momentum`."""
+    """Decay of the running average of gradients that an update follows; Muon uses `momentum` for
+    matrices."""
     beta2: float = 0.95
-    """AdamW: decay of the running average of squared gradients. Lion: decay of the average of
-    gradients that it keeps, 0.99 in its paper."""
+    """AdamW: decay of the running average of squared gradients. Lion: decay of the running average
+    of gradients that it stores, 0.99 in its paper."""
     momentum: float = 0.95
-    """Muon: decay of the running average of a matrix's gradients. Others do not use it."""
+    """Muon: decay of the running average of a matrix's gradients. Unused by the others."""
     eps: float = 1e-8
-    """AdamW: added to the denominator. Lion does not use it."""
+    """AdamW: number added to the denominator. Unused by Lion."""
     weight_decay: float = 0.1
     """Weight decay of matrices. Norms, and weights that a mixer excludes, are not decayed."""
     warmup_steps: int = 100
-    """Optimizer steps in which the learning rate rises linearly from near 0."""
+    """Number of optimizer steps in which the learning rate rises linearly from near 0."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """`cosine` falls from the end of the warm-up; `wsd` is constant, then falls linearly."""
+    """Learning-rate schedule. `cosine` decays from the end of the warm-up on; `wsd` (warm-up,
+    stable, decay) stays constant, then decays linearly."""
     decay_fraction: float = 0.2
-    """Share of all steps in which `wsd` falls; `cosine` does not use it."""
+    """Fraction of all steps in which `wsd` decays; unused by `cosine`."""
     final_lr_fraction: float = 0.1
-    """Learning rate at the end of the run, as a share of `learning_rate`."""
+    """Learning rate at the end of the run, as a fraction of `learning_rate`."""
 
     def __post_init__(self) -> None:
         for name, holds, allowed in [

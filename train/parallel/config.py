@@ -21,20 +21,24 @@ class ParallelConfig:
     """Division of a model among ranks, and recomputation that saves memory."""
 
     kind: Literal["ddp", "zero", "fsdp"] = "ddp"
-    """Strategy. `ddp`: every rank holds everything. `zero`: DeepSpeed, see `zero_stage`. `fsdp`:
-    PyTorch's FSDP2, which divides everything, as ZeRO's stage 3 does."""
+    """Strategy. `ddp`: every rank holds the whole model. `zero`: DeepSpeed, see `zero_stage`.
+    `fsdp`: PyTorch's FSDP2, which shards everything, as ZeRO stage 3 does."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """Stage of DeepSpeed's ZeRO: what is divided among the ranks. 0: nothing; 1: the optimizer's
-    state; 2: gradients too; 3: weights too."""
+    """Stage of DeepSpeed's ZeRO: what is sharded across ranks. 0: nothing; 1: the optimizer state;
+    2: gradients too; 3: weights too."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in the CPU's memory, and step there. For `zero` stages 1 to 3."""
+    """Keep the optimizer state in CPU memory, and step on the CPU. For `zero` with stages 1 to
+    3."""
     checkpoint_activations: bool = False
-    """Recompute each block in the backward pass: a third more work, far fewer activations."""
+    """Recompute each block in the backward pass: a third more computation, far less memory for
+    activations."""
     context: int = 1
-    """Neighbouring ranks that divide each sequence among them: activations of long sequences take
-    as many times less memory on each. It must divide `data.seq_len` and the number of ranks."""
+    """Number of neighbouring ranks that divide each sequence among them (context parallelism), each
+    keeping the activations of its own part. It must divide `data.seq_len` and the number of
+    ranks."""
     compile: bool = False
-    """Compile each block with torch.compile: minutes at the start, faster steps."""
+    """Compile each block with torch.compile, which takes minutes at the start and makes steps
+    faster."""
 
     def __post_init__(self) -> None:
         if self.context < 1:

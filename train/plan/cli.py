@@ -20,29 +20,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="stu-plan --gpu NAME --nodes N --gpus M --config FILE [--SETTING VALUE ...]\n"
         "       stu-plan --serve MODEL [--gpu NAME] [--gpus M] [--batch N] [--length N]\n"
         "                [--bits N]",
-        description="Show memory, speed and duration of a run of stu-train, whose settings follow; "
-        "or with --serve which GPUs a model decodes on, how fast. The exit code is 1 if it does "
-        "not fit and 2 if a setting is wrong.",
+        description="Estimate the memory, speed and duration of a run of stu-train, given its "
+        "settings, or with --serve, which GPUs a model fits on and how fast it decodes. The exit "
+        "code is 1 if the run does not fit, and 2 if a setting is wrong.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add(
         "--gpu",
         help="GPU model: a100-40g, a100-80g, h100-80g, h200-141g, l40s-48g, or `this` for this "
-        "machine's; if that is none of these, only the settings are checked. By default h100-80g, "
-        "and with --serve all of them",
+        "machine's; if that is another one, only the settings are checked. By default h100-80g, "
+        "or with --serve all of them",
     )
     add("--nodes", type=_count, help="number of nodes, instead of trainer.num_nodes")
-    gpus = "GPUs on each node, instead of trainer.devices; 8 if neither is set"
+    gpus = "GPUs per node, instead of trainer.devices; 8 if neither is set"
     add("--gpus", type=_count, help=gpus)
-    tokens = "tokens to train on, instead of those of trainer.max_steps steps"
+    tokens = "tokens to train on, instead of trainer.max_steps steps"
     add("--tokens", type=_positive, help=tokens)
     serve = "plan decoding of this model: a model directory, or a YAML file of a model's settings"
     add("--serve", type=Path, metavar="MODEL", help=serve)
-    add("--batch", type=_count, help="with --serve: sequences that decode together, by default 32")
-    length = "with --serve: tokens of a sequence, half of them new; the model's longest by default"
+    add("--batch", type=_count, help="with --serve: sequences that decode together; by default 32")
+    length = "with --serve: tokens per sequence, half of them new; by default, the model's longest"
     add("--length", type=_count, help=length)
-    bits = "with --serve: bits of a weight of a matrix, 32, 16 or 8; by default 16"
+    bits = "with --serve: bits per weight of the matrices, 32, 16 or 8; by default 16"
     add("--bits", type=int, choices=(32, 16, 8), help=bits)
     options, others = parser.parse_known_args(argv)
     return run_command("stu-plan", lambda: _plan(options, others), "train")

@@ -15,9 +15,9 @@ class RunEvaluation(EvaluationConfig):
     """Tasks on which the model is evaluated while it is trained."""
 
     every_steps: int = 1000
-    """Optimizer steps between two evaluations; one more follows at the end of the run"""
+    """Optimizer steps between evaluations; another one follows at the end of the run"""
     cache_gib: float = 1.0
-    """Size of the engine's caches on each rank, in GiB. They are freed after an evaluation"""
+    """Size of the engine's caches on each rank, in GiB; they are freed after each evaluation"""
 
     def __post_init__(self) -> None:
         try:
