@@ -182,11 +182,12 @@ def _read(
 
 def _training_facts(folder: "CheckpointFolder") -> dict[str, str]:
     """Return what a checkpoint says of its training, by name, for a model card."""
-    settings, steps = folder.training["stu"].get("settings", {}), folder.training["optimizer_step"]
-    facts = {"optimizer steps": f"{steps:,}"}
+    training = folder.training  # its `optimizer_step` leaves out skipped updates
+    settings = training["stu"].get("settings", {})
+    facts = {"optimizer steps": f"{training['global_step']:,}"}
     per_step = [settings.get(name) for name in ("samples_per_step", "data.seq_len")]
     if None not in per_step:
-        facts["tokens read"] = f"{steps * per_step[0] * per_step[1]:,}"
+        facts["tokens read"] = f"{training['TokenData']['position'] * per_step[1]:,}"
         facts["tokens of a step"] = f"{per_step[0]:,} samples x {per_step[1]:,}"
     for fact, name in FACTS.items():
         if settings.get(name) is not None:
@@ -203,7 +204,7 @@ def _validation_facts(folder: "CheckpointFolder") -> dict[str, str]:
 
     file = folder.path.resolve().parent.parent / RESULTS_FILE
     results = read_json_object(file) if file.is_file() else {}
-    if results.get("step") != folder.training["optimizer_step"]:
+    if results.get("step") != folder.training["global_step"]:
         return {}
     found = {name: (key, results[key]) for name, key in RESULTS.items() if key in results}
     for key, value in found.values():

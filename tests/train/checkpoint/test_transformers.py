@@ -282,6 +282,19 @@ def test_card_has_what_a_training_checkpoint_knows(trained, tmp_path):
     assert json.loads((output / "generation_config.json").read_text())["do_sample"] is False
 
 
+def test_card_counts_steps_whose_updates_were_skipped(tmp_path):
+    """And the samples that were read, of which steps had another number before a resume."""
+    settings = {"samples_per_step": 8, "data.seq_len": 16}
+    training = {"global_step": 12, "optimizer_step": 11, "TokenData": {"position": 70}}
+    folder = SimpleNamespace(
+        path=tmp_path / "checkpoints" / "a", training={**training, "stu": {"settings": settings}}
+    )
+    facts = export._training_facts(folder)
+    assert (facts["optimizer steps"], facts["tokens read"]) == ("12", "1,120")
+    (tmp_path / "validation.json").write_text('{"step": 12, "val/loss": 2.0}')
+    assert export._validation_facts(folder) == {"loss, nats per token": "2.0000"}
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -428,7 +441,7 @@ def test_damaged_templates_are_named(tmp_path, code_tokenizer, capsys, template)
     ],
 )
 def test_damaged_results_are_named(tmp_path, contents, message):
-    folder = SimpleNamespace(path=tmp_path / "checkpoints" / "a", training={"optimizer_step": 12})
+    folder = SimpleNamespace(path=tmp_path / "checkpoints" / "a", training={"global_step": 12})
     (tmp_path / "validation.json").write_text(contents)
     with pytest.raises(UserError, match=message):
         export._validation_facts(folder)
