@@ -16,8 +16,11 @@ from stu.common.errors import UserError
 
 SHELLS = ("bash", "interactive")
 """Names that Slurm gives to jobs which are a shell."""
-DISCOVERY_PORTS = range(25_000, 32_000)
-"""Ports above Lightning's for Slurm jobs, and below those that systems hand out."""
+TORCH_PORTS, DISCOVERY_PORTS = range(15_000, 25_000), range(25_000, 32_000)
+"""Ports for torch's process group in a Slurm step, and for what comes before it: below those that
+systems hand out."""
+TERMINAL = "/dev/tty"
+"""File that only a process with a terminal can open."""
 
 
 class Slurm(SLURMEnvironment):
@@ -32,6 +35,11 @@ class Slurm(SLURMEnvironment):
         """Node of the first rank, which need not be the job's first node."""
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
         return os.environ.setdefault("MASTER_ADDR", self.resolve_root_node_address(nodes))
+
+    @property
+    def main_port(self) -> int:
+        """Port of the process group, which steps of a job that share a node do not share."""
+        return int(os.environ.setdefault("MASTER_PORT", str(_port_of_step(TORCH_PORTS))))
 
     @staticmethod
     def _validate_srun_variables() -> None:
@@ -150,9 +158,10 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
         return Launch(
             "torchrun", number("RANK", 0), number("LOCAL_RANK", 0), count, nodes, per_node
         )
-    # A pseudo-terminal is a step too, but a shell: it was started alone.
-    is_step = "SLURM_STEP_ID" in variables and "SLURM_PTY_PORT" not in variables
-    if is_step:
+    # A shell in a pseudo-terminal is a step too: what it starts is alone. Jobs and steps that are
+    # started from there have its variables, but no terminal.
+    is_shell = "SLURM_PTY_PORT" in variables and _has_terminal()
+    if "SLURM_STEP_ID" in variables and not is_shell:
         tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
         nodes = number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1))
         per_node = _expand(variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
@@ -173,7 +182,7 @@ def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
     if "SLURM_JOB_ID" in variables or "SLURM_NTASKS" in variables:
         nodes = number("SLURM_JOB_NUM_NODES", number("SLURM_NNODES", 1))
         allocated = number("SLURM_NTASKS", 0)
-        is_shell = variables.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in variables
+        is_shell = is_shell or variables.get("SLURM_JOB_NAME") in SHELLS
         return Launch("slurm allocation", num_nodes=nodes, allocated=allocated, is_shell=is_shell)
     return Launch("alone")
 
@@ -185,9 +194,23 @@ def is_first_rank(launch: Launch) -> bool:
 
 
 def discovery_port() -> int:
-    """Return a port that all nodes of a Slurm job agree on."""
+    """Return a port that all tasks of a Slurm step agree on."""
+    return _port_of_step(DISCOVERY_PORTS)
+
+
+def _port_of_step(ports: range) -> int:
     job = int(os.environ.get("SLURM_JOB_ID", os.getpid()))
-    return DISCOVERY_PORTS[job % len(DISCOVERY_PORTS)]
+    step = int(os.environ.get("SLURM_STEP_ID", 0))
+    # Steps of a job may run side by side, as may jobs of neighbouring numbers.
+    return ports[(31 * job + step) % len(ports)]
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open(TERMINAL, os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _expand(per_node: str) -> tuple[int, ...]:

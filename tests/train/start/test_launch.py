@@ -13,7 +13,8 @@ import pytest
 
 from stu.common.errors import UserError
 from tests import forked
-from train.start.launch import detect_launch
+from train.start import launch as launch_module
+from train.start.launch import Slurm, detect_launch, discovery_port
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "wrap", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
 SECONDS = 240
@@ -58,7 +59,6 @@ def torchrun(ranks, local):
         (BATCH, 2, 1, "slurm allocation"),  # for gpus, no number of tasks
         (shell("interactive"), 4, 1, "slurm allocation"),
         (shell("interactive", SLURM_NTASKS="2"), 2, 1, "slurm allocation"),
-        (step(1, 1, "1", SLURM_JOB_NAME="bash", SLURM_PTY_PORT="9"), 2, 1, "slurm allocation"),
         (torchrun(4, 2), 2, 2, "torchrun"),
         # Within a job, torchrun's variables are the ones that count.
         ({**step(1, 1, "1"), **torchrun(2, 2)}, 2, 1, "torchrun"),
@@ -108,6 +108,37 @@ def test_matching_launch_is_accepted(variables, devices, nodes, kind):
 def test_fewer_or_more_ranks_are_refused(variables, devices, nodes, message):
     with pytest.raises(UserError, match=message):
         detect_launch(variables).check(devices, nodes)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "has_terminal", "kind"),
+    [
+        (1, True, "slurm allocation"),  # in a shell of `srun --pty`
+        (2, False, "slurm step"),  # by srun or sbatch from such a shell, whose variables they keep
+        (1, False, "slurm step"),
+    ],
+)
+def test_only_a_process_with_a_terminal_is_in_a_shell(
+    monkeypatch, tmp_path, tasks, has_terminal, kind
+):
+    terminal = tmp_path / "tty"
+    monkeypatch.setattr(launch_module, "TERMINAL", terminal)
+    if has_terminal:
+        terminal.touch()
+    launch = detect_launch(step(tasks, 1, str(tasks), SLURM_JOB_NAME="bash", SLURM_PTY_PORT="9"))
+    launch.check(2 if has_terminal else tasks, 1)
+    assert launch.kind == kind
+
+
+def test_steps_of_a_job_and_jobs_share_no_port(monkeypatch):
+    ports = set()
+    for variables in ("7", "0"), ("7", "1"), ("8", "0"):
+        monkeypatch.setenv("MASTER_PORT", "")
+        monkeypatch.delenv("MASTER_PORT")  # which is then as it was after the test
+        for name, value in zip(("SLURM_JOB_ID", "SLURM_STEP_ID"), variables, strict=True):
+            monkeypatch.setenv(name, value)
+        ports |= {discovery_port(), Slurm().main_port}
+    assert len(ports) == 6
 
 
 @pytest.mark.parametrize(
