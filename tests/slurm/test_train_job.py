@@ -293,6 +293,21 @@ def loses_little_when_the_disk_is_full(scene):
     scene.assert_same_result(again)
 
 
+@pytest.mark.parametrize("option", [["--resume", "a.ckpt"], ["--resume=last"]])
+def test_a_checkpoint_that_the_job_would_not_continue_from_is_refused(tmp_path, option):
+    program = tmp_path / "stu-train"
+    program.touch(0o755)
+    variables = {"JOB_ID": 7, "NTASKS_PER_NODE": 1, "CPUS_PER_TASK": 1}
+    environment = {f"SLURM_{name}": str(value) for name, value in variables.items()}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "slurm" / "train.sbatch"), "--run-dir", "runs/a", *option]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, env=environment, **options)
+    assert done.returncode == 2, done.stderr
+    assert "leave --resume out" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["stu-train"]
+
+
 SCENARIOS = [
     saves_and_continues_when_its_time_is_up,
     is_not_repeated_after_a_refusal,
