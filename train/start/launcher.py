@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0
 """Time the first rank has to end by itself after another one failed or was stopped."""
 STOP_SECONDS = 10.0
-"""Time the other ranks have to end when the first one tells them to."""
+"""Time the other ranks have to end when the first one ends early."""
 
 
 PORTS = range(10_000, 15_000)
@@ -47,17 +47,24 @@ class Launcher(_SubprocessScriptLauncher):
         if isinstance(environment, LightningEnvironment) and "MASTER_PORT" not in os.environ:
             environment._main_port = unused_port()
         self._call_children_scripts()
+        self._is_ending = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="launcher").start()
         try:
             _set_num_threads_if_needed(num_processes=self.num_processes)
             return function(*args, **kwargs)
-        except SystemExit:
-            self._stop_others()
+        except BaseException as error:
+            self._is_ending.set()
+            self._stop_others(error)
             raise
 
-    def _stop_others(self) -> None:
-        """Stop the ranks that wait for this one, which received a signal before training."""
-        self.kill(signal.SIGTERM)
+    def _stop_others(self, error: BaseException) -> None:
+        """Stop the ranks that may wait for this one, which ends with `error`.
+
+        Before training, this one has received a signal. Otherwise all ranks may have raised the
+        error, and then end by themselves.
+        """
+        if isinstance(error, SystemExit):
+            self.kill(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         while any(process.poll() is None for process in self.procs):
             if time.monotonic() > deadline:
@@ -77,7 +84,8 @@ class Launcher(_SubprocessScriptLauncher):
             if all(code == 0 for code in codes):
                 return
             time.sleep(LOOK_SECONDS)
-        time.sleep(PATIENCE_SECONDS if had_group else LOOK_SECONDS)
+        if self._is_ending.wait(PATIENCE_SECONDS if had_group else LOOK_SECONDS):
+            time.sleep(PATIENCE_SECONDS)  # this rank says why it ends, unless it hangs
         code = failed if failed > 0 else 128 - failed
         print(f"stu-train: another rank ended with code {code}", file=sys.stderr, flush=True)
         self.kill(signal.SIGKILL)

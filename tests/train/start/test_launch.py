@@ -10,11 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from stu.common.errors import UserError
 from tests import forked
 from train.start import launch as launch_module
+from train.start import launcher as launcher_module
 from train.start.launch import Slurm, detect_launch, discovery_port
+from train.start.launcher import Launcher
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "wrap", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
 SECONDS = 240
@@ -151,6 +154,28 @@ def test_steps_of_a_job_and_jobs_share_no_port(monkeypatch):
 def test_unsupported_launch_is_refused(variables, message):
     with pytest.raises(UserError, match=message):
         detect_launch(variables)
+
+
+def test_error_of_the_first_rank_ends_the_others(monkeypatch):
+    """On a GPU, they would wait for it in a collective operation."""
+    waiting = subprocess.Popen(["sleep", "600"])
+    monkeypatch.setattr(launcher_module, "STOP_SECONDS", 0.0)
+    monkeypatch.setattr(launcher_module, "_set_num_threads_if_needed", lambda num_processes: None)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    launcher = Launcher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    for name in ("_call_children_scripts", "_watch"):
+        monkeypatch.setattr(launcher, name, lambda: None)
+    launcher.procs = [waiting]
+
+    def train():
+        raise RuntimeError("out of memory")
+
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            launcher.launch(train)
+        assert waiting.wait(10) == -signal.SIGKILL
+    finally:
+        waiting.kill()
 
 
 @pytest.mark.slow
