@@ -24,6 +24,8 @@ from stu.common.errors import UserError
 Message = dict[str, Any]
 MOST_BYTES = 2**28
 """Limit of a message; those with the log probabilities of a prompt are the largest."""
+HEADER_BYTES = 5
+"""Largest size of what says how long a list is."""
 
 
 def pack(message: Message) -> bytes:
@@ -42,7 +44,7 @@ class Unpacker:
     """Reads messages from bytes that may be cut anywhere."""
 
     def __init__(self) -> None:
-        self._unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES)
+        self._unpacker = _unpacker(b"")
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """Yield the messages that are whole with `data`."""
@@ -51,8 +53,9 @@ class Unpacker:
 
 
 class PackedLogprobs(Sequence[TokenLogprobs]):
-    """Log probabilities as a replica sent them, unpacked where they are used, as objects take nine
-    times the memory."""
+    """Log probabilities as a replica sent them, unpacked one by one where they are used: as objects
+    they take nine times the memory, and those of a long prompt seconds, in which other threads
+    run."""
 
     __slots__ = ("_packed",)
 
@@ -65,7 +68,8 @@ class PackedLogprobs(Sequence[TokenLogprobs]):
         return len(self._packed)
 
     def __len__(self) -> int:
-        return len(self._unpacked())
+        length: int = _unpacker(self._packed[:HEADER_BYTES]).read_array_header()
+        return length
 
     @overload
     def __getitem__(self, index: int) -> TokenLogprobs: ...
@@ -74,14 +78,18 @@ class PackedLogprobs(Sequence[TokenLogprobs]):
     def __getitem__(self, index: slice) -> list[TokenLogprobs]: ...
 
     def __getitem__(self, index: int | slice) -> TokenLogprobs | list[TokenLogprobs]:
-        return self._unpacked()[index]
+        return list(self)[index]
 
     def __iter__(self) -> Iterator[TokenLogprobs]:
-        return iter(self._unpacked())
+        unpacker = _unpacker(self._packed)
+        for _ in range(unpacker.read_array_header()):
+            yield TokenLogprobs(*unpacker.unpack())
 
-    def _unpacked(self) -> list[TokenLogprobs]:
-        unpacked = msgpack.unpackb(self._packed, strict_map_key=False)
-        return [TokenLogprobs(*values) for values in unpacked]
+
+def _unpacker(packed: bytes) -> msgpack.Unpacker:
+    unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES)
+    unpacker.feed(packed)
+    return unpacker
 
 
 def request_to_wire(request: Request) -> Message:

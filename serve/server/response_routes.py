@@ -23,11 +23,12 @@ from serve.server.completion_routes import (
     with_last_events,
 )
 from serve.server.exchange import exchange_of
-from serve.server.replicas.slices import json_slices, pieces
+from serve.server.replicas.slices import json_slices, pieces, sliced_line
 from serve.server.service import Service
 from serve.server.streams import Answer, chained, padded
+from serve.server.streams import event as write_event
 from stu.common.errors import UserError
-from stu.common.text import Json, json_line, require_unicode
+from stu.common.text import Json, require_unicode
 
 MOST_LISTED = 100
 
@@ -72,7 +73,9 @@ def _add_create(app: FastAPI, service: Service) -> None:
         events = _events(answer, first, outputs, writer, save)
         texts = with_last_events(answer, outputs, events, writer.fail)
         return StreamingResponse(
-            _sent(texts, is_padded), media_type="text/event-stream", headers=STREAM_HEADERS
+            _sent(texts, is_padded, body.has_logprobs),
+            media_type="text/event-stream",
+            headers=STREAM_HEADERS,
         )
 
     @app.post("/v1/responses/input_tokens")
@@ -187,11 +190,17 @@ async def _events(
         yield event
 
 
-async def _sent(events: AsyncIterator[Json], is_padded: bool) -> AsyncIterator[str]:
+async def _sent(
+    events: AsyncIterator[Json], is_padded: bool, has_logprobs: bool
+) -> AsyncIterator[str]:
     async for event in events:
-        if is_padded and "delta" in event:
-            event = padded(event)
-        yield f"event: {event['type']}\ndata: {json_line(event)}\n\n"
+        if "delta" in event:
+            text = write_event(padded(event) if is_padded else event)
+        elif has_logprobs:  # those of a whole text may take seconds
+            text = await asyncio.to_thread(write_event, event, sliced_line)
+        else:
+            text = write_event(event)
+        yield f"event: {event['type']}\n{text}"
 
 
 def _numbered(items: Sequence[Item], response_id: str) -> list[Json]:

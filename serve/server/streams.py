@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from serve.completion import Completion, CompletionBuilder, piece_of
@@ -17,7 +18,7 @@ from serve.server.arrivals import Arrivals
 from serve.server.exchange import Exchange
 from serve.server.operating.metrics import ModelMetrics
 from serve.server.replicas.dispatcher import Dispatcher
-from serve.server.replicas.slices import Pauses, json_slices, pieces
+from serve.server.replicas.slices import Pauses, json_slices, pieces, sliced_line
 from serve.server.replicas.stream import EngineError, Stream
 from stu.common.errors import UserError
 from stu.common.text import Json, json_line
@@ -25,6 +26,7 @@ from stu.common.text import Json, json_line
 logger = logging.getLogger(__name__)
 
 PADDED_BYTES = 128
+Writing = Callable[[Json], str]
 
 
 class TimedOut(Exception):
@@ -122,14 +124,22 @@ class Answer:
             piece = piece_of(output)
             is_last = piece.finish_reason is not None
             if piece.text or piece.logprobs or piece.prompt_logprobs or is_last:
-                choice = self.writers[index].write(piece)
                 if has_usage and options.continuous_usage_stats:
                     with_usage = {"usage": self.usage()}
-                values = {**self.frame, "choices": [choice], **with_usage}
-                yield event(padded(values) if options.include_obfuscation else values)
+                written = partial(self._event, index, piece, options, with_usage)
+                if piece.prompt_logprobs:  # those of a long prompt take seconds
+                    yield await asyncio.to_thread(written, sliced_line)
+                else:
+                    yield written(json_line)
         if has_usage:
             yield event({**self.frame, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
+
+    def _event(
+        self, index: int, piece: Completion, options: StreamOptions, usage: Json, write: Writing
+    ) -> str:
+        values = {**self.frame, "choices": [self.writers[index].write(piece)], **usage}
+        return event(padded(values, write) if options.include_obfuscation else values, write)
 
     def usage(self) -> Json:
         """Return OpenAI's numbers of tokens, of all choices so far."""
@@ -267,15 +277,15 @@ class Answer:
         logger.info("request ended", extra={"fields": fields})
 
 
-def event(values: Json) -> str:
-    """Return a server-sent event."""
-    return f"data: {json_line(values)}\n\n"
+def event(values: Json, write: Writing = json_line) -> str:
+    """Return a server-sent event, given a function that writes JSON on one line."""
+    return f"data: {write(values)}\n\n"
 
 
-def padded(values: Json) -> Json:
+def padded(values: Json, write: Writing = json_line) -> Json:
     """Return `values` with random text that makes their length a multiple of `PADDED_BYTES`."""
     filled = {**values, "obfuscation": ""}
-    missing = -len(event(filled).encode()) % PADDED_BYTES
+    missing = -len(event(filled, write).encode()) % PADDED_BYTES
     return {**filled, "obfuscation": secrets.token_hex(missing)[:missing]}
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from stu.common.text import escaped_line_ends
+
 Result = TypeVar("Result")
 
 SLICE_SECONDS = 0.005
@@ -53,7 +55,8 @@ def json_slices(value: Any) -> Iterator[str]:
     """Yield `value` as JSON, without spaces and ASCII escapes, in parts that each take a few
     milliseconds at most.
 
-    Lists within lists are not divided. Raises ValueError for numbers that are not finite.
+    Lists within lists are not divided, unless they are the only element. Raises ValueError for
+    numbers that are not finite.
     """
     if isinstance(value, dict) and value:
         separator = "{"
@@ -64,6 +67,11 @@ def json_slices(value: Any) -> Iterator[str]:
         yield "}"
     elif isinstance(value, list) and value:
         has_containers = isinstance(value[-1], dict | list)
+        if has_containers and len(value) == 1:
+            yield "["
+            yield from json_slices(value[0])
+            yield "]"
+            return
         count = MOST_CONTAINERS if has_containers else MOST_VALUES
         separator = "["
         for start in range(0, len(value), count):
@@ -72,6 +80,11 @@ def json_slices(value: Any) -> Iterator[str]:
         yield "]"
     else:
         yield _json(value)
+
+
+def sliced_line(value: Any) -> str:
+    """Return `value` as JSON without any character that ends a line, for another thread."""
+    return "".join(map(escaped_line_ends, json_slices(value)))
 
 
 def _json(value: Any) -> str:

@@ -14,12 +14,21 @@ from serve.engine.stats import Stats
 from serve.openai.completions import TextCompletions
 from serve.openai.schemas import CompletionBody
 from serve.prompts import RequestBuilder
+from serve.request import Output, TokenLogprobs
 from serve.server.replicas.dispatch import Replicas
-from serve.server.replicas.slices import PIECE_BYTES, Pauses, Threads, json_slices, pieces
+from serve.server.replicas.slices import (
+    PIECE_BYTES,
+    Pauses,
+    Threads,
+    json_slices,
+    pieces,
+    sliced_line,
+)
 from serve.server.replicas.stream import Stream
 from serve.server.replicas.supervisor import ReplicasConfig
-from serve.server.streams import Answer
-from serve.wire import request_from_wire, request_to_wire
+from serve.server.response_routes import _sent
+from serve.server.streams import PADDED_BYTES, Answer
+from serve.wire import output_from_wire, output_to_wire, request_from_wire, request_to_wire
 from tests.serve.requests import make_request
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +96,50 @@ async def test_answer_is_written_in_another_thread(code_tokenizer):
     assert threading.current_thread() not in threads
 
 
+class PromptWriter(Writer):
+    def write(self, piece):
+        return {
+            **super().write(piece),
+            "logprobs": [values.top for values in piece.prompt_logprobs],
+        }
+
+
+async def test_log_probabilities_of_a_prompt_are_written_in_another_thread(code_tokenizer):
+    """In a stream, too, and one by one."""
+    top = dict.fromkeys(range(20), -1.5)
+    logprobs = [TokenLogprobs(3, -1.0, top, 1)] * 1000
+    output = Output(0, [5], "x\u2028", prompt_logprobs=logprobs, finish_reason="length")
+    read = output_from_wire(output_to_wire(output, 0))
+    writer, stream = PromptWriter(), Stream(0, make_request([1], 4))
+    endpoint = TextCompletions(
+        RequestBuilder(code_tokenizer, {}), tokenizer=code_tokenizer, model_name="m", max_seq_len=64
+    )
+    asked = CompletionBody(prompt="x", stream=True, stream_options={"include_obfuscation": True})
+    answer = EndedAnswer(
+        None, None, endpoint, asked, [stream], [writer], {"id": "a"}, 3, 1.0, 0.0, None
+    )
+    events = answer.events((0, read), answer.outputs(), asked.stream_options)
+    text, done = [text async for text in events]
+    assert done == "data: [DONE]\n\n"
+    assert len(text.splitlines()) == 2
+    assert len(text.encode()) % PADDED_BYTES == 0
+    (choice,) = json.loads(text.removeprefix("data: "))["choices"]
+    assert choice["text"] == "x\u2028"
+    assert choice["logprobs"] == [{str(token): -1.5 for token in range(20)}] * 1000
+    assert threading.current_thread() not in writer.threads
+    assert max(map(len, json_slices({"choices": [choice]}))) < 40_000
+    assert list(read.prompt_logprobs) == logprobs
+
+
+def test_the_number_of_packed_log_probabilities_is_known_without_unpacking(monkeypatch):
+    logprobs = [TokenLogprobs(3, -1.0, {3: -1.0}, 1)] * 70_000
+    values = output_to_wire(Output(0, prompt_logprobs=logprobs), 0)
+    packed = output_from_wire(values).prompt_logprobs
+    monkeypatch.setattr("serve.wire.TokenLogprobs", None)
+    assert len(packed) == 70_000
+    assert packed
+
+
 async def num_pauses(work):
     """The number of times that another task runs while `work` does."""
     count = 0
@@ -144,3 +197,23 @@ async def test_client_has_at_most_half_of_the_threads():
         is_over.set()
     assert all(await asyncio.gather(*long))
     assert not threads._limits
+
+
+async def test_log_probabilities_of_a_response_are_written_in_another_thread(monkeypatch):
+    threads = []
+
+    def written(values):
+        threads.append(threading.current_thread())
+        return sliced_line(values)
+
+    async def events():
+        for values in {"type": "a", "delta": "x"}, {"type": "b", "part": [1, 2]}:
+            yield values
+
+    monkeypatch.setattr("serve.server.response_routes.sliced_line", written)
+    for has_logprobs in True, False:
+        texts = [text async for text in _sent(events(), False, has_logprobs)]
+        data = [text.partition("data: ")[2] for text in texts]
+        assert list(map(json.loads, data)) == [values async for values in events()]
+        assert len(threads) == 1
+    assert threading.current_thread() not in threads
