@@ -52,6 +52,9 @@ def add_error_answers(app: FastAPI) -> None:
         headers = {"retry-after": RETRY_SECONDS} if status in (429, 503) else {}
         if isinstance(error, RateLimited):
             headers = error.headers
+        if isinstance(error, Abandoned):
+            # OpenAI's clients would send it twice more by themselves, for other replicas to end.
+            headers = {"x-should-retry": "false"}
         return _response(request, status, body, headers, reason)
 
     # An exception that is none of the others is logged by `serve.server.exchange`.

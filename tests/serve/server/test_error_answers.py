@@ -16,7 +16,7 @@ from serve.server.config import ServerConfig
 from serve.server.exchange import FAULT, Exchange, Exchanges
 from serve.server.replicas.dispatch import Replicas
 from serve.server.replicas.dispatcher import ENGINE_FAILED
-from serve.server.replicas.stream import EngineError, Stream, Unavailable
+from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
 from serve.server.service import make_service
 from serve.server.streams import TimedOut, event
@@ -78,6 +78,24 @@ def test_a_fault_is_500_with_an_id_and_a_logged_traceback(
     assert failed.exc_info[1].__traceback__ is not None
     assert failed.fields["request_id"] == refused.fields["request_id"] == "own"
     assert refused.fields["status"] == 500
+
+
+@pytest.mark.parametrize(
+    ("error", "headers"),
+    [
+        (Unavailable("loading"), {"retry-after": "1"}),
+        (Abandoned("6 replicas ended"), {"x-should-retry": "false"}),
+    ],
+)
+def test_clients_send_nothing_again_that_ends_replicas(ask, monkeypatch, error, headers):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("serve.prompts.derived_seed", fail)
+    answer = ask("POST", "/v1/completions", {"prompt": "x"})
+    assert answer.status_code == 503
+    names = "retry-after", "x-should-retry"
+    assert {name: answer.headers[name] for name in names if name in answer.headers} == headers
 
 
 @pytest.mark.parametrize(
