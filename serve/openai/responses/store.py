@@ -3,8 +3,8 @@
 import json
 import sqlite3
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class ResponseStore:
         num_bytes = sum(map(len, texts))
         if num_bytes > self._most_bytes:
             return
-        with self._lock, self._database as database:
+        with self._transaction() as database:
             self._num_uses += 1
             self._num_bytes += num_bytes
             previous = response["previous_response_id"]
@@ -95,7 +95,7 @@ class ResponseStore:
         turns: list[list[Json]] = []
         num_items = 0
         next_id: str | None = response_id
-        with self._lock, self._database as database:
+        with self._transaction() as database:
             while next_id is not None:
                 response, items, previous = self._row(owner, next_id)
                 self._num_uses += 1
@@ -115,10 +115,22 @@ class ResponseStore:
 
     def delete(self, owner: str, response_id: str) -> None:
         """Forget a response. Raises UserError as `response`."""
-        with self._lock, self._database as database:
+        with self._transaction() as database:
             self._row(owner, response_id)
             size = "SELECT bytes FROM responses WHERE id = ?"
             self._remove(response_id, database.execute(size, (response_id,)).fetchone()[0])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Change the database and the counts of it, or neither if the block raises."""
+        with self._lock:
+            counts = self._num_bytes, self._num_uses
+            try:
+                with self._database as database:
+                    yield database
+            except BaseException:
+                self._num_bytes, self._num_uses = counts
+                raise
 
     def _row(self, owner: str, response_id: str) -> tuple[Any, ...]:
         query = "SELECT response, items, previous FROM responses WHERE id = ? AND owner = ?"
