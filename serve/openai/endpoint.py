@@ -1,5 +1,6 @@
 """Endpoints of OpenAI's API: from a body to engine requests, and back to the body of an answer."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic
@@ -163,7 +164,8 @@ def usage(num_prompt_tokens: int, num_new_tokens: int) -> Json:
 
 
 def _check_values(body: RequestBody) -> None:
-    """Raise UserError for a string that UTF-8 cannot hold, and for deeply nested values."""
+    """Raise UserError for a string that UTF-8 cannot hold, a number that JSON cannot, and deeply
+    nested values."""
     for name, value in body:
         depth = 0
         # Prompts and inputs are checked as they are encoded.
@@ -176,6 +178,8 @@ def _check_values(body: RequestBody) -> None:
             for value in values:
                 if isinstance(value, str):
                     require_unicode(name, value)
+                elif isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(name, fix="it has a number that is not finite, or is too large")
                 elif isinstance(value, list):
                     inner += value
                 elif isinstance(value, dict):

@@ -1,6 +1,8 @@
 """Bodies of responses, what is written for them piece by piece, and the store."""
 
 import json
+import math
+import sqlite3
 from pathlib import Path
 from random import Random
 
@@ -205,6 +207,17 @@ def test_bodies_ask_for_the_same_as_chats(responses, chats):
             "items of at most 8192 parts together, not 10000",
         ),
         ({"inptu": 5}, "inptu", "did you mean"),
+        # They would be in the response, as JSON that is none.
+        (
+            {"tools": [{**TOOL, "parameters": {"x": [math.inf]}}], "tool_choice": "none"},
+            "tools",
+            "a number that is not finite",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "name": "add", "x": math.nan}},
+            "tool_choice",
+            "a number that is not finite",
+        ),
     ],
 )
 def test_wrong_bodies_are_refused_by_name(responses, fields, field, message):
@@ -390,6 +403,22 @@ def test_responses_used_least_recently_make_room(database):
     assert found == [0, 1, 3, 4]
     store.add("me", *stored(5, size=5000))  # larger than all
     assert not has(store, 5)
+    store.close()
+
+
+def test_responses_that_a_full_disk_refuses_take_no_room(database):
+    store = ResponseStore(database, 3000)
+    for number in range(4):
+        store.add("me", *stored(number, size=500))
+    (pages,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count={pages}")
+    for number in range(10, 20):
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            store.add("me", *stored(number, size=2500))
+    assert [number for number in range(20) if has(store, number)] == [0, 1, 2, 3]
+    store._database.execute("PRAGMA max_page_count=1000")
+    store.add("me", *stored(4, size=500))
+    assert [number for number in range(20) if has(store, number)] == [1, 2, 3, 4]
     store.close()
 
 
