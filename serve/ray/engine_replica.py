@@ -17,6 +17,7 @@ from serve.config import EngineConfig
 from serve.devices import choose_devices
 from serve.request import Output
 from serve.server.replicas.dispatch import Replicas
+from serve.server.replicas.replica import Replica
 from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
 from serve.server.replicas.supervisor import ReplicasConfig
 from serve.wire import (
@@ -31,6 +32,16 @@ from stu.common.errors import UserError
 
 UNBOUNDED = 2**31
 """Requests that may wait in a replica, which has no more than Ray Serve sends it."""
+
+
+class _Engine(Replicas):
+    """The engine of a replica. The server learns when it ends during a request, as it may be
+    this request that ends engines, here and then in other replicas."""
+
+    def _move(self, replica: Replica) -> None:
+        for stream in replica.streams.values():
+            stream.outputs.put_nowait(Output(stream.number))
+        super()._move(replica)
 
 
 class EngineReplica:
@@ -48,27 +59,32 @@ class EngineReplica:
         values["engine"] = EngineConfig(**settings["engine"])
         devices = tuple(choose_devices("auto"))
         config = ReplicasConfig(**{**values, "devices": devices, "max_waiting": UNBOUNDED})
-        self._replicas = Replicas(config)
+        self._replicas = _Engine(config)
         await self._replicas.start()
         await self._replicas.ready(lambda: True)
 
-    async def decode(self, packed: bytes, prefix: bytes, cost: int) -> AsyncIterator[bytes]:
+    async def decode(
+        self, packed: bytes, prefix: bytes, cost: int, num_moves: int
+    ) -> AsyncIterator[bytes]:
         """Decode a request, and yield messages, each with all outputs since the one before.
 
-        A message has `outputs`, with `waited`, the seconds before the prefill began, in the first
-        one; or `refused`, `failed`, `abandoned` or `unavailable`, an error at the end.
+        A message has `outputs` and `num_moves`, with `waited`, the seconds before the prefill
+        began, in the first one; or `refused`, `failed`, `abandoned` or `unavailable`, an error at
+        the end. When an engine ends there is an output with nothing in it.
 
         Args:
             packed: The request, as `serve.wire` packs it.
             prefix: For `serve.ray.router`.
             cost: For `serve.ray.router`.
+            num_moves: Engines and replicas that ended during the request since its last token.
         """
         (values,) = Unpacker().feed(packed)
         request, arrived = request_from_wire(values), time.monotonic()
         stream: Stream | None = None
         try:
-            (stream,) = self._replicas.submit([request], request.client)
+            (stream,) = self._replicas.submit([request], request.client, num_moves=num_moves)
             while (message := await _next_message(stream))["outputs"]:
+                message["num_moves"] = stream.num_moves
                 if stream.scheduled is not None:
                     message["waited"] = stream.scheduled - arrived
                 yield pack(message)

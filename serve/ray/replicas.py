@@ -214,7 +214,7 @@ class RayReplicas(Dispatcher):
         is_remembered = any(counts.prefix_tokens_asked for counts in self._totals.values())
         prefix = pack_prefix(stream.prefix) if is_remembered else b""
         response = self._handle.options(stream=True).decode.remote(
-            prompt, prefix=prefix, cost=stream.cost
+            prompt, prefix=prefix, cost=stream.cost, num_moves=stream.num_moves
         )
         try:
             async for packed in response:
@@ -250,9 +250,11 @@ class RayReplicas(Dispatcher):
             stream.schedule(sent + message["waited"])
         for values in message["outputs"]:
             output = output_from_wire(values)
-            stream.take(output, time.monotonic())
+            if output.new_token_ids or output.finish_reason is not None:
+                stream.take(output, time.monotonic())
             if output.finish_reason is not None:
                 return True
+        stream.num_moves = message["num_moves"]
         return False
 
     async def _watch(self) -> None:

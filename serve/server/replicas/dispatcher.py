@@ -97,10 +97,19 @@ class Dispatcher(ABC):
         return len(self._all_waiting())
 
     def submit(
-        self, requests: Sequence[Request], client: str = "", is_background: bool = False
+        self,
+        requests: Sequence[Request],
+        client: str = "",
+        is_background: bool = False,
+        num_moves: int = 0,
     ) -> list[Stream]:
-        """Queue requests of a client, and return their streams. Those in the background take no
-        places of others in the queue, and have no limit.
+        """Queue requests of a client, and return their streams.
+
+        Args:
+            requests: Requests to queue.
+            client: Name of the client.
+            is_background: Whether they take no places of others in the queue, and have no limit.
+            num_moves: `num_moves` of their streams, elsewhere, so far.
 
         Raises:
             Busy: Too many requests wait.
@@ -110,7 +119,14 @@ class Dispatcher(ABC):
         if not is_background:
             self._require_room(len(requests), client)
         streams = [
-            Stream(next(self._numbers), request, client, is_background, list(request.new_token_ids))
+            Stream(
+                next(self._numbers),
+                request,
+                client,
+                is_background,
+                list(request.new_token_ids),
+                num_moves=num_moves,
+            )
             for request in requests
         ]
         self._waiting.add(streams)

@@ -9,7 +9,7 @@ import pytest
 
 from serve.server.http_server import HttpServer
 from serve.server.replicas.stream import Abandoned, EngineError, Stream, Unavailable
-from serve.server.replicas.supervisor import Totals
+from serve.server.replicas.supervisor import ReplicasConfig, Totals
 from serve.wire import Unpacker, pack, request_from_wire, request_to_wire
 from tests.serve.requests import make_request
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.anyio
 class Call:
     """A call of `decode`, whose answers a test gives: messages, or an error at the end."""
 
-    def __init__(self, packed, prefix, cost):
+    def __init__(self, packed, prefix, cost, num_moves):
         (values,) = Unpacker().feed(packed)
-        self.request, self.prefix = request_from_wire(values), prefix
+        self.request, self.prefix, self.num_moves = request_from_wire(values), prefix, num_moves
         self.answers = asyncio.Queue()
 
     def __aiter__(self):
@@ -50,8 +50,8 @@ class Handle:
     def options(self, **_):
         return self
 
-    def remote(self, packed, prefix, cost):
-        call = Call(packed, prefix, cost)
+    def remote(self, *packed, **values):
+        call = Call(*packed, **values)
         self.calls.append(call)
         if self._answer is not None:
             call.answers.put_nowait(self._answer)
@@ -108,6 +108,55 @@ async def test_a_request_that_ends_engines_or_actors_is_given_up_and_a_fault_is_
     assert len(handle.calls) == ray_replicas.MOST_TRIES + 1
 
 
+async def test_engines_that_end_in_several_replicas_are_counted_together(replicas_of):
+    handle = Handle()
+    (stream,) = replicas_of(handle).submit([make_request([1, 100], 4)])
+
+    async def next_call(number):
+        while len(handle.calls) <= number:
+            await asyncio.sleep(0)
+        return handle.calls[number]
+
+    empty, token = ({"request_id": 0, "new_token_ids": ids, "text": ""} for ids in ([], [5]))
+    for number, expected in enumerate([0, 3]):
+        call = await next_call(number)
+        assert call.num_moves == expected
+        message = {"outputs": [empty], "num_moves": expected + 2}
+        call.answers.put_nowait(message)
+        call.answers.put_nowait(exceptions.ActorDiedError())
+    error = await asyncio.wait_for(stream.outputs.get(), 20)
+    assert (type(error), len(handle.calls)) == (Abandoned, 2)
+    assert str(error).startswith("6 replicas ended")
+
+    (stream,) = replicas_of(handle).submit([make_request([1, 100], 4)])
+    call = await next_call(2)
+    call.answers.put_nowait({"outputs": [empty], "num_moves": 4})
+    call.answers.put_nowait({"outputs": [token], "num_moves": 0})
+    assert (await asyncio.wait_for(stream.outputs.get(), 20)).new_token_ids == [5]
+    call.answers.put_nowait(exceptions.ActorDiedError())
+    assert (await next_call(3)).num_moves == 1
+
+
+async def test_a_replica_counts_the_engines_that_end_and_tells_at_once(tmp_path):
+    engine = engine_replica._Engine(ReplicasConfig(tmp_path))
+    engine._has_been_ready = True
+    replica = object.__new__(engine_replica.EngineReplica)
+    replica._replicas = engine
+    request = pack(request_to_wire(make_request([1, 100], 4)))
+    messages = replica.decode(request, b"", 1, 3)
+    found = asyncio.ensure_future(anext(messages))
+    while not len(engine._waiting):
+        await asyncio.sleep(0)
+    (stream,) = engine._waiting.clear()
+    assert stream.is_suspect
+    engine._move(Mock(streams={stream.number: stream}))
+    (message,) = Unpacker().feed(await found)
+    assert message["num_moves"] == 4
+    (output,) = message["outputs"]
+    assert (output["new_token_ids"], output["text"]) == ([], "")
+    await messages.aclose()
+
+
 @pytest.mark.parametrize(
     ("error", "name"),
     [
@@ -122,8 +171,9 @@ async def test_a_replica_tells_why_a_request_ended(error, name):
     stream = Stream(0, request)
     stream.outputs.put_nowait(error)
     replica = object.__new__(engine_replica.EngineReplica)
-    replica._replicas = Mock(submit=lambda *_: [stream])
-    messages = [packed async for packed in replica.decode(pack(request_to_wire(request)), b"", 1)]
+    replica._replicas = Mock(submit=lambda *_, **__: [stream])
+    request = pack(request_to_wire(request))
+    messages = [packed async for packed in replica.decode(request, b"", 1, 0)]
     (message,) = Unpacker().feed(b"".join(messages))
     assert message == {name: str(error)}
 
