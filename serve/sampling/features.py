@@ -83,9 +83,10 @@ def features_needed(params: SamplingParams, has_stop_ids: bool) -> Features:
 def settings_of(params: SamplingParams, features: Features) -> dict[str, float]:
     """Return the settings that are numbers, by the name of their column."""
     values = {name: getattr(params, name) for name in ("temperature", *sorted(EVERYTHING.fields))}
-    is_always_masked = params.constraint is not None
+    # Without stop tokens there is nothing to forbid, and no mask of the row is written.
+    masked_tokens = params.min_new_tokens if features.is_masked else 0
     derived = {
-        "masked_tokens": MOST_TOKENS if is_always_masked else params.min_new_tokens,
+        "masked_tokens": masked_tokens if params.constraint is None else MOST_TOKENS,
         "changes_logits": features.changes_logits,
     }
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}

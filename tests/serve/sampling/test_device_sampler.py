@@ -213,6 +213,23 @@ def test_stop_tokens_are_forbidden_until_there_are_enough():
     assert [sampled.tokens.item() for sampled in drawn] == [7, 7, STOP_IDS[0]]
 
 
+def test_nothing_is_forbidden_without_stop_tokens():
+    own = SamplingParams(min_new_tokens=3, max_new_tokens=9)
+    sampler = make_sampler([0], [(own, [1], [])])  # its mask is of this request
+    sampler.clear(0)
+    sampler.set(0, Request([1], own))
+    sampler.set(1, Request([1], own), stop_ids=STOP_IDS)
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[:, STOP_IDS[0]], logits[:, 7] = 9.0, 8.0
+    rows, uniform = torch.arange(2), torch.zeros(2, dtype=torch.float64)
+    sampled = sampler.sample(logits, rows, uniform, sampler.features([0, 1]))
+    assert sampled.tokens.tolist() == [STOP_IDS[0], 7]
+    sampler.set(2, Request([1], own))  # its mask was never written
+    rows = torch.tensor([2, 1])
+    sampled = sampler.sample(logits, rows, uniform, sampler.features([1, 2]))
+    assert sampled.is_allowed.tolist() == [True, True]
+
+
 def test_flags_tell_rows_that_cannot_go_on():
     params = [SamplingParams(constraint=Constraint("regex", "a"))] * 2 + [SamplingParams(1.0)]
     sampler = make_sampler(range(3), [(own, [1], []) for own in params])
