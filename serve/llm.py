@@ -126,7 +126,7 @@ class LLM:
         completion that fails later has the `finish_reason` "error".
         """
         listed = _listed(prompts)
-        shared = sampling_params or self.default_sampling_params
+        shared = self.default_sampling_params if sampling_params is None else sampling_params
         params = [shared] * len(listed) if isinstance(shared, SamplingParams) else list(shared)
         priorities = [0] * len(listed) if priority is None else list(priority)
         for name, values in (("sampling_params", params), ("priority", priorities)):

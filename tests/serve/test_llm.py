@@ -1,7 +1,10 @@
 """`LLM`: prompts decoded, scored and embedded from Python."""
 
 import math
+import os
+import signal
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -57,6 +60,8 @@ def test_each_prompt_may_have_its_own_sampling_params(llm, capsys):
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="2 sampling_params for 4 prompts"):
         llm.generate(PROMPTS, params[:2])
+    with pytest.raises(UserError, match="0 sampling_params for 4 prompts"):
+        llm.generate(PROMPTS, [])
 
 
 def test_the_best_of_several_completions(llm):
@@ -114,6 +119,50 @@ def test_refused_prompt_leaves_no_request_behind(llm):
     assert found.value.field == "prompt"
     (before,) = llm.generate(["x"], use_tqdm=False)
     assert llm.generate(["x"], use_tqdm=False) == [before]
+
+
+def test_ctrl_c_ends_the_requests_after_their_step(model_directory):
+    """A step that ends between its layers would leave wrong states to later requests."""
+    llm = LLM(model_directory, "cpu", cache_gib=0.01, speculate="ngram")
+    params = SamplingParams(max_new_tokens=20, stop_at_eos=False)
+    prompts = [[5, 6, 7, 8] * 10, [9, 3] * 12]
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    calls = Counter()
+    first, *_, last = llm._engine._runner._model.blocks
+
+    def press(*_):
+        calls["first"] += 1
+        if calls["first"] in (1, 5):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first.register_forward_hook(press)
+    last.register_forward_hook(lambda *_: calls.update(["last"]))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, params, use_tqdm=False)
+        assert calls["first"] == calls["last"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        llm._engine.check_integrity()
+        assert llm._engine.stats().running == llm._engine.stats().waiting == 0
+    assert llm.generate(prompts, params, use_tqdm=False) == expected
+
+
+def test_a_second_ctrl_c_waits_for_no_step(model_directory):
+    llm = LLM(model_directory, "cpu", cache_gib=0.01)
+    ended = []
+
+    def press(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    first, *_, last = llm._engine._runner._model.blocks
+    with (
+        first.register_forward_hook(press),
+        last.register_forward_hook(lambda *_: ended.append(True)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        llm.generate("a", use_tqdm=False)
+    assert not ended
 
 
 def test_chat_renders_the_template(llm, code_tokenizer):
