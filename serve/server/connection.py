@@ -22,7 +22,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.openai.errors import error_body
-from serve.server.exchange import has_file, request_id
+from serve.server.exchange import LOCAL, has_file, request_id
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, as `asyncio.Protocol`."""
         super().connection_made(transport)
+        self.client = self.client or (LOCAL, 0)
         self._begin("headers")
 
     def data_received(self, data: bytes) -> None:

@@ -26,6 +26,8 @@ DISCARD_SECONDS, DISCARD_BYTES = 10.0, 2**26
 """Limits of what is still read of a refused body."""
 FAULT = "the server failed; its log has the reason under the id in the header x-request-id"
 TRACE_HEADERS = b"traceparent", b"tracestate"
+LOCAL = "local"
+"""Address of a client at a Unix socket that no proxy names."""
 MOST_ID_CHARACTERS = 128
 MOST_PATH_CHARACTERS = 200
 CLIENT_ID = re.compile(rf"[!-~]{{1,{MOST_ID_CHARACTERS}}}")
@@ -101,7 +103,7 @@ class Exchanges:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        address = scope["client"][0] if scope.get("client") else "local"
+        address = scope["client"][0] if scope.get("client") else LOCAL
         exchange = Exchange(request_id(scope["headers"]), address)
         exchange.trace_context = {
             name.decode(): value.decode("latin-1")

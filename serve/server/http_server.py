@@ -22,7 +22,7 @@ from serve.server.batches.files import MOST_UPLOADS
 from serve.server.config import ServerConfig
 from serve.server.connection import Connection, Deadlines
 from serve.server.connections import Connections, connection_limit
-from serve.server.exchange import Exchanges
+from serve.server.exchange import LOCAL, Exchanges
 from serve.server.guard import MAX_HEADER_BYTES, Guard
 from serve.server.listening import tls_context, url_of
 from serve.server.service import Service, make_service
@@ -95,8 +95,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 asgi_app(config, service, keys),
-                # Whoever may write to a Unix socket is trusted to name the client.
-                forwarded_allow_ips="*" if config.uds is not None else None,
+                forwarded_allow_ips=trusted_proxies(),
                 log_config=None,
                 access_log=True,
                 server_header=False,
@@ -181,6 +180,13 @@ class HttpServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
+
+
+def trusted_proxies() -> str:
+    """Return the addresses of proxies that are trusted to name the client, as uvicorn takes them.
+    The client is the last one named that is no such proxy: what is before it, anybody may write."""
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    return trusted if trusted == "*" else f"{LOCAL},{trusted}"
 
 
 def asgi_app(config: ServerConfig, service: Service, keys: Keys) -> ASGIApp:

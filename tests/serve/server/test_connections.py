@@ -24,6 +24,7 @@ from serve.server.connection import FED_BYTES, Connection, Deadlines
 from serve.server.connections import SPARE, Connections, connection_limit
 from serve.server.exchange import Exchanges
 from serve.server.guard import Guard
+from serve.server.http_server import trusted_proxies
 from serve.server.operating.logs import MOST_EQUAL, MOST_KINDS, PERIOD_SECONDS, Repeats
 from stu.common.errors import UserError
 from tests.serve.server_process import SECONDS
@@ -87,13 +88,14 @@ def large(**headers):
     return app
 
 
-def connection_maker(app, connections, state):
+def connection_maker(app, connections, state, **settings):
     config = uvicorn.Config(
         app,
         http="h11",
         log_config=None,
         h11_max_incomplete_event_size=4096,
         timeout_keep_alive=NEVER,
+        **settings,
     )
     config.load()
     return lambda: Connection(connections, config=config, server_state=state, app_state={})
@@ -268,6 +270,45 @@ async def test_only_clients_that_take_nothing_are_cut_off(
             aborted_after = second
             break
     assert aborted_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "client"),
+    [
+        (None, None, "local"),
+        (None, "1.1.1.1", "1.1.1.1"),
+        (None, "1.1.1.1, 2.2.2.2", "2.2.2.2"),  # who could write the first one itself
+        ("2.2.2.2", "1.1.1.1, 2.2.2.2", "1.1.1.1"),
+        ("*", "1.1.1.1, 2.2.2.2", "1.1.1.1"),
+    ],
+)
+async def test_the_last_proxy_names_the_client_at_a_unix_socket(
+    monkeypatch, tmp_path, trusted, forwarded, client
+):
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    if trusted is not None:
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+    found = []
+
+    async def app(scope, receive, send):
+        found.append(scope["client"][0])
+        await hello(scope, receive, send)
+
+    connections = Connections(100, NO_DEADLINES)
+    proxies = {"forwarded_allow_ips": trusted_proxies()}
+    path = tmp_path / "socket"
+    with anyio.fail_after(SECONDS), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        connections.listen([listener], connection_maker(app, connections, ServerState(), **proxies))
+        reader, writer = await asyncio.open_unix_connection(path)
+        header = b"" if forwarded is None else b"x-forwarded-for: " + forwarded.encode() + b"\r\n"
+        writer.write(GET[:-2] + header + b"\r\n")
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        writer.close()
+        await connections.stop_accepting()
+        connections._tasks[-1].cancel()
+    assert found == [client]
 
 
 def test_closed_socket_has_nothing_unacknowledged():
