@@ -161,11 +161,15 @@ class Reloader(Generic[AnyVersion]):
         """Return the version in a folder, and whether to exchange replicas one by one. Raises
         UserError."""
         running = _on_this_machine(self._model.current)
-        load_config(path)
-        weight_bytes(path, running.config.dtype)
-        if one_by_one is None:
-            one_by_one = not fits_beside(running, path)
-        return self._model.next_version(path), one_by_one
+        try:
+            load_config(path)
+            weight_bytes(path, running.config.dtype)
+            if one_by_one is None:
+                one_by_one = not fits_beside(running, path)
+            return self._model.next_version(path), one_by_one
+        except OSError as error:
+            message = f"{path}: cannot be read ({error.strerror})"
+            raise UserError("path", message=message) from error
 
     async def _exchange_beside(
         self, old: AnyVersion, new: AnyVersion, switched: "asyncio.Future[None]"

@@ -191,6 +191,8 @@ async def test_a_folder_without_a_model_changes_nothing(model_directory, tmp_pat
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="cannot be read"):
         await Reloader(service).reload(tmp_path, None)
+    with pytest.raises(UserError, match="cannot be read"):  # as without permission
+        await Reloader(service).reload(tmp_path / ("x" * 5000), None)
     assert service.log == []
 
 
