@@ -35,6 +35,9 @@ LINGER_SECONDS, LINGER_BYTES = 5.0, 2**24
 resets the connection, and its client sees no answer."""
 FED_BYTES = 2**14
 """Bytes that are parsed before other connections have their turn."""
+UNTIMED_PATHS = ("/admin/reload",)
+"""Paths whose answers may take any time: a reload waits for all requests of one replica after the
+other."""
 CLOSE_SECONDS = 5.0
 """Time that a connection may take to close once its client has the whole answer."""
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
@@ -208,6 +211,8 @@ class Connection(H11Protocol):
             "refused": LINGER_SECONDS,
         }
         self._deadline = time.monotonic() + seconds[phase]
+        if phase == "answer" and self.scope["path"] in UNTIMED_PATHS:
+            self._deadline = float("inf")
         self._registry.note(self)
 
     def _expire(self) -> None:

@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 import ssl
+import time
 from contextlib import asynccontextmanager
 from unittest.mock import Mock
 
@@ -235,6 +236,20 @@ async def test_answer_ends_with_its_time_limit(monkeypatch, caplog):
     monkeypatch.setattr(connection_module, "ANSWER_GRACE_SECONDS", 0.1)
     await answer_to(GET, never, Deadlines(NEVER, NEVER, 0.1))
     assert "did not take an answer within the time limit" in caplog.text
+
+
+@pytest.mark.parametrize(("path", "is_cut_off"), [(b"/v1/models", True), (b"/admin/reload", False)])
+async def test_only_a_reload_may_take_longer_than_a_request(path, is_cut_off):
+    transport = Mock(**{"is_closing.return_value": False, "get_extra_info.return_value": None})
+    transport.get_write_buffer_size.return_value = 0
+    state = ServerState()
+    connection = connection_maker(never, Connections(9, NO_DEADLINES), state)()
+    connection.connection_made(transport)
+    connection.data_received(GET.replace(b"/ ", path + b" "))
+    for task in state.tasks:
+        task.cancel()
+    connection.check(time.monotonic() + 2 * NEVER)
+    assert transport.abort.called == is_cut_off
 
 
 @pytest.mark.parametrize(
