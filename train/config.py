@@ -54,7 +54,7 @@ def check_settings(
     z_loss = settings.model.z_loss
     _require("model.z_loss", z_loss, 0 <= z_loss < math.inf, "a number >= 0")
     seed = settings.seed_everything
-    is_seed = isinstance(seed, bool) or 0 <= seed <= LARGEST_SEED
+    is_seed = 0 <= seed <= LARGEST_SEED
     _require(option("seed_everything"), seed, is_seed, f"from 0 to {LARGEST_SEED}")
     optimizer = OptimizerConfig(**_values(settings.model.optimizer))
     optimizer_kind(optimizer)

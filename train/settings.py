@@ -50,8 +50,8 @@ LEFT_OUT = {
 class RunSettings:
     """Settings of a run that are of none of its parts."""
 
-    seed_everything: bool | int = 0
-    """Seed of the initial weights; true for a random one"""
+    seed_everything: int = 0
+    """Seed of the initial weights"""
     run_dir: Path = Path("runs/train")
     """Folder for checkpoints, logs and the record of jobs"""
     resume: str | None = None

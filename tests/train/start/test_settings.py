@@ -30,6 +30,7 @@ WRONG = [  # ranges of a group are tested where its class is
     ("--data.micro_batch_size=1.5", "data.micro_batch_size"),
     ("--data.max_validation_tokens=0", "data.max_validation_tokens=0"),
     ("--seed-everything=-1", "--seed-everything=-1"),
+    ("--seed-everything=true", "seed_everything"),  # Lightning's random seed is always 0
     ("--trainer.max_steps=0", "trainer.max_steps=0"),
     ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
     ("--trainer.val_check_interval=0.5", "trainer.val_check_interval=0.5"),
