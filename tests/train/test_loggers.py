@@ -1,6 +1,7 @@
 """Loggers by name."""
 
 import csv
+import errno
 import json
 import struct
 from pathlib import Path
@@ -27,6 +28,29 @@ def test_every_logger_has_the_metrics_and_a_resume_continues_them(train, tmp_pat
             rows = [row for row in csv.DictReader(file) if row["train/loss"]]
         found = {int(row["step"]): float(row["train/loss"]) for row in rows}
         assert found == pytest.approx({step: logged[step] for step in steps})
+
+
+@pytest.mark.parametrize(
+    ("logger", "method"),
+    [
+        ("tensorboard", "torch.utils.tensorboard.SummaryWriter.flush"),
+        ("csv", "lightning.fabric.loggers.csv_logs._ExperimentWriter.save"),
+    ],
+)
+def test_logs_that_cannot_be_written_do_not_end_a_run(train, tmp_path, monkeypatch, logger, method):
+    def write_to_full_disk(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "samples" / "rank-00000.txt").symlink_to("/dev/full")
+    monkeypatch.setattr(method, write_to_full_disk)
+    with pytest.warns(UserWarning, match="could not be written") as found:
+        train(run, f"--logger=[{logger}]", "--log-samples=true", "--trainer.max_steps=1")
+    messages = " ".join(str(warning.message) for warning in found)
+    assert "an entry of the log could not be written ([Errno 28]" in messages
+    assert "the numbers of samples could not be written ([Errno 28]" in messages
+    assert (run / "checkpoints" / "last.ckpt").exists()
 
 
 def test_unknown_or_repeated_logger_is_refused():

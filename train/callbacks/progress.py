@@ -124,7 +124,8 @@ class SampleLog(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         numbers = [trainer.global_step + 1, *batch["sample_ids"].tolist()]
-        with (self._folder / f"rank-{trainer.global_rank:05d}.txt").open("a") as file:
-            print(*numbers, file=file)
+        with warned("the numbers of samples"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"rank-{trainer.global_rank:05d}.txt").open("a") as file:
+                print(*numbers, file=file)

@@ -1,4 +1,8 @@
-"""Loggers that write files into the folder of a run."""
+"""Loggers that write files into the folder of a run.
+
+An entry that cannot be written is warned of: the first rank alone logs, and the others would wait
+for it.
+"""
 
 import os
 from pathlib import Path
@@ -7,7 +11,10 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from stu.common.files import fsync
+from train.callbacks.progress import warned
 from train.loggers.base import RunLogger
+
+ENTRY = "an entry of the log"
 
 
 class TensorBoard(TensorBoardLogger, RunLogger):
@@ -18,11 +25,21 @@ class TensorBoard(TensorBoardLogger, RunLogger):
         super().__init__(run_dir, name="", version="tensorboard", purge_step=first_step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
-        self.experiment.add_text(name, text, step)
+        with warned(ENTRY):
+            self.experiment.add_text(name, text, step)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        super().log_metrics(metrics, step)
-        self.experiment.flush()
+        with warned(ENTRY):
+            super().log_metrics(metrics, step)
+            self.experiment.flush()
+
+    def save(self) -> None:  # Lightning calls it too
+        with warned(ENTRY):
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        with warned(ENTRY):
+            super().finalize(status)
 
     def sync(self) -> None:
         self.experiment.flush()
@@ -38,6 +55,18 @@ class Csv(CSVLogger, RunLogger):
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         super().__init__(run_dir, name="csv", flush_logs_every_n_steps=1)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with warned(ENTRY):
+            super().log_metrics(metrics, step)
+
+    def save(self) -> None:  # Lightning calls it too
+        with warned(ENTRY):
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        with warned(ENTRY):
+            super().finalize(status)
 
     def sync(self) -> None:
         self.save()
