@@ -18,6 +18,7 @@ from train.data.mixture import first_index
 from train.loggers import check_loggers
 from train.optimizer import OptimizerConfig, check_schedule, optimizer_kind
 from train.parallel.config import ParallelConfig
+from train.start.launch import detect_launch
 from train.tasks.config import RunEvaluation
 from train.tuning.start import check_start
 
@@ -170,6 +171,8 @@ def _check_devices(trainer: Any, is_plan: bool) -> None:
     is_cpu = accelerator == "cpu"
     if accelerator == "auto" and not is_plan:
         is_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if not is_cpu and not is_plan:
+        detect_launch().check_gpus(torch.cuda.device_count())
     text = str(devices).strip("[] ")
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]

@@ -137,6 +137,18 @@ class Launch:
             f"node{'s' * (self.num_nodes > 1)}: {write}{srun}"
         )
 
+    def check_gpus(self, num_visible: int) -> None:
+        """Raise UserError if this process does not see a GPU for each rank of its node."""
+        here = max(self.ranks_per_node, default=1)
+        if 0 < num_visible < here:
+            sees = f"{num_visible} GPU{'s' * (num_visible > 1)}"
+            fix = ""
+            if self.kind == "slurm step":
+                fix = ": if Slurm binds each task to its own, give --gpus-per-node instead of "
+                fix += "--gpus-per-task, or srun --gpu-bind=none"
+            message = f"{here} ranks run on a node, and each must see as many GPUs, but this one "
+            raise UserError("trainer.devices", message=f"{message}sees {sees}{fix}")
+
 
 def detect_launch(variables: Mapping[str, str] = os.environ) -> Launch:
     """Return how this process was started. Raises UserError if its launcher is not supported."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from stu.common.errors import UserError
 from tests import forked
+from train import config
 from train.start import launch as launch_module
 from train.start import launcher as launcher_module
 from train.start.launch import Slurm, detect_launch, discovery_port
@@ -111,6 +113,30 @@ def test_matching_launch_is_accepted(variables, devices, nodes, kind):
 def test_fewer_or_more_ranks_are_refused(variables, devices, nodes, message):
     with pytest.raises(UserError, match=message):
         detect_launch(variables).check(devices, nodes)
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_visible", "message"),
+    [
+        (step(4, 2, "2(x2)"), 1, "2 ranks run on a node, .* sees 1 GPU: .* --gpus-per-task"),
+        (torchrun(8, 4), 2, "4 ranks run on a node, .* sees 2 GPUs$"),
+    ],
+)
+def test_ranks_that_see_too_few_gpus_are_refused(monkeypatch, variables, num_visible, message):
+    """As with `--gpus-per-task`; Lightning would count their GPUs by the number of the rank."""
+    launch = detect_launch(variables)
+    monkeypatch.setattr(config, "detect_launch", lambda: launch)
+    trainer = SimpleNamespace(accelerator="gpu", devices=max(launch.ranks_per_node))
+    for enough in (0, trainer.devices):  # without any, Lightning says so
+        monkeypatch.setattr("torch.cuda.device_count", lambda: enough)  # noqa: B023
+        config._check_devices(trainer, is_plan=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_visible)
+    config._check_devices(trainer, is_plan=True)
+    trainer.accelerator = "cpu"
+    config._check_devices(trainer, is_plan=False)
+    trainer.accelerator = "gpu"
+    with pytest.raises(UserError, match=message):
+        config._check_devices(trainer, is_plan=False)
 
 
 @pytest.mark.parametrize(
