@@ -64,8 +64,6 @@ class FlashSTUModule(L.LightningModule):
         self.z_loss = z_loss
         self.run_record: dict[str, Any] = {}
         """Provenance, schedule and changed settings of the run, for checkpoints."""
-        self.is_optimizer_changed = False
-        """Whether the settings of the optimizer differ from those of the checkpoint."""
         self._guard = StepGuard(guard)
         self._samples: list[int] = []  # of the step in progress
         self.config, self.optimizer_config = config, optimizer
@@ -106,11 +104,11 @@ class FlashSTUModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._losses.to(self.device)
-        if self.is_optimizer_changed:
-            step, total_steps = self.trainer.global_step, self.trainer.max_steps
-            factor = learning_rate_factor(step, total_steps, self.optimizer_config)
-            scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
-            replace_hyperparameters(scheduler, self.model, self.optimizer_config, factor)
+        # The optimizer's settings, or the length of the run, may differ from the checkpoint's.
+        step, total_steps = self.trainer.global_step, self.trainer.max_steps
+        factor = learning_rate_factor(step, total_steps, self.optimizer_config)
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        replace_hyperparameters(scheduler, self.model, self.optimizer_config, factor)
         self.throughput = Throughput(self.config, self._data, self.trainer.world_size)
 
     def training_step(self, batch: Batch) -> Tensor:

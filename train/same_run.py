@@ -43,7 +43,6 @@ def compare(
     changed = check_same(saved_settings(saved), settings, allowed)
     if any(name.startswith(MODEL) for name in changed):
         check_shapes(folder, module)
-    module.is_optimizer_changed = any(name.startswith(OPTIMIZER) for name in changed)
     data.accepted_changes = {name.removeprefix(DATA) for name in changed if name.startswith(DATA)}
     data.load_state_dict(saved[type(data).__qualname__])
     warn_of_differences(saved, schedule, provenance)

@@ -3,6 +3,7 @@
 import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ class Checkpoints(Checkpoint):
         others = [path for path in self._folder.glob("step-*.ckpt") if path != newest]
         by_age = sorted(others, key=lambda path: path.stat().st_mtime_ns)
         for old in by_age[: max(0, len(others) + 1 - self._keep)]:
-            shutil.rmtree(old, ignore_errors=True)  # a failure must not end the run
+            hidden = old.with_name(f".{old.name}.old.tmp")  # a part of one has no checkpoint's name
+            with suppress(OSError):  # a failure must not end the run
+                shutil.rmtree(old.rename(hidden), ignore_errors=True)
 
     def _agree(self, trainer: L.Trainer) -> None:
         error = self._writer.error

@@ -182,17 +182,19 @@ def test_run_is_not_mixed_with_another(train, short_run, copied_run, capsys):
 
 
 def test_checkpoint_that_cannot_be_deleted_does_not_end_the_run(train, tmp_path, monkeypatch):
-    delete = shutil.rmtree
+    """Nor does what is left of it look like a checkpoint."""
 
     def refuse(path, ignore_errors=False):
         if not ignore_errors:
             raise OSError("Directory not empty")
-        if ".tmp" in str(path):
-            delete(path, ignore_errors=True)
+        for file in list(path.glob("*"))[:1]:
+            file.unlink()
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     more = "--trainer.max_steps=3", "--checkpoint-every-steps=1", "--keep-checkpoints=1"
-    assert last_checkpoint(train(tmp_path / "run", *more))["global_step"] == 3
+    run = train(tmp_path / "run", *more)
+    assert last_checkpoint(run)["global_step"] == 3
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000003.ckpt"]
 
 
 def test_saved_settings_resume_a_run(train, tmp_path, capsys):
@@ -311,6 +313,13 @@ def test_allowed_change_is_made_and_recorded(train, copied_run, capsys):
     changes = {change["name"]: (change["before"], change["now"]) for change in recorded}
     assert changes["model.optimizer.learning_rate"] == (0.01, 0.5)
     assert changes["samples_per_step"] == (2, 4)
+
+
+def test_schedule_of_a_longer_run_begins_with_its_first_step(train, copied_run):
+    train(copied_run, "--resume=last", "--trainer.max_steps=9")
+    for step in (6, 7):
+        rate = 1e-2 * learning_rate_factor(step, 9, WARMED_UP)
+        assert rates(copied_run)[step] == pytest.approx(rate)
 
 
 def test_provenance_is_recorded_and_other_versions_are_named(
