@@ -124,10 +124,9 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """End a request; the next step returns its last output. Does nothing if it has ended."""
         self._next_tokens.read_of(request_id)
-        for job in self._scheduler.jobs:
-            if job.request_id == request_id:
-                held = self._texts[request_id].finish()
-                self._finish(job, "abort", held)
+        if (job := self._scheduler.find(request_id)) is not None:
+            held = self._texts[request_id].finish()
+            self._finish(job, "abort", held)
 
     def step(self) -> list[Output]:
         """Run one step, and return the outputs of the requests that made progress."""
@@ -271,9 +270,7 @@ class Engine:
             self._runner.release(job.row)
             if not self._scheduler.prefilling:
                 self._prefill = None
-        elif job in self._scheduler.waiting:
-            self._scheduler.waiting.remove(job)
-        elif reason == "error":  # found out after it left its row
+        elif not self._scheduler.remove(job) and reason == "error":  # it left its row before
             self._prefixes.forget(job)
         job.has_ended = True
         del self._texts[job.request_id]

@@ -11,6 +11,7 @@ the tokens it has.
 import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from serve.cache.page_pool import Pages
 from serve.config import EngineConfig
@@ -43,6 +44,9 @@ class Scheduler:
         self._config, self._needed, self._capacity = config, needed, capacity
         self._cache_grows, self._prefixes = cache_grows, prefixes
         self.waiting: list[Job] = []
+        """Jobs in the queue, in the order of `Job.order`."""
+        self._num_waiting = Counter[str]()
+        """Number of them of each client that has any."""
         self.prefilling: list[Job] = []
         self.running: list[Job] = []
         """Jobs in the order of their rows."""
@@ -54,10 +58,10 @@ class Scheduler:
         self._turn = 0
         """Turn of the next new client."""
 
-    @property
-    def jobs(self) -> list[Job]:
-        """All jobs that have not ended."""
-        return [*self.waiting, *self.prefilling, *self.running]
+    def find(self, request_id: int) -> Job | None:
+        """Return the job of a request, or None if it has ended."""
+        jobs = chain(self.running, self.prefilling, self.waiting)
+        return next((job for job in jobs if job.request_id == request_id), None)
 
     def add(self, request_id: int, request: Request) -> None:
         """Queue a request. Raises UserError if it needs more pages than there are."""
@@ -125,12 +129,24 @@ class Scheduler:
                 break
             for victim in victims:
                 preempt(victim)
-            self.waiting.remove(job)
+            self.remove(job)
             self._took_turn(job)
             group.append(job)
             taken = needed
         self.prefilling.extend(group)
         return group
+
+    def remove(self, job: Job) -> bool:
+        """Take a job out of the queue, and return whether it was there."""
+        place = bisect.bisect_left(self.waiting, job.order, key=lambda other: other.order)
+        if self.waiting[place : place + 1] != [job]:
+            return False
+        del self.waiting[place]
+        client = job.request.client
+        self._num_waiting[client] -= 1
+        if not self._num_waiting[client]:
+            del self._num_waiting[client], self._turns[client]
+        return True
 
     def preempt(self, job: Job) -> None:
         """Put a job that was running back into the queue."""
@@ -150,29 +166,31 @@ class Scheduler:
 
     def _queue(self, job: Job) -> None:
         bisect.insort(self.waiting, job, key=lambda other: other.order)
+        self._num_waiting[job.request.client] += 1
         self._turns.setdefault(job.request.client, self._turn)
 
     def _first(self, has_rows: Sequence[Job], aside: Sequence[Job] = ()) -> Job | None:
         """Return the job to schedule next: one of the client with the fewest rows, of the highest
         priority that waits, and not one of `aside`."""
         rows = Counter(job.request.client for job in has_rows)
-        priority = self.waiting[0].request.priority if self.waiting else 0
-        same = [
-            job for job in self.waiting if job.request.priority == priority and job not in aside
-        ]
+        firsts: dict[str, Job] = {}  # of each client
+        for job in self.waiting:  # there may be many thousands
+            is_lower = job.request.priority != self.waiting[0].request.priority
+            if is_lower or len(firsts) == len(self._num_waiting):
+                break
+            if job not in aside:
+                firsts.setdefault(job.request.client, job)
 
-        def turn(job: Job) -> tuple[int, int, tuple[int, int]]:
-            client = job.request.client
-            return rows[client], self._turns[client], job.order
+        def turn(job: Job) -> tuple[int, int]:
+            return rows[job.request.client], self._turns[job.request.client]
 
-        return min(same, key=turn, default=None)
+        return min(firsts.values(), key=turn, default=None)
 
     def _took_turn(self, job: Job) -> None:
         """Move the client of `job` behind the clients that have as few rows."""
-        waiting = {other.request.client for other in self.waiting}
         self._turn += 2
-        self._turns[job.request.client] = self._turn + 1
-        self._turns = {client: turn for client, turn in self._turns.items() if client in waiting}
+        if job.request.client in self._turns:
+            self._turns[job.request.client] = self._turn + 1
 
     def _victims(
         self,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serve.cache.budget import make_caches
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.job import Job
 from serve.engine.packing import packs
 from serve.engine.stats import Stats
 from serve.request import Request
@@ -489,6 +490,16 @@ def test_short_prompt_gets_its_first_token_within_two_steps(make_engine, kind):
     for _ in range(2):
         collect(engine, answers)
     assert answers[short][0]
+
+
+def test_a_step_does_not_go_through_all_requests_that_wait(make_engine, monkeypatch):
+    engine, order, looks = make_engine(max_running=2), Job.order.fget, []
+    for number in range(500):
+        engine.add(make_request([5], 2 + number % 7))
+    monkeypatch.setattr(Job, "order", property(lambda job: looks.append(job) or order(job)))
+    for _ in range(10):
+        engine.step()
+    assert len(looks) < 100
 
 
 def test_abort_alone_is_work(make_engine):
