@@ -1,11 +1,11 @@
 """Add a mixer in one file: the gated short convolution of LFM2.
 
 The class below is all that the rest of the project needs. It is registered under a name, trained on
-a little text, and decoded by the engine, whose result equals that of the whole forward pass.
+a little text, and decoded by the engine, whose tokens equal those of the full forward pass.
 
     python examples/add_a_mixer.py
 
-A mixer of the project itself would be the same class in `stu/`, with its import path in
+A mixer inside the project would be the same class in `stu/`, with its import path in
 `stu.layouts.MIXERS`.
 """
 

@@ -3,9 +3,9 @@
 stu-serve models/mine
 python examples/decode_with_datatrove.py http://127.0.0.1:8000 prompts completions
 
-Each line has a "text" and an "id". The same command goes on after a crash: finished documents are
-in the checkpoints. The server must be on this machine, or at the end of a tunnel, as datatrove 0.10
-asks servers of other hosts for other paths. Needs `pip install "stu[datatrove]"`.
+Each line has a "text" and an "id". The same command resumes after a crash: finished documents are
+in the checkpoints. The server must be on this machine, or reached through a tunnel, as datatrove
+0.10 uses other paths for servers on other hosts. Needs `pip install "stu[datatrove]"`.
 """
 
 import json
@@ -23,7 +23,7 @@ with urlopen(f"{url}/v1/models") as answer:
 
 
 async def complete(document, generate):
-    """Return what is written for a document. `generate` takes any fields of a completion."""
+    """Return the output for a document. `generate` takes any fields of a completion."""
     settings = {"max_tokens": 32, "temperature": 0.8, "seed": 1, "truncate_prompt_tokens": -1}
     # Interactive requests, whose priority is 0, go first.
     result = await generate({"prompt": document.text, "priority": 1, **settings})

@@ -1,4 +1,4 @@
-"""Fine-tune a model on made conversations, with the commands for it, and ask it something new.
+"""Fine-tune a model on synthetic conversations, using the commands, and ask it something new.
 
 python examples/fine_tune.py runs/demo/model runs/demo-chat
 """

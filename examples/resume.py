@@ -10,7 +10,7 @@ from train.report import read_curves
 from train.run import run
 
 folder = Path(sys.argv[1])
-# A run records its settings; they are given again, with those that change after them.
+# A run records its settings; give them again, followed by those that change.
 run(
     [
         *("--config", str(folder / "run" / "config.yaml")),

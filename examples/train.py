@@ -1,4 +1,4 @@
-"""Prepare text, train a small model on it, and export the model: what the commands do, from Python.
+"""Prepare text, train a small model on it, and export it: what the commands do, from Python.
 
 python examples/train.py docs /tmp/example
 """

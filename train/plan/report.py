@@ -49,13 +49,13 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
     console.print(_describe_model(config, *work))
     console.print(_memory_table(fits, parallel, data.micro_batch_size, gpu_name))
     console.print(
-        "FFTs: those of one layer, part of the activations; largest: the largest micro-batch that "
+        "FFTs: those of one layer, included in activations; largest: the largest micro-batch that "
         "fits"
     )
     if held:
         console.print(
             f"total: with the larger of activations and an evaluation on tasks, {held / GIB:.2f} "
-            "GiB for a copy of the model and an engine, between two steps"
+            "GiB for a copy of the model and an engine between two steps"
         )
     console.print(_describe_speed(settings, gpu_name, num_ranks, is_half, budget_tokens))
     if not is_half:
@@ -115,8 +115,8 @@ def _describe_speed(
         f"{tokens_per_step:,} tokens per step, {sent / GIB:.1f} GiB sent by each rank; about "
         f"{seconds:.2f} s: {tokens_per_step / seconds:,.0f} tokens per second, "
         f"{tokens / (tokens_per_step / seconds) / DAY_SECONDS:.1f} days for {tokens / 1e9:.1f} G "
-        "tokens (assuming half of the peak in products, 60% of the bandwidth in FFTs, and half of "
-        "the exchange overlapped)"
+        "tokens (assuming 50% of the peak in matrix products, 60% of the bandwidth in FFTs, and "
+        "half of the communication overlapped)"
     )
 
 
@@ -137,4 +137,4 @@ def _advice(fits: Fits, parallel: ParallelConfig, micro_batch: int) -> str:
         return (
             "The run alone would: lower evaluation.cache_gib, or evaluate by stu-eval afterwards."
         )
-    return "Nothing would on these GPUs: use more or larger ones, or a smaller model."
+    return "No setting fits on these GPUs: use more or larger GPUs, or a smaller model."

@@ -37,7 +37,7 @@ def show_serving(
     found = plans(config, length, length // 2, bits, num_gpus)
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
     table = Table(
-        *("GPUs", "weights", "caches", "total", "usable", "fits", "most", "ms a step", "tokens/s"),
+        *("GPUs", "weights", "caches", "total", "usable", "fits", "most", "ms/step", "tokens/s"),
         title=f"GiB on each GPU for {batch} sequences of {length:,} tokens, half of them new",
     )
     fits_somewhere = False
@@ -62,11 +62,11 @@ def show_serving(
     console.print(_describe(found[0]))
     console.print(table)
     console.print(
-        "most: sequences that fit. caches: what an engine needs as --cache-gib for this, with "
-        f"--max-running {batch}; by itself it takes half of the memory that is free. A step takes "
-        f"the time of reading weights and caches at {READ_SHARE:.0%} of the bandwidth, or of "
-        f"products at {PRODUCT_SHARE:.0%} of the peak: assumptions, compared with no GPU yet. "
-        "Prompts take their own time."
+        "most: maximum number of sequences that fit. caches: the --cache-gib that an engine needs "
+        f"for this, with --max-running {batch}; by default, it takes half of the free memory. A "
+        f"step is assumed to read weights and caches at {READ_SHARE:.0%} of the bandwidth, or to "
+        f"compute products at {PRODUCT_SHARE:.0%} of the peak, whichever takes longer; this has "
+        "not been compared with a GPU yet. Prefill is not included."
     )
     if not fits_somewhere:
         console.print(
@@ -78,7 +78,7 @@ def show_serving(
 def _describe(one: Decoding) -> str:
     cache = "in pages" if one.rank is None else f"as states of rank {one.rank}"
     return (
-        f"{one.config.layout}, {one.config.num_layers} layers x {one.config.width}; weights of "
-        f"{one.bits} bits; long convolutions are cached {cache}; {one.row_bytes() / 2**20:.1f} MiB "
-        "a sequence on one GPU"
+        f"{one.config.layout}, {one.config.num_layers} layers x {one.config.width}; "
+        f"{one.bits}-bit weights; long convolutions are cached {cache}; "
+        f"{one.row_bytes() / 2**20:.1f} MiB per sequence on one GPU"
     )
