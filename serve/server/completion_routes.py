@@ -112,16 +112,16 @@ async def start_answer(
     if service.is_draining:
         raise Unavailable("the server is stopping: send the request to another one")
     exchange = exchange_of(request.scope)
-    # In a thread: a long prompt or a large schema would hold up the streams of others.
-    requests, writers, prompts = await service.threads.run(
-        exchange.client, _prepare, version, endpoint, body, service.config.log_prompts
-    )
+    fields: Json = {"client": exchange.client}
     if body.model in model.adapters:
-        requests = [replace(request, adapter=body.model) for request in requests]
+        fields["adapter"] = body.model
     seconds = service.config.request_timeout_seconds
     if exchange.is_background:
-        requests = [replace(request, priority=MOST_PRIORITY) for request in requests]
-        seconds = math.inf
+        fields["priority"], seconds = MOST_PRIORITY, math.inf
+    # In a thread: a long prompt or a large schema would hold up the streams of others.
+    requests, writers, prompts = await service.threads.run(
+        exchange.client, _prepare, version, endpoint, body, fields, service.config.log_prompts
+    )
     num_prompt_tokens = endpoint.num_prompt_tokens(body, requests)
     try:
         charge = _charge(service, model, exchange, num_prompt_tokens, requests)
@@ -186,11 +186,16 @@ def _ended(service: Service, operation: str, charge: Charge, answer: Answer) -> 
 
 
 def _prepare(
-    version: ModelVersion, endpoint: Endpoint[AnyBody], body: AnyBody, log_prompts: bool
+    version: ModelVersion,
+    endpoint: Endpoint[AnyBody],
+    body: AnyBody,
+    fields: Json,
+    log_prompts: bool,
 ) -> tuple[list[EngineRequest], Sequence[ChoiceWriter], list[str] | None]:
-    """Return the requests of a body, the writers of their choices, and the prompts if the log is to
-    have them."""
+    """Return the requests of a body, with further fields, the writers of their choices, and the
+    prompts if the log is to have them."""
     requests = endpoint.requests(secrets.randbits(32), body)
+    requests = [replace(request, **fields) for request in requests]
     first_of_prompts = requests[:: endpoint.choices_per_prompt(body)]
     num_right = 0
     try:

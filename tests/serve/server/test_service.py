@@ -1,7 +1,9 @@
 """The service of a server, without replicas."""
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -13,7 +15,7 @@ from serve.server.app import make_app
 from serve.server.completion_routes import _ended
 from serve.server.config import ServerConfig
 from serve.server.exchange import Exchange, Exchanges
-from serve.server.replicas.stream import Busy
+from serve.server.replicas.stream import Busy, Stream, Unavailable
 from serve.server.service import make_service
 from stu.common.errors import UserError
 
@@ -77,6 +79,39 @@ def test_a_request_above_a_full_allowance_names_its_own_field(model_directory, p
         param,
         "rate_limit_exceeded",
     ), error
+
+
+def test_requests_are_made_in_another_thread_and_go_to_a_replica_uncopied(
+    model_directory, monkeypatch
+):
+    """As each copy of a long prompt takes time in which no stream goes on."""
+    service = service_of(model_directory, max_choices=4)
+    app, threads, streams = Exchanges(make_app(service), log_texts=False), [], []
+
+    def copied(*values, **fields):
+        threads.append(threading.current_thread())
+        return replace(*values, **fields)
+
+    def submit(requests, *values):
+        streams.extend(Stream(number, own, *values) for number, own in enumerate(requests))
+        raise Unavailable("no replica")
+
+    monkeypatch.setattr("serve.server.completion_routes.replace", copied)
+    monkeypatch.setattr(service.models[0].current.replicas, "submit", submit)
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://stu") as http:
+            return await http.post("/v1/completions", json={"prompt": "x", "n": 4})
+
+    assert asyncio.run(ask()).status_code == 503
+    assert threading.current_thread() not in threads
+    assert len(streams) == 4
+    for stream in streams:
+        assert stream.client == stream.request.client != ""
+        assert stream.rest() is stream.request
+        stream.new_token_ids.append(5)
+        assert stream.rest() == replace(stream.request, new_token_ids=(5,))
 
 
 def test_traces_have_the_name_of_the_model_that_answers():
