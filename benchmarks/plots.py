@@ -50,7 +50,6 @@ def draw_pictures(folder: Path) -> None:
     draw_decode(results["decode"], folder / "decode.png")
     draw_online(results["online"], folder / "futurefill.png")
     draw_train(results["train"], folder / "training-step.png")
-    draw_quality(results["quality"], folder / "quality.png")
 
 
 def draw_decode(result: Run, file: Path) -> None:
