@@ -173,7 +173,9 @@ def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
         torch.save(training, contents)
         file.write_bytes(contents.getbuffer())
         _write_checksum(file, hashlib.sha256(contents.getbuffer()).hexdigest())
-        parts = sorted(folder.glob(f"*{CHECKSUM_SUFFIX}"))
+        # By name: a list of the folder may be cached, and lack files of other nodes.
+        names = [*map(_rank_file, range(training["stu"]["num_files"])), TRAINING_FILE]
+        parts = [folder / f"{name}{CHECKSUM_SUFFIX}" for name in names]
         (folder / CHECKSUM_FILE).write_text("".join(part.read_text() for part in parts))
         for part in parts:
             part.unlink()

@@ -115,7 +115,7 @@ class Start:
     def shared(self, name: str) -> str | None:
         """Return the value that the first rank shared; None if there is no way to ask it."""
         if self._launch.num_ranks > 1:
-            return self._get(f"shared/{name}")
+            return self._get(f"shared/{name}", 0)
         return os.environ.get(SHARED_PREFIX + name.upper())
 
     def _agree(self, answer: dict[str, Any], is_raised: bool = True) -> None:
@@ -128,13 +128,15 @@ class Start:
         answer["host"] = socket.gethostname()
         store.set(f"{self._round}/{rank}", json.dumps(answer))
         if rank == 0:
-            answers = [json.loads(self._get(f"{self._round}/{other}")) for other in range(count)]
+            answers = [
+                json.loads(self._get(f"{self._round}/{other}", other)) for other in range(count)
+            ]
             store.set(f"{self._round}/verdict", json.dumps(judge(answers)))
-        verdict = json.loads(self._get(f"{self._round}/verdict"))
+        verdict = json.loads(self._get(f"{self._round}/verdict", 0))
         store.set(f"{self._round}/read/{rank}", "")
         if rank == 0:  # the store ends with this process
             for other in range(count):
-                self._get(f"{self._round}/read/{other}", 10.0 if verdict else None)
+                self._get(f"{self._round}/read/{other}", other, 10.0 if verdict else None)
         if verdict and is_raised:
             if "refuses" in verdict:
                 raise UserError(message=verdict["refuses"])
@@ -160,8 +162,11 @@ class Start:
             ended.set()
             thread.join()
 
-    def _get(self, key: str, patience_seconds: float | None = None) -> str:
-        """Return a value once it is there. Unlike in the store's own wait, signals are handled."""
+    def _get(self, key: str, rank: int, patience_seconds: float | None = None) -> str:
+        """Return a value once it is there. Unlike in the store's own wait, signals are handled.
+
+        rank: The one that sets it.
+        """
         patience = patience_seconds or self._patience
         deadline, beats = time.monotonic() + patience, 0
         pause = 0.01
@@ -169,7 +174,10 @@ class Start:
             if time.monotonic() > deadline:
                 seen = beats if self._launch.rank == 0 else self._store.add(BEATS, 0)
                 if seen == beats:
-                    raise RunFailed(f"no word ({key}) from another rank in {patience:g} seconds")
+                    raise RunFailed(
+                        f"rank {self._launch.rank} on {socket.gethostname()} had no word from "
+                        f"rank {rank} in {patience:g} seconds"
+                    )
                 deadline, beats = time.monotonic() + patience, seen
             time.sleep(pause)
             pause = min(2 * pause, 0.5)

@@ -32,6 +32,7 @@ from train.callbacks.progress import StepProgress
 from train.checkpoint import callback as checkpoints
 from train.checkpoint import export
 from train.checkpoint import writer as checkpoint_writer
+from train.checkpoint.folder import write_rank, write_training
 from train.checkpoint.resume import verified_checkpoint
 from train.data.loader import TokenData
 from train.evaluation import ValidationSums
@@ -381,6 +382,15 @@ def test_damaged_checkpoint_is_named(copied_run, name, damage):
         file.unlink()
     with pytest.raises(UserError, match=r"6.ckpt: (cut short|rank-00000.\w+ is damaged)"):
         verified_checkpoint(checkpoint(copied_run, 6))
+
+
+def test_checkpoint_without_a_checksum_of_each_rank_is_not_written(tmp_path):
+    """As where a file that another node wrote is not seen yet."""
+    for rank in range(2):
+        write_rank(tmp_path, rank, [("weight", f"w{rank}", torch.ones(3))], tmp_path)
+    (tmp_path / "rank-00001.safetensors.sha256").unlink()
+    with pytest.raises(OSError, match=r"could not be written by rank 0 .*rank-00001"):
+        write_training(tmp_path, {"stu": {"num_files": 2}}, tmp_path)
 
 
 def test_checkpoint_of_an_older_version_is_resumed_with_a_message(train, copied_run, capsys):

@@ -175,6 +175,16 @@ def test_first_rank_that_shows_no_work_is_not_waited_for(address, monkeypatch):
     assert isinstance(second, RunFailed)
 
 
+def test_rank_that_never_answers_is_named(address, capsys):
+    def wait(start):
+        start._patience = 0.1
+        succeed(start)
+
+    raised = run_ranks(wait, lambda start: None)
+    assert isinstance(raised[0], RunFailed)
+    assert f"rank 0 on {socket.gethostname()} had no word from rank 1" in capsys.readouterr().err
+
+
 def test_long_list_of_messages_is_shortened():
     answers = [{"host": f"n{rank}", "refuses": f"problem {rank}"} for rank in range(9)]
     message = judge(answers)["refuses"]
