@@ -308,6 +308,45 @@ def test_a_checkpoint_that_the_job_would_not_continue_from_is_refused(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["stu-train"]
 
 
+FAKES = {
+    "stu-plan": "",
+    "stu-train": "",
+    "scontrol": """[ "$1" != requeue ] || { echo "$2" >>requeued; exit 1; }""",
+    "srun": """case $* in
+*stu-health*) ;;
+*) echo "$RANK_LOG" >>stu-train-7/rank-0.log; exit $RANK_CODE ;;
+esac""",
+}
+"""Programs of a job that is not requeued in the end, since its script would wait for that."""
+
+
+def test_only_restarts_of_starts_that_saved_nothing_are_counted(tmp_path):
+    """A long run is requeued any number of times, and one that fails again and again is not."""
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STU_MOST_RESTARTS": "1"}
+    variables = {"JOB_ID": 7, "JOB_NUM_NODES": 1, "JOB_NODELIST": "n1", "RESTART_COUNT": 30}
+    variables |= {"NTASKS_PER_NODE": 1, "CPUS_PER_TASK": 1}
+    environment |= {f"SLURM_{name}": str(value) for name, value in variables.items()}
+    command = ["bash", str(ROOT / "slurm" / "train.sbatch")]
+
+    def is_requeued(code, log):
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        more = {"RANK_CODE": str(code), "RANK_LOG": log}
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run(command, env={**environment, **more}, **options)
+        assert done.returncode == 1, (done.stdout, done.stderr)
+        return (tmp_path / "requeued").exists()
+
+    saved = "stopped at step 5 of 9 for SIGUSR1; the checkpoint is written"
+    assert [is_requeued(75, saved) for _ in range(3)] == [True] * 3
+    assert is_requeued(75, "ended by SIGUSR1 outside of training")
+    assert is_requeued(75, saved)
+    assert not is_requeued(75, "ended by SIGUSR1 outside of training")
+    assert not is_requeued(3, "a fault")
+
+
 SCENARIOS = [
     saves_and_continues_when_its_time_is_up,
     is_not_repeated_after_a_refusal,
