@@ -57,15 +57,12 @@ class Checkpoints(Checkpoint):
             )
         owner = self._writer.owner
         self._writer.job = int(*largest_of_ranks(trainer, owner.number if owner else 0))
-        if not trainer.is_global_zero:
-            return
-        for cut_short in self._folder.glob(".step-*.tmp"):  # by a job that was killed
-            shutil.rmtree(cut_short, ignore_errors=True)
-        resumed = trainer.ckpt_path
-        if resumed is not None:
-            path = Path(resumed).resolve()
-            if path.parent == self._folder.resolve():  # later ones will be written again
-                self._point_at(path.name)
+        if trainer.is_global_zero:
+            try:
+                self._begin(trainer.ckpt_path)
+            except OSError as error:
+                self._writer.error = error
+        self._agree(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *hook: Any) -> None:
         # A checkpoint holds no gradients: save and stop only after an optimizer step.
@@ -100,6 +97,16 @@ class Checkpoints(Checkpoint):
         # All ranks raise it at the same step. After other errors they cannot wait for each other.
         if isinstance(exception, TooManyBadSteps):
             self._finish(trainer)
+
+    def _begin(self, resumed: Any) -> None:
+        """Delete what was cut short, and make the checkpoint that the run continues from the last;
+        on the first rank."""
+        for cut_short in self._folder.glob(".step-*.tmp"):  # by a job that was killed
+            shutil.rmtree(cut_short, ignore_errors=True)
+        if resumed is not None:
+            path = Path(resumed).resolve()
+            if path.parent == self._folder.resolve():  # later ones will be written again
+                self._point_at(path.name)
 
     def _finish(self, trainer: L.Trainer) -> None:
         """Wait for the checkpoint that is being written, if any, and make it the last one.

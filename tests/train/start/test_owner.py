@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -195,3 +196,20 @@ def test_all_ranks_learn_that_the_first_cannot_see_the_owner(tmp_path, monkeypat
     with pytest.raises(OSError, match="a record"):
         callback._check_owner(None)
     assert exchanged == [(False,), (True,)]
+
+
+def test_all_ranks_learn_that_the_first_cannot_link_the_last_checkpoint(tmp_path, monkeypatch):
+    exchanged = []
+
+    def largest(trainer, *values):
+        exchanged.append(values)
+        return list(map(float, values))
+
+    monkeypatch.setattr(checkpoints, "largest_of_ranks", largest)
+    monkeypatch.setattr(checkpoints.Checkpoints, "_point_at", no_space)
+    callback = checkpoints.Checkpoints(tmp_path, CheckpointWriter(), 1, 1.0, 1)
+    path = tmp_path / "step-00000001.ckpt"
+    trainer = SimpleNamespace(global_step=1, global_rank=0, is_global_zero=True, ckpt_path=path)
+    with pytest.raises(OSError, match="a record"):
+        callback.on_train_start(trainer, None)
+    assert exchanged[-1] == (True,)
