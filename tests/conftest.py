@@ -44,6 +44,8 @@ def of_this_process():
         "dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "gradients": torch.is_grad_enabled(),
+        "process group": torch.distributed.is_initialized(),
+        "ranks": {name: os.environ.get(name) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE")},
     }
 
 

@@ -51,6 +51,7 @@ def test_examples_of_training(tmp_path):
 @pytest.mark.slow
 def test_example_of_fine_tuning(model, tmp_path):
     few = "--trainer.max_steps", "3", "--trainer.devices", "1", "--data.micro_batch_size", "1"
+    few += "--model.optimizer.warmup_steps", "1"
     text = run(sys.executable, tmp_path, "fine_tune.py", str(model), str(tmp_path / "chat"), *few)
     assert "> Write a " in text
     assert (tmp_path / "chat" / "model" / "chat_template.jinja").exists()

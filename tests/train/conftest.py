@@ -1,6 +1,7 @@
 """A small corpus as token shards, the smallest model that trains on it, and runs of `stu-train`."""
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from train import cli
 from train.data.config import PrepareConfig
@@ -69,10 +71,17 @@ def train(settings: list[str]) -> Callable[..., Path]:
     """Function that runs `stu-train` in a folder, checks its exit code and returns the folder."""
 
     def run(folder: Path, *arguments: object, code: int = 0) -> Path:
+        environment, num_threads = dict(os.environ), torch.get_num_threads()
         try:
             ended = cli.main([*settings, f"--run-dir={folder}", *map(str, arguments)])
         except SystemExit as stop:  # how a parser stops, and a run that received a signal
             ended = stop.code
+        finally:  # ranks that a later test starts would inherit the port of this one
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.set_num_threads(num_threads)
         assert ended == code
         return folder
 
