@@ -1,5 +1,6 @@
 """Ranks that `stu-train` starts itself on one machine, without srun or torchrun."""
 
+import atexit
 import os
 import random
 import signal
@@ -52,19 +53,19 @@ class Launcher(_SubprocessScriptLauncher):
         try:
             _set_num_threads_if_needed(num_processes=self.num_processes)
             return function(*args, **kwargs)
-        except BaseException as error:
+        except SystemExit:  # a signal before training
             self._is_ending.set()
-            self._stop_others(error)
+            self.kill(signal.SIGTERM)
+            self._end_others()
+            raise
+        except BaseException:
+            self._is_ending.set()
+            # If all ranks raise it, they complete the last checkpoint together after this.
+            atexit.register(self._end_others)
             raise
 
-    def _stop_others(self, error: BaseException) -> None:
-        """Stop the ranks that may wait for this one, which ends with `error`.
-
-        Before training, this one has received a signal. Otherwise all ranks may have raised the
-        error, and then end by themselves.
-        """
-        if isinstance(error, SystemExit):
-            self.kill(signal.SIGTERM)
+    def _end_others(self) -> None:
+        """Wait until the other ranks end, and end those that still wait for this one."""
         deadline = time.monotonic() + STOP_SECONDS
         while any(process.poll() is None for process in self.procs):
             if time.monotonic() > deadline:

@@ -183,7 +183,8 @@ def test_unsupported_launch_is_refused(variables, message):
 
 
 def test_error_of_the_first_rank_ends_the_others(monkeypatch):
-    """On a GPU, they would wait for it in a collective operation."""
+    """On a GPU, they would wait for it in a collective operation. They end with this process, as
+    after an error of all ranks callbacks still have the last checkpoint to complete."""
     waiting = subprocess.Popen(["sleep", "600"])
     monkeypatch.setattr(launcher_module, "STOP_SECONDS", 0.0)
     monkeypatch.setattr(launcher_module, "_set_num_threads_if_needed", lambda num_processes: None)
@@ -191,7 +192,8 @@ def test_error_of_the_first_rank_ends_the_others(monkeypatch):
     launcher = Launcher(LightningEnvironment(), num_processes=2, num_nodes=1)
     for name in ("_call_children_scripts", "_watch"):
         monkeypatch.setattr(launcher, name, lambda: None)
-    launcher.procs = [waiting]
+    launcher.procs, at_exit = [waiting], []
+    monkeypatch.setattr("atexit.register", at_exit.append)
 
     def train():
         raise RuntimeError("out of memory")
@@ -199,6 +201,9 @@ def test_error_of_the_first_rank_ends_the_others(monkeypatch):
     try:
         with pytest.raises(RuntimeError, match="out of memory"):
             launcher.launch(train)
+        assert waiting.poll() is None
+        for end in at_exit:
+            end()
         assert waiting.wait(10) == -signal.SIGKILL
     finally:
         waiting.kill()
