@@ -180,15 +180,21 @@ def test_hidden_process_of_another_user_is_not_gone(monkeypatch):
     assert not processes.is_gone(os.getpid(), start)
 
 
-def test_all_ranks_learn_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch):
-    """If it raised the error alone, the others would wait for it."""
-    exchanged = []
+@pytest.fixture
+def exchanged(monkeypatch):
+    """What the ranks tell each other, of which there is one."""
+    told = []
 
     def largest(trainer, *values):
-        exchanged.append(values)
+        told.append(values)
         return list(map(float, values))
 
     monkeypatch.setattr(checkpoints, "largest_of_ranks", largest)
+    return told
+
+
+def test_all_ranks_learn_that_the_first_cannot_see_the_owner(tmp_path, monkeypatch, exchanged):
+    """If it raised the error alone, the others would wait for it."""
     monkeypatch.setattr(RunOwner, "is_still", no_space)
     writer = CheckpointWriter()
     writer.owner = RunOwner(tmp_path)
@@ -198,14 +204,9 @@ def test_all_ranks_learn_that_the_first_cannot_see_the_owner(tmp_path, monkeypat
     assert exchanged == [(False,), (True,)]
 
 
-def test_all_ranks_learn_that_the_first_cannot_link_the_last_checkpoint(tmp_path, monkeypatch):
-    exchanged = []
-
-    def largest(trainer, *values):
-        exchanged.append(values)
-        return list(map(float, values))
-
-    monkeypatch.setattr(checkpoints, "largest_of_ranks", largest)
+def test_all_ranks_learn_that_the_first_cannot_link_the_last_checkpoint(
+    tmp_path, monkeypatch, exchanged
+):
     monkeypatch.setattr(checkpoints.Checkpoints, "_point_at", no_space)
     callback = checkpoints.Checkpoints(tmp_path, CheckpointWriter(), 1, 1.0, 1)
     path = tmp_path / "step-00000001.ckpt"
