@@ -8,7 +8,8 @@ from stu.common.errors import UserError, setting_name
 
 EngineWeights = Literal["float", "int8", "fp8"]
 """Format of the weights of dense layers while they decode."""
-MOST_DRAFTS = 31
+MOST_DRAFTS = 15
+"""More would not be used: a step takes 16 tokens in all."""
 USUAL_DRAFTS = 7
 INVARIANT_ROWS = 8
 """Rows that go through the model together under `batch_invariant`."""

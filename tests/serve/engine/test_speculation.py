@@ -257,7 +257,7 @@ def test_nothing_is_guessed_for_many_rows(make_engine, monkeypatch):
         return run_step(step, rows, tokens)
 
     monkeypatch.setattr(DraftStep, "run", counted)
-    engine = make_engine(max_running=8, speculate="ngram", num_speculative_tokens=31)
+    engine = make_engine(max_running=8, speculate="ngram", num_speculative_tokens=15)
     requests = [make_request([3, 4, 5, 6] * 4, 30 + 4 * number) for number in range(7)]
     run(engine, [(0, request) for request in requests])
     assert sizes
@@ -304,7 +304,7 @@ def test_settings_that_do_not_go_together_are_refused(models, tokenizer):
         ({"speculate": "ngram", "overlap": True}, "overlap"),
         ({"speculate": "draft"}, "speculate"),
         ({"speculate": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens"),
-        ({"speculate": "ngram", "num_speculative_tokens": 32}, "num_speculative_tokens"),
+        ({"speculate": "ngram", "num_speculative_tokens": 16}, "num_speculative_tokens"),
         ({"num_speculative_tokens": 3}, "num_speculative_tokens"),
     ):
         with pytest.raises(UserError, match=f"{name}=.* is not allowed"):
