@@ -73,8 +73,9 @@ class Prefill:
         if runner.takes_chunks:
             self._pieces = self._in_chunks(chunk_len)
         else:
-            self._pieces = self._in_layers()
-            self._pieces_per_step = self._share_of_a_step()
+            chunks = [Chunk(p.row, p.tokens, 0, True, p.logits_from, p.pooling) for p in prompts]
+            self._pieces = runner.prefill(chunks, tokens_per_step)
+            self._pieces_per_step = self._share_of_a_step(chunks)
 
     def step(self) -> Iterator[Piece]:
         """Run one step's work, and yield what comes of it: the logits that prompts want of their
@@ -121,15 +122,15 @@ class Prefill:
                 chunks.append(chunk)
             yield chunks
 
-    def _in_layers(self) -> Iterator[Piece | None]:
-        """Yield None after each piece of work that yields nothing else."""
-        chunks = [Chunk(p.row, p.tokens, 0, True, p.logits_from, p.pooling) for p in self._prompts]
-        return self._runner.prefill(chunks, self._tokens_per_step)
-
-    def _share_of_a_step(self) -> int | None:
-        """Return the pieces of a step. None: all, even if it computes log probabilities."""
+    def _share_of_a_step(self, chunks: Sequence[Chunk]) -> int | None:
+        """Return the pieces of a step that prefills whole prompts layer by layer. None: all, even
+        if it computes log probabilities."""
         cost = sum(prompt.cost * len(prompt.tokens) for prompt in self._prompts)
-        num_pieces = self._runner.num_layers * (1 + -(-self.num_tokens // self._tokens_per_step))
+        read = sum(len(chunk.tokens) - chunk.first_read for chunk in chunks)
+        in_layer, in_last = (
+            -(-tokens // self._tokens_per_step) for tokens in (self.num_tokens, read)
+        )
+        num_pieces = self._runner.num_layers * (1 + in_layer) - in_layer + in_last
         if cost > self.num_tokens:
             num_pieces += -(-self.num_tokens // LOGITS_AT_ONCE)
         steps = max(1, cost // self._tokens_per_step)

@@ -29,6 +29,17 @@ class Chunk:
     pooling: Pooling | None = None
     """Way to pool the hidden states of the sequence."""
 
+    @property
+    def first_read(self) -> int:
+        """Index of the first of these tokens whose hidden state is read, as are those of all after
+        it."""
+        if self.pooling == "mean":
+            return 0
+        end = len(self.tokens) - self.is_last
+        # A token's logits are those of the position before.
+        begin = end if self.logits_from is None else self.logits_from - 1 - self.first
+        return min(max(0, begin), end)
+
 
 @dataclass(frozen=True)
 class PromptLogits:

@@ -6,6 +6,7 @@ from itertools import count
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.adapters.folder import Adapter
@@ -184,38 +185,42 @@ class Runner:
         rows = [chunk.row for chunk in chunks]
         memory = PromptMemory(self._caches, rows, lengths)
         factors = self.adapters.of_prompts(rows, lengths)
+        read = [len(chunk.tokens) - chunk.first_read for chunk in chunks]
         x = model.embedding(on_device(np.array([ids]), self._device))  # [1, T, D]
-        for block in model.blocks:
+        for number, block in enumerate(model.blocks, 1):
             assert isinstance(block, Block)
             self.adapters.factors = factors  # other rows may have had a step since
-            if tokens_at_once is None:
-                x = block(x, model.filters, memory)
-                continue
             x = block.mix(x, model.filters, memory)
-            yield None
+            if tokens_at_once is not None:
+                yield None
+            if number == self.num_layers and read != lengths:  # the rest is of each token alone
+                index = on_device(last_of_each(lengths, read), self._device)
+                x, factors = x.index_select(1, index), factors.index_select(1, index)
+                if not sum(read):
+                    break
             parts = []
-            pairs = (torch.split(tensor, tokens_at_once, dim=1) for tensor in (x, factors))
+            pairs = (torch.split(own, tokens_at_once or len(ids), dim=1) for own in (x, factors))
             for part, own in zip(*pairs, strict=True):
                 self.adapters.factors = own
                 parts.append(block.feed_forward(part))
-                yield None
-            x = torch.cat(parts, dim=1)
+                if tokens_at_once is not None:
+                    yield None
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         self.num_prefilled += len(ids)
-        for chunk, hidden in zip(chunks, x[0].split(lengths), strict=True):
-            last = len(hidden) - chunk.is_last
-            # A token's logits are those of the position before.
-            begin = last if chunk.logits_from is None else chunk.logits_from - 1 - chunk.first
-            for start in range(max(0, begin), last, LOGITS_AT_ONCE):
+        for chunk, hidden in zip(chunks, x[0].split(read), strict=True):
+            first, last = chunk.first + chunk.first_read, len(hidden) - chunk.is_last
+            begin = last if chunk.logits_from is None else max(0, chunk.logits_from - 1 - first)
+            for start in range(begin, last, LOGITS_AT_ONCE):
                 part = hidden[start : min(start + LOGITS_AT_ONCE, last)]
                 logits = self._logits(model.norm(part))
-                yield PromptLogits(chunk.row, chunk.first + start + 1, logits)
+                yield PromptLogits(chunk.row, first + start + 1, logits)
             if chunk.pooling == "mean":
                 parts = hidden.split(LOGITS_AT_ONCE)
                 sums = [model.norm(part).double().sum(0) for part in parts]  # [D] each
                 yield PooledHidden(chunk.row, torch.stack(sums).sum(0))
             elif chunk.pooling == "last" and chunk.is_last:
                 yield PooledHidden(chunk.row, model.norm(hidden[-1]).double())
-        ends = np.cumsum(lengths)[[chunk.is_last for chunk in chunks]] - 1
+        ends = np.cumsum(read)[[chunk.is_last for chunk in chunks]] - 1
         if len(ends):  # [sequences, D] -> [sequences, vocab_size]
             last_ones = x[0].index_select(0, on_device(ends, self._device))
             yield self._logits(model.norm(last_ones))
@@ -297,3 +302,14 @@ class Runner:
             padded[: len(group)] = group
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
+
+
+def last_of_each(lengths: Sequence[int], counts: Sequence[int]) -> NDArray[np.int64]:
+    """Return the indices of the last tokens of each of some sequences that are concatenated.
+
+    Args:
+        lengths: Length of each sequence.
+        counts: Number of its last tokens.
+    """
+    ends = np.cumsum(lengths)
+    return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, counts, strict=True)])

@@ -1,5 +1,6 @@
 """Log probabilities and embeddings of prompts, against the model's full forward pass."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.sampling.chooser import NOT_FINITE
-from stu.model import FlashSTU
+from stu.model import Block, FlashSTU
 from tests.models import float64_model
 from tests.serve.requests import decode, make_request
 
@@ -109,6 +110,32 @@ def test_batch_invariant_results_are_equal_to_the_last_bit(
     for request, answer in zip(asked, together, strict=True):
         (alone,) = decode(model, code_tokenizer, [request], **settings)
         assert answer == alone
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "hyena"])
+def test_the_last_feed_forward_part_takes_only_tokens_that_are_read(
+    make_model, code_tokenizer, monkeypatch, layout
+):
+    taken, feed_forward = [], Block.feed_forward
+
+    def counted(block, x):
+        taken.append((block, x.shape[0] * x.shape[1]))
+        return feed_forward(block, x)
+
+    monkeypatch.setattr(Block, "feed_forward", counted)
+    (prompt,) = random_prompts(40)
+    of_end = 40 - score_end(prompt).prompt_logprobs_from + 1
+    generated = make_request(prompt, 1)
+    for request, read in [
+        (generated, 1), (last(prompt), 1), (mean(prompt), 40), (score(prompt), 40),
+        (score_end(prompt), of_end),
+    ]:  # fmt: skip
+        taken.clear()
+        decode(make_model(layout), code_tokenizer, [request], prompt_tokens_per_step=7)
+        counts = Counter(block for block, _ in taken)
+        by_block = [sum(n for own, n in taken if own is block) for block in counts]
+        assert by_block == [40] * (len(by_block) - 1) + [read]
+        assert len(by_block) > 1
 
 
 def test_results_that_are_not_finite_end_their_request_only(make_model, code_tokenizer):
