@@ -82,7 +82,7 @@ class Int8GatedMLP(nn.Module):
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         gate, up = self.gate_up(rows).chunk(2, -1)
-        gated: Tensor = self.down(gelu(gate, approximate="tanh") * up)
+        gated: Tensor = self.down(gelu(gate, approximate="tanh").mul_(up))
         return gated
 
 
