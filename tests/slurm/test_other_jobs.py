@@ -1,9 +1,11 @@
 """slurm/prepare.sbatch, slurm/generate.sbatch and slurm/serve.sbatch."""
 
 import json
+import os
 import re
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -100,6 +102,26 @@ def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
     for task in range(COUNT):
         assert cluster.wait(f"{job}_{task}") == "COMPLETED", log()
     assert not list(target.parent.glob("*.done"))
+
+
+@pytest.mark.parametrize(("rows", "restarts"), [("", 5), ("", 4), ("{}\n", 9)])
+def test_generate_is_requeued_any_number_of_times_while_it_writes_rows(tmp_path, rows, restarts):
+    fakes = {"stu-generate": f"printf '{rows}' >>out.0-of-1.jsonl; exit 137"}
+    fakes["scontrol"] = "echo $* >requeued; exit 1"  # or the script would wait for its end
+    for name, text in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "out.0-of-1.jsonl").write_text("{}\n")
+    variables = {"ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": 0, "ARRAY_TASK_COUNT": 1}
+    variables["RESTART_COUNT"] = restarts
+    environment = {f"SLURM_{name}": str(value) for name, value in variables.items()}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "slurm" / "generate.sbatch"), "model", "in.jsonl", "out.jsonl"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, env=environment, **options)
+    assert done.returncode == 137, done.stderr
+    assert (tmp_path / "requeued").exists() == bool(rows or restarts < 5)
+    assert ("not requeued after 5 restarts" in done.stderr) == (not rows and restarts == 5)
 
 
 def test_serve_finishes_running_requests_when_it_is_stopped(cluster, tmp_path, model_directory):
