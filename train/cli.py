@@ -1,6 +1,7 @@
 """`stu-train`: train a Flash-STU model on token shards."""
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -11,7 +12,7 @@ from stu.common.errors import UserError, requires_extra
 from train.start.signals import exiting_at_once
 
 FAULT = 3
-"""Exit code after a fault of the program."""
+"""Exit code after a fault of the program or of the network; a job is then requeued."""
 
 # The settings that most runs use; `--help-all` describes all. A test compares both.
 COMMON_SETTINGS = {
@@ -66,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 set_parsing_settings(docstring_parse_attribute_docstrings=True)
             run(["--help" if argument == "--help-all" else argument for argument in arguments])
         except (UserError, OSError) as error:
-            print(f"stu-train: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            where = _this_rank(even_alone=False) if isinstance(error, OSError) else ""
+            print(f"stu-train: error: {' '.join(str(error).split())}{where}", file=sys.stderr)
+            return FAULT if _may_pass(error) else 2
         except Exception:
             traceback.print_exc()
             print(f"stu-train: a fault of the program{_this_rank()}", file=sys.stderr)
@@ -75,12 +77,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _this_rank() -> str:
-    """Return this process's rank and host, to add to a message."""
+def _may_pass(error: Exception) -> bool:
+    """Return whether this is an error of the network, or of a file system in it, which a later
+    start need not meet."""
+    is_of_network = isinstance(error, ConnectionError | TimeoutError)
+    return is_of_network or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE)
+
+
+def _this_rank(even_alone: bool = True) -> str:
+    """Return this process's rank and host, to add to a message; nothing of a process that is alone,
+    unless asked for."""
     from train.start.launch import detect_launch
 
-    launch = detect_launch()
-    rank = launch.rank if launch.num_ranks > 1 else int(os.environ.get("LOCAL_RANK") or 0)
+    try:
+        launch = detect_launch()
+    except UserError:  # a launcher that is not supported
+        return ""
+    local = os.environ.get("LOCAL_RANK")
+    if launch.num_ranks == 1 and local is None and not even_alone:
+        return ""
+    rank = launch.rank if launch.num_ranks > 1 else int(local or 0)
     return f", on rank {rank} on {socket.gethostname()}"
 
 

@@ -1,5 +1,6 @@
 """`stu-train` as a user types it: what it writes, logs and refuses."""
 
+import errno
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.model_dir import load_model, load_tokenizer
 from tests.test_boundaries import options_with_underscores
@@ -206,3 +208,47 @@ def test_fault_of_the_program_has_its_own_code_and_names_rank_and_host(run, monk
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert f"a fault of the program, on rank 0 on {socket.gethostname()}" in shown
+
+
+@pytest.mark.parametrize(
+    ("variables", "where"),
+    [
+        ({}, ""),
+        ({"LOCAL_RANK": "1"}, "rank 1"),  # Lightning started it
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, "rank 5"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, "rank 3"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, ""),  # it would be refused
+    ],
+)
+def test_an_error_of_the_system_names_the_rank_and_host(variables, where, monkeypatch, capsys):
+    def fail(_):
+        raise OSError(28, "No space left on device", "shard")
+
+    monkeypatch.setattr("train.run.run", fail)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--data.dir=data"]) == 2
+    named = f", on {where} on {socket.gethostname()}" if where else ""
+    error = "stu-train: error: [Errno 28] No space left on device: 'shard'"
+    assert capsys.readouterr().err == f"{error}{named}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), 3),
+        (OSError(errno.EIO, "Input/output error"), 3),
+        (ConnectionResetError("reset"), 3),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (FileNotFoundError(errno.ENOENT, "No such file"), 2),
+        (UserError("data.dir", "x", "a folder"), 2),
+    ],
+)
+def test_a_job_is_requeued_after_errors_that_may_pass(error, code, monkeypatch):
+    """slurm/train.sbatch requeues after any code but 2."""
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("train.run.run", fail)
+    assert cli.main(["--data.dir=data"]) == code
