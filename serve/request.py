@@ -80,7 +80,7 @@ class Request:
     def prefix_salt(self) -> str:
         """Text that prompts must share to continue from the same prefix: an adapter changes what a
         prefix leaves behind."""
-        return f"{self.adapter}\0{self.cache_salt}"
+        return f"{len(self.adapter)} {self.adapter}{self.cache_salt}"
 
 
 @dataclass(frozen=True)

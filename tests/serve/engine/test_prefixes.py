@@ -252,3 +252,17 @@ def test_requests_that_wait_for_a_prefix_do_not_hold_up_others(make_engine):
     assert [job.request_id for job in engine._scheduler.running] == [0, 2, 4]
     engine.step()
     assert [job.request_id for job in engine._scheduler.running] == [0, 2, 4, 1, 3, 5]
+
+
+def test_no_two_pairs_of_an_adapter_and_a_salt_share_prefixes():
+    pairs = [
+        ("a\0b", "c"),
+        ("a", "b\0c"),
+        ("a", ""),
+        ("", "a"),
+        ("1 a", ""),
+        ("", "1 a"),
+        ("1", " a"),
+    ]
+    salts = [make_request([1], 1, adapter=a, cache_salt=b).prefix_salt for a, b in pairs]
+    assert len(set(salts)) == len(pairs)
