@@ -1,7 +1,9 @@
 """Routes of OpenAI's responses."""
 
 import asyncio
+import logging
 import secrets
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
@@ -30,6 +32,8 @@ from serve.server.streams import event as write_event
 from stu.common.errors import UserError
 from stu.common.text import Json, require_unicode
 
+logger = logging.getLogger("stu")
+
 MOST_LISTED = 100
 
 
@@ -55,10 +59,21 @@ def _add_create(app: FastAPI, service: Service) -> None:
         )
 
         async def save() -> None:
-            if body.store is not False:
-                items = _numbered(body.items, writer.response["id"])
-                arguments = exchange.owner, writer.response, items
-                await service.threads.run(exchange.client, service.stored.add, *arguments)
+            """Store the response, or say in it that it is not stored."""
+            if body.store is False:
+                return
+            arguments = (
+                exchange.owner,
+                writer.response,
+                _numbered(body.items, writer.response["id"]),
+            )
+            try:
+                add = service.stored.add
+                is_stored = await service.threads.run(exchange.client, add, *arguments)
+            except sqlite3.OperationalError as error:  # a full disk
+                logger.warning("%s is not stored: %s", writer.response["id"], error)
+                is_stored = False
+            writer.response["store"] = is_stored
 
         outputs = answer.outputs(keeps_logprobs=False)
         try:
@@ -186,6 +201,7 @@ async def _events(
     last = writer.end(answer.usage(), output.finish_reason == "length", int(time.time()))
     # Before its client may ask for it.
     await save()
+    last[-1]["response"]["store"] = writer.response["store"]
     for event in last:
         yield event
 

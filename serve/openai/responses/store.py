@@ -4,7 +4,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,13 @@ class ResponseStore:
         with self._lock:
             self._database.close()
 
-    def add(self, owner: str, response: Json, items: Sequence[Json]) -> None:
-        """Store a response. One that is larger than the limit is not stored."""
+    def add(self, owner: str, response: Json, items: Sequence[Json]) -> bool:
+        """Store a response, and return whether it is not larger than the limit, and so is stored.
+        Raises OperationalError if it cannot be written."""
         texts = json.dumps(response), json.dumps(list(items))
         num_bytes = sum(map(len, texts))
         if num_bytes > self._most_bytes:
-            return
+            return False
         with self._transaction() as database:
             self._num_uses += 1
             self._num_bytes += num_bytes
@@ -73,6 +74,7 @@ class ResponseStore:
             while self._num_bytes > self._most_bytes:
                 oldest = "SELECT id, bytes FROM responses ORDER BY used LIMIT 1"
                 self._remove(*database.execute(oldest).fetchone())
+        return True
 
     def response(self, owner: str, response_id: str) -> Json:
         """Return a response. Raises UserError if there is none with this id."""
@@ -93,14 +95,12 @@ class ResponseStore:
         they have more than `most_items` items.
         """
         turns: list[list[Json]] = []
+        used: list[str] = []
         num_items = 0
         next_id: str | None = response_id
-        with self._transaction() as database:
+        with self._lock:
             while next_id is not None:
                 response, items, previous = self._row(owner, next_id)
-                self._num_uses += 1
-                use = "UPDATE responses SET used = ? WHERE id = ?"
-                database.execute(use, (self._num_uses, next_id))
                 turn = [*json.loads(items), *json.loads(response)["output"]]
                 turns.append([item for item in turn if _is_whole(item)])
                 num_items += len(turns[-1])
@@ -110,7 +110,13 @@ class ResponseStore:
                         "this one has more: leave it out, and give the last of them in input"
                     )
                     raise UserError("", fix=fix)
+                used.append(next_id)
                 next_id = previous
+        with suppress(sqlite3.OperationalError), self._transaction() as database:  # a full disk
+            for own_id in used:
+                self._num_uses += 1
+                use = "UPDATE responses SET used = ? WHERE id = ?"
+                database.execute(use, (self._num_uses, own_id))
         return [item for turn in reversed(turns) for item in turn]
 
     def delete(self, owner: str, response_id: str) -> None:

@@ -401,7 +401,7 @@ def test_responses_used_least_recently_make_room(database):
         store.add("me", *stored(number, size=500))
     found = [number for number in range(5) if has(store, number)]
     assert found == [0, 1, 3, 4]
-    store.add("me", *stored(5, size=5000))  # larger than all
+    assert not store.add("me", *stored(5, size=5000))  # larger than all
     assert not has(store, 5)
     store.close()
 
@@ -419,6 +419,16 @@ def test_responses_that_a_full_disk_refuses_take_no_room(database):
     store._database.execute("PRAGMA max_page_count=1000")
     store.add("me", *stored(4, size=500))
     assert [number for number in range(20) if has(store, number)] == [1, 2, 3, 4]
+    store.close()
+
+
+def test_a_file_that_cannot_be_written_ends_no_conversation(database):
+    store = ResponseStore(database, 3000)
+    store.add("me", *stored(0, size=500))
+    store._database.execute("PRAGMA query_only=ON")
+    assert store.conversation("me", "resp_0")
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store.add("me", *stored(1, size=500))
     store.close()
 
 

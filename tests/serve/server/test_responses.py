@@ -38,7 +38,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(long_model_directory, store):
-    options = ("--batch-dir", store, "--max-response-bytes", 200_000)
+    options = ("--batch-dir", store, "--max-response-bytes", 50_000)
     with serving(long_model_directory, *options, STU_API_KEYS=KEYS) as server:
         yield server
 
@@ -87,6 +87,20 @@ def test_a_response_and_what_is_stored_of_it(client, server):
     unstored = client.responses.create(**ASKED, store=False)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(unstored.id)
+
+
+def test_a_response_that_is_not_stored_says_so(client):
+    schema = {"type": "boolean", "description": 60_000 * "x"}  # more than is kept of all
+    asked = ASKED | {"text": {"format": {"type": "json_schema", "name": "a", "schema": schema}}}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        streamed = stream.get_final_response()
+    for response in (whole, streamed):
+        assert response.output_text
+        assert response.model_dump()["store"] is False
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(response.id)
+    assert client.responses.create(**ASKED).model_dump()["store"] is True
 
 
 def test_a_stream_has_the_events_of_its_response(client):
