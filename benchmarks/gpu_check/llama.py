@@ -32,7 +32,13 @@ class LlamaLayer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cache: Cache, position: Tensor, seen: Tensor | None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: Cache,
+        position: Tensor,
+        seen: Tensor | None,
+        only_last: bool = False,
     ) -> Tensor:
         """Return the stream `[B, T, D]` after the layer, for tokens from `position [T]` on.
 
@@ -43,6 +49,7 @@ class LlamaLayer(nn.Module):
                 written.
             position: Positions of the tokens, `[T]`.
             seen: Positions that tokens see, `[T, S]`; None: a whole prompt from position 0 on.
+            only_last: Return the stream of the last token alone, `[B, 1, D]`.
         """
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, head_dim]
@@ -50,8 +57,11 @@ class LlamaLayer(nn.Module):
         all_keys, all_values = cache
         all_keys.index_copy_(2, position, keys)
         all_values.index_copy_(2, position, values)
+        if only_last:
+            x, queries = x[:, -1:], queries[:, :, -1:]
         if seen is None:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+            is_causal = not only_last  # the last token sees all
+            mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal)
         else:
             mixed = F.scaled_dot_product_attention(queries, all_keys, all_values, attn_mask=seen)
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
@@ -107,9 +117,10 @@ class LlamaLike(nn.Module):
         self, tokens: Tensor, caches: list[Cache], position: Tensor, seen: Tensor | None
     ) -> Tensor:
         x, rotation = self.embedding(tokens), self.rotations[:, position]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotation, cache, position, seen)
-        return F.linear(self.norm(x[:, -1]), self.embedding.weight)
+        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), 1):
+            only_last = seen is None and number == len(self.layers)
+            x = layer(x, rotation, cache, position, seen, only_last)
+        return F.linear(self.norm(x[:, 0]), self.embedding.weight)
 
 
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
