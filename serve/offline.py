@@ -18,7 +18,7 @@ def run_requests(
     """Run requests to their ends, and return their completions, in their order.
 
     Raises UserError for one that is not allowed, and KeyboardInterrupt, with these requests
-    aborted. The engine can be used again.
+    aborted. The engine can be used again, unless one of its steps raised an exception.
     """
     builders: dict[int, CompletionBuilder] = {}
     unfinished: dict[int, Request] = {}

@@ -84,6 +84,7 @@ class Engine:
         self.scheduled: dict[int, float] = {}
         """Requests whose prefill began in the last step, with its time on the monotonic clock."""
         self._next_id, self._new_tokens, self._steps = itertools.count(), 0, 0
+        self._is_stepping = False
 
     @property
     def has_work(self) -> bool:
@@ -129,7 +130,16 @@ class Engine:
             self._finish(job, "abort", held)
 
     def step(self) -> list[Output]:
-        """Run one step, and return the outputs of the requests that made progress."""
+        """Run one step, and return the outputs of the requests that made progress.
+
+        Raises RuntimeError if an earlier step raised an exception, say of a device out of memory:
+        some layers have then seen tokens that others have not.
+        """
+        if self._is_stepping:
+            raise RuntimeError(
+                "a step of this engine has failed and left it half done: make another"
+            )
+        self._is_stepping = True
         self.scheduled.clear()
         self._steps += 1
         self._leave_rows()
@@ -138,6 +148,7 @@ class Engine:
         self._decode()
         self._continue_prefill()
         outputs, self._outputs = self._outputs, []
+        self._is_stepping = False
         return outputs
 
     def stats(self) -> Stats:

@@ -163,6 +163,8 @@ def test_a_second_ctrl_c_waits_for_no_step(model_directory):
     ):
         llm.generate("a", use_tqdm=False)
     assert not ended
+    with pytest.raises(RuntimeError, match="half done: make another"):
+        llm.generate("a", use_tqdm=False)
 
 
 def test_chat_renders_the_template(llm, code_tokenizer):
