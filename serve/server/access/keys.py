@@ -94,6 +94,7 @@ def _read(path: Path | None) -> Sequence[Key]:
             "unset one of them",
         )
     keys: list[Key] = []
+    known: dict[bytes | str, int] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -104,7 +105,7 @@ def _read(path: Path | None) -> Sequence[Key]:
             # No error quotes a word, as any of them may be a key.
             place = f"--api-keys {path}: line {number}"
             keys.append(_settled(_key(place, words[0], len(keys) + 1), place, words[1:]))
-            _require_new(place, keys)
+            _require_new(place, keys[-1], known)
     if not keys:
         raise UserError(
             "api_keys", message=f"--api-keys {path}: has no key; write one on each line"
@@ -156,10 +157,11 @@ def _settled(key: Key, place: str, words: Sequence[str]) -> Key:
     return key
 
 
-def _require_new(place: str, keys: Sequence[Key]) -> None:
-    *others, new = keys
-    for number, other in enumerate(others, 1):
-        same = "key" if other.digest == new.digest else "name" if other.name == new.name else None
-        if same is not None:
-            message = f"{place}: has the {same} of key {number} again; change or remove it"
+def _require_new(place: str, key: Key, known: dict[bytes | str, int]) -> None:
+    """Raise UserError if an earlier key has the same digest or name. Else add both to `known`, with
+    the key's number."""
+    number = len(known) // 2 + 1
+    for what, value in (("key", key.digest), ("name", key.name)):
+        if (other := known.setdefault(value, number)) != number:
+            message = f"{place}: has the {what} of key {other} again; change or remove it"
             raise UserError("api_keys", message=message)
