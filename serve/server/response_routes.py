@@ -107,13 +107,15 @@ def _add_stored(app: FastAPI, service: Service) -> None:
     stored = service.stored
 
     @app.get("/v1/responses/{response_id}")
-    async def retrieve(response_id: str, request: Request, stream: bool = False) -> Json:
+    async def retrieve(response_id: str, request: Request, stream: bool = False) -> Response:
         if stream:
             raise UserError("stream", True, fix="a stored response is whole, leave it out")
         exchange = exchange_of(request.scope)
-        return await service.threads.run(
+        # As it is stored: to parse tens of MB would hold up all other requests.
+        text = await service.threads.run(
             exchange.client, stored.response, exchange.owner, response_id
         )
+        return Response(text, media_type="application/json")
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str, request: Request) -> Json:

@@ -76,10 +76,10 @@ class ResponseStore:
                 self._remove(*database.execute(oldest).fetchone())
         return True
 
-    def response(self, owner: str, response_id: str) -> Json:
-        """Return a response. Raises UserError if there is none with this id."""
+    def response(self, owner: str, response_id: str) -> str:
+        """Return the JSON of a response. Raises UserError if there is none with this id."""
         with self._lock:
-            return dict(json.loads(self._row(owner, response_id)[0]))
+            return str(self._row(owner, response_id)[0])
 
     def items(self, owner: str, response_id: str) -> list[Json]:
         """Return the items of the input of a response. Raises UserError as `response`."""

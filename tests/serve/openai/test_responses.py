@@ -375,7 +375,7 @@ def test_stored_responses_are_found_by_their_owner_until_deleted(database):
     store = ResponseStore(database, 10_000)
     for number in range(3):
         store.add("me", *stored(number, f"resp_{number - 1}" if number else None))
-    assert store.response("me", "resp_1") == stored(1, "resp_0")[0]
+    assert json.loads(store.response("me", "resp_1")) == stored(1, "resp_0")[0]
     assert store.items("me", "resp_1") == stored(1)[1]
     ids = [item["id"] for item in store.conversation("me", "resp_2")]
     assert ids == ["msg_in0", "fc_0", "msg_in1", "fc_1", "msg_in2", "fc_2"]
