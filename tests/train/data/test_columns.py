@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from stu.common.errors import UserError
 from train.data.cli import main
@@ -191,6 +191,16 @@ def test_a_kind_by_name(tmp_path):
         texts(tmp_path / "a.log")
 
 
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_row_that_is_not_utf8_costs_no_other(tmp_path, name):
+    raw = pa.array([b"a", b"\xff", None, b"b"], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 4, raw.buffers())})
+    write(tmp_path / name, table)
+    found = list(read_documents(find_files([str(tmp_path / name)]).documents))
+    assert [getattr(one, "text", one) for one in found[:1] + found[2:]] == ["a", "", "b"]
+    assert (found[1].place, found[1].kind) == ("row 2", "not UTF-8")
+
+
 @pytest.fixture
 def memory():
     """A file system in memory that is empty afterwards."""
@@ -248,6 +258,20 @@ def test_urls_that_cannot_be_opened():
         texts("nonsense://a/b")
     with pytest.raises(UserError, match=r"^source memory:///none: cannot be read \(FileNotFound"):
         RemoteFile("memory:///none", 3).open()
+
+
+@pytest.mark.parametrize("name", ["c.parquet", "d.arrow", "b/rows.jsonl", "b/rows.jsonl.gz"])
+def test_errors_of_the_network_are_no_faults_of_a_file(memory, monkeypatch, name):
+    """They would leave out the rest of the file where faults are skipped."""
+    fill(memory, "/data")
+
+    def fail(*_):
+        raise TimeoutError  # without an errno, as fsspec's
+
+    monkeypatch.setattr(MemoryFile, "read", fail)
+    message = rf"cannot be read \(TimeoutError: \).*memory:///data/{re.escape(name)}"
+    with pytest.raises(OSError, match=message):
+        texts(f"memory:///data/{name}")
 
 
 def test_the_hub_is_read_where_that_is_allowed(monkeypatch):

@@ -17,7 +17,7 @@ STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"
 """Files in the folder of a dataset that was saved to disk, and in that of one with splits."""
 
 
-def read_parquet(path: InputFile, text_key: str) -> Iterator[Document]:
+def read_parquet(path: InputFile, text_key: str) -> Iterator[Document | BadInput]:
     """Yield the rows of a Parquet file. Raises BadInput, or UserError without pyarrow."""
     pq = _import_pyarrow(path, "Parquet").parquet
     with _damage(path, "Parquet"), _opened(path) as source, pq.ParquetFile(source) as file:
@@ -27,10 +27,10 @@ def read_parquet(path: InputFile, text_key: str) -> Iterator[Document]:
             for text in _texts(batch, names):
                 share = size * (done + 1) // num_rows - size * done // num_rows
                 done += 1
-                yield Document(text, share, path, f"row {done}")
+                yield _row(text, share, path, done)
 
 
-def read_arrow(path: InputFile, text_key: str) -> Iterator[Document]:
+def read_arrow(path: InputFile, text_key: str) -> Iterator[Document | BadInput]:
     """Yield the rows of an Arrow file or stream. Raises BadInput, or UserError without pyarrow."""
     pa = _import_pyarrow(path, "Arrow")
     with _damage(path, "Arrow"), _opened(path) as source:
@@ -46,7 +46,7 @@ def read_arrow(path: InputFile, text_key: str) -> Iterator[Document]:
             for start in range(0, len(batch), ROWS):
                 for text in _texts(batch.slice(start, ROWS), names):
                     done += 1
-                    yield Document(text, end - used, path, f"row {done}")
+                    yield _row(text, end - used, path, done)
                     used = end
 
 
@@ -76,14 +76,32 @@ def dataset_files(folder: Path) -> list[Path] | None:
     return files
 
 
-def _texts(batch: Any, names: list[str]) -> list[str]:
-    """Return the texts of a record batch, "" where one or what it lies in is null."""
+def _texts(batch: Any, names: list[str]) -> list[str | None]:
+    """Return the texts of a record batch: "" where one or what it lies in is null, and None where
+    one is not UTF-8."""
     import pyarrow.compute as pc
 
     column = batch.column(names[0])
     if len(names) > 1:
         column = pc.struct_field(column, names[1:])
-    return [text or "" for text in column.to_pylist()]
+    try:
+        return [text or "" for text in column.to_pylist()]
+    except UnicodeDecodeError:
+        return [_text(value) for value in column]
+
+
+def _text(value: Any) -> str | None:
+    try:
+        return value.as_py() or ""
+    except UnicodeDecodeError:
+        return None
+
+
+def _row(text: str | None, source_bytes: int, path: InputFile, number: int) -> Document | BadInput:
+    place = f"row {number}"
+    if text is None:
+        return BadInput(path, place, "not UTF-8", "not UTF-8")
+    return Document(text, source_bytes, path, place)
 
 
 def _resolve(path: InputFile, schema: Any, text_key: str) -> list[str]:

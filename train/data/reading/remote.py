@@ -1,8 +1,10 @@
 """Files of sources: local ones, and those of any file system that fsspec knows by its URL."""
 
+import errno
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,8 @@ URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://")
 HUB = "hf"
 OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
 """Environment variables that keep Hugging Face's libraries from the network."""
+READ_BYTES = 1 << 20
+"""Bytes that are asked of a file system at once, or more."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,44 @@ class RemoteFile:
         return PurePosixPath(self.url).suffixes
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Open the file. Raises UserError if its file system does not."""
+        """Open the file. Raises UserError if its file system does not; reading raises OSError."""
         with _named(self.url):
             system, path = _open_system(self.url)
-            file: BinaryIO = system.open(path, mode)
-        return file
+            file = system.open(path, mode)
+        return io.BufferedReader(_Reader(file, self.url), READ_BYTES)
+
+
+class _Reader(io.RawIOBase):
+    """An open file of a file system, whose errors name it and are no faults of its contents."""
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file, self._url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._called(self._file.read, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._called(self._file.seek, offset, whence))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def _called(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:  # of any kind, as in _named
+            reason = f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+            raise OSError(errno.EIO, reason, self._url) from error
 
 
 InputFile = Path | RemoteFile

@@ -49,9 +49,7 @@ def _json_text(line: str, path: InputFile, place: str, text_key: str) -> str | B
     if not isinstance(text, str):
         reason = f"field {text_key!r} is {type(text).__name__}, not a string"
         return BadInput(path, place, "not a string", reason)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not _is_unicode(text):
         reason = f"field {text_key!r} has half of a surrogate pair"
         return BadInput(path, place, "not a string", reason)
     return text
@@ -78,8 +76,10 @@ def _find(row: Any, keys: list[str]) -> Any:
 def read_csv(source: OpenedFile, text_key: str) -> Iterator[Document | BadInput]:
     """Yield the rows of a CSV file after its header. Raises BadInput where the rest is lost."""
     csv.field_size_limit(MOST_FIELD_CHARS)
-    rows = csv.reader(io.TextIOWrapper(source.data, encoding="utf-8-sig", newline=""))
-    column = None
+    # Bytes that are not UTF-8 become surrogates, so that each is a fault of its own row.
+    text = io.TextIOWrapper(source.data, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, strict=True)
+    column, num_columns = None, 0
     while True:
         place = f"line {rows.line_num + 1}"
         try:
@@ -88,19 +88,38 @@ def read_csv(source: OpenedFile, text_key: str) -> Iterator[Document | BadInput]
             raise damaged(source.path, place, error) from error
         except csv.Error as error:
             raise BadInput(source.path, place, "not CSV", f"not CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 from here on ({error}); convert the file"
-            raise BadInput(source.path, place, "not UTF-8", reason) from error
         if row is None:
             return
         if column is None:
+            if not _is_unicode("".join(row)):
+                reason = "not UTF-8; convert the file, for example with iconv"
+                raise BadInput(source.path, place, "not UTF-8", reason)
             if row.count(text_key) != 1:
                 found = f"{row.count(text_key)} fields {text_key!r} in the header"
                 reason = f"{found}, which has {', '.join(row)}; exactly one is needed: {FIX}"
                 raise BadInput(source.path, "line 1", "no field", reason)
-            column = row.index(text_key)
+            column, num_columns = row.index(text_key), len(row)
+        elif any(row[num_columns:]):
+            reason = (
+                f"{len(row)} fields, and the header has {num_columns}: put texts with commas into "
+                "quotes, or skip such rows with --on-error skip"
+            )
+            yield BadInput(source.path, place, "too many fields", reason)
         elif len(row) > column:
-            yield Document(row[column], source.used(), source.path, place)
+            if _is_unicode(row[column]):
+                yield Document(row[column], source.used(), source.path, place)
+            else:
+                reason = "not UTF-8; convert the file, or skip such rows with --on-error skip"
+                yield BadInput(source.path, place, "not UTF-8", reason)
         elif row:  # else a blank line
             reason = f"{len(row)} fields, but {text_key!r} is number {column + 1}"
             yield BadInput(source.path, place, "no field", reason)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text has no surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
