@@ -22,9 +22,11 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, or vanishes if it raises.
 
     Files directly inside it are on disk before `path` appears. Raises UserError if `path` exists
-    and is not an empty folder, unless `overwrite`, which deletes the old one last.
+    and is not an empty folder, unless `overwrite`, which deletes the old one last, or is where a
+    disk is mounted, which no other folder can replace.
     """
     path = path.resolve()
+    require_no_mount(path)
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and not overwrite:
         message = f"output {path}: exists and is not empty; choose another, or delete it"
@@ -48,6 +50,21 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync(path.parent)
+
+
+def require_no_mount(output: Path) -> None:
+    """Raise UserError if a disk is mounted at `output`."""
+    if os.path.ismount(output):
+        fix = "a disk is mounted there: name a new folder inside it"
+        raise UserError("output", str(output), fix=fix)
+
+
+def require_apart(source: Path, output: Path) -> None:
+    """Raise UserError if replacing the output would delete what `source` lies in; a folder may take
+    the place of itself."""
+    inside, target = source.resolve(), output.resolve()
+    if target in inside.parents:
+        raise UserError("output", str(output), f"a folder that {source} does not lie in")
 
 
 @contextmanager

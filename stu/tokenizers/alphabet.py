@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stu.common.errors import UserError, show
 from stu.tokenizer import Tokenizer, Vocabulary
-from stu.tokenizers.special_tokens import blank_tokens, named_id, read_json, token_ids
+from stu.tokenizers.special_tokens import blank_tokens, marks, named_id, read_json, token_ids
 
 BYTES = "bytes"
 BOS, EOS = "<bos>", "<eos>"
@@ -50,8 +50,7 @@ class AlphabetTokenizer(Tokenizer):
             token_bytes,
             {token: name for name, token in special.items()},
             list(special.values()),
-            named_id(values, "bos_token", special, self.path),
-            named_id(values, "eos_token", special, self.path),
+            *marks(values, special, self.path),
         )
 
     def _characters(self, values: Mapping[str, object], unknown: int) -> dict[bytes, int]:

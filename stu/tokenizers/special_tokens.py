@@ -47,6 +47,14 @@ def blank_tokens(ids: Collection[int], path: Path) -> list[bytes]:
     return [b""] * (max(ids) + 1)
 
 
+def marks(values: Mapping[str, Any], special: Mapping[str, int], path: Path) -> tuple[int, int]:
+    """Return the ids of BOS and EOS, -1 for none. EOS takes the place of a BOS that is not
+    mentioned. Raises UserError."""
+    eos = named_id(values, "eos_token", special, path)
+    bos = named_id(values, "bos_token", special, path) if "bos_token" in values else eos
+    return bos, eos
+
+
 def named_id(values: Mapping[str, Any], field: str, special: Mapping[str, int], path: Path) -> int:
     """Return the id of the special token that a field names, -1 for none. Raises UserError."""
     name = values.get(field)

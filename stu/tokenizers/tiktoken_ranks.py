@@ -16,7 +16,7 @@ from typing import Any
 
 from stu.common.errors import UserError, requires_extra
 from stu.tokenizer import Tokenizer, Vocabulary
-from stu.tokenizers.special_tokens import MOST_IDS, blank_tokens, named_id, read_json, token_ids
+from stu.tokenizers.special_tokens import MOST_IDS, blank_tokens, marks, read_json, token_ids
 
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 LOWER, UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
@@ -124,8 +124,7 @@ class TiktokenTokenizer(Tokenizer):
             token_bytes,
             {token: name for name, token in special.items()},
             list(special.values()),
-            named_id(values, "bos_token", special, settings_path),
-            named_id(values, "eos_token", special, settings_path),
+            *marks(values, special, settings_path),
         )
 
     def encode(self, text: str) -> list[int]:

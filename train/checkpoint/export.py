@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stu.common.cli import ArgumentParser, run_command
 from stu.common.errors import UserError
+from stu.common.files import require_apart
 
 if TYPE_CHECKING:
     from stu.config import Weights
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from stu.tokenizer import Tokenizer
     from train.checkpoint.folder import CheckpointFolder
 
-CHAT_TEMPLATES = "chat_template.jinja", "tokenizer_config.json"
-"""Files of a model directory that may have its chat template."""
 FACTS = {
     "tokens of the corpus": "data.num_tokens",
     "optimizer": "model.optimizer.name",
@@ -110,6 +109,8 @@ def export(
     """
     import torch
 
+    from stu.chat.template import FILE_NAME as CHAT_TEMPLATE
+    from stu.chat.template import find_template
     from stu.model_dir import save_model
     from train.checkpoint.adapter_folder import save_adapters
     from train.checkpoint.published import save_published
@@ -118,14 +119,17 @@ def export(
     if weights == "int8" and layout != "stu":
         raise UserError("weights", weights, f"float for the {layout} layout")
     torch_dtype, folder = getattr(torch, dtype), _training_checkpoint(checkpoint)
+    require_apart(checkpoint if folder is None else folder.path, output)
     if layout == "adapter":
         save_adapters(output, folder, torch_dtype, overwrite)
         return
     model, tokenizer, generation = _read(checkpoint, folder)
-    others = {name: checkpoint / name for name in CHAT_TEMPLATES}
-    chat = {name: file.read_bytes() for name, file in others.items() if file.is_file()}
-    if folder is not None and "chat_template" in (carried := folder.training["stu"]):
-        chat[CHAT_TEMPLATES[0]] = carried["chat_template"].numpy().tobytes()
+    chat: dict[str, bytes] = {}
+    if folder is None:
+        if (template := find_template(checkpoint)[1]) is not None:
+            chat[CHAT_TEMPLATE] = template.encode()
+    elif "chat_template" in (carried := folder.training["stu"]):
+        chat[CHAT_TEMPLATE] = carried["chat_template"].numpy().tobytes()
     if layout == "published":
         save_published(output, model, tokenizer, torch_dtype, overwrite)
     elif layout == "transformers":

@@ -10,6 +10,7 @@ from jsonargparse.typing import PositiveFloat
 
 from stu.common.cli import ArgumentParser, run_command
 from stu.common.errors import UserError
+from stu.common.files import require_apart
 
 if TYPE_CHECKING:
     from stu.tokenizer import Tokenizer
@@ -84,6 +85,7 @@ def import_published(
     from train.checkpoint.generation_config import load_generation
     from train.checkpoint.published import load_published
 
+    require_apart(published, output)
     generation: dict[str, Any] = {}
     others: dict[str, bytes] = {}
     own_tokenizer: Callable[[int], Tokenizer] | None = None

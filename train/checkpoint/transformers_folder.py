@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stu.chat.template import template_of
+from stu.chat.template import find_template
 from stu.common.errors import UserError
 from stu.common.files import new_directory
 from stu.common.safetensors import misfits, write_safetensors
@@ -27,7 +27,6 @@ from stu.mixers import LongConvolution
 from stu.model import FlashSTU
 from stu.realisation import NoRealisation, fitting_realisation
 from stu.tokenizer import TOKENIZERS, Tokenizer, read_tokenizer
-from stu.tokenizers.special_tokens import read_json
 from train.checkpoint import generation_config
 from train.checkpoint.hugging_face import model_card
 from train.checkpoint.hugging_face.tokenizer_json import FILE as TOKENIZER_JSON
@@ -160,9 +159,8 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 def other_files(folder: Path) -> dict[str, bytes]:
     """Return the chat template of a folder for transformers, by the name of its file."""
-    if (file := folder / CHAT_TEMPLATE).is_file():
-        return {CHAT_TEMPLATE: file.read_bytes()}
-    return {}
+    template = find_template(folder)[1]
+    return {} if template is None else {CHAT_TEMPLATE: template.encode()}
 
 
 def _name(ours: str) -> str:
@@ -226,6 +224,8 @@ def _write_tokenizer(
     own = {name: data for name, data in tokenizer.files.items() if name != TOKENIZER_CONFIG}
     for name, contents in own.items():
         (folder / name).write_bytes(contents)
+    if CHAT_TEMPLATE in others:
+        (folder / CHAT_TEMPLATE).write_bytes(others[CHAT_TEMPLATE])
     try:
         contents = tokenizer_json(tokenizer)
     except NotExact as reason:
@@ -236,8 +236,6 @@ def _write_tokenizer(
         name.removesuffix("_id"): tokenizer.token_text(token)
         for name, token in _special_ids(tokenizer).items()
     }
-    if template := _chat_template(others, path):
-        (folder / CHAT_TEMPLATE).write_bytes(template)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -250,14 +248,6 @@ def _write_tokenizer(
     }
     _write_json(folder / TOKENIZER_CONFIG, settings)
     return True
-
-
-def _chat_template(others: Mapping[str, bytes], path: Path) -> bytes | None:
-    if CHAT_TEMPLATE in others:
-        return others[CHAT_TEMPLATE]
-    file = path / TOKENIZER_CONFIG
-    template = template_of(read_json(others.get(TOKENIZER_CONFIG, b"{}"), file), file)
-    return None if template is None else template.encode()
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stu.common.array_task import ArrayTask
 from stu.common.errors import UserError
-from stu.common.files import new_directory
+from stu.common.files import new_directory, require_no_mount
 from stu.tokenizer import read_tokenizer
 from train.data.config import TRAINED, PrepareConfig
 from train.data.corpus import require_both_splits, write_splits
@@ -58,6 +58,7 @@ def prepare_part(config: PrepareConfig) -> list[int]:
     files = find_files(config.sources, config.kind, config.allow_hub)
     common = _common_settings(config, files, task.count)
     parts = Parts(config.output.resolve(), task.count)
+    require_no_mount(parts.output)
     parts.output.parent.mkdir(parents=True, exist_ok=True)
     lock_path = parts.output.with_name(f"{parts.output.name}.lock")
     with closing(LockFile(lock_path)) as lock, lock.held(1 + task.index):
@@ -111,7 +112,8 @@ def _start(config: PrepareConfig, files: Files, common: dict[str, Any], folder: 
     with new_directory(folder) as temporary:
         write_tokenizer(config, [Corpus(config, files)], temporary)
         text = json.dumps(common, indent=2, ensure_ascii=False)
-        (temporary / COMMON_FILE).write_text(text + "\n", encoding="utf-8")
+        own = text.encode(errors="backslashreplace")  # names of files may not be UTF-8
+        (temporary / COMMON_FILE).write_bytes(own + b"\n")
 
 
 def _write_part(config: PrepareConfig, files: Files, number: int, parts: Parts) -> None:
@@ -125,7 +127,7 @@ def _write_part(config: PrepareConfig, files: Files, number: int, parts: Parts) 
 
 def remove_unfinished(path: Path) -> None:
     """Remove what killed processes left. The lock ensures that no other process makes `path`."""
-    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+    for leftover in path.parent.glob(f".{escape(path.name)}.{8 * '[0-9a-f]'}.tmp"):
         shutil.rmtree(leftover)
 
 

@@ -88,7 +88,8 @@ def _start(config: PrepareConfig, sources: Sequence[SourceConfig], output: Path)
     with new_directory(output) as folder:
         write_tokenizer(config, _find(sources), folder)
         text = json.dumps(common, indent=2, ensure_ascii=False)
-        (folder / COMMON_FILE).write_text(text + "\n", encoding="utf-8")
+        own = text.encode(errors="backslashreplace")  # names of files may not be UTF-8
+        (folder / COMMON_FILE).write_bytes(own + b"\n")
 
 
 def _common_settings(config: PrepareConfig, sources: Sequence[SourceConfig]) -> dict[str, Any]:

@@ -101,7 +101,8 @@ class Index:
         """Write `index.json` atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
         with new_file(folder / INDEX_FILE) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            # Names of files may not be UTF-8.
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, folder: Path) -> "Index":

@@ -349,6 +349,7 @@ def test_an_alphabet_with_an_unknown_token_and_ids_of_another_model(tmp_path):
     values = {
         "alphabet": {"A": 7, "C": 8, "G": 9, "T": 10, "N": 11},
         "special_tokens": {"[CLS]": 0, "[SEP]": 1, "[UNK]": 6},
+        "bos_token": None,
         "eos_token": "[SEP]",
         "unknown_token": "[UNK]",
     }
@@ -358,6 +359,9 @@ def test_an_alphabet_with_an_unknown_token_and_ids_of_another_model(tmp_path):
     assert (tokenizer.bos_id, tokenizer.start_ids, tokenizer.end_ids) == (-1, [], [1])
     assert tokenizer.decode([7, 6, 1, 11]) == "AN"
     assert [tokenizer.token_text(token) for token in (1, 2, 7)] == ["[SEP]", "<unused 2>", "A"]
+    del values["bos_token"]  # not mentioned: EOS takes its place
+    (tmp_path / "alphabet.json").write_text(json.dumps(values))
+    assert read_tokenizer(tmp_path).start_ids == [1]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 """From a checkpoint to a model directory."""
 
+import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
 
-from stu.model_dir import load_config, load_model, load_tokenizer
+from stu.chat.template import find_template
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import load_config, load_model, load_tokenizer, save_model
 from tests import forked
+from tests.stu.tokenizers.vocabularies import make
 from tests.train.saved import last_checkpoint
-from train.checkpoint import export
+from train.checkpoint import export, import_published
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,6 +63,34 @@ def test_existing_output_is_kept_unless_overwritten(trained, tmp_path, capsys):
     assert os.listdir(output) == ["notes"]
     assert export.main([str(trained), "--output", str(output), "--overwrite"]) == 0
     assert "notes" not in os.listdir(output)
+
+
+def test_an_output_that_holds_the_checkpoint_is_refused(trained, tmp_path, capsys):
+    run, model = tmp_path / "runs" / "a", tmp_path / "models" / "a"
+    shutil.copytree(trained, run)
+    export.main([str(run), "--output", str(model)])
+    for command, checkpoint, output in [
+        (export, run, run),
+        (export, run, run.parent),
+        (export, model, model.parent),
+        (import_published, model, model.parent),
+    ]:
+        assert command.main([str(checkpoint), "--output", str(output), "--overwrite"]) == 2
+        assert "does not lie in" in capsys.readouterr().err
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert export.main([str(model), "--output", str(model), "--weights=int8", "--overwrite"]) == 0
+
+
+def test_a_template_beside_settings_of_the_tokenizer_is_kept(tmp_path):
+    tokenizer = make("huggingface", tmp_path / "tokenizer", 300)
+    model = FlashSTU(ModelConfig(tokenizer.vocab_size, width=16, num_layers=1, max_seq_len=32))
+    save_model(tmp_path / "a", model, tokenizer)
+    settings = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages }}"
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert export.main([str(tmp_path / "a"), "--output", str(tmp_path / "b")]) == 0
+    assert find_template(tmp_path / "b")[1] == "{{ messages }}"
+    assert load_tokenizer(tmp_path / "b").start_ids == tokenizer.start_ids
 
 
 def test_mistakes_are_named(trained, tmp_path, capsys):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serve import LLM, SamplingParams
+from stu.chat.template import find_template
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
@@ -352,6 +353,8 @@ def test_without_an_equal_tokenizer_there_is_none(tmp_path, caplog, monkeypatch,
     monkeypatch.setattr(transformers_folder, "tokenizer_json", refuse)
     model = FlashSTU(ModelConfig(**SHAPE))
     save_model(tmp_path / "ours", model, code_tokenizer)
+    settings = json.dumps({"chat_template": TEMPLATE})
+    (tmp_path / "ours" / "tokenizer_config.json").write_text(settings)
     arguments = [str(tmp_path / "ours"), "--output", str(tmp_path / "theirs")]
     assert export.main([*arguments, "--format=transformers"]) == 0
     assert "no tokenizer for transformers gives the same ids: the reason" in caplog.text
@@ -360,6 +363,11 @@ def test_without_an_equal_tokenizer_there_is_none(tmp_path, caplog, monkeypatch,
     back = ["--output", str(tmp_path / "back")]
     assert import_published.main([str(tmp_path / "theirs"), *back]) == 0
     assert load_tokenizer(tmp_path / "back").files == code_tokenizer.files
+    assert find_template(tmp_path / "back")[1] == TEMPLATE
+    (tmp_path / "theirs" / "chat_template.jinja").unlink()
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(settings)
+    assert import_published.main([str(tmp_path / "theirs"), *back, "--overwrite"]) == 0
+    assert find_template(tmp_path / "back")[1] == TEMPLATE
 
 
 def test_mistakes_are_named(tmp_path, code_tokenizer, capsys):

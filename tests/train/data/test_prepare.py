@@ -20,7 +20,7 @@ from train.data import encode
 from train.data.cli import main, warnings
 from train.data.config import PrepareConfig
 from train.data.encode import encode_document, split_of, token_dtype
-from train.data.prepare import prepare
+from train.data.prepare import prepare, prepare_part, remove_unfinished
 from train.data.reading.documents import read_documents
 from train.data.reading.sources import LEAST_PIECE_BYTES
 from train.data.shards import Index, TokenShards
@@ -299,6 +299,35 @@ def test_a_full_disk_leaves_nothing(corpus, tmp_path, monkeypatch):
             with pytest.raises(OSError, match="No space left"):
                 prepare(_config(corpus, tmp_path / "new" / "data"))
         assert not list(tmp_path.iterdir())
+
+
+def test_a_source_whose_name_is_not_utf8_is_recorded(tmp_path):
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    _write(Path(source), TEXTS)
+    settings = {"vocab_size": 300, "workers": 1}
+    prepare(PrepareConfig([source], tmp_path / "whole", **settings))
+    assert Index.load(tmp_path / "whole").sources == [source]
+    for part in ("0/2", "1/2", "1/2"):
+        left = prepare_part(PrepareConfig([source], tmp_path / "parts", part=part, **settings))
+    assert left == []
+    assert Index.load(tmp_path / "parts").sources == [source]
+
+
+def test_an_output_that_is_a_mounted_disk_is_refused(corpus, tmp_path, monkeypatch):
+    """A folder beside it would be on another disk, and could not take its place."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    for run, part in ((prepare, None), (prepare_part, "0/2")):
+        with pytest.raises(UserError, match="a disk is mounted there: name a new folder inside"):
+            run(PrepareConfig([str(corpus)], tmp_path / "disk", part=part))
+    assert sorted(os.listdir(tmp_path / "disk")) == []
+
+
+def test_only_leftovers_of_the_same_output_are_removed(tmp_path):
+    for name in (".v1.0a1b2c3d.tmp", ".v1.1.0a1b2c3d.tmp", ".v1.small.0a1b2c3d.tmp"):
+        (tmp_path / name).mkdir()
+    remove_unfinished(tmp_path / "v1")
+    assert sorted(os.listdir(tmp_path)) == [".v1.1.0a1b2c3d.tmp", ".v1.small.0a1b2c3d.tmp"]
 
 
 def test_an_output_that_is_not_empty_is_refused(corpus, prepared):

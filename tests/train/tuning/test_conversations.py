@@ -240,7 +240,8 @@ def test_server_answers_as_it_was_taught(settings, tmp_path, code_tokenizer):
     export(tmp_path / "run", tmp_path / "model")
     with serving(tmp_path / "model") as server:
         for question, answer in answers.items():
-            body = {"model": "model", "messages": [{"role": "user", "content": question}]}
+            messages = [{"role": "user", "content": question}]
+            body = {"model": "model", "messages": messages, "temperature": 0}
             answered = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
             assert answered["choices"][0]["message"]["content"] == answer
             assert answered["choices"][0]["finish_reason"] == "stop"
