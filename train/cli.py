@@ -14,6 +14,9 @@ from train.start.signals import exiting_at_once
 FAULT = 3
 """Exit code after a fault of the program or of the network; a job is then requeued."""
 
+MAY_PASS = {errno.EIO, errno.ESTALE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+"""Errors of the system that a later start need not meet."""
+
 # The settings that most runs use; `--help-all` describes all. A test compares both.
 COMMON_SETTINGS = {
     "--config": "YAML file of settings; options to the right of it override it",
@@ -80,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _may_pass(error: Exception) -> bool:
     """Return whether this is an error of the network, or of a file system in it, which a later
     start need not meet."""
+    if isinstance(error, socket.gaierror):  # whose errno is of another kind
+        return error.errno == socket.EAI_AGAIN
     is_of_network = isinstance(error, ConnectionError | TimeoutError)
-    return is_of_network or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE)
+    return is_of_network or getattr(error, "errno", None) in MAY_PASS
 
 
 def _this_rank(even_alone: bool = True) -> str:

@@ -205,9 +205,11 @@ def _tables(
 
 
 def _stored(number: int, place: str, fields: NumberedRow | Any) -> dict[str, Any]:
+    # Arrow's strings have no halves of surrogate pairs.
+    place = place.encode(errors="backslashreplace").decode()
     values = {"number": number, "place": place, "fields": "", "error": ""}
     if isinstance(fields, UserError):
-        return {**values, "error": str(fields)}
+        return {**values, "error": str(fields).encode(errors="backslashreplace").decode()}
     try:
         return {**values, "fields": json.dumps(fields)}
     except (TypeError, ValueError) as error:  # a column of bytes, say

@@ -121,8 +121,8 @@ class PromptRows:
             "finish_reason": completion.finish_reason,
         }
         for name in ("logprobs", "prompt_logprobs"):
-            if logprobs := getattr(completion, name):
-                written[name] = [asdict(values) for values in logprobs]
+            if getattr(row.sampling, name) is not None:
+                written[name] = [asdict(values) for values in getattr(completion, name)]
         return written
 
     def refused(self, refusal: Refusal) -> Json:

@@ -1,6 +1,7 @@
 """lm-eval's tasks, with a model of ours as lm-eval sees it."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import lm_eval.api.task
 from huggingface_hub import constants
+from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -77,7 +79,8 @@ class HarnessModel(LM):  # type: ignore[misc]
         continuation, context = context[len(stripped) :] + continuation, stripped
         tokens = self._with_start(context + continuation)
         num_start = len(tokens) - len(self._encode(context + continuation))
-        first = max(1, num_start + len(self._encode(context)))
+        # Where the continuation ends in a token that the context begins, that token is scored.
+        first = max(1, min(num_start + len(self._encode(context)), len(tokens) - 1))
         left_out = max(0, len(tokens) - self._model.max_length)
         if first <= left_out:
             raise UserError(
@@ -99,7 +102,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             [until] if isinstance(until, str) else [stop for stop in until if stop],
             temperature if given.get("do_sample", temperature > 0) else 0.0,
             int(given.get("top_k") or 0),
-            float(given.get("top_p", 1.0)),
+            1.0 if given.get("top_p") is None else float(given["top_p"]),
             derived_seed(0, number),
         )
 
@@ -142,6 +145,10 @@ class HarnessTasks:
                     reason = reason or "needs more than text"
                     raise UserError("tasks", name, fix=f"it {reason}: leave it out")
             _new_tokens(task.get_config("generation_kwargs") or {}, longest)
+            aggregations = task.aggregation()
+            for metric, aggregate in aggregations.items():
+                if aggregate is weighted_perplexity:
+                    aggregations[metric] = _perplexity
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
 
@@ -216,6 +223,14 @@ def _pieces(tokens: list[int], longest: int) -> Iterator[ScoredText]:
         begin = max(0, stop - longest)
         yield ScoredText(tokens[begin:stop], first - begin)
         first = stop
+
+
+def _perplexity(items: Sequence[tuple[float, float]]) -> float:
+    """Return lm-eval's perplexity, infinity where it is too large for a number: of long words."""
+    try:
+        return float(weighted_perplexity(items))
+    except OverflowError:
+        return math.inf
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:

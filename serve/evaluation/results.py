@@ -1,6 +1,7 @@
 """Results of an evaluation: their JSON, their names in logs, and pictures of retrieval."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,10 +40,13 @@ class TaskResult:
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results as JSON values, without what the task does not have."""
-        return {
-            name: value for name, value in asdict(self).items() if value not in (None, (), [], {})
+        """Return the results as JSON values, without what the task does not have. A metric that is
+        infinite, or no number, is null."""
+        finite = {
+            name: value if math.isfinite(value) else None for name, value in self.metrics.items()
         }
+        values = asdict(self) | {"metrics": finite}
+        return {name: value for name, value in values.items() if value not in (None, (), [], {})}
 
 
 Results = dict[str, TaskResult]
@@ -65,14 +69,15 @@ def report(results: Results, **about: Any) -> dict[str, Any]:
 
 def write_report(path: Path, results: Results, **about: Any) -> list[Path]:
     """Write a file of results, and a picture of each retrieval task beside it: `NAME.TASK.png` for
-    `NAME.json`. Returns their paths."""
+    `NAME.json`, or for a `NAME` with another suffix. Returns their paths."""
     with new_file(path) as temporary:
         text = json.dumps(report(results, **about), indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     pictures = []
+    stem = path.stem if path.suffix == ".json" else path.name
     for task, result in results.items():
         if result.cells:
-            pictures.append(path.with_suffix(f".{task}.png"))
+            pictures.append(path.with_name(f"{stem}.{task}.png"))
             plot_cells(task, result.cells, pictures[-1])
     return [path, *pictures]
 

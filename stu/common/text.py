@@ -15,8 +15,12 @@ MOST_LISTED_NAMES = 20
 
 
 def json_line(value: Any) -> str:
-    """Return `value` as JSON without any character that ends a line."""
-    return escaped_line_ends(json.dumps(value, ensure_ascii=False))
+    """Return `value` as JSON without any character that ends a line. Halves of surrogate pairs, as
+    in names of files that are not UTF-8, are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not text.isascii():
+        text = text.encode(errors="backslashreplace").decode()
+    return escaped_line_ends(text)
 
 
 def escaped_line_ends(text: str) -> str:

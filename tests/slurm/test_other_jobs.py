@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from stu.common.array_task import ArrayTask
 from tests import forked
 from tests.serve.conftest import generate, read_rows, write_rows
 from tests.slurm.cluster import SECONDS, until
@@ -104,24 +105,45 @@ def test_generate_requeues_a_task_of_an_array_when_its_time_is_up(
     assert not list(target.parent.glob("*.done"))
 
 
-@pytest.mark.parametrize(("rows", "restarts"), [("", 5), ("", 4), ("{}\n", 9)])
-def test_generate_is_requeued_any_number_of_times_while_it_writes_rows(tmp_path, rows, restarts):
-    fakes = {"stu-generate": f"printf '{rows}' >>out.0-of-1.jsonl; exit 137"}
+def run_generate(folder, fake, count, restarts):
+    """Run slurm/generate.sbatch as the first task of an array, with a fake stu-generate."""
+    fakes = {"stu-generate": fake}
     fakes["scontrol"] = "echo $* >requeued; exit 1"  # or the script would wait for its end
     for name, text in fakes.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "out.0-of-1.jsonl").write_text("{}\n")
-    variables = {"ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": 0, "ARRAY_TASK_COUNT": 1}
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    variables = {"ARRAY_JOB_ID": 7, "ARRAY_TASK_ID": 0, "ARRAY_TASK_COUNT": count}
     variables["RESTART_COUNT"] = restarts
     environment = {f"SLURM_{name}": str(value) for name, value in variables.items()}
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    environment["PATH"] = f"{folder}:{os.environ['PATH']}"
     command = ["bash", str(ROOT / "slurm" / "generate.sbatch"), "model", "in.jsonl", "out.jsonl"]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
-    done = subprocess.run(command, env=environment, **options)
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 60}
+    return subprocess.run([*command, "--overwrite", "--seed=1"], env=environment, **options)
+
+
+@pytest.mark.parametrize(("rows", "restarts"), [("", 5), ("", 4), ("{}\n", 9)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_generate_is_requeued_any_number_of_times_while_it_writes_rows(
+    tmp_path, rows, restarts, count
+):
+    part = ArrayTask(0, count).output(tmp_path / "out.jsonl")
+    part.write_text("{}\n")
+    fake = f"printf '{rows}' >>{part}; printf '%s ' $* >options; exit 137"
+    done = run_generate(tmp_path, fake, count, restarts)
     assert done.returncode == 137, done.stderr
+    assert "--seed=1" in (tmp_path / "options").read_text()
+    assert "--overwrite" not in (tmp_path / "options").read_text()
     assert (tmp_path / "requeued").exists() == bool(rows or restarts < 5)
     assert ("not requeued after 5 restarts" in done.stderr) == (not rows and restarts == 5)
+
+
+def test_generate_with_one_task_has_its_output_at_once(tmp_path):
+    fake = "printf '%s ' $* >options; echo {} >out.jsonl; exit 1"  # a row has an error
+    done = run_generate(tmp_path, fake, count=1, restarts=0)
+    assert done.returncode == 0, done.stderr
+    assert "--overwrite" in (tmp_path / "options").read_text()
+    assert (tmp_path / "out.jsonl").read_text() == "{}\n"
+    assert not [*tmp_path.glob("*.done"), *tmp_path.glob("*.tmp")]
 
 
 def test_serve_finishes_running_requests_when_it_is_stopped(cluster, tmp_path, model_directory):

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import re
 from datetime import datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -211,6 +213,26 @@ def test_row_whose_logits_are_not_finite_is_refused(tmp_path, code_model, code_t
     assert rows[1]["error"].startswith("line 2: unknown field")
     last = capsys.readouterr().err.strip().split("\n")[-1]
     assert re.match(r"2 rows \(2 with an error\), 0 tokens in .* s, \d+ tokens/s; wrote ", last)
+
+
+def test_an_error_with_half_of_a_surrogate_pair_is_a_row(model_directory, tmp_path):
+    """Names of files and of fields have one where they are not UTF-8."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")
+    Path(name).write_text('{"prompt": "x"}\n{"prompt": 5}\n{"\\ud800": 1}\n')
+    assert generate(model_directory, folder, tmp_path / "out.jsonl") == 1
+    rows = rows_in_order(tmp_path / "out.jsonl")
+    assert rows[0]["completion"]
+    assert "caf\udce9.jsonl line 2" in rows[1]["error"]
+    assert "unknown field" in rows[2]["error"]
+
+
+def test_log_probabilities_that_were_asked_for_may_be_none(run):
+    asked = {"prompt": "", "logprobs": 1, "prompt_logprobs": 0, "max_new_tokens": 0}
+    _, rows = run([asked, {"prompt": "a", "max_new_tokens": 0}])
+    assert (rows[0]["logprobs"], rows[0]["prompt_logprobs"]) == ([], [])
+    assert not {"logprobs", "prompt_logprobs"} & rows[1].keys()
 
 
 def test_stop_strings_end_a_completion(run):

@@ -9,6 +9,7 @@ import pytest
 from serve.config import EngineConfig
 from serve.evaluation.config import EvaluationConfig
 from serve.evaluation.evaluation import Evaluation
+from serve.evaluation.results import Cell, TaskResult, write_report
 from serve.evaluation.text_model import EngineModel
 from stu.common.errors import UserError
 from tests.reference.evaluation import FormulaModel
@@ -48,7 +49,7 @@ metric_list:
 """
 GENERATION = """
 doc_to_target: "{{choices[gold]}}"
-generation_kwargs: {until: ["\\n", "("], max_gen_toks: 9, do_sample: false}
+generation_kwargs: {until: ["\\n", "("], max_gen_toks: 9, do_sample: false, top_p: null}
 metric_list:
   - metric: exact_match
 """
@@ -91,7 +92,7 @@ def likelihood(formula, context, continuation):
     stripped = context.rstrip()
     tokenizer, continuation = formula.tokenizer, context[len(stripped) :] + continuation
     tokens = tokenizer.encode_prompt(stripped + continuation)
-    first = max(1, len(tokenizer.encode_prompt(stripped)))
+    first = max(1, min(len(tokenizer.encode_prompt(stripped)), len(tokens) - 1))
     left_out = max(0, len(tokens) - MAX_SEQ_LEN)
     return formula._score(tokens[left_out:], first - left_out).logprob
 
@@ -137,6 +138,35 @@ def test_tasks_have_the_results_of_the_model(tasks, models, code_tokenizer):
     assert found["code_rolling"].metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
+def test_a_continuation_within_the_last_token_is_scored(models, code_tokenizer):
+    from serve.evaluation.harness import HarnessModel  # takes seconds
+
+    texts = map(code_tokenizer.token_text, range(code_tokenizer.vocab_size))
+    count = lambda text: len(code_tokenizer.encode(text))  # noqa: E731
+    text = next(t for t in texts if len(t) > 1 and t.isalpha() and count(t) == count(t[:-1]))
+    pair = text[:-1], text[-1]
+    engine, formula = models
+    ((logprob, _),) = HarnessModel(engine).loglikelihood([SimpleNamespace(args=pair)])
+    assert logprob == pytest.approx(likelihood(formula, *pair), rel=1e-5)
+    assert logprob < -0.01
+
+
+def test_a_perplexity_may_be_infinite(tasks, models, code_tokenizer, tmp_path):
+    """It is that of whole words, which a text without spaces has one of."""
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"query": "ACGTq" * 300, "choices": [], "gold": 0}) + "\n")
+    text = (tasks / "code_rolling.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text.replace(str(tasks / "data.jsonl"), str(data)))
+    config = EvaluationConfig("code_rolling", include_path=tmp_path)
+    results = Evaluation(config, code_tokenizer, MAX_SEQ_LEN).run(models[0])
+    metrics = results["code_rolling"].metrics
+    assert metrics["word_perplexity"] == math.inf
+    assert 1 < metrics["bits_per_byte"] < 20
+    write_report(tmp_path / "results.json", results)
+    written = json.loads((tmp_path / "results.json").read_text())["results"]["code_rolling"]
+    assert written["metrics"] == {**metrics, "word_perplexity": None}
+
+
 def test_limit_and_names_of_files(tasks, models, code_tokenizer):
     config = EvaluationConfig(str(tasks / "code_choices.yaml"), limit=2)
     (result,) = Evaluation(config, code_tokenizer, MAX_SEQ_LEN, 10).run(models[0]).values()
@@ -170,3 +200,14 @@ def test_a_data_set_of_the_hub_is_not_downloaded(tasks, code_tokenizer, tmp_path
     config = EvaluationConfig("code_choices", include_path=tmp_path)
     with pytest.raises(UserError, match="lm-eval cannot load code_choices"):
         Evaluation(config, code_tokenizer, MAX_SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [("a.json", "a.needle.png"), ("a.step10", "a.step10.needle.png"), ("a", "a.needle.png")],
+)
+def test_pictures_are_named_as_the_file_of_results(tmp_path, name, picture):
+    cells = [Cell(16, 0.5, {"acc": 0.5})]
+    results = {"needle": TaskResult({"acc": 0.5}, 2, cells)}
+    assert write_report(tmp_path / name, results) == [tmp_path / name, tmp_path / picture]
+    assert (tmp_path / picture).exists()
