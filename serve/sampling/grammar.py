@@ -8,8 +8,11 @@ import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from random import Random
+from typing import TypeVar
 
 import llguidance
 import numpy as np
@@ -31,8 +34,13 @@ LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000, max_lexer_states=50_000, max_items_in_row=4500
 )
 """Limits for one request of a server; llguidance's defaults also bound the work of a token."""
+STACK_BYTES = 2**29
+"""llguidance recurses along rules and references, of which MOST_CHARS have some 8,000; a usual
+stack of 8 MiB ends after some 1,000. Memory is reserved alone until it is used."""
 PROBES, PROBE_TOKENS = 3, 24
 """Random texts, and tokens of each, that check whether a constraint stays within LIMITS."""
+_STACK_SIZE = threading.Lock()
+Result = TypeVar("Result")
 MOST_PLACES = 100
 """Most inner schemas that are tried to find the one that is wrong."""
 
@@ -44,7 +52,8 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._compiled = functools.lru_cache(MOST_COMPILED)(self._compile)
+        compile_safely = functools.partial(_on_large_stack, self._compile)
+        self._compiled = functools.lru_cache(MOST_COMPILED)(compile_safely)
         self._checked = functools.lru_cache(MOST_COMPILED)(self._check)
         self._vocab_size, self._eos_id = tokenizer.vocab_size, tokenizer.eos_id
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -107,6 +116,27 @@ class Grammars:
         # A well-formed constraint may still allow no text at all, or exceed the limits.
         self._allowed(GrammarMatcher(compiled.deep_copy()), constraint)
         return compiled
+
+
+def _on_large_stack(work: Callable[[Constraint], Result], constraint: Constraint) -> Result:
+    """Return `work(constraint)`, called in a thread with a stack of STACK_BYTES."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(constraint))
+        except BaseException as error:
+            future.set_exception(error)
+
+    with _STACK_SIZE:  # it is one for all threads that begin
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=run)
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    return future.result()
 
 
 class GrammarMatcher:

@@ -132,7 +132,9 @@ def target(ref: object, root: Schema) -> Schema | None:
         part = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, dict) and part in found:
             found = found[part]
-        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+        elif (
+            isinstance(found, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(found)
+        ):
             found = found[int(part)]
         else:
             return None
@@ -254,7 +256,9 @@ def _close(schema: Schema) -> None:
         return
     if schema.keys() & {"additionalProperties", "minProperties"}:
         return
-    if isinstance(required, list) and all(name in listed[0] for name in required):
+    if isinstance(required, list) and all(
+        isinstance(name, str) and name in listed[0] for name in required
+    ):
         schema["additionalProperties"] = False
 
 

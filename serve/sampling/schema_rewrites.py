@@ -101,9 +101,9 @@ def rewrite_names(schema: Schema) -> None:
         # Copies, because each is rewritten by itself.
         made = {name: json.loads(json.dumps(values)) for name in texts}
         schema |= {"properties": {**made, **properties}, "additionalProperties": False}
-    elif kinds == {"pattern"} and not properties:
+    elif kinds == {"pattern"} and not properties and isinstance(names["pattern"], str):
         schema |= {"patternProperties": {names["pattern"]: values}, "additionalProperties": False}
-    elif kinds == {"format"} and not properties and names["format"] in PATTERNS:
+    elif kinds == {"format"} and not properties and names["format"] in [*PATTERNS]:
         pattern = PATTERNS[names["format"]]
         schema |= {"patternProperties": {pattern: values}, "additionalProperties": False}
     else:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import threading
 from dataclasses import replace
 from itertools import count
@@ -14,6 +15,7 @@ from serve.sampling.grammar import MOST_CHARS, Grammars
 from serve.sampling_params import Constraint, SamplingParams
 from serve.wire import request_to_wire
 from stu.common.errors import UserError
+from tests import forked
 from tests.serve.requests import decode, make_request
 from tests.serve.server_process import SECONDS
 
@@ -150,3 +152,76 @@ def test_other_requests_advance_while_a_constraint_is_compiled(replica, monkeypa
         assert set(json.loads(text)) == {"n", "ok"}
     finally:
         may_compile.set()
+
+
+def chain(link, end, count):
+    """Return rules of a grammar, or definitions of a schema, each of which leads to the next."""
+    return [link.format(i=i, next=i + 1) for i in range(count)] + [end.format(i=count)]
+
+
+def schema_chain(link, count):
+    definitions = ",".join(chain(link, '"{i}":{{"type":"null"}}', count))
+    return '{"$ref":"#/$defs/0","$defs":{' + definitions + "}}"
+
+
+ITEMS = '"{i}":{{"items":{{"$ref":"#/$defs/{next}"}}}}'
+PROPERTIES = '"{i}":{{"properties":{{"a":{{"$ref":"#/$defs/{next}"}}}}}}'
+LONG_CHAINS = [
+    ("grammar", "\n".join(["start: r0", *chain("r{i}: r{next}", 'r{i}: "a"', 5000)])),
+    ("grammar", "\n".join(["start: r0", *chain('r{i}: "x" r{next}', 'r{i}: "a"', 3500)])),
+    ("grammar", "\n".join(["start: r0", *chain('r{i}: "x" | r{next}', 'r{i}: "a"', 3000)])),
+    ("grammar", "start: %json " + schema_chain(ITEMS, 1500)),
+    ("json_schema", schema_chain(ITEMS, 1500)),
+    ("json_schema", schema_chain(PROPERTIES, 1150)),
+]
+CHECK = """
+import json, sys
+from pathlib import Path
+from serve.sampling.grammar import Grammars
+from serve.sampling_params import Constraint
+from stu.common.errors import UserError
+from stu.tokenizer import read_tokenizer
+
+grammars = Grammars(read_tokenizer(Path(sys.argv[1])))
+for kind, source in json.load(sys.stdin):
+    try:
+        grammars.check(Constraint(kind, source))
+        print("allowed")
+    except UserError as error:
+        print(" ".join(str(error).split())[:100])
+"""
+
+
+def test_long_chains_of_rules_and_references_end_no_process(code_tokenizer, tmp_path):
+    """The library recurses along them, and a usual stack is too small for what is allowed."""
+    assert all(len(source) <= MOST_CHARS for _, source in LONG_CHAINS)
+    code_tokenizer.save(tmp_path)
+    done = subprocess.run(
+        [forked.python(), "-c", CHECK, str(tmp_path)],
+        input=json.dumps(LONG_CHAINS),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(LONG_CHAINS)
+    assert done.stdout.splitlines()[:2] == ["allowed"] * 2
+
+
+NAMES = {"type": "object", "properties": {"a": {}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**NAMES, "required": [["a"]]},
+        {**NAMES, "required": [{"n": 1}]},
+        {"type": "object", "propertyNames": {"pattern": ["x"]}},
+        {"type": "object", "propertyNames": {"pattern": None}},
+        {"type": "object", "propertyNames": {"format": ["x"]}},
+        {"anyOf": [{"$ref": f"#/anyOf/{5000 * '9'}"}]},
+    ],
+)
+def test_malformed_schemas_are_refused(code_tokenizer, schema):
+    with pytest.raises(UserError, match="json_schema is not allowed"):
+        Grammars(code_tokenizer).check(Constraint("json_schema", json.dumps(schema)))
