@@ -79,12 +79,16 @@ class ResponseStore:
     def response(self, owner: str, response_id: str) -> str:
         """Return the JSON of a response. Raises UserError if there is none with this id."""
         with self._lock:
-            return str(self._row(owner, response_id)[0])
+            text = str(self._row(owner, response_id)[0])
+        self._use(response_id)
+        return text
 
     def items(self, owner: str, response_id: str) -> list[Json]:
         """Return the items of the input of a response. Raises UserError as `response`."""
         with self._lock:
-            return list(json.loads(self._row(owner, response_id)[1]))
+            text = self._row(owner, response_id)[1]
+        self._use(response_id)
+        return list(json.loads(text))
 
     def conversation(
         self, owner: str, response_id: str, most_items: int = MOST_MESSAGES
@@ -112,11 +116,7 @@ class ResponseStore:
                     raise UserError("", fix=fix)
                 used.append(next_id)
                 next_id = previous
-        with suppress(sqlite3.OperationalError), self._transaction() as database:  # a full disk
-            for own_id in used:
-                self._num_uses += 1
-                use = "UPDATE responses SET used = ? WHERE id = ?"
-                database.execute(use, (self._num_uses, own_id))
+        self._use(*used)
         return [item for turn in reversed(turns) for item in turn]
 
     def delete(self, owner: str, response_id: str) -> None:
@@ -125,6 +125,14 @@ class ResponseStore:
             self._row(owner, response_id)
             size = "SELECT bytes FROM responses WHERE id = ?"
             self._remove(response_id, database.execute(size, (response_id,)).fetchone()[0])
+
+    def _use(self, *response_ids: str) -> None:
+        """Note that responses have been read, unless the disk is full."""
+        with suppress(sqlite3.OperationalError), self._transaction() as database:
+            for response_id in response_ids:
+                self._num_uses += 1
+                use = "UPDATE responses SET used = ? WHERE id = ?"
+                database.execute(use, (self._num_uses, response_id))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

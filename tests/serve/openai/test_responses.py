@@ -401,6 +401,11 @@ def test_responses_used_least_recently_make_room(database):
         store.add("me", *stored(number, size=500))
     found = [number for number in range(5) if has(store, number)]
     assert found == [0, 1, 3, 4]
+    store.response("me", "resp_0")  # asking for one is a use of it, too
+    store.items("me", "resp_1")
+    for number in (6, 7):
+        store.add("me", *stored(number, size=500))
+    assert [number for number in range(8) if has(store, number)] == [0, 1, 6, 7]
     assert not store.add("me", *stored(5, size=5000))  # larger than all
     assert not has(store, 5)
     store.close()
