@@ -80,13 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _may_pass(error: Exception) -> bool:
-    """Return whether this is an error of the network, or of a file system in it, which a later
-    start need not meet."""
+def _may_pass(error: BaseException | None) -> bool:
+    """Return whether this is, or was caused by, an error of the network, or of a file system in it,
+    which a later start need not meet."""
+    if error is None:
+        return False
     if isinstance(error, socket.gaierror):  # whose errno is of another kind
         return error.errno == socket.EAI_AGAIN
     is_of_network = isinstance(error, ConnectionError | TimeoutError)
-    return is_of_network or getattr(error, "errno", None) in MAY_PASS
+    may_pass = is_of_network or getattr(error, "errno", None) in MAY_PASS
+    return may_pass or _may_pass(error.__cause__)
 
 
 def _this_rank(even_alone: bool = True) -> str:

@@ -7,7 +7,7 @@ names of tensors and initialisation are those of the peft library.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class LoraConfig:
         ]:
             if not holds:
                 raise UserError(f"{RECORD}.{name}", getattr(self, name), allowed)
+        for field in () if self.r else fields(self):
+            if (value := getattr(self, field.name)) != field.default:
+                fix = f"it needs {RECORD}.r, as without adapters it has no effect"
+                raise UserError(f"{RECORD}.{field.name}", value, fix=fix)
 
     @property
     def scale(self) -> float:

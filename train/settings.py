@@ -79,6 +79,8 @@ class Parser(ArgumentParser, LightningArgumentParser):
         for name in LEFT_OUT:
             if re.search(rf"--trainer\.{name}\b|Group 'trainer' .* '{name}'", message):
                 message = f"trainer.{name} is chosen by stu-train: leave it out"
+        if "trainer.max_time" in message and "<class 'int'>" in message:
+            message = "trainer.max_time: YAML takes this for a number; write it in quotes"
         message = " ".join(message.split())
         try:
             super().error(message, ex)

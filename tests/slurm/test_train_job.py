@@ -313,7 +313,7 @@ FAKES = {
     "stu-train": "",
     "scontrol": """[ "$1" != requeue ] || { echo "$2" >>requeued; exit 1; }""",
     "srun": """case $* in
-*stu-health*) ;;
+*stu-health*) exit ${HEALTH_CODE:-0} ;;
 *) echo "$RANK_LOG" >>stu-train-7/rank-0.log; exit $RANK_CODE ;;
 esac""",
 }
@@ -331,14 +331,16 @@ def test_only_restarts_of_starts_that_saved_nothing_are_counted(tmp_path):
     environment |= {f"SLURM_{name}": str(value) for name, value in variables.items()}
     command = ["bash", str(ROOT / "slurm" / "train.sbatch")]
 
-    def is_requeued(code, log):
+    def is_requeued(code, log, **more):
         (tmp_path / "requeued").unlink(missing_ok=True)
-        more = {"RANK_CODE": str(code), "RANK_LOG": log}
+        more |= {"RANK_CODE": str(code), "RANK_LOG": log}
         options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
         done = subprocess.run(command, env={**environment, **more}, **options)
         assert done.returncode == 1, (done.stdout, done.stderr)
         return (tmp_path / "requeued").exists()
 
+    assert is_requeued(0, "", HEALTH_CODE="137"), "the network may be down for a while"
+    (tmp_path / "stu-train-7" / "failures").unlink()
     saved = "stopped at step 5 of 9 for SIGUSR1; the checkpoint is written"
     assert [is_requeued(75, saved) for _ in range(3)] == [True] * 3
     assert is_requeued(75, "ended by SIGUSR1 outside of training")

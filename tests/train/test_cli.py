@@ -22,6 +22,7 @@ from tests.train.conftest import MODEL
 from tests.train.saved import last_checkpoint, losses
 from train import cli, report
 from train.checkpoint.export import export
+from train.checkpoint.folder import _not_written
 from train.data.shards import TokenShards
 from train.module import FlashSTUModule
 
@@ -245,13 +246,15 @@ def test_an_error_of_the_system_names_the_rank_and_host(variables, where, monkey
         (OSError(errno.ENOSPC, "No space left on device"), 2),
         (FileNotFoundError(errno.ENOENT, "No such file"), 2),
         (UserError("data.dir", "x", "a folder"), 2),
+        (_not_written(Path("x"), 0, OSError(errno.ESTALE, "Stale file handle")), 3),
+        (_not_written(Path("x"), 0, OSError(errno.ENOSPC, "No space left on device")), 2),
     ],
 )
 def test_a_job_is_requeued_after_errors_that_may_pass(error, code, monkeypatch):
     """slurm/train.sbatch requeues after any code but 2."""
 
     def fail(_):
-        raise error
+        raise error from error.__cause__
 
     monkeypatch.setattr("train.run.run", fail)
     assert cli.main(["--data.dir=data"]) == code

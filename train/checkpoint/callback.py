@@ -14,7 +14,7 @@ from stu.common.errors import UserError
 from train.callbacks.bad_steps import TooManyBadSteps
 from train.callbacks.interruption import ends_step, largest_of_ranks
 from train.callbacks.progress import warned
-from train.checkpoint.folder import LAST
+from train.checkpoint.folder import LAST, step_name
 from train.checkpoint.writer import CheckpointWriter
 from train.start.owner import TakenOver
 
@@ -59,7 +59,7 @@ class Checkpoints(Checkpoint):
         self._writer.job = int(*largest_of_ranks(trainer, owner.number if owner else 0))
         if trainer.is_global_zero:
             try:
-                self._begin(trainer.ckpt_path)
+                self._begin(trainer.ckpt_path, step)
             except OSError as error:
                 self._writer.error = error
         self._agree(trainer)
@@ -86,7 +86,7 @@ class Checkpoints(Checkpoint):
         if due or late:
             self._finish(trainer)
             self._check_owner(trainer)
-            trainer.save_checkpoint(self._folder / f"step-{trainer.global_step:08d}.ckpt")
+            trainer.save_checkpoint(self._folder / step_name(trainer.global_step))
             self._is_writing, self._saved = True, time.monotonic()
         if trainer.should_stop:
             self._finish(trainer)
@@ -98,14 +98,16 @@ class Checkpoints(Checkpoint):
         if isinstance(exception, TooManyBadSteps):
             self._finish(trainer)
 
-    def _begin(self, resumed: Any) -> None:
-        """Delete what was cut short, and make the checkpoint that the run continues from the last;
-        on the first rank."""
+    def _begin(self, resumed: Any, step: int) -> None:
+        """Delete what was cut short, and make the checkpoint that the run continues from, at
+        `step`, the last; on the first rank."""
         for cut_short in self._folder.glob(".step-*.tmp"):  # by a job that was killed
             shutil.rmtree(cut_short, ignore_errors=True)
         if resumed is not None:
             path = Path(resumed).resolve()
             if path.parent == self._folder.resolve():  # later ones will be written again
+                if path.name == LAST:  # a copy and no link
+                    path = path.rename(path.with_name(step_name(step)))
                 self._point_at(path.name)
 
     def _finish(self, trainer: L.Trainer) -> None:

@@ -185,9 +185,17 @@ def write_training(folder: Path, training: dict[str, Any], path: Path) -> None:
         raise _not_written(path, 0, error) from error
 
 
+def step_name(step: int) -> str:
+    """Return the name of a run's checkpoint at a step."""
+    return f"step-{step:08d}.ckpt"
+
+
 def _not_written(path: Path, rank: int, error: Exception) -> OSError:
     host = socket.gethostname()
-    return OSError(f"checkpoint {path}: could not be written by rank {rank} on {host} ({error})")
+    text = f"checkpoint {path}: could not be written by rank {rank} on {host} ({error})"
+    named = OSError(text)
+    named.__cause__ = error
+    return named
 
 
 def _write_checksum(file: Path, checksum: str) -> None:

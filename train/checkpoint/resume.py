@@ -18,7 +18,12 @@ def choose_checkpoint(run_dir: Path, resume: str | None) -> Path | None:
     if resume == "auto":
         resume = "last" if has_checkpoints else None
     elif resume is None and folder.exists():
-        message = f"--run-dir {run_dir}: a run is there already; continue it with --resume last, "
+        how = (
+            "continue it with --resume last"
+            if has_checkpoints
+            else "start it anew with --resume auto"
+        )
+        message = f"--run-dir {run_dir}: a run is there already; {how}, "
         message += "choose another folder, or delete it"
         raise UserError("run_dir", run_dir, message=message)
     if resume is None:

@@ -43,6 +43,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.context < 1:
             raise UserError("parallel.context", self.context, "a whole number >= 1")
+        if self.kind != "zero" and self.zero_stage != 1:
+            fix = "it needs parallel.kind=zero"
+            raise UserError("parallel.zero_stage", self.zero_stage, fix=fix)
         if self.offload_optimizer and (self.kind != "zero" or self.zero_stage == 0):
             raise UserError(
                 "parallel.offload_optimizer",

@@ -87,9 +87,13 @@ def _plan_run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     data = open_data(settings)
     for text in data_warnings(data, settings, nodes * gpus) if data else []:
         print(f"warning: {text}", file=sys.stderr)
+    code = show_plan(settings, options.gpu, nodes * gpus, nodes, options.tokens)
     if settings.lora.r:
-        print("warning: memory and speed are those of training all weights", file=sys.stderr)
-    code = show_plan(settings, options.gpu, nodes * gpus, options.tokens)
+        text = "memory and speed are those of training all weights"
+        if code:
+            text += "; with adapters alone, the run may fit"
+        print(f"warning: {text}", file=sys.stderr)
+        code = 0
     for text in describe_sources(data, settings, nodes * gpus) if data else []:
         print(text)
     return code

@@ -53,6 +53,7 @@ def step_seconds(
     micro_batch_size: int,
     accumulated: int,
     num_ranks: int,
+    num_nodes: int,
     exchanges_matrices: bool = False,
 ) -> float:
     """Return the seconds of an optimizer step in bfloat16, under the shares assumed above."""
@@ -67,5 +68,7 @@ def step_seconds(
     sent += accumulated * slice_bytes(config, *slices, is_half=True)
     if exchanges_matrices:
         sent += update_bytes(config, parallel, num_ranks)
-    exchange = (1 - HIDDEN_SHARE) * sent / gpu.network_bytes_per_second
+    within = num_nodes == 1
+    bandwidth = gpu.link_bytes_per_second if within else gpu.network_bytes_per_second
+    exchange = (1 - HIDDEN_SHARE) * sent / bandwidth
     return products + convolutions + exchange

@@ -67,8 +67,8 @@ class Fits:
 
 def stages(parallel: ParallelConfig) -> list[tuple[str, ParallelConfig]]:
     """Return every kind and ZeRO stage with its name, `parallel` itself among them."""
-    plain = replace(parallel, offload_optimizer=False)
-    ways = [("ddp", replace(plain, kind="ddp")), ("fsdp", replace(plain, kind="fsdp"))]
+    plain = replace(parallel, kind="ddp", zero_stage=1, offload_optimizer=False)
+    ways = [("ddp", plain), ("fsdp", replace(plain, kind="fsdp"))]
     for stage in (0, 1, 2, 3):
         offloads = parallel.offload_optimizer and stage > 0
         way = replace(parallel, kind="zero", zero_stage=stage, offload_optimizer=offloads)

@@ -25,7 +25,9 @@ LOG_COLUMNS = 110
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations")
 
 
-def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float | None) -> int:
+def show_plan(
+    settings: Any, gpu_name: str, num_ranks: int, num_nodes: int, budget_tokens: float | None
+) -> int:
     """Print what to expect of a run with valid `settings`. Returns 1 if it does not fit, else 0."""
     if gpu_name == "this":
         known = known_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,7 +59,8 @@ def show_plan(settings: Any, gpu_name: str, num_ranks: int, budget_tokens: float
             f"total: with the larger of activations and an evaluation on tasks, {held / GIB:.2f} "
             "GiB for a copy of the model and an engine between two steps"
         )
-    console.print(_describe_speed(settings, gpu_name, num_ranks, is_half, budget_tokens))
+    ranks = num_ranks, num_nodes
+    console.print(_describe_speed(settings, gpu_name, *ranks, is_half, budget_tokens))
     if not is_half:
         console.print("Times are for bfloat16 (trainer.precision=bf16-mixed); float32 is slower")
     if fits.holds(parallel, data.micro_batch_size):
@@ -96,14 +99,19 @@ def _memory_table(fits: Fits, parallel: ParallelConfig, micro_batch: int, gpu_na
 
 
 def _describe_speed(
-    settings: Any, gpu_name: str, num_ranks: int, is_half: bool, budget_tokens: float | None
+    settings: Any,
+    gpu_name: str,
+    num_ranks: int,
+    num_nodes: int,
+    is_half: bool,
+    budget_tokens: float | None,
 ) -> str:
     config, parallel, data = settings.model.config, settings.parallel, settings.data
     batches = data.micro_batch_size, settings.trainer.accumulate_grad_batches
     groups = num_ranks // parallel.context
     tokens_per_step = groups * data.seq_len * batches[0] * batches[1]
     matrices = optimizer_kind(settings.model.optimizer).matrix_state_tensors is not None
-    work = data.seq_len, *batches, num_ranks
+    work = data.seq_len, *batches, num_ranks, num_nodes
     seconds = step_seconds(config, GPUS[gpu_name], parallel, *work, exchanges_matrices=matrices)
     tokens = budget_tokens or settings.trainer.max_steps * tokens_per_step
     sent = exchanged_bytes(config, parallel, num_ranks, batches[1], is_half)

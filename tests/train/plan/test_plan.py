@@ -13,13 +13,13 @@ from stu.mixers import planned_mixers
 from stu.model import FlashSTU
 from train import loss
 from train.flops import matrix_share, num_parameters, token_flops
-from train.gpus import known_gpu
+from train.gpus import GPUS, known_gpu
 from train.optimizer import OPTIMIZERS
 from train.parallel.config import ParallelConfig
 from train.plan import activations as counting
 from train.plan import cli as plan
 from train.plan.activations import RankStep, activation_bytes, fft_bytes, slice_bytes, step_memory
-from train.plan.costs import update_bytes
+from train.plan.costs import step_seconds, update_bytes
 from train.plan.memory import rank_memory
 from train.plan.serving import Decoding, evaluation_bytes
 from train.tasks.whole_model import room
@@ -254,6 +254,16 @@ def test_run_whose_evaluation_does_not_fit(settings, capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     assert "an evaluation on tasks, 38." in printed
     assert "The run alone would: lower evaluation.cache_gib" in printed
+
+
+def test_ranks_of_one_node_exchange_by_its_links():
+    config = ModelConfig(vocab_size=1000, width=64, num_layers=2, num_heads=4, max_seq_len=64)
+    work = config, GPUS["h100-80g"], ParallelConfig(), 64, 1, 1, 8
+    alone = step_seconds(*work[:-1], 1, 1)
+    within, between = (step_seconds(*work, nodes) - alone for nodes in (1, 2))
+    gpu = GPUS["h100-80g"]
+    ratio = gpu.link_bytes_per_second / gpu.network_bytes_per_second
+    assert between / within == pytest.approx(ratio)
 
 
 def test_run_that_fits(settings, capsys):

@@ -169,6 +169,22 @@ def test_auto_starts_a_run_and_finds_a_checkpoint_not_yet_called_last(
     assert_same_state(last_checkpoint(copied_run), last_checkpoint(short_run))
 
 
+def test_a_checkpoint_may_be_copied_as_the_last(train, short_run, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    last = (short_run / "checkpoints" / "last.ckpt").resolve()
+    shutil.copytree(last, checkpoints / "last.ckpt")
+    step = last_checkpoint(short_run)["global_step"]
+    run = train(tmp_path / "run", "--resume=auto", f"--trainer.max_steps={step + 1}")
+    assert checkpoint_names(run) == ["last.ckpt", last.name, f"step-{step + 1:08d}.ckpt"]
+
+
+def test_a_run_without_a_checkpoint_is_started_anew(train, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / ".step-00000001.ckpt.tmp").mkdir(parents=True)
+    train(tmp_path / "run", "--trainer.max_steps=1", code=2)
+    assert "a run is there already; start it anew with --resume auto" in capsys.readouterr().err
+    train(tmp_path / "run", "--trainer.max_steps=1", "--resume=auto")
+
+
 def test_run_is_not_mixed_with_another(train, short_run, copied_run, capsys):
     last = short_run / "checkpoints" / "last.ckpt"
     train(copied_run, f"--resume={last}", "--trainer.max_steps=7", code=2)

@@ -56,6 +56,9 @@ WRONG = [  # ranges of a group are tested where its class is
     ("--trainer.precision=64-true", "trainer.precision=64-true"),
     ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
     ("--parallel.zero_stage=4", "parallel.zero_stage"),
+    ("--parallel.zero_stage=3", "parallel.zero_stage=3.*: it needs parallel.kind=zero"),
+    ("--lora.lora_alpha=32", "lora.lora_alpha=32.*: it needs lora.r"),
+    ("--lora.target_modules=[up]", "lora.target_modules=.*: it needs lora.r"),
     ("--parallel.offload_optimizer=true", "parallel.offload_optimizer"),
     ("--checkpoint-every-steps=0", "--checkpoint-every-steps=0"),
     ("--checkpoint-every-minutes=.nan", "--checkpoint-every-minutes=NaN"),
@@ -102,6 +105,14 @@ def test_wrong_setting_is_refused_by_both(commands, tmp_path, capsys, arguments,
         assert re.search(rf"{name}: error: [\s\S]*{message}", error)
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_long_time_of_a_file_must_be_in_quotes(commands, tmp_path, capsys):
+    for text, code in (("10:00:00:00", 2), ("'10:00:00:00'", 0)):
+        (tmp_path / "run.yaml").write_text(f"trainer:\n  max_time: {text}\n")
+        for command in commands.values():
+            assert command(f"--config={tmp_path / 'run.yaml'}") == code
+            assert ("write it in quotes" in capsys.readouterr().err) == (code == 2)
 
 
 VALUES = {
@@ -198,6 +209,6 @@ def test_wrong_option_of_plan_is_refused(commands, capsys, arguments, message):
 )
 def test_number_of_ranks_follows_the_settings(commands, monkeypatch, arguments, ranks):
     monkeypatch.setattr(
-        "train.plan.report.show_plan", lambda settings, gpu, num_ranks, tokens: num_ranks
+        "train.plan.report.show_plan", lambda settings, gpu, num_ranks, *_: num_ranks
     )
     assert commands["stu-plan"](*arguments) == ranks

@@ -181,6 +181,15 @@ def test_longer_context_has_new_filters_and_the_same_weights(start, origin):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
 
 
+def test_a_plan_refuses_no_adapters_for_their_memory(origin, shapeless, capsys, monkeypatch):
+    """It is that of training all weights."""
+    monkeypatch.setattr("train.plan.report.show_plan", lambda *_: 1)
+    given = [*shapeless, f"--init-from={origin}", "--gpus=1"]
+    assert plan.main([*given, "--lora.r=2"]) == 0
+    assert "with adapters alone, the run may fit" in capsys.readouterr().err
+    assert plan.main(given) == 1
+
+
 def test_fields_that_differ_are_named_together(origin, shapeless, tmp_path, capsys):
     other = "--model.config.width=32", "--model.config.num_layers=3"
     for command in (cli.main, lambda given: plan.main([*given, "--gpus=1"])):
