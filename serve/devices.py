@@ -64,12 +64,19 @@ def repeat_a_device(groups: Sequence[str]) -> bool:
     return len(set(names)) < len(names)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device has run out of memory; of a CPU, torch raises a mere RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def memory_checked() -> Iterator[None]:
     """Raise UserError, which names the settings to lower, where a device runs out of memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         fields = map(setting_name, ("cache_gib", "max_running", "prompt_tokens_per_step"))
         message = f"out of memory: lower one of {', '.join(fields)}"
         raise UserError("cache_gib", message=message) from error

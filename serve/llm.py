@@ -69,7 +69,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path,
-        device: str | None = None,
+        device: str | int | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         tensor_parallel: int = 1,
         lora_modules: Mapping[str, str | Path] | None = None,
@@ -83,7 +83,9 @@ class LLM:
         """Settings of the model directory's `generation.json`."""
         self._num_ranks = tensor_parallel
         config = EngineConfig(**engine)
-        devices, *others = device_groups(device or "auto", tensor_parallel, "device")
+        devices, *others = device_groups(
+            "auto" if device is None else str(device), tensor_parallel, "device"
+        )
         if others:
             count = "one device" if tensor_parallel == 1 else f"{tensor_parallel} devices"
             fix = "tensor_parallel divides a model among several devices, and cpu stands for all"

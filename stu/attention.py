@@ -37,6 +37,8 @@ KERNEL_ON_CUDA = next(
 """Code that attends over whole sequences of 16-bit tensors on CUDA, the best that is installed."""
 QUERY_BLOCK = 128
 """Queries that the torch code attends from at once."""
+FLASH_MOST_HEAD_DIM = 256
+"""Wider heads are not taken by flash-attn."""
 FLEX_LEAST_TOKENS, FLEX_LEAST_HEAD_DIM = 256, 16
 """Shorter sequences are one or two blocks, not worth a kernel; narrower heads it does not take."""
 
@@ -135,8 +137,9 @@ def sliding_window_attention(
 
     Queries and the result are `[B, T, heads, head_dim]`. Keys and values are of the same tokens,
     and may begin with those of earlier ones. 16-bit tensors on CUDA go through flash-attn where it
-    is installed, and otherwise, unless they are short, through flex_attention. All others go
-    through blocks of queries in float32, `O(T * window)` in time.
+    is installed, unless their heads are too wide for it, and otherwise, unless they are short,
+    through flex_attention. All others go through blocks of queries in float32, `O(T * window)` in
+    time.
     """
     half = queries.dtype in (torch.float16, torch.bfloat16)
     kernel = KERNEL_ON_CUDA if queries.is_cuda and half else ""
@@ -145,7 +148,7 @@ def sliding_window_attention(
         from stu.flex_attention import flex_window_attention  # which imports torch's compiler
 
         return flex_window_attention(queries, keys, values, scores, documents)
-    if kernel == "flash-attn":
+    if kernel == "flash-attn" and keys.shape[3] <= FLASH_MOST_HEAD_DIM:
         return flash_attention(queries, keys, values, scores, documents)
     if documents is not None:
         apart: Tensor = documents.apply(sliding_window_attention, (queries, keys, values), scores)

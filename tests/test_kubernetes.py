@@ -88,6 +88,7 @@ SPECS = {
         serveConfigV2=TEXT,
         rayClusterConfig=fields(
             "headGroupSpec",
+            rayVersion=TEXT,
             enableInTreeAutoscaling={"type": "boolean"},
             headGroupSpec=fields("rayStartParams template", **GROUP),
             workerGroupSpecs=listed(

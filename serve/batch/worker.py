@@ -23,6 +23,7 @@ from serve.batch.decoder import NO_STATS, READING_ERRORS, Decoder, Report
 from serve.batch.job import BatchJob
 from serve.batch.rows import read_rows
 from serve.batch.source import InputDigest
+from serve.devices import is_out_of_memory
 from serve.parallel.loading import make_engine
 from stu.common.array_task import ArrayTask
 from stu.common.cli import run_command
@@ -99,7 +100,9 @@ def decode(work: Work) -> Iterator[Report]:
         max_waiting = 2 * work.config.engine.max_running
         decoder = Decoder(engine, job.row_format, job.source, work.task.count, max_waiting)
         yield from decoder.decode(chain([first], rows))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             "devices",
             message=f"{work.device} is out of memory; lower --cache-gib, --max-running or "

@@ -11,6 +11,7 @@ A snapshot shares the full pages of a window, and has a copy of the last one if 
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -80,9 +81,12 @@ class AttentionCache(Cache):
                 message=f"layout={model.config.layout} cannot be decoded: the attention windows of "
                 "its mixers differ; combine others"
             )
+        # No sequence is longer than the context.
+        longest = model.config.max_seq_len
+        windows = [replace(own, window_tokens=min(own.window_tokens, longest)) for own in windows]
         window, page_len = windows[0], config.page_len
         weight, drafts = model.embedding.weight, config.most_drafts
-        lengths = model.config.max_seq_len, page_len
+        lengths = longest, page_len
         place = weight.dtype, weight.device
         shape = len(windows), 2, page_len, window.num_heads, window.head_dim
         return CachePlan(

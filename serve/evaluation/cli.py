@@ -58,7 +58,7 @@ def evaluate(path: Path, config: EvalConfig) -> None:
     import torch
 
     import stu
-    from serve.devices import choose_devices
+    from serve.devices import choose_devices, memory_checked
     from serve.evaluation.evaluation import Evaluation
     from serve.evaluation.results import report, table, write_report
     from serve.evaluation.text_model import EngineModel
@@ -69,8 +69,11 @@ def evaluate(path: Path, config: EvalConfig) -> None:
         raise UserError("device", config.device, "one device")
     tokenizer, longest = load_tokenizer(path), load_config(path).max_seq_len
     evaluation = Evaluation(config.evaluation, tokenizer, longest, BOOTSTRAP)
-    model = load_model(path, devices[0], getattr(torch, config.dtype), config.engine.weights)
-    results = evaluation.run(EngineModel(model, tokenizer, config.engine, use_tqdm=True))
+    where = devices[0], getattr(torch, config.dtype), config.engine.weights
+    with memory_checked():
+        # Nothing else keeps the model, whose weights the engine may replace.
+        model = EngineModel(load_model(path, *where), tokenizer, config.engine, use_tqdm=True)
+        results = evaluation.run(model)
     about: dict[str, Any] = {"model": str(path), "stu_version": stu.__version__}
     about["settings"] = {**config.evaluation.to_json(), "dtype": config.dtype}
     about["settings"]["engine"] = asdict(config.engine)

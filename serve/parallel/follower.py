@@ -21,7 +21,7 @@ from contextlib import suppress
 import torch
 
 from serve.config import EngineConfig
-from serve.devices import memory_checked
+from serve.devices import is_out_of_memory, memory_checked
 from serve.engine.engine import Engine
 from serve.parallel.followers import digest_of
 from serve.parallel.ranks import join
@@ -114,9 +114,9 @@ def main() -> int:
         with socket.socket(fileno=int(sys.argv[1])) as connection, memory_checked():
             try:
                 Follower(connection).run()
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, UserError):
+            except (RuntimeError, UserError) as error:
+                if is_out_of_memory(error):
+                    raise
                 threading.Event().wait(LAST_SECONDS)  # the end of the first rank ends this one
                 raise
         return 0

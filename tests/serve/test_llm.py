@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from serve import LLM, Request, SamplingParams
+from serve.devices import memory_checked
 from serve.prompts import derived_seed
 from stu.common.errors import UserError
 from stu.model import FlashSTU
@@ -111,6 +112,21 @@ def test_prompt_without_sampling_params_takes_the_model_defaults(llm, code_token
     (text,), (ids,) = llm.generate("def f("), llm.generate(code_tokenizer.encode_prompt("def f("))
     assert text.outputs == ids.outputs
     assert llm.generate([]) == []
+
+
+def test_devices_of_torch_and_numbers_are_devices(model_directory):
+    llm = LLM(model_directory, torch.device("cpu"), cache_gib=0.01)
+    assert llm.generate("x", SamplingParams(max_new_tokens=1))
+    for device in (7, torch.device("cuda:7")):
+        with pytest.raises(UserError, match=r'device=.*7.* is not allowed: torch sees'):
+            LLM(model_directory, device)
+
+
+def test_memory_that_a_cpu_does_not_have_is_named():
+    with pytest.raises(UserError, match="out of memory: lower one of"), memory_checked():
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="shape"), memory_checked():
+        torch.empty(2) @ torch.empty(3, 4)
 
 
 def test_refused_prompt_leaves_no_request_behind(llm):

@@ -20,10 +20,11 @@ NVIDIA = "0x10de"
 
 def local_problems(min_free_gib: float) -> Iterator[str]:
     """Yield the problems of this node: too little free memory, or GPUs that do not respond."""
-    import psutil
     import torch
 
-    free_gib = psutil.virtual_memory().available / 2**30
+    from stu.common.memory import available_bytes
+
+    free_gib = available_bytes() / 2**30
     if free_gib < min_free_gib:
         yield f"{free_gib:.1f} GiB of memory are free, but {min_free_gib:g} are needed"
     num_gpus = len(list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))))
