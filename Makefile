@@ -1,7 +1,7 @@
 # Every target makes .venv by itself. PYTHON chooses the interpreter, 3.10 or newer. Tests run on
 # three workers, a file on one of them, the longest first (tests/conftest.py): many wait for what
 # they have started, so that three keep two cores busy.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
@@ -45,6 +45,8 @@ clean:
 	rm -rf .venv build dist *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stu needs Python 3.10 or newer: give it as in make PYTHON=python3.12")'
+	test -e $@ || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
 	touch $@

@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with requires_extra("train"):
                 from jsonargparse import set_parsing_settings
 
+                from stu.common.machine import limit_threads
                 from train.run import run  # takes seconds
+
+            limit_threads()
 
             if "--help-all" in arguments:  # reading the docstrings of fields takes 0.3 s
                 set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -163,6 +163,13 @@ def _check_trainer(trainer: Any) -> None:
         _require("trainer.max_time", trainer.max_time, is_time, "longer than 0 s, as DD:HH:MM:SS")
 
 
+def chosen_accelerator(trainer: Any) -> dict[str, str]:
+    """Return what replaces the setting `trainer.accelerator`, if anything: `auto` is CUDA or the
+    CPU. Lightning would take a Mac's GPU, which has no float64."""
+    is_cpu = trainer.accelerator == "auto" and not torch.cuda.is_available()
+    return {"accelerator": "cpu"} if is_cpu else {}
+
+
 def _check_devices(trainer: Any, is_plan: bool) -> None:
     accelerator, devices = trainer.accelerator, trainer.devices
     if isinstance(accelerator, str):
@@ -170,7 +177,7 @@ def _check_devices(trainer: Any, is_plan: bool) -> None:
         _require("trainer.accelerator", accelerator, is_known, ", ".join(ACCELERATORS))
     is_cpu = accelerator == "cpu"
     if accelerator == "auto" and not is_plan:
-        is_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        is_cpu = not torch.cuda.is_available()
     if not is_cpu and not is_plan:
         detect_launch().check_gpus(torch.cuda.device_count())
     text = str(devices).strip("[] ")

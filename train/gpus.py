@@ -66,11 +66,11 @@ def peak_bytes(device: torch.device, resident_before: int) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM:") - resident_before
+    return max(0, _status("VmHWM:") - resident_before)
 
 
 def _status(name: str) -> int:
     if not STATUS.exists():
         return 0
     lines = STATUS.read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

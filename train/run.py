@@ -23,7 +23,7 @@ from train.checkpoint.folder import CHECKPOINTS, CheckpointFolder
 from train.checkpoint.folder_io import FolderIO
 from train.checkpoint.resume import choose_checkpoint
 from train.checkpoint.writer import CheckpointWriter
-from train.config import check_settings, check_validation_share
+from train.config import check_settings, check_validation_share, chosen_accelerator
 from train.data.mixture import index_hashes
 from train.fit_loop import FitLoop
 from train.loggers import make_loggers
@@ -122,11 +122,8 @@ class TrainCLI(LightningCLI):
 
     def facts(self) -> dict[str, str]:
         """Return what must be the same on all ranks."""
-        return {
-            **code_versions(),
-            **flatten(self.config.as_dict()),
-            **index_hashes(Path(self.config.data.dir)),
-        }
+        hashes = index_hashes(Path(self.config.data.dir))
+        return {**code_versions(), **flatten(self.config.as_dict()), **hashes}
 
     @rank_zero_only
     def save_settings(self) -> None:
@@ -166,6 +163,7 @@ class TrainCLI(LightningCLI):
         plugins: list[Any] = [FolderIO(self.writer)]
         if self.launch.kind != "alone":
             plugins.append(self.launch.environment())
+        kwargs |= chosen_accelerator(settings.trainer)
         trainer = super().instantiate_trainer(
             default_root_dir=run_dir,
             logger=make_loggers(names, run_dir, step + 1),

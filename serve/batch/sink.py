@@ -14,7 +14,7 @@ from stu.common.files import new_file
 
 SPOILT = "spoilt"
 """Field of a job file with the reason why its output cannot be resumed."""
-NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 
 
 class OutputFile:

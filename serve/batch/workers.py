@@ -13,7 +13,8 @@ from typing import IO
 
 from serve.batch.decoder import Report
 from serve.batch.worker import Work
-from stu.common.processes import child_command, hangups_blocked, last_output, num_processors
+from stu.common.machine import num_processors
+from stu.common.processes import child_command, hangups_blocked, last_output
 
 
 class Workers:

@@ -81,16 +81,14 @@ class AttentionCache(Cache):
                 message=f"layout={model.config.layout} cannot be decoded: the attention windows of "
                 "its mixers differ; combine others"
             )
-        # No sequence is longer than the context.
-        longest = model.config.max_seq_len
+        longest = model.config.max_seq_len  # of any sequence
         windows = [replace(own, window_tokens=min(own.window_tokens, longest)) for own in windows]
         window, page_len = windows[0], config.page_len
         weight, drafts = model.embedding.weight, config.most_drafts
-        lengths = longest, page_len
         place = weight.dtype, weight.device
         shape = len(windows), 2, page_len, window.num_heads, window.head_dim
         return CachePlan(
-            window_size(windows, *lengths, weight.element_size(), drafts),
+            window_size(windows, longest, page_len, weight.element_size(), drafts),
             lambda count: cls(window, PagePool(count + 1, shape, *place), drafts),
         )
 

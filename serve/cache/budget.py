@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import cast
 
+import psutil
 import torch
 
 from serve.cache.alternating_states import AlternatingStates
@@ -29,7 +30,7 @@ from serve.kernels.narrow_product import MOST_ROWS, MOST_SPLITS
 from serve.sampling.sampler import NUMBERS_ON_DEVICE
 from serve.sampling.tables import table_bytes
 from stu.common.errors import UserError, setting_name
-from stu.common.memory import available_bytes
+from stu.common.machine import allowed_bytes
 from stu.decoding.memory import CacheSize
 from stu.mixers import KeyWindow, LastInputs, PastInputs, Remembered, remembered
 from stu.model import FlashSTU
@@ -262,7 +263,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes of a device's memory that tensors can take. What torch keeps of freed ones
     counts too."""
     if device.type != "cuda":
-        return available_bytes()
+        return int(min(psutil.virtual_memory().available, allowed_bytes()))
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

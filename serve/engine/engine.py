@@ -83,8 +83,8 @@ class Engine:
         self._outputs: list[Output] = []  # for the next step to return
         self.scheduled: dict[int, float] = {}
         """Requests whose prefill began in the last step, with its time on the monotonic clock."""
-        self._next_id, self._new_tokens, self._steps = itertools.count(), 0, 0
-        self._is_stepping = False
+        self._next_id, self._new_tokens = itertools.count(), 0
+        self._steps, self._is_stepping = 0, False
 
     @property
     def has_work(self) -> bool:
@@ -130,15 +130,10 @@ class Engine:
             self._finish(job, "abort", held)
 
     def step(self) -> list[Output]:
-        """Run one step, and return the outputs of the requests that made progress.
-
-        Raises RuntimeError if an earlier step raised an exception, say of a device out of memory:
-        some layers have then seen tokens that others have not.
-        """
+        """Run one step, and return the outputs of the requests that made progress. Raises
+        RuntimeError after a step that raised an exception between layers."""
         if self._is_stepping:
-            raise RuntimeError(
-                "a step of this engine has failed and left it half done: make another"
-            )
+            raise RuntimeError("a step of this engine has failed half done: make another")
         self._is_stepping = True
         self.scheduled.clear()
         self._steps += 1
@@ -147,8 +142,7 @@ class Engine:
             self._begin_prefill()
         self._decode()
         self._continue_prefill()
-        outputs, self._outputs = self._outputs, []
-        self._is_stepping = False
+        outputs, self._outputs, self._is_stepping = self._outputs, [], False
         return outputs
 
     def stats(self) -> Stats:
@@ -191,10 +185,8 @@ class Engine:
                 self._prompt_results.add(job.request_id, job.request, piece)
 
     def _end_prefill(self, logits: Tensor) -> None:
-        """Make rows of the prefilled jobs, and choose their first tokens.
-
-        logits: `[len(prefilling), vocab_size]`.
-        """
+        """Make rows of the prefilled jobs, and choose their first tokens from their logits
+        `[len(prefilling), vocab_size]`."""
         jobs = list(self._scheduler.prefilling)
         self._scheduler.prefilling.clear()
         self._prefill = None

@@ -126,7 +126,7 @@ class Prefill:
         """Return the pieces of a step that prefills whole prompts layer by layer. None: all, even
         if it computes log probabilities."""
         cost = sum(prompt.cost * len(prompt.tokens) for prompt in self._prompts)
-        read = sum(len(chunk.tokens) - chunk.first_read for chunk in chunks)
+        read = sum(chunk.num_read for chunk in chunks)
         in_layer, in_last = (
             -(-tokens // self._tokens_per_step) for tokens in (self.num_tokens, read)
         )

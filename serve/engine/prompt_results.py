@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.request import Pooling, Request, TokenLogprobs
@@ -39,6 +41,19 @@ class Chunk:
         # A token's logits are those of the position before.
         begin = end if self.logits_from is None else self.logits_from - 1 - self.first
         return min(max(0, begin), end)
+
+    @property
+    def num_read(self) -> int:
+        """Number of tokens whose hidden state is read: these are the last ones."""
+        return len(self.tokens) - self.first_read
+
+
+def places_read(chunks: Sequence[Chunk]) -> NDArray[np.int64]:
+    """Return the places of the tokens whose hidden state is read, in chunks one after another."""
+    ends = np.cumsum([len(chunk.tokens) for chunk in chunks])
+    return np.concatenate(
+        [np.arange(end - chunk.num_read, end) for end, chunk in zip(ends, chunks, strict=True)]
+    )
 
 
 @dataclass(frozen=True)

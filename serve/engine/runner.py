@@ -6,7 +6,6 @@ from itertools import count
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.adapters.folder import Adapter
@@ -26,7 +25,7 @@ from serve.engine.inference_model import (
 )
 from serve.engine.memory import PromptMemory, RowMemory
 from serve.engine.packing import USUAL_ROWS
-from serve.engine.prompt_results import Chunk, PooledHidden, PromptLogits
+from serve.engine.prompt_results import Chunk, PooledHidden, PromptLogits, places_read
 from serve.engine.sampling_step import SamplingStep
 from serve.sampling.features import Features
 from serve.sampling.sampler import DeviceSampler, Sampled
@@ -182,10 +181,9 @@ class Runner:
             for cache in self._caches.all:
                 cache.begin_chunk(chunk.row, len(chunk.tokens))
         lengths = [len(chunk.tokens) for chunk in chunks]
-        rows = [chunk.row for chunk in chunks]
+        rows, read = [chunk.row for chunk in chunks], [chunk.num_read for chunk in chunks]
         memory = PromptMemory(self._caches, rows, lengths)
         factors = self.adapters.of_prompts(rows, lengths)
-        read = [len(chunk.tokens) - chunk.first_read for chunk in chunks]
         x = model.embedding(on_device(np.array([ids]), self._device))  # [1, T, D]
         for number, block in enumerate(model.blocks, 1):
             assert isinstance(block, Block)
@@ -194,7 +192,7 @@ class Runner:
             if tokens_at_once is not None:
                 yield None
             if number == self.num_layers and read != lengths:  # the rest is of each token alone
-                index = on_device(last_of_each(lengths, read), self._device)
+                index = on_device(places_read(chunks), self._device)
                 x, factors = x.index_select(1, index), factors.index_select(1, index)
                 if not sum(read):
                     break
@@ -222,14 +220,12 @@ class Runner:
                 yield PooledHidden(chunk.row, model.norm(hidden[-1]).double())
         ends = np.cumsum(read)[[chunk.is_last for chunk in chunks]] - 1
         if len(ends):  # [sequences, D] -> [sequences, vocab_size]
-            last_ones = x[0].index_select(0, on_device(ends, self._device))
-            yield self._logits(model.norm(last_ones))
+            yield self._logits(model.norm(x[0].index_select(0, on_device(ends, self._device))))
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int | None]) -> Tensor:
-        """Advance each row of `batch()` by a token, and return the logits `[B, vocab_size]` of the
-        next, valid until the next call. A token that is None is the last one that `set_tokens`
-        set."""
+        """Advance each row of `batch()` by a token, None for the last one that `set_tokens` set.
+        Return the logits `[B, vocab_size]` of the next, valid until the next call."""
         assert len(tokens) == len(self._batch), "a token of each row is needed"
         if self._static is not None:
             return self._static.decode(self._batch, tokens)
@@ -302,14 +298,3 @@ class Runner:
             padded[: len(group)] = group
             groups.append(self._unembed(padded)[: len(group)])
         return torch.cat(groups)
-
-
-def last_of_each(lengths: Sequence[int], counts: Sequence[int]) -> NDArray[np.int64]:
-    """Return the indices of the last tokens of each of some sequences that are concatenated.
-
-    Args:
-        lengths: Length of each sequence.
-        counts: Number of its last tokens.
-    """
-    ends = np.cumsum(lengths)
-    return np.concatenate([np.arange(e - n, e) for e, n in zip(ends, counts, strict=True)])

@@ -62,6 +62,7 @@ def evaluate(path: Path, config: EvalConfig) -> None:
     from serve.evaluation.evaluation import Evaluation
     from serve.evaluation.results import report, table, write_report
     from serve.evaluation.text_model import EngineModel
+    from stu.common.machine import limit_threads
     from stu.model_dir import load_config, load_model, load_tokenizer
 
     devices = choose_devices(config.device, "device")
@@ -69,6 +70,7 @@ def evaluate(path: Path, config: EvalConfig) -> None:
         raise UserError("device", config.device, "one device")
     tokenizer, longest = load_tokenizer(path), load_config(path).max_seq_len
     evaluation = Evaluation(config.evaluation, tokenizer, longest, BOOTSTRAP)
+    limit_threads()
     where = devices[0], getattr(torch, config.dtype), config.engine.weights
     with memory_checked():
         # Nothing else keeps the model, whose weights the engine may replace.

@@ -9,6 +9,7 @@ from serve.adapters.folder import read_adapter
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from stu.common.errors import UserError, requires_extra
+from stu.common.machine import limit_threads
 from stu.division.parts import check_divides_channels
 from stu.model_dir import load_config, load_model
 from stu.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ def make_engine(
     Raises UserError for files and settings that cannot be used, and for a model that so many ranks
     cannot divide.
     """
+    limit_threads()
     names = devices.split(",")
     if len(names) == 1:
         shape = load_config(model)

@@ -25,7 +25,7 @@ from serve.server.replicas.dispatcher import Dispatcher
 from serve.server.replicas.slices import Threads
 from serve.server.served_model import ServedModel
 from stu.common.errors import UserError, requires_extra, setting_name
-from stu.common.processes import num_processors
+from stu.common.machine import num_processors
 from stu.common.text import Json
 
 if TYPE_CHECKING:

@@ -67,6 +67,12 @@ def run_command(
         return FAULT
 
 
+def is_live(console: Any) -> bool:
+    """Return whether rich can redraw what it has shown on its `console`; where it cannot, it shows
+    nothing before the end."""
+    return bool(console.is_terminal and not console.is_dumb_terminal)
+
+
 def exit_if_terminated() -> None:
     """Raise SystemExit if SIGTERM has come and a bare except, say of a module that was being
     imported, has caught the exception of its handler."""

@@ -1,4 +1,4 @@
-"""Processes: how many fit here, how child processes start, and which signals they get."""
+"""Processes: how child processes start, and which signals they get."""
 
 import os
 import signal
@@ -8,13 +8,6 @@ from contextlib import contextmanager
 from typing import IO
 
 LAST_OUTPUT_BYTES = 2000
-
-
-def num_processors() -> int:
-    """Return the processors that this process may use; a job may own fewer than the machine has."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def child_command(module: str, *arguments: str) -> list[str]:

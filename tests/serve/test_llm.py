@@ -118,7 +118,7 @@ def test_devices_of_torch_and_numbers_are_devices(model_directory):
     llm = LLM(model_directory, torch.device("cpu"), cache_gib=0.01)
     assert llm.generate("x", SamplingParams(max_new_tokens=1))
     for device in (7, torch.device("cuda:7")):
-        with pytest.raises(UserError, match=r'device=.*7.* is not allowed: torch sees'):
+        with pytest.raises(UserError, match=r"device=.*7.* is not allowed: torch sees"):
             LLM(model_directory, device)
 
 

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from stu.common.cli import is_live
+
 SHOWN = {
     "train/loss": "loss {:.3f}",
     "val/bits_per_byte": "{:.3f} bits/byte",
@@ -59,7 +61,7 @@ class StepProgress(ProgressBar):
         self._start_time, self._start_step, self._last_step = time.monotonic(), step, step
         total = trainer.max_steps
         self._task = self._bar.add_task("training", total=total, completed=step, status="")
-        if self._console.is_terminal:
+        if is_live(self._console):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -69,7 +71,7 @@ class StepProgress(ProgressBar):
         self._last_step = step
         status = self._status(trainer)
         self._bar.update(self._task, completed=step, status=status)
-        if not self._console.is_terminal and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if not is_live(self._console) and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._console.print(f"step {step}/{trainer.max_steps}  {status}", soft_wrap=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,7 +95,7 @@ class StepProgress(ProgressBar):
         self._stop()
 
     def _stop(self) -> None:
-        if self._console.is_terminal:  # elsewhere it would only print an empty line
+        if is_live(self._console):  # elsewhere it would only print an empty line
             self._bar.stop()
 
     def _status(self, trainer: L.Trainer) -> str:

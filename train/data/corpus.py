@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stu.common.errors import UserError
-from stu.common.processes import num_processors
+from stu.common.machine import num_processors
 from stu.tokenizer import Tokenizer
 from train.data.config import PrepareConfig
 from train.data.conversations import (

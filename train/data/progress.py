@@ -16,6 +16,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from stu.common.cli import is_live
+
 LOG_SECONDS = 30
 """Seconds between lines of progress where there is no terminal."""
 
@@ -41,7 +43,7 @@ def show_progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]
         nonlocal last_line
         progress.advance(bar, num_bytes)
         now = time.monotonic()
-        if progress.console.is_terminal or now - last_line < LOG_SECONDS:
+        if is_live(progress.console) or now - last_line < LOG_SECONDS:
             return
         last_line, done = now, progress.tasks[0].completed
         rate = done / (now - start)

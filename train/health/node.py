@@ -20,11 +20,12 @@ NVIDIA = "0x10de"
 
 def local_problems(min_free_gib: float) -> Iterator[str]:
     """Yield the problems of this node: too little free memory, or GPUs that do not respond."""
+    import psutil
     import torch
 
-    from stu.common.memory import available_bytes
+    from stu.common.machine import allowed_bytes
 
-    free_gib = available_bytes() / 2**30
+    free_gib = min(psutil.virtual_memory().available, allowed_bytes()) / 2**30
     if free_gib < min_free_gib:
         yield f"{free_gib:.1f} GiB of memory are free, but {min_free_gib:g} are needed"
     num_gpus = len(list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))))

@@ -31,7 +31,7 @@ STALE_SECONDS = 60.0
 """Time without a heartbeat after which an owner counts as gone."""
 WATCH_SECONDS = 3 * BEAT_SECONDS
 """Least time for which an owner is watched, however old its heartbeat looks."""
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class TakenOver(OSError):

@@ -4,11 +4,12 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError, safe_open
 
 from serve.server.replicas.dispatch import Replicas
 from stu.common.errors import UserError
-from stu.common.memory import available_bytes
+from stu.common.machine import allowed_bytes
 
 GIB = 2**30
 OVERHEAD_BYTES = GIB
@@ -49,7 +50,7 @@ def free_bytes(running: Replicas, device: str) -> int:
     """Return the free bytes of a device: of a GPU as its replicas last reported it, since asking
     itself takes memory there. Only the first rank of a group reports, so others count as full."""
     if not device.startswith("cuda"):
-        return available_bytes()
+        return int(min(psutil.virtual_memory().available, allowed_bytes()))
     reported = [
         own.free_bytes
         for group, own in running.devices_of_running()

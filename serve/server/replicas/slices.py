@@ -20,7 +20,8 @@ SLICE_SECONDS = 0.005
 MOST_VALUES, MOST_CONTAINERS = 4096, 64
 """Elements of a list that become text in one call: of numbers and strings, of lists and objects."""
 PIECE_BYTES = 2**16
-MOST_THREADS = max(2, min(32, (os.cpu_count() or 1) + 4) // 2)
+_COUNT = getattr(os, "process_cpu_count", os.cpu_count)  # as asyncio's executor counts them
+MOST_THREADS = max(2, min(32, (_COUNT() or 1) + 4) // 2)
 """Threads that a client may use at once: half of asyncio's."""
 
 

@@ -219,7 +219,7 @@ def test_room_beside_is_what_caches_weights_and_processes_take(monkeypatch, mode
     assert room.weight_bytes(model_directory, "bfloat16") * 2 == weights
     own = 2 * room.GIB + 2 * weights + room.GIB
     memory = SimpleNamespace(available=own)
-    monkeypatch.setattr(room, "available_bytes", lambda: memory.available)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory)
     for free, fits in ((2 * own - 1, False), (2 * own, True)):
         for _, replica in devices:
             replica.free_bytes = free
