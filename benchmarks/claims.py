@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from statistics import fmean
 
-from benchmarks import decoding_tables, peers_tables, train_serve_tables
+from benchmarks import decoding_tables, peers_tables, quality_tables, train_serve_tables
 from benchmarks.recorded import Columns, Run, decoded, fewest_threads, table
 
 BATCH, LENGTH = 8, 8192
@@ -21,7 +22,12 @@ CONTEXT = 2048
 COMPARED = ["llama", "mamba2", "rwkv", "s4"]
 """Models that ours is compared with."""
 CURVES = ["ours", "continuous", "epoched", "flashinference", "naive", *COMPARED]
-LABELS = decoding_tables.LABELS | peers_tables.LABELS | train_serve_tables.VARIANTS
+LABELS = (
+    quality_tables.LABELS
+    | decoding_tables.LABELS
+    | peers_tables.LABELS
+    | train_serve_tables.VARIANTS
+)
 FORMATS = {
     32: ("ours", "llama_cpp_f32", "vllm"),
     16: ("ours_bf16", "llama_cpp_bf16", "vllm_bf16"),
@@ -29,7 +35,7 @@ FORMATS = {
 }
 """Programs by the bits of their weights."""
 PROGRAMS = tuple(chain(*FORMATS.values()))
-OURS = "ours", "ours_bf16", "ours_int8", "stu"
+OURS = "ours", "ours_bf16", "ours_int8", "stu", "hybrid"
 """Names of ours in results; all others are peers."""
 Figures = Callable[[Run], Mapping[str, float]]
 """Takes the figures of ours and of others from a result."""
@@ -192,6 +198,16 @@ def trained(result: Run) -> dict[str, float]:
     return {name: speed(ways[name]) for name in names}
 
 
+def learned(result: Run) -> dict[str, float]:
+    """Return the mean bits per byte of each layout in the setting that rates were tuned in."""
+    setting = "code", 512, "adamw"
+    bits = {
+        layout: quality_tables.bits_per_byte(quality_tables.by_seed(result, setting, layout))
+        for layout in quality_tables.LABELS
+    }
+    return {layout: fmean(values) for layout, values in bits.items() if values}
+
+
 COMPARISONS = [
     *(
         Comparison(
@@ -237,6 +253,13 @@ COMPARISONS = [
         less_is_better=True,
     ),
     Comparison("train on sequences of 2,048 tokens, tokens/s", "train", trained, 1.0),
+    Comparison(
+        "bits per byte of code after the same tokens, context 512 (less is better)",
+        "quality",
+        learned,
+        0.97,
+        less_is_better=True,
+    ),
 ]  # fmt: skip
 
 
@@ -263,8 +286,8 @@ def comparisons(results: Mapping[str, Run]) -> str:
 
 def times(row: Comparison, result: Run) -> str:
     """Return the ratio of ours to the best peer, and say so if the peer is better."""
-    ratio = shown(row.ratio(result))
-    return f"{ratio} (peer is better)" if row.ratio(result) < 1 else ratio
+    ratio = row.ratio(result)
+    return f"{shown(ratio)} (peer is better)" if round(ratio, 3) < 1 else shown(ratio)
 
 
 def shown(figure: float) -> str:

@@ -7,6 +7,7 @@ as installing them takes long. Exits with 1 if a claim does not hold.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,19 +28,33 @@ from benchmarks.claims import (
 from benchmarks.recorded import ROOT, recorded
 
 PROGRESS = "peers-measured.json"
-QUICK: dict[str, str] = {
-    "decode": f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 1 "
-    f"--peers [{','.join(COMPARED)}]",
-    "model": "--decode [decode.json]",
-    "convolution": "--first 1",
-    "train": "--context [2048] --repeats 1",
-    "loss": "--first 1 --repeats 1",
-    "memory": "--first 1",
-    "load": "--requests 64",
-    "peers": f"--threads 2 --context [{CONTEXT}] --batch [1,32] --new-tokens 8 --requests 64 "
-    f"--rounds 1 --programs [{','.join(PROGRAMS)}] --install false --progress {PROGRESS}",
-}
-"""Options of each benchmark."""
+FASTEST = "ours_int8", "llama_cpp_q8_0", "vllm_bf16"
+"""Formats that each program is fastest in with many sequences."""
+PEERS = (
+    f"--threads 2 --context [{CONTEXT}] --new-tokens 8 --requests 64 --rounds 1 --install false "
+    f"--progress {PROGRESS}"
+)
+QUICK: Sequence[tuple[str, str]] = (
+    (
+        "decode",
+        f"--batch [{BATCH}] --new-tokens [{LENGTH}] --rounds 1 --peers [{','.join(COMPARED)}]",
+    ),
+    ("model", "--decode [decode.json]"),
+    ("convolution", "--first 1"),
+    ("train", "--context [2048] --repeats 1"),
+    ("loss", "--first 1 --repeats 1"),
+    ("memory", "--first 1"),
+    ("load", "--requests 64"),
+    (
+        "quality",
+        "--texts [code] --contexts [512] --layouts [hybrid,rope] --optimizers [adamw] "
+        "--rates [8e-3] --tasks [] --seeds 1 --tokens 122880 --folder quality",
+    ),
+    ("peers", f"{PEERS} --parts [decode] --batch [1] --programs [{','.join(PROGRAMS)}]"),
+    ("peers", f"{PEERS} --parts [decode] --batch [32] --programs [{','.join(FASTEST)}]"),
+    ("peers", f"{PEERS} --parts [serve] --programs [{','.join(FASTEST)}]"),
+)
+"""Benchmarks and their options. Calls of `peers` add to one result."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    (folder / PROGRESS).unlink(missing_ok=True)
-    for number, (name, options) in enumerate(QUICK.items()):
+    for earlier in (PROGRESS, *(f"{name}.log" for name, _ in QUICK)):
+        (folder / earlier).unlink(missing_ok=True)
+    shutil.rmtree(folder / "quality", ignore_errors=True)
+    for number, (name, options) in enumerate(QUICK):
         minutes = (time.monotonic() - start) / 60
         print(f"{name}, {number + 1} of {len(QUICK)}, after {minutes:.1f} min", file=sys.stderr)
         measure(name, options.split(), folder)
@@ -87,7 +104,7 @@ def measure(name: str, options: Sequence[str], folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", name, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     unfinished = folder / f"{name}.json.part"
-    with unfinished.open("wb") as file, (folder / f"{name}.log").open("wb") as log:
+    with unfinished.open("wb") as file, (folder / f"{name}.log").open("ab") as log:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=log)
     if done.returncode:
         raise SystemExit(f"benchmark {name} failed: see {folder / name}.log")

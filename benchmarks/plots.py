@@ -50,6 +50,7 @@ def draw_pictures(folder: Path) -> None:
     draw_decode(results["decode"], folder / "decode.png")
     draw_online(results["online"], folder / "futurefill.png")
     draw_train(results["train"], folder / "training-step.png")
+    draw_quality(results["quality"], folder / "quality.png")
 
 
 def draw_decode(result: Run, file: Path) -> None:
@@ -224,7 +225,8 @@ def draw_quality(result: Run, file: Path) -> None:
         peer = quality_tables.of_positions(result, setting, quality_tables.PEER)
         for layout, (marker, dashes) in LAYOUT_STYLES.items():
             own = quality_tables.of_positions(result, setting, layout)
-            places = [place for place in own if place in peer]
+            # The last group has one position alone.
+            places = [place for place in own if place in peer and place < setting[1]]
             axes.plot(
                 places,
                 [own[place] - peer[place] for place in places],
@@ -237,7 +239,8 @@ def draw_quality(result: Run, file: Path) -> None:
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set_title(setting[0], fontsize=10)
         axes.set_xscale("log")
-        axes.set_xticks(list(peer), [f"{place:,}" for place in peer], fontsize=8)
+        ticks = [place for place in peer if place < setting[1]]
+        axes.set_xticks(ticks, [f"{place:,}" for place in ticks], fontsize=8)
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set_xlabel("number of preceding tokens (from this to twice as many)")
         axes.spines[["top", "right"]].set_visible(False)

@@ -47,40 +47,70 @@ def difference(mine: dict[int, Run], peers: dict[int, Run]) -> tuple[float, floa
     return fmean(each), T_95[len(each)] * stdev(each) / math.sqrt(len(each))
 
 
+def compared(mine: dict[int, Run], others: dict[int, Run]) -> str:
+    """Return the mean difference of runs with its 95% interval, and say so if it is not
+    significant. Empty without a common seed."""
+    if not mine.keys() & others.keys():
+        return ""
+    mean, half = difference(mine, others)
+    if half == math.inf:
+        return f"{mean:+.3f}, one seed"
+    return f"{mean:+.3f} ± {half:.3f}{'' if abs(mean) > half else ', not significant'}"
+
+
+def bits_per_byte(runs: dict[int, Run]) -> list[float]:
+    """Return the bits per byte of each run."""
+    return [run["bits_per_byte"] for run in runs.values()]
+
+
 def losses(result: Run) -> str:
-    """Show bits per byte, and the difference from attention."""
+    """Show bits per byte of AdamW's models, and the difference from attention."""
+    shown = [setting for setting in settings(result) if setting[2] == "adamw"]
+    seeds = {
+        (setting, layout): len(by_seed(result, setting, layout))
+        for setting in shown
+        for layout in LABELS
+    }
 
     def cell(setting: Setting, layout: str) -> str:
         runs = by_seed(result, setting, layout)
         if not runs:
             return "-"
-        shown = f"{fmean(run['bits_per_byte'] for run in runs.values()):.3f}"
-        peers = by_seed(result, setting, PEER)
-        if layout == PEER or not runs.keys() & peers.keys():
-            return shown
-        mean, half = difference(runs, peers)
-        if half == math.inf:
-            return f"{shown} ({mean:+.3f}, one seed)"
-        verdict = "" if abs(mean) > half else ", not significant"
-        return f"{shown} ({mean:+.3f} ± {half:.3f}{verdict})"
+        mean = f"{fmean(bits_per_byte(runs)):.3f}"
+        peers = {} if layout == PEER else by_seed(result, setting, PEER)
+        return f"{mean} ({verdict})" if (verdict := compared(runs, peers)) else mean
 
     def title(setting: Setting) -> str:
-        text, context, optimizer = setting
-        seeds = min(num_seeds(setting, layout) for layout in layouts_of(setting))
-        few = "" if seeds == most else f", {seeds} of {most} seeds"
-        return f"{text}, {context:,}{', Muon' if optimizer == 'muon' else ''}{few}"
+        text, context, _ = setting
+        fewest = min(filter(None, (seeds[setting, layout] for layout in LABELS)))
+        most = max(seeds.values())
+        return f"{text}, {context:,}{'' if fewest == most else f', {fewest} of {most} seeds'}"
 
-    def num_seeds(setting: Setting, layout: str) -> int:
-        return len(by_seed(result, setting, layout))
-
-    def layouts_of(setting: Setting) -> list[str]:
-        return [layout for layout in LABELS if num_seeds(setting, layout)]
-
-    shown = settings(result)
-    most = max(num_seeds(setting, layout) for setting in shown for layout in LABELS)
     columns: Columns = {"bits per byte (difference from attention)": LABELS.__getitem__}
     columns |= {title(setting): partial(cell, setting) for setting in shown}
     return table(LABELS, columns)
+
+
+def optimizers(result: Run) -> str:
+    """Show bits per byte of AdamW's models and of Muon's, and the difference."""
+    first = next(setting for setting in settings(result) if setting[2] == "adamw")
+
+    def runs(optimizer: str, layout: str) -> dict[int, Run]:
+        return by_seed(result, (*first[:2], optimizer), layout)
+
+    def cell(optimizer: str, layout: str) -> str:
+        bits = bits_per_byte(runs(optimizer, layout))
+        return f"{fmean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})" if bits else "-"
+
+    return table(
+        LABELS,
+        {
+            "bits per byte (range of seeds)": LABELS.__getitem__,
+            "AdamW": partial(cell, "adamw"),
+            "Muon": partial(cell, "muon"),
+            "difference": lambda layout: compared(runs("muon", layout), runs("adamw", layout)),
+        },
+    )
 
 
 def of_positions(result: Run, setting: Setting, layout: str) -> dict[int, float]:
@@ -130,6 +160,7 @@ def rates(result: Run) -> str:
 
 TABLES: dict[str, Callable[[Any], str]] = {
     "quality losses": losses,
+    "quality optimizers": optimizers,
     "quality recall": recall,
     "quality rates": rates,
 }

@@ -25,7 +25,7 @@ DOCUMENTS = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("data", "engine", "evidence", "gpu-check", "slurm", "training")
+        for name in ("data", "engine", "evidence", "gpu-check", "quality", "slurm", "training")
     ),
 ]
 PLACE = re.compile(

@@ -60,39 +60,6 @@ def tokenizers(result: Run) -> str:
     return table(result["runs"], columns)
 
 
-def optimizers(result: Run) -> str:
-    """Show what each optimizer reaches with the same tokens."""
-
-    def reached(name: str) -> str:
-        values = [run["bits_per_byte"] for run in chosen[name]]
-        return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-    def tokens(name: str) -> str:
-        values = [run["tokens_to_goal"] for run in chosen[name]]
-        return ", ".join("not reached" if value is None else f"{value:,.0f}" for value in values)
-
-    rates, runs = result["best_rates"], result["runs"]
-    chosen = {
-        name: [run for run in runs if (run["optimizer"], run["learning_rate"]) == (name, rate)]
-        for name, rate in rates.items()
-    }
-
-    def first(rate: float, name: str) -> str:
-        tried = [run for run in runs if (run["optimizer"], run["learning_rate"]) == (name, rate)]
-        return f"{tried[0]['bits_per_byte']:.3f}"
-
-    columns: Columns = {"optimizer": lambda name: name}
-    tried = sorted({run["learning_rate"] for run in runs})
-    for rate in tried if len(tried) > 1 else ():
-        columns[f"first seed, learning rate {rate:g}"] = partial(first, rate)
-    columns |= {
-        "learning rate": lambda name: f"{rates[name]:g}",
-        f"bits per byte, {len(chosen['adamw'])} seeds": reached,
-        "tokens to reach AdamW's mean, by seed": tokens,
-    }
-    return table(rates, columns)
-
-
 def documents(result: Run) -> str:
     """Show the cost of keeping documents apart, against together."""
     columns: Columns = {
@@ -250,7 +217,6 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "documents": documents,
     "memory": memory,
     "tokenizers": tokenizers,
-    "optimizers": optimizers,
     "load": load,
     "invariance": invariance,
     "step": step,

@@ -93,7 +93,7 @@ def test_a_result_has_all_figures_and_is_shown(capsys):
 def test_pictures_are_drawn_from_the_recorded_results(tmp_path):
     plots.draw_pictures(tmp_path)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes.keys() == {"decode.png", "futurefill.png", "training-step.png"}
+    assert sizes.keys() == {"decode.png", "futurefill.png", "quality.png", "training-step.png"}
     assert min(sizes.values()) > 1e4
 
 
