@@ -46,7 +46,9 @@ clean:
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("stu needs Python 3.10 or newer: give it as in make PYTHON=python3.12")'
-	test -e $@ || rm -rf .venv
+	test ! -e .venv/unfinished || rm -rf .venv
 	$(PYTHON) -m venv .venv
+	touch .venv/unfinished
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
+	rm .venv/unfinished
 	touch $@

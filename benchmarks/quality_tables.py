@@ -137,8 +137,12 @@ def recall(result: Run) -> str:
         chosen = [run for run in runs if run["learning_rate"] == rate["learning_rate"]]
         return ", ".join(f"{run['right']:.0%}" for run in chosen)
 
+    def parameters(layout: str) -> str:
+        sizes = {run["parameters"] for run in result["recall"] if run["layout"] == layout}
+        return ", ".join(f"{size:,}" for size in sizes) or "-"
+
     tasks = sorted({run["task"] for run in result["recall"]})
-    columns: Columns = {"accuracy, by seed": LABELS.__getitem__}
+    columns: Columns = {"accuracy, by seed": LABELS.__getitem__, "parameters": parameters}
     columns |= {task: partial(cell, task) for task in tasks}
     return table(LABELS, columns)
 

@@ -84,7 +84,7 @@ class LLM:
         self._num_ranks = tensor_parallel
         config = EngineConfig(**engine)
         devices, *others = device_groups(
-            "auto" if device is None else str(device), tensor_parallel, "device"
+            "auto" if device in (None, "") else str(device), tensor_parallel, "device"
         )
         if others:
             count = "one device" if tensor_parallel == 1 else f"{tensor_parallel} devices"

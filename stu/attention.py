@@ -137,9 +137,8 @@ def sliding_window_attention(
 
     Queries and the result are `[B, T, heads, head_dim]`. Keys and values are of the same tokens,
     and may begin with those of earlier ones. 16-bit tensors on CUDA go through flash-attn where it
-    is installed, unless their heads are too wide for it, and otherwise, unless they are short,
-    through flex_attention. All others go through blocks of queries in float32, `O(T * window)` in
-    time.
+    is installed, and elsewhere, unless they are short, through flex_attention. All others, and
+    heads too wide for flash-attn, go through blocks of queries in float32, `O(T * window)` in time.
     """
     half = queries.dtype in (torch.float16, torch.bfloat16)
     kernel = KERNEL_ON_CUDA if queries.is_cuda and half else ""

@@ -82,8 +82,8 @@ class BatchConfig:
     """Score the rows instead of generating text: write the log probability of each prompt, or of a
     row's completion given its prompt."""
     overwrite: bool = False
-    """Replace an existing output instead of resuming it. Do not use it in a job that may be
-    requeued."""
+    """Replace an existing output instead of resuming it. A Slurm job that has been requeued resumes
+    what it has written."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Settings of the engine."""
 

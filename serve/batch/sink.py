@@ -14,6 +14,8 @@ from stu.common.files import new_file
 
 SPOILT = "spoilt"
 """Field of a job file with the reason why its output cannot be resumed."""
+SLURM_JOB = "slurm_job"
+"""Field of a job file with the Slurm job, or the array, whose run began the output."""
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 
 
@@ -21,7 +23,8 @@ class OutputFile:
     """A file of lines, locked by this run while the context is open.
 
     A job file beside it holds `identity`, which decides the rows. An output of the same identity is
-    resumed: a last line that was cut off is removed, and `done` has the numbers of the others.
+    resumed: a last line that was cut off is removed, and `done` has the numbers of the others. With
+    `overwrite` it begins anew, unless an earlier start of the same Slurm job began it.
 
     recognise: Function that returns the number of a written row and whether it has an error, and
     raises KeyError, TypeError or ValueError for anything else.
@@ -44,6 +47,7 @@ class OutputFile:
         self._path, self._recognise = path, recognise
         self._identity = json.loads(json.dumps(identity))  # as it will be read from the job file
         self._overwrite = overwrite
+        self._slurm_job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
 
     def __enter__(self) -> "OutputFile":
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -86,7 +90,7 @@ class OutputFile:
 
     def _begin(self) -> None:
         has_rows = os.fstat(self._descriptor).st_size > 0
-        if has_rows and not self._overwrite:
+        if has_rows and not (self._overwrite and self._is_first_start()):
             _require_same(self._path, self._old_identity(), self._identity)
             self._recover()
             return
@@ -95,7 +99,14 @@ class OutputFile:
         os.fsync(self._descriptor)
         self._write_job(self._identity)
 
+    def _is_first_start(self) -> bool:
+        """Return whether no earlier start of this Slurm job began the output."""
+        if not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            return True
+        return (_read_values(_job_file(self._path)) or {}).get(SLURM_JOB) != self._slurm_job
+
     def _write_job(self, values: Mapping[str, Any]) -> None:
+        values = values if self._slurm_job is None else {**values, SLURM_JOB: self._slurm_job}
         with new_file(_job_file(self._path)) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -189,6 +200,11 @@ def _job_file(output: Path) -> Path:
 
 def _read_job(file: Path) -> dict[str, Any] | None:
     """Return the identity of the output that `file` is beside, or None if there is no such file."""
+    values = _read_values(file)
+    return values and {name: value for name, value in values.items() if name != SLURM_JOB}
+
+
+def _read_values(file: Path) -> dict[str, Any] | None:
     try:
         identity = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

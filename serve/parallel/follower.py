@@ -29,6 +29,7 @@ from serve.sampling_params import Constraint
 from serve.wire import Message, Unpacker, pack, request_from_wire, unpack
 from stu.common.cli import run_command
 from stu.common.errors import UserError
+from stu.common.machine import limit_threads
 from stu.model_dir import load_model, load_tokenizer
 
 RECEIVE_BYTES = 2**20
@@ -66,6 +67,7 @@ class Follower:
 
     def _load(self) -> Engine:
         settings = self._messages.get()
+        limit_threads()
         if settings["dies_with_parent"]:
             _die_with_parent()
         self._connection.sendall(pack({"at": "start"}))

@@ -119,7 +119,8 @@ class Grammars:
 
 
 def _on_large_stack(work: Callable[[Constraint], Result], constraint: Constraint) -> Result:
-    """Return `work(constraint)`, called in a thread with a stack of STACK_BYTES."""
+    """Return `work(constraint)`, called in a thread with a stack of STACK_BYTES; without one where
+    the system has no room for that."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -133,6 +134,8 @@ def _on_large_stack(work: Callable[[Constraint], Result], constraint: Constraint
         try:
             thread = threading.Thread(target=run)
             thread.start()
+        except RuntimeError:  # a limit of the address space
+            return work(constraint)
         finally:
             threading.stack_size(usual)
     thread.join()

@@ -40,7 +40,7 @@ def num_processors(root: Path = Path("/")) -> int:
 
 
 def limit_threads() -> None:
-    """Let torch use no more threads than this process has processors, unless the user has chosen
+    """Let torch use no more threads than this process has processors, unless OMP_NUM_THREADS says
     how many."""
     import torch
 
@@ -49,15 +49,16 @@ def limit_threads() -> None:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    new = "memory.max", "memory.current", "inactive_file"
-    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    new = "memory.max", "memory.current", ""
+    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
     for version, folder in _groups("memory", root):
-        limit, used, cache = new if version == 2 else old
+        limit, used, prefix = new if version == 2 else old
         with suppress(OSError, ValueError, KeyError):  # no such group, or no limit
             rows = (folder / "memory.stat").read_text().splitlines()
             statistics = dict(row.split() for row in rows)
             # The system drops contents of files where it needs their memory.
-            taken = int((folder / used).read_text()) - int(statistics[cache])
+            files = (int(statistics[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+            taken = int((folder / used).read_text()) - sum(files)
             yield max(0, int((folder / limit).read_text()) - taken)
 
 

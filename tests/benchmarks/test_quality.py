@@ -148,6 +148,7 @@ def test_tables_show_differences_of_the_same_seeds_and_which_are_not_significant
     result = {"runs": runs, "tried": runs[:1]}
     result["recall"] = [
         {"task": "needle", "layout": "stu", "seed": seed, "learning_rate": rate, "right": right}
+        | {"parameters": 1234}
         for seed, rate, right in [(0, 1e-3, 0.2), (0, 3e-3, 0.5), (0, 1e-2, 0.1), (1, 3e-3, 0.25)]
     ]
     lines = quality_tables.losses(result).splitlines()
@@ -166,7 +167,7 @@ def test_tables_show_differences_of_the_same_seeds_and_which_are_not_significant
         ["attention, RoPE", "3.000 (2.000 to 4.000)", "2.000 (2.000 to 2.000)", "+0.000, one seed"],
     ]
     recall = quality_tables.recall(result).splitlines()
-    assert recall[2:4] == ["| STU | 50%, 25% |", "| hybrid | - |"]
+    assert recall[2:4] == ["| STU | 1,234 | 50%, 25% |", "| hybrid | - | - |"]
     assert quality_tables.rates(result).splitlines()[-1] == "| attention, RoPE | 2.000 |"
     positions = quality_tables.of_positions(result, ("code", 4096, "adamw"), "rope")
     assert positions == {1: 3.0, 2: 1.5}

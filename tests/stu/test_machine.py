@@ -21,7 +21,8 @@ GIB = 2**30
 
 def write_group(folder, limit, used, cache, names):
     folder.mkdir(parents=True, exist_ok=True)
-    statistics = f"anon 5\n{names[2]} {cache}"
+    statistics = f"anon 5\n{names[2]}active_file {cache // 2}"
+    statistics += f"\n{names[2]}inactive_file {cache // 2}"
     files = {names[0]: limit, names[1]: used, "memory.stat": statistics}
     for name, value in files.items():
         (folder / name).write_text(f"{value}\n")
@@ -32,13 +33,14 @@ def write_own(root, text):
     (root / "proc" / "self" / "cgroup").write_text(text)
 
 
-NEW = "memory.max", "memory.current", "inactive_file"
-OLD = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+NEW = "memory.max", "memory.current", ""
+OLD = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
 
 
 @pytest.fixture(autouse=True)
 def large_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
 
 
 def test_the_limit_of_a_group_or_of_one_around_it_holds(tmp_path):
@@ -120,6 +122,7 @@ def test_threads_are_not_more_than_processors(monkeypatch):
 @pytest.mark.parametrize(("term", "live"), [("xterm", True), ("dumb", False), ("unknown", False)])
 def test_what_is_shown_on_a_dumb_terminal_is_not_drawn_again(monkeypatch, term, live):
     monkeypatch.setenv("TERM", term)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert is_live(Console(force_terminal=True)) == live
     assert not is_live(Console(file=io.StringIO()))
 

@@ -107,7 +107,9 @@ class Checkpoints(Checkpoint):
             path = Path(resumed).resolve()
             if path.parent == self._folder.resolve():  # later ones will be written again
                 if path.name == LAST:  # a copy and no link
-                    path = path.rename(path.with_name(step_name(step)))
+                    own = path.with_name(step_name(step))
+                    shutil.rmtree(own, ignore_errors=True)
+                    path = path.rename(own)
                 self._point_at(path.name)
 
     def _finish(self, trainer: L.Trainer) -> None:

@@ -120,7 +120,7 @@ def _resumed_shape(settings: Any) -> Mapping[str, Any] | None:
     resume = settings.resume
     if resume is None:
         return None
-    paths = sorted((settings.run_dir / CHECKPOINTS).glob("step-*.ckpt"), reverse=True)
+    paths = sorted((settings.run_dir / CHECKPOINTS).glob("*.ckpt"), reverse=True)
     for path in paths if resume in ("auto", "last") else [Path(resume)]:
         try:
             shape: Mapping[str, Any] = CheckpointFolder(path).training["stu"]["model_config"]

@@ -117,6 +117,25 @@ def test_overwrite_starts_anew(path):
 
 
 @pytest.mark.parametrize(
+    ("restarts", "job", "done"), [(0, "7", set()), (1, "7", {9}), (1, "8", set())]
+)
+def test_overwrite_keeps_what_earlier_starts_of_its_slurm_job_wrote(
+    path, monkeypatch, restarts, job, done
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    with begin(path, overwrite=True) as output:
+        output.append([line(9)])
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    with begin(path, overwrite=True) as output:
+        assert output.done == done
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with begin(path) as output:  # of any job
+        assert output.done == done
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{}\n", "line 1 is not a row of this job"),

@@ -208,6 +208,16 @@ def test_long_chains_of_rules_and_references_end_no_process(code_tokenizer, tmp_
     assert done.stdout.splitlines()[:2] == ["allowed"] * 2
 
 
+def test_without_room_for_a_large_stack_a_constraint_is_compiled_on_the_usual_one(
+    code_tokenizer, monkeypatch
+):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    Grammars(code_tokenizer).check(CONSTRAINTS["regex"])
+
+
 NAMES = {"type": "object", "properties": {"a": {}}}
 
 

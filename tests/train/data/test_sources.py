@@ -286,7 +286,7 @@ def test_sources_without_files_are_refused(tmp_path, source, message):
         ("a.csv", b"text,text\n1,a\n", "line 1: 2 fields 'text' in the header"),
         ("a.csv", b"id,text\n1,a\n\n2\n", "line 4: 1 fields, but 'text' is number 2"),
         ("a.csv", b"text\na\n\xff\n", r"a\.csv line 3: not UTF-8"),
-        ("a.csv", "text\na\n".encode("utf-16"), r"a\.csv line 1: not UTF-8"),
+        ("a.csv", "text\na\n".encode("utf-16"), r"a\.csv line 1: not (UTF-8|CSV)"),
         ("a.csv", b"text\nHello, world\n", "line 2: 2 fields, and the header has 1: put texts"),
         ("a.csv", b'id,text\n1,"never closed\n2,b\n', "line 2: not CSV .unexpected end"),
     ],
@@ -303,12 +303,17 @@ def test_a_row_of_a_csv_file_that_cannot_be_read_costs_no_other(tmp_path):
     rows[8] = b"8,row 8,caf\xe9"  # in a column that is not read
     rows[9] = b"9,row, 9,b"
     rows[10] = b"10,row 10,b,,"  # nothing follows
+    rows[11] = b'11,"He said "hi" to me",b'
     (tmp_path / "a.csv").write_bytes(b"\n".join([b"id,text,other", *rows]))
     found = list(read_documents(find_files([str(tmp_path)]).documents))
     bad = [(one.place, one.kind) for one in found if isinstance(one, BadInput)]
-    assert bad == [("line 9", "not UTF-8"), ("line 11", "too many fields")]
+    assert bad == [
+        ("line 9", "not UTF-8"),
+        ("line 11", "too many fields"),
+        ("line 13", "not CSV"),
+    ]
     texts = [one.text for one in found if isinstance(one, Document)]
-    assert texts == [f"row {i}" for i in range(5000) if i not in (7, 9)]
+    assert texts == [f"row {i}" for i in range(5000) if i not in (7, 9, 11)]
 
 
 def test_parquet_columns_are_checked(tmp_path):

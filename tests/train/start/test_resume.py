@@ -176,6 +176,10 @@ def test_a_checkpoint_may_be_copied_as_the_last(train, short_run, tmp_path):
     step = last_checkpoint(short_run)["global_step"]
     run = train(tmp_path / "run", "--resume=auto", f"--trainer.max_steps={step + 1}")
     assert checkpoint_names(run) == ["last.ckpt", last.name, f"step-{step + 1:08d}.ckpt"]
+    (checkpoints / "last.ckpt").unlink()
+    shutil.copytree(last, checkpoints / "last.ckpt")  # beside the one that it is a copy of
+    train(run, "--resume=auto", f"--trainer.max_steps={step + 1}")
+    assert checkpoint_names(run) == ["last.ckpt", last.name, f"step-{step + 1:08d}.ckpt"]
 
 
 def test_a_run_without_a_checkpoint_is_started_anew(train, tmp_path, capsys):

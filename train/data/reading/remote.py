@@ -68,7 +68,8 @@ class _Reader(io.RawIOBase):
         return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._called(self._file.seek, offset, whence))
+        self._called(self._file.seek, offset, whence)  # some return nothing
+        return int(self._called(self._file.tell))
 
     def close(self) -> None:
         if not self.closed:

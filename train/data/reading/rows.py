@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -87,7 +88,12 @@ def read_csv(source: OpenedFile, text_key: str) -> Iterator[Document | BadInput]
         except UserError as error:
             raise damaged(source.path, place, error) from error
         except csv.Error as error:
-            raise BadInput(source.path, place, "not CSV", f"not CSV ({error})") from error
+            bad = BadInput(source.path, place, "not CSV", f"not CSV ({error})")
+            # A quote that is never closed takes the rest of the file.
+            if column is None or re.search("unexpected end|larger than", str(error)):
+                raise bad from error
+            yield bad
+            continue
         if row is None:
             return
         if column is None:
