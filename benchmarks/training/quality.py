@@ -54,7 +54,7 @@ class Options:
     """Runs at a time, of one thread each."""
     tokens: PositiveInt = 1_495_040
     """Tokens that each model trains on."""
-    steps: PositiveInt = 400
+    steps: PositiveInt = 2000
     """Optimizer steps of each model that learns to recall."""
     seeds: PositiveInt = 3
     """Number of seeds, of the initial weights and of the data's order."""

@@ -1,8 +1,8 @@
 """Recall of tokens: tasks that models learn from examples of their own, and how often they succeed.
 
-`recall`: pairs of a key and a value, then the keys again in another order, each of which asks for
-its value (Arora et al. 2023, arXiv:2312.04927). `needle`: noise in which one pair is hidden, and
-whose last token is its key.
+`recall`: pairs of a key and a value, then keys of them in any order, each of which asks for its
+value (Arora et al. 2023, arXiv:2312.04927). `needle`: noise in which one pair is hidden, and whose
+last token is its key.
 """
 
 import dataclasses
@@ -22,37 +22,38 @@ from stu.model import FlashSTU
 from train.optimizer import OptimizerConfig, make_optimizer
 
 Task = Literal["recall", "needle"]
-NUM_KEYS = 64
+NUM_KEYS = 16
 """Keys are the first tokens of the vocabulary, then as many values, then noise."""
 VOCAB_SIZE = 4 * NUM_KEYS
-LENGTH, NUM_PAIRS = 256, 32
-BATCH, TEST_BATCH = 32, 256
+LENGTHS: dict[Task, int] = {"recall": 32, "needle": 64}
+NUM_PAIRS = 4
+"""Pairs of `recall`."""
+BATCH, TEST_BATCH = 64, 256
 WIDTH = 64
 IGNORED = -100
 CLIP_NORM = 1.0
 
 
 def examples(task: Task, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets `[count, LENGTH]`; targets that do not count are IGNORED."""
+    """Return tokens and targets `[count, length]`; targets that do not count are IGNORED."""
+    length, num_pairs = LENGTHS[task], NUM_PAIRS if task == "recall" else 1
 
     def drawn(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=random)
 
-    tokens = drawn(2 * NUM_KEYS, VOCAB_SIZE, count, LENGTH)
+    tokens = drawn(2 * NUM_KEYS, VOCAB_SIZE, count, length)
     targets = torch.full_like(tokens, IGNORED)
-    num_pairs = NUM_PAIRS if task == "recall" else 1
     keys = torch.rand(count, NUM_KEYS, generator=random).argsort(1)[:, :num_pairs]
     values = NUM_KEYS + drawn(0, NUM_KEYS, count, num_pairs)
     if task == "needle":
-        rows, places = torch.arange(count), drawn(0, LENGTH - 2, count)
+        rows, places = torch.arange(count), drawn(0, length - 2, count)
         tokens[rows, places], tokens[rows, places + 1] = keys[:, 0], values[:, 0]
         tokens[:, -1], targets[:, -1] = keys[:, 0], values[:, 0]
         return tokens, targets
-    tokens[:, 0 : 2 * num_pairs : 2], tokens[:, 1 : 2 * num_pairs : 2] = keys, values
-    later = LENGTH - 2 * num_pairs
-    places = 2 * num_pairs + torch.rand(count, later, generator=random).argsort(1)[:, :num_pairs]
-    tokens.scatter_(1, places, keys)
-    targets.scatter_(1, places, values)
+    first = 2 * num_pairs  # of the questions
+    tokens[:, 0:first:2], tokens[:, 1:first:2] = keys, values
+    asked = drawn(0, num_pairs, count, length - first)
+    tokens[:, first:], targets[:, first:] = keys.gather(1, asked), values.gather(1, asked)
     return tokens, targets
 
 
@@ -77,9 +78,10 @@ def learn(trial: Trial) -> dict[str, Any]:
     """Train a model of two blocks on a task, and return its share of right answers."""
     register_peer()
     torch.manual_seed(trial.seed)
+    max_seq_len = LENGTHS[trial.task]
     config = ModelConfig(
-        VOCAB_SIZE, width=WIDTH, num_layers=2, layout=trial.layout, max_seq_len=LENGTH,
-        num_heads=2, mlp_ratio=2, window_tokens=LENGTH,
+        VOCAB_SIZE, width=WIDTH, num_layers=2, layout=trial.layout, max_seq_len=max_seq_len,
+        num_heads=2, mlp_ratio=2, window_tokens=max_seq_len,
     )  # fmt: skip
     model = FlashSTU(config)
     optimizer = make_optimizer(model, OptimizerConfig(learning_rate=trial.learning_rate))

@@ -13,7 +13,7 @@ from benchmarks.peers.rope_attention import rotated
 from benchmarks.training import quality
 from benchmarks.training.quality import Options, first_runs
 from benchmarks.training.quality_run import register_peer, sized
-from benchmarks.training.recall import IGNORED, LENGTH, NUM_KEYS, examples
+from benchmarks.training.recall import IGNORED, LENGTHS, NUM_KEYS, NUM_PAIRS, examples
 from stu.layouts import MIXERS
 from stu.model import FlashSTU
 
@@ -54,17 +54,18 @@ def test_scores_of_the_peer_depend_on_distances_alone():
 @pytest.mark.parametrize("task", ["recall", "needle"])
 def test_each_question_has_one_answer_in_the_text(task):
     tokens, targets = examples(task, 20, torch.Generator().manual_seed(0))
-    assert tokens.shape == targets.shape == (20, LENGTH)
+    length = LENGTHS[task]
+    assert tokens.shape == targets.shape == (20, length)
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
         asked = [place for place, answer in enumerate(answers) if answer != IGNORED]
-        assert len(asked) == (32 if task == "recall" else 1)
-        assert task == "recall" or asked == [LENGTH - 1]
+        first = 2 * NUM_PAIRS if task == "recall" else length - 1
+        assert asked == [*range(first, length)]
         for place in asked:
             first = row.index(row[place])
             assert row[place] < NUM_KEYS
             assert first < place
             assert row[first + 1] == answers[place] >= NUM_KEYS
-            assert row[:place].count(row[place]) == 1
+            assert row[: asked[0]].count(row[place]) == 1
 
 
 def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
