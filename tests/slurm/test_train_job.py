@@ -178,7 +178,9 @@ def continues_without_an_unfit_node(scene):
     # Without both nodes there would be too few.
     alone = scene.submit(*options, "--nodelist=n3", "--exclude=n1")
     options += "--mem=2G", "--job-name=mine", "--output=mine-%j.log", "--nice=7"
-    job = scene.submit(*options, more=("--trainer.max_steps=20", "--parallel.kind=ddp"))
+    job = scene.submit(
+        *options, more=("--trainer.max_steps=20", "--parallel.kind=ddp", "--parallel.zero_stage=1")
+    )
     log = folder / f"mine-{job.number}.log"
     # As an export would, it needs the last checkpoint.
     found = f"readlink {job.run_dir}/checkpoints/last.ckpt > {folder}/found"
@@ -200,7 +202,12 @@ def continues_without_an_unfit_node(scene):
 
 def owns_its_folder(scene):
     """Another job is refused by name, and the same one continues at once when it is requeued."""
-    more = "--trainer.max_steps=1000000", "--parallel.kind=ddp", "--log-samples=false"
+    more = (
+        "--trainer.max_steps=1000000",
+        "--parallel.kind=ddp",
+        "--parallel.zero_stage=1",
+        "--log-samples=false",
+    )
     job = scene.submit("--nodes=1", more=more)
     job.wait_for_step(3)
     settings = " ".join([*arguments(scene.settings, job.run_dir), *more])
