@@ -37,6 +37,8 @@ LIMITS = llguidance.LLParserLimits(
 STACK_BYTES = 2**29
 """llguidance recurses along rules and references, of which MOST_CHARS have some 8,000; a usual
 stack of 8 MiB ends after some 1,000. Memory is reserved alone until it is used."""
+CHARS_OF_USUAL_STACK = MOST_CHARS // 4
+"""Longest constraint that a stack of 8 MiB is surely enough for."""
 PROBES, PROBE_TOKENS = 3, 24
 """Random texts, and tokens of each, that check whether a constraint stays within LIMITS."""
 _STACK_SIZE = threading.Lock()
@@ -119,8 +121,8 @@ class Grammars:
 
 
 def _on_large_stack(work: Callable[[Constraint], Result], constraint: Constraint) -> Result:
-    """Return `work(constraint)`, called in a thread with a stack of STACK_BYTES; without one where
-    the system has no room for that."""
+    """Return `work(constraint)`, called in a thread with a stack of STACK_BYTES. Where the address
+    space is limited, a usual stack does for short constraints; raises UserError for others."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -129,15 +131,19 @@ def _on_large_stack(work: Callable[[Constraint], Result], constraint: Constraint
         except BaseException as error:
             future.set_exception(error)
 
+    thread = threading.Thread(target=run)
     with _STACK_SIZE:  # it is one for all threads that begin
         usual = threading.stack_size(STACK_BYTES)
         try:
-            thread = threading.Thread(target=run)
             thread.start()
-        except RuntimeError:  # a limit of the address space
-            return work(constraint)
+        except RuntimeError as error:
+            if len(constraint.source) > CHARS_OF_USUAL_STACK:
+                reason = "it is too long for the address space of the server (ulimit -v)"
+                raise _refused(constraint.kind, reason) from error
         finally:
             threading.stack_size(usual)
+    if thread.ident is None:  # it has not begun
+        return work(constraint)
     thread.join()
     return future.result()
 

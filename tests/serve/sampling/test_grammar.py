@@ -208,14 +208,18 @@ def test_long_chains_of_rules_and_references_end_no_process(code_tokenizer, tmp_
     assert done.stdout.splitlines()[:2] == ["allowed"] * 2
 
 
-def test_without_room_for_a_large_stack_a_constraint_is_compiled_on_the_usual_one(
+def test_without_room_for_a_large_stack_only_short_constraints_are_compiled(
     code_tokenizer, monkeypatch
 ):
     def fail(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
-    Grammars(code_tokenizer).check(CONSTRAINTS["regex"])
+    usual, grammars = threading.stack_size(), Grammars(code_tokenizer)
+    assert grammars.matcher(CONSTRAINTS["regex"]).num_allowed(code_tokenizer.encode("ab")) >= 1
+    with pytest.raises(UserError, match="too long for the address space"):
+        grammars.matcher(Constraint(*LONG_CHAINS[0]))
+    assert threading.stack_size() == usual
 
 
 NAMES = {"type": "object", "properties": {"a": {}}}
