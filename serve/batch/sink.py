@@ -106,7 +106,8 @@ class OutputFile:
         return (_read_values(_job_file(self._path)) or {}).get(SLURM_JOB) != self._slurm_job
 
     def _write_job(self, values: Mapping[str, Any]) -> None:
-        values = values if self._slurm_job is None else {**values, SLURM_JOB: self._slurm_job}
+        # First, so that files without this line are alike (slurm/generate.sbatch).
+        values = values if self._slurm_job is None else {SLURM_JOB: self._slurm_job, **values}
         with new_file(_job_file(self._path)) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
