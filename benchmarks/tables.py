@@ -67,12 +67,15 @@ def with_tables(text: str) -> str:
 
 
 def made_on(result: Run) -> str:
-    """Return where and when a result was made."""
+    """Return where and when a result was made, with the commits of all its runs."""
     machine = result["machine"]
-    day, commit = machine["date"].split("T")[0], machine["commit"][:7]
+    runs = result.get("runs", []) + result.get("recall", [])
+    made = [earlier["commit"] for earlier in result.get("earlier_machines", [])]
+    made += [run["commit"] for run in runs if "commit" in run] or [machine["commit"]]
+    day, commits = machine["date"].split("T")[0], ", ".join(dict.fromkeys(c[:7] for c in made))
     on_gpu = any(run.get("device") == "cuda" for run in result.get("runs", []))
     processor = machine["gpu" if on_gpu else "processor"]
-    return f"({processor}, torch {machine['torch']}, {day}, commit {commit})"
+    return f"({processor}, torch {machine['torch']}, {day}, commit {commits})"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ The first seed tries learning rates on the first text and context, more until th
 the highest or lowest; all other runs of a layout have its best one, and Muon's have the same. Tasks
 of recall have the best of three of the first seed. A run that has ended is kept in a folder, and
 `minutes` limits how long runs are begun, so a whole result may come from several calls; with
-`recorded`, also from several machines.
+`recorded`, also from several machines. Each run says which commit made it; runs of a text whose
+tokens differ are refused.
 """
 
 import ast
@@ -24,7 +25,9 @@ from typing import Any, Literal, get_args
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from benchmarks.machine import describe
+from benchmarks.machine import commit, describe
+from benchmarks.quality_tables import T_95
+from benchmarks.recorded import ROOT
 from benchmarks.training.quality_run import TOKENS_PER_STEP, VOCAB_SIZE, Run, register_peer
 from benchmarks.training.recall import Task, Trial
 from stu.common.errors import UserError
@@ -82,6 +85,8 @@ def measure(options: Options) -> dict[str, Any]:
             raise UserError("contexts", context, f"a divisor of {TOKENS_PER_STEP}")
     if options.tokens % TOKENS_PER_STEP:
         raise UserError("tokens", options.tokens, f"a multiple of {TOKENS_PER_STEP}")
+    if options.seeds > max(T_95):
+        raise UserError("seeds", options.seeds, f"at most {max(T_95)}")
     register_peer()
     for layout in options.layouts:
         if layout not in layout_names():
@@ -214,7 +219,14 @@ class _Work:
         with ThreadPoolExecutor(self._options.processes) as pool:
             list(pool.map(self._make, runs))
         paths = [self.path(run) for run in runs]
-        return [json.loads(path.read_text()) for path in paths if path.exists()]
+        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        for text in self._options.texts:
+            found = {result.get("data") for result in results if result.get("text") == text}
+            if len(found - {None}) > 1:
+                raise UserError(
+                    "folder", str(self._options.folder), f"runs that learned the same {text}"
+                )
+        return results
 
     def _make(self, run: Run | Trial) -> None:
         with self._free:
@@ -235,9 +247,10 @@ class _Work:
         with open(path.with_suffix(".log"), "w") as log:
             made = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=log)
         part = path.with_suffix(".part")
-        part.write_bytes(made.stdout.splitlines()[-1])
+        result = json.loads(made.stdout.splitlines()[-1]) | {"commit": commit(ROOT)}
+        part.write_text(json.dumps(result), encoding="utf-8")
         part.rename(path)
-        print(path.name, made.stdout.splitlines()[-1][-160:], file=sys.stderr, flush=True)
+        print(path.name, json.dumps(result)[-200:], file=sys.stderr, flush=True)
 
 
 def prepared(text: str, folder: Path) -> Path:

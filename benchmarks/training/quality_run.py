@@ -7,6 +7,7 @@ result.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import sys
@@ -123,6 +124,7 @@ def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     export(folder, folder / "model", "float32", overwrite=False)
     model = load_model(folder / "model")
     result = dataclasses.asdict(run) | {
+        "data": digest(data),
         "parameters": model.num_parameters(),
         "bits_per_byte": curves["val/bits_per_byte"][1][-1],
         "loss": curves["val/loss"][1][-1],
@@ -130,6 +132,14 @@ def train(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     }
     shutil.rmtree(folder)
     return result
+
+
+def digest(data: Path) -> str:
+    """Return a hash of the tokens of prepared data."""
+    hashed = hashlib.sha256()
+    for path in sorted(data.glob("*.bin")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:16]
 
 
 @torch.inference_mode()

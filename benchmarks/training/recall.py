@@ -1,8 +1,9 @@
 """Recall of tokens: tasks that models learn from examples of their own, and how often they succeed.
 
 `recall`: pairs of a key and a value, then keys of them in any order, each of which asks for its
-value (Arora et al. 2023, arXiv:2312.04927). `needle`: noise in which one pair is hidden, and whose
-last token is its key.
+value (Arora et al. 2023, arXiv:2312.04927). `needle`: the same, with the pairs at random places in
+noise. Each pair of a text has another key and another value, so that a model that knows the values
+and does not tell keys apart is right in a quarter of cases.
 """
 
 import dataclasses
@@ -26,8 +27,7 @@ NUM_KEYS = 16
 """Keys are the first tokens of the vocabulary, then as many values, then noise."""
 VOCAB_SIZE = 4 * NUM_KEYS
 LENGTHS: dict[Task, int] = {"recall": 32, "needle": 64}
-NUM_PAIRS = 4
-"""Pairs of `recall`."""
+NUM_PAIRS, NUM_QUESTIONS = 4, 24
 BATCH, TEST_BATCH = 64, 256
 WIDTH = 64
 IGNORED = -100
@@ -36,24 +36,22 @@ CLIP_NORM = 1.0
 
 def examples(task: Task, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return tokens and targets `[count, length]`; targets that do not count are IGNORED."""
-    length, num_pairs = LENGTHS[task], NUM_PAIRS if task == "recall" else 1
 
-    def drawn(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=random)
+    def shuffled(num: int) -> Tensor:
+        """Return for each text the numbers below `num`, in a random order."""
+        return torch.rand(count, num, generator=random).argsort(1)
 
-    tokens = drawn(2 * NUM_KEYS, VOCAB_SIZE, count, length)
+    length = LENGTHS[task]
+    questions = length - NUM_QUESTIONS
+    tokens = torch.randint(2 * NUM_KEYS, VOCAB_SIZE, (count, length), generator=random)
     targets = torch.full_like(tokens, IGNORED)
-    keys = torch.rand(count, NUM_KEYS, generator=random).argsort(1)[:, :num_pairs]
-    values = NUM_KEYS + drawn(0, NUM_KEYS, count, num_pairs)
-    if task == "needle":
-        rows, places = torch.arange(count), drawn(0, length - 2, count)
-        tokens[rows, places], tokens[rows, places + 1] = keys[:, 0], values[:, 0]
-        tokens[:, -1], targets[:, -1] = keys[:, 0], values[:, 0]
-        return tokens, targets
-    first = 2 * num_pairs  # of the questions
-    tokens[:, 0:first:2], tokens[:, 1:first:2] = keys, values
-    asked = drawn(0, num_pairs, count, length - first)
-    tokens[:, first:], targets[:, first:] = keys.gather(1, asked), values.gather(1, asked)
+    keys = shuffled(NUM_KEYS)[:, :NUM_PAIRS]
+    values = NUM_KEYS + shuffled(NUM_KEYS)[:, :NUM_PAIRS]
+    places = 2 * shuffled(questions // 2)[:, :NUM_PAIRS]
+    tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    asked = torch.randint(0, NUM_PAIRS, (count, NUM_QUESTIONS), generator=random)
+    tokens[:, questions:] = keys.gather(1, asked)
+    targets[:, questions:] = values.gather(1, asked)
     return tokens, targets
 
 

@@ -7,13 +7,21 @@ import math
 import pytest
 import torch
 
-from benchmarks import plots, quality_tables
+from benchmarks import plots, quality_tables, tables
 from benchmarks.__main__ import main
 from benchmarks.peers.rope_attention import rotated
 from benchmarks.training import quality
 from benchmarks.training.quality import Options, first_runs
 from benchmarks.training.quality_run import register_peer, sized
-from benchmarks.training.recall import IGNORED, LENGTHS, NUM_KEYS, NUM_PAIRS, examples
+from benchmarks.training.recall import (
+    IGNORED,
+    LENGTHS,
+    NUM_KEYS,
+    NUM_PAIRS,
+    NUM_QUESTIONS,
+    examples,
+)
+from stu.common.errors import UserError
 from stu.layouts import MIXERS
 from stu.model import FlashSTU
 
@@ -54,18 +62,18 @@ def test_scores_of_the_peer_depend_on_distances_alone():
 @pytest.mark.parametrize("task", ["recall", "needle"])
 def test_each_question_has_one_answer_in_the_text(task):
     tokens, targets = examples(task, 20, torch.Generator().manual_seed(0))
-    length = LENGTHS[task]
-    assert tokens.shape == targets.shape == (20, length)
+    first = LENGTHS[task] - NUM_QUESTIONS
+    assert tokens.shape == targets.shape == (20, LENGTHS[task])
     for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
-        asked = [place for place, answer in enumerate(answers) if answer != IGNORED]
-        first = 2 * NUM_PAIRS if task == "recall" else length - 1
-        assert asked == [*range(first, length)]
-        for place in asked:
-            first = row.index(row[place])
-            assert row[place] < NUM_KEYS
-            assert first < place
-            assert row[first + 1] == answers[place] >= NUM_KEYS
-            assert row[: asked[0]].count(row[place]) == 1
+        assert answers[:first] == [IGNORED] * first
+        text = row[:first]
+        assert len({token for token in text if NUM_KEYS <= token < 2 * NUM_KEYS}) == NUM_PAIRS
+        assert sum(token < 2 * NUM_KEYS for token in text) == 2 * NUM_PAIRS
+        for key, answer in zip(row[first:], answers[first:], strict=True):
+            assert text.count(key) == 1
+            assert text[text.index(key) + 1] == answer
+    # Without the key, one value is as good as another.
+    assert (targets[:, -1:] == targets[:, first:]).double().mean().item() < 0.4
 
 
 def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
@@ -83,9 +91,29 @@ def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
     assert quality.best_rate(work, "stu", only) == 4e-3
 
 
+def test_runs_that_learned_other_tokens_are_refused(tmp_path):
+    options = Options(tmp_path, minutes=1e-9, texts=("code",))
+    work = quality._Work(options)
+    one, other, unknown = first_runs("stu", [1e-3, 2e-3, 4e-3], options)
+    for run, made in ((one, {"data": "1"}), (other, {"data": "2"}), (unknown, {})):
+        work.path(run).write_text(json.dumps({"text": "code"} | made))
+    assert len(work.done([one, unknown])) == 2
+    with pytest.raises(UserError, match="runs that learned the same code"):
+        work.done([one, other])
+
+
+def test_a_table_names_the_commits_of_all_its_runs():
+    machine = {"date": "2026-11-29T00:00:00", "processor": "CPU", "torch": "2", "commit": "e" * 40}
+    assert tables.made_on({"machine": machine}) == "(CPU, torch 2, 2026-11-29, commit eeeeeee)"
+    result = {"machine": machine, "earlier_machines": [{"commit": "a" * 40}]}
+    result |= {"runs": [{}, {"commit": "b" * 40}], "recall": [{"commit": "b" * 40}]}
+    assert tables.made_on(result).endswith("commit aaaaaaa, bbbbbbb)")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
+        ("seeds", "11", "at most 10"),
         ("contexts", "[3000]", "a divisor of 4096"),
         ("tokens", "5000", "a multiple of 4096"),
         ("layouts", "[llama]", "one of hybrid, "),
