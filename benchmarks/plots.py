@@ -84,7 +84,7 @@ def draw_decode(result: Run, file: Path) -> None:
     first = runs[0]
     figure.suptitle(
         f"Decoding after prompts of {first['prompt_tokens']:,} tokens: models of about "
-        f"{first['parameters'] / 1e6:.1f} M parameters, D = {first['width']}, {first['dtype']}, "
+        f"{first['parameters'] / 1e6:.1f} M parameters, D = {first['width']}, float32, "
         f"{first['threads']} thread(s)",
         fontsize=11,
     )

@@ -66,12 +66,14 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         with self:
-            result = func.decompose(*args, **(kwargs or {}))
+            result = func.decompose(*args, **kwargs)
         if result is NotImplemented:
-            result = func(*args, **(kwargs or {}))
-            name = func.overloadpacket.__name__
-            self._count(name, _tensors((args, kwargs)), _tensors(result))
+            result = func(*args, **kwargs)
+            # With `out`, which is scratch memory, an operation makes a tensor as it does without.
+            read = {key: value for key, value in kwargs.items() if key != "out"}
+            self._count(func.overloadpacket.__name__, _tensors((args, read)), _tensors(result))
         return result
 
     def _count(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:

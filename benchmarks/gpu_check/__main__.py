@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = int((end - time.monotonic()) * part.share / shares)
         print(f"{name}: {part.does}, at most {seconds} s", file=sys.stderr, flush=True)
         done = run(part, options, seconds) if seconds > 0 else {"error": "no time was left"}
-        result.setdefault("machine", done.pop("machine", None))
+        if machine := done.pop("machine", None):
+            result.setdefault("machine", machine)
         result["parts"][name] = done
         with new_file(options.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -93,6 +94,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(part: Part, options: argparse.Namespace, seconds: int) -> dict[str, Any]:
     """Run a part in a process of its own, and return what it wrote."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    if options.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file, trace = Path(folder) / "part.json", Path(folder) / "trace"
@@ -100,7 +104,7 @@ def run(part: Part, options: argparse.Namespace, seconds: int) -> dict[str, Any]
         command = [sys.executable, "-m", "benchmarks.gpu_check.run_part", part.measures]
         process = subprocess.Popen(
             [*command, options.device, options.sizes, *where],
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
             start_new_session=True,
         )
         try:

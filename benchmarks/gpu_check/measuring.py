@@ -73,7 +73,7 @@ def step_times(step: Callable[[], object], count: int, waits: bool) -> Figures:
 def energy(call: Callable[[], object], seconds: float) -> Figures:
     """Return joules of a call, and watts meanwhile, over `seconds` of calls; nothing without an
     NVIDIA GPU, and the reason where its driver does not tell."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if seconds <= 0 or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
     try:
         import pynvml  # type: ignore[import-not-found]

@@ -26,6 +26,7 @@ def main(function: str, device: str, sizes: str, file: str, trace: str, seconds:
             from benchmarks.machine import describe
 
             result["machine"] = describe()
+            write(Path(file), result)
             measures = getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), name)
             for setting, measure in measures(device, SIZES[sizes]()):
                 result["measures"].append({"setting": setting, **measured(setting, measure)})

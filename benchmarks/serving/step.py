@@ -49,7 +49,8 @@ class Options:
 
 def measure(options: Options) -> dict[str, Any]:
     """Measure each format of weights with each way to choose tokens."""
-    config = ModelConfig(4096, width=options.width, num_layers=options.layers, max_seq_len=512)
+    sizes = {"width": options.width, "num_layers": options.layers}
+    config = ModelConfig(4096, layout="stu", max_seq_len=512, **sizes)
     torch.manual_seed(0)
     model, runs = FlashSTU(config).eval(), []
     for weights in options.weights:
@@ -62,7 +63,8 @@ def measure(options: Options) -> dict[str, Any]:
             run = {"weights": weights, "choice": choice, "batch": options.batch}
             run |= {f"{name}_ms": 1e3 * own for name, own in parts.items()}
             runs.append(run | {"rest_share": parts["rest"] / sum(parts.values())})
-    return {"machine": describe(), "runs": runs}
+    parameters = model.num_parameters()
+    return {"machine": describe(), "parameters": parameters, "runs": runs}
 
 
 def timed_parts(engine: Engine) -> dict[str, float]:

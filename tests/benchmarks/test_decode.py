@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 
+from benchmarks import plots
 from benchmarks.__main__ import main
 from benchmarks.decoding import decode, model, sampling
 from benchmarks.decoding.caches import CACHES, OURS, Flush, cache_bytes, make_cache
@@ -114,7 +115,7 @@ def test_a_batch_can_be_set_to_later_positions(layout, name):
 
 
 @pytest.mark.slow
-def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
+def test_decode_reports_every_setting_and_ratio(capsys, quick_timing, tmp_path):
     settings = ["--layout", "[hybrid]", "--width", "64", "--layers", "2", "--new-tokens", "[320]"]
     settings += ["--batch", "[2]", "--caches", "[ours,ours_int8,flashinference]"]
     assert main(["decode", *settings, "--peers", "[s4]", "--rounds", "2"]) == 0
@@ -138,6 +139,8 @@ def test_decode_reports_every_setting_and_ratio(capsys, quick_timing):
             assert 0 < run["convolution_ms"] < run["step_ms"]
     parameters = runs["s4"]["parameters"] / runs["ours"]["parameters"]
     assert parameters == pytest.approx(1, abs=0.05)
+    plots.draw_decode(result, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_cache_that_does_not_fit_is_reported_and_not_run(monkeypatch):

@@ -135,6 +135,15 @@ def test_parts_share_the_time_that_is_left(tmp_path, monkeypatch):
     assert limits == [60]
 
 
+def test_the_machine_is_that_of_the_first_part_that_knows_it(tmp_path, monkeypatch):
+    """A fault can end a part before it has written anything."""
+    parts = iter([{"error": "ended with -6"}, {"machine": {"gpu": "H200"}}, {"machine": {}}])
+    monkeypatch.setattr(gpu_check, "run", lambda part, options, seconds: next(parts))
+    output = tmp_path / "check.json"
+    assert gpu_check.main(["--only", "kernels,captured,sync", "--output", str(output)]) == 1
+    assert json.loads(output.read_text())["machine"] == {"gpu": "H200"}
+
+
 def test_shares_are_seconds_of_a_whole_check():
     assert sum(part.share for part in gpu_check.PARTS.values()) == 8 * 60
 
@@ -203,7 +212,8 @@ def fail():
 def test_energy_that_cannot_be_counted_is_said_and_fails_nothing(pynvml, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    assert energy(lambda: None, 0.0) == {"energy_error": reason}
+    assert energy(lambda: None, 1.0) == {"energy_error": reason}
+    assert energy(lambda: None, 0.0) == {}, "of tiny sizes"
 
 
 def test_steps_of_the_peer_continue_its_prefill():

@@ -139,6 +139,19 @@ def test_operations_are_counted_by_kind(in_convolution):
     assert figures["streams_per_token"] == 0.5
 
 
+def test_operations_into_scratch_memory_count_as_without():
+    states, turns = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
+    scratch, row, index = torch.empty(3, 4, 6), torch.empty(2, 4, 5), torch.tensor([2, 0])
+
+    def step(out):
+        product = torch.bmm(states, turns, out=scratch if out else None)
+        return product * 2, torch.index_select(states, 0, index, out=row if out else None)
+
+    into, without = (counted(lambda out=out: step(out), lambda: True) for out in (True, False))
+    assert into == without
+    assert into["convolution"] == 3 * 4 * 6 * 5
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_queries_of_a_group_share_the_keys_that_they_read(group):
     queries, keys = torch.ones(2, 3, group, 8), torch.ones(2, 3, 50, 8)
