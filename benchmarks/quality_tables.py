@@ -148,18 +148,25 @@ def recall(result: Run) -> str:
 
 
 def rates(result: Run) -> str:
-    """Show the learning rates that were tried."""
-    tried = sorted({run["learning_rate"] for run in result["tried"]})
+    """Show the learning rates that were tried with each context."""
+    bits = {
+        (run["context"], run["layout"], run["learning_rate"]): run["bits_per_byte"]
+        for run in result["tried"]
+    }
+    rows = [
+        (context, layout) for context in sorted({own for own, _, _ in bits}) for layout in LABELS
+    ]
 
-    def cell(rate: float, layout: str) -> str:
-        for run in result["tried"]:
-            if (run["layout"], run["learning_rate"]) == (layout, rate):
-                return f"{run['bits_per_byte']:.3f}"
-        return ""
+    def cell(rate: float, row: tuple[int, str]) -> str:
+        found = bits.get((*row, rate))
+        return "" if found is None else f"{found:.3f}"
 
-    columns: Columns = {"bits per byte at a learning rate of": LABELS.__getitem__}
-    columns |= {f"{rate:g}": partial(cell, rate) for rate in tried}
-    return table(LABELS, columns)
+    columns: Columns = {
+        "bits per byte at a learning rate of": lambda row: LABELS[row[1]],
+        "context": lambda row: f"{row[0]:,}",
+    }
+    columns |= {f"{rate:g}": partial(cell, rate) for rate in sorted({own for _, _, own in bits})}
+    return table(rows, columns)
 
 
 TABLES: dict[str, Callable[[Any], str]] = {

@@ -1,8 +1,9 @@
 """`python -m benchmarks quality`: what mixers learn from the same tokens with as many weights.
 
 Each run trains with stu-train in a process of one thread, with bfloat16 products as users train.
-The first seed tries learning rates on the first text and context, more until the best one is not
-the highest or lowest; all other runs of a layout have its best one, and Muon's have the same. Tasks
+The first seed tries learning rates on the first text with each context, more until the best one is
+not the highest or lowest; all other runs of a layout and context have the best one, and Muon's have
+the same. Tasks
 of recall have the best of three of the first seed. A run that has ended is kept in a folder, and
 `minutes` limits how long runs are begun, so a whole result may come from several calls; with
 `recorded`, also from several machines. Each run says which commit made it; runs of a text whose
@@ -70,7 +71,8 @@ class Options:
     optimizers: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
     """Optimizers; all but the first one learn the first text with the first context alone."""
     rates: tuple[PositiveFloat, ...] = (2e-3, 4e-3, 8e-3)
-    """Learning rates to try first; one is not changed."""
+    """Learning rates to try first with the first context; one is not changed. With others the best
+    of the first, its half and its double are tried first."""
     tasks: tuple[Task, ...] = get_args(Task)
     """Tasks of recall."""
 
@@ -93,8 +95,9 @@ def measure(options: Options) -> dict[str, Any]:
             raise UserError("layouts", layout, f"one of {', '.join(layout_names())}")
     work = _Work(options)
     with ThreadPoolExecutor() as pool:
-        best = pool.map(lambda layout: best_rate(work, layout, options), options.layouts)
+        best = pool.map(lambda layout: best_rates(work, layout, options), options.layouts)
         rates = dict(zip(options.layouts, best, strict=True))
+    first = options.texts[0], options.contexts[0]
     runs = [
         run
         for seed in range(options.seeds)
@@ -103,12 +106,12 @@ def measure(options: Options) -> dict[str, Any]:
                 Run(text, context, layout, options.optimizers[0], rate, seed, options.tokens)
                 for text in options.texts
                 for context in options.contexts
-                for layout, rate in rates.items()
+                for layout, rate in ((layout, best[context]) for layout, best in rates.items())
             ),
             *(
-                Run(*first_setting(options), layout, optimizer, rate, seed, options.tokens)
+                Run(*first, layout, optimizer, best[first[1]], seed, options.tokens)
                 for optimizer in options.optimizers[1:]
-                for layout, rate in rates.items()
+                for layout, best in rates.items()
             ),
         )
     ]
@@ -139,12 +142,23 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def best_rate(work: "_Work", layout: str, options: Options) -> float:
+def best_rates(work: "_Work", layout: str, options: Options) -> dict[int, float]:
+    """Return the best learning rate with each context."""
+    first, *others = options.contexts
+    best = {first: best_rate(work, layout, first, options.rates, options)}
+    around = (best[first],) if len(options.rates) == 1 else (best[first] * x for x in (0.5, 1, 2))
+    tried = tuple(around)
+    return best | {context: best_rate(work, layout, context, tried, options) for context in others}
+
+
+def best_rate(
+    work: "_Work", layout: str, context: int, rates: Iterable[float], options: Options
+) -> float:
     """Return the learning rate with the least loss of the first seed: of those given, and of lower
     or higher ones as long as the best one is the last on its side. One rate alone is the best."""
-    rates: list[float] = sorted(options.rates)
+    rates = sorted(rates)
     while True:
-        found = work.done(first_runs(layout, rates, options))
+        found = work.done(first_runs(layout, context, rates, options))
         if len(found) < len(rates):  # time was up
             return rates[len(rates) // 2]
         best = min(found, key=lambda result: float(result["loss"]))["learning_rate"]
@@ -161,16 +175,10 @@ def best_recall_rate(results: Iterable[Result], task: Task, layout: str) -> floa
     return float(max(mine, key=lambda one: float(one["right"]))["learning_rate"])
 
 
-def first_runs(layout: str, rates: Iterable[float], options: Options) -> list[Run]:
-    """Return the runs of the first seed with several learning rates."""
-    first = first_setting(options)
-    optimizer = options.optimizers[0]
-    return [Run(*first, layout, optimizer, rate, 0, options.tokens) for rate in rates]
-
-
-def first_setting(options: Options) -> tuple[str, int]:
-    """Return the first text and context."""
-    return options.texts[0], options.contexts[0]
+def first_runs(layout: str, context: int, rates: Iterable[float], options: Options) -> list[Run]:
+    """Return the runs of the first seed and text with several learning rates."""
+    text, optimizer = options.texts[0], options.optimizers[0]
+    return [Run(text, context, layout, optimizer, rate, 0, options.tokens) for rate in rates]
 
 
 def tried(work: "_Work", options: Options) -> list[Run]:
@@ -179,8 +187,9 @@ def tried(work: "_Work", options: Options) -> list[Run]:
     every = sorted({rate * 2.0**power for rate in options.rates for power in powers})
     return [
         run
+        for context in options.contexts
         for layout in options.layouts
-        for run in first_runs(layout, every, options)
+        for run in first_runs(layout, context, every, options)
         if work.path(run).exists()
     ]
 

@@ -1,9 +1,9 @@
 """Recall of tokens: tasks that models learn from examples of their own, and how often they succeed.
 
 `recall`: pairs of a key and a value, then keys of them in any order, each of which asks for its
-value (Arora et al. 2023, arXiv:2312.04927). `needle`: the same, with the pairs at random places in
-noise. Each pair of a text has another key and another value, so that a model that knows the values
-and does not tell keys apart is right in a quarter of cases.
+value (Arora et al. 2023, arXiv:2312.04927). Each pair has another key and another value, so that a
+model that knows the values and does not tell keys apart is right in a quarter of cases. `needle`:
+a single pair, hidden in noise that has values too.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ NUM_KEYS = 16
 """Keys are the first tokens of the vocabulary, then as many values, then noise."""
 VOCAB_SIZE = 4 * NUM_KEYS
 LENGTHS: dict[Task, int] = {"recall": 32, "needle": 64}
-NUM_PAIRS, NUM_QUESTIONS = 4, 24
+NUM_PAIRS: dict[Task, int] = {"recall": 4, "needle": 1}
+NUM_QUESTIONS = 24
 BATCH, TEST_BATCH = 64, 256
 WIDTH = 64
 IGNORED = -100
@@ -41,15 +42,15 @@ def examples(task: Task, count: int, random: torch.Generator) -> tuple[Tensor, T
         """Return for each text the numbers below `num`, in a random order."""
         return torch.rand(count, num, generator=random).argsort(1)
 
-    length = LENGTHS[task]
+    length, num_pairs = LENGTHS[task], NUM_PAIRS[task]
     questions = length - NUM_QUESTIONS
-    tokens = torch.randint(2 * NUM_KEYS, VOCAB_SIZE, (count, length), generator=random)
+    tokens = torch.randint(NUM_KEYS, VOCAB_SIZE, (count, length), generator=random)
     targets = torch.full_like(tokens, IGNORED)
-    keys = shuffled(NUM_KEYS)[:, :NUM_PAIRS]
-    values = NUM_KEYS + shuffled(NUM_KEYS)[:, :NUM_PAIRS]
-    places = 2 * shuffled(questions // 2)[:, :NUM_PAIRS]
+    keys = shuffled(NUM_KEYS)[:, :num_pairs]
+    values = NUM_KEYS + shuffled(NUM_KEYS)[:, :num_pairs]
+    places = 2 * shuffled(questions // 2)[:, :num_pairs]
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
-    asked = torch.randint(0, NUM_PAIRS, (count, NUM_QUESTIONS), generator=random)
+    asked = torch.randint(0, num_pairs, (count, NUM_QUESTIONS), generator=random)
     tokens[:, questions:] = keys.gather(1, asked)
     targets[:, questions:] = values.gather(1, asked)
     return tokens, targets
