@@ -5,7 +5,8 @@ python examples/decode_with_datatrove.py http://127.0.0.1:8000 prompts completio
 
 Each line has a "text" and an "id". The same command resumes after a crash: finished documents are
 in the checkpoints. The server must be on this machine, or reached through a tunnel, as datatrove
-0.10 uses other paths for servers on other hosts. Needs `pip install "stu[datatrove]"`.
+0.10 uses other paths for servers on other hosts. Needs `pip install '.[datatrove]'`
+in the checkout.
 """
 
 import json

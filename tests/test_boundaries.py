@@ -143,4 +143,6 @@ print(*(import_module(name).main([argument]) for name, argument in {commands}.it
 """)
     assert done.stdout == "2 2 2\n", done.stderr
     for line, extra in zip(done.stderr.splitlines(), ("serve", "train", "train"), strict=True):
-        assert line.endswith(f' is not installed: pip install "stu[{extra}]"')
+        assert line.endswith(
+            f" is not installed: run pip install '.[{extra}]' in the checkout of stu"
+        )

@@ -37,6 +37,15 @@ def anchors(text):
     return [re.sub(r"\s", "-", heading.lower()) for heading in headings]
 
 
+def test_nothing_installs_the_package_of_another_project():
+    """`stu` on PyPI is not this project: extras are installed from the checkout."""
+    packages = ("stu", "train", "serve", "benchmarks", "docs", "examples", "slurm")
+    paths = [path for name in packages for path in (ROOT / name).rglob("*") if path.is_file()]
+    texts = {p: p.read_bytes() for p in (*paths, ROOT / "README.md") if p.suffix != ".pyc"}
+    wrong = re.compile(rb"stu\[[a-z]|pip install (-\S+ )*[\"']?stu\b")
+    assert [str(path) for path, text in texts.items() if wrong.search(text)] == []
+
+
 @pytest.fixture(scope="module")
 def hooks():
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")

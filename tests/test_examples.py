@@ -66,7 +66,7 @@ def test_example_of_a_client(model, tmp_path):
 @pytest.mark.slow
 def test_example_of_datatrove(model, tmp_path):
     """Each document has its completion once, though a first run is killed."""
-    pytest.importorskip("datatrove", reason='needs pip install "stu[datatrove]"')
+    pytest.importorskip("datatrove", reason="needs pip install '.[datatrove]'")
     texts = {f"document {number}": f"x = {number}\n" * (number % 40) for number in range(100)}
     source, target = tmp_path / "prompts", tmp_path / "out"
     source.mkdir()

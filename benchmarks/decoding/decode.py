@@ -50,7 +50,7 @@ class Options:
     caches: tuple[str, ...] = tuple(name for name in CACHES if name != "ours_int8")
     """Convolution caches to compare; ours_int8 is ours beside weights of 8 bits."""
     peers: tuple[str, ...] = ()
-    """Other models: llama, llama_grouped, mamba2, rwkv, which need pip install 'stu[bench]', s4."""
+    """Other models: llama, llama_grouped, mamba2, rwkv, which need the extra bench, s4."""
     rounds: PositiveInt = 3
     """Rounds of all caches and peers in turn."""
 

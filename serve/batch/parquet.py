@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.batch.checked_file import FileDigest
-from stu.common.errors import UserError
+from stu.common.errors import UserError, how_to_install
 
 BATCH_ROWS = 256
 """Rows in memory at a time: prompts may be long."""
@@ -23,9 +23,8 @@ class ParquetRows:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise UserError(
-                "input", message=f"input {path}: Parquet needs pip install 'stu[data]'"
-            ) from error
+            message = f"input {path}: reading Parquet needs pyarrow: {how_to_install('data')}"
+            raise UserError("input", message=message) from error
         self.fraction_read, self.num_read = 0.0, 0
         self._path, self._digest, self._open = path, digest, pq.ParquetFile
         self._errors = (pa.ArrowException, OSError)

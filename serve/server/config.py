@@ -123,7 +123,7 @@ class ServerConfig:
     """Prefix of the metrics that vLLM also has. With vllm, dashboards for vLLM work."""
     otlp_traces_endpoint: str | None = None
     """URL of an OpenTelemetry collector, such as http://localhost:4318/v1/traces, to send a trace
-    of each request to, by OTLP over HTTP. It needs the extra stu[tracing]."""
+    of each request to, by OTLP over HTTP. It needs the extra `tracing`."""
     log_prompts: bool = False
     """Write prompts and completions to the log."""
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -37,7 +37,7 @@ def run_command(
     exception in `body` so that half-written files are removed. The code is 143 also where a library
     catches that of SIGTERM; a long body calls `exit_if_terminated` to end soon even then.
 
-    extra: the optional dependencies, `pip install "stu[EXTRA]"`, that the command needs.
+    extra: the optional dependencies, `pip install '.[EXTRA]'`, that the command needs.
     settings: the dataclass of the options, whose fields errors then name as options.
     """
     global _is_terminated

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, how_to_install
 
 MAGIC_BYTES = 8
 GZIP_MAGIC = b"\x1f\x8b"
@@ -100,9 +100,8 @@ def _open_zstd(file: BinaryIO, name: str) -> tuple[Any, tuple[type[Exception], .
         else:
             from backports import zstd
     except ImportError as error:
-        raise UserError(
-            name, message=f"{name}: reading Zstandard needs backports.zstd: pip install 'stu[data]'"
-        ) from error
+        message = f"{name}: reading Zstandard needs backports.zstd: {how_to_install('data')}"
+        raise UserError(name, message=message) from error
     options = {int(zstd.DecompressionParameter.window_log_max): ZSTD_WINDOW_LOG}
     return zstd.ZstdFile(file, options=options), (EOFError, zstd.ZstdError)
 

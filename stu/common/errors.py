@@ -106,5 +106,10 @@ def requires_extra(extra: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package in ("", *OUR_PACKAGES):
             raise
-        message = f'{package} is not installed: pip install "stu[{extra}]"'
+        message = f"{package} is not installed: {how_to_install(extra)}"
         raise UserError(message=message) from error
+
+
+def how_to_install(extra: str) -> str:
+    """Return how to install an extra; the `stu` of a package index may be another project."""
+    return f"run pip install '.[{extra}]' in the checkout of stu"

@@ -15,7 +15,7 @@ from tests.reference import s4 as s4_reference
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(
-    not HAS_TRANSFORMERS, reason="transformers is not installed: install 'stu[bench]'"
+    not HAS_TRANSFORMERS, reason="transformers is not installed: pip install '.[bench]'"
 )
 NAMES = [pytest.param(name, marks=[] if name == "s4" else [needs_transformers]) for name in PEERS]
 SHAPE = ModelConfig(
@@ -100,7 +100,7 @@ def test_a_peer_that_cannot_be_of_that_size_is_refused():
 @torch.no_grad()
 def test_missing_transformers_is_said_how_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"install 'stu\[bench\]'"):
+    with pytest.raises(UserError, match=r"install '\.\[bench\]' in the checkout"):
         build_peers(["llama", "s4"], SHAPE, 1)
 
 

@@ -194,7 +194,7 @@ def test_chat_without_jinja2_names_the_extra_to_install(llm, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     for name in ("dialect", "template"):
         monkeypatch.delitem(sys.modules, f"stu.chat.{name}", raising=False)
-    with pytest.raises(UserError, match=r'jinja2 is not installed: pip install "stu\[serve\]"'):
+    with pytest.raises(UserError, match=r"jinja2 is not installed: run pip install '\.\[serve\]'"):
         llm.chat([{"role": "user", "content": "f?"}])
 
 

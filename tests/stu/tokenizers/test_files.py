@@ -411,5 +411,5 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, package, trained):
     kind = {"tokenizers": "huggingface", "tiktoken": "cl100k_base"}[package]
     make(kind, tmp_path / kind)
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(UserError, match=rf'{package} is not installed: pip install "stu\[tok'):
+    with pytest.raises(UserError, match=rf"{package} is not installed: run pip install '\.\[tok"):
         read_tokenizer(tmp_path / kind)

@@ -336,5 +336,5 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    with pytest.raises(UserError, match=r"pip install 'stu\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[data\]'"):
         _texts(tmp_path / "a.parquet")

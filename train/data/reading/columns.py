@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from stu.common.errors import UserError
+from stu.common.errors import UserError, how_to_install
 from train.data.reading.document import FIX, BadInput, Document
 from train.data.reading.remote import InputFile, size_of
 
@@ -162,7 +162,7 @@ def _import_pyarrow(path: InputFile, kind: str) -> Any:
         import pyarrow as pa
         import pyarrow.parquet
     except ImportError as error:
-        message = f"{path}: reading {kind} needs pyarrow: pip install 'stu[data]'"
+        message = f"{path}: reading {kind} needs pyarrow: {how_to_install('data')}"
         raise UserError(str(path), message=message) from error
     return cast(Any, pa)
 
