@@ -122,6 +122,13 @@ def test_manifests_have_known_fields(manifest):
         jsonschema_rs.validate(schema, {**manifest, "spec": {**manifest["spec"], "replica": 1}})
 
 
+def test_the_image_has_the_programs_that_run_in_it():
+    """Triton needs a C compiler and its headers on GPUs, and KubeRay's probes wget."""
+    text = (FOLDER.parents[1] / "docs" / "Containerfile").read_text().replace("\\\n", "")
+    installed = next(line for line in text.splitlines() if "apt-get install" in line).split()
+    assert {"gcc", "libc6-dev", "wget"} <= set(installed)
+
+
 def ray_service():
     """The specification of the service, and its part for Ray Serve."""
     (service,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "RayService"]
