@@ -185,8 +185,8 @@ class HttpServer(uvicorn.Server):
 def trusted_proxies() -> str:
     """Return the addresses of proxies that are trusted to name the client, as uvicorn takes them.
     The client is the last one named that is no such proxy: what is before it, anybody may write."""
-    trusted = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    return trusted if trusted == "*" else f"{LOCAL},{trusted}"
+    others = os.environ.get("FORWARDED_ALLOW_IPS", LOCAL)
+    return others if others == "*" else f"{LOCAL},127.0.0.1,::1,{others}"
 
 
 def asgi_app(config: ServerConfig, service: Service, keys: Keys) -> ASGIApp:

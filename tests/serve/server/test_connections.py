@@ -9,11 +9,12 @@ import socket
 import ssl
 import time
 from contextlib import asynccontextmanager
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import anyio
 import pytest
 import uvicorn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -324,6 +325,16 @@ async def test_the_last_proxy_names_the_client_at_a_unix_socket(
         await connections.stop_accepting()
         connections._tasks[-1].cancel()
     assert found == [client]
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1", "::1", "10.0.0.5"])
+async def test_more_proxies_are_trusted_beside_those_of_this_machine(monkeypatch, proxy):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.5")
+    scope = {"type": "http", "client": (proxy, 1), "headers": []}
+    scope["headers"] += [(b"x-forwarded-for", b"203.0.113.9, 10.0.0.5")]
+    app = AsyncMock()
+    await ProxyHeadersMiddleware(app, trusted_proxies())(scope, None, None)
+    assert app.call_args.args[0]["client"][0] == "203.0.113.9"
 
 
 def test_closed_socket_has_nothing_unacknowledged():
