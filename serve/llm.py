@@ -13,12 +13,12 @@ from serve.config import EngineConfig
 from serve.devices import device_groups
 from serve.offline import run_requests
 from serve.parallel.loading import make_engine
-from serve.prompts import RequestBuilder, choices, encode_prompt
+from serve.prompts import choices, default_params, encode_prompt
 from serve.request import Pooling, Request, are_token_ids
 from serve.sampling_params import SamplingParams
 from serve.scores import Score, Scoring
 from stu.common.errors import UserError, requires_extra
-from stu.model_dir import load_generation, load_tokenizer
+from stu.model_dir import load_tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -77,9 +77,7 @@ class LLM:
     ) -> None:
         self._adapters = adapter_folders(lora_modules, tensor_parallel)
         self._path, self.tokenizer = Path(model), load_tokenizer(model)
-        self.default_sampling_params = RequestBuilder(
-            self.tokenizer, load_generation(model)
-        ).defaults
+        self.default_sampling_params = default_params(model, self.tokenizer)
         """Settings of the model directory's `generation.json`."""
         self._num_ranks = tensor_parallel
         config = EngineConfig(**engine)

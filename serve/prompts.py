@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from serve.request import Request, are_token_ids
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.common.text import nearest
+from stu.model_dir import load_generation
 from stu.tokenizer import Tokenizer, encode_text
 
 NOT_IN_ROWS = ("n", "constraint")
@@ -57,6 +59,16 @@ class RequestBuilder:
         seed = derived_seed(self.defaults.seed, number)
         sampling = _params({**self._values, "seed": seed, **_with_seed(settings)})
         return Request(encode_prompt(self._tokenizer, prompt), sampling)
+
+
+def default_params(path: str | Path, tokenizer: Tokenizer) -> SamplingParams:
+    """Return the settings of a model directory's `generation.json`. Raises UserError."""
+    values = load_generation(path)
+    try:
+        return RequestBuilder(tokenizer, values).defaults
+    except UserError as error:
+        file = Path(path) / "generation.json"
+        raise UserError(error.field, message=f"{file}: {error}") from error
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: object) -> list[int]:

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stu.config import ModelConfig
+from stu.model import FlashSTU
+from stu.model_dir import save_model
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -44,6 +48,14 @@ def test_nothing_installs_the_package_of_another_project():
     texts = {p: p.read_bytes() for p in (*paths, ROOT / "README.md") if p.suffix != ".pyc"}
     wrong = re.compile(rb"stu\[[a-z]|pip install (-\S+ )*[\"']?stu\b")
     assert [str(path) for path, text in texts.items() if wrong.search(text)] == []
+
+
+def test_files_of_a_model_directory_are_named(tmp_path, code_tokenizer):
+    shape = {"width": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32}
+    model = FlashSTU(ModelConfig(vocab_size=code_tokenizer.vocab_size, **shape))
+    save_model(tmp_path / "model", model, code_tokenizer)
+    text = "".join(page.read_text() for page in PAGES)
+    assert [p.name for p in (tmp_path / "model").iterdir() if f"`{p.name}`" not in text] == []
 
 
 @pytest.fixture(scope="module")

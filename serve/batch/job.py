@@ -17,7 +17,7 @@ from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.openai.responses.endpoint import Responses
 from serve.openai.text_scores import TextScores
-from serve.prompts import SETTINGS, RequestBuilder
+from serve.prompts import SETTINGS, RequestBuilder, default_params
 from serve.sampling_params import SamplingParams
 from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError
@@ -59,7 +59,7 @@ class BatchJob:
             template = ChatTemplate(config.model, self.tokenizer)
             max_tokens = config.max_new_tokens
             if max_tokens is None:
-                max_tokens = load_generation(config.model)["max_new_tokens"]
+                max_tokens = default_params(config.model, self.tokenizer).max_new_tokens
             common: dict[str, Any] = {
                 "tokenizer": self.tokenizer,
                 "model_name": config.model.resolve().name,

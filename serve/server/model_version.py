@@ -13,7 +13,7 @@ from serve.openai.completions import DEFAULTS, TextCompletions
 from serve.openai.embeddings import Embeddings
 from serve.openai.responses.endpoint import Responses
 from serve.openai.text_scores import TextScores
-from serve.prompts import RequestBuilder
+from serve.prompts import RequestBuilder, default_params
 from serve.sampling.grammar import Grammars
 from serve.server.config import ServerConfig
 from serve.server.replicas.dispatch import Replicas
@@ -23,7 +23,7 @@ from stu.chat.template import ChatTemplate
 from stu.common.errors import UserError, requires_extra
 from stu.config import ModelConfig
 from stu.division.parts import check_divides_channels
-from stu.model_dir import load_config, load_generation, load_tokenizer
+from stu.model_dir import load_config, load_tokenizer
 from stu.tokenizer import Tokenizer
 
 IDLE_SECONDS = 0.05
@@ -96,7 +96,7 @@ def make_version(
         "json_whitespace": config.json_whitespace,
         **common,
     }
-    chat_tokens = load_generation(path)["max_new_tokens"]
+    chat_tokens = default_params(path, tokenizer).max_new_tokens
     template = ChatTemplate(path, tokenizer)
     chats = ChatCompletions(template, chat_tokens, **of_completions)
     return ModelVersion(

@@ -7,7 +7,7 @@ import pytest
 from serve.completion import Completion
 from serve.openai.completions import TextCompletions
 from serve.openai.schemas import CompletionBody
-from serve.prompts import RequestBuilder, encode_prompt
+from serve.prompts import RequestBuilder, default_params, encode_prompt
 from serve.request import TokenLogprobs
 from serve.scores import Scoring
 from stu.chat.template import ChatTemplate
@@ -31,6 +31,13 @@ def test_a_prompt_is_the_text_alone(dna):
     for empty in ("", []):
         with pytest.raises(UserError, match="not empty, as the model's tokenizer has no BOS"):
             builder.build(0, empty, {})
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": "9"}, {"max_tokens": 9}])
+def test_a_wrong_default_of_a_model_directory_is_refused_by_file_and_name(tmp_path, dna, wrong):
+    (tmp_path / "generation.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=f"generation.json: .*{next(iter(wrong))}"):
+        default_params(tmp_path, dna)
 
 
 @pytest.mark.parametrize("text", ["GAT\n", "x", "é"])
