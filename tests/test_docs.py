@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from stu.model_dir import save_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+SHOWN = [*PAGES, ROOT / "README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -23,9 +25,7 @@ def test_every_page_is_in_the_navigation():
     assert sorted(name for page in listed for name in page.values()) == [p.name for p in PAGES]
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("page", [*SHOWN, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
 def test_links_lead_somewhere(page):
     for link in LINK.findall(page.read_text()):
         if not link.startswith(("https://", "http://")):
@@ -48,6 +48,31 @@ def test_nothing_installs_the_package_of_another_project():
     texts = {p: p.read_bytes() for p in (*paths, ROOT / "README.md") if p.suffix != ".pyc"}
     wrong = re.compile(rb"stu\[[a-z]|pip install (-\S+ )*[\"']?stu\b")
     assert [str(path) for path, text in texts.items() if wrong.search(text)] == []
+
+
+def commands(page):
+    """Yield the words of each command that a page shows on lines of its own, without comments."""
+    text = re.sub(r"\\\n\s+", " ", page.read_text(encoding="utf-8"))
+    for line in re.findall(r"^    ((?:stu-|sbatch |python |make )[^#\n]*)", text, re.MULTILINE):
+        yield shlex.split(line)
+
+
+def option(words, name, default):
+    return words[words.index(name) + 1] if name in words else default
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda path: path.name)
+def test_models_have_the_vocabulary_of_the_data_before_them(page):
+    data = None
+    for words in commands(page):
+        config = option(words, "--config", "")
+        if "stu-prepare" in words or "slurm/prepare.sbatch" in words:
+            data = None if "--tokenizer" in words else option(words, "--vocab-size", 4096)
+        elif data is not None and config.startswith("configs/train"):
+            named = yaml.safe_load((ROOT / config).read_text())["model"]["config"]
+            shape = yaml.safe_load((ROOT / config).parent.joinpath(named).read_text())
+            size = option(words, "--model.config.vocab_size", shape.get("vocab_size", data))
+            assert int(size) == int(data), words
 
 
 def test_files_of_a_model_directory_are_named(tmp_path, code_tokenizer):
