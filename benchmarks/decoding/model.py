@@ -1,6 +1,6 @@
 """`python -m benchmarks model`: the time of decoding steps by counted costs and measured speeds.
 
-    python -m benchmarks model --decode [decode.json,layouts.json]
+    python -m benchmarks model --decode '[decode.json,layouts.json]'
 
 A step multiplies with the dense weights, which are read meanwhile, once for the batch; it reads and
 writes caches and filters, and multiply-adds with them hide behind that; where it goes over the past
