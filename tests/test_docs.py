@@ -57,6 +57,23 @@ def commands(page):
         yield shlex.split(line)
 
 
+def test_the_unit_for_systemd_has_the_folders_that_it_writes_to():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    unit = dict(re.findall(r"^    (\w+)=(.+)$", page, re.MULTILINE))
+    cache = f"/var/cache/{unit['CacheDirectory']}"
+    environment = f"XDG_CACHE_HOME={cache} TRITON_CACHE_DIR={cache}/triton"
+    assert unit["Environment"] == environment
+    batches = (ROOT / "docs" / "batches.md").read_text(encoding="utf-8")
+    assert f"--batch-dir /var/lib/{unit['StateDirectory']}/" in batches
+    assert f"--uds /run/{unit['RuntimeDirectory']}/" in page
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda path: path.name)
+def test_lists_on_command_lines_are_quoted(page):
+    """zsh takes brackets for a pattern, and refuses one that matches no file."""
+    assert re.findall(r"--[\w.-]+[ =]\[.*", page.read_text(encoding="utf-8")) == []
+
+
 def option(words, name, default):
     return words[words.index(name) + 1] if name in words else default
 
