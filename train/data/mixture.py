@@ -8,20 +8,22 @@ DIR/NAME/              token shards of a source (see `train.data.shards`), all b
 
 import hashlib
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stu.common.errors import UserError
-from stu.common.files import new_file
+from stu.common.files import new_file, read_json_object
 from train.data.rows.starts import starts_file
 from train.data.shards import INDEX_FILE, Index, TokenShards
 
 MIXTURE_FILE = "mixture.json"
 FORMAT_VERSION = 1
 NAME = re.compile(r"\w[\w-]*", re.ASCII)
+EXAMPLE = '{"name": "code", "weight": 3}'
 NAME_ALLOWED = "letters, digits, `_` and `-`, not beginning with `-`"
 
 
@@ -80,20 +82,32 @@ def read_weights(folder: Path) -> dict[str, float]:
     path = folder / MIXTURE_FILE
     if not path.is_file():
         return {"": 1.0}
+    data = read_json_object(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version {data['format_version']}, this program reads {FORMAT_VERSION}"
-            )
-        weights = {str(row["name"]): float(row["weight"]) for row in data["sources"]}
-        if not weights or len(weights) < len(data["sources"]):
-            raise ValueError("no sources, or two of one name")
-        for name, weight in weights.items():
-            if not NAME.fullmatch(name) or not 0 <= weight < math.inf:
-                raise ValueError(f"name {name!r} or weight {weight}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(str(path), message=f"{path}: not a mixture ({error!r})") from error
+        return _weights(data)
+    except UserError as error:
+        raise UserError(error.field, message=f"{path}: not a mixture: {error}") from error
+
+
+def _weights(data: Mapping[str, Any]) -> dict[str, float]:
+    """Return the weight of each source in the contents of `mixture.json`. Raises UserError."""
+    version, sources = data.get("format_version"), data.get("sources")
+    if version != FORMAT_VERSION:
+        raise UserError("format_version", version, str(FORMAT_VERSION))
+    if not isinstance(sources, list) or not sources:
+        raise UserError("sources", sources, f"a list of {EXAMPLE}, one for each folder")
+    weights: dict[str, float] = {}
+    for i, source in enumerate(sources):
+        if not isinstance(source, dict):
+            raise UserError(f"sources[{i}]", source, f"an object such as {EXAMPLE}")
+        name = source.get("name")
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in weights:
+            raise UserError(f"sources[{i}].name", name, f"{NAME_ALLOWED}, and in no other source")
+        weight: Any = source.get("weight")
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (is_number and 0 <= weight <= sys.float_info.max):
+            raise UserError(f"sources[{i}].weight", weight, "a finite number >= 0")
+        weights[name] = float(weight)
     return weights
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from itertools import islice, pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from stu.common.errors import UserError
 from tests.train.token_shards import write_token_shards
 from train.data.loader import TokenData
-from train.data.mixture import open_sources, save_mixture
+from train.data.mixture import open_sources, read_weights, save_mixture
 from train.data.order import SampleOrder
 from train.data.weights import Phase, Turns, plan_phases
 
@@ -296,18 +298,40 @@ def test_a_source_without_weight_may_be_short(folder):
     assert data.epochs(8, 2) == {"books": 8 / 9, "code": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[]", "a JSON object is needed"),
+        ("{}", "not a mixture: format_version=null is not allowed: it must be 1"),
+        ('{"format_version": 1}', "sources=null is not allowed: it must be a list of"),
+        ('{"format_version": 1, "sources": {"a": 1}}', 'sources={"a": 1} is not allowed'),
+        ('{"format_version": 1, "sources": ["a"]}', r'sources\[0\]="a" .* an object such as'),
+        ('{"format_version": 1, "sources": [{"weight": 1}]}', r"\[0\]\.name=null is not"),
+        ('{"format_version": 1, "sources": [{"name": "a"}]}', r"\[0\]\.weight=null is not"),
+    ],
+)
+def test_a_file_that_is_no_mixture(tmp_path, text, reason):
+    (tmp_path / "mixture.json").write_text(text)
+    with pytest.raises(UserError, match=rf"mixture\.json: .*{reason}"):
+        open_sources(tmp_path)
+
+
+def test_the_documented_mixture_is_read(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```json\n(.*format_version.*)\n```", page)
+    (tmp_path / "mixture.json").write_text(shown)
+    assert read_weights(tmp_path) == {"code": 3, "books": 1}
+
+
 def test_a_mixture_that_cannot_be_used(tmp_path):
     write_token_shards(tmp_path / "a")
     write_token_shards(tmp_path / "b")
     with pytest.raises(UserError, match=r"^data\.weights: .*a has no named sources"):
         TokenData(str(tmp_path / "a"), 8, 2, weights={"a": 1})
-    for text in ["{", "[]", '{"format_version": 1, "sources": []}']:
-        (tmp_path / "mixture.json").write_text(text)
-        with pytest.raises(UserError, match=r"mixture\.json: not a mixture"):
-            open_sources(tmp_path)
     for weights in [{"a": -1.0}, {"../a": 1.0}, {"a": math.nan}]:
         save_mixture(tmp_path, weights)
-        with pytest.raises(UserError, match=r"mixture\.json: not a mixture"):
+        with pytest.raises(UserError, match=r"mixture\.json: not a mixture: sources\[0\]\."):
             open_sources(tmp_path)
     save_mixture(tmp_path, {"a": 1.0, "c": 1.0})
     with pytest.raises(UserError, match=r"c: no index\.json"):
