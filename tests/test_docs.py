@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import serve
+import stu
 from stu.config import ModelConfig
 from stu.model import FlashSTU
 from stu.model_dir import save_model
@@ -98,6 +100,12 @@ def test_files_of_a_model_directory_are_named(tmp_path, code_tokenizer):
     save_model(tmp_path / "model", model, code_tokenizer)
     text = "".join(page.read_text() for page in PAGES)
     assert [p.name for p in (tmp_path / "model").iterdir() if f"`{p.name}`" not in text] == []
+
+
+def test_public_names_are_in_the_reference():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    found = set(re.findall(r"^::: .*\.(\w+)$", text, re.MULTILINE))
+    assert {*stu.__all__, *serve.__all__} - found == {"__version__"}
 
 
 @pytest.fixture(scope="module")
