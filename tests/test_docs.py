@@ -102,6 +102,21 @@ def test_files_of_a_model_directory_are_named(tmp_path, code_tokenizer):
     assert [p.name for p in (tmp_path / "model").iterdir() if f"`{p.name}`" not in text] == []
 
 
+def test_statuses_of_errors_are_documented():
+    text = "".join(path.read_text() for path in (ROOT / "serve" / "server").rglob("*.py"))
+    sent = set(re.findall(r"(?:HTTPException|refuse)\((4\d\d)", text)) - {"499"}  # nobody reads it
+    page = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
+    assert {"403", "409", "413", "431"} <= sent
+    assert sent <= set(re.findall(r"4\d\d", page.partition("## Errors")[2]))
+
+
+def test_variables_that_job_files_read_are_documented():
+    files = sorted((ROOT / "slurm").glob("*.sbatch"))
+    names = set(re.findall(r"\$\{(STU_\w+):-", "".join(file.read_text() for file in files)))
+    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
 def test_public_names_are_in_the_reference():
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     found = set(re.findall(r"^::: .*\.(\w+)$", text, re.MULTILINE))

@@ -150,7 +150,8 @@ def _parse(argv: Sequence[str] | None) -> BatchConfig:
         prog="stu-generate",
         description="Decode a file of prompts. Each line of the input is a JSON object with a "
         '"prompt", and optionally an "id" and settings for this row (max_new_tokens, ..), or a '
-        "request in OpenAI's batch format (completions, chats, responses or embeddings). The "
+        "request in OpenAI's batch format (completions, chats, responses, embeddings or "
+        "scores of pairs of texts). The "
         "output has a line for each of them, in any order; with --score, the log probability of "
         'the prompt, or of the "completion" of the row. The same command resumes a run '
         "that was stopped or killed. The exit code is 1 if some rows could not be decoded; their "
