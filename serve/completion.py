@@ -28,6 +28,8 @@ class Completion:
     """Embedding of the prompt, if requested; in the last piece."""
     cumulative_logprob: float | None = None
     """Sum of the log probabilities of the new tokens, including the stop token, if requested."""
+    stop_logprobs: Sequence[TokenLogprobs] = ()
+    """Log probabilities of the stop token that ended the text, if requested."""
 
 
 @dataclass
@@ -63,15 +65,17 @@ class CompletionBuilder:
     def completion(self) -> Completion:
         """Return the completion up to now."""
         logprobs = [token for part in self.logprobs for token in part]
+        num_tokens = len(self.token_ids)
         return Completion(
             "".join(self.texts),
             self.token_ids,
-            logprobs[: len(self.token_ids)],
+            logprobs[:num_tokens],
             self.finish_reason,
             self.prompt_logprobs,
             self.error,
             self.embedding,
             math.fsum(token.logprob for token in logprobs) if logprobs else None,
+            logprobs[num_tokens:],
         )
 
 
@@ -93,7 +97,7 @@ def answered(completions: Sequence[Completion], params: SamplingParams) -> list[
     found = best(completions, params.n)
     if params.logprobs is not None:
         return found
-    return [replace(completion, logprobs=()) for completion in found]
+    return [replace(completion, logprobs=(), stop_logprobs=()) for completion in found]
 
 
 def normalized(embedding: Sequence[float]) -> list[float]:

@@ -67,6 +67,10 @@ class TextChoiceWriter:
             for token in piece.logprobs:
                 self._add(logprobs, token.token, token)
                 self._offset += len(self._stream.append(token.token))
+            # As in vLLM: clients such as lm-eval count on an entry for each generated token.
+            for token in piece.stop_logprobs:
+                self._offset = self._num_written
+                self._add(logprobs, token.token, token)
             if piece.finish_reason is not None:
                 # Tokens that a stop string cut off have no text.
                 offsets = logprobs["text_offset"]

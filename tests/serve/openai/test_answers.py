@@ -218,4 +218,22 @@ def test_no_end_comes_before_min_tokens(ask):
         (choice,) = answer["choices"]
         assert choice["finish_reason"] == "stop"
         assert answer["usage"]["completion_tokens"] == least
-        assert "</s>" not in choice["logprobs"]["tokens"]
+        assert choice["logprobs"]["tokens"].index("</s>") == least
+
+
+@pytest.mark.parametrize("more", [{}, {"n": 2}, {"best_of": 3}, {"stop_token_ids": [100]}])
+def test_the_token_that_ends_a_text_has_log_probabilities(ask, logprobs_of, code_tokenizer, more):
+    """lm-eval takes the last entry for that of the one generated token."""
+    stop = more.get("stop_token_ids", [EOS])[0]
+    lm_eval = {"prompt": [PROMPT], "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+    answer = ask(**lm_eval, **LIKELY_EOS | {"logit_bias": {str(stop): 100}}, **more)
+    assert answer["usage"]["completion_tokens"] == 0
+    rows = logprobs_of(PROMPT)
+    expected = [row[token].item() for row, token in zip(rows, [*PROMPT[1:], stop], strict=True)]
+    for choice in answer["choices"]:
+        logprobs = choice["logprobs"]
+        assert choice["text"] == code_tokenizer.decode(PROMPT)
+        assert {len(values) for values in logprobs.values()} == {len(PROMPT) + 1}
+        assert logprobs["token_logprobs"][1:] == pytest.approx(expected, abs=2e-5)
+        assert logprobs["tokens"][-1] == code_tokenizer.token_text(stop)
+        assert logprobs["text_offset"][-1] == len(choice["text"])

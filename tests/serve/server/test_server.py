@@ -57,14 +57,16 @@ def test_completions_match_the_engine(complete, code_model, code_tokenizer, temp
 
 def test_streams_have_the_log_probabilities_of_whole_answers(complete, client):
     asked = {"prompt": ["def f(", "größe"], "n": 2, "seed": 4, "max_tokens": 12, "logprobs": 2}
-    for echo in (False, True):
-        whole = complete(**asked, echo=echo).choices
+    eos = {"logit_bias": {"2": 4}, "extra_body": {"min_tokens": 1}}
+    for more in ({"echo": False}, {"echo": True}, {"echo": True, **eos}):
+        whole = complete(**asked, **more).choices
         found = [{name: [] for name in choice.logprobs.to_dict()} for choice in whole]
-        for piece in complete(**asked, echo=echo, stream=True):
+        for piece in complete(**asked, **more, stream=True):
             (choice,) = piece.choices
             for name, values in choice.logprobs.to_dict().items():
                 found[choice.index][name] += values
         assert found == [choice.logprobs.to_dict() for choice in whole]
+    assert any(tokens["tokens"][-1] == "</s>" for tokens in found)
     chat = partial(client.chat.completions.create, model="model", messages=[USER], seed=4)
     asked = {"max_tokens": 12, "n": 2, "logprobs": True, "top_logprobs": 3, "extra_body": NO_EOS}
     whole, found = chat(**asked).choices, [[], []]
