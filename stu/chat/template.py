@@ -195,7 +195,8 @@ class ChatTemplate:
                 fix = "the server sets this variable, leave it out"
                 raise UserError(f"chat_template_kwargs.{name}", fix=fix)
         try:
-            fixed = {**self._fixed, "add_generation_prompt": is_prompt, "messages": messages}
+            fixed = {**self._fixed, "add_generation_prompt": is_prompt}
+            fixed["messages"] = self._with_known_roles(messages)
             return self._template.render({**variables, **fixed, "tools": tools})
         except (*FAULTS, RecursionError) as error:
             is_deep = isinstance(error, RecursionError)
@@ -203,6 +204,16 @@ class ChatTemplate:
             raise UserError(
                 "messages", reason, message=f"the chat template cannot write messages: {reason}"
             ) from error
+
+    def _with_known_roles(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+        """Return the messages, those of role developer as system messages if the template does not
+        mention the role: most templates leave out roles that they do not know."""
+        if "developer" in self.source:
+            return messages
+        return [
+            {**message, "role": "system"} if message.get("role") == "developer" else message
+            for message in messages
+        ]
 
 
 def find_template(model: Path) -> tuple[Path, str | None]:

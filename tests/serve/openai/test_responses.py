@@ -67,6 +67,10 @@ def test_bodies_ask_for_the_same_as_chats(responses, chats):
             },
         ),
         (
+            {"input": [{"role": "developer", "content": "Be brief."}, user]},
+            {"messages": [{"role": "system", "content": "Be brief."}, user]},
+        ),
+        (
             {
                 "input": [
                     {**user, "type": "message", "content": [{"type": "input_text", "text": "hi"}]},

@@ -97,6 +97,8 @@ def test_a_template_without_tools_describes_them_in_a_system_message(chats, code
     alone = prompt(chats, code_tokenizer)
     assert alone.startswith("system: These functions")
     assert alone.endswith("\n\nuser: hi\n\nassistant:")
+    developer = [{**TURNS[0], "role": "developer"}, *TURNS[1:]]
+    assert prompt(chats, code_tokenizer, messages=developer) == text
 
 
 def test_a_template_with_tools_writes_them(make, code_tokenizer):

@@ -8,7 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stu.chat import dialect
-from stu.chat.template import TUNED, ChatTemplate
+from stu.chat.template import PLAIN, TUNED, ChatTemplate
 from stu.common.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief. <b>größe</b>"}
@@ -126,6 +126,17 @@ def test_templates_are_rendered_as_by_transformers(make, code_tokenizer, name):
             assert template.text(messages, variables) == expected[0]
             written = code_tokenizer.decode(template.tokens(messages, variables))
             assert written == expected[0].replace("<s>", "").replace("</s>", "")
+
+
+@pytest.mark.parametrize("source", [*TEMPLATES.values(), PLAIN, TUNED])
+def test_a_developer_is_the_system_for_a_template_that_does_not_know_the_role(
+    make, code_tokenizer, source
+):
+    template, developer = make(source), {**SYSTEM, "role": "developer"}
+    for rest in ([HELLO], [HELLO, ANSWER, GO]):
+        assert template.text([developer, *rest]) == template.text([SYSTEM, *rest])
+    knows = make("{% if messages[0].role == 'developer' %}{{ messages[0].content }}{% endif %}")
+    assert (knows.text([developer]), knows.text([SYSTEM])) == (SYSTEM["content"], "")
 
 
 def test_only_the_template_writes_control_tokens(make, code_tokenizer):
