@@ -1,7 +1,7 @@
 """OpenAI's choices of text and chat completions, whole or piece by piece."""
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 from serve.completion import Completion
@@ -59,7 +59,7 @@ class TextChoiceWriter:
         if not self._has_begun and self._echo is not None:
             text = self._echo + text
             if logprobs is not None:
-                self._add_prompt(logprobs, piece)
+                self._add_prompt(logprobs, piece, self._echo)
             self._offset = len(self._echo)
         self._has_begun = True
         self._num_written += len(text)
@@ -83,21 +83,22 @@ class TextChoiceWriter:
             **of_prompt,
         }
 
-    def _add_prompt(self, logprobs: Json, piece: Completion) -> None:
-        first = self._request.prompt_token_ids[0]
+    def _add_prompt(self, logprobs: Json, piece: Completion, echo: str) -> None:
+        tokens = self._request.prompt_token_ids[int(self._adds_bos) :]
         stream = TextStream(self._tokenizer, ())
-        if not self._adds_bos:
-            self._add(logprobs, first, None)
-            self._offset += len(stream.append(first))
-        for token in piece.prompt_logprobs:
-            self._add(logprobs, token.token, token)
-            self._offset += len(stream.append(token.token))
+        texts = [stream.append(token) for token in tokens]
+        # Tokenizers may put a space before a text, which its echo has not.
+        self._offset = _num_spaces(echo) - _num_spaces("".join(texts))
+        values = chain([] if self._adds_bos else [None], piece.prompt_logprobs)
+        for token, text, logprob in zip(tokens, texts, values, strict=False):
+            self._add(logprobs, token, logprob)
+            self._offset += len(text)
 
     def _add(self, logprobs: Json, token: int, values: TokenLogprobs | None) -> None:
         """Add a token; `values` is None for the first, whose probability depends on nothing."""
         text_of = self._tokenizer.token_text
         logprobs["tokens"].append(text_of(token))
-        logprobs["text_offset"].append(self._offset)
+        logprobs["text_offset"].append(max(0, self._offset))
         logprobs["token_logprobs"].append(None if values is None else values.logprob)
         if values is None:
             logprobs["top_logprobs"].append(None)
@@ -186,6 +187,11 @@ class ChatChoiceWriter:
             "type": "function",
             "function": {"name": name, "arguments": ""},
         }
+
+
+def _num_spaces(text: str) -> int:
+    """Return the number of spaces that a text begins with."""
+    return len(text) - len(text.lstrip(" "))
 
 
 def token_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> list[Json]:

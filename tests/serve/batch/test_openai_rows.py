@@ -1,10 +1,16 @@
 """`stu-generate` on OpenAI's batch format."""
 
+import io
+import json
 import re
 import shutil
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from serve import LLM
 from serve.batch.openai_rows import OpenAiRows
@@ -16,6 +22,8 @@ from serve.prompts import RequestBuilder
 from serve.request import TokenLogprobs
 from serve.sampling.detokenizer import TextStream
 from serve.sampling_params import SamplingParams
+from stu.tokenizers.hugging_face import HuggingFaceTokenizer
+from stu.tokenizers.sentence_piece import SentencePieceTokenizer
 from tests.serve.conftest import generate, read_rows, write_rows
 from tests.serve.requests import make_request
 
@@ -237,6 +245,57 @@ def test_text_offsets_are_where_the_texts_of_tokens_begin(code_tokenizer):
     for name, offset in shown[6:-4]:
         assert text[offset:].startswith(name)
     assert offsets[-3:] == [len(text)] * 3
+
+
+def dummy_prefix():
+    model, options = io.BytesIO(), {"vocab_size": 300, "byte_fallback": True, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(20 * ["hello world the cat"]),
+        model_writer=model,
+        model_type="bpe",
+        **options,
+    )
+    return SentencePieceTokenizer({"tokenizer.model": model.getvalue()}, Path("x"))
+
+
+def metaspace():
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    trained.train_from_iterator(20 * ["hello world the cat"], trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    contents = {"tokenizer.json": trained.to_str(), "tokenizer_config.json": json.dumps(names)}
+    files = {name: text.encode() for name, text in contents.items()}
+    return HuggingFaceTokenizer(files, Path("x"))
+
+
+@pytest.mark.parametrize("make", [dummy_prefix, metaspace])
+def test_text_offsets_of_a_tokenizer_that_puts_a_space_before_texts(make):
+    tokenizer = make()
+    builder = RequestBuilder(tokenizer, {"seed": 0})
+    common = {"tokenizer": tokenizer, "model_name": "demo", "max_seq_len": 64}
+    completions = TextCompletions(builder, **common)
+    ids, new = tokenizer.encode("hello world the"), tokenizer.encode("cat")
+    for prompt in ("hello world the", ids, [tokenizer.bos_id, *ids], " hello world the"):
+        body = completions.read({"prompt": prompt, "logprobs": 0, "echo": True})
+        (request,) = completions.requests(0, body)
+        given, added = (
+            [TokenLogprobs(token, -1.0, {}, 1) for token in tokens]
+            for tokens in (request.prompt_token_ids[1:], new)
+        )
+        completion = Completion(" cat", new, added, "length", given)
+        (choice,) = completions.answer(0, body, [request], [completion])["choices"]
+        text, offsets = choice["text"], choice["logprobs"]["text_offset"]
+        names = choice["logprobs"]["tokens"]
+        shown = [text[start:end] for start, end in pairwise([*offsets, len(text)])]
+        assert "".join(shown) == text
+        if prompt[0] == tokenizer.bos_id:
+            assert (names.pop(0), shown.pop(0)) == ("<s>", "")
+        if prompt[0] != " ":
+            assert not text.startswith(" ")
+            shown[0] = f" {shown[0]}"
+        assert shown == names
 
 
 def test_logprobs_without_top_tokens_and_of_an_empty_completion(choices):
