@@ -37,6 +37,8 @@ _ALLOWED_UNIONS = {
     "tool_choice": "a string or an object",
 }
 """Allowed values of fields with several types, where pydantic reports an error for each type."""
+_PARTS = {"list[Part]", "list[TextPart]"}
+"""Pydantic's names for the second type of a content."""
 
 
 def error_body(
@@ -58,9 +60,13 @@ def located(error: UserError) -> PydanticCustomError:
 
 
 def body_error(errors: Sequence[Mapping[str, Any]]) -> UserError:
-    """Return the first of the errors that pydantic found in a body as a UserError."""
-    first = errors[0]
+    """Return the first of the errors that pydantic found in a body as a UserError, or that of a
+    part: a list of parts is not meant as a string."""
+    of_part = next((error for error in errors if not _PARTS.isdisjoint(error["loc"][:-1])), None)
+    first = of_part or errors[0]
     kind, location, context = first["type"], [str(part) for part in first["loc"]], first.get("ctx")
+    if of_part:
+        location = [part for part in location if part not in _PARTS]
     place = ".".join(location)
     if kind == "user_error" and context is not None:
         error: UserError = context["error"]
@@ -68,7 +74,7 @@ def body_error(errors: Sequence[Mapping[str, Any]]) -> UserError:
     if kind == "missing":
         return UserError(place, message=f"field {json.dumps(place)} is missing")
     allowed = _ALLOWED.get(kind, "").format(**context or {})
-    for depth, part in enumerate(location, 1):
+    for depth, part in enumerate(() if of_part else location[:-1], 1):
         if part in _ALLOWED_UNIONS:
             place, allowed = ".".join(location[:depth]), _ALLOWED_UNIONS[part]
     if not allowed:

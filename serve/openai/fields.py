@@ -110,7 +110,11 @@ MESSAGE_NEUTRAL: Neutral = {
     "reasoning_content": (("",), "put it into content or leave it out"),
 }
 CALL_HARMLESS: Mapping[str, type] = {"parsed_arguments": object, "index": int}
-PART_HARMLESS: Mapping[str, type] = {"cache_control": dict, "prompt_cache_breakpoint": dict}
+PART_HARMLESS: Mapping[str, type] = {
+    "annotations": list,
+    "cache_control": dict,
+    "prompt_cache_breakpoint": dict,
+}
 
 
 _TYPES = {

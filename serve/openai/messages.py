@@ -118,10 +118,10 @@ class Message(Body):
         if role == "function":
             fix = 'use role "tool", with the tool_call_id of the call'
             raise located(UserError("role", role, fix=fix))
-        for part in content if isinstance(content, list) else ():
+        for number, part in enumerate(content if isinstance(content, list) else ()):
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
             if kind != "text":
-                raise located(UserError("content.type", kind, '"text"'))
+                raise located(UserError(f"content.{number}.type", kind, '"text"'))
         return message
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from stu.common.text import Json
 ITEM_HARMLESS: Mapping[str, type] = {"id": str, "status": str, "phase": str, **CALL_HARMLESS}
 """Fields of items in answers, which repeat what the others say."""
 RESULT_HARMLESS = {**ITEM_HARMLESS, "name": str}
-OUTPUT_PART_HARMLESS = {**PART_HARMLESS, "annotations": list, "logprobs": list, "parsed": object}
+OUTPUT_PART_HARMLESS = {**PART_HARMLESS, "logprobs": list, "parsed": object}
 TEXT_PARTS = ("input_text", "output_text", "text")
 
 

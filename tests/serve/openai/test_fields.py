@@ -1,5 +1,6 @@
 """Fields that clients send: they change nothing, work, or are refused by name."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +227,36 @@ def test_parts_and_calls_of_all_messages_together_are_few():
             with pytest.raises(UserError, match=f"messages of at most {most} ") as found:
                 read_body(ChatBody, {"messages": many})
             assert found.value.field == "messages"
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "message"),
+    [
+        ({"text": "a", "id": "x"}, ".1.id", "there is no such field"),
+        ({}, ".1.text", 'text" is missing'),
+        ({"text": 5}, ".1.text", "text=5 is not allowed: it must be a string"),
+        ({"text": "a", "cache_control": "x"}, ".1.cache_control", "it must be an object"),
+        ({"text": "a", "annotations": 5}, ".1.annotations", "it must be a list"),
+        ("a", ".1", '="a" is not allowed: it must be an object'),
+        ({"text": "a", "annotations": [], "cache_control": {}}, None, ""),
+    ],
+)
+def test_errors_within_a_part_name_its_field(part, field, message):
+    for kind, body, place in (
+        (ChatBody, "messages", "messages.0.content"),
+        (ResponseBody, "input", "input.0.content"),
+    ):
+        name = "text" if kind is ChatBody else "input_text"
+        own = {"type": name, **part} if isinstance(part, dict) else part
+        asked = {body: [{"role": "user", "content": [{"type": name, "text": "a"}, own]}]}
+        if field is None:
+            read_body(kind, asked)
+            continue
+        with pytest.raises(UserError, match=re.escape(message)) as found:
+            read_body(kind, asked)
+        assert found.value.field == place + field
+    with pytest.raises(UserError, match=r'logit_bias.content="a" .* it must be a number'):
+        read_body(ChatBody, {**CHAT, "logit_bias": {"content": "a"}})
 
 
 def test_embeddings_have_the_salt_of_their_tenant(code_tokenizer):

@@ -344,7 +344,7 @@ BAD_CHATS = [
     (message("robot", "x"), "messages.0.role", "'system'"),
     (message("tool", "x"), "messages.0.tool_call_id", "the id of the call"),
     (message("function", "x"), "messages.0.role", 'use role "tool"'),
-    (message("user", [IMAGE]), "messages.0.content.type", '"image_url" is not allowed: it must be'),
+    (message("user", [IMAGE]), "messages.0.content.0.type", '="image_url" is not allowed: it must'),
     ({**HI, "top_logprobs": 2}, "top_logprobs", "used with logprobs=true"),
     ({**HI, "max_tokens": 1000}, "messages", "maximum context length is 64 tokens"),
     (message("user", "\ud800"), "messages", "surrogate"),
