@@ -19,6 +19,7 @@ from serve.sampling.schema_rewrites import (
     Schema,
     clamp_bounds,
     drop_decimal_strings,
+    drop_patterns,
     drop_void,
     refused,
     rewrite_format,
@@ -61,6 +62,9 @@ def prepare(schema: Schema) -> Schema:
     for node in _nodes(schema):
         drop_void(node.schema)
         rewrite_names(node.schema)
+        drop_decimal_strings(node.schema)
+        if is_lenient:
+            drop_patterns(node.schema)
     nodes = list(_nodes(schema))
     integers: Schema = {}
     multiple = 1
@@ -70,7 +74,6 @@ def prepare(schema: Schema) -> Schema:
         rewrite_format(node.schema)
         clamp_bounds(*node)
         rewrite_integer(*node, integers)
-        drop_decimal_strings(node.schema)
         multiple = math.lcm(multiple, _coefficient(node.schema.get("multipleOf")))
         if multiple > MOST_MULTIPLE:
             raise refused(

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import llguidance
+
 from stu.common.errors import UserError
 
 Schema = dict[str, Any]
@@ -199,3 +201,23 @@ def drop_decimal_strings(schema: Schema) -> None:
         schema["anyOf"] = [
             option for option in options if not str(option.get("pattern", "")).startswith(DECIMAL)
         ]
+
+
+def drop_patterns(schema: Schema) -> None:
+    """Drop patterns that llguidance cannot follow. Properties with such names have any names."""
+    if not _can_follow(schema.get("pattern")):
+        del schema["pattern"]
+    properties = schema.get("patternProperties")
+    if not isinstance(properties, dict):
+        return
+    dropped = [properties.pop(name) for name in [*properties] if not _can_follow(name)]
+    if dropped and schema.get("additionalProperties", False) is False:
+        schema["additionalProperties"] = {"anyOf": dropped}
+
+
+def _can_follow(pattern: Any) -> bool:
+    """Return whether llguidance knows all of a pattern; it refuses what is no string by name."""
+    if not isinstance(pattern, str):
+        return True
+    matcher, schema = llguidance.LLMatcher, {"type": "string", "pattern": pattern}
+    return not matcher.validate_grammar(matcher.grammar_from_json_schema(schema))

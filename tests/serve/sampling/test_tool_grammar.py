@@ -209,7 +209,48 @@ def test_parameters_that_cannot_be_followed(grammars, parameters, is_strict, mes
     assert found.value.field == "tools"
 
 
-def test_keywords_that_cannot_be_followed_are_ignored_unless_strict(grammars):
-    parameters = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
-    tools = [CallableTool("loose", parameters, False)]
-    grammars.check(tool_constraint(ToolAnswers(tools, True, True)))
+DECIMAL = {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "message"),
+    [
+        ({"properties": {"a": {"not": {"type": "null"}}}}, '{"a": 1}', "not cannot be"),
+        ({"properties": {"a": {"pattern": "^(?!x)"}}}, '{"a": "x"}', "at #/properties/a, regex"),
+        ({"properties": {"a": {"pattern": r"\bx"}}}, '{"a": "y"}', "at #/properties/a, lookar"),
+        ({"properties": {"a": {"items": DECIMAL}}}, '{"a": ["y"]}', "at #/properties/a/items, r"),
+        ({"patternProperties": {"^(?!x)": {"type": "null"}}}, '{"a": null}', "at #, regex parse"),
+        ({"propertyNames": {"pattern": "x(?=y)"}}, '{"a": null}', "at #, regex parse"),
+    ],
+)
+def test_keywords_that_cannot_be_followed_are_ignored_unless_strict(
+    grammars, code_tokenizer, schema, arguments, message
+):
+    def check(is_strict):
+        tools = [CallableTool("f", {"type": "object", **schema}, is_strict)]
+        constraint = tool_constraint(ToolAnswers(tools, True, True))
+        grammars.check(constraint)
+        return grammars.matcher(constraint)
+
+    call = f'{BEGIN}\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+    tokens = code_tokenizer.encode(call)
+    assert check(False).num_allowed(tokens) == len(tokens)
+    with pytest.raises(UserError, match=f'the parameters of the tool "f": .*{message}'):
+        check(True)
+
+
+def test_what_can_be_followed_is_not_ignored(grammars, code_tokenizer):
+    """The strings of a Decimal would otherwise be any texts."""
+    of_names = {"^(?!x)": {"type": "null"}, "^b": {"type": "boolean"}}
+    decimal = {"anyOf": [{"type": "number"}, DECIMAL]}
+    for schema, wrong in (
+        ({"properties": {"a": decimal}}, '{"a": "'),
+        ({"properties": {"a": {"type": "string", "pattern": "^x"}}}, '{"a": "y'),
+        ({"patternProperties": of_names, "additionalProperties": False}, '{"a": true'),
+        ({"patternProperties": of_names, "additionalProperties": False}, '{"b": null'),
+    ):
+        tools = [CallableTool("f", {"type": "object", **schema}, False)]
+        matcher = grammars.matcher(tool_constraint(ToolAnswers(tools, True, True)))
+        begin = code_tokenizer.encode(f'{BEGIN}\n{{"name": "f", "arguments": {{"')
+        tokens = code_tokenizer.encode(f'{BEGIN}\n{{"name": "f", "arguments": {wrong}')
+        assert len(begin) <= matcher.num_allowed(tokens) < len(tokens)
