@@ -108,6 +108,7 @@ MESSAGE_NEUTRAL: Neutral = {
     "function_call": ((), "use tool_calls"),
     "reasoning": (("",), "put it into content or leave it out"),
     "reasoning_content": (("",), "put it into content or leave it out"),
+    "type": (("text", "message"), "leave it out"),
 }
 CALL_HARMLESS: Mapping[str, type] = {"parsed_arguments": object, "index": int}
 PART_HARMLESS: Mapping[str, type] = {

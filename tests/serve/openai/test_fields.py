@@ -229,6 +229,16 @@ def test_parts_and_calls_of_all_messages_together_are_few():
             assert found.value.field == "messages"
 
 
+def test_a_message_may_say_that_it_is_one(endpoints):
+    chats, _ = endpoints["chat"]
+    plain = chats.requests(0, read_body(ChatBody, CHAT))
+    for kind in ("text", "message"):
+        asked = {**CHAT, "messages": [{**USER, "type": kind}]}
+        assert chats.requests(0, read_body(ChatBody, asked)) == plain
+    with pytest.raises(UserError, match=r'messages.0.type="image" is not allowed: leave it out'):
+        read_body(ChatBody, {"messages": [{**USER, "type": "image"}]})
+
+
 @pytest.mark.parametrize(
     ("part", "field", "message"),
     [
