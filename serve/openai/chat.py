@@ -50,6 +50,14 @@ class ChatCompletions(Completions[ChatBody]):
             for index, request in enumerate(self._answered(body, requests))
         ]
 
+    def in_client_names(self, error: UserError, body: ChatBody) -> UserError:
+        """See `Endpoint.in_client_names`. The limit of new tokens has two names."""
+        named = super().in_client_names(error, body)
+        is_newer = body.max_tokens is None and body.max_completion_tokens is not None
+        if named.field == "max_tokens" and is_newer:
+            return named.renamed("max_completion_tokens")
+        return named
+
     def last_fields(self, body: ChatBody, writers: Sequence[Any]) -> Json:
         """See `Endpoint.last_fields`."""
         if body.prompt_logprobs is None:

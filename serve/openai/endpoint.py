@@ -68,19 +68,19 @@ class Endpoint(ABC, Generic[AnyBody]):
             _check_values(body)
             return self._requests(number, body)
         except UserError as error:
-            raise self.in_client_names(error) from error
+            raise self.in_client_names(error, body) from error
 
-    def in_client_names(self, error: UserError) -> UserError:
+    def in_client_names(self, error: UserError, body: AnyBody) -> UserError:
         """Return an error of an engine's request with the name that the field has in a body."""
         return error.renamed(self.client_names.get(error.field, error.field))
 
     def about_prompt(self, error: UserError, body: AnyBody, index: int) -> UserError:
         """Return an error of the request of a prompt with the name that the field has in a body."""
-        return self.in_client_names(error)
+        return self.in_client_names(error, body)
 
     def constraint_field(self, body: AnyBody, kind: str) -> str:
         """Return the name of the field of a body that asks for a constraint of a kind."""
-        return self.in_client_names(UserError(kind)).field
+        return self.in_client_names(UserError(kind), body).field
 
     @abstractmethod
     def writers(self, body: AnyBody, requests: Sequence[Request]) -> Sequence[ChoiceWriter]:

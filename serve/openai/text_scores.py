@@ -25,7 +25,7 @@ class TextScores(Endpoint[TextScoreBody]):
     def about_prompt(self, error: UserError, body: TextScoreBody, index: int) -> UserError:
         """See `Endpoint.about_prompt`."""
         if error.field != "prompt":
-            return self.in_client_names(error)
+            return self.in_client_names(error, body)
         return error.renamed("text_1" if index < len(listed_prompts(body.text_1)) else "text_2")
 
     def writers(self, body: TextScoreBody, requests: Sequence[Request]) -> list[ChoiceWriter]:

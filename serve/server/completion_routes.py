@@ -88,7 +88,7 @@ async def _answer(
                 return response_in_pieces(await unless_gone(request, answer.whole()))
             return await _streamed(answer, stream, request)
         except UserError as error:  # of the engine
-            raise endpoint.in_client_names(error) from error
+            raise endpoint.in_client_names(error, body) from error
 
 
 def named_model(service: Service, name: str | None, request: Request) -> ServedModel:
@@ -126,7 +126,7 @@ async def start_answer(
     try:
         charge = _charge(service, model, exchange, num_prompt_tokens, requests)
     except UserError as error:
-        raise endpoint.in_client_names(error) from error
+        raise endpoint.in_client_names(error, body) from error
     try:
         # Last, when nothing can fail any more before somebody reads the outputs.
         streams = version.replicas.submit(requests, exchange.client, exchange.is_background)

@@ -82,7 +82,7 @@ def _add_create(app: FastAPI, service: Service) -> None:
                 return response_in_pieces(await unless_gone(request, whole_answer))
             first = await unless_gone(request, anext(outputs))
         except UserError as error:  # of the engine
-            raise endpoint.in_client_names(error) from error
+            raise endpoint.in_client_names(error, body) from error
         options = body.stream_options
         is_padded = options is not None and bool(options.include_obfuscation)
         events = _events(answer, first, outputs, writer, save)

@@ -45,9 +45,9 @@ class Responses(Endpoint[ResponseBody]):
             raise UserError("previous_response_id", body.previous_response_id, fix=fix)
         return body
 
-    def in_client_names(self, error: UserError) -> UserError:
+    def in_client_names(self, error: UserError, body: ResponseBody) -> UserError:
         """See `Endpoint.in_client_names`."""
-        error = self._chats.in_client_names(error)
+        error = error.renamed(self._chats.client_names.get(error.field, error.field))
         # A response has what is in json_schema beside the type.
         place = error.field.replace("response_format.json_schema", "response_format")
         field, _, inner = place.partition(".")
@@ -55,7 +55,7 @@ class Responses(Endpoint[ResponseBody]):
             return error.renamed("input")
         if field == "tools":
             return error.renamed(error.field.replace(".function", ""))
-        named = super().in_client_names(error.renamed(field))
+        named = super().in_client_names(error.renamed(field), body)
         return named.renamed(f"{named.field}.{inner}") if inner else named
 
     def writers(self, body: ResponseBody, requests: Sequence[Request]) -> list[ChoiceWriter]:

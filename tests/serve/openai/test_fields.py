@@ -229,6 +229,19 @@ def test_parts_and_calls_of_all_messages_together_are_few():
             assert found.value.field == "messages"
 
 
+def test_errors_name_the_limit_of_new_tokens_that_was_sent(endpoints):
+    chats, _ = endpoints["chat"]
+    for names in (
+        ["max_tokens"],
+        ["max_completion_tokens"],
+        ["max_tokens", "max_completion_tokens"],
+    ):
+        body = read_body(ChatBody, {"messages": [USER], **dict.fromkeys(names, -1)})
+        with pytest.raises(UserError, match=f"^{names[0]}=-1 is not allowed") as found:
+            chats.requests(0, body)
+        assert found.value.field == names[0]
+
+
 def test_a_message_may_say_that_it_is_one(endpoints):
     chats, _ = endpoints["chat"]
     plain = chats.requests(0, read_body(ChatBody, CHAT))

@@ -54,11 +54,19 @@ def test_a_damaged_database_is_an_error_of_the_user(model_directory, tmp_path, n
     assert error.value.field == "batch_dir"
 
 
+USER = {"role": "user", "content": "x"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("completions", {"prompt": "x", "max_tokens": 9}, "max_tokens"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "max_tokens"),
+        ("chat/completions", {"messages": [USER]}, "max_tokens"),
+        (
+            "chat/completions",
+            {"messages": [USER], "max_completion_tokens": 9},
+            "max_completion_tokens",
+        ),
         ("responses", {"input": "x", "max_output_tokens": 30}, "max_output_tokens"),
         ("embeddings", {"input": "x" * 30}, "input"),
         ("score", {"text_1": "x" * 30, "text_2": "x"}, "text_1"),
