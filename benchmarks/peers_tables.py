@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 from benchmarks.recorded import Columns, Run, table
 
@@ -14,6 +15,7 @@ LABELS = {
     "llama_cpp_q8_0": "llama.cpp, Q8_0",
     "vllm": "vLLM, float32",
     "vllm_bf16": "vLLM, bfloat16",
+    "vllm_int8": "vLLM, int8",
 }
 
 
@@ -24,7 +26,7 @@ def decoding(result: Run) -> str:
 
     def speeds(batch: int, name: str) -> str:
         found = {
-            run["context"]: f"{run['tokens_per_second']:,.0f}"
+            run["context"]: f"{median(run['speed_by_round'].values()):,.0f}"
             for run in runs
             if (run["program"], run["batch"]) == (name, batch)
         }
@@ -64,7 +66,7 @@ def serving(result: Run) -> str:
     columns: Columns = {
         "server": lambda run: LABELS[run["program"]],
         "concurrent streams": lambda run: str(run["clients"]),
-        "new tokens/s": lambda run: f"{run['output_throughput']:,.0f}",
+        "new tokens/s": lambda run: f"{median(run['speed_by_round'].values()):,.0f}",
         "time to first token, median ms": lambda run: f"{run['p50_ttft_ms']:,.0f}",
         "inter-token latency, median ms": lambda run: f"{run['p50_itl_ms']:,.0f}",
         "resident memory, MiB": lambda run: f"{run['resident_mib']:,.0f}",

@@ -20,6 +20,12 @@ def recorded(folder: Path = RESULTS) -> dict[str, Run]:
     }
 
 
+def processor(machine: Run) -> str:
+    """Return the name of a machine's processor, and the vector instructions that torch uses."""
+    name = machine["processor"].replace("(R)", "").removesuffix(" Processor")
+    return f"{name}, {machine['cpu_capability']}"
+
+
 def fewest_threads(runs: list[Run]) -> list[Run]:
     """Return the runs with the lowest number of threads."""
     threads = [run["threads"] for run in runs if "threads" in run]

@@ -18,8 +18,8 @@ from benchmarks import (
     quality_tables,
     train_serve_tables,
 )
-from benchmarks.claims import comparisons
-from benchmarks.recorded import ROOT, Run, recorded
+from benchmarks.comparisons import comparisons
+from benchmarks.recorded import ROOT, Run, processor, recorded
 
 DOCUMENTS = [
     "README.md",
@@ -74,8 +74,8 @@ def made_on(result: Run) -> str:
     made += [run["commit"] for run in runs if "commit" in run] or [machine["commit"]]
     day, commits = machine["date"].split("T")[0], ", ".join(dict.fromkeys(c[:7] for c in made))
     on_gpu = any(run.get("device") == "cuda" for run in result.get("runs", []))
-    processor = machine["gpu" if on_gpu else "processor"]
-    return f"({processor}, torch {machine['torch']}, {day}, commit {commits})"
+    where = machine["gpu"] if on_gpu else processor(machine)
+    return f"({where}, torch {machine['torch']}, {day}, commit {commits})"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ PROGRAMS: dict[str, Callable[[Work], Program]] = {
     "llama_cpp_q8_0": lambda work: LlamaCpp(work, "q8_0"),
     "vllm": Vllm,
     "vllm_bf16": lambda work: Vllm(work, "bfloat16"),
+    "vllm_int8": lambda work: Vllm(work, "bfloat16", int8=True),
 }
 PROMPT, NEW = (32, 512), (32, 256)
 """Fewest and most tokens of prompts, and new ones, of requests to servers."""
@@ -67,7 +68,8 @@ class Options:
     """Sequences that decode together, for example [1,8]."""
     programs: tuple[str, ...] = tuple(PROGRAMS)
     """Programs to compare: ours and vllm in float32, others as they are named: ours_bf16, ours_int8
-    (weights of 8 bits), llama_cpp_f32, llama_cpp_bf16, llama_cpp_q8_0, vllm_bf16."""
+    (weights of 8 bits), llama_cpp_f32, llama_cpp_bf16, llama_cpp_q8_0, vllm_bf16,
+    vllm_int8."""
     new_tokens: PositiveInt = 64
     """Timed steps of each batch."""
     parts: tuple[Literal["decode", "serve"], ...] = ("decode", "serve")

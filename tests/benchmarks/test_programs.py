@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.decoding import programs
 from benchmarks.machine import describe
@@ -201,7 +202,7 @@ def test_a_second_start_measures_what_the_first_left(tmp_path, monkeypatch, caps
         ("llama_cpp_f32", 500),
     ]
     assert runs[1]["ours_times_as_fast"] == 2
-    later = {**runs[1], "context": 2000, "tokens_per_second": 250.0}
+    later = {**runs[1], "context": 2000, "speed_by_round": {"0": 200.0, "1": 300.0}}
     assert TABLES["peers decoding"]({"runs": [*runs, later]}).splitlines() == [
         "| tokens per second after 16 / 2,000 tokens | batch 4 |",
         "| --- | --- |",
@@ -312,6 +313,22 @@ def test_a_peer_whose_server_fails_is_left_out(work, monkeypatch, capsys, fault,
     else:
         assert figures == {}
         assert f"Vllm, part serve, clients 2: {said}" in capsys.readouterr().err
+
+
+def test_vllms_model_of_8_bits_has_the_rounded_weights_of_the_others(work, monkeypatch):
+    monkeypatch.setattr(Work, "environment", lambda *_: Path(sys.prefix))
+    Vllm(work, "bfloat16", int8=True).prepare()
+    folder = work.file("llama.int8")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    weights, found = Vllm(work).make_model().state_dict(), load_file(folder / "model.safetensors")
+    scales = {name.removesuffix("_scale") for name in found if name.endswith("_scale")}
+    assert len(scales) == 7 * SHAPE.num_layers
+    for name in weights.keys() & found.keys():
+        scale = found[f"{name}_scale"] if name in scales else torch.zeros(1)
+        assert (found[name].dtype == torch.int8) == (name in scales)
+        rounded = found[name] * scale if name in scales else found[name]
+        assert (rounded - weights[name]).abs().le(0.501 * scale).all()
 
 
 def test_model_files_are_of_one_shape_and_size(work):

@@ -110,7 +110,10 @@ def test_runs_that_learned_other_tokens_are_refused(tmp_path):
 
 def test_a_table_names_the_commits_of_all_its_runs():
     machine = {"date": "2026-11-29T00:00:00", "processor": "CPU", "torch": "2", "commit": "e" * 40}
-    assert tables.made_on({"machine": machine}) == "(CPU, torch 2, 2026-11-29, commit eeeeeee)"
+    machine["cpu_capability"] = "AVX2"
+    assert (
+        tables.made_on({"machine": machine}) == "(CPU, AVX2, torch 2, 2026-11-29, commit eeeeeee)"
+    )
     result = {"machine": machine, "earlier_machines": [{"commit": "a" * 40}]}
     result |= {"runs": [{}, {"commit": "b" * 40}], "recall": [{"commit": "b" * 40}]}
     assert tables.made_on(result).endswith("commit aaaaaaa, bbbbbbb)")
