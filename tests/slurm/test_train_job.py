@@ -21,6 +21,7 @@ from tests.slurm.conftest import ROOT, find_clients
 from tests.train.saved import load_checkpoint
 from train import report
 from train.data.loader import TokenData
+from train.health.cli import TIMEOUT_SECONDS
 
 STEPS, STOP, SAVED = 70, 30, 15
 RANK = ["--cpus-per-task=1", "--mem=1G", "--time=10"]
@@ -316,35 +317,53 @@ def test_a_checkpoint_that_the_job_would_not_continue_from_is_refused(tmp_path, 
 
 
 FAKES = {
-    "stu-plan": "",
+    "stu-plan": "exit ${PLAN_CODE:-0}",
     "stu-train": "",
-    "scontrol": """[ "$1" != requeue ] || { echo "$2" >>requeued; exit 1; }""",
+    "scontrol": """case $* in
+requeue*) echo "$2" >>requeued; exit 1 ;;
+"show hostnames"*) echo "$3" ;;
+*"show job"*) echo "JobId=7 ExcNodeList=(null) Restarts=30" ;;
+esac""",
+    "sinfo": "printf 'n%s\\n' 1 2 3",
     "srun": """case $* in
-*stu-health*) exit ${HEALTH_CODE:-0} ;;
-*) echo "$RANK_LOG" >>stu-train-7/rank-0.log; exit $RANK_CODE ;;
+*stu-health*) echo "$*" >health; echo "$HEALTH_LOG"; exit ${HEALTH_CODE:-0} ;;
+*) echo "$RANK_LOG" >>stu-train-7/rank-0.log; exit ${RANK_CODE:-0} ;;
 esac""",
 }
 """Programs of a job that is not requeued in the end, since its script would wait for that."""
 
 
-def test_only_restarts_of_starts_that_saved_nothing_are_counted(tmp_path):
-    """A long run is requeued any number of times, and one that fails again and again is not."""
+@pytest.fixture
+def fake_job(tmp_path):
+    """Function that runs the script with `FAKES`, and returns its exit code, what it printed, and
+    whether it asked to be requeued."""
     for name, text in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STU_MOST_RESTARTS": "1"}
     variables = {"JOB_ID": 7, "JOB_NUM_NODES": 1, "JOB_NODELIST": "n1", "RESTART_COUNT": 30}
-    variables |= {"NTASKS_PER_NODE": 1, "CPUS_PER_TASK": 1}
+    variables |= {"NTASKS_PER_NODE": 1, "CPUS_PER_TASK": 1, "JOB_PARTITION": "all"}
     environment |= {f"SLURM_{name}": str(value) for name, value in variables.items()}
     command = ["bash", str(ROOT / "slurm" / "train.sbatch")]
 
-    def is_requeued(code, log, **more):
+    def run(**more):
         (tmp_path / "requeued").unlink(missing_ok=True)
-        more |= {"RANK_CODE": str(code), "RANK_LOG": log}
+        more = {name: str(value) for name, value in more.items()}
         options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
         done = subprocess.run(command, env={**environment, **more}, **options)
-        assert done.returncode == 1, (done.stdout, done.stderr)
-        return (tmp_path / "requeued").exists()
+        printed = done.stdout + done.stderr
+        return done.returncode, printed, (tmp_path / "requeued").exists()
+
+    return run
+
+
+def test_only_restarts_of_starts_that_saved_nothing_are_counted(fake_job, tmp_path):
+    """A long run is requeued any number of times, and one that fails again and again is not."""
+
+    def is_requeued(code, log, **more):
+        ended, printed, requeued = fake_job(RANK_CODE=code, RANK_LOG=log, **more)
+        assert ended == 1, printed
+        return requeued
 
     assert is_requeued(0, "", HEALTH_CODE="137"), "the network may be down for a while"
     (tmp_path / "stu-train-7" / "failures").unlink()
@@ -354,6 +373,35 @@ def test_only_restarts_of_starts_that_saved_nothing_are_counted(tmp_path):
     assert is_requeued(75, saved)
     assert not is_requeued(75, "ended by SIGUSR1 outside of training")
     assert not is_requeued(3, "a fault")
+
+
+@pytest.mark.parametrize("code", [1, 2, 137])
+def test_a_node_that_the_first_task_names_is_excluded_whatever_the_code(fake_job, code):
+    """srun returns the largest code of all tasks, and a node without the program ends with 2."""
+    _, printed, is_requeued = fake_job(HEALTH_LOG="stu-health: bad node: n1", HEALTH_CODE=code)
+    assert is_requeued, printed
+    assert "to continue without n1" in printed
+
+
+def test_a_refusal_of_health_ends_the_job(fake_job):
+    code, printed, is_requeued = fake_job(HEALTH_LOG="stu-health: refused, ..", HEALTH_CODE=2)
+    assert (code, is_requeued) == (2, False), printed
+
+
+def test_a_health_task_that_hangs_is_ended_after_the_verdict(fake_job, tmp_path):
+    """Once a task has ended, the first one may still wait for the reports of others."""
+    fake_job()
+    seconds = int(re.search(r"--wait=(\d+)", (tmp_path / "health").read_text())[1])
+    assert TIMEOUT_SECONDS < seconds <= 2 * TIMEOUT_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("plan_code", "code", "requeued"), [(1, 1, False), (2, 2, False), (3, 1, True), (137, 1, True)]
+)
+def test_a_job_is_requeued_after_a_crash_of_the_plan(fake_job, plan_code, code, requeued):
+    ended, printed, is_requeued = fake_job(PLAN_CODE=plan_code)
+    assert (ended, is_requeued) == (code, requeued), printed
+    assert f"stu-plan ended with code {plan_code}" in printed
 
 
 SCENARIOS = [

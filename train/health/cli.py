@@ -17,6 +17,9 @@ from train.health.meeting import Meeting
 from train.health.node import facts_of_node, folders_of, local_problems
 from train.health.verdict import Report
 
+TIMEOUT_SECONDS = 120.0
+"""Default of `--timeout-seconds`; `slurm/train.sbatch` waits longer than that for hung tasks."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if all nodes are fit, 1 if some are not, 2 if other nodes
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--timeout-seconds",
         type=float,
-        default=120.0,
+        default=TIMEOUT_SECONDS,
         help="Seconds within which nodes must report.",
     )
     arguments = list(sys.argv[1:] if argv is None else argv)
