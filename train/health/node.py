@@ -33,7 +33,12 @@ def local_problems(min_free_gib: float) -> Iterator[str]:
     if num_gpus and _has_nvidia_gpus() and torch.cuda.device_count() != num_gpus:
         yield f"{torch.cuda.device_count()} of {num_gpus} GPUs that SLURM assigned respond"
     for number in range(torch.cuda.device_count() if num_gpus else 0):
-        free, total = torch.cuda.mem_get_info(number)
+        try:
+            free, total = torch.cuda.mem_get_info(number)
+        except RuntimeError as error:  # such as memory with errors that cannot be corrected
+            reason, *_ = str(error).split("\n")
+            yield f"GPU {number} does not respond ({reason})"
+            continue
         if free < LEAST_FREE_GPU_MEMORY * total:
             yield f"GPU {number} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 

@@ -39,11 +39,18 @@ def judge(reports: Sequence[Report], silent: Sequence[str] = ()) -> Verdict:
     """Return the verdict on the reports, and on the nodes that sent none (`silent`).
 
     If half of the nodes or more have a problem with a folder, or differ in a fact, no node is at
-    fault, and none is excluded.
+    fault, and none is excluded. If more than half are silent, it is the first node that they cannot
+    reach, which is then the one to exclude.
     """
     problems = {report.node: report.problems for report in reports if report.problems}
     verdict = Verdict([], [*silent, *problems])
     verdict.problems += [f"{node}: {text}" for node, texts in problems.items() for text in texts]
+    if len(silent) > len(reports):
+        first = reports[0].node
+        verdict.bad_nodes = [first, *problems]
+        verdict.problems.append(
+            f"{first}: {len(silent)} of {len(silent) + len(reports)} nodes did not reach it"
+        )
     refusals = []
     for found in [*_folder_problems(reports), *_differences(reports)]:
         lines = [f"{node}: {problem}" for node, problem in found.items()]

@@ -53,6 +53,9 @@ def reports(count, lacking=(), others=(), short=()):
         (reports(2, short=[1]), (), 1, ["n1"], "n1: no memory"),
         (reports(2, short=[1, 2]), (), 1, ["n1", "n2"], "n2: no memory"),
         (reports(2), ["n3"], 1, ["n3"], None),
+        (reports(1), ["n2"], 1, ["n2"], None),
+        (reports(1), ["n2", "n3"], 1, ["n1"], "n1: 2 of 3 nodes did not reach it"),
+        (reports(2, short=[2]), ["n3", "n4", "n5"], 1, ["n1", "n2"], "n1: 3 of 5"),
     ],
 )
 def test_verdict(received, silent, code, bad_nodes, problems):
@@ -84,6 +87,19 @@ def test_gpus_that_do_not_respond(monkeypatch, has_gpus):
     monkeypatch.setattr(node, "_has_nvidia_gpus", lambda: has_gpus)
     problems = list(node.local_problems(0.001))
     assert problems == (["0 of 2 GPUs that SLURM assigned respond"] if has_gpus else [])
+
+
+def test_each_gpu_that_raises_an_error_is_a_problem(monkeypatch):
+    def memory(number):
+        if number == 1:
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error\nCompile with ..")
+        return 9, 10
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    (problem,) = node.local_problems(0.001)
+    assert problem == "GPU 1 does not respond (CUDA error: uncorrectable ECC error)"
 
 
 @pytest.mark.parametrize("count", [1, 2])
