@@ -65,7 +65,9 @@ class Interruption(L.Callback):
         self._noted = received
 
     def _restore(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        # A signal that is repeated while the loggers end must not end the process before them.
+        is_stopping = self.received is not None or self._noted is not None
+        if threading.current_thread() is threading.main_thread() and not is_stopping:
             for number, handler in self._former.items():
                 signal.signal(number, handler)
         self._former = {}

@@ -36,6 +36,7 @@ from train.checkpoint.folder import write_rank, write_training
 from train.checkpoint.resume import verified_checkpoint
 from train.data.loader import TokenData
 from train.evaluation import ValidationSums
+from train.loggers.files import TensorBoard
 from train.optimizer import OptimizerConfig, learning_rate_factor
 from train.start import provenance
 
@@ -549,6 +550,26 @@ def test_signal_ends_a_validation_between_two_batches(train, signalled_validatio
     assert added == []
     assert last_checkpoint(run)["global_step"] == 6
     assert "val/loss" not in report.read_curves(run)
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "words"), [(2, 75, "stopped at step 2 of 3 for SIGUSR1"), (9, 0, "trained to")]
+)
+def test_signals_that_are_repeated_while_loggers_end_change_nothing(
+    train, tmp_path, monkeypatch, capsys, step, code, words
+):
+    """In the second case, the first one came after the last step."""
+    finalize = TensorBoard.finalize
+
+    def signalled(self, status):
+        signal.raise_signal(signal.SIGUSR1)
+        finalize(self, status)
+
+    monkeypatch.setattr(StepProgress, "on_train_batch_end", signal_at(step))
+    monkeypatch.setattr(StepProgress, "on_train_end", signal_at(3))
+    monkeypatch.setattr(TensorBoard, "finalize", signalled)
+    train(tmp_path / "run", "--trainer.max_steps=3", code=code)
+    assert words in capsys.readouterr().err
 
 
 def validated_steps(run):
