@@ -14,7 +14,10 @@ from train.start.signals import exiting_at_once
 FAULT = 3
 """Exit code after a fault of the program or of the network; a job is then requeued."""
 
-MAY_PASS = {errno.EIO, errno.ESTALE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN}
+MAY_PASS = {
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, getattr(errno, "EREMOTEIO", errno.EIO)),
+    *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN),
+}
 """Errors of the system that a later start need not meet."""
 
 # The settings that most runs use; `--help-all` describes all. A test compares both.

@@ -239,6 +239,8 @@ def test_an_error_of_the_system_names_the_rank_and_host(variables, where, monkey
     [
         (OSError(errno.ESTALE, "Stale file handle"), 3),
         (OSError(errno.EIO, "Input/output error"), 3),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), 3),
+        (OSError(getattr(errno, "EREMOTEIO", errno.EIO), "Remote I/O error"), 3),
         (ConnectionResetError("reset"), 3),
         (OSError(errno.EHOSTUNREACH, "No route to host"), 3),
         (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), 3),
