@@ -30,6 +30,7 @@ from stu.tokenizers.sentence_piece import train_bpe
 from tests.models import float64_model
 from tests.serve.requests import make_request
 from tests.serve.sampling.test_device_sampler import ALL_ROWS, random_logits, sampler_of_everything
+from train.checkpoint.folder import CHECKPOINTS, LAST, CheckpointFolder
 from train.loss import next_token_loss
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.optimizer.muon import Muon
@@ -381,12 +382,16 @@ def test_training_lowers_the_loss(layout, precision, train):
 
 
 @pytest.mark.parametrize("parallel", [{"kind": "zero", "zero_stage": 2}, {"kind": "fsdp"}])
-def test_sharded_training_equals_unsharded_training(parallel, train):
+def test_sharded_training_equals_unsharded_training(parallel, train, tmp_path):
+    """With fused AdamW too."""
     if parallel["kind"] == "zero":
         pytest.importorskip("deepspeed")
     expected = train({})
     found = train({f"parallel.{name}": value for name, value in parallel.items()})
     assert found == pytest.approx(expected, abs=1e-3)
+    for run in tmp_path.glob("run*"):
+        groups = CheckpointFolder(run / CHECKPOINTS / LAST).training["optimizer_groups"]
+        assert all(group["fused"] for group in groups)
 
 
 @pytest.fixture

@@ -20,11 +20,15 @@ class DeviceAdamW(AdamW):
     """AdamW in the implementation that is fastest on the device of its parameters."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], **hyperparameters: Any) -> None:
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        super().__init__(groups, fused=is_fused(parameters) or None, **hyperparameters)
-        # Otherwise Lightning refuses to clip gradients, for fear that a loss scale is still in
-        # them. No precision here scales the loss.
-        self._step_supports_amp_scaling = False
+        # If told here that it is fused, Lightning would refuse to clip gradients, for fear that a
+        # loss scale is still in them. No precision here scales the loss.
+        super().__init__(groups, **hyperparameters)
+        self.choose([parameter for group in groups for parameter in group["params"]])
+
+    def choose(self, updated: Sequence[Tensor]) -> None:
+        """Choose the implementation for the tensors that are updated, before the first step."""
+        for group in self.param_groups:
+            group["fused"] = is_fused(updated) or None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, which another device may have saved, and keep the implementation."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from train.checkpoint.folder import WEIGHT, CheckpointFolder
 from train.checkpoint.sharded import ShardedSaving
 from train.checkpoint.writer import CheckpointWriter
+from train.optimizer.adamw import DeviceAdamW
 from train.optimizer.matrices import Part
 from train.optimizer.muon import Muon
 
@@ -85,6 +86,9 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
         super().init_deepspeed()
         if self._stage in (0, 3):
             self._skip_bad_updates()
+        if isinstance(self._torch_optimizer, DeviceAdamW):
+            # It was made while the parameters were on the CPU.
+            self._torch_optimizer.choose([held for held, _ in self._updated_tensors()])
         if self._stage > 0 and isinstance(self._torch_optimizer, Muon):
             self._torch_optimizer.divide(self._matrix_parts(), self.root_device)
 

@@ -12,6 +12,7 @@ from tests.train.conftest import slow
 from tests.train.parallel.conftest import SAMPLES, SAVED, STEPS
 from tests.train.saved import assert_close, assert_same_state, checkpoint, load_checkpoint, losses
 from train import report
+from train.checkpoint.folder import CheckpointFolder
 
 STAGES = [0, 1, 2, 3, "fsdp"]
 
@@ -178,6 +179,37 @@ def test_filters_and_ffts_are_float32_in_bfloat16_training(run, whole, tmp_path,
     source = checkpoint(folder, SAVED)
     resumed = run(tmp_path / "resumed", 2, stage, half, f"--resume={source}")
     assert_close(end(resumed), saved)
+
+
+FUSES_FLAT_TENSORS = """
+import sys
+from train import cli
+from train.optimizer import adamw
+adamw.is_fused = lambda tensors: all(tensor.dim() == 1 for tensor in tensors)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""On a CPU. Tensors that DeepSpeed updates are flat; parameters, with which an optimizer is made,
+are not."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [(1, "adamw"), slow(2, "adamw"), slow(3, "adamw"), slow(1, "muon")]
+)
+def test_adamw_is_fused_if_the_tensors_that_it_updates_are_on_gpus(
+    run, whole, tmp_path, stage, optimizer
+):
+    script = tmp_path / "train.py"
+    script.write_text(FUSES_FLAT_TENSORS)
+    name = f"--model.optimizer.name={optimizer}"
+    source = whole if optimizer == "adamw" else run(tmp_path / "source", 2, stage, name)
+    command = [forked.python(), script]
+    resume = f"--resume={checkpoint(source, SAVED)}"
+    folder = run(tmp_path / "run", 2, stage, name, resume, command=command)
+    groups = CheckpointFolder(checkpoint(folder, STEPS)).training["optimizer_groups"]
+    assert {group["fused"] for group in groups} == {True}
+    weights = end(folder)["state_dict"]
+    for name, weight in end(source)["state_dict"].items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, slow(2)])
