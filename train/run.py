@@ -86,7 +86,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         # First, as this may import DeepSpeed, whose memory is not counted as the model's.
         self.writer = CheckpointWriter()
-        self.strategy = make_strategy(self.parallel, self.writer)
+        self.strategy = make_strategy(self.parallel, self.writer, self.config.trainer.accelerator)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_dir, self.resume_from = self.config_init.run_dir, None

@@ -1,5 +1,6 @@
 """Settings for dividing a model among ranks, and the Lightning strategy that they select."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -61,12 +62,19 @@ class ParallelConfig:
             raise UserError("parallel.context", self.context, allowed)
 
 
-def make_strategy(config: ParallelConfig, writer: "CheckpointWriter") -> "Strategy | str":
+def make_strategy(
+    config: ParallelConfig, writer: "CheckpointWriter", accelerator: object
+) -> "Strategy | str":
     """Return Lightning's strategy, or its name.
 
-    writer: This rank's writer of checkpoints, for strategies that divide the model.
+    Args:
+        config: Settings of the strategy.
+        writer: This rank's writer of checkpoints, for strategies that divide the model.
+        accelerator: `trainer.accelerator`.
     """
     if config.kind == "zero":
+        if accelerator == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, once imported, would take a GPU
         from train.parallel.zero import ZeroStrategy
 
         return ZeroStrategy(config.zero_stage, config.offload_optimizer, writer)

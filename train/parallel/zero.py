@@ -22,6 +22,7 @@ if is_hidden := "mlflow" not in sys.modules:
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -50,7 +51,7 @@ class ZeroStrategy(ShardedSaving, DeepSpeedStrategy):
             # PyTorch's optimizers take the step: DeepSpeed's would be compiled at the first start.
             zero_allow_untested_optimizer=True,
             contiguous_gradients=True,
-            overlap_comm=torch.cuda.is_available(),
+            overlap_comm=get_accelerator().device_name() == "cuda",
         )
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False

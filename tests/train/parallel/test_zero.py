@@ -1,7 +1,10 @@
 """DeepSpeed's stages and FSDP on several ranks equal one process, and continue from one another."""
 
 import hashlib
+import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tests.train.parallel.conftest import SAMPLES, SAVED, STEPS
 from tests.train.saved import assert_close, assert_same_state, checkpoint, load_checkpoint, losses
 from train import report
 from train.checkpoint.folder import CheckpointFolder
+from train.parallel.config import ParallelConfig, make_strategy
 
 STAGES = [0, 1, 2, 3, "fsdp"]
 
@@ -179,6 +183,36 @@ def test_filters_and_ffts_are_float32_in_bfloat16_training(run, whole, tmp_path,
     source = checkpoint(folder, SAVED)
     resumed = run(tmp_path / "resumed", 2, stage, half, f"--resume={source}")
     assert_close(end(resumed), saved)
+
+
+SEES_A_GPU = """
+import sys
+import torch
+from train import cli
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+code = cli.main(sys.argv[1:])
+from deepspeed.accelerator import get_accelerator
+assert get_accelerator().device_name() == "cpu"
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("accelerator", "found"), [("cpu", "cpu"), ("gpu", None)])
+def test_deepspeed_is_told_of_the_cpu_before_it_is_imported(monkeypatch, accelerator, found):
+    def strategy(*_):
+        return os.environ.get("DS_ACCELERATOR")
+
+    monkeypatch.setitem(sys.modules, "train.parallel.zero", SimpleNamespace(ZeroStrategy=strategy))
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # is put back afterwards
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert make_strategy(ParallelConfig(kind="zero"), None, accelerator) == found
+
+
+@pytest.mark.slow
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(run, whole, tmp_path):
+    # A process that is forked has imported DeepSpeed.
+    folder = run(tmp_path / "run", 1, 2, command=[sys.executable, "-c", SEES_A_GPU])
+    assert_close(end(folder), end(whole))
 
 
 FUSES_FLAT_TENSORS = """
