@@ -48,6 +48,7 @@ CONTAINER = fields(
         )
     ),
     ports=listed(fields("containerPort", name=TEXT, containerPort=COUNT)),
+    lifecycle=fields(preStop=fields("exec", exec=fields("command", command=listed(TEXT)))),
     startupProbe=PROBE,
     readinessProbe=PROBE,
     livenessProbe=PROBE,
@@ -175,4 +176,7 @@ def test_a_pod_outlives_the_requests_that_it_drains():
     (deployment,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "Deployment"]
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert int(container["args"][1]) < pod["terminationGracePeriodSeconds"]
+    program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "sleep", "the Service sends it requests for a while"
+    drained = int(seconds) + int(container["args"][1])
+    assert 0 < int(seconds) < drained < pod["terminationGracePeriodSeconds"]
