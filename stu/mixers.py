@@ -43,6 +43,12 @@ class PastInputs:
     sums. alternating: the first half of the channels has them, and the second half has them with
     the sign (-1)^i at lag i, and all channels of a stream have the same input. None: otherwise."""
 
+    @property
+    def may_have_states(self) -> bool:
+        """Whether an engine can keep states in place of inputs, if the filters have any. Those of
+        mixed filters are of one stream."""
+        return self.basis == "alternating" or (self.basis == "mixed" and self.streams == 1)
+
 
 @dataclass(frozen=True)
 class LastInputs:

@@ -50,7 +50,7 @@ def realised_layers(
 ) -> RealisedLayers | None:
     """Return the long convolutions of a model, or None if it has none.
 
-    Raises CannotHold if their filters have another kind of basis, or no realisation.
+    Raises CannotHold if their filters have another kind of basis, several ones, or no realisation.
     """
     layers = [mixer for mixer in model.mixers if isinstance(mixer, LongConvolution)]
     if not layers:
@@ -58,15 +58,20 @@ def realised_layers(
     past = layers[0].past
     if past.basis != basis_kind or any(layer.past != past for layer in layers):
         raise CannotHold(f"their filters {BASES[basis_kind]}")
+    if not past.may_have_states:
+        raise CannotHold("their layers divide sequences into streams")
     filters = model.filters.double()
     made = [layer.basis(filters) for layer in layers]
-    basis, weights = made[0][0], [None if own is None else own.detach() for _, own in made]
+    bases = [own for own, _ in made]
+    weights = [None if own is None else own.detach() for _, own in made]
     # Of all channels, so that ranks that divide them choose the same realisation.
     of_all = [layer.weights_of_all(filters) for layer in layers]
     of_all = [None if own is None else own.detach() for own in of_all]
-    require_finite(basis, *[own for own in of_all if own is not None])
+    require_finite(*bases, *[own for own in of_all if own is not None])
+    if not all(bases[0].equal(own) for own in bases):
+        raise CannotHold("the filters of their layers have different bases")
     try:
-        found, error = fitting_realisation(basis, of_all, model.filters.dtype)
+        found, error = fitting_realisation(bases[0], of_all, model.filters.dtype)
     except NoRealisation as reason:
         raise CannotHold(str(reason)) from reason
-    return RealisedLayers(past, basis, weights, found, error)
+    return RealisedLayers(past, bases[0], weights, found, error)

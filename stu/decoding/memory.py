@@ -137,8 +137,8 @@ def last_input_bytes(last: LastInputs, itemsize: int) -> int:
 
 def usual_rank(past: PastInputs, max_seq_len: int, num_filters: int) -> int | None:
     """Return the rank of the states of spectral filters that are weighted at random, as those of a
-    new model; None for filters without states. It takes seconds."""
-    if past.basis is None:
+    new model; None for layers without states. It takes seconds."""
+    if not past.may_have_states:
         return None
     filters = torch.from_numpy(spectral_filters(max_seq_len, num_filters)).float().double()
     basis = past.lag_step * filters[:: past.lag_step]

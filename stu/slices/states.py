@@ -112,14 +112,18 @@ class SliceStates:
         return carried.sum(0)
 
 
+Basis = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Function of the model's filters, as `stu.mixers.LongConvolution.basis`."""
+
+
 @dataclass
 class _Kept:
-    """States' tables, and the filters that they are for."""
+    """Each layer's basis and states' tables, and the filters that they are for."""
 
-    states: SliceStates
     filters: Tensor
     version: int
     copy: Tensor
+    tables: dict[Basis, tuple[Tensor, SliceStates]]
 
     def fits(self, filters: Tensor) -> bool:
         """Return whether the filters are the same, if only in value."""
@@ -135,31 +139,34 @@ class _Kept:
 def slice_states(
     ranks: SliceRanks,
     filters: Tensor,
-    basis: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    basis: Basis,
     length: int,
     lag_step: int,
     dtype: torch.dtype,
 ) -> SliceStates:
-    """Return the tables for slices of `length` positions, which are computed once for the filters;
-    collective then.
+    """Return the tables for slices of `length` positions, which are computed once for the filters
+    of all layers with equal bases; collective then.
 
-    basis: As `stu.mixers.LongConvolution.basis`.
+    basis: The layer's; it must not change while `filters` do not.
     Raises UserError if no state gives their taps.
     """
     key = SliceStates, length, lag_step, dtype, filters.device
     kept: _Kept | None = ranks.kept.get(key)
-    if kept is not None and kept.fits(filters):
-        return kept.states
-    states = SliceStates(
-        common_realisation(ranks, basis(filters)[0], dtype),
-        ranks,
-        length,
-        lag_step,
-        dtype,
-        filters.device,
-    )
-    ranks.kept[key] = _Kept(states, filters, filters._version, filters.clone())
-    return states
+    if kept is None or not kept.fits(filters):
+        kept = ranks.kept[key] = _Kept(filters, filters._version, filters.clone(), {})
+    if basis not in kept.tables:
+        made, _ = basis(filters)
+        own = next((own for own in kept.tables.values() if are_equal(own[0], made)), None)
+        if own is None:
+            found = common_realisation(ranks, made, dtype)
+            own = made, SliceStates(found, ranks, length, lag_step, dtype, filters.device)
+        kept.tables[basis] = own
+    return kept.tables[basis][1]
+
+
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two bases are the same."""
+    return torch.equal(first, second)
 
 
 def common_realisation(ranks: SliceRanks, basis: Tensor, dtype: torch.dtype) -> Realisation:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from stu import layouts
 from stu.common.errors import UserError
 from stu.config import ModelConfig
 from stu.filters import spectral_filters
@@ -15,6 +16,7 @@ from stu.sequences.base import WHOLE
 from stu.sequences.slices import SequenceSlices, all_channels, all_positions
 from stu.slices import states
 from stu.slices.ranks import with_earlier
+from tests.stu.own_mixers import FadingSTU, TwoStreams
 from tests.stu.slice_threads import in_threads
 from train.parallel.config import ParallelConfig, prepare_blocks
 from train.plan.activations import PlannedRanks
@@ -210,6 +212,16 @@ def test_states_are_computed_once_for_equal_filters(monkeypatch):
     assert torch.equal(others[1], first)
     assert not torch.allclose(others[2], first)
     assert torch.equal(others[3], others[2])
+
+
+@pytest.mark.parametrize("name", ["fading", "streams"])
+def test_layers_have_the_states_of_their_own_filters(monkeypatch, name):
+    made = {"fading": FadingSTU, "streams": TwoStreams}[name]
+    monkeypatch.setitem(layouts.MIXERS, name, made)
+    monkeypatch.setitem(layouts.LAYOUTS, "own", ("stu", name))
+    model = make_model("own", "", num_layers=4)
+    tokens = torch.randint(50, (2, 97))
+    assert_equal_steps(step_in_slices(model, tokens, 2), whole_step(model, tokens), 1e-4)
 
 
 def test_nothing_of_later_slices_is_read():

@@ -204,7 +204,9 @@ def evaluation_bytes(config: ModelConfig, is_half: bool, cache_gib: float, rows:
         cache_gib: Size of the caches.
         rows: Sequences that the engine decodes together.
     """
-    have_states = all(past.basis for past in remembered(_part(config, 1).mixers, PastInputs))
+    have_states = all(
+        past.may_have_states for past in remembered(_part(config, 1).mixers, PastInputs)
+    )
     rank = 0 if have_states else None  # it changes nothing but the caches
     own = Decoding(config, config.max_seq_len, 1, 1, 16 if is_half else 32, rank)
     return own.weight_bytes() + int(cache_gib * GIB) + own.other_bytes(rows)

@@ -20,8 +20,10 @@ from serve.request import Request
 from serve.sampling.chooser import Choice, TokenChooser
 from serve.sampling_params import SamplingParams
 from serve.wire import pack, request_from_wire, request_to_wire, unpack
+from stu import layouts
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.decoding.memory import usual_rank
 from stu.mixers import PastInputs, planned_mixers, remembered
 from stu.model import FlashSTU
 from stu.online_convolution import Naive
@@ -30,6 +32,7 @@ from tests.models import float64_model
 from tests.reference import sampling as reference
 from tests.reference.decoding import Runner as Lockstep
 from tests.serve.requests import REQUEST_FIELDS, make_request
+from tests.stu.own_mixers import FadingSTU, TwoStreams
 
 CONFIGS = {
     "stu": {"layout": "stu"},
@@ -569,6 +572,38 @@ def test_stats_say_which_convolution_cache_runs(make_engine, kind, wanted, runs,
     assert f"{page_bytes:,} bytes" in str(info)
     assert (reason or f"rank {info.rank}") in str(info)
     assert Stats.from_json(json.loads(json.dumps(asdict(stats)))) == stats
+
+
+@pytest.mark.parametrize(
+    ("mixers", "reason"),
+    [
+        (("fading",), ""),
+        (("stu", "fading"), "the filters of their layers have different bases"),
+        (("streams",), "their layers divide sequences into streams"),
+    ],
+)
+def test_mixers_from_outside_decode_as_their_forward_pass(make_engine, monkeypatch, mixers, reason):
+    for name, mixer in (("fading", FadingSTU), ("streams", TwoStreams)):
+        monkeypatch.setitem(layouts.MIXERS, name, mixer)
+    monkeypatch.setitem(layouts.LAYOUTS, "own", mixers)
+    torch.manual_seed(1)
+    shape = {"width": 8, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2, "num_filters": 4}
+    model = FlashSTU(ModelConfig(280, max_seq_len=256, layout="own", **shape)).eval()
+    engine = make_engine(model, max_running=2)
+    info = engine.stats().convolution_cache
+    assert (info.kind, info.reason.split(" and ")[0]) == ("pages" if reason else "state", reason)
+    planned = usual_rank(model.mixers[0].past, 256, 4)
+    assert (planned is None) == (mixers == ("streams",))
+    requests = [make_request([start, *range(1, 40)], 20, logprobs=0) for start in (5, 9)]
+    for request in requests:
+        engine.add(request)
+    answers = drain(engine, {})
+    for number, request in enumerate(requests):
+        tokens, _, logprobs = answers[number][:3]
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*request.prompt_token_ids, *tokens]]))[0, 39:-1]
+        expected = logits.log_softmax(1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+        assert [own.logprob for own in logprobs] == pytest.approx(expected, abs=1e-4)
 
 
 def test_stats_without_convolutions(make_engine):
