@@ -36,6 +36,12 @@ def uses_triton(tensor: Tensor) -> bool:
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """Return `x [B, ..]`, whose rows may lie anywhere; a copy if their own numbers are not next to
+    each other in order, as kernels read them."""
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
 def power_of_two(number: int) -> int:
     """Return the smallest power of two that is not below a positive number."""
     return 1 << (number - 1).bit_length()

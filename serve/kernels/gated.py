@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.dispatch import dense_rows, jit, power_of_two, tl, uses_triton
 
 MOST_CHANNELS = 1024
 """Channels of a program."""
@@ -28,7 +28,7 @@ def torch_gated_product(gate_up: Tensor) -> Tensor:
 
 def triton_gated_product(gate_up: Tensor) -> Tensor:
     """Do as `gated_product`, in Triton."""
-    hidden = gate_up.shape[1] // 2
+    hidden, gate_up = gate_up.shape[1] // 2, dense_rows(gate_up)
     products = torch.empty(len(gate_up), hidden, dtype=gate_up.dtype, device=gate_up.device)
     block = min(power_of_two(hidden), MOST_CHANNELS)
     with torch.cuda.device_of(gate_up):

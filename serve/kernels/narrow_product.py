@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.dispatch import dense_rows, jit, power_of_two, tl, uses_triton
 
 MOST_ROWS = 256
 """Rows up to which the weights are read as they are."""
@@ -49,6 +49,7 @@ def triton_narrow_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """Do as `narrow_product`, in Triton."""
     if x.dtype == torch.float64:
         return triton_narrow_product(x.float(), values, scales).double()
+    x = dense_rows(x)
     (rows, inputs), outputs = x.shape, len(values)
     sizes = blocks(rows, outputs, x.element_size())
     grid = -(-outputs // sizes["BLOCK_OUT"]), -(-rows // sizes["BLOCK_ROWS"])

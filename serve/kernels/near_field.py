@@ -10,7 +10,7 @@ from __future__ import annotations  # annotations of kernels need Triton
 import torch
 from torch import Tensor
 
-from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.dispatch import dense_rows, jit, power_of_two, tl, uses_triton
 
 MOST_CHANNELS = 128
 """Channels of a program."""
@@ -96,6 +96,7 @@ def triton_near_field(
 ) -> Tensor:
     """Do as `near_field`, in Triton."""
     signals, slots, channels = inputs.shape[2:]
+    x = dense_rows(x)
     outputs = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = min(power_of_two(channels), MOST_CHANNELS)
     with torch.cuda.device_of(x):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.dispatch import dense_rows, jit, power_of_two, tl, uses_triton
 
 
 def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,8 @@ def triton_add_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Do as `add_norm`, in Triton."""
-    width = x.shape[-1]
+    width, x = x.shape[-1], dense_rows(x)
+    added = added if added is None else dense_rows(added)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)

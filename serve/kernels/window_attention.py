@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from serve.kernels.dispatch import jit, power_of_two, tl, uses_triton
+from serve.kernels.dispatch import dense_rows, jit, power_of_two, tl, uses_triton
 from serve.kernels.near_field import vectors
 from stu.attention import Scores, attend
 
@@ -122,6 +122,7 @@ def triton_window_attention(
 ) -> Tensor:
     """Do as `window_attention`, in Triton: parts of the windows first, which are then joined."""
     batch, heads, head_dim = queries.shape
+    queries, keys, values = (dense_rows(own) for own in (queries, keys, values))
     own, page_len = pool[:, layer], pool.shape[3]
     reach = min(scores.window_tokens, windows.pages.shape[1] * page_len)
     part = max(SHORTEST_PART, power_of_two(-(-reach // MOST_PARTS)))

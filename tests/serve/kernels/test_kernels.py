@@ -342,6 +342,41 @@ def test_window_attention(
     torch.testing.assert_close(pool.cpu(), written, rtol=0, atol=0, equal_nan=True)
 
 
+LAYOUTS = {
+    "interleaved": lambda x: torch.stack([x, x], -1)[..., 0],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_of_a_row_may_lie_anywhere(run, layout):
+    torch.manual_seed(0)
+    arrange, place = LAYOUTS[layout], device(run)
+
+    def compute(arrange):
+        pages, pending, near = (tensor.to(place) for tensor in buffers)
+        one, two, three = (arrange(own.flatten(1).to(place)) for own in x)
+        wide = [arrange(own.to(place)) for own in x]
+        run_field = implementation(near_field, "near_field", run)
+        yield run_field(pages, pending, near, 0, rows, rows[1:], one), pages
+        run_window = implementation(window_attention, "window_attention", run)
+        yield run_window(pool.to(place), 0, windows, rows, *wide, scores), None
+        run_product = implementation(narrow_product, "narrow_product", run)
+        yield run_product(one, *weights), None
+        yield implementation(norm, "add_norm", run)(one, two, near[0, 0], 1e-5)
+        yield implementation(gated, "gated_product", run)(three), None
+
+    x, pool = torch.randn(3, 2, 3, 4), torch.randn(2, 1, 2, 4, 3, 4)
+    buffers = torch.randn(2, 1, 2, 4, 12), torch.randn(2, 1, 2, 4, 12), torch.randn(1, 4, 12)
+    weights = [tensor.to(place) for tensor in quantize(torch.randn(5, 12))]
+    rows = torch.arange(2).to(place)
+    table = rows[:, None], torch.zeros_like(rows), rows + 1
+    windows = window_attention.RowWindows(*table)
+    scores = Scores(alibi_slopes(3).to(place), 5, 5.0)
+    for found, expected in zip(compute(arrange), compute(lambda x: x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_padding_changes_no_other_row(run):
     """The null row, here 0, may occur several times."""
     torch.manual_seed(0)
