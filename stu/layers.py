@@ -1,5 +1,6 @@
 """Layers of a block other than its mixer, norms and MLPs, and the costs of a layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,8 +78,16 @@ class LayerNorm(nn.Module):
         return F.layer_norm(wide, (x.shape[-1],), weight, bias, self.eps).to(x.dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Return GELU in its approximation by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
 class GatedMLP(nn.Module):
     """`down(gelu_tanh(gate(x)) * up(x))` with a hidden width of `mlp_ratio * width`."""
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(gelu)
+    """Function of `gate(x)`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,7 +107,7 @@ class GatedMLP(nn.Module):
         return {"gate.weight": Divided(0), "up.weight": Divided(0), "down.weight": Divided(1)}
 
     def forward(self, x: Tensor) -> Tensor:
-        gated: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        gated: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return gated
 
     def initialize(self, std: float, depth_scale: float) -> None:
@@ -111,6 +120,9 @@ class GatedMLP(nn.Module):
 
 class PlainMLP(nn.Module):
     """`down(gelu_tanh(up(x)))` with biases and a hidden width of `mlp_ratio * width`."""
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(gelu)
+    """As `GatedMLP.activation`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,8 +140,7 @@ class PlainMLP(nn.Module):
         return {"up.weight": Divided(0), "up.bias": Divided(0), "down.weight": Divided(1)}
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.up(x), approximate="tanh")
-        outputs: Tensor = self.down(hidden)
+        outputs: Tensor = self.down(self.activation(self.up(x)))
         return outputs
 
     def initialize(self, std: float, depth_scale: float) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from serve.adapters.layers import Adapters, adapt, is_adapted
 from serve.config import EngineWeights
 from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
-from serve.engine.packing import USUAL_ROWS, PackedGatedMLP, PackedLinear, packs
+from serve.engine.packing import USUAL_ROWS, PackedGatedMLP, PackedLinear, gelu_of_rows, packs
 from serve.kernels.dispatch import uses_triton
 from serve.kernels.modules import KernelRMSNorm, NarrowLinear, kernel_mlp, narrow_mlp
 from stu.common.errors import UserError
 from stu.division.modules import SummedOutputs
-from stu.layers import GatedMLP, RMSNorm
+from stu.layers import GatedMLP, PlainMLP, RMSNorm
 from stu.mixers import PastInputs, remembered
 from stu.model import FlashSTU
 from stu.quantization import ByteWeights, Quantized, QuantizedLinear, quantize, quantized
@@ -82,6 +82,8 @@ def inference_copy(
     if layers is not None:
         _replace(copied, partial(_replaced, layers=layers, weights=weights))
     for module in copied.modules():
+        if isinstance(module, GatedMLP | PlainMLP) and model.embedding.weight.device.type == "cpu":
+            module.activation = gelu_of_rows
         if isinstance(module, SummedOutputs):
             for product in (module.inner, getattr(module.inner, "down", None)):
                 if isinstance(product, Int8Linear):

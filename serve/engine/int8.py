@@ -9,9 +9,8 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
-from serve.engine.packing import RowsTogether, in_pieces
+from serve.engine.packing import RowsTogether, gelu_of_rows, in_pieces
 from stu.layers import GatedMLP
 from stu.quantization import Quantized, quantize, quantized
 from stu.slices.channels import ChannelRanks
@@ -29,16 +28,16 @@ def has_int8() -> bool:
 
 
 class Int8Linear(RowsTogether):
-    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference; with `gelu`, its tanh-GELU.
+    """`x @ weight.T`, `[.., in] -> [.., out]`, for inference.
 
     x: float32 or bfloat16, as the products.
     """
 
-    def __init__(self, weight: Tensor | Quantized, gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor | Quantized) -> None:
         super().__init__()
         if isinstance(weight, Tensor):
             weight = quantize(weight)
-        self._weight, self._gelu = _packed(weight), gelu
+        self._weight = _packed(weight)
         self._ranks: ChannelRanks | None = None
         self._scales = torch.empty(0)
 
@@ -65,7 +64,7 @@ class Int8Linear(RowsTogether):
         if self._ranks is not None:
             products = self._ranks.sum(products).mul_(self._scales)
         products.mul_(sizes)  # NaN where the row has one
-        return (gelu(products, approximate="tanh") if self._gelu else products).to(rows.dtype)
+        return products.to(rows.dtype)
 
 
 class Int8GatedMLP(nn.Module):
@@ -82,7 +81,7 @@ class Int8GatedMLP(nn.Module):
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         gate, up = self.gate_up(rows).chunk(2, -1)
-        gated: Tensor = self.down(gelu(gate, approximate="tanh").mul_(up))
+        gated: Tensor = self.down(gelu_of_rows(gate).mul_(up))
         return gated
 
 

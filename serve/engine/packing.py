@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from stu.layers import GatedMLP
+from stu.layers import GatedMLP, gelu
 
 USUAL_ROWS = 32
 """Number of rows that the layout is usually optimised for; others are multiplied in it too. A
@@ -89,6 +89,13 @@ def in_pieces(x: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
     time, so that intermediate results stay in the processor's cache."""
     parts = [layers(rows) for rows in torch.split(x.flatten(0, -2), MANY_ROWS)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+
+
+def gelu_of_rows(x: Tensor) -> Tensor:
+    """Return the tanh-GELU of `x [.., H]`, row by row: torch rounds the last numbers of what each
+    thread computes differently, so rows together would depend on their places in the batch."""
+    rows = torch.split(x.flatten(0, -2), 1)
+    return torch.cat([gelu(row) for row in rows]).view(x.shape)
 
 
 def packs(weight: Tensor) -> bool:

@@ -7,11 +7,12 @@ from serve.config import EngineConfig
 from serve.engine import int8
 from serve.engine.engine import Engine
 from serve.engine.inference_model import chosen_weights, inference_copy
-from serve.engine.int8 import Int8Linear, has_int8
+from serve.engine.int8 import Int8GatedMLP, Int8Linear, has_int8
 from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
+from stu.layers import GatedMLP
 from stu.model import FlashSTU
 from stu.quantization import Quantized, dequantize, quantize
 from tests.reference.int8 import int8_product
@@ -83,6 +84,16 @@ def test_a_row_does_not_depend_on_the_others():
     together = linear(x)
     for row in range(len(x)):
         assert torch.equal(linear(x[row : row + 1])[0], together[row]) or row == 7
+
+
+def test_a_row_of_an_mlp_does_not_depend_on_how_threads_divide_the_batch():
+    config = ModelConfig(50, width=16, num_heads=2, mlp_ratio=2001)
+    mlp, x = Int8GatedMLP(GatedMLP(config)), 20 * torch.randn(8, 16)
+    mlp.down = torch.nn.Identity()  # it would round most differences away
+    torch.set_num_threads(3)
+    together, alone = mlp(x), [mlp(row[None])[0] for row in x]
+    torch.set_num_threads(1)
+    assert torch.equal(together, torch.stack(alone))
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
