@@ -148,3 +148,15 @@ class PlainMLP(nn.Module):
         for linear, scale in ((self.up, 1.0), (self.down, depth_scale)):
             nn.init.normal_(linear.weight, std=std * scale)
             nn.init.zeros_(linear.bias)
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """Return `cat([first, second])`, of which both become contiguous parts, if they are not yet.
+    They are of one shape and dtype."""
+    end = first.storage_offset() + first.numel()
+    one_storage = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if not (one_storage and second.storage_offset() == end):
+        # As bytes, since torch does not join all floats of 8 bits.
+        parts = [own.detach().contiguous().view(torch.int8) for own in (first, second)]
+        first.data, second.data = torch.cat(parts).view(first.dtype).chunk(2)
+    return first.detach().as_strided((2 * len(first), *first.shape[1:]), first.stride())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stu.config import ModelConfig
+from stu.layers import joined
 from stu.mixers import LongConvolution, PastInputs
 from stu.sequences.base import Sequences
 from stu.slices.channels import ChannelRanks, Divided
@@ -152,7 +153,7 @@ class FullSTU(LongConvolution):
             if self.by_channel:
                 self.arranged = torch.cat([plus.transpose(0, 1), minus.transpose(0, 1)], dim=1)
             else:
-                self.arranged = _joined(self.plus_matrices, self.minus_matrices)
+                self.arranged = joined(self.plus_matrices, self.minus_matrices)
             del self.plus_matrices, self.minus_matrices
 
     @property
@@ -160,15 +161,6 @@ class FullSTU(LongConvolution):
         if self.arranged is not None:
             return self.arranged.numel()
         return self.plus_matrices.numel() + self.minus_matrices.numel()
-
-
-def _joined(first: nn.Parameter, second: nn.Parameter) -> Tensor:
-    """Return `cat([first, second])`, of which both become contiguous parts, if they are not yet."""
-    end = first.storage_offset() + first.numel()
-    one_storage = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    if not (one_storage and second.storage_offset() == end):
-        first.data, second.data = torch.cat([first.detach(), second.detach()]).chunk(2)
-    return first.detach().as_strided((2 * len(first), *first.shape[1:]), first.stride())
 
 
 def _adds_groups(tensor: Tensor) -> bool:

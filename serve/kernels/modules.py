@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 from serve.kernels.gated import gated_product
 from serve.kernels.narrow_product import narrow_product
 from serve.kernels.norm import add_norm
-from stu.layers import GatedMLP, RMSNorm
-from stu.quantization import ByteWeights, Quantized, QuantizedLinear, quantized
+from stu.layers import GatedMLP, RMSNorm, joined
+from stu.quantization import ByteWeights, Quantized, quantized
 
 
 class KernelRMSNorm(nn.Module):
@@ -63,8 +63,7 @@ def kernel_mlp(mlp: GatedMLP) -> KernelGatedMLP:
     The weights of `mlp`, and of every module that shares them, become parts of one matrix, so they
     are in memory once. They can be read, saved and changed in place as before.
     """
-    gate_up = torch.cat([mlp.gate.weight.detach(), mlp.up.weight.detach()])
-    mlp.gate.weight.data, mlp.up.weight.data = gate_up.chunk(2)
+    gate_up = joined(mlp.gate.weight, mlp.up.weight)
     return KernelGatedMLP(partial(linear, weight=gate_up), mlp.down)
 
 
@@ -72,10 +71,6 @@ def narrow_mlp(mlp: GatedMLP, weights: ByteWeights) -> KernelGatedMLP:
     """Return the MLP that runs kernels, with weights of 8 bits. Those that `mlp` has in this format
     already become parts of one matrix, as those of `kernel_mlp`."""
     gate, up, down = (quantized(own, weights) for own in (mlp.gate, mlp.up, mlp.down))
-    dtype = gate.values.dtype
-    values = torch.cat([own.values.view(torch.int8) for own in (gate, up)]).view(dtype)
-    for own, part in zip((mlp.gate, mlp.up), values.chunk(2), strict=True):
-        if isinstance(own, QuantizedLinear) and own.values.dtype == dtype:
-            own.values.data = part
-    gate_up = NarrowLinear(Quantized(values, torch.cat([gate.scales, up.scales])))
+    values, scales = joined(gate.values, up.values), torch.cat([gate.scales, up.scales])
+    gate_up = NarrowLinear(Quantized(values, scales))
     return KernelGatedMLP(gate_up, NarrowLinear(down))

@@ -114,6 +114,25 @@ def test_stored_weights_of_8_bits_are_in_memory_once(engine_of, model, code_toke
     assert all(module.scales.dtype == torch.float32 for module in products)
 
 
+@pytest.mark.parametrize("weights", ["float", "int8", "fp8"])
+def test_engines_of_one_model_share_its_weights(
+    engine_of, model, code_tokenizer, tmp_path, weights
+):
+    save_model(tmp_path / "model", model, code_tokenizer)
+    loaded = load_model(tmp_path / "model", weights=weights)
+    mlp, x = loaded.blocks[0].mlp, torch.randn(3, 16)
+    first, second = (engine_of(loaded, weights)._runner._model.blocks[0].mlp for _ in "ab")
+    gate = mlp.gate.weight if weights == "float" else mlp.gate.values
+    before = first(x)
+    with torch.no_grad():
+        gate.zero_()
+    for own in (first, second):
+        products = own.gate_up
+        weight = products.keywords["weight"] if weights == "float" else products.values
+        assert storage(weight) == storage(gate)
+        assert not torch.equal(own(x), before)
+
+
 @pytest.mark.parametrize(("stored", "wanted"), [("int8", "fp8"), ("fp8", "int8")])
 def test_an_engine_of_another_format_of_8_bits_leaves_the_model_alone(
     engine_of, model, code_tokenizer, tmp_path, stored, wanted
