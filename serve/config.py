@@ -11,6 +11,7 @@ EngineWeights = Literal["float", "int8", "fp8"]
 MOST_DRAFTS = 15
 """More would not be used: a step takes 16 tokens in all."""
 USUAL_DRAFTS = 7
+MOST_PAGE_LEN = 4096
 INVARIANT_ROWS = 8
 """Rows that go through the model together under `batch_invariant`."""
 
@@ -23,7 +24,7 @@ class EngineConfig:
     """Size of the caches of all running requests, in GiB. None: half of the memory that is free
     after the model is loaded. With tensor parallelism, each device has caches of this size."""
     page_len: int = 32
-    """Positions per cache page; a power of two."""
+    """Positions per cache page; a power of two from 2 to 4096."""
     max_running: int = 32
     """Maximum number of requests that decode together. With 1, float weights on a CPU have a layout
     that is faster for a single request."""
@@ -78,8 +79,9 @@ class EngineConfig:
         part = self.prefix_cache_gib
         is_part = part is None or (_is_number(part) and 0 <= part < math.inf)
         self._require("prefix_cache_gib", is_part, "0 or above, in GiB")
-        power_of_two = is_whole(page_len) and page_len >= 2 and page_len & (page_len - 1) == 0
-        self._require("page_len", power_of_two, "a power of two, at least 2")
+        is_len = is_whole(page_len) and 2 <= page_len <= MOST_PAGE_LEN
+        is_len = is_len and page_len & (page_len - 1) == 0
+        self._require("page_len", is_len, f"a power of two from 2 to {MOST_PAGE_LEN}")
         for name in ("max_running", "prompt_tokens_per_step"):
             count = getattr(self, name)
             self._require(name, is_whole(count) and count >= 1, "a whole number >= 1")

@@ -432,7 +432,7 @@ def test_request_copies_its_prompt():
     ("name", "value"),
     [
         *[("cache_gib", value) for value in (0, True, "1")],
-        *[("page_len", value) for value in (12, 2.0)],
+        *[("page_len", value) for value in (12, 2.0, 8192)],
         *[("max_running", value) for value in (2.5, 0)],
         ("prompt_tokens_per_step", 1.5),
         ("expected_new_tokens", 0),
