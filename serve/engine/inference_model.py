@@ -57,6 +57,7 @@ def inference_copy(
     weights: EngineWeights = "float",
     adapters: Adapters | None = None,
     usual_rows: int = USUAL_ROWS,
+    batch_invariant: bool = False,
 ) -> FlashSTU:
     """Return a copy of `model` for inference, with adapters beside layers. It shares the tensors
     that it does not replace.
@@ -67,7 +68,12 @@ def inference_copy(
     in this format are shared on CUDA. Other weights that are replaced are in memory twice while
     `model` is referenced. Raises UserError for a format that the device does not run.
 
-    usual_rows: Number of rows of a usual step, for the layout of floats on a CPU.
+    Args:
+        model: Model to copy.
+        weights: Format of the weights.
+        adapters: Adapters of the rows.
+        usual_rows: Number of rows of a usual step, for the layout of floats on a CPU.
+        batch_invariant: Let no row's results depend on its place, which takes longer.
     """
     layers = _layers(model.embedding.weight, weights, usual_rows)
     tensors = chain(model.parameters(), model.buffers())
@@ -81,8 +87,9 @@ def inference_copy(
         _replace(copied, partial(_float, dtype=model.embedding.weight.dtype))
     if layers is not None:
         _replace(copied, partial(_replaced, layers=layers, weights=weights))
+    takes_rows_apart = batch_invariant and model.embedding.weight.device.type == "cpu"
     for module in copied.modules():
-        if isinstance(module, GatedMLP | PlainMLP) and model.embedding.weight.device.type == "cpu":
+        if takes_rows_apart and isinstance(module, GatedMLP | PlainMLP | Int8GatedMLP):
             module.activation = gelu_of_rows
         if isinstance(module, SummedOutputs):
             for product in (module.inner, getattr(module.inner, "down", None)):

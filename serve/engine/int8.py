@@ -6,12 +6,13 @@ step of few rows takes the time to read its weights, of which 8 bits are a quart
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from serve.engine.packing import RowsTogether, gelu_of_rows, in_pieces
-from stu.layers import GatedMLP
+from serve.engine.packing import RowsTogether, in_pieces
+from stu.layers import GatedMLP, gelu
 from stu.quantization import Quantized, quantize, quantized
 from stu.slices.channels import ChannelRanks
 
@@ -70,6 +71,9 @@ class Int8Linear(RowsTogether):
 class Int8GatedMLP(nn.Module):
     """`stu.layers.GatedMLP` with weights of 8 bits. One product computes gate and up."""
 
+    activation: Callable[[Tensor], Tensor] = staticmethod(gelu)
+    """As `GatedMLP.activation`."""
+
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
         gate, up, down = (quantized(own, "int8") for own in (mlp.gate, mlp.up, mlp.down))
@@ -81,7 +85,7 @@ class Int8GatedMLP(nn.Module):
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         gate, up = self.gate_up(rows).chunk(2, -1)
-        gated: Tensor = self.down(gelu_of_rows(gate).mul_(up))
+        gated: Tensor = self.down(self.activation(gate).mul_(up))
         return gated
 
 

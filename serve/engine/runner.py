@@ -63,14 +63,14 @@ class Runner:
         static: bool | None = None,
         adapters: Sequence[Adapter] = (),
     ) -> None:
-        if config.batch_invariant:
+        is_invariant = self._batch_invariant = config.batch_invariant
+        if is_invariant:
             require_invariance(model)
         weights = chosen_weights(config.weights, model)
         self.adapters = Adapters(adapters, num_rows(config), model.embedding.weight)
-        is_alone = config.max_running == 1 and not config.batch_invariant
+        is_alone = config.max_running == 1 and not is_invariant
         usual_rows = 1 if is_alone else USUAL_ROWS
-        self._model = inference_copy(model, weights, self.adapters, usual_rows)
-        self._batch_invariant = config.batch_invariant
+        self._model = inference_copy(model, weights, self.adapters, usual_rows, is_invariant)
         self._product = inference_product(model.embedding.weight, weights, usual_rows)
         self._caches = caches
         self._device = model.embedding.weight.device
