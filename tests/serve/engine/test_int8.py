@@ -12,7 +12,6 @@ from serve.request import Request
 from serve.sampling_params import SamplingParams
 from stu.common.errors import UserError
 from stu.config import ModelConfig
-from stu.layers import GatedMLP
 from stu.model import FlashSTU
 from stu.quantization import Quantized, dequantize, quantize
 from tests.reference.int8 import int8_product
