@@ -1,6 +1,8 @@
 """The scripts in examples/ and the snippets in docs/ run."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +77,12 @@ def test_example_of_datatrove(model, tmp_path):
     with serving(model, "--batch-invariant") as server:
         script = EXAMPLES / "decode_with_datatrove.py"
         command = [sys.executable, str(script), server.url, str(source), str(target)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
             finished = tmp_path / "out-checkpoints" / "00000" / "chunk_00000.jsonl"
             eventually(lambda: finished.exists() and finished.stat().st_size > 0)
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that it has started
         done = forked.run(*command)
         assert done.returncode == 0, done.stderr[-3000:]
     (path,) = target.glob("*.jsonl")
