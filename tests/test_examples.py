@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from serve import LLM, SamplingParams
 from stu.config import ModelConfig
@@ -26,6 +27,7 @@ def model(tmp_path_factory, code_tokenizer):
     config = ModelConfig(
         vocab_size=280, width=16, num_layers=2, num_filters=6, num_heads=2, max_seq_len=256
     )
+    torch.manual_seed(0)
     save_model(folder / "model", FlashSTU(config), code_tokenizer)
     return folder / "model"
 
