@@ -3,11 +3,10 @@
 Each run trains with stu-train in a process of one thread, with bfloat16 products as users train.
 The first seed tries learning rates on the first text with each context, more until the best one is
 not the highest or lowest; all other runs of a layout and context have the best one, and Muon's have
-the same. Tasks
-of recall have the best of three of the first seed. A run that has ended is kept in a folder, and
-`minutes` limits how long runs are begun, so a whole result may come from several calls; with
-`recorded`, also from several machines. Each run says which commit made it; runs of a text whose
-tokens differ are refused.
+the same. Tasks of recall have the best of three of the first seed. A run that has ended is kept in
+a folder, and `minutes` limits how long runs are begun, so a whole result may come from several
+calls; with `recorded`, also from several machines. Each run says which commit made it; runs of a
+text whose tokens differ are refused.
 """
 
 import ast
@@ -146,9 +145,9 @@ def best_rates(work: "_Work", layout: str, options: Options) -> dict[int, float]
     """Return the best learning rate with each context."""
     first, *others = options.contexts
     best = {first: best_rate(work, layout, first, options.rates, options)}
-    around = (best[first],) if len(options.rates) == 1 else (best[first] * x for x in (0.5, 1, 2))
-    tried = tuple(around)
-    return best | {context: best_rate(work, layout, context, tried, options) for context in others}
+    factors = (1,) if len(options.rates) == 1 else (0.5, 1, 2)
+    around = [factor * best[first] for factor in factors]
+    return best | {context: best_rate(work, layout, context, around, options) for context in others}
 
 
 def best_rate(
