@@ -109,7 +109,7 @@ def recurrent(figures: Callable[[Run], Sequence[float]], batch: int) -> Figures:
     return lambda result: {
         name: numbered(figures(run))
         for name, run in decoded(result, batch, LENGTH).items()
-        if name in ("ours", *RECURRENT)
+        if name in ("ours", *RECURRENT) and "not_run" not in run
     }
 
 

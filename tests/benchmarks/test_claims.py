@@ -111,6 +111,19 @@ def test_a_ratio_to_a_weaker_peer_is_not_held(tmp_path, monkeypatch, capsys):
     assert unknown.endswith(": vLLM, bfloat16 was not measured")
 
 
+def test_a_peer_that_did_not_fit_is_named(tmp_path, monkeypatch, capsys):
+    decode = recorded()["decode"]
+    for number, run in enumerate(decode["runs"]):
+        if run["cache"] == "s4":
+            named = ("layout", "batch", "new_tokens", "cache", "threads")
+            kept = {name: run[name] for name in named}
+            decode["runs"][number] = kept | {"not_run": "does not fit: .."}
+    recorded_benchmark(monkeypatch, {"decode": decode})
+    assert evidence.main(["--folder", str(tmp_path)]) == 0
+    unknown = [line for line in capsys.readouterr().out.splitlines() if "not known" in line]
+    assert [line.endswith(": S4D was not measured") for line in unknown] == [True, True]
+
+
 def test_ours_that_is_missing_does_not_hold(tmp_path, monkeypatch, capsys):
     peers = recorded()["peers"]
     peers["runs"] = [run for run in peers["runs"] if run["program"] not in OURS]
