@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.claims import BATCH, CLAIMS, COMPARED, LENGTH
-from benchmarks.comparisons import COMPARISONS, CONTEXT, FASTEST, LABELS, PROGRAMS, shown
+from benchmarks.comparisons import COMPARISONS, CONTEXT, FASTEST, LABELS, PROGRAMS, SLOWER, shown
 from benchmarks.recorded import ROOT, recorded
 
 PROGRESS = "peers-measured.json"
@@ -23,6 +23,7 @@ PEERS = (
     f"--threads 2 --context [{CONTEXT}] --new-tokens 8 --requests 64 --rounds 1 --install false "
     f"--progress {PROGRESS}"
 )
+ALONE = ",".join(name for name in PROGRAMS if name not in SLOWER)
 QUICK: Sequence[tuple[str, str]] = (
     (
         "decode",
@@ -31,15 +32,15 @@ QUICK: Sequence[tuple[str, str]] = (
     ("model", "--decode [decode.json]"),
     ("convolution", "--first 1"),
     ("train", "--context [2048] --repeats 1"),
-    ("loss", "--first 1 --repeats 1"),
+    ("loss", "--first 1 --repeats 1 --threads 2"),
     ("memory", "--first 1"),
     ("load", "--requests 64"),
     (
         "quality",
         "--texts [code] --contexts [512] --layouts [hybrid,hyena,rope] --optimizers [adamw] "
-        "--rates [8e-3] --tasks [] --seeds 1 --tokens 81920 --folder quality",
+        "--rates [8e-3] --tasks [] --seeds 1 --tokens 40960 --folder quality",
     ),
-    ("peers", f"{PEERS} --parts [decode] --batch [1] --programs [{','.join(PROGRAMS)}]"),
+    ("peers", f"{PEERS} --parts [decode] --batch [1] --programs [{ALONE}]"),
     ("peers", f"{PEERS} --parts [decode] --batch [32] --programs [ours_int8,{','.join(FASTEST)}]"),
     ("peers", f"{PEERS} --parts [serve] --programs [ours_int8,{','.join(FASTEST)}]"),
 )
