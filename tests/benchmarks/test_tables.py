@@ -1,6 +1,7 @@
 """The documents' tables are what the benchmarks' results say."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ def test_every_result_names_machine_versions_and_commit():
         machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
         assert {"processor", "torch", "python", "date"} <= machine.keys()
         assert len(machine["commit"]) == 40, path
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_result_is_of_a_commit_in_this_history():
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("needs the whole history of a git checkout")
+    for path in RESULTS.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts = [result["machine"], *result.get("earlier_machines", [])]
+        parts += [run for run in result.get("runs", []) if "commit" in run]
+        for commit in {part["commit"] for part in parts}:
+            done = git("merge-base", "--is-ancestor", commit, "HEAD")
+            assert not done.returncode, f"{path.name} is of {commit}: {done.stderr}"
 
 
 def decode_run(cache, step, convolution, mib, **others):
