@@ -24,6 +24,7 @@ PEERS = (
     f"--progress {PROGRESS}"
 )
 ALONE = ",".join(name for name in PROGRAMS if name not in SLOWER)
+"""Programs that decode a single sequence."""
 QUICK: Sequence[tuple[str, str]] = (
     (
         "decode",
