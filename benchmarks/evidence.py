@@ -32,7 +32,7 @@ QUICK: Sequence[tuple[str, str]] = (
     ),
     ("model", "--decode [decode.json]"),
     ("convolution", "--first 1"),
-    ("train", "--context [2048] --repeats 1"),
+    ("train", "--context [2048] --repeats 1 --threads 2"),
     ("loss", "--first 1 --repeats 1 --threads 2"),
     ("memory", "--first 1"),
     ("load", "--requests 64"),

@@ -125,7 +125,10 @@ class Vllm(LlamaProgram):
             yield url, process.pid
 
     def _variables(self, cache_gib: int) -> Mapping[str, str]:
+        # On CPUs it cannot load the whole models that it compiles ahead of time, and would compile
+        # them again at each start; the compiler's own cache works.
         return {
+            "VLLM_USE_AOT_COMPILE": "0",
             "OMP_NUM_THREADS": str(self.work.threads),
             "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
