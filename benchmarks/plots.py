@@ -85,7 +85,7 @@ def draw_decode(result: Run, file: Path) -> None:
     figure.suptitle(
         f"Decoding after prompts of {first['prompt_tokens']:,} tokens: models of about "
         f"{first['parameters'] / 1e6:.1f} M parameters, D = {first['width']}, float32, "
-        f"{first['threads']} thread(s)",
+        f"threads: {first['threads']}",
         fontsize=11,
     )
     figure.savefig(file, dpi=DPI)
@@ -128,6 +128,7 @@ def draw_online(result: Run, file: Path) -> None:
     panels[3].set_ylabel("time per token (µs), epoched FutureFill")
     of_longest = online_tables.epochs(result, lengths[-1])
     epochs = [run["epoch"] for run in of_longest if not run["is_paper_epoch"]]
+    epochs = [epoch for epoch in epochs if 3 * epoch <= epochs[-1] or epoch == epochs[-1]]
     ticks = [(lengths, "tokens")] * 3 + [(epochs, "epoch (tokens); one line per length")]
     for axes, (places, title) in zip(panels, ticks, strict=True):
         axes.set_xlabel(title)
@@ -142,7 +143,7 @@ def draw_online(result: Run, file: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
         f"Decoding a single convolution: D = {runs[0]['width']}, batch 1, float32, "
-        f"{runs[0]['threads']} thread(s). Diamonds: the paper's epoch",
+        f"threads: {runs[0]['threads']}. Diamonds: the paper's epoch",
         fontsize=11,
     )
     figure.savefig(file, dpi=DPI)
@@ -204,7 +205,7 @@ def draw_train(result: Run, file: Path) -> None:
     size = first["ways"]["stu"]["parameters"] / 1e6
     axes.set_title(
         f"One optimizer step of one sequence in float32: D={first['width']}, {first['layers']} "
-        f"layers, {size:.0f} million weights, {first['threads']} thread(s)",
+        f"layers, {size:.0f} million weights, threads: {first['threads']}",
         fontsize=10,
     )
     axes.legend(frameon=False)
