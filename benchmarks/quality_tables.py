@@ -148,24 +148,24 @@ def recall(result: Run) -> str:
 
 
 def rates(result: Run) -> str:
-    """Show the learning rates that were tried with each context."""
+    """Show the learning rates that were tried with each text and context."""
     bits = {
-        (run["context"], run["layout"], run["learning_rate"]): run["bits_per_byte"]
+        (setting_of(run), run["layout"], run["learning_rate"]): run["bits_per_byte"]
         for run in result["tried"]
     }
     rows = [
-        (context, layout) for context in sorted({own for own, _, _ in bits}) for layout in LABELS
+        (setting, layout) for setting in settings({"runs": result["tried"]}) for layout in LABELS
     ]
 
-    def cell(rate: float, row: tuple[int, str]) -> str:
+    def cell(rate: float, row: tuple[Setting, str]) -> str:
         found = bits.get((*row, rate))
         return "" if found is None else f"{found:.3f}"
 
     columns: Columns = {
         "bits per byte at a learning rate of": lambda row: LABELS[row[1]],
-        "context": lambda row: f"{row[0]:,}",
+        "text, context": lambda row: f"{row[0][0]}, {row[0][1]:,}",
     }
-    columns |= {f"{rate:g}": partial(cell, rate) for rate in sorted({own for _, _, own in bits})}
+    columns |= {f"{rate:g}": partial(cell, rate) for rate in sorted({rate for _, _, rate in bits})}
     return table(rows, columns)
 
 

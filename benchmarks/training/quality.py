@@ -1,16 +1,16 @@
 """`python -m benchmarks quality`: what mixers learn from the same tokens with as many weights.
 
 Each run trains with stu-train in a process of one thread, with bfloat16 products as users train.
-The first seed tries learning rates on the first text with each context, more until the best one is
-not the highest or lowest; all other runs of a layout and context have the best one, and Muon's have
-the same. Tasks of recall have the best of three of the first seed. A run that has ended is kept in
-a folder, and `minutes` limits how long runs are begun, so a whole result may come from several
-calls; with `recorded`, also from several machines. Each run says which commit made it; runs of a
-text whose tokens differ are refused.
+The first seed tries learning rates with each text and context, more until the best one is not the
+highest or lowest; the other seeds have the best one, and so have the runs of Muon. Tasks of recall
+have the best of three of the first seed. A run that has ended is kept in a folder, and `minutes`
+limits how long runs are begun, so a whole result may come from several calls; with `recorded`, also
+from several machines. Each run names its commit; runs of a text whose tokens differ are refused.
 """
 
 import ast
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -41,6 +41,8 @@ LEAST_CHARS = 200
 MOST_RATES = 6
 RECALL_RATES = 1e-3, 3e-3, 1e-2
 Result = dict[str, Any]
+Setting = tuple[str, int]
+"""A text and a context."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Options:
     optimizers: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
     """Optimizers; all but the first one learn the first text with the first context alone."""
     rates: tuple[PositiveFloat, ...] = (2e-3, 4e-3, 8e-3)
-    """Learning rates to try first with the first context; one is not changed. With others the best
-    of the first, its half and its double are tried first."""
+    """Learning rates to try first with the first text and context; one is not changed. With others
+    the best of the first, its half and its double are tried first."""
     tasks: tuple[Task, ...] = get_args(Task)
     """Tasks of recall."""
 
@@ -96,19 +98,18 @@ def measure(options: Options) -> dict[str, Any]:
     with ThreadPoolExecutor() as pool:
         best = pool.map(lambda layout: best_rates(work, layout, options), options.layouts)
         rates = dict(zip(options.layouts, best, strict=True))
-    first = options.texts[0], options.contexts[0]
+    first = settings(options)[0]
     runs = [
         run
         for seed in range(options.seeds)
         for run in (
             *(
-                Run(text, context, layout, options.optimizers[0], rate, seed, options.tokens)
-                for text in options.texts
-                for context in options.contexts
-                for layout, rate in ((layout, best[context]) for layout, best in rates.items())
+                Run(*setting, layout, options.optimizers[0], rate, seed, options.tokens)
+                for layout, best in rates.items()
+                for setting, rate in best.items()
             ),
             *(
-                Run(*first, layout, optimizer, best[first[1]], seed, options.tokens)
+                Run(*first, layout, optimizer, best[first], seed, options.tokens)
                 for optimizer in options.optimizers[1:]
                 for layout, best in rates.items()
             ),
@@ -133,7 +134,6 @@ def measure(options: Options) -> dict[str, Any]:
     return {
         "machine": describe(),
         "earlier_machines": work.machines,
-        "rates": rates,
         "tried": work.done(tried(work, options)),
         "runs": learned,
         "recall": recalled,
@@ -141,23 +141,28 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def best_rates(work: "_Work", layout: str, options: Options) -> dict[int, float]:
-    """Return the best learning rate with each context."""
-    first, *others = options.contexts
+def settings(options: Options) -> list[Setting]:
+    """Return the settings that models learn in."""
+    return list(itertools.product(options.texts, options.contexts))
+
+
+def best_rates(work: "_Work", layout: str, options: Options) -> dict[Setting, float]:
+    """Return the best learning rate in each setting."""
+    first, *others = settings(options)
     best = {first: best_rate(work, layout, first, options.rates, options)}
     factors = (1,) if len(options.rates) == 1 else (0.5, 1, 2)
     around = [factor * best[first] for factor in factors]
-    return best | {context: best_rate(work, layout, context, around, options) for context in others}
+    return best | {other: best_rate(work, layout, other, around, options) for other in others}
 
 
 def best_rate(
-    work: "_Work", layout: str, context: int, rates: Iterable[float], options: Options
+    work: "_Work", layout: str, setting: Setting, rates: Iterable[float], options: Options
 ) -> float:
     """Return the learning rate with the least loss of the first seed: of those given, and of lower
     or higher ones as long as the best one is the last on its side. One rate alone is the best."""
     rates = sorted(rates)
     while True:
-        found = work.done(first_runs(layout, context, rates, options))
+        found = work.done(first_runs(layout, setting, rates, options))
         if len(found) < len(rates):  # time was up
             return rates[len(rates) // 2]
         best = min(found, key=lambda result: float(result["loss"]))["learning_rate"]
@@ -174,10 +179,10 @@ def best_recall_rate(results: Iterable[Result], task: Task, layout: str) -> floa
     return float(max(mine, key=lambda one: float(one["right"]))["learning_rate"])
 
 
-def first_runs(layout: str, context: int, rates: Iterable[float], options: Options) -> list[Run]:
-    """Return the runs of the first seed and text with several learning rates."""
-    text, optimizer = options.texts[0], options.optimizers[0]
-    return [Run(text, context, layout, optimizer, rate, 0, options.tokens) for rate in rates]
+def first_runs(layout: str, on: Setting, rates: Iterable[float], options: Options) -> list[Run]:
+    """Return the runs of the first seed with several learning rates."""
+    optimizer = options.optimizers[0]
+    return [Run(*on, layout, optimizer, rate, 0, options.tokens) for rate in rates]
 
 
 def tried(work: "_Work", options: Options) -> list[Run]:
@@ -186,9 +191,9 @@ def tried(work: "_Work", options: Options) -> list[Run]:
     every = sorted({rate * 2.0**power for rate in options.rates for power in powers})
     return [
         run
-        for context in options.contexts
+        for setting in settings(options)
         for layout in options.layouts
-        for run in first_runs(layout, context, every, options)
+        for run in first_runs(layout, setting, every, options)
         if work.path(run).exists()
     ]
 

@@ -82,25 +82,25 @@ def test_rates_are_tried_until_the_best_is_between_others(tmp_path):
     options = Options(tmp_path, minutes=1e-9, texts=("code",))
     (tmp_path / "data-code").mkdir()
     work = quality._Work(options)
-    for run in first_runs("stu", 512, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3], options):
+    for run in first_runs("stu", ("code", 512), [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3], options):
         loss = abs(math.log(run.learning_rate / 15e-3))
         result = json.dumps({"learning_rate": run.learning_rate, "loss": loss})
         work.path(run).write_text(result)
-    for run in first_runs("stu", 4096, [4e-3, 8e-3, 16e-3, 32e-3], options):
+    for run in first_runs("stu", ("code", 4096), [4e-3, 8e-3, 16e-3, 32e-3], options):
         loss = abs(math.log(run.learning_rate / 9e-3))
         result = json.dumps({"learning_rate": run.learning_rate, "loss": loss})
         work.path(run).write_text(result)
-    assert quality.best_rates(work, "stu", options) == {512: 16e-3, 4096: 8e-3}
-    work.path(first_runs("stu", 512, [32e-3], options)[0]).unlink()
-    assert quality.best_rates(work, "stu", options)[512] == 8e-3, "as time is up"
+    assert quality.best_rates(work, "stu", options) == {("code", 512): 16e-3, ("code", 4096): 8e-3}
+    work.path(first_runs("stu", ("code", 512), [32e-3], options)[0]).unlink()
+    assert quality.best_rates(work, "stu", options)["code", 512] == 8e-3, "as time is up"
     only = dataclasses.replace(options, rates=(4e-3,))
-    assert quality.best_rates(work, "stu", only) == {512: 4e-3, 4096: 4e-3}
+    assert set(quality.best_rates(work, "stu", only).values()) == {4e-3}
 
 
 def test_runs_that_learned_other_tokens_are_refused(tmp_path):
     options = Options(tmp_path, minutes=1e-9, texts=("code",))
     work = quality._Work(options)
-    one, other, unknown = first_runs("stu", 512, [1e-3, 2e-3, 4e-3], options)
+    one, other, unknown = first_runs("stu", ("code", 512), [1e-3, 2e-3, 4e-3], options)
     for run, made in ((one, {"data": "1"}), (other, {"data": "2"}), (unknown, {})):
         work.path(run).write_text(json.dumps({"text": "code"} | made))
     assert len(work.done([one, unknown])) == 2
@@ -206,7 +206,8 @@ def test_tables_show_differences_of_the_same_seeds_and_which_are_not_significant
     ]
     recall = quality_tables.recall(result).splitlines()
     assert recall[2:4] == ["| STU | 1,234 | 50%, 25% |", "| hybrid | - | - |"]
-    assert quality_tables.rates(result).splitlines()[-1] == "| attention, RoPE | 4,096 | 2.000 |"
+    rates = quality_tables.rates(result).splitlines()
+    assert rates[-1] == "| attention, RoPE | code, 4,096 | 2.000 |"
     positions = quality_tables.of_positions(result, ("code", 4096, "adamw"), "rope")
     assert positions == {1: 3.0, 2: 1.5}
     plots.draw_quality(result, tmp_path / "quality.png")
