@@ -28,6 +28,8 @@ BATCHED = {"bmm", "baddbmm", "baddbmm_"}
 FOURIER = {"_fft_r2c", "_fft_c2r"}
 COPIES = {"embedding", "index", "index_select", "gather", "copy_", "clone", "_to_copy", "cat"}
 """Operations that read as much as they write, and multiply nothing."""
+SCATTERS = {"index_put_", "index_copy_", "scatter_"}
+"""Those that write their last tensor to some places of the first."""
 
 
 def counted(step: Callable[[], object], in_convolution: Callable[[], bool]) -> Counter[str]:
@@ -100,12 +102,17 @@ class _StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name in FOURIER:
             real = output if inputs[0].is_complex() else inputs[0]
             self.counts["fft"] += int(real.numel() * math.log2(max(2, real.shape[-1])))
-        elif name not in COPIES and any(self._is_moved(tensor) for tensor in inputs):
+        elif name not in COPIES | SCATTERS and any(self._is_moved(tensor) for tensor in inputs):
             kind = "convolution" if is_convolution else "recurrence"
             largest = max(inputs, key=Tensor.numel)
             self.counts[kind] += largest.numel() * (4 if largest.is_complex() else 1)
 
     def _count_bytes(self, name: str, inputs: list[Tensor], output: Tensor, in_place: bool) -> None:
+        if name in SCATTERS:
+            values = inputs[-1]
+            self.counts["cache_read"] += _num_bytes(values) if self._is_moved(values) else 0
+            self.counts["cache_written"] += _num_bytes(values) if self._is_moved(output) else 0
+            return
         sources = inputs[1:] if name == "copy_" else inputs
         read = [tensor for tensor in sources if self._is_moved(tensor)]
         if name in COPIES:

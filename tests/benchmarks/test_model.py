@@ -224,3 +224,19 @@ def test_a_curve_has_the_largest_error_of_its_points(tmp_path):
     assert (first["new_tokens"], second["new_tokens"]) == (320, 330)
     assert (first["measured_ms"], first["predicted_ms"]) == pytest.approx((800, 1000))
     assert first["predicted_shares"]["weights"] == pytest.approx(1)
+
+
+def test_writing_a_few_places_of_a_cache_moves_what_is_written():
+    cache, new, places = torch.zeros(50, 4, 8), torch.ones(2, 4, 8), torch.tensor([3, 40])
+    columns = torch.arange(8)
+
+    def step():
+        made = new + 1
+        cache[places] = made
+        cache.index_copy_(0, places, made)
+        cache[0, :, columns] = new[0]
+
+    counts = counted(step, lambda: False)
+    assert counts["cache_written"] == 4 * (2 * 64 + 32), "not all of the cache"
+    assert counts["cache_read"] == 4 * (64 + 32), "the numbers of `new`, once in the sum"
+    assert counts["recurrence"] == 64, "the sum alone"
