@@ -23,7 +23,7 @@ PEERS = (
     f"--threads 2 --context [{CONTEXT}] --new-tokens 24 --requests 64 --rounds 1 --install false "
     f"--progress {PROGRESS}"
 )
-"""With fewer new tokens the first one, which takes two to three times as long, counts too much."""
+"""With fewer new tokens, the first step counts too much: it takes two to three times as long."""
 ALONE = ",".join(name for name in PROGRAMS if name not in SLOWER)
 """Programs that decode a single sequence."""
 QUICK: Sequence[tuple[str, str]] = (

@@ -125,8 +125,8 @@ class Vllm(LlamaProgram):
             yield url, process.pid
 
     def _variables(self, cache_gib: int) -> Mapping[str, str]:
-        # On CPUs it cannot load the whole models that it compiles ahead of time, and would compile
-        # them again at each start; the compiler's own cache works.
+        # On CPUs, vLLM 0.32 fails to load models that it compiled ahead of time, and compiles them
+        # again at each start. Without, inductor's cache of compiled code is used.
         return {
             "VLLM_USE_AOT_COMPILE": "0",
             "OMP_NUM_THREADS": str(self.work.threads),

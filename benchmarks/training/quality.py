@@ -41,8 +41,7 @@ LEAST_CHARS = 200
 MOST_RATES = 6
 RECALL_RATES = 1e-3, 3e-3, 1e-2
 Result = dict[str, Any]
-Setting = tuple[str, int]
-"""A text and a context."""
+Setting = tuple[str, int]  # text and context
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,12 @@ def best_recall_rate(results: Iterable[Result], task: Task, layout: str) -> floa
     return float(max(mine, key=lambda one: float(one["right"]))["learning_rate"])
 
 
-def first_runs(layout: str, on: Setting, rates: Iterable[float], options: Options) -> list[Run]:
+def first_runs(
+    layout: str, setting: Setting, rates: Iterable[float], options: Options
+) -> list[Run]:
     """Return the runs of the first seed with several learning rates."""
-    optimizer = options.optimizers[0]
-    return [Run(*on, layout, optimizer, rate, 0, options.tokens) for rate in rates]
+    first = options.optimizers[0]
+    return [Run(*setting, layout, first, rate, 0, options.tokens) for rate in rates]
 
 
 def tried(work: "_Work", options: Options) -> list[Run]:
