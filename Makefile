@@ -21,7 +21,7 @@ test: .venv/installed  ## everything CI runs
 test-all: .venv/installed  ## the tests that take minutes too
 	$(PYTEST)
 
-evidence-quick: .venv/installed  ## measures the README's claims again, in about 11 minutes
+evidence-quick: .venv/installed  ## measures the README's claims again, in under ten minutes
 	$(BIN)/python -m benchmarks.evidence
 
 OUTPUT := gpu-check.json

@@ -36,7 +36,7 @@ QUICK: Sequence[tuple[str, str]] = (
     ("train", "--context [2048] --repeats 1 --threads 2"),
     ("loss", "--first 1 --repeats 1 --threads 2"),
     ("memory", "--first 1"),
-    ("load", "--requests 64"),
+    ("load", "--requests 64 --rounds 1"),
     (
         "quality",
         "--texts [code] --contexts [512] --layouts [hybrid,hyena,rope] --optimizers [adamw] "

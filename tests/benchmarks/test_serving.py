@@ -31,12 +31,13 @@ def test_prompts_of_invariance_are_pieces_of_the_validation_split(data, tmp_path
 @pytest.mark.slow
 def test_a_server_is_compared_with_its_engine(monkeypatch):
     monkeypatch.setattr(load, "WIDTH", 64)
-    options = load.Options(clients=2, requests=4, new_tokens=8)
+    options = load.Options(clients=2, requests=4, new_tokens=8, rounds=2)
     (run,) = load.measure(options)["runs"]
     closed, opened = run["closed_loop"], run["open_loop"]
     assert closed["completed"] == opened["completed"] == 4
     share = 1 - closed["output_throughput"] / run["engine_only_tokens_per_second"]
-    assert run["overhead_share"] == share
+    assert run["overhead_share"] == share == min(run["overhead_shares"])
+    assert len(run["overhead_shares"]) == 2
     for loop in (closed, opened):
         for name in ("ttft", "itl"):
             assert 0 < loop[f"p50_{name}_ms"] <= loop[f"p99_{name}_ms"] <= loop[f"max_{name}_ms"]
