@@ -114,14 +114,14 @@ def load(result: Run) -> str:
         return f"{loop[f'p50_{name}_ms']:.0f}, {loop[f'p99_{name}_ms']:.0f}"
 
     def of_rounds(shares: list[float]) -> str:
-        return f"{min(shares):.0%} to {max(shares):.0%}"
+        return f"{min(shares):z.0%} to {max(shares):z.0%}"
 
     columns: Columns = {
         "threads": lambda run: str(run["threads"]),
         "tokens/s over HTTP": lambda run: f"{run['closed_loop']['output_throughput']:,.0f}",
         "engine alone": lambda run: f"{run['engine_only_tokens_per_second']:,.0f}",
         "overhead (of rounds)": lambda run: (
-            f"{run['overhead_share']:.0%} ({of_rounds(run['overhead_shares'])})"
+            f"{run['overhead_share']:z.0%} ({of_rounds(run['overhead_shares'])})"
         ),
         "inter-token latency, ms: p50, p99": lambda run: quantiles("itl", run["closed_loop"]),
         "time to first token, ms: p50, p99 (requests/s)": lambda run: (
