@@ -78,9 +78,10 @@ def measure(options: Options) -> dict[str, Any]:
                 work = [(prompt(start + number), options.new_tokens) for number in range(count)]
                 alone = engine_alone(engine, work, options.clients)
                 closed = asyncio.run(load(url, work, options.clients))
-                rounds.append((1 - closed["output_throughput"] / alone, alone, closed))
-            shares = [share for share, *_ in rounds[1:]]
-            share, alone, closed = rounds[1 + shares.index(statistics.median_low(shares))]
+                if turn:
+                    rounds.append((1 - closed["output_throughput"] / alone, alone, closed))
+            shares = [share for share, *_ in rounds]
+            share, alone, closed = rounds[shares.index(statistics.median_low(shares))]
             rate = OPEN_SHARE * closed["request_throughput"]
             opened = asyncio.run(load(url, work, options.clients, rate))
             resident = resident_mib(pid)
