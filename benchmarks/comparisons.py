@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 from benchmarks import decoding_tables, peers_tables, quality_tables, train_serve_tables
 from benchmarks.claims import BATCH, LENGTH, Claim, first
-from benchmarks.recorded import Columns, Run, decoded, processor, table
+from benchmarks.recorded import Columns, Run, decoded, processor, shown, table
 
 CONTEXT = 2048
 """Prompt tokens of comparisons with programs."""
@@ -234,8 +234,3 @@ def times(row: Comparison, result: Run) -> str:
     notes = [f"{shown(min(each))} to {shown(max(each))}"] if len(each) > 1 else []
     notes += ["peer is better"] if round(ratio, 3) < 1 else []
     return f"{shown(ratio)} ({', '.join(notes)})" if notes else shown(ratio)
-
-
-def shown(figure: float) -> str:
-    """Return a figure with three digits."""
-    return f"{figure:,.0f}" if figure >= 999.5 else f"{figure:.3g}"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from benchmarks.recorded import Columns, Run, decoded, settings, table
+from benchmarks.recorded import Columns, Run, decoded, settings, shown, table
 
 LABELS = {
     "ours": "ours",
@@ -219,7 +219,7 @@ def batch_and_length(runs: Runs) -> str:
 
 def ms(name: str, part: str, runs: Runs) -> str:
     """Return milliseconds, or a dash for what was not run."""
-    return f"{runs[name][part]:.3g}" if part in runs.get(name, {}) else "-"
+    return shown(runs[name][part]) if part in runs.get(name, {}) else "-"
 
 
 def mib(run: Run) -> str:

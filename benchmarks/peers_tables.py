@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from statistics import median
 
-from benchmarks.recorded import Columns, Run, table
+from benchmarks.recorded import Columns, Run, shown, table
 
 LABELS = {
     "ours": "ours, float32",
@@ -54,7 +54,7 @@ def alone(result: Run) -> str:
         "prefill, tokens/s": partial(
             joined, lambda run: f"{run['context'] / run['prefill_seconds']:,.0f}"
         ),
-        "cache, MiB": partial(joined, lambda run: f"{run['sequence_bytes'] / 2**20:,.3g}"),
+        "cache, MiB": partial(joined, lambda run: shown(run["sequence_bytes"] / 2**20)),
         "resident memory, MiB": partial(joined, lambda run: f"{run['resident_mib']:,.0f}"),
     }
     return table(present(result), columns)

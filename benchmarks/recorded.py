@@ -55,3 +55,8 @@ def table(items: Iterable[Any], columns: Columns) -> str:
     head = [title.split("#")[0] for title in columns]
     rows = [[cell(item) for cell in columns.values()] for item in items]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def shown(figure: float) -> str:
+    """Return a figure with three digits, or as a whole number."""
+    return f"{figure:,.0f}" if figure >= 999.5 else f"{figure:.3g}"

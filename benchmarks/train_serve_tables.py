@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 
-from benchmarks.recorded import Columns, Run, fewest_threads, table
+from benchmarks.recorded import Columns, Run, fewest_threads, shown, table
 
 VARIANTS = {
     "stu": "STU",
@@ -150,7 +150,7 @@ def step(result: Run) -> str:
     columns: Columns = {
         "weights": lambda run: {"float": "float32", "int8": "int8"}[run["weights"]],
         "sampling": lambda run: str(run["choice"]),
-        "model, ms": lambda run: f"{run['model_ms']:.3g}",
+        "model, ms": lambda run: shown(run["model_ms"]),
         "caches, ms": lambda run: f"{run['caches_ms']:.2g}",
         "rest, ms": lambda run: f"{run['rest_ms']:.2g}",
         "share of rest": lambda run: f"{run['rest_share']:.1%}",
@@ -163,8 +163,8 @@ def speculation(result: Run) -> str:
     columns: Columns = {
         "text": lambda run: str(run["text"]),
         "batch": lambda run: str(run["batch"]),
-        "tokens/s": lambda run: f"{run['plain_tokens_per_second']:.3g}",
-        "with speculation": lambda run: f"{run['speculate_tokens_per_second']:.3g}",
+        "tokens/s": lambda run: shown(run["plain_tokens_per_second"]),
+        "with speculation": lambda run: shown(run["speculate_tokens_per_second"]),
         "speedup": lambda run: f"{run['speedup']:.2f}",
         "draft tokens": lambda run: str(run["draft_tokens"]),
         "accepted": lambda run: str(run["accepted_tokens"]),

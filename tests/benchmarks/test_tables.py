@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import decoding_tables, tables, train_serve_tables
 from benchmarks.decoding import realisation
-from benchmarks.recorded import RESULTS, ROOT, recorded
+from benchmarks.recorded import RESULTS, ROOT, recorded, shown
 from stu.realisation import LARGEST_ERRORS, RANKS
 
 
@@ -17,6 +17,16 @@ def test_tables_are_those_of_the_results(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.PLACE.search(text) or tables.COMPARISONS.search(text), "no table is left there"
     assert tables.with_tables(text) == text, "run python -m benchmarks.tables"
+    assert "e+0" not in text, "a table shows a figure with an exponent"
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [(0.02308, "0.0231"), (9.996, "10"), (99.94, "99.9"), (999.4, "999"), (999.5, "1,000")]
+    + [(1026.0, "1,026"), (2_000_000.4, "2,000,000")],
+)
+def test_figures_have_three_digits_and_no_exponent(figure, text):
+    assert shown(figure) == text
 
 
 def test_a_result_that_changes_changes_its_table(tmp_path, monkeypatch):
