@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from serve.openai.errors import error_body
 from serve.openai.schemas import DetokenizeBody, TokenizeBody
 from serve.server.completion_routes import named_model, response_in_pieces
 from serve.server.exchange import exchange_of
@@ -81,23 +82,23 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
-    async def health(model: str | None = None) -> Response:
+    async def health(request: Request, model: str | None = None) -> Response:
         """Whether a model, or the one that is named, has a replica that responds."""
         found = asked(model)
         failure = "loading the model" if is_loading(found) else "no replica responds"
         # A restart of the server would end the streams of the models that respond, and is not
         # needed where the only replica is exchanged for one of another version.
         is_good = any(own.replicas.is_healthy or not own.is_open.is_set() for own in found)
-        return _state(is_good, failure, found)
+        return _state(request, is_good, failure, found)
 
     @app.get("/ready")
-    async def ready(model: str | None = None) -> Response:
+    async def ready(request: Request, model: str | None = None) -> Response:
         """Whether each model, or the one that is named, takes requests."""
         found = asked(model)
         failure = "loading the model" if is_loading(found) else "no replica is ready"
         failure = "draining" if service.is_draining else failure
         is_good = all(own.replicas.is_healthy for own in found)
-        return _state(is_good and not service.is_draining, failure, found)
+        return _state(request, is_good and not service.is_draining, failure, found)
 
     @app.get("/version")
     async def version() -> Json:
@@ -118,9 +119,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return any(model.replicas.is_loading for model in models)
 
 
-def _state(is_good: bool, failure: str, models: Sequence[ServedModel]) -> Response:
+def _state(
+    request: Request, is_good: bool, failure: str, models: Sequence[ServedModel]
+) -> Response:
     """Return the answer of a probe about these models, which it does not name."""
     status, code = ("ok", 200) if is_good else (failure, 503)
+    if not is_good:
+        exchange_of(request.scope).refuse(error_body(failure, "server_error"))
     return JSONResponse({"status": status, **_num_replicas(models)}, code)
 
 

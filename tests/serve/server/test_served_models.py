@@ -246,7 +246,7 @@ def test_probes_tell_of_one_model_or_of_all(ask, service, monkeypatch):
 
 
 @pytest.mark.parametrize("num_ready", [0, 1, 2, 3])
-def test_replicas_are_counted_beside_whether_a_model_can_serve(ask, service, num_ready):
+def test_replicas_are_counted_beside_whether_a_model_can_serve(ask, service, num_ready, caplog):
     """One replica is enough to serve, and the counts tell that others are still to come."""
     other, replicas = service.models[1], Replicas(ReplicasConfig("", ("cpu",) * 3))
     other.replicas.add(replicas)
@@ -259,8 +259,10 @@ def test_replicas_are_counted_beside_whether_a_model_can_serve(ask, service, num
     assert replicas.num_loading == 3 - num_ready
     counts = {"replicas": 3, "replicas_ready": num_ready}
     for path in ("/health", "/ready"):
+        caplog.clear()
         answer = ask("GET", f"{path}?model=other")
         assert answer.status_code == (200 if num_ready else 503)
+        assert caplog.messages.count("refused with 503: loading the model") == (num_ready == 0)
         status = {"status": "ok" if num_ready else "loading the model"}
         assert answer.json() == status | counts
         # The other model has no replica yet: `/health` asks for one of any model.
