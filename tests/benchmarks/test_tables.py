@@ -22,8 +22,7 @@ def test_tables_are_those_of_the_results(name):
 
 @pytest.mark.parametrize(
     ("figure", "text"),
-    [(0.02308, "0.0231"), (9.996, "10"), (99.94, "99.9"), (999.4, "999"), (999.5, "1,000")]
-    + [(1026.0, "1,026"), (2_000_000.4, "2,000,000")],
+    [(0.02308, "0.0231"), (9.996, "10"), (99.94, "99.9"), (999.4, "999"), (1026.0, "1,026")],
 )
 def test_figures_have_three_digits_and_no_exponent(figure, text):
     assert shown(figure) == text
