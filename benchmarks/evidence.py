@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.claims import BATCH, CLAIMS, COMPARED, LENGTH
-from benchmarks.comparisons import COMPARISONS, CONTEXT, FASTEST, LABELS, PROGRAMS, SLOWER, shown
-from benchmarks.recorded import ROOT, recorded
+from benchmarks.comparisons import COMPARISONS, CONTEXT, FASTEST, LABELS, PROGRAMS, SLOWER
+from benchmarks.recorded import ROOT, recorded, shown
 
 PROGRESS = "peers-measured.json"
 PEERS = (
