@@ -3,8 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import stu  # noqa: F401  # before torch: it sets how long threads spin
-
 if TYPE_CHECKING:
     from serve.config import EngineConfig
     from serve.engine.engine import Engine

@@ -1,6 +1,5 @@
 """Flash-STU convolutional language models: filters, convolutions, FutureFill, model."""
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +29,6 @@ _MODULES = {
     "load_tokenizer": "stu.model_dir",
     "save_model": "stu.model_dir",
 }
-
-# A thread that waits for others of an operation spins before it sleeps. libgomp reads for how many
-# rounds when torch loads it. Its default, 300,000, takes milliseconds: where other processes are
-# busy too, small models decode ten times as fast with this number, and as fast where none are.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def __getattr__(name: str) -> Any:

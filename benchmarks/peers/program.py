@@ -186,7 +186,6 @@ def started(
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a program, which ends with the block at the latest, and so do its own processes."""
     variables = {**os.environ, **(environment or {})}
-    variables.pop("GOMP_SPINCOUNT", None)  # ours, which the peers do not set
     process = subprocess.Popen(
         command, stdout=output, stderr=log, env=variables, start_new_session=True
     )
