@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 from benchmarks import decoding_tables, peers_tables, quality_tables, train_serve_tables
 from benchmarks.claims import BATCH, LENGTH, Claim, first
-from benchmarks.recorded import Columns, Run, decoded, processor, shown, table
+from benchmarks.recorded import Columns, Run, commits, decoded, processor, shown, table
 
 CONTEXT = 2048
 """Prompt tokens of comparisons with programs."""
@@ -214,8 +214,10 @@ def comparisons(results: Mapping[str, Run]) -> str:
         return f"{shown(figure)}, {LABELS[name]}".replace(", ours", "").replace(", STU", "")
 
     def made(row: Comparison) -> str:
-        machine = results[row.benchmark]["machine"]
-        return f"{processor(machine)}, {machine['date'].split('T')[0]}, {machine['commit'][:7]}"
+        result = results[row.benchmark]
+        machine, all_commits = result["machine"], commits(result)
+        between = " to ".join(dict.fromkeys([all_commits[0], all_commits[-1]]))
+        return f"{processor(machine)}, {machine['date'].split('T')[0]}, {between}"
 
     columns: Columns = {
         "task": lambda row: row.text,

@@ -196,8 +196,7 @@ def realisation(result: Run) -> str:
 
 def digits(name: str, run: Run) -> str:
     """Return a figure of a run with two digits, or as a whole number."""
-    value = run[name]
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+    return shown(run[name], 2)
 
 
 def registers_on(gpu: str) -> Callable[[Any], str]:
@@ -224,8 +223,7 @@ def ms(name: str, part: str, runs: Runs) -> str:
 
 def mib(run: Run) -> str:
     """Return the size of a run's cache."""
-    size = run["cache_bytes"] / 2**20
-    return f"{size:,.0f}" if size >= 10 else f"{size:.2g}"
+    return shown(run["cache_bytes"] / 2**20, 2)
 
 
 TABLES: dict[str, Callable[[Run], str]] = {

@@ -57,6 +57,14 @@ def table(items: Iterable[Any], columns: Columns) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def shown(figure: float) -> str:
-    """Return a figure with three digits, or as a whole number."""
-    return f"{figure:,.0f}" if figure >= 999.5 else f"{figure:.3g}"
+def shown(figure: float, digits: int = 3) -> str:
+    """Return a figure with this many digits; a larger one as a whole number."""
+    return f"{figure:,.0f}" if figure >= 10**digits - 0.5 else f"{figure:.{digits}g}"
+
+
+def commits(result: Run) -> list[str]:
+    """Return the commits at which the runs of a result were made, in order and abbreviated."""
+    runs = result.get("runs", []) + result.get("recall", [])
+    made = [earlier["commit"] for earlier in result.get("earlier_machines", [])]
+    made += [run["commit"] for run in runs if "commit" in run] or [result["machine"]["commit"]]
+    return list(dict.fromkeys(commit[:7] for commit in made))

@@ -19,7 +19,7 @@ from benchmarks import (
     train_serve_tables,
 )
 from benchmarks.comparisons import comparisons
-from benchmarks.recorded import ROOT, Run, processor, recorded
+from benchmarks.recorded import ROOT, Run, commits, processor, recorded
 
 DOCUMENTS = [
     "README.md",
@@ -69,13 +69,10 @@ def with_tables(text: str) -> str:
 def made_on(result: Run) -> str:
     """Return where and when a result was made, with the commits of all its runs."""
     machine = result["machine"]
-    runs = result.get("runs", []) + result.get("recall", [])
-    made = [earlier["commit"] for earlier in result.get("earlier_machines", [])]
-    made += [run["commit"] for run in runs if "commit" in run] or [machine["commit"]]
-    day, commits = machine["date"].split("T")[0], ", ".join(dict.fromkeys(c[:7] for c in made))
+    day = machine["date"].split("T")[0]
     on_gpu = any(run.get("device") == "cuda" for run in result.get("runs", []))
     where = machine["gpu"] if on_gpu else processor(machine)
-    return f"({where}, torch {machine['torch']}, {day}, commit {commits})"
+    return f"({where}, torch {machine['torch']}, {day}, commit {', '.join(commits(result))})"
 
 
 if __name__ == "__main__":

@@ -151,8 +151,8 @@ def step(result: Run) -> str:
         "weights": lambda run: {"float": "float32", "int8": "int8"}[run["weights"]],
         "sampling": lambda run: str(run["choice"]),
         "model, ms": lambda run: shown(run["model_ms"]),
-        "caches, ms": lambda run: f"{run['caches_ms']:.2g}",
-        "rest, ms": lambda run: f"{run['rest_ms']:.2g}",
+        "caches, ms": lambda run: shown(run["caches_ms"], 2),
+        "rest, ms": lambda run: shown(run["rest_ms"], 2),
         "share of rest": lambda run: f"{run['rest_share']:.1%}",
     }
     return table(result["runs"], columns)

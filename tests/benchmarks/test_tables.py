@@ -21,11 +21,16 @@ def test_tables_are_those_of_the_results(name):
 
 
 @pytest.mark.parametrize(
-    ("figure", "text"),
-    [(0.02308, "0.0231"), (9.996, "10"), (99.94, "99.9"), (999.4, "999"), (1026.0, "1,026")],
+    ("figure", "two", "three"),
+    [
+        (0.02308, "0.023", "0.0231"),
+        (9.996, "10", "10"),
+        (99.6, "100", "99.6"),
+        (1026, "1,026", "1,026"),
+    ],
 )
-def test_figures_have_three_digits_and_no_exponent(figure, text):
-    assert shown(figure) == text
+def test_figures_have_two_or_three_digits_and_no_exponent(figure, two, three):
+    assert [shown(figure, 2), shown(figure)] == [two, three]
 
 
 def test_a_result_that_changes_changes_its_table(tmp_path, monkeypatch):
