@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 CONFIGURATION = """
@@ -197,13 +198,15 @@ class SlurmCluster:
             os.mknod(self.folder / f"gpu{number}", 0o666 | 0o020000, os.makedev(1, 3))
         gres = f"Name=gpu File={self.folder}/gpu[0-{NUM_GPUS - 1}]\n"
         (self.folder / "gres.conf").write_text(gres)
+        port, *ports = _free_ports(1 + len(NAMES))
         nodes = [
             # All have one address, as srun listens at one, and steps connect there.
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=16 "
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={node_port} CPUs=16 "
             f"RealMemory=16000 Gres=gpu:{NUM_GPUS} State=UNKNOWN Weight={weight}"
-            for weight, name in enumerate(NAMES, start=1)  # jobs start on the first one
+            # Jobs start on the first one.
+            for weight, (name, node_port) in enumerate(zip(NAMES, ports, strict=True), start=1)
         ]
-        text = CONFIGURATION.format(port=_free_port(), folder=self.folder, nodes="\n".join(nodes))
+        text = CONFIGURATION.format(port=port, folder=self.folder, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(text)
 
 
@@ -215,7 +218,10 @@ def until(is_true, describe, interval=0.1):
         time.sleep(interval)
 
 
-def _free_port():
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
+def _free_ports(count):
+    """Return different ports: they are held until all are chosen."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
